@@ -1,0 +1,325 @@
+"""params.yaml -> frozen, strict, typed objects.
+
+The file is read with DVC's own YAML reader and checked once, before any work: an unknown key, a wrong
+type or an impossible value is refused with the key's path, what was found and what is allowed. Below
+the door only these objects travel. Units and meanings stand beside the numbers, in params.yaml.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from compactgpt.errors import BadConfig, MissingInput
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# A wheel of the package index, pinned: `name==version`.
+Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
+
+
+class Section(BaseModel):
+    """One section of params.yaml: immutable, with no key but the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Runtime(Section):
+    """What the process runs on."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    num_threads: Positive
+    num_workers: Positive
+
+
+class Docstrings(Section):
+    """The embedded corpus: docstrings of installed distributions, by name and version."""
+
+    distributions: Annotated[dict[Name, str], Field(min_length=1)]
+    exclude: tuple[str, ...]
+    min_characters: Count
+
+
+class Files(Section):
+    """The user's own text, by globs relative to the repository."""
+
+    patterns: Annotated[tuple[str, ...], Field(min_length=1)]
+    text_column: str
+
+
+class Tokenizer(Section):
+    """A tiktoken encoding, and the wheel that carries GPT-2's files."""
+
+    encoding: str
+    wheel: Wheel
+    vocab_bpe_sha256: Sha256
+    encoder_json_sha256: Sha256
+
+
+class Download(Section):
+    """Where the corpus and the tokenizer come from."""
+
+    corpus: Literal["docstrings", "files"]
+    docstrings: Docstrings
+    files: Files
+    tokenizer: Tokenizer
+
+
+class Validation(Section):
+    """Bounds of the Great Expectations suite."""
+
+    min_documents: Positive
+    min_characters: Count
+    max_characters: Positive
+    min_total_megabytes: NonNegative
+    min_letter_share: Share
+    max_replacement_share: Share
+    min_unique_share: Share
+    mostly: Share
+
+
+class Tokenization(Section):
+    """How documents become token files."""
+
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+class Model(Section):
+    """The shape of a GPT (nanoGPT's GPTConfig, with the padded vocabulary named apart)."""
+
+    block_size: Positive
+    n_layer: Positive
+    n_head: Positive
+    n_embd: Positive
+    vocab_size: Positive
+    padded_vocab_size: Positive
+    bias: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size ({self.padded_vocab_size}) must be at least vocab_size ({self.vocab_size})"
+            )
+        if self.vocab_size > 2**32:
+            raise ValueError(f"vocab_size ({self.vocab_size}) must fit uint32 token ids")
+        return self
+
+
+class Training(Section):
+    """Budget, optimizer and schedule of one training run."""
+
+    seed: Count
+    max_steps: Positive
+    tokens_per_step: Positive
+    micro_batch_size: Positive
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: PositiveFloat
+    embedding_learning_rate: PositiveFloat
+    muon_learning_rate: PositiveFloat
+    min_lr_ratio: Share
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_steps: Count
+    weight_decay: NonNegative
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    grad_clip: NonNegative
+    eval_interval: Positive
+    eval_windows: Positive
+    checkpoint_interval: Positive
+
+
+class Samples(Section):
+    """Text that the trained model writes for the report."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    max_new_tokens: Positive
+    temperature: PositiveFloat
+    top_k: Positive
+    seed: Count
+
+
+class Evaluation(Section):
+    """How every model is measured."""
+
+    window: Positive
+    batch_size: Positive
+    bootstrap_resamples: Positive
+    bootstrap_seed: Count
+    samples: Samples
+
+
+class Unigram(Section):
+    """Token frequencies of the training split: the floor that any training must leave behind."""
+
+    kind: Literal["unigram"]
+
+
+class Compressor(Section):
+    """A general-purpose compressor."""
+
+    kind: Literal["compressor"]
+    codec: Literal["xz", "zstd"]
+    level: Positive
+
+
+class Gguf(Section):
+    """A GGUF file inside a wheel of the package index."""
+
+    kind: Literal["gguf"]
+    wheel: Wheel
+    file: str
+    sha256: Sha256
+
+
+class Folder(Section):
+    """A causal language model in Hugging Face form in a local folder (safetensors)."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+class Hub(Section):
+    """A causal language model of the Hugging Face hub at a pinned commit (safetensors)."""
+
+    kind: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+BaselineSpec = Annotated[Unigram | Compressor | Gguf | Folder | Hub, Field(discriminator="kind")]
+
+
+class Baseline(Section):
+    """Other people's models, through the same evaluation."""
+
+    names: tuple[Name, ...]
+    specs: dict[Name, BaselineSpec]
+
+    @model_validator(mode="after")
+    def _specified(self) -> Self:
+        missing = [name for name in self.names if name not in self.specs]
+        if missing:
+            raise ValueError(f"names {missing} have no entry in specs; it has {sorted(self.specs)}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"names {list(self.names)} repeat themselves")
+        return self
+
+
+class NoteRun(Model):
+    """The configuration that the note describes."""
+
+    max_steps: Positive
+    tokens_per_step: Positive
+    corpus_tokens: Positive
+
+
+class Estimate(Section):
+    """What is estimated beside the run's own configuration."""
+
+    note: NoteRun
+
+
+class Comparison(Section):
+    """How the table is rendered."""
+
+    language: Literal["en"]
+
+
+class Params(Section):
+    """All of params.yaml."""
+
+    runtime: Runtime
+    download: Download
+    validation: Validation
+    tokenization: Tokenization
+    model: Model
+    training: Training
+    evaluation: Evaluation
+    baseline: Baseline
+    estimate: Estimate
+    comparison: Comparison
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        unit = self.training.micro_batch_size * self.model.block_size
+        if self.training.tokens_per_step % unit:
+            raise ValueError(
+                f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
+                f"training.micro_batch_size x model.block_size ({unit})"
+            )
+        if self.evaluation.window > self.model.block_size:
+            raise ValueError(
+                f"evaluation.window ({self.evaluation.window}) must be at most "
+                f"model.block_size ({self.model.block_size})"
+            )
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        MissingInput: there is no such file.
+        BadConfig: it is no YAML, or a key is unknown, missing, of the wrong type or impossible; the
+            message names every such key.
+    """
+    try:
+        tree = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is missing: run from the repository folder, or pass --params") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    return parse_params(tree, str(path))
+
+
+def parse_params(tree: Any, source: str = "params.yaml") -> Params:
+    """Check a parsed params.yaml.
+
+    Raises:
+        BadConfig: see `load_params`.
+    """
+    try:
+        # JSON is the strict mode that still lets a YAML list be a tuple.
+        return Params.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        lines = [f"  {_explain(detail)}" for detail in error.errors()]
+        raise BadConfig(f"{source} can't be used; mend:\n" + "\n".join(lines)) from error
+
+
+def _explain(detail: Any) -> str:
+    """One line for one mistake: the key's path, what was found, what is allowed."""
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: missing key"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], dict | list):
+        return f"{path}: {message}" if path else message
+    return f"{path}: found {json.dumps(detail['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """Names of the keys that the section at `location` may have."""
+    section: Any = Params
+    for part in location:
+        fields = getattr(section, "model_fields", {})
+        section = fields[part].annotation if part in fields else None
+    return sorted(getattr(section, "model_fields", {}))

@@ -1,0 +1,59 @@
+"""Mistakes and misfortunes that a person can mend, each with the exit code that scripts can act on.
+
+A stage prints the message of a `UserError` as its one sentence and leaves with `exit_code`; anything
+else that is raised is a bug of ours. The codes follow sysexits.h where it has one.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what was found, what is allowed, what to do."""
+
+    exit_code = 1
+
+
+class CheckFailed(UserError):
+    """A check of the project did its work and said no (an expectation, a gate)."""
+
+    exit_code = 3
+
+
+class BadData(UserError):
+    """A file is not what it must be: empty, cut short, altered, not UTF-8, of another version."""
+
+    exit_code = 65
+
+
+class MissingInput(UserError):
+    """A file or folder that a stage reads is not there."""
+
+    exit_code = 66
+
+
+class Unreachable(UserError):
+    """A hub, a package index or a server did not answer."""
+
+    exit_code = 69
+
+
+class DiskFull(UserError):
+    """No room left to write."""
+
+    exit_code = 73
+
+
+class Busy(UserError):
+    """Another process does this work right now, or this one was asked to stop: run it again later."""
+
+    exit_code = 75
+
+
+class BadConfig(UserError):
+    """A key of params.yaml is unknown, of the wrong type, or impossible."""
+
+    exit_code = 78
+
+
+class NotFinite(UserError):
+    """A loss or a gradient is NaN or infinite."""
+
+    exit_code = 79

@@ -1,0 +1,69 @@
+"""From summed nats to the numbers that people quote. Sums first, then one division.
+
+Definitions follow EleutherAI's lm-evaluation-harness (word, byte and token perplexity are different
+things) and nanochat's loss_eval.py (bits per byte from summed nats and summed bytes).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds that hold it with the stated confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of the mean cross-entropy in nats per token: the effective number of choices."""
+    return math.exp(nats_per_token)
+
+
+def bits_per_byte(total_nats: float, total_bytes: int) -> float:
+    """Bits that the model needs for one byte of UTF-8 text; comparable across tokenizers."""
+    return total_nats / (math.log(2) * total_bytes)
+
+
+def ratio_bootstrap(
+    numerator: Array, denominator: Array, *, resamples: int, seed: int, confidence: float = 0.95
+) -> Interval:
+    """Percentile bootstrap of sum(numerator) / sum(denominator), resampling documents.
+
+    The document is the unit: tokens of one document are not independent. Efron and Tibshirani,
+    An Introduction to the Bootstrap (1993), chapter 13.
+
+    Args:
+        numerator: one sum a document, such as nats. (documents,)
+        denominator: one sum a document, such as tokens. (documents,)
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+        confidence: share of the bootstrap distribution between the bounds.
+
+    Raises:
+        ValueError: no documents, or arrays of different length.
+    """
+    if numerator.shape != denominator.shape or numerator.ndim != 1 or not len(numerator):
+        raise ValueError(f"need two equal, non-empty vectors, got {numerator.shape} and {denominator.shape}")
+    samples = _resampled_ratios(numerator, denominator, resamples, seed)
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+
+
+def _resampled_ratios(numerator: Array, denominator: Array, resamples: int, seed: int) -> Array:
+    """Ratio of sums for each resample; chunked so that memory stays bounded. (resamples,)"""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    n = len(numerator)
+    chunk = max(1, 4_000_000 // n)
+    ratios = []
+    for start in range(0, resamples, chunk):
+        drawn = generator.integers(0, n, (min(chunk, resamples - start), n))
+        ratios.append(numerator[drawn].sum(1) / denominator[drawn].sum(1))
+    return np.concatenate(ratios)

@@ -1,0 +1,209 @@
+"""Files written whole or not at all, and verified when they are read.
+
+Every durable file of the project goes through here. A file is written beside its place, synced,
+and renamed; a folder is filled under a temporary name, closed with a manifest of the size and SHA-256
+of each of its files, and renamed as one. A reader of a folder checks it against its manifest first.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from compactgpt.errors import BadData, DiskFull, MissingInput
+
+MANIFEST = "manifest.json"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk into one clear sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise DiskFull(
+            f"no room left on the disk while writing {path}: nothing was changed there; "
+            "free some space and run the same command again"
+        ) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes its place at `path` only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with _disk_errors(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` to `path` as UTF-8, whole or not at all."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Render `value` as the one JSON text that the project uses: sorted keys, finite numbers only.
+
+    Raises:
+        ValueError: `value` holds NaN or an infinity.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode("utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, whole or not at all."""
+    write_bytes(path, json_bytes(value))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of ours.
+
+    Raises:
+        MissingInput: there is no such file.
+        BadData: it is not strict JSON.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
+    except ValueError as error:
+        raise BadData(f"{path} is no valid JSON ({error}): delete it and run `dvc repro`") from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def all_finite(value: Any) -> bool:
+    """Tell whether every float inside nested dicts and lists is finite."""
+    if isinstance(value, dict):
+        return all(all_finite(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(all_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file, in bounded memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+@contextmanager
+def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Fill a temporary folder that takes its place at `folder` when the block ends well.
+
+    Args:
+        folder: where the finished folder goes; one that stands there is replaced.
+        facts: what the manifest says beside its list of files. The dict may be filled inside the block.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with _disk_errors(folder):
+            yield temporary
+            files = {}
+            for path in _files_of(temporary):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                files[path.relative_to(temporary).as_posix()] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256_file(path),
+                }
+            write_json(temporary / MANIFEST, {**(facts or {}), "files": files})
+            _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Swap folders: between the two renames the place is empty, never half filled."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def verified_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest after checking every file that it names.
+
+    Returns:
+        The manifest: the facts that its maker wrote, and `files`.
+
+    Raises:
+        MissingInput: the folder or its manifest is missing.
+        BadData: a file is missing, has another size or another hash, or is not in the manifest.
+    """
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    named = manifest.get("files")
+    if not isinstance(named, dict):
+        raise BadData(f"{folder / MANIFEST} names no files: delete {folder} and run `dvc repro`")
+    found = {path.relative_to(folder).as_posix() for path in _files_of(folder)}
+    for name in sorted(found ^ set(named)):
+        what = "is not in the manifest" if name in found else "is missing"
+        raise BadData(f"{folder / name} {what}: delete {folder} and run `dvc repro`")
+    for name, expected in named.items():
+        verify_file(folder / name, expected["sha256"], expected["bytes"])
+    return manifest
+
+
+def verify_file(path: Path, sha256: str, size: int | None = None) -> None:
+    """Check one file against its recorded hash (and size).
+
+    Raises:
+        MissingInput: it is not there.
+        BadData: it differs.
+    """
+    if not path.is_file():
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+    if size is not None and path.stat().st_size != size:
+        raise BadData(
+            f"{path} has {path.stat().st_size:,} bytes where {size:,} were written: "
+            "it was cut short or altered; delete it and run `dvc repro`"
+        )
+    actual = sha256_file(path)
+    if actual != sha256:
+        raise BadData(
+            f"{path} was altered: its SHA-256 is {actual}, expected {sha256}; delete it and run `dvc repro`"
+        )

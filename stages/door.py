@@ -1,0 +1,190 @@
+"""What every door does around its one call: read params.yaml, take the stage's lock, open a run, show
+progress, write the report, and turn a mistake into one sentence and an exit code.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from compactgpt.config import Params, load_params
+from compactgpt.errors import Busy, DiskFull, UserError
+from compactgpt.storage import write_json
+from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
+TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
+
+
+def new_app() -> typer.Typer:
+    """A typer app with the project's settings."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def root() -> Path:
+    """The repository: under DVC the original one, even for experiments that run in a scratch folder."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def state_folder() -> Path:
+    """Where resumable state and journals live: ignored by git, unknown to DVC."""
+    return root() / ".state"
+
+
+class Bar:
+    """Progress on stderr: a live bar on a terminal, now and then a plain line elsewhere."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self.name, self.unit = name, unit
+        self._bar: Any = None
+        self._next_line = 0.0
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        """Show that `done` of `total` units are finished."""
+        if sys.stderr.isatty():
+            self._draw(done, total, figures)
+        elif time.monotonic() >= self._next_line or done == total:
+            self._next_line = time.monotonic() + 15
+            extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
+            print(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}", file=sys.stderr, flush=True)
+
+    def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=self.name, unit=f" {self.unit}", unit_scale=True)
+        self._bar.total = total
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a door hands to its one call."""
+
+    name: str
+    params: Params
+    tracker: Tracker
+
+    def progress(self, unit: str, what: str = "") -> Bar:
+        """A progress bar that counts `unit`."""
+        return Bar(what or self.name, unit)
+
+    def report(self, path: Path, value: Mapping[str, Any]) -> None:
+        """Write the stage's report, and log its numbers and the file."""
+        write_json(path, value)
+        self.tracker.metrics(numbers(value))
+        self.tracker.artifact(path, "reports")
+
+
+@contextmanager
+def open_stage(
+    name: str, params_file: Path, tracker: str, logged: tuple[str, ...] = (), item: str = ""
+) -> Iterator[Stage]:
+    """Run one stage: see the module.
+
+    Args:
+        name: the stage.
+        params_file: params.yaml.
+        tracker: `mlflow` or `none`.
+        logged: sections of params.yaml to log, as the stage's `params` in dvc.yaml.
+        item: which one of a matrix stage.
+    """
+    full_name = f"{name}@{item}" if item else name
+    with _clear_errors():
+        _die_with_parent()
+        signal.signal(signal.SIGTERM, _stop)
+        params = load_params(params_file)
+        with _only_one(full_name):
+            run = _open_run(tracker, full_name, params, logged)
+            status = "FAILED"
+            try:
+                yield Stage(name, params, run)
+                status = "FINISHED"
+            except (KeyboardInterrupt, SystemExit, Busy):
+                status = "KILLED"
+                raise
+            finally:
+                run.end(status)
+
+
+def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) -> Tracker:
+    if tracker == "none":
+        return NullTracker()
+    if tracker != "mlflow":
+        raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
+    from compactgpt.syncing import pipeline_facts, start_syncing
+
+    start = {"tags": git_facts(root()), **pipeline_facts()}
+    run = Journal(state_folder(), name, start)
+    sections = params.model_dump(mode="json")
+    run.params({key: sections[key] for key in logged})
+    start_syncing(root())
+    return run
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _say(str(error))
+        raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _say(f"no room left on the disk ({error.filename or root()}): free some space and run again")
+        raise typer.Exit(DiskFull.exit_code) from error
+    except KeyboardInterrupt as error:
+        _say("stopped; `dvc repro` goes on from here")
+        raise typer.Exit(130) from error
+
+
+def _say(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(143)
+
+
+def _die_with_parent() -> None:
+    """Under DVC on Linux, end when `dvc` is killed: an orphan would train beside its successor."""
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+@contextmanager
+def _only_one(name: str) -> Iterator[None]:
+    """Hold the stage's lock for the life of the process: two writers never share a folder."""
+    path = state_folder() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise Busy(
+                f"stage {name} is already running here (process {file.read().strip() or 'unknown'}): "
+                "wait for it to end, then run the same command again"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
