@@ -1,5 +1,7 @@
-"""What every door does around its one call: read params.yaml, take the stage's lock, open a run, show
-progress, write the report, and turn a mistake into one sentence and an exit code.
+"""What every door does around its one call.
+
+Read params.yaml, take the stage's lock, open a run, show progress, write the report, and turn a mistake
+into one sentence and an exit code.
 """
 
 import ctypes
@@ -128,9 +130,9 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) 
         return NullTracker()
     if tracker != "mlflow":
         raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
-    from compactgpt.syncing import pipeline_facts, start_syncing
+    from compactgpt.syncing import process_facts, start_syncing
 
-    start = {"tags": git_facts(root()), **pipeline_facts()}
+    start = {"tags": git_facts(root()), **process_facts()}
     run = Journal(state_folder(), name, start)
     sections = params.model_dump(mode="json")
     run.params({key: sections[key] for key in logged})

@@ -93,7 +93,7 @@ class Journal:
         self.folder = state / "tracking" / f"{stamp}-{stage}-{secrets.token_hex(3)}"
         (self.folder / "artifacts").mkdir(parents=True)
         self._file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._append("start", {"stage": stage, "pid": os.getpid(), **start})
+        self._append("start", {"stage": stage, **start})
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "time_ms": now_ms(), **content}, ensure_ascii=False)

@@ -1,0 +1,71 @@
+# `make` lists the targets. Python 3.11 or newer, git and make are all that is needed beforehand.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell command -v $(p) 2>/dev/null)))
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+PORT ?= 5000
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help setup repro test check table ui lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the pinned versions (done by the others when needed)
+
+$(STAMP): requirements.lock pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "compactgpt needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "setting up $(VENV) ..."
+	@test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
+	@{ $(VENV)/bin/python -m pip install -q uv==0.13.9 \
+	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python -r requirements.lock \
+	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -e . ; } \
+	  || { echo "uv did not manage it; plain pip takes over (slower) ..."; \
+	       $(VENV)/bin/python -m pip install -q -r requirements.lock; \
+	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; }
+	@touch $@
+
+repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
+	@dvc repro
+	@python -m compactgpt.syncing
+	@python -m stages.comparison --show
+	@echo
+	@echo "The table with its sources: reports/comparison.md"
+	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
+	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=1600"
+
+test: $(STAMP) ## run every test
+	@python -m pytest -n 2
+
+check: $(STAMP) ## lint, format and type checks
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+table: $(STAMP) ## print the table of the last run
+	@python -m stages.comparison --show
+
+ui: $(STAMP) ## open the MLflow UI on this machine only
+	@python -m compactgpt.syncing
+	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
+	  --host 127.0.0.1 --port $(PORT) --workers 1
+
+lock: $(STAMP) ## compile requirements.in to requirements.lock
+	@# torch's CUDA libraries come with torch itself where it is a CUDA build
+	@uv pip compile -q --universal --python-version 3.11 requirements.in --no-header --no-emit-index-url \
+	  --no-emit-find-links --no-annotate | grep -v -E '^(nvidia-|cuda-|triton)' > requirements.lock
+
+clean: ## delete what the pipeline made here, but not .venv, the DVC cache and the MLflow runs
+	@rm -rf data models .state
