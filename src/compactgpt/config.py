@@ -151,13 +151,19 @@ class Samples(Section):
     seed: Count
 
 
-class Evaluation(Section):
-    """How every model is measured."""
+class Likelihood(Section):
+    """How every model is measured on the val split: what a baseline's figures depend on."""
 
     window: Positive
     batch_size: Positive
     bootstrap_resamples: Positive
     bootstrap_seed: Count
+
+
+class Evaluation(Section):
+    """How models are measured, and what ours is asked to write."""
+
+    likelihood: Likelihood
     samples: Samples
 
 
@@ -173,6 +179,16 @@ class Compressor(Section):
     kind: Literal["compressor"]
     codec: Literal["xz", "zstd"]
     level: Positive
+    train_megabytes: Count
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        highest = {"xz": 9, "zstd": 22}[self.codec]
+        if self.level > highest:
+            raise ValueError(f"level ({self.level}) must be at most {highest} for {self.codec}")
+        if self.codec == "xz" and self.train_megabytes:
+            raise ValueError("train_megabytes must be 0 for xz, which takes no dictionary; zstd does")
+        return self
 
 
 class Gguf(Section):
@@ -260,9 +276,10 @@ class Params(Section):
                 f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
                 f"training.micro_batch_size x model.block_size ({unit})"
             )
-        if self.evaluation.window > self.model.block_size:
+        window = self.evaluation.likelihood.window
+        if window > self.model.block_size:
             raise ValueError(
-                f"evaluation.window ({self.evaluation.window}) must be at most "
+                f"evaluation.likelihood.window ({window}) must be at most "
                 f"model.block_size ({self.model.block_size})"
             )
         return self
