@@ -234,18 +234,62 @@ class Baseline(Section):
         return self
 
 
+class ExpectedLoss(Section):
+    """A loss written down before it was measured: nats per token, with two intervals."""
+
+    value: PositiveFloat
+    low_80: PositiveFloat
+    high_80: PositiveFloat
+    low_95: PositiveFloat
+    high_95: PositiveFloat
+    basis: str
+
+    @model_validator(mode="after")
+    def _nested(self) -> Self:
+        bounds = [self.low_95, self.low_80, self.value, self.high_80, self.high_95]
+        if bounds != sorted(bounds):
+            raise ValueError(f"low_95, low_80, value, high_80, high_95 must ascend, found {bounds}")
+        return self
+
+
 class NoteRun(Model):
     """The configuration that the note describes."""
 
     max_steps: Positive
     tokens_per_step: Positive
+    micro_batch_size: Positive
     corpus_tokens: Positive
+    expected_loss: ExpectedLoss
+
+
+class Machine(Section):
+    """A machine that could do the training."""
+
+    peak_teraflops: PositiveFloat
+    utilisation: Annotated[float, Field(gt=0, le=1)]
+    source: str
+
+
+class Anchor(Section):
+    """A run whose loss was measured."""
+
+    name: Name
+    num_params: Positive
+    num_params_non_embedding: Positive
+    max_steps: Positive
+    tokens_per_step: Positive
+    optimizer: Literal["adamw", "muon"]
+    loss: PositiveFloat
+    corpus: str
+    source: str
 
 
 class Estimate(Section):
-    """What is estimated beside the run's own configuration."""
+    """What is estimated, for which machines, and the measured runs that the estimate starts from."""
 
     note: NoteRun
+    machines: Annotated[dict[Name, Machine], Field(min_length=1)]
+    anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]
 
 
 class Comparison(Section):
