@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ class Syncer:
         if not uri:
             database = self.root / "mlflow.db"
             if not database.exists():
-                sqlite3.connect(database).execute("pragma journal_mode=wal").close()
+                with closing(sqlite3.connect(database)) as made:
+                    made.execute("pragma journal_mode=wal")  # readers and the writer never wait long
             uri, location = f"sqlite:///{database}", (self.root / "mlartifacts").as_uri()
         mlflow.set_tracking_uri(uri)
         client = mlflow.MlflowClient(uri)

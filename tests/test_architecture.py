@@ -1,0 +1,153 @@
+"""The house stands as it is drawn: imports go one way, DVC's deps are complete, the README's tree is true."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from compactgpt.config import Params
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {path.stem: path for path in (ROOT / "src/compactgpt").glob("*.py")}
+STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
+PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
+# Files whose edit changes no output: they carry words, progress and records. What config.py reads is
+# tracked by DVC value by value, as params.
+NO_DEPS = {"__init__", "config", "door", "errors", "progress", "syncing", "tracking"}
+
+
+def project_imports(path: Path) -> set[str]:
+    """Rooms and doors that a file imports, at its top or inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "compactgpt":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith(("compactgpt.", "stages.")):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("compactgpt.")}
+    return found
+
+
+def reachable(path: Path) -> set[str]:
+    """Rooms that a door uses, directly or through other rooms; the door's own help is no output."""
+    seen: set[str] = set()
+    todo = project_imports(path) - NO_DEPS
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo |= project_imports(ROOMS[name]) - NO_DEPS - seen
+    return seen
+
+
+def body(stage: str) -> dict:
+    return PIPELINE[stage]
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_a_stages_deps_are_the_files_that_it_reads_and_no_others(stage):
+    listed = {dep for dep in body(stage)["deps"] if dep.startswith(("src/", "stages/"))}
+    used = {f"src/compactgpt/{name}.py" for name in reachable(STAGES[stage])}
+    assert listed == used | {f"stages/{stage}.py"}
+
+
+@pytest.mark.parametrize("stage", PIPELINE)
+def test_one_word_in_every_place(stage):
+    assert stage in ROOMS
+    assert stage in STAGES
+    assert stage in Params.model_fields
+    assert (ROOT / "tests" / f"test_{stage}.py").exists()
+    assert body(stage)["cmd"].startswith(f"exec python -m stages.{stage}")
+
+
+def test_every_section_of_params_is_somebodys_param():
+    tracked = {param.split(".")[0] for stage in PIPELINE.values() for param in stage["params"]}
+    assert tracked == set(Params.model_fields)
+
+
+def test_every_tracked_param_exists():
+    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    for stage in PIPELINE.values():
+        for name in stage["params"]:
+            node = params
+            for part in name.split("."):
+                if part.startswith("${"):
+                    break
+                assert part in node, name
+                node = node[part]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_importing_a_room_loads_no_heavy_library(room):
+    code = f"import sys, compactgpt.{room}; print([m for m in {HEAVY} if m in sys.modules])"
+    if room == "__init__":
+        code = f"import sys, compactgpt; print([m for m in [*{HEAVY}, 'torch', 'numpy'] if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def heavy_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        found |= {name.split(".")[0] for name in names}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("library", "room"),
+    [("mlflow", "syncing"), ("great_expectations", "validation"), ("transformers", "baseline")],
+)
+def test_a_heavy_library_has_one_room(library, room):
+    assert {name for name, path in ROOMS.items() if library in heavy_imports(path)} == {room}
+
+
+def test_rooms_never_look_out_of_the_door():
+    for name, path in ROOMS.items():
+        assert not heavy_imports(path) & {"stages", "typer", "dvc"}, name
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_asking_a_door_for_help_loads_no_heavy_library(name):
+    code = f"import sys, stages.{name}; print([m for m in [*{HEAVY[:2]}, *{HEAVY[3:]}, 'torch'] if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def tracked_files() -> set[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+def test_the_readmes_tree_is_the_disks():
+    tree = re.search(r"```\ncompactgpt/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree, "README.md has no tree"
+    folder, named = "", set()
+    for line in tree.group(1).splitlines():
+        name = line.split()[0]
+        if not line.startswith("    "):
+            folder = name if name.endswith("/") else ""
+        named.add(name if not line.startswith("    ") else folder + name)
+    rooms = {f"src/compactgpt/{path.name}" for path in ROOMS.values() if path.stem != "__init__"}
+    doors = {f"stages/{path.name}" for path in STAGES.values() if path.stem != "__init__"}
+    for path in named:
+        assert (ROOT / path).exists(), f"the README names {path}"
+    assert rooms | doors <= named
+    top = {name.split("/")[0] for name in tracked_files()} - {".gitignore", ".dvcignore"}
+    assert top <= {path.split("/")[0] for path in named}
+
+
+def test_nothing_reads_or_writes_pickle():
+    for path in [*ROOMS.values(), *STAGES.values()]:
+        text = path.read_text()
+        assert not re.search(
+            r"\bpickle\b|torch\.(save|load)\(|allow_pickle=True|trust_remote_code=True", text
+        ), path

@@ -1,0 +1,151 @@
+"""Doors: a mistake is one sentence and an exit code, never a traceback; two never do one stage's work."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from compactgpt.errors import BadData, Busy, UserError
+from stages import door
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A repository folder with the project's params.yaml, not under DVC."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    return tmp_path
+
+
+def run(work, params: Path = Path("params.yaml"), tracker: str = "none"):
+    app = door.new_app()
+
+    @app.command()
+    def main() -> None:
+        with door.open_stage("training", params, tracker, ("model",)) as stage:
+            work(stage)
+
+    return CliRunner().invoke(app)
+
+
+def fail_with(error):
+    def work(_stage):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("kind", [*UserError.__subclasses__(), UserError])
+def test_a_users_mistake_is_one_sentence_and_its_exit_code(here, kind):
+    result = run(fail_with(kind("the file x is empty: write something")))
+    assert result.exit_code == kind.exit_code
+    assert result.output == "error: the file x is empty: write something\n"
+
+
+def test_a_full_disk_is_one_sentence(here):
+    result = run(fail_with(OSError(errno.ENOSPC, "No space left on device", "data/x")))
+    assert result.exit_code == 73
+    assert result.output == "error: no room left on the disk (data/x): free some space and run again\n"
+
+
+def test_a_bug_of_ours_is_not_hidden(here):
+    result = run(fail_with(ZeroDivisionError("boom")))
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_bad_params_are_refused_before_any_work(here):
+    text = (here / "params.yaml").read_text().replace("  n_head: 4", "  n_haed: 4")
+    (here / "params.yaml").write_text(text)
+    worked = []
+    result = run(worked.append)
+    assert result.exit_code == 78
+    assert "model.n_haed" in result.output
+    assert "did you mean n_head" in result.output
+    assert not worked
+
+
+def test_an_unknown_tracker_is_refused(here):
+    result = run(lambda stage: None, tracker="wandb")
+    assert result.exit_code == 2
+    assert "mlflow or none" in result.output
+
+
+def test_a_report_is_stable_json(here):
+    run(lambda stage: stage.report(Path("reports/x.json"), {"b": 1, "a": 0.1}))
+    assert (here / "reports/x.json").read_text() == '{\n  "a": 0.1,\n  "b": 1\n}\n'
+
+
+def test_a_second_run_of_a_stage_is_told_who_works(here):
+    with door._only_one("training"):
+        result = run(lambda stage: None)
+    assert result.exit_code == Busy.exit_code
+    assert f"process {os.getpid()}" in result.output
+    assert run(lambda stage: None).exit_code == 0
+
+
+def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):
+    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
+    run(lambda stage: stage.report(Path("x.json"), {"loss": 2.0}), tracker="mlflow")
+    (folder,) = (here / ".state/tracking").glob("*-training-*")
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["start", "params", "metrics", "artifact", "end"]
+    assert lines[1]["values"]["model.n_layer"] > 0
+    assert lines[2]["values"] == {"loss": 2.0}
+    assert lines[-1]["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(BadData("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Busy("x"), "KILLED")]
+)
+def test_the_journal_tells_how_a_run_failed(here, monkeypatch, error, status):
+    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
+    run(fail_with(error), tracker="mlflow")
+    (path,) = (here / ".state/tracking").glob("*/journal.jsonl")
+    assert json.loads(path.read_text().splitlines()[-1])["status"] == status
+
+
+def test_sigterm_ends_a_stage_and_frees_its_lock(here):
+    code = """
+import sys, time
+from pathlib import Path
+from stages import door
+with door.open_stage("training", Path("params.yaml"), "none"):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"ready\n"
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=20)
+    assert child.returncode == 143
+    with door._only_one("training"):
+        pass
+
+
+def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
+    bar = door.Bar("training", "tokens")
+    bar(1000, 2000, {"loss": "5.1"})
+    bar(1500, 2000)
+    bar(2000, 2000)
+    assert capsys.readouterr().err == (
+        "training: 1,000 of 2,000 tokens, loss 5.1\ntraining: 2,000 of 2,000 tokens\n"
+    )
+
+
+def test_exit_from_a_stage_is_kept(here):
+    assert run(fail_with(typer.Exit(5))).exit_code == 5

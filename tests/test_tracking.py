@@ -1,0 +1,216 @@
+"""The journal tells everything, and MLflow ends up with exactly that: nothing lost, nothing doubled."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from compactgpt import syncing
+from compactgpt.syncing import Syncer, drain, process_facts, tracking_folder
+from compactgpt.tracking import Journal, NullTracker, flatten, git_facts, numbers
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A migrated, empty MLflow store: making one takes seconds, copying it none."""
+    root = tmp_path_factory.mktemp("store")
+    Syncer(root)._connect()
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.execute("pragma wal_checkpoint(truncate)")
+    return (root / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def root(tmp_path, empty_store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "a b"
+    root.mkdir()
+    (root / "mlflow.db").write_bytes(empty_store)
+    return root
+
+
+def journal(root: Path, stage: str = "training", **start) -> Journal:
+    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start})
+
+
+def runs(root: Path):
+    syncer = Syncer(root)
+    return syncer._connect().search_runs([syncer._experiment], order_by=["attributes.start_time"])
+
+
+def history(root: Path, run_id: str, key: str):
+    return [(m.step, m.value) for m in Syncer(root)._connect().get_metric_history(run_id, key)]
+
+
+def test_flatten_joins_keys_with_dots_and_writes_lists_as_json():
+    assert flatten({"a": {"b": 1, "c": [1, 2]}, "d": "x"}) == {"a.b": 1, "a.c": "[1, 2]", "d": "x"}
+
+
+def test_numbers_keeps_numbers_only():
+    assert numbers({"a": {"b": 1, "ok": True}, "name": "x", "loss": 2.5}) == {"a.b": 1.0, "loss": 2.5}
+
+
+def test_null_tracker_forgets_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tracker = NullTracker()
+    tracker.params({"a": 1})
+    tracker.metrics({"a": 1.0})
+    tracker.tags({"a": "b"})
+    tracker.artifact(tmp_path)
+    tracker.end("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mlflow_holds_what_the_journal_said(root):
+    run = journal(root)
+    run.params({"model": {"n_layer": 2}})
+    run.metrics({"train/loss": 3.0}, step=1)
+    run.metrics({"train/loss": 2.0}, step=2)
+    run.tags({"colour": "red"})
+    (root / "report.json").write_text("{}")
+    run.artifact(root / "report.json", "reports")
+    run.end("FINISHED")
+    assert drain(root)
+    (found,) = runs(root)
+    assert found.info.run_name == "training"
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"model.n_layer": "2"}
+    assert found.data.tags["colour"] == "red"
+    assert history(root, found.info.run_id, "train/loss") == [(1, 3.0), (2, 2.0)]
+    assert [f.path for f in Syncer(root)._connect().list_artifacts(found.info.run_id, "reports")] == [
+        "reports/report.json"
+    ]
+
+
+def test_artifacts_are_copied_as_they_were_when_logged(root):
+    run = journal(root)
+    path = root / "report.json"
+    path.write_text("before")
+    run.artifact(path)
+    path.write_text("after")
+    assert (run.folder / "artifacts" / "report.json").read_text() == "before"
+    run.end("FINISHED")
+
+
+def test_a_growing_journal_arrives_once(root):
+    run, syncer = journal(root), Syncer(root)
+    run.metrics({"loss": 3.0}, step=1)
+    assert not syncer.sync()
+    run.metrics({"loss": 2.0}, step=2)
+    run.end("FINISHED")
+    assert syncer.sync()
+    (found,) = runs(root)
+    assert history(root, found.info.run_id, "loss") == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_copy_that_was_cut_off_is_repeated_without_doubling(root):
+    run = journal(root)
+    run.metrics({"loss": 3.0}, step=1)
+    Syncer(root).sync()
+    (run.folder / "synced.json").unlink()  # killed between MLflow's answer and the note of it
+    run.end("FINISHED")
+    assert drain(root)
+    (found,) = runs(root)
+    assert history(root, found.info.run_id, "loss") == [(1, 3.0)]
+
+
+def test_a_torn_last_line_waits(root):
+    run = journal(root)
+    with open(run.folder / "journal.jsonl", "ab") as file:
+        file.write(b'{"kind": "metr')
+    syncer = Syncer(root)
+    assert not syncer.sync()
+    with open(run.folder / "journal.jsonl", "ab") as file:
+        file.write(b'ics", "time_ms": 1, "step": 4, "values": {"loss": 1.5}}\n')
+    run.end("FINISHED")
+    assert syncer.sync()
+    assert history(root, runs(root)[0].info.run_id, "loss") == [(4, 1.5)]
+
+
+def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_it(root):
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    import psutil
+
+    pipeline = {"pid": sleeper.pid, "created": psutil.Process(sleeper.pid).create_time()}
+    syncer = Syncer(root)
+    for stage in ["download", "training"]:
+        journal(root, stage, pipeline=pipeline).end("FINISHED")
+        assert not syncer.sync()  # the parent is still open
+    sleeper.communicate(b"\n")
+    fresh = Syncer(root)  # as after a crash of the first: it must take over the open parent
+    fresh._connect()
+    assert fresh.sync()
+    found = {run.info.run_name: run for run in runs(root)}
+    assert sorted(found) == ["download", "pipeline", "training"]
+    parent = found["pipeline"].info.run_id
+    assert {run.data.tags.get("mlflow.parentRunId") for run in found.values()} == {parent, None}
+    assert found["pipeline"].info.status == "FINISHED"
+
+
+def test_a_killed_stage_is_closed_as_killed(root):
+    code = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from compactgpt.syncing import process_facts
+        from compactgpt.tracking import Journal
+        run = Journal(Path(sys.argv[1]), "training", {"tags": {}, **process_facts()})
+        run.metrics({"loss": 3.0}, step=1)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root / ".state")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert drain(root)
+    (found,) = runs(root)
+    assert found.info.status == "KILLED"
+    assert history(root, found.info.run_id, "loss") == [(1, 3.0)]
+
+
+def test_a_server_that_refuses_loses_nothing(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run = journal(root)
+    run.metrics({"loss": 3.0}, step=1)
+    run.end("FINISHED")
+    with pytest.raises(Exception, match="(?i)connection|retries"):
+        Syncer(root).sync()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert drain(root)
+    assert history(root, runs(root)[0].info.run_id, "loss") == [(1, 3.0)]
+
+
+def test_only_one_process_copies(root):
+    folder = tracking_folder(root)
+    folder.mkdir(parents=True)
+    with syncing._lock(folder) as first, syncing._lock(folder) as second:
+        assert (first, second) == (True, False)
+
+
+def test_git_facts_name_the_commit_and_tell_dirty_from_clean(tmp_path):
+    assert git_facts(tmp_path) == {}
+    env = {**os.environ, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
+           "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
+    (tmp_path / "f").write_text("1")
+    for words in [["init", "-q"], ["add", "f"], ["commit", "-qm", "x"]]:
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, env=env)
+    clean = git_facts(tmp_path)
+    assert len(clean["git.commit"]) == 40
+    assert clean["git.dirty"] == "false"
+    (tmp_path / "f").write_text("2")
+    assert git_facts(tmp_path)["git.dirty"] == "true"
+
+
+def test_every_journal_line_is_one_json_object(root):
+    run = journal(root)
+    run.params({"text": "two\nlines"})
+    run.end("FAILED")
+    lines = (run.folder / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["start", "params", "end"]
