@@ -180,7 +180,7 @@ def test_a_server_that_refuses_loses_nothing(root, monkeypatch):
     run = journal(root)
     run.metrics({"loss": 3.0}, step=1)
     run.end("FINISHED")
-    with pytest.raises(Exception, match="(?i)connection|retries"):
+    with pytest.raises(Exception, match=r"(?i)connection|retries"):
         Syncer(root).sync()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert drain(root)
