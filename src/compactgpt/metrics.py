@@ -5,6 +5,7 @@ things) and nanochat's loss_eval.py (bits per byte from summed nats and summed b
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def map(self, increasing: Callable[[float], float]) -> "Interval":
+        """The interval of an increasing function of the estimate: percentiles follow such a function."""
+        return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
 
 def perplexity(nats_per_token: float) -> float:
@@ -48,13 +53,42 @@ def ratio_bootstrap(
         confidence: share of the bootstrap distribution between the bounds.
 
     Raises:
-        ValueError: no documents, or arrays of different length.
+        ValueError: no documents, arrays of different length, or a denominator that is not positive.
     """
     if numerator.shape != denominator.shape or numerator.ndim != 1 or not len(numerator):
         raise ValueError(f"need two equal, non-empty vectors, got {numerator.shape} and {denominator.shape}")
+    if denominator.min() <= 0:
+        raise ValueError(f"every denominator must be positive, found {denominator.min()}")
     samples = _resampled_ratios(numerator, denominator, resamples, seed)
     low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+
+
+def perplexity_ratio(
+    nats: Array, other_nats: Array, tokens: Array, *, resamples: int, seed: int, confidence: float = 0.95
+) -> Interval:
+    """Perplexity of a model over that of another on the same documents, with a paired interval.
+
+    The ratio is exp of the difference of the two losses, so its interval is exp of that difference's; each
+    resample draws the same documents for both models, which takes out how hard the documents are.
+
+    Args:
+        nats: of the model, one sum a document. (documents,)
+        other_nats: of the other model, in the same order. (documents,)
+        tokens: scored, counted the same way for both. (documents,)
+        resamples: number of bootstrap samples.
+        seed: of the resampling.
+        confidence: share of the bootstrap distribution between the bounds.
+
+    Raises:
+        ValueError: see `ratio_bootstrap`.
+    """
+    if nats.shape != other_nats.shape:
+        raise ValueError(f"need the same documents, got {nats.shape} and {other_nats.shape}")
+    difference = ratio_bootstrap(
+        nats - other_nats, tokens, resamples=resamples, seed=seed, confidence=confidence
+    )
+    return difference.map(math.exp)
 
 
 def _resampled_ratios(numerator: Array, denominator: Array, resamples: int, seed: int) -> Array:

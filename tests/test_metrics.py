@@ -1,0 +1,98 @@
+"""Metrics: hand-worked values, and intervals that cover the truth as often as they say."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from compactgpt.metrics import Interval, bits_per_byte, perplexity, perplexity_ratio, ratio_bootstrap
+
+
+def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
+    assert perplexity(math.log(50257)) == pytest.approx(50257)
+
+
+def test_eight_coin_flips_a_byte_are_eight_bits():
+    assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)
+
+
+def test_gpt2_on_openwebtext_has_the_bits_per_byte_of_the_fact_sheet():
+    assert bits_per_byte(3.12 * 1000, 4400) == pytest.approx(1.023, abs=5e-4)
+
+
+def test_a_ratio_is_the_ratio_of_sums_not_the_mean_of_ratios():
+    found = ratio_bootstrap(np.array([1.0, 30.0]), np.array([1.0, 10.0]), resamples=10, seed=0)
+    assert found.value == pytest.approx(31 / 11)
+
+
+def test_the_bounds_are_percentiles_of_all_resamples_worked_by_hand():
+    """With three documents there are 27 equally likely resamples; enumerate them."""
+    nats, tokens = np.array([2.0, 9.0, 4.0]), np.array([1.0, 3.0, 4.0])
+    every = [nats[list(d)].sum() / tokens[list(d)].sum() for d in itertools.product(range(3), repeat=3)]
+    found = ratio_bootstrap(nats, tokens, resamples=20_000, seed=5)
+    assert (found.low, found.high) == (min(every), max(every))  # each has probability 1/27 > 2.5 %
+    narrow = ratio_bootstrap(nats, tokens, resamples=20_000, seed=5, confidence=0.5)
+    low, high = np.quantile(every, [0.25, 0.75], method="inverted_cdf")
+    assert (narrow.low, narrow.high) == pytest.approx((low, high))
+
+
+def test_one_document_has_no_spread():
+    assert ratio_bootstrap(np.array([6.0]), np.array([2.0]), resamples=9, seed=1) == Interval(3.0, 3.0, 3.0)
+
+
+def test_chunked_resampling_draws_what_one_chunk_would():
+    """Bounded memory must not change the numbers: one generator, read in the same order."""
+    nats = np.random.default_rng(0).gamma(2, 50, 5000)
+    tokens = np.random.default_rng(1).integers(1, 99, 5000).astype(float)
+    drawn = np.random.Generator(np.random.PCG64(3)).integers(0, 5000, (1000, 5000))
+    plain = nats[drawn].sum(1) / tokens[drawn].sum(1)
+    found = ratio_bootstrap(nats, tokens, resamples=1000, seed=3)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), rel=1e-12)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """Clustered data: tokens of a document share its difficulty. Known truth, 300 data sets."""
+    generator, covered, token_level = np.random.default_rng(11), 0, 0
+    for seed in range(300):
+        tokens = generator.integers(20, 400, 80).astype(float)
+        difficulty = generator.normal(3.0, 0.5, 80)  # of a document, in nats per token
+        nats = tokens * difficulty + generator.normal(0, 1, 80) * np.sqrt(tokens)
+        found = ratio_bootstrap(nats, tokens, resamples=400, seed=seed)
+        covered += found.low <= 3.0 <= found.high
+        error = 1.96 / math.sqrt(tokens.sum())  # what independent tokens of variance 1 would claim
+        token_level += abs(found.value - 3.0) <= error
+    assert 0.90 <= covered / 300 <= 0.98
+    assert token_level / 300 < 0.5  # the reason for resampling documents
+
+
+def test_the_paired_ratio_sees_what_two_separate_intervals_hide():
+    """A model 0.02 nats better everywhere: the paired interval excludes 1, the plain ones overlap."""
+    generator = np.random.default_rng(2)
+    tokens = generator.integers(20, 400, 60).astype(float)
+    worse = tokens * generator.normal(3.0, 0.5, 60)
+    better = worse - tokens * generator.normal(0.02, 0.01, 60)
+    found = perplexity_ratio(worse, better, tokens, resamples=1000, seed=1)
+    assert found.value == pytest.approx(math.exp((worse.sum() - better.sum()) / tokens.sum()))
+    assert 1 < found.low < found.value < found.high < 1.04
+    one, two = (ratio_bootstrap(n, tokens, resamples=1000, seed=1) for n in (worse, better))
+    assert one.low < two.high
+
+
+def test_a_model_against_itself_is_exactly_one():
+    nats, tokens = np.array([3.0, 8.0]), np.array([1.0, 2.0])
+    assert perplexity_ratio(nats, nats, tokens, resamples=20, seed=0) == Interval(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("nats", "tokens", "complaint"),
+    [([], [], "non-empty"), ([1.0], [1.0, 2.0], "equal"), ([1.0, 1.0], [3.0, 0.0], "positive")],
+)
+def test_impossible_data_is_refused(nats, tokens, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ratio_bootstrap(np.array(nats), np.array(tokens), resamples=5, seed=0)
+
+
+def test_pairing_needs_the_same_documents():
+    with pytest.raises(ValueError, match="same documents"):
+        perplexity_ratio(np.ones(2), np.ones(3), np.ones(2), resamples=5, seed=0)
