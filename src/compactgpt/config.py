@@ -8,7 +8,8 @@ the door only these objects travel. Units and meanings stand beside the numbers,
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -25,12 +26,17 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
+# A glob inside the repository.
+FilePattern = Annotated[str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|jsonl|parquet)$")]
 
 
 class Section(BaseModel):
     """One section of params.yaml: immutable, with no key but the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 class Runtime(Section):
@@ -52,8 +58,8 @@ class Docstrings(Section):
 class Files(Section):
     """The user's own text, by globs relative to the repository."""
 
-    patterns: Annotated[tuple[str, ...], Field(min_length=1)]
-    text_column: str
+    patterns: Annotated[tuple[FilePattern, ...], Field(min_length=1)]
+    text_column: Annotated[str, Field(min_length=1)]
 
 
 class Tokenizer(Section):
@@ -61,6 +67,7 @@ class Tokenizer(Section):
 
     encoding: str
     wheel: Wheel
+    wheel_folder: str
     vocab_bpe_sha256: Sha256
     encoder_json_sha256: Sha256
 
@@ -104,6 +111,7 @@ class Model(Section):
     padded_vocab_size: Positive
     bias: bool
     dropout: Annotated[float, Field(ge=0, lt=1)]
+    gelu: Literal["erf", "tanh"] = "erf"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -111,7 +119,8 @@ class Model(Section):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
-                f"padded_vocab_size ({self.padded_vocab_size}) must be at least vocab_size ({self.vocab_size})"
+                f"padded_vocab_size ({self.padded_vocab_size}) must be at least "
+                f"vocab_size ({self.vocab_size})"
             )
         if self.vocab_size > 2**32:
             raise ValueError(f"vocab_size ({self.vocab_size}) must fit uint32 token ids")
@@ -130,8 +139,9 @@ class Training(Section):
     embedding_learning_rate: PositiveFloat
     muon_learning_rate: PositiveFloat
     min_lr_ratio: Share
-    schedule: Literal["cosine", "linear", "constant"]
+    schedule: Literal["cosine", "linear", "wsd", "constant"]
     warmup_steps: Count
+    decay_share: Share
     weight_decay: NonNegative
     beta1: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
@@ -330,7 +340,12 @@ class Params(Section):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml.
+    """Read and check params.yaml: see `load_section`."""
+    return load_section(path, Params)
+
+
+def load_section(path: Path, kind: type[Checked]) -> Checked:
+    """Read a YAML file and check it as a section.
 
     Raises:
         MissingInput: there is no such file.
@@ -340,32 +355,38 @@ def load_params(path: Path) -> Params:
     try:
         tree = YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run from the repository folder, or pass --params") from error
+        raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    return parse_params(tree, str(path))
+    return _parse(tree, kind, str(path))
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
     """Check a parsed params.yaml.
 
     Raises:
-        BadConfig: see `load_params`.
+        BadConfig: see `load_section`.
     """
+    return _parse(tree, Params, source)
+
+
+def _parse(tree: Any, kind: type[Checked], source: str) -> Checked:
     try:
         # JSON is the strict mode that still lets a YAML list be a tuple.
-        return Params.model_validate_json(json.dumps(tree, default=str))
+        return kind.model_validate_json(json.dumps(tree, default=str))
+    except TypeError as error:
+        raise BadConfig(f"{source} can't be used: keys must be words ({error})") from error
     except ValidationError as error:
-        lines = [f"  {_explain(detail)}" for detail in error.errors()]
+        lines = [f"  {_explain(detail, kind)}" for detail in error.errors()]
         raise BadConfig(f"{source} can't be used; mend:\n" + "\n".join(lines)) from error
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, kind: type[Section]) -> str:
     """One line for one mistake: the key's path, what was found, what is allowed."""
-    location = [str(part) for part in detail["loc"]]
+    location, parent = _walk([str(part) for part in detail["loc"]], kind)
     path = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = sorted(getattr(parent, "model_fields", {}))
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
@@ -377,10 +398,35 @@ def _explain(detail: Any) -> str:
     return f"{path}: found {json.dumps(detail['input'])}; {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """Names of the keys that the section at `location` may have."""
-    section: Any = Params
+def _walk(location: list[str], kind: Any) -> tuple[list[str], Any]:
+    """Follow pydantic's location of a mistake: the path as the file has it, and the section it ends in.
+
+    A union told apart by a key adds that key's value to pydantic's location, which no file has.
+    """
+    path: list[str] = []
+    parent = kind
     for part in location:
-        fields = getattr(section, "model_fields", {})
-        section = fields[part].annotation if part in fields else None
-    return sorted(getattr(section, "model_fields", {}))
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        members = get_args(kind)
+        if get_origin(kind) in (Union, UnionType) and part in (tags := _tags(members)):
+            kind = tags[part]
+            continue
+        path.append(part)
+        parent = kind
+        fields = getattr(kind, "model_fields", {})
+        if part in fields:
+            kind = fields[part].annotation
+        else:  # dict[name, section], tuple[section, ...]
+            kind = members[-1 if get_origin(kind) is dict else 0] if members else None
+    return path, parent
+
+
+def _tags(members: tuple[Any, ...]) -> dict[str, Any]:
+    """The sections of a union by the value of the key that tells them apart."""
+    tags: dict[str, Any] = {}
+    for member in members:
+        for field in getattr(member, "model_fields", {}).values():
+            if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
+                tags[get_args(field.annotation)[0]] = member
+    return tags
