@@ -12,11 +12,13 @@ batch of sequences, T the tokens of one.
 """
 
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -141,48 +143,103 @@ def open_tokens(path: Path) -> TokenFile:
     return TokenFile(path, header, tokens, offsets, byte_lengths, ids)
 
 
+class TokenWriter:
+    """Takes the documents of one split, one by one; made by `token_writer`."""
+
+    def __init__(self, file: IO[bytes], vocab_size: int, eot_token: int) -> None:
+        self._file, self._vocab_size = file, vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._end_of_text = np.array([eot_token], self.dtype).tobytes()
+        # Packed, since a large corpus has millions of documents.
+        self._offsets, self._byte_lengths, self._ids = array("q", [0]), array("q"), bytearray()
+
+    def add(self, document_id: bytes, byte_length: int, tokens: Tokens) -> None:
+        """Append one document.
+
+        Args:
+            document_id: 16 bytes.
+            byte_length: of its text, in UTF-8.
+            tokens: ids without end-of-text. (tokens,)
+
+        Raises:
+            BadData: an id is not below the vocabulary's size.
+        """
+        if len(tokens) and int(tokens.max()) >= self._vocab_size:
+            raise BadData(f"document {document_id.hex()} has a token id not below {self._vocab_size}")
+        self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._file.write(self._end_of_text)
+        self._offsets.append(self._offsets[-1] + len(tokens) + 1)
+        self._byte_lengths.append(byte_length)
+        self._ids += document_id
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, end-of-text included."""
+        return self._offsets[-1]
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return len(self._byte_lengths)
+
+    def index(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the document index, as it is saved."""
+        return {
+            "offsets": np.array(self._offsets, np.int64),
+            "bytes": np.array(self._byte_lengths, np.int64),
+            "ids": np.frombuffer(bytes(self._ids), np.uint8).reshape(-1, 16),
+        }
+
+
+@contextmanager
+def token_writer(
+    path: Path, *, vocab_size: int, eot_token: int, tokenizer_sha256: str
+) -> Iterator[TokenWriter]:
+    """Write one split in memory bounded by its index; both files appear when the block ends well.
+
+    Args:
+        path: the token file; the index goes beside it.
+        vocab_size: ids must be below it.
+        eot_token: appended to every document.
+        tokenizer_sha256: what made the ids.
+    """
+    with atomic_file(path) as file:
+        file.seek(HEADER_BYTES)
+        writer = TokenWriter(file, vocab_size, eot_token)
+        yield writer
+        header = Header(
+            VERSION,
+            writer.dtype.name,
+            writer.tokens,
+            writer.documents,
+            vocab_size,
+            eot_token,
+            tokenizer_sha256,
+        )
+        file.seek(0)
+        file.write(encode_header(header))
+        write_bytes(index_path(path), save(writer.index()))
+
+
 def write_tokens(
     path: Path,
-    documents: Iterator[tuple[bytes, int, Tokens]],
+    documents: Iterable[tuple[bytes, int, Tokens]],
     *,
     vocab_size: int,
     eot_token: int,
     tokenizer_sha256: str,
 ) -> Header:
-    """Write one split, document by document, in memory bounded by the index.
-
-    Args:
-        path: the token file; the index goes beside it.
-        documents: (16-byte id, length in UTF-8 bytes, token ids without end-of-text) of each.
-        vocab_size: ids must be below it.
-        eot_token: appended to every document.
-        tokenizer_sha256: what made the ids.
+    """Write one split from (16-byte id, length in UTF-8 bytes, token ids) of each document.
 
     Raises:
         BadData: an id is not below `vocab_size`.
     """
-    dtype = token_dtype(vocab_size)
-    offsets, byte_lengths, ids = [0], [], []
-    with atomic_file(path) as file:
-        file.seek(HEADER_BYTES)
+    with token_writer(
+        path, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256=tokenizer_sha256
+    ) as writer:
         for document_id, byte_length, tokens in documents:
-            if len(tokens) and int(tokens.max()) >= vocab_size:
-                raise BadData(f"document {document_id.hex()} has a token id not below {vocab_size}")
-            file.write(tokens.astype(dtype).tobytes())
-            file.write(np.array([eot_token], dtype).tobytes())
-            offsets.append(offsets[-1] + len(tokens) + 1)
-            byte_lengths.append(byte_length)
-            ids.append(np.frombuffer(document_id, np.uint8))
-        header = Header(VERSION, dtype.name, offsets[-1], len(ids), vocab_size, eot_token, tokenizer_sha256)
-        file.seek(0)
-        file.write(encode_header(header))
-    index = {
-        "offsets": np.array(offsets, np.int64),
-        "bytes": np.array(byte_lengths, np.int64),
-        "ids": np.array(ids, np.uint8).reshape(-1, 16),
-    }
-    write_bytes(index_path(path), save(index))
-    return header
+            writer.add(document_id, byte_length, tokens)
+    return read_header(path)
 
 
 def training_batch(

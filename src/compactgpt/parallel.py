@@ -1,0 +1,62 @@
+"""One function over many tasks in several processes: results in order, memory bounded, no orphans."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from compactgpt.errors import Busy
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
+    """Yield `function(task)` for each task, in the order of the tasks.
+
+    Args:
+        function: importable by name; what it takes and returns can be pickled.
+        tasks: taken one by one; at most 2 x `num_workers` of them are under way.
+        num_workers: processes; with 1 the work is done in this one.
+
+    Raises:
+        Busy: a worker was killed.
+        Exception: whatever `function` raises, for the first task that raises.
+    """
+    if num_workers == 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("spawn")  # the one way that is safe beside threads, everywhere
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
+    running: deque[Future[R]] = deque()
+    try:
+        for task in tasks:
+            running.append(pool.submit(function, task))
+            if len(running) == 2 * num_workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise Busy(
+            "a worker process was killed, most often for want of memory: "
+            "lower runtime.num_workers in params.yaml, or free some memory, and run the same command again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when its parent is killed: it would wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)

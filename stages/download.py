@@ -1,0 +1,42 @@
+"""Door of compactgpt.download: params.yaml -> data/documents/, data/tokenizer/, reports/download.json."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
+
+app = new_app()
+
+
+@app.command()
+def main(
+    documents: Annotated[Path, typer.Option(help="Folder of document shards to make.")] = Path(
+        "data/documents"
+    ),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer to make.")] = Path(
+        "data/tokenizer"
+    ),
+    report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/download.json"),
+    params_file: ParamsFile = Path("params.yaml"),
+    tracker: TrackerName = "mlflow",
+) -> None:
+    """Fetch the corpus and the tokenizer, as verified folders."""
+    with open_stage("download", params_file, tracker, ("download",)) as stage:
+        from compactgpt.download import download
+
+        facts = download(
+            stage.params.download,
+            documents,
+            tokenizer,
+            root=Path(),
+            cache=state_folder() / "wheels",
+            num_workers=stage.params.runtime.num_workers,
+            progress=stage.progress("files"),
+        )
+        stage.report(report, facts)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,38 @@
+"""Door of compactgpt.tokenization: data/documents/, data/tokenizer/ -> data/tokens/."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.door import ParamsFile, TrackerName, new_app, open_stage
+
+app = new_app()
+
+
+@app.command()
+def main(
+    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    tokens: Annotated[Path, typer.Option(help="Folder of token files to make.")] = Path("data/tokens"),
+    report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/tokenization.json"),
+    params_file: ParamsFile = Path("params.yaml"),
+    tracker: TrackerName = "mlflow",
+) -> None:
+    """Turn the documents into train and val token files."""
+    from compactgpt.tokenization import tokenize
+
+    with open_stage("tokenization", params_file, tracker, ("tokenization",)) as stage:
+        facts = tokenize(
+            documents,
+            tokenizer,
+            tokens,
+            stage.params.tokenization,
+            num_workers=stage.params.runtime.num_workers,
+            progress=stage.progress("bytes"),
+        )
+        stage.report(report, facts)
+
+
+if __name__ == "__main__":
+    app()
