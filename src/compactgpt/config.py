@@ -53,6 +53,7 @@ class Docstrings(Section):
     distributions: Annotated[dict[Name, str], Field(min_length=1)]
     exclude: tuple[str, ...]
     min_characters: Count
+    max_characters: Positive
 
 
 class Files(Section):

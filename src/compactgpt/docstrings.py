@@ -1,14 +1,15 @@
 """The embedded corpus: docstrings of installed distributions, read from their source, never imported.
 
-A document is one module: each of its docstrings in source order, under its qualified name. The text
-depends on the distributions alone: not on the platform, not on the version of Python.
+A document is one module: each of its docstrings in source order, under its qualified name. A long module
+is cut between two docstrings into several documents, so that none outweighs the others. The text depends
+on the distributions alone: not on the platform, not on the version of Python.
 """
 
 import ast
 import gc
 import importlib.metadata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from compactgpt.errors import BadData, MissingInput
 
 _SHORT_LICENCE = 40  # characters: a longer field holds the licence's whole text
+_GAP = "\n\n"
+_MEND = "delete .venv and run `make setup`"
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -57,8 +60,8 @@ def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distri
         ) from error
     if found.version.split("+")[0] != version:
         raise MissingInput(
-            f"{name} {found.version} is installed, params.yaml "
-            f"(download.docstrings.distributions.{name}) names {version}: run `make setup`, or change one of the two"
+            f"{name} {found.version} is installed where params.yaml (download.docstrings.distributions) "
+            f"names {version}: run `make setup`, or change one of the two"
         )
     left_out = set(exclude)
     paths = sorted(
@@ -67,7 +70,7 @@ def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distri
         if file.suffix == ".py" and not left_out.intersection([*file.parts[:-1], file.stem, ".."])
     )
     if not paths:
-        raise MissingInput(f"{name} {version} does not list its modules: reinstall it with `make setup`")
+        raise MissingInput(f"{name} {version} is installed without a list of its modules: {_MEND}")
     modules = tuple(
         Module(module, Path(str(found.locate_file(path))), f"{name}/{module}")
         for path, module in ((path, _dotted(path)) for path in paths)
@@ -101,8 +104,8 @@ def short_licence(metadata: Any) -> str:
     return ", ".join(names) or "unknown"
 
 
-def module_texts(modules: Sequence[Module]) -> list[str]:
-    """Return the documents of some modules; see `module_text`.
+def read_modules(modules: Sequence[Module], max_characters: int) -> list[list[str]]:
+    """Return the documents of each module; see `read_module`.
 
     Without the cyclic garbage collector, which costs a third of the time here: syntax trees are many
     objects and hold no cycles.
@@ -110,14 +113,18 @@ def module_texts(modules: Sequence[Module]) -> list[str]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return [module_text(module) for module in modules]
+        return [read_module(module, max_characters) for module in modules]
     finally:
         if collecting:
             gc.enable()
 
 
-def module_text(module: Module) -> str:
-    """Return the document of one module; empty where it has no docstring.
+def read_module(module: Module, max_characters: int) -> list[str]:
+    """Return the documents of one module; none where it has no docstring.
+
+    Args:
+        module: whose file is read.
+        max_characters: of one document, unless a single docstring is longer.
 
     Raises:
         MissingInput: the file is not there.
@@ -130,14 +137,23 @@ def module_text(module: Module) -> str:
             warnings.simplefilter("ignore")  # invalid escapes in other people's code
             tree = ast.parse(content)
     except FileNotFoundError as error:
-        raise MissingInput(
-            f"{module.path} of {module.source} is missing: reinstall with `make setup`"
-        ) from error
+        raise MissingInput(f"{module.path} is missing: {_MEND}") from error
     except UnicodeDecodeError as error:
-        raise BadData(f"{module.path} of {module.source} is not UTF-8 (byte {error.start:,})") from error
+        raise BadData(f"{module.path} is not UTF-8 (byte {error.start:,}): {_MEND}") from error
     except (SyntaxError, ValueError) as error:
-        raise BadData(f"{module.path} of {module.source} is no Python source ({error})") from error
-    return "\n\n".join(f"{name}\n{text}" for name, text in _docstrings(tree, module.name))
+        raise BadData(f"{module.path} is no Python source ({error}): {_MEND}") from error
+    return pack((f"{name}\n{text}" for name, text in _docstrings(tree, module.name)), max_characters)
+
+
+def pack(parts: Iterable[str], max_characters: int) -> list[str]:
+    """Join parts, an empty line between two, into texts of at most `max_characters`; no part is cut."""
+    texts: list[str] = []
+    for part in parts:
+        if texts and len(texts[-1]) + len(_GAP) + len(part) <= max_characters:
+            texts[-1] += _GAP + part
+        else:
+            texts.append(part)
+    return texts
 
 
 def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:

@@ -6,15 +6,16 @@ it hashes to.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from compactgpt import encoding, wheels
 from compactgpt.config import Docstrings, Download, Files, Tokenizer
-from compactgpt.docstrings import Distribution, find_distribution, module_texts
+from compactgpt.docstrings import Distribution, Module, find_distribution, read_modules
 from compactgpt.documents import Document, new_document, write_documents
 from compactgpt.errors import BadData
 from compactgpt.parallel import ordered_map
@@ -142,9 +143,8 @@ def write_corpus(
         for name in ("documents", "bytes"):
             facts[name] = sum(source[name] for source in facts["sources"])
         if not facts["documents"]:
-            raise BadData(
-                f"no document is left of the corpus {params.corpus} (left out: {left_out}): add text"
-            )
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+            raise BadData(f"no document is left of the corpus {params.corpus} ({counts}): add text")
     return {**facts, "left_out": left_out}
 
 
@@ -176,20 +176,26 @@ def _docstring_pieces(
         for name, version in sorted(params.distributions.items())
     ]
     sources = [Source(each.name, each.version, each.licence) for each in found]
-    return sources, _read_modules(found, sources, num_workers, progress)
+    read = partial(read_modules, max_characters=params.max_characters)
+    return sources, _read_distributions(found, sources, read, num_workers, progress)
 
 
-def _read_modules(
-    found: Sequence[Distribution], sources: Sequence[Source], num_workers: int, progress: Progress
+def _read_distributions(
+    found: Sequence[Distribution],
+    sources: Sequence[Source],
+    read: Callable[[Sequence[Module]], list[list[str]]],
+    num_workers: int,
+    progress: Progress,
 ) -> Iterator[Piece]:
     owned = [(module, source) for each, source in zip(found, sources, strict=True) for module in each.modules]
     modules = [module for module, _ in owned]
     tasks = [
         modules[start : start + _MODULES_PER_TASK] for start in range(0, len(modules), _MODULES_PER_TASK)
     ]
-    texts = chain.from_iterable(ordered_map(module_texts, tasks, num_workers))
-    for done, ((module, source), text) in enumerate(zip(owned, texts, strict=True), 1):
-        yield Piece(text, module.source, source)
+    results = chain.from_iterable(ordered_map(read, tasks, num_workers))
+    for done, ((module, source), texts) in enumerate(zip(owned, results, strict=True), 1):
+        for part, text in enumerate(texts, 1):
+            yield Piece(text, module.source if part == 1 else f"{module.source}#{part}", source)
         progress(done, len(owned))
 
 

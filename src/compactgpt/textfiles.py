@@ -31,7 +31,7 @@ def find_files(files: Files, root: Path) -> dict[str, list[str]]:
     for pattern in files.patterns:
         names = sorted(
             Path(name).as_posix()
-            for name in glob.glob(pattern, root_dir=root, recursive=True)
+            for name in glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (follows links)
             if not (root / name).is_dir()
         )
         if not names and not glob.has_magic(pattern):
@@ -84,9 +84,8 @@ def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
 
 def _read_jsonl(path: Path, name: str, column: str) -> Iterator[tuple[str, str]]:
     with open(path, "rb") as file:
-        for line, content in enumerate(file, 1):
-            if line == 1:
-                content = content.removeprefix(_BOM)
+        for line, raw in enumerate(file, 1):
+            content = raw.removeprefix(_BOM) if line == 1 else raw
             if not content.strip():
                 continue
             yield _json_text(content, name, line, column), f"{name}:{line}"
@@ -105,10 +104,11 @@ def _json_text(content: bytes, name: str, line: int, column: str) -> str:
             f"{name}, line {line:,}: found {found} where a JSON object with the text column {column!r} "
             "is wanted: set download.files.text_column in params.yaml, or mend the line"
         )
-    if not isinstance(row[column], str):
-        kind = type(row[column]).__name__
+    text = row[column]
+    if not isinstance(text, str):
+        kind = type(text).__name__
         raise BadData(f"{name}, line {line:,}: {column!r} is {kind}, text is wanted: mend or remove the line")
-    return row[column]
+    return text
 
 
 def _read_parquet(path: Path, name: str, column: str) -> Iterator[tuple[str, str]]:
