@@ -61,7 +61,7 @@ class LanguageModel(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """What the report says of the model: kind, num_params, context and whatever tells it apart."""
 
-    def score(self, split: TokenFile, window: int, progress: Progress) -> Nats:
+    def score(self, split: TokenFile, window: int, progress: Progress, /) -> Nats:
         """Sum the nats of every document; a model with a context cuts documents at `window` tokens."""
 
 

