@@ -35,6 +35,12 @@ class Unreachable(UserError):
     exit_code = 69
 
 
+class OutOfMemory(UserError):
+    """No memory left for the work as it is configured."""
+
+    exit_code = 71
+
+
 class DiskFull(UserError):
     """No room left to write."""
 

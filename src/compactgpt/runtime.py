@@ -6,6 +6,10 @@ Call `prepare_process` first thing in a program that trains or evaluates, before
 import ctypes
 import os
 import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from compactgpt.config import Runtime
 
@@ -47,3 +51,26 @@ def resolve_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Let long work end at a place of its choice: the first SIGTERM or Ctrl-C is noted, the second acts.
+
+    Main thread only. Yields a function that tells whether a stop was asked for.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    asked = False
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,150 @@
+"""Models and training states on disk: safetensors and JSON, complete or absent, verified when read.
+
+A model is a folder with `model.safetensors` and `config.json`. A training state is a folder
+`step-00000200` with `model.safetensors`, `optimizer.safetensors` and `progress.json`; all states of one
+run lie in one folder, named by the run's key. Both are made by storage.atomic_folder.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from compactgpt.config import Model
+from compactgpt.errors import BadData, MissingInput
+from compactgpt.model import GPT
+from compactgpt.optim import Optimizers
+from compactgpt.storage import atomic_folder, read_json, verified_manifest, write_json
+
+KEPT_STATES = 2
+log = logging.getLogger(__name__)
+
+
+def save_model(model: GPT, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write a model: its tensors, its shape, and what else is worth knowing of it.
+
+    Args:
+        model: on any device.
+        folder: replaced as a whole.
+        facts: JSON values, kept in config.json beside the shape.
+    """
+    with atomic_folder(folder, {"format": "compactgpt-model-1"}) as temporary:
+        _write_tensors(temporary / "model.safetensors", model.state_dict())
+        config = {"model": model.shape.model_dump(mode="json"), "facts": dict(facts)}
+        write_json(temporary / "config.json", config)
+
+
+def load_model(folder: Path, device: str = "cpu") -> GPT:
+    """Read a model that `save_model` wrote, ready for evaluation.
+
+    Raises:
+        MissingInput: there is none.
+        BadData: a file was altered, the shape is impossible, or a tensor is missing, unknown, of another
+            shape or type, or not finite.
+    """
+    verified_manifest(folder)
+    try:
+        shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
+    except (KeyError, TypeError, ValidationError) as error:
+        raise BadData(f"{folder / 'config.json'} describes no model: run `dvc repro -f training`") from error
+    model = GPT(shape)
+    tensors = _read_tensors(folder / "model.safetensors")
+    _check_like(tensors, model.state_dict(), folder / "model.safetensors")
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def save_state(
+    folder: Path, run_key: str, step: int, model: GPT, optimizers: Optimizers, progress: Mapping[str, Any]
+) -> None:
+    """Write the state after `step` updates, then drop all but the newest KEPT_STATES.
+
+    Args:
+        folder: of the run's states.
+        run_key: what the run is a function of.
+        step: updates made, at least one.
+        model: its weights now.
+        optimizers: their state now.
+        progress: JSON values that training needs to go on.
+    """
+    with atomic_folder(folder / f"step-{step:08d}", {"run_key": run_key, "step": step}) as temporary:
+        _write_tensors(temporary / "model.safetensors", model.state_dict())
+        _write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors())
+        write_json(temporary / "progress.json", progress)
+    for old in _states(folder)[:-KEPT_STATES]:
+        shutil.rmtree(old)
+
+
+def load_newest_state(
+    folder: Path, run_key: str, model: GPT, optimizers: Optimizers
+) -> tuple[int, dict[str, Any]] | None:
+    """Restore the newest state that is whole; name those that are not in the log and go past them.
+
+    Returns:
+        The updates made so far and what `save_state` was given as progress; None where there is no state,
+        and then model and optimizers are as they were.
+    """
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover)
+    for state in reversed(_states(folder)):
+        try:
+            return _load_state(state, run_key, model, optimizers)
+        except (BadData, MissingInput) as error:
+            log.warning("training state %s is passed over: %s", state.name, error)
+    return None
+
+
+def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
+    """Check everything, then restore: a state that is refused changes nothing."""
+    manifest = verified_manifest(state)
+    if manifest.get("run_key") != run_key or state.name != f"step-{manifest.get('step'):08d}":
+        raise BadData(f"{state} belongs to another run")
+    progress = read_json(state / "progress.json")
+    tensors = _read_tensors(state / "model.safetensors")
+    _check_like(tensors, model.state_dict(), state / "model.safetensors")
+    optimizers.load_state_tensors(_read_tensors(state / "optimizer.safetensors"))
+    model.load_state_dict(tensors)
+    return manifest["step"], progress
+
+
+def _states(folder: Path) -> list[Path]:
+    """The states of a run, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # By way of bytes: a full disk is then an OSError, which storage turns into a sentence.
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    path.write_bytes(content)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read tensors and see that every one is finite."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadData(f"{path} is no safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise BadData(f"{path}: {name} holds numbers that are not finite")
+    return tensors
+
+
+def _check_like(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """See that names, shapes and types are those expected."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise BadData(f"{path}: {name} is missing")
+        if name not in expected:
+            raise BadData(f"{path}: {name} is unknown to this model")
+        a, b = found[name], expected[name]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            raise BadData(f"{path}: {name} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")

@@ -1,0 +1,133 @@
+"""Parameter groups, the optimizers that own them, and the learning rate as a function of the step.
+
+`adamw`: AdamW for everything (Loshchilov and Hutter 2019), with nanoGPT's rule for weight decay: matrices
+decay, vectors do not. `muon`: Muon for the hidden matrices (Jordan et al. 2024, torch.optim.Muon), AdamW for
+the embeddings and the vectors. Schedules are multipliers of each group's own peak.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from compactgpt.config import Training
+from compactgpt.errors import BadData
+
+EMBEDDINGS = {"wte.weight", "wpe.weight"}
+
+
+def lr_multiplier(training: Training, step: int) -> float:
+    """Share of the peak learning rate that update number `step` uses, counted from 0.
+
+    Warm-up is linear and nanoGPT's: (step + 1) / (warmup_steps + 1). After it `cosine` and `linear` fall
+    to min_lr_ratio at max_steps, `wsd` stays at 1 and falls linearly in the last decay_share of max_steps
+    (Hu et al. 2024, MiniCPM), `constant` stays at 1.
+    """
+    if step < training.warmup_steps:
+        return (step + 1) / (training.warmup_steps + 1)
+    if training.schedule == "constant":
+        return 1.0
+    begin = training.warmup_steps
+    if training.schedule == "wsd":
+        begin = max(begin, round(training.max_steps * (1 - training.decay_share)))
+    done = max(0.0, (step - begin) / max(1, training.max_steps - begin))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if training.schedule == "cosine" else 1 - done
+    return training.min_lr_ratio + left * (1 - training.min_lr_ratio)
+
+
+class Optimizers:
+    """The optimizers of one model: built, scheduled, stepped, saved and restored together."""
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        self.training = training
+        self.parameters = dict(model.named_parameters())
+        self.adamw = AdamW(
+            self._adamw_groups(),
+            betas=(training.beta1, training.beta2),
+            fused=True,  # one pass over parameter, gradient and both moments
+        )
+        matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
+        self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
+        self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
+        if self.muon:
+            self._peaks += [(group, training.muon_learning_rate) for group in self.muon.param_groups]
+
+    def _is_muon(self, name: str) -> bool:
+        hidden_matrix = self.parameters[name].dim() == 2 and name not in EMBEDDINGS
+        return self.training.optimizer == "muon" and hidden_matrix
+
+    def _adamw_groups(self) -> list[dict[str, Any]]:
+        """AdamW's parameters by what they need: embeddings, other matrices, vectors."""
+        own = {name: p for name, p in self.parameters.items() if not self._is_muon(name)}
+        embeddings = [p for name, p in own.items() if name in EMBEDDINGS]
+        matrices = [p for name, p in own.items() if name not in EMBEDDINGS and p.dim() >= 2]
+        vectors = [p for p in own.values() if p.dim() < 2]
+        lr, decay = self.training.learning_rate, self.training.weight_decay
+        groups: list[dict[str, Any]] = [
+            {"params": embeddings, "lr": self.training.embedding_learning_rate, "weight_decay": decay},
+            {"params": matrices, "lr": lr, "weight_decay": decay},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def grad_norm(self) -> float:
+        """Euclidean norm of the whole gradient."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    @torch.no_grad()
+    def update(self, step: int, grad_norm: float) -> None:
+        """Clip the gradient to training.grad_clip, make update number `step`, and clear the gradient."""
+        multiplier = lr_multiplier(self.training, step)
+        for group, peak in self._peaks:
+            group["lr"] = peak * multiplier
+        limit = self.training.grad_clip
+        excess = (grad_norm + 1e-6) / limit if limit else 0.0  # torch.nn.utils.clip_grad_norm_'s formula
+        self.adamw.grad_scale = None  # type: ignore[attr-defined]
+        if excess > 1:
+            # The fused kernel divides by it in the pass that it makes anyway.
+            self.adamw.grad_scale = self._like_parameters(excess)  # type: ignore[attr-defined]
+        self.adamw.step()
+        if self.muon:
+            if excess > 1:
+                grads = [p.grad for group in self.muon.param_groups for p in group["params"]]
+                torch._foreach_div_(grads, excess)
+            self.muon.step()  # type: ignore[no-untyped-call]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _like_parameters(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.parameters["wte.weight"].device)
+
+    def _entries(self) -> Iterator[tuple[str, Optimizer, Tensor, str, tuple[int, ...]]]:
+        """Name, optimizer, parameter, key and shape of every tensor of the optimizers' state."""
+        for name, parameter in self.parameters.items():
+            shape = tuple(parameter.shape)
+            if self.muon and self._is_muon(name):
+                yield f"muon.momentum_buffer.{name}", self.muon, parameter, "momentum_buffer", shape
+            else:
+                yield f"adamw.step.{name}", self.adamw, parameter, "step", ()
+                yield f"adamw.exp_avg.{name}", self.adamw, parameter, "exp_avg", shape
+                yield f"adamw.exp_avg_sq.{name}", self.adamw, parameter, "exp_avg_sq", shape
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that the next update depends on, after at least one update."""
+        return {name: optimizer.state[p][key] for name, optimizer, p, key, _ in self._entries()}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned.
+
+        Raises:
+            BadData: a tensor is missing, unknown, or of another shape.
+        """
+        entries = list(self._entries())
+        expected = {name: shape for name, _, _, _, shape in entries}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wrong = sorted(name for name in expected.keys() | found if expected.get(name) != found.get(name))
+        if wrong:
+            raise BadData(f"the optimizer's state does not fit the model, first at {wrong[0]}")
+        for name, optimizer, parameter, key, _ in entries:
+            optimizer.state[parameter][key] = tensors[name].to(parameter.device)

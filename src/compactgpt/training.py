@@ -1,0 +1,378 @@
+"""The training loop: a pure function of (configuration, data, machine), however often it is interrupted.
+
+The batch of a step depends on (seed, step) alone, dropout on (seed, step, micro-step), validation reads
+fixed windows: nothing that is random is kept between steps. So a state on disk is model, optimizers and
+loss curve, and a run that goes on from one ends with the bits of a run that was never stopped.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compactgpt.checkpoint import load_newest_state, save_state
+from compactgpt.config import Params, Training
+from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
+from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.model import GPT, token_nats
+from compactgpt.optim import Optimizers, lr_multiplier
+from compactgpt.progress import Progress, silent
+from compactgpt.runtime import resolve_device
+from compactgpt.storage import json_bytes, sha256_file, verified_manifest
+
+# What a training state was computed by: another version of one of them never goes on from it.
+SOURCES = ("checkpoint.py", "data.py", "model.py", "optim.py", "training.py")
+
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+"""Called with a step and what was measured at it."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two token files, and the hash of their folder's list of files."""
+
+    train: TokenFile
+    val: TokenFile
+    sha256: str
+
+
+def open_splits(folder: Path) -> Splits:
+    """Verify and open what the stage `tokenization` made.
+
+    Raises:
+        MissingInput, BadData: a file is missing, altered or damaged.
+    """
+    files = verified_manifest(folder)["files"]
+    digest = hashlib.sha256(json_bytes(files)).hexdigest()
+    return Splits(open_tokens(folder / "train.tokens"), open_tokens(folder / "val.tokens"), digest)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of the loss curve."""
+
+    step: int  # updates made
+    train_loss: float  # nats per token, over the steps since the row before
+    val_loss: float  # nats per token, after this step
+
+
+@dataclass
+class Curve:
+    """The loss curve so far, and the training losses that wait for their row."""
+
+    rows: list[Row] = field(default_factory=list)
+    waiting: list[float] = field(default_factory=list)
+
+    def close_row(self, step: int, val_loss: float) -> Row:
+        """Turn the waiting losses into a row; every step has the same number of tokens."""
+        self.rows.append(Row(step, math.fsum(self.waiting) / len(self.waiting), val_loss))
+        self.waiting = []
+        return self.rows[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Render for a training state."""
+        return {
+            "rows": [[row.step, row.train_loss, row.val_loss] for row in self.rows],
+            "waiting": self.waiting,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Curve":
+        """Read what `to_json` made."""
+        return cls([Row(*row) for row in value["rows"]], list(value["waiting"]))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run leaves."""
+
+    model: GPT
+    rows: list[Row]
+    val_tokens: int  # scored in each estimate of val_loss
+    resumed_from: int  # step of the training state that this process began with, or 0
+
+
+def run_key(params: Params, splits: Splits) -> str:
+    """Hash everything that the bits of the result depend on."""
+    here = Path(__file__).parent
+    identity = {
+        "training": params.training.model_dump(mode="json"),
+        "model": params.model.model_dump(mode="json"),
+        "device": resolve_device(params.runtime.device),
+        "num_threads": params.runtime.num_threads,
+        "data": splits.sha256,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "sources": {name: sha256_file(here / name) for name in SOURCES},
+    }
+    return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
+
+
+def train(
+    params: Params,
+    splits: Splits,
+    state: Path,
+    *,
+    progress: Progress = silent,
+    on_metrics: OnMetrics = lambda _step, _values: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Train the model of params.yaml, from the newest training state under `state` where there is one.
+
+    Args:
+        params: all of params.yaml; `model`, `training` and `runtime` are used.
+        splits: the data.
+        state: folder of training states; those of this run lie in `state / run_key(params, splits)`.
+        progress: told of every step.
+        on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
+            of val/loss where it is measured.
+        stopping: asked after every step.
+
+    Raises:
+        Busy: `stopping` said yes; the state was saved, and the next call goes on from it.
+        NotFinite: a loss or gradient is NaN or infinite; nothing of that step was kept.
+        OutOfMemory: says which number to lower.
+        BadConfig, BadData: the tokens don't fit the model.
+    """
+    _check_vocabulary(params, splits)
+    key = run_key(params, splits)
+    run = _Run(params, splits, state / key, key)
+    resumed_from = run.resume()
+    clock = _Clock(run.step)
+    with _memory_errors():
+        while run.step < params.training.max_steps:
+            loss = run.make_step()
+            on_metrics(run.step, {"train/loss": loss, **clock.tick(params.training, run.step)})
+            if run.row_is_due():
+                on_metrics(run.step, {"val/loss": run.measure().val_loss})
+            stop = stopping() and run.step < params.training.max_steps
+            if stop or run.step % params.training.checkpoint_interval == 0:
+                run.save()
+            progress(run.step, params.training.max_steps, clock.figures(params.training, run.step, loss))
+            if stop:
+                raise Busy(
+                    f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
+                    "run `dvc repro` again, it goes on from there"
+                )
+    return Trained(run.model.eval(), run.curve.rows, run.val_tokens, resumed_from)
+
+
+def _check_vocabulary(params: Params, splits: Splits) -> None:
+    for split in (splits.train, splits.val):
+        if split.header.vocab_size > params.model.vocab_size:
+            raise BadConfig(
+                f"model.vocab_size: found {params.model.vocab_size}, but {split.path} was made with "
+                f"{split.header.vocab_size} kinds of tokens; it must be at least that"
+            )
+
+
+class _Run:
+    """What changes while training runs: model, optimizers, curve and the number of updates made."""
+
+    def __init__(self, params: Params, splits: Splits, folder: Path, key: str) -> None:
+        self.training, self.shape = params.training, params.model
+        self.splits, self.folder, self.key = splits, folder, key
+        self.device = resolve_device(params.runtime.device)
+        self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
+        self.val_tokens = sum(len(window.targets) for window in self.windows)
+        self.model = GPT(self.shape, self.training.seed).to(self.device)
+        self.optimizers = Optimizers(self.model, self.training)
+        self.curve = Curve()
+        self.step = 0
+
+    def resume(self) -> int:
+        """Go on from the newest whole training state; say from which step, 0 if there is none."""
+        loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
+        if loaded:
+            self.step, self.curve = loaded[0], Curve.from_json(loaded[1])
+        return self.step
+
+    def save(self) -> None:
+        """Write a training state."""
+        save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
+
+    def make_step(self) -> float:
+        """Make one update; the mean loss of its batch, in nats per token.
+
+        The tokens of a step are what the user states; how many micro-batches they make follows.
+        """
+        sequences = self.training.tokens_per_step // self.shape.block_size
+        arrays = training_batch(
+            self.splits.train.tokens,
+            seed=self.training.seed,
+            step=self.step,
+            sequences=sequences,
+            block_size=self.shape.block_size,
+        )
+        tokens, targets = (torch.from_numpy(array).to(self.device) for array in arrays)  # (sequences, T)
+        loss = self._gradient(tokens, targets)
+        grad_norm = self.optimizers.grad_norm()
+        self._refuse_non_finite(loss, grad_norm)
+        self.optimizers.update(self.step, grad_norm)
+        self.step += 1
+        self.curve.waiting.append(loss)
+        return loss
+
+    def _gradient(self, tokens: Tensor, targets: Tensor) -> float:
+        """Leave the gradient of the mean loss in the parameters, and return the loss."""
+        self.model.train()
+        size = self.training.micro_batch_size
+        parts = list(zip(torch.split(tokens, size), torch.split(targets, size), strict=True))
+        losses = []
+        for micro_step, (part, target) in enumerate(parts):
+            if self.shape.dropout:
+                torch.manual_seed(_dropout_seed(self.training.seed, self.step, micro_step))
+            loss = self.model(part, target) / len(parts)
+            loss.backward()
+            losses.append(loss.detach())
+        return float(torch.stack(losses).sum())
+
+    def _refuse_non_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        raise NotFinite(
+            f"step {self.step + 1}: the loss is {loss} and the norm of its gradient {grad_norm}; nothing of "
+            f"this step was kept, and its batch (seed {self.training.seed}, step {self.step}) would give the "
+            "same again: lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or "
+            "lengthen training.warmup_steps, in params.yaml, then run `dvc repro`"
+        )
+
+    def row_is_due(self) -> bool:
+        """Tell whether the curve has a row at this step: the first, every eval_interval, the last."""
+        return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
+
+    def measure(self) -> Row:
+        """Add a row to the curve."""
+        val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
+        return self.curve.close_row(self.step, val_loss)
+
+
+def _dropout_seed(seed: int, step: int, micro_step: int) -> int:
+    digest = hashlib.sha256(f"dropout {seed} {step} {micro_step}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _chosen_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
+    """Take `count` evaluation windows, evenly spread over the whole split: always the same.
+
+    Raises:
+        BadData: the split has none.
+    """
+    windows = list(evaluation_windows(val, block_size))
+    if not windows:
+        raise BadData(
+            f"{val.path} has no tokens to validate on: raise tokenization.val_fraction, or add text"
+        )
+    places = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return [windows[place] for place in places]
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
+    """Loss over windows in nats per token, padding rows of the vocabulary masked. Sums, then one division.
+
+    An estimate for the curve; what the table quotes is measured by the stage `evaluation`.
+    """
+    model.eval()
+    device = model.wte.weight.device
+    head = model.wte.weight[: model.shape.vocab_size]
+    nats, scored = [], 0
+    for batch in _batches(windows, batch_size):
+        T = max(len(window.tokens) for window in batch)
+        tokens = torch.zeros(len(batch), T, dtype=torch.int64)
+        for row, window in enumerate(batch):  # causal: what pads the end changes nothing before it
+            tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
+        x = model.hidden(tokens.to(device))  # (B, T, C)
+        kept = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(batch)])  # (N, C)
+        targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)  # (N,)
+        nats += token_nats(kept, head, targets).tolist()
+        scored += len(targets)
+    return math.fsum(nats) / scored
+
+
+def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+class _Clock:
+    """Speed and time left, for people only."""
+
+    def __init__(self, step: int) -> None:
+        self.first_step = step
+        self.begin = self.last = time.monotonic()
+
+    def tick(self, training: Training, step: int) -> dict[str, float]:
+        """Learning rate of the step that just ended, and tokens a second since the step before."""
+        before, self.last = self.last, time.monotonic()
+        return {
+            "train/learning_rate": training.learning_rate * lr_multiplier(training, step - 1),
+            "train/tokens_per_second": training.tokens_per_step / max(1e-9, self.last - before),
+        }
+
+    def figures(self, training: Training, step: int, loss: float) -> dict[str, str]:
+        """Render for a progress bar."""
+        seconds_a_step = (time.monotonic() - self.begin) / (step - self.first_step)
+        left = round(seconds_a_step * (training.max_steps - step))
+        return {
+            "loss": f"{loss:.3f}",
+            "tokens/s": f"{training.tokens_per_step / max(1e-9, seconds_a_step):,.0f}",
+            "left": f"{left // 60}:{left % 60:02d}",
+        }
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Say which number to lower; torch tells a full CPU memory by the text of a RuntimeError only."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        cuda = isinstance(error, torch.OutOfMemoryError)
+        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise OutOfMemory(
+            "no memory left: halve training.micro_batch_size in params.yaml (tokens_per_step stays as it "
+            "is), then model.block_size or model.n_embd"
+        ) from error
+
+
+def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
+    """Render what reports/training.json says: nothing that differs between two identical runs."""
+    training, rows = params.training, trained.rows
+    best = min(rows, key=lambda row: row.val_loss)
+    sequences = training.tokens_per_step // params.model.block_size
+    tokens = training.max_steps * training.tokens_per_step
+    before_last = rows[-2].step if len(rows) > 1 else 0
+    return {
+        "num_params": trained.model.num_params,
+        "num_params_nanogpt": trained.model.num_params_nanogpt,
+        "num_params_non_embedding": trained.model.num_params_non_embedding,
+        "steps": training.max_steps,
+        "tokens": tokens,
+        "tokens_per_step": training.tokens_per_step,
+        "gradient_accumulation_steps": -(-sequences // training.micro_batch_size),
+        "train_split_tokens": splits.train.header.tokens,
+        "epochs": tokens / splits.train.header.tokens,
+        "train_loss": rows[-1].train_loss,
+        "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of so many last steps
+        "val_loss": rows[-1].val_loss,
+        "val_loss_tokens": trained.val_tokens,
+        "best_val_loss": best.val_loss,
+        "best_val_step": best.step,
+        "data_sha256": splits.sha256,
+    }
+
+
+def loss_csv(rows: list[Row]) -> str:
+    """Render the loss curve, nats per token."""
+    lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
+    return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"
