@@ -23,9 +23,9 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Fetch the corpus and the tokenizer, as verified folders."""
-    with open_stage("download", params_file, tracker, ("download",)) as stage:
-        from compactgpt.download import download
+    from compactgpt.download import download
 
+    with open_stage("download", params_file, tracker, ("download",)) as stage:
         facts = download(
             stage.params.download,
             documents,
