@@ -150,6 +150,14 @@ class Published(Section):
     models: dict[Name, Model]
     values: tuple[PublishedValue, ...]
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        needed = {"gpt2.openwebtext.loss", "gpt2-tuned.openwebtext.loss", "openwebtext.bytes_per_token"}
+        missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
+        if missing:
+            raise ValueError(f"the comparison needs {missing}")
+        return self
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -182,18 +182,17 @@ def estimate(params: Params) -> dict[str, Any]:
     Returns:
         The report: `compact` and `note`, each as `forecast` makes it, and the laws' sources.
     """
-    training, note = params.training, params.estimate.note
-    own_run = _run(params.model, training.max_steps, training.tokens_per_step)
-    expected = expect(own_run, training.optimizer, params.model.vocab_size, params.estimate.anchors)
-    own = forecast(params.model, own_run, training.micro_batch_size, None, expected, params.estimate) | {
-        "notes": _notes(params)
-    }
+    training, note, settings = params.training, params.estimate.note, params.estimate
+    run = _run(params.model, training.max_steps, training.tokens_per_step)
+    expected = expect(run, training.optimizer, params.model.vocab_size, settings.anchors)
+    own = forecast(params.model, run, training.micro_batch_size, None, expected, settings)
     note_run = _run(note, note.max_steps, note.tokens_per_step)
-    theirs = forecast(
-        note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, params.estimate
-    )
-    sources = {law.name: {"source": law.source, "validity": law.validity} for law in LAWS}
-    return {"compact": own, "note": theirs | {"notes": []}, "laws": sources}
+    theirs = forecast(note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, settings)
+    return {
+        "compact": own | {"corpus": params.download.corpus, "notes": _notes(params)},
+        "note": theirs,
+        "laws": {law.name: {"source": law.source, "validity": law.validity} for law in LAWS},
+    }
 
 
 def _run(model: Model, max_steps: int, tokens_per_step: int) -> Run:

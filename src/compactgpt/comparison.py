@@ -1,0 +1,418 @@
+"""Reports, claims and published values -> one record, from which every table and picture is made.
+
+`gather` turns all that is known into `Evidence`; `compare` judges the claims with it and returns the
+record, plain JSON. `compactgpt.rendering` sees nothing but that record, so no table can show a number that
+it lacks. Ids of the evidence: `<model>.<quantity>`, where `note` is the note's model, `compact` the one
+trained here; published results on another corpus carry its name, `gpt2.openwebtext.loss`.
+"""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from compactgpt.claims import Claim, Claims, Evidence, Judgement, Published, judge
+from compactgpt.config import Likelihood, Model, load_section
+from compactgpt.errors import BadConfig, BadData, MissingInput
+from compactgpt.estimate import counts, flops_per_token
+from compactgpt.evaluation import Totals, read_totals
+from compactgpt.metrics import Interval, bits_per_byte, perplexity, perplexity_ratio
+from compactgpt.storage import read_json
+
+COMPACT, NOTE = "compact", "note"
+NATS = "nats per token"
+
+
+class _Report(BaseModel):
+    """What is read of another stage's report; the rest of it is no concern of ours."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _ScoredModel(_Report):
+    name: str
+    kind: str
+    context: str
+    num_params: int | None
+    num_params_non_embedding: int | None = None
+
+
+class _Validation(_Report):
+    sha256: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
+class _Bounds(_Report):
+    value: float
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"{self.value} is not between {self.low} and {self.high}")
+        return self
+
+
+class Score(_Report):
+    """reports/evaluation.json and reports/baseline/<name>.json."""
+
+    model: _ScoredModel
+    validation: _Validation
+    window: int
+    loss: _Bounds
+    perplexity: _Bounds
+    bits_per_byte: _Bounds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's score, and the sums by document that it was made from."""
+
+    name: str
+    source: str  # the report's path, for the reader
+    score: Score
+    totals: Totals
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All that a comparison is made from."""
+
+    claims: Claims
+    published: Published
+    estimate: Mapping[str, Any]
+    training: Mapping[str, Any]
+    curve: list[dict[str, float | None]]
+    compact: Measured
+    baselines: list[Measured]
+
+
+def read_score(path: Path) -> Score:
+    """Read one report of the evaluation or of a baseline.
+
+    Raises:
+        MissingInput: there is no such report.
+        BadData: it lacks something.
+    """
+    try:
+        return Score.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadData(f"{path}: {where}: {first['msg']}; delete it and run `dvc repro`") from error
+
+
+def read_curve(path: Path) -> list[dict[str, float | None]]:
+    """Read the loss curve; what was not measured at a step is null there.
+
+    Raises:
+        MissingInput: there is no such file.
+        BadData: it is no loss curve.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [
+                {key: float(row[key]) if row[key] else None for key in ("step", "train_loss", "val_loss")}
+                for row in csv.DictReader(file)
+            ]
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is missing: run `dvc repro training` to make it") from error
+    except (KeyError, ValueError) as error:
+        raise BadData(f"{path} is no loss curve ({error}): delete it and run `dvc repro`") from error
+
+
+def read_sources(inputs: Path, reports: Path, data: Path, names: Iterable[str]) -> Sources:
+    """Read everything that a comparison is made from.
+
+    Args:
+        inputs: folder of claims.yaml and published.yaml.
+        reports: folder of the other stages' reports.
+        data: folder of the sums by document.
+        names: the baselines that ran.
+
+    Raises:
+        MissingInput: one of the files is not there; the message has the command that makes it.
+        BadData, BadConfig: one of them is damaged, or they are of different val splits.
+    """
+    compact = Measured(
+        COMPACT,
+        "reports/evaluation.json",
+        read_score(reports / "evaluation.json"),
+        read_totals(data / "evaluation" / "compact.parquet"),
+    )
+    baselines = [
+        Measured(
+            name,
+            f"reports/baseline/{name}.json",
+            read_score(reports / "baseline" / f"{name}.json"),
+            read_totals(data / "baseline" / f"{name}.parquet"),
+        )
+        for name in names
+    ]
+    for baseline in baselines:
+        _check_same_text(compact, baseline)
+    return Sources(
+        load_section(inputs / "claims.yaml", Claims),
+        load_section(inputs / "published.yaml", Published),
+        read_json(reports / "estimate.json"),
+        read_json(reports / "training.json"),
+        read_curve(reports / "loss.csv"),
+        compact,
+        baselines,
+    )
+
+
+def _check_same_text(compact: Measured, other: Measured) -> None:
+    """Refuse to compare scores of different text or of different windows."""
+    ours, theirs = compact.score, other.score
+    mend = f"run `dvc repro -s evaluation baseline@{other.name}`"
+    if ours.validation.sha256 != theirs.validation.sha256:
+        raise BadData(
+            f"{other.source} and {compact.source} were measured on different val splits (SHA-256 "
+            f"{theirs.validation.sha256} and {ours.validation.sha256}) and can't be compared: {mend}"
+        )
+    if ours.window != theirs.window:
+        raise BadData(
+            f"{other.source} was measured in windows of {theirs.window} tokens and {compact.source} of "
+            f"{ours.window}: they can't be compared; {mend}"
+        )
+    a, b = compact.totals, other.totals
+    if a.ids != b.ids or (a.tokens != b.tokens).any() or (a.bytes != b.bytes).any():
+        raise BadData(f"the documents of {other.name} and {compact.name} differ: {mend}")
+
+
+def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
+    """Judge the claims and lay out the tables: the record, plain JSON.
+
+    Args:
+        sources: see `read_sources`.
+        likelihood: resamples and seed of the paired bootstrap.
+
+    Raises:
+        BadConfig: two values have the same name.
+    """
+    evidence: dict[str, Evidence] = {}
+    for item in gather(sources, likelihood):
+        if item.id in evidence:
+            raise BadConfig(
+                f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
+                "the value in published.yaml"
+            )
+        evidence[item.id] = item
+    judgements = judge(sources.claims.claims, evidence)
+    scores = [sources.compact, *sources.baselines]
+    published = [name for name in sources.published.models if f"{name}.openwebtext.loss" in evidence]
+    return {
+        "evidence": [asdict(item) for item in evidence.values()],
+        "claims": [_claim_record(*pair) for pair in zip(sources.claims.claims, judgements, strict=True)],
+        "tally": [list(pair) for pair in Counter(j.verdict for j in judgements).most_common()],
+        "table": [row.model_dump() for row in sources.claims.table],
+        "models": {
+            "measured": [
+                {"name": scored.name, "kind": scored.score.model.kind, "context": scored.score.model.context}
+                for scored in scores
+            ],
+            "published": published,
+        },
+        "forecast": _forecast_check(evidence),
+        "notes": sources.estimate[COMPACT]["notes"],
+        "validation": sources.compact.score.validation.model_dump()
+        | {"window": sources.compact.score.window},
+        "curve": sources.curve,
+    }
+
+
+def measured_values(record: Mapping[str, Any]) -> dict[str, float]:
+    """The record's measured values by id, for the tracker."""
+    return {item["id"]: item["value"] for item in record["evidence"] if item["known"] == "measured"}
+
+
+def _claim_record(claim: Claim, judgement: Judgement) -> dict[str, Any]:
+    return {
+        **claim.model_dump(exclude={"judged"}, mode="json"),
+        "verdict": judgement.verdict,
+        "by_hand": judgement.by_hand,
+        "reason": judgement.reason,
+        "decisions": [asdict(decision) for decision in judgement.decisions],
+    }
+
+
+def _forecast_check(evidence: Mapping[str, Evidence]) -> dict[str, Any]:
+    """Whether the measured loss fell into the intervals that were written down before the training."""
+    measured = evidence[f"{COMPACT}.loss"].value
+    inside = {}
+    for share in ("80", "95"):
+        low, high = evidence[f"{COMPACT}.expected_loss_{share}"].bounds
+        inside[f"inside_{share}"] = low <= measured <= high
+    return inside
+
+
+def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+    """Everything that is known, one value at a time, ids unique."""
+    for model in (NOTE, COMPACT):
+        yield from _estimated(model, sources.estimate[model])
+    for name, shape in sources.published.models.items():
+        yield from _shape_facts(name, shape)
+    yield from _size_ratios(sources)
+    yield from _published(sources.published)
+    yield from _trained(sources.training)
+    corpus = f"{sources.estimate[COMPACT]['corpus']} val"
+    for measured in (sources.compact, *sources.baselines):
+        yield from _scored(measured, corpus)
+    for baseline in sources.baselines:
+        yield _paired_ratio(sources.compact, baseline, likelihood, corpus)
+
+
+def _estimated(model: str, report: Mapping[str, Any]) -> Iterator[Evidence]:
+    """Size, budget and expected loss of one of the two estimated runs."""
+    source = "params.yaml, reports/estimate.json"
+
+    def count(quantity: str, value: float, unit: str) -> Evidence:
+        return Evidence(f"{model}.{quantity}", value, unit, "computed", model, source, exact=True)
+
+    for convention, number in report["parameters"].items():
+        yield count(f"parameters.{convention}", number, "parameters")
+    yield count("context", report["model"]["block_size"], "tokens")
+    yield count("sequences_per_step", report["sequences_per_step"], "sequences")
+    yield count("tokens_per_step", report["tokens_per_step"], "tokens")
+    yield count("tokens", report["tokens"], "tokens")
+    yield count("flops", report["flops"]["with_attention"], "FLOP")
+    if report["epochs"] is not None:
+        yield count("epochs", report["epochs"], "share")
+    expected = report["expected_loss"]
+    value, basis = expected["value"], f"{source}: {expected['basis']}"
+    for name, share in (("", "95"), ("_80", "80"), ("_95", "95")):
+        low, high = expected[f"low_{share}"], expected[f"high_{share}"]
+        yield Evidence(
+            f"{model}.expected_loss{name}", value, NATS, "estimated", model, basis, low=low, high=high
+        )
+    yield Evidence(
+        f"{model}.expected_perplexity",
+        perplexity(value),
+        "perplexity",
+        "estimated",
+        model,
+        basis,
+        low=perplexity(expected["low_95"]),
+        high=perplexity(expected["high_95"]),
+    )
+
+
+def _shape_facts(name: str, shape: Model) -> Iterator[Evidence]:
+    source = "published.yaml: counted from the architecture"
+    for convention, number in asdict(counts(shape)).items():
+        yield Evidence(
+            f"{name}.parameters.{convention}", number, "parameters", "computed", name, source, exact=True
+        )
+    yield Evidence(f"{name}.context", shape.block_size, "tokens", "published", name, source, exact=True)
+
+
+def _size_ratios(sources: Sources) -> Iterator[Evidence]:
+    """The note's model against GPT-2 small: parameters, and arithmetic of a token at each one's context."""
+    note, gpt2 = sources.estimate[NOTE], sources.published.models["gpt2"]
+    shares = {
+        f"parameters.{convention}": note["parameters"][convention] / number
+        for convention, number in asdict(counts(gpt2)).items()
+    }
+    shares["flops_per_token"] = (
+        note["flops_per_token"]["with_attention"] / flops_per_token(gpt2)["with_attention"]
+    )
+    for quantity, share in shares.items():
+        name = f"ratio.note_to_gpt2.{quantity}"
+        yield Evidence(name, share, "share", "computed", NOTE, "ratio of the two counts", exact=True)
+
+
+def _published(published: Published) -> Iterator[Evidence]:
+    """Published values, and what follows from a published loss: perplexity and bits per byte."""
+    values = {value.id: value for value in published.values}
+    bytes_per_token = values["openwebtext.bytes_per_token"].value
+    for value in published.values:
+        yield Evidence(**value.model_dump())
+        if not value.id.endswith(".loss"):
+            continue
+        stem = value.id.removesuffix(".loss")
+        about: dict[str, Any] = {"known": value.known, "model": value.model, "corpus": value.corpus}
+        source = f"from {value.id}: {value.source}"
+        yield Evidence(
+            f"{stem}.perplexity", perplexity(value.value), "perplexity", source=f"exp, {source}", **about
+        )
+        if stem.endswith(".openwebtext"):
+            bits = bits_per_byte(value.value, 1) / bytes_per_token
+            spread = f"at {bytes_per_token} bytes per token, {source}"
+            yield Evidence(f"{stem}.bits_per_byte", bits, "bits per byte", source=spread, **about)
+    gap = math.exp(values["gpt2.openwebtext.loss"].value - values["gpt2-tuned.openwebtext.loss"].value)
+    yield Evidence(
+        "ratio.gpt2_to_gpt2-tuned.perplexity",
+        gap,
+        "ratio",
+        "published",
+        "gpt2",
+        "from gpt2.openwebtext.loss and gpt2-tuned.openwebtext.loss",
+        "OpenWebText val",
+    )
+
+
+def _trained(report: Mapping[str, Any]) -> Iterator[Evidence]:
+    """Tokens that our training really saw."""
+    source = "reports/training.json"
+    yield Evidence(
+        f"{COMPACT}.tokens_seen", report["tokens"], "tokens", "measured", COMPACT, source, exact=True
+    )
+
+
+def _scored(measured: Measured, corpus: str) -> Iterator[Evidence]:
+    """Loss, perplexity and bits per byte of one measured model, and its size where it has one."""
+    name, score = measured.name, measured.score
+    units = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+    for quantity, unit in units.items():
+        bounds: _Bounds = getattr(score, quantity)
+        yield Evidence(
+            f"{name}.{quantity}",
+            bounds.value,
+            unit,
+            "measured",
+            name,
+            measured.source,
+            corpus,
+            low=bounds.low,
+            high=bounds.high,
+        )
+    if name == COMPACT:  # its size is counted from params.yaml, in all three conventions
+        return
+    sizes = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
+    for convention, size in sizes.items():
+        if size is not None:
+            quantity = f"{name}.num_params.{convention}"
+            yield Evidence(quantity, size, "parameters", "measured", name, measured.source, exact=True)
+
+
+def _paired_ratio(compact: Measured, baseline: Measured, likelihood: Likelihood, corpus: str) -> Evidence:
+    """The compact model's perplexity over a baseline's, document by document."""
+    scored = compact.totals.tokens > 0
+    ratio: Interval = perplexity_ratio(
+        compact.totals.nats[scored],
+        baseline.totals.nats[scored],
+        compact.totals.tokens[scored].astype(float),
+        resamples=likelihood.bootstrap_resamples,
+        seed=likelihood.bootstrap_seed,
+    )
+    return Evidence(
+        f"ratio.{COMPACT}_to_{baseline.name}.perplexity",
+        ratio.value,
+        "ratio",
+        "measured",
+        COMPACT,
+        "paired bootstrap over documents, data/evaluation/compact.parquet and "
+        f"data/baseline/{baseline.name}.parquet",
+        corpus,
+        low=ratio.low,
+        high=ratio.high,
+    )
