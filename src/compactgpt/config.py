@@ -375,11 +375,13 @@ def _parse(tree: Any, kind: type[Checked], source: str) -> Checked:
     try:
         # JSON is the strict mode that still lets a YAML list be a tuple.
         return kind.model_validate_json(json.dumps(tree, default=str))
-    except TypeError as error:
-        raise BadConfig(f"{source} can't be used: keys must be words ({error})") from error
     except ValidationError as error:
         lines = [f"  {_explain(detail, kind)}" for detail in error.errors()]
         raise BadConfig(f"{source} can't be used; mend:\n" + "\n".join(lines)) from error
+    except (TypeError, ValueError) as error:  # from dumps
+        raise BadConfig(
+            f"{source} can't be used: keys must be words, and nothing may hold itself ({error})"
+        ) from error
 
 
 def _explain(detail: Any, kind: type[Section]) -> str:

@@ -1,0 +1,212 @@
+"""Verdicts follow from numbers by the interval rule; what a human read is marked as such."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from compactgpt.claims import Claim, Claims, Evidence, Published, judge, relate
+from compactgpt.config import load_section
+from compactgpt.errors import BadConfig, MissingInput
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = load_section(ROOT / "claims.yaml", Claims)
+BY_ID = {claim.id: claim for claim in CLAIMS.claims}
+
+
+def claim(low=80.0, high=120.0, name="A", **judged) -> Claim:
+    judged = judged or {"by": "evidence", "ids": ("a",)}
+    about = {"quote": "q", "where": "w", "model": "m", "quantity": "x", "unit": "perplexity"}
+    return Claim(id=name, low=low, high=high, judged=judged, **about)
+
+
+def value(number, low=None, high=None, known="measured", exact=False, name="a") -> Evidence:
+    return Evidence(name, number, "perplexity", known, "m", "s", low=low, high=high, exact=exact)
+
+
+def verdict_of(one: Claim, *evidence: Evidence) -> str:
+    return judge([one], {item.id: item for item in evidence})[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("evidence", "verdict"),
+    [
+        (value(100, 90, 110), "supported"),
+        (value(100, 80, 120), "supported"),  # touching the ends is inside
+        (value(60, 50, 79.9), "contradicted"),
+        (value(130, 120.1, 140), "contradicted"),
+        (value(100, 70, 110), "inconclusive"),
+        (value(100, 70, 130), "inconclusive"),
+        (value(70, 60, 80), "inconclusive"),  # touching from outside shares a point
+        (value(100, exact=True), "confirmed"),
+        (value(79, exact=True), "contradicted"),
+        (value(100, known="published"), "supported"),
+        (value(100, known="reported"), "not yet measured"),
+        (value(100, known="estimated"), "not yet measured"),
+        (value(100, name="b"), "not yet measured"),
+    ],
+)
+def test_the_interval_rule(evidence, verdict):
+    assert verdict_of(claim(), evidence) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "number", "verdict"),
+    [
+        (1.0, None, 1.5, "supported"),
+        (1.0, None, 0.5, "contradicted"),
+        (None, 60.0, 57.0, "supported"),
+        (None, 60.0, 61.0, "contradicted"),
+    ],
+)
+def test_a_claim_may_be_open_on_one_side(low, high, number, verdict):
+    assert verdict_of(claim(low, high), value(number)) == verdict
+
+
+def test_readings_that_disagree_mislead():
+    several = claim(0.225, 0.275, by="evidence", ids=("a", "b"))
+    inside, outside = value(0.242), value(0.125, name="b")
+    assert verdict_of(several, inside, outside) == "misleading"
+    assert verdict_of(several, inside, value(0.23, name="b")) == "supported"
+    assert verdict_of(several, value(0.5), outside) == "contradicted"
+    assert verdict_of(several, inside) == "not yet measured"
+    assert verdict_of(several, inside, value(0.2, 0.1, 0.3, name="b")) == "inconclusive"
+
+
+def test_the_numbers_that_decided_are_kept():
+    found = judge([claim()], {"a": value(100, 90, 110)})[0].decisions
+    assert [(d.source, d.low, d.high, d.relation) for d in found] == [("a", 90, 110, "inside")]
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "loss", "verdict"),
+    [
+        ((80, 120), (4.0, 5.0), "consistent"),  # 4.38 to 4.79
+        ((35, 45), (3.0, 3.5), "self-inconsistent"),  # 3.56 to 3.81
+        ((20, 35), (2.5, 3.0), "inconclusive"),  # 3.00 to 3.56: they share 0.004 nats
+        ((10, 1000), (4.0, 5.0), "consistent"),  # the wider statement holds the narrower
+    ],
+)
+def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
+    claims = [claim(*perplexity), claim(*loss, name="B")]
+    both = claim(None, None, "C", by="agreement", through="logarithm", of=("A", "B"))
+    judged = judge([*claims, both], {})[2]
+    assert judged.verdict == verdict
+    low, high = math.log(perplexity[0]), math.log(perplexity[1])
+    assert (judged.decisions[0].low, judged.decisions[0].high) == (low, high)
+
+
+def test_a_ratio_must_agree_with_its_two_perplexities():
+    claims = [claim(80, 120), claim(35, 45, "B"), claim(2, 3, "C"), claim(4, 5, "D")]
+    for last, verdict in (("C", "consistent"), ("D", "self-inconsistent")):
+        ratio = claim(None, None, "R", by="agreement", through="ratio", of=("A", "B", last))
+        judged = judge([*claims, ratio], {})[-1]
+        assert judged.verdict == verdict
+        assert judged.decisions[0].low == pytest.approx(80 / 45)
+        assert judged.decisions[0].high == pytest.approx(120 / 35)
+
+
+def test_a_reading_by_hand_says_so():
+    judged = judge([claim(by="hand", verdict="empty", reason="because")], {"a": value(100)})[0]
+    assert (judged.verdict, judged.by_hand, judged.reason) == ("empty", True, "because")
+    assert not judge([claim()], {"a": value(100)})[0].by_hand
+
+
+def test_relations_are_exclusive():
+    assert relate(1, 2, 0, 3) == "inside"
+    assert relate(4, 5, 0, 3) == "outside"
+    assert relate(2, 5, 0, 3) == "overlaps"
+
+
+# What the project's facts expect, for the checks that need no trained model.
+EXPECTED = {
+    "P1": "confirmed",
+    "P5": "misleading",
+    "P6": "confirmed",
+    "P7": "confirmed",
+    "P8": "contradicted",
+    "P9": "confirmed",
+    "P11": "unverifiable",
+    "P13": "unsupported",
+    "L1": "not yet measured",
+    "L3": "consistent",
+    "L4": "contradicted",
+    "L5": "supported",
+    "L6": "self-inconsistent",
+    "L7": "contradicted",
+    "L8": "supported",
+    "L10": "contradicted",
+    "L12": "not yet measured",
+    "L15": "empty",
+    "C1": "depends on variant",
+    "C1b": "category error",
+    "C6": "contradicted",
+    "R1": "contradicted",
+}
+
+
+def test_the_notes_verdicts():
+    published = {
+        v.id: Evidence(**v.model_dump()) for v in load_section(ROOT / "published.yaml", Published).values
+    }
+    counted = {
+        "note.parameters.nanogpt": 29_938_560,
+        "note.sequences_per_step": 64,
+        "note.tokens_per_step": 32_768,
+        "note.tokens": 655_360_000,
+        "gpt2.openwebtext.perplexity": math.exp(3.12),
+        "gpt2-xl.openwebtext.perplexity": math.exp(2.54),
+        "ratio.note_to_gpt2.parameters.all_tensors": 30_135_168 / 124_439_808,
+        "ratio.note_to_gpt2.parameters.non_embedding": 10_621_824 / 85_056_000,
+        "ratio.note_to_gpt2.flops_per_token": 0.2266,
+    }
+    known = published | {name: value(number, exact=True, name=name) for name, number in counted.items()}
+    verdicts = {judged.claim: judged.verdict for judged in judge(CLAIMS.claims, known)}
+    assert {name: verdicts[name] for name in EXPECTED} == EXPECTED
+
+
+def test_verdicts_move_with_the_numbers():
+    """No verdict that numbers can give is written down: another number, another verdict."""
+    for number, verdict in ((1.5e9, "confirmed"), (655_360_000, "contradicted")):
+        known = {"note.tokens": value(number, exact=True, name="note.tokens")}
+        assert judge([BY_ID["P8"]], known)[0].verdict == verdict
+
+
+def write(tmp_path: Path, old: str, new: str) -> Path:
+    text = (ROOT / "claims.yaml").read_text()
+    assert old in text
+    path = tmp_path / "claims.yaml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("quantity:", "quantitty:", r"claims\.0\.quantitty: unknown key; did you mean quantity\?"),
+        ("low: 29935000", "low: 39935000", "must be at most high"),
+        ("id: P2", "id: P1", r"ids repeat themselves: \['P1'\]"),
+        ("of: [L1, L2]", "of: [L1, L99]", "L99"),
+        ("of: [L1, L2]", "of: [L1]", "takes 2 claims, found 1"),
+        ("of: [L1, L2]", "of: [L1, L15]", "L3: agreement of .'L15'. needs low"),
+        ("compact: P1", "compact: Q1", r"no such claims: \['Q1'\]"),
+        ("verdict: unverifiable", "verdict: dubious", r"claims\.\d+\.judged\.verdict: found \"dubious\""),
+        ("{by: evidence, ids", "{by: magic, ids", r"claims\.0\.judged: "),
+        ("ids: [note.parameters.nanogpt]", "id: note.parameters.nanogpt", r"judged\.id: unknown key"),
+    ],
+)
+def test_a_mistake_in_claims_yaml_is_named(tmp_path, old, new, said):
+    with pytest.raises(BadConfig, match=said):
+        load_section(write(tmp_path, old, new), Claims)
+
+
+def test_published_yaml_holds_what_the_comparison_needs(tmp_path):
+    path = tmp_path / "published.yaml"
+    path.write_text((ROOT / "published.yaml").read_text().replace("gpt2.openwebtext.loss", "gpt2.owt.loss"))
+    with pytest.raises(BadConfig, match=r"the comparison needs \['gpt2\.openwebtext\.loss'\]"):
+        load_section(path, Published)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(MissingInput, match=r"claims\.yaml is missing"):
+        load_section(tmp_path / "claims.yaml", Claims)
