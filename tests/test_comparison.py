@@ -152,6 +152,7 @@ AWAITED = {
     "note.loss",
     "note.lambada_accuracy",
     "note.generalisation_gap",
+    "ratio.compact_to_gpt2.perplexity",
     "ratio.note_to_gpt2.perplexity",
     "ratio.note_to_gpt2.repetition",
     "ratio.context_512_to_1024.perplexity",
@@ -297,7 +298,7 @@ def test_brackets_in_a_quote_reach_the_terminal(place):
         (lambda r: r.update(window=7), "windows of 7 tokens"),
         (lambda r: r.pop("loss"), "loss: Field required"),
         (lambda r: r["loss"].update(value="low"), "loss.value"),
-        (lambda r: r["loss"].update(high=0.5), "is not between"),
+        (lambda r: r["loss"].update(high=0.5), "is above high"),
     ],
 )
 def test_scores_that_do_not_compare_are_refused(place, change, said):
@@ -305,6 +306,28 @@ def test_scores_that_do_not_compare_are_refused(place, change, said):
     with pytest.raises(BadData, match=said) as caught:
         record_of(place)
     assert "dvc repro" in str(caught.value)
+
+
+@pytest.mark.parametrize(("report", "key"), [("estimate.json", "note"), ("training.json", "tokens")])
+def test_a_report_that_lacks_something_is_named(place, report, key):
+    edit(place / "reports" / report, lambda r: r.pop(key))
+    with pytest.raises(BadData, match=rf"{report}: {key}: Field required; delete it and run `dvc repro`"):
+        record_of(place)
+
+
+def test_a_curve_that_is_none_is_named(place):
+    for text in ("step,loss\n1,2\n", "step,train_loss,val_loss\n1,x,2\n"):
+        (place / "reports/loss.csv").write_text(text)
+        with pytest.raises(BadData, match=r"loss\.csv is no loss curve"):
+            record_of(place)
+
+
+def test_an_interval_beside_its_value_is_still_drawn(place):
+    """A percentile interval of few documents may miss the value itself."""
+    record = record_of(place)
+    item = evidence_of(record)["xz.bits_per_byte"]
+    item["low"] = item["value"] + 0.01
+    assert rendering.bits_per_byte_png(record).startswith(b"\x89PNG")
 
 
 def test_sums_of_other_documents_are_refused(place):

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from compactgpt.claims import Claim, Claims, Evidence, Judgement, Published, judge
-from compactgpt.config import Likelihood, Model, load_section
+from compactgpt.config import ExpectedLoss, Likelihood, Model, load_section
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.estimate import counts, flops_per_token
 from compactgpt.evaluation import Totals, read_totals
@@ -56,8 +56,8 @@ class _Bounds(_Report):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.low <= self.value <= self.high:
-            raise ValueError(f"{self.value} is not between {self.low} and {self.high}")
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
         return self
 
 
@@ -70,6 +70,56 @@ class Score(_Report):
     loss: _Bounds
     perplexity: _Bounds
     bits_per_byte: _Bounds
+
+
+class _Sizes(_Report):
+    all_tensors: int
+    nanogpt: int
+    non_embedding: int
+
+
+class _Flops(_Report):
+    with_attention: int
+
+
+class _Shape(_Report):
+    block_size: int
+
+
+class Forecast(_Report):
+    """One of the two runs of reports/estimate.json."""
+
+    parameters: _Sizes
+    model: _Shape
+    sequences_per_step: int
+    tokens_per_step: int
+    tokens: int
+    epochs: float | None
+    flops_per_token: _Flops
+    expected_loss: ExpectedLoss
+
+
+class OwnForecast(Forecast):
+    """The run of params.yaml."""
+
+    corpus: str
+    notes: list[str]
+
+
+class Estimates(_Report):
+    """reports/estimate.json."""
+
+    compact: OwnForecast
+    note: Forecast
+
+
+class Trained(_Report):
+    """reports/training.json."""
+
+    tokens: int
+
+
+Kind = TypeVar("Kind", bound=_Report)
 
 
 @dataclass(frozen=True)
@@ -88,22 +138,22 @@ class Sources:
 
     claims: Claims
     published: Published
-    estimate: Mapping[str, Any]
-    training: Mapping[str, Any]
+    estimate: Estimates
+    training: Trained
     curve: list[dict[str, float | None]]
     compact: Measured
     baselines: list[Measured]
 
 
-def read_score(path: Path) -> Score:
-    """Read one report of the evaluation or of a baseline.
+def read_report(path: Path, kind: type[Kind]) -> Kind:
+    """Read what we need of another stage's report.
 
     Raises:
         MissingInput: there is no such report.
         BadData: it lacks something.
     """
     try:
-        return Score.model_validate(read_json(path))
+        return kind.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -142,19 +192,9 @@ def read_sources(inputs: Path, reports: Path, data: Path, names: Iterable[str]) 
         MissingInput: one of the files is not there; the message has the command that makes it.
         BadData, BadConfig: one of them is damaged, or they are of different val splits.
     """
-    compact = Measured(
-        COMPACT,
-        "reports/evaluation.json",
-        read_score(reports / "evaluation.json"),
-        read_totals(data / "evaluation" / "compact.parquet"),
-    )
+    compact = _read_measured(COMPACT, "evaluation", reports, data / "evaluation" / "compact.parquet")
     baselines = [
-        Measured(
-            name,
-            f"reports/baseline/{name}.json",
-            read_score(reports / "baseline" / f"{name}.json"),
-            read_totals(data / "baseline" / f"{name}.parquet"),
-        )
+        _read_measured(name, f"baseline/{name}", reports, data / "baseline" / f"{name}.parquet")
         for name in names
     ]
     for baseline in baselines:
@@ -162,12 +202,17 @@ def read_sources(inputs: Path, reports: Path, data: Path, names: Iterable[str]) 
     return Sources(
         load_section(inputs / "claims.yaml", Claims),
         load_section(inputs / "published.yaml", Published),
-        read_json(reports / "estimate.json"),
-        read_json(reports / "training.json"),
+        read_report(reports / "estimate.json", Estimates),
+        read_report(reports / "training.json", Trained),
         read_curve(reports / "loss.csv"),
         compact,
         baselines,
     )
+
+
+def _read_measured(name: str, report: str, reports: Path, totals: Path) -> Measured:
+    score = read_report(reports / f"{report}.json", Score)
+    return Measured(name, f"reports/{report}.json", score, read_totals(totals))
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
@@ -223,7 +268,7 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
             "published": published,
         },
         "forecast": _forecast_check(evidence),
-        "notes": sources.estimate[COMPACT]["notes"],
+        "notes": sources.estimate.compact.notes,
         "validation": sources.compact.score.validation.model_dump()
         | {"window": sources.compact.score.window},
         "curve": sources.curve,
@@ -257,53 +302,46 @@ def _forecast_check(evidence: Mapping[str, Evidence]) -> dict[str, Any]:
 
 def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
     """Everything that is known, one value at a time, ids unique."""
-    for model in (NOTE, COMPACT):
-        yield from _estimated(model, sources.estimate[model])
+    yield from _estimated(NOTE, sources.estimate.note)
+    yield from _estimated(COMPACT, sources.estimate.compact)
     for name, shape in sources.published.models.items():
         yield from _shape_facts(name, shape)
     yield from _size_ratios(sources)
     yield from _published(sources.published)
     yield from _trained(sources.training)
-    corpus = f"{sources.estimate[COMPACT]['corpus']} val"
+    corpus = f"{sources.estimate.compact.corpus} val"
     for measured in (sources.compact, *sources.baselines):
         yield from _scored(measured, corpus)
     for baseline in sources.baselines:
         yield _paired_ratio(sources.compact, baseline, likelihood, corpus)
 
 
-def _estimated(model: str, report: Mapping[str, Any]) -> Iterator[Evidence]:
+def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
     """Size, budget and expected loss of one of the two estimated runs."""
     source = "params.yaml, reports/estimate.json"
 
     def count(quantity: str, value: float, unit: str) -> Evidence:
         return Evidence(f"{model}.{quantity}", value, unit, "computed", model, source, exact=True)
 
-    for convention, number in report["parameters"].items():
+    for convention, number in forecast.parameters.model_dump().items():
         yield count(f"parameters.{convention}", number, "parameters")
-    yield count("context", report["model"]["block_size"], "tokens")
-    yield count("sequences_per_step", report["sequences_per_step"], "sequences")
-    yield count("tokens_per_step", report["tokens_per_step"], "tokens")
-    yield count("tokens", report["tokens"], "tokens")
-    yield count("flops", report["flops"]["with_attention"], "FLOP")
-    if report["epochs"] is not None:
-        yield count("epochs", report["epochs"], "share")
-    expected = report["expected_loss"]
-    value, basis = expected["value"], f"{source}: {expected['basis']}"
-    for name, share in (("", "95"), ("_80", "80"), ("_95", "95")):
-        low, high = expected[f"low_{share}"], expected[f"high_{share}"]
-        yield Evidence(
-            f"{model}.expected_loss{name}", value, NATS, "estimated", model, basis, low=low, high=high
-        )
-    yield Evidence(
-        f"{model}.expected_perplexity",
-        perplexity(value),
-        "perplexity",
-        "estimated",
-        model,
-        basis,
-        low=perplexity(expected["low_95"]),
-        high=perplexity(expected["high_95"]),
-    )
+    yield count("context", forecast.model.block_size, "tokens")
+    yield count("sequences_per_step", forecast.sequences_per_step, "sequences")
+    yield count("tokens_per_step", forecast.tokens_per_step, "tokens")
+    yield count("tokens", forecast.tokens, "tokens")
+    if forecast.epochs is not None:
+        yield count("epochs", forecast.epochs, "share")
+    yield from _expected(model, forecast.expected_loss, source)
+
+
+def _expected(model: str, expected: ExpectedLoss, source: str) -> Iterator[Evidence]:
+    """The loss expected with each of its intervals, 95 % where the name has none; perplexity likewise."""
+    about: dict[str, Any] = {"known": "estimated", "model": model, "source": f"{source}: {expected.basis}"}
+    eighty, ninety_five = (expected.low_80, expected.high_80), (expected.low_95, expected.high_95)
+    for name, (low, high) in {"": ninety_five, "_95": ninety_five, "_80": eighty}.items():
+        yield Evidence(f"{model}.expected_loss{name}", expected.value, NATS, low=low, high=high, **about)
+    value, low, high = (perplexity(loss) for loss in (expected.value, *ninety_five))
+    yield Evidence(f"{model}.expected_perplexity", value, "perplexity", low=low, high=high, **about)
 
 
 def _shape_facts(name: str, shape: Model) -> Iterator[Evidence]:
@@ -317,14 +355,11 @@ def _shape_facts(name: str, shape: Model) -> Iterator[Evidence]:
 
 def _size_ratios(sources: Sources) -> Iterator[Evidence]:
     """The note's model against GPT-2 small: parameters, and arithmetic of a token at each one's context."""
-    note, gpt2 = sources.estimate[NOTE], sources.published.models["gpt2"]
-    shares = {
-        f"parameters.{convention}": note["parameters"][convention] / number
-        for convention, number in asdict(counts(gpt2)).items()
-    }
-    shares["flops_per_token"] = (
-        note["flops_per_token"]["with_attention"] / flops_per_token(gpt2)["with_attention"]
-    )
+    note, gpt2 = sources.estimate.note, sources.published.models["gpt2"]
+    sizes = note.parameters.model_dump()
+    shares = {f"parameters.{key}": sizes[key] / number for key, number in asdict(counts(gpt2)).items()}
+    flops = flops_per_token(gpt2)["with_attention"]
+    shares["flops_per_token"] = note.flops_per_token.with_attention / flops
     for quantity, share in shares.items():
         name = f"ratio.note_to_gpt2.{quantity}"
         yield Evidence(name, share, "share", "computed", NOTE, "ratio of the two counts", exact=True)
@@ -360,12 +395,10 @@ def _published(published: Published) -> Iterator[Evidence]:
     )
 
 
-def _trained(report: Mapping[str, Any]) -> Iterator[Evidence]:
+def _trained(report: Trained) -> Iterator[Evidence]:
     """Tokens that our training really saw."""
-    source = "reports/training.json"
-    yield Evidence(
-        f"{COMPACT}.tokens_seen", report["tokens"], "tokens", "measured", COMPACT, source, exact=True
-    )
+    source, seen = "reports/training.json", report.tokens
+    yield Evidence(f"{COMPACT}.tokens_seen", seen, "tokens", "measured", COMPACT, source, exact=True)
 
 
 def _scored(measured: Measured, corpus: str) -> Iterator[Evidence]:

@@ -359,8 +359,8 @@ def bits_per_byte_png(record: Record) -> bytes:
     names = [f"{item['model']}  {show(item['value'], item['unit'])}" for item in items]
     values = [item["value"] for item in items]
     spread = [
-        [item["value"] - item["low"] for item in items],
-        [item["high"] - item["value"] for item in items],
+        [max(0.0, item["value"] - item["low"]) for item in items],
+        [max(0.0, item["high"] - item["value"]) for item in items],
     ]
     figure, axes = _figure()
     axes.barh(names, values, xerr=spread, color=["#1f6feb", *["#9aa4b2"] * (len(items) - 1)], capsize=4)
