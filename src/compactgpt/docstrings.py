@@ -63,11 +63,11 @@ def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distri
             f"{name} {found.version} is installed where params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or change one of the two"
         )
-    left_out = set(exclude)
+    left_out = {*exclude, ".."}
     paths = sorted(
         PurePosixPath(file.as_posix())
         for file in found.files or ()
-        if file.suffix == ".py" and not left_out.intersection([*file.parts[:-1], file.stem, ".."])
+        if file.suffix == ".py" and not left_out.intersection([*file.parts[:-1], file.stem])
     )
     if not paths:
         raise MissingInput(f"{name} {version} is installed without a list of its modules: {_MEND}")

@@ -120,7 +120,7 @@ def _parse_ranks(content: bytes) -> dict[bytes, int]:
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
-def _spelled_bytes() -> dict[str, int]:
+def spelled_bytes() -> dict[str, int]:
     """Which character of GPT-2's files spells which byte, in the order of their ids.
 
     Bytes that print stand for themselves; the others get the characters from U+0100 on
@@ -135,7 +135,7 @@ def _spelled_bytes() -> dict[str, int]:
 
 def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
     """Turn GPT-2's two files into tiktoken's ranks: single bytes first, then merges in their order."""
-    spelled = _spelled_bytes()
+    spelled = spelled_bytes()
 
     def read(word: str) -> bytes:
         return bytes(spelled[character] for character in word)
@@ -148,7 +148,7 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
         ids = json.loads(encoder_json)
         end_of_text = ids.pop(END_OF_TEXT, len(ranks))
         agree = {read(word): rank for word, rank in ids.items()} == ranks and end_of_text == len(ranks)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{VOCAB_BPE} or {ENCODER_JSON} is no GPT-2 tokenizer file ({error!r})") from error
     if not agree:
         raise BadData(f"{VOCAB_BPE} and {ENCODER_JSON} do not agree: they must come from one tokenizer")

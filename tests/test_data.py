@@ -1,0 +1,154 @@
+"""The token file, training batches and evaluation windows, against hand-laid bytes and plain loops."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compactgpt import data
+from compactgpt.errors import BadData, MissingInput
+
+IDS = [bytes([n]) * 16 for n in range(3)]
+DOCUMENTS = [(IDS[0], 5, np.array([1, 2, 3])), (IDS[1], 0, np.array([], int)), (IDS[2], 9, np.array([4]))]
+
+
+def write(path, documents=DOCUMENTS, vocab_size=300, eot_token=299):
+    return data.write_tokens(
+        path, documents, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256="ab" * 32
+    )
+
+
+def test_the_bytes_on_disk_are_the_documented_ones(tmp_path):
+    write(tmp_path / "val.tokens")
+    raw = (tmp_path / "val.tokens").read_bytes()
+    assert raw.startswith(b"CGPTTOK\n")
+    assert json.loads(raw[8:1024])["tokens"] == 7
+    assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 3, 299, 299, 4, 299]
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    header = write(tmp_path / "val.tokens")
+    split = data.open_tokens(tmp_path / "val.tokens")
+    assert split.header == header == data.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
+    assert [split.document(n).tolist() for n in range(3)] == [[1, 2, 3], [], [4]]
+    assert split.byte_lengths.tolist() == [5, 0, 9]
+    assert split.document_ids == ["00" * 16, "01" * 16, "02" * 16]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_the_smallest_type_that_holds_every_id_is_used(tmp_path, vocab_size, dtype):
+    top = vocab_size - 1
+    write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([top]))], vocab_size, top)
+    split = data.open_tokens(tmp_path / "a.tokens")
+    assert split.header.dtype == dtype
+    assert split.tokens.tolist() == [top, top]
+
+
+def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(BadData, match="not below 300"):
+        write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([300]))])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_split_can_be_read(tmp_path):
+    write(tmp_path / "a.tokens", [])
+    assert len(data.open_tokens(tmp_path / "a.tokens").tokens) == 0
+
+
+def rewrite_header(path, **changes):
+    raw = path.read_bytes()
+    header = data.Header(**(json.loads(raw[8:1024]) | changes))
+    path.write_bytes(data.encode_header(header) + raw[1024:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short or altered"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "cut short or altered"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is no token file"),
+        (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is no token file"),
+        (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
+        (lambda path: rewrite_header(path, version=2), "has version 2, this program reads 1"),
+        (lambda path: rewrite_header(path, documents=2), "does not fit"),
+        (lambda path: data.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, damage, says):
+    path = tmp_path / "val.tokens"
+    write(path)
+    damage(path)
+    with pytest.raises(BadData, match=f"val.*{says}"):
+        data.open_tokens(path)
+
+
+def test_a_missing_file_says_what_makes_it(tmp_path):
+    with pytest.raises(MissingInput, match="dvc repro tokenization"):
+        data.open_tokens(tmp_path / "a.tokens")
+    write(tmp_path / "a.tokens")
+    data.index_path(tmp_path / "a.tokens").unlink()
+    with pytest.raises(MissingInput, match=r"a\.index\.safetensors"):
+        data.open_tokens(tmp_path / "a.tokens")
+
+
+def batch(step, seed=1, tokens=None):
+    tokens = np.arange(100) if tokens is None else tokens
+    return data.training_batch(tokens, seed=seed, step=step, sequences=8, block_size=5)
+
+
+def test_targets_are_the_tokens_one_place_further():
+    tokens, targets = batch(step=3)
+    assert tokens.shape == targets.shape == (8, 5)
+    assert tokens.dtype == targets.dtype == np.int64
+    np.testing.assert_array_equal(targets, tokens + 1)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_alone():
+    first = batch(step=3)[0]
+    np.random.seed(0)
+    batch(step=9)
+    np.testing.assert_array_equal(first, batch(step=3)[0])
+    assert not np.array_equal(first, batch(step=4)[0])
+    assert not np.array_equal(first, batch(step=3, seed=2)[0])
+
+
+def test_every_place_of_the_stream_can_be_drawn():
+    starts = {int(row[0]) for step in range(200) for row in batch(step, tokens=np.arange(10))[0]}
+    assert starts == {0, 1, 2, 3, 4}
+
+
+def test_a_stream_shorter_than_a_sequence_is_refused():
+    with pytest.raises(BadData, match=r"has 5 tokens, one sequence needs 6.*block_size"):
+        batch(step=0, tokens=np.arange(5))
+
+
+def test_windows_of_a_hand_worked_document(tmp_path):
+    write(tmp_path / "a.tokens", [(IDS[0], 9, np.array([10, 11, 12, 13, 14]))])
+    windows = list(data.evaluation_windows(data.open_tokens(tmp_path / "a.tokens"), 2))
+    assert [(w.start, w.tokens.tolist(), w.targets.tolist()) for w in windows] == [
+        (0, [299, 10], [10, 11]),
+        (2, [11, 12], [12, 13]),
+        (4, [13], [14]),
+    ]
+
+
+@given(st.lists(st.lists(st.integers(0, 298), max_size=12), min_size=1, max_size=4), st.integers(1, 6))
+def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, window):
+    path = tmp_path_factory.mktemp("tokens") / "a.tokens"
+    write(path, [(bytes(16), 1, np.array(text, int)) for text in texts])
+    scored = [[] for _ in texts]
+    for each in data.evaluation_windows(data.open_tokens(path), window):
+        assert len(each.tokens) == len(each.targets) <= window
+        assert each.start == len(scored[each.document])
+        scored[each.document] += each.targets.tolist()
+    assert scored == texts
+
+
+def test_a_header_names_each_of_its_fields():
+    header = data.Header(1, "uint16", 7, 3, 300, 299, "ab")
+    raw = data.encode_header(header)
+    assert len(raw) == data.HEADER_BYTES
+    assert json.loads(raw[8:]) == dataclasses.asdict(header)

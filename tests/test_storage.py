@@ -1,0 +1,139 @@
+"""Files are written whole or not at all, and checked when they are read."""
+
+import hashlib
+import json
+import os
+import resource
+
+import pytest
+
+from compactgpt import storage
+from compactgpt.errors import BadData, DiskFull, MissingInput
+
+
+@pytest.fixture
+def small_disk():
+    """No file of this process may grow beyond 64 KiB: the kernel refuses the write, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_half(write):
+    write(b"half")
+    raise KeyError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_fails_midway_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.txt"
+    storage.write_text(path, "old")
+    with pytest.raises(KeyError), storage.atomic_file(path) as file:
+        write_half(file.write)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_one_sentence_and_changes_nothing(tmp_path, small_disk):
+    path = tmp_path / "a.bin"
+    storage.write_bytes(path, b"old")
+    with pytest.raises(DiskFull, match=r"no room left .*a\.bin.*run the same command again"):
+        storage.write_bytes(path, bytes(2**17))
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_leaves_the_old_folder(tmp_path, small_disk):
+    with storage.atomic_folder(tmp_path / "out") as folder:
+        storage.write_text(folder / "a.txt", "old")
+    with pytest.raises(DiskFull, match="no room left"), storage.atomic_folder(tmp_path / "out") as folder:
+        (folder / "a.txt").write_bytes(bytes(2**17))
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
+    def refuse(_handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.write_text(tmp_path / "a.txt", "x")
+
+
+def test_a_folder_is_replaced_as_one(tmp_path):
+    for content in ("first", "second"):
+        with storage.atomic_folder(tmp_path / "out") as folder:
+            storage.write_text(folder / f"{content}.txt", content)
+    assert names(tmp_path / "out") == ["manifest.json", "second.txt"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path):
+    with storage.atomic_folder(tmp_path / "out") as folder:
+        storage.write_text(folder / "a.txt", "old")
+    with pytest.raises(KeyError), storage.atomic_folder(tmp_path / "out") as folder:
+        write_half((folder / "b.txt").write_bytes)
+    assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_manifest_says_facts_sizes_and_hashes(tmp_path):
+    facts = {"documents": 0}
+    with storage.atomic_folder(tmp_path / "out", facts) as folder:
+        storage.write_text(folder / "sub" / "a.txt", "héllo")
+        facts["documents"] = 3
+    manifest = storage.verified_manifest(tmp_path / "out")
+    digest = hashlib.sha256("héllo".encode()).hexdigest()
+    assert manifest == {"documents": 3, "files": {"sub/a.txt": {"bytes": 6, "sha256": digest}}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with storage.atomic_folder(tmp_path / "out") as temporary:
+        storage.write_text(temporary / "a.txt", "aaaa")
+        storage.write_text(temporary / "b.txt", "bbbb")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "a.txt").write_text("aaab"), r"a\.txt was altered"),
+        (lambda folder: (folder / "a.txt").write_text("aaa"), r"a\.txt has 3 bytes where 4 were written"),
+        (lambda folder: (folder / "a.txt").unlink(), r"a\.txt is missing"),
+        (lambda folder: (folder / "c.txt").write_text("c"), r"c\.txt is not in the manifest"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), r"manifest\.json names no files"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json is no valid JSON"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(folder, damage, says):
+    damage(folder)
+    with pytest.raises(BadData, match=says):
+        storage.verified_manifest(folder)
+
+
+def test_a_missing_folder_says_what_makes_it(tmp_path):
+    with pytest.raises(MissingInput, match="dvc repro"):
+        storage.verified_manifest(tmp_path / "nothing")
+    with pytest.raises(MissingInput, match="dvc repro"):
+        storage.verify_file(tmp_path / "nothing", "00")
+
+
+def test_json_is_one_text_for_one_value():
+    assert storage.json_bytes({"b": 1, "a": "é"}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_json_of_ours_holds_what_is_no_number(value, tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        storage.json_bytes({"loss": value})
+    (tmp_path / "a.json").write_text(json.dumps({"loss": value}))
+    with pytest.raises(BadData, match="is no valid JSON"):
+        storage.read_json(tmp_path / "a.json")
+    assert not storage.all_finite({"a": [1.0, (value,)]})
+    assert storage.all_finite({"a": [1.0, 2, "x", None]})
