@@ -102,6 +102,11 @@ def load_newest_state(
     return None
 
 
+def drop_states(folder: Path) -> None:
+    """Remove a run's states, once its model is safe."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
     """Check everything, then restore: a state that is refused changes nothing."""
     manifest = verified_manifest(state)

@@ -126,12 +126,12 @@ def train(
     on_metrics: OnMetrics = lambda _step, _values: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train the model of params.yaml, from the newest training state under `state` where there is one.
+    """Train the model of params.yaml, from the newest training state in `state` where there is one.
 
     Args:
         params: all of params.yaml; `model`, `training` and `runtime` are used.
         splits: the data.
-        state: folder of training states; those of this run lie in `state / run_key(params, splits)`.
+        state: folder of this run's training states, named by `run_key(params, splits)`.
         progress: told of every step.
         on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
             of val/loss where it is measured.
@@ -144,8 +144,7 @@ def train(
         BadConfig, BadData: the tokens don't fit the model.
     """
     _check_vocabulary(params, splits)
-    key = run_key(params, splits)
-    run = _Run(params, splits, state / key, key)
+    run = _Run(params, splits, state)
     resumed_from = run.resume()
     clock = _Clock(run.step)
     with _memory_errors():
@@ -178,9 +177,10 @@ def _check_vocabulary(params: Params, splits: Splits) -> None:
 class _Run:
     """What changes while training runs: model, optimizers, curve and the number of updates made."""
 
-    def __init__(self, params: Params, splits: Splits, folder: Path, key: str) -> None:
+    def __init__(self, params: Params, splits: Splits, folder: Path) -> None:
         self.training, self.shape = params.training, params.model
-        self.splits, self.folder, self.key = splits, folder, key
+        self.splits, self.folder = splits, folder
+        self.key = run_key(params, splits)
         self.device = resolve_device(params.runtime.device)
         self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)

@@ -1,0 +1,159 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import tiny, tokens_of
+from test_optim import recipe
+
+from compactgpt.checkpoint import load_model, load_newest_state, save_model, save_state
+from compactgpt.errors import BadData, MissingInput
+from compactgpt.model import GPT
+from compactgpt.optim import Optimizers
+from compactgpt.storage import atomic_folder
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model on disk."""
+    save_model(GPT(tiny(bias=True), seed=4), tmp_path / "model", {"val_loss": 4.5})
+    return tmp_path / "model"
+
+
+def rewrite(folder, change):
+    """Change a model's files and make their manifest anew, as a forger would."""
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    change(tensors, config)
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(config))
+
+
+def test_a_model_comes_back_as_it_was(saved):
+    model, loaded = GPT(tiny(bias=True), seed=4), load_model(saved, "cpu")
+    assert loaded.shape == model.shape
+    assert not loaded.training
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert json.loads((saved / "config.json").read_text())["facts"] == {"val_loss": 4.5}
+
+
+def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
+    save_model(GPT(tiny(bias=True), seed=4), tmp_path / "again", {"val_loss": 4.5})
+    for path in saved.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_the_head_is_stored_once(saved):
+    assert not any("lm_head" in name for name in load_file(saved / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_is_refused(saved, name):
+    content = bytearray((saved / name).read_bytes())
+    content[-2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(BadData, match=name):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.pop("ln_f.weight"), "ln_f.weight is missing"),
+        (lambda t, c: t.update(extra=torch.zeros(1)), "extra is unknown"),
+        (lambda t, c: t.update({"wpe.weight": torch.zeros(9, 16)}), "wpe.weight is .9, 16."),
+        (lambda t, c: t.update({"wpe.weight": t["wpe.weight"].double()}), "wpe.weight is .*float64"),
+        (lambda t, c: t["wte.weight"][3].fill_(torch.nan), "wte.weight holds numbers that are not finite"),
+        (lambda t, c: c["model"].update(n_head=3), "describes no model"),
+        (lambda t, c: c["model"].update(nhead=2), "describes no model"),
+        (lambda t, c: c.pop("model"), "describes no model"),
+    ],
+)
+def test_a_forged_model_is_refused_by_name(saved, change, message):
+    rewrite(saved, change)
+    with pytest.raises(BadData, match=message):
+        load_model(saved)
+
+
+def test_a_missing_model_says_how_to_make_it(tmp_path):
+    with pytest.raises(MissingInput, match="dvc repro"):
+        load_model(tmp_path / "none")
+
+
+class States:
+    """A run with one saved state a step."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.model = GPT(tiny(), seed=1)
+        self.optimizers = Optimizers(self.model, recipe())
+        self.weights = {}
+
+    def advance(self, step):
+        self.model(*tokens_of(2, 8, seed=step)).backward()
+        self.optimizers.update(step - 1, 0.5)
+        save_state(self.folder, "key", step, self.model, self.optimizers, {"at": step})
+        self.weights[step] = self.model.wte.weight.detach().clone()
+
+
+@pytest.fixture
+def states(tmp_path):
+    run = States(tmp_path / "run")
+    for step in (1, 2, 3):
+        run.advance(step)
+    return run
+
+
+def resume(states, key="key"):
+    model = GPT(tiny(), seed=9)
+    found = load_newest_state(states.folder, key, model, Optimizers(model, recipe()))
+    return found, model.wte.weight
+
+
+def test_the_newest_state_is_restored_and_two_are_kept(states):
+    found, weight = resume(states)
+    assert found == (3, {"at": 3})
+    assert torch.equal(weight, states.weights[3])
+    assert sorted(path.name for path in states.folder.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
+def test_a_damaged_state_is_named_and_the_one_before_it_used(states, name, caplog):
+    path = states.folder / "step-00000003" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    found, weight = resume(states)
+    assert found == (2, {"at": 2})
+    assert torch.equal(weight, states.weights[2])
+    assert "step-00000003 is passed over" in caplog.text
+    assert name in caplog.text
+
+
+def test_a_state_without_manifest_is_passed_over(states, caplog):
+    (states.folder / "step-00000003" / "manifest.json").unlink()
+    assert resume(states)[0][0] == 2
+    assert "step-00000003" in caplog.text
+
+
+def test_when_no_state_is_whole_nothing_is_changed(states):
+    for state in states.folder.iterdir():
+        (state / "optimizer.safetensors").write_bytes(b"")
+    found, weight = resume(states)
+    assert found is None
+    assert torch.equal(weight, GPT(tiny(), seed=9).wte.weight)
+
+
+def test_a_state_of_another_run_or_under_another_name_is_never_used(states):
+    assert resume(states, key="other")[0] is None
+    shutil.move(states.folder / "step-00000003", states.folder / "step-00000009")
+    assert resume(states)[0][0] == 2
+
+
+def test_what_a_killed_writer_left_is_swept(states):
+    (states.folder / ".step-00000004.77.tmp").mkdir()
+    assert resume(states)[0][0] == 3
+    assert not list(states.folder.glob(".step-*"))

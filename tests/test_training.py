@@ -1,0 +1,331 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from compactgpt import training
+from compactgpt.config import parse_params
+from compactgpt.data import open_tokens, write_tokens
+from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.runtime import stop_requests
+from compactgpt.storage import atomic_folder, write_text
+
+ROOT = Path(__file__).parents[1]
+VOCAB, EOT = 40, 39
+
+
+def tree_of(model=(), **changes):
+    """The project's params.yaml, made tiny."""
+    tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    tree["runtime"].update(device="cpu", num_threads=1)
+    tree["model"].update(block_size=8, n_layer=2, n_head=2, n_embd=16, vocab_size=VOCAB)
+    tree["model"].update(padded_vocab_size=48, **dict(model))
+    tree["training"].update(max_steps=6, tokens_per_step=32, micro_batch_size=2, warmup_steps=2)
+    tree["training"].update(eval_interval=2, eval_windows=5, checkpoint_interval=2)
+    tree["training"].update(changes)
+    tree["evaluation"]["likelihood"]["window"] = 8
+    return tree
+
+
+def params_of(**changes):
+    return parse_params(tree_of(**changes))
+
+
+def make_tokens(folder, vocab=VOCAB):
+    """Two small splits: every token is the one before it plus 1, 2 or 3."""
+    generator = np.random.default_rng(0)
+    with atomic_folder(folder) as temporary:
+        for name, count in (("train", 30), ("val", 7)):
+            documents = [
+                (bytes([n] * 16), 100, np.cumsum(generator.integers(1, 4, 5 + 7 * (n % 5))) % EOT)
+                for n in range(count)
+            ]
+            write_tokens(
+                temporary / f"{name}.tokens",
+                iter(documents),
+                vocab_size=vocab,
+                eot_token=EOT,
+                tokenizer_sha256="0" * 64,
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return training.open_splits(make_tokens(tmp_path_factory.mktemp("data") / "tokens"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the configuration of these tests says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same_bits(a, b):
+    pairs = zip(a.model.state_dict().items(), b.model.state_dict().items(), strict=True)
+    return a.rows == b.rows and all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
+
+
+def test_training_learns(splits, tmp_path):
+    rows = training.train(params_of(max_steps=150, eval_interval=50), splits, tmp_path).rows
+    assert [row.step for row in rows] == [1, 50, 100, 150]
+    assert rows[0].val_loss > 3.5
+    assert rows[-1].val_loss < 2.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw", "schedule": "cosine", "model": {"dropout": 0.3}}],
+    ids=["muon", "adamw-dropout"],
+)
+def test_a_run_stopped_after_any_step_ends_with_the_bits_of_one_never_stopped(splits, tmp_path, changes):
+    params = params_of(**changes)
+    whole = training.train(params, splits, tmp_path / "whole")
+    assert same_bits(whole, training.train(params, splits, tmp_path / "again"))
+    for last in (1, 2, 3, 5):
+        state = tmp_path / str(last)
+        steps = []
+        with pytest.raises(Busy, match=f"step {last} of 6"):
+            training.train(
+                params,
+                splits,
+                state,
+                on_metrics=lambda step, _, steps=steps: steps.append(step),
+                stopping=lambda steps=steps, last=last: steps[-1] == last,
+            )
+        resumed = training.train(params, splits, state)
+        assert resumed.resumed_from == last
+        assert same_bits(whole, resumed)
+
+
+def test_a_run_that_failed_between_checkpoints_goes_on_from_the_last_one(splits, tmp_path):
+    def fail(done, _total, _figures=None):
+        if done == 5:
+            raise ZeroDivisionError
+
+    params = params_of()
+    with pytest.raises(ZeroDivisionError):
+        training.train(params, splits, tmp_path / "broken", progress=fail)
+    resumed = training.train(params, splits, tmp_path / "broken")
+    assert resumed.resumed_from == 4
+    assert same_bits(resumed, training.train(params, splits, tmp_path / "whole"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from compactgpt.runtime import prepare_process
+from test_training import params_of
+prepare_process(params_of().runtime)
+from compactgpt import storage, training
+real, left = os.fsync, [{fsyncs}]
+def fsync(handle):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(handle)
+os.fsync = fsync
+training.train(params_of(), training.open_splits(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_result(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens")
+    script = KILLED.format(path=[str(ROOT / "src"), str(ROOT / "tests")], fsyncs=12)  # a state takes eight
+    command = [sys.executable, "-c", script, str(tokens), str(tmp_path / "state")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    left = sorted(
+        path.name.split(".")[1 if path.name[0] == "." else 0] for path in (tmp_path / "state").iterdir()
+    )
+    assert left == ["step-00000002", "step-00000004"]
+    assert not (tmp_path / "state" / "step-00000004").exists()
+    splits = training.open_splits(tokens)
+    resumed = training.train(params_of(), splits, tmp_path / "state")
+    assert resumed.resumed_from == 2
+    assert same_bits(resumed, training.train(params_of(), splits, tmp_path / "whole"))
+
+
+def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(splits, tmp_path):
+    def terminate(done, _total, _figures=None):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as stopping, pytest.raises(Busy, match=r"step 4 of 6.*dvc repro"):
+        training.train(params_of(), splits, tmp_path, progress=terminate, stopping=stopping)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert training.train(params_of(), splits, tmp_path).resumed_from == 4
+
+
+def test_the_second_ctrl_c_acts_at_once():
+    with stop_requests() as stopping:
+        assert not stopping()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_how_often_is_measured_never_changes_the_model(splits, tmp_path):
+    often = training.train(params_of(eval_interval=1, eval_windows=2), splits, tmp_path / "a")
+    seldom = training.train(params_of(eval_interval=6, checkpoint_interval=1), splits, tmp_path / "b")
+    assert torch.equal(often.model.wte.weight, seldom.model.wte.weight)
+
+
+def test_micro_batches_are_a_matter_of_memory_only(splits, tmp_path):
+    small = training.train(params_of(micro_batch_size=1), splits, tmp_path / "a")
+    large = training.train(params_of(micro_batch_size=4), splits, tmp_path / "b")
+    assert small.rows[-1].val_loss == pytest.approx(large.rows[-1].val_loss, abs=1e-4)
+
+
+def test_validation_loss_is_the_mean_over_the_tokens_of_every_document(splits, tmp_path):
+    """Window by window, all logits in float64, padding rows left out."""
+    model = training.train(params_of(), splits, tmp_path).model
+    windows = training._chosen_windows(splits.val, 8, 10**6)
+    nats, scored = 0.0, 0
+    for window in windows:
+        x = model.hidden(torch.from_numpy(window.tokens)[None])[0]
+        logits = (x @ model.wte.weight[:VOCAB].T).double()
+        nats -= logits.log_softmax(1)[torch.arange(len(x)), torch.from_numpy(window.targets)].sum().item()
+        scored += len(window.targets)
+    assert scored == splits.val.header.tokens - splits.val.header.documents
+    for batch_size in (1, 3):
+        assert training.validation_loss(model, windows, batch_size) == pytest.approx(nats / scored, abs=1e-6)
+
+
+def test_fewer_windows_are_spread_over_the_whole_split(splits):
+    every = training._chosen_windows(splits.val, 8, 10**6)
+    some = training._chosen_windows(splits.val, 8, 3)
+    assert [some[0].document, some[-1].document] == [every[0].document, every[-1].document]
+    assert len(some) == 3
+
+
+def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(splits, tmp_path):
+    losses = {}
+    trained = training.train(
+        params_of(eval_interval=4),
+        splits,
+        tmp_path,
+        on_metrics=lambda step, values: losses.update({step: values.get("train/loss", losses.get(step))}),
+    )
+    assert [row.step for row in trained.rows] == [1, 4, 6]
+    assert trained.rows[1].train_loss == pytest.approx(sum(losses[step] for step in (2, 3, 4)) / 3)
+
+
+def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_path):
+    params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
+    with pytest.raises(NotFinite, match=r"step \d: the loss is .*lower training.learning_rate"):
+        training.train(params, splits, tmp_path)
+    run = training._Run(params, splits, tmp_path)
+    weights = []
+
+    def go_on_for_ever():
+        while True:
+            weights.append(run.model.wte.weight.detach().clone())
+            run.make_step()
+
+    with pytest.raises(NotFinite):
+        go_on_for_ever()
+    assert torch.equal(weights[-1], run.model.wte.weight)
+
+
+def test_no_memory_says_which_number_to_lower(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Run, "_gradient", lambda *_: torch.empty(2**58))
+    with pytest.raises(OutOfMemory, match="micro_batch_size"):
+        training.train(params_of(), splits, tmp_path)
+
+
+def test_other_runtime_errors_stay_what_they_are(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training._Run, "_gradient", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        training.train(params_of(), splits, tmp_path)
+
+
+def test_tokens_of_a_larger_vocabulary_are_refused(splits, tmp_path):
+    with pytest.raises(BadConfig, match=r"model.vocab_size: found 30, .* 40"):
+        training.train(params_of(model={"vocab_size": 30}), splits, tmp_path)
+
+
+def test_an_empty_val_split_is_refused(splits, tmp_path):
+    write_tokens(tmp_path / "val.tokens", iter([]), vocab_size=40, eot_token=EOT, tokenizer_sha256="")
+    empty = training.Splits(splits.train, open_tokens(tmp_path / "val.tokens"), "")
+    with pytest.raises(BadData, match="val_fraction"):
+        training.train(params_of(), empty, tmp_path / "state")
+
+
+def test_the_run_key_names_what_the_result_depends_on(splits):
+    key = training.run_key(params_of(), splits)
+    other_data = training.Splits(splits.train, splits.val, "f" * 64)
+    assert key == training.run_key(params_of(), splits)
+    assert key != training.run_key(params_of(seed=2), splits)
+    assert key != training.run_key(params_of(model={"bias": True}), splits)
+    assert key != training.run_key(params_of(), other_data)
+    unrelated = tree_of()
+    unrelated["evaluation"]["likelihood"]["window"] = 4
+    assert key == training.run_key(parse_params(unrelated), splits)
+
+
+def test_altered_tokens_are_refused(tmp_path):
+    folder = make_tokens(tmp_path / "tokens")
+    content = bytearray((folder / "train.tokens").read_bytes())
+    content[-1] ^= 1
+    (folder / "train.tokens").write_bytes(content)
+    with pytest.raises(BadData, match=r"train\.tokens was altered"):
+        training.open_splits(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A repository folder with tiny params.yaml and tokens, not under DVC."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("params.yaml"), json.dumps(tree_of()))  # JSON is YAML
+    make_tokens(Path("data/tokens"))
+    return tmp_path
+
+
+def door():
+    from stages.training import app
+
+    return CliRunner().invoke(app, ["--tracker", "none"])
+
+
+def contents():
+    return {path: path.read_bytes() for name in ("models", "reports") for path in Path(name).rglob("*.*")}
+
+
+def test_the_door_writes_model_curve_and_report_the_same_each_time(here):
+    first = door()
+    assert (first.exit_code, first.exception) == (0, None)
+    written = contents()
+    report = json.loads(Path("reports/training.json").read_text())
+    assert report["tokens"] == 6 * 32
+    assert report["gradient_accumulation_steps"] == 2
+    assert report["train_loss_steps"] == 2
+    curve = Path("reports/loss.csv").read_text().splitlines()
+    assert curve[0] == "step,train_loss,val_loss"
+    assert curve[-1] == f"6,{report['train_loss']!r},{report['val_loss']!r}"
+    assert [int(line.split(",")[0]) for line in curve[1:]] == [1, 2, 4, 6]
+    assert not list(Path(".state/training").iterdir())
+    assert door().exit_code == 0
+    assert contents() == written
+
+
+def test_the_door_says_in_one_sentence_that_there_are_no_tokens(here):
+    (here / "data/tokens/manifest.json").unlink()
+    result = door()
+    assert result.exit_code == 66
+    assert result.output.startswith("error: data/tokens/manifest.json is missing")
