@@ -70,7 +70,8 @@ def test_arithmetic_of_the_notes_run():
     assert note["flops"]["with_attention"] == pytest.approx(1.27e17, rel=1e-3)
     assert note["minutes"]["h100"] == pytest.approx(5.4, abs=0.05)
     assert note["memory_bytes"]["logits_if_held_at_once"] / 2**30 == pytest.approx(1.5, abs=0.05)
-    assert note["memory_bytes"]["weights"] == 4 * 30_135_168
+    memory = note["memory_bytes"]
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] / 2 == 4 * 30_135_168
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,8 @@ def test_the_interval_is_the_laws_spread_widened_by_their_miss():
 def test_no_bound_is_above_guessing_or_below_nothing():
     for steps in (1, 10**9):
         found = expect(Run(100, 50, steps, 512), "muon", 50257, PARAMS.estimate.anchors)
-        assert 0 < found.low_95 <= found.value <= found.high_95 <= math.log(50257)
+        assert 0 < found.low_95 < found.low_80 < found.value <= found.high_80 <= found.high_95
+        assert found.high_95 <= math.log(50257)
 
 
 def test_the_notes_interval_is_the_one_written_down_before():

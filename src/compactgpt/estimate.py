@@ -136,18 +136,18 @@ def expect(run: Run, optimizer: str, vocab_size: int, anchors: tuple[Anchor, ...
     near), let every law pass through it, and read the laws at our run. The 80 % interval is their spread
     widened on both sides by the laws' largest miss, unscaled, at the largest anchor, once for every
     decade of compute between anchor and run (at least once); the 95 % interval is widened by twice that.
-    No bound lies above ln(vocabulary), the loss of guessing.
+    No law's loss and no bound lies above ln(vocabulary), the loss of guessing.
     """
     decades = {anchor.name: _decades(run, anchor) for anchor in anchors}
     anchor = min(anchors, key=lambda a: (decades[a.name], a.optimizer != optimizer))
-    losses = [through(law, anchor, run) for law in LAWS]
+    guessing = math.log(vocab_size)
+    losses = [min(through(law, anchor, run), guessing) for law in LAWS]
     known = max(anchors, key=lambda a: _flops(_run_of(a)))
     miss = max(abs(law.loss(_run_of(known)) - known.loss) for law in LAWS)
     width = miss * max(1.0, decades[anchor.name])
-    guessing = math.log(vocab_size)
     low, high = min(losses), max(losses)
     return ExpectedLoss(
-        value=min((low + high) / 2, guessing),
+        value=(low + high) / 2,
         low_80=_between(low - width, guessing),
         high_80=_between(high + width, guessing),
         low_95=_between(low - 2 * width, guessing),

@@ -322,6 +322,7 @@ def terminal(record: Record, *, width: int, colour: bool) -> str:
         width: of the terminal, in characters.
         colour: whether it understands ANSI styles.
     """
+    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -337,14 +338,17 @@ def terminal(record: Record, *, width: int, colour: bool) -> str:
         ("forecast", _forecast_head(view), view.forecast_table()),
     ]
     for key, head, rows in tables:
-        table = Table(title=TEXT[key], title_justify="left", show_lines=key == "table")
+        lined = key == "table"
+        box = HEAVY_HEAD if lined else SIMPLE_HEAD
+        table = Table(title=TEXT[key], title_justify="left", show_lines=lined, box=box)
         for name, cells in zip(head, zip(*rows, strict=True), strict=True):
             longest = max((len(word) for cell in cells for word in cell.split()), default=0)
             table.add_column(name, min_width=longest, overflow="fold")  # numbers are neither cut nor broken
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))  # Text: quotes hold brackets, which are no markup
         console.print(table)
-    console.print(Text(view.tally()))
+    for note in (view.tally(), TEXT["table_note"], TEXT["published_note"].replace("*", "")):
+        console.print(Text(note))
     return buffer.getvalue()
 
 
