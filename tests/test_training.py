@@ -226,7 +226,7 @@ def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(splits, tmp
 
 def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_path):
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
-    with pytest.raises(NotFinite, match=r"step \d: the loss is .*lower training.learning_rate"):
+    with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is .*lower training.learning_rate"):
         training.train(params, splits, tmp_path)
     run = training._Run(params, splits, tmp_path)
     weights = []

@@ -216,7 +216,7 @@ class _Run:
         tokens, targets = (torch.from_numpy(array).to(self.device) for array in arrays)  # (sequences, T)
         loss = self._gradient(tokens, targets)
         grad_norm = self.optimizers.grad_norm()
-        self._refuse_non_finite(loss, grad_norm)
+        self._refuse_non_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
         self.curve.waiting.append(loss)
@@ -236,14 +236,15 @@ class _Run:
             losses.append(loss.detach())
         return float(torch.stack(losses).sum())
 
-    def _refuse_non_finite(self, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
+        if all(math.isfinite(number) for number in numbers.values()):
             return
+        found = " and the ".join(f"{name} is {number}" for name, number in numbers.items())
         raise NotFinite(
-            f"step {self.step + 1}: the loss is {loss} and the norm of its gradient {grad_norm}; nothing of "
-            f"this step was kept, and its batch (seed {self.training.seed}, step {self.step}) would give the "
-            "same again: lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or "
-            "lengthen training.warmup_steps, in params.yaml, then run `dvc repro`"
+            f"step {step + 1} of {self.training.max_steps}: the {found}; nothing of it was kept, and its "
+            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: lower "
+            "training.learning_rate, embedding_learning_rate or muon_learning_rate, or lengthen "
+            "training.warmup_steps, in params.yaml, then run `dvc repro`"
         )
 
     def row_is_due(self) -> bool:
@@ -253,6 +254,7 @@ class _Run:
     def measure(self) -> Row:
         """Add a row to the curve."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
+        self._refuse_non_finite(self.step - 1, {"validation loss": val_loss})
         return self.curve.close_row(self.step, val_loss)
 
 
