@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -80,6 +82,21 @@ def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path):
         write_half((folder / "b.txt").write_bytes)
     assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
     assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".out.{ended.pid}.tmp").mkdir()
+    (tmp_path / f".out.{ended.pid}.old").mkdir()
+    (tmp_path / f".a.txt.{ended.pid}.tmp").write_text("half")
+    kept = [f".out.{os.getppid()}.tmp", f".b.txt.{ended.pid}.tmp", ".out.notes", ".a.txt.1.bak"]
+    for name in kept:
+        (tmp_path / name).write_text("somebody else's")
+    with storage.atomic_folder(tmp_path / "out"):
+        pass
+    storage.write_text(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == sorted([*kept, "out", "a.txt"])
 
 
 def test_the_manifest_says_facts_sizes_and_hashes(tmp_path):

@@ -6,10 +6,12 @@ of each of its files, and renamed as one. A reader of a folder checks it against
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from typing import IO, Any
 from compactgpt.errors import BadData, DiskFull, MissingInput
 
 MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\.(\d+)\.(?:tmp|old)$")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -45,11 +48,33 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path, kind: str = "tmp") -> Path:
+    """Name the place beside `path` where this process works, after sweeping what killed ones left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if not (match := _LEFTOVER.search(left.name)) or _is_alive(int(match[1])):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary file that takes its place at `path` only when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with _disk_errors(path):
             with open(temporary, "wb") as file:
@@ -135,7 +160,7 @@ def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator
         facts: what the manifest says beside its list of files. The dict may be filled inside the block.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -157,7 +182,7 @@ def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Swap folders: between the two renames the place is empty, never half filled."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _temporary(folder, "old")
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)
