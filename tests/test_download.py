@@ -388,6 +388,19 @@ def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
         parse_params(TREE | {"download": part})
 
 
+def test_bounds_that_exclude_each_other_are_refused():
+    part = TREE["download"]["docstrings"] | {"min_characters": 500, "max_characters": 400}
+    with pytest.raises(
+        BadConfig, match=r"docstrings: max_characters \(400\) must be at least min_characters"
+    ):
+        parse_params(TREE | {"download": TREE["download"] | {"docstrings": part}})
+    part = TREE["validation"] | {"min_characters": 500, "max_characters": 400}
+    with pytest.raises(
+        BadConfig, match=r"validation: max_characters \(400\) must be at least min_characters"
+    ):
+        parse_params(TREE | {"validation": part})
+
+
 # --- wheels and the tokenizer
 
 

@@ -55,6 +55,15 @@ class Docstrings(Section):
     min_characters: Count
     max_characters: Positive
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.max_characters < self.min_characters:
+            raise ValueError(
+                f"max_characters ({self.max_characters}) must be at least "
+                f"min_characters ({self.min_characters})"
+            )
+        return self
+
 
 class Files(Section):
     """The user's own text, by globs relative to the repository."""
@@ -93,6 +102,15 @@ class Validation(Section):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.max_characters < self.min_characters:
+            raise ValueError(
+                f"max_characters ({self.max_characters}) must be at least "
+                f"min_characters ({self.min_characters})"
+            )
+        return self
 
 
 class Tokenization(Section):
