@@ -23,16 +23,11 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Measure our model on the val split, and let it write."""
+    from compactgpt.compact import load_compact
     from compactgpt.data import open_tokens
     from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import (
-        evaluate,
-        load_compact,
-        sample_text,
-        samples_markdown,
-        summarize,
-        write_totals,
-    )
+    from compactgpt.evaluation import evaluate, summarize, write_totals
+    from compactgpt.generation import sample_text, samples_markdown
     from compactgpt.runtime import prepare_process, resolve_device
     from compactgpt.storage import write_text
 

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from compactgpt import baseline, config
 from compactgpt.baseline import Surroundings, load_baseline
+from compactgpt.compact import compact
 from compactgpt.data import open_tokens
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.evaluation import compact, evaluate
+from compactgpt.evaluation import evaluate
 from compactgpt.storage import read_json, sha256_file
 from tests.tiny import (
     LIKELIHOOD,

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -15,15 +14,13 @@ from typer.testing import CliRunner
 
 from compactgpt import evaluation
 from compactgpt.checkpoint import save_model
-from compactgpt.config import Samples
+from compactgpt.compact import compact
 from compactgpt.data import Window
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.evaluation import Nats, Neural, Totals, compact, evaluate, target_nats
+from compactgpt.evaluation import Nats, Totals, evaluate, target_nats
 from compactgpt.metrics import ratio_bootstrap
 from compactgpt.storage import read_json, sha256_file
 from tests.tiny import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
-
-SAMPLES = Samples(prompts=("the", "in a"), max_new_tokens=6, temperature=0.8, top_k=5, seed=3)
 
 
 @pytest.fixture
@@ -215,74 +212,6 @@ def test_missing_and_damaged_sums_are_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"bad\.parquet is damaged"):
         evaluation.read_totals(tmp_path / "bad.parquet")
-
-
-def successor(vocab_size: int, block_size: int = 4) -> Neural:
-    """A model that always expects the id after the last one it was fed, and counts what it is fed."""
-
-    def hidden(tokens):
-        assert tokens.shape[1] <= block_size
-        return F.one_hot((tokens + 1) % vocab_size, vocab_size).float()
-
-    return Neural({}, hidden, 10 * torch.eye(vocab_size), block_size, 1)
-
-
-def test_greedy_text_follows_the_model_and_stops_at_end_of_text():
-    most_likely = evaluation._most_likely
-    assert evaluation.generate(successor(20), [3, 4], 5, 19, most_likely) == [5, 6, 7, 8, 9]
-    assert evaluation.generate(successor(20), [16], 5, 19, most_likely) == [17, 18]
-
-
-def test_a_prompt_opens_a_document():
-    """End-of-text is fed before it, as in evaluation."""
-    assert evaluation.generate(successor(20), [], 3, 19, evaluation._most_likely) == [0, 1, 2]
-
-
-def test_greedy_text_equals_recomputing_everything_for_each_token(model, encoding):
-    prompt = encoding.encode_ordinary("the cat in")
-    neural, tokens = compact(model, 1), [encoding.eot_token, *prompt]
-    for _ in range(12):
-        with torch.no_grad():
-            logits = model.hidden(torch.tensor([tokens[-16:]]))[0, -1] @ model.wte.weight.T
-        tokens.append(int(logits[: encoding.n_vocab].argmax()))
-    found = evaluation.generate(neural, prompt, 12, encoding.eot_token, evaluation._most_likely)
-    assert found == tokens[1 + len(prompt) :][: len(found)]
-    assert len(found) == 12 or tokens[1 + len(prompt) + len(found)] == encoding.eot_token
-
-
-def test_top_k_worked_by_hand():
-    logits = np.log(np.array([1.0, 4.0, 2.0, 4.0]))
-    found = evaluation.top_k_probabilities(logits, temperature=1.0, top_k=3)
-    np.testing.assert_allclose(found, [0, 0.4, 0.2, 0.4])
-    cooled = evaluation.top_k_probabilities(logits, temperature=0.5, top_k=4)
-    np.testing.assert_allclose(cooled, np.array([1, 16, 4, 16]) / 37)
-    np.testing.assert_allclose(evaluation.top_k_probabilities(logits, temperature=1.0, top_k=1), [0, 1, 0, 0])
-
-
-def test_draws_follow_the_probabilities():
-    samples = SAMPLES.model_copy(update={"temperature": 1.0, "top_k": 3})
-    draw = partial(evaluation._drawn, evaluation.prompt_generator(1, "x"), samples)
-    drawn = np.bincount([draw(np.log(np.array([1.0, 4.0, 2.0, 4.0]))) for _ in range(4000)], minlength=4)
-    np.testing.assert_allclose(drawn / 4000, [0, 0.4, 0.2, 0.4], atol=0.03)
-
-
-def test_a_prompts_sample_depends_on_seed_and_prompt_only(model, encoding):
-    neural = compact(model, 1)
-
-    def sampled(**changes):
-        report = evaluation.sample_text(neural, encoding, SAMPLES.model_copy(update=changes))
-        return {sample["prompt"]: sample["sampled"]["text"] for sample in report["samples"]}
-
-    alone = sampled(prompts=("in a",))
-    assert sampled()["in a"] == alone["in a"]
-    assert sampled(prompts=("in a",), seed=4) != alone
-
-
-def test_samples_are_readable_with_their_settings(model, encoding):
-    page = evaluation.samples_markdown(evaluation.sample_text(compact(model, 1), encoding, SAMPLES))
-    assert "temperature 0.8, top-k 5, seed 3" in page
-    assert page.count("```") == 8
-    assert "## in a" in page
 
 
 def test_the_room_waits_for_no_torch_and_knows_no_transformers():

@@ -12,7 +12,6 @@ a neural model runs, so that a compressor need not wait for it.
 B windows, T tokens of the longest, C channels, V rows of the vocabulary.
 """
 
-import hashlib
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.config import Likelihood, Samples
+from compactgpt.config import Likelihood
 from compactgpt.data import TokenFile, Window, evaluation_windows
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.metrics import bits_per_byte, perplexity, ratio_bootstrap
@@ -33,10 +32,7 @@ from compactgpt.progress import Progress, silent
 from compactgpt.storage import sha256_file, write_bytes
 
 if TYPE_CHECKING:
-    import tiktoken
     import torch
-
-    from compactgpt.model import GPT
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -86,11 +82,11 @@ class Neural:
         nats, own_tokens = np.zeros(documents), np.zeros(documents, np.int64)
         lengths = np.diff(split.offsets) - 1
         total, started = int(np.sum(-(-lengths // window))), time.monotonic()
-        for done, (slice_, values) in enumerate(target_nats(self, self.windows(split, window)), 1):
-            nats[slice_.document] += values.sum()
-            own_tokens[slice_.document] += len(values)
-            rate = own_tokens.sum() / (time.monotonic() - started) if done % self.batch_size == 0 else 0
-            if rate:
+        for done, (scored, values) in enumerate(target_nats(self, self.windows(split, window)), 1):
+            nats[scored.document] += values.sum()
+            own_tokens[scored.document] += len(values)
+            if done % self.batch_size == 0:
+                rate = own_tokens.sum() / (time.monotonic() - started)
                 progress(done, total, {"tokens/s": f"{rate:,.0f}"})
         progress(total, total)
         return Nats(nats, own_tokens)
@@ -139,31 +135,6 @@ def _batch_nats(model: Neural, batch: list[Window]) -> list[Floats]:
         ]
         values: Floats = torch.cat(nats).cpu().double().numpy()
     return np.split(values, np.cumsum(lengths)[:-1])
-
-
-def load_compact(folder: Path, batch_size: int, device: str) -> Neural:
-    """Our own trained model, ready to be measured.
-
-    Args:
-        folder: the checkpoint.
-        batch_size: windows in one forward pass.
-        device: cpu, cuda or mps.
-
-    Raises:
-        MissingInput: there is no checkpoint.
-        BadData: it is damaged.
-    """
-    from compactgpt.checkpoint import load_model
-
-    return compact(load_model(folder, device), batch_size)
-
-
-def compact(model: "GPT", batch_size: int) -> Neural:
-    """Our GPT behind the one interface, with the padding rows of its vocabulary left out."""
-    shape = model.shape
-    facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
-    head = model.eval().wte.weight.detach()[: shape.vocab_size]
-    return Neural(facts, model.hidden, head, shape.block_size, batch_size)
 
 
 @dataclass(frozen=True)
@@ -281,98 +252,3 @@ def read_totals(path: Path) -> Totals:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
     except (pyarrow.ArrowInvalid, KeyError) as error:
         raise BadData(f"{path} is damaged: delete it and run `dvc repro`") from error
-
-
-def next_logits(model: Neural, tokens: list[int]) -> Floats:
-    """Logits of the token after `tokens`, of which the model sees its last `block_size`. (V,)"""
-    import torch
-
-    fed = torch.tensor([tokens[-model.block_size :]], device=model.head.device)  # (1, T)
-    with torch.inference_mode():
-        last = model.hidden(fed)[0, -1]  # (C,)
-        logits: Floats = (model.head @ last).cpu().double().numpy()
-    return logits
-
-
-def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
-    """Softmax of logits / temperature over the `top_k` largest, zero elsewhere (Fan et al. 2018). (V,)"""
-    kept = np.argsort(-logits, kind="stable")[:top_k]
-    weights = np.exp((logits[kept] - logits.max()) / temperature)
-    probabilities = np.zeros_like(logits)
-    probabilities[kept] = weights / weights.sum()
-    return probabilities
-
-
-def generate(
-    model: Neural, prompt: list[int], max_new_tokens: int, eot_token: int, choose: Callable[[Floats], int]
-) -> list[int]:
-    """Continue a prompt token by token until end-of-text or `max_new_tokens`.
-
-    Returns:
-        The new tokens, without the end-of-text that closed them.
-    """
-    tokens = [eot_token, *prompt]
-    while len(tokens) < 1 + len(prompt) + max_new_tokens:
-        token = choose(next_logits(model, tokens))
-        if token == eot_token:
-            break
-        tokens.append(token)
-    return tokens[1 + len(prompt) :]
-
-
-def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
-    """The random stream of one prompt: another prompt in the list changes nothing for this one."""
-    key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=[seed, key]))
-
-
-def sample_text(
-    model: Neural, encoding: "tiktoken.Encoding", samples: Samples, progress: Progress = silent
-) -> dict[str, Any]:
-    """Let the model continue every prompt, greedily and by sampling.
-
-    A prompt opens a document, as in evaluation: the end-of-text token stands before it.
-
-    Returns:
-        `settings`, and `samples`: for each prompt `greedy` and `sampled`, with text and number of tokens.
-    """
-    written = []
-    for done, prompt in enumerate(samples.prompts, 1):
-        tokens = encoding.encode_ordinary(prompt)
-        generator = prompt_generator(samples.seed, prompt)
-        ways: dict[str, Callable[[Floats], int]]
-        ways = {"greedy": _most_likely, "sampled": partial(_drawn, generator, samples)}
-        continuations = {}
-        for way, choose in ways.items():
-            new = generate(model, tokens, samples.max_new_tokens, encoding.eot_token, choose)
-            continuations[way] = {"text": encoding.decode(new), "tokens": len(new)}
-        written.append({"prompt": prompt, **continuations})
-        progress(done, len(samples.prompts))
-    settings = samples.model_dump(mode="json", exclude={"prompts"})
-    return {"settings": settings, "samples": written}
-
-
-def _most_likely(logits: Floats) -> int:
-    return int(logits.argmax())
-
-
-def _drawn(generator: np.random.Generator, samples: Samples, logits: Floats) -> int:
-    probabilities = top_k_probabilities(logits, temperature=samples.temperature, top_k=samples.top_k)
-    return int(generator.choice(len(probabilities), p=probabilities))
-
-
-def samples_markdown(report: Mapping[str, Any]) -> str:
-    """Render `sample_text`'s report for readers."""
-    settings = report["settings"]
-    lines = [
-        "# Samples",
-        "",
-        f"At most {settings['max_new_tokens']} tokens; *sampled* is temperature {settings['temperature']}, "
-        f"top-k {settings['top_k']}, seed {settings['seed']}.",
-    ]
-    for sample in report["samples"]:
-        lines += ["", f"## {sample['prompt']}"]
-        for way in ("greedy", "sampled"):
-            text = sample[way]["text"].replace("```", "` ` `")
-            lines += ["", f"{way}, {sample[way]['tokens']} tokens:", "", "```text", text, "```"]
-    return "\n".join(lines) + "\n"
