@@ -208,7 +208,7 @@ def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, own_tokens)
 
 def test_missing_and_damaged_sums_are_named(tmp_path):
     with pytest.raises(MissingInput, match=r"nothing\.parquet is missing"):
-        evaluation.read_totals(tmp_path / r"nothing\.parquet")
+        evaluation.read_totals(tmp_path / "nothing.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"bad\.parquet is damaged"):
         evaluation.read_totals(tmp_path / "bad.parquet")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tiktoken
+import torch
 
 from compactgpt.config import Samples
 from compactgpt.evaluation import Floats, Neural
@@ -19,8 +20,6 @@ from compactgpt.progress import Progress, silent
 
 def next_logits(model: Neural, tokens: list[int]) -> Floats:
     """Logits of the token after `tokens`, of which the model sees its last `block_size`. (V,)"""
-    import torch
-
     fed = torch.tensor([tokens[-model.block_size :]], device=model.head.device)  # (1, T)
     with torch.inference_mode():
         last = model.hidden(fed)[0, -1]  # (C,)
@@ -57,7 +56,7 @@ def generate(
 def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
     """The random stream of one prompt: another prompt in the list changes nothing for this one."""
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=[seed, key]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 
 
 def sample_text(
