@@ -37,7 +37,7 @@ def prepare_process(runtime: Runtime) -> None:
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(runtime.num_threads)
     # A thread that waits for its peers sleeps. By default it spins, and wherever another program wants a
-    # core as well, training took 2 to 4 times as long (a quiet machine: no difference over the noise).
+    # core as well, steps took 1.5 to 3.5 times as long; undisturbed steps are equal within the noise.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
