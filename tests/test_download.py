@@ -8,7 +8,6 @@ import os
 import subprocess
 import zipfile
 from email.message import Message
-from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -173,33 +172,21 @@ def test_short_empty_and_repeated_documents_are_left_out_and_counted(tmp_path, s
     install(site, "alpha", "1.0", files)
     report, documents = corpus(tmp_path, alpha(min_characters=20))
     assert [each.source for each in documents] == ["alpha/c.d"]
-    assert report["left_out"] == {"empty": 0, "short": 1, "duplicate": 0}
+    assert report["left_out"] == {"empty": 1, "short": 1, "long": 0, "duplicate": 0}
     (tmp_path / "1.txt").write_text(twin)
     (tmp_path / "2.txt").write_text(twin)
     report, documents = corpus(tmp_path, params(corpus="files", files={"patterns": ["*.txt"]}))
     assert [each.source for each in documents] == ["1.txt"]
-    assert report["left_out"] == {"empty": 0, "short": 0, "duplicate": 1}
+    assert report["left_out"] == {"empty": 0, "short": 0, "long": 0, "duplicate": 1}
 
 
-def test_a_long_module_is_cut_between_docstrings(tmp_path, site):
-    install(site, "alpha", "1.0", {"alpha/core.py": SOURCE})
-    _, documents = corpus(tmp_path, alpha(max_characters=119))  # the second is just as long
-    assert "\n\n".join(each.text for each in documents) == DOCUMENT
-    assert [len(each.text) for each in documents][:2] == [96, 119]
-    assert [each.source for each in documents] == [
-        "alpha/alpha.core",
-        "alpha/alpha.core#2",
-        "alpha/alpha.core#3",
-    ]
-
-
-@given(st.lists(st.text("ab", min_size=1, max_size=9)), st.integers(1, 20))
-def test_packing_loses_nothing_and_is_greedy(parts, limit):
-    packed = docstrings.pack(parts, limit)
-    assert "\n\n".join(packed) == "\n\n".join(parts)
-    assert all(len(text) <= limit or text in parts for text in packed)
-    for text, following in pairwise(packed):
-        assert len(text) + 2 + len(following.split("\n\n")[0]) > limit
+def test_a_module_that_is_too_long_is_left_out_and_counted(tmp_path, site):
+    install(site, "alpha", "1.0", {"alpha/core.py": SOURCE, "alpha/b.py": '"""Kept."""'})
+    report, documents = corpus(tmp_path, alpha(max_characters=len(DOCUMENT) - 1))
+    assert [each.source for each in documents] == ["alpha/alpha.b"]
+    assert report["left_out"] == {"empty": 0, "short": 0, "long": 1, "duplicate": 0}
+    _, documents = corpus(tmp_path, alpha(max_characters=len(DOCUMENT)))
+    assert len(documents) == 2
 
 
 @given(st.text(" \tab\n"))
@@ -310,7 +297,7 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("d.parquet:1", "row one"),
         ("d.parquet:2", "row two"),
     ]
-    assert report["left_out"] == {"empty": 1, "short": 0, "duplicate": 0}
+    assert report["left_out"] == {"empty": 1, "short": 0, "long": 0, "duplicate": 0}
     assert [(each["name"], each["documents"]) for each in report["sources"]] == [
         ("*.txt", 2),
         ("*.jsonl", 2),

@@ -1,15 +1,14 @@
 """The embedded corpus: docstrings of installed distributions, read from their source, never imported.
 
-A document is one module: each of its docstrings in source order, under its qualified name. A long module
-is cut between two docstrings into several documents, so that none outweighs the others. The text depends
-on the distributions alone: not on the platform, not on the version of Python.
+A document is one module: each of its docstrings in source order, under its qualified name. The text
+depends on the distributions alone: not on the platform, not on the version of Python.
 """
 
 import ast
 import gc
 import importlib.metadata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 from compactgpt.errors import BadData, MissingInput
 
 _SHORT_LICENCE = 40  # characters: a longer field holds the licence's whole text
-_GAP = "\n\n"
 _MEND = "delete .venv and run `make setup`"
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
@@ -104,8 +102,8 @@ def short_licence(metadata: Any) -> str:
     return ", ".join(names) or "unknown"
 
 
-def read_modules(modules: Sequence[Module], max_characters: int) -> list[list[str]]:
-    """Return the documents of each module; see `read_module`.
+def read_modules(modules: Sequence[Module]) -> list[str]:
+    """Return the document of each module; see `read_module`.
 
     Without the cyclic garbage collector, which costs a third of the time here: syntax trees are many
     objects and hold no cycles.
@@ -113,18 +111,14 @@ def read_modules(modules: Sequence[Module], max_characters: int) -> list[list[st
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return [read_module(module, max_characters) for module in modules]
+        return [read_module(module) for module in modules]
     finally:
         if collecting:
             gc.enable()
 
 
-def read_module(module: Module, max_characters: int) -> list[str]:
-    """Return the documents of one module; none where it has no docstring.
-
-    Args:
-        module: whose file is read.
-        max_characters: of one document, unless a single docstring is longer.
+def read_module(module: Module) -> str:
+    """Return the document of one module; empty where it has no docstring.
 
     Raises:
         MissingInput: the file is not there.
@@ -142,18 +136,7 @@ def read_module(module: Module, max_characters: int) -> list[str]:
         raise BadData(f"{module.path} is not UTF-8 (byte {error.start:,}): {_MEND}") from error
     except (SyntaxError, ValueError) as error:
         raise BadData(f"{module.path} is no Python source ({error}): {_MEND}") from error
-    return pack((f"{name}\n{text}" for name, text in _docstrings(tree, module.name)), max_characters)
-
-
-def pack(parts: Iterable[str], max_characters: int) -> list[str]:
-    """Join parts, an empty line between two, into texts of at most `max_characters`; no part is cut."""
-    texts: list[str] = []
-    for part in parts:
-        if texts and len(texts[-1]) + len(_GAP) + len(part) <= max_characters:
-            texts[-1] += _GAP + part
-        else:
-            texts.append(part)
-    return texts
+    return "\n\n".join(f"{name}\n{text}" for name, text in _docstrings(tree, module.name))
 
 
 def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:

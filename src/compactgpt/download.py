@@ -6,16 +6,16 @@ it hashes to.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from compactgpt import encoding, wheels
 from compactgpt.config import Docstrings, Download, Files, Tokenizer
-from compactgpt.docstrings import Distribution, Module, find_distribution, read_modules
+from compactgpt.docstrings import Distribution, find_distribution, read_modules
 from compactgpt.documents import Document, new_document, write_documents
 from compactgpt.errors import BadData
 from compactgpt.parallel import ordered_map
@@ -131,14 +131,14 @@ def write_corpus(
     """
     if params.corpus == "docstrings":
         sources, pieces = _docstring_pieces(params.docstrings, num_workers, progress)
-        min_characters = params.docstrings.min_characters
+        lengths = range(params.docstrings.min_characters, params.docstrings.max_characters + 1)
     else:
         sources, pieces = _file_pieces(params.files, root, progress)
-        min_characters = 1
-    left_out = {"empty": 0, "short": 0, "duplicate": 0}
+        lengths = range(1, sys.maxsize)
+    left_out = {"empty": 0, "short": 0, "long": 0, "duplicate": 0}
     facts: dict[str, Any] = {"corpus": params.corpus}
     with atomic_folder(folder, facts) as temporary:
-        write_documents(temporary, _kept(pieces, min_characters, left_out))
+        write_documents(temporary, _kept(pieces, lengths, left_out))
         facts["sources"] = [source.facts() for source in sources]
         for name in ("documents", "bytes"):
             facts[name] = sum(source[name] for source in facts["sources"])
@@ -148,15 +148,15 @@ def write_corpus(
     return {**facts, "left_out": left_out}
 
 
-def _kept(pieces: Iterable[Piece], min_characters: int, left_out: dict[str, int]) -> Iterator[Document]:
+def _kept(pieces: Iterable[Piece], lengths: range, left_out: dict[str, int]) -> Iterator[Document]:
     """Pass on the texts worth keeping, the first of exact duplicates, and count the others."""
     seen: set[bytes] = set()
     for piece in pieces:
         if not piece.text.strip():
             left_out["empty"] += 1
             continue
-        if len(piece.text) < min_characters:
-            left_out["short"] += 1
+        if len(piece.text) not in lengths:
+            left_out["short" if len(piece.text) < lengths.start else "long"] += 1
             continue
         document = new_document(piece.text, piece.origin)
         key = bytes.fromhex(document.id)
@@ -176,14 +176,12 @@ def _docstring_pieces(
         for name, version in sorted(params.distributions.items())
     ]
     sources = [Source(each.name, each.version, each.licence) for each in found]
-    read = partial(read_modules, max_characters=params.max_characters)
-    return sources, _read_distributions(found, sources, read, num_workers, progress)
+    return sources, _read_distributions(found, sources, num_workers, progress)
 
 
 def _read_distributions(
     found: Sequence[Distribution],
     sources: Sequence[Source],
-    read: Callable[[Sequence[Module]], list[list[str]]],
     num_workers: int,
     progress: Progress,
 ) -> Iterator[Piece]:
@@ -192,10 +190,9 @@ def _read_distributions(
     tasks = [
         modules[start : start + _MODULES_PER_TASK] for start in range(0, len(modules), _MODULES_PER_TASK)
     ]
-    results = chain.from_iterable(ordered_map(read, tasks, num_workers))
-    for done, ((module, source), texts) in enumerate(zip(owned, results, strict=True), 1):
-        for part, text in enumerate(texts, 1):
-            yield Piece(text, module.source if part == 1 else f"{module.source}#{part}", source)
+    results = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
+    for done, ((module, source), text) in enumerate(zip(owned, results, strict=True), 1):
+        yield Piece(text, module.source, source)
         progress(done, len(owned))
 
 
