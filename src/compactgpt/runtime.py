@@ -36,9 +36,6 @@ def prepare_process(runtime: Runtime) -> None:
     """Set the allocator, the number of threads, and deterministic kernels."""
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(runtime.num_threads)
-    # A thread that waits for its peers sleeps. By default it spins, and wherever another program wants a
-    # core as well, steps took 1.5 to 3.5 times as long; undisturbed steps are equal within the noise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
