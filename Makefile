@@ -17,7 +17,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro test check table ui lock clean
+.PHONY: help setup repro test check table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ check: $(STAMP) ## lint, format and type checks
 
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show
+
+readme: $(STAMP) ## renew the tables that README.md quotes from the last run
+	@python -m stages.comparison --readme README.md
 
 ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -m compactgpt.syncing

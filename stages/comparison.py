@@ -21,17 +21,24 @@ def main(
     ),
     data: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data"),
     show: Annotated[bool, typer.Option("--show", help="Only print the table of the last run.")] = False,
+    readme: Annotated[Path | None, typer.Option(help="Only renew the tables that this page quotes.")] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Regenerate the note's table from what is known."""
     from compactgpt import rendering
     from compactgpt.storage import read_json, write_bytes, write_text
 
-    with open_stage("comparison", params_file, "none" if show else tracker, ("comparison",)) as stage:
+    if show or readme:
+        tracker = "none"
+    with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:
             record = read_json(reports / "comparison.json")
             width = max(shutil.get_terminal_size((120, 24)).columns, 80)
             typer.echo(rendering.terminal(record, width=width, colour=sys.stdout.isatty()))
+            return
+        if readme:
+            report = rendering.markdown(read_json(reports / "comparison.json"))
+            write_text(readme, rendering.quote_tables(readme.read_text("utf-8"), report))
             return
         from compactgpt.comparison import compare, measured_values, read_sources
 

@@ -397,3 +397,15 @@ def test_the_door_says_what_is_missing(place, monkeypatch):
     assert done.exit_code == MissingInput.exit_code
     assert "xz.json is missing: run `dvc repro`" in done.output
     assert not (place / "reports/comparison.json").exists()
+
+
+def test_the_readme_quotes_the_committed_tables():
+    readme, report = (ROOT / "README.md").read_text(), (ROOT / "reports/comparison.md").read_text()
+    assert rendering.quote_tables(readme, report) == readme
+    assert readme.count("\n| ") > 15
+
+
+def test_quoting_replaces_what_stands_between_the_marks():
+    page = "a\n<!-- table 2 -->\nold\n<!-- end -->\nb\n"
+    report = "# t\n\n## 1. One\n\n| no |\n\n## 2. Two\n\n| yes |\n| --- |\n\nwords\n"
+    assert rendering.quote_tables(page, report) == "a\n<!-- table 2 -->\n| yes |\n| --- |\n<!-- end -->\nb\n"

@@ -6,6 +6,7 @@ values, formatted by `show`. All words stand in TEXT, so that another language i
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -267,6 +268,23 @@ def markdown(record: Record) -> str:
         TEXT["legend_rule"],
     ]
     return "\n\n".join(parts) + "\n"
+
+
+_QUOTED = re.compile(r"^(<!-- table (\d) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+
+
+def quote_tables(page: str, report: str) -> str:
+    """Renew the tables that a page quotes from `markdown`'s text, so that nobody types them.
+
+    Args:
+        page: text with pairs of lines `<!-- table N -->` and `<!-- end -->`.
+        report: what `markdown` made; table N is the one in its section `## N.`.
+    """
+    tables = {
+        section[0]: "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        for section in report.split("\n## ")[1:]
+    }
+    return _QUOTED.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
 
 
 def _pipe_table(head: list[str], rows: Iterable[list[str]]) -> str:
