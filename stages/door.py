@@ -21,7 +21,9 @@ from typing import Annotated, Any
 import typer
 
 from compactgpt.config import Params, load_params
-from compactgpt.errors import Busy, DiskFull, UserError
+from compactgpt.errors import BadData, Busy, DiskFull, MissingInput, OutOfMemory, UserError
+from compactgpt.launching import final_exit_code, launch, own_place, under_torchrun
+from compactgpt.progress import Progress, silent
 from compactgpt.storage import write_json
 from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers
 
@@ -82,10 +84,11 @@ class Stage:
     name: str
     params: Params
     tracker: Tracker
+    leads: bool = True  # of several processes one writes, logs and shows progress
 
-    def progress(self, unit: str, what: str = "") -> Bar:
+    def progress(self, unit: str, what: str = "") -> Progress:
         """A progress bar that counts `unit`."""
-        return Bar(what or self.name, unit)
+        return Bar(what or self.name, unit) if self.leads else silent
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report, and log its numbers and the file."""
@@ -112,6 +115,9 @@ def open_stage(
         _die_with_parent()
         signal.signal(signal.SIGTERM, _stop)
         params = load_params(params_file)
+        if not own_place().leads:
+            yield Stage(name, params, NullTracker(), leads=False)
+            return
         with _only_one(full_name):
             run = _open_run(tracker, full_name, params, logged)
             status = "FAILED"
@@ -140,13 +146,34 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) 
     return run
 
 
+def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
+    """Where params.yaml asks for several processes, start them by torchrun, and leave when they have ended.
+
+    Does nothing in a process that torchrun started.
+
+    Args:
+        module: the door.
+        params_file: params.yaml.
+        options: of the door, by name.
+    """
+    with _clear_errors():
+        launcher = load_params(params_file).training.launcher
+        if launcher.processes == 1 or under_torchrun():
+            return
+        _die_with_parent()
+        words = [f"--{name}={value}" for name, value in options.items()]
+        raise typer.Exit(launch(module, [f"--params={params_file}", *words], launcher))
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _say(str(error))
-        raise typer.Exit(error.exit_code) from error
+        # What every process meets at the same step is told once.
+        if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
+            _say(str(error))
+        raise typer.Exit(final_exit_code(error, error.exit_code)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -166,8 +193,8 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _die_with_parent() -> None:
-    """Under DVC on Linux, end when `dvc` is killed: an orphan would train beside its successor."""
-    if "DVC_STAGE" in os.environ and sys.platform == "linux":
+    """On Linux, end when `dvc` or torchrun is killed: an orphan would train beside its successor."""
+    if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.runtime import prepare_process, stop_requests
-from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, share_out, state_folder
 
 app = new_app()
 
@@ -21,6 +21,8 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Train the compact model, or go on where an interrupted run was."""
+    paths = {"tokens": tokens, "model": model, "report": report, "curve": curve}
+    share_out("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime)
         from compactgpt import training
@@ -38,6 +40,8 @@ def main(
                 on_metrics=lambda step, values: stage.tracker.metrics(values, step),
                 stopping=stopping,
             )
+        if not stage.leads:
+            return
         facts = training.report(stage.params, splits, trained)
         write_text(curve, training.loss_csv(trained.rows))
         save_model(trained.model, model, facts)

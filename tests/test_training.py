@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from compactgpt import training
 from compactgpt.config import parse_params
 from compactgpt.data import open_tokens, write_tokens
+from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.launching import Place
 from compactgpt.runtime import stop_requests
 from compactgpt.storage import atomic_folder, write_text
 
@@ -228,7 +230,7 @@ def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
     with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is .*lower training.learning_rate"):
         training.train(params, splits, tmp_path)
-    run = training._Run(params, splits, tmp_path)
+    run = training._Run(params, splits, tmp_path, Group(Place(), "fast"))
     weights = []
 
     def go_on_for_ever():

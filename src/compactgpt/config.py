@@ -146,6 +146,21 @@ class Model(Section):
         return self
 
 
+class Launcher(Section):
+    """How many processes train one model together, and how they add up what they found."""
+
+    processes: Positive = 1
+    mode: Literal["fast", "strict", "fsdp"] = "fast"
+    max_restarts: Count = 3
+    timeout_seconds: Positive = 600
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.mode == "strict" and self.processes & (self.processes - 1):
+            raise ValueError(f"processes ({self.processes}) must be a power of two where mode is strict")
+        return self
+
+
 class Training(Section):
     """Budget, optimizer and schedule of one training run."""
 
@@ -168,6 +183,16 @@ class Training(Section):
     eval_interval: Positive
     eval_windows: Positive
     checkpoint_interval: Positive
+    launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.launcher.mode == "fsdp" and self.optimizer != "adamw":
+            raise ValueError(
+                f"optimizer ({self.optimizer}) must be adamw where launcher.mode is fsdp: "
+                "Muon needs whole matrices"
+            )
+        return self
 
 
 class Samples(Section):
@@ -343,11 +368,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        unit = self.training.micro_batch_size * self.model.block_size
+        processes = self.training.launcher.processes
+        unit = self.training.micro_batch_size * self.model.block_size * processes
         if self.training.tokens_per_step % unit:
             raise ValueError(
                 f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
-                f"training.micro_batch_size x model.block_size ({unit})"
+                f"training.micro_batch_size x model.block_size x training.launcher.processes ({unit})"
             )
         window = self.evaluation.likelihood.window
         if window > self.model.block_size:

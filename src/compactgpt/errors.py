@@ -53,6 +53,10 @@ class Busy(UserError):
     exit_code = 75
 
 
+class PeerLost(Busy):
+    """Another process of a common training died or fell silent: torchrun starts all of them again."""
+
+
 class BadConfig(UserError):
     """A key of params.yaml is unknown, of the wrong type, or impossible."""
 

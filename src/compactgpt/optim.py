@@ -117,6 +117,10 @@ class Optimizers:
         """Everything that the next update depends on, after at least one update."""
         return {name: optimizer.state[p][key] for name, optimizer, p, key, _ in self._entries()}
 
+    def zero_state(self) -> dict[str, Tensor]:
+        """What `state_tensors` would be before the first update, if there were any then."""
+        return {name: torch.zeros(shape) for name, _, _, _, shape in self._entries()}
+
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from compactgpt.checkpoint import load_newest_state, save_state
 from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
+from compactgpt.distributed import Group, joined
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
@@ -29,7 +30,7 @@ from compactgpt.runtime import resolve_device
 from compactgpt.storage import json_bytes, sha256_file, verified_manifest
 
 # What a training state was computed by: another version of one of them never goes on from it.
-SOURCES = ("checkpoint.py", "data.py", "model.py", "optim.py", "training.py")
+SOURCES = ("checkpoint.py", "data.py", "distributed.py", "model.py", "optim.py", "training.py")
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with a step and what was measured at it."""
@@ -101,10 +102,14 @@ class Trained:
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Hash everything that the bits of the result depend on."""
+    """Hash everything that the bits of the result depend on, but for the number of processes.
+
+    So a run of two goes on as one; only mode strict promises the same bits then.
+    """
     here = Path(__file__).parent
+    launcher = {"processes", "max_restarts", "timeout_seconds"}
     identity = {
-        "training": params.training.model_dump(mode="json"),
+        "training": params.training.model_dump(mode="json", exclude={"launcher": launcher}),
         "model": params.model.model_dump(mode="json"),
         "device": resolve_device(params.runtime.device),
         "num_threads": params.runtime.num_threads,
@@ -144,16 +149,16 @@ def train(
         BadConfig, BadData: the tokens don't fit the model.
     """
     _check_vocabulary(params, splits)
-    run = _Run(params, splits, state)
-    resumed_from = run.resume()
-    clock = _Clock(run.step)
-    with _memory_errors():
+    with joined(params.training.launcher, resolve_device(params.runtime.device)) as group, _memory_errors():
+        run = _Run(params, splits, state, group)
+        resumed_from = run.resume()
+        clock = _Clock(run.step)
         while run.step < params.training.max_steps:
             loss = run.make_step()
             on_metrics(run.step, {"train/loss": loss, **clock.tick(params.training, run.step)})
             if run.row_is_due():
                 on_metrics(run.step, {"val/loss": run.measure().val_loss})
-            stop = stopping() and run.step < params.training.max_steps
+            stop = group.any_of(stopping()) and run.step < params.training.max_steps
             if stop or run.step % params.training.checkpoint_interval == 0:
                 run.save()
             progress(run.step, params.training.max_steps, clock.figures(params.training, run.step, loss))
@@ -162,7 +167,7 @@ def train(
                     f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
                     "run `dvc repro` again, it goes on from there"
                 )
-    return Trained(run.model.eval(), run.curve.rows, run.val_tokens, resumed_from)
+        return Trained(run.model.eval(), run.curve.rows, run.val_tokens, resumed_from)
 
 
 def _check_vocabulary(params: Params, splits: Splits) -> None:
@@ -177,10 +182,13 @@ def _check_vocabulary(params: Params, splits: Splits) -> None:
 class _Run:
     """What changes while training runs: model, optimizers, curve and the number of updates made."""
 
-    def __init__(self, params: Params, splits: Splits, folder: Path) -> None:
-        self.training, self.shape = params.training, params.model
+    def __init__(self, params: Params, splits: Splits, folder: Path, group: Group) -> None:
+        self.training, self.shape, self.group = params.training, params.model, group
         self.splits, self.folder = splits, folder
         self.key = run_key(params, splits)
+        sequences = self.training.tokens_per_step // self.shape.block_size
+        self.rows = group.rows(sequences, self.training.micro_batch_size)
+        group.agree("params.yaml, data or program", self.key)
         self.device = resolve_device(params.runtime.device)
         self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
@@ -190,15 +198,26 @@ class _Run:
         self.step = 0
 
     def resume(self) -> int:
-        """Go on from the newest whole training state; say from which step, 0 if there is none."""
-        loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
-        if loaded:
-            self.step, self.curve = loaded[0], Curve.from_json(loaded[1])
+        """Go on from the newest whole training state; say from which step, 0 if there is none.
+
+        One process reads it and tells the others, whose machines may not see the folder.
+        """
+        if self.group.leads:
+            loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
+            if loaded:
+                self.step, self.curve = loaded[0], Curve.from_json(loaded[1])
+        self.step = self.group.number_from_leader(self.step)
+        self.group.from_leader(list(self.model.state_dict().values()))
+        if self.step:
+            if not self.group.leads:
+                self.optimizers.load_state_tensors(self.optimizers.zero_state())
+            self.group.from_leader(list(self.optimizers.state_tensors().values()))
         return self.step
 
     def save(self) -> None:
         """Write a training state."""
-        save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
+        if self.group.leads:
+            save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
 
     def make_step(self) -> float:
         """Make one update; the mean loss of its batch, in nats per token.
@@ -213,7 +232,8 @@ class _Run:
             sequences=sequences,
             block_size=self.shape.block_size,
         )
-        tokens, targets = (torch.from_numpy(array).to(self.device) for array in arrays)  # (sequences, T)
+        own = (torch.from_numpy(array[self.rows]).to(self.device) for array in arrays)
+        tokens, targets = own  # (rows, T) each
         loss = self._gradient(tokens, targets)
         grad_norm = self.optimizers.grad_norm()
         self._refuse_non_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
@@ -226,15 +246,18 @@ class _Run:
         """Leave the gradient of the mean loss in the parameters, and return the loss."""
         self.model.train()
         size = self.training.micro_batch_size
-        parts = list(zip(torch.split(tokens, size), torch.split(targets, size), strict=True))
-        losses = []
-        for micro_step, (part, target) in enumerate(parts):
+        own, first = len(tokens) // size, self.rows.start // size
+        leaves = own * self.group.size  # micro-batches of all processes
+
+        def leaf(number: int) -> Tensor:
             if self.shape.dropout:
-                torch.manual_seed(_dropout_seed(self.training.seed, self.step, micro_step))
-            loss = self.model(part, target) / len(parts)
-            loss.backward()
-            losses.append(loss.detach())
-        return float(torch.stack(losses).sum())
+                torch.manual_seed(_dropout_seed(self.training.seed, self.step, number))
+            rows = slice((number - first) * size, (number - first + 1) * size)
+            loss: Tensor = self.model(tokens[rows], targets[rows]) / leaves
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        return float(self.group.gradient(list(self.model.parameters()), own, leaf))
 
     def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
@@ -361,7 +384,7 @@ def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
         "steps": training.max_steps,
         "tokens": tokens,
         "tokens_per_step": training.tokens_per_step,
-        "gradient_accumulation_steps": -(-sequences // training.micro_batch_size),
+        "gradient_accumulation_steps": sequences // training.micro_batch_size,
         "train_split_tokens": splits.train.header.tokens,
         "epochs": tokens / splits.train.header.tokens,
         "train_loss": rows[-1].train_loss,
