@@ -31,9 +31,10 @@ def main(
             documents,
             tokenizer,
             root=Path(),
-            cache=state_folder() / "wheels",
+            state=state_folder(),
             num_workers=stage.params.runtime.num_workers,
-            progress=stage.progress("files"),
+            progress=stage.progress("texts" if stage.params.download.corpus == "hub" else "files"),
+            say=lambda message: typer.echo(f"download: {message}", err=True),
         )
         stage.report(report, facts)
 

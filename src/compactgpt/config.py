@@ -7,6 +7,7 @@ the door only these objects travel. Units and meanings stand beside the numbers,
 
 import difflib
 import json
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -27,7 +28,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
 # A glob inside the repository.
-FilePattern = Annotated[str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|jsonl|parquet)$")]
+FilePattern = Annotated[
+    str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|md|jsonl|parquet)(\.gz|\.zst)?$")
+]
+# A repository of the Hugging Face hub, and a commit of it.
+Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
 class Section(BaseModel):
@@ -70,6 +76,44 @@ class Files(Section):
 
     patterns: Annotated[tuple[FilePattern, ...], Field(min_length=1)]
     text_column: Annotated[str, Field(min_length=1)]
+    max_decompressed_megabytes: Positive
+
+
+class HubSet(Section):
+    """One data set of the Hugging Face hub, at a pinned commit, and how its rows become documents."""
+
+    repo: Repository
+    config: str | None
+    splits: Annotated[tuple[Name, ...], Field(min_length=1)]
+    text_column: Annotated[str, Field(min_length=1)]
+    revision: Commit | None
+    licence: str
+    opens_document: str | None = None
+    separator: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.opens_document is not None and self.separator is not None:
+            raise ValueError("opens_document joins rows and separator cuts them: one of the two at most")
+        try:
+            re.compile(self.opens_document or "")
+        except re.error as error:
+            raise ValueError(f"opens_document is no regular expression ({error})") from error
+        return self
+
+
+class HubCorpus(Section):
+    """A data set of the Hugging Face hub, or a local copy of its repository."""
+
+    name: Name
+    mirror: str | None
+    sets: dict[Name, HubSet]
+
+    @model_validator(mode="after")
+    def _specified(self) -> Self:
+        if self.name not in self.sets:
+            raise ValueError(f"name {self.name!r} has no entry in sets; it has {sorted(self.sets)}")
+        return self
 
 
 class Tokenizer(Section):
@@ -85,9 +129,14 @@ class Tokenizer(Section):
 class Download(Section):
     """Where the corpus and the tokenizer come from."""
 
-    corpus: Literal["docstrings", "files"]
+    corpus: Literal["docstrings", "files", "hub"]
+    max_documents: Positive | None
+    max_bytes: Positive | None
+    shard_megabytes: Positive
+    max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]
     docstrings: Docstrings
     files: Files
+    hub: HubCorpus
     tokenizer: Tokenizer
 
 

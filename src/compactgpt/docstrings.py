@@ -10,13 +10,19 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compactgpt.config import Docstrings
+from compactgpt.corpus import Origin, Piece
 from compactgpt.errors import BadData, MissingInput
+from compactgpt.parallel import ordered_map
+from compactgpt.progress import Progress, silent
 
 _SHORT_LICENCE = 40  # characters: a longer field holds the licence's whole text
 _MEND = "delete .venv and run `make setup`"
+_MODULES_PER_TASK = 16
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -37,6 +43,42 @@ class Distribution:
     version: str
     licence: str
     modules: tuple[Module, ...]
+
+
+class DocstringReader:
+    """The docstrings of pinned distributions, as a corpus: see compactgpt.corpus.Reader."""
+
+    name = "docstrings"
+
+    def __init__(self, params: Docstrings, num_workers: int, progress: Progress = silent) -> None:
+        self._found = [
+            find_distribution(name, version, params.exclude)
+            for name, version in sorted(params.distributions.items())
+        ]
+        self._num_workers, self._progress = num_workers, progress
+        self._done = 0
+        self.identity = params.model_dump(mode="json")
+        self.lengths = range(params.min_characters, params.max_characters + 1)
+        self.parts = [Origin(each.name, each.version, each.licence) for each in self._found]
+
+    def place(self) -> Any:
+        """How many modules are done."""
+        return self._done
+
+    def read(self, place: Any) -> Iterator[Piece]:
+        """Yield a document for each module behind a place."""
+        owned = [(module, part) for part, each in enumerate(self._found) for module in each.modules]
+        done = place or 0
+        modules = [module for module, _ in owned[done:]]
+        tasks = [
+            modules[start : start + _MODULES_PER_TASK] for start in range(0, len(modules), _MODULES_PER_TASK)
+        ]
+        results = chain.from_iterable(ordered_map(read_modules, tasks, self._num_workers))
+        for self._done, ((module, part), text) in enumerate(
+            zip(owned[done:], results, strict=True), done + 1
+        ):
+            yield Piece(text, module.source, part)
+            self._progress(self._done, len(owned))
 
 
 def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distribution:

@@ -1,72 +1,292 @@
-"""The user's own text: .txt (one document a file), .jsonl and .parquet (one document a row).
+"""The user's own text: .txt and .md (one document a file), .jsonl and .parquet (one document a row).
 
-Text is taken as it is, but for a byte-order mark at the start of a file. Every mistake is named with
-its file and line.
+Each of them may be compressed, .gz or .zst. Text is taken as it is, but for a byte-order mark at the start
+of a file. Every mistake is named with its file and line. Files are listed and read one by one, so that
+neither their number nor their size matters; a single document has the limit that params.yaml gives it.
 """
 
 import glob
+import hashlib
+import heapq
+import io
 import json
+import os
+import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from compactgpt.config import Files
+from compactgpt.corpus import MEGABYTE, Origin, Piece
 from compactgpt.errors import BadData, MissingInput
+from compactgpt.progress import Progress, silent
 
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 256  # of a parquet file, read at a time
+_CHUNK_BYTES = 2**20
+_NAMES_AT_ONCE = 2**17  # of one folder that are sorted in memory; more are merged from disk
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def find_files(files: Files, root: Path) -> dict[str, list[str]]:
-    """List the files of each pattern, sorted, each file once.
+@dataclass(frozen=True)
+class Rules:
+    """How files are read."""
 
-    Returns:
-        Pattern -> paths relative to `root`.
+    text_column: str  # of .jsonl and .parquet
+    max_document_bytes: int
+    max_decompressed_bytes: int  # of one file
+
+
+class FileReader:
+    """The files that the patterns match, as a corpus: see compactgpt.corpus.Reader."""
+
+    name = "files"
+    lengths = range(1, 2**62)
+
+    def __init__(
+        self, files: Files, root: Path, max_document_bytes: int, progress: Progress = silent
+    ) -> None:
+        self._files, self._root, self._progress = files, root, progress
+        limit = files.max_decompressed_megabytes * MEGABYTE
+        self._rules = Rules(files.text_column, max_document_bytes, limit)
+        self.parts = [Origin(pattern) for pattern in files.patterns]
+        self._place = (0, 0)
+
+    @cached_property
+    def _listing(self) -> tuple[int, str]:
+        """How many files there are, and a hash of their names, sizes and times."""
+        hasher, number = hashlib.sha256(), 0
+        for part, name in list_files(self._files, self._root):
+            status = _status(self._root, name)
+            hasher.update(f"{part}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            number += 1
+        return number, hasher.hexdigest()
+
+    @property
+    def identity(self) -> Any:
+        """The rules, and the files by name, size and time."""
+        return [vars(self._rules), *self._listing]
+
+    def read(self, place: Any) -> Iterator[Piece]:
+        """Yield the texts behind a place: a file's number, and how many of its rows are done."""
+        first, done = place or (0, 0)
+        total, _ = self._listing
+        for number, (part, name) in enumerate(list_files(self._files, self._root)):
+            if number < first:
+                continue
+            rows = read_texts(self._root, name, self._rules, done if number == first else 0)
+            for text, where, row in rows:
+                self._place = (number, row)
+                yield Piece(text, where, part)
+            self._progress(number + 1, total)
+
+    def place(self) -> Any:
+        """The number of the file, and of its rows that are done."""
+        return list(self._place)
+
+
+# --- which files there are
+
+
+def list_files(files: Files, root: Path) -> Iterator[tuple[int, str]]:
+    """Yield (index of the pattern, path relative to `root`): by pattern, then by name, each file once.
+
+    Memory holds the names of a part of one folder at most.
 
     Raises:
         MissingInput: nothing matches, or a pattern without wildcards names a file that is not there.
+        BadData: a folder can't be read, or a name is no Unicode text.
     """
-    found: dict[str, list[str]] = {}
-    taken: set[str] = set()
-    for pattern in files.patterns:
-        names = sorted(
-            Path(name).as_posix()
-            for name in glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (follows links)
-            if not (root / name).is_dir()
-        )
-        if not names and not glob.has_magic(pattern):
+    shapes = [re.compile(_pattern_regex(pattern)) for pattern in files.patterns]
+    any_file = False
+    for index, pattern in enumerate(files.patterns):
+        found = False
+        for name in _matching(root, pattern, shapes[index]):
+            found = any_file = True
+            if not any(shape.fullmatch(name) for shape in shapes[:index]):
+                yield index, name
+        if not found and not glob.has_magic(pattern):
             raise MissingInput(f"{pattern}, named in download.files.patterns, is missing")
-        found[pattern] = [name for name in names if name not in taken]
-        taken.update(names)
-    if not taken:
+    if not any_file:
         raise MissingInput(
             f"no file matches download.files.patterns ({', '.join(files.patterns)}): "
             "put text there, or mend the patterns in params.yaml"
         )
-    return found
 
 
-def read_texts(root: Path, name: str, column: str) -> Iterator[tuple[str, str]]:
-    """Yield (text, source) for each document of one file.
+def _pattern_regex(pattern: str) -> str:
+    """Translate a glob as glob.glob reads it: hidden names match no wildcard, `**` crosses folders."""
+    parts = pattern.split("/")
+    folders = ["(?:[^/.][^/]*/)*" if part == "**" else _part_regex(part) + "/" for part in parts[:-1]]
+    return "".join(folders) + _part_regex(parts[-1])
+
+
+def _part_regex(part: str) -> str:
+    words = re.findall(r"\*+|\?|\[!?\]?[^\]]*\]|[^*?\[]+|\[", part)
+    simple = {"?": "[^/]"}
+    regex = ""
+    for word in words:
+        if word.startswith("*"):
+            regex += "[^/]*"
+        elif len(word) > 1 and word.startswith("["):
+            inside = word[1:-1].replace("\\", r"\\").replace("[", r"\[")
+            regex += "[" + ("^" + inside[1:] if inside.startswith("!") else inside) + "]"
+        else:
+            regex += simple.get(word, re.escape(word))
+    return regex if words and not glob.has_magic(words[0]) else r"(?!\.)" + regex
+
+
+def _matching(root: Path, pattern: str, shape: re.Pattern[str]) -> Iterator[str]:
+    parts = pattern.split("/")
+    fixed = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    if fixed == len(parts):
+        if (root / pattern).is_symlink() or (root / pattern).exists():
+            yield pattern
+        return
+    depth = None if "**" in parts else len(parts) - fixed
+    start = "".join(part + "/" for part in parts[:fixed])
+    for name in _walk(root, start, depth, ()):
+        if shape.fullmatch(name):
+            yield name
+
+
+def _walk(root: Path, start: str, depth: int | None, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the files under a folder in the order of their paths; links are followed, loops are not."""
+    folder = root / start
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return
+        for name in _sorted_names(folder):
+            if not name.endswith("/"):
+                yield start + name
+            elif depth is None or depth > 1:
+                yield from _walk(root, start + name, depth and depth - 1, (*above, here))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError as error:
+        raise BadData(f"{start or '.'} can't be read: its permissions forbid it") from error
+
+
+def _sorted_names(folder: Path) -> Iterator[str]:
+    """The names in a folder, a slash behind those of folders, so that their order is that of whole paths."""
+    with ExitStack() as stack:
+        runs: list[Iterator[str]] = []
+        names: list[str] = []
+        for entry in stack.enter_context(os.scandir(folder)):
+            if entry.name.startswith("."):
+                continue
+            if not _is_text(entry.name):
+                raise BadData(f"{folder / ascii(entry.name)} has a name that is not UTF-8: rename the file")
+            names.append(entry.name + "/" * entry.is_dir())
+            if len(names) == _NAMES_AT_ONCE:
+                file = stack.enter_context(TemporaryFile("w+", encoding="ascii"))
+                file.writelines(json.dumps(name) + "\n" for name in sorted(names))
+                file.seek(0)
+                runs.append(map(json.loads, file))
+                names = []
+        yield from heapq.merge(*runs, sorted(names))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name is no bytes in disguise (os.fsdecode, surrogateescape)."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _status(root: Path, name: str) -> os.stat_result:
+    try:
+        return (root / name).stat()
+    except FileNotFoundError as error:
+        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
+
+
+# --- what is in them
+
+
+def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[tuple[str, str, int]]:
+    """Yield (text, source, row) for each document of one file, but for the first `done` rows.
 
     Raises:
         MissingInput: the file is not there.
-        BadData: it is empty, damaged, not UTF-8, or lacks the column.
+        BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the rules allow.
     """
     path = root / name
-    read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix]
+    suffix = path.with_suffix("").suffix if path.suffix in _COMPRESSIONS else path.suffix
+    read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_whole)
+    if not _status(root, name).st_size:
+        raise BadData(f"{name} is empty: remove it from the corpus")
     try:
-        if not path.stat().st_size:
-            raise BadData(f"{name} is empty: remove it from the corpus")
-        yield from read(path, name, column)
-    except FileNotFoundError as error:
-        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
+        with _opened(path, name, rules) as file:
+            yield from read(file, name, rules, done)
     except PermissionError as error:
         raise BadData(f"{name} can't be read: its permissions forbid it") from error
 
 
-def _read_txt(path: Path, name: str, _column: str) -> Iterator[tuple[str, str]]:
-    content = path.read_bytes().removeprefix(_BOM)
+@contextmanager
+def _opened(path: Path, name: str, rules: Rules) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed."""
+    if path.suffix not in _COMPRESSIONS:
+        with open(path, "rb") as plain:
+            yield plain
+        return
+    import pyarrow as pa
+
+    with pa.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as packed:
+        raw = _Decompressed(packed, name, rules.max_decompressed_bytes)
+        yield io.BufferedReader(raw, _CHUNK_BYTES)
+
+
+class _Decompressed(io.RawIOBase):
+    """A decompressed stream that ends in a sentence: where it is damaged, and where it is a bomb."""
+
+    def __init__(self, stream: Any, name: str, limit: int) -> None:
+        self._stream, self._name, self._limit, self._read = stream, name, limit, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except OSError as error:
+            raise BadData(f"{self._name} is damaged, or was cut short ({_words(error)})") from error
+        self._read += len(content)
+        if self._read > self._limit:
+            raise BadData(
+                f"{self._name} holds more than {self._limit // MEGABYTE:,} MB decompressed "
+                "(download.files.max_decompressed_megabytes): raise the limit, or remove the file"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _too_long(where: str, rules: Rules) -> BadData:
+    return BadData(
+        f"{where} is longer than {rules.max_document_bytes // MEGABYTE:,} MB "
+        "(download.max_document_megabytes): cut it into documents, remove it, or raise the limit"
+    )
+
+
+def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
+    if done:
+        return
+    content = file.read(rules.max_document_bytes + 1)
+    if len(content) > rules.max_document_bytes:
+        raise _too_long(name, rules)
+    content = content.removeprefix(_BOM)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -74,7 +294,7 @@ def _read_txt(path: Path, name: str, _column: str) -> Iterator[tuple[str, str]]:
         raise BadData(_not_utf8(name, line, error)) from error
     if not text.strip():
         raise BadData(f"{name} holds only white space: remove it from the corpus")
-    yield text, name
+    yield text, name, 1
 
 
 def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
@@ -82,13 +302,17 @@ def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
     return f"{name}, line {line:,}: byte 0x{byte:02x} is not UTF-8: convert the file (iconv) or remove it"
 
 
-def _read_jsonl(path: Path, name: str, column: str) -> Iterator[tuple[str, str]]:
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, 1):
-            content = raw.removeprefix(_BOM) if line == 1 else raw
-            if not content.strip():
-                continue
-            yield _json_text(content, name, line, column), f"{name}:{line}"
+def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
+    line = 0
+    while raw := file.readline(rules.max_document_bytes + 1):
+        line += 1
+        if len(raw) > rules.max_document_bytes:
+            raise _too_long(f"{name}, line {line:,}", rules)
+        content = raw.removeprefix(_BOM) if line == 1 else raw
+        if line > done and content.strip():
+            yield _json_text(content, name, line, rules.text_column), f"{name}:{line}", line
+    if not line:
+        raise BadData(f"{name} is empty: remove it from the corpus")
 
 
 def _json_text(content: bytes, name: str, line: int, column: str) -> str:
@@ -111,25 +335,39 @@ def _json_text(content: bytes, name: str, line: int, column: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, name: str, column: str) -> Iterator[tuple[str, str]]:
+def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = 0
+    row, column = 0, rules.text_column
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_column(file.schema_arrow, name, column)
-            for batch in file.iter_batches(_ROWS, columns=[column]):
+        with _seekable(file) as source, pq.ParquetFile(source, page_checksum_verification=True) as table:
+            _check_column(table.schema_arrow, name, column)
+            for batch in table.iter_batches(_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if text is None:
                         raise BadData(f"{name}, row {row:,}: {column!r} is null: mend or remove the row")
-                    yield text, f"{name}:{row}"
+                    if len(text) > rules.max_document_bytes:
+                        raise _too_long(f"{name}, row {row:,}", rules)
+                    if row > done:
+                        yield text, f"{name}:{row}", row
     except UnicodeDecodeError as error:
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError) as error:
-        message = " ".join(str(error).split())
-        raise BadData(f"{name} is no readable parquet file, or was cut short ({message})") from error
+        raise BadData(f"{name} is no readable parquet file, or was cut short ({_words(error)})") from error
+
+
+@contextmanager
+def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """A parquet file is read from its end: a compressed one is unpacked on disk first."""
+    if file.seekable():
+        yield file
+        return
+    with TemporaryFile() as unpacked:
+        while chunk := file.read(_CHUNK_BYTES):
+            unpacked.write(chunk)
+        yield unpacked
 
 
 def _check_column(schema: Any, name: str, column: str) -> None:
