@@ -10,6 +10,7 @@ import fcntl
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +90,18 @@ class Stage:
     def progress(self, unit: str, what: str = "") -> Progress:
         """A progress bar that counts `unit`."""
         return Bar(what or self.name, unit) if self.leads else silent
+
+    def say(self, message: str) -> None:
+        """Tell the person who waits something, once, on stderr."""
+        if self.leads:
+            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+
+    def text(self, name: str, content: str, folder: str) -> None:
+        """Log a short text as a file."""
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            path = Path(scratch) / name
+            path.write_text(content, encoding="utf-8")
+            self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report, and log its numbers and the file."""

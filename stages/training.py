@@ -1,10 +1,12 @@
 """Door of compactgpt.training: token files -> a model, its loss curve and a report."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from compactgpt.launching import own_place
 from compactgpt.runtime import prepare_process, stop_requests
 from stages.door import ParamsFile, TrackerName, new_app, open_stage, share_out, state_folder
 
@@ -18,38 +20,53 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = Path("models/compact"),
     report: Annotated[Path, typer.Option(help="What is written.")] = Path("reports/training.json"),
     curve: Annotated[Path, typer.Option(help="The loss curve.")] = Path("reports/loss.csv"),
+    tokenizer: Annotated[Path, typer.Option(help="Decodes the samples; no result depends on it.")] = Path(
+        "data/tokenizer"
+    ),
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Train the compact model, or go on where an interrupted run was."""
-    paths = {"tokens": tokens, "model": model, "report": report, "curve": curve}
+    paths = {"tokens": tokens, "model": model, "report": report, "curve": curve, "tokenizer": tokenizer}
     share_out("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime)
-        from compactgpt import training
-        from compactgpt.checkpoint import drop_states, save_model
-        from compactgpt.storage import write_text
+        from compactgpt import training, watching
+        from compactgpt.checkpoint import drop_states
 
         splits = training.open_splits(tokens)
         states = state_folder() / "training" / training.run_key(stage.params, splits)
+        stage.say(training.budget(stage.params, own_place().size))
+        band = watching.expected_band(stage.params)
+
+        def on_metrics(step: int, values: Mapping[str, float]) -> None:
+            stage.tracker.metrics(values, step)
+            if "val/loss" in values and (news := band.judge(step, values["val/loss"])):
+                stage.say(news)
+                stage.tracker.tags({"outside_expected_band": news})
+
+        def on_sample(step: int, text: str) -> None:
+            stage.text(f"step-{step:08d}.txt", text, "samples")
+
+        bar = stage.progress("steps")
         with stop_requests() as stopping:
             trained = training.train(
                 stage.params,
                 splits,
                 states,
-                progress=stage.progress("steps"),
-                on_metrics=lambda step, values: stage.tracker.metrics(values, step),
+                progress=lambda done, total, figures=None: bar(
+                    done, total, {**(figures or {}), "expected": str(band)}
+                ),
+                on_metrics=on_metrics,
+                watch=watching.Sampler(stage.params.runtime, tokenizer, on_sample),
                 stopping=stopping,
             )
-        if not stage.leads:
-            return
-        facts = training.report(stage.params, splits, trained)
-        write_text(curve, training.loss_csv(trained.rows))
-        save_model(trained.model, model, facts)
-        stage.report(report, facts)
-        stage.tracker.artifact(curve, "reports")
-        stage.tracker.artifact(model / "config.json", "model")
-        stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-        drop_states(states)
+        if stage.leads:
+            facts = training.save_results(stage.params, splits, trained, states, model, curve)
+            stage.report(report, facts)
+            stage.tracker.artifact(curve, "reports")
+            stage.tracker.artifact(model / "config.json", "model")
+            stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
+            drop_states(states)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
 # Files whose edit changes no output: they carry words, progress and records. What config.py reads is
 # tracked by DVC value by value, as params.
-NO_DEPS = {"__init__", "config", "door", "errors", "progress", "syncing", "tracking"}
+NO_DEPS = {"__init__", "config", "door", "errors", "progress", "syncing", "tracking", "watching"}
 
 
 def project_imports(path: Path) -> set[str]:

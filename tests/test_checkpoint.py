@@ -96,7 +96,7 @@ class States:
 
     def advance(self, step):
         self.model(*tokens_of(2, 8, seed=step)).backward()
-        self.optimizers.update(step - 1, 0.5)
+        self.optimizers.update(step - 1, torch.tensor(0.5))
         save_state(self.folder, "key", step, self.model, self.optimizers, {"at": step})
         self.weights[step] = self.model.wte.weight.detach().clone()
 

@@ -96,16 +96,32 @@ def test_chunked_loss_equals_the_plain_one_with_its_gradients(rows):
     targets = torch.randint(0, 11, (rows,), generator=generator)
     plain = F.cross_entropy(x @ weight.T, targets)
     expected = torch.autograd.grad(plain / 3, (x, weight))
-    chunked = LinearCrossEntropy.apply(x, weight, targets)
+    chunked = LinearCrossEntropy.apply(x, weight, targets, x.dtype)
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(torch.autograd.grad(chunked / 3, (x, weight)), expected)
 
 
+def test_in_bfloat16_only_the_products_are_rounded():
+    """Logits that bfloat16 holds exactly: the softmax and the loss are then those of float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (LOSS_ROWS + 9, 4), generator=generator).float().requires_grad_()
+    weight = torch.randint(-2, 3, (11, 4), generator=generator).float().requires_grad_()
+    targets = torch.randint(0, 11, (len(x),), generator=generator)
+    plain = F.cross_entropy((x @ weight.T).double(), targets)
+    expected = torch.autograd.grad(plain, (x, weight))
+    chunked = LinearCrossEntropy.apply(x, weight, targets, torch.bfloat16)
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-6)
+    for found, exact in zip(torch.autograd.grad(chunked, (x, weight)), expected, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, atol=0.01 * exact.abs().max().item(), rtol=0)
+
+
 def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan():
     weight = torch.tensor([[1000.0], [-1000.0]])
-    loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]))
+    loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]), torch.float32)
     assert loss.item() == pytest.approx(87.3, abs=0.1)
-    assert LinearCrossEntropy.apply(torch.full((1, 1), math.nan), weight, torch.tensor([0])).isnan()
+    nan = torch.full((1, 1), math.nan)
+    assert LinearCrossEntropy.apply(nan, weight, torch.tensor([0]), torch.float32).isnan()
 
 
 def test_weights_are_drawn_as_nanogpt_draws_them():

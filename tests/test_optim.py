@@ -134,7 +134,7 @@ def test_every_group_follows_the_schedule_from_its_own_peak():
     model = GPT(tiny(), seed=1)
     optimizers = Optimizers(model, recipe(optimizer="muon"))
     gradients(model, 0)
-    optimizers.update(4, 0.1)
+    optimizers.update(4, torch.tensor(0.1))
     rates = [group["lr"] for group in optimizers.adamw.param_groups + optimizers.muon.param_groups]
     assert rates == pytest.approx([2e-2 * 5 / 11, 1e-2 * 5 / 11, 5e-2 * 5 / 11])
 
@@ -163,7 +163,7 @@ def test_state_that_does_not_fit_is_refused(damage):
     model = GPT(tiny(), seed=1)
     optimizers = Optimizers(model, recipe())
     gradients(model, 0)
-    optimizers.update(0, 1.0)
+    optimizers.update(0, torch.tensor(1.0))
     state = dict(optimizers.state_tensors())
     name = "adamw.exp_avg.wpe.weight"
     if damage == "missing":

@@ -12,10 +12,12 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt import training
+from compactgpt.checkpoint import load_model, save_model
 from compactgpt.config import parse_params
 from compactgpt.data import open_tokens, write_tokens
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.initial import folder_sha256
 from compactgpt.launching import Place
 from compactgpt.runtime import stop_requests
 from compactgpt.storage import atomic_folder, write_text
@@ -139,24 +141,26 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-training.train(params_of(), training.open_splits(Path(sys.argv[1])), Path(sys.argv[2]))
+training.train(params_of(eval_interval=6), training.open_splits(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
 def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_result(tmp_path):
     tokens = make_tokens(tmp_path / "tokens")
-    script = KILLED.format(path=[str(ROOT / "src"), str(ROOT / "tests")], fsyncs=12)  # a state takes eight
+    script = KILLED.format(
+        path=[str(ROOT / "src"), str(ROOT / "tests")], fsyncs=19
+    )  # the best model takes seven, a state eight
     command = [sys.executable, "-c", script, str(tokens), str(tmp_path / "state")]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     left = sorted(
         path.name.split(".")[1 if path.name[0] == "." else 0] for path in (tmp_path / "state").iterdir()
     )
-    assert left == ["step-00000002", "step-00000004"]
+    assert left == ["best", "step-00000002", "step-00000004"]
     assert not (tmp_path / "state" / "step-00000004").exists()
     splits = training.open_splits(tokens)
-    resumed = training.train(params_of(), splits, tmp_path / "state")
+    resumed = training.train(params_of(eval_interval=6), splits, tmp_path / "state")
     assert resumed.resumed_from == 2
-    assert same_bits(resumed, training.train(params_of(), splits, tmp_path / "whole"))
+    assert same_bits(resumed, training.train(params_of(eval_interval=6), splits, tmp_path / "whole"))
 
 
 def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(splits, tmp_path):
@@ -241,6 +245,98 @@ def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_
     with pytest.raises(NotFinite):
         go_on_for_ever()
     assert torch.equal(weights[-1], run.model.wte.weight)
+
+
+def test_a_gpu_that_works_behind_us_gives_the_same_run_and_news_of_every_step(splits, tmp_path, monkeypatch):
+    """On the CPU, told to defer: losses are looked at now and then, and nothing else changes."""
+    news, late = [], []
+    whole = training.train(params_of(), splits, tmp_path / "a", on_metrics=lambda *told: news.append(told))
+    make = training._Run.__init__
+
+    def defer(run, *args):
+        make(run, *args)
+        run.defers = True
+
+    monkeypatch.setattr(training._Run, "__init__", defer)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    params = params_of(eval_interval=2)
+    run = training.train(params, splits, tmp_path / "b", on_metrics=lambda *told: late.append(told))
+    assert same_bits(whole, run)
+    losses = [
+        [(step, values["train/loss"]) for step, values in told if "train/loss" in values]
+        for told in (news, late)
+    ]
+    assert losses[0] == losses[1]
+    params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant", eval_interval=6)
+    with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is"):
+        training.train(params, splits, tmp_path / "c")
+
+
+def test_bfloat16_learns_what_float32_learns_and_keeps_its_weights_in_float32(splits, tmp_path):
+    exact = training.train(params_of(max_steps=60, eval_interval=30), splits, tmp_path / "a")
+    short = params_of(max_steps=60, eval_interval=30, dtype="bfloat16")
+    rounded = training.train(short, splits, tmp_path / "b")
+    assert rounded.model.wte.weight.dtype == torch.float32
+    assert not same_bits(exact, rounded)
+    assert rounded.rows[-1].val_loss == pytest.approx(exact.rows[-1].val_loss, abs=0.1)
+    assert same_bits(rounded, training.train(short, splits, tmp_path / "c"))
+
+
+def test_the_best_model_is_kept_when_the_last_is_worse(splits, tmp_path, monkeypatch):
+    """The validation loss falls to step 4 and rises after it."""
+    params = params_of()
+    told = {1: 5.0, 2: 4.0, 4: 3.0, 6: 3.5}
+    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    losses, weights = iter(told.values()), {}
+    states = tmp_path / "states"
+    trained = training.train(
+        params,
+        splits,
+        states,
+        watch=lambda step, model: weights.update({step: model.wte.weight.detach().clone()}),
+    )
+    facts = training.save_results(
+        params, splits, trained, states, tmp_path / "models/compact", tmp_path / "loss.csv"
+    )
+    assert (facts["best_val_step"], facts["best_val_loss"], facts["val_loss"]) == (4, 3.0, 3.5)
+    assert torch.equal(load_model(tmp_path / "models/compact").wte.weight, weights[6])
+    assert torch.equal(load_model(tmp_path / "models/compact/best").wte.weight, weights[4])
+
+
+def test_a_last_model_that_is_the_best_is_kept_once(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    losses = iter([5.0, 4.0, 3.0, 2.0])
+    trained = training.train(params_of(), splits, tmp_path / "states")
+    training.save_results(
+        params_of(), splits, trained, tmp_path / "states", tmp_path / "compact", tmp_path / "c"
+    )
+    assert not (tmp_path / "compact/best").exists()
+
+
+def test_a_step_is_said_in_sequences_tokens_micro_batches_and_processes():
+    said = training.budget(params_of(tokens_per_step=64, micro_batch_size=2), 2)
+    assert said == (
+        "tokens_per_step 64 = 2 sequences x 8 tokens x 2 micro-batches x 2 processes; 6 steps, 384 tokens"
+    )
+
+
+def test_training_goes_on_from_a_model_of_ours(splits, tmp_path):
+    first = training.train(params_of(), splits, tmp_path / "a")
+    save_model(first.model, tmp_path / "base", {})
+    again = params_of(init_from=str(tmp_path / "base"), init_sha256=folder_sha256(tmp_path / "base"))
+    assert training.train(again, splits, tmp_path / "b").rows[0].val_loss < first.rows[0].val_loss
+    assert training.run_key(again, splits) != training.run_key(params_of(), splits)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own making
+def test_a_compiled_trunk_learns_the_same_within_rounding(splits, tmp_path):
+    plain = training.train(params_of(), splits, tmp_path / "a")
+    compiled = training.train(params_of(compile=True), splits, tmp_path / "b")
+    for mine, theirs in zip(plain.rows, compiled.rows, strict=True):
+        assert (mine.train_loss, mine.val_loss) == pytest.approx(
+            (theirs.train_loss, theirs.val_loss), abs=1e-4
+        )
 
 
 def test_no_memory_says_which_number_to_lower(splits, tmp_path, monkeypatch):

@@ -28,18 +28,26 @@ KEPT_STATES = 2
 log = logging.getLogger(__name__)
 
 
-def save_model(model: GPT, folder: Path, facts: Mapping[str, Any]) -> None:
+def save_model(model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None) -> None:
     """Write a model: its tensors, its shape, and what else is worth knowing of it.
 
     Args:
         model: on any device.
         folder: replaced as a whole.
         facts: JSON values, kept in config.json beside the shape.
+        best: folder of another model of the same run, to be kept inside as `best`.
+
+    Raises:
+        MissingInput, BadData: the other model is missing or was altered.
     """
+    if best:
+        verified_manifest(best)
     with atomic_folder(folder, {"format": "compactgpt-model-1"}) as temporary:
         _write_tensors(temporary / "model.safetensors", model.state_dict())
         config = {"model": model.shape.model_dump(mode="json"), "facts": dict(facts)}
         write_json(temporary / "config.json", config)
+        if best:
+            shutil.copytree(best, temporary / "best")
 
 
 def load_model(folder: Path, device: str = "cpu") -> GPT:

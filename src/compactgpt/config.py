@@ -43,12 +43,19 @@ class Section(BaseModel):
 
 
 Checked = TypeVar("Checked", bound=Section)
+# What `training.init_from` says of a model that starts from drawn weights.
+SCRATCH = "scratch"
+
+
 
 
 class Runtime(Section):
     """What the process runs on."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
+    log_interval: Positive = 10
+    sample_interval: Count = 0
+    sample_prompt: str = ""
     num_threads: Positive
     num_workers: Positive
 
@@ -211,9 +218,13 @@ class Launcher(Section):
 
 
 class Training(Section):
-    """Budget, optimizer and schedule of one training run."""
+    """Budget, optimizer, schedule and arithmetic of one training run."""
 
     seed: Count
+    init_from: Annotated[str, Field(min_length=1)] = SCRATCH
+    init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"
+    compile: bool = False
     max_steps: Positive
     tokens_per_step: Positive
     micro_batch_size: Positive
@@ -233,6 +244,15 @@ class Training(Section):
     eval_windows: Positive
     checkpoint_interval: Positive
     launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _begun(self) -> Self:
+        if (self.init_from == SCRATCH) != (not self.init_sha256):
+            raise ValueError(
+                f"init_sha256 ({self.init_sha256 or 'empty'}) must be the hash of the folder init_from "
+                f"({self.init_from}), and empty for {SCRATCH}; 64 zeros make the stage tell it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shardable(self) -> Self:

@@ -9,6 +9,7 @@ head, V = padded_vocab_size, N = B x T rows of the head.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 
 from compactgpt import config
 
-# Rows of logits that exist at once: 256 x 50,304 in fp32 are 51 MB, and no size is faster on two cores.
+# Rows of logits that exist at once: 256 x 50,304 in fp32 are 51 MB, and no size is faster on two cores. A
+# GPU wants more work in one go: 4,096 rows are 1.2 GB, in bfloat16 with their softmax in fp32.
 LOSS_ROWS = 256
+GPU_LOSS_ROWS = 4096
 INIT_STD = 0.02
 
 
@@ -88,6 +91,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.compiled: Callable[[Tensor], Tensor] | None = None  # of `blocks`; training may put it here
         self.initialise(seed)
 
     @torch.no_grad()
@@ -126,6 +130,10 @@ class GPT(nn.Module):
         # Only `forward` is differentiated: the head's dense gradient makes the sum dense.
         x = F.embedding(tokens, self.wte.weight, sparse=tokens.device.type == "cpu")
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
+        return self.compiled(x) if self.compiled and self.training else self.blocks(x)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """All layers and the last layer norm. (B, T, C) -> (B, T, C)."""
         for block in self.h:
             x = block(x)
         return cast(Tensor, self.ln_f(x))
@@ -133,7 +141,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token over all V rows. (B, T) int64, (B, T) int64 -> ()."""
         x = self.hidden(tokens).flatten(0, 1)  # (N, C)
-        loss = LinearCrossEntropy.apply(x, self.wte.weight, targets.flatten())  # type: ignore[no-untyped-call]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss = LinearCrossEntropy.apply(x, self.wte.weight, targets.flatten(), dtype)  # type: ignore[no-untyped-call]
         return cast(Tensor, loss)
 
 
@@ -141,39 +151,57 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of a linear head, without ever holding all logits.
 
     The gradients are made in the forward pass, while a chunk's logits are at hand: with p the softmax and
-    t the target, d loss / d logits = (p - onehot(t)) / N. Exact up to rounding. A token's loss is capped
-    at 87.3 nats, where p underflows in fp32; its gradient is not.
+    t the target, d loss / d logits = (p - onehot(t)) / N. Exact up to rounding: products are made in
+    `dtype`, the softmax and all sums over chunks in fp32 or wider. A token's loss is capped at 87.3 nats,
+    where p underflows in fp32; its gradient is not.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute the loss and both gradients. (N, C), (V, C), (N,) -> ()."""
-        rows = len(x)
+        rows, size = len(x), LOSS_ROWS if x.device.type == "cpu" else GPU_LOSS_ROWS
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        buffer = x.new_empty(min(LOSS_ROWS, rows), len(weight))
+        x, weight = x.to(dtype), weight.to(dtype)
+        logits = x.new_empty(min(size, rows), len(weight))
+        # In fp32 the softmax takes the logits' place.
+        softmax = logits if dtype == dw.dtype else torch.empty_like(logits, dtype=dw.dtype)
         nats = []
-        for start in range(0, rows, LOSS_ROWS):
-            part, target = x[start : start + LOSS_ROWS], targets[start : start + LOSS_ROWS, None]
-            p = buffer[: len(part)]  # (rows, V)
-            torch.mm(part, weight.T, out=p)
-            torch.softmax(p, 1, out=p)
-            picked = p.gather(1, target)
-            nats.append(picked.clamp_min(torch.finfo(p.dtype).tiny).log().neg().sum())
-            p.scatter_(1, target, picked - 1)
-            torch.mm(p, weight, out=dx[start : start + LOSS_ROWS])
-            dw.addmm_(p.T, part, beta=min(start, 1), alpha=1 / rows)  # beta 0: dw is not read
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, rows, size):
+                part, target = x[start : start + size], targets[start : start + size, None]
+                scores, p = logits[: len(part)], softmax[: len(part)]  # (rows, V)
+                torch.mm(part, weight.T, out=scores)
+                torch.softmax(scores, 1, dtype=p.dtype, out=p)
+                picked = p.gather(1, target)
+                nats.append(picked.clamp_min(torch.finfo(p.dtype).tiny).log().neg().sum())
+                p.scatter_(1, target, picked - 1)
+                if softmax is not logits:
+                    scores.copy_(p)
+                _products(scores, part, weight, dx[start : start + size], dw, start == 0, rows)
         ctx.gradients = dx.div_(rows), dw
         return torch.stack(nats).sum() / rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Scale what the forward pass made by the loss's own gradient, once."""
         dx, dw = ctx.gradients
         del ctx.gradients
         # A pass over the vocabulary's gradient is dear on a CPU, asking for the value is dear on a GPU.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
-        return dx, dw, None
+        return dx, dw, None, None
+
+
+def _products(g: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dw: Tensor, first: bool, rows: int) -> None:
+    """Write a chunk's dx = g W, and add g^T x / rows to dw. (R, V), (R, C), (V, C) -> (R, C), (V, C)."""
+    if g.dtype == dw.dtype:
+        torch.mm(g, weight, out=dx)
+        dw.addmm_(g.T, x, beta=0 if first else 1, alpha=1 / rows)  # beta 0: dw is not read
+        return
+    dx.copy_(g @ weight)
+    if first:
+        dw.zero_()
+    dw.add_(g.T @ x, alpha=1 / rows)
 
 
 @torch.no_grad()

@@ -73,34 +73,37 @@ class Optimizers:
         ]
         return [group for group in groups if group["params"]]
 
-    def grad_norm(self) -> float:
-        """Euclidean norm of the whole gradient."""
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the whole gradient, left where it is: a GPU is not waited for. ()."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+        return torch.nn.utils.get_total_norm(grads)
 
     @torch.no_grad()
-    def update(self, step: int, grad_norm: float) -> None:
+    def update(self, step: int, grad_norm: Tensor) -> None:
         """Clip the gradient to training.grad_clip, make update number `step`, and clear the gradient."""
         multiplier = lr_multiplier(self.training, step)
         for group, peak in self._peaks:
             group["lr"] = peak * multiplier
-        limit = self.training.grad_clip
-        excess = (grad_norm + 1e-6) / limit if limit else 0.0  # torch.nn.utils.clip_grad_norm_'s formula
-        self.adamw.grad_scale = None  # type: ignore[attr-defined]
-        if excess > 1:
-            # The fused kernel divides by it in the pass that it makes anyway.
-            self.adamw.grad_scale = self._like_parameters(excess)  # type: ignore[attr-defined]
+        excess = self._excess(grad_norm)
+        # The fused kernel divides by it in the pass that it makes anyway.
+        self.adamw.grad_scale = excess  # type: ignore[attr-defined]
         self.adamw.step()
         if self.muon:
-            if excess > 1:
+            if excess is not None:
                 grads = [p.grad for group in self.muon.param_groups for p in group["params"]]
                 torch._foreach_div_(grads, excess)
             self.muon.step()  # type: ignore[no-untyped-call]
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _like_parameters(self, value: float) -> Tensor:
-        return torch.tensor(value, device=self.parameters["wte.weight"].device)
+    def _excess(self, grad_norm: Tensor) -> Tensor | None:
+        """What to divide the gradient by, None for nothing: torch.nn.utils.clip_grad_norm_'s formula. ()."""
+        if not self.training.grad_clip:
+            return None
+        excess = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
+        if excess.device.type == "cpu" and excess.item() == 1:
+            return None  # on a CPU asking is free and dividing is not; a GPU divides by 1
+        return excess
 
     def _entries(self) -> Iterator[tuple[str, Optimizer, Tensor, str, tuple[int, ...]]]:
         """Name, optimizer, parameter, key and shape of every tensor of the optimizers' state."""

@@ -53,6 +53,13 @@ def resolve_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def set_precision(dtype: str) -> None:
+    """Let Nvidia's tensor cores make fp32 products in TF32, unless plain float32 was asked for."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
+
+
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Let long work end at a place of its choice: the first SIGTERM or Ctrl-C is noted, the second acts.

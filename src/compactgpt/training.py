@@ -3,6 +3,8 @@
 The batch of a step depends on (seed, step) alone, dropout on (seed, step, micro-step), validation reads
 fixed windows: nothing that is random is kept between steps. So a state on disk is model, optimizers and
 loss curve, and a run that goes on from one ends with the bits of a run that was never stopped.
+
+A GPU works behind the program, which never waits for it between two looks at the losses (log_interval).
 """
 
 import hashlib
@@ -18,22 +20,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compactgpt.checkpoint import load_newest_state, save_state
+from compactgpt.checkpoint import load_newest_state, save_model, save_state
 from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
 from compactgpt.distributed import Group, joined
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.initial import initial_model
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
 from compactgpt.progress import Progress, silent
-from compactgpt.runtime import resolve_device
-from compactgpt.storage import json_bytes, sha256_file, verified_manifest
+from compactgpt.runtime import resolve_device, set_precision
+from compactgpt.storage import json_bytes, sha256_file, verified_manifest, write_text
 
 # What a training state was computed by: another version of one of them never goes on from it.
-SOURCES = ("checkpoint.py", "data.py", "distributed.py", "model.py", "optim.py", "training.py")
+SOURCES = (
+    "checkpoint.py",
+    "data.py",
+    "distributed.py",
+    "export.py",
+    "initial.py",
+    "model.py",
+    "optim.py",
+    "training.py",
+)
+# Where the best model waits beside the training states, until the run ends.
+BEST = "best"
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
 """Called with a step and what was measured at it."""
+Watch = Callable[[int, GPT], None]
+"""Called after every step with the model, to look at and not to change."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,9 @@ def run_key(params: Params, splits: Splits) -> str:
     here = Path(__file__).parent
     launcher = {"processes", "max_restarts", "timeout_seconds"}
     identity = {
-        "training": params.training.model_dump(mode="json", exclude={"launcher": launcher}),
+        "training": params.training.model_dump(
+            mode="json", exclude={"launcher": launcher, "init_from": True}
+        ),
         "model": params.model.model_dump(mode="json"),
         "device": resolve_device(params.runtime.device),
         "num_threads": params.runtime.num_threads,
@@ -129,6 +147,7 @@ def train(
     *,
     progress: Progress = silent,
     on_metrics: OnMetrics = lambda _step, _values: None,
+    watch: Watch = lambda _step, _model: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train the model of params.yaml, from the newest training state in `state` where there is one.
@@ -139,7 +158,8 @@ def train(
         state: folder of this run's training states, named by `run_key(params, splits)`.
         progress: told of every step.
         on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
-            of val/loss where it is measured.
+            of val/loss where it is measured. On a GPU the news of several steps come together.
+        watch: shown the model after every step.
         stopping: asked after every step.
 
     Raises:
@@ -154,20 +174,32 @@ def train(
         resumed_from = run.resume()
         clock = _Clock(run.step)
         while run.step < params.training.max_steps:
-            loss = run.make_step()
-            on_metrics(run.step, {"train/loss": loss, **clock.tick(params.training, run.step)})
-            if run.row_is_due():
-                on_metrics(run.step, {"val/loss": run.measure().val_loss})
+            run.make_step()
+            if run.looks_now():
+                _tell(run, clock, on_metrics)
             stop = group.any_of(stopping()) and run.step < params.training.max_steps
             if stop or run.step % params.training.checkpoint_interval == 0:
+                _tell(run, clock, on_metrics)
                 run.save()
-            progress(run.step, params.training.max_steps, clock.figures(params.training, run.step, loss))
+            progress(run.step, params.training.max_steps, clock.figures(params.training, run.step))
+            watch(run.step, run.model)
             if stop:
                 raise Busy(
                     f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
                     "run `dvc repro` again, it goes on from there"
                 )
         return Trained(run.model.eval(), run.curve.rows, run.val_tokens, resumed_from)
+
+
+def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics) -> None:
+    """Tell of the steps since the last time, and of a new row of the curve where one is due."""
+    if losses := run.read_losses():
+        speed = clock.tick(run.training, losses)
+        for step, loss in losses:
+            rate = run.training.learning_rate * lr_multiplier(run.training, step - 1)
+            on_metrics(step, {"train/loss": loss, "train/learning_rate": rate, **speed})
+        if run.row_is_due():
+            on_metrics(run.step, {"val/loss": run.measure().val_loss})
 
 
 def _check_vocabulary(params: Params, splits: Splits) -> None:
@@ -192,10 +224,17 @@ class _Run:
         self.device = resolve_device(params.runtime.device)
         self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
-        self.model = GPT(self.shape, self.training.seed).to(self.device)
+        self.model = initial_model(self.shape, self.training).to(self.device)
+        if self.training.compile:
+            self.model.compiled = torch.compile(self.model.blocks)
+        set_precision(self.training.dtype)
         self.optimizers = Optimizers(self.model, self.training)
         self.curve = Curve()
         self.step = 0
+        self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
+        self.log_interval = params.runtime.log_interval
+        self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
+        self.news: list[tuple[int, float]] = []  # step from 1 and loss, of the steps that nobody was told of
 
     def resume(self) -> int:
         """Go on from the newest whole training state; say from which step, 0 if there is none.
@@ -219,30 +258,53 @@ class _Run:
         if self.group.leads:
             save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
 
-    def make_step(self) -> float:
-        """Make one update; the mean loss of its batch, in nats per token.
+    def make_step(self) -> None:
+        """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
+        tokens, targets = self._batch()
+        loss = self._gradient(tokens, targets)
+        grad_norm = self.optimizers.grad_norm()
+        self.unread.append((self.step, loss, grad_norm))
+        if not self.defers:
+            self._read()
+        self.optimizers.update(self.step, grad_norm)
+        self.step += 1
 
-        The tokens of a step are what the user states; how many micro-batches they make follows.
-        """
-        sequences = self.training.tokens_per_step // self.shape.block_size
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """This process's rows of the step's batch, on the device. (rows, T), (rows, T)."""
         arrays = training_batch(
             self.splits.train.tokens,
             seed=self.training.seed,
             step=self.step,
-            sequences=sequences,
+            sequences=self.training.tokens_per_step // self.shape.block_size,
             block_size=self.shape.block_size,
         )
-        own = (torch.from_numpy(array[self.rows]).to(self.device) for array in arrays)
-        tokens, targets = own  # (rows, T) each
-        loss = self._gradient(tokens, targets)
-        grad_norm = self.optimizers.grad_norm()
-        self._refuse_non_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
-        self.optimizers.update(self.step, grad_norm)
-        self.step += 1
-        self.curve.waiting.append(loss)
-        return loss
+        tokens, targets = (torch.from_numpy(array[self.rows]) for array in arrays)
+        if self.defers:  # from pinned memory the copy goes on while we draw the next batch
+            tokens, targets = tokens.pin_memory(), targets.pin_memory()
+        return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _gradient(self, tokens: Tensor, targets: Tensor) -> float:
+    def read_losses(self) -> list[tuple[int, float]]:
+        """Steps, counted from 1, and their losses in nats per token, since the last call.
+
+        Raises:
+            NotFinite: one of them went wrong; a step on a CPU says so before its update.
+        """
+        self._read()
+        news, self.news = self.news, []
+        return news
+
+    def _read(self) -> None:
+        """Look at the losses and norms that the device has, waiting for them, and judge them in order."""
+        if not self.unread:
+            return
+        numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.unread]).tolist()
+        steps, self.unread = [step for step, _, _ in self.unread], []
+        for step, (loss, norm) in zip(steps, numbers, strict=True):
+            self._refuse_non_finite(step, {"training loss": loss, "norm of its gradient": norm})
+            self.curve.waiting.append(loss)
+            self.news.append((step + 1, loss))
+
+    def _gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Leave the gradient of the mean loss in the parameters, and return the loss."""
         self.model.train()
         size = self.training.micro_batch_size
@@ -253,11 +315,12 @@ class _Run:
             if self.shape.dropout:
                 torch.manual_seed(_dropout_seed(self.training.seed, self.step, number))
             rows = slice((number - first) * size, (number - first + 1) * size)
-            loss: Tensor = self.model(tokens[rows], targets[rows]) / leaves
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
+                loss: Tensor = self.model(tokens[rows], targets[rows]) / leaves
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        return float(self.group.gradient(list(self.model.parameters()), own, leaf))
+        return self.group.gradient(list(self.model.parameters()), own, leaf)
 
     def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
@@ -270,15 +333,27 @@ class _Run:
             "training.warmup_steps, in params.yaml, then run `dvc repro`"
         )
 
+    def looks_now(self) -> bool:
+        """Tell whether to look at the losses after this step: a GPU is seldom waited for."""
+        return not self.defers or self.row_is_due() or self.step % self.log_interval == 0
+
     def row_is_due(self) -> bool:
         """Tell whether the curve has a row at this step: the first, every eval_interval, the last."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def measure(self) -> Row:
-        """Add a row to the curve."""
+        """Add a row to the curve, and keep the model if it is the best so far."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._refuse_non_finite(self.step - 1, {"validation loss": val_loss})
-        return self.curve.close_row(self.step, val_loss)
+        row = self.curve.close_row(self.step, val_loss)
+        if row is best_row(self.curve.rows) and self.step < self.training.max_steps and self.group.leads:
+            save_model(self.model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
+        return row
+
+
+def best_row(rows: list[Row]) -> Row:
+    """The row of the lowest validation loss; the earliest of equals."""
+    return min(rows, key=lambda row: row.val_loss)
 
 
 def _dropout_seed(seed: int, step: int, micro_step: int) -> int:
@@ -335,21 +410,20 @@ class _Clock:
     def __init__(self, step: int) -> None:
         self.first_step = step
         self.begin = self.last = time.monotonic()
+        self.loss = math.nan
 
-    def tick(self, training: Training, step: int) -> dict[str, float]:
-        """Learning rate of the step that just ended, and tokens a second since the step before."""
-        before, self.last = self.last, time.monotonic()
-        return {
-            "train/learning_rate": training.learning_rate * lr_multiplier(training, step - 1),
-            "train/tokens_per_second": training.tokens_per_step / max(1e-9, self.last - before),
-        }
+    def tick(self, training: Training, losses: list[tuple[int, float]]) -> dict[str, float]:
+        """Tokens a second over the steps since the last call."""
+        before, self.last, self.loss = self.last, time.monotonic(), losses[-1][1]
+        tokens = len(losses) * training.tokens_per_step
+        return {"train/tokens_per_second": tokens / max(1e-9, self.last - before)}
 
-    def figures(self, training: Training, step: int, loss: float) -> dict[str, str]:
+    def figures(self, training: Training, step: int) -> dict[str, str]:
         """Render for a progress bar."""
         seconds_a_step = (time.monotonic() - self.begin) / (step - self.first_step)
         left = round(seconds_a_step * (training.max_steps - step))
         return {
-            "loss": f"{loss:.3f}",
+            "loss": f"{self.loss:.3f}",
             "tokens/s": f"{training.tokens_per_step / max(1e-9, seconds_a_step):,.0f}",
             "left": f"{left // 60}:{left % 60:02d}",
         }
@@ -370,10 +444,22 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
+def budget(params: Params, processes: int) -> str:
+    """Say what a step is: nobody's batch shrinks in silence when a micro-batch or a machine is lost."""
+    training, block = params.training, params.model.block_size
+    sequences = training.tokens_per_step // block
+    accumulation = sequences // (training.micro_batch_size * processes)
+    return (
+        f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x {block} "
+        f"tokens x {accumulation} micro-batches x {processes} {'process' if processes == 1 else 'processes'}; "
+        f"{training.max_steps:,} steps, {training.max_steps * training.tokens_per_step:,} tokens"
+    )
+
+
 def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
     """Render what reports/training.json says: nothing that differs between two identical runs."""
     training, rows = params.training, trained.rows
-    best = min(rows, key=lambda row: row.val_loss)
+    best = best_row(rows)
     sequences = training.tokens_per_step // params.model.block_size
     tokens = training.max_steps * training.tokens_per_step
     before_last = rows[-2].step if len(rows) > 1 else 0
@@ -395,6 +481,21 @@ def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
         "best_val_step": best.step,
         "data_sha256": splits.sha256,
     }
+
+
+def save_results(
+    params: Params, splits: Splits, trained: Trained, states: Path, model: Path, curve: Path
+) -> dict[str, Any]:
+    """Write the trained model and its curve; return the report.
+
+    `model` holds the last weights. Where an earlier validation loss was lower, `model`/best holds those.
+    """
+    facts = report(params, splits, trained)
+    save_model(
+        trained.model, model, facts, states / BEST if facts["best_val_step"] < facts["steps"] else None
+    )
+    write_text(curve, loss_csv(trained.rows))
+    return facts
 
 
 def loss_csv(rows: list[Row]) -> str:

@@ -1,0 +1,85 @@
+"""What the person who waits for a training sees beside its numbers: the loss expected, and sample text.
+
+Nothing here changes what training makes, so an edit reruns nothing.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiktoken import Encoding
+
+from compactgpt.config import ExpectedLoss, Params, Runtime
+from compactgpt.encoding import load_encoding
+from compactgpt.estimate import estimate
+from compactgpt.model import GPT
+
+SAMPLE_TOKENS = 40
+
+
+class Band:
+    """The interval in which the *final* validation loss is expected, held against the curve.
+
+    An earlier loss above it says nothing yet. One below it says that the end will lie below too, if
+    training goes on to learn.
+    """
+
+    def __init__(self, expected: ExpectedLoss, max_steps: int) -> None:
+        self.low, self.high, self.max_steps = expected.low_95, expected.high_95, max_steps
+        self._told = False
+
+    def __str__(self) -> str:
+        return f"{self.low:.2f}-{self.high:.2f} at the end"
+
+    def judge(self, step: int, val_loss: float) -> str | None:
+        """Say, once, that the curve ends outside; None while there is nothing to say."""
+        below, above = val_loss < self.low, val_loss > self.high and step == self.max_steps
+        if self._told or not (below or above):
+            return None
+        self._told = True
+        where = f"val loss {val_loss:.3f} at step {step:,} of {self.max_steps:,}"
+        interval = f"the 95 % interval expected of the final loss, {self.low:.3f} to {self.high:.3f}"
+        if below:
+            return (
+                f"{where} is already below {interval}: better than any run that the estimate knows, or text "
+                "of val among the training text"
+            )
+        return (
+            f"{where} is above {interval}: compare learning rates and data with the runs that "
+            "estimate.anchors names"
+        )
+
+
+def expected_band(params: Params) -> Band:
+    """The band that reports/estimate.json has, made from the same params.yaml."""
+    expected = estimate(params)["compact"]["expected_loss"]
+    return Band(ExpectedLoss.model_validate(expected), params.training.max_steps)
+
+
+@torch.no_grad()
+def continued(model: GPT, encoding: Encoding, prompt: str) -> str:
+    """Let a model in training go on from a prompt, greedily: no random stream is touched."""
+    model.eval()
+    head, kept = model.wte.weight[: model.shape.vocab_size], model.shape.block_size
+    tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    begin = len(tokens)
+    while len(tokens) < begin + SAMPLE_TOKENS:
+        fed = torch.tensor([tokens[-kept:]], device=head.device)  # (1, T)
+        token = int((head @ model.hidden(fed)[0, -1]).argmax())  # (V, C) @ (C,)
+        if token == encoding.eot_token:
+            break
+        tokens.append(token)
+    return prompt + encoding.decode(tokens[begin:])
+
+
+class Sampler:
+    """Writes a text every `sample_interval` steps; made by the door, given to training as its `watch`."""
+
+    def __init__(self, runtime: Runtime, tokenizer: Path, tell: Callable[[int, str], None]) -> None:
+        self.interval, self.prompt, self.tell = runtime.sample_interval, runtime.sample_prompt, tell
+        self.encoding = load_encoding(tokenizer) if self.interval else None
+
+    def __call__(self, step: int, model: GPT) -> None:
+        """Tell the step and the text, where one is due."""
+        if self.encoding and step % self.interval == 0:
+            self.tell(step, continued(model, self.encoding, self.prompt))

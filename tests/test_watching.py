@@ -1,0 +1,59 @@
+import pytest
+import torch
+from tiny import ROOT, save_tokenizer, tiny_gpt
+
+from compactgpt.config import ExpectedLoss, load_params
+from compactgpt.estimate import estimate
+from compactgpt.watching import Band, Sampler, expected_band
+
+EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
+
+
+@pytest.mark.parametrize(
+    ("curve", "told_at"),
+    [
+        ([(10, 6.0), (20, 5.0), (100, 4.1)], None),  # above while it learns, inside at the end
+        ([(10, 6.0), (100, 4.21)], 100),
+        ([(10, 3.7), (20, 3.6), (100, 3.5)], 10),  # below is said at once, and once
+    ],
+)
+def test_the_user_is_told_once_when_the_curve_ends_outside_the_band(curve, told_at):
+    band = Band(EXPECTED, 100)
+    told = [step for step, loss in curve if band.judge(step, loss)]
+    assert told == ([told_at] if told_at else [])
+
+
+def test_the_band_is_that_of_the_estimate():
+    params = load_params(ROOT / "params.yaml")
+    expected = estimate(params)["compact"]["expected_loss"]
+    band = expected_band(params)
+    assert (band.low, band.high) == (expected["low_95"], expected["high_95"])
+    assert str(band) == f"{band.low:.2f}-{band.high:.2f} at the end"
+
+
+def test_a_sample_is_the_most_likely_continuation_and_touches_no_random_stream(tmp_path):
+    encoding = save_tokenizer(tmp_path / "tokenizer")
+    model = tiny_gpt(encoding.n_vocab, bias=False)
+    told = []
+    runtime = load_params(ROOT / "params.yaml").runtime.model_copy(
+        update={"sample_interval": 2, "sample_prompt": "the cat"}
+    )
+    sampler = Sampler(runtime, tmp_path / "tokenizer", lambda step, text: told.append((step, text)))
+    before = torch.random.get_rng_state()
+    for step in (1, 2, 3, 4):
+        sampler(step, model.train())
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert [step for step, _ in told] == [2, 4]
+    text = told[0][1]
+    assert text == told[1][1]
+    assert text.startswith("the cat")
+    tokens = [encoding.eot_token, *encoding.encode_ordinary("the cat")]
+    first = int((model.eval().hidden(torch.tensor([tokens]))[0, -1] @ model.wte.weight[:-9].T).argmax())
+    assert text.startswith("the cat" + encoding.decode([first]))
+
+
+def test_without_an_interval_nothing_is_written_and_no_tokenizer_is_needed(tmp_path):
+    sampler = Sampler(
+        load_params(ROOT / "params.yaml").runtime, tmp_path / "gone", lambda *_: pytest.fail("told")
+    )
+    sampler(1, tiny_gpt(50))
