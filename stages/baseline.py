@@ -24,22 +24,33 @@ def main(
     from compactgpt.baseline import Surroundings, load_baseline
     from compactgpt.data import open_tokens
     from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import evaluate, summarize, write_totals
+    from compactgpt.evaluation import Neural, evaluate, summarize, write_totals
+    from compactgpt.generation import write_on_all
+    from compactgpt.tasks import run_tasks
 
     with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
-        likelihood = stage.params.evaluation.likelihood
+        settings = stage.params.evaluation
+        likelihood, encoding = settings.likelihood, load_encoding(tokenizer)
         around = Surroundings(
             train=tokens / "train.tokens",
-            encoding=load_encoding(tokenizer),
+            encoding=encoding,
             batch_size=likelihood.batch_size,
             runtime=stage.params.runtime,
             state=state_folder(),
         )
         model = load_baseline(name, stage.params.baseline, around)
+        views = getattr(stage.params.baseline.specs[name], "views", ())
         split = open_tokens(tokens / "val.tokens")
-        found = evaluate(model, split, likelihood, stage.progress("done", name))
+        progress = stage.progress("done", name)
+        found = evaluate(model, split, encoding, likelihood, views=views, progress=progress)
         write_totals(totals / f"{name}.parquet", found)
-        stage.report(reports / f"{name}.json", summarize(name, model.facts, found, split, likelihood))
+        report = summarize(name, model, found, split, likelihood)
+        if isinstance(model, Neural):
+            report["text"] = write_on_all(model, split, encoding, settings.text, progress)
+            report["tasks"] = run_tasks(
+                model, split, encoding, settings.tasks, likelihood, around.state, progress
+            )
+        stage.report(reports / f"{name}.json", report)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
 
 app = new_app()
 
@@ -22,26 +22,33 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Measure our model on the val split, and let it write."""
+    """Measure our model on the val split, ask it, and let it write."""
     from compactgpt.compact import load_compact
     from compactgpt.data import open_tokens
     from compactgpt.encoding import load_encoding
     from compactgpt.evaluation import evaluate, summarize, write_totals
-    from compactgpt.generation import sample_text, samples_markdown
+    from compactgpt.generation import samples_markdown, write_on_all
     from compactgpt.runtime import prepare_process, resolve_device
     from compactgpt.storage import write_text
+    from compactgpt.tasks import run_tasks
 
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime
+        likelihood = settings.likelihood
         prepare_process(runtime)
         split, encoding = open_tokens(tokens / "val.tokens"), load_encoding(tokenizer)
-        compact = load_compact(model, settings.likelihood.batch_size, resolve_device(runtime.device))
-        found = evaluate(compact, split, settings.likelihood, stage.progress("windows"))
+        compact = load_compact(model, encoding, likelihood.batch_size, resolve_device(runtime.device))
+        windows, asked, prompts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
+        found = evaluate(compact, split, encoding, likelihood, views=settings.views, progress=windows)
         write_totals(totals, found)
-        samples = sample_text(compact, encoding, settings.samples, stage.progress("prompts", "samples"))
+        text = write_on_all(compact, split, encoding, settings.text, prompts)
+        samples = {key: text.pop(key) for key in ("settings", "samples")}
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
-        report = summarize("compact", compact.facts, found, split, settings.likelihood)
+        report = summarize("compact", compact, found, split, likelihood) | {"text": text}
+        report["tasks"] = run_tasks(
+            compact, split, encoding, settings.tasks, likelihood, state_folder(), asked
+        )
         stage.report(reports / "evaluation.json", report)
 
 

@@ -68,7 +68,7 @@ def load(around, **spec):
 
 
 def test_unigram_is_laplaces_rule_worked_by_hand(around, split):
-    found = evaluate(load(around, kind="unigram"), split, LIKELIHOOD)
+    found = evaluate(load(around, kind="unigram"), split, around.encoding, LIKELIHOOD)
     train, V = open_tokens(around.train), around.encoding.n_vocab
     stream = train.tokens.tolist()
     assert stream.count(V - 1) == 2  # end-of-text is counted, one a document
@@ -97,7 +97,7 @@ def undo_zstd(content):
 @pytest.mark.parametrize(("codec", "undo"), [("xz", undo_xz), ("zstd", undo_zstd)])
 def test_a_compressors_nats_are_the_bits_of_something_that_can_be_undone(around, split, codec, undo):
     model = load(around, kind="compressor", codec=codec, level=9, train_megabytes=0)
-    found = evaluate(model, split, LIKELIHOOD)
+    found = evaluate(model, split, around.encoding, LIKELIHOOD)
     for text, nats in zip(TEXTS, found.nats, strict=True):
         compressed = model.compress(text.encode())
         assert undo(compressed) == text.encode()
@@ -115,8 +115,8 @@ def test_no_container_is_counted():
 
 def test_a_primed_compressor_knows_the_train_split(around, split):
     spec = {"kind": "compressor", "codec": "zstd", "level": 19}
-    alone = evaluate(load(around, **spec, train_megabytes=0), split, LIKELIHOOD)
-    primed = evaluate(load(around, **spec, train_megabytes=1), split, LIKELIHOOD)
+    alone = evaluate(load(around, **spec, train_megabytes=0), split, around.encoding, LIKELIHOOD)
+    primed = evaluate(load(around, **spec, train_megabytes=1), split, around.encoding, LIKELIHOOD)
     assert (primed.nats[:2] < 0.6 * alone.nats[:2]).all()  # these two documents are the train split
     assert abs(primed.nats[4] - alone.nats[4]) <= 8 * 8 * math.log(2)  # "then" has little to gain
 
@@ -256,7 +256,7 @@ def plain_nats(model, streams, window):
 def test_a_gpt2_folder_reads_the_gpt2_windows_themselves(tmp_path, around, split):
     reference = save_gpt2_folder(tmp_path / "gpt2")
     model = load(around, kind="folder", path=str(tmp_path / "gpt2"))
-    found = evaluate(model, split, LIKELIHOOD)
+    found = evaluate(model, split, around.encoding, LIKELIHOOD)
     eot = split.header.eot_token
     streams = [[eot, *split.document(index).tolist()] for index in range(len(TEXTS))]
     np.testing.assert_allclose(found.nats, plain_nats(reference, streams, 8), rtol=1e-5)
@@ -278,8 +278,10 @@ def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, around
         torch.testing.assert_close(
             own.hidden(tokens) @ own.wte.weight.T, reference(tokens).logits, atol=1e-4, rtol=1e-5
         )
-    theirs = evaluate(load(around, kind="folder", path=str(tmp_path / "gpt2")), split, LIKELIHOOD)
-    ours = evaluate(compact(own, 3), split, LIKELIHOOD)
+    theirs = evaluate(
+        load(around, kind="folder", path=str(tmp_path / "gpt2")), split, around.encoding, LIKELIHOOD
+    )
+    ours = evaluate(compact(own, 3), split, around.encoding, LIKELIHOOD)
     np.testing.assert_allclose(ours.nats, theirs.nats, rtol=1e-5)
 
 
@@ -309,7 +311,9 @@ def save_llama_folder(folder, kind=transformers.LlamaForCausalLM, **changes):
 def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, around, split, batch_size):
     reference, tokenizer = save_llama_folder(tmp_path / "llama")
     around = Surroundings(**{**vars(around), "batch_size": batch_size})
-    found = evaluate(load(around, kind="folder", path=str(tmp_path / "llama")), split, LIKELIHOOD)
+    found = evaluate(
+        load(around, kind="folder", path=str(tmp_path / "llama")), split, around.encoding, LIKELIHOOD
+    )
     expected = []
     for document in range(len(TEXTS)):
         total, before = 0.0, 0  # <s>
@@ -400,9 +404,11 @@ def answer(monkeypatch, tmp_path):
 def test_the_hubs_files_are_fetched_once_and_checked_after(tmp_path, around, split, monkeypatch):
     calls = answer(monkeypatch, tmp_path)
     spec = {"kind": "hub", "repo": "some/model", "revision": REVISION}
-    first = evaluate(load(around, **spec), split, LIKELIHOOD)
+    first = evaluate(load(around, **spec), split, around.encoding, LIKELIHOOD)
     assert calls == ["info", "snapshot"]
-    np.testing.assert_array_equal(evaluate(load(around, **spec), split, LIKELIHOOD).nats, first.nats)
+    np.testing.assert_array_equal(
+        evaluate(load(around, **spec), split, around.encoding, LIKELIHOOD).nats, first.nats
+    )
     assert calls == ["info", "snapshot"]
     weights = next((around.state / "hub").glob("*/model.safetensors"))
     content = bytearray(weights.read_bytes())

@@ -9,6 +9,8 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -71,29 +73,111 @@ def test_every_token_is_a_target_once_and_sees_only_its_window(split, model, win
     assert all(len(values) == len(one.targets) for one, values in found)
 
 
-def test_nats_equal_a_plain_computation_from_all_logits(split, model):
-    found = evaluate(compact(model, 3), split, LIKELIHOOD)
+def test_nats_equal_a_plain_computation_from_all_logits(encoding, split, model):
+    found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.nats, plain_nats(model, split, 8), rtol=1e-6)
     assert found.tokens.tolist() == found.own_tokens.tolist()
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 20))
+def test_every_target_is_scored_once_in_every_view_with_the_context_promised(lengths, context, stride):
+    """Tokens are their own places, so that a window tells what it was cut from."""
+    stride = min(stride, context)
+    streams = [(document, np.arange(length + 1)) for document, length in enumerate(lengths)]
+    views = {
+        "own": (evaluation.own_windows(streams, context), 1),
+        "strided": (evaluation.strided_windows(streams, context, stride), context - stride + 1),
+    }
+    for windows, least_context in views.values():
+        scored = [[] for _ in lengths]
+        for one in windows:
+            assert len(one.targets)
+            assert one.targets[0] == one.start + 1
+            assert len(one.tokens) <= context
+            assert one.tokens.tolist() == list(range(one.targets[-1] - len(one.tokens), one.targets[-1]))
+            scored[one.document] += one.targets.tolist()
+            known = one.targets - one.tokens[0]  # tokens before each target
+            assert (known >= np.minimum(one.targets, least_context)).all()
+        assert scored == [list(range(1, length + 1)) for length in lengths]
+
+
+def test_the_own_view_is_the_matched_one_where_contexts_are_equal(split):
+    def plain(windows):
+        return [(w.document, w.start, w.tokens.tolist(), w.targets.tolist()) for w in windows]
+
+    streams = evaluation.document_streams(split)
+    assert plain(evaluation.own_windows(streams, 8)) == plain(evaluation.evaluation_windows(split, 8))
+
+
+def test_the_strided_view_equals_one_window_for_each_token(encoding, split, model):
+    """The independent reference: context 16, stride 1, every token scored by itself."""
+    likelihood = LIKELIHOOD.model_copy(update={"stride_share": 1 / 16})
+    found = evaluate(compact(model, 5), split, encoding, likelihood, views=["strided", "own"])
+    model = model.double().eval()
+    for document in range(len(TEXTS)):
+        stream, total = [split.header.eot_token, *split.document(document).tolist()], 0.0
+        for place in range(1, len(stream)):
+            with torch.no_grad():
+                hidden = model.hidden(torch.tensor([stream[max(0, place - 16) : place]]))[0, -1]
+            logits = model.wte.weight[: model.shape.vocab_size] @ hidden
+            total += F.cross_entropy(logits, torch.tensor(stream[place])).item()
+        assert found.views["strided"][document] == pytest.approx(total, rel=1e-6)
+    assert found.views["strided"][3] != pytest.approx(found.views["own"][3], rel=1e-4)
+
+
+def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
+    found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
+    np.testing.assert_allclose(found.positions.nats.sum(1), found.nats)
+    rows = summary(compact(model, 3), split, encoding)["by_position"]
+    assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]
+    windows = list(target_nats(compact(model, 1), evaluation.evaluation_windows(split, 8)))
+    for row in rows:
+        values = np.concatenate([nats[row["first"] - 1 : row["last"]] for _, nats in windows])
+        assert row["tokens"] == len(values)
+        assert row["loss"]["value"] == pytest.approx(values.mean(), rel=1e-6)
+
+
+def test_words_are_what_white_space_parts(encoding, split, model):
+    found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
+    assert found.words.tolist() == [len(text.split()) for text in TEXTS]
+    report = summary(compact(model, 3), split, encoding)
+    assert report["validation"]["words"] == found.words.sum()
+    assert report["word_perplexity"]["value"] == pytest.approx(math.exp(found.nats.sum() / found.words.sum()))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_results_do_not_depend_on_the_number_of_threads(encoding, split, model, num_threads):
+    expected, before = plain_nats(model, split, 8), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
-def test_results_do_not_depend_on_the_batch_size(split, model, batch_size):
-    expected = evaluate(compact(model, 3), split, LIKELIHOOD).nats
+def test_results_do_not_depend_on_the_batch_size(encoding, split, model, batch_size):
+    expected = evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats
     np.testing.assert_allclose(
-        evaluate(compact(model, batch_size), split, LIKELIHOOD).nats, expected, rtol=1e-6
+        evaluate(compact(model, batch_size), split, encoding, LIKELIHOOD).nats, expected, rtol=1e-6
     )
 
 
-def test_results_do_not_depend_on_how_many_windows_are_sorted_together(split, model, monkeypatch):
-    expected = evaluate(compact(model, 3), split, LIKELIHOOD).nats
+def test_results_do_not_depend_on_how_many_windows_are_sorted_together(encoding, split, model, monkeypatch):
+    expected = evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats
     monkeypatch.setattr(evaluation, "SORTED_WINDOWS", 2)
-    np.testing.assert_allclose(evaluate(compact(model, 3), split, LIKELIHOOD).nats, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats, expected, rtol=1e-6
+    )
 
 
-def test_logits_never_exist_for_more_than_a_chunk_of_places(split, model, monkeypatch):
-    expected, seen = evaluate(compact(model, 9), split, LIKELIHOOD).nats, []
+def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, model, monkeypatch):
+    expected, seen = evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats, []
 
     def spy(logits, targets, **kwargs):
         seen.append(len(logits))
@@ -101,28 +185,28 @@ def test_logits_never_exist_for_more_than_a_chunk_of_places(split, model, monkey
 
     monkeypatch.setattr(evaluation, "HEAD_ROWS", 5)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
-    found = evaluate(compact(model, 9), split, LIKELIHOOD)
+    found = evaluate(compact(model, 9), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.nats, expected, rtol=1e-6)
     assert max(seen) == 5
     assert sum(seen) == found.tokens.sum()
 
 
-def test_a_model_of_zeros_knows_nothing_but_the_size_of_the_real_vocabulary(split, model):
+def test_a_model_of_zeros_knows_nothing_but_the_size_of_the_real_vocabulary(encoding, split, model):
     """The known answer: ln(vocab_size), not ln(padded_vocab_size)."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    report = summary(compact(model, 4), split)
+    report = summary(compact(model, 4), split, encoding)
     assert report["loss"]["value"] == pytest.approx(math.log(model.shape.vocab_size), rel=1e-6)
     assert report["loss"]["low"] == pytest.approx(report["loss"]["high"], rel=1e-6)
     assert report["perplexity"]["value"] == pytest.approx(model.shape.vocab_size, rel=1e-5)
 
 
-def test_padding_rows_of_the_vocabulary_get_no_probability(split, model):
-    expected = evaluate(compact(model, 4), split, LIKELIHOOD).nats
+def test_padding_rows_of_the_vocabulary_get_no_probability(encoding, split, model):
+    expected = evaluate(compact(model, 4), split, encoding, LIKELIHOOD).nats
     with torch.no_grad():
         model.wte.weight[model.shape.vocab_size :] = 50.0
-    np.testing.assert_array_equal(evaluate(compact(model, 4), split, LIKELIHOOD).nats, expected)
+    np.testing.assert_array_equal(evaluate(compact(model, 4), split, encoding, LIKELIHOOD).nats, expected)
 
 
 def test_a_target_is_scored_without_seeing_itself_or_what_follows(model):
@@ -136,38 +220,44 @@ def test_a_target_is_scored_without_seeing_itself_or_what_follows(model):
     assert np.abs(one[5:] - other[5:]).min() > 1e-3
 
 
-def test_a_window_beyond_the_models_context_is_refused(split, model):
+def test_a_window_beyond_the_models_context_is_refused(encoding, split, model):
     with pytest.raises(BadConfig, match=r"17 tokens does not fit the model's context of 16"):
-        evaluate(compact(model, 4), split, LIKELIHOOD.model_copy(update={"window": 17}))
+        evaluate(compact(model, 4), split, encoding, LIKELIHOOD.model_copy(update={"window": 17}))
 
 
-def test_a_model_that_gives_nan_is_named_with_its_document(split, model):
+def test_a_model_that_gives_nan_is_named_with_its_document(encoding, split, model):
     with torch.no_grad():
         model.wte.weight[split.document(2)[0]] = math.nan
     with pytest.raises(NotFinite, match="got nan nats"):
-        evaluate(compact(model, 4), split, LIKELIHOOD)
+        evaluate(compact(model, 4), split, encoding, LIKELIHOOD)
 
 
 def test_a_split_without_tokens_is_refused(tmp_path, encoding, model):
     empty = save_split(tmp_path / "empty.tokens", encoding, texts=["", ""])
     with pytest.raises(BadData, match="no token to score"):
-        evaluate(compact(model, 4), empty, LIKELIHOOD)
+        evaluate(compact(model, 4), empty, encoding, LIKELIHOOD)
 
 
-def summary(model, split):
-    return evaluation.summarize("m", model.facts, evaluate(model, split, LIKELIHOOD), split, LIKELIHOOD)
+def summary(model, split, encoding):
+    found = evaluate(model, split, encoding, LIKELIHOOD)
+    return evaluation.summarize("m", model, found, split, LIKELIHOOD)
 
 
 def test_the_report_divides_sums_worked_by_hand(split):
     """Two documents and an empty one: 30 nats over 12 tokens and 40 bytes, 10 own tokens."""
     totals = Totals(["aa", "bb", "cc"], *(np.array(x) for x in ([10, 30, 0], [4, 8, 0], [4, 6, 0])), NATS)
-    report = evaluation.summarize("x", {"kind": "k", "num_params": None}, totals, split, LIKELIHOOD)
+
+    class Plain:
+        facts = MappingProxyType({"kind": "k", "num_params": None})
+
+    report = evaluation.summarize("x", Plain(), totals, split, LIKELIHOOD)
     assert report["model"] == {"name": "x", "kind": "k", "num_params": None}
     assert report["validation"] == {
         "sha256": sha256_file(split.path),
         "documents": 3,
         "tokens": 12,
         "bytes": 40,
+        "words": None,
     }
     assert report["loss"]["value"] == pytest.approx(2.5)
     assert report["perplexity"]["value"] == pytest.approx(math.exp(2.5))
@@ -181,29 +271,33 @@ def test_the_report_divides_sums_worked_by_hand(split):
 NATS = np.array([18.0, 12.0, 0.0])
 
 
-def test_a_model_without_tokens_has_no_loss_per_own_token(split):
+def test_a_model_without_tokens_has_no_loss_per_own_token(encoding, split):
     class Compressor:
         facts = MappingProxyType({"kind": "compressor"})
 
         def score(self, split, window, progress):
             return Nats(np.ones(split.header.documents), None)
 
-    report = summary(Compressor(), split)
+    report = summary(Compressor(), split, encoding)
     assert report["own_tokens"] is None
     assert report["loss_per_own_token"] is None
 
 
-@pytest.mark.parametrize("own_tokens", [None, np.array([3, 4])])
-def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, own_tokens):
-    totals = Totals(["aa", "bb"], np.array([10, 30]), np.array([4, 8]), own_tokens, np.array([1.25, 1 / 3]))
+@pytest.mark.parametrize("counts", [None, np.array([3, 4])])
+def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, counts):
+    columns = {"bytes": np.array([10, 30]), "tokens": np.array([4, 8]), "nats": np.array([1.25, 1 / 3])}
+    views = {"strided": np.array([1.0, 0.25])}
+    totals = Totals(["aa", "bb"], own_tokens=counts, words=counts, views=views, **columns)
     for name in ("one", "two"):
         evaluation.write_totals(tmp_path / name, totals)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     found = evaluation.read_totals(tmp_path / "one")
     assert found.ids == totals.ids
-    for column in ("bytes", "tokens", "nats"):
-        np.testing.assert_array_equal(getattr(found, column), getattr(totals, column))
-    assert found.own_tokens is None if own_tokens is None else found.own_tokens.tolist() == [3, 4]
+    for column, expected in columns.items():
+        np.testing.assert_array_equal(getattr(found, column), expected)
+    for column in (found.own_tokens, found.words):
+        assert column is None if counts is None else column.tolist() == [3, 4]
+    assert {name: nats.tolist() for name, nats in found.views.items()} == {"strided": [1.0, 0.25]}
 
 
 def test_missing_and_damaged_sums_are_named(tmp_path):
@@ -243,7 +337,10 @@ def test_the_door_measures_and_writes_the_same_bytes_twice(tmp_path, encoding, s
     assert report["model"]["num_params"] == model.num_params
     expected = plain_nats(model, split, 8).sum() / report["validation"]["tokens"]
     assert report["loss"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert len(read_json(tmp_path / "reports/samples.json")["samples"]) == 4
+    assert report["views"]["strided"]["context"] == 16
+    assert report["tasks"] == {}  # no word of four letters comes twice in the tiny texts
+    assert set(report["text"]["statistics"]) == {"greedy", "top_k", "nucleus", "human"}
+    assert len(read_json(tmp_path / "reports/samples.json")["samples"]) == 6
 
 
 def test_the_door_says_what_is_missing(tmp_path, monkeypatch):

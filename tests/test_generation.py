@@ -1,19 +1,23 @@
-"""Generation: it says what the model says, and its draws depend on seed and prompt only."""
-
-from functools import partial
+"""Generation: it says what the model says, with and without a cache; draws depend on seed and prompt only."""
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 from compactgpt import generation
+from compactgpt.baseline import _decoder
 from compactgpt.compact import compact
-from compactgpt.config import Samples
+from compactgpt.config import Text
+from compactgpt.errors import BadConfig
 from compactgpt.evaluation import Neural
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.tiny import TEXTS, save_split, save_tokenizer, tiny_gpt
 
-SAMPLES = Samples(prompts=("the", "in a"), max_new_tokens=6, temperature=0.8, top_k=5, seed=3)
+TEXT = Text(
+    prompts=("the", "in a"), documents=2, prompt_tokens=4, max_new_tokens=6, temperature=0.8, top_k=5,
+    top_p=0.9, batch_size=4, seed=3,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -22,8 +26,21 @@ def encoding(tmp_path):
 
 
 @pytest.fixture
+def split(tmp_path, encoding):
+    return save_split(tmp_path / "val.tokens", encoding)
+
+
+@pytest.fixture
 def model(encoding):
     return tiny_gpt(encoding.n_vocab)
+
+
+def greedy(logits):
+    return int(logits.argmax())
+
+
+def write(model, prompts, max_new_tokens, end, choose=greedy):
+    return generation.write_on(model, prompts, [choose] * len(prompts), max_new_tokens, end)
 
 
 def successor(vocab_size: int, block_size: int = 4) -> Neural:
@@ -37,26 +54,81 @@ def successor(vocab_size: int, block_size: int = 4) -> Neural:
 
 
 def test_greedy_text_follows_the_model_and_stops_at_end_of_text():
-    most_likely = generation._most_likely
-    assert generation.generate(successor(20), [3, 4], 5, 19, most_likely) == [5, 6, 7, 8, 9]
-    assert generation.generate(successor(20), [16], 5, 19, most_likely) == [17, 18]
+    found = write(successor(20), [[3, 4], [1], [16]], 5, 19)
+    assert [one.tokens for one in found] == [[5, 6, 7, 8, 9], [2, 3, 4, 5, 6], [17, 18]]
+    assert [one.ended for one in found] == [False, False, True]
 
 
-def test_a_prompt_opens_a_document():
-    """End-of-text is fed before it, as in generation."""
-    assert generation.generate(successor(20), [], 3, 19, generation._most_likely) == [0, 1, 2]
+END = 2
+PROMPTS = [[3, 250, 17], [40], [60, 61, 62, 63, 64, 65, 66]]
 
 
-def test_greedy_text_equals_recomputing_everything_for_each_token(model, encoding):
-    prompt = encoding.encode_ordinary("the cat in")
-    neural, tokens = compact(model, 1), [encoding.eot_token, *prompt]
+@pytest.mark.parametrize("choose", [greedy, lambda logits: int(np.argsort(logits)[-2])])
+def test_a_cached_and_an_uncached_continuation_are_equal(model, choose):
+    """Prompts of different lengths at once; the reference reads everything anew, one text at a time."""
+    neural = compact(model, 1)
+    found = write(neural, PROMPTS, 9, END, choose)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        tokens = list(prompt)
+        for _ in range(9):
+            with torch.no_grad():
+                logits = neural.head @ model.hidden(torch.tensor([tokens]))[0, -1]
+            tokens.append(choose(logits.numpy()))
+        expected = tokens[len(prompt) :]
+        assert one.tokens == expected[: expected.index(END) if END in expected else None]
+    plain = Neural(neural.facts, neural.hidden, neural.head, neural.block_size, 1)
+    assert write(plain, PROMPTS, 9, END, choose) == found
+
+
+def test_hidden_states_with_a_cache_equal_those_without(model):
+    """However the text is parted, and whatever padding stands before it."""
+    tokens = torch.arange(20, 32)[None].repeat(2, 1)
+    tokens[1, :3] = 0
+    step = compact(model, 1).decoder(torch.tensor([0, 3]))
+    for part in torch.split(tokens, [5, 1, 4, 2], 1):
+        last = step(part)
+    for row, start in ((0, 0), (1, 3)):
+        with torch.no_grad():
+            expected = model.hidden(tokens[row : row + 1, start:])[0, -1]
+        torch.testing.assert_close(last[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.GPT2Config(
+            vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+        ),
+        transformers.LlamaConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32,
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)  # fmt: skip
+def test_models_of_transformers_write_the_same_with_their_cache(config):
+    torch.manual_seed(1)
+    config.initializer_range = 0.4
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    def hidden(tokens):
+        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+    head = model.get_output_embeddings().weight.detach()
+    plain = Neural({}, hidden, head, 32, 1)
+    cached = Neural({}, hidden, head, 32, 1, decoder=_decoder(model))
+    prompts = [[3, 4, 5], [6], [7, 8, 9, 10]]
+    assert write(cached, prompts, 12, END) == write(plain, prompts, 12, END)
+
+
+def test_beyond_its_context_a_model_sees_the_last_tokens(model):
+    """16 tokens of context, 7 + 12 of text: read anew for each token."""
+    tokens = list(PROMPTS[2])
     for _ in range(12):
         with torch.no_grad():
-            logits = model.hidden(torch.tensor([tokens[-16:]]))[0, -1] @ model.wte.weight.T
-        tokens.append(int(logits[: encoding.n_vocab].argmax()))
-    found = generation.generate(neural, prompt, 12, encoding.eot_token, generation._most_likely)
-    assert found == tokens[1 + len(prompt) :][: len(found)]
-    assert len(found) == 12 or tokens[1 + len(prompt) + len(found)] == encoding.eot_token
+            logits = model.eval().hidden(torch.tensor([tokens[-16:]]))[0, -1] @ model.wte.weight.T
+        tokens.append(int(logits[: model.shape.vocab_size].argmax()))
+    assert write(compact(model, 1), [PROMPTS[2]], 12, END)[0].tokens == tokens[7:]
 
 
 def test_top_k_worked_by_hand():
@@ -68,27 +140,68 @@ def test_top_k_worked_by_hand():
     np.testing.assert_allclose(generation.top_k_probabilities(logits, temperature=1.0, top_k=1), [0, 1, 0, 0])
 
 
+def test_nucleus_worked_by_hand():
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
+    cases = {0.4: [0, 1, 0, 0], 0.7: [0, 2 / 3, 0, 1 / 3], 0.89: [0, 5 / 9, 1.5 / 9, 2.5 / 9]}
+    for top_p, expected in cases.items():
+        np.testing.assert_allclose(generation.nucleus_probabilities(logits, top_p=top_p), expected)
+    np.testing.assert_allclose(generation.nucleus_probabilities(logits, top_p=1.0), np.exp(logits))
+
+
+def test_a_flat_nucleus_is_sorted_whole():
+    """More tokens than the sift lets through: 200,000 of 5e-6 each."""
+    found = generation.nucleus_probabilities(np.zeros(200_000), top_p=0.5)
+    assert np.count_nonzero(found) == pytest.approx(100_000, abs=1)
+
+
 def test_draws_follow_the_probabilities():
-    samples = SAMPLES.model_copy(update={"temperature": 1.0, "top_k": 3})
-    draw = partial(generation._drawn, generation.prompt_generator(1, "x"), samples)
-    drawn = np.bincount([draw(np.log(np.array([1.0, 4.0, 2.0, 4.0]))) for _ in range(4000)], minlength=4)
-    np.testing.assert_allclose(drawn / 4000, [0, 0.4, 0.2, 0.4], atol=0.03)
+    generator = generation.prompt_generator(1, "x")
+    probabilities = np.array([0, 0.4, 0.2, 0.4, 0])
+    drawn = np.bincount([generation.draw(generator, probabilities) for _ in range(4000)], minlength=5)
+    np.testing.assert_allclose(drawn / 4000, probabilities, atol=0.03)
 
 
-def test_a_prompts_sample_depends_on_seed_and_prompt_only(model, encoding):
-    neural = compact(model, 1)
-
-    def sampled(**changes):
-        report = generation.sample_text(neural, encoding, SAMPLES.model_copy(update=changes))
-        return {sample["prompt"]: sample["sampled"]["text"] for sample in report["samples"]}
-
-    alone = sampled(prompts=("in a",))
-    assert sampled()["in a"] == alone["in a"]
-    assert sampled(prompts=("in a",), seed=4) != alone
+def texts_of(report):
+    return {
+        sample["prompt"]: [sample[way]["text"] for way in generation.WAYS] for sample in report["samples"]
+    }
 
 
-def test_samples_are_readable_with_their_settings(model, encoding):
-    page = generation.samples_markdown(generation.sample_text(compact(model, 1), encoding, SAMPLES))
-    assert "temperature 0.8, top-k 5, seed 3" in page
-    assert page.count("```") == 8
+def test_a_prompts_text_depends_on_seed_and_prompt_only(model, encoding, split):
+    def written(**changes):
+        neural = compact(model, 1, encoding)
+        return texts_of(generation.write_on_all(neural, split, encoding, TEXT.model_copy(update=changes)))
+
+    alone = written(prompts=("in a",))
+    assert written()["in a"] == alone["in a"]
+    assert written(batch_size=100) == written()
+    reseeded = written(seed=4)["in a"]
+    assert reseeded[0] == alone["in a"][0]
+    assert reseeded[1:] != alone["in a"][1:]
+
+
+def test_documents_are_continued_beside_their_own_human_text(model, encoding, split):
+    prompts = generation.choose_prompts(TEXT, split, encoding)
+    assert [prompt.text for prompt in prompts[:2]] == ["the", "in a"]
+    for prompt in prompts[2:]:
+        document = split.document_ids.index(prompt.document)
+        assert TEXTS[document].startswith(prompt.text)
+        assert list(prompt.human) == split.document(document)[4:10].tolist()
+    report = generation.write_on_all(compact(model, 1, encoding), split, encoding, TEXT)
+    assert len(report["samples"]) == 4
+    assert report["statistics"]["human"]["tokens"]["value"] == 6
+    assert report["statistics"]["greedy"]["loop_rate"]["high"] <= 1
+
+
+def test_a_split_of_short_documents_is_refused(tmp_path, model, encoding):
+    short = save_split(tmp_path / "short.tokens", encoding, texts=["a", "b"])
+    with pytest.raises(BadConfig, match="has 0 documents of 10 tokens"):
+        generation.write_on_all(compact(model, 1, encoding), short, encoding, TEXT)
+
+
+def test_samples_are_readable_with_their_settings(model, encoding, split):
+    report = generation.write_on_all(compact(model, 1, encoding), split, encoding, TEXT)
+    page = generation.samples_markdown(report)
+    assert "top-k 5 at temperature 0.8, *nucleus* is top-p 0.9, seed 3" in page
+    assert page.count("```") == 12
     assert "## in a" in page

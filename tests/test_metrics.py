@@ -5,8 +5,17 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from compactgpt.metrics import Interval, bits_per_byte, perplexity, perplexity_ratio, ratio_bootstrap
+from compactgpt.metrics import (
+    Interval,
+    bits_per_byte,
+    mcnemar,
+    perplexity,
+    perplexity_ratio,
+    ratio_bootstrap,
+    wilson,
+)
 
 
 def test_perplexity_of_a_uniform_guess_is_the_number_of_choices():
@@ -96,3 +105,17 @@ def test_impossible_data_is_refused(nats, tokens, complaint):
 def test_pairing_needs_the_same_documents():
     with pytest.raises(ValueError, match="same documents"):
         perplexity_ratio(np.ones(2), np.ones(3), np.ones(2), resamples=5, seed=0)
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (1678, 5153)])
+def test_wilsons_interval_is_scipys(successes, trials):
+    found = wilson(successes, trials)
+    expected = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found.low <= found.value <= found.high
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 0), (7, 12), (12, 7), (400, 330)])
+def test_mcnemars_p_value_is_scipys_binomial_test(one, other):
+    expected = scipy.stats.binomtest(one, one + other, 0.5).pvalue if one + other else 1.0
+    assert mcnemar(one, other) == pytest.approx(expected, rel=1e-9)

@@ -22,7 +22,9 @@ TEXTS = [
     "Return the <|endoftext|> inner thing in there, rather than the other one.  Then the end.\n",
     "then",
 ]
-LIKELIHOOD = Likelihood(window=8, batch_size=3, bootstrap_resamples=50, bootstrap_seed=1)
+LIKELIHOOD = Likelihood(
+    window=8, batch_size=3, own_context=16, stride_share=0.25, bootstrap_resamples=50, bootstrap_seed=1
+)
 
 
 def vocabulary() -> dict[str, int]:
@@ -81,6 +83,7 @@ def save_params(path: Path, change) -> None:
     """Write the project's params.yaml with `change` made to its tree."""
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     tree["evaluation"]["likelihood"] = LIKELIHOOD.model_dump()
-    tree["evaluation"]["samples"]["max_new_tokens"] = 4
+    tree["evaluation"]["text"] |= {"documents": 2, "prompt_tokens": 4, "max_new_tokens": 5, "batch_size": 7}
+    tree["evaluation"]["tasks"] |= {"cloze_items": 3, "cloze_characters": 30}
     change(tree)
     path.write_text(json.dumps(tree))  # JSON is YAML

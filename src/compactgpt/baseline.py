@@ -14,6 +14,7 @@ under every model. A window never sees more text than ours does, though it may h
 """
 
 import hashlib
+import inspect
 import lzma
 import math
 import shutil
@@ -31,7 +32,18 @@ from compactgpt import config
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.encoding import END_OF_TEXT, spelled_bytes
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.evaluation import IN_WINDOW, Floats, LanguageModel, Nats, Neural
+from compactgpt.evaluation import (
+    IN_WINDOW,
+    Codec,
+    Floats,
+    LanguageModel,
+    Nats,
+    Neural,
+    Step,
+    Stream,
+    document_streams,
+    document_text,
+)
 from compactgpt.progress import Progress
 from compactgpt.runtime import prepare_process, resolve_device
 from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
@@ -87,21 +99,6 @@ def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> L
         loaded = read_folder(folder)
         facts = {"path": spec.path, "weights_sha256": _weights_sha256(folder)}
     return as_neural(loaded, around, {"kind": spec.kind, **facts})
-
-
-def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
-    """Spell a document of a split.
-
-    Raises:
-        BadData: the encoding is not the one that made the split.
-    """
-    text = encoding.decode_bytes(split.document(document).tolist())
-    if len(text) != split.byte_lengths[document]:
-        raise BadData(
-            f"document {split.document_ids[document]} of {split.path} has {len(text):,} bytes where "
-            f"{split.byte_lengths[document]:,} were tokenized: run `dvc repro -f download tokenization`"
-        )
-    return text
 
 
 @dataclass(frozen=True)
@@ -232,6 +229,15 @@ class OwnTokens:
                 yield Window(document, start, stream[:-1], stream[1:])
                 before, start = int(stream[-1]), start + len(encoded.ids)
 
+    def streams(self, split: TokenFile) -> Iterator[Stream]:
+        """Yield every document whole, in the model's own tokens."""
+        for document in range(split.header.documents):
+            text = document_text(split, self.encoding, document).decode()
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            if text:
+                self._check(split, document, text, ids)
+            yield document, np.array([self.first_token, *ids], np.int64)
+
     def _check(self, split: TokenFile, document: int, span: str, ids: list[int]) -> None:
         """Refuse a tokenizer that loses text: bytes that it does not spell would be scored as free."""
         if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != span:
@@ -295,8 +301,60 @@ def as_neural(loaded: Loaded, around: Surroundings, facts: Mapping[str, Any]) ->
     }
     own_tokens = OwnTokens(loaded.tokenizer, around.encoding, loaded.first_token)
     longest = getattr(model.config, "max_position_embeddings", sys.maxsize)  # ALiBi and the like have no end
-    windows = evaluation_windows if same else own_tokens
-    return Neural(facts, hidden, head, longest, around.batch_size, windows)
+    return Neural(
+        facts,
+        hidden,
+        head,
+        longest,
+        around.batch_size,
+        evaluation_windows if same else own_tokens,
+        document_streams if same else own_tokens.streams,
+        _codec(loaded),
+        _decoder(model),
+    )
+
+
+def _codec(loaded: Loaded) -> Codec:
+    """Spell text with the model's tokenizer, names of special tokens being plain text."""
+
+    def encode(text: str) -> list[int]:
+        return list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(tokens: list[int]) -> str:
+        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    return Codec(encode, decode, loaded.first_token)
+
+
+def _decoder(model: Any) -> Callable[[Any], Step] | None:
+    """Read texts part by part with the model's own cache, where it can be told the places of a row."""
+    import torch
+
+    base = model.base_model
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return None
+
+    def opened(padding: Any) -> Step:
+        cache, read = None, 0
+
+        def step(tokens: Any) -> Any:
+            nonlocal cache, read
+            places = torch.arange(read, read + tokens.shape[1], device=tokens.device)
+            read += tokens.shape[1]
+            real = torch.arange(read, device=tokens.device) >= padding[:, None]  # (B, S)
+            found = base(
+                input_ids=tokens,
+                attention_mask=real.long(),
+                position_ids=(places - padding[:, None]).clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = found.past_key_values
+            return found.last_hidden_state[:, -1]
+
+        return step
+
+    return opened
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:

@@ -264,14 +264,7 @@ class Training(Section):
         return self
 
 
-class Samples(Section):
-    """Text that the trained model writes for the report."""
-
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    max_new_tokens: Positive
-    temperature: PositiveFloat
-    top_k: Positive
-    seed: Count
+View = Literal["own", "strided"]
 
 
 class Likelihood(Section):
@@ -279,15 +272,62 @@ class Likelihood(Section):
 
     window: Positive
     batch_size: Positive
+    own_context: Positive
+    stride_share: Annotated[float, Field(gt=0, le=1)]
     bootstrap_resamples: Positive
     bootstrap_seed: Count
 
 
+class Source(Section):
+    """A file of other people's text: a local path, or a data set of the Hugging Face hub; always by hash."""
+
+    path: str | None = None
+    repo: str | None = None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    file: str | None = None
+    sha256: Sha256
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        hub = [self.repo, self.revision, self.file]
+        if (self.path is None) == (None in hub) or (self.path is not None and any(hub)):
+            raise ValueError("give either path, or repo with revision and file")
+        return self
+
+
+class Tasks(Section):
+    """Questions with one right answer, asked of every neural model."""
+
+    cloze_items: Count
+    cloze_characters: Positive
+    lambada: Source | None
+    lambada_original: Source | None
+    wikitext: dict[Name, Source]
+    wikitext_context: Positive
+    wikitext_stride: Positive
+
+
+class Text(Section):
+    """Text that every neural model writes."""
+
+    prompts: tuple[str, ...]
+    documents: Annotated[int, Field(ge=2)]
+    prompt_tokens: Positive
+    max_new_tokens: Annotated[int, Field(ge=5)]
+    temperature: PositiveFloat
+    top_k: Positive
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    batch_size: Positive
+    seed: Count
+
+
 class Evaluation(Section):
-    """How models are measured, and what ours is asked to write."""
+    """How models are measured; `views` are the additional ones of our own model."""
 
     likelihood: Likelihood
-    samples: Samples
+    views: tuple[View, ...]
+    tasks: Tasks
+    text: Text
 
 
 class Unigram(Section):
@@ -321,6 +361,7 @@ class Gguf(Section):
     wheel: Wheel
     file: str
     sha256: Sha256
+    views: tuple[View, ...] = ()
 
 
 class Folder(Section):
@@ -328,6 +369,7 @@ class Folder(Section):
 
     kind: Literal["folder"]
     path: str
+    views: tuple[View, ...] = ()
 
 
 class Hub(Section):
@@ -336,6 +378,7 @@ class Hub(Section):
     kind: Literal["hub"]
     repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    views: tuple[View, ...] = ()
 
 
 BaselineSpec = Annotated[Unigram | Compressor | Gguf | Folder | Hub, Field(discriminator="kind")]

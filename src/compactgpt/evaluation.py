@@ -7,7 +7,12 @@ token before the window; end-of-text is never scored, every other token exactly 
 
 A neural model is a `Neural`: hidden states and the rows that turn them into logits. `target_nats` scores
 its windows, with at most HEAD_ROWS rows of logits in memory, whatever the batch. torch is imported when
-a neural model runs, so that a compressor need not wait for it.
+a neural model runs, so that a compressor need not wait for it. It can be looked at in two more views, in
+its own tokens and with a context of its own, C tokens:
+
+- own: windows of C, without overlap;
+- strided: windows of C that move on by S; each scores what none before it scored, so that a token has
+  C - S tokens of context, or all there are (transformers, perplexity.md).
 
 B windows, T tokens of the longest, C channels, V rows of the vocabulary.
 """
@@ -15,23 +20,23 @@ B windows, T tokens of the longest, C channels, V rows of the vocabulary.
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.config import Likelihood
+from compactgpt.config import Likelihood, View
 from compactgpt.data import TokenFile, Window, evaluation_windows
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.metrics import bits_per_byte, perplexity, ratio_bootstrap
+from compactgpt.metrics import Interval, bits_per_byte, perplexity, ratio_bootstrap
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import sha256_file, write_bytes
 
 if TYPE_CHECKING:
+    import tiktoken
     import torch
 
 Floats = npt.NDArray[np.float64]
@@ -39,7 +44,16 @@ Counts = npt.NDArray[np.int64]
 
 IN_WINDOW = "the window of the document"  # what a model saw before a target, as its report says it
 HEAD_ROWS = 512  # hidden states that meet the vocabulary at once: 100 MB of logits at 50,257 in float32
+_VIEW = "nats_"  # opens the names of the parquet's columns of other views
 SORTED_WINDOWS = 4096  # windows that are ordered by length together, so that few places are padding
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Sums by place in the window: bucket 0 is the first target, bucket b the places 2^(b-1) + 1 to 2^b."""
+
+    nats: Floats  # (documents, buckets)
+    tokens: Counts  # (documents, buckets) in the model's own tokens
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class Nats:
 
     nats: Floats  # (documents,) summed over the document
     own_tokens: Counts | None  # (documents,) in the model's own tokens; None where it has none
+    positions: Positions | None = None  # None where it has no window
 
 
 class LanguageModel(Protocol):
@@ -59,6 +74,49 @@ class LanguageModel(Protocol):
 
     def score(self, split: TokenFile, window: int, progress: Progress, /) -> Nats:
         """Sum the nats of every document; a model with a context cuts documents at `window` tokens."""
+
+
+Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the token before it and all its tokens
+
+
+def document_streams(split: TokenFile) -> Iterator[Stream]:
+    """Every document in the split's own tokens, behind end-of-text."""
+    for index in range(split.header.documents):
+        yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
+
+
+def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
+    """Cut streams into windows of at most `context` tokens that move on by `stride`.
+
+    Every token but the first of a stream is a target exactly once: the first window scores all that it
+    can, each later one its last `stride`, or what is left, with all the context that fits before them.
+    """
+    for document, stream in streams:
+        start, end = 0, min(context, len(stream) - 1)
+        while start < end:
+            fed = stream[max(0, end - context) : end]
+            yield Window(document, start, fed, stream[start + 1 : end + 1])
+            start, end = end, min(end + stride, len(stream) - 1)
+
+
+def own_windows(streams: Iterable[Stream], context: int) -> Iterator[Window]:
+    """Cut streams into windows of at most `context` tokens without overlap."""
+    for document, stream in streams:
+        for start in range(0, len(stream) - 1, context):
+            end = min(start + context, len(stream) - 1)
+            yield Window(document, start, stream[start:end], stream[start + 1 : end + 1])
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a model spells text."""
+
+    encode: Callable[[str], list[int]]  # names of special tokens are plain text
+    decode: Callable[[list[int]], str]
+    first_token: int  # stands before a document, and ends one
+
+
+Step = Callable[["torch.Tensor"], "torch.Tensor"]  # (B, T) tokens -> (B, C) hidden state of the last
 
 
 @dataclass(frozen=True)
@@ -75,35 +133,82 @@ class Neural:
     block_size: int  # most tokens it can be fed
     batch_size: int  # windows in one forward pass
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
+    streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
+    codec: Codec | None = None  # where it is to be asked, or to write
+    # Opens a text of which each next part is read once; it is given how many places of each row are padding,
+    # on the left. (B,) -> Step
+    decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> Nats:
-        """Sum the nats of every document."""
+        """Sum the nats of every document, each model's text cut at the same places."""
+        return self._sum(split, self.windows(split, window), window, progress)
+
+    def view(self, split: TokenFile, view: View, likelihood: Likelihood, progress: Progress) -> Nats:
+        """Sum the nats of every document in one of the other views; see the module."""
+        context, stride = self.view_sizes(view, likelihood)
+        streams = self.streams(split)
+        windows = (
+            own_windows(streams, context) if view == "own" else strided_windows(streams, context, stride)
+        )
+        return self._sum(split, windows, stride, progress)
+
+    def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
+        """Tokens of context of a view, and tokens that it moves on by."""
+        context = min(self.block_size, likelihood.own_context)
+        return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
+
+    def _sum(self, split: TokenFile, windows: Iterable[Window], step: int, progress: Progress) -> Nats:
         documents = split.header.documents
         nats, own_tokens = np.zeros(documents), np.zeros(documents, np.int64)
+        buckets = (self.block_size - 1).bit_length() + 1
+        place_nats, place_tokens = np.zeros((documents, buckets)), np.zeros((documents, buckets), np.int64)
         lengths = np.diff(split.offsets) - 1
-        total, started = int(np.sum(-(-lengths // window))), time.monotonic()
-        for done, (scored, values) in enumerate(target_nats(self, self.windows(split, window)), 1):
+        total, started = int(np.sum(-(-lengths // step))), time.monotonic()
+        for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)
-            if done % self.batch_size == 0:
+            bucket = position_buckets(len(scored.tokens) - len(values), len(scored.tokens))
+            np.add.at(place_nats[scored.document], bucket, values)
+            np.add.at(place_tokens[scored.document], bucket, 1)
+            if done % self.batch_size == 0 and done < total:
                 rate = own_tokens.sum() / (time.monotonic() - started)
                 progress(done, total, {"tokens/s": f"{rate:,.0f}"})
         progress(total, total)
-        return Nats(nats, own_tokens)
+        return Nats(nats, own_tokens, Positions(place_nats, place_tokens))
+
+
+def position_buckets(start: int, end: int) -> Counts:
+    """Bucket of each place from `start` to `end` of a window, counted from 0: see `Positions`."""
+    places: Counts = np.ceil(np.log2(np.arange(start + 1, end + 1))).astype(np.int64)
+    return places
+
+
+Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # (N, V) logits, (N,) targets -> (N, ...)
 
 
 def target_nats(model: Neural, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
+    """Score windows: nats of each target; see `score_targets`."""
+
+    def nats(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(logits, targets, reduction="none")
+
+    return score_targets(model, windows, nats)
+
+
+def score_targets(model: Neural, windows: Iterable[Window], score: Score) -> Iterator[tuple[Window, Floats]]:
     """Score windows, long ones first within each SORTED_WINDOWS of them.
 
     Yields:
-        Each window once, with the nats of each of its targets. (T,)
+        Each window once, with what `score` makes of the logits and id of each of its targets. (T, ...)
 
     Raises:
         BadConfig: a window is longer than the model's context.
     """
     remaining = iter(windows)
     while group := list(islice(remaining, SORTED_WINDOWS)):
-        group.sort(key=lambda window: -len(window.targets))
+        group.sort(key=lambda window: -len(window.tokens))
         if len(group[0].tokens) > model.block_size:
             raise BadConfig(
                 f"a window of {len(group[0].tokens):,} tokens does not fit the model's context of "
@@ -111,29 +216,27 @@ def target_nats(model: Neural, windows: Iterable[Window]) -> Iterator[tuple[Wind
             )
         for start in range(0, len(group), model.batch_size):
             batch = group[start : start + model.batch_size]
-            yield from zip(batch, _batch_nats(model, batch), strict=True)
+            yield from zip(batch, _score_batch(model, batch, score), strict=True)
 
 
-def _batch_nats(model: Neural, batch: list[Window]) -> list[Floats]:
-    """Nats of every target of a batch, by window."""
+def _score_batch(model: Neural, batch: list[Window], score: Score) -> list[Floats]:
+    """What `score` makes of every target of a batch, by window."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     device = model.head.device
+    fed = torch.tensor([len(window.tokens) for window in batch])[:, None]  # (B, 1)
     lengths = [len(window.targets) for window in batch]
-    tokens = torch.zeros(len(batch), max(lengths), dtype=torch.int64)  # (B, T)
+    tokens = torch.zeros(len(batch), int(fed.max()), dtype=torch.int64)  # (B, T)
     for row, window in zip(tokens, batch, strict=True):
         row[: len(window.tokens)] = torch.from_numpy(window.tokens)
-    scored = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (B, T)
+    place = torch.arange(tokens.shape[1])
+    scored = (place < fed) & (place >= fed - torch.tensor(lengths)[:, None])  # (B, T)
     targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))[scored.to(device)]  # (targets, C)
         places = [slice(start, start + HEAD_ROWS) for start in range(0, len(targets), HEAD_ROWS)]
-        nats = [
-            cross_entropy((hidden[rows] @ model.head.T).float(), targets[rows], reduction="none")
-            for rows in places
-        ]
-        values: Floats = torch.cat(nats).cpu().double().numpy()
+        scores = [score((hidden[rows] @ model.head.T).float(), targets[rows]) for rows in places]
+        values: Floats = torch.cat(scores).cpu().double().numpy()
     return np.split(values, np.cumsum(lengths)[:-1])
 
 
@@ -146,68 +249,167 @@ class Totals:
     tokens: Counts  # (documents,) of the split's tokenizer, each scored once
     own_tokens: Counts | None  # (documents,) of the model's tokenizer
     nats: Floats  # (documents,)
+    words: Counts | None = None  # (documents,) runs of what is not white space; None in files of before
+    views: Mapping[str, Floats] = field(default_factory=dict)  # (documents,) nats in the other views
+    positions: Positions | None = None  # not kept in the file
 
 
 def evaluate(
-    model: LanguageModel, split: TokenFile, likelihood: Likelihood, progress: Progress = silent
+    model: LanguageModel,
+    split: TokenFile,
+    encoding: "tiktoken.Encoding",
+    likelihood: Likelihood,
+    *,
+    views: Iterable[View] = (),
+    progress: Progress = silent,
 ) -> Totals:
     """Measure a model on a split.
 
     Args:
         model: anything that scores documents.
         split: the val split.
-        likelihood: the window.
+        encoding: that made the split.
+        likelihood: the window, and the sizes of the other views.
+        views: the other views to take of a neural model.
         progress: told what is done.
 
     Raises:
-        BadData: the split has no token to score.
+        BadData: the split has no token to score, or is not the encoding's.
         NotFinite: the model gave a document no finite number of nats.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():
         raise BadData(f"{split.path} has no token to score: add text, or raise tokenization.val_fraction")
+    words = [len(document_text(split, encoding, index).decode().split()) for index in range(len(tokens))]
     found = model.score(split, likelihood.window, progress)
-    for document in np.flatnonzero(~np.isfinite(found.nats))[:1]:
+    _check_finite(found.nats, split)
+    others: dict[str, Floats] = {}
+    if isinstance(model, Neural):
+        for view in views:
+            others[view] = model.view(split, view, likelihood, progress).nats
+            _check_finite(others[view], split)
+    return Totals(
+        split.document_ids,
+        split.byte_lengths,
+        tokens,
+        found.own_tokens,
+        found.nats,
+        np.array(words, np.int64),
+        others,
+        found.positions,
+    )
+
+
+def _check_finite(nats: Floats, split: TokenFile) -> None:
+    for document in np.flatnonzero(~np.isfinite(nats))[:1]:
         raise NotFinite(
-            f"document {split.document_ids[document]} of {split.path} got {found.nats[document]} nats: the "
+            f"document {split.document_ids[document]} of {split.path} got {nats[document]} nats: the "
             "model's weights or arithmetic are broken; train again or check the weights' source"
         )
-    return Totals(split.document_ids, split.byte_lengths, tokens, found.own_tokens, found.nats)
+
+
+def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
+    """Spell a document of a split.
+
+    Raises:
+        BadData: the encoding is not the one that made the split.
+    """
+    text = encoding.decode_bytes(split.document(document).tolist())
+    if len(text) != split.byte_lengths[document]:
+        raise BadData(
+            f"document {split.document_ids[document]} of {split.path} has {len(text):,} bytes where "
+            f"{split.byte_lengths[document]:,} were tokenized: run `dvc repro -f download tokenization`"
+        )
+    return text
 
 
 def summarize(
-    name: str, facts: Mapping[str, Any], totals: Totals, split: TokenFile, likelihood: Likelihood
+    name: str,
+    model: LanguageModel,
+    totals: Totals,
+    split: TokenFile,
+    likelihood: Likelihood,
 ) -> dict[str, Any]:
     """Make the report of one model: sums first, then one division; 95 % intervals over documents.
 
     Loss and perplexity are per token of the split's tokenizer (GPT-2's), whatever the model's own, so that
-    models with different tokenizers compare; bits per byte needs no tokenizer at all.
+    models with different tokenizers compare; bits per byte needs no tokenizer at all. Word perplexity is
+    the harness's: exp of the nats of everything, white space too, over the number of words.
     """
-    scored = totals.tokens > 0
-    bootstrap = partial(
-        ratio_bootstrap,
-        totals.nats[scored],
-        resamples=likelihood.bootstrap_resamples,
-        seed=likelihood.bootstrap_seed,
-    )
-    loss = bootstrap(totals.tokens[scored].astype(float))
-    bits = bootstrap(totals.bytes[scored].astype(float)).map(lambda nats: bits_per_byte(nats, 1))
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
-    return {
-        "model": {"name": name, **facts},
+    words = None if totals.words is None else int(totals.words.sum())
+    report = {
+        "model": {"name": name, **model.facts},
         "validation": {
             "sha256": sha256_file(split.path),
             "documents": len(totals.ids),
             "tokens": int(totals.tokens.sum()),
             "bytes": int(totals.bytes.sum()),
+            "words": words,
         },
         "window": likelihood.window,
-        "loss": asdict(loss),
-        "perplexity": asdict(loss.map(perplexity)),
-        "bits_per_byte": asdict(bits),
+        **figures(totals.nats, totals, likelihood),
         "own_tokens": own_tokens,
         "loss_per_own_token": float(totals.nats.sum()) / own_tokens if own_tokens else None,
     }
+    if isinstance(model, Neural):
+        report["views"] = {
+            view: dict(
+                zip(("context", "stride"), model.view_sizes(cast(View, view), likelihood), strict=True)
+            )
+            | figures(nats, totals, likelihood)
+            for view, nats in totals.views.items()
+        }
+    if totals.positions is not None:
+        report["by_position"] = by_position(totals.positions, likelihood)
+    return report
+
+
+def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, Any]:
+    """Loss, perplexity, word perplexity and bits per byte of a view, each with its interval."""
+    scored = totals.tokens > 0
+
+    def per(unit: npt.NDArray[Any]) -> Interval:
+        return _ratio(nats[scored], unit[scored], likelihood)
+
+    loss = per(totals.tokens)
+    bits = per(totals.bytes).map(lambda nats: bits_per_byte(nats, 1))
+    found = {
+        "loss": asdict(loss),
+        "perplexity": asdict(loss.map(perplexity)),
+        "bits_per_byte": asdict(bits),
+        "word_perplexity": None,
+    }
+    if totals.words is not None and totals.words[scored].all():  # a document of white space has none
+        found["word_perplexity"] = asdict(per(totals.words).map(perplexity))
+    return found
+
+
+def by_position(positions: Positions, likelihood: Likelihood) -> list[dict[str, Any]]:
+    """Loss in nats per own token by place in the window, with intervals over documents."""
+    rows = []
+    for bucket, tokens in enumerate(positions.tokens.T):
+        held = tokens > 0
+        if not held.any():
+            continue
+        rows.append(
+            {
+                "first": 2 ** (bucket - 1) + 1 if bucket else 1,
+                "last": 2**bucket,
+                "tokens": int(tokens.sum()),
+                "loss": asdict(_ratio(positions.nats[held, bucket], tokens[held], likelihood)),
+            }
+        )
+    return rows
+
+
+def _ratio(nats: Floats, units: npt.NDArray[Any], likelihood: Likelihood) -> Interval:
+    return ratio_bootstrap(
+        nats,
+        units.astype(float),
+        resamples=likelihood.bootstrap_resamples,
+        seed=likelihood.bootstrap_seed,
+    )
 
 
 def write_totals(path: Path, totals: Totals) -> None:
@@ -215,20 +417,23 @@ def write_totals(path: Path, totals: Totals) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    own_tokens = totals.own_tokens
-    table = pyarrow.table(
-        {
-            "id": pyarrow.array(totals.ids, pyarrow.string()),
-            "bytes": pyarrow.array(totals.bytes, pyarrow.int64()),
-            "tokens": pyarrow.array(totals.tokens, pyarrow.int64()),
-            "own_tokens": pyarrow.nulls(len(totals.ids), pyarrow.int64())
-            if own_tokens is None
-            else pyarrow.array(own_tokens, pyarrow.int64()),
-            "nats": pyarrow.array(totals.nats, pyarrow.float64()),
-        }
-    )
+    def counts(column: Counts | None) -> Any:
+        if column is None:
+            return pyarrow.nulls(len(totals.ids), pyarrow.int64())
+        return pyarrow.array(column, pyarrow.int64())
+
+    columns = {
+        "id": pyarrow.array(totals.ids, pyarrow.string()),
+        "bytes": counts(totals.bytes),
+        "tokens": counts(totals.tokens),
+        "own_tokens": counts(totals.own_tokens),
+        "words": counts(totals.words),
+        "nats": pyarrow.array(totals.nats, pyarrow.float64()),
+    }
+    for view, nats in totals.views.items():
+        columns[f"{_VIEW}{view}"] = pyarrow.array(nats, pyarrow.float64())
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd")
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer, compression="zstd")
     write_bytes(path, buffer.getvalue())
 
 
@@ -244,10 +449,19 @@ def read_totals(path: Path) -> Totals:
 
     try:
         table = pyarrow.parquet.read_table(path)
-        columns = {name: table[name].to_numpy() for name in ("bytes", "tokens", "nats")}
-        own = table["own_tokens"]
-        own_tokens = None if own.null_count else own.to_numpy()
-        return Totals(table["id"].to_pylist(), own_tokens=own_tokens, **columns)
+        columns = {
+            name: None if table[name].null_count else table[name].to_numpy()
+            for name in table.column_names
+            if name != "id"
+        }
+        views = {name.removeprefix(_VIEW): columns[name] for name in columns if name.startswith(_VIEW)}
+        known = ("bytes", "tokens", "own_tokens", "nats")
+        return Totals(
+            table["id"].to_pylist(),
+            words=columns.get("words"),  # files of before have none
+            views=views,
+            **{name: columns[name] for name in known},
+        )
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
     except (pyarrow.ArrowInvalid, KeyError) as error:

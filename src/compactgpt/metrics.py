@@ -37,6 +37,34 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
     return total_nats / (math.log(2) * total_bytes)
 
 
+def wilson(successes: int, trials: int) -> Interval:
+    """Share of successes with its 95 % score interval, sound for small numbers and near 0 and 1.
+
+    Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    """
+    z = 1.959963984540054  # the normal distribution's 97.5 % point
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # the bounds that rounding would put beyond the estimate
+    return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """Two-sided exact p-value that two models are right equally often on the same items.
+
+    Args:
+        only_one: items that the first model alone got right.
+        only_other: items that the second model alone got right.
+
+    McNemar 1947; the items on which the two agree tell nothing, the others are a fair coin's flips.
+    """
+    flips = only_one + only_other
+    tail = sum(math.comb(flips, k) for k in range(min(only_one, only_other) + 1))
+    return min(1.0, float(2 * tail / 2**flips))
+
+
 def ratio_bootstrap(
     numerator: Array, denominator: Array, *, resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:

@@ -1,0 +1,356 @@
+"""Passages whose last word is to be guessed: LAMBADA in its variants, and a cloze of the val split.
+
+LAMBADA (Paperno et al. 2016) is known by three numbers of one name, so each variant has its own:
+
+- lambada_word: OpenAI's text, the whole last word, greedily: right where every one of its tokens is the
+  most likely one. EleutherAI's lm-evaluation-harness calls this lambada_openai; equal to its tokens.
+- lambada_last_token: OpenAI's text, the last token only, words that can't end a passage left out of the
+  choice, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not print its list of
+  stop words; STOP_WORDS is NLTK's of 127.
+- lambada_original: the authors' text, the whole last word.
+
+The cloze has the first variant's form. Perplexity is exp of the mean nats of a whole target. Nothing
+stands before a passage, as in the harness.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compactgpt.config import Likelihood
+from compactgpt.config import Tasks as Settings
+from compactgpt.data import TokenFile, Window
+from compactgpt.errors import BadConfig, BadData
+from compactgpt.evaluation import Codec, Floats, Neural, document_text, score_targets
+from compactgpt.metrics import perplexity, ratio_bootstrap, wilson
+from compactgpt.progress import Progress, silent
+from compactgpt.sources import fetch_source
+
+if TYPE_CHECKING:
+    import tiktoken
+    import torch
+
+STOP_WORDS = frozenset(
+    [
+        "i",
+        "me",
+        "my",
+        "myself",
+        "we",
+        "our",
+        "ours",
+        "ourselves",
+        "you",
+        "your",
+        "yours",
+        "yourself",
+        "yourselves",
+        "he",
+        "him",
+        "his",
+        "himself",
+        "she",
+        "her",
+        "hers",
+        "herself",
+        "it",
+        "its",
+        "itself",
+        "they",
+        "them",
+        "their",
+        "theirs",
+        "themselves",
+        "what",
+        "which",
+        "who",
+        "whom",
+        "this",
+        "that",
+        "these",
+        "those",
+        "am",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "have",
+        "has",
+        "had",
+        "having",
+        "do",
+        "does",
+        "did",
+        "doing",
+        "a",
+        "an",
+        "the",
+        "and",
+        "but",
+        "if",
+        "or",
+        "because",
+        "as",
+        "until",
+        "while",
+        "of",
+        "at",
+        "by",
+        "for",
+        "with",
+        "about",
+        "against",
+        "between",
+        "into",
+        "through",
+        "during",
+        "before",
+        "after",
+        "above",
+        "below",
+        "to",
+        "from",
+        "up",
+        "down",
+        "in",
+        "out",
+        "on",
+        "off",
+        "over",
+        "under",
+        "again",
+        "further",
+        "then",
+        "once",
+        "here",
+        "there",
+        "when",
+        "where",
+        "why",
+        "how",
+        "all",
+        "any",
+        "both",
+        "each",
+        "few",
+        "more",
+        "most",
+        "other",
+        "some",
+        "such",
+        "no",
+        "nor",
+        "not",
+        "only",
+        "own",
+        "same",
+        "so",
+        "than",
+        "too",
+        "very",
+        "s",
+        "t",
+        "can",
+        "will",
+        "just",
+        "don",
+        "should",
+        "now",
+    ]
+)
+# A word of four letters or more behind one space.
+_WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
+_LEAST_CONTEXT = 0.5  # of cloze_characters
+
+
+@dataclass(frozen=True)
+class Item:
+    """A passage and what ends it."""
+
+    context: str
+    target: str  # with the space before it
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model made of each item."""
+
+    nats: Floats  # (items,) of the whole target
+    hits: "np.ndarray[Any, np.dtype[np.bool_]]"  # (items,)
+
+
+def read_lambada(path: Path) -> list[Item]:
+    """Read passages, one JSON object with a key `text` a line; the target is what follows the last space.
+
+    Raises:
+        BadData: another form, or a passage of one word.
+    """
+    items = []
+    try:
+        for line in path.read_text("utf-8").splitlines():
+            context, target = json.loads(line)["text"].rsplit(" ", 1)
+            items.append(Item(context, " " + target))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadData(f"{path} is no LAMBADA file, a JSON object with `text` a line ({error})") from error
+    return items
+
+
+def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
+    """Choose passages of a split: a pure function of its documents.
+
+    A target is a word of four letters or more that its passage has shown before (as four of five of
+    LAMBADA's have), so that context helps. Documents take turns, each offering its candidates in the order
+    of a hash, so that no document outweighs the others and growth of one moves nothing in another.
+    """
+    offers = [
+        iter(_candidates(document_text(split, encoding, document).decode(), name, settings.cloze_characters))
+        for document, name in enumerate(split.document_ids)
+    ]
+    items: list[Item] = []
+    while offers and len(items) < settings.cloze_items:
+        left = []
+        for offer in offers:
+            if (item := next(offer, None)) is not None and len(items) < settings.cloze_items:
+                items.append(item)
+                left.append(offer)
+        offers = left
+    return items
+
+
+def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
+    """A document's possible passages, in the order of a hash of their places; targets differ."""
+
+    def order(match: re.Match[str]) -> bytes:
+        return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
+
+    asked = set()
+    for match in sorted(_WORD.finditer(text), key=order):
+        start = text.find(" ", max(0, match.start() - characters)) + 1  # passages open with a whole word
+        context, word = text[start : match.start()], match[1]
+        if len(context) < _LEAST_CONTEXT * characters or word in asked:
+            continue
+        if re.search(rf"(?<![A-Za-z0-9_]){word}(?![A-Za-z0-9_])", context):
+            asked.add(word)
+            yield Item(context, match[0])
+
+
+def item_window(codec: Codec, item: Item, place: int, block_size: int) -> Window:
+    """Put an item into tokens as the harness does: its target is what the context's own tokens leave over."""
+    whole = codec.encode(item.context + item.target)
+    known = len(codec.encode(item.context))
+    if not known:
+        whole, known = [codec.first_token, *whole], 1
+    stream = np.array(whole, np.int64)[-(block_size + 1) :]
+    return Window(place, 0, stream[:-1], stream[1:][-(len(whole) - known) :])
+
+
+def ask(model: Neural, items: Sequence[Item], *, last_token: bool = False) -> Answers:
+    """Let a model end every passage.
+
+    Args:
+        model: with a codec.
+        items: the passages.
+        last_token: score the last token only, stop words left out of the choice.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    codec = _codec(model)
+    windows = [item_window(codec, item, place, model.block_size) for place, item in enumerate(items)]
+    banned = None
+    if last_token:
+        windows = [Window(w.document, 0, w.tokens, w.targets[-1:]) for w in windows]
+        banned = torch.from_numpy(_stop_words(codec, len(model.head))).to(model.head.device)
+
+    def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        nats = cross_entropy(logits, targets, reduction="none")  # (N,)
+        if banned is not None:
+            logits = logits.masked_fill(banned, -torch.inf)
+        return torch.stack([nats, (logits.argmax(1) == targets).float()], 1)  # (N, 2)
+
+    nats, hits = np.zeros(len(items)), np.zeros(len(items), bool)
+    for window, values in score_targets(model, windows, score):
+        nats[window.document] = values[:, 0].sum()
+        hits[window.document] = values[:, 1].all()
+    return Answers(nats, hits)
+
+
+def _codec(model: Neural) -> Codec:
+    if model.codec is None:
+        raise BadConfig(f"{model.facts.get('kind')} has no tokenizer here, so it can't be asked")
+    return model.codec
+
+
+def _stop_words(codec: Codec, rows: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """Tokens that spell a stop word. (V,)"""
+    return np.array([codec.decode([token]).strip().lower() in STOP_WORDS for token in range(rows)])
+
+
+def answer_figures(items: Sequence[Item], answers: Answers, likelihood: Likelihood) -> dict[str, Any]:
+    """Make a task's part of the report: accuracy (Wilson), perplexity (bootstrap over items), each answer.
+
+    `hits` has a 1 for each item that was right, so that two models can be compared item by item;
+    `items_sha256` tells whether the items are the same.
+    """
+    text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
+    loss = ratio_bootstrap(
+        answers.nats,
+        np.ones(len(items)),
+        resamples=likelihood.bootstrap_resamples,
+        seed=likelihood.bootstrap_seed,
+    )
+    return {
+        "items": len(items),
+        "items_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "accuracy": asdict(wilson(int(answers.hits.sum()), len(items))),
+        "perplexity": asdict(loss.map(perplexity)),
+        "hits": "".join("1" if hit else "0" for hit in answers.hits),
+    }
+
+
+def run_tasks(
+    model: Neural,
+    split: TokenFile,
+    encoding: "tiktoken.Encoding",
+    settings: Settings,
+    likelihood: Likelihood,
+    state: Path,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Ask a model everything that params.yaml names.
+
+    Args:
+        model: with a codec.
+        split: whose documents the cloze is made of.
+        encoding: that made the split.
+        settings: what to ask.
+        likelihood: resamples and seed of the intervals.
+        state: folder where fetched files are kept.
+        progress: told what is done.
+    """
+    asked: dict[str, tuple[list[Item], bool]] = {"cloze": (make_cloze(split, encoding, settings), False)}
+    if settings.lambada is not None:
+        items = read_lambada(fetch_source(settings.lambada, state))
+        asked |= {"lambada_word": (items, False), "lambada_last_token": (items, True)}
+    if settings.lambada_original is not None:
+        asked["lambada_original"] = (read_lambada(fetch_source(settings.lambada_original, state)), False)
+    report: dict[str, Any] = {}
+    for done, (name, (items, last_token)) in enumerate(asked.items(), 1):
+        if items:
+            report[name] = answer_figures(items, ask(model, items, last_token=last_token), likelihood)
+        progress(done, len(asked))
+    return report
+
+
+def same_items(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two tasks' reports are of the same items."""
+    return bool(one["items_sha256"] == other["items_sha256"])
