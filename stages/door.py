@@ -124,7 +124,7 @@ def open_stage(
         item: which one of a matrix stage.
     """
     full_name = f"{name}@{item}" if item else name
-    with _clear_errors():
+    with told_clearly():
         _die_with_parent()
         signal.signal(signal.SIGTERM, _stop)
         params = load_params(params_file)
@@ -169,7 +169,7 @@ def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> Non
         params_file: params.yaml.
         options: of the door, by name.
     """
-    with _clear_errors():
+    with told_clearly():
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
@@ -179,7 +179,8 @@ def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> Non
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def told_clearly() -> Iterator[None]:
+    """Turn a mistake into one sentence and an exit code."""
     try:
         yield
     except UserError as error:

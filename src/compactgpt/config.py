@@ -509,13 +509,21 @@ def load_section(path: Path, kind: type[Checked]) -> Checked:
         BadConfig: it is no YAML, or a key is unknown, missing, of the wrong type or impossible; the
             message names every such key.
     """
+    return _parse(read_yaml(path), kind, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file as DVC does.
+
+    Raises:
+        MissingInput, BadConfig: see `load_section`.
+    """
     try:
-        tree = YAML(typ="safe", pure=True).load(path)
+        return YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    return _parse(tree, kind, str(path))
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
@@ -525,6 +533,26 @@ def parse_params(tree: Any, source: str = "params.yaml") -> Params:
         BadConfig: see `load_section`.
     """
     return _parse(tree, Params, source)
+
+
+def lay_over(tree: dict[str, Any], change: dict[str, Any], where: str = "") -> list[str]:
+    """Change a tree in place by JSON merge patch (RFC 7386): mappings are merged, null takes a key away.
+
+    Returns:
+        A line for each value that is another now, in the order of `change`.
+    """
+    told = []
+    for key, value in change.items():
+        path = f"{where}{key}"
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            told += lay_over(tree[key], value, f"{path}.")
+        elif value is None:
+            if key in tree:
+                told.append(f"{path}: {tree.pop(key)!r} taken away")
+        elif key not in tree or tree[key] != value:
+            told.append(f"{path}: {tree[key]!r} -> {value!r}" if key in tree else f"{path}: {value!r}, new")
+            tree[key] = value
+    return told
 
 
 def _parse(tree: Any, kind: type[Checked], source: str) -> Checked:
