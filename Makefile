@@ -19,7 +19,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro test check table readme ui lock clean
+.PHONY: help setup repro test test-ray check table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 
 test: $(STAMP) ## run every test
 	@python -m pytest -n 2
+
+test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv, not into it)
+	@test -d .state/ray || uv pip install -q --python $(VENV)/bin/python --target .state/ray -c requirements.lock ray==2.60.0
+	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/test_engine.py
 
 check: $(STAMP) ## lint, format and type checks
 	@ruff check .

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
 
 app = new_app()
 
@@ -29,6 +29,7 @@ def main(
             tokens,
             stage.params.tokenization,
             num_workers=stage.params.runtime.num_workers,
+            state=state_folder() / "tokenization",
             progress=stage.progress("bytes"),
         )
         stage.report(report, facts)

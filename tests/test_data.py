@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactgpt import data
@@ -136,6 +136,7 @@ def test_windows_of_a_hand_worked_document(tmp_path):
 
 
 @given(st.lists(st.lists(st.integers(0, 298), max_size=12), min_size=1, max_size=4), st.integers(1, 6))
+@settings(deadline=None)
 def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, window):
     path = tmp_path_factory.mktemp("tokens") / "a.tokens"
     write(path, [(bytes(16), 1, np.array(text, int)) for text in texts])

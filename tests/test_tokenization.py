@@ -3,9 +3,16 @@
 import base64
 import hashlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiktoken
 from hypothesis import given
@@ -15,13 +22,14 @@ from tiktoken_ext import openai_public
 from typer.testing import CliRunner
 
 from compactgpt import documents as documents_room
-from compactgpt import encoding
+from compactgpt import encoder, encoding, tokenization
 from compactgpt.config import Tokenization
 from compactgpt.data import open_tokens
 from compactgpt.documents import new_document, read_row_group, row_groups
+from compactgpt.encoding import load_encoding
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.storage import sha256_file
-from compactgpt.tokenization import load_encoding, split_of, tokenize
+from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
+from compactgpt.tokenization import split_of
 from stages.tokenization import app
 from tests.tiny_corpus import EOT, make_documents, make_tokenizer, tokenizer_files
 
@@ -33,6 +41,13 @@ GPT2_FILES = {
 }
 HALF = Tokenization(val_fraction=0.5)
 TEXTS = [f"document {n} says hello world, {n * n} times\n" for n in range(60)]
+
+
+def tokenize(documents, tokenizer, folder, params, *, num_workers=1, **kwargs):
+    state = folder.parent / "state"
+    return tokenization.tokenize(
+        documents, tokenizer, folder, params, num_workers=num_workers, state=state, **kwargs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +248,11 @@ def test_altered_documents_are_refused(tmp_path, tokenizer, documents):
 
 def test_shards_give_the_documents_back_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_room, "ROW_GROUP_BYTES", 100)
-    monkeypatch.setattr(documents_room, "SHARD_BYTES", 300)
-    folder = make_documents(tmp_path / "documents", [*TEXTS, "é\0\U0001f600", "x" * 1000])
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    texts = [*TEXTS, "é\0\U0001f600", "x" * 1000]
+    documents = (new_document(text, f"tiny/{n}") for n, text in enumerate(texts))
+    documents_room.write_documents(folder, documents, shard_bytes=300)
     assert len(list(folder.glob("*.parquet"))) > 5
     found = [document for group in row_groups(folder) for document in read_row_group(group)]
     assert [each.text for each in found] == [*TEXTS, "é\0\U0001f600", "x" * 1000]
@@ -255,3 +273,190 @@ def test_the_door_writes_files_and_report(tmp_path, monkeypatch, tokenizer, docu
     done = CliRunner().invoke(app, [*words, "--documents", "nowhere"])
     assert done.exit_code == MissingInput.exit_code
     assert "nowhere/manifest.json is missing" in done.output
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def made_pieces(monkeypatch):
+    """Note the row groups that are encoded from here on."""
+    made = []
+    encode_group = tokenization.encode_group
+
+    def noting(task):
+        made.append(task.group.index)
+        return encode_group(task)
+
+    monkeypatch.setattr(tokenization, "encode_group", noting)
+    return made
+
+
+@pytest.mark.parametrize("stop", [1, 3, 8])
+def test_a_stopped_run_goes_on_with_the_next_piece(tmp_path, monkeypatch, tokenizer, documents, stop):
+    tokenize(documents, tokenizer, tmp_path / "whole", HALF)
+    calls = []
+
+    def stopping(done, total, figures=None):
+        calls.append(done)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=stopping)
+    assert not (tmp_path / "tokens").exists()
+    made = made_pieces(monkeypatch)
+    notes = []
+    tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=lambda *words: notes.append(words))
+    assert made == list(range(stop, len(row_groups(documents))))
+    assert notes[0][2] == {"note:": f"going on after {stop} pieces"}
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from compactgpt import tokenization
+from compactgpt.config import Tokenization
+
+def progress(done, total, figures=None):
+    if done > total // 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    tokenization.WORKER_BYTES = 1
+    documents, tokenizer, out, state = map(Path, sys.argv[1:])
+    params = Tokenization(val_fraction=0.5)
+    tokenization.tokenize(documents, tokenizer, out, params, num_workers=2, state=state, progress=progress)
+"""
+
+
+def test_a_run_that_is_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch, tokenizer, documents):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [documents, tokenizer, tmp_path / "tokens", tmp_path / "state"]
+    done = subprocess.run(
+        [sys.executable, script, *words], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "tokens").exists()
+    made = made_pieces(monkeypatch)
+    tokenize(documents, tokenizer, tmp_path / "tokens", HALF)
+    assert 0 < len(made) < len(row_groups(documents))
+    tokenize(documents, tokenizer, tmp_path / "whole", HALF)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+def test_processes_and_the_reference_encoder_give_the_same_bytes(tmp_path, monkeypatch, tokenizer, documents):
+    tokenize(documents, tokenizer, tmp_path / "one", HALF)
+    monkeypatch.setattr(tokenization, "WORKER_BYTES", 1)
+    tokenize(documents, tokenizer, tmp_path / "two", HALF, num_workers=2)
+    monkeypatch.undo()
+    slow = Tokenization(val_fraction=0.5, encoder="tiktoken")
+    tokenize(documents, tokenizer, tmp_path / "slow", slow)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "slow")
+
+
+def test_a_piece_that_was_altered_while_waiting_is_named_and_made_again(tmp_path, tokenizer, documents):
+    def stopping(done, total, figures=None):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=stopping)
+    (state,) = (tmp_path / "state").iterdir()
+    raw = bytearray((state / "train.tokens").read_bytes())
+    raw[1030] ^= 1
+    (state / "train.tokens").write_bytes(raw)
+    notes = []
+    tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=lambda *words: notes.append(words))
+    assert re.fullmatch(r"piece \d in .* was altered: made again", notes[0][2]["note:"])
+    tokenize(documents, tokenizer, tmp_path / "whole", HALF)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+def test_pieces_of_other_documents_or_another_split_are_never_used(tmp_path, tokenizer, documents):
+    def stopping(done, total, figures=None):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=stopping)
+    (before,) = (tmp_path / "state").iterdir()
+    other = Tokenization(val_fraction=0.4)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, tokenizer, tmp_path / "tokens", other, progress=stopping)
+    (after,) = (tmp_path / "state").iterdir()
+    assert before != after
+
+
+def test_a_long_document_goes_in_parts_and_by_file(tmp_path, monkeypatch, tokenizer):
+    texts = ["hello wide world, hello\n" * 3000, "short", *(str(n) for n in range(30))]
+    documents = make_documents(tmp_path / "documents", texts)
+    tokenize(documents, tokenizer, tmp_path / "whole", HALF)
+    monkeypatch.setattr(encoder, "SPAN_BYTES", 1000)
+    monkeypatch.setattr(tokenization, "FLUSH_TOKENS", 100)
+    monkeypatch.setattr(tokenization, "SPILL_BYTES", 500)
+    tokenize(documents, tokenizer, tmp_path / "parts", HALF)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.spill"))
+
+
+def test_nul_bytes_and_odd_characters_come_back(tmp_path, tokenizer):
+    texts = [f"{n}\0nul\x7f\ufeff\ufffd\U0010ffff\u088f é\u0301 {chr(0x323B0 + n)}'s" for n in range(20)]
+    tokenize(make_documents(tmp_path / "d", texts), tokenizer, tmp_path / "t", HALF)
+    found = load_encoding(tokenizer)
+    back = []
+    for split in ("train", "val"):
+        file = open_tokens(tmp_path / "t" / f"{split}.tokens")
+        back += [found.decode(file.document(n).tolist()) for n in range(file.header.documents)]
+    assert sorted(back) == sorted(texts)
+
+
+def test_text_that_is_not_utf8_is_refused_by_name(tmp_path, tokenizer):
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xed\xa0")]
+    )
+    table = pa.table([pa.array(["00" * 16]), text, pa.array(["x"])], names=["id", "text", "source"])
+    with atomic_folder(tmp_path / "documents", {"documents": 1, "bytes": 3}) as temporary:
+        pq.write_table(table, temporary / "documents-00000.parquet")
+    with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 0, is damaged .*UTF8"):
+        tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens", HALF)
+
+
+def test_a_shard_cut_short_is_refused_by_name_even_by_a_worker_alone(tmp_path, tokenizer, documents):
+    facts = verified_manifest(tokenizer)
+    group = row_groups(documents)[3]
+    raw = group.path.read_bytes()
+    task = tokenization.Task(group, tokenizer, facts["tokenizer_sha256"], "tiktoken", 0.5, None)
+    group.path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 3, is damaged"):
+        tokenization.encode_group(task)
+
+
+def test_an_id_not_below_the_vocabulary_is_refused_by_name(tmp_path, monkeypatch, tokenizer, documents):
+    class Beyond:
+        encoding = load_encoding(tokenizer)
+
+        def encode(self, text):
+            yield np.array([5, 262], np.uint32)
+
+    monkeypatch.setattr(tokenization, "_cached_encoder", lambda *_words: Beyond())
+    with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 0: .* token id not below 262"):
+        tokenize(documents, tokenizer, tmp_path / "tokens", HALF)
+
+
+def test_a_corpus_of_nothing_is_refused(tmp_path, tokenizer):
+    with pytest.raises(BadData, match="no document of 0 fell into train"):
+        tokenize(make_documents(tmp_path / "d", []), tokenizer, tmp_path / "t", HALF)
+
+
+def test_altered_token_files_are_refused_by_name(tmp_path, tokenizer, documents):
+    tokenize(documents, tokenizer, tmp_path / "tokens", HALF)
+    for name in ("train.tokens", "val.index.safetensors"):
+        path = tmp_path / "tokens" / name
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+        with pytest.raises(BadData, match=rf"{name} was altered"):
+            open_tokens(tmp_path / "tokens" / f"{name.split('.')[0]}.tokens")
+        path.write_bytes(raw)

@@ -173,6 +173,8 @@ class Tokenization(Section):
     """How documents become token files."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"
+    engine: Literal["local", "ray"] = "local"
 
 
 class Model(Section):

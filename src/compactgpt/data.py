@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from compactgpt.errors import BadData, MissingInput
-from compactgpt.storage import atomic_file, write_bytes
+from compactgpt.storage import MANIFEST, atomic_file, read_json, verify_file, write_bytes
 
 MAGIC = b"CGPTTOK\n"
 VERSION = 1
@@ -125,6 +125,7 @@ def open_tokens(path: Path) -> TokenFile:
         BadData: one is damaged, or they do not belong together.
     """
     header = read_header(path)
+    _verify(path)
     try:
         index = load_file(index_path(path))
         offsets, byte_lengths, ids = index["offsets"], index["bytes"], index["ids"]
@@ -141,6 +142,16 @@ def open_tokens(path: Path) -> TokenFile:
         else np.empty(0, header.dtype)
     )
     return TokenFile(path, header, tokens, offsets, byte_lengths, ids)
+
+
+def _verify(path: Path) -> None:
+    """Check a split's two files against the hashes in the manifest beside them, where there is one."""
+    manifest = path.parent / MANIFEST
+    if not manifest.exists():
+        return
+    for each in (path, index_path(path)):
+        recorded = read_json(manifest)["files"][each.name]
+        verify_file(each, recorded["sha256"], recorded["bytes"])
 
 
 class TokenWriter:

@@ -1,49 +1,54 @@
 """Documents -> the token files of data.py: train and val, split by document hash.
 
 The split looks at nothing but a document's id, so that growth of the corpus never moves a document. Text
-is encoded as ordinary text: a special token that is spelled in it becomes ordinary tokens. The files are
-the same whatever the number of workers.
+is encoded as ordinary text: a special token that is spelled in it becomes ordinary tokens. One row group
+of the documents is one piece of work, a pure function of files; pieces are appended in their order
+(ledger.py), so that the files are the same whatever the number of workers, the engine, and how often
+the run was killed. Memory is bounded by a row group, which is a few MiB of text or one document.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
-import tiktoken
+import numpy.typing as npt
 
 from compactgpt.config import Tokenization
-from compactgpt.data import TokenFile, Tokens, open_tokens, token_dtype, token_writer
-from compactgpt.documents import RowGroup, read_row_group, row_groups
-from compactgpt.encoding import load_encoding
+from compactgpt.data import TokenFile, open_tokens, token_dtype
+from compactgpt.documents import RowGroup, row_groups
+from compactgpt.encoder import Encoder, load_encoder
+from compactgpt.engine import run_tasks
 from compactgpt.errors import BadData
-from compactgpt.parallel import ordered_map
+from compactgpt.ledger import COLUMNS, SPLITS, Column, Ledger, Piece, open_ledger, piece_sha256
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
+from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest
 
-__all__ = ["Task", "encode_group", "load_encoding", "split_of", "tokenize"]
+__all__ = ["Task", "encode_group", "split_of", "tokenize"]
 
 Split = Literal["train", "val"]
+WORKER_BYTES = 2**26  # of text; with less of it another process costs more than it brings
+FLUSH_TOKENS = 2**20  # tokens that wait to be packed
+SPILL_BYTES = 2**24  # of packed tokens; what is more goes to the parent by file
+STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row group, and the encoding to encode it with."""
+    """One row group, and all that decides what becomes of it."""
 
     group: RowGroup
     tokenizer: Path
     tokenizer_sha256: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One document, ready to be written."""
-
-    id: bytes
-    byte_length: int
-    tokens: Tokens  # (tokens,) without end-of-text
+    encoder: Literal["gigatoken", "tiktoken"]
+    val_fraction: float
+    spill: Path | None  # folder for long columns, where worker and parent share one
 
 
 def split_of(document_id: str, val_fraction: float) -> Split:
@@ -58,6 +63,7 @@ def tokenize(
     params: Tokenization,
     *,
     num_workers: int,
+    state: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Make the folder of token files.
@@ -66,8 +72,9 @@ def tokenize(
         documents: folder of document shards.
         tokenizer: folder of the encoding.
         folder: where train.tokens and val.tokens, each with its index, go; replaced as a whole.
-        params: how to split.
+        params: how to split, and by what means to encode.
         num_workers: processes; the result does not depend on it.
+        state: folder where a killed run's pieces wait; best on the disk of `folder`.
         progress: told the bytes of text done.
 
     Returns:
@@ -77,78 +84,198 @@ def tokenize(
         MissingInput, BadData: an input is missing or damaged, or a split got no document.
     """
     manifest = verified_manifest(documents)
-    facts = _tokenizer_facts(tokenizer)
-    tasks = [Task(group, tokenizer, facts["tokenizer_sha256"]) for group in row_groups(documents)]
-    with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}) as temporary:
-        _write_splits(temporary, tasks, facts, params.val_fraction, num_workers, progress, manifest["bytes"])
-        splits = {split: open_tokens(temporary / f"{split}.tokens") for split in ("train", "val")}
-        for split, file in splits.items():
-            if not file.header.documents:
-                raise BadData(
-                    f"no document of {manifest['documents']:,} fell into {split}: change "
-                    f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
-                )
-        return {"tokenizer": facts, **{split: _split_report(file) for split, file in splits.items()}}
+    facts = _tokenizer_facts(tokenizer, params)
+    own = state / _key(manifest, facts, params)
+    _sweep(state, own)
+    with open_ledger(own) as ledger:
+        tasks = _tasks(documents, tokenizer, facts, params, own)[ledger.state.pieces :]
+        _make_pieces(ledger, tasks, params, num_workers, progress, manifest["bytes"])
+        with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}) as temporary:
+            _publish(ledger, temporary, facts, params, manifest["documents"])
+    shutil.rmtree(own, ignore_errors=True)
+    files = read_json(folder / MANIFEST)["files"]
+    splits = {split: open_tokens(folder / f"{split}.tokens") for split in SPLITS}
+    reports = {split: _split_report(file, files[file.path.name]["sha256"]) for split, file in splits.items()}
+    return {"tokenizer": facts, **reports}
 
 
-def _tokenizer_facts(folder: Path) -> dict[str, Any]:
+def _tokenizer_facts(folder: Path, params: Tokenization) -> dict[str, Any]:
     """Check the encoding once, before any worker loads it."""
-    encoding = load_encoding(folder)
+    sha256 = verified_manifest(folder)["tokenizer_sha256"]
+    encoding = _cached_encoder(folder, sha256, params.encoder).encoding
     return {
         "encoding": encoding.name,
         "vocab_size": encoding.n_vocab,
         "eot_token": encoding.eot_token,
-        "tokenizer_sha256": verified_manifest(folder)["tokenizer_sha256"],
+        "tokenizer_sha256": sha256,
     }
 
 
-def _write_splits(
-    folder: Path,
+def _key(manifest: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
+    """Name the state by all that decides its bytes: pieces of other inputs are never gone on with."""
+    inputs = [STATE_VERSION, manifest["files"], facts, params.val_fraction, params.encoder]
+    return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
+
+
+def _sweep(state: Path, own: Path) -> None:
+    """Delete the state of other inputs, and what killed workers left in our own."""
+    for other in state.iterdir() if state.exists() else ():
+        if other != own:
+            shutil.rmtree(other, ignore_errors=True)
+    for left in own.glob("*.spill"):
+        left.unlink()
+
+
+def _tasks(
+    documents: Path, tokenizer: Path, facts: Mapping[str, Any], params: Tokenization, own: Path
+) -> list[Task]:
+    spill = own if params.engine == "local" else None
+    return [
+        Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, params.val_fraction, spill)
+        for group in row_groups(documents)
+    ]
+
+
+def _make_pieces(
+    ledger: Ledger,
     tasks: Sequence[Task],
-    facts: Mapping[str, Any],
-    val_fraction: float,
+    params: Tokenization,
     num_workers: int,
     progress: Progress,
     total_bytes: int,
 ) -> None:
-    keys = ("vocab_size", "eot_token", "tokenizer_sha256")
-    settings = {key: facts[key] for key in keys}
-    done = 0
-    with (
-        token_writer(folder / "train.tokens", **settings) as train,
-        token_writer(folder / "val.tokens", **settings) as val,
-    ):
-        writers = {"train": train, "val": val}
-        for group in ordered_map(encode_group, tasks, num_workers):
-            for document in group:
-                split = split_of(document.id.hex(), val_fraction)
-                writers[split].add(document.id, document.byte_length, document.tokens)
-                done += document.byte_length
-            progress(done, total_bytes, {"tokens": f"{train.tokens + val.tokens:,}"})
+    if ledger.state.pieces or ledger.damaged:
+        note = ledger.damaged or f"going on after {ledger.state.pieces:,} pieces"
+        progress(ledger.state.text_bytes, total_bytes, {"note:": note})
+    if params.engine == "local":
+        num_workers = min(num_workers, 1 + (total_bytes - ledger.state.text_bytes) // WORKER_BYTES)
+    for piece in run_tasks(params.engine, encode_group, tasks, num_workers):
+        ledger.add(piece)
+        progress(ledger.state.text_bytes, total_bytes, {"pieces": f"{ledger.state.pieces:,}"})
 
 
-def encode_group(task: Task) -> list[Encoded]:
+def _publish(
+    ledger: Ledger, folder: Path, facts: Mapping[str, Any], params: Tokenization, documents: int
+) -> None:
+    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
+    for split in SPLITS:
+        if not ledger.publish(folder, split, settings).documents:
+            raise BadData(
+                f"no document of {documents:,} fell into {split}: change "
+                f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
+            )
+
+
+def encode_group(task: Task) -> Piece:
     """Encode the documents of one row group: a pure function of files on disk, for any process."""
-    encoding = _cached_encoding(task.tokenizer, task.tokenizer_sha256)
-    dtype = token_dtype(encoding.n_vocab)
-    return [
-        Encoded(
-            bytes.fromhex(document.id),
-            len(document.text.encode("utf-8")),
-            # No special token is allowed, so that all text is ordinary; no Python list in between.
-            encoding.encode_to_numpy(document.text, disallowed_special=()).astype(dtype),
-        )
-        for document in read_row_group(task.group)
-    ]
+    encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
+    below = math.ceil(task.val_fraction * 2**64)
+    places = {split: _spill_path(task, split) for split in SPLITS}
+    splits = {split: _Split(encoder, task.group, places[split]) for split in SPLITS}
+    text_bytes = 0
+    for document_id, text in _read_texts(task.group):
+        split = "val" if int.from_bytes(document_id[:8], "big") < below else "train"
+        splits[split].add(document_id, text)
+        text_bytes += len(text)
+    columns = {split: made.columns() for split, made in splits.items()}
+    return Piece(columns, piece_sha256(columns), text_bytes)
+
+
+def _spill_path(task: Task, split: str) -> Path | None:
+    if task.spill is None:
+        return None
+    return task.spill / f"{task.group.path.stem}-{task.group.index}-{split}.spill"
+
+
+def _read_texts(group: RowGroup) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield id and UTF-8 text of each document, without a Python string."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(group.path, page_checksum_verification=True) as file:
+            table = file.read_row_group(group.index, columns=["id", "text"], use_threads=False)
+        table.validate(full=True)  # UTF-8, among others
+    except (OSError, pa.ArrowInvalid) as error:
+        raise BadData(
+            f"{group.path}, row group {group.index}, is damaged ({error}): run `dvc repro -f download`"
+        ) from error
+    ids = iter(table.column("id").to_pylist())
+    for chunk in table.column("text").chunks:
+        _, offsets, content = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        view = memoryview(content if content is not None else b"")
+        for start, end in pairwise(ends):
+            yield bytes.fromhex(next(ids)), view[start:end]
+
+
+class _Split:
+    """Packs the documents of one split of one piece."""
+
+    def __init__(self, encoder: Encoder, group: RowGroup, spill: Path | None) -> None:
+        self._encoder, self._group, self._spill = encoder, group, spill
+        self._vocab_size = encoder.encoding.n_vocab
+        self._dtype = token_dtype(self._vocab_size)
+        self._end_of_text = np.array([encoder.encoding.eot_token], np.uint32)
+        self._waiting: list[npt.NDArray[np.uint32]] = []
+        self._num_waiting = 0
+        self._packed = bytearray()
+        self._file: IO[bytes] | None = None
+        self._lengths: list[int] = []
+        self._byte_lengths: list[int] = []
+        self._ids = bytearray()
+
+    def add(self, document_id: bytes, text: memoryview) -> None:
+        length = 0
+        for part in self._encoder.encode(text):
+            self._wait(part)
+            length += len(part)
+        self._wait(self._end_of_text)
+        self._lengths.append(length + 1)
+        self._byte_lengths.append(len(text))
+        self._ids += document_id
+
+    def _wait(self, tokens: npt.NDArray[np.uint32]) -> None:
+        self._waiting.append(tokens)
+        self._num_waiting += len(tokens)
+        if self._num_waiting >= FLUSH_TOKENS:
+            self._pack()
+
+    def _pack(self) -> None:
+        if not self._num_waiting:
+            return
+        tokens = np.concatenate(self._waiting)
+        self._waiting, self._num_waiting = [], 0
+        if int(tokens.max()) >= self._vocab_size:
+            raise BadData(
+                f"{self._group.path}, row group {self._group.index}: "
+                f"a document has a token id not below {self._vocab_size}"
+            )
+        self._packed += tokens.astype(self._dtype).tobytes()
+        if self._spill and len(self._packed) >= SPILL_BYTES:
+            self._file = self._file or open(self._spill, "wb")  # noqa: SIM115 (closed by `columns`)
+            self._file.write(self._packed)
+            self._packed = bytearray()
+
+    def columns(self) -> dict[str, Column]:
+        """Finish, and give the columns of ledger.py."""
+        self._pack()
+        tokens: Column = bytes(self._packed)
+        if self._file and self._spill:
+            self._file.write(self._packed)
+            self._file.close()
+            tokens = self._spill
+        numbers = [np.array(each, "<i8").tobytes() for each in (self._lengths, self._byte_lengths)]
+        return dict(zip(COLUMNS, [tokens, *numbers, bytes(self._ids)], strict=True))
 
 
 @lru_cache(maxsize=1)
-def _cached_encoding(tokenizer: Path, _sha256: str) -> tiktoken.Encoding:
-    """Load the encoding once a process; the hash keeps another one in the same folder apart."""
-    return load_encoding(tokenizer)
+def _cached_encoder(tokenizer: Path, _sha256: str, choice: Literal["gigatoken", "tiktoken"]) -> Encoder:
+    """Load the encoder once a process; the hash keeps another one in the same folder apart."""
+    return load_encoder(tokenizer, choice)
 
 
-def _split_report(file: TokenFile) -> dict[str, Any]:
+def _split_report(file: TokenFile, sha256: str) -> dict[str, Any]:
     total_bytes = int(file.byte_lengths.sum())
     lengths = np.diff(file.offsets)
     return {
@@ -157,5 +284,5 @@ def _split_report(file: TokenFile) -> dict[str, Any]:
         "bytes": total_bytes,
         "bytes_per_token": total_bytes / (file.header.tokens - file.header.documents),
         "longest_document_share": float(lengths.max() / file.header.tokens),
-        "sha256": sha256_file(file.path),
+        "sha256": sha256,
     }

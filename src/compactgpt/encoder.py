@@ -1,0 +1,233 @@
+r"""UTF-8 bytes -> token ids: exactly tiktoken's, an order of magnitude faster, in bounded memory.
+
+Two ways give the same ids. tiktoken is the reference and reads every encoding. gigatoken reads GPT-2's
+pattern 14 times as fast (docs/benchmarks.md), and is used where it is installed. Its tables of letters
+and digits are those of Unicode 17, tiktoken's those of Unicode 16: text with one of the code points in
+between goes through tiktoken. tests/test_encoder.py asks both for the class of every code point.
+
+Long text is cut where GPT-2's pattern
+
+    '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
+
+can't match across the cut, so that the ids of the parts are the ids of the whole. Matching at a place
+looks at nothing before it, so a cut must only be where a match ends, and what is left of it must match
+the same without what is right of it. That holds between a character that is no white space and one that
+is: no alternative runs on from the first to the second, and the left part's white space is all inside it,
+where `$` and `(?!\S)` see what they saw. For the same reason it holds between a letter and a digit, and
+between either and anything else that is no white space, but for an apostrophe before a letter ('s, 'll).
+"""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from compactgpt.encoding import GPT2_PATTERN, _ranks_bytes, load_encoding
+from compactgpt.errors import BadData
+
+Ids = npt.NDArray[np.uint32]
+SPAN_BYTES = 2**20  # of text, encoded in one call
+LONGEST_RUN_BYTES = 2**22  # of text without a safe cut: one piece of it takes 30 times its size in memory
+CACHE_BYTES = 2**27  # gigatoken remembers every word that it met: beyond this it starts anew
+CHECK_EVERY_BYTES = 2**20  # of text
+CHECK_BYTES = 2**11  # of them are compared with tiktoken's
+
+# Code points that Unicode 17 made letters or digits.
+NEW_IN_UNICODE_17 = (
+    (0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4),
+    (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9),
+    (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E),
+    (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6E4, 0x1E6E5), (0x1E6E7, 0x1E6ED),
+    (0x1E6F0, 0x1E6F4), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
+)  # fmt: skip
+_WHITE = rb"[ \t\n\v\f\r]"
+_SAFE_CUT = re.compile(
+    # any character but white space (Unicode's beyond ASCII too), then white space
+    rb"(?<!\s)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=" + _WHITE + rb")"
+    rb"|(?<=[A-Za-z])(?=[!-@\[-`{-~])"  # letter, then digit or other
+    rb"|(?<=[0-9])(?=[!-/:-~])"  # digit, then letter or other
+    rb"|(?<=[!-/:-@\[-`{-~])(?=[0-9])"  # other, then digit
+    rb"|(?<=[!-&(-/:-@\[-`{-~])(?=[A-Za-z])"  # other but the apostrophe, then letter
+    # han (U+5000 to U+8FFF) or kana, then an ideographic space or one of their stops and commas
+    rb"|(?:(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])|(?<=\xe3\x81[\x81-\xbf])|(?<=\xe3\x82[\x80-\x94]))"
+    rb"(?=\xe3\x80[\x80-\x82]|\xef\xbc[\x81\x8c\x9f])"
+)
+
+
+def _utf8_prefixes() -> bytes:
+    """Spell NEW_IN_UNICODE_17 as alternatives of UTF-8: whole where short, else without the last byte."""
+    cut = {3: 3, 4: 3}
+    spelled = (chr(code).encode() for first, last in NEW_IN_UNICODE_17 for code in range(first, last + 1))
+    return b"|".join(sorted({re.escape(each[: cut.get(len(each), 2)]) for each in spelled}))
+
+
+_NEW = re.compile(_utf8_prefixes())
+_NEW_LEADS = sorted({chr(first).encode()[:1] for first, _ in NEW_IN_UNICODE_17})
+
+
+def _is_new(part: bytes) -> bool:
+    """Tell whether text may hold one of NEW_IN_UNICODE_17; searching for plain bytes first is faster."""
+    if part.isascii():
+        return False
+    rare = any(lead in part for lead in _NEW_LEADS[:-1])
+    astral = part.count(b"\xf0") != part.count(b"\xf0\x9f")  # \xf0\x9f opens the emoji
+    return (rare or astral) and _NEW.search(part) is not None
+
+
+class Encoder(Protocol):
+    """Turns the text of one document into ids."""
+
+    encoding: tiktoken.Encoding
+
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, in order, part by part. No special token is ever among them."""
+
+
+class TiktokenEncoder:
+    """The reference."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, in order, part by part."""
+        if self.encoding._pat_str != GPT2_PATTERN:  # where another pattern may be cut, nobody has proven
+            yield self.encode_part(bytes(text))
+            return
+        for start, end in spans(text):
+            yield self.encode_part(bytes(text[start:end]))
+
+    def encode_part(self, part: bytes) -> Ids:
+        """Encode as ordinary text, without a Python list in between."""
+        return self.encoding.encode_to_numpy(str(part, "utf-8"), disallowed_special=())
+
+
+class GigatokenEncoder:
+    """The fast one, for GPT-2's pattern; a sample of what it does is compared with the reference."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self._reference = TiktokenEncoder(encoding)
+        self._unchecked = CHECK_EVERY_BYTES  # the first text is compared
+        self._start()
+
+    def _start(self) -> None:
+        from gigatoken.gigatoken_rs import BPETokenizer
+
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(_ranks_bytes(self.encoding._mergeable_ranks))
+            file.flush()
+            self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
+        self._allowance = _resident_bytes() + CACHE_BYTES
+
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, in order, part by part.
+
+        Raises:
+            BadData: the ids of a sample are not tiktoken's.
+        """
+        for start, end in spans(text):
+            part = bytes(text[start:end])
+            yield self._reference.encode_part(part) if _is_new(part) else self._fast.encode(part)
+            self._unchecked += len(part)
+            if self._unchecked >= CHECK_EVERY_BYTES:
+                self._unchecked = 0
+                self._check(part[:CHECK_BYTES])
+                if _resident_bytes() > self._allowance:
+                    self._start()  # without the words that it remembered
+
+    def _check(self, sample: bytes) -> None:
+        whole = str(sample, "utf-8", "ignore").encode()  # its end may lie within a character
+        if _is_new(whole) or np.array_equal(self._fast.encode(whole), self._reference.encode_part(whole)):
+            return
+        raise BadData(
+            "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in params.yaml, "
+            f"and report the text, which begins {str(whole[:80], 'utf-8', 'ignore')!r}"
+        )
+
+
+def load_encoder(tokenizer: Path, choice: Literal["gigatoken", "tiktoken"]) -> Encoder:
+    """Build the encoder of an encoding folder.
+
+    Args:
+        tokenizer: folder of the encoding.
+        choice: gigatoken stands back where it isn't installed, or the pattern isn't GPT-2's.
+
+    Raises:
+        MissingInput, BadData: the folder is missing or damaged.
+    """
+    encoding = load_encoding(tokenizer)
+    if choice == "gigatoken" and encoding._pat_str == GPT2_PATTERN and _has_gigatoken():
+        return GigatokenEncoder(encoding)
+    return TiktokenEncoder(encoding)
+
+
+def _has_gigatoken() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("gigatoken") is not None
+
+
+def spans(text: memoryview) -> Iterator[tuple[int, int]]:
+    """Cut text for GPT-2's pattern into spans whose ids, one after another, are the ids of the whole.
+
+    Yields:
+        (start, end) of about SPAN_BYTES each, never more than LONGEST_RUN_BYTES.
+
+    Raises:
+        BadData: a run of one kind of character, such as letters, is longer than that.
+    """
+    start = 0
+    while len(text) - start > SPAN_BYTES:
+        end = _last_cut(text, start, start + SPAN_BYTES) or _first_cut(text, start, start + SPAN_BYTES)
+        yield start, end
+        start = end
+    if start < len(text) or not text:
+        yield start, len(text)
+
+
+def _last_cut(text: memoryview, start: int, end: int) -> int | None:
+    """Find the last safe cut of text[start:end], looking at ever longer ends of it."""
+    reach = 2**10
+    while reach < 2 * SPAN_BYTES:
+        first = max(start + 1, end - reach)
+        # Four bytes more for looking behind.
+        window = bytes(text[max(start, first - 4) : end])
+        skip = first - max(start, first - 4)
+        places = [match.start() for match in _SAFE_CUT.finditer(window, skip)]
+        if places:
+            return first - skip + places[-1]
+        reach *= 8
+    return None
+
+
+def _first_cut(text: memoryview, start: int, place: int) -> int:
+    """Find the first safe cut from `place` on, within the longest run that is allowed."""
+    first = place - 4
+    limit = start + LONGEST_RUN_BYTES
+    match = _SAFE_CUT.search(bytes(text[first : limit + 4]), 4)
+    if match and first + match.start() <= limit:
+        return first + match.start()
+    if len(text) <= limit:
+        return len(text)
+    raise BadData(
+        f"from byte {start + 1:,} on there are over {LONGEST_RUN_BYTES:,} bytes without a change between "
+        "letters, digits, signs and white space: that is no text; remove the document, or break its lines"
+    )
+
+
+def _resident_bytes() -> int:
+    """Memory of this process, where Linux tells it; elsewhere 0, and the cache is never dropped."""
+    try:
+        fields = Path("/proc/self/statm").read_bytes().split()
+    except OSError:
+        return 0
+    import resource
+
+    return int(fields[1]) * resource.getpagesize()
