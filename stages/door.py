@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from compactgpt.config import Params, load_params
-from compactgpt.errors import BadData, Busy, DiskFull, MissingInput, OutOfMemory, UserError
+from compactgpt.errors import BadData, Busy, DiskFull, MissingInput, OutOfMemory, PeerLost, UserError
 from compactgpt.launching import final_exit_code, launch, own_place, under_torchrun
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import write_json
@@ -187,6 +187,8 @@ def told_clearly() -> Iterator[None]:
         # What every process meets at the same step is told once.
         if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             _say(str(error))
+        if isinstance(error, PeerLost):  # torchrun ends who is left: already on the way
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise typer.Exit(final_exit_code(error, error.exit_code)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -167,7 +167,7 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:
         raise PeerLost(
             "another process of this training died or fell silent: under torchrun all are started again "
-            f"from the last checkpoint; without it, run the same command again ({str(error).splitlines()[0]})"
+            f"from the last checkpoint; without it, run the same command again ({str(error).splitlines()[0][:160]})"
         ) from error
 
 

@@ -74,6 +74,8 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
         outcome = Path(folder) / "exit_code"
         os.environ[_OUTCOME] = str(outcome)
+        # Else the processes of a second attempt meet the addresses of the first in one store, and hang.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except SignalException:
