@@ -8,7 +8,7 @@ from test_model import tiny, tokens_of
 from compactgpt.config import Training
 from compactgpt.errors import BadData
 from compactgpt.model import GPT
-from compactgpt.optim import Optimizers, lr_multiplier
+from compactgpt.optim import Optimizers, lr_multiplier, muon_step, orthogonal
 
 RECIPE = {
     "seed": 1,
@@ -115,6 +115,33 @@ def test_muon_owns_the_hidden_matrices_and_nothing_else():
     assert muon == {id(p) for p in model.h.parameters() if p.dim() == 2}
     adamw = {id(p) for group in optimizers.adamw.param_groups for p in group["params"]}
     assert adamw == {id(p) for p in model.parameters()} - muon
+
+
+def test_muon_makes_torchs_own_steps_within_bfloat16():
+    """Two tall, two square and one wide matrix; an update's size is that of the learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = [torch.optim.Muon(own, lr=0.02, weight_decay=0.1) for own in (ours, theirs)]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        muon_step(optimizers[0])
+        optimizers[1].step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=0.02 * 0.03, rtol=0)
+        buffers = [o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (a, b), strict=True)]
+        torch.testing.assert_close(*buffers)
+
+
+def test_orthogonal_matrices_have_singular_values_near_one():
+    matrices = torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0))
+    for each in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonal(each, (3.4445, -4.7750, 2.0315), 5, 1e-7).float())
+        assert values.min() > 0.6
+        assert values.max() < 1.3
 
 
 def test_clipping_reaches_muon_too():

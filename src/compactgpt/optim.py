@@ -7,7 +7,7 @@ the embeddings and the vectors. Schedules are multipliers of each group's own pe
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,56 @@ def lr_multiplier(training: Training, step: int) -> float:
     done = max(0.0, (step - begin) / max(1, training.max_steps - begin))
     left = 0.5 * (1 + math.cos(math.pi * done)) if training.schedule == "cosine" else 1 - done
     return training.min_lr_ratio + left * (1 - training.min_lr_ratio)
+
+
+@torch.no_grad()
+def muon_step(muon: Muon) -> None:
+    """Do what `muon.step` does, with all matrices of one shape in the same products: many small ones wait.
+
+    Momentum, Nesterov's look ahead, orthogonalisation, decoupled decay and the learning rate's adjustment to
+    the shape are torch.optim.Muon's ("original"), in its order.
+    """
+    for group in muon.param_groups:
+        shapes: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in shapes.items():
+            grads = [cast(Tensor, parameter.grad) for parameter in parameters]
+            states = [muon.state[parameter] for parameter in parameters]
+            for state, grad in zip(states, grads, strict=True):
+                state.setdefault("momentum_buffer", torch.zeros_like(grad))
+            buffers = [state["momentum_buffer"] for state in states]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+            updates = orthogonal(
+                torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, [update.float() for update in updates], alpha=-rate)
+
+
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Push all singular values towards 1 by Newton-Schulz steps in bfloat16 (Jordan et al. 2024).
+
+    Args:
+        matrices: of one shape. (count, rows, columns)
+        coefficients: of x, x^3 and x^5.
+        steps: how many.
+        eps: smallest norm to divide by.
+
+    Returns:
+        (count, rows, columns) bfloat16
+    """
+    a, b, c = coefficients
+    turned = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if turned else x  # rows <= columns: the Gram matrix is the smaller one
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if turned else x
 
 
 class Optimizers:
@@ -92,7 +142,7 @@ class Optimizers:
             if excess is not None:
                 grads = [p.grad for group in self.muon.param_groups for p in group["params"]]
                 torch._foreach_div_(grads, excess)
-            self.muon.step()  # type: ignore[no-untyped-call]
+            muon_step(self.muon)
         for parameter in self.parameters.values():
             parameter.grad = None
 
