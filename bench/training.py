@@ -1,0 +1,337 @@
+"""How fast training is beside nanoGPT's own code, on this machine, in one run.
+
+    git clone https://github.com/karpathy/nanoGPT
+    python bench/training.py --nanogpt nanoGPT                    # the demo's shape
+    python bench/training.py --nanogpt nanoGPT --shape note --compiled
+    python bench/training.py --nanogpt nanoGPT --to-loss          # the loss of 3 minutes, in how long?
+
+Each engine is a process of its own with the same number of threads, the same initial weights and the same
+tokens. Steps are paired: all engines make step 0, then all make step 1 in the opposite order, and so on;
+while one works the others wait for their turn. Quote the ratios: the machine may be shared.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from compactgpt.config import Params, load_params  # noqa: E402
+from compactgpt.estimate import flops_per_token  # noqa: E402
+
+# What both run in the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
+ADAMW = {
+    "optimizer": "adamw", "learning_rate": 3e-4, "embedding_learning_rate": 3e-4, "schedule": "constant",
+    "warmup_steps": 0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0,
+}  # fmt: skip
+# nanoGPT's own settings for a model of the demo's size (README, "I only have a macbook"; config/
+# train_shakespeare_char.py): what --to-loss lets it train with.
+SMALL = {**ADAMW, "learning_rate": 1e-3, "embedding_learning_rate": 1e-3, "schedule": "cosine",
+         "warmup_steps": 100, "min_lr_ratio": 0.1}  # fmt: skip
+NOTE = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
+BUDGET = {"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
+SECONDS = 180  # of nanoGPT's training in --to-loss
+VAL_WINDOWS = 256
+
+
+def params_of(shape: str, **training: Any) -> Params:
+    """params.yaml with a shape and a recipe; one micro-batch of four sequences a step."""
+    params = load_params(ROOT / "params.yaml")
+    model = params.model.model_copy(update=NOTE if shape == "note" else {})
+    budget = {"tokens_per_step": 4 * model.block_size, "micro_batch_size": 4, "max_steps": 10**9}
+    changed = params.training.model_copy(update={**budget, **training})
+    runtime = params.runtime.model_copy(update={"device": "cpu"})
+    return params.model_copy(update={"model": model, "training": changed, "runtime": runtime})
+
+
+# --- the engines: a process each ---------------------------------------------------------------------------
+
+
+class Ours:
+    """compactgpt's training step, with the recipe that the parent names."""
+
+    def __init__(self, order: dict[str, Any], params: Params) -> None:
+        from compactgpt import training
+        from compactgpt.distributed import Group
+        from compactgpt.launching import Place
+
+        splits = training.open_splits(Path(order["tokens"]))
+        self.run = training._Run(params, splits, Path("unused"), Group(Place(), "fast"))
+
+    def step(self) -> float:
+        """Make one step; its loss in nats per token."""
+        self.run.make_step()
+        return self.run.read_losses()[-1][1]
+
+    def our_model(self) -> Any:
+        """The weights now, in our GPT."""
+        return self.run.model
+
+
+class NanoGPT:
+    """nanoGPT's model and optimizer, stepped as its train.py does."""
+
+    def __init__(self, order: dict[str, Any], params: Params) -> None:
+        import torch
+
+        from compactgpt import model as our_models
+        from compactgpt import training
+
+        sys.path.insert(0, order["nanogpt"])
+        from model import GPT, GPTConfig
+
+        shape, self.training = params.model, params.training
+        self.params, self.torch, self.steps = params, torch, 0
+        self.splits = training.open_splits(Path(order["tokens"]))
+        settings = GPTConfig(
+            shape.block_size, shape.padded_vocab_size, shape.n_layer, shape.n_head, shape.n_embd,
+            shape.dropout, shape.bias,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.raw = GPT(settings)
+            self.ours = our_models.GPT(shape, self.training.seed)
+            for name, tensor in self.ours.state_dict().items():
+                self.raw.transformer.get_parameter(name).data.copy_(tensor)
+            recipe = (self.training.learning_rate, (self.training.beta1, self.training.beta2))
+            self.optimizer = self.raw.configure_optimizers(self.training.weight_decay, *recipe, "cpu")
+        self.model = torch.compile(self.raw) if order["engine"] == "nanogpt-compiled" else self.raw
+
+    def step(self) -> float:
+        """Make one step; its loss in nats per token."""
+        from compactgpt.data import training_batch
+        from compactgpt.optim import lr_multiplier
+
+        settings, block = self.training, self.params.model.block_size
+        sequences = settings.tokens_per_step // block
+        tokens = self.splits.train.tokens
+        arrays = training_batch(
+            tokens, seed=settings.seed, step=self.steps, sequences=sequences, block_size=block
+        )
+        x, y = (self.torch.from_numpy(array).contiguous() for array in arrays)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * lr_multiplier(settings, self.steps)
+        _, loss = self.model(x, y)
+        loss.backward()
+        self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return float(loss.detach())
+
+    def our_model(self) -> Any:
+        """The weights now, in our GPT."""
+        for name, tensor in self.ours.state_dict().items():
+            tensor.copy_(self.raw.transformer.get_parameter(name).data)
+        return self.ours
+
+
+class Peak:
+    """The best that this machine does: fp32 products of square matrices. A step's `loss` is FLOP/s."""
+
+    def __init__(self, _order: dict[str, Any], _params: Params) -> None:
+        import torch
+
+        self.torch = torch
+        self.a, self.b, self.out = (torch.randn(1536, 1536) for _ in range(3))
+
+    def step(self) -> float:
+        """Make one step; its loss in nats per token."""
+        best = math.inf
+        for _ in range(5):
+            begin = time.perf_counter()
+            self.torch.mm(self.a, self.b, out=self.out)
+            best = min(best, time.perf_counter() - begin)
+        return 2 * 1536**3 / best
+
+
+def work(order: dict[str, Any]) -> None:
+    """Be one engine: answer each line of stdin with one of JSON."""
+    params = params_of(order["shape"], **order["training"])
+    ours = order["engine"].startswith("ours")
+    os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
+    if ours:
+        from compactgpt.runtime import prepare_process
+
+        prepare_process(params.runtime)
+    import torch
+
+    torch.set_num_threads(params.runtime.num_threads)
+    engine: Any = {"ours": Ours, "peak": Peak}.get(order["engine"].split("-")[0], NanoGPT)(order, params)
+    say({"ready": True})
+    for line in sys.stdin:
+        if line.strip() == "val":
+            from compactgpt import training
+
+            run = engine.run.splits if ours else engine.splits
+            windows = training._chosen_windows(run.val, params.model.block_size, VAL_WINDOWS)
+            say({"val_loss": training.validation_loss(engine.our_model(), windows, 4)})
+            continue
+        begin = time.perf_counter()
+        loss = engine.step()
+        say({"seconds": time.perf_counter() - begin, "loss": loss, "peak_bytes": peak_bytes()})
+
+
+def say(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever held (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+# --- the parent: whose turn it is --------------------------------------------------------------------------
+
+
+class Worker:
+    """An engine's process, asked for one step at a time."""
+
+    def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
+        self.engine, self.seconds, self.losses, self.peak = engine, [], [], 0
+        order = {"engine": engine, "shape": options.shape, "training": training,
+                 "tokens": str(options.tokens), "nanogpt": str(options.nanogpt)}  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--work", json.dumps(order)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            sys.exit(f"{self.engine} ended early, see above")
+        return dict(json.loads(line))
+
+    def ask(self, word: str = "step") -> dict[str, Any]:
+        """Send a word, wait for the answer."""
+        assert self.process.stdin
+        print(word, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def step(self) -> None:
+        """Have one step made, and note its time."""
+        told = self.ask()
+        self.seconds.append(told["seconds"])
+        self.losses.append(told["loss"])
+        self.peak = told["peak_bytes"]
+
+    def end(self) -> None:
+        """Let the process go."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def paired(workers: list[Worker], steps: int, warm_up: int) -> None:
+    """Make paired steps in alternating order, then forget the times of the first."""
+    for step in range(warm_up + steps):
+        for worker in workers if step % 2 == 0 else workers[::-1]:
+            worker.step()
+    for worker in workers:
+        del worker.seconds[:warm_up]
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print tokens a second, ratios, memory and the share of the machine's peak."""
+    params = params_of(options.shape)
+    tokens = params.training.tokens_per_step
+    tuned = params.training.model_dump(
+        exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
+    )
+    engines: dict[str, dict[str, Any]] = {"nanogpt": ADAMW, "ours": ADAMW, "ours-tuned": tuned}
+    if options.compiled:
+        engines["nanogpt-compiled"] = ADAMW
+    if options.bfloat16:
+        engines["ours-bfloat16"] = {**ADAMW, "dtype": "bfloat16"}
+    workers = [Worker(engine, options, training) for engine, training in {**engines, "peak": {}}.items()]
+    paired(workers, options.steps, 3)
+    *trained, peak = workers
+    best = max(peak.losses)
+    base = trained[0]
+    flops = flops_per_token(params.model)["with_attention"]
+    print(f"{options.shape}: {tokens} tokens a step, {options.steps} paired steps, "
+          f"{params.runtime.num_threads} threads, products at {best / 1e9:.0f} GFLOP/s")  # fmt: skip
+    print(f"{'engine':18}{'tok/s':>8}{'ratio':>8}{'paired':>8}{'best':>8}{'of peak':>9}{'MB':>8}")
+    for worker in trained:
+        median = statistics.median(worker.seconds)
+        ratio = statistics.median(base.seconds) / median
+        pairs = statistics.median(a / b for a, b in zip(base.seconds, worker.seconds, strict=True))
+        quickest = min(base.seconds) / min(worker.seconds)
+        share = flops * tokens / min(worker.seconds) / best
+        print(f"{worker.engine:18}{tokens / median:8.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
+              f"{worker.peak / 1e6:8.0f}")  # fmt: skip
+    ours = trained[1]
+    worst = max(abs(a - b) for a, b in zip(base.losses[:5], ours.losses[:5], strict=True))
+    print(f"largest difference of the first 5 losses, ours to nanoGPT's: {worst:.1e}")
+    print("ratio: of medians; paired: median of a step's ratio; best: of the quickest steps (of peak too)")
+    for worker in workers:
+        worker.end()
+    if worst > 1e-4:
+        sys.exit("the losses differ: this compares two different computations")
+
+
+def to_loss(options: argparse.Namespace) -> None:
+    """Let nanoGPT train for SECONDS with its recipe, and ours for a third of it, in turns."""
+    params = params_of(options.shape)
+    tuned = params.training.model_dump(
+        exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
+    )
+    probes = [Worker("nanogpt", options, SMALL), Worker("ours-tuned", options, tuned)]
+    paired(probes, 8, 3)
+    seconds = [statistics.median(probe.seconds) for probe in probes]
+    for probe in probes:
+        probe.end()
+    budgets = (SECONDS, SECONDS / 3)
+    steps = [int(budget / each) for budget, each in zip(budgets, seconds, strict=True)]
+    theirs = Worker("nanogpt", options, {**SMALL, "max_steps": steps[0]})
+    ours = Worker("ours-tuned", options, {**tuned, "max_steps": steps[1]})
+    for turn in range(1, 31):
+        for worker, count in ((theirs, steps[0]), (ours, steps[1])):
+            while len(worker.losses) < round(count * turn / 30):
+                worker.step()
+    for worker in (theirs, ours):
+        loss = worker.ask("val")["val_loss"]
+        print(f"{worker.engine:12} {len(worker.losses):5} steps, {sum(worker.seconds):6.1f} s of training: "
+              f"val loss {loss:.4f} nats per token")  # fmt: skip
+        worker.end()
+    share = sum(ours.seconds) / sum(theirs.seconds)
+    print(f"ours took {share:.2f} of nanoGPT's time for this; each ran its schedule to the end")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--shape", choices=["demo", "note"], default="demo")
+    parser.add_argument("--tokens", type=Path, default=ROOT / "data/tokens", help="what `dvc repro` made")
+    parser.add_argument("--steps", type=int, default=20, help="paired steps")
+    parser.add_argument("--bfloat16", action="store_true", help="ours in bfloat16 as well")
+    parser.add_argument("--compiled", action="store_true", help="nanoGPT with torch.compile as well")
+    parser.add_argument(
+        "--to-loss", action="store_true", help=f"wall-clock to nanoGPT's loss after {SECONDS} s"
+    )
+    options = parser.parse_args()
+    if options.work:
+        work(json.loads(options.work))
+    elif not options.nanogpt or not (options.nanogpt / "model.py").is_file():
+        parser.error("--nanogpt must name a checkout of nanoGPT: it has model.py")
+    else:
+        (to_loss if options.to_loss else compare)(options)
+
+
+if __name__ == "__main__":
+    main()
