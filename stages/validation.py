@@ -15,7 +15,7 @@ def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/validation.json"),
     docs: Annotated[Path, typer.Option(help="Folder for Great Expectations' own pages.")] = Path(
-        "data/data_docs"
+        "data/data_docs/documents"
     ),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
@@ -26,7 +26,9 @@ def main(
     with open_stage("validation", params_file, tracker, ("validation",)) as stage:
         facts = validate(documents, docs, stage.params.validation, progress=stage.progress("documents"))
         stage.report(report, facts)
-        require_success(facts)
+        require_success(
+            facts, "the documents", "mend the corpus, or change the bounds in params.yaml (validation)"
+        )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,12 @@ def heavy_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("library", "room"),
-    [("mlflow", "syncing"), ("great_expectations", "validation"), ("transformers", "baseline"), ("datasets", "hubtexts")],
+    [
+        ("datasets", "hubtexts"),
+        ("great_expectations", "validation"),
+        ("mlflow", "syncing"),
+        ("transformers", "baseline"),
+    ],
 )
 def test_a_heavy_library_has_one_room(library, room):
     assert {name for name, path in ROOMS.items() if library in heavy_imports(path)} == {room}

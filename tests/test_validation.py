@@ -23,7 +23,9 @@ BOUNDS = Validation(
     max_replacement_share=0.01,
     min_unique_share=0.9,
     mostly=0.9,
+    max_rows=1000,
 )
+WORDS = ("the documents", "change params.yaml (validation)")
 GOOD = [new_document(f"Some words of document number {n} here.", f"a/{n}") for n in range(30)]
 
 
@@ -63,7 +65,7 @@ def test_good_text_passes_every_expectation(tmp_path):
     assert report["bytes"] == sum(len(each.text) for each in GOOD)
     assert len(report["expectations"]) >= 8
     assert (tmp_path / "docs" / "index.html").exists()
-    require_success(report)
+    require_success(report, *WORDS)
 
 
 BETWEEN = "expect_column_values_to_be_between"
@@ -104,14 +106,16 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
     expected["expect_column_values_to_match_regex", "id"] = (1, {"form"})
     expected["expect_column_values_to_be_in_set", "id_is_hash"] = (3, {"form", "hash", "repeated"})
     expected[UNIQUE, "id"] = (2, {"a/0", "repeated"})
+    for name in ("repeated_ids", "wrong_ids"):  # exact, over the whole corpus
+        expected["expect_column_sum_to_be_between", name] = (None, set())
     assert found == expected
 
 
 def test_a_small_corpus_of_long_documents_fails_its_sizes(tmp_path):
     documents = [new_document("long " * 5 + "long " * 20 * (n == 0) + str(n), f"a/{n}") for n in range(8)]
     found = failures(judge(tmp_path, documents))
-    assert found["expect_table_row_count_to_be_between", None]["observed"] == 8
-    assert found["expect_column_sum_to_be_between", "n_bytes"]["observed"] == 8 * 26 + 100
+    assert found["expect_column_sum_to_be_between", "documents"]["observed"] == 8
+    assert found["expect_column_sum_to_be_between", "bytes"]["observed"] == 8 * 26 + 100
     assert found[BETWEEN, "n_characters"]["examples"][0]["value"] == 126
 
 
@@ -129,11 +133,27 @@ def test_a_failure_is_told_the_same_way_twice_with_count_and_three_documents(tmp
         {"id": new_document(f"short {n}", "").id, "source": "short", "value": 7} for n in range(3)
     ]
     with pytest.raises(CheckFailed) as caught:
-        require_success(report)
+        require_success(report, *WORDS)
     message = str(caught.value)
-    assert "the documents fail 1 of 12 expectations" in message
-    assert f"4 of 34 documents break it, such as short {new_document('short 0', '').id} (7)" in message
+    assert "the documents fail 1 of 14 expectations" in message
+    assert f"4 of 34 rows break it, such as short {new_document('short 0', '').id} (7)" in message
     assert "params.yaml (validation)" in message
+
+
+def test_a_large_corpus_is_summed_exactly_and_judged_by_a_sample_that_keeps_twins_together(tmp_path):
+    documents = [new_document(f"Some words of document number {n} here.", f"a/{n}") for n in range(1200)]
+    documents += [new_document(f"SOME words of  document number {n} here.", f"twin/{n}") for n in range(400)]
+    documents.append(documents[5])
+    report = judge(tmp_path, documents, BOUNDS.model_copy(update={"max_rows": 300}))
+    assert report["documents"] == 1601
+    assert report["bytes"] == sum(len(each.text) for each in documents)
+    assert (report["repeated_ids"], report["wrong_ids"]) == (1, 0)
+    assert 230 < report["rows"] < 370
+    twins = failures(report)[UNIQUE, "normalised"]
+    # 800 of 1,600 documents have a twin; a sample by id would find a few of them only.
+    assert 0.4 < twins["unexpected"] / report["rows"] < 0.6
+    again = judge(tmp_path, documents[::-1], BOUNDS.model_copy(update={"max_rows": 300}))
+    assert again["rows"] == report["rows"]
 
 
 def test_altered_documents_are_refused(tmp_path):
@@ -150,6 +170,6 @@ def test_the_door_writes_the_report_before_it_fails(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == CheckFailed.exit_code
-    assert "expect_table_row_count_to_be_between (min_value 1000): found 30" in done.output
+    assert "expect_column_sum_to_be_between of documents (min_value 1000.0): found 30" in done.output
     assert not json.loads(Path("reports/validation.json").read_text())["success"]
-    assert Path("data/data_docs/index.html").exists()
+    assert Path("data/data_docs/documents/index.html").exists()

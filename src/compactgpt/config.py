@@ -158,6 +158,7 @@ class Validation(Section):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
+    max_rows: Positive
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -175,6 +176,32 @@ class Tokenization(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"
     engine: Literal["local", "ray"] = "local"
+
+
+class Inspection(Section):
+    """What token files must be like, and how much text may repeat itself, above all between splits."""
+
+    min_val_documents: Positive
+    max_val_deviation: PositiveFloat
+    shingle_words: Positive
+    permutations: Positive
+    bands: Positive
+    seed: Count
+    similarity: Annotated[float, Field(gt=0, le=1)]
+    overlap_words: Positive
+    flagged_overlap: Share
+    leaked_overlap: Annotated[float, Field(gt=0, le=1)]
+    max_leaked_share: Share
+    max_repeated_share: Share
+    max_listed: Count
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.permutations % self.bands:
+            raise ValueError(
+                f"permutations ({self.permutations}) must be a multiple of bands ({self.bands})"
+            )
+        return self
 
 
 class Model(Section):
@@ -473,6 +500,7 @@ class Params(Section):
     download: Download
     validation: Validation
     tokenization: Tokenization
+    inspection: Inspection
     model: Model
     training: Training
     evaluation: Evaluation

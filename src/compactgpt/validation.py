@@ -1,17 +1,24 @@
 """Great Expectations on the documents: is this text fit to learn from?
 
-Each document becomes one row of numbers (`document_row`), read shard by shard, and the suite judges the
-rows; so the texts are never in memory together.
+The texts are read row group by row group and are never in memory together. Two tables are judged:
+
+    corpus     one row: documents, bytes, ids that repeat, ids that are not the hash of their text. Exact,
+               summed while reading, in 16 bytes a document.
+    documents  one row of numbers for each document (`document_row`); of a corpus of more than
+               `validation.max_rows` documents for a sample of about that many: those whose
+               normalised text has a hash below a bound, so that it is the same sample everywhere, and two
+               documents that differ in case and spacing only are in it together or not at all.
 """
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compactgpt.config import Validation
-from compactgpt.documents import Document, new_document, read_row_group, row_groups
+from compactgpt.documents import Document, IdSet, new_document, read_row_group, row_groups
 from compactgpt.errors import CheckFailed
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import verified_manifest
@@ -21,14 +28,19 @@ _EXAMPLES = 3
 _MEGABYTE = 1_000_000
 
 
+def normalised(text: str) -> str:
+    """Hash a text without its case and spacing; 32 hex digits."""
+    return hashlib.sha256("".join(text.split()).casefold().encode("utf-8")).hexdigest()[:32]
+
+
 def document_row(document: Document) -> dict[str, Any]:
     """Describe one document by what the suite judges.
 
     Returns:
         id and source; excerpt (its first characters, none for a blank text); id_is_hash (the id is that
-        of the text); normalised (a hash of the text without its case and spacing); n_bytes; n_characters;
-        n_nul (NUL characters); letter_share (letters among the characters that are not white space);
-        replacement_share (U+FFFD among all characters).
+        of the text); normalised (see there); n_bytes; n_characters; n_nul (NUL characters);
+        letter_share (letters among the characters that are not white space); replacement_share (U+FFFD
+        among all characters).
     """
     text = document.text
     words = text.split()
@@ -39,7 +51,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "source": document.source,
         "excerpt": excerpt or None,
         "id_is_hash": new_document(text, document.source).id == document.id,
-        "normalised": hashlib.sha256(dense.casefold().encode("utf-8")).hexdigest()[:32],
+        "normalised": normalised(text),
         "n_bytes": len(text.encode("utf-8")),
         "n_characters": len(text),
         "n_nul": text.count("\0"),
@@ -48,14 +60,24 @@ def document_row(document: Document) -> dict[str, Any]:
     }
 
 
+def corpus_expectations(params: Validation) -> list[Any]:
+    """List the expectations of the one row that describes the whole corpus."""
+    from great_expectations import expectations as gxe
+
+    least = {"documents": params.min_documents, "bytes": params.min_total_megabytes * _MEGABYTE}
+    return [
+        *(gxe.ExpectColumnSumToBeBetween(column=name, min_value=value) for name, value in least.items()),
+        gxe.ExpectColumnSumToBeBetween(column="repeated_ids", max_value=0),
+        gxe.ExpectColumnSumToBeBetween(column="wrong_ids", max_value=0),
+    ]
+
+
 def expectations(params: Validation) -> list[Any]:
-    """List the Great Expectations expectations of a corpus."""
+    """List the expectations of the rows that describe documents."""
     from great_expectations import expectations as gxe
 
     mostly = params.mostly
     return [
-        gxe.ExpectTableRowCountToBeBetween(min_value=params.min_documents),
-        gxe.ExpectColumnSumToBeBetween(column="n_bytes", min_value=params.min_total_megabytes * _MEGABYTE),
         gxe.ExpectColumnValuesToBeUnique(column="id"),
         gxe.ExpectColumnValuesToMatchRegex(column="id", regex="^[0-9a-f]{32}$"),
         gxe.ExpectColumnValuesToBeInSet(column="id_is_hash", value_set=[True]),
@@ -90,60 +112,108 @@ def validate(
         progress: told the documents read.
 
     Returns:
-        The report: `success`, and of each expectation its arguments, what was observed, how many
-        documents break it and the first of them. It is the same for the same documents.
+        The report: `success`, the exact sums, how many rows were judged, and what `judge` says of each
+        expectation. It is the same for the same documents.
 
     Raises:
         MissingInput, BadData: the folder of documents is missing or damaged.
     """
-    rows = _rows(documents, progress)
-    results = _run_suite(rows, expectations(params), docs)
-    outcomes = [_outcome(result) for result in results]
+    totals, rows = _read(documents, params.max_rows, progress)
+    tables = [
+        Table("corpus", [{"id": "corpus", "source": "all documents", **totals}], corpus_expectations(params)),
+        Table("documents", rows, expectations(params)),
+    ]
+    outcomes = judge(tables, docs)
     return {
         "success": all(outcome["success"] for outcome in outcomes),
-        "documents": len(rows),
-        "bytes": sum(row["n_bytes"] for row in rows),
+        **totals,
+        "rows": len(rows),
         "expectations": outcomes,
     }
 
 
-def _rows(folder: Path, progress: Progress) -> list[dict[str, Any]]:
+def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """The exact sums over a corpus, and the rows of its documents or of the sample."""
     total = verified_manifest(folder)["documents"]
+    bound = 2**64 if total <= max_rows else 2**64 * max_rows // total
+    seen = IdSet()
+    sums = {"documents": 0, "bytes": 0, "repeated_ids": 0, "wrong_ids": 0}
     rows: list[dict[str, Any]] = []
     for group in row_groups(folder):
-        rows += map(document_row, read_row_group(group))
-        progress(len(rows), total)
-    return rows
+        for document in read_row_group(group):
+            sums["documents"] += 1
+            sums["bytes"] += len(document.text.encode("utf-8"))
+            sums["wrong_ids"] += new_document(document.text, document.source).id != document.id
+            sums["repeated_ids"] += not seen.add(hashlib.sha256(document.id.encode()).hexdigest()[:32])
+            if bound == 2**64 or int(normalised(document.text)[:16], 16) < bound:
+                rows.append(document_row(document))
+        progress(sums["documents"], total)
+    return sums, rows
 
 
-def _run_suite(rows: list[dict[str, Any]], suite: list[Any], docs: Path) -> list[dict[str, Any]]:
-    """Run a suite over rows; see great_expectations 1.x, Checkpoint.run."""
+def at_least(column: str, value: float) -> Any:
+    """Expect every value of a column to be `value` or more."""
+    from great_expectations import expectations as gxe
+
+    return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=value)
+
+
+def at_most(column: str, value: float) -> Any:
+    """Expect every value of a column to be `value` or less."""
+    from great_expectations import expectations as gxe
+
+    return gxe.ExpectColumnValuesToBeBetween(column=column, max_value=value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, each with `id` and `source`, and what is expected of them."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    suite: list[Any]
+
+
+def judge(tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
+    """Run each table's suite; see great_expectations 1.x, Checkpoint.run.
+
+    Args:
+        tables: what is judged.
+        docs: folder for Great Expectations' own pages, replaced.
+
+    Returns:
+        Of each expectation its arguments, what was observed, how many rows break it and the first of them.
+    """
     import great_expectations as gx
     import pandas as pd
 
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
-    data = context.data_sources.add_pandas("documents").add_dataframe_asset("documents")
-    definition = gx.ValidationDefinition(
-        name="documents",
-        data=data.add_batch_definition_whole_dataframe("all"),
-        suite=context.suites.add(gx.ExpectationSuite(name="documents", expectations=suite)),
-    )
+    data = context.data_sources.add_pandas("tables")
     shutil.rmtree(docs, ignore_errors=True)
     context.add_data_docs_site("pages", _site(docs))
-    checkpoint = gx.Checkpoint(
-        name="documents",
-        validation_definitions=[context.validation_definitions.add(definition)],
-        actions=[gx.checkpoint.UpdateDataDocsAction(name="pages", site_names=["pages"])],
-        result_format={
-            "result_format": "SUMMARY",
-            "unexpected_index_column_names": ["id", "source"],
-            "partial_unexpected_count": _EXAMPLES,
-        },
-    )
-    found = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": pd.DataFrame(rows)})
-    (result,) = found.run_results.values()
-    return list(result.to_json_dict()["results"])
+    outcomes = []
+    for table in tables:
+        definition = gx.ValidationDefinition(
+            name=table.name,
+            data=data.add_dataframe_asset(table.name).add_batch_definition_whole_dataframe("all"),
+            suite=context.suites.add(gx.ExpectationSuite(name=table.name, expectations=table.suite)),
+        )
+        checkpoint = gx.Checkpoint(
+            name=table.name,
+            validation_definitions=[context.validation_definitions.add(definition)],
+            actions=[gx.checkpoint.UpdateDataDocsAction(name="pages", site_names=["pages"])],
+            result_format={
+                "result_format": "SUMMARY",
+                "unexpected_index_column_names": ["id", "source"],
+                "partial_unexpected_count": _EXAMPLES,
+            },
+        )
+        batch = {"dataframe": pd.DataFrame(table.rows)}
+        (result,) = context.checkpoints.add(checkpoint).run(batch_parameters=batch).run_results.values()
+        rows = len(table.rows)
+        outcomes += [_outcome(table.name, rows, each) for each in result.to_json_dict()["results"]]
+    return outcomes
 
 
 def _site(docs: Path) -> dict[str, Any]:
@@ -157,7 +227,7 @@ def _site(docs: Path) -> dict[str, Any]:
     }
 
 
-def _outcome(result: dict[str, Any]) -> dict[str, Any]:
+def _outcome(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
     """Keep of one result what is the same in every run."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
@@ -165,6 +235,8 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
     arguments = {key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")}
     column = config["kwargs"].get("column")
     return {
+        "table": table,
+        "rows": rows,
         "expectation": config["type"],
         "column": column,
         "arguments": arguments,
@@ -178,26 +250,30 @@ def _outcome(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def require_success(report: Mapping[str, Any]) -> None:
+def require_success(report: Mapping[str, Any], what: str, mend: str) -> None:
     """Stop the pipeline where an expectation failed.
 
+    Args:
+        report: of a stage; `expectations` is what `judge` returned.
+        what: was judged, for the message.
+        mend: what the user can do, for the message.
+
     Raises:
-        CheckFailed: names each failed expectation, how many documents break it, and examples.
+        CheckFailed: names each failed expectation, how many rows break it, and examples.
     """
     failed = [outcome for outcome in report["expectations"] if not outcome["success"]]
     if failed:
-        lines = "\n".join(f"  {_sentence(outcome, report['documents'])}" for outcome in failed)
+        lines = "\n".join(f"  {_sentence(outcome)}" for outcome in failed)
         raise CheckFailed(
-            f"the documents fail {len(failed)} of {len(report['expectations'])} expectations:\n{lines}\n"
-            "mend the corpus, or change the bounds in params.yaml (validation)"
+            f"{what} fail {len(failed)} of {len(report['expectations'])} expectations:\n{lines}\n{mend}"
         )
 
 
-def _sentence(outcome: Mapping[str, Any], documents: int) -> str:
+def _sentence(outcome: Mapping[str, Any]) -> str:
     name = outcome["expectation"] + (f" of {outcome['column']}" if outcome["column"] else "")
     if outcome["arguments"]:
         name += " (" + ", ".join(f"{key} {value}" for key, value in outcome["arguments"].items()) + ")"
     if outcome["unexpected"] is None:
         return f"{name}: found {outcome['observed']}"
     examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in outcome["examples"])
-    return f"{name}: {outcome['unexpected']:,} of {documents:,} documents break it, such as {examples}"
+    return f"{name}: {outcome['unexpected']:,} of {outcome['rows']:,} rows break it, such as {examples}"

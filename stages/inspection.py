@@ -1,0 +1,50 @@
+"""Door of compactgpt.inspection: documents, token files -> reports/inspection.json, data/inspection.json."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.door import ParamsFile, TrackerName, new_app, open_stage
+
+app = new_app()
+
+
+@app.command()
+def main(
+    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
+    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
+    report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/inspection.json"),
+    pass_file: Annotated[Path, typer.Option(help="What training waits for.")] = Path("data/inspection.json"),
+    docs: Annotated[Path, typer.Option(help="Folder for Great Expectations' own pages.")] = Path(
+        "data/data_docs/tokens"
+    ),
+    params_file: ParamsFile = Path("params.yaml"),
+    tracker: TrackerName = "mlflow",
+) -> None:
+    """Judge the token files; the report is written before a failed expectation stops the pipeline."""
+    from compactgpt.inspection import inspect, passed
+    from compactgpt.storage import write_json
+    from compactgpt.validation import require_success
+
+    with open_stage("inspection", params_file, tracker, ("inspection",)) as stage:
+        facts = inspect(
+            documents,
+            tokens,
+            docs,
+            stage.params.inspection,
+            num_workers=stage.params.runtime.num_workers,
+            progress=stage.progress("documents"),
+        )
+        stage.report(report, facts)
+        require_success(
+            facts,
+            "the token files",
+            f"{report} lists the documents: remove twins from the corpus, run `dvc repro -f tokenization` "
+            "for damaged files, or change the bounds in params.yaml (inspection)",
+        )
+        write_json(pass_file, passed(facts))
+
+
+if __name__ == "__main__":
+    app()
