@@ -423,7 +423,7 @@ class _Clock:
         seconds_a_step = (time.monotonic() - self.begin) / (step - self.first_step)
         left = round(seconds_a_step * (training.max_steps - step))
         return {
-            "loss": f"{self.loss:.3f}",
+            "loss": "-" if math.isnan(self.loss) else f"{self.loss:.3f}",
             "tokens/s": f"{training.tokens_per_step / max(1e-9, seconds_a_step):,.0f}",
             "left": f"{left // 60}:{left % 60:02d}",
         }
