@@ -28,9 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
 # A glob inside the repository.
-FilePattern = Annotated[
-    str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|md|jsonl|parquet)(\.gz|\.zst)?$")
-]
+FilePattern = Annotated[str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|md|jsonl|parquet)(\.gz|\.zst)?$")]
 # A repository of the Hugging Face hub, and a commit of it.
 Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -53,11 +51,11 @@ class Runtime(Section):
     """What the process runs on."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
+    num_threads: Positive
+    num_workers: Positive
     log_interval: Positive = 10
     sample_interval: Count = 0
     sample_prompt: str = ""
-    num_threads: Positive
-    num_workers: Positive
 
 
 class Docstrings(Section):
