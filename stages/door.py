@@ -112,7 +112,13 @@ class Stage:
 
 @contextmanager
 def open_stage(
-    name: str, params_file: Path, tracker: str, logged: tuple[str, ...] = (), item: str = ""
+    name: str,
+    params_file: Path,
+    tracker: str,
+    logged: tuple[str, ...] = (),
+    item: str = "",
+    *,
+    held: bool = False,
 ) -> Iterator[Stage]:
     """Run one stage: see the module.
 
@@ -122,6 +128,7 @@ def open_stage(
         tracker: `mlflow` or `none`.
         logged: sections of params.yaml to log, as the stage's `params` in dvc.yaml.
         item: which one of a matrix stage.
+        held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
     with told_clearly():
@@ -132,7 +139,7 @@ def open_stage(
             yield Stage(name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
-            run = _open_run(tracker, full_name, params, logged)
+            run = _open_run(tracker, full_name, params, logged, held)
             status = "FAILED"
             try:
                 yield Stage(name, params, run)
@@ -144,7 +151,7 @@ def open_stage(
                 run.end(status)
 
 
-def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) -> Tracker:
+def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], held: bool) -> Tracker:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
@@ -152,7 +159,7 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) 
     from compactgpt.syncing import process_facts, start_syncing
 
     start = {"tags": git_facts(root()), **process_facts()}
-    run = Journal(state_folder(), name, start)
+    run = Journal(state_folder(), name, start, held=held)
     sections = params.model_dump(mode="json")
     run.params({key: sections[key] for key in logged})
     start_syncing(root())

@@ -28,13 +28,16 @@ def main(
     """Train the compact model, or go on where an interrupted run was."""
     paths = {"tokens": tokens, "model": model, "report": report, "curve": curve, "tokenizer": tokenizer}
     share_out("stages.training", params_file, {**paths, "tracker": tracker})
-    with open_stage("training", params_file, tracker, ("model", "training", "runtime")) as stage:
+    with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime)
         from compactgpt import training, watching
-        from compactgpt.checkpoint import drop_states
+        from compactgpt.checkpoint import drop_states, prune_runs
 
         splits = training.open_splits(tokens)
         states = state_folder() / "training" / training.run_key(stage.params, splits)
+        stage.tracker.begin(states / "journal")
+        if stage.leads:
+            prune_runs(states.parent, states.name)
         stage.say(training.budget(stage.params, own_place().size))
         band = watching.expected_band(stage.params)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -7,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from test_model import tiny, tokens_of
 from test_optim import recipe
 
-from compactgpt.checkpoint import load_model, load_newest_state, save_model, save_state
+from compactgpt import checkpoint
+from compactgpt.checkpoint import load_model, load_newest_state, prune_runs, save_model, save_state
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
@@ -122,6 +124,30 @@ def test_the_newest_state_is_restored_and_two_are_kept(states):
     assert sorted(path.name for path in states.folder.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("place", [0, 9, 0.5, -1])  # a header's length, the header, the middle, the end
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json"]
+)
+def test_a_flipped_bit_anywhere_in_a_state_is_named_and_the_one_before_it_used(states, name, place, caplog):
+    path = states.folder / "step-00000003" / name
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content)) if place == 0.5 else place] ^= 4
+    path.write_bytes(content)
+    assert resume(states)[0] == (2, {"at": 2})
+    assert "step-00000003" in caplog.text
+
+
+def test_every_byte_of_a_states_manifest_counts(states):
+    state = states.folder / "step-00000003"
+    path = state / "manifest.json"
+    whole = path.read_bytes()
+    for place, letter in enumerate(whole):
+        if not chr(letter).isspace():
+            path.write_bytes(whole[:place] + bytes([letter ^ 1]) + whole[place + 1 :])
+            with pytest.raises((BadData, MissingInput)):
+                checkpoint._load_state(state, "key", states.model, states.optimizers)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "progress.json"])
 def test_a_damaged_state_is_named_and_the_one_before_it_used(states, name, caplog):
     path = states.folder / "step-00000003" / name
@@ -157,3 +183,12 @@ def test_what_a_killed_writer_left_is_swept(states):
     (states.folder / ".step-00000004.77.tmp").mkdir()
     assert resume(states)[0][0] == 3
     assert not list(states.folder.glob(".step-*"))
+
+
+def test_states_of_other_runs_are_removed_but_for_the_two_written_last(tmp_path):
+    for seconds, name in enumerate(["older", "old", "present", "new", "newer"]):
+        (tmp_path / name / "step-00000001").mkdir(parents=True)
+        os.utime(tmp_path / name, (seconds, seconds))
+    prune_runs(tmp_path, "present")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "newer", "present"]
+    prune_runs(tmp_path / "none", "present")

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and checked when they are read."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from compactgpt import storage
-from compactgpt.errors import BadData, DiskFull, MissingInput
+from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput
 
 
 @pytest.fixture
@@ -60,10 +61,14 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, small_disk):
 
 def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
     def refuse(_handle):
-        raise OSError(5, "Input/output error")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match="Input/output error"):
+    number = errno.EIO
+    with pytest.raises(DiskFailed, match=r"disk failed while writing .*a\.txt: nothing was changed"):
+        storage.write_text(tmp_path / "a.txt", "x")
+    number = errno.EROFS
+    with pytest.raises(OSError, match="Read-only"):
         storage.write_text(tmp_path / "a.txt", "x")
 
 

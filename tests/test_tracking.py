@@ -36,8 +36,8 @@ def root(tmp_path, empty_store, monkeypatch):
     return root
 
 
-def journal(root: Path, stage: str = "training", **start) -> Journal:
-    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start})
+def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
+    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start}, held=held)
 
 
 def runs(root: Path):
@@ -214,3 +214,39 @@ def test_every_journal_line_is_one_json_object(root):
     run.end("FAILED")
     lines = (run.folder / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["kind"] for line in lines] == ["start", "params", "end"]
+
+
+def test_the_rest_of_an_interrupted_run_goes_on_in_the_same_run_without_doubled_steps(root):
+    note = root / "state" / "journal"
+    first = journal(root, held=True)
+    first.params({"a": 1})
+    assert not (first.folder / "journal.jsonl").read_text()
+    first.begin(note)
+    for step in (1, 2, 3):
+        first.metrics({"loss": 4.0 - step}, step)
+    first.end("KILLED")
+    assert drain(root)
+    for last in (5, 6):  # interrupted twice; the state on disk is of step 2 both times
+        rest = journal(root, held=True)
+        rest.params({"a": 2})
+        rest.begin(note)
+        for step in range(3, last + 1):
+            rest.metrics({"loss": 4.0 - step, "val": 1.0}, step)
+        if last == 5:
+            assert not Syncer(root).sync()
+            assert runs(root)[0].info.status == "RUNNING"
+        rest.metrics({"report": 2.5})
+        rest.end("FINISHED")
+    assert drain(root)
+    (found,) = runs(root)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"a": "1"}
+    assert history(root, found.info.run_id, "loss") == [(step, 4.0 - step) for step in range(1, 7)]
+    assert [step for step, _ in history(root, found.info.run_id, "val")] == [3, 4, 5, 6]
+
+
+def test_a_held_journal_that_ends_before_it_begins_is_a_run_of_its_own(root):
+    run = journal(root, held=True)
+    run.end("FAILED")
+    assert drain(root)
+    assert runs(root)[0].info.status == "FAILED"

@@ -25,6 +25,7 @@ from compactgpt.optim import Optimizers
 from compactgpt.storage import atomic_folder, read_json, verified_manifest, write_json
 
 KEPT_STATES = 2
+KEPT_RUNS = 2  # unfinished runs beside the present one: whoever turns a number back goes on with its run
 log = logging.getLogger(__name__)
 
 
@@ -115,10 +116,27 @@ def drop_states(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def prune_runs(folder: Path, key: str) -> None:
+    """Remove the states of other runs, but for the KEPT_RUNS that were written last.
+
+    Args:
+        folder: holds a folder of states for each run, named by its key.
+        key: of the present run, which stays.
+    """
+    others = [run for run in folder.glob("*") if run.is_dir() and run.name != key]
+    for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
+        log.info("the states of run %s are removed: it was left long ago", old.name)
+        shutil.rmtree(old)
+
+
 def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
     """Check everything, then restore: a state that is refused changes nothing."""
-    manifest = verified_manifest(state)
-    if manifest.get("run_key") != run_key or state.name != f"step-{manifest.get('step'):08d}":
+    try:
+        manifest = verified_manifest(state)
+        own = manifest["run_key"] == run_key and state.name == f"step-{manifest['step']:08d}"
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadData(f"{state}: its manifest was altered") from error
+    if not own:
         raise BadData(f"{state} belongs to another run")
     progress = read_json(state / "progress.json")
     tensors = _read_tensors(state / "model.safetensors")

@@ -165,9 +165,10 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        told = str(error).splitlines()[0][:160]
         raise PeerLost(
             "another process of this training died or fell silent: under torchrun all are started again "
-            f"from the last checkpoint; without it, run the same command again ({str(error).splitlines()[0][:160]})"
+            f"from the last checkpoint; without it, run the same command again ({told})"
         ) from error
 
 

@@ -47,6 +47,12 @@ class DiskFull(UserError):
     exit_code = 73
 
 
+class DiskFailed(UserError):
+    """The disk, or the way to it, refused to read or write."""
+
+    exit_code = 74
+
+
 class Busy(UserError):
     """Another process does this work right now, or this one was asked to stop: run it again later."""
 

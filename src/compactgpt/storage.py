@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from compactgpt.errors import BadData, DiskFull, MissingInput
+from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput
 
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\.(\d+)\.(?:tmp|old)$")
@@ -27,10 +27,15 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into one clear sentence."""
+    """Turn a full or failing disk into one clear sentence."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise DiskFailed(
+                f"the disk failed while writing {path}: nothing was changed there; "
+                "see to the disk, then run the same command again"
+            ) from error
         if error.errno not in _NO_ROOM:
             raise
         raise DiskFull(
@@ -73,10 +78,10 @@ def _is_alive(pid: int) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary file that takes its place at `path` only when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
@@ -84,7 +89,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
             fsync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the next writer of this place sweeps it
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -159,12 +165,12 @@ def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator
         folder: where the finished folder goes; one that stands there is replaced.
         facts: what the manifest says beside its list of files. The dict may be filled inside the block.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
         with _disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             yield temporary
             files = {}
             for path in _files_of(temporary):

@@ -210,6 +210,9 @@ class Syncer:
 
     def _find_or_create(self, run: _Run) -> str:
         start = run.start
+        if run_id := self._find("journal", start.get("continues", "")):
+            self._connect().update_run(run_id, status="RUNNING")
+            return run_id
         tags = {**start["tags"], "stage": start["stage"], "journal": run.folder.name}
         if "pipeline" in start:
             tags["mlflow.parentRunId"] = self._parent(start)
@@ -226,6 +229,8 @@ class Syncer:
         return self._parents[key]
 
     def _find(self, tag: str, value: str) -> str:
+        if not value:
+            return ""
         found = self._connect().search_runs([self._experiment], f"tags.`{tag}` = '{value}'", max_results=1)
         return found[0].info.run_id if found else ""
 
@@ -247,7 +252,7 @@ class Syncer:
         for start in range(0, len(metrics), _MAX_METRICS):
             client.log_batch(run.run_id, metrics=metrics[start : start + _MAX_METRICS])
         for line in lines:
-            if line["kind"] == "params":
+            if line["kind"] == "params" and "continues" not in run.start:  # MLflow's are written once
                 params = [Param(_name(key), str(value)[:_MAX_VALUE]) for key, value in line["values"].items()]
                 for start in range(0, len(params), _MAX_PARAMS):
                     client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])

@@ -18,11 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from compactgpt.storage import write_text
+
 Scalar = str | int | float | bool | None
 
 
 class Tracker(Protocol):
     """The few verbs that a stage needs."""
+
+    def begin(self, note: Path) -> None:
+        """Go on with the run that an interrupted process noted in the file `note`; note this one if none."""
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; nested mappings are flattened with dots."""
@@ -42,6 +47,9 @@ class Tracker(Protocol):
 
 class NullTracker:
     """Tracks nothing: for tests, and for `--tracker none`."""
+
+    def begin(self, note: Path) -> None:
+        """Forget."""
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Forget."""
@@ -86,18 +94,45 @@ def now_ms() -> int:
 
 
 class Journal:
-    """A tracker that appends to a journal; each line is one write, so that a kill tears at most the last."""
+    """A tracker that appends to a journal; each line is one write, so that a kill tears at most the last.
 
-    def __init__(self, state: Path, stage: str, start: Mapping[str, Any]) -> None:
+    A stage that can go on where an interrupted one was opens it `held`: nothing is written before `begin`
+    (or `end`) tells whether this is a run of its own or the rest of an earlier one. The rest has a journal
+    of its own, whose first line names the first journal of the run (`continues`); what that run has
+    already told of a step is not told again.
+    """
+
+    def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         self.folder = state / "tracking" / f"{stamp}-{stage}-{secrets.token_hex(3)}"
         (self.folder / "artifacts").mkdir(parents=True)
         self._file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._held: list[dict[str, Any]] | None = [] if held else None
+        self._told: dict[str, int] = {}  # last step of each metric that the run has had before
         self._append("start", {"stage": stage, **start})
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        line = json.dumps({"kind": kind, "time_ms": now_ms(), **content}, ensure_ascii=False)
-        os.write(self._file, line.encode() + b"\n")
+        line = {"kind": kind, "time_ms": now_ms(), **content}
+        if self._held is None:
+            os.write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        else:
+            self._held.append(line)
+
+    def _release(self, continues: str = "") -> None:
+        lines, self._held = self._held or [], None
+        if continues:
+            lines[0]["continues"] = continues
+        for line in lines:
+            self._append(line["kind"], line)
+
+    def begin(self, note: Path) -> None:
+        """Go on with the run that an interrupted process noted in the file `note`; note this one if none."""
+        first = note.read_text().strip() if note.exists() else ""
+        if first:
+            self._told = _last_steps(self.folder.parent, first)
+        else:
+            write_text(note, self.folder.name + "\n")
+        self._release(first)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters; nested mappings are flattened with dots."""
@@ -105,7 +140,9 @@ class Journal:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log finite numbers at a step."""
-        self._append("metrics", {"values": dict(values), "step": step})
+        news = {key: value for key, value in values.items() if not step or step > self._told.get(key, 0)}
+        if news:
+            self._append("metrics", {"values": news, "step": step})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Log what the run can be searched by."""
@@ -124,8 +161,23 @@ class Journal:
     def end(self, status: str) -> None:
         """Close the run: FINISHED, FAILED or KILLED."""
         self._append("end", {"status": status})
+        self._release()
         os.fsync(self._file)
         os.close(self._file)
+
+
+def _last_steps(folder: Path, first: str) -> dict[str, int]:
+    """Last step of each metric in the journals of one run, whether MLflow has them already or not."""
+    last: dict[str, int] = {}
+    for path in [*folder.glob("*/journal.jsonl"), *folder.glob("done/*/journal.jsonl")]:
+        with open(path, "rb") as file:
+            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+        if not lines or first not in (path.parent.name, lines[0].get("continues")):
+            continue
+        for line in lines:
+            if line["kind"] == "metrics":
+                last.update({key: max(line["step"], last.get(key, 0)) for key in line["values"]})
+    return last
 
 
 def git_facts(root: Path) -> dict[str, str]:
