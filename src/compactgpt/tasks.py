@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compactgpt.config import Likelihood
 from compactgpt.config import Tasks as Settings
@@ -31,6 +32,7 @@ from compactgpt.evaluation import Codec, Floats, Neural, document_text, score_ta
 from compactgpt.metrics import perplexity, ratio_bootstrap, wilson
 from compactgpt.progress import Progress, silent
 from compactgpt.sources import fetch_source
+from compactgpt.wikitext import read_lines, score_wikitext
 
 if TYPE_CHECKING:
     import tiktoken
@@ -50,6 +52,9 @@ _WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
 _LEAST_CONTEXT = 0.5  # of cloze_characters
 
 
+Flags = npt.NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class Item:
     """A passage and what ends it."""
@@ -63,7 +68,7 @@ class Answers:
     """What a model made of each item."""
 
     nats: Floats  # (items,) of the whole target
-    hits: "np.ndarray[Any, np.dtype[np.bool_]]"  # (items,)
+    hits: Flags  # (items,)
 
 
 def read_lambada(path: Path) -> list[Item]:
@@ -139,27 +144,42 @@ def ask(model: Neural, items: Sequence[Item], *, last_token: bool = False) -> An
         items: the passages.
         last_token: score the last token only, stop words left out of the choice.
     """
+    codec = _codec(model)
+    windows = [item_window(codec, item, place, model.block_size) for place, item in enumerate(items)]
+    if not last_token:
+        return Answers(*score_windows(model, windows))
+    windows = [Window(w.document, 0, w.tokens, w.targets[-1:]) for w in windows]
+    return Answers(*score_windows(model, windows, _stop_words(codec, len(model.head))))
+
+
+def score_windows(
+    model: Neural, windows: Sequence[Window], banned: Flags | None = None
+) -> tuple[Floats, Flags]:
+    """Score windows, each numbered by its `document`.
+
+    Args:
+        model: any.
+        windows: in any order.
+        banned: tokens left out of the choice, though not of the nats. (V,)
+
+    Returns:
+        Nats of each window's targets, and whether each of them was the most likely token.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    codec = _codec(model)
-    windows = [item_window(codec, item, place, model.block_size) for place, item in enumerate(items)]
-    banned = None
-    if last_token:
-        windows = [Window(w.document, 0, w.tokens, w.targets[-1:]) for w in windows]
-        banned = torch.from_numpy(_stop_words(codec, len(model.head))).to(model.head.device)
+    mask = None if banned is None else torch.from_numpy(banned).to(model.head.device)
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         nats = cross_entropy(logits, targets, reduction="none")  # (N,)
-        if banned is not None:
-            logits = logits.masked_fill(banned, -torch.inf)
-        return torch.stack([nats, (logits.argmax(1) == targets).float()], 1)  # (N, 2)
+        choice = logits if mask is None else logits.masked_fill(mask, -torch.inf)
+        return torch.stack([nats, (choice.argmax(1) == targets).float()], 1)  # (N, 2)
 
-    nats, hits = np.zeros(len(items)), np.zeros(len(items), bool)
+    nats, hits = np.zeros(len(windows)), np.zeros(len(windows), bool)
     for window, values in score_targets(model, windows, score):
         nats[window.document] = values[:, 0].sum()
         hits[window.document] = values[:, 1].all()
-    return Answers(nats, hits)
+    return nats, hits
 
 
 def _codec(model: Neural) -> Codec:
@@ -168,7 +188,7 @@ def _codec(model: Neural) -> Codec:
     return model.codec
 
 
-def _stop_words(codec: Codec, rows: int) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def _stop_words(codec: Codec, rows: int) -> Flags:
     """Tokens that spell a stop word. (V,)"""
     return np.array([codec.decode([token]).strip().lower() in STOP_WORDS for token in range(rows)])
 
@@ -226,6 +246,9 @@ def run_tasks(
         if items:
             report[name] = answer_figures(items, ask(model, items, last_token=last_token), likelihood)
         progress(done, len(asked))
+    for name, source in settings.wikitext.items():
+        lines = read_lines(fetch_source(source, state))
+        report[name] = score_wikitext(model, lines, settings.wikitext_context, settings.wikitext_stride)
     return report
 
 

@@ -1,0 +1,106 @@
+"""WikiText: windows of the published protocols, pages and spacing worked by hand, sums from all logits."""
+
+import json
+import math
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from torch.nn import functional as F
+
+from compactgpt import wikitext
+from compactgpt.compact import compact
+from compactgpt.errors import BadConfig, BadData
+from tests.tiny import save_tokenizer, tiny_gpt
+
+LINES = [
+    "",
+    " = The Hat = \n",
+    "",
+    " the cat , in the ( other ) hat . \n",
+    " = = Then = = \n",
+    " = A = \n",
+    " in it \n",
+]
+
+
+@pytest.fixture
+def encoding(tmp_path):
+    return save_tokenizer(tmp_path / "tokenizer")
+
+
+def test_every_form_gives_the_same_lines(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": LINES}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    (tmp_path / "a.raw").write_text("".join(line or " \n" for line in LINES))
+    for name in ("a.parquet", "a.jsonl", "a.raw"):
+        assert wikitext.read_lines(tmp_path / name) == LINES
+    (tmp_path / "b.jsonl").write_text('{"words": 1}')
+    with pytest.raises(BadData, match="is no WikiText"):
+        wikitext.read_lines(tmp_path / "b.jsonl")
+
+
+def test_pages_open_with_titles_and_lose_their_spacing():
+    first, second = wikitext.pages(LINES)
+    assert first.startswith(" = The Hat = \n\n the cat")
+    assert second == " = A = \n in it "
+    assert wikitext.detokenize(first) == " = The Hat =\n\nthe cat, in the (other) hat.\n== Then == "
+    found = wikitext.detokenize("dogs ' 1 @,@ 000 @.@ 5 [ a ] ; \" b \" at 3 ° N .")
+    assert found == "dogs'1,000.5 [a]; \"b\" at 3°N ."
+
+
+def test_the_spacing_undone_is_the_harnesss():
+    reason = "the harness is an extra: pip install lm-eval==0.4.13"
+    theirs = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason=reason)
+    for page in wikitext.pages(LINES):
+        assert wikitext.detokenize(page) == theirs.wikitext_detokenizer({"page": page})
+
+
+@pytest.mark.parametrize(("length", "context", "stride"), [(20, 8, 8), (20, 8, 3), (17, 8, 4), (5, 8, 8)])
+def test_blocks_are_those_of_transformers_perplexity_page(length, context, stride):
+    """The page's own loop, with labels that the model shifts by one."""
+    expected, before = [], 0
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        labels = [-100] * (end - begin - (end - before)) + list(range(before, end))
+        scored = [label for label in labels[1:] if label != -100]
+        expected.append((list(range(begin, end)), scored))
+        before = end
+        if end == length:
+            break
+    found = [(w.tokens.tolist(), w.targets.tolist()) for w in wikitext.blocks(range(length), context, stride)]
+    assert found == [(fed[:-1], scored) for fed, scored in expected if scored]
+
+
+def test_three_protocols_equal_plain_computations(encoding):
+    model = tiny_gpt(encoding.n_vocab).double().eval()
+
+    def nats(fed, targets):
+        with torch.no_grad():
+            logits = model.hidden(torch.tensor([fed]))[0] @ model.wte.weight[: encoding.n_vocab].T
+        return F.cross_entropy(logits[-len(targets) :], torch.tensor(targets), reduction="sum").item()
+
+    ids, total, count = encoding.encode_ordinary("\n\n".join(LINES)), 0.0, 0
+    for start in range(0, len(ids), 12):
+        block = ids[start : start + 12]
+        if len(block) > 1:
+            total, count = total + nats(block[:-1], block[1:]), count + len(block) - 1
+    texts, page_nats = wikitext.pages(LINES), 0.0
+    for text in texts:
+        stream = [encoding.eot_token, *encoding.encode_ordinary(wikitext.detokenize(text))]
+        for place in range(0, len(stream) - 1, 12):
+            end = min(place + 12, len(stream) - 1)
+            page_nats += nats(stream[max(0, end - 12) : end], stream[place + 1 : end + 1])
+    found = wikitext.score_wikitext(compact(model.float(), 3, encoding), LINES, 12, 5)
+    assert found["no_overlap"]["own_tokens"] == count
+    assert found["no_overlap"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found["strided"]["own_tokens"] == len(ids) - 1
+    words = sum(len(text.split(" ")) + text.count("\n") for text in texts)
+    assert found["per_word"]["bytes"] == sum(len(text) for text in texts)
+    assert found["per_word"]["bits_per_byte"] == pytest.approx(
+        page_nats / math.log(2) / found["per_word"]["bytes"], rel=1e-5
+    )
+    assert 0 < found["per_word"]["words"] <= words
+    with pytest.raises(BadConfig, match="is above the context"):
+        wikitext.score_wikitext(compact(model, 3, encoding), LINES, 12, 13)
