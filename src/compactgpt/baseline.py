@@ -44,6 +44,7 @@ from compactgpt.evaluation import (
     document_streams,
     document_text,
 )
+from compactgpt.hub import one_line, require_on_hub
 from compactgpt.progress import Progress
 from compactgpt.runtime import prepare_process, resolve_device
 from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 
 _COUNTED_AT_ONCE = 2**24  # tokens
 _HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
-_HUB_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ def read_folder(folder: Path) -> Loaded:
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise BadData(f"{folder} can't be read as a causal language model: {_one_line(error)}") from error
+        raise BadData(f"{folder} can't be read as a causal language model: {one_line(error)}") from error
     first_token = opener(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     if first_token is None:
         raise BadData(f"the tokenizer of {folder} names neither a bos_token nor an eos_token")
@@ -445,10 +445,6 @@ def _weights_sha256(folder: Path) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _quiet() -> None:
     """Keep transformers from drawing bars and giving advice; our own bar and errors are enough."""
     from transformers.utils import logging
@@ -469,11 +465,11 @@ def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
         verified_manifest(folder)
         return folder
     import httpx2
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import snapshot_download
 
+    mend = "mend baseline.specs, take the name out of baseline.names, or give its weights as a folder"
+    require_on_hub("model", spec.repo, spec.revision, mend)
     try:
-        HfApi().model_info(spec.repo, revision=spec.revision, timeout=_HUB_TIMEOUT_SECONDS)
         with atomic_folder(folder) as temporary:
             snapshot_download(
                 spec.repo,
@@ -483,14 +479,9 @@ def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
                 ignore_patterns=["*/*"],
             )
             shutil.rmtree(temporary / ".cache", ignore_errors=True)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise BadConfig(
-            f"the hub gives no {spec.repo} at {spec.revision}: mend the entry in baseline.specs"
-        ) from error
     except (httpx2.HTTPError, OSError) as error:
         raise Unreachable(
-            f"the hub can't be reached for {spec.repo} ({_one_line(error)}): check the network, take the "
-            "name out of baseline.names, or give its weights as a folder"
+            f"the hub stopped answering for {spec.repo} ({one_line(error)}): run it again, or {mend}"
         ) from error
     return folder
 
@@ -527,7 +518,7 @@ def read_gguf(path: Path) -> Loaded:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError) as error:
-        raise BadData(f"{path} is no GGUF file ({_one_line(error)}): delete it and run again") from error
+        raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
 
     def field(name: str) -> Any:
         found = reader.fields.get(name)

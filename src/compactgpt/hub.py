@@ -31,7 +31,7 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
     try:
         ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise BadConfig(f"the hub gives no {kind} {repo} at {revision}: {mend}") from error
+        raise BadConfig(f"the hub gives no {repo} at {revision}: {mend}") from error
     except (httpx2.HTTPError, OSError) as error:
         raise Unreachable(
             f"the hub can't be reached for {repo} ({one_line(error)}): check the network, or {mend}"
@@ -39,5 +39,5 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a message, or the kind of error where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """An error's message on one line, or its kind where it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from compactgpt.config import Source
 from compactgpt.errors import BadData, MissingInput, Unreachable
+from compactgpt.hub import require_on_hub
 from compactgpt.storage import sha256_file, write_bytes
 
 
@@ -12,7 +13,8 @@ def fetch_source(source: Source, state: Path) -> Path:
 
     Raises:
         MissingInput: a local file is not there.
-        Unreachable: the hub does not give it.
+        Unreachable: the hub does not give it; said at once where it does not answer.
+        BadConfig: it has no such data set or commit.
         BadData: its SHA-256 is another.
     """
     if source.path is not None:
@@ -38,6 +40,7 @@ def _from_hub(source: Source) -> bytes:
 
     repo, file = str(source.repo), str(source.file)
     where = f"{repo}/{file}"
+    require_on_hub("dataset", repo, str(source.revision), "give a local path in evaluation.tasks")
     try:
         cached = hf_hub_download(repo, file, repo_type="dataset", revision=source.revision)
     except (httpx2.HTTPError, OSError) as error:
