@@ -397,6 +397,7 @@ def test_a_long_document_goes_in_parts_and_by_file(tmp_path, monkeypatch, tokeni
     monkeypatch.setattr(encoder, "SPAN_BYTES", 1000)
     monkeypatch.setattr(tokenization, "FLUSH_TOKENS", 100)
     monkeypatch.setattr(tokenization, "SPILL_BYTES", 500)
+    monkeypatch.setattr(tokenization, "LARGE_BYTES", 1000)
     tokenize(documents, tokenizer, tmp_path / "parts", HALF)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.spill"))

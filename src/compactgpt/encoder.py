@@ -32,7 +32,7 @@ from compactgpt.errors import BadData
 
 Ids = npt.NDArray[np.uint32]
 SPAN_BYTES = 2**20  # of text, encoded in one call
-LONGEST_RUN_BYTES = 2**22  # of text without a safe cut: one piece of it takes 30 times its size in memory
+LONGEST_RUN_BYTES = 2**22  # of text without a safe cut: encoding it takes twenty times its size in memory
 CACHE_BYTES = 2**27  # gigatoken remembers every word that it met: beyond this it starts anew
 CHECK_EVERY_BYTES = 2**20  # of text
 CHECK_BYTES = 2**11  # of them are compared with tiktoken's

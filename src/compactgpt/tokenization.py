@@ -7,10 +7,12 @@ of the documents is one piece of work, a pure function of files; pieces are appe
 the run was killed. Memory is bounded by a row group, which is a few MiB of text or one document.
 """
 
+import fcntl
 import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -35,6 +37,7 @@ __all__ = ["Task", "encode_group", "split_of", "tokenize"]
 Split = Literal["train", "val"]
 WORKER_BYTES = 2**26  # of text; with less of it another process costs more than it brings
 FLUSH_TOKENS = 2**20  # tokens that wait to be packed
+LARGE_BYTES = 2**26  # of a row group: another one this large waits
 SPILL_BYTES = 2**24  # of packed tokens; what is more goes to the parent by file
 STATE_VERSION = 1
 
@@ -168,6 +171,15 @@ def _publish(
 
 def encode_group(task: Task) -> Piece:
     """Encode the documents of one row group: a pure function of files on disk, for any process."""
+    if task.spill is None or _row_group_bytes(task.group) < LARGE_BYTES:
+        return _encode_group(task)
+    # A large document takes about three times its size in memory: not two at a time.
+    with open(task.spill / "large.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        return _encode_group(task)
+
+
+def _encode_group(task: Task) -> Piece:
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
     below = math.ceil(task.val_fraction * 2**64)
     places = {split: _spill_path(task, split) for split in SPLITS}
@@ -187,19 +199,32 @@ def _spill_path(task: Task, split: str) -> Path | None:
     return task.spill / f"{task.group.path.stem}-{task.group.index}-{split}.spill"
 
 
-def _read_texts(group: RowGroup) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield id and UTF-8 text of each document, without a Python string."""
-    import pyarrow as pa
+def _row_group_bytes(group: RowGroup) -> int:
     import pyarrow.parquet as pq
 
+    with _named_damage(group), pq.ParquetFile(group.path) as file:
+        return int(file.metadata.row_group(group.index).total_byte_size)
+
+
+@contextmanager
+def _named_damage(group: RowGroup) -> Iterator[None]:
+    import pyarrow as pa
+
     try:
-        with pq.ParquetFile(group.path, page_checksum_verification=True) as file:
-            table = file.read_row_group(group.index, columns=["id", "text"], use_threads=False)
-        table.validate(full=True)  # UTF-8, among others
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise BadData(
             f"{group.path}, row group {group.index}, is damaged ({error}): run `dvc repro -f download`"
         ) from error
+
+
+def _read_texts(group: RowGroup) -> Iterator[tuple[bytes, memoryview]]:
+    """Yield id and UTF-8 text of each document, without a Python string."""
+    import pyarrow.parquet as pq
+
+    with _named_damage(group), pq.ParquetFile(group.path, page_checksum_verification=True) as file:
+        table = file.read_row_group(group.index, columns=["id", "text"], use_threads=False)
+        table.validate(full=True)  # UTF-8, among others
     ids = iter(table.column("id").to_pylist())
     for chunk in table.column("text").chunks:
         _, offsets, content = chunk.buffers()
