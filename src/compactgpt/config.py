@@ -196,9 +196,7 @@ class Inspection(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.permutations % self.bands:
-            raise ValueError(
-                f"permutations ({self.permutations}) must be a multiple of bands ({self.bands})"
-            )
+            raise ValueError(f"permutations ({self.permutations}) must be a multiple of bands ({self.bands})")
         return self
 
 
