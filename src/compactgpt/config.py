@@ -41,10 +41,10 @@ class Section(BaseModel):
 
 
 Checked = TypeVar("Checked", bound=Section)
+
+
 # What `training.init_from` says of a model that starts from drawn weights.
 SCRATCH = "scratch"
-
-
 
 
 class Runtime(Section):
@@ -231,7 +231,7 @@ class Launcher(Section):
     """How many processes train one model together, and how they add up what they found."""
 
     processes: Positive = 1
-    mode: Literal["fast", "strict", "fsdp"] = "fast"
+    mode: Literal["fast", "strict"] = "fast"
     max_restarts: Count = 3
     timeout_seconds: Positive = 600
 
@@ -276,15 +276,6 @@ class Training(Section):
             raise ValueError(
                 f"init_sha256 ({self.init_sha256 or 'empty'}) must be the hash of the folder init_from "
                 f"({self.init_from}), and empty for {SCRATCH}; 64 zeros make the stage tell it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shardable(self) -> Self:
-        if self.launcher.mode == "fsdp" and self.optimizer != "adamw":
-            raise ValueError(
-                f"optimizer ({self.optimizer}) must be adamw where launcher.mode is fsdp: "
-                "Muon needs whole matrices"
             )
         return self
 

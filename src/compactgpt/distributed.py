@@ -1,7 +1,7 @@
 """Processes that train one model together: who works on which rows, and how gradients become one.
 
 A step's batch is drawn whole by everyone, a pure function of (seed, step), and each process takes its
-slice of the rows: tokens_per_step never changes with the number of processes. Three modes add up gradients.
+slice of the rows: tokens_per_step never changes with the number of processes. Two modes add up gradients.
 
 fast    one all-reduce of the whole gradient. Repeatable for a number of processes, which orders the sums.
 strict  gradients of single micro-batches, added in one fixed binary tree: the lower levels inside a
@@ -9,7 +9,6 @@ strict  gradients of single micro-batches, added in one fixed binary tree: the l
         of collective communication operations in MPICH). Addition of two numbers is commutative to the
         bit, so 1, 2, 4, ... processes get the same bits. Costs log2(processes) exchanges of the whole
         gradient, where an all-reduce costs two at most, and a copy of it for each level of the tree inside.
-fsdp    parameters, gradients and optimizer state are cut over the processes (torch's fully_shard).
 """
 
 import datetime
@@ -21,7 +20,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 
 from compactgpt.config import Launcher
 from compactgpt.errors import BadConfig, PeerLost
@@ -75,7 +73,7 @@ class Group:
         return loss
 
     def _added_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        grads = [] if self.mode == "fsdp" else [cast(Tensor, p.grad) for p in parameters]
+        grads = [cast(Tensor, parameter.grad) for parameter in parameters]
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         with _peers():
             if self.mode == "strict":
@@ -181,7 +179,7 @@ def joined(launcher: Launcher, device: str) -> Iterator[Group]:
         device: `cpu`, `cuda` or `mps`.
     """
     place = own_place()
-    if place.size == 1 and launcher.mode != "fsdp":
+    if place.size == 1:
         yield Group(place, launcher.mode)
         return
     if device == "cuda":
@@ -191,7 +189,6 @@ def joined(launcher: Launcher, device: str) -> Iterator[Group]:
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             rank=place.rank,
             world_size=place.size,
-            store=None if place.size > 1 else HashStore(),
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),
         )
     try:
