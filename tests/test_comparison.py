@@ -409,3 +409,42 @@ def test_quoting_replaces_what_stands_between_the_marks():
     page = "a\n<!-- table 2 -->\nold\n<!-- end -->\nb\n"
     report = "# t\n\n## 1. One\n\n| no |\n\n## 2. Two\n\n| yes |\n| --- |\n\nwords\n"
     assert rendering.quote_tables(page, report) == "a\n<!-- table 2 -->\n| yes |\n| --- |\n<!-- end -->\nb\n"
+
+
+def add_measurements(place):
+    """What the evaluation and a baseline add beside likelihood."""
+    bounds = {"value": 0.25, "low": 0.1, "high": 0.5}
+    statistics = {"greedy": {"distinct_2": bounds, "zipf": None}, "human": {"distinct_2": bounds}}
+    for report, hits in (("evaluation.json", "1100"), ("baseline/smollm2-135m.json", "0110")):
+        tasks = {"cloze": {"items_sha256": "x", "accuracy": bounds, "hits": hits}, "wikitext-2": {}}
+        sample = {"prompt": "The | future", "document": None, "greedy": {"text": "| is\n| here"}}
+        text = {"statistics": statistics, "samples": [sample]}
+        edit(place / "reports" / report, lambda r, new=(tasks, text): r.update(tasks=new[0], text=new[1]))
+    (place / "reports/samples.json").write_text(json.dumps({"samples": [sample]}))
+    flagged = {"flagged": [{"id": f"{7:032x}"}, {"id": "of another split"}]}
+    (place / "reports/inspection.json").write_text(json.dumps(flagged))
+
+
+def test_tasks_text_and_flagged_documents_stand_beside(place):
+    add_measurements(place)
+    record = record_of(place)
+    known = evidence_of(record)
+    assert known["compact.cloze.accuracy"]["low"] == 0.1
+    assert known["ratio.compact_to_smollm2-135m.cloze.p_value"]["value"] == 1  # one item each way
+    assert known["smollm2-135m.text.greedy.distinct_2"]["value"] == 0.25
+    assert "smollm2-135m.text.human.distinct_2" not in known
+    nats, clean = nats_of("xz"), np.arange(DOCUMENTS) != 7
+    assert known["xz.flagged.loss"]["value"] == pytest.approx(nats[7] / TOKENS[7])
+    assert known["xz.clean.loss"]["value"] == pytest.approx(nats[clean].sum() / TOKENS[clean].sum())
+    assert record["flagged"] == 1
+    page = rendering.markdown(record)
+    assert "compact, greedy:\n\n```text\n  | is\n  | here\n```" in page
+    assert "smollm2-135m, greedy:" in page
+    assert "| smollm2-135m | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
+    assert "| - | human | distinct_2 | 25.0%" in page
+
+
+def test_tasks_of_other_items_are_not_paired(place):
+    add_measurements(place)
+    edit(place / "reports/evaluation.json", lambda r: r["tasks"]["cloze"].update(items_sha256="y"))
+    assert "ratio.compact_to_smollm2-135m.cloze.p_value" not in evidence_of(record_of(place))

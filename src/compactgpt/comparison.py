@@ -21,7 +21,14 @@ from compactgpt.config import ExpectedLoss, Likelihood, Model, load_section
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.estimate import counts, flops_per_token
 from compactgpt.evaluation import Totals, read_totals
-from compactgpt.metrics import Interval, bits_per_byte, perplexity, perplexity_ratio
+from compactgpt.metrics import (
+    Interval,
+    bits_per_byte,
+    mcnemar,
+    perplexity,
+    perplexity_ratio,
+    ratio_bootstrap,
+)
 from compactgpt.storage import read_json
 
 COMPACT, NOTE = "compact", "note"
@@ -61,6 +68,43 @@ class _Bounds(_Report):
         return self
 
 
+class _View(_Report):
+    context: int
+    stride: int
+    loss: _Bounds
+
+
+class _Task(_Report):
+    """A question with one right answer; those without `accuracy` (WikiText) stay in their own report."""
+
+    items_sha256: str = ""
+    accuracy: _Bounds | None = None
+    hits: str = ""
+
+
+class _Text(_Report):
+    """What a model wrote: figures by way, and the samples where they stand beside them."""
+
+    statistics: dict[str, dict[str, _Bounds | None]] = {}
+    samples: list[dict[str, Any]] = []
+
+
+class _Samples(_Report):
+    """reports/samples.json."""
+
+    samples: list[dict[str, Any]] = []
+
+
+class _Flag(_Report):
+    id: str
+
+
+class _Inspection(_Report):
+    """reports/inspection.json."""
+
+    flagged: list[_Flag] = []
+
+
 class Score(_Report):
     """reports/evaluation.json and reports/baseline/<name>.json."""
 
@@ -70,6 +114,10 @@ class Score(_Report):
     loss: _Bounds
     perplexity: _Bounds
     bits_per_byte: _Bounds
+    word_perplexity: _Bounds | None = None
+    views: dict[str, _View] = {}
+    tasks: dict[str, _Task] = {}
+    text: _Text = _Text()
 
 
 class _Sizes(_Report):
@@ -143,6 +191,8 @@ class Sources:
     curve: list[dict[str, float | None]]
     compact: Measured
     baselines: list[Measured]
+    samples: list[dict[str, Any]]  # of our model
+    flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
@@ -207,7 +257,13 @@ def read_sources(inputs: Path, reports: Path, data: Path, names: Iterable[str]) 
         read_curve(reports / "loss.csv"),
         compact,
         baselines,
+        _read_optional(reports / "samples.json", _Samples).samples,
+        frozenset(flag.id for flag in _read_optional(reports / "inspection.json", _Inspection).flagged),
     )
+
+
+def _read_optional(path: Path, kind: type[Kind]) -> Kind:
+    return read_report(path, kind) if path.exists() else kind()
 
 
 def _read_measured(name: str, report: str, reports: Path, totals: Path) -> Measured:
@@ -272,6 +328,8 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
         "validation": sources.compact.score.validation.model_dump()
         | {"window": sources.compact.score.window},
         "curve": sources.curve,
+        "samples": _samples(sources),
+        "flagged": len(sources.flagged & set(sources.compact.totals.ids)),
     }
 
 
@@ -312,8 +370,12 @@ def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
     corpus = f"{sources.estimate.compact.corpus} val"
     for measured in (sources.compact, *sources.baselines):
         yield from _scored(measured, corpus)
+        yield from _asked(measured, corpus)
+        yield from _written(measured, corpus)
+        yield from _apart(measured, sources.flagged, likelihood, corpus)
     for baseline in sources.baselines:
         yield _paired_ratio(sources.compact, baseline, likelihood, corpus)
+        yield from _paired_tasks(sources.compact, baseline)
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
@@ -449,3 +511,94 @@ def _paired_ratio(compact: Measured, baseline: Measured, likelihood: Likelihood,
         low=ratio.low,
         high=ratio.high,
     )
+
+
+def _samples(sources: Sources) -> list[dict[str, Any]]:
+    """What every model wrote behind each of the note's prompts, side by side."""
+    written = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
+    prompts: dict[str, dict[str, Any]] = {}
+    for model, samples in written.items():
+        for sample in samples:
+            if sample["document"] is None:
+                ways = {way: one["text"] for way, one in sample.items() if isinstance(one, dict)}
+                prompts.setdefault(sample["prompt"], {})[model] = ways
+    return [{"prompt": prompt, "models": models} for prompt, models in prompts.items()]
+
+
+def _interval(name: str, bounds: Interval | _Bounds, unit: str, measured: Measured, corpus: str) -> Evidence:
+    return Evidence(
+        name,
+        bounds.value,
+        unit,
+        "measured",
+        measured.name,
+        measured.source,
+        corpus,
+        low=bounds.low,
+        high=bounds.high,
+    )
+
+
+def _asked(measured: Measured, corpus: str) -> Iterator[Evidence]:
+    """Word perplexity, the loss in other views and the accuracy of each task of one model."""
+    name, score = measured.name, measured.score
+    if score.word_perplexity is not None:
+        yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", measured, corpus)
+    for view, found in score.views.items():
+        about = f"{corpus}, context {found.context}, stride {found.stride}"
+        yield _interval(f"{name}.{view}.loss", found.loss, NATS, measured, about)
+    for task, answers in score.tasks.items():
+        if answers.accuracy is not None:
+            about = corpus if task == "cloze" else "LAMBADA"
+            yield _interval(f"{name}.{task}.accuracy", answers.accuracy, "share", measured, about)
+
+
+_TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
+
+
+def _written(measured: Measured, corpus: str) -> Iterator[Evidence]:
+    """Figures of what a model wrote; of human text once, in our own model's report."""
+    for way, figures in measured.score.text.statistics.items():
+        if way == "human" and measured.name != COMPACT:
+            continue
+        for figure, bounds in figures.items():
+            if bounds is not None:
+                name = f"{measured.name}.text.{way}.{figure}"
+                yield _interval(name, bounds, _TEXT_UNITS.get(figure, "share"), measured, corpus)
+
+
+def _apart(
+    measured: Measured, flagged: frozenset[str], likelihood: Likelihood, corpus: str
+) -> Iterator[Evidence]:
+    """Loss on documents that are flagged as leaked or duplicated, and on the clean ones."""
+    totals = measured.totals
+    held = {"flagged": [name in flagged for name in totals.ids]}
+    held["clean"] = [not one for one in held["flagged"]]
+    for part, chosen in held.items():
+        rows = [place for place, one in enumerate(chosen) if one and totals.tokens[place] > 0]
+        if flagged and rows:
+            loss = ratio_bootstrap(
+                totals.nats[rows],
+                totals.tokens[rows].astype(float),
+                resamples=likelihood.bootstrap_resamples,
+                seed=likelihood.bootstrap_seed,
+            )
+            about = f"{corpus}, {len(rows)} {part} documents"
+            yield _interval(f"{measured.name}.{part}.loss", loss, NATS, measured, about)
+
+
+def _paired_tasks(compact: Measured, baseline: Measured) -> Iterator[Evidence]:
+    """McNemar's p-value for each task that both were asked, on the same items."""
+    for task, ours in compact.score.tasks.items():
+        theirs = baseline.score.tasks.get(task)
+        if theirs is None or ours.accuracy is None or theirs.items_sha256 != ours.items_sha256:
+            continue
+        pairs = Counter(zip(ours.hits, theirs.hits, strict=True))
+        yield Evidence(
+            f"ratio.{COMPACT}_to_{baseline.name}.{task}.p_value",
+            mcnemar(pairs["1", "0"], pairs["0", "1"]),
+            "probability",
+            "measured",
+            COMPACT,
+            f"exact McNemar test on the items of {compact.source} and {baseline.source}",
+        )

@@ -63,6 +63,17 @@ TEXT: dict[str, str] = {
     "verdict": "Verdict",
     "because": "Because",
     "by_hand": "read by hand",
+    "tasks": "5. Tasks, other views, flagged documents",
+    "tasks_note": "Accuracies with Wilson's interval; p is McNemar's exact test of the compact model against "
+    "that one on the same items. Flagged documents of the val split: {flagged} (reports/inspection.json).",
+    "quantity": "Quantity",
+    "p": "p",
+    "text": "6. What the models wrote",
+    "text_note": "Continuations of the beginnings of val documents, in GPT-2 tokens; human is how the "
+    "documents go on. Formulas: `formulas` in reports/evaluation.json.",
+    "way": "Way",
+    "figure": "Figure",
+    "samples": "7. Samples, side by side",
     "legend": "How a value is known",
     "known_measured": "**measured**: by this pipeline, on this machine.",
     "known_computed": "**computed**: follows from a configuration or an architecture.",
@@ -90,6 +101,8 @@ FORMATS = {
     "ratio": "{:.3f}",
     "perplexity": "{:,.2f}",
     "share": "{:.1%}",
+    "coefficient": "{:.2f}",
+    "probability": "{:.2g}",
 }
 
 
@@ -212,6 +225,30 @@ class View:
             for claim in self.record["claims"]
         ]
 
+    def asked_table(self) -> list[list[str]]:
+        """One row a model and accuracy, other view, or part of the val split."""
+        rows = []
+        for model in (m["name"] for m in self.record["models"]["measured"]):
+            for name in self.evidence:
+                quantity = name.removeprefix(f"{model}.")
+                if name == quantity or not quantity.endswith((".accuracy", ".loss", "word_perplexity")):
+                    continue
+                task = quantity.removesuffix(".accuracy")
+                p = self.value(f"ratio.compact_to_{model}.{task}.p_value")
+                rows.append([model, quantity, self.value(name), p])
+        return rows
+
+    def text_table(self) -> list[list[str]]:
+        """One row a model, way of writing and figure."""
+        rows = []
+        for name in self.evidence:
+            model, _, figure = name.partition(".text.")
+            if figure:
+                way, _, quantity = figure.partition(".")
+                writer = TEXT["none"] if way == "human" else model
+                rows.append([writer, way, quantity, self.value(name)])
+        return rows
+
     def forecast_table(self) -> list[list[str]]:
         """The two intervals of the loss expected, each with whether the measured loss is in it."""
         rows = []
@@ -263,6 +300,7 @@ def markdown(record: Record) -> str:
         "\n".join(f"- {note}" for note in [TEXT["basis"].format(basis=expected["source"]), *record["notes"]]),
         f"## {TEXT['claims']}",
         _pipe_table(CLAIMS_HEAD, view.claims_table()),
+        *_more(view),
         f"## {TEXT['legend']}",
         "\n".join(f"- {TEXT[key]}" for key in TEXT if key.startswith("known_")),
         TEXT["legend_rule"],
@@ -271,6 +309,27 @@ def markdown(record: Record) -> str:
 
 
 _QUOTED = re.compile(r"^(<!-- table (\d) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+
+
+def _more(view: View) -> list[str]:
+    """Sections that stand only where something was measured for them."""
+    parts = []
+    if rows := view.asked_table():
+        head = [TEXT[key] for key in ("model", "quantity", "found", "p")]
+        note = TEXT["tasks_note"].format(flagged=view.record["flagged"])
+        parts += [f"## {TEXT['tasks']}", _pipe_table(head, rows), note]
+    if rows := view.text_table():
+        head = [TEXT[key] for key in ("model", "way", "figure", "found")]
+        parts += [f"## {TEXT['text']}", _pipe_table(head, rows), TEXT["text_note"]]
+    if view.record["samples"]:
+        parts.append(f"## {TEXT['samples']}")
+    for sample in view.record["samples"]:
+        parts.append(f"### {sample['prompt']}")
+        for model, ways in sample["models"].items():
+            for way, text in ways.items():
+                body = text.replace("```", "` ` `").replace("\n", "\n  ")
+                parts.append(f"{model}, {way}:\n\n```text\n  {body}\n```")
+    return parts
 
 
 def quote_tables(page: str, report: str) -> str:
