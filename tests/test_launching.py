@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -96,7 +95,7 @@ def test_whoever_is_killed_the_result_is_that_of_one_process_unbroken(here):
     workers = run.workers()
     run.wait_for_state_after(newest_state())
     run.agent.kill()  # nobody is left who could end the processes: they end themselves
-    gone, alive = psutil.wait_procs(workers, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     run.agent.communicate()
     assert not alive
     assert newest_state() < STEPS

@@ -449,9 +449,10 @@ def budget(params: Params, processes: int) -> str:
     training, block = params.training, params.model.block_size
     sequences = training.tokens_per_step // block
     accumulation = sequences // (training.micro_batch_size * processes)
+    named = "process" if processes == 1 else "processes"
     return (
         f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x {block} "
-        f"tokens x {accumulation} micro-batches x {processes} {'process' if processes == 1 else 'processes'}; "
+        f"tokens x {accumulation} micro-batches x {processes} {named}; "
         f"{training.max_steps:,} steps, {training.max_steps * training.tokens_per_step:,} tokens"
     )
 
