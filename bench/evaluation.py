@@ -1,0 +1,125 @@
+"""Likelihood of windows: ours beside transformers' usual loop, on one GPT-2 of 124M random weights.
+
+    python -m bench.evaluation --windows 4 --rounds 3
+
+The usual loop (transformers, perplexity.md): `model(input_ids, labels=...).loss` of a batch, all its logits
+in memory. Both score the same windows in the same batches with the same weights, by turns, each in a process
+of its own that waits while the other works; memory is the process's peak while it scores. Linux only.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONTEXT, VOCABULARY, BATCH_SIZE, SEED = 1024, 50257, 4, 7
+
+
+def shape():
+    import transformers  # noqa: TID251
+
+    return transformers.GPT2Config()  # 124M
+
+
+def usual(windows):
+    """Transformers' loop: a function that scores all windows once."""
+    import numpy as np
+    import torch
+    import transformers  # noqa: TID251
+
+    torch.manual_seed(SEED)
+    model = transformers.GPT2LMHeadModel(shape()).eval()
+
+    def run():
+        total = 0.0
+        for start in range(0, len(windows), BATCH_SIZE):
+            ids = torch.tensor(np.stack(windows[start : start + BATCH_SIZE]))  # (B, T)
+            with torch.no_grad():
+                total += model(input_ids=ids, labels=ids).loss.item() * ids[:, 1:].numel()
+        return total
+
+    return run
+
+
+def ours(windows):
+    """Our way: a function that scores all windows once."""
+    import torch
+    import transformers  # noqa: TID251
+
+    from compactgpt.compact import compact
+    from compactgpt.data import Window
+    from compactgpt.evaluation import target_nats
+    from compactgpt.export import from_hf_config, from_hf_state
+    from compactgpt.model import GPT
+    from compactgpt.runtime import keep_freed_memory
+
+    torch.manual_seed(SEED)
+    theirs = transformers.GPT2LMHeadModel(shape())
+    model = GPT(from_hf_config(theirs.config.to_dict(), "bench"))
+    model.load_state_dict(from_hf_state(theirs.state_dict()))
+    del theirs
+    ctypes.CDLL(None).malloc_trim(0)  # what the loading left must not count
+    keep_freed_memory()
+    neural = compact(model, BATCH_SIZE)
+
+    def run():
+        cut = [Window(place, 0, tokens[:-1], tokens[1:]) for place, tokens in enumerate(windows)]
+        return float(sum(values.sum() for _, values in target_nats(neural, cut)))
+
+    return run
+
+
+def serve(which, count):
+    """Score once for each line read, and tell seconds, nats and peak memory."""
+    import numpy as np
+    import torch
+
+    windows = list(np.random.default_rng(SEED).integers(0, VOCABULARY, (count, CONTEXT)))
+    torch.set_num_threads(2)
+    run = {"usual": usual, "ours": ours}[which](windows)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: the peak of scoring, not of loading
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        nats = run()
+        seconds = time.perf_counter() - start
+        (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in row)
+        print(json.dumps([seconds, nats, int(line.split()[1]) / 1024]), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", choices=["usual", "ours"])
+    given = parser.parse_args()
+    if given.serve:
+        serve(given.serve, given.windows)
+        return
+    command = [sys.executable, "-m", "bench.evaluation", "--windows", str(given.windows), "--serve"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = {which: subprocess.Popen([*command, which], **pipes) for which in ("usual", "ours")}
+    seconds, last = {which: [] for which in children}, {}
+    for turn in range(given.rounds + 1):
+        for which, child in children.items():
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            last[which] = json.loads(child.stdout.readline())
+            if turn:  # the first round warms up
+                seconds[which].append(last[which][0])
+    for child in children.values():
+        child.communicate()
+    pairs = zip(seconds["usual"], seconds["ours"], strict=True)
+    tokens = given.windows * (CONTEXT - 1)
+    for which, taken in seconds.items():
+        rate = tokens / statistics.median(taken)
+        print(f"{which}: {rate:,.0f} tokens/s, {last[which][2]:,.0f} MB at peak, {last[which][1]:.3f} nats")
+    print(f"ratio of speed, median of pairs: {statistics.median(a / b for a, b in pairs):.2f}")
+    print(f"ratio of peak memory: {last['ours'][2] / last['usual'][2]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
