@@ -46,8 +46,8 @@ def test_pages_open_with_titles_and_lose_their_spacing():
     assert first.startswith(" = The Hat = \n\n the cat")
     assert second == " = A = \n in it "
     assert wikitext.detokenize(first) == " = The Hat =\n\nthe cat, in the (other) hat.\n== Then == "
-    found = wikitext.detokenize("dogs ' 1 @,@ 000 @.@ 5 [ a ] ; \" b \" at 3 ° N .")
-    assert found == "dogs' 1,000.5 [a]; \"b\" at 3°N ."
+    found = wikitext.detokenize('dogs \' 1 @,@ 000 @.@ 5 [ a ] ; " b " at 3 ° N .')
+    assert found == 'dogs\' 1,000.5 [a]; "b" at 3°N .'
 
 
 def test_the_spacing_undone_is_the_harnesss():
