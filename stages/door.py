@@ -25,7 +25,7 @@ from compactgpt.config import Params, load_params
 from compactgpt.errors import BadData, Busy, DiskFull, MissingInput, OutOfMemory, PeerLost, UserError
 from compactgpt.launching import final_exit_code, launch, own_place, under_torchrun
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import write_json
+from compactgpt.storage import MANIFEST, sha256_file, write_json
 from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -158,12 +158,19 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], 
         raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
     from compactgpt.syncing import process_facts, start_syncing
 
-    start = {"tags": git_facts(root()), **process_facts()}
+    start = {"tags": {**git_facts(root()), **_data_facts(name)}, **process_facts()}
     run = Journal(state_folder(), name, start, held=held)
     sections = params.model_dump(mode="json")
     run.params({key: sections[key] for key in logged})
     start_syncing(root())
     return run
+
+
+def _data_facts(name: str) -> dict[str, str]:
+    """Name the token files that a stage stands on by the hash of their manifest, once they are made."""
+    manifest = Path("data/tokens") / MANIFEST
+    made_before = name not in ("estimate", "download", "validation", "tokenization")
+    return {"data_sha256": sha256_file(manifest)} if made_before and manifest.exists() else {}
 
 
 def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:

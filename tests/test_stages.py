@@ -1,6 +1,7 @@
 """Doors: a mistake is one sentence and an exit code, never a traceback; two never do one stage's work."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -149,3 +150,16 @@ def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
 
 def test_exit_from_a_stage_is_kept(here):
     assert run(fail_with(typer.Exit(5))).exit_code == 5
+
+
+@pytest.mark.parametrize(("name", "tagged"), [("training", True), ("baseline@xz", True), ("download", False)])
+def test_a_run_names_the_token_files_that_it_stands_on(here, monkeypatch, name, tagged):
+    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
+    manifest = here / "data/tokens/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    with door.open_stage(name, Path("params.yaml"), "mlflow"):
+        pass
+    (path,) = (here / ".state/tracking").glob("*/journal.jsonl")
+    tags = json.loads(path.read_text().splitlines()[0])["tags"]
+    assert tags.get("data_sha256") == (hashlib.sha256(b"{}").hexdigest() if tagged else None)

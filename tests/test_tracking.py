@@ -140,8 +140,8 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_it(root):
 
     pipeline = {"pid": sleeper.pid, "created": psutil.Process(sleeper.pid).create_time()}
     syncer = Syncer(root)
-    for stage in ["download", "training"]:
-        journal(root, stage, pipeline=pipeline).end("FINISHED")
+    for stage, tags in [("download", {}), ("training", {"data_sha256": "abc"})]:
+        journal(root, stage, pipeline=pipeline, tags=tags).end("FINISHED")
         assert not syncer.sync()  # the parent is still open
     sleeper.communicate(b"\n")
     fresh = Syncer(root)  # as after a crash of the first: it must take over the open parent
@@ -152,6 +152,7 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_it(root):
     parent = found["pipeline"].info.run_id
     assert {run.data.tags.get("mlflow.parentRunId") for run in found.values()} == {parent, None}
     assert found["pipeline"].info.status == "FINISHED"
+    assert found["pipeline"].data.tags["data_sha256"] == "abc"
 
 
 def test_a_killed_stage_is_closed_as_killed(root):

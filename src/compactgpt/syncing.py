@@ -215,7 +215,9 @@ class Syncer:
             return run_id
         tags = {**start["tags"], "stage": start["stage"], "journal": run.folder.name}
         if "pipeline" in start:
-            tags["mlflow.parentRunId"] = self._parent(start)
+            parent = tags["mlflow.parentRunId"] = self._parent(start)
+            if "data_sha256" in tags:  # known once the first stages have made the data
+                self._connect().set_tag(parent, "data_sha256", tags["data_sha256"])
         return self._find("journal", run.folder.name) or self._create(start["stage"], start["time_ms"], tags)
 
     def _parent(self, start: dict[str, Any]) -> str:
