@@ -58,11 +58,9 @@ class Runtime(Section):
     sample_prompt: str = ""
 
 
-class Docstrings(Section):
-    """The embedded corpus: docstrings of installed distributions, by name and version."""
+class Lengths(Section):
+    """Bounds of one document's length."""
 
-    distributions: Annotated[dict[Name, str], Field(min_length=1)]
-    exclude: tuple[str, ...]
     min_characters: Count
     max_characters: Positive
 
@@ -74,6 +72,13 @@ class Docstrings(Section):
                 f"min_characters ({self.min_characters})"
             )
         return self
+
+
+class Docstrings(Lengths):
+    """The embedded corpus: docstrings of installed distributions, by name and version."""
+
+    distributions: Annotated[dict[Name, str], Field(min_length=1)]
+    exclude: tuple[str, ...]
 
 
 class Files(Section):
@@ -145,27 +150,16 @@ class Download(Section):
     tokenizer: Tokenizer
 
 
-class Validation(Section):
+class Validation(Lengths):
     """Bounds of the Great Expectations suite."""
 
     min_documents: Positive
-    min_characters: Count
-    max_characters: Positive
     min_total_megabytes: NonNegative
     min_letter_share: Share
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
     max_rows: Positive
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.max_characters < self.min_characters:
-            raise ValueError(
-                f"max_characters ({self.max_characters}) must be at least "
-                f"min_characters ({self.min_characters})"
-            )
-        return self
 
 
 class Tokenization(Section):
