@@ -12,9 +12,10 @@ import typer
 from ruamel.yaml import YAML
 
 from compactgpt.config import lay_over, load_params, parse_params, read_yaml
+from compactgpt.console import told_clearly
 from compactgpt.errors import BadConfig
 from compactgpt.storage import write_text
-from stages.door import ParamsFile, new_app, told_clearly
+from stages.door import ParamsFile, new_app
 
 app = new_app()
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage, state_folder
+from compactgpt.tracking import state_folder
+from stages.door import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 

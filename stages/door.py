@@ -5,13 +5,11 @@ into one sentence and an exit code.
 """
 
 import ctypes
-import errno
 import fcntl
 import os
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +20,12 @@ from typing import Annotated, Any
 import typer
 
 from compactgpt.config import Params, load_params
-from compactgpt.errors import BadData, Busy, DiskFull, MissingInput, OutOfMemory, PeerLost, UserError
-from compactgpt.launching import final_exit_code, launch, own_place, under_torchrun
+from compactgpt.console import Bar, told_clearly
+from compactgpt.errors import Busy
+from compactgpt.launching import launch, own_place, under_torchrun
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, sha256_file, write_json
-from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers
+from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers, root, state_folder
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
@@ -35,47 +34,6 @@ TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKE
 def new_app() -> typer.Typer:
     """A typer app with the project's settings."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-def root() -> Path:
-    """The repository: under DVC the original one, even for experiments that run in a scratch folder."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
-
-
-def state_folder() -> Path:
-    """Where resumable state and journals live: ignored by git, unknown to DVC."""
-    return root() / ".state"
-
-
-class Bar:
-    """Progress on stderr: a live bar on a terminal, now and then a plain line elsewhere."""
-
-    def __init__(self, name: str, unit: str) -> None:
-        self.name, self.unit = name, unit
-        self._bar: Any = None
-        self._next_line = 0.0
-
-    def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-        """Show that `done` of `total` units are finished."""
-        if sys.stderr.isatty():
-            self._draw(done, total, figures)
-        elif time.monotonic() >= self._next_line or done == total:
-            self._next_line = time.monotonic() + 15
-            extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
-            print(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}", file=sys.stderr, flush=True)
-
-    def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, desc=self.name, unit=f" {self.unit}", unit_scale=True)
-        self._bar.total = total
-        if figures:
-            self._bar.set_postfix(figures, refresh=False)
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self._bar.close()
-            self._bar = None
 
 
 @dataclass(frozen=True)
@@ -190,32 +148,6 @@ def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> Non
         _die_with_parent()
         words = [f"--{name}={value}" for name, value in options.items()]
         raise typer.Exit(launch(module, [f"--params={params_file}", *words], launcher))
-
-
-@contextmanager
-def told_clearly() -> Iterator[None]:
-    """Turn a mistake into one sentence and an exit code."""
-    try:
-        yield
-    except UserError as error:
-        # What every process meets at the same step is told once.
-        if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
-            _say(str(error))
-        if isinstance(error, PeerLost):  # torchrun ends who is left: already on the way
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise typer.Exit(final_exit_code(error, error.exit_code)) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _say(f"no room left on the disk ({error.filename or root()}): free some space and run again")
-        raise typer.Exit(DiskFull.exit_code) from error
-    except KeyboardInterrupt as error:
-        _say("stopped; `dvc repro` goes on from here")
-        raise typer.Exit(130) from error
-
-
-def _say(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

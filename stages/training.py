@@ -8,7 +8,8 @@ import typer
 
 from compactgpt.launching import own_place
 from compactgpt.runtime import prepare_process, stop_requests
-from stages.door import ParamsFile, TrackerName, new_app, open_stage, share_out, state_folder
+from compactgpt.tracking import state_folder
+from stages.door import ParamsFile, TrackerName, new_app, open_stage, share_out
 
 app = new_app()
 

@@ -13,6 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from compactgpt.console import Bar
 from compactgpt.errors import BadData, Busy, UserError
 from stages import door
 
@@ -139,7 +140,7 @@ with door.open_stage("training", Path("params.yaml"), "none"):
 
 
 def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
-    bar = door.Bar("training", "tokens")
+    bar = Bar("training", "tokens")
     bar(1000, 2000, {"loss": "5.1"})
     bar(1500, 2000)
     bar(2000, 2000)

@@ -23,6 +23,16 @@ from compactgpt.storage import write_text
 Scalar = str | int | float | bool | None
 
 
+def root() -> Path:
+    """The repository: under DVC the original one, even for experiments that run in a scratch folder."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+
+
+def state_folder() -> Path:
+    """Where resumable state and journals live: ignored by git, unknown to DVC."""
+    return root() / ".state"
+
+
 class Tracker(Protocol):
     """The few verbs that a stage needs."""
 

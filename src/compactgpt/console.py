@@ -1,0 +1,71 @@
+"""What a person at the keyboard sees: progress, and a mistake as one sentence and an exit code."""
+
+import errno
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compactgpt.errors import BadData, DiskFull, MissingInput, OutOfMemory, PeerLost, UserError
+from compactgpt.launching import final_exit_code, own_place
+
+
+class Bar:
+    """Progress on stderr: a live bar on a terminal, now and then a plain line elsewhere."""
+
+    def __init__(self, name: str, unit: str) -> None:
+        self.name, self.unit = name, unit
+        self._bar: Any = None
+        self._next_line = 0.0
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        """Show that `done` of `total` units are finished."""
+        if sys.stderr.isatty():
+            self._draw(done, total, figures)
+        elif time.monotonic() >= self._next_line or done == total:
+            self._next_line = time.monotonic() + 15
+            extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
+            print(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}", file=sys.stderr, flush=True)
+
+    def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=self.name, unit=f" {self.unit}", unit_scale=True)
+        self._bar.total = total
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def told_clearly() -> Iterator[None]:
+    """Turn a mistake into one sentence and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        # What every process meets at the same step is told once.
+        if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
+            say(str(error))
+        if isinstance(error, PeerLost):  # torchrun ends who is left: already on the way
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(final_exit_code(error, error.exit_code)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(f"no room left on the disk ({error.filename or Path.cwd()}): free some space and run again")
+        raise SystemExit(DiskFull.exit_code) from error
+    except KeyboardInterrupt as error:
+        say("stopped; `dvc repro` goes on from here")
+        raise SystemExit(130) from error
+
+
+def say(message: str) -> None:
+    """Tell a mistake."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
