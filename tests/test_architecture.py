@@ -68,7 +68,9 @@ def test_one_word_in_every_place(stage):
 
 def test_every_section_of_params_is_somebodys_param():
     tracked = {param.split(".")[0] for stage in PIPELINE.values() for param in stage["params"]}
-    assert tracked == set(Params.model_fields)
+    gate = {"regression"}  # judges what the stages made: other bounds run no stage again
+    assert not tracked & gate
+    assert tracked | gate == set(Params.model_fields)
 
 
 def test_every_tracked_param_exists():

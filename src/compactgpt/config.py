@@ -474,6 +474,22 @@ class Comparison(Section):
     language: Literal["en"]
 
 
+Metric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
+
+
+class Regression(Section):
+    """The gate: how much worse is worse, and how sure it must be. It judges outputs and changes none."""
+
+    false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
+    rerun_noise: NonNegative
+    resamples: Annotated[int, Field(ge=100)]
+    seed: Count
+    max_documents: Positive
+    max_baseline_change: NonNegative
+    min_throughput_ratio: PositiveFloat
+    tolerances: Annotated[dict[Metric, NonNegative], Field(min_length=1)]
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -488,6 +504,7 @@ class Params(Section):
     baseline: Baseline
     estimate: Estimate
     comparison: Comparison
+    regression: Regression
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
