@@ -348,6 +348,7 @@ def test_a_bad_parquet_file_is_refused_by_name(tmp_path):
         pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
     )
     for columns, says in [
+        ({"text": ["x", "y" * 32_000_001]}, r"a\.parquet, row 2 is longer than 32 MB .*max_row_megabytes"),
         ({"body": ["x"]}, r"a\.parquet has columns \['body'\], none is 'text'"),
         ({"text": [1]}, r"a\.parquet: column 'text' is int64, text is wanted"),
         ({"text": ["x", None]}, r"a\.parquet, row 2: 'text' is null"),
@@ -420,6 +421,33 @@ def test_a_compressed_file_that_is_cut_short_altered_or_a_bomb_is_refused_by_nam
         corpus(tmp_path, params(corpus="files", files=part))
 
 
+def test_a_long_file_is_read_in_parts_as_if_it_were_whole(tmp_path, monkeypatch):
+    content = "".join(f"Line {n} é 漢字 🙂\n" for n in range(900)).encode()
+    twin = tmp_path / "b.txt"
+    for name, packed in (("a.txt", b"\xef\xbb\xbf" + content), ("b.txt", content), ("c.md", b"short")):
+        (tmp_path / name).write_bytes(packed)
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(content + b"."))
+    made = []
+    for part_bytes in (2**22, 5000):
+        for room in ("textfiles", "documents"):
+            monkeypatch.setattr(f"compactgpt.{room}.PART_BYTES", part_bytes)
+        monkeypatch.setattr("compactgpt.textfiles._CHUNK_BYTES", 1001)  # within characters
+        report, documents = corpus(tmp_path, files("*.txt", "*.md", "*.txt.gz"))
+        made.append((report["left_out"], report["sources"], documents))
+    assert made[0] == made[1]
+    assert [each.source for each in documents] == ["a.txt", "c.md", "d.txt.gz"]
+    assert documents[0].text.encode() == content
+    assert report["left_out"]["duplicate"] == 1
+    for spoiled, says in [
+        (content + b"one \xff", r"b\.txt, line 901: byte 0xff is not UTF-8"),
+        (content + b"cut \xe6\xbc", r"b\.txt, line 901: byte 0xe6 is not UTF-8"),
+        (b" \n" * 4000, r"b\.txt holds only white space"),
+    ]:
+        twin.write_bytes(spoiled)
+        with pytest.raises(BadData, match=says):
+            corpus(tmp_path, files("*.txt"))
+
+
 LONG = """
 import resource, sys
 from pathlib import Path
@@ -431,7 +459,7 @@ import re
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
 try:
-    list(read_texts(Path({root!r}), sys.argv[1], Rules("text", 4_000_000, 10**9)))
+    list(read_texts(Path({root!r}), sys.argv[1], Rules("text", 4_000_000, 3_000_000, 10**9)))
 except BadData as error:
     print(error)
 """
@@ -451,8 +479,10 @@ def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"):
         done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        where = f"{name}, line 1" if "json" in name else name
-        assert done.stdout.startswith(f"{where} is longer than 4 MB (download.max_document_megabytes)")
+        if "json" in name:
+            assert done.stdout.startswith(f"{name}, line 1 is longer than 3 MB (download.max_row_megabytes)")
+        else:
+            assert done.stdout.startswith(f"{name} is longer than 4 MB (download.max_document_megabytes)")
 
 
 def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The fast encoder's ids are tiktoken's, and those of text in parts are those of the whole."""
 
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def gpt2(tmp_path_factory):
 
 
 def ids(which, text: str) -> list[int]:
-    return np.concatenate([[], *which.encode(memoryview(text.encode()))]).astype(int).tolist()
+    return np.concatenate([[], *which.encode([memoryview(text.encode())])]).astype(int).tolist()
 
 
 @pytest.mark.slow
@@ -78,10 +77,10 @@ def test_both_libraries_see_the_same_class_in_every_code_point_but_the_new_ones(
         for start in range(0, len(CODES), 8192):
             block = CODES[start : start + 8192]
             text = "\n".join(probe + chr(code) for code in block if code not in NEW).encode()
-            np.testing.assert_array_equal(pairs._fast.encode(text), reference.encode_part(text))
+            np.testing.assert_array_equal(pairs._fast.encode(text), reference.encode_span(text))
         for code in NEW:
             text = (probe + chr(code)).encode()
-            if pairs._fast.encode(text).tolist() != reference.encode_part(text).tolist():
+            if pairs._fast.encode(text).tolist() != reference.encode_span(text).tolist():
                 seen_new.add(code)
     assert len(seen_new) > len(NEW) * 0.95  # the list is no longer than it must be
 
@@ -120,17 +119,21 @@ def test_every_safe_cut_is_safe(pairs, text):
 
 
 @pytest.mark.parametrize("kind", [GigatokenEncoder, TiktokenEncoder])
-@given(text=odd_text, span=st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
-def test_ids_of_parts_are_the_ids_of_the_whole(pairs, kind, text, span):
+@given(text=odd_text, span=st.integers(1, 40), size=st.integers(1, 60))
+@settings(max_examples=250, deadline=None)
+def test_ids_of_parts_are_the_ids_of_the_whole(pairs, kind, text, span, size):
+    """Wherever the parts end: also within a character, a word or an apostrophe's letters."""
     which = pairs if kind is GigatokenEncoder else TiktokenEncoder(pairs.encoding)
+    raw = memoryview(text.encode())
+    parts = [raw[start : start + size] for start in range(0, len(raw), size)] or [raw]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoder, "SPAN_BYTES", span)
-        parts = list(encoder.spans(memoryview(text.encode())))
-        assert parts[0][0] == 0
-        assert parts[-1][1] == len(text.encode())
-        assert all(before[1] == after[0] for before, after in pairwise(parts))
-        assert ids(which, text) == pairs.encoding.encode_ordinary(text)
+        for given in (parts, [raw]):
+            found = list(encoder.spans(given))
+            assert b"".join(found) == raw
+            assert all(found) or not raw
+            tokens = np.concatenate([[], *which.encode(given)]).astype(int).tolist()
+            assert tokens == pairs.encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_ids_of_parts_are_the_ids_of_the_whole(pairs, kind, text, span):
 )
 def test_long_text_without_much_to_cut_at(pairs, monkeypatch, text):
     monkeypatch.setattr(encoder, "SPAN_BYTES", 4096)
-    assert len(list(encoder.spans(memoryview(text.encode())))) >= 9
+    assert len(list(encoder.spans([memoryview(text.encode())]))) >= 9
     assert ids(pairs, text) == pairs.encoding.encode_ordinary(text)
 
 

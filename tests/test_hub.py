@@ -137,7 +137,7 @@ def test_a_set_that_is_not_as_params_say_is_one_sentence(tmp_path, mirror):
         with pytest.raises(kind, match=says) as caught:
             make(tmp_path, HubReader(params(mirror, **changes), 1000))
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadData, match=r"owner/name/train:1 is longer than 0 MB .*max_document_megabytes"):
+    with pytest.raises(BadData, match=r"owner/name/train:1 is longer than 0 MB .*max_row_megabytes"):
         make(tmp_path, HubReader(params(mirror, config="main"), 10))
     with pytest.raises(MissingInput, match="there is no folder"):
         make(tmp_path, HubReader(params(mirror / "gone"), 1000))

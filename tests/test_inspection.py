@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from compactgpt.config import Inspection, parse_params
 from compactgpt.data import write_tokens
 from compactgpt.documents import new_document, row_groups, write_documents
-from compactgpt.duplicates import Scan, id_array, run_hashes, word_hashes
+from compactgpt.duplicates import Scan, Task, digest_group, id_array, run_hashes, save_val_runs, word_hashes
 from compactgpt.errors import BadConfig, BadData, CheckFailed
 from compactgpt.inspection import inspect, passed
 from compactgpt.storage import atomic_folder, sha256_file
@@ -285,6 +285,40 @@ def test_similarity_is_jaccards_of_the_runs_within_four_standard_errors(tmp_path
         found = twins.similarity_across[number]
         assert twins.twin_across[number] == 0
         assert abs(found - exact) < 4 * (exact * (1 - exact) / 128) ** 0.5 + 1e-6
+
+
+def digest_of(folder, base, held_out):
+    """What is found of documents, one of them in val, when each is one row group."""
+    with atomic_folder(folder / "documents") as temporary:
+        write_documents(temporary, [new_document(text, "x") for text in base])
+    groups = row_groups(folder / "documents")
+    save_val_runs(folder, groups, id_array([bytes.fromhex(new_document(held_out, "x").id)]), 13)
+    return [digest_group(Task(group, PARAMS, folder)) for group in groups]
+
+
+def test_a_long_document_is_digested_as_if_it_were_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("compactgpt.documents.ROW_GROUP_BYTES", 1)
+    generator = random.Random(7)
+    long = sentence(generator, 2000).replace(" ", "\n", 40) + " Ünïcödé ΣΑΣ " + sentence(generator, 500)
+    base = [long, changed(long, 3), sentence(generator, 40), "two words", "?!"]
+    found = []
+    for size, name in ((2**22, "whole"), (700, "parts")):
+        monkeypatch.setattr("compactgpt.documents.PART_BYTES", size)
+        (tmp_path / name).mkdir()
+        found.append(digest_of(tmp_path / name, base, long))
+    for whole, parts in zip(*found, strict=True):
+        for key, value in vars(whole).items():
+            np.testing.assert_array_equal(value, getattr(parts, key), err_msg=key)
+    for array in ("runs", "pair_runs", "pair_documents", "documents"):
+        np.testing.assert_array_equal(*(np.load(tmp_path / n / f"{array}.npy") for n in ("whole", "parts")))
+    assert len(found[0][1].runs) > 2000
+    monkeypatch.setattr("compactgpt.duplicates.RUNS_A_DOCUMENT", 500)
+    (tmp_path / "sample").mkdir()
+    sample = digest_of(tmp_path / "sample", base, long)[1]
+    assert len(np.load(tmp_path / "sample/runs.npy")) == 500
+    assert (
+        abs(len(sample.runs) / 500 - len(found[0][1].runs) / len(np.load(tmp_path / "whole/runs.npy"))) < 0.05
+    )
 
 
 def test_documents_without_words_are_no_twins(tmp_path):

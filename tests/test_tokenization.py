@@ -25,7 +25,7 @@ from compactgpt import documents as documents_room
 from compactgpt import encoder, encoding, tokenization
 from compactgpt.config import Tokenization
 from compactgpt.data import open_tokens
-from compactgpt.documents import new_document, read_row_group, row_groups
+from compactgpt.documents import LongText, new_document, read_row_group, row_groups
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
@@ -397,10 +397,77 @@ def test_a_long_document_goes_in_parts_and_by_file(tmp_path, monkeypatch, tokeni
     monkeypatch.setattr(encoder, "SPAN_BYTES", 1000)
     monkeypatch.setattr(tokenization, "FLUSH_TOKENS", 100)
     monkeypatch.setattr(tokenization, "SPILL_BYTES", 500)
-    monkeypatch.setattr(tokenization, "LARGE_BYTES", 1000)
     tokenize(documents, tokenizer, tmp_path / "parts", HALF)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.spill"))
+
+
+def write_shards(folder, texts):
+    with atomic_folder(folder, {"documents": len(texts), "bytes": 0}) as temporary:
+        documents_room.write_documents(
+            temporary, (new_document(text, f"t/{n}") for n, text in enumerate(texts))
+        )
+    return folder
+
+
+def spooled(text):
+    made, raw = LongText(), text.encode()
+    for start in range(0, len(raw), 7):
+        made.add(raw[start : start + 7], len(raw[start : start + 7].decode("utf-8", "ignore")))
+    return made
+
+
+def test_a_long_document_lies_in_parts_and_its_ids_are_those_of_the_whole(tmp_path, monkeypatch, tokenizer):
+    long = [
+        "".join(f"hello {n} 漢字é wide\n" for n in range(400)),
+        "é" * 500,
+        "x" * 999,
+        "y" * 1000,
+        "z" * 1001,
+    ]
+    texts = [TEXTS[0], long[0], *TEXTS[1:9], *long[1:], *TEXTS[9:]]
+    tokenize(write_shards(tmp_path / "whole", texts), tokenizer, tmp_path / "tokens", HALF)
+    monkeypatch.setattr(documents_room, "PART_BYTES", 1000)
+    folder = write_shards(tmp_path / "parts", texts)
+    groups = row_groups(folder)
+    assert [group.parts for group in groups] == [1, 10, 1, 2, 1]
+    for group in groups:
+        for stored in documents_room.stream_row_group(group):
+            parts = [str(part, "utf-8") for part in stored.parts]  # characters are whole
+            assert all(997 <= len(part.encode()) <= 1000 for part in parts[:-1])
+            assert stored.id == new_document("".join(parts), "").id
+    assert [each.text for group in groups for each in read_row_group(group)] == texts
+    names = [name for group in groups for name in documents_room.read_names(group)]
+    assert names == [(new_document(text, "").id, f"t/{n}") for n, text in enumerate(texts)]
+    assert documents_room.read_ids(folder / "documents-00000.parquet") == [each for each, _ in names]
+    tokenize(folder, tokenizer, tmp_path / "of_parts", HALF)
+    assert contents(tmp_path / "of_parts") == contents(tmp_path / "tokens")
+    from_disk = [spooled(text) if text in long else text for text in texts]
+    assert contents(write_shards(tmp_path / "spooled", from_disk)) == contents(folder)
+    for text in from_disk:
+        if isinstance(text, LongText):
+            text.close()
+
+
+def test_a_run_without_an_end_is_refused_with_its_document_and_source(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(documents_room, "PART_BYTES", 1000)
+    monkeypatch.setattr(encoder, "SPAN_BYTES", 500)
+    monkeypatch.setattr(encoder, "LONGEST_RUN_BYTES", 4000)
+    text = "words " * 1000 + "x" * 5000
+    folder = write_shards(tmp_path / "documents", ["short", text])
+    says = (
+        rf"^t/1 \(document {new_document(text, '').id} in .*documents-00000\.parquet\): from byte [0-9,]+ on"
+    )
+    with pytest.raises(BadData, match=says):
+        tokenize(folder, tokenizer, tmp_path / "tokens", HALF)
+
+
+def test_shards_of_another_version_are_refused_by_name(tmp_path, tokenizer):
+    with atomic_folder(tmp_path / "documents", {"documents": 1, "bytes": 1}) as temporary:
+        table = pa.table({"id": ["00" * 16], "text": ["x"], "source": ["x"]})
+        pq.write_table(table, temporary / "documents-00000.parquet")
+    with pytest.raises(BadData, match=r"documents-00000\.parquet has columns .*'source'\], .* are wanted"):
+        tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens", HALF)
 
 
 def test_nul_bytes_and_odd_characters_come_back(tmp_path, tokenizer):
@@ -418,9 +485,9 @@ def test_text_that_is_not_utf8_is_refused_by_name(tmp_path, tokenizer):
     text = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xed\xa0")]
     )
-    table = pa.table([pa.array(["00" * 16]), text, pa.array(["x"])], names=["id", "text", "source"])
+    columns = {"id": ["00" * 16], "text": text, "source": ["x"], "part": pa.array([0], pa.int32())}
     with atomic_folder(tmp_path / "documents", {"documents": 1, "bytes": 3}) as temporary:
-        pq.write_table(table, temporary / "documents-00000.parquet")
+        pq.write_table(pa.table(columns), temporary / "documents-00000.parquet")
     with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 0, is damaged .*UTF8"):
         tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens", HALF)
 

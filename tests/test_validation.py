@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compactgpt.config import Validation
-from compactgpt.documents import Document, new_document, write_documents
+from compactgpt.documents import Document, Stored, new_document, write_documents
 from compactgpt.errors import BadData, CheckFailed
 from compactgpt.storage import atomic_folder
 from compactgpt.validation import document_row, require_success, validate
@@ -40,22 +40,30 @@ def judge(tmp_path, documents, bounds=BOUNDS):
     return validate(make(tmp_path / "documents", documents), tmp_path / "docs", bounds)
 
 
+def row_of(document, cut=None):
+    raw = document.text.encode()
+    parts = [raw] if cut is None else [raw[:cut], raw[cut:]]
+    return document_row(Stored(document.id, document.source, [memoryview(part) for part in parts]))
+
+
 def failures(report):
     failed = [each for each in report["expectations"] if not each["success"]]
     return {(each["expectation"], each["column"]): each for each in failed}
 
 
 def test_a_row_describes_a_hand_worked_text():
-    row = document_row(new_document("Ab \n é1\0 \ufffd!", "x"))
+    row = row_of(new_document("Ab \n é1\0 \ufffd!", "x"))
     assert (row["n_characters"], row["n_bytes"], row["n_nul"]) == (11, 14, 1)
     assert row["letter_share"] == 3 / 7
     assert row["replacement_share"] == 1 / 11
     assert row["excerpt"] == "Ab é1\0 \ufffd!"
     assert row["id_is_hash"]
-    twins = [document_row(new_document(text, "x"))["normalised"] for text in ("A  b", "ab\n", "abc")]
+    twins = [row_of(new_document(text, "x"))["normalised"] for text in ("A  b", "ab\n", "abc")]
     assert twins[0] == twins[1] != twins[2]
-    assert document_row(new_document(" \n", "x"))["excerpt"] is None
-    assert not document_row(Document("00" * 16, "text", "x"))["id_is_hash"]
+    assert row_of(new_document(" \n", "x"))["excerpt"] is None
+    assert not row_of(Document("00" * 16, "text", "x"))["id_is_hash"]
+    for cut in (0, 1, 4, 7, 13):  # bytes, between characters
+        assert row_of(new_document("Ab \n é1\0 \ufffd!", "x"), cut) | {"excerpt": ""} == row | {"excerpt": ""}
 
 
 def test_good_text_passes_every_expectation(tmp_path):
@@ -154,6 +162,19 @@ def test_a_large_corpus_is_summed_exactly_and_judged_by_a_sample_that_keeps_twin
     assert 0.4 < twins["unexpected"] / report["rows"] < 0.6
     again = judge(tmp_path, documents[::-1], BOUNDS.model_copy(update={"max_rows": 300}))
     assert again["rows"] == report["rows"]
+
+
+def test_a_long_document_is_judged_as_if_it_were_whole(tmp_path, monkeypatch):
+    long = [new_document("Some words é\0 of one \ufffd long document. " * n, f"long/{n}") for n in (90, 91)]
+    found = []
+    for part_bytes in (2**22, 100):
+        monkeypatch.setattr("compactgpt.documents.PART_BYTES", part_bytes)
+        for rows in (1000, 20):
+            report = judge(tmp_path, [*GOOD, *long], BOUNDS.model_copy(update={"max_rows": rows}))
+            assert (report["wrong_ids"], report["documents"]) == (0, 32)
+            found.append(report)
+    assert found[:2] == found[2:]
+    assert found[0]["rows"] == 32 > found[1]["rows"]
 
 
 def test_altered_documents_are_refused(tmp_path):

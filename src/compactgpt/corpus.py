@@ -15,7 +15,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from compactgpt.documents import Document, IdSet, new_document, read_ids, shard_name, write_shard
+from compactgpt.documents import (
+    Document,
+    IdSet,
+    LongText,
+    new_document,
+    read_ids,
+    shard_name,
+    text_bytes,
+    write_shard,
+)
 from compactgpt.errors import BadData, UserError
 from compactgpt.storage import (
     atomic_folder,
@@ -26,7 +35,7 @@ from compactgpt.storage import (
     write_json,
 )
 
-VERSION = 1  # of the notes beside finished shards
+VERSION = 2  # of finished shards and the notes beside them
 MEGABYTE = 1_000_000
 Say = Callable[[str], None]
 
@@ -48,7 +57,7 @@ class Origin:
 class Piece:
     """One text on its way into the corpus."""
 
-    text: str
+    text: str | LongText  # the latter is never blank
     where: str  # the source of the document
     part: int  # index in the reader's parts
 
@@ -258,14 +267,14 @@ def _wanted(pieces: Iterator[Piece], lengths: range, limits: Limits, tally: Tall
         piece = next(pieces, None)
         if piece is None:
             return
-        if not piece.text.strip():
+        if isinstance(piece.text, str) and not piece.text.strip():
             tally.left_out["empty"] += 1
             continue
         if len(piece.text) not in lengths:
             tally.left_out["short" if len(piece.text) < lengths.start else "long"] += 1
             continue
         document = new_document(piece.text, piece.where)
-        size = len(piece.text.encode("utf-8"))
+        size = text_bytes(piece.text)
         if max_bytes is not None and tally.bytes + size > max_bytes:
             return
         if not tally.seen.add(document.id):

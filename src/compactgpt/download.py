@@ -95,12 +95,13 @@ def write_corpus(
         BadConfig, Unreachable: the hub does not have what is wanted, or does not answer.
     """
     longest = params.max_document_megabytes * MEGABYTE
+    longest_row = params.max_row_megabytes * MEGABYTE
     reader: Reader
     if params.corpus == "docstrings":
         reader = DocstringReader(params.docstrings, num_workers, progress)
     elif params.corpus == "files":
-        reader = FileReader(params.files, root, longest, progress)
+        reader = FileReader(params.files, root, longest, longest_row, progress)
     else:
-        reader = HubReader(params.hub, longest, progress)
+        reader = HubReader(params.hub, longest_row, progress)
     limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
     return collect(reader, folder, limits, state=state / "download", say=say)

@@ -11,7 +11,9 @@ run of words a polynomial of them.
                     length, and lm-evaluation-harness' (docs/decontamination.md)
 
 Memory: 12 bytes a document beside one band of the signatures; these lie on disk, in 4 bytes a place. The
-runs of val are in memory: val is a small share. V documents of val, G runs in them, N documents in all.
+runs of val are in memory: val is a small share, and a document with more than RUNS_A_DOCUMENT of them is
+known by the ones with the lowest hashes, a sample that is the same everywhere. Long documents are read in
+parts. V documents of val, G runs in them, N documents in all.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.config import Inspection
-from compactgpt.documents import RowGroup, read_row_group
+from compactgpt.documents import Counted, RowGroup, Stored, stream_row_group
 from compactgpt.parallel import ordered_map
 from compactgpt.progress import Progress, silent
 
@@ -39,6 +41,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothin
 _KNOWN_WORDS = 2**20  # that a process remembers the hashes of
 _NEIGHBOURS = 8  # of a bucket, in the order of documents, that a document is compared with
 _PAIRS_AT_ONCE = 2**16
+_RUNS_AT_ONCE = 2**20
+RUNS_A_DOCUMENT = 2**18
 _POSTINGS = 10  # train documents that are remembered for one run of val
 
 
@@ -121,10 +125,42 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
     return hashes
 
 
-def _whole_hash(words: Hashes, document_id: str) -> np.uint64:
-    """Hash all words of a document, in their order; one without words equals none but itself."""
-    content = words.tobytes() or bytes.fromhex(document_id)
-    return np.uint64(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+def word_parts(parts: Iterable[memoryview], overlap: int) -> Iterator[tuple[Hashes, int]]:
+    """Hash the words of a text that comes in parts; words that a part's end cuts are put together again.
+
+    Yields:
+        Hashes of words, up to `overlap` of them those of words before, and how many these are.
+    """
+    before = np.empty(0, np.uint64)
+    for text in _cut_between_words(parts):
+        words = np.concatenate([before, word_hashes(text)])
+        yield words, len(before)
+        before = words[max(0, len(words) - overlap) :]
+
+
+def _cut_between_words(parts: Iterable[memoryview]) -> Iterator[str]:
+    text = ""
+    for part in parts:
+        if text:
+            place = max(text.rfind(" "), text.rfind("\n"))
+            end = place if place > 0 else len(text)
+            yield text[:end]
+            text = text[end:]
+        text += str(part, "utf-8")
+    yield text
+
+
+def new_runs(words: Hashes, old: int, length: int) -> Hashes:
+    """Hash each run of `length` words that does not lie within the first `old` words."""
+    return run_hashes(words[max(0, old - length + 1) :], length)
+
+
+def _distinct_runs(parts: Iterable[memoryview], length: int) -> Hashes:
+    """The lowest RUNS_A_DOCUMENT distinct hashes of runs of a document, sorted: all of nearly every one."""
+    runs = np.empty(0, np.uint64)
+    for words, old in word_parts(parts, length - 1):
+        runs = np.unique(np.concatenate([runs, new_runs(words, old, length)]))[:RUNS_A_DOCUMENT]
+    return runs
 
 
 def save_val_runs(folder: Path, groups: Iterable[RowGroup], val_ids: npt.NDArray[Any], length: int) -> None:
@@ -139,12 +175,11 @@ def save_val_runs(folder: Path, groups: Iterable[RowGroup], val_ids: npt.NDArray
     hashes: list[Hashes] = []
     number = 0
     for group in groups:
-        documents = read_row_group(group)
-        held_out = _contains(wanted, id_array(bytes.fromhex(document.id) for document in documents))
-        for place in np.flatnonzero(held_out).tolist():
-            numbers.append(number + place)
-            hashes.append(np.unique(run_hashes(word_hashes(documents[place].text), length)))
-        number += len(documents)
+        for document in stream_row_group(group):
+            if _contains(wanted, id_array([bytes.fromhex(document.id)]))[0]:
+                numbers.append(number)
+                hashes.append(_distinct_runs(document.parts, length))
+            number += 1
     every = np.concatenate([*hashes, np.empty(0, np.uint64)])
     runs, pair_runs = np.unique(every, return_inverse=True)
     np.save(folder / "ids.npy", wanted)
@@ -171,48 +206,96 @@ def _contains(ordered: npt.NDArray[Any], values: npt.NDArray[Any]) -> Flags:
 
 def digest_group(task: Task) -> Digest:
     """Read the documents of one row group: a pure function of files on disk, for any process."""
-    import rensa
-
-    documents = read_row_group(task.group)
-    val_ids, val_runs = _val_arrays(task.val)
-    ids = id_array(bytes.fromhex(document.id) for document in documents)
-    in_val = _contains(val_ids, ids)
-    words = [word_hashes(document.text) for document in documents]
-    wholes = [_whole_hash(each, document.id) for each, document in zip(words, documents, strict=True)]
-    shingles = [
-        found if len(found := run_hashes(each, task.params.shingle_words)) else np.array([whole])
-        for each, whole in zip(words, wholes, strict=True)
-    ]
-    ends = np.cumsum([0, *map(len, shingles)])
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-        np.concatenate(shingles), ends.astype(np.uint64), task.params.permutations, task.params.seed
-    )
-    runs, owners = _hits(words, in_val, val_runs, task.params.overlap_words)
-    return Digest(
-        ids,
-        np.array([len(document.text.encode("utf-8")) for document in documents], np.int64),
-        in_val,
-        np.array(wholes, np.uint64),
-        np.array(matrix.to_rows(), np.uint32),
-        runs,
-        owners,
-    )
+    digesting = _Digesting(task.params, *_val_arrays(task.val))
+    for document in stream_row_group(task.group):
+        digesting.add(document)
+    return digesting.finish()
 
 
-def _hits(words: list[Hashes], in_val: Flags, val_runs: Hashes, length: int) -> tuple[Numbers, Numbers]:
-    """Pairs (index of a run of val, document outside val that has it), each once."""
-    found = [
-        run_hashes(each, length) if not held_out else np.empty(0, np.uint64)
-        for each, held_out in zip(words, in_val, strict=True)
-    ]
-    hashes = np.concatenate(found)
-    owners = np.repeat(np.arange(len(found)), [len(each) for each in found])
-    if not len(val_runs):
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    places = np.minimum(np.searchsorted(val_runs, hashes), len(val_runs) - 1)
-    hit = val_runs[places] == hashes
-    pairs = np.unique(np.stack([places[hit], owners[hit]], axis=1), axis=0)
-    return pairs[:, 0], pairs[:, 1]
+class _Digesting:
+    """Collects a digest, document by document."""
+
+    def __init__(self, params: Inspection, val_ids: npt.NDArray[Any], val_runs: Hashes) -> None:
+        self._params, self._val_ids, self._val_runs = params, val_ids, val_runs
+        self._ids: list[bytes] = []
+        self._sizes: list[int] = []
+        self._in_val: list[bool] = []
+        self._wholes: list[int] = []
+        self._runs: list[Numbers] = []
+        self._signatures: list[npt.NDArray[np.uint32]] = []
+        self._waiting: list[tuple[int, Hashes]] = []  # (document, shingles)
+        self._num_waiting = 0
+
+    def add(self, document: Stored) -> None:
+        """Read one document. One without words is like none but itself."""
+        number, document_id = len(self._ids), bytes.fromhex(document.id)
+        in_val = bool(_contains(self._val_ids, id_array([document_id]))[0])
+        shingle, run = self._params.shingle_words, self._params.overlap_words
+        whole, parts = hashlib.blake2b(digest_size=8), Counted(document.parts)
+        seen, shingles, num_words = [np.empty(0, np.int64)], 0, 0
+        self._signatures.append(np.full(self._params.permutations, 2**32 - 1, np.uint32))
+        for words, old in word_parts(parts, max(shingle, run) - 1):
+            whole.update(words[old:].tobytes())
+            num_words += len(words) - old
+            shingles += self._sign(number, new_runs(words, old, shingle))
+            if not in_val:
+                seen.append(self._find(new_runs(words, old, run)))
+        if not num_words:
+            whole.update(document_id)
+        self._wholes.append(int.from_bytes(whole.digest(), "little"))
+        if not shingles:
+            self._sign(number, np.array([self._wholes[-1]], np.uint64))
+        self._runs.append(np.unique(np.concatenate(seen)))
+        self._ids.append(document_id)
+        self._sizes.append(parts.size)
+        self._in_val.append(in_val)
+
+    def _find(self, runs: Hashes) -> Numbers:
+        """Indices of the runs of val that are among these."""
+        if not len(self._val_runs):
+            return np.empty(0, np.int64)
+        places = np.minimum(np.searchsorted(self._val_runs, runs), len(self._val_runs) - 1)
+        found: Numbers = np.unique(places[self._val_runs[places] == runs])
+        return found
+
+    def _sign(self, number: int, shingles: Hashes) -> int:
+        """Take shingles of a document for its signature; returns how many."""
+        if len(shingles):
+            self._waiting.append((number, shingles))
+            self._num_waiting += len(shingles)
+        if self._num_waiting >= _RUNS_AT_ONCE:
+            self._flush()
+        return len(shingles)
+
+    def _flush(self) -> None:
+        """MinHash what waits: the signature of a whole is the least of those of its parts, place by place."""
+        import rensa
+
+        if not self._waiting:
+            return
+        ends = np.cumsum([0, *(len(shingles) for _, shingles in self._waiting)])
+        matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+            np.concatenate([shingles for _, shingles in self._waiting]),
+            ends.astype(np.uint64),
+            self._params.permutations,
+            self._params.seed,
+        )
+        for (number, _), row in zip(self._waiting, np.array(matrix.to_rows(), np.uint32), strict=True):
+            np.minimum(self._signatures[number], row, out=self._signatures[number])
+        self._waiting, self._num_waiting = [], 0
+
+    def finish(self) -> Digest:
+        """Give what was collected."""
+        self._flush()
+        return Digest(
+            id_array(self._ids),
+            np.array(self._sizes, np.int64),
+            np.array(self._in_val, np.bool_),
+            np.array(self._wholes, np.uint64),
+            np.array(self._signatures, np.uint32).reshape(-1, self._params.permutations),
+            np.concatenate([np.empty(0, np.int64), *self._runs]),
+            np.repeat(np.arange(len(self._runs)), [len(each) for each in self._runs]),
+        )
 
 
 class Scan:

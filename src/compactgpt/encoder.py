@@ -19,7 +19,7 @@ between either and anything else that is no white space, but for an apostrophe b
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -80,13 +80,20 @@ def _is_new(part: bytes) -> bool:
     return (rare or astral) and _NEW.search(part) is not None
 
 
+class UnencodableText(BadData):
+    """A text that can't be cut: it says where in the text; who knows the document names it."""
+
+
 class Encoder(Protocol):
     """Turns the text of one document into ids."""
 
     encoding: tiktoken.Encoding
 
-    def encode(self, text: memoryview) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text, in order, part by part. No special token is ever among them."""
+    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text that comes in parts, in order. No special token is ever among them.
+
+        The ids are those of the whole text, wherever its parts end.
+        """
 
 
 class TiktokenEncoder:
@@ -95,17 +102,16 @@ class TiktokenEncoder:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
 
-    def encode(self, text: memoryview) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text, in order, part by part."""
+    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text that comes in parts, in order."""
         if self.encoding._pat_str != GPT2_PATTERN:  # where another pattern may be cut, nobody has proven
-            yield self.encode_part(bytes(text))
+            yield self.encode_span(b"".join(parts))
             return
-        for start, end in spans(text):
-            yield self.encode_part(bytes(text[start:end]))
+        yield from map(self.encode_span, spans(parts))
 
-    def encode_part(self, part: bytes) -> Ids:
+    def encode_span(self, span: bytes) -> Ids:
         """Encode as ordinary text, without a Python list in between."""
-        return self.encoding.encode_to_numpy(str(part, "utf-8"), disallowed_special=())
+        return self.encoding.encode_to_numpy(str(span, "utf-8"), disallowed_special=())
 
 
 class GigatokenEncoder:
@@ -126,25 +132,24 @@ class GigatokenEncoder:
             self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
         self._allowance = _resident_bytes() + CACHE_BYTES
 
-    def encode(self, text: memoryview) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text, in order, part by part.
+    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text that comes in parts, in order.
 
         Raises:
             BadData: the ids of a sample are not tiktoken's.
         """
-        for start, end in spans(text):
-            part = bytes(text[start:end])
-            yield self._reference.encode_part(part) if _is_new(part) else self._fast.encode(part)
-            self._unchecked += len(part)
+        for span in spans(parts):
+            yield self._reference.encode_span(span) if _is_new(span) else self._fast.encode(span)
+            self._unchecked += len(span)
             if self._unchecked >= CHECK_EVERY_BYTES:
                 self._unchecked = 0
-                self._check(part[:CHECK_BYTES])
+                self._check(span[:CHECK_BYTES])
                 if _resident_bytes() > self._allowance:
                     self._start()  # without the words that it remembered
 
     def _check(self, sample: bytes) -> None:
         whole = str(sample, "utf-8", "ignore").encode()  # its end may lie within a character
-        if _is_new(whole) or np.array_equal(self._fast.encode(whole), self._reference.encode_part(whole)):
+        if _is_new(whole) or np.array_equal(self._fast.encode(whole), self._reference.encode_span(whole)):
             return
         raise BadData(
             "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in params.yaml, "
@@ -174,22 +179,40 @@ def _has_gigatoken() -> bool:
     return find_spec("gigatoken") is not None
 
 
-def spans(text: memoryview) -> Iterator[tuple[int, int]]:
+def spans(parts: Iterable[memoryview]) -> Iterator[bytes]:
     """Cut text for GPT-2's pattern into spans whose ids, one after another, are the ids of the whole.
 
+    Args:
+        parts: UTF-8 that ends anywhere; what is behind a part's last safe cut waits for the next part.
+
     Yields:
-        (start, end) of about SPAN_BYTES each, never more than LONGEST_RUN_BYTES.
+        About SPAN_BYTES each, never more than LONGEST_RUN_BYTES.
 
     Raises:
-        BadData: a run of one kind of character, such as letters, is longer than that.
+        UnencodableText: a run of one kind of character, such as letters, is longer than that.
     """
-    start = 0
-    while len(text) - start > SPAN_BYTES:
-        end = _last_cut(text, start, start + SPAN_BYTES) or _first_cut(text, start, start + SPAN_BYTES)
-        yield start, end
-        start = end
-    if start < len(text) or not text:
-        yield start, len(text)
+    rest, done = b"", 0
+    for part in parts:
+        text = memoryview(rest + bytes(part)) if rest else part
+        start = 0
+        while len(text) - start > SPAN_BYTES and (end := _cut(text, start, done)):
+            yield bytes(text[start:end])
+            start = end
+        rest, done = bytes(text[start:]), done + start
+    if rest or not done:
+        yield rest
+
+
+def _cut(text: memoryview, start: int, done: int) -> int | None:
+    """Find where the span from `start` on may end; None where no safe cut is known yet."""
+    end = _last_cut(text, start, start + SPAN_BYTES) or _first_cut(text, start, start + SPAN_BYTES)
+    if end is None and len(text) - start > LONGEST_RUN_BYTES:
+        raise UnencodableText(
+            f"from byte {done + start + 1:,} on there are over {LONGEST_RUN_BYTES:,} bytes without a change "
+            "between letters, digits, signs and white space: that is no text; remove the document, or break "
+            "its lines"
+        )
+    return end
 
 
 def _last_cut(text: memoryview, start: int, end: int) -> int | None:
@@ -207,19 +230,12 @@ def _last_cut(text: memoryview, start: int, end: int) -> int | None:
     return None
 
 
-def _first_cut(text: memoryview, start: int, place: int) -> int:
+def _first_cut(text: memoryview, start: int, place: int) -> int | None:
     """Find the first safe cut from `place` on, within the longest run that is allowed."""
     first = place - 4
     limit = start + LONGEST_RUN_BYTES
     match = _SAFE_CUT.search(bytes(text[first : limit + 4]), 4)
-    if match and first + match.start() <= limit:
-        return first + match.start()
-    if len(text) <= limit:
-        return len(text)
-    raise BadData(
-        f"from byte {start + 1:,} on there are over {LONGEST_RUN_BYTES:,} bytes without a change between "
-        "letters, digits, signs and white space: that is no text; remove the document, or break its lines"
-    )
+    return first + match.start() if match and first + match.start() <= limit else None
 
 
 def _resident_bytes() -> int:

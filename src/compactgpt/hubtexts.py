@@ -25,11 +25,11 @@ class HubReader:
     name = "hub"
     lengths = range(1, 2**62)
 
-    def __init__(self, params: HubCorpus, max_document_bytes: int, progress: Progress = silent) -> None:
+    def __init__(self, params: HubCorpus, max_row_bytes: int, progress: Progress = silent) -> None:
         self._set: HubSet = params.sets[params.name]
         self._key = f"download.hub.sets.{params.name}"
         self._folder = None if params.mirror is None else Path(params.mirror)
-        self._max_document_bytes, self._progress = max_document_bytes, progress
+        self._max_row_bytes, self._progress = max_row_bytes, progress
         self.parts = [
             Origin(f"{self._set.repo}/{split}", self._set.revision, self._set.licence)
             for split in self._set.splits
@@ -44,7 +44,7 @@ class HubReader:
             for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
                 status = path.stat()
                 files.append([path.as_posix(), status.st_size, status.st_mtime_ns])
-        return [self._set.model_dump(mode="json"), self._max_document_bytes, files]
+        return [self._set.model_dump(mode="json"), self._max_row_bytes, files]
 
     def place(self) -> Any:
         """The split, its rows that are done, and the library's own note of where they end."""
@@ -62,15 +62,9 @@ class HubReader:
         place = place or _start(0)
         for number in range(place["split"], len(self._set.splits)):
             for text, row in self._documents(place if number == place["split"] else _start(number)):
-                source = f"{self.parts[number].name}:{row}"
-                if len(text) > self._max_document_bytes:
-                    raise BadData(
-                        f"{source} is longer than {self._max_document_bytes // MEGABYTE:,} MB "
-                        "(download.max_document_megabytes): raise the limit"
-                    )
                 if row % _PROGRESS_ROWS == 0:
                     self._progress(row, 0)
-                yield Piece(text, source, number)
+                yield Piece(text, f"{self.parts[number].name}:{row}", number)
 
     def _require(self) -> None:
         if self._folder is not None:
@@ -104,15 +98,17 @@ class HubReader:
 
     def _joined(self, place: dict[str, Any], opens: re.Pattern[str]) -> Iterator[tuple[str, int]]:
         joined: list[str] = []
-        first = 0
+        first = size = 0
         for text, row, before, _ in self._rows(place):
             if joined and opens.fullmatch(text):
                 # The row that opens the next document is read already: stand before it.
                 self._place = {**place, "rows": row - 1, "state": before}
                 yield "".join(joined), first
-                joined = []
+                joined, size = [], 0
             first = first if joined else row
             joined.append(text)
+            size += len(text)
+            self._require_short(size, place["split"], first)
         if joined:
             self._place = _start(place["split"] + 1)
             yield "".join(joined), first
@@ -134,8 +130,16 @@ class HubReader:
                         f"{self.parts[number].name}, row {row:,}: found {found} where text in "
                         f"{self._key}.text_column ({column!r}) is wanted"
                     )
+                self._require_short(len(text), number, row)
                 yield text, row, before, after
                 before = after
+
+    def _require_short(self, size: int, number: int, row: int) -> None:
+        if size > self._max_row_bytes:
+            raise BadData(
+                f"{self.parts[number].name}:{row} is longer than {self._max_row_bytes // MEGABYTE:,} MB "
+                "(download.max_row_megabytes): raise the limit"
+            )
 
     def _open(self, split: str) -> Any:
         import datasets

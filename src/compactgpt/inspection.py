@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from compactgpt.config import Inspection
 from compactgpt.data import TokenFile, open_tokens
-from compactgpt.documents import read_row_group, row_groups
+from compactgpt.documents import read_names, row_groups
 from compactgpt.duplicates import Digest, Numbers, Overlap, Scan, Twins, id_array
 from compactgpt.errors import BadData
 from compactgpt.progress import Progress, silent
@@ -326,11 +326,11 @@ def _describer(groups: list[Any], numbers: set[int]) -> Describe:
     for group in groups:
         if not wanted:
             break
-        documents = read_row_group(group)
-        while wanted and wanted[0] < start + len(documents):
-            document = documents[wanted[0] - start]
-            found[wanted.pop(0)] = {"id": document.id, "source": document.source}
-        start += len(documents)
+        names = read_names(group)
+        while wanted and wanted[0] < start + len(names):
+            document_id, source = names[wanted[0] - start]
+            found[wanted.pop(0)] = {"id": document_id, "source": source}
+        start += len(names)
     if wanted:
         raise BadData("the documents changed while they were inspected: run the same command again")
     return found.__getitem__

@@ -2,9 +2,11 @@
 
 Each of them may be compressed, .gz or .zst. Text is taken as it is, but for a byte-order mark at the start
 of a file. Every mistake is named with its file and line. Files are listed and read one by one, so that
-neither their number nor their size matters; a single document has the limit that params.yaml gives it.
+neither their number nor their size matters. A file of one document is read in parts, whatever its size; a
+row is read whole, in several times its size of memory. Both have a limit in params.yaml.
 """
 
+import codecs
 import glob
 import hashlib
 import heapq
@@ -13,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import IO, Any
 
 from compactgpt.config import Files
 from compactgpt.corpus import MEGABYTE, Origin, Piece
+from compactgpt.documents import PART_BYTES, LongText
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.progress import Progress, silent
 
@@ -37,8 +40,14 @@ class Rules:
     """How files are read."""
 
     text_column: str  # of .jsonl and .parquet
-    max_document_bytes: int
+    max_document_bytes: int  # of .txt and .md
+    max_row_bytes: int  # of .jsonl and .parquet
     max_decompressed_bytes: int  # of one file
+
+    @property
+    def first_bytes(self) -> int:
+        """Of a file of one document that are looked at before it is known to be a long one."""
+        return min(self.max_document_bytes, PART_BYTES) + 1
 
 
 class FileReader:
@@ -48,11 +57,16 @@ class FileReader:
     lengths = range(1, 2**62)
 
     def __init__(
-        self, files: Files, root: Path, max_document_bytes: int, progress: Progress = silent
+        self,
+        files: Files,
+        root: Path,
+        max_document_bytes: int,
+        max_row_bytes: int,
+        progress: Progress = silent,
     ) -> None:
         self._files, self._root, self._progress = files, root, progress
         limit = files.max_decompressed_megabytes * MEGABYTE
-        self._rules = Rules(files.text_column, max_document_bytes, limit)
+        self._rules = Rules(files.text_column, max_document_bytes, max_row_bytes, limit)
         self.parts = [Origin(pattern) for pattern in files.patterns]
         self._place = (0, 0)
 
@@ -212,7 +226,10 @@ def _status(root: Path, name: str) -> os.stat_result:
 # --- what is in them
 
 
-def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[tuple[str, str, int]]:
+Text = tuple[str | LongText, str, int]  # text, source, row
+
+
+def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[Text]:
     """Yield (text, source, row) for each document of one file, but for the first `done` rows.
 
     Raises:
@@ -273,19 +290,15 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _too_long(where: str, rules: Rules) -> BadData:
-    return BadData(
-        f"{where} is longer than {rules.max_document_bytes // MEGABYTE:,} MB "
-        "(download.max_document_megabytes): cut it into documents, remove it, or raise the limit"
-    )
-
-
-def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
+def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
     if done:
         return
-    content = file.read(rules.max_document_bytes + 1)
-    if len(content) > rules.max_document_bytes:
-        raise _too_long(name, rules)
+    content = file.read(rules.first_bytes)
+    if len(content) == rules.first_bytes:
+        with closing(LongText()) as long_text:
+            _fill(long_text, content, file, name, rules)
+            yield long_text, name, 1
+        return
     content = content.removeprefix(_BOM)
     try:
         text = content.decode("utf-8")
@@ -297,17 +310,47 @@ def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator
     yield text, name, 1
 
 
+def _fill(text: LongText, content: bytes, file: IO[bytes], name: str, rules: Rules) -> None:
+    """Read a file that begins with `content` to its end, in parts."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line, blank, content = 1, True, content.removeprefix(_BOM)
+    try:
+        while content:
+            if text.size + len(content) > rules.max_document_bytes:
+                raise BadData(
+                    f"{name} is longer than {rules.max_document_bytes // MEGABYTE:,} MB "
+                    "(download.max_document_megabytes): cut it into documents, remove it, or raise the limit"
+                )
+            decoded = decoder.decode(content)
+            text.add(content, len(decoded))
+            line, blank = line + content.count(b"\n"), blank and not decoded.strip()
+            content = file.read(_CHUNK_BYTES)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise BadData(_not_utf8(name, line, error)) from error
+    if blank:
+        raise BadData(f"{name} holds only white space: remove it from the corpus")
+
+
 def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
     return f"{name}, line {line:,}: byte 0x{byte:02x} is not UTF-8: convert the file (iconv) or remove it"
 
 
-def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
+def _long_row(where: str, limit: int) -> BadData:
+    return BadData(
+        f"{where} is longer than {limit // MEGABYTE:,} MB (download.max_row_megabytes): put its text into "
+        "a .txt file of its own, which is read in parts, or raise the limit"
+    )
+
+
+def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
     line = 0
-    while raw := file.readline(rules.max_document_bytes + 1):
+    while raw := file.readline(rules.max_row_bytes + 1):
         line += 1
-        if len(raw) > rules.max_document_bytes:
-            raise _too_long(f"{name}, line {line:,}", rules)
+        if len(raw) > rules.max_row_bytes:
+            raise _long_row(f"{name}, line {line:,}", rules.max_row_bytes)
         content = raw.removeprefix(_BOM) if line == 1 else raw
         if line > done and content.strip():
             yield _json_text(content, name, line, rules.text_column), f"{name}:{line}", line
@@ -335,7 +378,7 @@ def _json_text(content: bytes, name: str, line: int, column: str) -> str:
     return text
 
 
-def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[tuple[str, str, int]]:
+def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -348,8 +391,8 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
                     row += 1
                     if text is None:
                         raise BadData(f"{name}, row {row:,}: {column!r} is null: mend or remove the row")
-                    if len(text) > rules.max_document_bytes:
-                        raise _too_long(f"{name}, row {row:,}", rules)
+                    if len(text) > rules.max_row_bytes:
+                        raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
                     if row > done:
                         yield text, f"{name}:{row}", row
     except UnicodeDecodeError as error:

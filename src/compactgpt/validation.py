@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.config import Validation
-from compactgpt.documents import Document, IdSet, new_document, read_row_group, row_groups
+from compactgpt.documents import IdSet, Stored, row_groups, stream_row_group
 from compactgpt.errors import CheckFailed
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import verified_manifest
@@ -28,35 +28,65 @@ _EXAMPLES = 3
 _MEGABYTE = 1_000_000
 
 
-def normalised(text: str) -> str:
-    """Hash a text without its case and spacing; 32 hex digits."""
-    return hashlib.sha256("".join(text.split()).casefold().encode("utf-8")).hexdigest()[:32]
+class _Hashes:
+    """What of a text the exact sums need, and the sample is drawn by; the text comes in parts."""
+
+    def __init__(self) -> None:
+        self._text, self._normalised = hashlib.sha256(), hashlib.sha256()
+        self.n_bytes = 0
+
+    def add(self, part: memoryview) -> str:
+        """Take a part; returns its characters that are not white space."""
+        self._text.update(part)
+        self.n_bytes += len(part)
+        dense = "".join(str(part, "utf-8").split())
+        self._normalised.update(dense.casefold().encode("utf-8"))
+        return dense
+
+    def row(self, document_id: str) -> dict[str, Any]:
+        """Say n_bytes, id_is_hash (the id is the text's), normalised (hash without case and spacing)."""
+        return {
+            "n_bytes": self.n_bytes,
+            "id_is_hash": self._text.hexdigest()[:32] == document_id,
+            "normalised": self._normalised.hexdigest()[:32],
+        }
 
 
-def document_row(document: Document) -> dict[str, Any]:
+def hash_row(document: Stored) -> dict[str, Any]:
+    """Describe one document by its hashes alone: see `_Hashes.row`."""
+    hashes = _Hashes()
+    for part in document.parts:
+        hashes.add(part)
+    return hashes.row(document.id)
+
+
+def document_row(document: Stored) -> dict[str, Any]:
     """Describe one document by what the suite judges.
 
     Returns:
-        id and source; excerpt (its first characters, none for a blank text); id_is_hash (the id is that
-        of the text); normalised (see there); n_bytes; n_characters; n_nul (NUL characters);
-        letter_share (letters among the characters that are not white space); replacement_share (U+FFFD
-        among all characters).
+        id and source; excerpt (its first characters, none for a blank text); what `_Hashes.row` says;
+        n_characters; n_nul (NUL characters); letter_share (letters among the characters that are not white
+        space); replacement_share (U+FFFD among all characters).
     """
-    text = document.text
-    words = text.split()
-    dense = "".join(words)
-    excerpt = " ".join(words[:_EXCERPT_CHARACTERS])[:_EXCERPT_CHARACTERS]
+    hashes, excerpt = _Hashes(), ""
+    counts = dict.fromkeys(("characters", "nul", "dense", "letters", "replacements"), 0)
+    for part in document.parts:
+        text, dense = str(part, "utf-8"), hashes.add(part)
+        excerpt = excerpt or " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
+        counts["characters"] += len(text)
+        counts["nul"] += text.count("\0")
+        counts["dense"] += len(dense)
+        counts["letters"] += sum(map(str.isalpha, dense))
+        counts["replacements"] += text.count("\ufffd")
     return {
         "id": document.id,
         "source": document.source,
-        "excerpt": excerpt or None,
-        "id_is_hash": new_document(text, document.source).id == document.id,
-        "normalised": normalised(text),
-        "n_bytes": len(text.encode("utf-8")),
-        "n_characters": len(text),
-        "n_nul": text.count("\0"),
-        "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
-        "replacement_share": text.count("\ufffd") / max(1, len(text)),
+        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,
+        **hashes.row(document.id),
+        "n_characters": counts["characters"],
+        "n_nul": counts["nul"],
+        "letter_share": counts["letters"] / max(1, counts["dense"]),
+        "replacement_share": counts["replacements"] / max(1, counts["characters"]),
     }
 
 
@@ -135,18 +165,20 @@ def validate(
 def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The exact sums over a corpus, and the rows of its documents or of the sample."""
     total = verified_manifest(folder)["documents"]
-    bound = 2**64 if total <= max_rows else 2**64 * max_rows // total
+    everything = total <= max_rows
     seen = IdSet()
     sums = {"documents": 0, "bytes": 0, "repeated_ids": 0, "wrong_ids": 0}
     rows: list[dict[str, Any]] = []
     for group in row_groups(folder):
-        for document in read_row_group(group):
+        for document in stream_row_group(group):
+            # A long document is read once.
+            row = document_row(document) if everything or group.parts > 1 else hash_row(document)
             sums["documents"] += 1
-            sums["bytes"] += len(document.text.encode("utf-8"))
-            sums["wrong_ids"] += new_document(document.text, document.source).id != document.id
+            sums["bytes"] += row["n_bytes"]
+            sums["wrong_ids"] += not row["id_is_hash"]
             sums["repeated_ids"] += not seen.add(hashlib.sha256(document.id.encode()).hexdigest()[:32])
-            if bound == 2**64 or int(normalised(document.text)[:16], 16) < bound:
-                rows.append(document_row(document))
+            if everything or int(row["normalised"][:16], 16) * total < 2**64 * max_rows:
+                rows.append(row if "source" in row else document_row(document))
         progress(sums["documents"], total)
     return sums, rows
 
