@@ -2,7 +2,8 @@
 
 A model is a folder with `model.safetensors` and `config.json`. A training state is a folder
 `step-00000200` with `model.safetensors`, `optimizer.safetensors` and `progress.json`; all states of one
-run lie in one folder, named by the run's key. Both are made by storage.atomic_folder.
+run lie in one folder, named by the run's key. Both are made by storage.atomic_folder. The state of a model
+that is spread over processes has a safetensors file of each instead of the two (the room `sharding`).
 """
 
 import json
@@ -88,8 +89,7 @@ def save_state(
         _write_tensors(temporary / "model.safetensors", model.state_dict())
         _write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors())
         write_json(temporary / "progress.json", progress)
-    for old in _states(folder)[:-KEPT_STATES]:
-        shutil.rmtree(old)
+    drop_old(folder)
 
 
 def load_newest_state(
@@ -101,13 +101,11 @@ def load_newest_state(
         The updates made so far and what `save_state` was given as progress; None where there is no state,
         and then model and optimizers are as they were.
     """
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover)
-    for state in reversed(_states(folder)):
+    for state in swept_states(folder):
         try:
             return _load_state(state, run_key, model, optimizers)
         except (BadData, MissingInput) as error:
-            log.warning("training state %s is passed over: %s", state.name, error)
+            pass_over(state, error)
     return None
 
 
@@ -129,8 +127,8 @@ def prune_runs(folder: Path, key: str) -> None:
         shutil.rmtree(old)
 
 
-def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
-    """Check everything, then restore: a state that is refused changes nothing."""
+def checked_state(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
+    """Step and progress of a state whose files are what was written, by this run."""
     try:
         manifest = verified_manifest(state)
         own = manifest["run_key"] == run_key and state.name == f"step-{manifest['step']:08d}"
@@ -138,17 +136,40 @@ def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -
         raise BadData(f"{state}: its manifest was altered") from error
     if not own:
         raise BadData(f"{state} belongs to another run")
-    progress = read_json(state / "progress.json")
+    return manifest["step"], read_json(state / "progress.json")
+
+
+def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
+    """Check everything, then restore: a state that is refused changes nothing."""
+    step, progress = checked_state(state, run_key)
     tensors = _read_tensors(state / "model.safetensors")
     _check_like(tensors, model.state_dict(), state / "model.safetensors")
     optimizers.load_state_tensors(_read_tensors(state / "optimizer.safetensors"))
     model.load_state_dict(tensors)
-    return manifest["step"], progress
+    return step, progress
 
 
 def _states(folder: Path) -> list[Path]:
     """The states of a run, oldest first."""
     return sorted(folder.glob("step-*"))
+
+
+def swept_states(folder: Path) -> list[Path]:
+    """The states of a run, newest first, after sweeping what a killed process left half-written."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    return _states(folder)[::-1]
+
+
+def drop_old(folder: Path) -> None:
+    """Remove all but the newest KEPT_STATES."""
+    for old in _states(folder)[:-KEPT_STATES]:
+        shutil.rmtree(old)
+
+
+def pass_over(state: Path, error: Exception) -> None:
+    """Name a state that is not whole."""
+    log.warning("training state %s is passed over: %s", state.name, error)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

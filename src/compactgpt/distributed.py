@@ -1,7 +1,7 @@
 """Processes that train one model together: who works on which rows, and how gradients become one.
 
 A step's batch is drawn whole by everyone, a pure function of (seed, step), and each process takes its
-slice of the rows: tokens_per_step never changes with the number of processes. Two modes add up gradients.
+slice of the rows: tokens_per_step never changes with the number of processes. Three modes add up gradients.
 
 fast    one all-reduce of the whole gradient. Repeatable for a number of processes, which orders the sums.
 strict  gradients of single micro-batches, added in one fixed binary tree: the lower levels inside a
@@ -9,22 +9,25 @@ strict  gradients of single micro-batches, added in one fixed binary tree: the l
         of collective communication operations in MPICH). Addition of two numbers is commutative to the
         bit, so 1, 2, 4, ... processes get the same bits. Costs log2(processes) exchanges of the whole
         gradient, where an all-reduce costs two at most, and a copy of it for each level of the tree inside.
+fsdp    the model itself is spread over the processes (the room `sharding`), and gradients are added up where
+        their rows live, after every micro-batch. Repeatable for a number of processes.
 """
 
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from compactgpt.config import Launcher
-from compactgpt.errors import BadConfig, PeerLost
+from compactgpt.errors import BadConfig, PeerLost, UserError
 from compactgpt.launching import Place, own_place
 
+T = TypeVar("T")
 Leaf = Callable[[int], Tensor]
 """Makes the gradient of one micro-batch, given its number, and returns its loss. () -> ()"""
 
@@ -34,6 +37,7 @@ class Group:
 
     def __init__(self, place: Place, mode: str) -> None:
         self.rank, self.size, self.leads, self.mode = place.rank, place.size, place.leads, mode
+        self.spreads = mode == "fsdp" and place.size > 1  # the model, over all processes
 
     def rows(self, sequences: int, micro_batch_size: int) -> slice:
         """Say which rows of a step's batch are this process's.
@@ -68,7 +72,9 @@ class Group:
             loss = _tree_sum(parameters, first, leaves, leaf)
         else:
             loss = torch.stack([leaf(first + number) for number in range(leaves)]).sum()
-        if self.size > 1:
+        if self.spreads:  # the gradients are added up already
+            dist.all_reduce(loss)
+        elif self.size > 1:
             loss = self._added_up(parameters, loss)
         return loss
 
@@ -97,6 +103,10 @@ class Group:
                 request.wait()
             flat.add_(other)
             distance *= 2
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Make a number of a spread model known to every process. ()."""
+        return cast(Tensor, tensor.full_tensor()) if self.spreads else tensor  # type: ignore[attr-defined]
 
     def any_of(self, flag: bool) -> bool:
         """Tell whether any process says yes: they stop after the same step, or not at all."""
@@ -137,6 +147,34 @@ class Group:
         self.from_leader([told])
         return int(told.item())
 
+    def text_from_leader(self, text: str) -> str:
+        """Return the text that the process that leads has given."""
+        told = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        told.resize_(self.number_from_leader(len(told)))
+        self.from_leader([told])
+        return bytes(told.tolist()).decode()
+
+    def led(self, work: Callable[[], T]) -> T | None:
+        """Let the process that leads do something alone, and return its result there, None elsewhere.
+
+        Raises:
+            UserError, OSError: in the process that leads. The others leave quietly: what went wrong is told
+                once.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        if self.leads:
+            try:
+                result = work()
+            except (UserError, OSError) as error:
+                failure = error
+        failed = self.any_of(failure is not None)
+        if failure:
+            raise failure
+        if failed:
+            raise SystemExit(0)
+        return result
+
     def wait(self) -> None:
         """Return when every process is here."""
         self.any_of(False)
@@ -158,11 +196,27 @@ def _tree_sum(parameters: Sequence[nn.Parameter], first: int, leaves: int, leaf:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Have the embeddings, the head and the last norm of a spread model at hand; the others always have."""
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    spread: Any = model  # torch's FSDPModule, which only mode fsdp loads
+    spread.unshard()
+    try:
+        yield
+    finally:
+        spread.reshard()
+
+
+@contextmanager
+def _peers(*, all_errors: bool = True) -> Iterator[None]:
     """Turn the loss of another process into one sentence; torch tells it by RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
+        if not (all_errors or isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
         told = str(error).splitlines()[0][:160]
         raise PeerLost(
             "another process of this training died or fell silent: under torchrun all are started again "
@@ -192,7 +246,8 @@ def joined(launcher: Launcher, device: str) -> Iterator[Group]:
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),
         )
     try:
-        yield Group(place, launcher.mode)
+        with _peers(all_errors=False):  # a spread model meets the others wherever it works
+            yield Group(place, launcher.mode)
     except PeerLost:  # a broken group can't be left in good order, and the process ends anyway
         raise
     except BaseException:

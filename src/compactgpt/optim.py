@@ -6,7 +6,8 @@ the embeddings and the vectors. Schedules are multipliers of each group's own pe
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,9 @@ from compactgpt.config import Training
 from compactgpt.errors import BadData
 
 EMBEDDINGS = {"wte.weight", "wpe.weight"}
+
+ShareOut = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
+"""Applies what works on a stack of matrices to several of one shape."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
@@ -39,11 +43,15 @@ def lr_multiplier(training: Training, step: int) -> float:
 
 
 @torch.no_grad()
-def muon_step(muon: Muon) -> None:
+def muon_step(muon: Muon, share_out: ShareOut | None = None) -> None:
     """Do what `muon.step` does, with all matrices of one shape in the same products: many small ones wait.
 
     Momentum, Nesterov's look ahead, orthogonalisation, decoupled decay and the learning rate's adjustment to
     the shape are torch.optim.Muon's ("original"), in its order.
+
+    Args:
+        muon: whose matrices have gradients.
+        share_out: has matrices that are spread over processes orthogonalised there.
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -57,9 +65,10 @@ def muon_step(muon: Muon) -> None:
             buffers = [state["momentum_buffer"] for state in states]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
-            updates = orthogonal(
-                torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            make = partial(
+                orthogonal, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
             )
+            updates = share_out(ahead, make) if share_out else make(torch.stack(ahead))
             rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, [update.float() for update in updates], alpha=-rate)
@@ -91,8 +100,8 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
 class Optimizers:
     """The optimizers of one model: built, scheduled, stepped, saved and restored together."""
 
-    def __init__(self, model: nn.Module, training: Training) -> None:
-        self.training = training
+    def __init__(self, model: nn.Module, training: Training, share_out: ShareOut | None = None) -> None:
+        self.training, self.share_out = training, share_out
         self.parameters = dict(model.named_parameters())
         self.adamw = AdamW(
             self._adamw_groups(),
@@ -142,7 +151,7 @@ class Optimizers:
             if excess is not None:
                 grads = [p.grad for group in self.muon.param_groups for p in group["params"]]
                 torch._foreach_div_(grads, excess)
-            muon_step(self.muon)
+            muon_step(self.muon, self.share_out)
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -172,7 +181,10 @@ class Optimizers:
 
     def zero_state(self) -> dict[str, Tensor]:
         """What `state_tensors` would be before the first update, if there were any then."""
-        return {name: torch.zeros(shape) for name, _, _, _, shape in self._entries()}
+        return {
+            name: torch.zeros_like(p) if shape else torch.zeros(())
+            for name, _, p, _, shape in self._entries()
+        }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_tensors` returned.

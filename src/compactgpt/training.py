@@ -23,7 +23,7 @@ from torch import Tensor
 from compactgpt.checkpoint import load_newest_state, save_model, save_state
 from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
-from compactgpt.distributed import Group, joined
+from compactgpt.distributed import Group, gathered, joined
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.initial import initial_model
 from compactgpt.model import GPT, token_nats
@@ -41,6 +41,7 @@ SOURCES = (
     "initial.py",
     "model.py",
     "optim.py",
+    "sharding.py",
     "training.py",
 )
 # Where the best model waits beside the training states, until the run ends.
@@ -188,7 +189,7 @@ def train(
                     f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
                     "run `dvc repro` again, it goes on from there"
                 )
-        return Trained(run.model.eval(), run.curve.rows, run.val_tokens, resumed_from)
+        return Trained(run.whole_model().eval(), run.curve.rows, run.val_tokens, resumed_from)
 
 
 def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics) -> None:
@@ -224,11 +225,8 @@ class _Run:
         self.device = resolve_device(params.runtime.device)
         self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
-        self.model = initial_model(self.shape, self.training).to(self.device)
-        if self.training.compile:
-            self.model.compiled = torch.compile(self.model.blocks)
         set_precision(self.training.dtype)
-        self.optimizers = Optimizers(self.model, self.training)
+        self.model, self.optimizers = self._begun()
         self.curve = Curve()
         self.step = 0
         self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
@@ -236,11 +234,44 @@ class _Run:
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
         self.news: list[tuple[int, float]] = []  # step from 1 and loss, of the steps that nobody was told of
 
+    def _begun(self) -> tuple[GPT, Optimizers]:
+        """The model before its first step, whole or this process's part of it, and its optimizers."""
+        if self.group.spreads:
+            from compactgpt.sharding import in_turns, spread
+
+            source = self.group.led(lambda: initial_model(self.shape, self.training))
+            model = spread(source, self.shape, self.device, compiles=self.training.compile)
+            return model, Optimizers(model, self.training, in_turns)
+        model = initial_model(self.shape, self.training).to(self.device)
+        if self.training.compile:
+            model.compiled = torch.compile(model.blocks)
+        return model, Optimizers(model, self.training)
+
+    def whole_model(self) -> GPT:
+        """The model; one that is spread over processes is gathered where files are written."""
+        if not self.group.spreads:
+            return self.model
+        from compactgpt.sharding import whole_model
+
+        return whole_model(self.model, self.group.leads)
+
     def resume(self) -> int:
         """Go on from the newest whole training state; say from which step, 0 if there is none.
 
-        One process reads it and tells the others, whose machines may not see the folder.
+        One process reads it and tells the others, whose machines may not see the folder. In mode fsdp
+        all read, each its part, whether one process wrote it or several.
         """
+        if self.group.mode == "fsdp":
+            from compactgpt.sharding import load_newest_shards
+
+            tensors = {**self.model.state_dict(), **self.optimizers.zero_state()}
+            if loaded := load_newest_shards(self.folder, self.key, tensors, self.group):
+                self.optimizers.load_state_tensors(
+                    {name: tensors[name] for name in self.optimizers.zero_state()}
+                )
+                self.step = loaded[0]
+                self.curve = Curve.from_json(loaded[1]) if self.group.leads else self.curve
+            return self.step
         if self.group.leads:
             loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
             if loaded:
@@ -255,14 +286,19 @@ class _Run:
 
     def save(self) -> None:
         """Write a training state."""
-        if self.group.leads:
+        if self.group.spreads:
+            from compactgpt.sharding import save_shards
+
+            tensors = {**self.model.state_dict(), **self.optimizers.state_tensors()}
+            save_shards(self.folder, self.key, self.step, tensors, self.curve.to_json(), self.group)
+        elif self.group.leads:
             save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
 
     def make_step(self) -> None:
         """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
         tokens, targets = self._batch()
         loss = self._gradient(tokens, targets)
-        grad_norm = self.optimizers.grad_norm()
+        grad_norm = self.group.whole(self.optimizers.grad_norm())
         self.unread.append((self.step, loss, grad_norm))
         if not self.defers:
             self._read()
@@ -346,8 +382,11 @@ class _Run:
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._refuse_non_finite(self.step - 1, {"validation loss": val_loss})
         row = self.curve.close_row(self.step, val_loss)
-        if row is best_row(self.curve.rows) and self.step < self.training.max_steps and self.group.leads:
-            save_model(self.model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
+        best = row is best_row(self.curve.rows) and self.step < self.training.max_steps
+        if self.group.any_of(best and self.group.leads):  # only it knows the whole curve
+            model = self.whole_model()
+            if self.group.leads:
+                save_model(model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
         return row
 
 
@@ -383,20 +422,25 @@ def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float
     An estimate for the curve; what the table quotes is measured by the stage `evaluation`.
     """
     model.eval()
-    device = model.wte.weight.device
+    nats: list[float] = []
+    with gathered(model):
+        for batch in _batches(windows, batch_size):
+            nats += _window_nats(model, batch)
+    return math.fsum(nats) / len(nats)
+
+
+def _window_nats(model: GPT, batch: list[Window]) -> list[float]:
+    """Nats of every target of some windows."""
     head = model.wte.weight[: model.shape.vocab_size]
-    nats, scored = [], 0
-    for batch in _batches(windows, batch_size):
-        T = max(len(window.tokens) for window in batch)
-        tokens = torch.zeros(len(batch), T, dtype=torch.int64)
-        for row, window in enumerate(batch):  # causal: what pads the end changes nothing before it
-            tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
-        x = model.hidden(tokens.to(device))  # (B, T, C)
-        kept = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(batch)])  # (N, C)
-        targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)  # (N,)
-        nats += token_nats(kept, head, targets).tolist()
-        scored += len(targets)
-    return math.fsum(nats) / scored
+    T = max(len(window.tokens) for window in batch)
+    tokens = torch.zeros(len(batch), T, dtype=torch.int64)
+    for row, window in enumerate(batch):  # causal: what pads the end changes nothing before it
+        tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
+    x = model.hidden(tokens.to(head.device))  # (B, T, C)
+    kept = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(batch)])  # (N, C)
+    targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(head.device)  # (N,)
+    nats: list[float] = token_nats(kept, head, targets).tolist()
+    return nats
 
 
 def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:

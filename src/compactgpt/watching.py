@@ -10,6 +10,7 @@ import torch
 from tiktoken import Encoding
 
 from compactgpt.config import ExpectedLoss, Params, Runtime
+from compactgpt.distributed import gathered
 from compactgpt.encoding import load_encoding
 from compactgpt.estimate import estimate
 from compactgpt.model import GPT
@@ -60,15 +61,16 @@ def expected_band(params: Params) -> Band:
 def continued(model: GPT, encoding: Encoding, prompt: str) -> str:
     """Let a model in training go on from a prompt, greedily: no random stream is touched."""
     model.eval()
-    head, kept = model.wte.weight[: model.shape.vocab_size], model.shape.block_size
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    begin = len(tokens)
-    while len(tokens) < begin + SAMPLE_TOKENS:
-        fed = torch.tensor([tokens[-kept:]], device=head.device)  # (1, T)
-        token = int((head @ model.hidden(fed)[0, -1]).argmax())  # (V, C) @ (C,)
-        if token == encoding.eot_token:
-            break
-        tokens.append(token)
+    begin, kept = len(tokens), model.shape.block_size
+    with gathered(model):
+        head = model.wte.weight[: model.shape.vocab_size]
+        while len(tokens) < begin + SAMPLE_TOKENS:
+            fed = torch.tensor([tokens[-kept:]], device=head.device)  # (1, T)
+            token = int((head @ model.hidden(fed)[0, -1]).argmax())  # (V, C) @ (C,)
+            if token == encoding.eot_token:
+                break
+            tokens.append(token)
     return prompt + encoding.decode(tokens[begin:])
 
 
