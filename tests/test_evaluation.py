@@ -176,19 +176,29 @@ def test_results_do_not_depend_on_how_many_windows_are_sorted_together(encoding,
     )
 
 
-def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, model, monkeypatch):
-    expected, seen = evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats, []
+def test_results_do_not_depend_on_how_many_tokens_the_trunk_takes_at_once(
+    encoding, split, model, monkeypatch
+):
+    expected = evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats
+    monkeypatch.setattr(evaluation, "CPU_TOKENS", 1)
+    np.testing.assert_allclose(
+        evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats, expected, rtol=1e-6
+    )
 
-    def spy(logits, targets, **kwargs):
+
+def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, model, monkeypatch):
+    neural, seen = compact(model, 9), []
+
+    def score(logits, targets):
         seen.append(len(logits))
-        return F.nll_loss(F.log_softmax(logits, 1), targets, **kwargs)
+        return F.cross_entropy(logits, targets, reduction="none")
 
     monkeypatch.setattr(evaluation, "HEAD_ROWS", 5)
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", spy)
-    found = evaluate(compact(model, 9), split, encoding, LIKELIHOOD)
-    np.testing.assert_allclose(found.nats, expected, rtol=1e-6)
+    windows = list(neural.windows(split, LIKELIHOOD.window))
+    nats = sum(values.sum() for _, values in evaluation.score_targets(neural, windows, score))
+    assert nats == pytest.approx(evaluate(neural, split, encoding, LIKELIHOOD).nats.sum(), rel=1e-6)
     assert max(seen) == 5
-    assert sum(seen) == found.tokens.sum()
+    assert sum(seen) == sum(len(window.targets) for window in windows)
 
 
 def test_a_model_of_zeros_knows_nothing_but_the_size_of_the_real_vocabulary(encoding, split, model):

@@ -45,6 +45,7 @@ Counts = npt.NDArray[np.int64]
 IN_WINDOW = "the window of the document"  # what a model saw before a target, as its report says it
 HEAD_ROWS = 256  # hidden states that meet the vocabulary at once: 51 MB of logits at 50,257 in float32
 _VIEW = "nats_"  # opens the names of the parquet's columns of other views
+CPU_TOKENS = 1024  # that a CPU takes through the trunk at once: more cost memory and are no faster
 SORTED_WINDOWS = 4096  # windows that are ordered by length together, so that few places are padding
 
 
@@ -183,16 +184,17 @@ def position_buckets(start: int, end: int) -> Counts:
     return places
 
 
-Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]  # (N, V) logits, (N,) targets -> (N, ...)
+# (N, V) logits, which it may overwrite, and (N,) targets -> (N, ...)
+Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 def target_nats(model: Neural, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
     """Score windows: nats of each target; see `score_targets`."""
 
     def nats(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-        from torch.nn.functional import cross_entropy
+        import torch
 
-        return cross_entropy(logits, targets, reduction="none")
+        return -torch.log_softmax(logits, 1, out=logits).gather(1, targets[:, None])[:, 0]
 
     return score_targets(model, windows, nats)
 
@@ -214,9 +216,17 @@ def score_targets(model: Neural, windows: Iterable[Window], score: Score) -> Ite
                 f"a window of {len(group[0].tokens):,} tokens does not fit the model's context of "
                 f"{model.block_size:,}: lower evaluation.likelihood.window"
             )
-        for start in range(0, len(group), model.batch_size):
-            batch = group[start : start + model.batch_size]
+        start = 0
+        while start < len(group):
+            batch = group[start : start + _windows_at_once(model, len(group[start].tokens))]
             yield from zip(batch, _score_batch(model, batch, score), strict=True)
+            start += len(batch)
+
+
+def _windows_at_once(model: Neural, longest: int) -> int:
+    """Windows of at most `longest` tokens that go through the trunk together."""
+    on_cpu = model.head.device.type == "cpu"
+    return max(1, min(model.batch_size, CPU_TOKENS // longest)) if on_cpu else model.batch_size
 
 
 def _score_batch(model: Neural, batch: list[Window], score: Score) -> list[Floats]:
@@ -235,7 +245,11 @@ def _score_batch(model: Neural, batch: list[Window], score: Score) -> list[Float
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))[scored.to(device)]  # (targets, C)
         places = [slice(start, start + HEAD_ROWS) for start in range(0, len(targets), HEAD_ROWS)]
-        scores = [score((hidden[rows] @ model.head.T).float(), targets[rows]) for rows in places]
+        logits = hidden.new_empty(min(HEAD_ROWS, len(targets)), len(model.head))  # the same memory for all
+        scores = []
+        for rows in places:
+            part = torch.mm(hidden[rows], model.head.T, out=logits[: len(hidden[rows])])
+            scores.append(score(part.float(), targets[rows]))
         values: Floats = torch.cat(scores).cpu().double().numpy()
     return np.split(values, np.cumsum(lengths)[:-1])
 
