@@ -97,10 +97,10 @@ def test_the_last_token_variant_leaves_stop_words_out_of_the_choice(encoding, mo
         model.ln_f.bias.copy_(model.wte.weight[the] * 100)  # whatever it reads, it expects " the"
     neural = compact(model, 2, encoding)
     assert tasks.ask(neural, [Item("cat in", " the")]).hits.tolist() == [True]
-    assert tasks.ask(neural, [Item("cat in", " the")], last_token=True).hits.tolist() == [False]
+    assert tasks.ask_both_ways(neural, [Item("cat in", " the")])[1].hits.tolist() == [False]
     second = torch.topk(plain_logits(model, [the])[-1], 2).indices[1].item()
     target = encoding.decode([second])
-    assert tasks.ask(neural, [Item("cat", target)], last_token=True).hits.tolist() == [True]
+    assert tasks.ask_both_ways(neural, [Item("cat", target)])[1].hits.tolist() == [True]
 
 
 def test_the_cloze_is_a_function_of_the_documents(tmp_path, encoding):

@@ -136,50 +136,65 @@ def item_window(codec: Codec, item: Item, place: int, block_size: int) -> Window
     return Window(place, 0, stream[:-1], stream[1:][-(len(whole) - known) :])
 
 
-def ask(model: Neural, items: Sequence[Item], *, last_token: bool = False) -> Answers:
-    """Let a model end every passage.
+def ask(model: Neural, items: Sequence[Item]) -> Answers:
+    """Let a model, which must have a codec, end every passage."""
+    return Answers(*score_windows(model, _item_windows(model, items)))
 
-    Args:
-        model: with a codec.
-        items: the passages.
-        last_token: score the last token only, stop words left out of the choice.
+
+def ask_both_ways(model: Neural, items: Sequence[Item]) -> tuple[Answers, Answers]:
+    """Let a model end every passage, once, and judge its whole words and its last tokens.
+
+    Returns:
+        What `ask` returns, and the answers of which the last token alone is scored, stop words left out of
+        the choice, though not of the nats.
     """
+    scores = _score(model, _item_windows(model, items), _stop_words(_codec(model), len(model.head)))
+    last = np.array([each[-1] for each in scores]).reshape(-1, 3)
+    return Answers(*_of_windows(scores)), Answers(last[:, 0], last[:, 2].astype(bool))
+
+
+def _item_windows(model: Neural, items: Sequence[Item]) -> list[Window]:
     codec = _codec(model)
-    windows = [item_window(codec, item, place, model.block_size) for place, item in enumerate(items)]
-    if not last_token:
-        return Answers(*score_windows(model, windows))
-    windows = [Window(w.document, 0, w.tokens, w.targets[-1:]) for w in windows]
-    return Answers(*score_windows(model, windows, _stop_words(codec, len(model.head))))
+    return [item_window(codec, item, place, model.block_size) for place, item in enumerate(items)]
 
 
-def score_windows(
-    model: Neural, windows: Sequence[Window], banned: Flags | None = None
-) -> tuple[Floats, Flags]:
-    """Score windows, each numbered by its `document`.
-
-    Args:
-        model: any.
-        windows: in any order.
-        banned: tokens left out of the choice, though not of the nats. (V,)
+def score_windows(model: Neural, windows: Sequence[Window]) -> tuple[Floats, Flags]:
+    """Score windows, each numbered by its `document`, in any order.
 
     Returns:
         Nats of each window's targets, and whether each of them was the most likely token.
     """
+    return _of_windows(_score(model, windows, np.zeros(len(model.head), bool)))
+
+
+def _of_windows(scores: Sequence[Floats]) -> tuple[Floats, Flags]:
+    nats = np.array([each[:, 0].sum() for each in scores], np.float64)
+    return nats, np.array([each[:, 1].all() for each in scores], bool)
+
+
+def _score(model: Neural, windows: Sequence[Window], banned: Flags) -> list[Floats]:
+    """Nats of each target, whether it is the likeliest token, and whether of those not banned. (T, 3) each.
+
+    Args:
+        model: any.
+        windows: each numbered by its `document`.
+        banned: tokens. (V,)
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
-    mask = None if banned is None else torch.from_numpy(banned).to(model.head.device)
+    mask = torch.from_numpy(banned).to(model.head.device)
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         nats = cross_entropy(logits, targets, reduction="none")  # (N,)
-        choice = logits if mask is None else logits.masked_fill(mask, -torch.inf)
-        return torch.stack([nats, (choice.argmax(1) == targets).float()], 1)  # (N, 2)
+        free = logits.argmax(1) == targets
+        chosen = logits.masked_fill_(mask, -torch.inf).argmax(1) == targets if banned.any() else free
+        return torch.stack([nats, free.float(), chosen.float()], 1)  # (N, 3)
 
-    nats, hits = np.zeros(len(windows)), np.zeros(len(windows), bool)
+    scores = [np.zeros((0, 3))] * len(windows)
     for window, values in score_targets(model, windows, score):
-        nats[window.document] = values[:, 0].sum()
-        hits[window.document] = values[:, 1].all()
-    return nats, hits
+        scores[window.document] = values
+    return scores
 
 
 def _codec(model: Neural) -> Codec:
@@ -235,16 +250,18 @@ def run_tasks(
         state: folder where fetched files are kept.
         progress: told what is done.
     """
-    asked: dict[str, tuple[list[Item], bool]] = {"cloze": (make_cloze(split, encoding, settings), False)}
-    if settings.lambada is not None:
-        items = read_lambada(fetch_source(settings.lambada, state))
-        asked |= {"lambada_word": (items, False), "lambada_last_token": (items, True)}
-    if settings.lambada_original is not None:
-        asked["lambada_original"] = (read_lambada(fetch_source(settings.lambada_original, state)), False)
+    asked = {"cloze": make_cloze(split, encoding, settings)}
+    for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
+        if source is not None:
+            asked[name] = read_lambada(fetch_source(source, state))
     report: dict[str, Any] = {}
-    for done, (name, (items, last_token)) in enumerate(asked.items(), 1):
-        if items:
-            report[name] = answer_figures(items, ask(model, items, last_token=last_token), likelihood)
+    for done, (name, items) in enumerate(asked.items(), 1):
+        if name == "lambada_word":
+            word, last = ask_both_ways(model, items)
+            report[name] = answer_figures(items, word, likelihood)
+            report["lambada_last_token"] = answer_figures(items, last, likelihood)
+        elif items:
+            report[name] = answer_figures(items, ask(model, items), likelihood)
         progress(done, len(asked))
     for name, source in settings.wikitext.items():
         lines = read_lines(fetch_source(source, state))
