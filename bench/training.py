@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from compactgpt.config import Params, load_params  # noqa: E402
-from compactgpt.estimate import flops_per_token  # noqa: E402
+from compactgpt.sizes import flops_per_token  # noqa: E402
 
 # What both run in the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
 ADAMW = {
@@ -44,11 +44,15 @@ SECONDS = 180  # of nanoGPT's training in --to-loss
 VAL_WINDOWS = 256
 
 
-def params_of(shape: str, **training: Any) -> Params:
-    """params.yaml with a shape and a recipe; one micro-batch of four sequences a step."""
+def params_of(shape: str, sequences: int, **training: Any) -> Params:
+    """params.yaml with a shape and a recipe; one micro-batch of so many sequences a step."""
     params = load_params(ROOT / "params.yaml")
     model = params.model.model_copy(update=NOTE if shape == "note" else {})
-    budget = {"tokens_per_step": 4 * model.block_size, "micro_batch_size": 4, "max_steps": 10**9}
+    budget = {
+        "tokens_per_step": sequences * model.block_size,
+        "micro_batch_size": sequences,
+        "max_steps": 10**9,
+    }
     changed = params.training.model_copy(update={**budget, **training})
     runtime = params.runtime.model_copy(update={"device": "cpu"})
     return params.model_copy(update={"model": model, "training": changed, "runtime": runtime})
@@ -156,7 +160,7 @@ class Peak:
 
 def work(order: dict[str, Any]) -> None:
     """Be one engine: answer each line of stdin with one of JSON."""
-    params = params_of(order["shape"], **order["training"])
+    params = params_of(order["shape"], order["sequences"], **order["training"])
     ours = order["engine"].startswith("ours")
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
@@ -201,8 +205,8 @@ class Worker:
 
     def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
         self.engine, self.seconds, self.losses, self.peak = engine, [], [], 0
-        order = {"engine": engine, "shape": options.shape, "training": training,
-                 "tokens": str(options.tokens), "nanogpt": str(options.nanogpt)}  # fmt: skip
+        order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
+                 "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt)}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(order)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -246,7 +250,7 @@ def paired(workers: list[Worker], steps: int, warm_up: int) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Print tokens a second, ratios, memory and the share of the machine's peak."""
-    params = params_of(options.shape)
+    params = params_of(options.shape, options.sequences)
     tokens = params.training.tokens_per_step
     tuned = params.training.model_dump(
         exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
@@ -285,7 +289,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def to_loss(options: argparse.Namespace) -> None:
     """Let nanoGPT train for SECONDS with its recipe, and ours for a third of it, in turns."""
-    params = params_of(options.shape)
+    params = params_of(options.shape, options.sequences)
     tuned = params.training.model_dump(
         exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
     )
@@ -319,6 +323,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=["demo", "note"], default="demo")
     parser.add_argument("--tokens", type=Path, default=ROOT / "data/tokens", help="what `dvc repro` made")
     parser.add_argument("--steps", type=int, default=20, help="paired steps")
+    parser.add_argument("--sequences", type=int, default=4, help="of a step, in one micro-batch")
     parser.add_argument("--bfloat16", action="store_true", help="ours in bfloat16 as well")
     parser.add_argument("--compiled", action="store_true", help="nanoGPT with torch.compile as well")
     parser.add_argument(
