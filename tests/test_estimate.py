@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from compactgpt import config
 from compactgpt.config import load_params
-from compactgpt.estimate import LAWS, Run, counts, estimate, expect, flops_per_token, kaplan, through
+from compactgpt.estimate import estimate
+from compactgpt.laws import LAWS, Run, expect, kaplan, through
+from compactgpt.sizes import counts, flops_per_token
 from stages.estimate import app
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@ import torch
 from tiny import ROOT, save_tokenizer, tiny_gpt
 
 from compactgpt.config import ExpectedLoss, load_params
-from compactgpt.estimate import estimate
+from compactgpt.estimate import expected
 from compactgpt.watching import Band, Sampler, expected_band
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
@@ -25,9 +25,9 @@ def test_the_user_is_told_once_when_the_curve_ends_outside_the_band(curve, told_
 
 def test_the_band_is_that_of_the_estimate():
     params = load_params(ROOT / "params.yaml")
-    expected = estimate(params)["compact"]["expected_loss"]
+    told = expected(params)
     band = expected_band(params)
-    assert (band.low, band.high) == (expected["low_95"], expected["high_95"])
+    assert (band.low, band.high) == (told.low_95, told.high_95)
     assert str(band) == f"{band.low:.2f}-{band.high:.2f} at the end"
 
 

@@ -3,6 +3,7 @@
 Each command reads its options and makes one call into a room, which is imported only then: `--help` is quick.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,21 @@ import typer
 from compactgpt.console import told_clearly
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("-S", metavar="KEY=VALUE", help="As of `dvc exp run`; may stand several times."),
+]
+LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="A compact GPT, measured against GPT-2: the pipeline itself is `dvc repro`.",
 )
+
+
+experiment = typer.Typer(no_args_is_help=True, help="Named experiments: conf/experiments.")
+app.add_typer(experiment, name="experiment")
 
 
 @app.callback()
@@ -28,9 +38,7 @@ def main() -> None:
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face form goes.")],
     model: Annotated[Path, typer.Option(help="A model of ours.")] = Path("models/compact"),
-    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer: goes along.")] = Path(
-        "data/tokenizer"
-    ),
+    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer: goes along.")] = Path("data/tokenizer"),
 ) -> None:
     """Write a trained model as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
@@ -39,3 +47,74 @@ def export(
 
         save_hf(load_model(model), folder, tokenizer)
         print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+
+@app.command()
+def estimate(
+    settings: Settings = None,
+    measure: Annotated[bool, typer.Option(help="Also the time here, by a second of products.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    params_file: ParamsFile = Path("params.yaml"),
+    ladder: LadderFile = Path("results/ladder.json"),
+) -> None:
+    """What would a run be? Size, time, memory and loss, before anything runs; nothing is written."""
+    with told_clearly():
+        from compactgpt import whatif
+
+        found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
+        print(json.dumps(found, indent=2) if as_json else whatif.table(found))
+
+
+@experiment.command("list")
+def list_experiments() -> None:
+    """The named experiments: what each is for, and what it needs."""
+    with told_clearly():
+        from compactgpt.experiments import experiments
+
+        for name, one in experiments().items():
+            print(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
+
+
+@experiment.command()
+def show(name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")) -> None:
+    """What an experiment would change in params.yaml."""
+    with told_clearly():
+        from compactgpt import experiments
+
+        print("\n".join(experiments.shown(name, params_file, settings or [])))
+
+
+@experiment.command("apply")
+def apply_experiment(
+    name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
+) -> None:
+    """Change params.yaml as an experiment says; `git checkout params.yaml` takes it back."""
+    with told_clearly():
+        from compactgpt import experiments
+
+        for line in experiments.apply(name, params_file, settings or []):
+            print(line)
+
+
+@experiment.command("run")
+def run_experiment(
+    name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
+) -> None:
+    """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
+    with told_clearly():
+        from compactgpt import experiments
+
+        print("\n".join(experiments.run(name, params_file, settings or [])))
+
+
+@app.command()
+def ladder(
+    name: Annotated[str, typer.Argument(help="The sweep whose runs are the rungs.")] = "ladder",
+    folder: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("results"),
+    params_file: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Gather the runs of a sweep, fit a scaling law to them, and extrapolate to params.yaml."""
+    with told_clearly():
+        from compactgpt import fitting
+
+        print(fitting.climb(name, folder, params_file))

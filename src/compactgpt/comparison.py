@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from compactgpt.claims import Claim, Claims, Evidence, Judgement, Published, judge
 from compactgpt.config import ExpectedLoss, Likelihood, Model, load_section
 from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.estimate import counts, flops_per_token
 from compactgpt.evaluation import Totals, read_totals
 from compactgpt.metrics import (
     Interval,
@@ -29,6 +28,7 @@ from compactgpt.metrics import (
     perplexity_ratio,
     ratio_bootstrap,
 )
+from compactgpt.sizes import counts, flops_per_token
 from compactgpt.storage import read_json
 
 COMPACT, NOTE = "compact", "note"

@@ -8,6 +8,7 @@ the door only these objects travel. Units and meanings stand beside the numbers,
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -459,12 +460,15 @@ class Anchor(Section):
     loss: PositiveFloat
     corpus: str
     source: str
+    assumed_budget: bool = False  # then it is only checked, and tells nothing of other runs
 
 
 class Estimate(Section):
     """What is estimated, for which machines, and the measured runs that the estimate starts from."""
 
     note: NoteRun
+    corpus_tokens: dict[Name, Positive] = {}
+    utilisation_of_products: Annotated[float, Field(gt=0, le=1)] = 0.6
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
     anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]
 
@@ -581,6 +585,40 @@ def lay_over(tree: dict[str, Any], change: dict[str, Any], where: str = "") -> l
         elif key not in tree or tree[key] != value:
             told.append(f"{path}: {tree[key]!r} -> {value!r}" if key in tree else f"{path}: {value!r}, new")
             tree[key] = value
+    return told
+
+
+def set_values(tree: dict[str, Any], settings: Sequence[str]) -> list[str]:
+    """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
+
+    Returns:
+        A line for each value that is another now.
+
+    Raises:
+        BadConfig: a setting has no `=` or no YAML behind it, or names a key that the tree lacks.
+    """
+    told = []
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise BadConfig(f"-S {setting}: give key=value, such as training.max_steps=1600")
+        try:
+            value = YAML(typ="safe", pure=True).load(text)
+        except YAMLError as error:
+            raise BadConfig(f"-S {setting}: {text!r} is no YAML value") from error
+        *parents, key = path.split(".")
+        node: Any = tree
+        for depth, part in enumerate([*parents, key]):
+            if not isinstance(node, dict) or part not in node:
+                known = sorted(map(str, node)) if isinstance(node, dict) else []
+                close = difflib.get_close_matches(part, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+                where = ".".join(path.split(".")[: depth + 1])
+                raise BadConfig(f"-S {setting}: params.yaml has no key {where}; {hint}")
+            node, parent = node[part], node
+        if node != value:
+            told.append(f"{path}: {node!r} -> {value!r}")
+            parent[key] = value
     return told
 
 

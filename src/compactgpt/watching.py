@@ -12,7 +12,7 @@ from tiktoken import Encoding
 from compactgpt.config import ExpectedLoss, Params, Runtime
 from compactgpt.distributed import gathered
 from compactgpt.encoding import load_encoding
-from compactgpt.estimate import estimate
+from compactgpt.estimate import expected
 from compactgpt.model import GPT
 
 SAMPLE_TOKENS = 40
@@ -53,8 +53,7 @@ class Band:
 
 def expected_band(params: Params) -> Band:
     """The band that reports/estimate.json has, made from the same params.yaml."""
-    expected = estimate(params)["compact"]["expected_loss"]
-    return Band(ExpectedLoss.model_validate(expected), params.training.max_steps)
+    return Band(expected(params), params.training.max_steps)
 
 
 @torch.no_grad()

@@ -1,0 +1,252 @@
+"""Named experiments: small files laid over params.yaml, which stays the one thing that DVC reads.
+
+`conf/experiments/<name>.yaml` says what the experiment is for, what it needs and which values it sets;
+`conf/parts/` holds what several of them share (a recipe, a machine). An experiment is laid over the shipped
+demo, so that it is the same whatever was applied before it. One with a `sweep` is many runs instead, over
+params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
+"""
+
+import io
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from ruamel.yaml import YAML
+
+from compactgpt.config import (
+    Name,
+    Params,
+    Section,
+    lay_over,
+    load_params,
+    load_section,
+    parse_params,
+    read_yaml,
+    set_values,
+)
+from compactgpt.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.storage import write_text
+
+CONF = Path("conf")
+DEMO = "demo"
+Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
+
+
+class Part(Section):
+    """Settings that several experiments share."""
+
+    params: dict[str, Any]
+
+
+class Experiment(Part):
+    """One file of conf/experiments."""
+
+    purpose: Line
+    needs: Line
+    parts: tuple[Name, ...] = ()
+    params: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    targets: tuple[Name, ...] = ()  # stages to run; all, where it names none
+
+
+def experiments(conf: Path = CONF) -> dict[str, Experiment]:
+    """All named experiments, by name.
+
+    Raises:
+        BadConfig: one of the files can't be used.
+    """
+    files = sorted((conf / "experiments").glob("*.yaml"))
+    return {path.stem: load_section(path, Experiment) for path in files}
+
+
+def find(name: str, conf: Path = CONF) -> Experiment:
+    """One experiment by its name.
+
+    Raises:
+        BadConfig: there is none of that name.
+    """
+    known = experiments(conf)
+    if name not in known:
+        raise BadConfig(f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}")
+    return known[name]
+
+
+def patch(name: str, conf: Path = CONF) -> dict[str, Any]:
+    """What an experiment lays over params.yaml: the demo, its parts, its own values, in this order.
+
+    Raises:
+        BadConfig, MissingInput: it names a part that is not there.
+    """
+    one = find(name, conf)
+    layers = [find(DEMO, conf).params]
+    layers += [load_section(conf / "parts" / f"{part}.yaml", Part).params for part in one.parts]
+    merged: dict[str, Any] = {}
+    for layer in [*layers, one.params]:
+        merged = _merged(merged, layer)
+    return merged
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One merge patch for two; a null stays, since it takes a key away from what they are laid over."""
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return both
+
+
+def apply(
+    name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
+) -> list[str]:
+    """Lay an experiment over params.yaml; its comments stay.
+
+    Args:
+        name: the experiment.
+        params_file: params.yaml.
+        settings: `key=value`, set after it.
+        conf: folder of named settings.
+        write: or only say what would change.
+
+    Returns:
+        A line for each value that changed.
+
+    Raises:
+        MissingInput, BadConfig: params.yaml would not be valid after it; nothing was changed.
+    """
+    load_params(params_file)
+    yaml = _round_trip()
+    tree = yaml.load(params_file)
+    told = lay_over(tree, patch(name, conf))
+    told += set_values(tree, settings)
+    content = io.StringIO()
+    yaml.dump(tree, content)
+    parse_params(YAML(typ="safe", pure=True).load(content.getvalue()), f"params.yaml with {name}")
+    if told and write:
+        write_text(params_file, content.getvalue())
+    return told
+
+
+def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
+    """What an experiment is and would change, line by line."""
+    one = find(name, conf)
+    told = [one.purpose, f"needs {one.needs}"]
+    if one.sweep:
+        runs = zip(run_names(name, one), points(one), strict=True)
+        return [*told, *(f"{run_name}: {point}" for run_name, point in runs)]
+    return [*told, *apply(name, params_file, settings, conf, write=False)]
+
+
+def _round_trip() -> YAML:
+    """A YAML reader and writer that leaves what it was not told to change as it was."""
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    return yaml
+
+
+def points(one: Experiment) -> list[dict[str, Any]]:
+    """The values of each run of a sweep, by dotted key; the first key varies slowest."""
+    return [dict(zip(one.sweep, values, strict=True)) for values in itertools.product(*one.sweep.values())]
+
+
+def run_names(name: str, one: Experiment) -> list[str]:
+    """What DVC calls each run of a sweep: `ladder-32-100`."""
+    return ["-".join([name, *map(str, point.values())]) for point in points(one)]
+
+
+def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Params:
+    """The whole configuration of one run of a sweep.
+
+    Raises:
+        BadConfig: it is impossible.
+    """
+    tree = read_yaml(params_file)
+    lay_over(tree, one.params)
+    set_values(tree, [f"{key}={value}" for key, value in point.items()])
+    return parse_params(tree, f"params.yaml with {dict(point)}")
+
+
+def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
+    """Run an experiment as DVC runs experiments: one in this folder, a sweep in scratch folders.
+
+    Returns:
+        The names of the DVC experiments.
+
+    Raises:
+        BadConfig: a configuration is impossible; then nothing ran.
+        CheckFailed: DVC failed; it has said why.
+    """
+    one = find(name, conf)
+    if not one.sweep:
+        apply(name, params_file, settings, conf)
+        _forget(name)
+        _dvc(["exp", "run", "-n", name, *one.targets])
+        return [name]
+    fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
+    for point in points(one):
+        changed(params_file, one, point)
+    names = run_names(name, one)
+    for run_name, point in zip(names, points(one), strict=True):
+        values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]
+        options = [word for value in values for word in ("-S", value)]
+        _forget(run_name)
+        _dvc(["exp", "run", "--temp", "-n", run_name, *options, *one.targets])
+    return names
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(_dotted(value, f"{path}.") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def _forget(run_name: str) -> None:
+    """Free the name that an earlier experiment has: `dvc exp run -f` would run every stage anew."""
+    with suppress(MissingInput):
+        experiment_ref(run_name)
+        _dvc(["exp", "remove", "-q", run_name])
+
+
+def _dvc(words: list[str]) -> None:
+    folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")])}
+    if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
+        raise CheckFailed(f"dvc {' '.join(words)} failed: mend what it says above and run the same again")
+
+
+def experiment_ref(run_name: str) -> str:
+    """The newest git reference of a DVC experiment.
+
+    Raises:
+        MissingInput: DVC has none of that name.
+    """
+    listing = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps"]
+    done = subprocess.run(listing, check=False, capture_output=True, text=True)
+    for ref in done.stdout.splitlines():
+        if ref.rsplit("/", 1)[-1] == run_name:
+            return ref
+    raise MissingInput(f"DVC has no experiment {run_name}: `compactgpt experiment run` makes it")
+
+
+def file_of(ref: str, path: str) -> str:
+    """A file as an experiment left it.
+
+    Raises:
+        MissingInput: it left none.
+    """
+    done = subprocess.run(["git", "show", f"{ref}:{path}"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise MissingInput(f"{ref} has no {path}: run that experiment again")
+    return done.stdout
