@@ -206,7 +206,8 @@ class Worker:
     def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
         self.engine, self.seconds, self.losses, self.peak = engine, [], [], 0
         order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
-                 "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt)}  # fmt: skip
+                 "training": training, "tokens": str(options.tokens),
+                 "nanogpt": str(options.nanogpt)}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(order)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -269,6 +270,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"{options.shape}: {tokens} tokens a step, {options.steps} paired steps, "
           f"{params.runtime.num_threads} threads, products at {best / 1e9:.0f} GFLOP/s")  # fmt: skip
     print(f"{'engine':18}{'tok/s':>8}{'ratio':>8}{'paired':>8}{'best':>8}{'of peak':>9}{'MB':>8}")
+    found = {}
     for worker in trained:
         median = statistics.median(worker.seconds)
         ratio = statistics.median(base.seconds) / median
@@ -277,6 +279,9 @@ def compare(options: argparse.Namespace) -> None:
         share = flops * tokens / min(worker.seconds) / best
         print(f"{worker.engine:18}{tokens / median:8.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
               f"{worker.peak / 1e6:8.0f}")  # fmt: skip
+        found[worker.engine] = {"ratio": pairs, "tokens_per_second": tokens / median, "bytes": worker.peak}
+    if options.json:
+        options.json.write_text(json.dumps({"shape": options.shape, "engines": found}, indent=2) + "\n")
     ours = trained[1]
     worst = max(abs(a - b) for a, b in zip(base.losses[:5], ours.losses[:5], strict=True))
     print(f"largest difference of the first 5 losses, ours to nanoGPT's: {worst:.1e}")
@@ -328,6 +333,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="nanoGPT with torch.compile as well")
     parser.add_argument(
         "--to-loss", action="store_true", help=f"wall-clock to nanoGPT's loss after {SECONDS} s"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write the figures too: `compactgpt gate --bench` reads them"
     )
     options = parser.parse_args()
     if options.work:
