@@ -24,10 +24,27 @@ from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
 from compactgpt.launching import launch, own_place, under_torchrun
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import MANIFEST, sha256_file, write_json
-from compactgpt.tracking import Journal, NullTracker, Tracker, git_facts, numbers, root, state_folder
+from compactgpt.storage import MANIFEST, read_json, sha256_file, write_json
+from compactgpt.tracking import (
+    DIFF,
+    Journal,
+    NullTracker,
+    Tracker,
+    git_facts,
+    grouped,
+    machine_facts,
+    root,
+    state_folder,
+    uncommitted,
+)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
+# Which splits of the token files a stage reads, and what for, in MLflow's words.
+ON_TOKENS: dict[str, dict[str, str]] = {
+    "training": {"train": "training", "val": "validation"},
+    "evaluation": {"val": "evaluation"},
+    "baseline": {"val": "evaluation"},
+}
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
 
 
@@ -64,7 +81,7 @@ class Stage:
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report, and log its numbers and the file."""
         write_json(path, value)
-        self.tracker.metrics(numbers(value))
+        self.tracker.metrics(grouped(self.name, value))
         self.tracker.artifact(path, "reports")
 
 
@@ -97,7 +114,7 @@ def open_stage(
             yield Stage(name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
-            run = _open_run(tracker, full_name, params, logged, held)
+            run = _open_run(tracker, full_name, params_file, params, logged, held=held)
             status = "FAILED"
             try:
                 yield Stage(name, params, run)
@@ -109,26 +126,71 @@ def open_stage(
                 run.end(status)
 
 
-def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], held: bool) -> Tracker:
+def _open_run(
+    tracker: str, name: str, params_file: Path, params: Params, logged: tuple[str, ...], *, held: bool
+) -> Tracker:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
         raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
     from compactgpt.syncing import process_facts, start_syncing
 
-    start = {"tags": {**git_facts(root()), **_data_facts(name)}, **process_facts()}
-    run = Journal(state_folder(), name, start, held=held)
+    here = Path.cwd()
+    tags = {**git_facts(here), **machine_facts(), **_data_facts(name)}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = experiment
+    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
     sections = params.model_dump(mode="json")
     run.params({key: sections[key] for key in logged})
+    run.inputs(_datasets(name))
+    _keep_beginning(run, params_file, tags)
     start_syncing(root())
     return run
 
 
+def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str]) -> None:
+    """Log what the stage can be run again from: params.yaml, dvc.lock as it is found, uncommitted changes."""
+    run.artifact(params_file)
+    if (lock := Path("dvc.lock")).exists():
+        run.artifact(lock, "before")
+    if tags.get("git.dirty") == "true":
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            (path := Path(scratch) / DIFF).write_bytes(uncommitted(Path.cwd()))
+            run.artifact(path)
+
+
 def _data_facts(name: str) -> dict[str, str]:
-    """Name the token files that a stage stands on by the hash of their manifest, once they are made."""
-    manifest = Path("data/tokens") / MANIFEST
-    made_before = name not in ("estimate", "download", "validation", "tokenization")
-    return {"data_sha256": sha256_file(manifest)} if made_before and manifest.exists() else {}
+    """Name by hash what a stage stands on, once it is made: the token files, the weights."""
+    kind = name.partition("@")[0]
+    facts = {}
+    if (
+        kind in (*ON_TOKENS, "inspection", "comparison")
+        and (manifest := Path("data/tokens") / MANIFEST).exists()
+    ):
+        facts["data_sha256"] = sha256_file(manifest)
+    if kind in ("evaluation", "comparison") and (manifest := Path("models/compact") / MANIFEST).exists():
+        facts["weights_sha256"] = read_json(manifest)["files"]["model.safetensors"]["sha256"]
+    return facts
+
+
+def _datasets(name: str) -> list[dict[str, str]]:
+    """The token files that a stage reads, with their hashes, as their manifest has them."""
+    folder = Path("data/tokens")
+    contexts = ON_TOKENS.get(name.partition("@")[0], {})
+    if not contexts or not (folder / MANIFEST).exists():
+        return []
+    files = read_json(folder / MANIFEST).get("files", {})
+    return [
+        {
+            "name": f"{split}.tokens",
+            "digest": files[f"{split}.tokens"]["sha256"],
+            "bytes": str(files[f"{split}.tokens"]["bytes"]),
+            "source": (folder / f"{split}.tokens").as_posix(),
+            "context": context,
+        }
+        for split, context in contexts.items()
+        if f"{split}.tokens" in files
+    ]
 
 
 def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:

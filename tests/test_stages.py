@@ -101,9 +101,11 @@ def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):
     run(lambda stage: stage.report(Path("x.json"), {"loss": 2.0}), tracker="mlflow")
     (folder,) = (here / ".state/tracking").glob("*-training-*")
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["start", "params", "metrics", "artifact", "end"]
+    kinds = ["start", "params", "artifact", "metrics", "artifact", "end"]
+    assert [line["kind"] for line in lines] == kinds
     assert lines[1]["values"]["model.n_layer"] > 0
-    assert lines[2]["values"] == {"loss": 2.0}
+    assert lines[2]["path"] == "artifacts/params.yaml"
+    assert lines[3]["values"] == {"training/loss": 2.0}
     assert lines[-1]["status"] == "FINISHED"
 
 

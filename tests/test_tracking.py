@@ -1,30 +1,18 @@
 """The journal tells everything, and MLflow ends up with exactly that: nothing lost, nothing doubled."""
 
 import json
-import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from compactgpt import syncing
-from compactgpt.syncing import Syncer, drain, process_facts, tracking_folder
-from compactgpt.tracking import Journal, NullTracker, flatten, git_facts, numbers
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """A migrated, empty MLflow store: making one takes seconds, copying it none."""
-    root = tmp_path_factory.mktemp("store")
-    Syncer(root)._connect()
-    with closing(sqlite3.connect(root / "mlflow.db")) as database:
-        database.execute("pragma wal_checkpoint(truncate)")
-    return (root / "mlflow.db").read_bytes()
+from compactgpt.syncing import Syncer, drain, tracking_folder
+from compactgpt.tracking import NullTracker, flatten, git_facts, grouped, machine_facts, numbers, uncommitted
+from tests.store import git, journal, runs
 
 
 @pytest.fixture
@@ -36,17 +24,8 @@ def root(tmp_path, empty_store, monkeypatch):
     return root
 
 
-def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
-    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start}, held=held)
-
-
-def runs(root: Path):
-    syncer = Syncer(root)
-    return syncer._connect().search_runs([syncer._experiment], order_by=["attributes.start_time"])
-
-
 def history(root: Path, run_id: str, key: str):
-    return [(m.step, m.value) for m in Syncer(root)._connect().get_metric_history(run_id, key)]
+    return [(m.step, m.value) for m in Syncer(root).connect()[0].get_metric_history(run_id, key)]
 
 
 def test_flatten_joins_keys_with_dots_and_writes_lists_as_json():
@@ -84,7 +63,7 @@ def test_mlflow_holds_what_the_journal_said(root):
     assert found.data.params == {"model.n_layer": "2"}
     assert found.data.tags["colour"] == "red"
     assert history(root, found.info.run_id, "train/loss") == [(1, 3.0), (2, 2.0)]
-    assert [f.path for f in Syncer(root)._connect().list_artifacts(found.info.run_id, "reports")] == [
+    assert [f.path for f in Syncer(root).connect()[0].list_artifacts(found.info.run_id, "reports")] == [
         "reports/report.json"
     ]
 
@@ -145,7 +124,6 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_it(root):
         assert not syncer.sync()  # the parent is still open
     sleeper.communicate(b"\n")
     fresh = Syncer(root)  # as after a crash of the first: it must take over the open parent
-    fresh._connect()
     assert fresh.sync()
     found = {run.info.run_name: run for run in runs(root)}
     assert sorted(found) == ["download", "pipeline", "training"]
@@ -195,18 +173,104 @@ def test_only_one_process_copies(root):
         assert (first, second) == (True, False)
 
 
-def test_git_facts_name_the_commit_and_tell_dirty_from_clean(tmp_path):
-    assert git_facts(tmp_path) == {}
-    env = {**os.environ, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
-           "GIT_COMMITTER_EMAIL": "a@b"}  # fmt: skip
-    (tmp_path / "f").write_text("1")
-    for words in [["init", "-q"], ["add", "f"], ["commit", "-qm", "x"]]:
-        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, env=env)
-    clean = git_facts(tmp_path)
+@pytest.fixture
+def committed(tmp_path):
+    """A repository with one commit, a report in it, and an ignored file."""
+    for path in ("src/code.py", "reports/x.json", ".gitignore"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("secret\n")
+    for words in [["init", "-q"], ["add", "."], ["commit", "-qm", "x"]]:
+        git(tmp_path, *words)
+    return tmp_path
+
+
+def test_git_facts_name_the_commit_and_tell_dirty_from_clean(committed, tmp_path_factory):
+    assert git_facts(tmp_path_factory.mktemp("none")) == {}
+    clean = git_facts(committed)
     assert len(clean["git.commit"]) == 40
     assert clean["git.dirty"] == "false"
-    (tmp_path / "f").write_text("2")
-    assert git_facts(tmp_path)["git.dirty"] == "true"
+    (committed / "reports/x.json").write_text("what a stage writes is no change of ours")
+    assert git_facts(committed)["git.dirty"] == "false"
+    (committed / "src/code.py").write_text("2")
+    assert git_facts(committed)["git.dirty"] == "true"
+
+
+def test_the_uncommitted_changes_make_the_work_tree_out_of_the_commit(committed, tmp_path):
+    (committed / "src/code.py").write_bytes(b"changed\x00\xff\r\n")
+    (committed / "src/new.py").write_text("new")
+    (committed / "src/secret").write_text("ignored by git")
+    (committed / "notes.txt").write_text("somebody's own")
+    (committed / "patch").write_bytes(uncommitted(committed))
+    git(committed, "worktree", "add", "-q", "--detach", str(tmp_path / "tree"), "HEAD")
+    git(tmp_path / "tree", "apply", "--binary", str(committed / "patch"))
+    assert (tmp_path / "tree/src/code.py").read_bytes() == b"changed\x00\xff\r\n"
+    assert (tmp_path / "tree/src/new.py").read_text() == "new"
+    assert sorted(path.name for path in (tmp_path / "tree").iterdir()) == [
+        ".git",
+        ".gitignore",
+        "reports",
+        "src",
+    ]
+    assert sorted(path.name for path in (tmp_path / "tree/src").iterdir()) == ["code.py", "new.py"]
+
+
+def test_names_are_grouped_alike_for_every_model():
+    report = {
+        "loss": {"value": 2.0, "low": 1.0, "high": 3.0},
+        "model": {"num_params": 7},
+        "tasks": {"cloze": {"accuracy": {"value": 0.5, "low": 0.1, "high": 0.9}}},
+        "text": {"settings": {"seed": 1}, "statistics": {"greedy": {"zipf": {"value": 1.5}}}},
+    }
+    assert grouped("evaluation", report) == grouped("baseline", report) == {
+        "eval/loss": 2.0,
+        "bounds/eval/loss.low": 1.0,
+        "bounds/eval/loss.high": 3.0,
+        "model/num_params": 7.0,
+        "eval/tasks/cloze.accuracy": 0.5,
+        "bounds/eval/tasks/cloze.accuracy.low": 0.1,
+        "bounds/eval/tasks/cloze.accuracy.high": 0.9,
+        "eval/text/greedy.zipf": 1.5,
+    }  # fmt: skip
+    assert grouped("download", {"documents": 3}) == {"download/documents": 3.0}
+
+
+def test_machine_facts_tell_what_rounds_sums(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    monkeypatch.setenv("HF_TOKEN", "never told")
+    facts = machine_facts()
+    assert facts["torch"].startswith("2.")
+    assert facts["arithmetic"] == '{"ATEN_CPU_CAPABILITY": "default"}'
+    assert "never told" not in str(facts)
+
+
+def test_data_is_named_by_hash_once_however_often_it_is_copied(root):
+    run = journal(root)
+    digest = "ab" * 32
+    run.inputs([{"name": "val.tokens", "digest": digest, "source": "data/tokens", "context": "evaluation"}])
+    Syncer(root).sync()
+    (run.folder / "synced.json").unlink()
+    run.end("FINISHED")
+    assert drain(root)
+    (data,) = runs(root)[0].inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("val.tokens", digest[:36])
+    assert json.loads(data.dataset.profile)["sha256"] == digest
+    assert [(tag.key, tag.value) for tag in data.tags] == [("mlflow.data.context", "evaluation")]
+
+
+def test_a_running_stage_is_watched_from_outside(root, monkeypatch):
+    monkeypatch.setattr("compactgpt.gauges.SAMPLE_SECONDS", 0.0)
+    run, syncer = journal(root), Syncer(root)
+    for _ in range(3):
+        assert not syncer.sync()
+    run.end("FINISHED")
+    assert syncer.sync()
+    (found,) = runs(root)
+    assert found.data.metrics["system/stage_memory_megabytes"] > 50  # this process
+    assert 0 <= found.data.metrics["system/system_memory_usage_percentage"] <= 100
+    assert (
+        len(Syncer(root).connect()[0].get_metric_history(found.info.run_id, "system/stage_cpu_percentage"))
+        >= 2
+    )
 
 
 def test_every_journal_line_is_one_json_object(root):

@@ -1,32 +1,40 @@
 """Journals -> MLflow, in a process of its own.
 
 `start_syncing` leaves one such process running; it copies every journal under `<root>/.state/tracking`
-to MLflow as it grows, closes runs whose process died (KILLED), and ends some seconds after the last run.
-What a dead server has not taken stays in the journal and is copied by the next one: nothing is lost, and
-since every metric carries the journal's own time and step, nothing is doubled. `python -m
-compactgpt.syncing` copies what is left and waits for it.
+to MLflow as it grows, samples the machine meanwhile, closes runs whose process died (KILLED), and ends some
+seconds after the last run. What a dead server has not taken stays in the journal and is copied by the next
+one: nothing is lost, and since every metric carries the journal's own time and step, nothing is doubled.
+When a `dvc` process has ended, its run gets what compactgpt.pipelines found, and the model is logged
+(compactgpt.registry). `python -m compactgpt.syncing` copies what is left and waits for it.
 
 MLflow is the SQLite file `<root>/mlflow.db` unless MLFLOW_TRACKING_URI names a server.
 """
 
 import fcntl
+import hashlib
+import importlib.util
 import json
 import logging
 import os
 import platform
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.storage import read_json, write_json
-from compactgpt.tracking import now_ms
+from compactgpt.gauges import Gauge
+from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
+from compactgpt.pipelines import Child, Ending, conclude, note, write_files
+from compactgpt.storage import read_json, write_json, write_text
+from compactgpt.tracking import git_facts, now_ms
 
 EXPERIMENT = "compactgpt"
 POLL_SECONDS = 1.0
@@ -35,6 +43,10 @@ PATIENCE_SECONDS = 120.0  # how long it tries a server that does not answer, onc
 _MAX_METRICS = 1000  # in one request: MLflow's own limit
 _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a parameter
+_END_BYTES = 200  # more than the last line of a journal has
+_MAX_DIGEST = 36  # characters of a data set's digest
+_TOLD = "told"  # file with the hash of the dvc.lock that was concluded last
+_MODEL_TRIES = 3  # a model that MLflow does not take is given up: its files are in DVC's cache
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]")  # MLflow refuses the rest in names of metrics and parameters
 
 
@@ -54,8 +66,12 @@ def process_facts() -> dict[str, Any]:
     facts = {"host": platform.node(), "pid": own.pid, "created": own.create_time()}
     for parent in own.parents():
         try:
-            if any(Path(word).name == "dvc" for word in parent.cmdline()[:3]):
-                return {**facts, "pipeline": {"pid": parent.pid, "created": parent.create_time()}}
+            words = parent.cmdline()
+            place = next((i for i, word in enumerate(words[:3]) if Path(word).name == "dvc"), None)
+            if place is not None:
+                command = " ".join(["dvc", *words[place + 1 :]])
+                pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
+                return {**facts, "pipeline": pipeline}
         except psutil.Error:
             continue
     return facts
@@ -105,6 +121,7 @@ class _Run:
     folder: Path
     run_id: str = ""
     offset: int = 0  # bytes of the journal that MLflow has
+    sampled: int = 0  # bytes of the samples that it has
     start: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -115,17 +132,81 @@ class _Run:
         state = folder / "synced.json"
         return cls(folder, **(read_json(state) if state.exists() else {}), start=start)
 
-    def new_lines(self) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines that MLflow lacks, and the offset behind them; a torn last line waits."""
+    @property
+    def alive(self) -> bool:
+        """Whether the process that writes the journal lives."""
+        return _alive(self.start["pid"], self.start["created"])
+
+    @property
+    def ended(self) -> bool:
+        """Whether the journal is closed: its last line says so."""
         with open(self.folder / "journal.jsonl", "rb") as file:
-            file.seek(self.offset)
-            raw = file.read()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()], self.offset + len(whole)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            return b'{"kind": "end"' in file.read().splitlines()[-1]
+
+    @property
+    def pipeline(self) -> str:
+        """Names the `dvc` process that the stage is part of."""
+        return _key(self.start["pipeline"]) if "pipeline" in self.start else ""
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines that MLflow lacks, of the journal and of the samples; `save` counts them as taken."""
+        told, self.offset = _whole_lines(self.folder / "journal.jsonl", self.offset)
+        seen, self.sampled = _whole_lines(self.folder / "system.jsonl", self.sampled)
+        return [*seen, *told]
+
+    def sample(self, gauge: Gauge) -> None:
+        """Write down what the machine does."""
+        step, values = gauge.look()
+        line = {"kind": "metrics", "time_ms": now_ms(), "step": step, "values": values}
+        with open(self.folder / "system.jsonl", "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
 
     def save(self) -> None:
         """Remember what MLflow has."""
-        write_json(self.folder / "synced.json", {"run_id": self.run_id, "offset": self.offset})
+        state = {"run_id": self.run_id, "offset": self.offset, "sampled": self.sampled}
+        write_json(self.folder / "synced.json", state)
+
+
+def _whole_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines from a place on, and the place behind them; a torn last line waits."""
+    if not path.exists():
+        return [], offset
+    with open(path, "rb") as file:
+        file.seek(offset)
+        raw = file.read()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+
+def _key(pipeline: dict[str, Any]) -> str:
+    return f"{pipeline['pid']}-{pipeline['created']}"
+
+
+@dataclass
+class _Parent:
+    """The run of a `dvc` process, until it has been concluded."""
+
+    folder: Path  # named by the process; holds dvc.lock as its first stage found it
+    run_id: str
+    time_ms: int
+    workspace: str
+    experiment: str = ""  # DVC's name for it
+    model_tries: int = 0
+
+    @classmethod
+    def load(cls, folder: Path) -> "_Parent":
+        return cls(folder, **read_json(folder / "parent.json"))
+
+    def save(self) -> None:
+        facts = {key: value for key, value in vars(self).items() if key != "folder"}
+        write_json(self.folder / "parent.json", facts)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the `dvc` process lives."""
+        pid, _, created = self.folder.name.partition("-")
+        return pid.isdigit() and _alive(int(pid), float(created))
 
 
 def _name(key: str) -> str:
@@ -137,17 +218,30 @@ class Syncer:
 
     def __init__(self, root: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        # A request that was taken, but not answered, must not be sent again unseen: `sync` looks first.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        self.root = root
-        self.folder = tracking_folder(root)
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        self.root = root.resolve()
+        self.folder = tracking_folder(self.root)
         self._client: Any = None
         self._experiment = ""
-        self._parents: dict[str, str] = {}
+        self._gauges: dict[Path, Gauge] = {}
+        self._gpus: Any = None
 
     def pending(self) -> list[Path]:
         """Journals that MLflow has not wholly taken, oldest first."""
         return sorted(path.parent for path in self.folder.glob("*/journal.jsonl") if path.stat().st_size)
+
+    def parents(self) -> list[_Parent]:
+        """The runs of `dvc` processes that are still to be concluded."""
+        return [_Parent.load(path.parent) for path in sorted(self.folder.glob("pipelines/*/parent.json"))]
+
+    def left(self) -> bool:
+        """Whether something waits that no living process will add to."""
+        runs = [_Run.load(folder) for folder in self.pending()]
+        done = [run.ended or not run.alive for run in runs] + [not one.alive for one in self.parents()]
+        return any(done)
 
     def sync(self) -> bool:
         """Copy what is new in every journal.
@@ -156,14 +250,29 @@ class Syncer:
             Whether nothing is left: every run has ended and MLflow has all of it.
         """
         complete = True
+        self._sample()
         for folder in self.pending():
             complete &= self._sync_run(_Run.load(folder))
-        return self._close_parents() and complete
+        return self._conclude_parents() and complete
 
-    def _connect(self) -> Any:
-        """Open the tracking store, making the SQLite file and the experiment where they are missing."""
+    def _sample(self) -> None:
+        """Look at the machine, where a stage runs."""
+        for folder in self.pending():
+            run = _Run.load(folder)
+            if folder not in self._gauges:
+                self._gpus = self._gpus or gpu_monitor()
+                self._gauges[folder] = Gauge(run.start["pid"], self._gpus)
+            elif self._gauges[folder].due() and run.alive:
+                run.sample(self._gauges[folder])
+
+    def connect(self) -> tuple[Any, str]:
+        """Open the tracking store, making the SQLite file and the experiment where they are missing.
+
+        Returns:
+            MLflow's client, and the id of the project's experiment.
+        """
         if self._client:
-            return self._client
+            return self._client, self._experiment
         logging.getLogger("alembic").setLevel(logging.WARNING)
         import mlflow
 
@@ -176,120 +285,276 @@ class Syncer:
                     made.execute("pragma journal_mode=wal")  # readers and the writer never wait long
             uri, location = f"sqlite:///{database}", (self.root / "mlartifacts").as_uri()
         mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
         client = mlflow.MlflowClient(uri)
         found = client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
         self._client, self._experiment = client, experiment
         self._adopt_parents()
-        return client
+        return client, experiment
 
     def _adopt_parents(self) -> None:
-        """Take over the open parent runs of this machine that a killed syncing process left."""
+        """Close the parent runs of this machine that nobody knows any more: their state was deleted."""
         wanted = (
-            f"tags.stage = 'pipeline' and tags.host = '{platform.node()}' and attributes.status = 'RUNNING'"
+            f"tags.stage = 'pipeline' and tags.host = '{platform.node()}' and tags.workspace = '{self.root}' "
+            "and attributes.status = 'RUNNING'"
         )
+        known = {parent.run_id for parent in self.parents()}
         for run in self._client.search_runs([self._experiment], wanted):
-            self._parents[run.data.tags["pipeline"]] = run.info.run_id
+            pid, _, created = run.data.tags["pipeline"].partition("-")
+            if run.info.run_id not in known and not (pid.isdigit() and _alive(int(pid), float(created))):
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _sync_run(self, run: _Run) -> bool:
         """Copy one journal; a finished one is moved to `done/`. Returns whether it is finished."""
-        lines, offset = run.new_lines()
+        alive = run.alive  # asked first: what a living process still writes is read at the next look
+        lines = run.new_lines()
         if not run.run_id:
             run.run_id = self._find_or_create(run)
         ended = self._copy(run, lines)
-        run.offset = offset
         run.save()
-        if not ended and _alive(run.start["pid"], run.start["created"]):
+        if not ended and alive:
             return False
         if not ended:
-            self._connect().set_terminated(run.run_id, "KILLED")
+            self.connect()[0].set_terminated(run.run_id, "KILLED")
         done = self.folder / "done"
         done.mkdir(exist_ok=True)
         run.folder.rename(done / run.folder.name)
+        self._gauges.pop(run.folder, None)
         return True
 
     def _find_or_create(self, run: _Run) -> str:
         start = run.start
         if run_id := self._find("journal", start.get("continues", "")):
-            self._connect().update_run(run_id, status="RUNNING")
+            self.connect()[0].update_run(run_id, status="RUNNING")
             return run_id
         tags = {**start["tags"], "stage": start["stage"], "journal": run.folder.name}
-        if "pipeline" in start:
-            parent = tags["mlflow.parentRunId"] = self._parent(start)
-            if "data_sha256" in tags:  # known once the first stages have made the data
-                self._connect().set_tag(parent, "data_sha256", tags["data_sha256"])
+        if run.pipeline:
+            parent = tags["mlflow.parentRunId"] = self._parent(run)
+            for name in ("data_sha256", "weights_sha256"):  # known once a stage has made them
+                if name in tags:
+                    self.connect()[0].set_tag(parent, name, tags[name])
         return self._find("journal", run.folder.name) or self._create(start["stage"], start["time_ms"], tags)
 
-    def _parent(self, start: dict[str, Any]) -> str:
+    def _parent(self, run: _Run) -> str:
         """The run of the whole `dvc repro` that a stage belongs to."""
-        key = f"{start['pipeline']['pid']}-{start['pipeline']['created']}"
-        self._connect()
-        if key not in self._parents:
-            tags = {**start["tags"], "stage": "pipeline", "pipeline": key, "host": start["host"]}
-            found = self._find("pipeline", key)
-            self._parents[key] = found or self._create("pipeline", start["time_ms"], tags)
-        return self._parents[key]
+        folder = self.folder / "pipelines" / run.pipeline
+        if (folder / "parent.json").exists():
+            return _Parent.load(folder).run_id
+        start = run.start
+        workspace = start.get("workspace", str(self.root))
+        facts = {"host": start["host"], "workspace": workspace, "pipeline": run.pipeline, "stage": "pipeline"}
+        if command := start["pipeline"].get("command"):
+            facts["command"] = command
+        experiment = start["tags"].get("dvc.experiment", "")
+        found = self._find("pipeline", run.pipeline)
+        name = experiment or "pipeline"
+        run_id = found or self._create(name, start["time_ms"], {**start["tags"], **facts})
+        folder.mkdir(parents=True, exist_ok=True)
+        before = run.folder / "artifacts" / "before" / LOCK
+        if before.exists():
+            shutil.copyfile(before, folder / LOCK)
+        _Parent(folder, run_id, start["time_ms"], workspace, experiment).save()
+        return run_id
 
-    def _find(self, tag: str, value: str) -> str:
+    def _find(self, tag: str, value: str, further: str = "") -> str:
+        """The newest run with a tag, or nothing."""
         if not value:
             return ""
-        found = self._connect().search_runs([self._experiment], f"tags.`{tag}` = '{value}'", max_results=1)
-        return found[0].info.run_id if found else ""
+        client, experiment = self.connect()
+        wanted, newest = f"tags.`{tag}` = '{value}'{further}", ["attributes.start_time DESC"]
+        found = client.search_runs([experiment], wanted, max_results=1, order_by=newest)
+        return str(found[0].info.run_id) if found else ""
 
     def _create(self, name: str, time_ms: int, tags: dict[str, str]) -> str:
-        run = self._connect().create_run(self._experiment, time_ms, tags, run_name=name)
-        return str(run.info.run_id)
+        client, experiment = self.connect()
+        return str(client.create_run(experiment, time_ms, tags, run_name=name).info.run_id)
 
     def _copy(self, run: _Run, lines: list[dict[str, Any]]) -> bool:
         """Send journal lines in their order, metrics in batches. Returns whether the run has ended."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        client = self._connect()
-        metrics = [
-            Metric(_name(key), value, line["time_ms"], line["step"])
-            for line in lines
-            if line["kind"] == "metrics"
-            for key, value in line["values"].items()
-        ]
-        for start in range(0, len(metrics), _MAX_METRICS):
-            client.log_batch(run.run_id, metrics=metrics[start : start + _MAX_METRICS])
+        client = self.connect()[0]
+        told = [line for line in lines if line["kind"] == "metrics"]
+        self._log_metrics(run.run_id, [(line["time_ms"], line["step"], line["values"]) for line in told])
         for line in lines:
             if line["kind"] == "params" and "continues" not in run.start:  # MLflow's are written once
-                params = [Param(_name(key), str(value)[:_MAX_VALUE]) for key, value in line["values"].items()]
-                for start in range(0, len(params), _MAX_PARAMS):
-                    client.log_batch(run.run_id, params=params[start : start + _MAX_PARAMS])
+                self._log_params(run.run_id, line["values"])
             elif line["kind"] == "tags":
-                client.log_batch(run.run_id, tags=[RunTag(k, str(v)) for k, v in line["values"].items()])
+                self._log_tags(run.run_id, line["values"])
+            elif line["kind"] == "inputs":
+                self._log_inputs(run.run_id, line["datasets"])
             elif line["kind"] == "artifact":
                 self._copy_artifact(run, line)
             elif line["kind"] == "end":
                 client.set_terminated(run.run_id, line["status"], line["time_ms"])
         return any(line["kind"] == "end" for line in lines)
 
+    def _log_metrics(self, run_id: str, told: list[tuple[int, int, dict[str, float]]]) -> None:
+        """Send (time in ms, step, values): what MLflow has already is not doubled."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(_name(key), value, time_ms, step)
+            for time_ms, step, values in told
+            for key, value in values.items()
+        ]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self.connect()[0].log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS])
+
+    def _log_params(self, run_id: str, values: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(_name(key), str(value)[:_MAX_VALUE]) for key, value in values.items()]
+        for start in range(0, len(params), _MAX_PARAMS):
+            self.connect()[0].log_batch(run_id, params=params[start : start + _MAX_PARAMS])
+
+    def _log_tags(self, run_id: str, values: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        self.connect()[0].log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in values.items()])
+
+    def _log_inputs(self, run_id: str, datasets: list[dict[str, str]]) -> None:
+        """Name the data that a run read; MLflow takes a part of the hash, the whole is in the profile."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=one["name"],
+                    digest=one["digest"][:_MAX_DIGEST],
+                    source_type="local",
+                    source=json.dumps({"uri": one["source"]}),
+                    profile=json.dumps({"sha256": one["digest"], "bytes": one.get("bytes", "")}),
+                ),
+                [InputTag("mlflow.data.context", one["context"])],
+            )
+            for one in datasets
+        ]
+        self.connect()[0].log_inputs(run_id, inputs)
+
     def _copy_artifact(self, run: _Run, line: dict[str, Any]) -> None:
         path = run.folder / line["path"]
+        client = self.connect()[0]
         if not path.exists():
             logging.warning("%s is gone; its run goes on without it", path)
         elif path.is_dir():
-            target = f"{line['folder']}/{path.name}".lstrip("/")
-            self._connect().log_artifacts(run.run_id, str(path), target)
+            client.log_artifacts(run.run_id, str(path), f"{line['folder']}/{path.name}".lstrip("/"))
         else:
-            self._connect().log_artifact(run.run_id, str(path), line["folder"] or None)
+            client.log_artifact(run.run_id, str(path), line["folder"] or None)
 
-    def _close_parents(self) -> bool:
-        """End the parent runs whose `dvc` process is gone. Returns whether none is left open."""
-        for key, run_id in list(self._parents.items()):
-            pid, created = key.split("-")
-            if _alive(int(pid), float(created)):
-                continue
-            children = self._connect().search_runs(
-                [self._experiment], f"tags.`mlflow.parentRunId` = '{run_id}'"
+    def _conclude_parents(self) -> bool:
+        """Conclude the runs of `dvc` processes that have ended. Returns whether none is left open."""
+        waiting = {_Run.load(folder).pipeline for folder in self.pending()}
+        open_ones = [p for p in self.parents() if p.alive or p.folder.name in waiting]
+        for parent in self.parents():
+            if parent.folder.name not in {one.folder.name for one in open_ones}:
+                self._conclude(parent)
+        return not open_ones
+
+    def _children(self, run_id: str) -> list[Child]:
+        """The runs of the stages of a `dvc` process, in their order."""
+        client, experiment = self.connect()
+        found = client.search_runs(
+            [experiment], f"tags.`mlflow.parentRunId` = '{run_id}'", order_by=["attributes.start_time"]
+        )
+        return [
+            Child(
+                run.data.tags.get("stage", ""),
+                run.info.run_id,
+                run.info.status,
+                self.folder / "done" / run.data.tags.get("journal", ""),
             )
-            statuses = {child.info.status for child in children}
-            status = "FINISHED" if statuses <= {"FINISHED"} else "FAILED"
-            self._connect().set_terminated(run_id, status, now_ms())
-            del self._parents[key]
-        return not self._parents
+            for run in found
+        ]
+
+    def _made_by(self, key: str) -> str:
+        """The newest run that made what an entry of dvc.lock says."""
+        return self._find("lock_entry", key, " and attributes.status = 'FINISHED'")
+
+    def _conclude(self, parent: _Parent) -> None:
+        """Tell in MLflow what a `dvc` process left, and log its model."""
+        children = self._children(parent.run_id)
+        before = Folder(parent.folder).read(LOCK)
+        place, cache = self._place(parent), Cache(self.root)
+        ending = conclude(place, cache, before, children, self._made_by)
+        for run_id, key in ending.keys.items():
+            self.connect()[0].set_tag(run_id, "lock_entry", key)
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            write_files(ending, place, cache, children, Path(scratch))
+            self.connect()[0].log_artifacts(parent.run_id, scratch)
+        self._log_params(parent.run_id, ending.params)
+        told = [(parent.time_ms, step, values) for step, values in ending.metrics]
+        self._log_metrics(parent.run_id, told)
+        self._log_tags(parent.run_id, ending.tags)
+        self._log_model(parent, ending, place, cache)
+        self.connect()[0].set_terminated(parent.run_id, ending.status, now_ms())
+        shutil.rmtree(parent.folder)
+        write_text(self.folder / _TOLD, ending.tags["lock_sha256"])
+
+    def _place(self, parent: _Parent) -> Place:
+        """The work tree of a `dvc` process; of a scratch folder that is gone, the commit that DVC keeps."""
+        workspace = Path(parent.workspace)
+        if not workspace.exists() and (commit := experiment_commit(self.root, parent.experiment)):
+            return Commit(self.root, commit)
+        return Folder(workspace)
+
+    def _log_model(self, parent: _Parent, ending: Ending, place: Place, cache: Cache) -> None:
+        """Register the model of a whole chain, and write the page of the run; a refusal stops nothing."""
+        lines = {"command": self._tag(parent.run_id, "command"), "data": ending.tags.get("data_sha256", "")}
+        if "weights_sha256" in ending.tags and parent.model_tries < _MODEL_TRIES:
+            from compactgpt import registry
+
+            parent.model_tries += 1
+            parent.save()
+            made_by = {stage: run_id for stage, _, run_id in ending.fates}
+            client, experiment = self.connect()
+            try:
+                shelf = registry.Shelf(
+                    client, experiment, made_by.get("training") or parent.run_id, parent.run_id
+                )
+                version = shelf.register(ending, place, cache)
+            except Exception as error:
+                logging.exception("the model is not logged")
+                if parent.model_tries < _MODEL_TRIES:
+                    raise
+                lines["model"] = f"not logged: {type(error).__name__}"
+            else:
+                self._log_tags(parent.run_id, {"model_version": version})
+                lines["model"] = (
+                    f"[{registry.NAME} version {version}](#/models/{registry.NAME}/versions/{version})"
+                )
+        text = note(ending, lambda run_id: f"#/experiments/{self._experiment}/runs/{run_id}", lines)
+        self._log_tags(parent.run_id, {"mlflow.note.content": text})
+
+    def _tag(self, run_id: str, name: str) -> str:
+        return str(self.connect()[0].get_run(run_id).data.tags.get(name, ""))
+
+    def record_unrun(self) -> None:
+        """Tell of a `dvc repro` that found nothing to run, once a dvc.lock: no stage did."""
+        lock, told = Folder(self.root).read(LOCK) or b"", self.folder / _TOLD
+        key = hashlib.sha256(lock).hexdigest()
+        if (told.exists() and told.read_text() == key) or not read_chain(Folder(self.root)).complete:
+            return
+        if self._find("lock_sha256", key):
+            write_text(told, key)
+            return
+        facts = {"host": platform.node(), "workspace": str(self.root), "pipeline": f"none-{now_ms()}"}
+        tags = {**git_facts(self.root), **facts, "stage": "pipeline"}
+        folder = self.folder / "pipelines" / facts["pipeline"]
+        folder.mkdir(parents=True)
+        (folder / LOCK).write_bytes(lock)
+        _Parent(folder, self._create("pipeline", now_ms(), tags), now_ms(), str(self.root)).save()
+        self.sync()
+
+
+def gpu_monitor() -> Any:
+    """MLflow's look at Nvidia's GPUs, where nvidia-ml-py is installed and there are some."""
+    if importlib.util.find_spec("pynvml") is None:
+        return None
+    with suppress(ImportError, RuntimeError):
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
+        return GPUMonitor()
+    return None
 
 
 def follow(root: Path) -> None:
@@ -316,8 +581,13 @@ def follow(root: Path) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def drain(root: Path, patience_seconds: float = 60.0) -> bool:
+def drain(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = False) -> bool:
     """Copy what is left of ended runs, waiting for a process that already does so.
+
+    Args:
+        root: the repository.
+        patience_seconds: how long at most.
+        record_unrun: give a dvc.lock that no run has told of a run of its own.
 
     Returns:
         Whether MLflow has everything.
@@ -325,12 +595,16 @@ def drain(root: Path, patience_seconds: float = 60.0) -> bool:
     syncer = Syncer(root)
     syncer.folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience_seconds
-    while syncer.pending() and time.monotonic() < deadline:
+    while syncer.left() and time.monotonic() < deadline:
         with _lock(syncer.folder) as alone:
             if alone:
                 syncer.sync()
         time.sleep(0.2)
-    return not syncer.pending()
+    if record_unrun and not syncer.left():
+        with _lock(syncer.folder) as alone:
+            if alone:
+                syncer.record_unrun()
+    return not syncer.left()
 
 
 def main() -> None:
@@ -338,7 +612,7 @@ def main() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     if sys.argv[1:2] == ["--follow"]:
         follow(Path(sys.argv[2]))
-    elif not drain(Path.cwd()):
+    elif not drain(Path.cwd(), record_unrun=True):
         sys.exit("MLflow has not taken everything yet; `python -m compactgpt.syncing` tries again")
 
 

@@ -5,22 +5,35 @@ of its own and writes them to MLflow. So no stage imports MLflow, a slow or dead
 kills a stage, and a run that is killed is still closed by the process that outlives it.
 
 A run is a folder `<state>/tracking/<time>-<stage>-<random>/` with `journal.jsonl`, one JSON object a line
-(`kind` is start, params, tags, metrics, artifact or end), and `artifacts/`, copies of the logged files.
+(`kind` is start, params, tags, metrics, inputs, artifact or end), and `artifacts/`, copies of logged files.
 """
 
 import json
 import os
+import platform
 import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from compactgpt.storage import write_text
 
 Scalar = str | int | float | bool | None
+OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps
+_FOLDERS = {"model": "model", "validation": "data"} | {
+    name: f"eval/{name}" for name in ("tasks", "text", "views")
+}
+DIFF = "uncommitted.diff"  # name of the artifact
+NEW_FILES = ("conf", "src", "stages")
+# Of a processor, and of the environment: what changes the order or the width of sums.
+VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def root() -> Path:
@@ -48,6 +61,9 @@ class Tracker(Protocol):
     def tags(self, values: Mapping[str, str]) -> None:
         """Log what the run can be searched by."""
 
+    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Log the data that the run reads: `name`, `digest`, `source`, `context`, and what else is known."""
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a small file or folder as it is now."""
 
@@ -68,6 +84,9 @@ class NullTracker:
         """Forget."""
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Forget."""
+
+    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
         """Forget."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -96,6 +115,29 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(v) for key, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }
+
+
+def grouped(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a stage's report under the names that every model and run shares.
+
+    MLflow groups its charts by what stands before the last slash: `eval/` has the figures of a model on the
+    val split, whatever the model; `eval/tasks/`, `eval/text/`, `eval/views/` what else was asked of it;
+    `bounds/` the ends of intervals. Other stages' numbers go by the stage's name.
+    """
+    if stage not in ("evaluation", "baseline"):
+        return {f"{stage}/{key}": value for key, value in numbers(report).items()}
+    named = {}
+    for key, value in numbers(report).items():
+        if key.startswith(("settings.", "text.settings.")):
+            continue  # params say so
+        group, _, rest = key.partition(".")
+        folder, name = _FOLDERS.get(group, "eval"), rest.removeprefix("statistics.")
+        if group not in _FOLDERS:
+            name = key
+        if key.endswith((".low", ".high")):
+            folder = f"bounds/{folder}"
+        named[f"{folder}/{name.removesuffix('.value')}"] = value
+    return named
 
 
 def now_ms() -> int:
@@ -158,6 +200,11 @@ class Journal:
         """Log what the run can be searched by."""
         self._append("tags", {"values": dict(values)})
 
+    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Log the data that the run reads: `name`, `digest`, `source`, `context`, and what else is known."""
+        if datasets:
+            self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a small file or folder as it is now."""
         target = self.folder / "artifacts" / folder / path.name
@@ -190,16 +237,60 @@ def _last_steps(folder: Path, first: str) -> dict[str, int]:
     return last
 
 
-def git_facts(root: Path) -> dict[str, str]:
-    """Commit, branch and cleanness of the repository at `root`; empty where there is none."""
+def git_facts(folder: Path) -> dict[str, str]:
+    """Commit and cleanness of the work tree at `folder`; empty where there is none.
+
+    What stages write (OUTPUTS) makes nothing dirty.
+    """
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = bool(uncommitted(folder))
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"git.commit": commit, "git.dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
 
 
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def uncommitted(folder: Path) -> bytes:
+    """What `git apply` needs to turn the commit into the work tree; empty where that is clean.
+
+    New files are part of it where code and settings lie (NEW_FILES), so that nobody's notes or keys are told.
+    """
+    outputs = [f":(exclude){path}" for path in OUTPUTS]
+    changes = _git_bytes(
+        folder, "diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".", *outputs
+    )
+    new = _git_bytes(folder, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW_FILES)
+    for name in sorted(filter(None, new.decode().split("\0"))):
+        words = ["diff", "--binary", "--no-ext-diff", "--no-index", "--", "/dev/null", name]
+        changes += _git_bytes(folder, *words, allowed=(0, 1))  # 1: they differ
+    return changes
+
+
+def machine_facts() -> dict[str, str]:
+    """What decides how sums are rounded, beside params.yaml: the processor and the libraries."""
+    facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": _version("torch")}
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        about = dict(line.split(":", 1) for line in islice(file, 40) if ":" in line)
+        cpu = {key.strip(): value.strip() for key, value in about.items()}
+        facts["cpu"] = cpu.get("model name", "")
+        facts["cpu.vectors"] = " ".join(flag for flag in VECTORS if flag in cpu.get("flags", "").split())
+    chosen = {name: os.environ[name] for name in ARITHMETIC if name in os.environ}
+    return facts | ({"arithmetic": json.dumps(chosen, sort_keys=True)} if chosen else {})
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(folder: Path, *words: str) -> str:
+    return _git_bytes(folder, *words).decode().strip()
+
+
+def _git_bytes(folder: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=False)
+    if done.returncode not in allowed:
+        raise subprocess.CalledProcessError(done.returncode, words[0], done.stdout, done.stderr)
+    return done.stdout

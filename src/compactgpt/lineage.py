@@ -1,0 +1,277 @@
+"""What DVC knows, read from its files: the chain, the entries of dvc.lock, and the bytes that they name.
+
+DVC itself is never imported: dvc.yaml and dvc.lock are YAML, and its cache is a folder of files named by
+their MD5. Everything is read from a `Place`, which is a folder or a commit of git.
+"""
+
+import configparser
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from compactgpt.errors import BadData, MissingInput, UserError
+
+LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
+MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
+Entry = dict[str, Any]  # of one stage in dvc.lock
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+class Place(Protocol):
+    """Where a version of the project is read."""
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The project as it lies in a folder."""
+
+    root: Path
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
+        try:
+            return (self.root / path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The project as git has it."""
+
+    root: Path
+    revision: str
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
+        done = subprocess.run(
+            ["git", "-C", str(self.root), "show", f"{self.revision}:{path}"], capture_output=True, check=False
+        )
+        return done.stdout if done.returncode == 0 else None
+
+
+def git(root: Path, *words: str) -> str:
+    """Ask git.
+
+    Raises:
+        UserError: git says no; the message is its own.
+    """
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"git {words[0]} said: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def parse_yaml(content: bytes | None, name: str) -> Any:
+    """Parse a YAML file of DVC's; an absent one is empty.
+
+    Raises:
+        BadData: it is no YAML.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe").load(content.decode()) if content else None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise BadData(f"{name} is no valid YAML: `git checkout {name}` restores it") from error
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of dvc.yaml in their order, and what dvc.lock says of each."""
+
+    stages: list[str]  # those of a matrix by their full names
+    entries: dict[str, Entry]
+    lock: bytes = b""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stage has been made."""
+        return bool(self.stages) and all(stage in self.entries for stage in self.stages)
+
+    def out(self, path: str) -> str:
+        """MD5 of an out, or nothing where no stage has made it."""
+        for stage in self.stages:
+            for found, md5 in outs(self.entries.get(stage, {})).items():
+                if found == path:
+                    return md5
+        return ""
+
+
+def read_chain(place: Place) -> Chain:
+    """Read dvc.yaml and dvc.lock."""
+    tree = parse_yaml(place.read(CHAIN), CHAIN) or {}
+    params = parse_yaml(place.read(PARAMS), PARAMS) or {}
+    lock = place.read(LOCK) or b""
+    stages = [
+        full for name, body in tree.get("stages", {}).items() for full in _full_names(name, body, params)
+    ]
+    return Chain(stages, entries_of(lock), lock)
+
+
+def entries_of(lock: bytes | None) -> dict[str, Entry]:
+    """The stages of a dvc.lock."""
+    return (parse_yaml(lock, LOCK) or {}).get("stages") or {}
+
+
+def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
+    """A stage's name, or the names of its items where it is a matrix of one variable."""
+    matrix = body.get("matrix")
+    if not matrix:
+        yield name
+        return
+    (values,) = matrix.values()
+    if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
+        for part in reference[1].split("."):
+            params = params.get(part, {})
+        values = params or []
+    yield from (f"{name}@{value}" for value in values)
+
+
+def entry_key(entry: Entry) -> str:
+    """One hash for all that dvc.lock says of a stage: command, code, data, parameters, outs."""
+    content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def outs(entry: Entry) -> dict[str, str]:
+    """MD5 of each out by its path; a folder's ends in `.dir`."""
+    return {out["path"]: str(out["md5"]) for out in entry.get("outs", [])}
+
+
+def deps(entry: Entry) -> dict[str, str]:
+    """MD5 of each dep by its path."""
+    return {dep["path"]: str(dep["md5"]) for dep in entry.get("deps", [])}
+
+
+def entry_params(entry: Entry) -> dict[str, Any]:
+    """The parameters that a stage was made with."""
+    return dict(entry.get("params", {}).get(PARAMS, {}))
+
+
+def md5_of(content: bytes) -> str:
+    """The hash that DVC names content by: identity, no defence."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def md5_file(path: Path) -> str:
+    """The same of a file, in bounded memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def md5_path(path: Path) -> str:
+    """What DVC calls a file or a folder; nothing where there is none."""
+    if path.is_file():
+        return md5_file(path)
+    if not path.is_dir():
+        return ""
+    files = sorted(
+        (found.relative_to(path).as_posix(), found)
+        for found in path.rglob("*")
+        if found.is_file() and "__pycache__" not in found.parts
+    )
+    listing = [{"md5": md5_file(found), "relpath": name} for name, found in files]
+    return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+
+class Cache:
+    """DVC's cache: content by MD5."""
+
+    def __init__(self, root: Path) -> None:
+        settings = configparser.ConfigParser()
+        settings.read([root / ".dvc/config", root / ".dvc/config.local"])
+        folder = settings.get("cache", "dir", fallback="cache").strip()
+        self.folder = (root / ".dvc" / folder).resolve()
+
+    def file(self, md5: str) -> Path:
+        """Where an object lies, or would."""
+        return self.folder / "files" / "md5" / md5[:2] / md5[2:]
+
+    def files(self, md5: str) -> dict[str, Path]:
+        """The files of an out by their path in it, `` for a file.
+
+        Raises:
+            MissingInput: the cache lacks one.
+        """
+        if not md5.endswith(".dir"):
+            return {"": self._present(md5)}
+        listing = json.loads(self._present(md5).read_bytes())
+        return {item["relpath"]: self._present(item["md5"]) for item in listing}
+
+    def objects(self, md5: str) -> list[Path]:
+        """Every object that an out is made of; the cache must have them."""
+        found = list(self.files(md5).values())
+        return [*found, self.file(md5)] if md5.endswith(".dir") else found
+
+    def has(self, md5: str) -> bool:
+        """Whether the whole of an out is there."""
+        try:
+            return bool(self.files(md5)) or md5.endswith(".dir")
+        except (MissingInput, ValueError):
+            return False
+
+    def _present(self, md5: str) -> Path:
+        path = self.file(md5)
+        if not path.is_file():
+            raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` fetches it where a remote has it")
+        return path
+
+
+def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
+    """Copy an out as dvc.lock names it to `target`: from the cache, else from the place itself.
+
+    Args:
+        cache: of the project.
+        place: where an out that the cache lacks may lie.
+        path: of the out.
+        md5: what dvc.lock calls it.
+        target: a place for the copy.
+
+    Returns:
+        Whether it was to be had: what lies at `path` may be of another run by now.
+
+    Raises:
+        BadData: the cache holds other bytes than it says.
+    """
+    if not cache.has(md5):
+        content = None if md5.endswith(".dir") else place.read(path)
+        if content is None or md5_of(content) != md5:
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return True
+    for name, source in cache.files(md5).items():
+        copy = target / name if name else target
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+        if md5_file(copy) != source.parent.name + source.name:
+            raise BadData(f"{source} was altered: `dvc repro -f` or `dvc pull` makes it again")
+    return True
+
+
+def experiment_commit(root: Path, name: str) -> str:
+    """The commit that DVC keeps of a named experiment; nothing where there is none."""
+    try:
+        refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    except UserError:
+        return ""
+    return next((ref for ref in refs if name and ref.endswith(f"/{name}")), "")
+
+
+def first_difference(ours: Chain, theirs: Chain) -> str:
+    """The first stage of the chain whose outs differ between two locks; nothing where none does."""
+    for stage in ours.stages:
+        if outs(ours.entries.get(stage, {})) != outs(theirs.entries.get(stage, {})):
+            return stage
+    return ""

@@ -1,0 +1,80 @@
+"""An empty MLflow store, a small repository under DVC's files, and journals: for the tests of lineage."""
+
+import hashlib
+import json
+import os
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+from compactgpt.lineage import md5_of, md5_path
+from compactgpt.syncing import Syncer, process_facts
+from compactgpt.tracking import Journal
+
+IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
+def made_store(folder: Path) -> bytes:
+    """Make a migrated, empty store: it takes seconds, copying it none."""
+    Syncer(folder).connect()
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        database.execute("pragma wal_checkpoint(truncate)")
+    return (folder / "mlflow.db").read_bytes()
+
+
+def git(root: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **IDENTITY},
+    )
+    return done.stdout.strip()
+
+
+def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
+    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start}, held=held)
+
+
+def runs(root: Path):
+    client, experiment = Syncer(root).connect()
+    return client.search_runs([experiment], order_by=["attributes.start_time"])
+
+
+def cache_out(root: Path, path: str) -> str:
+    """Put an out into DVC's cache as DVC does; returns its name."""
+
+    def keep(content: bytes, suffix: str = "") -> str:
+        md5 = md5_of(content) + suffix
+        target = root / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        return md5
+
+    place = root / path
+    if place.is_file():
+        return keep(place.read_bytes())
+    files = sorted(found for found in place.rglob("*") if found.is_file())
+    listing = [{"md5": keep(one.read_bytes()), "relpath": one.relative_to(place).as_posix()} for one in files]
+    made = keep(json.dumps(listing, sort_keys=True).encode(), ".dir")
+    assert made == md5_path(place)
+    return made
+
+
+def save_lock(root: Path, stages: dict[str, list[str]], **params) -> None:
+    """Write a dvc.lock of stages with their outs, as they lie there."""
+    entries = {
+        stage: {
+            "cmd": f"make {stage}",
+            "params": {"params.yaml": params},
+            "outs": [{"path": path, "hash": "md5", "md5": md5_path(root / path)} for path in paths],
+        }
+        for stage, paths in stages.items()
+    }
+    (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": entries}))  # JSON is YAML
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

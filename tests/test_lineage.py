@@ -1,0 +1,95 @@
+"""DVC's files as DVC writes them: names of folders, the cache, the chain; and any version of them."""
+
+import pytest
+
+from compactgpt.errors import BadData, UserError
+from compactgpt.lineage import (
+    Cache,
+    Commit,
+    Folder,
+    checkout,
+    entry_key,
+    first_difference,
+    git,
+    md5_path,
+    read_chain,
+)
+from tests import store
+
+CHAIN = """
+stages:
+  a: {cmd: a, outs: [x]}
+  b: {matrix: {name: "${b.names}"}, cmd: "b ${item.name}"}
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "dvc.yaml").write_text(CHAIN)
+    (tmp_path / "params.yaml").write_text("b: {names: [one, two]}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "b").write_text("2")
+    (tmp_path / "x" / "a").write_text("1")
+    store.save_lock(tmp_path, {"a": ["x"], "b@one": []})
+    return tmp_path
+
+
+def test_a_folder_is_named_as_dvc_names_it(root):
+    # what `dvc add` of 3.67.1 wrote for it
+    assert md5_path(root / "x") == "8ea7b150bb7c692952804d00767e8840.dir"
+
+
+def test_the_chain_has_the_items_of_a_matrix_in_order(root):
+    chain = read_chain(Folder(root))
+    assert chain.stages == ["a", "b@one", "b@two"]
+    assert not chain.complete
+    assert chain.out("x") == md5_path(root / "x")
+    assert chain.out("y") == ""
+
+
+def test_an_out_comes_from_the_cache_even_if_the_folder_has_another(root, tmp_path):
+    md5, target = store.cache_out(root, "x"), tmp_path / "copy"
+    (root / "x" / "a").write_text("another")
+    assert checkout(Cache(root), Folder(root), "x", md5, target)
+    assert md5_path(target) == md5
+    assert (target / "a").read_text() == "1"
+
+
+def test_an_out_that_is_not_to_be_had_is_not_made_up(root, tmp_path):
+    (root / "y").write_text("new")
+    assert not checkout(Cache(root), Folder(root), "y", "0" * 32, tmp_path / "copy")
+    assert checkout(Cache(root), Folder(root), "y", md5_path(root / "y"), tmp_path / "copy")
+
+
+def test_a_damaged_cache_is_noticed(root, tmp_path):
+    md5 = store.cache_out(root, "x")
+    Cache(root).files(md5)["a"].write_text("3")
+    with pytest.raises(BadData, match="was altered"):
+        checkout(Cache(root), Folder(root), "x", md5, tmp_path / "copy")
+
+
+def test_a_commit_is_read_without_touching_the_work_tree(root):
+    for words in [["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]]:
+        store.git(root, *words)
+    (root / "params.yaml").write_text("changed")
+    assert Commit(root, "HEAD").read("params.yaml") == b"b: {names: [one, two]}"
+    assert Commit(root, "HEAD").read("absent") is None
+
+
+def test_git_says_no_in_its_own_words(tmp_path):
+    with pytest.raises(UserError, match="not a git repository"):
+        git(tmp_path, "rev-parse", "HEAD")
+
+
+def test_the_key_of_an_entry_is_of_all_that_it_says(root):
+    entry = read_chain(Folder(root)).entries["a"]
+    assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
+    assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
+
+
+def test_the_first_difference_is_the_first_of_the_chain(root):
+    before = read_chain(Folder(root))
+    assert first_difference(before, before) == ""
+    (root / "x" / "a").write_text("3")
+    store.save_lock(root, {"b@one": ["dvc.yaml"], "a": ["x"]})
+    assert first_difference(before, read_chain(Folder(root))) == "a"
