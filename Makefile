@@ -44,6 +44,7 @@ repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@python -m compactgpt.syncing
 	@python -m stages.comparison --show
 	@echo
+	@echo "The page, to look at:       reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
 	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=1600"

@@ -1,4 +1,4 @@
-"""Door of compactgpt.comparison: reports, claims and published values -> reports/comparison.*."""
+"""Door of compactgpt.comparison: reports, claims, published values -> evidence.json and what it shows."""
 
 import shutil
 import sys
@@ -15,44 +15,46 @@ app = new_app()
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    inputs: Annotated[Path, typer.Option(help="Folder of claims.yaml and published.yaml.")] = Path(),
+    inputs: Annotated[
+        Path, typer.Option(help="Folder of claims.yaml, published.yaml and the code.")
+    ] = Path(),
     reports: Annotated[Path, typer.Option(help="The other stages' reports; ours go there.")] = Path(
         "reports"
     ),
     data: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data"),
+    models: Annotated[Path, typer.Option(help="Folder of our model.")] = Path("models"),
     show: Annotated[bool, typer.Option("--show", help="Only print the table of the last run.")] = False,
     readme: Annotated[Path | None, typer.Option(help="Only renew the tables that this page quotes.")] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Regenerate the note's table from what is known."""
     from compactgpt import rendering
+    from compactgpt.publication import RECORD, published_files
     from compactgpt.storage import read_json, write_bytes, write_text
 
     if show or readme:
         tracker = "none"
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
+        language = stage.params.comparison.language
         if show:
-            record = read_json(reports / "comparison.json")
+            record = read_json(reports / RECORD)
             width = max(shutil.get_terminal_size((120, 24)).columns, 80)
-            typer.echo(rendering.terminal(record, width=width, colour=sys.stdout.isatty()))
+            colour = sys.stdout.isatty()
+            typer.echo(rendering.terminal(record, width=width, colour=colour, language=language))
             return
         if readme:
-            report = rendering.markdown(read_json(reports / "comparison.json"))
+            report = rendering.markdown(read_json(reports / RECORD))
             write_text(readme, rendering.quote_tables(readme.read_text("utf-8"), report))
             return
-        from compactgpt.comparison import compare, measured_values, read_sources
+        from compactgpt.comparison import compare, measured_values
+        from compactgpt.readings import read_sources
 
-        sources = read_sources(inputs, reports, data, stage.params.baseline.names)
+        sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)
         record = compare(sources, stage.params.evaluation.likelihood)
-        write_text(reports / "comparison.md", rendering.markdown(record))
-        write_text(reports / "comparison.csv", rendering.csv_text(record))
-        write_bytes(reports / "bits_per_byte.png", rendering.bits_per_byte_png(record))
-        write_bytes(reports / "loss.png", rendering.loss_png(record))
-        stage.report(reports / "comparison.json", record)
+        for name, content in published_files(record, language).items():
+            write_bytes(reports / name, content)
+            stage.tracker.artifact(reports / name, "reports")
         stage.tracker.metrics(measured_values(record))
-        stage.tracker.artifact(reports / "comparison.md", "reports")
-        stage.tracker.artifact(reports / "bits_per_byte.png", "reports")
-        stage.tracker.artifact(reports / "loss.png", "reports")
 
 
 if __name__ == "__main__":

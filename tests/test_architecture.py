@@ -10,40 +10,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from compactgpt.config import Params
+from compactgpt.provenance import code_hashes, rooms_of
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "src/compactgpt").glob("*.py")}
 STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
 PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
-# Files whose edit changes no output: they carry words, progress and records. What config.py reads is
-# tracked by DVC value by value, as params.
-NO_DEPS = {"__init__", "config", "console", "door", "errors", "progress", "syncing", "tracking", "watching"}
-
-
-def project_imports(path: Path) -> set[str]:
-    """Rooms and doors that a file imports, at its top or inside its functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "compactgpt":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith(("compactgpt.", "stages.")):
-                found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("compactgpt.")}
-    return found
-
-
-def reachable(path: Path) -> set[str]:
-    """Rooms that a door uses, directly or through other rooms; the door's own help is no output."""
-    seen: set[str] = set()
-    todo = project_imports(path) - NO_DEPS
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= project_imports(ROOMS[name]) - NO_DEPS - seen
-    return seen
 
 
 def body(stage: str) -> dict:
@@ -52,9 +25,16 @@ def body(stage: str) -> dict:
 
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_a_stages_deps_are_the_files_that_it_reads_and_no_others(stage):
-    listed = {dep for dep in body(stage)["deps"] if dep.startswith(("src/", "stages/"))}
-    used = {f"src/compactgpt/{name}.py" for name in reachable(STAGES[stage])}
-    assert listed == used | {f"stages/{stage}.py"}
+    listed = {dep for dep in body(stage)["deps"] if dep.startswith(("src/", "stages"))}
+    used = {f"src/compactgpt/{name}.py" for name in rooms_of(ROOT, STAGES[stage])}
+    if stage == "comparison":  # it hashes the code of every stage
+        assert listed == {"src/compactgpt", "stages"}
+    else:
+        assert listed == used | {f"stages/{stage}.py"}
+
+
+def test_each_stage_has_a_hash_of_its_code():
+    assert set(code_hashes(ROOT)) == set(PIPELINE)
 
 
 @pytest.mark.parametrize("stage", PIPELINE)

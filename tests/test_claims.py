@@ -147,7 +147,8 @@ EXPECTED = {
 
 def test_the_notes_verdicts():
     published = {
-        v.id: Evidence(**v.model_dump()) for v in load_section(ROOT / "published.yaml", Published).values
+        v.id: Evidence(**v.model_dump(exclude={"context", "stride", "tokenizer"}))
+        for v in load_section(ROOT / "published.yaml", Published).values
     }
     counted = {
         "note.parameters.nanogpt": 29_938_560,

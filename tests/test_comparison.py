@@ -7,94 +7,41 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt import rendering
-from compactgpt.comparison import compare, read_sources
-from compactgpt.config import load_params
+from compactgpt.claims import Known, Verdict
+from compactgpt.comparison import compare
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.estimate import estimate
+from compactgpt.provenance import code_hashes
+from compactgpt.publication import published_files
+from compactgpt.words import GROUPS, KNOWN, TEXT, VERDICTS
 from stages.comparison import app
-
-ROOT = Path(__file__).parents[1]
-PARAMS = load_params(ROOT / "params.yaml")
-LIKELIHOOD = PARAMS.evaluation.likelihood.model_copy(update={"bootstrap_resamples": 200})
-NAMES = PARAMS.baseline.names
-DOCUMENTS = 40
-TOKENS = np.random.default_rng(0).integers(20, 200, DOCUMENTS)
-DIFFICULTY = np.random.default_rng(1).normal(0, 0.5, DOCUMENTS)
-LOSSES = {"compact": 4.4, **{name: 3.0 + 0.7 * place for place, name in enumerate(NAMES)}}
-
-
-def nats_of(name: str) -> np.ndarray:
-    noise = np.random.default_rng(list(LOSSES).index(name)).normal(0, 0.05, DOCUMENTS)
-    return TOKENS * (LOSSES[name] + DIFFICULTY + noise)
-
-
-def write_score(reports: Path, data: Path, name: str) -> None:
-    nats, bytes_ = nats_of(name), TOKENS * 4
-    loss = nats.sum() / TOKENS.sum()
-    bits = nats.sum() / (math.log(2) * bytes_.sum())
-    report = {
-        "model": {
-            "name": name,
-            "kind": "test",
-            "num_params": None if name == "xz" else 1_234_567,
-            "context": "c",
-        },
-        "validation": {
-            "sha256": "a" * 64,
-            "documents": DOCUMENTS,
-            "tokens": int(TOKENS.sum()),
-            "bytes": int(bytes_.sum()),
-        },
-        "window": LIKELIHOOD.window,
-        "loss": {"value": loss, "low": loss - 0.1, "high": loss + 0.1},
-        "perplexity": {"value": math.exp(loss), "low": math.exp(loss - 0.1), "high": math.exp(loss + 0.1)},
-        "bits_per_byte": {"value": bits, "low": bits - 0.03, "high": bits + 0.03},
-        "own_tokens": None,
-        "loss_per_own_token": None,
-    }
-    compact = name == "compact"
-    path = reports / ("evaluation.json" if compact else f"baseline/{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report))
-    totals = data / ("evaluation/compact.parquet" if compact else f"baseline/{name}.parquet")
-    totals.parent.mkdir(parents=True, exist_ok=True)
-    ids = [f"{i:032x}" for i in range(DOCUMENTS)]
-    own = pyarrow.nulls(DOCUMENTS, pyarrow.int64())
-    columns = {"id": ids, "bytes": bytes_, "tokens": TOKENS, "own_tokens": own, "nats": nats}
-    pyarrow.parquet.write_table(pyarrow.table(columns), totals)
+from tests.place import (
+    DOCUMENTS,
+    LIKELIHOOD,
+    PARAMS,
+    ROOT,
+    TOKENS,
+    edit,
+    make_place,
+    nats_of,
+    record_of,
+    sources_of,
+)
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A repository's inputs, reports and sums, as the other stages leave them."""
-    reports, data = tmp_path / "reports", tmp_path / "data"
-    for name in ("claims.yaml", "published.yaml", "params.yaml"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in LOSSES:
-        write_score(reports, data, name)
-    (reports / "estimate.json").write_text(json.dumps(estimate(PARAMS)))
-    (reports / "training.json").write_text(json.dumps({"tokens": 409_600}))
-    (reports / "loss.csv").write_text("step,train_loss,val_loss\n1,10.8,10.7\n400,5.5,5.0\n800,4.6,4.5\n")
-    return tmp_path
-
-
-def record_of(place: Path) -> dict:
-    sources = read_sources(place, place / "reports", place / "data", NAMES)
-    return json.loads(json.dumps(compare(sources, LIKELIHOOD)))
-
-
-def edit(path: Path, change) -> None:
-    report = json.loads(path.read_text())
-    change(report)
-    path.write_text(json.dumps(report))
+    return make_place(tmp_path)
 
 
 def evidence_of(record: dict) -> dict:
@@ -120,6 +67,83 @@ def test_every_value_has_a_unit_a_source_and_a_way_it_is_known(place):
         assert item["unit"]
         assert item["source"]
         assert item["known"] in {"measured", "computed", "published", "estimated", "reported"}
+        assert item["report"]
+        assert re.fullmatch(r"[0-9a-f]{64}", item["code_sha256"])
+
+
+def test_a_measured_value_names_its_window_data_weights_and_code(place):
+    known = evidence_of(record_of(place))
+    ours, code = known["compact.loss"], code_hashes(ROOT)
+    assert (ours["context"], ours["stride"], ours["tokenizer"]) == (
+        LIKELIHOOD.window,
+        LIKELIHOOD.window,
+        "gpt2",
+    )
+    assert (ours["data_sha256"], ours["weights_sha256"]) == ("a" * 64, "d" * 64)
+    assert (ours["stage"], ours["report"]) == ("evaluation", "reports/evaluation.json")
+    assert ours["code_sha256"] == code["evaluation"]
+    theirs = known["zstd.loss"]
+    assert (theirs["stage"], theirs["code_sha256"]) == ("baseline@zstd", code["baseline"])
+    published = known["gpt2.openwebtext.perplexity"]
+    assert (published["context"], published["stride"], published["tokenizer"]) == (1024, 1024, "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentence"),
+    [
+        (["confirmed"], "Of the note's 1 claims, 1 holds."),
+        (["contradicted", "misleading"], "Of the note's 2 claims, 2 do not."),
+        (
+            ["supported", "empty", "runnable"],
+            "Of the note's 3 claims, 1 holds, 1 does not and 1 still waits for its experiment.",
+        ),
+    ],
+)
+def test_the_verdict_is_a_sentence_made_by_rule(place, verdicts, sentence):
+    record = record_of(place)
+    record["claims"] = [{"id": str(n), "verdict": verdict} for n, verdict in enumerate(verdicts)]
+    record["tally"] = [[verdict, verdicts.count(verdict)] for verdict in dict.fromkeys(verdicts)]
+    assert rendering.View(record).sums() == sentence
+
+
+def test_every_verdict_has_a_group_and_a_word_in_french():
+    assert sorted(v for group in GROUPS.values() for v in group) == sorted(VERDICTS)
+    assert set(VERDICTS) == set(get_args(Verdict))
+    assert set(KNOWN) == set(get_args(Known))
+
+
+def test_the_languages_have_the_same_sentences_with_the_same_blanks():
+    english, french = TEXT["en"], TEXT["fr"]
+    plural = {key for key in english if key.endswith("_1")} | {key for key in french if key.endswith("_1")}
+    assert set(english) - plural == set(french) - plural
+    for key in set(english) & set(french):
+        assert sorted(re.findall(r"{\w+}", english[key])) == sorted(re.findall(r"{\w+}", french[key])), key
+
+
+def test_what_became_of_the_central_guess_follows_the_evidence(place):
+    record = record_of(place)
+    view = rendering.View(record)
+    assert "has not been measured" in view.central()
+    assert view.value("note.expected_perplexity") in view.central()
+    assert view.central().endswith("lies wholly below it.")
+    item = evidence_of(record)["note.expected_perplexity"]
+    for low, high, said in ((90, 95, "inside"), (130, 140, "above"), (70, 90, "overlaps")):
+        item.update(low=low, high=high)
+        assert said in rendering.View(record).central()
+    record["claims"][[c["id"] for c in record["claims"]].index("L1")].update(
+        verdict="contradicted",
+        decisions=[{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}],
+    )
+    assert "is contradicted: 655,360,000" in rendering.View(record).central()
+
+
+def test_numbers_in_french_have_french_marks(place):
+    assert rendering.show(1234567.5, "perplexity", "fr") == "1\u202f234\u202f567,50"
+    assert rendering.show(0.256, "share", "fr") == "25,6\u202f%"
+    page = rendering.markdown(record_of(place), "fr")
+    assert "655\u202f360\u202f000" in page
+    assert "contredit" in page
+    assert "contradicted" not in page
 
 
 def test_the_ratio_of_perplexities_is_paired(place):
@@ -160,7 +184,7 @@ AWAITED = {
 
 
 def test_every_value_that_a_claim_names_exists_or_is_awaited(place):
-    sources = read_sources(place, place / "reports", place / "data", NAMES)
+    sources = sources_of(place)
     known = evidence_of(compare(sources, LIKELIHOOD))
     named = {name for claim in sources.claims.claims for name in claim.beside}
     named |= {name for claim in sources.claims.claims for name in getattr(claim.judged, "ids", ())}
@@ -171,7 +195,7 @@ def test_two_values_of_one_name_are_refused(place):
     """A baseline must not pass for the note's model."""
     (place / "data/baseline/xz.parquet").rename(place / "data/baseline/reported.parquet")
     (place / "reports/baseline/xz.json").rename(place / "reports/baseline/reported.json")
-    sources = read_sources(place, place / "reports", place / "data", ["reported"])
+    sources = sources_of(place, ["reported"])
     with pytest.raises(BadConfig, match=r"two values are called reported\.loss"):
         compare(sources, LIKELIHOOD)
 
@@ -223,7 +247,7 @@ def test_every_number_of_the_markdown_tables_is_in_the_record(place):
             texts.append(decision["source"].replace(" and ", ", "))
     texts += [name for model in record["models"]["measured"] for name in (model["name"], model["context"])]
     texts += [*record["models"]["published"], *(str(number) for _, number in record["tally"])]
-    allowed = set().union(*(numbers_in(text) for text in [*texts, *rendering.TEXT.values()]))
+    allowed = set().union(*(numbers_in(text) for text in [*texts, *TEXT["en"].values()]))
     rows = [line for line in rendering.markdown(record).splitlines() if line.startswith("|")]
     assert len(rows) > 60
     assert numbers_in("\n".join(rows)) <= allowed
@@ -254,8 +278,7 @@ def test_a_measured_row_has_its_ratio_and_a_published_row_none(place):
     record = record_of(place)
     view = rendering.View(record)
     rows = {
-        (row[0], row[-1]): row[rendering.MEASURED_HEAD.index("Perplexity ratio")]
-        for row in view.measured_table()
+        (row[0], row[-1]): row[rendering.MEASURED_COLUMNS.index("ratio")] for row in view.measured_table()
     }
     assert rows["xz", "measured"] == view.value("ratio.compact_to_xz.perplexity") != "-"
     assert rows["gpt2", "published"] == "-"
@@ -267,26 +290,6 @@ def test_markdown_tables_have_one_width(place):
         bars = line.count("|") - line.count("\\|") if line.startswith("|") else 0
         assert bars == width or not bars or not width, line
         width = bars
-
-
-def test_the_same_record_gives_the_same_bytes(place):
-    record = record_of(place)
-    assert record == record_of(place)
-    for draw in (rendering.bits_per_byte_png, rendering.loss_png):
-        picture = draw(record)
-        assert picture.startswith(b"\x89PNG")
-        assert b"Software" not in picture
-        assert picture == draw(record)
-
-
-def test_pictures_change_with_the_record(place):
-    record = record_of(place)
-    bars, curve = rendering.bits_per_byte_png(record), rendering.loss_png(record)
-    for bound in ("value", "low", "high"):
-        evidence_of(record)["xz.bits_per_byte"][bound] += 1
-    record["curve"][1]["val_loss"] += 1
-    assert rendering.bits_per_byte_png(record) != bars
-    assert rendering.loss_png(record) != curve
 
 
 def test_the_terminal_never_breaks_a_number(place):
@@ -333,14 +336,6 @@ def test_a_curve_that_is_none_is_named(place):
             record_of(place)
 
 
-def test_an_interval_beside_its_value_is_still_drawn(place):
-    """A percentile interval of few documents may miss the value itself."""
-    record = record_of(place)
-    item = evidence_of(record)["xz.bits_per_byte"]
-    item["low"] = item["value"] + 0.01
-    assert rendering.bits_per_byte_png(record).startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("column", ["id", "tokens", "bytes"])
 def test_sums_of_other_documents_are_refused(place, column):
     path = place / "data/baseline/xz.parquet"
@@ -371,7 +366,7 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(place, name):
 
 def run_door(place: Path, *more: str):
     paths = ["--params", place / "params.yaml", "--inputs", place, "--reports", place / "reports"]
-    words = [*paths, "--data", place / "data", "--tracker", "none", *more]
+    words = [*paths, "--data", place / "data", "--models", place / "models", "--tracker", "none", *more]
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -379,11 +374,13 @@ def test_the_door_writes_all_renderings_of_one_record_and_shows_it(place, monkey
     monkeypatch.chdir(place)
     done = run_door(place)
     assert done.exit_code == 0, done.output
-    reports = place / "reports"
-    record = json.loads((reports / "comparison.json").read_text())
-    assert (reports / "comparison.md").read_text() == rendering.markdown(record)
-    assert (reports / "comparison.csv").read_text() == rendering.csv_text(record)
-    assert (reports / "loss.png").read_bytes() == rendering.loss_png(record)
+    record = json.loads((place / "reports/evidence.json").read_text())
+    files = published_files(record, "en")
+    for name, content in files.items():
+        assert (place / "reports" / name).read_bytes() == content
+        assert b"Software" not in content  # of PNG: the library's version
+    listed = YAML(typ="safe").load(place / "dvc.yaml")["stages"]["comparison"]["outs"]
+    assert {f"reports/{name}" for name in files} == {path for out in listed for path in out}
     shutil.rmtree(place / "data")
     shown = run_door(place, "--show")
     assert shown.exit_code == 0
@@ -396,12 +393,15 @@ def test_the_door_says_what_is_missing(place, monkeypatch):
     done = run_door(place)
     assert done.exit_code == MissingInput.exit_code
     assert "xz.json is missing: run `dvc repro`" in done.output
-    assert not (place / "reports/comparison.json").exists()
+    assert not (place / "reports/evidence.json").exists()
 
 
 def test_the_readme_quotes_the_committed_tables():
-    readme, report = (ROOT / "README.md").read_text(), (ROOT / "reports/comparison.md").read_text()
-    assert rendering.quote_tables(readme, report) == readme
+    readme, record = (
+        (ROOT / "README.md").read_text(),
+        json.loads((ROOT / "reports/evidence.json").read_text()),
+    )
+    assert rendering.quote_tables(readme, rendering.markdown(record)) == readme
     assert readme.count("\n| ") > 15
 
 
@@ -411,22 +411,7 @@ def test_quoting_replaces_what_stands_between_the_marks():
     assert rendering.quote_tables(page, report) == "a\n<!-- table 2 -->\n| yes |\n| --- |\n<!-- end -->\nb\n"
 
 
-def add_measurements(place):
-    """What the evaluation and a baseline add beside likelihood."""
-    bounds = {"value": 0.25, "low": 0.1, "high": 0.5}
-    statistics = {"greedy": {"distinct_2": bounds, "zipf": None}, "human": {"distinct_2": bounds}}
-    for report, hits in (("evaluation.json", "1100"), ("baseline/smollm2-135m.json", "0110")):
-        tasks = {"cloze": {"items_sha256": "x", "accuracy": bounds, "hits": hits}, "wikitext-2": {}}
-        sample = {"prompt": "The | future", "document": None, "greedy": {"text": "| is\n| here"}}
-        text = {"statistics": statistics, "samples": [sample]}
-        edit(place / "reports" / report, lambda r, new=(tasks, text): r.update(tasks=new[0], text=new[1]))
-    (place / "reports/samples.json").write_text(json.dumps({"samples": [sample]}))
-    flagged = {"flagged": [{"id": f"{7:032x}"}, {"id": "of another split"}]}
-    (place / "reports/inspection.json").write_text(json.dumps(flagged))
-
-
 def test_tasks_text_and_flagged_documents_stand_beside(place):
-    add_measurements(place)
     record = record_of(place)
     known = evidence_of(record)
     assert known["compact.cloze.accuracy"]["low"] == 0.1
@@ -445,6 +430,5 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
 
 
 def test_tasks_of_other_items_are_not_paired(place):
-    add_measurements(place)
     edit(place / "reports/evaluation.json", lambda r: r["tasks"]["cloze"].update(items_sha256="y"))
     assert "ratio.compact_to_smollm2-135m.cloze.p_value" not in evidence_of(record_of(place))

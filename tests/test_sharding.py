@@ -63,9 +63,7 @@ def test_two_processes_have_the_loss_curve_of_one_within_rounding(alone, two):
 
 
 def test_adamw_and_bfloat16_too(tokens, tmp_path):
-    params = parameters(
-        "fsdp", optimizer="adamw", dtype="bfloat16", model={"bias": True, "dropout": 0.2}
-    )
+    params = parameters("fsdp", optimizer="adamw", dtype="bfloat16", model={"bias": True, "dropout": 0.2})
     found = run(tmp_path / "2", 2, tokens, params), run(tmp_path / "1", 1, tokens, params)
     for (_, *losses), (_, *others) in zip(found[0][1], found[1][1], strict=True):
         assert losses == pytest.approx(others, abs=1e-3)

@@ -142,6 +142,9 @@ class PublishedValue(Section):
     corpus: str
     known: Literal["published", "reported"]
     source: str
+    context: int | None = None  # most tokens that the model could see
+    stride: int | None = None  # tokens between the starts of two windows
+    tokenizer: str = ""
 
 
 class Published(Section):

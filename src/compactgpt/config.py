@@ -476,7 +476,7 @@ class Estimate(Section):
 class Comparison(Section):
     """How the table is rendered."""
 
-    language: Literal["en"]
+    language: Literal["en", "fr"]
 
 
 Metric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]

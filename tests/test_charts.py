@@ -1,0 +1,79 @@
+"""Charts show the record: they change with it, and lie inside the page without leaking into it."""
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from compactgpt import charts
+from tests.place import make_place, record_of
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return record_of(make_place(tmp_path_factory.mktemp("place")))
+
+
+def evidence_of(record: dict) -> dict:
+    return {item["id"]: item for item in record["evidence"]}
+
+
+ALTERED = {
+    "loss": "compact.loss",
+    "ratio": "ratio.compact_to_xz.perplexity",
+    "bits_per_byte": "xz.bits_per_byte",
+    "calibration": "note.expected_loss_80",
+    "repetition": "compact.text.greedy.seq_rep_4",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), ALTERED.items())
+def test_a_chart_changes_with_its_value(record, name, value):
+    before, item = charts.png(record, name), evidence_of(record)[value]
+    kept = dict(item)
+    for bound in ("value", "low", "high"):
+        item[bound] *= 1.1
+    assert charts.png(record, name) != before
+    item.update(kept)
+    assert charts.png(record, name) == before
+
+
+def test_the_curve_and_the_places_in_the_window_are_drawn(record):
+    before = {name: charts.png(record, name) for name in ("loss", "positions")}
+    kept = record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"]
+    record["curve"][1]["val_loss"] = record["positions"]["compact"][0]["loss"]["value"] = 7.0
+    for name, picture in before.items():
+        assert charts.png(record, name) != picture
+    record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"] = kept
+
+
+def test_an_interval_beside_its_value_is_still_drawn(record):
+    """A percentile interval of few documents may miss the value itself."""
+    item = evidence_of(record)["xz.bits_per_byte"]
+    kept, item["low"] = item["low"], item["value"] + 0.01
+    assert charts.png(record, "bits_per_byte").startswith(b"\x89PNG")
+    item["low"] = kept
+
+
+@pytest.mark.parametrize("name", charts.CHARTS)
+def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
+    text = charts.svg(record, name, "fr", 'what "it" shows')
+    root = ET.fromstring(text.replace("xlink:href", "href"))
+    assert root.get("role") == "img"
+    assert root.get("aria-label") == 'what "it" shows'
+    assert list(root.iter("text"))
+    assert "style" not in {element.tag for element in root.iter()}
+    assert not re.search(r"#[0-9a-f]{6}\b|font-family|http", text)
+    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(charts.VARIABLES.values())
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(set(ids)) == len(ids)
+    assert all(one.startswith(f"fr-{name}-") for one in ids)
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    assert used <= set(ids)
+
+
+def test_ticks_have_the_marks_of_the_language(record):
+    assert re.search(r">\d\.\d<", charts.svg(record, "calibration", "en", ""))
+    french = charts.svg(record, "calibration", "fr", "")
+    assert re.search(r">\d,\d<", french)
+    assert not re.search(r">\d+\.\d+<", french)
