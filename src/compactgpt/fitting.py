@@ -39,14 +39,18 @@ def fit_form(form: Form, rungs: Sequence[Rung], starts: Sequence[Sequence[float]
     """The constants of a form, from the best of several starts."""
     import numpy as np
     from scipy.optimize import least_squares
+    from scipy.special import softmax
 
-    places = [(math.log(rung.num_params), math.log(rung.tokens)) for rung in rungs]
+    design = np.array([form.design(math.log(r.num_params), math.log(r.tokens)) for r in rungs])
     measured = np.log([rung.loss for rung in rungs])
 
     def misses(constants: Any) -> Any:
-        return np.array([form.log_loss(constants, n, d) for n, d in places]) - measured
+        return np.logaddexp.reduce(design @ constants, axis=1) - measured  # (runs,)
 
-    fits = [least_squares(misses, start, loss="huber", f_scale=HUBER_DELTA) for start in starts]
+    def slopes(constants: Any) -> Any:
+        return np.einsum("rt,rtc->rc", softmax(design @ constants, axis=1), design)  # (runs, constants)
+
+    fits = [least_squares(misses, start, slopes, loss="huber", f_scale=HUBER_DELTA) for start in starts]
     best = min(fits, key=lambda found: float(found.cost))
     return tuple(float(f"{constant:.{DIGITS}g}") for constant in best.x)
 
@@ -80,8 +84,8 @@ def _miss(form: Form, constants: Sequence[float], rung: Rung) -> float:
     return float(f"{math.log(rung.loss) - told:.{DIGITS}g}")
 
 
-def fit(rungs: Sequence[Rung]) -> Fit:
-    """Choose a form by its extrapolations, and fit it.
+def fit(rungs: Sequence[Rung], resamples: int = RESAMPLES) -> Fit:
+    """Choose a form by its extrapolations, and fit it; `resamples` bootstrap draws.
 
     Raises:
         BadData: the runs are too few, or all of one size or budget.
@@ -98,7 +102,7 @@ def fit(rungs: Sequence[Rung]) -> Fit:
     return Fit(
         form=chosen,
         constants=constants,
-        draws=_bootstrap(form, rungs, constants),
+        draws=_bootstrap(form, rungs, constants, resamples),
         misses=tuple(misses[chosen]),
         errors=errors,
     )
@@ -109,14 +113,14 @@ def _root_mean_square(values: Sequence[float]) -> float:
 
 
 def _bootstrap(
-    form: Form, rungs: Sequence[Rung], constants: tuple[float, ...]
+    form: Form, rungs: Sequence[Rung], constants: tuple[float, ...], resamples: int
 ) -> tuple[tuple[float, ...], ...]:
     """Constants of the form on runs drawn with replacement; a draw of too few places is drawn again."""
     import numpy as np
 
     generator = np.random.default_rng(SEED)
     draws: list[tuple[float, ...]] = []
-    while len(draws) < RESAMPLES:
+    while len(draws) < resamples:
         drawn = [rungs[place] for place in generator.integers(0, len(rungs), len(rungs))]
         sizes, budgets = {rung.num_params for rung in drawn}, {rung.tokens for rung in drawn}
         if len({rung.name for rung in drawn}) > len(constants) and min(len(sizes), len(budgets)) > 1:

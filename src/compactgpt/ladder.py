@@ -12,8 +12,9 @@ prediction off it needs neither numpy nor scipy.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,39 +69,42 @@ class Ladder(Section):
 
 @dataclass(frozen=True)
 class Form:
-    """A shape of the law: constants -> the logarithm of the loss."""
+    """A shape of the law: the loss is a sum of terms, each exp(a constant) / N^(another) / D^(another)."""
 
-    log_loss: Callable[[Sequence[float], float, float], float]  # constants, log N, log D
-    starts: tuple[tuple[float, ...], ...]
     formula: str
+    terms: tuple[
+        tuple[tuple[int, Literal["1", "N", "D"]], ...], ...
+    ]  # places of constants, and what each is of
+    starts: tuple[tuple[float, ...], ...]
 
+    def design(self, log_n: float, log_d: float) -> list[list[float]]:
+        """What each constant is multiplied by in the logarithm of each term. (terms, constants)."""
+        factors = {"1": 1.0, "N": -log_n, "D": -log_d}
+        rows = [[0.0] * len(self.starts[0]) for _ in self.terms]
+        for row, term in zip(rows, self.terms, strict=True):
+            for place, of in term:
+                row[place] = factors[of]
+        return rows
 
-def _floor(c: Sequence[float], n: float, d: float) -> float:
-    """Constants are e, a, alpha, b, beta with E = exp(e) and so on: Hoffmann's own parameters."""
-    return _logsumexp(c[0], c[1] - c[2] * n, c[3] - c[4] * d)
-
-
-def _sum(c: Sequence[float], n: float, d: float) -> float:
-    return _logsumexp(c[0] - c[1] * n, c[2] - c[3] * d)
-
-
-def _product(c: Sequence[float], n: float, d: float) -> float:
-    return c[0] - c[1] * n - c[2] * d
-
-
-def _logsumexp(*terms: float) -> float:
-    top = max(terms)
-    return top + math.log(sum(math.exp(term - top) for term in terms))
+    def log_loss(self, constants: Sequence[float], log_n: float, log_d: float) -> float:
+        """The logarithm of the loss."""
+        logs = [sum(map(mul, row, constants)) for row in self.design(log_n, log_d)]
+        top = max(logs)
+        return float(top + math.log(sum(math.exp(term - top) for term in logs)))
 
 
 FORMS: dict[FormName, Form] = {
-    "floor": Form(
-        _floor,
-        ((0.5, 5.0, 0.34, 5.0, 0.28), (1.0, 3.0, 0.2, 8.0, 0.7), (1.3, 1.0, 0.1, 10.0, 1.0)),
+    "floor": Form(  # Hoffmann's own parameters: log E, log A, a, log B, b
         "E + A / N^a + B / D^b",
+        (((0, "1"),), ((1, "1"), (2, "N")), ((3, "1"), (4, "D"))),
+        ((0.5, 5.0, 0.34, 5.0, 0.28), (1.0, 3.0, 0.2, 8.0, 0.7), (1.3, 1.0, 0.1, 10.0, 1.0)),
     ),
-    "sum": Form(_sum, ((3.0, 0.1, 5.0, 0.4), (6.0, 0.34, 6.0, 0.28)), "A / N^a + B / D^b"),
-    "product": Form(_product, ((3.0, 0.05, 0.1),), "A / (N^a D^b)"),
+    "sum": Form(
+        "A / N^a + B / D^b",
+        (((0, "1"), (1, "N")), ((2, "1"), (3, "D"))),
+        ((3.0, 0.1, 5.0, 0.4), (6.0, 0.34, 6.0, 0.28)),
+    ),
+    "product": Form("A / (N^a D^b)", (((0, "1"), (1, "N"), (2, "D")),), ((3.0, 0.05, 0.1),)),
 }
 
 
