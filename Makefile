@@ -19,7 +19,10 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup repro test test-ray check table readme ui lock clean
+FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
+  test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
+
+.PHONY: help setup repro run gate ci push pull test test-ray check table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +63,26 @@ check: $(STAMP) ## lint, format and type checks
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@zizmor -q --offline --no-progress .github
+
+run: $(STAMP) ## a named experiment in this folder: make run EXPERIMENT=note
+	@compactgpt experiment apply "$${EXPERIMENT:?name one: make run EXPERIMENT=note}"
+	@$(MAKE) --no-print-directory repro
+
+gate: $(STAMP) ## has the model got worse than the accepted one? (docs/ci.md)
+	@compactgpt gate
+
+ci: $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and the gate on it
+	@.ci/chain
+
+push: $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
+	@$(FIND_REMOTE)
+	@dvc push --run-cache
+
+pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
+	@$(FIND_REMOTE)
+	@dvc pull --run-cache
 
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show

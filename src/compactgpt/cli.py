@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.console import told_clearly
+from compactgpt.errors import CheckFailed
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
@@ -47,6 +48,43 @@ def export(
 
         save_hf(load_model(model), folder, tokenizer)
         print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+
+@app.command()
+def gate(
+    against: Annotated[
+        str, typer.Option(help="An accepted reference (.json), any revision of git, or `champion`.")
+    ] = "reports/accepted.json",
+    accept: Annotated[
+        str, typer.Option(metavar="REASON", help="Record these reports as the new reference instead.")
+    ] = "",
+    bench: Annotated[
+        Path | None, typer.Option(help="What `bench/training.py --json` wrote: throughput is judged too.")
+    ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="If it passes, make its model MLflow's champion.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
+    params_file: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
+    with told_clearly():
+        from compactgpt import references, verdicts
+        from compactgpt.config import load_params
+
+        settings = load_params(params_file).regression
+        if accept:
+            references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
+            print(f"{against}: accepted; commit it, so that it is reviewed like code")
+            return
+        verdict = references.compare(against, Path(), settings, bench)
+        print(verdicts.terminal(verdict))
+        verdicts.publish(verdict, markdown, junit)
+        if verdict.failures:
+            raise typer.Exit(CheckFailed.exit_code)
+        if promote:
+            print(f"champion: version {references.promote(Path())}")
 
 
 @app.command()

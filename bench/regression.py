@@ -1,0 +1,179 @@
+"""How often the gate is wrong, both ways: what docs/decisions.md quotes.
+
+    python bench/regression.py                     # the table of both errors
+    python bench/regression.py reruns --out RUNS   # trains the demo anew from nearly the same first weights
+    python bench/regression.py noise RUNS/*.parquet data/evaluation/compact.parquet   # what runs differ by
+
+The table's documents have lengths drawn from the val split's own (reports/accepted.json). A document's loss
+per token differs between two models by a shift that all share, plus its own part: normal, with the variance
+OWN + TOKEN / tokens, as `noise` finds it. The gate itself decides, with the settings of params.yaml.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from compactgpt.config import Regression, load_params  # noqa: E402
+from compactgpt.evaluation import read_totals  # noqa: E402
+from compactgpt.references import accepted  # noqa: E402
+from compactgpt.regression import decide, perplexity_rise  # noqa: E402
+
+# Variances between documents of the difference of two models, by `noise` (docs/decisions.md).
+KINDS = {"rounding": (4.3e-4, 0.14), "another recipe": (2.0e-3, 0.3)}
+
+
+def outcomes(
+    settings: Regression, lengths: np.ndarray, documents: int, rise: float, noise: float,
+    kind: str, trials: int, generator: np.random.Generator,
+) -> float:  # fmt: skip
+    """Share of trials in which perplexity fails the gate.
+
+    Args:
+        settings: of the gate.
+        lengths: tokens of documents to draw from.
+        documents: of a val split.
+        rise: true rise of the perplexity, as a share.
+        noise: standard deviation of the shift between two runs that should be equal, nats per token.
+        kind: of KINDS.
+        trials: how many.
+        generator: of the draws.
+    """
+    own, token = KINDS[kind]
+    gated = 3  # perplexity in two views and a task: what the demo has
+    failed = 0
+    for trial in range(trials):
+        tokens = generator.choice(lengths, documents)
+        shift = math.log1p(rise) + noise * generator.standard_normal()
+        change = shift + np.sqrt(own + token / tokens) * generator.standard_normal(documents)
+        found = perplexity_rise(
+            change * tokens, np.zeros(documents), tokens,
+            settings.model_copy(update={"seed": trial}), settings.false_alarms / gated,
+        )  # fmt: skip
+        failed += decide(found, settings.tolerances["perplexity"]) == "fail"
+    return failed / trials
+
+
+def simulate(options: argparse.Namespace) -> None:
+    """Print the table."""
+    settings = load_params(ROOT / "params.yaml").regression
+    settings = settings.model_copy(update={"resamples": options.resamples})
+    lengths = accepted(ROOT / "reports/accepted.json").documents.tokens
+    print(
+        f"{options.trials} trials each, 3 metrics gated, rerun noise {settings.rerun_noise} nats per token,"
+    )
+    print(f"tolerance {settings.tolerances['perplexity']:.0%}, false alarms {settings.false_alarms:.1%}")
+    sizes = (10, 27, 100, 500)
+    print(f"{'share of runs that fail':44}" + "".join(f"{size:>8,}" for size in sizes) + "  documents")
+    for says, rise, noise, kind in (
+        ("nothing changed, documents differ", 0.0, 0.0, "rounding"),
+        ("nothing changed, another order of sums", 0.0, settings.rerun_noise, "rounding"),
+        ("the same, documents of another recipe", 0.0, settings.rerun_noise, "another recipe"),
+        ("1 % worse", 0.01, settings.rerun_noise, "rounding"),
+        ("2 % worse", 0.02, settings.rerun_noise, "rounding"),
+        ("3 % worse", 0.03, settings.rerun_noise, "rounding"),
+        ("3 % worse, another recipe", 0.03, settings.rerun_noise, "another recipe"),
+        ("5 % worse, another recipe", 0.05, settings.rerun_noise, "another recipe"),
+        ("10 % worse, another recipe", 0.10, settings.rerun_noise, "another recipe"),
+    ):
+        generator = np.random.default_rng(1)
+        shares = [
+            outcomes(settings, lengths, size, rise, noise, kind, options.trials, generator) for size in sizes
+        ]
+        print(f"{says:44}" + "".join(f"{share:8.2%}" for share in shares), flush=True)
+
+
+def noise(options: argparse.Namespace) -> None:
+    """Print what runs differ by: the shift that documents share, and each document's own part."""
+    totals = [read_totals(path) for path in options.totals]
+    tokens = totals[0].tokens.astype(float)
+    for path, each in zip(options.totals, totals, strict=True):
+        print(f"{path.stem:20} loss {each.nats.sum() / tokens.sum():.5f}")
+    shifts, own, token = [], [], []
+    for one, other in combinations(totals, 2):
+        change = other.nats - one.nats
+        shift = change.sum() / tokens.sum()
+        rest = change - shift * tokens
+        count = len(tokens)
+        error = math.sqrt(count / (count - 1) * (rest**2).sum()) / tokens.sum()
+        # rest / tokens has the variance own + token / tokens: least squares, weighted by tokens
+        columns = np.stack([np.sqrt(tokens), 1 / np.sqrt(tokens)], 1)
+        found = np.linalg.lstsq(columns, (rest / tokens) ** 2 * np.sqrt(tokens), rcond=None)[0]
+        shifts.append((shift, error))
+        own.append(found[0])
+        token.append(found[1])
+    whole, sampling = _root([s for s, _ in shifts]), _root([e for _, e in shifts])
+    print(f"{len(shifts)} pairs: standard deviation of the difference {whole:.4f} nats per token;")
+    runs = math.sqrt(max(0, whole**2 - sampling**2))
+    print(f"sampling documents makes {sampling:.4f} of it, the runs {runs:.4f}")
+    print(f"variance between documents: {np.mean(own):.2g} + {np.mean(token):.2g} / tokens")
+
+
+def _root(values: list[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))
+
+
+def reruns(options: argparse.Namespace) -> None:
+    """Train the demo anew from first weights that differ in the seventh digit: rounding, and no more."""
+    import torch
+
+    from compactgpt import training
+    from compactgpt.compact import load_compact
+    from compactgpt.data import open_tokens
+    from compactgpt.encoding import load_encoding
+    from compactgpt.evaluation import evaluate, write_totals
+    from compactgpt.runtime import prepare_process
+
+    params, data = load_params(ROOT / "params.yaml"), ROOT / "data"
+    prepare_process(params.runtime)
+    drawn, splits = training.initial_model, training.open_splits(data / "tokens")
+    encoding, split = load_encoding(data / "tokenizer"), open_tokens(data / "tokens/val.tokens")
+    for run in range(1, options.count + 1):
+
+        def nearly(*words: object, run: int = run) -> torch.nn.Module:
+            model, generator = drawn(*words), torch.Generator().manual_seed(run)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
+            return model
+
+        training.initial_model = nearly
+        scratch = options.out / f"scratch-{run}"
+        trained = training.train(params, splits, scratch / "states")
+        training.save_results(
+            params, splits, trained, scratch / "states", scratch / "model", scratch / "loss.csv"
+        )
+        model = load_compact(scratch / "model", encoding, params.evaluation.likelihood.batch_size, "cpu")
+        found = evaluate(model, split, encoding, params.evaluation.likelihood)
+        write_totals(options.out / f"{run}.parquet", found)
+        shutil.rmtree(scratch)
+        print(options.out / f"{run}.parquet", flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.set_defaults(run=simulate)
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--resamples", type=int, default=4000, help="fewer than the gate's, for speed")
+    commands = parser.add_subparsers()
+    made = commands.add_parser("reruns")
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--count", type=int, default=4)
+    made.set_defaults(run=reruns)
+    measured = commands.add_parser("noise")
+    measured.add_argument("totals", type=Path, nargs="+")
+    measured.set_defaults(run=noise)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What the gate compares with: the accepted reference in git, any commit, or the registry's champion.
+
+A reference is a small JSON file, made by the machine and reviewed like code: figures, hashes, parameters,
+and the sums of every document (of many, a sample by hash), so that every later comparison is paired.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compactgpt import config, regression
+from compactgpt.errors import BadConfig, BadData, MissingInput, UserError
+from compactgpt.evaluation import read_totals
+from compactgpt.lineage import (
+    MODEL,
+    Cache,
+    Commit,
+    Folder,
+    Place,
+    experiment_commit,
+    git,
+    parse_yaml,
+    read_chain,
+)
+from compactgpt.regression import Documents, Snapshot
+from compactgpt.storage import json_bytes, read_json, sha256_file, write_bytes
+from compactgpt.tracking import flatten
+
+ACCEPTED = Path("reports/accepted.json")
+CHAMPION = "champion"
+_DOCUMENTS = "data/evaluation"
+_TOTALS = "compact.parquet"
+_VERSION = 1
+_SAME_SUM = 1e-9  # nats per token: the same numbers, added in another order
+_STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
+
+
+def present(root: Path) -> Snapshot:
+    """The project as it lies in a folder.
+
+    Raises:
+        MissingInput: a stage has not run.
+        BadData: the report and the sums by document are not of one run.
+    """
+    return _take("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
+
+
+def compare(
+    against: str, root: Path, settings: config.Regression, bench: Path | None = None
+) -> regression.Verdict:
+    """Judge the project as it lies in a folder against a reference.
+
+    Args:
+        against: see `reference`.
+        root: of the project.
+        settings: section `regression`.
+        bench: a file that `bench/training.py --json` wrote.
+    """
+    speed = None if bench is None else read_json(bench)
+    return regression.judge(reference(against, root), present(root), settings, speed)
+
+
+def reference(name: str, root: Path) -> Snapshot:
+    """What to compare with.
+
+    Args:
+        name: a .json file that `accept` wrote, `champion`, or anything that git or DVC calls a revision.
+        root: of the project.
+
+    Raises:
+        MissingInput: there is no such reference, or the cache lacks its sums by document.
+        BadData: it is damaged.
+        BadConfig: git knows no such revision.
+    """
+    if name.endswith(".json"):
+        return accepted(root / name)
+    if name == CHAMPION:
+        return _champion(root)
+    revision = experiment_commit(root, name) or name
+    try:
+        commit = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    except UserError as error:
+        raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name") from error
+    return _from_lock(f"{name} ({commit[:9]})", Commit(root, commit), root)
+
+
+def _from_lock(name: str, place: Place, root: Path) -> Snapshot:
+    """A state whose sums by document lie in DVC's cache, under the hash that its dvc.lock names."""
+    md5 = read_chain(place).out(_DOCUMENTS)
+    if not md5:
+        raise MissingInput(f"{name} has no evaluation in its dvc.lock: choose a state after `dvc repro`")
+    try:
+        return _take(name, place, Cache(root).files(md5)[_TOTALS])
+    except MissingInput as error:
+        raise MissingInput(
+            f"DVC's cache lacks the sums by document of {name}: `dvc fetch --all-commits evaluation` fetches "
+            "them where a remote has them (docs/ci.md)"
+        ) from error
+
+
+def _champion(root: Path) -> Snapshot:
+    """What MLflow keeps with the run that made the registered champion."""
+    from compactgpt.registry import champion
+    from compactgpt.syncing import Syncer
+
+    if not (found := champion(root)):
+        raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
+    client, _ = Syncer(root).connect()
+    tags = client.get_run(found["run_id"]).data.tags
+    pipeline = tags.get("mlflow.parentRunId", found["run_id"])  # the run of the whole has the files
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        client.download_artifacts(pipeline, "", scratch)
+        place = Path(scratch)
+        return _take(f"champion, version {found['version']}", Folder(place), place / _DOCUMENTS / _TOTALS)
+
+
+def promote(root: Path) -> str:
+    """Make the model that the gate judged the registry's champion.
+
+    Returns:
+        Its version.
+
+    Raises:
+        MissingInput: MLflow has no model with these weights.
+    """
+    from compactgpt import registry
+    from compactgpt.syncing import Syncer
+
+    weights = sha256_file(root / MODEL / "model.safetensors")
+    client, _ = Syncer(root).connect()
+    wanted = f"name = '{registry.NAME}' and tags.weights_sha256 = '{weights}'"
+    versions = [int(found.version) for found in client.search_model_versions(wanted)]
+    if not versions:
+        raise MissingInput("MLflow has no model with these weights: `make repro` registers what it made")
+    return registry.promote(root, str(max(versions)))
+
+
+def _take(name: str, place: Place, totals: Path) -> Snapshot:
+    def report(path: str) -> dict[str, Any]:
+        content = place.read(path)
+        if content is None:
+            raise MissingInput(f"{name}: {path} is missing: run `dvc repro` to make it")
+        return dict(json.loads(content))
+
+    evaluation, training = report("reports/evaluation.json"), report("reports/training.json")
+    tokenization = report("reports/tokenization.json")
+    params = parse_yaml(place.read("params.yaml"), "params.yaml") or {}
+    return Snapshot(
+        name,
+        _ruler(evaluation),
+        {
+            "train": tokenization["train"]["sha256"],
+            "tokenizer": tokenization["tokenizer"]["tokenizer_sha256"],
+        },
+        flatten(params),
+        _figures(evaluation, training),
+        {
+            each: report(f"reports/baseline/{each}.json")["loss"]["value"]
+            for each in params["baseline"]["names"]
+        },
+        {
+            task: {key: found[key] for key in ("items_sha256", "hits")}
+            for task, found in evaluation.get("tasks", {}).items()
+            if "hits" in found
+        },
+        _documents(totals, evaluation),
+    )
+
+
+def _ruler(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    views = evaluation.get("views", {})
+    sizes = {f"{view}.{key}": found[key] for view, found in views.items() for key in ("context", "stride")}
+    return {"val": evaluation["validation"]["sha256"], "window": evaluation["window"], **sizes}
+
+
+def _figures(evaluation: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure that is compared or shown, by the name that the gate has for it."""
+    figures = {"perplexity": evaluation["perplexity"]["value"]}
+    for key in ("loss", "bits_per_byte", "word_perplexity"):
+        if evaluation.get(key):
+            figures[key] = evaluation[key]["value"]
+    for view, found in evaluation.get("views", {}).items():
+        figures[f"perplexity.{view}"] = found["perplexity"]["value"]
+    for task, found in evaluation.get("tasks", {}).items():
+        if "hits" in found:
+            figures[f"accuracy.{task}"] = found["accuracy"]["value"]
+    greedy = evaluation.get("text", {}).get("statistics", {}).get("greedy", {})
+    figures |= {f"text.{key}": greedy[key]["value"] for key in _STATISTICS if key in greedy}
+    return figures | {f"training.{key}": training[key] for key in ("train_loss", "val_loss")}
+
+
+def _documents(path: Path, evaluation: Mapping[str, Any]) -> Documents:
+    totals = read_totals(path)
+    loss, reported = float(totals.nats.sum() / totals.tokens.sum()), evaluation["loss"]["value"]
+    if abs(loss - reported) > _SAME_SUM:
+        raise BadData(
+            f"{path} makes a loss of {loss:.6f}, reports/evaluation.json has {reported:.6f}: they are of "
+            "different runs; `dvc repro` or `dvc checkout` mends it"
+        )
+    nats = {"perplexity": totals.nats} | {f"perplexity.{view}": n for view, n in totals.views.items()}
+    return Documents(tuple(totals.ids), totals.tokens.astype(float), nats)
+
+
+def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
+    """Write a state as the accepted reference.
+
+    Args:
+        snapshot: the state.
+        reason: why it is accepted: stands in the file, and in every verdict against it.
+        path: where.
+        max_documents: of more, those with the smallest hashes are kept.
+
+    Raises:
+        BadConfig: no reason.
+    """
+    if not reason.strip():
+        raise BadConfig("--accept wants a reason: what changed, and why these figures are right now")
+    documents = _sample(snapshot.documents, max_documents)
+    metrics = sorted(documents.nats)
+    columns = [
+        documents.tokens.astype(int).tolist(),
+        *(documents.nats[metric].tolist() for metric in metrics),
+    ]
+    rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
+    record = {
+        "accepted": reason.strip(),
+        "baselines": snapshot.baselines,
+        "data": snapshot.data,
+        "documents": {"columns": ["id", "tokens", *metrics], "of": len(snapshot.documents.ids), "rows": rows},
+        "figures": snapshot.figures,
+        "params": snapshot.params,
+        "ruler": snapshot.ruler,
+        "tasks": snapshot.tasks,
+        "version": _VERSION,
+    }
+    write_bytes(path, json_bytes(record))
+
+
+def _sample(documents: Documents, most: int) -> Documents:
+    """All documents, or those with the smallest hashes: the ids themselves chose the split."""
+    if len(documents.ids) <= most:
+        return documents
+    chosen = set(sorted(documents.ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:most])
+    kept = documents.rows(tuple(name for name in documents.ids if name in chosen))
+    assert kept is not None
+    return kept
+
+
+def accepted(path: Path) -> Snapshot:
+    """Read the accepted reference.
+
+    Raises:
+        MissingInput: nothing was accepted yet.
+        BadData: it is no reference of this version.
+    """
+    if not path.exists():
+        raise MissingInput(f'{path} is missing: `compactgpt gate --accept "the first reference"` makes it')
+    record = read_json(path)
+    try:
+        if record["version"] != _VERSION:
+            raise ValueError(f"version {record['version']}")
+        held = record["documents"]
+        rows = [row.split(" ") for row in held["rows"]]
+        table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns)
+        columns = dict(zip(held["columns"][1:], table.T, strict=True))
+        documents = Documents(tuple(row[0] for row in rows), columns.pop("tokens"), columns, held["of"])
+        return Snapshot(
+            str(path), record["ruler"], record["data"], record["params"], record["figures"],
+            record["baselines"], record["tasks"], documents, record["accepted"],
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadData(
+            f"{path} is no accepted reference ({error}): `git checkout {path}`, or make it anew with "
+            '`compactgpt gate --accept "why"`'
+        ) from error

@@ -1,0 +1,471 @@
+"""The gate: what it lets through, what it stops, how often it is wrong, and what it says where."""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from compactgpt import references, regression, verdicts
+from compactgpt.config import load_params
+from compactgpt.errors import BadConfig, BadData, MissingInput
+from compactgpt.evaluation import Totals, write_totals
+from compactgpt.regression import Check, Documents, Snapshot, Verdict
+from compactgpt.storage import read_json, write_json
+from stages.regression import app
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
+    update={"resamples": 500, "tolerances": {"perplexity": 0.01, "accuracy.cloze": 0.02}}
+)
+
+
+def documents(count=30, loss=4.0, spread=0.3, seed=0):
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(50, 2000, count).astype(float)
+    nats = tokens * (loss + spread * generator.standard_normal(count))
+    return Documents(tuple(f"{row:032x}" for row in range(count)), tokens, {"perplexity": nats})
+
+
+def snapshot(**changes):
+    found = Snapshot(
+        "then", {"val": "a" * 64, "window": 8}, {"train": "b" * 64},
+        {"training.seed": 1, "comparison.language": "en"},
+        {"perplexity": 54.6, "loss": 4.0}, {"unigram": 6.0},
+        {"cloze": {"items_sha256": "c", "hits": "1100" * 25}}, documents(),
+    )  # fmt: skip
+    return replace(found, **changes)
+
+
+def worse(found, factor, seed=1, spread=0.02):
+    """The same with a perplexity `factor` times as high, give or take, document by document."""
+    held = found.documents
+    change = math.log(factor) + spread * np.random.default_rng(seed).standard_normal(len(held.ids))
+    nats = {"perplexity": held.nats["perplexity"] + change * held.tokens}
+    return replace(found, documents=replace(held, nats=nats))
+
+
+def statuses(verdict):
+    return {check.name: check.status for check in verdict.checks}
+
+
+# --- what is decided ---------------------------------------------------------------------------------------
+
+
+def test_a_state_passes_against_itself():
+    verdict = regression.judge(snapshot(), snapshot(), SETTINGS)
+    assert set(statuses(verdict).values()) == {"pass"}
+    assert verdict.metrics[0].bounds == (0, 0)
+
+
+def test_a_real_loss_fails_and_a_gain_passes():
+    assert statuses(regression.judge(snapshot(), worse(snapshot(), 1.1), SETTINGS))["perplexity"] == "fail"
+    assert statuses(regression.judge(snapshot(), worse(snapshot(), 0.9), SETTINGS))["perplexity"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "status"),
+    [(-0.01, 0.0, "pass"), (-0.01, 0.02, "warn"), (0.001, 0.005, "warn"), (0.001, 0.02, "fail")],
+)
+def test_worse_must_be_more_than_tolerated_and_more_than_chance(low, value, status):
+    assert regression.decide(regression.Interval(value, low, 0.5), 0.01) == status
+
+
+def test_the_noise_of_runs_widens_the_interval_however_many_documents_there_are():
+    tokens, nats = np.full(200, 100.0), np.full(200, 400.0)
+    noisy = SETTINGS.model_copy(update={"rerun_noise": 0.01})
+    found = regression.perplexity_rise(nats * 1.005, nats, tokens, noisy, 0.005)
+    distance = 0.01 * scipy.stats.norm.ppf(0.995)  # every document rose alike: only the runs' noise is left
+    assert found.value == pytest.approx(math.exp(0.02) - 1)
+    assert found.low == pytest.approx(math.exp(0.02 - distance) - 1)
+    assert found.high == pytest.approx(math.exp(0.02 + distance) - 1)
+
+
+def test_the_interval_is_of_paired_documents():
+    """Losses spread by 0.3 nats between documents: unpaired, 30 of them could never show 2 %."""
+    rose = worse(snapshot(), 1.02, spread=0.005)
+    quiet = SETTINGS.model_copy(update={"rerun_noise": 0.0})
+    found = regression.judge(snapshot(), rose, quiet).metrics[0]
+    assert found.status == "fail"
+    assert found.bounds[0] > 0.015
+    assert found.bounds[1] < 0.025
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=50, deadline=None)
+def test_lost_answers_are_judged_as_by_scipy(lost, won):
+    flips = lost + won
+    expected = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue if flips else 1.0
+    assert regression.flips_by_chance(lost, won) == pytest.approx(expected)
+
+
+def test_a_task_fails_when_many_answers_are_lost_and_few_won():
+    lost = {"cloze": {"items_sha256": "c", "hits": "0000" * 25}}
+    mixed = {"cloze": {"items_sha256": "c", "hits": "0110" * 25}}
+    other = {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}
+    judged = [
+        statuses(regression.judge(snapshot(), snapshot(tasks=tasks), SETTINGS))["accuracy.cloze"]
+        for tasks in (lost, mixed, other)
+    ]
+    assert judged == ["fail", "pass", "fail"]
+
+
+def test_another_val_split_is_not_compared():
+    verdict = regression.judge(snapshot(), snapshot(ruler={"val": "f" * 64, "window": 8}), SETTINGS)
+    assert [check.name for check in verdict.failures] == ["validation"]
+    assert not verdict.metrics
+    assert "aaaaaaaaaaaa -> ffffffffffff" in verdict.failures[0].says
+
+
+def test_other_parameters_are_named_and_those_that_change_nothing_are_not():
+    now = snapshot(params={"training.seed": 2, "comparison.language": "fr"}, data={"train": "e" * 64})
+    guard = regression.judge(snapshot(), now, SETTINGS).guards[1]
+    assert guard.status == "warn"
+    assert "training.seed 1 -> 2; train bbbbbbbbbbbb -> eeeeeeeeeeee" in guard.says
+    assert "language" not in guard.says
+
+
+def test_a_baseline_that_moved_fails_unless_something_explains_it():
+    moved = {"unigram": 6.01}
+    assert (
+        statuses(regression.judge(snapshot(), snapshot(baselines=moved), SETTINGS))["baseline.unigram"]
+        == "fail"
+    )
+    explained = snapshot(baselines=moved, data={"train": "e" * 64})
+    assert statuses(regression.judge(snapshot(), explained, SETTINGS))["baseline.unigram"] == "warn"
+
+
+def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
+    without = snapshot(tasks={})
+    assert statuses(regression.judge(snapshot(), without, SETTINGS))["accuracy.cloze"] == "fail"
+    assert statuses(regression.judge(without, snapshot(), SETTINGS))["accuracy.cloze"] == "warn"
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(1.5, "pass"), (1.1, "fail")])
+def test_throughput_is_judged_as_a_ratio(ratio, status):
+    bench = {"engines": {"ours": {"ratio": ratio}}}
+    assert statuses(regression.judge(snapshot(), snapshot(), SETTINGS, bench))["throughput"] == status
+
+
+def failing_share(rise, noise, trials=1000):
+    """Of runs on 27 documents whose perplexity truly rose: as bench/regression.py, in small."""
+    judged = SETTINGS.model_copy(update={"resamples": 1000})
+    generator, failed = np.random.default_rng(5), 0
+    for trial in range(trials):
+        tokens = generator.integers(90, 3000, 27).astype(float)
+        shift = math.log1p(rise) + noise * generator.standard_normal()
+        change = shift + np.sqrt(4e-4 + 0.14 / tokens) * generator.standard_normal(27)
+        found = regression.perplexity_rise(
+            change * tokens, np.zeros(27), tokens, judged.model_copy(update={"seed": trial}), 0.01 / 3
+        )
+        failed += regression.decide(found, 0.01) == "fail"
+    return failed / trials
+
+
+def test_both_errors_are_rare():
+    assert failing_share(0.0, noise=0.0) < 0.01
+    assert failing_share(0.0, noise=SETTINGS.rerun_noise) < 0.01
+    assert failing_share(0.1, noise=SETTINGS.rerun_noise) > 0.99
+
+
+# --- what is compared with ---------------------------------------------------------------------------------
+
+
+def project(folder, loss=4.0):
+    """A folder as `dvc repro` leaves it, as far as the gate looks."""
+    held = documents(loss=loss, spread=0.3)
+    tokens, nats = held.tokens.astype(np.int64), held.nats["perplexity"]
+    value = float(nats.sum() / tokens.sum())
+    write_totals(
+        folder / "data/evaluation/compact.parquet",
+        Totals(list(held.ids), tokens * 3, tokens, tokens, nats, None, {"strided": nats * 0.99}),
+    )
+    figure = {"value": value, "low": value, "high": value}
+    evaluation = {
+        "validation": {"sha256": "a" * 64}, "window": 8, "loss": figure, "bits_per_byte": figure,
+        "word_perplexity": None, "perplexity": {**figure, "value": math.exp(value)},
+        "views": {"strided": {"context": 8, "stride": 4, "perplexity": figure}},
+        "tasks": {"cloze": {"accuracy": figure, "items_sha256": "c", "hits": "10" * 9}, "wikitext": {}},
+        "text": {"statistics": {"greedy": {"loop_rate": figure}}},
+    }  # fmt: skip
+    write_json(folder / "reports/evaluation.json", evaluation)
+    write_json(folder / "reports/training.json", {"train_loss": value, "val_loss": value})
+    hashes = {"train": {"sha256": "b" * 64}, "tokenizer": {"tokenizer_sha256": "c" * 64}}
+    write_json(folder / "reports/tokenization.json", hashes)
+    for name in load_params(ROOT / "params.yaml").baseline.names:
+        write_json(folder / f"reports/baseline/{name}.json", {"loss": figure})
+    (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    return folder
+
+
+def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
+    now = references.present(project(tmp_path))
+    references.accept(now, " a better recipe ", tmp_path / references.ACCEPTED, 2000)
+    then = references.reference("reports/accepted.json", tmp_path)
+    assert then.reason == "a better recipe"
+    for key in ("ruler", "data", "params", "figures", "baselines", "tasks"):
+        assert getattr(then, key) == getattr(now, key)
+    assert then.documents.ids == now.documents.ids
+    for metric, nats in now.documents.nats.items():
+        assert np.array_equal(then.documents.nats[metric], nats)
+    assert not regression.judge(then, now, SETTINGS).failures
+
+
+def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path):
+    now = references.present(project(tmp_path))
+    backwards = replace(now, documents=now.documents.rows(now.documents.ids[::-1]))
+    for name, state in (("one", now), ("other", backwards)):
+        references.accept(state, "why", tmp_path / f"{name}.json", 10)
+    one, other = (references.accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
+    assert len(one.documents.ids) == 10
+    assert set(one.documents.ids) == set(other.documents.ids)
+    verdict = regression.judge(one, now, SETTINGS)
+    assert not verdict.failures
+    assert verdict.metrics[0].says == "10 documents of 30"
+
+
+def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path):
+    path = tmp_path / "accepted.json"
+    now = references.present(project(tmp_path))
+    with pytest.raises(BadConfig, match="reason"):
+        references.accept(now, "  ", path, 10)
+    with pytest.raises(MissingInput, match="--accept"):
+        references.accepted(path)
+    references.accept(now, "why", path, 10)
+    for damage in ({"documents": {"rows": ["a b"]}}, {"version": 9}, {"ruler": None, "documents": []}):
+        write_json(path, {**read_json(path), **damage})
+        with pytest.raises(BadData, match="git checkout"):
+            references.accepted(path)
+        references.accept(now, "why", path, 10)
+
+
+def test_a_report_and_sums_of_two_runs_are_refused(tmp_path):
+    project(tmp_path / "one")
+    other = project(tmp_path / "other", loss=4.1)
+    os.replace(other / "reports/evaluation.json", tmp_path / "one/reports/evaluation.json")
+    with pytest.raises(BadData, match="different runs"):
+        references.present(tmp_path / "one")
+
+
+def commit_with_dvc(folder):
+    """Commit a project, its sums by document only as DVC keeps them: in the cache, by hash."""
+
+    def cached(content, suffix=""):
+        md5 = hashlib.md5(content).hexdigest() + suffix
+        path = folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return md5
+
+    table = cached((folder / "data/evaluation/compact.parquet").read_bytes())
+    listing = json.dumps([{"md5": table, "relpath": "compact.parquet"}]).encode()
+    outs = [{"path": "data/evaluation", "md5": cached(listing, ".dir")}]
+    write_json(folder / "dvc.lock", {"schema": "2.0", "stages": {"evaluation": {"cmd": "x", "outs": outs}}})
+    write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", "outs": ["data/evaluation"]}}})
+    (folder / ".gitignore").write_text("/data/\n/.dvc/\n")
+    author = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "a run"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder / ".dvc/cache/files/md5" / table[:2] / table[2:]
+
+
+def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
+    table = commit_with_dvc(project(tmp_path))
+    project(tmp_path, loss=4.2)  # a later run, not committed
+    verdict = regression.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
+    assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
+    with pytest.raises(BadConfig, match="no commit"):
+        references.reference("nothing-of-that-name", tmp_path)
+    table.unlink()
+    with pytest.raises(MissingInput, match="dvc fetch"):
+        references.reference("HEAD", tmp_path)
+
+
+# --- what is said ------------------------------------------------------------------------------------------
+
+ODD = Check(
+    "odd|name: a, b", "fail", "50% of <b>\r\nit \x00 is `odd` | @you", 1.0, 2.0, 0.5, (0.4, 0.6), 0.01
+)
+ODD_VERDICT = Verdict("then", "why | not", [ODD], [replace(ODD, status="warn"), replace(ODD, status="pass")])
+
+# Jenkins' junit-10.xsd (the xUnit plugin's; pytest's xunit2 follows it): attributes and children by element.
+JUNIT = {
+    "testsuites": ({"name", "time", "tests", "failures", "disabled", "errors"}, ["testsuite"]),
+    "testsuite": (
+        {"name", "tests", "failures", "errors", "group", "time", "skipped", "timestamp", "hostname", "id",
+         "package", "file", "log", "url", "version"},
+        ["testcase", "properties", "system-out", "system-err", "testsuite"],
+    ),
+    "testcase": (
+        {"name", "time", "classname", "group"},
+        ["skipped", "error", "failure", "system-out", "system-err", "properties", "rerunFailure",
+         "rerunError", "flakyFailure", "flakyError"],
+    ),
+    "failure": ({"type", "message"}, []),
+    "system-out": (set(), []),
+}  # fmt: skip
+
+
+def test_junit_is_as_its_schema_wants_it():
+    tree = ElementTree.fromstring(verdicts.junit(ODD_VERDICT).encode())
+    for element in tree.iter():
+        attributes, children = JUNIT[element.tag]
+        assert set(element.attrib) <= attributes
+        assert {child.tag for child in element} <= set(children)
+    suite = tree.find("testsuite")
+    assert suite.get("tests") == str(len(suite.findall("testcase"))) == "3"
+    assert suite.get("failures") == str(len(suite.findall("testcase/failure"))) == "1"
+    assert {"name", "tests", "failures", "errors"} <= set(suite.attrib)
+    assert "50% of <b>" in suite.find("testcase/failure").get("message")
+
+
+@given(st.text(), st.text())
+@settings(max_examples=200, deadline=None)
+def test_annotations_are_one_line_and_say_what_was_meant(name, says):
+    """Parsed as GitHub's runner does (ActionCommand.cs): properties up to the second `::`, then unescaped."""
+    check = Check(name, "fail", says)
+    (line,) = verdicts.annotations(Verdict("then", "", [check]))
+    assert "\n" not in line
+    assert "\r" not in line
+    command, properties, message = re.fullmatch(r"(?s)::(\w+) (.*?)::(.*)", line).groups()
+    found = dict(pair.split("=", 1) for pair in properties.split(","))
+
+    def unescape(text, codes):
+        for code, character in codes:
+            text = text.replace(code, character)
+        return text
+
+    data = [("%0D", "\r"), ("%0A", "\n")]
+    assert command == "error"
+    title = unescape(found["title"], [*data, ("%3A", ":"), ("%2C", ","), ("%25", "%")])
+    assert title == f"gate: {name}"
+    assert unescape(message, [*data, ("%25", "%")]) == says
+
+
+def test_markdown_survives_odd_text():
+    text = verdicts.markdown(ODD_VERDICT)
+    assert text.splitlines()[0] == verdicts.MARKER
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
+    assert "<b>" not in text.replace("\\<b\\>", "")
+    assert "@you" not in text
+
+
+def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, monkeypatch, capsys):
+    summary = tmp_path / "summary.md"
+    summary.write_text("of another step\n")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    verdicts.publish(ODD_VERDICT, tmp_path / "gate.md", tmp_path / "gate.xml")
+    assert summary.read_text() == "of another step\n" + (tmp_path / "gate.md").read_text()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["::error", "::warning"]
+    ElementTree.parse(tmp_path / "gate.xml")
+
+
+def run(*words):
+    return CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+
+
+def test_the_door_accepts_passes_and_stops(tmp_path, monkeypatch):
+    monkeypatch.chdir(project(tmp_path))
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    assert run().exit_code == MissingInput.exit_code
+    assert run("--accept", "the first").exit_code == 0
+    done = run()
+    assert done.exit_code == 0
+    assert "accepted because: the first" in done.output
+    assert "gate: passed" in done.output
+    project(tmp_path, loss=4.3)
+    done = run("--markdown", "gate.md", "--junit", "gate.xml")
+    assert done.exit_code == 3
+    assert "gate: failed (baseline.smollm2-135m" in done.output
+    assert "**FAIL** | perplexity" in Path("gate.md").read_text()
+
+
+# --- the comment on a pull request -------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """GitHub's comments of one pull request, as its REST API gives and takes them."""
+
+    comments: list  # of the server
+
+    def do_GET(self):
+        page = int(re.search(r"[?&]page=(\d+)", self.path)[1])
+        self.answer(self.server.comments[(page - 1) * 100 : page * 100])
+
+    def do_POST(self):
+        made = {"id": len(self.server.comments), "user": {"type": "Bot"}, **self.body(), "html_url": "made"}
+        self.server.comments.append(made)
+        self.answer(made)
+
+    def do_PATCH(self):
+        comment = self.server.comments[int(self.path.rsplit("/", 1)[1])]
+        comment.update(self.body(), html_url="renewed")
+        self.answer(comment)
+
+    def body(self):
+        assert self.headers["Authorization"] == "Bearer secret"
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def answer(self, value):
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    quoting = {"user": {"type": "User"}, "body": verdicts.MARKER + " as somebody quotes it"}
+    server.comments = [{"id": row, **quoting} for row in range(120)]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for key, value in {
+        "GITHUB_API_URL": f"http://127.0.0.1:{server.server_port}", "GITHUB_REPOSITORY": "a/b",
+        "GITHUB_TOKEN": "secret", "PULL_REQUEST": "7",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_pull_request_has_one_comment_that_is_renewed(hub, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("comment", ROOT / ".github/comment.py")
+    comment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(comment)
+    path = tmp_path / "gate.md"
+    monkeypatch.setattr("sys.argv", ["comment.py", str(path)])
+    for text in (verdicts.markdown(ODD_VERDICT), verdicts.MARKER + "\n" + "a line\n" * 20_000):
+        path.write_text(text)
+        comment.main()
+    assert len(hub.comments) == 121
+    assert hub.comments[-1]["html_url"] == "renewed"
+    assert len(hub.comments[-1]["body"]) <= 65_536
+
+
+def test_workflows_run_what_make_runs():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    files = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert files
+    called = [word for file in files for word in re.findall(r"run: make (\S+)", file.read_text())]
+    assert set(called) <= targets
