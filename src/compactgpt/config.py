@@ -227,7 +227,7 @@ class Launcher(Section):
     """How many processes train one model together, and how they add up what they found."""
 
     processes: Positive = 1
-    mode: Literal["fast", "strict"] = "fast"
+    mode: Literal["fast", "strict", "fsdp"] = "fast"
     max_restarts: Count = 3
     timeout_seconds: Positive = 600
 
