@@ -223,7 +223,7 @@ def nanogpt(folder: Path, options: argparse.Namespace) -> None:
     processes = min(len(shards), options.workers)
     corpus = load_dataset("parquet", data_files=shards, split="train", num_proc=processes)
     splits = corpus.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    columns = ["id", "text", "source"]
+    columns = ["id", "text", "source", "part"]
     encoded = splits.map(encode, remove_columns=columns, desc="encoding", num_proc=options.workers)
     for split, rows in encoded.items():
         total = int(np.sum(rows["len"], dtype=np.uint64))

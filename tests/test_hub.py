@@ -1,5 +1,6 @@
 """A data set in the hub's form becomes documents in its order; a hub that is not there is one sentence."""
 
+import hashlib
 import socket
 import time
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_a_set_that_is_not_as_params_say_is_one_sentence(tmp_path, mirror):
         make(tmp_path, HubReader(params(mirror, config="main"), 1000))
 
 
+def test_a_set_without_a_commit_is_the_one_by_the_hash_of_its_text(tmp_path, mirror):
+    rows = [*(f"Row {n} says something of its own." for n in range(30)), "Held out, the one."]
+    branch = {"config": "main", "splits": ["train", "test"], "revision": "refs/convert/parquet"}
+    for text in ("".join(rows), "".join(rows[1:])):
+        reader = HubReader(params(mirror, **branch, sha256=hashlib.sha256(text.encode()).hexdigest()), 1000)
+        if text.startswith(rows[0]):
+            assert [each.text for each in make(tmp_path, reader)[1]] == rows
+        else:
+            with pytest.raises(BadData, match=r"the text of owner/name has SHA-256 .* expects"):
+                make(tmp_path, reader)
+
+
 def test_a_set_without_a_commit_is_refused_before_the_hub_is_asked(tmp_path):
     with pytest.raises(BadConfig, match=r"download\.hub\.sets\.tiny\.revision is empty.*git ls-remote"):
         make(tmp_path, HubReader(params(None, revision=None), 1000))
@@ -179,6 +192,7 @@ def test_a_hub_that_does_not_answer_is_one_sentence_at_once(monkeypatch):
     ("changes", "says"),
     [
         ({"revision": "main"}, r"revision"),
+        ({"revision": "refs/convert/parquet"}, "is a branch, which moves: give the sha256"),
         ({"separator": "x", "opens_document": "y"}, "one of the two at most"),
         ({"opens_document": "("}, "no regular expression"),
     ],

@@ -91,14 +91,15 @@ class Files(Section):
 
 
 class HubSet(Section):
-    """One data set of the Hugging Face hub, at a pinned commit, and how its rows become documents."""
+    """One data set of the Hugging Face hub, pinned by commit or hash, and how its rows become documents."""
 
     repo: Repository
     config: str | None
     splits: Annotated[tuple[Name, ...], Field(min_length=1)]
     text_column: Annotated[str, Field(min_length=1)]
-    revision: Commit | None
+    revision: Commit | Literal["refs/convert/parquet"] | None
     licence: str
+    sha256: Sha256 | None = None
     opens_document: str | None = None
     separator: Annotated[str, Field(min_length=1)] | None = None
 
@@ -106,6 +107,8 @@ class HubSet(Section):
     def _possible(self) -> Self:
         if self.opens_document is not None and self.separator is not None:
             raise ValueError("opens_document joins rows and separator cuts them: one of the two at most")
+        if str(self.revision).startswith("refs/") and self.sha256 is None:
+            raise ValueError("revision is a branch, which moves: give the sha256 of the text, or a commit")
         try:
             re.compile(self.opens_document or "")
         except re.error as error:

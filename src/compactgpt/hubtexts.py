@@ -1,8 +1,10 @@
 """A data set of the Hugging Face hub as a corpus: streamed at a pinned commit, row by row, in its order.
 
-Nothing is copied to the library's own cache: what has been read lies in our shards only.
+Nothing is copied to the library's own cache: what has been read lies in our shards only. A small set that
+has no commit is pinned by the hash of its text, for which it is read twice.
 """
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -56,9 +58,10 @@ class HubReader:
         Raises:
             Unreachable: the hub does not answer; said at once.
             BadConfig: the set has no commit, or the hub has no such set, commit, part or column.
-            BadData: a file of it is damaged, or a text is too long.
+            BadData: a file of it is damaged, a text is too long, or the text is not the one by hash.
         """
         self._require()
+        self._verify()
         place = place or _start(0)
         for number in range(place["split"], len(self._set.splits)):
             for text, row in self._documents(place if number == place["split"] else _start(number)):
@@ -78,6 +81,19 @@ class HubReader:
             )
         mend = f"mend {self._key}, or name a copy of the repository in download.hub.mirror"
         require_on_hub("dataset", self._set.repo, self._set.revision, mend)
+
+    def _verify(self) -> None:
+        if self._set.sha256 is None:
+            return
+        digest = hashlib.sha256()
+        for number in range(len(self._set.splits)):
+            for text, *_ in self._rows(_start(number)):
+                digest.update(text.encode("utf-8"))
+        if digest.hexdigest() != self._set.sha256:
+            raise BadData(
+                f"the text of {self._set.repo} has SHA-256 {digest.hexdigest()}, {self._key}.sha256 expects "
+                f"{self._set.sha256}: it is not the text that was meant, or mend the hash"
+            )
 
     def _documents(self, place: dict[str, Any]) -> Iterator[tuple[str, int]]:
         """Yield (document, its first row): rows as they are, cut, or joined, as the set says."""

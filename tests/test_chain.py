@@ -1,0 +1,63 @@
+"""What DVC runs again: the chain of dvc.yaml, its commands replaced by one that only makes their outs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+COMMAND = """#!/bin/sh
+shift
+for out in "$@"; do
+  case "$out" in */*.*) file="$out";; *) file="$out/made";; esac
+  mkdir -p "${file%/*}"
+  echo made > "$file"
+done
+"""
+
+
+@pytest.fixture
+def chain(tmp_path):
+    for name in ("src", "stages", "corpus"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    for name in ("params.yaml", "claims.yaml", "published.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    tree = YAML(typ="safe").load(ROOT / "dvc.yaml")
+    for name, stage in tree["stages"].items():
+        outs = [out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])]
+        paths = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
+        stage["cmd"] = " ".join(["./make", name, *paths])
+    YAML().dump(tree, tmp_path / "dvc.yaml")
+    (tmp_path / "make").write_text(COMMAND)
+    (tmp_path / "make").chmod(0o755)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    return tmp_path
+
+
+def ran(folder):
+    """The stages that `dvc repro` runs."""
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    command = [sys.executable, "-m", "dvc", "repro"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    marked = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    return {line.split("'")[1] for line in marked}
+
+
+@pytest.mark.slow
+def test_a_second_run_evaluates_nothing_and_another_baseline_runs_itself_alone(chain):
+    everything = ran(chain)
+    tree = YAML(typ="safe").load(chain / "params.yaml")
+    names = tree["baseline"]["names"]
+    assert {"training", "evaluation", "comparison", *(f"baseline@{name}" for name in names)} <= everything
+    assert ran(chain) == set()
+    tree["baseline"]["names"] = [*names, "gpt2"]
+    YAML().dump(tree, chain / "params.yaml")
+    assert ran(chain) == {"baseline@gpt2", "comparison"}
