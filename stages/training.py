@@ -41,12 +41,17 @@ def main(
             prune_runs(states.parent, states.name)
         stage.say(training.budget(stage.params, own_place().size))
         band = watching.expected_band(stage.params)
+        stage.tracker.params(band.frozen())
 
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
             stage.tracker.metrics(values, step)
             if "val/loss" in values and (news := band.judge(step, values["val/loss"])):
                 stage.say(news)
                 stage.tracker.tags({"outside_expected_band": news})
+
+        def on_news(text: str) -> None:
+            stage.say(text)
+            stage.tracker.tags({"number_of_processes": text})
 
         def on_sample(step: int, text: str) -> None:
             stage.text(f"step-{step:08d}.txt", text, "samples")
@@ -62,6 +67,7 @@ def main(
                 ),
                 on_metrics=on_metrics,
                 watch=watching.Sampler(stage.params.runtime, tokenizer, on_sample),
+                tell=on_news,
                 stopping=stopping,
             )
         if stage.leads:
@@ -70,6 +76,7 @@ def main(
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
+            stage.tracker.tags(band.score(trained.rows[-1].val_loss))
             drop_states(states)
 
 

@@ -116,6 +116,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tokens, tmp_path, alone,
     assert_same_bits(found, alone["strict"])
 
 
+@pytest.mark.parametrize("mode", ["fast", "strict"])
+def test_another_number_of_processes_is_told_where_it_changes_bits(tokens, tmp_path, alone, mode):
+    assert together(2, stopped, tokens, tmp_path, parameters(mode), 3) == [0, 0]
+    told = []
+    trained = training.train(
+        parameters(mode), training.open_splits(tokens), tmp_path / "state", tell=told.append
+    )
+    torch.testing.assert_close(trained.model.state_dict(), alone[mode][0], atol=1e-3, rtol=0)
+    assert ["had 2 of training.launcher.processes, from here on 1" in text for text in told] == [True] * (
+        mode == "fast"
+    )
+
+
 def test_who_loses_a_process_says_so_and_the_next_start_ends_with_the_same_bits(tokens, tmp_path, alone):
     assert together(2, _killed, tokens, tmp_path, parameters("strict")) == [0, -signal.SIGKILL]
     found = run(tmp_path, 2, tokens, parameters("strict"))

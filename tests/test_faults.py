@@ -1,6 +1,7 @@
 """Whatever interrupts a training run, at whichever of its writes: the next run ends with the same bytes."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from compactgpt.errors import DiskFailed, DiskFull
 # Everything in a run that changes the disk, but for writes into files that are still being made.
 WRITES = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]
 
-# One write in so many is tried; EVERY_WRITE=1 tries them all, which takes minutes.
+# One write in so many is tried; EVERY_WRITE=1 tries them all, which takes minutes (`make test-faults`).
 STRIDE = 1 if os.environ.get("EVERY_WRITE") else 7
 
 
@@ -108,9 +109,13 @@ def whole(tokens, place):
 def test_sigkill_at_any_write_changes_no_byte_of_the_result(tokens, place, whole):
     expected, writes = whole
     assert writes > 30
-    for at in range(0, writes - 1, STRIDE):
+    for at in itertools.count(0, STRIDE):
         folder = place / f"killed-{at}"
-        assert forks.run(struck_run, tokens, folder, at) == -signal.SIGKILL
+        ended = forks.run(struck_run, tokens, folder, at)
+        if ended == 0:  # there are no more writes to be killed at; the first process may have had a few more
+            assert at > writes - 3 - STRIDE
+            break
+        assert ended == -signal.SIGKILL
         whole_run(tokens, folder)
         assert contents(folder) == expected, at
         shutil.rmtree(folder)
@@ -130,7 +135,7 @@ def test_a_disk_that_refuses_any_write_is_one_sentence_and_the_next_run_ends_the
         # Some writes only sweep: then the run goes on.
         with Fault(at, refuse) as fault, suppress(error):
             whole_run(tokens, folder)
-        assert fault.struck
+        assert fault.struck or at > writes - 3
         whole_run(tokens, folder)
         assert contents(folder) == expected, at
         shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -64,23 +65,30 @@ def set_precision(dtype: str) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
     """Let long work end at a place of its choice: the first SIGTERM or Ctrl-C is noted, the second acts.
 
     Main thread only. Yields a function that tells whether a stop was asked for.
+
+    Args:
+        same_seconds: within which another signal is the same request: when a parent with several threads
+            is killed, Linux sends its child the death signal once for each thread that it had as a parent.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    asked = False
+    asked_at: float | None = None
 
     def note(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+        elif time.monotonic() - asked_at >= same_seconds:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield lambda: asked
+        yield lambda: asked_at is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -190,8 +190,14 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     """Swap folders: between the two renames the place is empty, never half filled."""
     old = _temporary(folder, "old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of ours, when the disk refused to remove it
         os.rename(folder, old)
-    os.rename(temporary, folder)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        with suppress(OSError):
+            os.rename(old, folder)
+        raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -149,6 +149,7 @@ def train(
     progress: Progress = silent,
     on_metrics: OnMetrics = lambda _step, _values: None,
     watch: Watch = lambda _step, _model: None,
+    tell: Callable[[str], None] = lambda _text: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Train the model of params.yaml, from the newest training state in `state` where there is one.
@@ -161,6 +162,7 @@ def train(
         on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
             of val/loss where it is measured. On a GPU the news of several steps come together.
         watch: shown the model after every step.
+        tell: told what the user must know of this run, in a sentence.
         stopping: asked after every step.
 
     Raises:
@@ -173,6 +175,8 @@ def train(
     with joined(params.training.launcher, resolve_device(params.runtime.device)) as group, _memory_errors():
         run = _Run(params, splits, state, group)
         resumed_from = run.resume()
+        if news := run.broken_promise():
+            tell(news)
         clock = _Clock(run.step)
         while run.step < params.training.max_steps:
             run.make_step()
@@ -229,6 +233,7 @@ class _Run:
         self.model, self.optimizers = self._begun()
         self.curve = Curve()
         self.step = 0
+        self.begun_by = group.size  # processes that made the steps before
         self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
         self.log_interval = params.runtime.log_interval
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
@@ -269,13 +274,12 @@ class _Run:
                 self.optimizers.load_state_tensors(
                     {name: tensors[name] for name in self.optimizers.zero_state()}
                 )
-                self.step = loaded[0]
-                self.curve = Curve.from_json(loaded[1]) if self.group.leads else self.curve
+                self._take_progress(*loaded)
             return self.step
         if self.group.leads:
             loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
             if loaded:
-                self.step, self.curve = loaded[0], Curve.from_json(loaded[1])
+                self._take_progress(*loaded)
         self.step = self.group.number_from_leader(self.step)
         self.group.from_leader(list(self.model.state_dict().values()))
         if self.step:
@@ -284,15 +288,33 @@ class _Run:
             self.group.from_leader(list(self.optimizers.state_tensors().values()))
         return self.step
 
+    def _take_progress(self, step: int, progress: Mapping[str, Any]) -> None:
+        """Go on from what a state says, in mode fsdp in every process, which has the step alone."""
+        self.step = step
+        if self.group.leads:
+            self.curve = Curve.from_json(progress)
+            self.begun_by = progress["processes"]
+
+    def broken_promise(self) -> str | None:
+        """Say, to the one who leads, that the bits will not be those of a run that was never stopped."""
+        if self.begun_by == self.group.size or self.group.mode == "strict":
+            return None
+        return (
+            f"up to step {self.step} this run had {self.begun_by} of training.launcher.processes, from here "
+            f"on {self.group.size}: in mode {self.group.mode} it ends as an unbroken one within rounding "
+            "only; mode strict keeps the bits"
+        )
+
     def save(self) -> None:
         """Write a training state."""
+        progress = {**self.curve.to_json(), "processes": self.group.size}
         if self.group.spreads:
             from compactgpt.sharding import save_shards
 
             tensors = {**self.model.state_dict(), **self.optimizers.state_tensors()}
-            save_shards(self.folder, self.key, self.step, tensors, self.curve.to_json(), self.group)
+            save_shards(self.folder, self.key, self.step, tensors, progress, self.group)
         elif self.group.leads:
-            save_state(self.folder, self.key, self.step, self.model, self.optimizers, self.curve.to_json())
+            save_state(self.folder, self.key, self.step, self.model, self.optimizers, progress)
 
     def make_step(self) -> None:
         """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
