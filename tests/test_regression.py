@@ -1,12 +1,11 @@
 """The gate: what it lets through, what it stops, how often it is wrong, and what it says where."""
 
-import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
-import subprocess
+import shutil
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,13 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from compactgpt import references, regression, verdicts
+from compactgpt import references, registry, regression, verdicts
+from compactgpt.checkpoint import save_model
 from compactgpt.config import load_params
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import Totals, write_totals
+from compactgpt.lineage import Cache, Folder
+from compactgpt.pipelines import conclude, write_files
 from compactgpt.regression import Check, Documents, Snapshot, Verdict
 from compactgpt.storage import read_json, write_json
+from compactgpt.syncing import Syncer
 from stages.regression import app
+from tests import store
+from tests.tiny import save_tokenizer, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
@@ -261,38 +266,68 @@ def test_a_report_and_sums_of_two_runs_are_refused(tmp_path):
         references.present(tmp_path / "one")
 
 
-def commit_with_dvc(folder):
-    """Commit a project, its sums by document only as DVC keeps them: in the cache, by hash."""
-
-    def cached(content, suffix=""):
-        md5 = hashlib.md5(content).hexdigest() + suffix
-        path = folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        return md5
-
-    table = cached((folder / "data/evaluation/compact.parquet").read_bytes())
-    listing = json.dumps([{"md5": table, "relpath": "compact.parquet"}]).encode()
-    outs = [{"path": "data/evaluation", "md5": cached(listing, ".dir")}]
-    write_json(folder / "dvc.lock", {"schema": "2.0", "stages": {"evaluation": {"cmd": "x", "outs": outs}}})
-    write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", "outs": ["data/evaluation"]}}})
-    (folder / ".gitignore").write_text("/data/\n/.dvc/\n")
-    author = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "a run"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
-    return folder / ".dvc/cache/files/md5" / table[:2] / table[2:]
+def with_dvc(folder):
+    """What DVC keeps of a project: its lock, and the sums by document in its cache, by hash."""
+    outs = ["data/evaluation", "reports/evaluation.json", "reports/training.json"]
+    for path in outs:
+        store.cache_out(folder, path)
+    store.save_lock(folder, {"evaluation": outs})
+    write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", "outs": outs}}})
 
 
 def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
-    table = commit_with_dvc(project(tmp_path))
+    with_dvc(project(tmp_path))
+    (tmp_path / ".gitignore").write_text("/data/\n/.dvc/\n")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
+        store.git(tmp_path, *words)
     project(tmp_path, loss=4.2)  # a later run, not committed
     verdict = regression.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
     with pytest.raises(BadConfig, match="no commit"):
         references.reference("nothing-of-that-name", tmp_path)
-    table.unlink()
+    shutil.rmtree(tmp_path / ".dvc/cache")
     with pytest.raises(MissingInput, match="dvc fetch"):
         references.reference("HEAD", tmp_path)
+
+
+def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeypatch, empty_store):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    with pytest.raises(MissingInput, match="no model is champion"):
+        references.reference("champion", tmp_path)
+    with pytest.raises(MissingInput, match="models/compact"):
+        references.promote(tmp_path)
+    project(tmp_path)
+    encoding = save_tokenizer(tmp_path / "data/tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
+    outs = ["data/evaluation", "data/tokenizer", "models/compact"]
+    outs += [str(path.relative_to(tmp_path)) for path in (tmp_path / "reports").rglob("*.json")]
+    for path in outs:
+        store.cache_out(tmp_path, path)
+    store.save_lock(tmp_path, {"evaluation": outs})
+    write_json(tmp_path / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x"}}})
+    with pytest.raises(MissingInput, match="no model with these weights"):
+        references.promote(tmp_path)
+    register(tmp_path)
+    assert references.promote(tmp_path) == "1"
+    shutil.rmtree(tmp_path / "data")
+    champion = references.reference("champion", tmp_path)
+    assert champion.name == "champion, version 1"
+    assert len(champion.documents.ids) == 30
+
+
+def register(root):
+    """What `compactgpt.syncing` makes when a pipeline has ended, without the logged model."""
+    client, experiment = Syncer(root).connect()
+    run_id = client.create_run(experiment, run_name="pipeline").info.run_id
+    place, cache = Folder(root), Cache(root)
+    ending = conclude(place, cache, None, [], lambda _: "")
+    (root / "told").mkdir()
+    write_files(ending, place, cache, [], root / "told")
+    client.log_artifacts(run_id, str(root / "told"))
+    tags = {"weights_sha256": ending.tags["weights_sha256"], registry._PIPELINE: run_id}
+    client.create_registered_model(registry.NAME)
+    client.create_model_version(registry.NAME, str(root / "models/compact"), run_id, tags=tags)
 
 
 # --- what is said ------------------------------------------------------------------------------------------

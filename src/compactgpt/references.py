@@ -111,10 +111,8 @@ def _champion(root: Path) -> Snapshot:
     if not (found := champion(root)):
         raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
     client, _ = Syncer(root).connect()
-    tags = client.get_run(found["run_id"]).data.tags
-    pipeline = tags.get("mlflow.parentRunId", found["run_id"])  # the run of the whole has the files
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        client.download_artifacts(pipeline, "", scratch)
+        client.download_artifacts(found["run_id"], "", scratch)
         place = Path(scratch)
         return _take(f"champion, version {found['version']}", Folder(place), place / _DOCUMENTS / _TOTALS)
 
@@ -131,7 +129,10 @@ def promote(root: Path) -> str:
     from compactgpt import registry
     from compactgpt.syncing import Syncer
 
-    weights = sha256_file(root / MODEL / "model.safetensors")
+    path = root / MODEL / "model.safetensors"
+    if not path.exists():
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+    weights = sha256_file(path)
     client, _ = Syncer(root).connect()
     wanted = f"name = '{registry.NAME}' and tags.weights_sha256 = '{weights}'"
     versions = [int(found.version) for found in client.search_model_versions(wanted)]
