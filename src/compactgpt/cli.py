@@ -88,6 +88,38 @@ def gate(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help="A run's id (or its beginning), a revision of git.")],
+    check: Annotated[bool, typer.Option("--check", help="Only say what would be missing.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the data again too.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch work tree.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
+    with told_clearly():
+        from compactgpt import reproduction
+
+        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=typer.echo)
+        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+        if found.exit_code:
+            raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A run's id (or its beginning), a revision, or `workspace`.")],
+    b: Annotated[str, typer.Argument(help="The other.")] = "workspace",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Explain two runs: parameters, data, code, environment, figures with paired significance."""
+    with told_clearly():
+        from compactgpt import diffing
+
+        found = diffing.of(a, b, Path())
+        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
+
+
+@app.command()
 def estimate(
     settings: Settings = None,
     measure: Annotated[bool, typer.Option(help="Also the time here, by a second of products.")] = False,

@@ -6,6 +6,7 @@ here, or which earlier run made what it has now.
 """
 
 import csv
+import functools
 import io
 import json
 import platform
@@ -49,7 +50,12 @@ class Child:
     stage: str
     run_id: str
     status: str
-    folder: Path  # its journal's, with copies of what it logged
+    folder: Path  # its journal's
+
+    @property
+    def logged(self) -> Path:
+        """Copies of what it logged."""
+        return self.folder / "artifacts"
 
 
 @dataclass
@@ -107,7 +113,7 @@ def conclude(
 
 def made(child: Child, entry: Entry) -> bool:
     """Whether a run's reports are those that dvc.lock names: a kill of `dvc` may have come between."""
-    logged = {path.name: md5_file(path) for path in (child.folder / "artifacts" / "reports").glob("*")}
+    logged = {path.name: md5_file(path) for path in (child.logged / "reports").glob("*")}
     named = {Path(path).name: md5 for path, md5 in outs(entry).items()}
     return all(named[name] == md5 for name, md5 in logged.items() if name in named)
 
@@ -162,6 +168,7 @@ def _figures(chain: Chain, place: Place, cache: Cache) -> Iterator[tuple[int, di
             yield 0, {f"baseline/{key}/{name}": figures[f"eval/{key}"] for key in _HEADLINE}
 
 
+@functools.cache
 def packages() -> str:
     """Everything that is installed, a line a distribution."""
     found = {
@@ -170,7 +177,7 @@ def packages() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))
 
 
-def write_files(ending: Ending, place: Place, cache: Cache, children: Iterable[Child], target: Path) -> None:
+def write_files(ending: Ending, place: Place, cache: Cache, diffs: Iterable[Path], target: Path) -> None:
     """Lay out what is kept with the run of the whole: see the README.
 
     dvc.lock, params.yaml and dvc.yaml; reports, plots, page and samples; sums by document; the environment;
@@ -187,7 +194,6 @@ def write_files(ending: Ending, place: Place, cache: Cache, children: Iterable[C
         for path, md5 in outs(ending.chain.entries.get(stage, {})).items():
             if path.startswith("reports/") or _is_small_table(cache, path, md5):
                 checkout(cache, place, path, md5, target / path)
-    diffs = [child.folder / "artifacts" / DIFF for child in children]
     if diff := next((path for path in diffs if path.exists()), None):
         shutil.copyfile(diff, target / DIFF)
 

@@ -34,7 +34,7 @@ from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
 from compactgpt.storage import read_json, write_json, write_text
-from compactgpt.tracking import git_facts, now_ms
+from compactgpt.tracking import DIFF, git_facts, machine_facts, now_ms, uncommitted
 
 EXPERIMENT = "compactgpt"
 POLL_SECONDS = 1.0
@@ -479,7 +479,8 @@ class Syncer:
         for run_id, key in ending.keys.items():
             self.connect()[0].set_tag(run_id, "lock_entry", key)
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            write_files(ending, place, cache, children, Path(scratch))
+            diffs = [folder / DIFF for folder in (parent.folder, *(child.logged for child in children))]
+            write_files(ending, place, cache, diffs, Path(scratch))
             self.connect()[0].log_artifacts(parent.run_id, scratch)
         self._log_params(parent.run_id, ending.params)
         told = [(parent.time_ms, step, values) for step, values in ending.metrics]
@@ -538,10 +539,12 @@ class Syncer:
             write_text(told, key)
             return
         facts = {"host": platform.node(), "workspace": str(self.root), "pipeline": f"none-{now_ms()}"}
-        tags = {**git_facts(self.root), **facts, "stage": "pipeline"}
+        tags = {**git_facts(self.root), **machine_facts(), **facts, "stage": "pipeline"}
         folder = self.folder / "pipelines" / facts["pipeline"]
         folder.mkdir(parents=True)
         (folder / LOCK).write_bytes(lock)
+        if tags.get("git.dirty") == "true":
+            (folder / DIFF).write_bytes(uncommitted(self.root))
         _Parent(folder, self._create("pipeline", now_ms(), tags), now_ms(), str(self.root)).save()
         self.sync()
 

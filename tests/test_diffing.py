@@ -1,0 +1,87 @@
+"""Two versions explained: what is other, what is not, and whether the figures really are."""
+
+import json
+
+import numpy as np
+import pytest
+
+from compactgpt import diffing
+from compactgpt.evaluation import Totals, write_totals
+from compactgpt.metrics import perplexity_ratio
+from tests import store
+
+STAGES = {"evaluation": ["data/evaluation", "reports/evaluation.json"]}
+TOKENS = np.array([100, 200, 50, 150])
+NATS = np.array([450.0, 900.0, 230.0, 640.0])
+
+
+def make(root, nats, ids=("a", "b", "c", "d"), **params):
+    """The project as an evaluation left it, committed."""
+    totals = Totals(
+        list(ids), bytes=TOKENS * 3, tokens=TOKENS, own_tokens=TOKENS, words=None, nats=nats, views={}
+    )
+    write_totals(root / "data/evaluation/compact.parquet", totals)
+    (root / "reports").mkdir(exist_ok=True)
+    loss = nats.sum() / TOKENS.sum()
+    (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
+    (root / "params.yaml").write_text(json.dumps({"training": {"steps": 1, **params}}))
+    store.cache_out(root, "data/evaluation")
+    store.save_lock(root, STAGES)
+    store.git(root, "add", "-A")
+    store.git(root, "commit", "-qm", "x")
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "dvc.yaml").write_text("stages: {evaluation: {cmd: x}}")
+    (tmp_path / ".gitignore").write_text("/data\n/.dvc\n")
+    (tmp_path / "requirements.lock").write_text("numpy==1.0\ntorch==2.0 ; sys_platform == 'linux'\n")
+    store.git(tmp_path, "init", "-q")
+    make(tmp_path, NATS)
+    return tmp_path
+
+
+def test_two_revisions_are_explained_by_what_is_other(root):
+    (root / "src").mkdir()
+    (root / "src/new.py").write_text("x = 1\n")
+    (root / "requirements.lock").write_text("numpy==1.1\ntorch==2.0\n")
+    better = NATS * [0.9, 0.88, 0.91, 0.9]
+    make(root, better, steps=2)
+    found = diffing.of("HEAD~1", "HEAD", root)
+    assert found.params == {"training.steps": (1, 2)}
+    assert found.packages == {"numpy": ("1.0", "1.1")}
+    assert list(found.data) == ["data/evaluation"]
+    assert "src/new.py" in found.code
+    (ratio,) = found.ratios
+    expected = perplexity_ratio(better, NATS, TOKENS.astype(float), resamples=2000, seed=1)
+    assert (ratio.value, ratio.low, ratio.high) == (expected.value, expected.low, expected.high)
+    assert ratio.significant
+    told = "\n".join(diffing.lines(found))
+    assert "training.steps  1 -> 2" in told
+    assert f"compact: {expected.value:.4f}" in told
+    assert json.loads(json.dumps(found.as_json()))["ratios"][0]["significant"] is True
+
+
+def test_equal_versions_differ_in_nothing(root):
+    found = diffing.of("HEAD", "HEAD", root)
+    assert (found.params, found.data, found.code, found.metrics) == ({}, {}, "", {})
+    assert "1.0000 (1.0000 to 1.0000), 4 documents: equal" in "\n".join(diffing.lines(found))
+
+
+def test_noise_is_not_called_a_difference(root):
+    make(root, NATS * [1.02, 0.99, 0.98, 1.005])
+    (ratio,) = diffing.of("HEAD~1", "HEAD", root).ratios
+    assert ratio.low < 1.0 < ratio.high
+    assert not ratio.significant
+
+
+def test_other_documents_are_not_paired(root):
+    make(root, NATS, ids=("a", "b", "c", "e"))
+    found = diffing.of("HEAD~1", "HEAD", root)
+    assert found.ratios == []
+    assert found.unpaired == ["compact: the documents of the val split are not the same"]
+
+
+def test_uncommitted_changes_are_named(root):
+    (root / "dvc.yaml").write_text("stages: {evaluation: {cmd: other}}")
+    assert diffing.of("HEAD", "workspace", root).code == "workspace had uncommitted changes: dvc.yaml"
