@@ -23,6 +23,15 @@ def test_the_user_is_told_once_when_the_curve_ends_outside_the_band(curve, told_
     assert told == ([told_at] if told_at else [])
 
 
+@pytest.mark.parametrize(
+    ("loss", "inside"), [(4.0, ("true", "true")), (4.15, ("false", "true")), (4.3, ("false", "false"))]
+)
+def test_the_end_is_scored_against_what_was_written_down(loss, inside):
+    band = Band(EXPECTED, 100)
+    assert band.frozen() == {"expected_loss": EXPECTED.model_dump()}
+    assert tuple(band.score(loss).values()) == inside
+
+
 def test_the_band_is_that_of_the_estimate():
     params = load_params(ROOT / "params.yaml")
     told = expected(params)

@@ -5,6 +5,7 @@ Nothing here changes what training makes, so an edit reruns nothing.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiktoken import Encoding
@@ -26,6 +27,7 @@ class Band:
     """
 
     def __init__(self, expected: ExpectedLoss, max_steps: int) -> None:
+        self.expected = expected
         self.low, self.high, self.max_steps = expected.low_95, expected.high_95, max_steps
         self._told = False
 
@@ -49,6 +51,19 @@ class Band:
             f"{where} is above {interval}: compare learning rates and data with the runs that "
             "estimate.anchors names"
         )
+
+    def frozen(self) -> dict[str, Any]:
+        """What the run's record keeps of it, written before the first step."""
+        return {"expected_loss": self.expected.model_dump()}
+
+    def score(self, val_loss: float) -> dict[str, str]:
+        """Whether the last loss of the curve lies in each interval: tags of the run."""
+        told = self.expected
+        inside = {
+            "80": told.low_80 <= val_loss <= told.high_80,
+            "95": told.low_95 <= val_loss <= told.high_95,
+        }
+        return {f"expected_loss.inside_{share}": str(held).lower() for share, held in inside.items()}
 
 
 def expected_band(params: Params) -> Band:
