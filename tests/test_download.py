@@ -30,6 +30,7 @@ from compactgpt.download import download, write_corpus
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import BadConfig, BadData, Busy, MissingInput, Unreachable
 from compactgpt.parallel import ordered_map
+from compactgpt.parquetpages import page_sizes
 from compactgpt.storage import sha256_file, verified_manifest
 from stages.download import app
 from tests.tiny_corpus import tokenizer_files
@@ -361,6 +362,53 @@ def test_a_bad_parquet_file_is_refused_by_name(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file, or was cut short"):
         corpus(tmp_path, files("*.parquet"))
+
+
+def written(path, table, **settings):
+    pq.write_table(table, path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_are_known_before_they_are_read(tmp_path, version, dictionary):
+    texts = [f"row {n} " * (n % 70) for n in range(3000)]
+    table = pa.table({"n": list(range(3000)), "text": texts})
+    settings = {"data_page_version": version, "use_dictionary": dictionary, "write_page_checksum": True}
+    path = written(
+        tmp_path / "a.parquet",
+        table,
+        row_group_size=1100,
+        data_page_size=4000,
+        write_batch_size=64,
+        **settings,
+    )
+    chunks = [pq.read_metadata(path).row_group(n).column(1) for n in range(3)]
+    with open(path, "rb") as file:
+        pages = [list(page_sizes(file, chunk)) for chunk in chunks]
+    assert [sum(rows for _, rows in each) for each in pages] == [1100, 1100, 800]
+    assert all(len(each) > 1 for each in pages)
+    assert dictionary == any(rows == 0 for each in pages for _, rows in each)
+    for chunk, each in zip(chunks, pages, strict=True):
+        headers = chunk.total_uncompressed_size - sum(size for size, _ in each)
+        assert 0 < headers < 2000 * len(each)  # with the least and the greatest text
+
+
+def test_a_very_long_parquet_row_is_refused_before_it_is_read(tmp_path):
+    rules = textfiles.Rules("text", 10**9, 1000, 10**9)
+    long = "x" * 200_000
+    for texts, settings, says in [
+        (
+            ["a", "b", long],
+            {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1},
+            r"a\.parquet, row 3 is longer than",
+        ),
+        (["a", "b", long], {}, r"a\.parquet: a page from row 1 on has 0 MB: a row of it is very long"),
+        ([long, "b"], {"use_dictionary": False, "row_group_size": 1}, r"a\.parquet, row 1 is longer than"),
+    ]:
+        written(tmp_path / "a.parquet", pa.table({"other": texts, "text": texts}), **settings)
+        with pytest.raises(BadData, match=says):
+            list(textfiles.read_texts(tmp_path, "a.parquet", rules))
 
 
 def test_missing_files_are_named(tmp_path):

@@ -26,11 +26,13 @@ from compactgpt.config import Files
 from compactgpt.corpus import MEGABYTE, Origin, Piece
 from compactgpt.documents import PART_BYTES, LongText
 from compactgpt.errors import BadData, MissingInput
+from compactgpt.parquetpages import page_sizes
 from compactgpt.progress import Progress, silent
 
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 256  # of a parquet file, read at a time
 _CHUNK_BYTES = 2**20
+_PAGE_ROWS = 4
 _NAMES_AT_ONCE = 2**17  # of one folder that are sorted in memory; more are merged from disk
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -386,6 +388,7 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
     try:
         with _seekable(file) as source, pq.ParquetFile(source, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow, name, column)
+            _check_pages(source, table.metadata, name, rules)
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
@@ -397,7 +400,7 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
                         yield text, f"{name}:{row}", row
     except UnicodeDecodeError as error:
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise BadData(f"{name} is no readable parquet file, or was cut short ({_words(error)})") from error
 
 
@@ -411,6 +414,25 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
         while chunk := file.read(_CHUNK_BYTES):
             unpacked.write(chunk)
         yield unpacked
+
+
+def _check_pages(file: IO[bytes], metadata: Any, name: str, rules: Rules) -> None:
+    """Refuse pages of more than _PAGE_ROWS of the longest rows, since reading one takes thrice its size."""
+    row = 1
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        chunk = next(each for each in chunks if each.path_in_schema == rules.text_column)
+        for size, rows in page_sizes(file, chunk):
+            if size > _PAGE_ROWS * rules.max_row_bytes and rows == 1:
+                raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
+            if size > _PAGE_ROWS * rules.max_row_bytes:
+                raise BadData(
+                    f"{name}: a page from row {row:,} on has {size // MEGABYTE:,} MB: a row of it is very "
+                    "long, or too many rows lie in one page; write the file anew with pages of 1 MB, or "
+                    "raise download.max_row_megabytes"
+                )
+            row += rows
 
 
 def _check_column(schema: Any, name: str, column: str) -> None:
