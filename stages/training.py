@@ -39,12 +39,15 @@ def main(
         stage.tracker.begin(states / "journal")
         if stage.leads:
             prune_runs(states.parent, states.name)
-        stage.say(training.budget(stage.params, own_place().size))
+        stage.say(budget := training.budget(stage.params, own_place().size))
+        stage.tracker.tags({"make_up_of_a_step": budget})
         band = watching.expected_band(stage.params)
         stage.tracker.params(band.frozen())
 
+        used = watching.Utilisation(stage.params, own_place().size) if stage.leads else None
+
         def on_metrics(step: int, values: Mapping[str, float]) -> None:
-            stage.tracker.metrics(values, step)
+            stage.tracker.metrics(used.added(values) if used else values, step)
             if "val/loss" in values and (news := band.judge(step, values["val/loss"])):
                 stage.say(news)
                 stage.tracker.tags({"outside_expected_band": news})
@@ -63,7 +66,7 @@ def main(
                 splits,
                 states,
                 progress=lambda done, total, figures=None: bar(
-                    done, total, {**(figures or {}), "expected": str(band)}
+                    done, total, {**(figures or {}), "of peak": str(used), "expected": str(band)}
                 ),
                 on_metrics=on_metrics,
                 watch=watching.Sampler(stage.params.runtime, tokenizer, on_sample),

@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from test_model import tiny, tokens_of
+from tiny import ROOT
 
-from compactgpt.config import Training
+from compactgpt.config import Training, load_params
 from compactgpt.errors import BadData
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers, lr_multiplier, muon_step, orthogonal
@@ -106,6 +108,36 @@ def test_adamw_with_clipping_is_torchs_own(grad_clip):
         reference.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5, msg=name)
+
+
+def nanogpts_groups(model):
+    """nanoGPT's configure_optimizers (model.py): what is at least two-dimensional decays."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [
+        {name for name, p in named.items() if p.dim() >= 2},
+        {name for name, p in named.items() if p.dim() < 2},
+    ]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_its_recipe_parameters_are_grouped_as_nanogpt_groups_them(bias):
+    settings = YAML(typ="safe").load(ROOT / "conf/parts/nanogpt.yaml")["params"]["training"]
+    training = recipe(**settings)
+    with torch.device("meta"):
+        model = GPT(load_params(ROOT / "params.yaml").estimate.note.model_copy(update={"bias": bias}))
+    optimizers = Optimizers(model, training)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizers.adamw.param_groups
+    found = [
+        {names[id(p)] for group in groups if group["weight_decay"] == decay for p in group["params"]}
+        for decay in (0.1, 0.0)
+    ]
+    assert found == nanogpts_groups(model)
+    assert (len(found[0]), len(found[1])) == ((26, 13) if not bias else (26, 50))
+    assert {group["lr"] for group in groups} == {3e-4}
+    assert {group["betas"] for group in groups} == {(0.9, 0.99)}
+    assert {group["eps"] for group in groups} == {1e-8}
+    assert optimizers.muon is None
 
 
 def test_muon_owns_the_hidden_matrices_and_nothing_else():

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +14,13 @@ import torch
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt import training
+from compactgpt import training, watching
 from compactgpt.checkpoint import load_model, save_model
-from compactgpt.config import parse_params
+from compactgpt.config import ExpectedLoss, parse_params
 from compactgpt.data import open_tokens, write_tokens
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.export import save_hf
 from compactgpt.initial import folder_sha256
 from compactgpt.launching import Place
 from compactgpt.runtime import stop_requests
@@ -250,6 +253,39 @@ def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_
     assert torch.equal(weights[-1], run.model.wte.weight)
 
 
+def test_a_gradient_that_is_not_finite_stops_with_step_batch_and_way_and_leaves_the_best_as_it_was(
+    splits, tmp_path, monkeypatch
+):
+    """The loss is good, a number of its gradient is not; the next run, without that, goes on."""
+    params = params_of(eval_interval=1)
+    whole = training.train(params, splits, tmp_path / "whole")
+    real = training._Run._gradient
+
+    def poisoned(run, tokens, targets):
+        loss = real(run, tokens, targets)
+        if run.step == 4:
+            run.model.h[0].mlp.c_fc.weight.grad[3, 3] = math.inf
+        return loss
+
+    with monkeypatch.context() as broken:
+        broken.setattr(training._Run, "_gradient", poisoned)
+        with pytest.raises(NotFinite) as caught:
+            training.train(params, splits, tmp_path / "s")
+    told = str(caught.value)
+    assert told.startswith("step 5 of 6: the training loss is ")
+    assert "norm of its gradient is inf" in told
+    assert "batch (seed 1337, step 4 from 0)" in told
+    assert "lower training.learning_rate" in told
+    assert "run `dvc repro`" in told
+    best = training.best_row(whole.rows[:4])
+    facts = json.loads((tmp_path / "s/best/config.json").read_text())["facts"]
+    assert facts == {"step": best.step, "val_loss": best.val_loss}
+    load_model(tmp_path / "s/best")
+    resumed = training.train(params, splits, tmp_path / "s")
+    assert resumed.resumed_from == 4
+    assert same_bits(whole, resumed)
+
+
 def test_a_gpu_that_works_behind_us_gives_the_same_run_and_news_of_every_step(splits, tmp_path, monkeypatch):
     """On the CPU, told to defer: losses are looked at now and then, and nothing else changes."""
     news, late = [], []
@@ -348,6 +384,16 @@ def test_no_memory_says_which_number_to_lower(splits, tmp_path, monkeypatch):
         training.train(params_of(), splits, tmp_path)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), MemoryError()])
+def test_no_memory_on_a_gpu_or_for_python_says_the_same(splits, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(training._Run, "_gradient", fail)
+    with pytest.raises(OutOfMemory, match=r"halve training\.micro_batch_size in params\.yaml"):
+        training.train(params_of(), splits, tmp_path)
+
+
 def test_other_runtime_errors_stay_what_they_are(splits, tmp_path, monkeypatch):
     monkeypatch.setattr(training._Run, "_gradient", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -373,6 +419,11 @@ def test_the_run_key_names_what_the_result_depends_on(splits):
     assert key != training.run_key(params_of(seed=2), splits)
     assert key != training.run_key(params_of(model={"bias": True}), splits)
     assert key != training.run_key(params_of(), other_data)
+    assert key != training.run_key(params_of(compile=True), splits)
+    assert key != training.run_key(params_of(dtype="bfloat16"), splits)
+    threads = tree_of()
+    threads["runtime"]["num_threads"] = 2
+    assert key != training.run_key(parse_params(threads), splits)
     unrelated = tree_of()
     unrelated["evaluation"]["likelihood"]["window"] = 4
     assert key == training.run_key(parse_params(unrelated), splits)
@@ -423,6 +474,58 @@ def test_the_door_writes_model_curve_and_report_the_same_each_time(here):
     assert not list(Path(".state/training").iterdir())
     assert door().exit_code == 0
     assert contents() == written
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"tokens_per_step": 40}, "tokens_per_step (40) must be a multiple of"),
+        ({"micro_batch_size": 3}, "training.launcher.processes (24)"),
+        ({"tokens_per_step": 16, "launcher": {"processes": 2}}, "training.launcher.processes (32)"),
+    ],
+)
+def test_tokens_per_step_that_do_not_divide_are_refused_before_any_work(here, budget, message):
+    write_text(Path("params.yaml"), json.dumps(tree_of(**budget)))
+    result = door()
+    assert result.exit_code == 78
+    assert message in result.output
+    assert not Path(".state/training").exists()
+
+
+def test_who_waits_sees_step_loss_speed_use_time_left_and_whether_the_curve_leaves_the_band(
+    here, monkeypatch
+):
+    told = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
+    monkeypatch.setattr(watching, "expected_band", lambda _: watching.Band(told, 100))
+    write_text(Path("params.yaml"), json.dumps(tree_of(max_steps=100, eval_interval=20)))
+    lines = door().output.splitlines()
+    assert lines[0].startswith("training: tokens_per_step 32 = 2 sequences x 8 tokens x 2 micro-batches x 1")
+    assert re.fullmatch(
+        r"training: 100 of 100 steps, loss \d\.\d+, tokens/s [\d,]+, left 0:00, of peak \d+%, "
+        r"expected 3\.00-3\.40 at the end",
+        lines[-1],
+    )
+    (told,) = [line for line in lines if "95 % interval" in line]
+    assert re.match(r"training: val loss 2\.\d+ at step \d+ of 100 is already below the 95 % interval", told)
+
+
+def test_fine_tuning_a_gpt2_in_hugging_faces_form_through_the_door(here, splits):
+    """Refused until its hash is told, then better from the first row on than from scratch."""
+    base = training.train(
+        params_of(max_steps=60, model={"bias": True, "gelu": "tanh"}), splits, here / "base"
+    )
+    save_hf(base.model, here / "gpt2")
+    tuned = {"init_from": "gpt2", "init_sha256": "0" * 64, "model": {"bias": True, "gelu": "tanh"}}
+    write_text(Path("params.yaml"), json.dumps(tree_of(**tuned)))
+    refused = door()
+    assert refused.exit_code == 78
+    assert folder_sha256(Path("gpt2")) in refused.output
+    tuned["init_sha256"] = folder_sha256(Path("gpt2"))
+    write_text(Path("params.yaml"), json.dumps(tree_of(**tuned)))
+    assert door().exit_code == 0
+    first = float(Path("reports/loss.csv").read_text().splitlines()[1].split(",")[2])
+    assert abs(first - base.rows[-1].val_loss) < 0.3 < base.rows[0].val_loss - first
+    assert load_model(Path("models/compact")).shape.bias
 
 
 def test_the_door_says_in_one_sentence_that_there_are_no_tokens(here):

@@ -4,7 +4,8 @@ from tiny import ROOT, save_tokenizer, tiny_gpt
 
 from compactgpt.config import ExpectedLoss, load_params
 from compactgpt.estimate import expected
-from compactgpt.watching import Band, Sampler, expected_band
+from compactgpt.model import GPT
+from compactgpt.watching import Band, Sampler, Utilisation, expected_band, peak_flops
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
 
@@ -38,6 +39,26 @@ def test_the_band_is_that_of_the_estimate():
     band = expected_band(params)
     assert (band.low, band.high) == (told.low_95, told.high_95)
     assert str(band) == f"{band.low:.2f}-{band.high:.2f} at the end"
+
+
+def test_utilisation_is_the_models_arithmetic_over_the_machines_own_speed(monkeypatch):
+    params = load_params(ROOT / "params.yaml")
+    monkeypatch.setattr("compactgpt.watching.peak_flops", lambda *_: 2e9)
+    used = Utilisation(params, 3)
+    shape = params.model  # 6 N + 12 L H Q T, nanoGPT's estimate_mfu
+    flops = 6 * GPT(shape).num_params_nanogpt + 12 * shape.n_layer * shape.n_embd * shape.block_size
+    told = used.added({"train/loss": 1.0, "train/tokens_per_second": 100.0})
+    assert told == {
+        "train/loss": 1.0,
+        "train/tokens_per_second": 100.0,
+        "train/utilisation": pytest.approx(100 * flops / 6e9),
+    }
+    assert used.added({"val/loss": 2.0}) == {"val/loss": 2.0}
+    assert str(used) == f"{100 * flops / 6e9:.0%}"
+
+
+def test_this_machine_makes_products():
+    assert 1e8 < peak_flops("cpu", "float32") < 1e14
 
 
 def test_a_sample_is_the_most_likely_continuation_and_touches_no_random_stream(tmp_path):
