@@ -34,7 +34,7 @@ def test_a_stages_deps_are_the_files_that_it_reads_and_no_others(stage):
 
 
 def test_each_stage_has_a_hash_of_its_code():
-    assert set(code_hashes(ROOT)) == set(PIPELINE)
+    assert set(PIPELINE) <= set(code_hashes(ROOT))
 
 
 @pytest.mark.parametrize("stage", PIPELINE)

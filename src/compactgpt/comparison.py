@@ -80,7 +80,7 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
         "samples": _samples(sources),
         "flagged": len(sources.flagged & set(sources.compact.totals.ids)),
         "data": _data(sources),
-        "code": sources.code,
+        "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
 
 

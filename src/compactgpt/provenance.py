@@ -23,12 +23,12 @@ UNTRACKED = {"__init__", "config", "console", "door", "errors", "progress", "syn
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Hash each stage's code: its door and the rooms that it uses, the same files that dvc.yaml lists.
+    """Hash the code behind each door of one name with a room: the files that dvc.yaml lists for the stage.
 
     (dvc.yaml itself can't be read for it: DVC takes it for no dependency.)
 
     Returns:
-        By stage, SHA-256 of lines `<SHA-256 of the file>  <path>` in the order of the paths.
+        By door, SHA-256 of lines `<SHA-256 of the file>  <path>` in the order of the paths.
     """
     hashes = {}
     for door in sorted((root / "stages").glob("*.py")):
