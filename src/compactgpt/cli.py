@@ -40,13 +40,20 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face form goes.")],
     model: Annotated[Path, typer.Option(help="A model of ours.")] = Path("models/compact"),
     tokenizer: Annotated[Path, typer.Option(help="Its tokenizer: goes along.")] = Path("data/tokenizer"),
+    card: Annotated[Path, typer.Option(help="Its card, if it is of the same weights.")] = Path(
+        "reports/model_card.md"
+    ),
 ) -> None:
-    """Write a trained model as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
+    """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
+        from compactgpt.card import card_for
         from compactgpt.checkpoint import load_model
         from compactgpt.export import save_hf
 
-        save_hf(load_model(model), folder, tokenizer)
+        text, why_none = card_for(model, card)
+        save_hf(load_model(model), folder, tokenizer, text)
+        if why_none:
+            print(f"without a model card: {why_none}")
         print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
@@ -188,3 +195,32 @@ def ladder(
         from compactgpt import fitting
 
         print(fitting.climb(name, folder, params_file))
+
+
+@app.command()
+def verify() -> None:
+    """Is every file what dvc.lock says, and every number what the inputs give? Names what differs."""
+    with told_clearly():
+        from compactgpt.verification import verify as look
+
+        found = look(Path())
+        print("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
+        for path in found.unchecked:
+            print(f"not checked, since it is not here (`dvc pull`): {path}")
+        print("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
+        raise typer.Exit(1 if found.differences else 0)
+
+
+@app.command()
+def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")]) -> None:
+    """Where does a number come from? Report, stage, what it read, commit, MLflow run."""
+    with told_clearly():
+        from compactgpt.provenance import RECORD, find_value
+        from compactgpt.provenance import trace as chain
+        from compactgpt.storage import read_json
+        from compactgpt.syncing import run_of_value
+
+        record = read_json(RECORD)
+        lines = chain(Path(), record, name)
+        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name))))
+        print("\n".join(f"{what:<12}{found}" for what, found in lines))

@@ -19,7 +19,7 @@ from compactgpt.config import Model
 from compactgpt.encoding import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.model import GPT
-from compactgpt.storage import atomic_folder, read_json, write_bytes, write_json
+from compactgpt.storage import atomic_folder, read_json, write_bytes, write_json, write_text
 
 # Conv1D of transformers (pytorch_utils.py) multiplies x @ W where Linear multiplies x @ W.T.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -64,13 +64,14 @@ def to_hf_config(shape: Model) -> dict[str, Any]:
     }
 
 
-def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None) -> None:
+def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "") -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits equal ours.
 
     Args:
         model: ours.
         folder: replaced as a whole.
         tokenizer: folder of GPT-2's tokenizer as `download` keeps it, to go along; `AutoTokenizer` loads it.
+        card: the model card, which becomes README.md.
 
     Raises:
         MissingInput: the tokenizer's folder has no GPT-2 files.
@@ -80,6 +81,8 @@ def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None) -> None:
         write_json(temporary / "config.json", to_hf_config(model.shape))
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, temporary, model.shape.block_size)
+        if card:
+            write_text(temporary / "README.md", card)
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path, block_size: int) -> None:

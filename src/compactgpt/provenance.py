@@ -17,6 +17,7 @@ from compactgpt.config import read_yaml
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.storage import sha256_file
 
+RECORD = Path("reports/evidence.json")
 # Rooms whose edit changes no output: they carry words, progress and records. What config.py reads is tracked
 # by DVC value by value, as params.
 UNTRACKED = {"__init__", "config", "console", "door", "errors", "progress", "syncing", "tracking", "watching"}

@@ -584,6 +584,20 @@ def follow(root: Path) -> None:
             time.sleep(POLL_SECONDS)
 
 
+def run_of_value(root: Path, value: dict[str, Any]) -> str:
+    """Name the newest finished run of a value's stage that logged this very number, or say that none did."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+        return "no MLflow store here: `make repro` keeps one"
+    client, experiment = Syncer(root).connect()
+    stage = value["stage"]
+    wanted = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
+    for run in client.search_runs([experiment], wanted, order_by=["attributes.start_time DESC"]):
+        names = [name for name, number in run.data.metrics.items() if number == value["value"]]
+        if names:
+            return f"{run.info.run_id} ({stage}, metric {names[0]})"
+    return f"no finished run of {stage} in the store logged this number"
+
+
 def drain(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = False) -> bool:
     """Copy what is left of ended runs, waiting for a process that already does so.
 

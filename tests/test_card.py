@@ -1,0 +1,40 @@
+"""The model card is what the hub reads, says what the record says, and goes only with its own weights."""
+
+import json
+
+import pytest
+from huggingface_hub import ModelCard
+
+from compactgpt.card import card_for, model_card
+from tests.place import make_place, record_of
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return record_of(make_place(tmp_path_factory.mktemp("place")))
+
+
+def test_the_hubs_own_reader_finds_the_results(record):
+    card = ModelCard(model_card(record))
+    known = {item["id"]: item for item in record["evidence"]}
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    results = {result.metric_type: result for result in card.data.eval_results}
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        assert results[metric].metric_value == known[f"compact.{metric}"]["value"]
+        assert results[metric].dataset_split == "val"
+    assert known["compact.loss"]["weights_sha256"] in card.text
+    assert "numpy 2.4.6 (BSD-3-Clause)" in card.text
+
+
+def test_a_card_goes_only_with_its_own_weights(record, tmp_path):
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "card.md"
+    assert card_for(tmp_path / "model", path) == ("", f"{path} is missing (`dvc repro comparison` makes it)")
+    path.write_text(model_card(record))
+    for digit, fits in (("d", True), ("e", False)):
+        files = {"files": {"model.safetensors": {"sha256": digit * 64}}}
+        (tmp_path / "model/manifest.json").write_text(json.dumps(files))
+        text, why_none = card_for(tmp_path / "model", path)
+        assert (text == path.read_text()) is fits
+        assert bool(why_none) is not fits

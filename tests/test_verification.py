@@ -1,0 +1,263 @@
+"""Whatever is altered is named: a digit of a report, a byte of data, weights or lock, a number of params."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compactgpt.cli import app
+from compactgpt.comparison import compare
+from compactgpt.config import load_params
+from compactgpt.evaluation import figures, read_totals
+from compactgpt.publication import published_files
+from compactgpt.readings import read_sources
+from compactgpt.storage import atomic_folder, json_bytes, write_bytes
+from compactgpt.verification import (
+    Verification,
+    check_estimate,
+    check_lock,
+    check_manifests,
+    check_numbers,
+    check_renderings,
+    differences,
+)
+from tests.place import PARAMS, ROOT, edit, make_place
+
+DVC = "from dvc.repo import Repo; Repo.init(no_scm=True).commit(force=True)"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository whose reports fit their inputs, with the dvc.lock that DVC itself writes for it."""
+    place = make_place(tmp_path_factory.mktemp("place"))
+    for name in ("src", "stages"):
+        (place / name).unlink()
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copyfile(ROOT / ".dvcignore", place / ".dvcignore")
+    shutil.rmtree(place / "models/compact")
+    for folder in ("models/compact", "data/documents", "data/tokenizer", "data/tokens"):
+        with atomic_folder(place / folder) as temporary:
+            (temporary / "model.safetensors").write_bytes(bytes(range(256)))
+    for path in ("corpus/a.txt", "data/inspection.json", "reports/samples.md"):
+        (place / path).parent.mkdir(exist_ok=True)
+        (place / path).write_text("{}\n")
+    params = load_params(place / "params.yaml")
+    for report, sums in reports_of(place).items():
+        made = figures((totals := read_totals(sums)).nats, totals, params.evaluation.likelihood)
+        edit(report, lambda r, made=made: r.update(made))
+        edit(report, lambda r: r.get("tasks", {}).pop("cloze", None))
+    publish(place, params)
+    subprocess.run([sys.executable, "-c", DVC], cwd=place, check=True, capture_output=True)
+    return place
+
+
+def reports_of(place: Path) -> dict[Path, Path]:
+    found = {place / "reports/evaluation.json": place / "data/evaluation/compact.parquet"}
+    for name in PARAMS.baseline.names:
+        found[place / f"reports/baseline/{name}.json"] = place / f"data/baseline/{name}.parquet"
+    return found
+
+
+def publish(place: Path, params) -> None:
+    sources = read_sources(place, place / "reports", place / "data", place / "models", params.baseline.names)
+    record = compare(sources, params.evaluation.likelihood)
+    for name, content in published_files(record, "en").items():
+        write_bytes(place / "reports" / name, content)
+
+
+def look(place: Path, *checks) -> Verification:
+    found = Verification()
+    for check in checks:
+        check(place, load_params(place / "params.yaml"), found)
+    return found
+
+
+class Altered:
+    """A file with some bytes replaced, for the length of a block."""
+
+    def __init__(self, path: Path, *flips: tuple[int, bytes]) -> None:
+        self.path, self.before, content = path, path.read_bytes(), bytearray(path.read_bytes())
+        for place, new in flips:
+            content[place : place + len(new)] = new
+        self.after = bytes(content)
+
+    def __enter__(self):
+        self.path.write_bytes(self.after)
+
+    def __exit__(self, *_):
+        self.path.write_bytes(self.before)
+
+
+def at(path: Path, text: str, digit: int = 0) -> int:
+    """The place of the `digit`th digit behind `text`."""
+    content = path.read_bytes()
+    place = content.index(text.encode()) + len(text.encode())
+    return [n for n in range(place, len(content)) if 48 <= content[n] < 58][digit]
+
+
+def other_digit(content: bytes, place: int) -> tuple[int, bytes]:
+    return place, b"%d" % ((content[place] - 48 + 5) % 10)
+
+
+def test_what_fits_is_not_accused(repository):
+    found = look(repository, check_lock, check_manifests, check_estimate, check_numbers)
+    assert found.differences == []
+    assert found.unchecked == []
+    assert found.checked["files and folders"] > 100
+    assert found.checked["reports of models"] == 6
+
+
+def test_any_digit_of_any_report_is_found(repository):
+    """Three hundred digits, drawn by a fixed seed: in each round one of every report."""
+    dice, reports = random.Random(6), sorted(p for p in (repository / "reports").rglob("*") if p.is_file())
+    texts = [path for path in reports if path.suffix in (".json", ".md", ".csv", ".html")]
+    digits = {path: [n for n, b in enumerate(path.read_bytes()) if 48 <= b < 58] for path in texts}
+    drawn = {path: dice.sample(places, min(20, len(places))) for path, places in digits.items() if places}
+    assert sum(map(len, drawn.values())) > 300
+    for turn in range(20):
+        altered = {path: places[turn] for path, places in drawn.items() if turn < len(places)}
+        before = {path: path.read_bytes() for path in altered}
+        for path, place in altered.items():
+            number, digit = other_digit(before[path], place)
+            path.write_bytes(before[path][:number] + digit + before[path][number + 1 :])
+        told = "\n".join(look(repository, check_lock).differences)
+        for path, content in before.items():
+            path.write_bytes(content)
+            name = path.relative_to(repository).as_posix()
+            folder = name.rpartition("/")[0] if "baseline" in name else name
+            assert f"{name} is not what" in told or f"{folder} is not what" in told, name
+
+
+def test_any_byte_of_data_weights_code_and_lock_is_found(repository):
+    dice = random.Random(7)
+    names = [
+        "data/documents/model.safetensors",
+        "data/tokens/manifest.json",
+        "models/compact/model.safetensors",
+        "data/evaluation/compact.parquet",
+        "claims.yaml",
+        "src/compactgpt/metrics.py",
+        "reports/loss.png",
+    ]
+    changed = []
+    for name in names:
+        path = repository / name
+        place = dice.randrange(path.stat().st_size)
+        changed.append(Altered(path, (place, bytes([path.read_bytes()[place] ^ 1]))))
+    for one in changed:
+        one.__enter__()
+    told = "\n".join(look(repository, check_lock).differences)
+    for one in changed:
+        one.__exit__()
+    for name in names:
+        assert any(part in told for part in (name, f"{name.rpartition('/')[0]} is not")), name
+
+
+def test_a_byte_of_the_lock_is_found_wherever_it_is(repository):
+    path, dice = repository / "dvc.lock", random.Random(8)
+    content = path.read_bytes()
+    for _ in range(6):
+        place = dice.randrange(len(content))
+        with Altered(path, (place, bytes([content[place] ^ 1]))):
+            assert look(repository, check_lock).differences, content[place - 30 : place + 30]
+
+
+def test_the_file_inside_a_folder_is_named_from_dvcs_own_listing(repository):
+    with Altered(repository / "models/compact/model.safetensors", (9, b"?")):
+        found = look(repository, check_lock, check_manifests)
+    assert any(line.startswith("models/compact/model.safetensors is not what") for line in found.differences)
+    assert any("model.safetensors was altered: its SHA-256" in line for line in found.differences)
+
+
+def test_another_number_in_params_is_named(repository):
+    path = repository / "params.yaml"
+    with Altered(path, (at(path, "max_steps: "), b"9")):
+        told = "\n".join(look(repository, check_lock, check_estimate).differences)
+    assert "training: training is not params.yaml's" in told
+    assert "reports/estimate.json: compact." in told
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "cell"),
+    [
+        ("evaluation.json", '"loss": {"value": ', "loss.value is "),
+        ("evaluation.json", '"low": ', ".low is "),
+        ("baseline/xz.json", '"perplexity": {"value": ', "perplexity.value is "),
+    ],
+)
+def test_a_figure_is_made_anew_from_its_sums(repository, name, before, cell):
+    """Were the lock altered too, the cell would still be found."""
+    path = repository / "reports" / name
+    with Altered(path, other_digit(path.read_bytes(), at(path, before, 5))):
+        told = look(repository, check_numbers).differences
+    assert len(told) == 1
+    assert told[0].startswith(f"reports/{name}: ")
+    assert cell in told[0]
+
+
+def test_a_cell_of_a_rendering_is_named(repository):
+    reports = repository / "reports"
+    assert look(repository, check_renderings).differences == []
+    places = {
+        "evidence.json": at(reports / "evidence.json", '"id": "xz.loss"', 30),
+        "comparison.md": at(reports / "comparison.md", "| xz |", 3),
+        "comparison.csv": at(reports / "comparison.csv", "measured,xz,loss,,,,xz.loss,", 4),
+        "index.html": at(reports / "index.html", 'data-id="xz.loss" href="#en-v-xz.loss">', 2),
+        "model_card.md": at(reports / "model_card.md", "| xz |", 3),
+        "ratio.png": 900,
+    }
+    changed = [
+        Altered(reports / name, (place, bytes([(reports / name).read_bytes()[place] ^ 1])))
+        for name, place in places.items()
+    ]
+    for one in changed:
+        one.__enter__()
+    told = "\n".join(look(repository, check_renderings).differences)
+    for one in changed:
+        one.__exit__()
+    assert "reports/evidence.json: evidence[xz.loss]." in told
+    assert "reports/comparison.csv: line" in told
+    assert "reports/index.html: line" in told
+    assert "behind xz.loss" in told
+    for name in places:
+        assert f"reports/{name}: " in told
+
+
+def test_without_the_data_it_says_what_it_could_not_check(repository, tmp_path):
+    for folder in ("data", "models", ".dvc"):
+        shutil.move(repository / folder, tmp_path / folder)
+    try:
+        found = look(repository, check_lock, check_manifests, check_numbers)
+    finally:
+        for folder in ("data", "models", ".dvc"):
+            shutil.move(tmp_path / folder, repository / folder)
+    assert found.differences == []
+    assert {"data/tokens", "models/compact", "data/evaluation/compact.parquet"} <= set(found.unchecked)
+
+
+def test_the_command_names_what_differs_and_fails(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    with Altered(
+        repository / "reports/training.json", (at(repository / "reports/training.json", ": "), b"5")
+    ):
+        done = CliRunner().invoke(app, ["verify"])
+    assert done.exit_code == 1
+    assert "differs: reports/training.json is not what dvc.lock says (md5)" in done.output
+    assert "evidence[compact.tokens_seen].value is 409600, and 509600 is made of the inputs" in done.output
+
+
+def test_differences_name_the_leaf():
+    made = {"a": [{"id": "x", "v": 1.0}, {"id": "y", "v": 2}], "b": 1}
+    assert list(differences(made, json.loads(json_bytes(made)))) == []
+    told = list(differences(made, {"a": [{"id": "x", "v": 1.0}, {"id": "y", "v": 3}], "c": 1}))
+    assert told == [
+        "a[y].v is 3, and 2 is made of the inputs",
+        "b is missing",
+        "c does not belong there",
+    ]
+    assert list(differences({"b": 1}, {"b": 1, "c": 2}, partly=True)) == []
