@@ -27,10 +27,10 @@ def main(
     from compactgpt.compact import load_compact
     from compactgpt.data import open_tokens
     from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import evaluate, summarize, write_totals
+    from compactgpt.evaluation import evaluate, headline, summarize, write_totals
     from compactgpt.generation import samples_markdown, write_on_all
     from compactgpt.runtime import prepare_process, resolve_device
-    from compactgpt.storage import write_text
+    from compactgpt.storage import write_json, write_text
     from compactgpt.tasks import run_tasks
 
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
@@ -51,6 +51,7 @@ def main(
             compact, split, encoding, settings.tasks, likelihood, state_folder(), asked
         )
         stage.report(reports / "evaluation.json", report)
+        write_json(reports / "metrics.json", headline(report))
 
 
 if __name__ == "__main__":

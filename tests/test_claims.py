@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from compactgpt import experiments
 from compactgpt.claims import Claim, Claims, Evidence, Published, judge, relate
 from compactgpt.config import load_section
 from compactgpt.errors import BadConfig, MissingInput
@@ -81,10 +82,10 @@ def test_the_numbers_that_decided_are_kept():
 @pytest.mark.parametrize(
     ("perplexity", "loss", "verdict"),
     [
-        ((80, 120), (4.0, 5.0), "consistent"),  # 4.38 to 4.79
+        ((80, 120), (4.0, 5.0), "confirmed"),  # 4.38 to 4.79
         ((35, 45), (3.0, 3.5), "self-inconsistent"),  # 3.56 to 3.81
         ((20, 35), (2.5, 3.0), "inconclusive"),  # 3.00 to 3.56: they share 0.004 nats
-        ((10, 1000), (4.0, 5.0), "consistent"),  # the wider statement holds the narrower
+        ((10, 1000), (4.0, 5.0), "confirmed"),  # the wider statement holds the narrower
     ],
 )
 def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
@@ -98,7 +99,7 @@ def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
 
 def test_a_ratio_must_agree_with_its_two_perplexities():
     claims = [claim(80, 120), claim(35, 45, "B"), claim(2, 3, "C"), claim(4, 5, "D")]
-    for last, verdict in (("C", "consistent"), ("D", "self-inconsistent")):
+    for last, verdict in (("C", "confirmed"), ("D", "self-inconsistent")):
         ratio = claim(None, None, "R", by="agreement", through="ratio", of=("A", "B", last))
         judged = judge([*claims, ratio], {})[-1]
         assert judged.verdict == verdict
@@ -107,8 +108,8 @@ def test_a_ratio_must_agree_with_its_two_perplexities():
 
 
 def test_a_reading_by_hand_says_so():
-    judged = judge([claim(by="hand", verdict="empty", reason="because")], {"a": value(100)})[0]
-    assert (judged.verdict, judged.by_hand, judged.reason) == ("empty", True, "because")
+    judged = judge([claim(by="hand", verdict="unverifiable", reason="because")], {"a": value(100)})[0]
+    assert (judged.verdict, judged.by_hand, judged.reason) == ("unverifiable", True, "because")
     assert not judge([claim()], {"a": value(100)})[0].by_hand
 
 
@@ -117,6 +118,13 @@ def test_relations_are_exclusive():
     assert relate(4, 5, 0, 3) == "outside"
     assert relate(2, 5, 0, 3) == "overlaps"
 
+
+# What only a run of a named experiment can make known.
+MADE_BY_EXPERIMENTS = (
+    "note.loss", "note.perplexity", "note.lambada", "note.generalisation", "long.",
+    "ratio.note_to_gpt2.perplexity", "ratio.note_to_gpt2.repetition", "ratio.note_to_gpt2.distinct",
+    "ratio.note_to_gpt2.length", "ratio.context", "ratio.long", "ratio.finetune", "ratio.gpt2-124m",
+)  # fmt: skip
 
 # What the project's facts expect, for the checks that need no trained model.
 EXPECTED = {
@@ -127,9 +135,9 @@ EXPECTED = {
     "P8": "contradicted",
     "P9": "confirmed",
     "P11": "unverifiable",
-    "P13": "unsupported",
+    "P13": "unverifiable",
     "L1": "not yet measured",
-    "L3": "consistent",
+    "L3": "confirmed",
     "L4": "contradicted",
     "L5": "supported",
     "L6": "self-inconsistent",
@@ -137,11 +145,14 @@ EXPECTED = {
     "L8": "supported",
     "L10": "contradicted",
     "L12": "not yet measured",
-    "L15": "empty",
-    "C1": "depends on variant",
-    "C1b": "category error",
+    "L15": "not yet measured",
+    "C1": "misleading",
+    "C1b": "unverifiable",
     "C6": "contradicted",
     "R1": "contradicted",
+    "P16": "confirmed",
+    "P18": "self-inconsistent",
+    **dict.fromkeys(("R2", "R3", "R4", "R5", "C2", "C3", "C7", "C8", "L2", "L14"), "not yet measured"),
 }
 
 
@@ -164,6 +175,37 @@ def test_the_notes_verdicts():
     known = published | {name: value(number, exact=True, name=name) for name, number in counted.items()}
     verdicts = {judged.claim: judged.verdict for judged in judge(CLAIMS.claims, known)}
     assert {name: verdicts[name] for name in EXPECTED} == EXPECTED
+
+
+def test_a_claim_that_waits_names_the_experiment_that_decides_it():
+    """An id of an experiment's result begins with its name, or is a ratio of it."""
+    for one in CLAIMS.claims:
+        ids = getattr(one.judged, "ids", ())
+        waits = [name for name in ids if name.startswith(MADE_BY_EXPERIMENTS)]
+        assert bool(waits) == bool(one.experiment), one.id
+        assert one.experiment is None or one.experiment in experiments.experiments(ROOT / "conf")
+
+
+def test_every_recommendation_is_an_experiment():
+    assert {BY_ID[name].experiment for name in ("R2", "R3", "R4", "R5", "L14", "L15")} == {
+        "note", "gpt2-124m", "finetune", "long", "context-1024",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "evidence", "ratio", "verdict"),
+    [
+        ("R2", "ratio.note_to_gpt2.perplexity", (2.6, 2.5, 2.7), "supported"),
+        ("R3", "ratio.gpt2-124m_to_gpt2.perplexity", (0.76, 0.75, 0.77), "contradicted"),
+        ("R4", "ratio.finetune_to_gpt2-folder.perplexity", (0.6, 0.5, 0.7), "supported"),
+        ("R5", "ratio.long_to_note.perplexity", (0.99, 0.97, 1.01), "inconclusive"),
+        ("L14", "ratio.context_512_to_1024.perplexity", (1.03, 1.02, 1.04), "supported"),
+        ("L15", "long.perplexity", (45, 44, 46), "supported"),
+    ],
+)
+def test_a_recommendations_row_fills_when_its_experiment_has_run(name, evidence, ratio, verdict):
+    found = judge([BY_ID[name]], {evidence: value(*ratio, name=evidence)})[0]
+    assert (found.verdict, found.by_hand) == (verdict, False)
 
 
 def test_verdicts_move_with_the_numbers():

@@ -340,7 +340,9 @@ def test_the_door_measures_and_writes_the_same_bytes_twice(tmp_path, encoding, s
     for _ in range(2):
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        names = ["reports/evaluation.json", "reports/samples.json", "reports/samples.md"]
+        names = [
+            f"reports/{name}" for name in ("evaluation.json", "metrics.json", "samples.json", "samples.md")
+        ]
         made.append([(tmp_path / name).read_bytes() for name in [*names, "data/evaluation/compact.parquet"]])
     assert made[0] == made[1]
     report = json.loads(made[0][0])
@@ -348,6 +350,10 @@ def test_the_door_measures_and_writes_the_same_bytes_twice(tmp_path, encoding, s
     expected = plain_nats(model, split, 8).sum() / report["validation"]["tokens"]
     assert report["loss"]["value"] == pytest.approx(expected, rel=1e-6)
     assert report["views"]["strided"]["context"] == 16
+    few = json.loads(made[0][1])
+    assert few["perplexity"] == report["perplexity"]["value"]
+    assert few["repetition"] == report["text"]["statistics"]["greedy"]["seq_rep_4"]["value"]
+    assert len(few) < 10
     assert report["tasks"] == {}  # no word of four letters comes twice in the tiny texts
     assert set(report["text"]["statistics"]) == {"greedy", "top_k", "nucleus", "human"}
     assert len(read_json(tmp_path / "reports/samples.json")["samples"]) == 6

@@ -15,20 +15,13 @@ from pydantic import Field, model_validator
 from compactgpt.config import Model, Name, Section
 
 Verdict = Literal[
-    "confirmed",  # an exact count says so
+    "confirmed",  # a count or plain arithmetic says so
     "supported",  # a measurement or a publication says so
     "contradicted",
     "inconclusive",  # the intervals overlap, neither inside
-    "consistent",
-    "self-inconsistent",
+    "self-inconsistent",  # with another claim of the note
     "misleading",  # true in one reading, false in another
-    "depends on variant",
-    "category error",
-    "unsupported",
     "unverifiable",
-    "empty",
-    "taken as given",
-    "runnable",
     "not yet measured",
 ]
 Known = Literal["measured", "computed", "published", "estimated", "reported"]
@@ -36,11 +29,10 @@ Relation = Literal["inside", "outside", "overlaps"]
 
 
 class ByEvidence(Section):
-    """Judged against values of the record; `mixed` is the verdict where they disagree."""
+    """Judged against values of the record."""
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
-    mixed: Literal["misleading", "depends on variant"] = "misleading"
 
 
 class ByAgreement(Section):
@@ -78,6 +70,7 @@ class Claim(Section):
     low: float | None = None
     high: float | None = None
     beside: tuple[str, ...] = ()
+    experiment: Name | None = None  # whose run decides it
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
     @model_validator(mode="after")
@@ -232,7 +225,7 @@ def _judge_one(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str,
     if isinstance(judged, ByAgreement):
         decision = _agreement(judged, claims)
         agree: dict[Relation, Verdict] = {
-            "inside": "consistent",
+            "inside": "confirmed",
             "outside": "self-inconsistent",
             "overlaps": "inconclusive",
         }
@@ -240,19 +233,17 @@ def _judge_one(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str,
     found = [evidence[name] for name in judged.ids if name in evidence and evidence[name].decides]
     decisions = tuple(Decision(e.id, *e.bounds, relate(*e.bounds, *claim.bounds)) for e in found)
     complete = len(found) == len(judged.ids)
-    verdict = _verdict(decisions, all(e.exact for e in found), judged.mixed) if complete else None
+    verdict = _verdict(decisions, all(e.exact for e in found)) if complete else None
     return Judgement(claim.id, verdict or "not yet measured", False, "", decisions)
 
 
-def _verdict(
-    decisions: Sequence[Decision], exact: bool, mixed: Literal["misleading", "depends on variant"]
-) -> Verdict:
+def _verdict(decisions: Sequence[Decision], exact: bool) -> Verdict:
     relations = {decision.relation for decision in decisions}
     if relations == {"inside"}:
         return "confirmed" if exact else "supported"
     if relations == {"outside"}:
         return "contradicted"
-    return mixed if {"inside", "outside"} <= relations else "inconclusive"
+    return "misleading" if {"inside", "outside"} <= relations else "inconclusive"
 
 
 def _agreement(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:

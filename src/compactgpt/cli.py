@@ -184,6 +184,15 @@ def run_experiment(
         print("\n".join(experiments.run(name, params_file, settings or [])))
 
 
+@experiment.command("record")
+def record_experiment(name: str) -> None:
+    """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
+    with told_clearly():
+        from compactgpt.recording import record
+
+        print(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+
+
 @app.command()
 def ladder(
     name: Annotated[str, typer.Argument(help="The sweep whose runs are the rungs.")] = "ladder",

@@ -24,6 +24,7 @@ from compactgpt.metrics import (
     ratio_bootstrap,
 )
 from compactgpt.readings import COMPACT, Bounds, Forecast, Measured, Sources
+from compactgpt.results import across
 from compactgpt.sizes import counts, flops_per_token
 
 NOTE = "note"
@@ -63,7 +64,8 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
                 f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
                 "the value in published.yaml"
             )
-        evidence[item.id] = replace(item, code_sha256=sources.code[item.stage.partition("@")[0]])
+        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
+        evidence[item.id] = replace(item, code_sha256=code)
     judgements = judge(sources.claims.claims, evidence)
     validation = sources.compact.score.validation.model_dump()
     return {
@@ -178,6 +180,15 @@ def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Value]:
     for baseline in sources.baselines:
         yield _paired_ratio(sources.compact, baseline, likelihood, ours)
         yield from _paired_tasks(sources.compact, baseline, ours)
+    yield from _recorded(sources, likelihood)
+
+
+def _recorded(sources: Sources, likelihood: Likelihood) -> Iterator[Value]:
+    """What earlier experiments measured, as it was kept, and their paired ratios."""
+    for result in sources.results:
+        yield from (Value(**item) for item in result.evidence)
+    resamples, seed = likelihood.bootstrap_resamples, likelihood.bootstrap_seed
+    yield from (Value(**item) for item in across(sources.results, resamples, seed))
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Value]:

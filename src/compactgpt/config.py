@@ -315,8 +315,8 @@ class Tasks(Section):
 
     cloze_items: Count
     cloze_characters: Positive
-    lambada: Source | None
-    lambada_original: Source | None
+    lambada: Source | None = None
+    lambada_original: Source | None = None
     wikitext: dict[Name, Source]
     wikitext_context: Positive
     wikitext_stride: Positive
@@ -583,7 +583,7 @@ def lay_over(tree: dict[str, Any], change: dict[str, Any], where: str = "") -> l
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             told += lay_over(tree[key], value, f"{path}.")
         elif value is None:
-            if key in tree:
+            if tree.get(key) is not None:  # what is null already says the same
                 told.append(f"{path}: {tree.pop(key)!r} taken away")
         elif key not in tree or tree[key] != value:
             told.append(f"{path}: {tree[key]!r} -> {value!r}" if key in tree else f"{path}: {value!r}, new")

@@ -379,6 +379,19 @@ def summarize(
     return report
 
 
+def headline(report: Mapping[str, Any]) -> dict[str, float]:
+    """The few figures that have a column in `dvc exp show` and a row in `dvc metrics diff`."""
+    found: dict[str, float] = {
+        name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")
+    }
+    found |= {f"loss_{end}": report["loss"][end] for end in ("low", "high")}
+    if cloze := report["tasks"].get("cloze", {}).get("accuracy"):
+        found["cloze_accuracy"] = cloze["value"]
+    if repeated := report["text"]["statistics"].get("greedy", {}).get("seq_rep_4"):
+        found["repetition"] = repeated["value"]
+    return found
+
+
 def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, Any]:
     """Loss, perplexity, word perplexity and bits per byte of a view, each with its interval."""
     scored = totals.tokens > 0

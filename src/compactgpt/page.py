@@ -23,7 +23,7 @@ from compactgpt.rendering import (
 from compactgpt.style import STYLE
 from compactgpt.words import GROUPS, LANGUAGES, TEXT, UNITS, Language, translated
 
-MARKS = {"holds": "✓", "fails": "✗", "open": "?", "waits": "…", "given": "="}
+MARKS = {"holds": "✓", "fails": "✗", "open": "?", "waits": "…"}
 _GROUP_OF = {verdict: group for group, verdicts in GROUPS.items() for verdict in verdicts}
 _SECTIONS = ("table", "demo", "claims", "samples", "data", "sources")
 _HEX = 10  # digits of a hash that a reader sees; evidence.json has all

@@ -16,6 +16,7 @@ from compactgpt.config import ExpectedLoss, load_section
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.evaluation import Totals, read_totals
 from compactgpt.provenance import code_hashes
+from compactgpt.results import Result, read_results
 from compactgpt.storage import MANIFEST, read_json
 
 COMPACT = "compact"
@@ -260,6 +261,7 @@ class Sources:
     inspections: dict[str, Inspection]  # of the documents and of the token files, by stage
     weights_sha256: str  # of our model
     code: dict[str, str]  # SHA-256 of each stage's code
+    results: tuple[Result, ...]  # of earlier experiments
 
     @property
     def flagged(self) -> frozenset[str]:
@@ -305,7 +307,7 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
     """Read everything that a comparison is made from.
 
     Args:
-        root: folder of claims.yaml, published.yaml and the code.
+        root: folder of claims.yaml, published.yaml, results and the code.
         reports: folder of the other stages' reports.
         data: folder of the sums by document.
         models: folder of our model.
@@ -336,6 +338,7 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         {name: read_report(reports / f"{name}.json", Inspection) for name in ("validation", "inspection")},
         read_report(models / COMPACT / MANIFEST, _Manifest).files["model.safetensors"].sha256,
         code_hashes(root),
+        read_results(root / "results"),
     )
 
 

@@ -97,11 +97,9 @@ _EN: dict[str, str] = {
     "fails": "{n} do not",
     "open": "{n} cannot be decided",
     "waits": "{n} still wait for their experiment",
-    "given": "{n} are taken as given",
     "holds_1": "{n} holds",
     "fails_1": "{n} does not",
     "waits_1": "{n} still waits for its experiment",
-    "given_1": "{n} is taken as given",
     "central": "Its central guess, a perplexity of {quote} for its own model, {verdict}.",
     "central_decided": "is {verdict}: {found}",
     "central_estimate": "has not been measured; what we wrote down before any run, {found}, {relation}",
@@ -276,12 +274,10 @@ _FR: dict[str, str] = {
     "fails": "{n} ne tiennent pas",
     "open": "{n} ne peuvent être tranchées",
     "waits": "{n} attendent encore leur expérience",
-    "given": "{n} sont admises",
     "holds_1": "{n} tient",
     "fails_1": "{n} ne tient pas",
     "open_1": "{n} ne peut être tranchée",
     "waits_1": "{n} attend encore son expérience",
-    "given_1": "{n} est admise",
     "central": "Sa prévision centrale, une perplexité de {quote} pour son propre modèle, {verdict}.",
     "central_decided": "est jugée ainsi : {verdict} ({found})",
     "central_estimate": "n'a pas été mesurée ; ce que nous avons écrit avant tout entraînement, {found}, "
@@ -374,11 +370,10 @@ TEXT: dict[Language, dict[str, str]] = {"en": _EN, "fr": _FR}
 
 # The groups of the verdict sentence.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "holds": ("confirmed", "supported", "consistent"),
-    "fails": ("contradicted", "self-inconsistent", "misleading", "category error", "unsupported", "empty"),
-    "open": ("inconclusive", "unverifiable", "depends on variant"),
-    "waits": ("not yet measured", "runnable"),
-    "given": ("taken as given",),
+    "holds": ("confirmed", "supported"),
+    "fails": ("contradicted", "self-inconsistent", "misleading"),
+    "open": ("inconclusive", "unverifiable"),
+    "waits": ("not yet measured",),
 }
 
 VERDICTS: dict[str, str] = {
@@ -386,16 +381,9 @@ VERDICTS: dict[str, str] = {
     "supported": "soutenu",
     "contradicted": "contredit",
     "inconclusive": "indécis",
-    "consistent": "cohérent",
     "self-inconsistent": "contradictoire en soi",
     "misleading": "trompeur",
-    "depends on variant": "selon la variante",
-    "category error": "erreur de catégorie",
-    "unsupported": "sans appui",
     "unverifiable": "invérifiable",
-    "empty": "creux",
-    "taken as given": "admis",
-    "runnable": "réalisable",
     "not yet measured": "pas encore mesuré",
 }
 KNOWN: dict[str, str] = {
@@ -428,11 +416,8 @@ PHRASES: dict[str, str] = {
     "no such figure is published; the nearest is GPT-2 small against itself fine-tuned on OpenWebText, a "
     "larger gap": "aucun chiffre de ce genre n'est publié ; le plus proche est GPT-2 small contre lui-même "
     "affiné sur OpenWebText, un écart plus grand",
-    "the note's own description of its configuration": "la note décrit elle-même sa configuration",
     "that figure is its zero-shot score on Penn Treebank, which is not its own set": "ce chiffre est son score "
     "zero-shot sur Penn Treebank, qui n'est pas son propre jeu",
-    "the reported run and our estimate are both there after 20,000 steps": "le run rapporté et notre estimation "
-    "y sont tous deux après 20 000 pas",
     "the paper prints no such number and WebText is not public; its WikiText-103 score falls in the "
     "range": "l'article n'imprime pas ce nombre et WebText n'est pas public ; son score sur WikiText-103 tombe "
     "dans l'intervalle",
@@ -446,10 +431,11 @@ PHRASES: dict[str, str] = {
     "nanoGPT (decay_lr = True dans train.py)",
     "nanoGPT has no eval.py; `train.py config/eval_gpt2.py` does it, on random windows": "nanoGPT n'a pas "
     "d'eval.py ; `train.py config/eval_gpt2.py` le fait, sur des fenêtres tirées au hasard",
-    "add gpt2 to baseline.names where its weights can be had": "ajouter gpt2 à baseline.names là où ses poids "
-    "sont accessibles",
-    "one experiment: model and training of params.yaml": "une expérience : model et training de params.yaml",
-    "one experiment: a corpus of one's own files": "une expérience : un corpus de ses propres fichiers",
+    "the note's own table says 8 to 40 billion": "le tableau de la note dit 8 à 40 milliards",
+    "WebText was never released, and no measure of quality is named": "WebText n'a jamais été publié, et aucune "
+    "mesure de qualité n'est nommée",
+    "nanoGPT's blocks have the same: norms before each part and one at the end": "les blocs de nanoGPT ont les "
+    "mêmes : une norme avant chaque partie et une à la fin",
     "the laws are extrapolated far below the sizes and budgets that they were fitted on": "les lois sont "
     "extrapolées loin en dessous des tailles et budgets sur lesquels elles ont été ajustées",
 }

@@ -1,0 +1,174 @@
+"""What an experiment measured is kept under its name, and fills the claims that wait for it."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from compactgpt import recording
+from compactgpt.claims import Claims, judge
+from compactgpt.comparison import Value
+from compactgpt.config import load_params, load_section
+from compactgpt.errors import BadConfig
+from compactgpt.metrics import perplexity_ratio
+from compactgpt.results import across, documents_of, read_results, result_of
+from compactgpt.storage import write_json
+
+ROOT = Path(__file__).parents[1]
+PARAMS = load_params(ROOT / "params.yaml")
+TOKENS = [10, 0, 30, 40]
+
+
+def item(name, value, **more):
+    made = {"unit": "x", "known": "measured", "model": "m", "source": "s", "stage": "evaluation"}
+    made |= {"report": "r", "code_sha256": "c" * 64, "low": value * 0.9, "high": value * 1.1}
+    return {"id": name, "value": value, **made, **more}
+
+
+def record_like(loss):
+    """What evidence.json holds, as far as it is read."""
+    expected = {"known": "estimated", "low": 3.8, "high": 4.2}
+    return {
+        "evidence": [
+            item("compact.loss", loss),
+            item("compact.perplexity", math.exp(loss)),
+            item("compact.text.greedy.seq_rep_4", 0.5),
+            item("gpt2.loss", 3.0),
+            item("gpt2.text.greedy.seq_rep_4", 0.4),
+            item("gpt2-xl.loss", 2.5),
+            item("ratio.compact_to_gpt2.perplexity", math.exp(loss - 3)),
+            item("compact.expected_loss_95", 4.0, **expected),
+            item("compact.expected_loss_80", 4.0, known="estimated", low=3.9, high=4.1),
+            item("note.parameters.nanogpt", 1, known="computed"),
+        ],
+        "models": {"measured": [{"name": name} for name in ("compact", "gpt2", "gpt2-xl")]},
+        "forecast": {"inside_80": False, "inside_95": True},
+        "validation": {"sha256": "a" * 64},
+        "curve": [
+            {"step": 1, "train_loss": 9.0, "val_loss": 9.0},
+            {"step": 2, "train_loss": 4.0, "val_loss": 4.25},
+        ],
+    }
+
+
+def result(name, loss):
+    documents = documents_of("abcd", [loss * t for t in TOKENS], TOKENS)
+    return result_of(name, record_like(loss), PARAMS, documents)
+
+
+def test_values_are_kept_under_the_experiments_name():
+    kept = {one["id"]: one for one in result("note", 4.15).evidence}
+    assert set(kept) == {
+        "note.loss",
+        "note.perplexity",
+        "note.text.greedy.seq_rep_4",
+        "gpt2.note.loss",
+        "gpt2.note.text.greedy.seq_rep_4",
+        "gpt2-xl.note.loss",
+        "ratio.note_to_gpt2.perplexity",
+        "note.generalisation_gap",
+        "ratio.note_to_gpt2.repetition",
+    }
+    assert (kept["note.loss"]["model"], kept["gpt2.note.loss"]["model"]) == ("note", "m")
+    assert kept["note.loss"]["report"] == "results/note.json"
+    assert kept["note.generalisation_gap"]["value"] == 0.25
+    repetition = kept["ratio.note_to_gpt2.repetition"]
+    bounds = [repetition[key] for key in ("low", "value", "high")]
+    assert bounds == pytest.approx([0.45 / 0.44, 1.25, 0.55 / 0.36])
+
+
+def test_the_forecast_is_kept_with_its_score():
+    forecast = result("note", 4.15).forecast
+    assert (forecast.expected_loss.low_80, forecast.expected_loss.high_95) == (3.9, 4.2)
+    assert (forecast.inside_80, forecast.inside_95) == (False, True)
+
+
+def test_two_experiments_are_compared_in_pairs():
+    note, longer = result("note", 4.15), result("context-1024", 4.05)
+    (ratio,) = across([note, longer], 100, 1)
+    expected = perplexity_ratio(
+        np.array([4.15 * t for t in (10, 30, 40)]),
+        np.array([4.05 * t for t in (10, 30, 40)]),
+        np.array([10.0, 30.0, 40.0]),
+        resamples=100,
+        seed=1,
+    )
+    assert ratio["id"] == "ratio.context_512_to_1024.perplexity"
+    assert ratio["value"] == pytest.approx(math.exp(0.1), rel=1e-5)
+    assert (ratio["low"], ratio["high"]) == (pytest.approx(expected.low), pytest.approx(expected.high))
+
+
+def test_experiments_on_other_text_are_not_compared():
+    note, longer = result("note", 4.15), result("long", 4.05)
+    other = longer.model_copy(update={"documents": documents_of("abce", [1.0] * 4, TOKENS)})
+    assert list(across([note, other], 100, 1)) == []
+    assert [one["id"] for one in across([note, longer], 100, 1)] == ["ratio.long_to_note.perplexity"]
+
+
+def test_a_kept_result_fills_the_rows_that_wait(tmp_path):
+    write_json(tmp_path / "note.json", result("note", 4.15).model_dump(mode="json"))
+    write_json(tmp_path / "ladder.json", {})  # is something else
+    kept = read_results(tmp_path)
+    evidence = {one["id"]: Value(**one) for found in kept for one in found.evidence}
+    claims = load_section(ROOT / "claims.yaml", Claims).claims
+    verdicts = {judged.claim: judged.verdict for judged in judge(claims, evidence)}
+    assert verdicts["L1"] == "contradicted"  # exp(4.15) is 63
+    assert verdicts["C7"] == "supported"
+    assert verdicts["L12"] != "not yet measured"
+    assert verdicts["R4"] == "not yet measured"
+    assert read_results(tmp_path / "none") == ()
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    (tmp_path / "note.json").write_text("{}")
+    with pytest.raises(BadConfig, match=r"note\.json can't be used"):
+        read_results(tmp_path)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the project's params.yaml and the reports of its last run."""
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "reports").mkdir()
+    return tmp_path
+
+
+def save_run(project, **changes):
+    found = record_like(4.5)
+    sizes = {"compact.parameters.all_tensors": 7_242_880, "compact.tokens_seen": 384_000} | changes
+    found["evidence"] += [item(name, value, known="computed") for name, value in sizes.items()]
+    write_json(project / "reports/evidence.json", found)
+    path = project / "data/evaluation/compact.parquet"
+    path.parent.mkdir(parents=True)
+    sums = {"id": list("abcd"), "nats": [float(t) for t in TOKENS]}
+    sums |= dict.fromkeys(("bytes", "tokens", "own_tokens"), TOKENS)
+    pyarrow.parquet.write_table(pyarrow.table(sums), path)
+
+
+def test_a_run_is_recorded_from_its_reports(project):
+    save_run(project)
+    path = recording.record("demo", project, ROOT / "conf")
+    (kept,) = read_results(project / "results")
+    assert path == project / "results/demo.json"
+    assert kept.documents == documents_of("abcd", [float(t) for t in TOKENS], TOKENS)
+    assert kept.params["model"] == PARAMS.model.model_dump()
+    assert "demo.loss" in {one["id"] for one in kept.evidence}
+
+
+def test_a_run_that_is_not_the_experiment_is_refused(project):
+    with pytest.raises(
+        BadConfig, match=r"not the experiment note, which has[\s\S]*model\.n_embd: 128 -> 384"
+    ):
+        recording.record("note", project, ROOT / "conf")
+    with pytest.raises(BadConfig, match="ladder is a sweep"):
+        recording.record("ladder", project, ROOT / "conf")
+
+
+def test_reports_of_another_run_are_refused(project):
+    save_run(project, **{"compact.tokens_seen": 1})
+    with pytest.raises(BadConfig, match=r"tokens_seen is 1 in reports/evidence\.json and 384000 by params"):
+        recording.record("demo", project, ROOT / "conf")
