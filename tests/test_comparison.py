@@ -435,6 +435,30 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert "| - | human | distinct_2 | 25.0%" in page
 
 
+def test_wikitext_stands_beside_by_each_of_its_protocols(place):
+    found = {
+        "sha256": "f" * 64,
+        "no_overlap": {"context": 1024, "stride": 1024, "own_tokens": 9, "perplexity": 29.41},
+        "strided": {"context": 1024, "stride": 512, "own_tokens": 9, "perplexity": 25.17},
+        "per_word": {
+            "context": 1024,
+            "pages": 62,
+            "words": 9,
+            "bytes": 9,
+            "word_perplexity": 37.37,
+            "bits_per_byte": 1,
+        },
+    }
+    edit(place / "reports/baseline/smollm2-135m.json", lambda r: r["tasks"].update({"wikitext-2": found}))
+    record = record_of(place)
+    strided = evidence_of(record)["smollm2-135m.wikitext-2.strided.perplexity"]
+    assert (strided["value"], strided["context"], strided["stride"]) == (25.17, 1024, 512)
+    assert (strided["corpus"], strided["data_sha256"]) == ("WikiText", "f" * 64)
+    page = rendering.markdown(record)
+    for quantity in ("no_overlap.perplexity | 29.41", "per_word.word_perplexity | 37.37"):
+        assert f"| smollm2-135m | wikitext-2.{quantity} | - |" in page
+
+
 def test_tasks_of_other_items_are_not_paired(place):
     edit(place / "reports/evaluation.json", lambda r: r["tasks"]["cloze"].update(items_sha256="y"))
     assert "ratio.compact_to_smollm2-135m.cloze.p_value" not in evidence_of(record_of(place))

@@ -380,6 +380,12 @@ def _asked(measured: Measured, made: Mapping[str, Any]) -> Iterator[Value]:
             about = {**made, "corpus": made["corpus"] if own else "LAMBADA"}
             about["data_sha256"] = answers.items_sha256
             yield _interval(f"{name}.{task}.accuracy", answers.accuracy, "share", about)
+        for protocol in ("no_overlap", "strided", "per_word"):
+            if found := getattr(answers, protocol):
+                about = {**made, "corpus": "WikiText", "context": found.context, "stride": found.stride}
+                quantity = "perplexity" if found.word_perplexity is None else "word_perplexity"
+                value, about["data_sha256"] = getattr(found, quantity), answers.sha256
+                yield Value(f"{name}.{task}.{protocol}.{quantity}", value, "perplexity", **about)
 
 
 _TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}

@@ -77,12 +77,25 @@ class _Position(_Report):
     loss: Bounds
 
 
+class _Protocol(_Report):
+    """WikiText by one of its protocols."""
+
+    context: int
+    stride: int | None = None
+    perplexity: float | None = None
+    word_perplexity: float | None = None
+
+
 class _Task(_Report):
-    """A question with one right answer; those without `accuracy` (WikiText) stay in their own report."""
+    """Questions with one right answer each, or WikiText by its protocols."""
 
     items_sha256: str = ""
     accuracy: Bounds | None = None
     hits: str = ""
+    sha256: str = ""  # of WikiText's file
+    no_overlap: _Protocol | None = None
+    strided: _Protocol | None = None
+    per_word: _Protocol | None = None
 
 
 class _Text(_Report):

@@ -237,7 +237,9 @@ class View:
         for model in (m["name"] for m in self.record["models"]["measured"]):
             for name in self.evidence:
                 quantity = name.removeprefix(f"{model}.")
-                if name == quantity or not quantity.endswith((".accuracy", ".loss", "word_perplexity")):
+                if name == quantity or not quantity.endswith(
+                    (".accuracy", ".loss", "word_perplexity", ".perplexity")
+                ):
                     continue
                 task = quantity.removesuffix(".accuracy")
                 p = self.value(f"ratio.compact_to_{model}.{task}.p_value")

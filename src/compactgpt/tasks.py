@@ -265,7 +265,8 @@ def run_tasks(
         progress(done, len(asked))
     for name, source in settings.wikitext.items():
         lines = read_lines(fetch_source(source, state))
-        report[name] = score_wikitext(model, lines, settings.wikitext_context, settings.wikitext_stride)
+        scored = score_wikitext(model, lines, settings.wikitext_context, settings.wikitext_stride)
+        report[name] = {"sha256": source.sha256, **scored}
     return report
 
 
