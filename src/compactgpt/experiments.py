@@ -7,7 +7,6 @@ params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
 """
 
 import io
-import itertools
 import os
 import subprocess
 import sys
@@ -51,7 +50,7 @@ class Experiment(Part):
     needs: Line
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
-    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    sweep: tuple[dict[str, int | float | str], ...] = ()  # of each run, its values by dotted key
     targets: tuple[Name, ...] = ()  # stages to run; all, where it names none
 
 
@@ -137,7 +136,7 @@ def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path
     one = find(name, conf)
     told = [one.purpose, f"needs {one.needs}"]
     if one.sweep:
-        runs = zip(run_names(name, one), points(one), strict=True)
+        runs = zip(run_names(name, one), one.sweep, strict=True)
         return [*told, *(f"{run_name}: {point}" for run_name, point in runs)]
     return [*told, *apply(name, params_file, settings, conf, write=False)]
 
@@ -154,14 +153,9 @@ def _round_trip() -> YAML:
     return yaml
 
 
-def points(one: Experiment) -> list[dict[str, Any]]:
-    """The values of each run of a sweep, by dotted key; the first key varies slowest."""
-    return [dict(zip(one.sweep, values, strict=True)) for values in itertools.product(*one.sweep.values())]
-
-
 def run_names(name: str, one: Experiment) -> list[str]:
     """What DVC calls each run of a sweep: `ladder-32-100`."""
-    return ["-".join([name, *map(str, point.values())]) for point in points(one)]
+    return ["-".join([name, *map(str, point.values())]) for point in one.sweep]
 
 
 def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Params:
@@ -193,10 +187,10 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         _dvc(["exp", "run", "-n", name, *one.targets])
         return [name]
     fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
-    for point in points(one):
+    for point in one.sweep:
         changed(params_file, one, point)
     names = run_names(name, one)
-    for run_name, point in zip(names, points(one), strict=True):
+    for run_name, point in zip(names, one.sweep, strict=True):
         values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]
         options = [word for value in values for word in ("-S", value)]
         _forget(run_name)
