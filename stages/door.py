@@ -23,6 +23,7 @@ from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
 from compactgpt.launching import launch, own_place, under_torchrun
+from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_json, sha256_file, write_json
 from compactgpt.tracking import (
@@ -179,18 +180,7 @@ def _datasets(name: str) -> list[dict[str, str]]:
     contexts = ON_TOKENS.get(name.partition("@")[0], {})
     if not contexts or not (folder / MANIFEST).exists():
         return []
-    files = read_json(folder / MANIFEST).get("files", {})
-    return [
-        {
-            "name": f"{split}.tokens",
-            "digest": files[f"{split}.tokens"]["sha256"],
-            "bytes": str(files[f"{split}.tokens"]["bytes"]),
-            "source": (folder / f"{split}.tokens").as_posix(),
-            "context": context,
-        }
-        for split, context in contexts.items()
-        if f"{split}.tokens" in files
-    ]
+    return token_files(read_json(folder / MANIFEST).get("files", {}), contexts)
 
 
 def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:

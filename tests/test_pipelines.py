@@ -57,7 +57,7 @@ def stage(root: Path, name: str, pipeline: dict, status: str = "FINISHED") -> No
 
 
 def named(root: Path) -> dict:
-    return {run.info.run_name: run for run in runs(root)}
+    return {run.data.tags["stage"]: run for run in runs(root)}
 
 
 def wholes(root: Path) -> list:
@@ -166,7 +166,7 @@ def test_a_parent_whose_notes_were_deleted_is_closed(root):
     parent = next((root / ".state/tracking/pipelines").iterdir())
     (parent / "parent.json").unlink()
     client, _ = Syncer(root).connect()
-    (run,) = [run for run in runs(root) if run.info.run_name == "pipeline"]
+    (run,) = wholes(root)
     assert run.info.status == "RUNNING"  # this process lives
     client.set_tag(run.info.run_id, "pipeline", "999999999-1.0")
     Syncer(root).connect()

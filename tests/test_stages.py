@@ -105,7 +105,7 @@ def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):
     assert [line["kind"] for line in lines] == kinds
     assert lines[1]["values"]["model.n_layer"] > 0
     assert lines[2]["path"] == "artifacts/params.yaml"
-    assert lines[3]["values"] == {"training/loss": 2.0}
+    assert lines[3]["values"] == {"train/final/loss": 2.0}
     assert lines[-1]["status"] == "FINISHED"
 
 

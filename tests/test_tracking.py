@@ -125,7 +125,7 @@ def test_stages_of_one_dvc_process_share_a_parent_that_ends_with_it(root):
     sleeper.communicate(b"\n")
     fresh = Syncer(root)  # as after a crash of the first: it must take over the open parent
     assert fresh.sync()
-    found = {run.info.run_name: run for run in runs(root)}
+    found = {run.data.tags["stage"]: run for run in runs(root)}
     assert sorted(found) == ["download", "pipeline", "training"]
     parent = found["pipeline"].info.run_id
     assert {run.data.tags.get("mlflow.parentRunId") for run in found.values()} == {parent, None}
@@ -223,15 +223,16 @@ def test_names_are_grouped_alike_for_every_model():
     }
     assert grouped("evaluation", report) == grouped("baseline", report) == {
         "eval/loss": 2.0,
-        "bounds/eval/loss.low": 1.0,
-        "bounds/eval/loss.high": 3.0,
-        "model/num_params": 7.0,
+        "eval/bounds/loss.low": 1.0,
+        "eval/bounds/loss.high": 3.0,
+        "eval/model/num_params": 7.0,
         "eval/tasks/cloze.accuracy": 0.5,
-        "bounds/eval/tasks/cloze.accuracy.low": 0.1,
-        "bounds/eval/tasks/cloze.accuracy.high": 0.9,
+        "eval/bounds/tasks/cloze.accuracy.low": 0.1,
+        "eval/bounds/tasks/cloze.accuracy.high": 0.9,
         "eval/text/greedy.zipf": 1.5,
     }  # fmt: skip
     assert grouped("download", {"documents": 3}) == {"download/documents": 3.0}
+    assert grouped("training", {"val_loss": 3.0}) == {"train/final/val_loss": 3.0}
 
 
 def test_machine_facts_tell_what_rounds_sums(monkeypatch):

@@ -39,6 +39,7 @@ from compactgpt.storage import MANIFEST
 from compactgpt.tracking import DIFF, flatten, grouped
 
 MAX_TOTALS = 20_000_000  # bytes of one table of sums by document that is kept with a run
+_DETAILS = ("eval/bounds/", "eval/model/", "eval/split/")  # stay with the stage's own run
 _HEADLINE = ("loss", "perplexity", "bits_per_byte")
 LOCKED = "requirements.lock"
 
@@ -70,6 +71,7 @@ class Ending:
     )  # run id of a stage -> the key of its entry in dvc.lock
     params: dict[str, Any] = field(default_factory=dict)
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # by step
+    datasets: list[dict[str, str]] = field(default_factory=list)  # as Tracker.inputs takes them
     chain: Chain = field(default_factory=lambda: Chain([], {}))
 
 
@@ -128,10 +130,27 @@ def _add_facts(ending: Ending, place: Place, cache: Cache) -> None:
         md5 = chain.out(path)
         if md5 and cache.has(md5) and (manifest := cache.files(md5).get(file)):
             content = manifest.read_bytes()
-            weights = json.loads(content)["files"].get("model.safetensors", {}).get("sha256", "")
+            files = json.loads(content)["files"]
+            weights = files.get("model.safetensors", {}).get("sha256", "")
             tags[f"{name}_sha256"] = weights or _sha256(content)
+            ending.datasets += token_files(files, {"train": "training", "val": "validation"})
     ending.params = flatten(parse_yaml(place.read(PARAMS), PARAMS) or {})
     ending.metrics = list(_figures(chain, place, cache))
+
+
+def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
+    """The token files of a manifest, as `Tracker.inputs` takes data: what for, by split."""
+    return [
+        {
+            "name": name,
+            "digest": files[name]["sha256"],
+            "bytes": str(files[name]["bytes"]),
+            "source": f"{TOKENS}/{name}",
+            "context": context,
+        }
+        for split, context in contexts.items()
+        if (name := f"{split}.tokens") in files
+    ]
 
 
 def _sha256(content: bytes) -> str:
@@ -157,15 +176,15 @@ def _figures(chain: Chain, place: Place, cache: Cache) -> Iterator[tuple[int, di
         for row in csv.DictReader(io.StringIO(content.decode())):
             curve = {"train/loss": row.get("train_loss"), "val/loss": row.get("val_loss")}
             yield int(row["step"]), {name: float(value) for name, value in curve.items() if value}
-    for stage in ("training", "evaluation"):
-        if content := read_out(chain, place, cache, f"reports/{stage}.json"):
-            figures = grouped(stage, json.loads(content))
-            yield 0, {key: value for key, value in figures.items() if not key.startswith("bounds/eval/te")}
+    if content := read_out(chain, place, cache, "reports/evaluation.json"):
+        figures = grouped("evaluation", json.loads(content))
+        yield 0, {key: value for key, value in figures.items() if not key.startswith(_DETAILS)}
     for stage in chain.stages:
         name = stage.removeprefix("baseline@")
         if name != stage and (content := read_out(chain, place, cache, f"reports/baseline/{name}.json")):
             figures = grouped("baseline", json.loads(content))
-            yield 0, {f"baseline/{key}/{name}": figures[f"eval/{key}"] for key in _HEADLINE}
+            found = [key for key in _HEADLINE if f"eval/{key}" in figures]
+            yield 0, {f"eval/baselines/{name}.{key}": figures[f"eval/{key}"] for key in found}
 
 
 @functools.cache

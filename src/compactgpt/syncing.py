@@ -45,6 +45,7 @@ _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a parameter
 _END_BYTES = 200  # more than the last line of a journal has
 _MAX_DIGEST = 36  # characters of a data set's digest
+_KIND = ("mlflow.experimentKind", "custom_model_development")  # the UI shows training, not chat
 _TOLD = "told"  # file with the hash of the dvc.lock that was concluded last
 _MODEL_TRIES = 3  # a model that MLflow does not take is given up: its files are in DVC's cache
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]")  # MLflow refuses the rest in names of metrics and parameters
@@ -289,6 +290,8 @@ class Syncer:
         client = mlflow.MlflowClient(uri)
         found = client.get_experiment_by_name(EXPERIMENT)
         experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT, location)
+        if not found or _KIND[0] not in found.tags:
+            client.set_experiment_tag(experiment, *_KIND)
         self._client, self._experiment = client, experiment
         self._adopt_parents()
         return client, experiment
@@ -329,6 +332,7 @@ class Syncer:
             self.connect()[0].update_run(run_id, status="RUNNING")
             return run_id
         tags = {**start["tags"], "stage": start["stage"], "journal": run.folder.name}
+        tags["mlflow.source.name"] = f"stages/{start['stage'].partition('@')[0]}.py"
         if run.pipeline:
             parent = tags["mlflow.parentRunId"] = self._parent(run)
             for name in ("data_sha256", "weights_sha256"):  # known once a stage has made them
@@ -348,7 +352,8 @@ class Syncer:
             facts["command"] = command
         experiment = start["tags"].get("dvc.experiment", "")
         found = self._find("pipeline", run.pipeline)
-        name = experiment or "pipeline"
+        facts["mlflow.source.name"] = facts.get("command", "dvc")
+        name = experiment or _pipeline_name(start["time_ms"])
         run_id = found or self._create(name, start["time_ms"], {**start["tags"], **facts})
         folder.mkdir(parents=True, exist_ok=True)
         before = run.folder / "artifacts" / "before" / LOCK
@@ -486,6 +491,7 @@ class Syncer:
         told = [(parent.time_ms, step, values) for step, values in ending.metrics]
         self._log_metrics(parent.run_id, told)
         self._log_tags(parent.run_id, ending.tags)
+        self._log_inputs(parent.run_id, ending.datasets)
         self._log_model(parent, ending, place, cache)
         self.connect()[0].set_terminated(parent.run_id, ending.status, now_ms())
         shutil.rmtree(parent.folder)
@@ -545,8 +551,14 @@ class Syncer:
         (folder / LOCK).write_bytes(lock)
         if tags.get("git.dirty") == "true":
             (folder / DIFF).write_bytes(uncommitted(self.root))
-        _Parent(folder, self._create("pipeline", now_ms(), tags), now_ms(), str(self.root)).save()
+        begun = now_ms()
+        _Parent(folder, self._create(_pipeline_name(begun), begun, tags), begun, str(self.root)).save()
         self.sync()
+
+
+def _pipeline_name(time_ms: int) -> str:
+    """What tells pipelines apart in a legend."""
+    return time.strftime("pipeline %m-%d %H:%M:%S", time.localtime(time_ms / 1000))
 
 
 def gpu_monitor() -> Any:

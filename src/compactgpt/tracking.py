@@ -26,8 +26,8 @@ from compactgpt.storage import write_text
 
 Scalar = str | int | float | bool | None
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps
-_FOLDERS = {"model": "model", "validation": "data"} | {
-    name: f"eval/{name}" for name in ("tasks", "text", "views")
+_FOLDERS = {name: f"eval/{name}" for name in ("model", "tasks", "text", "views")} | {
+    "validation": "eval/split"
 }
 DIFF = "uncommitted.diff"  # name of the artifact
 NEW_FILES = ("conf", "src", "stages")
@@ -122,21 +122,21 @@ def grouped(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
     MLflow groups its charts by what stands before the last slash: `eval/` has the figures of a model on the
     val split, whatever the model; `eval/tasks/`, `eval/text/`, `eval/views/` what else was asked of it;
-    `bounds/` the ends of intervals. Other stages' numbers go by the stage's name.
+    `eval/bounds/` the ends of intervals. `train/` and `val/` are told step by step; what training reports at
+    its end is `train/final/`. Other stages' numbers go by the stage's name.
     """
     if stage not in ("evaluation", "baseline"):
-        return {f"{stage}/{key}": value for key, value in numbers(report).items()}
+        folder = "train/final" if stage == "training" else stage
+        return {f"{folder}/{key}": value for key, value in numbers(report).items()}
     named = {}
     for key, value in numbers(report).items():
         if key.startswith(("settings.", "text.settings.")):
             continue  # params say so
         group, _, rest = key.partition(".")
-        folder, name = _FOLDERS.get(group, "eval"), rest.removeprefix("statistics.")
-        if group not in _FOLDERS:
-            name = key
+        folder, name = (_FOLDERS[group], rest) if group in _FOLDERS else ("eval", key)
         if key.endswith((".low", ".high")):
-            folder = f"bounds/{folder}"
-        named[f"{folder}/{name.removesuffix('.value')}"] = value
+            folder = folder.replace("eval", "eval/bounds", 1)
+        named[f"{folder}/{name.removeprefix('statistics.').removesuffix('.value')}"] = value
     return named
 
 
