@@ -320,6 +320,7 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.txt", b" \n\t\n", r"a\.txt holds only white space"),
         ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
         ("a.txt", b"cut \xc3", r"a\.txt, line 1: byte 0xc3 is not UTF-8"),
+        ("a.txt", b"a\nlone \xed\xa0\x80", r"a\.txt, line 2: byte 0xed is not UTF-8"),
         ("a.jsonl", b"", r"a\.jsonl is empty"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2: no JSON"),
@@ -515,8 +516,9 @@ except BadData as error:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
 def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
-    """200 MB of one line, 60 MB of memory: a text, a line of JSON, and both as bombs of a few kilobytes."""
+    """200 MB of one line, 60 MB of memory: a text, a line of JSON, both as bombs, a cell of parquet."""
     size, chunk = 200, b"x" * 1_000_000
+    parquet(tmp_path / "a.parquet", text=["x" * 100_000_000])
     for name, start in (("a.txt", b""), ("a.jsonl", b'{"text": "')):
         with open(tmp_path / name, "wb") as plain, gzip.open(tmp_path / f"{name}.gz", "wb", 1) as packed:
             for file in (plain, packed):
@@ -524,10 +526,14 @@ def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
                 for _ in range(size):
                     file.write(chunk)
     code = LONG.format(src=str(ROOT / "src"), root=str(tmp_path))
-    for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"):
+    for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.parquet"):
         done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        if "json" in name:
+        if name == "a.parquet":
+            assert done.stdout.startswith(
+                "a.parquet: a page from row 1 on has 100 MB: a row of it is very long"
+            )
+        elif "json" in name:
             assert done.stdout.startswith(f"{name}, line 1 is longer than 3 MB (download.max_row_megabytes)")
         else:
             assert done.stdout.startswith(f"{name} is longer than 4 MB (download.max_document_megabytes)")

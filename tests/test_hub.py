@@ -204,6 +204,11 @@ def test_a_set_that_cannot_work_is_refused_before_anything_runs(changes, says):
         parse_params(TREE | {"download": part})
 
 
+def test_every_set_that_is_shipped_is_pinned():
+    for name, entry in TREE["download"]["hub"]["sets"].items():
+        assert entry.get("sha256") or len(entry["revision"]) == 40, name
+
+
 def test_a_name_without_a_set_is_refused():
     part = TREE["download"] | {"hub": TREE["download"]["hub"] | {"name": "opnwebtext"}}
     with pytest.raises(BadConfig, match=r"name 'opnwebtext' has no entry in sets"):
