@@ -155,16 +155,19 @@ def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, kind: str = "", scroll: bool = True
 ) -> str:
     """A table with scopes; its first column names the row. Cells are HTML."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    # Roles stand there too: a table that a phone shows as blocks would lose them.
+    head = "".join(f'<th scope="col" role="columnheader">{escape(name)}</th>' for name in heads)
     body = []
     for first, *rest in rows:
         cells = "".join(
-            f'<td data-label="{escape(name)}">{cell}</td>' for name, cell in zip(heads[1:], rest, strict=True)
+            f'<td role="cell" data-label="{escape(name)}">{cell}</td>'
+            for name, cell in zip(heads[1:], rest, strict=True)
         )
-        body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+        body.append(f'<tr role="row"><th scope="row" role="rowheader">{first}</th>{cells}</tr>')
     table = (
-        f'<table class="{kind}"><caption>{escape(label)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
+        f'<table class="{kind}" role="table"><caption>{escape(label)}</caption>'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(body)}</tbody></table>'
     )
     if not scroll:
         return table

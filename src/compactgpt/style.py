@@ -109,13 +109,19 @@ footer{margin-top:56px;color:var(--muted);font-size:.85rem}
 @media (max-width:700px){
 body{font-size:16px}main{padding:0 18px 72px}#in-en+label{margin-left:18px}
 section{margin-top:52px}.kicker{margin-top:28px}
-.bar{flex-direction:column;gap:10px}.bar li{border-top:0;border-left:6px solid;padding:0 0 0 12px}
+.bar{flex-direction:column;gap:10px}.bar li{flex:none!important;border-top:0;border-left:6px solid;padding:0 0 0 12px}
 .bar .waits,.bar .given{border-left-style:dotted}.bar b{display:inline;font-size:1.3rem}
-table.note,table.note tbody,table.note tr,table.note td,table.note tbody th{display:block;width:auto!important}
-table.note thead{display:none}
+:is(table.note,table.claims),:is(table.note,table.claims) :is(tbody,tr,td,tbody th){display:block;width:auto!important;min-width:0}
+:is(table.note,table.claims) thead{display:none}
 table.note tbody th{font-family:var(--serif);font-size:1.25rem;border:0;padding:26px 0 0}
 table.note td{padding:14px 0}
 table.note td::before{content:attr(data-label);display:block;font-size:.8rem;color:var(--muted);margin-bottom:2px}
+table.claims tr{border-bottom:1px solid var(--grid);padding:14px 0}
+table.claims :is(td,tbody th){border:0;padding:1px 0}
+table.claims tbody th,table.claims td:nth-child(3){color:var(--muted);font-size:.85rem}
+table.claims td:nth-child(2){font-size:1.15rem;line-height:1.3}
+table.claims td:nth-child(3)::before{content:attr(data-label) " "}
+table.plain{min-width:640px}
 }
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 @media print{

@@ -1,0 +1,224 @@
+"""The page needs nothing but itself, shows what the record holds, and works in a real browser."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from compactgpt import page
+from compactgpt.rendering import COLUMNS, View
+from compactgpt.style import STYLE
+from compactgpt.words import TEXT
+from tests.place import edit, make_place, record_of
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    place = make_place(tmp_path_factory.mktemp("place"))
+    text = "<script>document.title='owned'</script>"
+    edit(place / "reports/samples.json", lambda r: r["samples"][0]["greedy"].update(text=text))
+    return record_of(place)
+
+
+@pytest.fixture(scope="module")
+def text(record):
+    return page.html(record)
+
+
+class Tags(HTMLParser):
+    """Every opening tag with its attributes, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_it_asks_for_nothing_and_runs_nothing(text):
+    for tag, attributes in Tags(text).found:
+        assert tag not in {"script", "iframe", "object", "embed", "img", "base"}
+        assert not {name for name in attributes if name.startswith("on") or name == "src"}
+        link = attributes.get("href") or "#"
+        assert link.startswith("#") or (tag == "link" and link == "data:,"), link
+    assert not re.search(r"@import|@font-face|url\((?!#)", text)
+
+
+def test_ids_are_unique_and_every_link_has_its_place(text):
+    tags = Tags(text).found
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    links = {attributes["href"][1:] for tag, attributes in tags if tag == "a"}
+    assert links <= set(ids)
+    assert {a[key] for _, a in tags for key in ("aria-labelledby", "for") if key in a} <= set(ids)
+
+
+def test_headings_go_down_one_at_a_time_and_tables_have_scopes(text):
+    tags = Tags(text).found
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels.count(1) == 2  # one a language
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert {attributes.get("scope") for tag, attributes in tags if tag == "th"} == {"col", "row"}
+    assert all(a.get("aria-label") for tag, a in tags if tag == "svg")
+
+
+def shade(colour: str) -> float:
+    """Relative luminance, WCAG 2.1."""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_words_stand_out_from_the_paper_in_light_and_dark():
+    light, dark = STYLE.split("@media (prefers-color-scheme:dark)")
+    for block in (light, dark[: dark.index("}}")]):
+        colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", block))
+        for name in ("ink", "muted", "demo", "holds", "fails", "open", "waits", "given"):
+            for ground in ("paper", "card"):
+                one, other = sorted((shade(colours[name]), shade(colours[ground])), reverse=True)
+                assert (one + 0.05) / (other + 0.05) >= 4.5, (name, ground)
+
+
+def test_it_is_the_same_to_the_byte_and_small(record, text):
+    assert page.html(record) == text
+    assert len(text.encode()) < 1_500_000
+    assert page.html(record, "fr") != text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: `apt-get install chromium` brings one")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, text, tmp_path):
+    """Open the page in a window of its own; what it logged and asked for must be nothing."""
+    path: Path = tmp_path / "index.html"
+    path.write_text(text, encoding="utf-8")
+    told, asked, contexts = [], [], []
+
+    def see(width: int, scheme: str = "light"):
+        size = {"width": width, "height": 800}
+        contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
+        window = contexts[-1].new_page()
+        window.on("console", lambda message: told.append(message.text))
+        window.on("pageerror", lambda error: told.append(str(error)))
+        window.on("request", lambda request: asked.append(request.url))
+        window.goto(path.as_uri())
+        return window
+
+    yield see
+    for context in contexts:
+        context.close()
+    assert told == []
+    assert set(asked) == {path.as_uri()}
+
+
+def test_the_browsers_cells_are_the_records(opened, record):
+    window = opened(1280)
+    assert window.title() == TEXT["en"]["title"]
+    view = View(record)
+    known = {item["id"]: item for item in record["evidence"]}
+    shown = window.eval_on_selector_all(
+        "article[lang=en] .v",
+        """all => all.map(v => [v.dataset.id, [...v.childNodes].filter(n => n.className != 'tip')
+        .map(n => n.textContent).join(''), v.querySelector('.tip').textContent])""",
+    )
+    assert len(shown) > 100
+    for name, value, tip in shown:
+        assert value == view.show(known[name])
+        assert known[name]["source"] in tip
+    rows = window.eval_on_selector_all(
+        "article[lang=en] table.note tbody tr",
+        """rows => rows.map(row => [...row.querySelectorAll('td')].map(td =>
+        [td.querySelector('.quote').textContent, td.querySelector('.chip').textContent]))""",
+    )
+    for row, cells in zip(record["table"], rows, strict=True):
+        for column, (quote, chip) in zip(COLUMNS, cells, strict=True):
+            claim = view.claims[row[column]]
+            assert (quote, chip[2:]) == (claim["quote"], view.verdict(claim))
+    values = window.eval_on_selector_all(
+        "article[lang=en] table.sources tbody tr", "rows => rows.map(row => row.cells[0].textContent)"
+    )
+    assert values == [item["id"] for item in record["evidence"]]
+
+
+def test_a_number_says_where_it_came_from_to_mouse_and_keyboard(opened):
+    window = opened(1280)
+    value = window.locator("article[lang=en] table.note .v").first
+    assert not value.locator(".tip").is_visible()
+    value.hover()
+    assert value.locator(".tip").is_visible()
+    window.mouse.move(0, 0)
+    value.focus()
+    assert value.locator(".tip").is_visible()
+    value.click()
+    assert "#en-v-note.parameters.nanogpt" in window.url
+
+
+def test_the_language_is_switched_without_the_network(opened, record):
+    window = opened(1280)
+    english, french = (window.locator(f"article[lang={language}] h1") for language in ("en", "fr"))
+    assert english.is_visible()
+    assert not french.is_visible()
+    window.get_by_text("Français", exact=True).click()
+    assert french.is_visible()
+    assert not english.is_visible()
+    assert french.text_content() == View(record, "fr").sums()
+    window.locator("#in-fr").press("ArrowLeft")
+    assert english.is_visible()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(opened, width):
+    window = opened(width)
+    for language in ("en", "fr"):
+        window.locator(f"#in-{language}").check(force=True)
+        assert window.evaluate("document.documentElement.scrollWidth") <= width
+        figure = window.locator(f"article[lang={language}] svg").first.bounding_box()
+        assert figure is not None
+        assert 250 < figure["width"] <= width
+
+
+def test_light_and_dark_are_other_colours_of_the_same_picture(opened):
+    found = []
+    for scheme in ("light", "dark"):
+        window = opened(1280, scheme)
+        paper = window.evaluate("getComputedStyle(document.body).backgroundColor")
+        label = window.locator("article[lang=en] svg text").first
+        found.append((paper, label.evaluate("one => getComputedStyle(one).fill"), label.text_content()))
+    (light, ink, word), (dark, chalk, same) = found
+    assert light != dark
+    assert ink != chalk
+    assert word == same
+
+
+def test_on_paper_everything_is_shown(opened):
+    window = opened(900)
+    window.emulate_media(media="print")
+    assert not window.locator("article[lang=en] nav").is_visible()
+    box = window.locator("article[lang=en] .scroll.sources")
+    assert box.evaluate("one => one.scrollHeight <= one.clientHeight + 1")
