@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
 
-.PHONY: help setup repro run gate ci push pull test test-ray test-server check table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull test test-faults test-ray test-server check table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test: $(STAMP) ## run every test
 test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv, not into it)
 	@test -d .state/ray || uv pip install -q --python $(VENV)/bin/python --target .state/ray -c requirements.lock ray==2.60.0
 	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/test_engine.py
+
+test-faults: $(STAMP) ## kill and interrupt real trainings at random, and one at each of its writes (15 minutes)
+	@TEST_FAULTS=1 EVERY_WRITE=1 python -m pytest tests/test_faults.py tests/test_kills.py tests/test_launching.py
 
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py

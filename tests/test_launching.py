@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 STEPS = 150
 
 
-def params(processes):
-    launcher = {"processes": processes, "mode": "strict", "max_restarts": 1, "timeout_seconds": 60}
+def params(processes, mode="strict"):
+    launcher = {"processes": processes, "mode": mode, "max_restarts": 1, "timeout_seconds": 60}
     return json.dumps(
         tree_of(max_steps=STEPS, eval_interval=50, checkpoint_interval=3, launcher=launcher)
     )  # JSON is YAML
@@ -102,6 +102,23 @@ def test_whoever_is_killed_the_result_is_that_of_one_process_unbroken(here):
 
     Path("params.yaml").write_text(params(1))
     assert door().exit_code == 0
+    assert contents() == whole
+
+
+@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="a minute: make test-faults")
+def test_a_spread_model_whose_process_is_killed_ends_with_the_bits_of_the_unbroken_run(here):
+    Path("params.yaml").write_text(params(2, "fsdp"))
+    run = Launched()
+    assert run.agent.communicate(timeout=120)[1].count("error") == 0
+    whole = contents()
+    assert whole
+    run = Launched()
+    workers = run.workers()
+    run.wait_for_state_after(0)
+    workers[0].kill()  # the one that writes; torchrun starts both again
+    _, said = run.agent.communicate(timeout=120)
+    assert run.agent.returncode == 0, said
+    assert "Traceback" not in said
     assert contents() == whole
 
 
