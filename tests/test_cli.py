@@ -1,5 +1,6 @@
 """The command: one call a command, mistakes as one sentence."""
 
+import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
@@ -31,3 +32,14 @@ def test_a_command_without_its_input_says_what_makes_it(tmp_path, monkeypatch):
     assert done.exit_code == 66
     assert "dvc repro" in done.output
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("reproduce", "workspace"), ("diff", "nothing"), ("reproduce", "no-such-run")]
+)
+def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = run(*words)
+    assert done.exit_code == 78
+    assert done.output.startswith("error: ")
+    assert done.output.count("\n") == 1
