@@ -197,6 +197,12 @@ def test_every_value_that_a_claim_names_exists_or_is_awaited(place):
     assert named - set(known) == AWAITED
 
 
+def test_the_users_own_files_have_neither_version_nor_licence(place):
+    part = {"name": "corpus/a.txt", "version": None, "licence": None, "documents": 1, "bytes": 9}
+    edit(place / "reports/download.json", lambda r: r.update(sources=[part]))
+    assert record_of(place)["data"]["sources"] == [part]
+
+
 def test_two_values_of_one_name_are_refused(place):
     """A baseline must not pass for the note's model."""
     (place / "data/baseline/xz.parquet").rename(place / "data/baseline/reported.parquet")

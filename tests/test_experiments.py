@@ -273,3 +273,33 @@ def test_the_command_lists_and_applies(params_file, monkeypatch):
 def test_laying_over_is_json_merge_patch(target, patch, result):
     lay_over(target, patch)
     assert target == result
+
+
+def test_the_finetuning_experiment_trains_from_a_gpt2_in_a_folder(params_file, tmp_path):
+    """Really, with a GPT-2 that transformers made: small, but by the experiment's own recipe."""
+    import warnings
+
+    import torch
+    from test_training import make_tokens
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from compactgpt import training
+    from compactgpt.initial import folder_sha256
+
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    small = ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=8"]
+    few = ["training.max_steps=3", "training.tokens_per_step=16", "evaluation.likelihood.window=8"]
+    start = [f"training.init_from={tmp_path / 'gpt2'}", "runtime.num_threads=1"]
+    apply(params_file, "finetune", *small, *few, *start)
+    splits = training.open_splits(make_tokens(tmp_path / "tokens"))
+    sha256 = folder_sha256(tmp_path / "gpt2")
+    with pytest.raises(BadConfig, match=sha256):  # the stage tells the hash to write
+        training.train(load_params(params_file), splits, tmp_path / "state")
+    apply(params_file, "finetune", *small, *few, *start, f"training.init_sha256={sha256}")
+    trained = training.train(load_params(params_file), splits, tmp_path / "state")
+    assert len(trained.rows) == 2
+    assert trained.model.shape.bias

@@ -86,7 +86,9 @@ def _description(view: View) -> str:
 def _data(view: View) -> str:
     data = view.record["data"]
     parts = [
-        f"{one['name']} {one['version']} ({one['licence']})" for one in data["sources"] if one["licence"]
+        " ".join(filter(None, (one["name"], one["version"], f"({one['licence']})")))
+        for one in data["sources"]
+        if one["licence"]
     ]
     split = data["splits"]["train"]
     sentence = (

@@ -148,8 +148,8 @@ class Tokenized(_Report):
 
 class _CorpusPart(_Report):
     name: str
-    version: str = ""
-    licence: str = ""
+    version: str | None = None  # files have none
+    licence: str | None = None
     documents: int | None = None
     bytes: int | None = None
 
