@@ -47,6 +47,15 @@ def test_the_curve_and_the_places_in_the_window_are_drawn(record):
     record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"] = kept
 
 
+def test_runs_that_the_estimate_was_tried_on_are_drawn(record):
+    bounds = {"low_80": 3.0, "high_80": 4.0, "low_95": 2.0, "high_95": 5.0}
+    before = charts.png(record, "calibration")
+    record["calibration"].append({"name": "another run", "measured": 3.5, **bounds})
+    assert charts.png(record, "calibration") != before
+    assert ">another run<" in charts.svg(record, "calibration", "en", "")
+    record["calibration"].pop()
+
+
 def test_an_interval_beside_its_value_is_still_drawn(record):
     """A percentile interval of few documents may miss the value itself."""
     item = evidence_of(record)["xz.bits_per_byte"]
@@ -73,7 +82,7 @@ def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
 
 
 def test_ticks_have_the_marks_of_the_language(record):
-    assert re.search(r">\d\.\d<", charts.svg(record, "calibration", "en", ""))
-    french = charts.svg(record, "calibration", "fr", "")
-    assert re.search(r">\d,\d<", french)
+    assert re.search(r">\d\.\d+<", charts.svg(record, "bits_per_byte", "en", ""))
+    french = charts.svg(record, "bits_per_byte", "fr", "")
+    assert re.search(r">\d,\d+<", french)
     assert not re.search(r">\d+\.\d+<", french)

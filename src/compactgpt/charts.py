@@ -166,29 +166,38 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Each run's intervals, and what was found."""
+    """Each run's intervals and what was found; below, runs of others that the same rule was tried on."""
     runs = [("compact", "demo_run", "compact.loss"), ("note", "note_run", "reported.loss")]
+    names = [view.words[key] for _, key, _ in runs]
     for place, (model, _, found) in enumerate(runs):
-        colour = DEMO if model == "compact" else INK
-        for share, width in (("95", 2.0), ("80", 7.0)):
-            item = view.evidence[f"{model}.expected_loss_{share}"]
-            ends = [item["low"], item["high"]]
-            axes.plot(ends, [place, place], color=OTHER, linewidth=width, solid_capstyle="butt", alpha=0.6)
+        intervals = [view.evidence[f"{model}.expected_loss_{share}"] for share in ("95", "80")]
+        _intervals(axes, place, [(item["low"], item["high"]) for item in intervals])
         for name, item in view.evidence.items():
             if name.startswith(f"{model}.law."):
                 axes.plot([item["value"]], [place - 0.2], "|", color=MUTED, markersize=9)
         if found in view.evidence:
             item = view.evidence[found]
-            face = colour if item["known"] == "measured" else PAPER
-            axes.plot([item["value"]], [place], "o", color=colour, markerfacecolor=face, markersize=9)
-            text = show(item["value"], item["unit"], view.language)
-            axes.annotate(
-                text, (item["value"], place), (0, 9), textcoords="offset points", color=colour, ha="center"
-            )
-    axes.set_yticks(range(len(runs)), [view.words[key] for _, key, _ in runs], color=INK)
-    axes.set_ylim(len(runs) - 0.45, -0.75)
+            _found(view, axes, place, item["value"], DEMO if model == "compact" else INK, item["known"])
+    for place, check in enumerate(view.record["calibration"], len(runs)):
+        names.append(check["name"])
+        _intervals(axes, place, [(check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80")])
+        _found(view, axes, place, check["measured"], INK, "reported")
+    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.set_ylim(len(names) - 0.45, -0.75)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(view.words["loss_axis"])
+
+
+def _intervals(axes: Axes, place: int, wide_and_narrow: list[tuple[float, float]]) -> None:
+    for ends, width in zip(wide_and_narrow, (2.0, 7.0), strict=True):
+        axes.plot(ends, [place, place], color=OTHER, linewidth=width, solid_capstyle="butt", alpha=0.6)
+
+
+def _found(view: View, axes: Axes, place: int, loss: float, colour: str, known: str) -> None:
+    face = colour if known == "measured" else PAPER
+    axes.plot([loss], [place], "o", color=colour, markerfacecolor=face, markersize=8)
+    text = show(loss, "nats per token", view.language)
+    axes.text(1.02, place, text, color=colour, va="center", transform=axes.get_yaxis_transform())
 
 
 def _repetition(view: View, axes: Axes) -> None:
@@ -262,6 +271,11 @@ def _localize(axis: Any, language: Language) -> None:
         axis.get_major_formatter().set_locs = own.set_locs  # the library asks it how many digits are needed
 
 
+def _height(record: Record, name: str) -> float:
+    """Inches; a row more for each run that the estimate was tried on."""
+    return _HEIGHTS[name] + (0.22 * len(record["calibration"]) if name == "calibration" else 0)
+
+
 def _drawn(record: Record, name: str, language: Language, form: str, **more: Any) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -270,7 +284,7 @@ def _drawn(record: Record, name: str, language: Language, form: str, **more: Any
     buffer = io.BytesIO()
     salt = {"svg.hashsalt": f"{name}-{language}"}
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, **salt}):
-        figure = Figure(figsize=(5.6, _HEIGHTS[name]), layout="constrained")
+        figure = Figure(figsize=(5.6, _height(record, name)), layout="constrained")
         axes = figure.subplots()
         CHARTS[name](View(record, language), axes)
         for axis in (axes.xaxis, axes.yaxis):

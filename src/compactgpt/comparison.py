@@ -76,6 +76,7 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
         "models": _models(sources, evidence),
         "forecast": _forecast_check(evidence),
         "notes": sources.estimate.compact.notes,
+        "calibration": [check.model_dump() for check in sources.estimate.calibration.checks],
         "validation": validation | {"window": sources.compact.score.window},
         "curve": sources.curve,
         "positions": _positions(sources),

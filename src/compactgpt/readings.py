@@ -231,11 +231,28 @@ class OwnForecast(Forecast):
     notes: list[str]
 
 
+class _Check(_Report):
+    """A run that somebody measured, and what the rule says of it from the others."""
+
+    name: str
+    measured: float
+    value: float
+    low_80: float
+    high_80: float
+    low_95: float
+    high_95: float
+
+
+class _Calibration(_Report):
+    checks: list[_Check] = []
+
+
 class Estimates(_Report):
     """reports/estimate.json."""
 
     compact: OwnForecast
     note: Forecast
+    calibration: _Calibration = _Calibration()
 
 
 class Trained(_Report):

@@ -131,7 +131,8 @@ _EN: dict[str, str] = {
     "each model's own tokenizer, so compare the shape, not the height.",
     "page_calibration": "How good was the estimate?",
     "page_calibration_note": "Thick: 80 % interval, thin: 95 %; both were written down before the run. The dot "
-    "is what was then measured, a ring what others report, ticks what published scaling laws say as they stand.",
+    "is what was then measured, a ring what others report, ticks what published scaling laws say as they stand. "
+    "Rows below, if any: earlier runs, each foretold by the same rule from the rest.",
     "page_measured": "All models on the same text",
     "page_claims": "All claims",
     "page_claims_lead": "Each with its range, the verdict and the numbers that decided.",
@@ -310,7 +311,7 @@ _FR: dict[str, str] = {
     "page_calibration": "L'estimation était-elle bonne ?",
     "page_calibration_note": "Épais : intervalle à 80 %, fin : 95 % ; les deux ont été écrits avant. Le point est "
     "ce qui fut mesuré ensuite, l'anneau ce que d'autres rapportent, les traits ce que disent telles quelles les "
-    "lois d'échelle publiées.",
+    "lois d'échelle publiées. Plus bas, s'il y en a : des runs antérieurs, chacun prédit par la même règle d'après les autres.",
     "page_measured": "Tous les modèles sur le même texte",
     "page_claims": "Toutes les affirmations",
     "page_claims_lead": "Chacune avec son intervalle, le verdict et les nombres qui ont décidé.",
@@ -406,6 +407,7 @@ UNITS: dict[str, str] = {
     "probability": "probabilité",
 }
 PHRASES: dict[str, str] = {
+    "the corpus is docstrings, for which no law is calibrated": "le corpus est docstrings, pour lequel aucune loi n'est calée",
     "the window of the document": "la fenêtre du document",
     "nothing": "rien",
     "the document before": "le début du document",
