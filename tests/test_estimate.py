@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from compactgpt import config
 from compactgpt.config import load_params
-from compactgpt.estimate import estimate
+from compactgpt.estimate import estimate, forecast
 from compactgpt.laws import LAWS, Run, expect, kaplan, through
 from compactgpt.sizes import counts, flops_per_token
 from stages.estimate import app
@@ -74,6 +74,35 @@ def test_arithmetic_of_the_notes_run():
     assert note["memory_bytes"]["logits_if_held_at_once"] / 2**30 == pytest.approx(1.5, abs=0.05)
     memory = note["memory_bytes"]
     assert memory["weights"] == memory["gradients"] == memory["optimizer"] / 2 == 4 * 30_135_168
+
+
+def test_a_layer_keeps_what_the_memory_says():
+    """Counted as autograd keeps it: the difference that two more layers make."""
+    import torch
+
+    from compactgpt.model import GPT
+
+    kept = {}
+    for layers in (1, 3):
+        model = GPT(shape(layers, 64, 4, bias=False, block_size=128, vocab_size=61, padded_vocab_size=64))
+        weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            model.hidden(torch.zeros(2, 128, dtype=torch.int64))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        kept[layers] = sum(size for place, size in storages.items() if place not in weights)
+    memory = {
+        layers: forecast_memory(shape(layers, 64, 4, bias=False, block_size=128), 2) for layers in (1, 3)
+    }
+    assert (kept[3] - kept[1]) == pytest.approx(memory[3] - memory[1], rel=0.02)
+
+
+def forecast_memory(model: config.Model, micro_batch_size: int) -> int:
+    run = Run(1, 1, 1, micro_batch_size * model.block_size)
+    expected = NOTE.expected_loss
+    return forecast(model, run, micro_batch_size, None, expected, PARAMS.estimate)["memory_bytes"][
+        "activations"
+    ]
 
 
 @pytest.mark.parametrize(

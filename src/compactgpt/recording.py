@@ -9,9 +9,10 @@ from compactgpt.evaluation import read_totals
 from compactgpt.results import FOLDER, documents_of, result_of
 from compactgpt.storage import read_json, write_json
 
-# Where a run may differ from its experiment and still be that experiment: machine, and the user's own paths.
+# Where a run may differ from its experiment and still be it: machine, models beside it, the user's own paths.
 FREE = (
     "runtime.",
+    "baseline.",
     "training.launcher.",
     "training.compile",
     "training.dtype",
