@@ -9,7 +9,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["test_training", "torch._dynamo", "compactgpt.sharding"])  # optimizers import dynamo
+# Optimizers import dynamo.
+_context.set_forkserver_preload(["test_training", "torch._dynamo", "compactgpt.sharding"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "src")])
 
 
