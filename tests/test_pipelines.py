@@ -160,6 +160,29 @@ def test_a_repro_that_runs_nothing_is_told_once(root):
     assert len(runs(root)) == 2
 
 
+def test_what_was_left_is_told_though_the_server_was_away_and_the_work_tree_went_on(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+    stage(root, "evaluation", dvc())
+    with pytest.raises(Exception, match=r"(?i)connection|retries"):
+        Syncer(root).sync()
+    make(root, 3.0)  # the next run
+    (root / "params.yaml").write_text("model: {n_layer: 3}")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert drain(root)
+    (parent,) = wholes(root)
+    assert parent.data.metrics == {"eval/loss": 4.5}
+    assert parent.data.params == {"model.n_layer": "2"}
+
+
+def test_a_lock_that_nobody_can_read_closes_the_run_all_the_same(root):
+    stage(root, "evaluation", dvc())
+    (root / "dvc.lock").write_text("stages: {evaluation: [")
+    assert drain(root)
+    (parent,) = wholes(root)
+    assert parent.info.status == "FAILED"
+    assert "no valid YAML" in parent.data.tags["not_concluded"]
+
+
 def test_a_parent_whose_notes_were_deleted_is_closed(root):
     stage(root, "training", {"pid": os.getpid(), "created": psutil.Process().create_time()})
     assert not Syncer(root).sync()

@@ -10,8 +10,7 @@ import functools
 import io
 import json
 import platform
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +35,7 @@ from compactgpt.lineage import (
     read_chain,
 )
 from compactgpt.storage import MANIFEST
-from compactgpt.tracking import DIFF, flatten, grouped
+from compactgpt.tracking import flatten, grouped
 
 MAX_TOTALS = 20_000_000  # bytes of one table of sums by document that is kept with a run
 _DETAILS = ("eval/bounds/", "eval/model/", "eval/split/")  # stay with the stage's own run
@@ -196,11 +195,11 @@ def packages() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))
 
 
-def write_files(ending: Ending, place: Place, cache: Cache, diffs: Iterable[Path], target: Path) -> None:
-    """Lay out what is kept with the run of the whole: see the README.
+def write_files(place: Place, cache: Cache, target: Path) -> None:
+    """Lay out what is kept with the run of the whole, as soon as `dvc` has ended: the next may change it.
 
-    dvc.lock, params.yaml and dvc.yaml; reports, plots, page and samples; sums by document; the environment;
-    uncommitted changes. Outs are only taken if they are those that dvc.lock names.
+    dvc.lock, params.yaml and dvc.yaml; reports, plots, page and samples; sums by document; the environment.
+    Outs are only taken if they are those that dvc.lock names.
     """
     for name in (LOCK, PARAMS, "dvc.yaml", LOCKED):
         if (content := place.read(name)) is not None:
@@ -209,12 +208,11 @@ def write_files(ending: Ending, place: Place, cache: Cache, diffs: Iterable[Path
     (target / "environment" / "packages.txt").write_text(packages())
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     (target / "environment" / "machine.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    for stage in ending.chain.stages:
-        for path, md5 in outs(ending.chain.entries.get(stage, {})).items():
+    chain = read_chain(place)
+    for stage in chain.stages:
+        for path, md5 in outs(chain.entries.get(stage, {})).items():
             if path.startswith("reports/") or _is_small_table(cache, path, md5):
                 checkout(cache, place, path, md5, target / path)
-    if diff := next((path for path in diffs if path.exists()), None):
-        shutil.copyfile(diff, target / DIFF)
 
 
 def _is_small_table(cache: Cache, path: str, md5: str) -> bool:

@@ -22,7 +22,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compactgpt.errors import UserError
 from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
@@ -188,8 +188,8 @@ def _key(pipeline: dict[str, Any]) -> str:
 class _Parent:
     """The run of a `dvc` process, until it has been concluded."""
 
-    folder: Path  # named by the process; holds dvc.lock as its first stage found it
-    run_id: str
+    folder: Path  # named by the process; holds dvc.lock as its first stage found it, and changes to the code
+    run_id: str  # in MLflow; nothing until that has answered
     time_ms: int
     workspace: str
     experiment: str = ""  # DVC's name for it
@@ -202,6 +202,11 @@ class _Parent:
     def save(self) -> None:
         facts = {key: value for key, value in vars(self).items() if key != "folder"}
         write_json(self.folder / "parent.json", facts)
+
+    @property
+    def left(self) -> Path:
+        """What the process left, once it has ended: see `pipelines.write_files`."""
+        return self.folder / "left"
 
     @property
     def alive(self) -> bool:
@@ -252,6 +257,7 @@ class Syncer:
         """
         complete = True
         self._sample()
+        self._note_pipelines()
         for folder in self.pending():
             complete &= self._sync_run(_Run.load(folder))
         return self._conclude_parents() and complete
@@ -342,25 +348,60 @@ class Syncer:
 
     def _parent(self, run: _Run) -> str:
         """The run of the whole `dvc repro` that a stage belongs to."""
-        folder = self.folder / "pipelines" / run.pipeline
-        if (folder / "parent.json").exists():
-            return _Parent.load(folder).run_id
+        parent = _Parent.load(self.folder / "pipelines" / run.pipeline)
+        if parent.run_id:
+            return parent.run_id
         start = run.start
-        workspace = start.get("workspace", str(self.root))
-        facts = {"host": start["host"], "workspace": workspace, "pipeline": run.pipeline, "stage": "pipeline"}
-        if command := start["pipeline"].get("command"):
-            facts["command"] = command
-        experiment = start["tags"].get("dvc.experiment", "")
+        facts = {"host": start["host"], "workspace": parent.workspace, "stage": "pipeline"}
+        facts["pipeline"] = run.pipeline
+        facts["command"] = facts["mlflow.source.name"] = start["pipeline"].get("command", "dvc")
+        name = parent.experiment or _pipeline_name(start["time_ms"])
         found = self._find("pipeline", run.pipeline)
-        facts["mlflow.source.name"] = facts.get("command", "dvc")
-        name = experiment or _pipeline_name(start["time_ms"])
-        run_id = found or self._create(name, start["time_ms"], {**start["tags"], **facts})
-        folder.mkdir(parents=True, exist_ok=True)
-        before = run.folder / "artifacts" / "before" / LOCK
-        if before.exists():
-            shutil.copyfile(before, folder / LOCK)
-        _Parent(folder, run_id, start["time_ms"], workspace, experiment).save()
-        return run_id
+        parent.run_id = found or self._create(name, start["time_ms"], {**start["tags"], **facts})
+        parent.save()
+        return parent.run_id
+
+    def _note_pipelines(self) -> None:
+        """Write down which `dvc` processes there are, and keep what each left as soon as it has ended.
+
+        All on this disk: a server that is away must not make us read the work tree of a later run.
+        """
+        for run in map(_Run.load, self.pending()):
+            folder = self.folder / "pipelines" / run.pipeline
+            if run.pipeline and not (folder / "parent.json").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                workspace = run.start.get("workspace", str(self.root))
+                experiment = run.start["tags"].get("dvc.experiment", "")
+                _Parent(folder, "", run.start["time_ms"], workspace, experiment).save()
+        for parent in self.parents():
+            if not parent.alive and not parent.left.exists():
+                self._keep_what_is_left(parent)
+
+    def _keep_what_is_left(self, parent: _Parent) -> None:
+        for folder in self._journals_since(parent.time_ms):
+            if _Run.load(folder).pipeline != parent.folder.name:
+                continue
+            for name, kept in [(f"before/{LOCK}", LOCK), (DIFF, DIFF)]:
+                if (logged := folder / "artifacts" / name).exists() and not (parent.folder / kept).exists():
+                    shutil.copyfile(logged, parent.folder / kept)
+        making = parent.left.with_suffix(".tmp")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        try:
+            write_files(self._place(parent), Cache(self.root), making)
+        except UserError:
+            logging.exception("not all that the pipeline left can be kept")
+        if (diff := parent.folder / DIFF).exists():
+            shutil.copyfile(diff, making / DIFF)
+        making.rename(parent.left)
+
+    def _journals_since(self, time_ms: int) -> list[Path]:
+        """Journals, copied or not, that were begun at a time or later; the oldest first."""
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(time_ms / 1000))
+        found = [
+            path.parent for path in self.folder.glob("done/*/journal.jsonl") if path.parent.name >= stamp
+        ]
+        return sorted([*found, *self.pending()], key=lambda folder: folder.name)
 
     def _find(self, tag: str, value: str, further: str = "") -> str:
         """The newest run with a tag, or nothing."""
@@ -449,11 +490,13 @@ class Syncer:
     def _conclude_parents(self) -> bool:
         """Conclude the runs of `dvc` processes that have ended. Returns whether none is left open."""
         waiting = {_Run.load(folder).pipeline for folder in self.pending()}
-        open_ones = [p for p in self.parents() if p.alive or p.folder.name in waiting]
+        none_open = True
         for parent in self.parents():
-            if parent.folder.name not in {one.folder.name for one in open_ones}:
+            if parent.left.exists() and parent.run_id and parent.folder.name not in waiting:
                 self._conclude(parent)
-        return not open_ones
+            else:
+                none_open = False
+        return none_open
 
     def _children(self, run_id: str) -> list[Child]:
         """The runs of the stages of a `dvc` process, in their order."""
@@ -477,25 +520,26 @@ class Syncer:
 
     def _conclude(self, parent: _Parent) -> None:
         """Tell in MLflow what a `dvc` process left, and log its model."""
+        client = self.connect()[0]
         children = self._children(parent.run_id)
-        before = Folder(parent.folder).read(LOCK)
-        place, cache = self._place(parent), Cache(self.root)
-        ending = conclude(place, cache, before, children, self._made_by)
+        place, cache = Folder(parent.left), Cache(self.root)
+        try:
+            ending = conclude(place, cache, Folder(parent.folder).read(LOCK), children, self._made_by)
+        except (UserError, KeyError, TypeError, ValueError) as error:  # files that DVC did not write so
+            logging.exception("what the pipeline left can't be read")
+            ending = Ending("FAILED", tags={"not_concluded": str(error)})
         for run_id, key in ending.keys.items():
-            self.connect()[0].set_tag(run_id, "lock_entry", key)
-        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            diffs = [folder / DIFF for folder in (parent.folder, *(child.logged for child in children))]
-            write_files(ending, place, cache, diffs, Path(scratch))
-            self.connect()[0].log_artifacts(parent.run_id, scratch)
+            client.set_tag(run_id, "lock_entry", key)
+        client.log_artifacts(parent.run_id, str(parent.left))
         self._log_params(parent.run_id, ending.params)
         told = [(parent.time_ms, step, values) for step, values in ending.metrics]
         self._log_metrics(parent.run_id, told)
         self._log_tags(parent.run_id, ending.tags)
         self._log_inputs(parent.run_id, ending.datasets)
         self._log_model(parent, ending, place, cache)
-        self.connect()[0].set_terminated(parent.run_id, ending.status, now_ms())
+        client.set_terminated(parent.run_id, ending.status, now_ms())
         shutil.rmtree(parent.folder)
-        write_text(self.folder / _TOLD, ending.tags["lock_sha256"])
+        write_text(self.folder / _TOLD, ending.tags.get("lock_sha256", ""))
 
     def _place(self, parent: _Parent) -> Place:
         """The work tree of a `dvc` process; of a scratch folder that is gone, the commit that DVC keeps."""
