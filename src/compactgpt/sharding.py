@@ -1,7 +1,7 @@
 """A model spread over processes: mode fsdp, which holds and trains what fits no single device.
 
-torch's FSDP2 (`fully_shard`) keeps the rows of every tensor on the processes by turns, gathers a block's
-weights when the block works and adds up their gradients where the rows live. Only mode fsdp loads this room.
+torch's FSDP2 (`fully_shard`) gives each process its share of every tensor's rows, gathers a block's weights
+when the block works and adds up their gradients where the rows live. Only mode fsdp loads this room.
 
 States are written by torch's distributed checkpoints as safetensors, each process its own rows, and read
 by any number of processes; reading one runs no code, as reading DCP's usual files may.
@@ -83,8 +83,8 @@ def whole_model(model: GPT, leads: bool) -> GPT:
 def in_turns(matrices: Sequence[Tensor], orthogonalise: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Orthogonalise spread matrices of one shape, each whole on one process only, in as many at a time.
 
-    Newton-Schulz needs a whole matrix. torch.optim.Muon on spread ones gathers several times in each of
-    its steps; here rows go to the matrix's process and come back, two exchanges for as many matrices as
+    Newton-Schulz needs a whole matrix. torch.optim.Muon on spread ones adds up over all processes eleven
+    times a matrix; here rows go to the matrix's process and come back, two exchanges for as many matrices as
     there are processes. In bfloat16, which Newton-Schulz begins with anyway.
 
     Args:
