@@ -29,8 +29,8 @@ PARAMS = load_params(ROOT / "params.yaml")
 SIZES, BUDGETS = (1_000_000, 2_000_000, 4_000_000), (100, 200, 400)
 
 
-def fit(rungs):
-    return fitting.fit(rungs, resamples=40)
+def fit(rungs, resamples=4):
+    return fitting.fit(rungs, resamples)
 
 
 def rung(size, steps, loss):
@@ -60,7 +60,7 @@ def product(n, d):
 
 @pytest.fixture(scope="module")
 def found():
-    return fit(rungs_of(product, 0.01))
+    return fit(rungs_of(product, 0.01), 40)
 
 
 def ladder(found, **changes):
@@ -88,9 +88,9 @@ def test_forms_are_their_formulas():
 
 
 def test_exact_runs_give_their_law_back():
-    constants = fit(rungs_of(product)).constants
-    assert constants == pytest.approx((math.log(60), 0.05, 0.15), rel=1e-5)
-    assert fit(rungs_of(product)).form == "product"
+    exact = fit(rungs_of(product))
+    assert exact.constants == pytest.approx((math.log(60), 0.05, 0.15), rel=1e-5)
+    assert exact.form == "product"
 
 
 def test_a_law_with_a_floor_is_seen_where_the_runs_carry_it():
@@ -122,7 +122,7 @@ def test_a_runaway_run_does_not_drag_the_law(found):
 
 
 def test_fitting_twice_gives_the_same_bytes(found):
-    assert fit(rungs_of(product, 0.01)) == found
+    assert fit(rungs_of(product, 0.01), 40) == found
 
 
 def test_too_few_runs_are_refused():
