@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from compactgpt.config import Validation
 from compactgpt.documents import Document, Stored, new_document, write_documents
 from compactgpt.errors import BadData, CheckFailed
+from compactgpt.progress import silent
 from compactgpt.storage import atomic_folder
-from compactgpt.validation import document_row, require_success, validate
+from compactgpt.validation import _read, document_row, require_success, validate
 from stages.validation import app
 
 ROOT = Path(__file__).parents[1]
@@ -169,12 +170,12 @@ def test_a_long_document_is_judged_as_if_it_were_whole(tmp_path, monkeypatch):
     found = []
     for part_bytes in (2**22, 100):
         monkeypatch.setattr("compactgpt.documents.PART_BYTES", part_bytes)
-        for rows in (1000, 20):
-            report = judge(tmp_path, [*GOOD, *long], BOUNDS.model_copy(update={"max_rows": rows}))
-            assert (report["wrong_ids"], report["documents"]) == (0, 32)
-            found.append(report)
+        folder = make(tmp_path / str(part_bytes), [*GOOD, *long])
+        found += [_read(folder, rows, silent) for rows in (1000, 20)]
     assert found[:2] == found[2:]
-    assert found[0]["rows"] == 32 > found[1]["rows"]
+    sums, rows = found[0]
+    assert (sums["wrong_ids"], sums["documents"], len(rows)) == (0, 32, 32)
+    assert 0 < len(found[1][1]) < 32
 
 
 def test_altered_documents_are_refused(tmp_path):

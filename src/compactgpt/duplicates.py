@@ -38,7 +38,7 @@ Flags = npt.NDArray[np.bool_]
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
-_KNOWN_WORDS = 2**20  # that a process remembers the hashes of
+_KNOWN_WORDS = 2**19  # that a process remembers the hashes of
 _NEIGHBOURS = 8  # of a bucket, in the order of documents, that a document is compared with
 _PAIRS_AT_ONCE = 2**16
 _RUNS_AT_ONCE = 2**20
