@@ -323,7 +323,7 @@ def register(root):
     place, cache = Folder(root), Cache(root)
     ending = conclude(place, cache, None, [], lambda _: "")
     (root / "told").mkdir()
-    write_files(ending, place, cache, [], root / "told")
+    write_files(place, cache, root / "told")
     client.log_artifacts(run_id, str(root / "told"))
     tags = {"weights_sha256": ending.tags["weights_sha256"], registry._PIPELINE: run_id}
     client.create_registered_model(registry.NAME)
