@@ -22,7 +22,7 @@ done
 
 @pytest.fixture
 def chain(tmp_path):
-    for name in ("src", "stages", "corpus"):
+    for name in ("src", "stages", "corpus", "results"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
