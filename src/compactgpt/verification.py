@@ -189,6 +189,10 @@ class _Hashes:
 
 def _check_entry(entry: Mapping[str, Any], hashes: _Hashes, found: Verification) -> None:
     path = entry["path"]
+    if odd := set(entry) - {"path", "hash", "md5", "size", "nfiles"}:
+        found.differences.append(
+            f"{LOCK}: {path} has {sorted(odd)}, which DVC does not write: take it from git"
+        )
     if not (hashes.root / path).exists():
         if path.startswith(_FROM_DVC):
             found.unchecked += [path] if path not in found.unchecked else []
@@ -197,7 +201,7 @@ def _check_entry(entry: Mapping[str, Any], hashes: _Hashes, found: Verification)
         return
     now = hashes.of(path)
     found.count("files and folders")
-    wrong = [key for key in ("md5", "size", "nfiles") if key in entry and entry[key] != now.get(key)]
+    wrong = [key for key in ("md5", "size", "nfiles") if entry.get(key) != now.get(key)]
     if wrong or entry.get("hash") != "md5":
         inside = _altered_inside(hashes.root, path, entry, now)
         found.differences.append(
