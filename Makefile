@@ -98,6 +98,7 @@ readme: $(STAMP) ## renew the tables that README.md quotes from the last run
 
 ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -m compactgpt.syncing
+	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
 	  --host 127.0.0.1 --port $(PORT) --workers 1
 

@@ -38,7 +38,7 @@ from compactgpt.storage import MANIFEST
 from compactgpt.tracking import flatten, grouped
 
 MAX_TOTALS = 20_000_000  # bytes of one table of sums by document that is kept with a run
-_DETAILS = ("eval/bounds/", "eval/model/", "eval/split/")  # stay with the stage's own run
+_DETAILS = ("eval/bounds/", "eval/model/", "eval/split/", "eval/text/")  # stay with the stage's own run
 _HEADLINE = ("loss", "perplexity", "bits_per_byte")
 LOCKED = "requirements.lock"
 

@@ -45,7 +45,9 @@ _MAX_PARAMS = 100
 _MAX_VALUE = 6000  # characters of a parameter
 _END_BYTES = 200  # more than the last line of a journal has
 _MAX_DIGEST = 36  # characters of a data set's digest
-_KIND = ("mlflow.experimentKind", "custom_model_development")  # the UI shows training, not chat
+# Okabe and Ito 2008, Color Universal Design: told apart by all eyes.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
+_KIND = ("mlflow.experimentKind", "custom_model_development")  # what MLflow calls this kind of work
 _TOLD = "told"  # file with the hash of the dvc.lock that was concluded last
 _MODEL_TRIES = 3  # a model that MLflow does not take is given up: its files are in DVC's cache
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]")  # MLflow refuses the rest in names of metrics and parameters
@@ -355,11 +357,18 @@ class Syncer:
         facts = {"host": start["host"], "workspace": parent.workspace, "stage": "pipeline"}
         facts["pipeline"] = run.pipeline
         facts["command"] = facts["mlflow.source.name"] = start["pipeline"].get("command", "dvc")
+        facts["mlflow.runColor"] = self._next_colour()
         name = parent.experiment or _pipeline_name(start["time_ms"])
         found = self._find("pipeline", run.pipeline)
         parent.run_id = found or self._create(name, start["time_ms"], {**start["tags"], **facts})
         parent.save()
         return parent.run_id
+
+    def _next_colour(self) -> str:
+        """Another than that of the pipelines before: MLflow's own choice often gives neighbours the same."""
+        client, experiment = self.connect()
+        before = client.search_runs([experiment], "tags.stage = 'pipeline'", max_results=1000)
+        return COLOURS[len(before) % len(COLOURS)]
 
     def _note_pipelines(self) -> None:
         """Write down which `dvc` processes there are, and keep what each left as soon as it has ended.

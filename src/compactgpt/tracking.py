@@ -26,6 +26,7 @@ from compactgpt.storage import write_text
 
 Scalar = str | int | float | bool | None
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps
+_OF_SPLIT = ("own_tokens", "window")  # of a report of figures: they say what was read, not how well
 _FOLDERS = {name: f"eval/{name}" for name in ("model", "tasks", "text", "views")} | {
     "validation": "eval/split"
 }
@@ -134,6 +135,8 @@ def grouped(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
             continue  # params say so
         group, _, rest = key.partition(".")
         folder, name = (_FOLDERS[group], rest) if group in _FOLDERS else ("eval", key)
+        if key in _OF_SPLIT:
+            folder = _FOLDERS["validation"]
         if key.endswith((".low", ".high")):
             folder = folder.replace("eval", "eval/bounds", 1)
         named[f"{folder}/{name.removeprefix('statistics.').removesuffix('.value')}"] = value
