@@ -9,7 +9,6 @@ from compactgpt.lineage import (
     Folder,
     checkout,
     entry_key,
-    first_difference,
     git,
     md5_path,
     read_chain,
@@ -85,11 +84,3 @@ def test_the_key_of_an_entry_is_of_all_that_it_says(root):
     entry = read_chain(Folder(root)).entries["a"]
     assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
     assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
-
-
-def test_the_first_difference_is_the_first_of_the_chain(root):
-    before = read_chain(Folder(root))
-    assert first_difference(before, before) == ""
-    (root / "x" / "a").write_text("3")
-    store.save_lock(root, {"b@one": ["dvc.yaml"], "a": ["x"]})
-    assert first_difference(before, read_chain(Folder(root))) == "a"

@@ -267,11 +267,3 @@ def experiment_commit(root: Path, name: str) -> str:
     except UserError:
         return ""
     return next((ref for ref in refs if name and ref.endswith(f"/{name}")), "")
-
-
-def first_difference(ours: Chain, theirs: Chain) -> str:
-    """The first stage of the chain whose outs differ between two locks; nothing where none does."""
-    for stage in ours.stages:
-        if outs(ours.entries.get(stage, {})) != outs(theirs.entries.get(stage, {})):
-            return stage
-    return ""

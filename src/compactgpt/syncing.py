@@ -102,6 +102,7 @@ def start_syncing(root: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "compactgpt.syncing", "--follow", str(root)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            cwd=root,  # an experiment's scratch folder goes, and MKL ends a process whose folder is gone
         )  # fmt: skip
 
 
@@ -306,14 +307,14 @@ class Syncer:
 
     def _adopt_parents(self) -> None:
         """Close the parent runs of this machine that nobody knows any more: their state was deleted."""
-        wanted = (
-            f"tags.stage = 'pipeline' and tags.host = '{platform.node()}' and tags.workspace = '{self.root}' "
-            "and attributes.status = 'RUNNING'"
-        )
-        known = {parent.run_id for parent in self.parents()}
+        wanted = "tags.stage = 'pipeline' and attributes.status = 'RUNNING'"
+        known = {parent.folder.name for parent in self.parents()}
         for run in self._client.search_runs([self._experiment], wanted):
-            pid, _, created = run.data.tags["pipeline"].partition("-")
-            if run.info.run_id not in known and not (pid.isdigit() and _alive(int(pid), float(created))):
+            tags = run.data.tags
+            ours = (tags.get("host"), tags.get("workspace")) == (platform.node(), str(self.root))
+            pid, _, created = tags.get("pipeline", "").partition("-")
+            alive = pid.isdigit() and _alive(int(pid), float(created))
+            if ours and not alive and tags.get("pipeline") not in known:
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _sync_run(self, run: _Run) -> bool:
