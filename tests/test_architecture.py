@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,15 @@ def heavy_imports(path: Path) -> set[str]:
 )
 def test_a_heavy_library_has_its_room(library, rooms):
     assert {name for name, path in ROOMS.items() if library in heavy_imports(path)} == rooms
+
+
+def test_each_library_that_a_room_imports_is_asked_for_by_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {"core": project["dependencies"], **project["optional-dependencies"]}
+    names = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for lines in asked.values() for line in lines}
+    for name, path in ROOMS.items():
+        imported = {"ruamel.yaml" if found == "ruamel" else found for found in heavy_imports(path)}
+        assert imported - set(sys.stdlib_module_names) - {"compactgpt"} <= names, name
 
 
 def test_rooms_never_look_out_of_the_door():

@@ -1,5 +1,9 @@
 """The command: one call a command, mistakes as one sentence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -7,6 +11,8 @@ from typer.testing import CliRunner
 
 from compactgpt.checkpoint import save_model
 from compactgpt.cli import app
+from compactgpt.console import extra_with, told_clearly
+from tests.place import ROOT
 from tests.tiny import save_tokenizer, tiny_gpt
 
 
@@ -43,3 +49,72 @@ def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch
     assert done.exit_code == 78
     assert done.output.startswith("error: ")
     assert done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub"), ("lm_eval", "harness")]
+)
+def test_what_is_not_installed_is_said_with_its_extra(module, extra, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)  # as Python says that there is none
+    with pytest.raises(SystemExit, match="66"), told_clearly():
+        __import__(module)
+    assert f"pip install 'compactgpt[{extra}]'" in capsys.readouterr().err
+    assert extra_with(f"{module}.part") == extra
+
+
+def test_a_module_that_no_extra_brings_is_a_bug_of_ours():
+    assert extra_with("no_such_module") == ""
+    with pytest.raises(ModuleNotFoundError), told_clearly():
+        import no_such_module  # noqa: F401
+
+
+def test_an_experiment_without_dvc_is_refused_before_anything_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    before = (ROOT / "params.yaml").read_bytes()
+    monkeypatch.chdir(ROOT)
+    done = run("experiment", "run", "note")
+    assert done.exit_code == 66
+    assert "compactgpt[pipeline]" in done.output
+    assert (ROOT / "params.yaml").read_bytes() == before
+
+
+def in_a_process_of_its_own(code, **environment):
+    words = [sys.executable, "-c", f"from compactgpt.cli import app\n{code}"]
+    done = subprocess.run(
+        words, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
+
+
+def test_tab_completes_commands_and_experiments():
+    def offered(words):
+        asked = {
+            "_COMPACTGPT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        return in_a_process_of_its_own("app(prog_name='compactgpt')", **asked)
+
+    assert offered("compactgpt exp") == ["export", "experiment"]
+    assert offered("compactgpt experiment show n") == ["note"]
+
+
+def test_every_command_answers_help_in_less_than_a_second():
+    code = """
+import time
+from typer.main import get_command
+from typer.testing import CliRunner
+begun = time.process_time()
+def ask(command, words):
+    for name, under in getattr(command, "commands", {}).items():
+        ask(under, [*words, name])
+    before = time.process_time()
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0, words
+    print("_".join(["compactgpt", *words]), begun + time.process_time() - before)  # start, and this one
+ask(get_command(app), [])
+"""
+    told = in_a_process_of_its_own(code)
+    seconds = dict(zip(told[::2], map(float, told[1::2]), strict=True))
+    assert {"compactgpt", "compactgpt_gate", "compactgpt_experiment_show"} <= set(seconds)
+    assert max(seconds.values()) < 1

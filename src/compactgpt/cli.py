@@ -17,6 +17,15 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("-S", metavar="KEY=VALUE", help="As of `dvc exp run`; may stand several times."),
 ]
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in Path("conf/experiments").glob("*.yaml"))
+
+
+ExperimentName = Annotated[
+    str, typer.Argument(metavar="NAME", autocompletion=_names, help="One of `compactgpt experiment list`.")
+]
 LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
 app = typer.Typer(
@@ -150,42 +159,49 @@ def list_experiments() -> None:
 
         for name, one in experiments().items():
             print(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
+        print("next: compactgpt experiment show NAME")
 
 
 @experiment.command()
-def show(name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")) -> None:
+def show(
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
+) -> None:
     """What an experiment would change in params.yaml."""
     with told_clearly():
         from compactgpt import experiments
 
         print("\n".join(experiments.shown(name, params_file, settings or [])))
+        print(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
 
 
 @experiment.command("apply")
 def apply_experiment(
-    name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
     """Change params.yaml as an experiment says; `git checkout params.yaml` takes it back."""
     with told_clearly():
         from compactgpt import experiments
 
-        for line in experiments.apply(name, params_file, settings or []):
-            print(line)
+        told = experiments.apply(name, params_file, settings or [])
+        print("\n".join(told) or f"{params_file} says so already")
+        print(f"next: make repro; git checkout {params_file} takes it back")
 
 
 @experiment.command("run")
 def run_experiment(
-    name: str, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
         from compactgpt import experiments
 
-        print("\n".join(experiments.run(name, params_file, settings or [])))
+        done = experiments.run(name, params_file, settings or [])
+        print("\n".join(done))
+        print(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
 
 
 @experiment.command("record")
-def record_experiment(name: str) -> None:
+def record_experiment(name: ExperimentName) -> None:
     """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
     with told_clearly():
         from compactgpt.recording import record

@@ -1,11 +1,12 @@
 """What a person at the keyboard sees: progress, and a mistake as one sentence and an exit code."""
 
 import errno
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,28 @@ def told_clearly() -> Iterator[None]:
             raise
         say(f"no room left on the disk ({error.filename or Path.cwd()}): free some space and run again")
         raise SystemExit(DiskFull.exit_code) from error
+    except ModuleNotFoundError as error:
+        if not (extra := extra_with(error.name or "")):
+            raise
+        say(f"this needs {error.name}, which is not installed: pip install 'compactgpt[{extra}]'")
+        raise SystemExit(MissingInput.exit_code) from error
     except KeyboardInterrupt as error:
         say("stopped; `dvc repro` goes on from here")
         raise SystemExit(130) from error
+
+
+def extra_with(module: str) -> str:
+    """The extra of this package that brings a module, as its own metadata says; empty if none does."""
+    from importlib.metadata import PackageNotFoundError, requires  # 50 ms: only when something is missing
+
+    wanted = module.partition(".")[0].replace("_", "-")
+    with suppress(PackageNotFoundError):
+        for line in requires("compactgpt") or []:
+            name = re.match(r"[\w.-]+", line)
+            extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+            if name and extra and name[0].replace("_", "-") == wanted:
+                return extra[1]
+    return ""
 
 
 def say(message: str) -> None:

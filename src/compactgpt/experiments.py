@@ -8,6 +8,7 @@ params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -178,9 +179,11 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
 
     Raises:
         BadConfig: a configuration is impossible; then nothing ran.
+        MissingInput: DVC is not installed.
         CheckFailed: DVC failed; it has said why.
     """
     one = find(name, conf)
+    _with_dvc()
     if not one.sweep:
         apply(name, params_file, settings, conf)
         _forget(name)
@@ -213,10 +216,16 @@ def _forget(run_name: str) -> None:
         _dvc(["exp", "remove", "-q", run_name])
 
 
+def _with_dvc() -> dict[str, str]:
+    """The environment, with this Python's programs before others."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if not shutil.which("dvc", path=path):
+        raise MissingInput("this needs DVC, which is not installed: pip install 'compactgpt[pipeline]'")
+    return {**os.environ, "PATH": path}
+
+
 def _dvc(words: list[str]) -> None:
-    folder = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": os.pathsep.join([folder, os.environ.get("PATH", "")])}
-    if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
+    if subprocess.run(["dvc", *words], check=False, env=_with_dvc()).returncode:
         raise CheckFailed(f"dvc {' '.join(words)} failed: mend what it says above and run the same again")
 
 
