@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadData, DiskFull, MissingInput, OutOfMemory, PeerLost, UserError
-from compactgpt.launching import final_exit_code, own_place
+from compactgpt.errors import BadData, DiskFull, MissingInput, OutOfMemory, UserError
+from compactgpt.launching import final_exit_code, own_place, under_torchrun
 
 
 class Bar:
@@ -54,7 +54,7 @@ def told_clearly() -> Iterator[None]:
         # What every process meets at the same step is told once.
         if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             say(str(error))
-        if isinstance(error, PeerLost):  # torchrun ends who is left: already on the way
+        if under_torchrun():  # it ends who is left: already on the way
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(final_exit_code(error, error.exit_code)) from error
     except OSError as error:

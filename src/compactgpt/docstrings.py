@@ -5,6 +5,7 @@ depends on the distributions alone: not on the platform, not on the version of P
 """
 
 import ast
+import csv
 import gc
 import importlib.metadata
 import warnings
@@ -104,9 +105,11 @@ def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distri
             f"names {version}: run `make setup`, or change one of the two"
         )
     left_out = {*exclude, ".."}
+    # Not `found.files`, which leaves out what is missing from Python 3.12 on.
+    listed = csv.reader((found.read_text("RECORD") or "").splitlines())
     paths = sorted(
-        PurePosixPath(file.as_posix())
-        for file in found.files or ()
+        file
+        for file in (PurePosixPath(row[0]) for row in listed if row)
         if file.suffix == ".py" and not left_out.intersection([*file.parts[:-1], file.stem])
     )
     if not paths:
