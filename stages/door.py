@@ -25,7 +25,7 @@ from compactgpt.errors import Busy
 from compactgpt.launching import launch, own_place, under_torchrun
 from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import MANIFEST, read_json, sha256_file, write_json
+from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
 from compactgpt.tracking import (
     DIFF,
     Journal,
@@ -170,7 +170,8 @@ def _data_facts(name: str) -> dict[str, str]:
     ):
         facts["data_sha256"] = sha256_file(manifest)
     if kind in ("evaluation", "comparison") and (manifest := Path("models/compact") / MANIFEST).exists():
-        facts["weights_sha256"] = read_json(manifest)["files"]["model.safetensors"]["sha256"]
+        files = read_manifest(manifest.parent)["files"]
+        facts["weights_sha256"] = files.get("model.safetensors", {}).get("sha256", "")
     return facts
 
 
@@ -180,7 +181,7 @@ def _datasets(name: str) -> list[dict[str, str]]:
     contexts = ON_TOKENS.get(name.partition("@")[0], {})
     if not contexts or not (folder / MANIFEST).exists():
         return []
-    return token_files(read_json(folder / MANIFEST).get("files", {}), contexts)
+    return token_files(read_manifest(folder)["files"], contexts)
 
 
 def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:

@@ -160,9 +160,9 @@ def test_a_run_names_the_token_files_that_it_stands_on(here, monkeypatch, name, 
     monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
     manifest = here / "data/tokens/manifest.json"
     manifest.parent.mkdir(parents=True)
-    manifest.write_text("{}")
+    manifest.write_text('{"files": {}}')
     with door.open_stage(name, Path("params.yaml"), "mlflow"):
         pass
     (path,) = (here / ".state/tracking").glob("*/journal.jsonl")
     tags = json.loads(path.read_text().splitlines()[0])["tags"]
-    assert tags.get("data_sha256") == (hashlib.sha256(b"{}").hexdigest() if tagged else None)
+    assert tags.get("data_sha256") == (hashlib.sha256(manifest.read_bytes()).hexdigest() if tagged else None)

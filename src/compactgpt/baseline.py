@@ -402,20 +402,24 @@ def read_folder(folder: Path) -> Loaded:
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="float32",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers raises has no end
         raise BadData(f"{folder} can't be read as a causal language model: {one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise BadData(f"{folder} has no weights for {', '.join(missing[:5])}: it is not whole")
     first_token = opener(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     if first_token is None:
         raise BadData(f"the tokenizer of {folder} names neither a bos_token nor an eos_token")

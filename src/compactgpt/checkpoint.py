@@ -65,6 +65,7 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(f"{folder / 'config.json'} describes no model: run `dvc repro -f training`") from error
+    _check_size(shape, folder / "model.safetensors")
     model = GPT(shape)
     tensors = _read_tensors(folder / "model.safetensors")
     _check_like(tensors, model.state_dict(), folder / "model.safetensors")
@@ -178,15 +179,23 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(content)
 
 
+def _check_size(shape: Model, path: Path) -> None:
+    """See that a file can hold a shape's largest tensors, before memory is taken for them."""
+    rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
+    least = rows * shape.n_embd * torch.finfo(torch.float32).bits // 8
+    if path.stat().st_size < least:
+        raise BadData(f"{path} is too small for the shape beside it: run `dvc repro -f training`")
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Read tensors and see that every one is finite."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadData(f"{path} is no safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise BadData(f"{path}: {name} holds numbers that are not finite")
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise BadData(f"{path} is no safetensors file of ours: {error}") from error
+    for name in broken:
+        raise BadData(f"{path}: {name} holds numbers that are not finite")
     return tensors
 
 

@@ -42,6 +42,7 @@ class Section(BaseModel):
 
 
 Checked = TypeVar("Checked", bound=Section)
+_MOST_VALUES = 1_000_000  # of a file, counted as often as they are referred to
 
 
 # What `training.init_from` says of a model that starts from drawn weights.
@@ -558,7 +559,16 @@ def read_yaml(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
-    except (YAMLError, UnicodeDecodeError) as error:
+    # Beside its own, the library lets pass what Python says of impossible dates, numbers, tags and depths.
+    except (
+        YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -627,15 +637,28 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> list[str]:
 
 def _parse(tree: Any, kind: type[Checked], source: str) -> Checked:
     try:
+        _check_extent(tree)
         # JSON is the strict mode that still lets a YAML list be a tuple.
         return kind.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, kind)}" for detail in error.errors()]
         raise BadConfig(f"{source} can't be used; mend:\n" + "\n".join(lines)) from error
-    except (TypeError, ValueError) as error:  # from dumps
+    except (TypeError, ValueError, RecursionError) as error:  # from dumps
         raise BadConfig(
             f"{source} can't be used: keys must be words, and nothing may hold itself ({error})"
         ) from error
+
+
+def _check_extent(tree: Any) -> None:
+    """Refuse a few lines of YAML that refer to themselves and stand for more than memory holds."""
+    waiting, seen = [tree], 0
+    while waiting:
+        node = waiting.pop()
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        seen += 1 + len(children)
+        if seen > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values")
+        waiting.extend(children)
 
 
 def _explain(detail: Any, kind: type[Section]) -> str:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from compactgpt.errors import BadData, MissingInput
-from compactgpt.storage import MANIFEST, atomic_file, read_json, verify_file, write_bytes
+from compactgpt.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
 
 MAGIC = b"CGPTTOK\n"
 VERSION = 1
@@ -80,8 +80,13 @@ def read_header(path: Path) -> Header:
                 "run `dvc repro -f tokenization`"
             )
         header = Header(**fields)
+        counts = (header.tokens, header.documents, header.vocab_size, header.eot_token)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError("a count is none")
+        if header.dtype != token_dtype(header.vocab_size).name:
+            raise ValueError(f"dtype {header.dtype!r}")
         expected = HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(f"{path} has a damaged header: run `dvc repro -f tokenization`") from error
     if path.stat().st_size != expected:
         raise BadData(
@@ -131,10 +136,17 @@ def open_tokens(path: Path) -> TokenFile:
         offsets, byte_lengths, ids = index["offsets"], index["bytes"], index["ids"]
     except FileNotFoundError as error:
         raise MissingInput(f"{index_path(path)} is missing: run `dvc repro tokenization`") from error
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadData(f"{index_path(path)} is damaged: run `dvc repro -f tokenization`") from error
-    fits = len(offsets) == header.documents + 1 == len(byte_lengths) + 1 == len(ids) + 1
-    if not fits or offsets[0] != 0 or offsets[-1] != header.tokens or np.any(np.diff(offsets) < 1):
+    number = header.documents
+    fits = (
+        (offsets.shape, byte_lengths.shape, ids.shape) == ((number + 1,), (number,), (number, 16))
+        and (offsets.dtype.name, byte_lengths.dtype.name, ids.dtype.name) == ("int64", "int64", "uint8")
+        and (offsets[0], offsets[-1]) == (0, header.tokens)
+        and np.all(np.diff(offsets) >= 1)
+        and np.all(byte_lengths >= 0)
+    )
+    if not fits:
         raise BadData(f"{index_path(path)} does not fit {path}: run `dvc repro -f tokenization`")
     tokens: Tokens = (
         np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
@@ -149,9 +161,11 @@ def _verify(path: Path) -> None:
     manifest = path.parent / MANIFEST
     if not manifest.exists():
         return
+    files = read_manifest(path.parent)["files"]
     for each in (path, index_path(path)):
-        recorded = read_json(manifest)["files"][each.name]
-        verify_file(each, recorded["sha256"], recorded["bytes"])
+        if each.name not in files:
+            raise BadData(f"{manifest} does not name {each.name}: run `dvc repro -f tokenization`")
+        verify_file(each, files[each.name]["sha256"], files[each.name]["bytes"])
 
 
 class TokenWriter:

@@ -483,13 +483,28 @@ def read_totals(path: Path) -> Totals:
         }
         views = {name.removeprefix(_VIEW): columns[name] for name in columns if name.startswith(_VIEW)}
         known = ("bytes", "tokens", "own_tokens", "nats")
-        return Totals(
+        totals = Totals(
             table["id"].to_pylist(),
             words=columns.get("words"),  # files of before have none
             views=views,
             **{name: columns[name] for name in known},
         )
+        _check_columns(totals)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
-    except (pyarrow.ArrowInvalid, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise BadData(f"{path} is damaged: delete it and run `dvc repro`") from error
+    return totals
+
+
+def _check_columns(totals: Totals) -> None:
+    """See that sums are of the types that `write_totals` writes, and finite."""
+    counts = [totals.bytes, totals.tokens]
+    counts += [column for column in (totals.own_tokens, totals.words) if column is not None]
+    if any(column.dtype != np.int64 or (column < 0).any() for column in counts):
+        raise ValueError("a column of counts has none")
+    for column in (totals.nats, *totals.views.values()):
+        if column.dtype != np.float64 or not np.isfinite(column).all():
+            raise ValueError("a column of nats has none")
+    if not all(isinstance(name, str) for name in totals.ids):
+        raise ValueError("an id is no word")

@@ -9,9 +9,10 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from compactgpt import config, regression
 from compactgpt.errors import BadConfig, BadData, MissingInput, UserError
@@ -40,6 +41,31 @@ _SAME_SUM = 1e-9  # nats per token: the same numbers, added in another order
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 
+class _Rows(config.Section):
+    columns: tuple[str, ...]
+    of: int
+    rows: tuple[str, ...]
+
+
+class _Hits(config.Section):
+    items_sha256: str
+    hits: Annotated[str, Field(pattern="^[01]+$")]
+
+
+class _Record(config.Section):
+    """The file that `accept` writes."""
+
+    version: Literal[1]
+    accepted: str
+    baselines: dict[str, float]
+    data: dict[str, str]
+    documents: _Rows
+    figures: dict[str, float]
+    params: dict[str, Any]
+    ruler: dict[str, Any]
+    tasks: dict[str, _Hits]
+
+
 def present(root: Path) -> Snapshot:
     """The project as it lies in a folder.
 
@@ -62,6 +88,11 @@ def compare(
         bench: a file that `bench/training.py --json` wrote.
     """
     speed = None if bench is None else read_json(bench)
+    try:
+        if speed is not None:
+            float(speed["engines"]["ours"]["ratio"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise BadData(f"{bench} has no engines.ours.ratio: `bench/training.py --json` writes it") from error
     return regression.judge(reference(against, root), present(root), settings, speed)
 
 
@@ -142,6 +173,15 @@ def promote(root: Path) -> str:
 
 
 def _take(name: str, place: Place, totals: Path) -> Snapshot:
+    try:
+        return _snapshot(name, place, totals)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise BadData(
+            f"{name}: a report is not what its stage writes ({error!r}): run `dvc repro` to make it anew"
+        ) from error
+
+
+def _snapshot(name: str, place: Place, totals: Path) -> Snapshot:
     def report(path: str) -> dict[str, Any]:
         content = place.read(path)
         if content is None:
@@ -261,20 +301,22 @@ def accepted(path: Path) -> Snapshot:
     """
     if not path.exists():
         raise MissingInput(f'{path} is missing: `compactgpt gate --accept "the first reference"` makes it')
-    record = read_json(path)
     try:
-        if record["version"] != _VERSION:
-            raise ValueError(f"version {record['version']}")
-        held = record["documents"]
-        rows = [row.split(" ") for row in held["rows"]]
+        record = _Record.model_validate_json(path.read_bytes())
+        held = record.documents
+        rows = [row.split(" ") for row in held.rows]
         table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns)
-        columns = dict(zip(held["columns"][1:], table.T, strict=True))
-        documents = Documents(tuple(row[0] for row in rows), columns.pop("tokens"), columns, held["of"])
+        columns = dict(zip(held.columns[1:], table.T, strict=True))
+        tokens = columns.pop("tokens")
+        if not np.isfinite(table).all() or not (tokens > 0).any():
+            raise ValueError("a sum is not finite, or no document has a token")
+        documents = Documents(tuple(row[0] for row in rows), tokens, columns, held.of)
+        tasks = {task: hits.model_dump() for task, hits in record.tasks.items()}
         return Snapshot(
-            str(path), record["ruler"], record["data"], record["params"], record["figures"],
-            record["baselines"], record["tasks"], documents, record["accepted"],
+            str(path), record.ruler, record.data, record.params, record.figures,
+            record.baselines, tasks, documents, record.accepted,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError) as error:
         raise BadData(
             f"{path} is no accepted reference ({error}): `git checkout {path}`, or make it anew with "
             '`compactgpt gate --accept "why"`'

@@ -262,7 +262,7 @@ def decide(change: Interval, tolerance: float) -> Status:
 def _accuracy(then: Snapshot, now: Snapshot, name: str, tolerance: float, level: float) -> Check:
     task = name.partition(".")[2]
     before, after = then.tasks[task], now.tasks[task]
-    if before["items_sha256"] != after["items_sha256"]:
+    if before["items_sha256"] != after["items_sha256"] or len(before["hits"]) != len(after["hits"]):
         return Check(name, "fail", "not comparable: other items are asked")
     pairs = list(zip(before["hits"], after["hits"], strict=True))
     lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))

@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadData(f"{path} is no valid JSON ({error}): delete it and run `dvc repro`") from error
 
 
@@ -202,6 +202,32 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest without looking at the files that it names.
+
+    Returns:
+        The facts that its maker wrote, and `files`: `sha256` and `bytes` of each by its path.
+
+    Raises:
+        MissingInput: it is missing.
+        BadData: it is no manifest.
+    """
+    path = folder / MANIFEST
+    manifest: dict[str, Any] = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise BadData(f"{path} names no files with their hashes: delete {folder} and run `dvc repro`")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("bytes"), int)
+    )
+
+
 def verified_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest after checking every file that it names.
 
@@ -212,10 +238,8 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
         MissingInput: the folder or its manifest is missing.
         BadData: a file is missing, has another size or another hash, or is not in the manifest.
     """
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    named = manifest.get("files")
-    if not isinstance(named, dict):
-        raise BadData(f"{folder / MANIFEST} names no files: delete {folder} and run `dvc repro`")
+    manifest = read_manifest(folder)
+    named = manifest["files"]
     found = {path.relative_to(folder).as_posix() for path in _files_of(folder)}
     for name in sorted(found ^ set(named)):
         what = "is not in the manifest" if name in found else "is missing"

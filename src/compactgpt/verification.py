@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,21 @@ def verify(root: Path) -> Verification:
     found, params = Verification(), load_params(root / "params.yaml")
     check_lock(root, params, found)
     for check in (check_manifests, check_estimate, check_numbers, check_renderings):
-        try:
-            check(root, params, found)
-        except UserError as error:
-            found.differences.append(str(error))
+        looked_at(check, root, params, found)
     found.differences = list(dict.fromkeys(found.differences))
     return found
+
+
+def looked_at(
+    check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
+) -> None:
+    """Take one look: what can't be made sense of is a difference."""
+    try:
+        check(root, params, found)
+    except UserError as error:
+        found.differences.append(str(error))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        found.differences.append(f"a report is not what its stage writes ({error!r}): run `dvc repro`")
 
 
 # --- lock
@@ -90,7 +99,7 @@ def check_lock(root: Path, params: Params, found: Verification) -> None:
     except (OSError, UnicodeDecodeError, UserError, KeyError, TypeError) as error:
         found.differences.append(f"{LOCK} can't be read ({error}): take it from git, or run `dvc repro`")
         return
-    if _as_dvc_writes(lock) != raw:
+    if _as_dvc_writes(lock) != raw or lock.get("schema") != "2.0":
         found.differences.append(f"{LOCK} is not as DVC writes it: take it from git, or run `dvc repro`")
     wanted = dict(_pipeline(root, params))
     for name in sorted(set(wanted) ^ set(stages)):
