@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
 
-.PHONY: help setup repro run gate ci push pull test test-faults test-ray test-server check table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull test test-faults test-ray test-server coverage check hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,12 +65,26 @@ test-faults: $(STAMP) ## kill and interrupt real trainings at random, and one at
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py
 
+coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
+	@mkdir -p .state/coverage
+	@python -m pytest -n 2 --cov
+
 check: $(STAMP) ## lint, format and type checks
 	@ruff check .
 	@ruff format --check .
 	@mypy
 	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@zizmor -q --offline --no-progress .github
+
+hooks: $(STAMP) ## lint, format and types before each commit of yours (pre-commit)
+	@uv pip install -q --python $(VENV)/bin/python -c requirements.lock pre-commit==4.7.0
+	@pre-commit install
+
+docs: $(STAMP) ## build the documentation site: site/index.html; a warning is an error
+	@test -x .state/docs/bin/zensical || { uv venv -q --clear --python $(VENV)/bin/python .state/docs \
+	  && uv pip install -q --python .state/docs/bin/python zensical==0.0.73 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11; }
+	@.state/docs/bin/zensical build --strict --clean 2>&1 | tee .state/docs/log
+	@! grep -q '^griffe' .state/docs/log
 
 run: $(STAMP) ## a named experiment in this folder: make run EXPERIMENT=note
 	@compactgpt experiment apply "$${EXPERIMENT:?name one: make run EXPERIMENT=note}"

@@ -24,6 +24,11 @@ def body(stage: str) -> dict:
     return PIPELINE[stage]
 
 
+def outs(stage: str) -> set[str]:
+    listed = [*body(stage).get("outs", []), *body(stage).get("metrics", []), *body(stage).get("plots", [])]
+    return {re.sub(r"/\$\{.*", "", out if isinstance(out, str) else next(iter(out))) for out in listed}
+
+
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_a_stages_deps_are_the_files_that_it_reads_and_no_others(stage):
     listed = {dep for dep in body(stage)["deps"] if dep.startswith(("src/", "stages"))}
@@ -130,6 +135,43 @@ def test_rooms_never_look_out_of_the_door():
         assert not heavy_imports(path) & {"stages", "typer", "dvc"} - allowed, name
 
 
+def groups_of_the_page() -> dict[str, list[str]]:
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| \[\w+\]\(reference/(\w+)\.md\) \|.*\| (.*) \|$", page, re.MULTILINE)
+    return {group: re.findall(r"`(\w+)`", rooms) for group, rooms in rows}
+
+
+def test_the_pages_groups_are_the_rooms_and_imports_go_up_the_table():
+    groups = groups_of_the_page()
+    level = {room: number for number, rooms in enumerate(groups.values()) for room in rooms}
+    assert sorted(room for rooms in groups.values() for room in rooms) == sorted(set(ROOMS) - {"__init__"})
+    for room, path in ROOMS.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "compactgpt":
+                names = [node.module, *(f"compactgpt.{alias.name}" for alias in node.names)]
+                used = {name.split(".")[1] for name in names if "." in name} & set(level)
+                assert all(level[other] <= level[room] for other in used), f"{room} imports {used}"
+
+
+def test_the_reference_has_each_room_in_its_group():
+    for group, rooms in groups_of_the_page().items():
+        page = (ROOT / f"docs/reference/{group}.md").read_text()
+        assert re.findall(r"^::: compactgpt\.(\w+)$", page, re.MULTILINE) == rooms
+
+
+def test_the_picture_shows_the_chain_as_dvc_has_it():
+    picture = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert picture
+    arrows = set(re.findall(r"^ +(\w+)(?:\[.*\])? --> ?(?:\|.*\| )?(\w+)", picture[1], re.MULTILINE))
+    made = {out: stage for stage in PIPELINE for out in outs(stage)}
+    wanted = {(made[dep], stage) for stage in PIPELINE for dep in body(stage)["deps"] if dep in made}
+    indirect = {("download", "evaluation"), ("download", "baseline"), ("download", "inspection")}
+    into_the_record = {(stage, "comparison") for stage in PIPELINE}  # it reads every report
+    drawn = {(a, b) for a, b in arrows if a in PIPELINE and b in PIPELINE}
+    assert drawn <= wanted
+    assert wanted - drawn <= indirect | into_the_record
+
+
 def tracked_files() -> set[str]:
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines())
@@ -151,6 +193,25 @@ def test_the_readmes_tree_is_the_disks():
     assert rooms | doors <= named
     top = {name.split("/")[0] for name in tracked_files()} - {".gitignore", ".dvcignore"}
     assert top <= {path.split("/")[0] for path in named}
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    path = ROOT / page
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
+    gone = {link for link in links if not (path.parent / link).exists()}
+    files = set(re.findall(r"`((?:src|stages|tests|docs|bench)/[\w./-]+\.\w+)`", text))
+    placeholders = {f"{where}X.py" for where in ("src/compactgpt/", "stages/", "tests/test_")}
+    gone |= {name for name in files - placeholders if not (ROOT / name).exists()}
+    assert not gone
 
 
 def test_nothing_reads_or_writes_pickle():
