@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from compactgpt.config import (
     Name,
@@ -142,15 +143,22 @@ def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path
     return [*told, *apply(name, params_file, settings, conf, write=False)]
 
 
+class _Representer(RoundTripRepresenter):
+    """Writes null as `null`; a class of its own, since representers are kept by class."""
+
+
+_Representer.add_representer(
+    type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null")
+)
+
+
 def _round_trip() -> YAML:
     """A YAML reader and writer that leaves what it was not told to change as it was."""
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(
-        type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml.Representer = _Representer
     return yaml
 
 
