@@ -65,7 +65,7 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(f"{folder / 'config.json'} describes no model: run `dvc repro -f training`") from error
-    _check_size(shape, folder / "model.safetensors")
+    check_size(shape, folder / "model.safetensors")
     model = GPT(shape)
     tensors = _read_tensors(folder / "model.safetensors")
     _check_like(tensors, model.state_dict(), folder / "model.safetensors")
@@ -179,12 +179,15 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.write_bytes(content)
 
 
-def _check_size(shape: Model, path: Path) -> None:
-    """See that a file can hold a shape's largest tensors, before memory is taken for them."""
+def check_size(shape: Model, path: Path) -> None:
+    """See that a file has a byte for each number of a shape, before memory is taken for them.
+
+    Raises:
+        BadData: it is too small, or missing.
+    """
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
-    least = rows * shape.n_embd * torch.finfo(torch.float32).bits // 8
-    if path.stat().st_size < least:
-        raise BadData(f"{path} is too small for the shape beside it: run `dvc repro -f training`")
+    if not path.is_file() or path.stat().st_size < rows * shape.n_embd:
+        raise BadData(f"{path} is missing, or too small for the shape that config.json beside it describes")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

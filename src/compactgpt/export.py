@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from compactgpt.checkpoint import check_size
 from compactgpt.config import Model
 from compactgpt.encoding import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 from compactgpt.errors import BadConfig, BadData, MissingInput
@@ -106,7 +107,7 @@ def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(_PREFIX)
         if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
             continue
-        own[name] = tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor
+        own[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
     return own
 
 
@@ -116,6 +117,8 @@ def from_hf_config(facts: Mapping[str, Any], source: str) -> Model:
     Raises:
         BadConfig: another architecture, or a variant of GPT-2 that our GPT does not compute.
     """
+    if not isinstance(facts, dict) or not isinstance(facts.get("n_embd"), int):
+        raise BadConfig(f"{source} describes no GPT-2: n_embd is missing")
     gelus = {theirs: ours for ours, theirs in GELUS.items()}
     wanted: dict[str, list[Any]] = {
         "model_type": ["gpt2"],
@@ -124,7 +127,7 @@ def from_hf_config(facts: Mapping[str, Any], source: str) -> Model:
         "scale_attn_weights": [True],
         "scale_attn_by_inverse_layer_idx": [False],
         "tie_word_embeddings": [True],
-        "n_inner": [None, 4 * facts.get("n_embd", 0)],
+        "n_inner": [None, 4 * facts["n_embd"]],
     }
     defaults = {"activation_function": "gelu_new", "layer_norm_epsilon": _EPSILON, "n_inner": None}
     defaults |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -162,8 +165,9 @@ def load_hf(folder: Path) -> GPT:
         state = from_hf_state(load_file(path))
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: save a GPT-2 there in Hugging Face form") from error
-    except SafetensorError as error:
-        raise BadData(f"{path} is no safetensors file: {error}") from error
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise BadData(f"{path} is no safetensors file of a GPT-2: {error}") from error
+    check_size(shape, path)
     model = GPT(shape)
     try:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
