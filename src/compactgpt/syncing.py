@@ -50,6 +50,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F
 _KIND = ("mlflow.experimentKind", "custom_model_development")  # what MLflow calls this kind of work
 _TOLD = "told"  # file with the hash of the dvc.lock that was concluded last
 _MODEL_TRIES = 3  # a model that MLflow does not take is given up: its files are in DVC's cache
+_IN_ADDRESS = re.compile(r"(://)[^/\s]+@")
 _NOT_IN_A_NAME = re.compile(r"[^\w\-./: ]")  # MLflow refuses the rest in names of metrics and parameters
 
 
@@ -690,9 +691,19 @@ def drain(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = Fa
     return not syncer.left()
 
 
+class Discreet(logging.Formatter):
+    """Leaves the user and password of an address out: MLflow's errors quote MLFLOW_TRACKING_URI."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render a record with its traceback."""
+        return _IN_ADDRESS.sub(r"\1***@", super().format(record))
+
+
 def main() -> None:
     """`--follow ROOT`: the process that a stage leaves running. Without: copy what is left here."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
     if sys.argv[1:2] == ["--follow"]:
         follow(Path(sys.argv[2]))
     elif not drain(Path.cwd(), record_unrun=True):
