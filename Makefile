@@ -61,6 +61,7 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv
 
 test-faults: $(STAMP) ## kill and interrupt real trainings at random, and one at each of its writes (15 minutes)
 	@TEST_FAULTS=1 EVERY_WRITE=1 python -m pytest tests/test_faults.py tests/test_kills.py tests/test_launching.py
+	@BAD_INPUTS=1000 python -m pytest tests/test_bad_input.py
 
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py
@@ -114,7 +115,7 @@ ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -m compactgpt.syncing
 	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
-	  --host 127.0.0.1 --port $(PORT) --workers 1
+	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"
 
 lock: $(STAMP) ## compile requirements.in to requirements.lock
 	@# torch's CUDA libraries come with torch itself where it is a CUDA build

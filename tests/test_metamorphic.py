@@ -1,4 +1,4 @@
-"""Silent wrongness: what must not change when the input is said in another way, and answers known beforehand."""
+"""Silent wrongness: what must not change when the input is said in another way; answers known beforehand."""
 
 import json
 import math

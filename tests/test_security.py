@@ -1,4 +1,4 @@
-"""Nobody is let in: no pickle, no foreign code, no open port, no secret told, no shell, no path that climbs."""
+"""Nobody is let in: no pickle, no foreign code, no open port, no secret told, no shell, no path climbs out."""
 
 import ast
 import io
