@@ -396,7 +396,7 @@ FOREIGN = st.sampled_from(
 )
 
 
-@few(30)
+@few(12)
 @given(name=FOREIGN, damage=DAMAGE)
 def test_folders_of_other_peoples_models(foreign, name, damage):
     """What transformers makes of it, and what our own reader of GPT-2 makes of it."""
@@ -405,7 +405,7 @@ def test_folders_of_other_peoples_models(foreign, name, damage):
     is_refused(lambda: load_hf(foreign.place), "GPT-2 folders")
 
 
-@few(30)
+@few(12)
 @given(changes=CHANGES)
 def test_the_config_of_other_peoples_models(foreign, changes):
     foreign.with_damage("config.json", [])
@@ -435,7 +435,7 @@ REPORTS = [
 ]  # fmt: skip
 
 
-@few(20)
+@few(12)
 @given(name=st.sampled_from(REPORTS), changes=CHANGES)
 def test_reports_given_to_the_comparison(place, name, changes):
     path = place / f"reports/{name}.json"
@@ -457,7 +457,7 @@ FILES = [
 ]  # fmt: skip
 
 
-@few(20)
+@few(12)
 @given(name=st.sampled_from(FILES), damage=DAMAGE)
 def test_files_given_to_the_comparison(place, name, damage):
     path = place / name

@@ -83,6 +83,8 @@ def read_header(path: Path) -> Header:
         counts = (header.tokens, header.documents, header.vocab_size, header.eot_token)
         if any(type(count) is not int or count < 0 for count in counts):
             raise ValueError("a count is none")
+        if not header.eot_token < header.vocab_size <= 2**32:
+            raise ValueError("no such vocabulary")
         if header.dtype != token_dtype(header.vocab_size).name:
             raise ValueError(f"dtype {header.dtype!r}")
         expected = HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
