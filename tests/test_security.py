@@ -1,4 +1,4 @@
-"""Nobody is let in: no pickle, no foreign code, no open port, no secret told, no shell, no path climbs out."""
+"""Nobody is let in: no pickle, no foreign code, no open port, no secret told, no shell, no archive climbs."""
 
 import ast
 import io
