@@ -61,7 +61,7 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv
 
 test-faults: $(STAMP) ## kill and interrupt real trainings at random, and one at each of its writes (15 minutes)
 	@TEST_FAULTS=1 EVERY_WRITE=1 python -m pytest tests/test_faults.py tests/test_kills.py tests/test_launching.py
-	@BAD_INPUTS=1000 python -m pytest tests/test_bad_input.py
+	@BAD_INPUTS=300 python -m pytest tests/test_bad_input.py
 
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py

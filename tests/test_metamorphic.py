@@ -20,7 +20,7 @@ from tests.tiny import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
 COMPRESSOR = {"kind": "compressor", "level": 9, "train_megabytes": 0}
 SPECS = {
     "unigram": {"kind": "unigram"},
-    "xz": {**COMPRESSOR, "codec": "xz"},
+    "xz": {**COMPRESSOR, "codec": "xz", "level": 1},
     "zstd": {**COMPRESSOR, "codec": "zstd"},
     "zstd-primed": {**COMPRESSOR, "codec": "zstd", "train_megabytes": 1},
 }
