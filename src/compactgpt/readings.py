@@ -7,9 +7,9 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from compactgpt.claims import Claims, Published
 from compactgpt.config import ExpectedLoss, load_section
@@ -98,17 +98,29 @@ class _Task(_Report):
     per_word: _Protocol | None = None
 
 
+def _whole_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(sample.get("prompt"), str) or "document" not in sample:
+        raise ValueError("a sample lacks its prompt or its document")
+    ways = [one for one in sample.values() if isinstance(one, dict)]
+    if not all(isinstance(one.get("text"), str) for one in ways):
+        raise ValueError("a sample lacks its text")
+    return sample
+
+
+Sample = Annotated[dict[str, Any], AfterValidator(_whole_sample)]
+
+
 class _Text(_Report):
     """What a model wrote: figures by way, and the samples where they stand beside them."""
 
     statistics: dict[str, dict[str, Bounds | None]] = {}
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
 
 
 class _Samples(_Report):
     """reports/samples.json."""
 
-    samples: list[dict[str, Any]] = []
+    samples: list[Sample] = []
 
 
 class _Flag(_Report):
