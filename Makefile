@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell command -v $(p) 2>/dev/null)))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do command -v $$p > /dev/null && echo $$p && break; done)
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 PORT ?= 5000
