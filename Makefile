@@ -25,7 +25,7 @@ FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d stor
 .PHONY: help setup repro run gate ci push pull test test-faults test-ray test-server coverage check hooks docs table readme ui lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the pinned versions (done by the others when needed)
 
