@@ -267,3 +267,12 @@ def experiment_commit(root: Path, name: str) -> str:
     except UserError:
         return ""
     return next((ref for ref in refs if name and ref.endswith(f"/{name}")), "")
+
+
+def commit_named(root: Path, name: str) -> str:
+    """The commit that git or DVC (its experiments) calls so; nothing where there is none."""
+    revision = experiment_commit(root, name) or name
+    try:
+        return git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    except UserError:
+        return ""

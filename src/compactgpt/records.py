@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadConfig, MissingInput, UserError
+from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.lineage import (
     LOCK,
     Cache,
@@ -16,8 +16,7 @@ from compactgpt.lineage import (
     Commit,
     Folder,
     Place,
-    experiment_commit,
-    git,
+    commit_named,
     read_chain,
 )
 from compactgpt.pipelines import LOCKED, packages
@@ -59,14 +58,11 @@ def find(root: Path, wanted: str, scratch: Path) -> Record:
         return _of_workspace(root)
     if _HEX.fullmatch(wanted) and (run := _run(root, wanted)):
         return _of_run(root, run, scratch)
-    revision = experiment_commit(root, wanted) or wanted
-    try:
-        commit = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-    except UserError as error:
+    if not (commit := commit_named(root, wanted)):
         raise BadConfig(
             f"{wanted!r} is no run of MLflow (`make ui` shows their ids), no revision of git, no experiment "
             f"of DVC, and not {HERE!r}"
-        ) from error
+        )
     place = Commit(root, commit)
     return Record(f"{wanted} ({commit[:9]})", place, read_chain(place), commit, packages=_locked(place))
 

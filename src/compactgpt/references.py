@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from compactgpt import config, regression
-from compactgpt.errors import BadConfig, BadData, MissingInput, UserError
+from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import read_totals
 from compactgpt.lineage import (
     MODEL,
@@ -23,8 +23,7 @@ from compactgpt.lineage import (
     Commit,
     Folder,
     Place,
-    experiment_commit,
-    git,
+    commit_named,
     parse_yaml,
     read_chain,
 )
@@ -112,11 +111,8 @@ def reference(name: str, root: Path) -> Snapshot:
         return accepted(root / name)
     if name == CHAMPION:
         return _champion(root)
-    revision = experiment_commit(root, name) or name
-    try:
-        commit = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-    except UserError as error:
-        raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name") from error
+    if not (commit := commit_named(root, name)):
+        raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name")
     return _from_lock(f"{name} ({commit[:9]})", Commit(root, commit), root)
 
 
