@@ -36,6 +36,8 @@ def keep_freed_memory() -> bool:
 def prepare_process(runtime: Runtime) -> None:
     """Set the allocator and the number of threads."""
     keep_freed_memory()
+    # Large tensors in pages of 2 MB where Linux gives them to those who ask (docs/benchmarks.md): torch asks.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ["OMP_NUM_THREADS"] = str(runtime.num_threads)
     # A thread that waits for its peers spins this often, then sleeps. libgomp's own 300,000 turns starve the
     # peer wherever another program wants a core; docs/decisions.md has the figures.
