@@ -1,4 +1,3 @@
-import fcntl
 import os
 
 import pytest
@@ -20,26 +19,33 @@ def same_environment():
         os.environ.update(before)
 
 
-# What takes longest comes first, so that no worker is left alone with it at the end (--dist loadfile).
-LONGEST = ("verification", "training", "launching", "download", "inspection", "experiments", "comparison")
+# What is heavy to import is imported by one worker of two; and what takes longest comes first, so that none
+# is left alone with it at the end (--dist loadgroup).
+TOGETHER = {
+    "mlflow": ("pipelines", "provenance", "registry", "regression", "reproduction", "security", "tracking"),
+    "great_expectations": ("inspection", "validation"),
+}
+LONGEST = ("training", "mlflow", "verification", "launching", "great_expectations", "download", "experiments")
 
 
+def group_of(stem):
+    """The tests that one worker runs: those of a file, or of several."""
+    name = stem.removeprefix("test_")
+    return next((group for group, files in TOGETHER.items() if name in files), name)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Order the files, and leave the tests of each in their order."""
-    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    """Order the groups, and leave the tests of each in their order."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item.path.stem)))
+    order = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """A migrated, empty MLflow store: making one takes seconds, copying it none. The workers share it."""
+    """A migrated, empty MLflow store: making one takes seconds, copying it none."""
     from tests.store import made_store
 
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    base = tmp_path_factory.getbasetemp()
-    kept = (base if alone else base.parent) / "empty.db"
-    with open(kept.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not kept.exists():
-            kept.write_bytes(made_store(tmp_path_factory.mktemp("store")))
-    return kept.read_bytes()
+    return made_store(tmp_path_factory.mktemp("store"))

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import pytest
 import torch
@@ -52,6 +51,8 @@ def register(root) -> str:
 
 
 def test_a_logged_model_is_code_and_safetensors_and_answers(root):
+    import mlflow
+
     register(root)
     client, _ = Syncer(root).connect()
     (version,) = client.search_model_versions(f"name = '{NAME}'")
