@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do c
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 PORT ?= 5000
+# The tests of a file stay in one worker, so that what they share is made once; tests/conftest.py has the order.
+TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -53,7 +55,7 @@ repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=1600"
 
 test: $(STAMP) ## run every test
-	@python -m pytest -n 2
+	@python -m pytest $(TWO_WORKERS)
 
 test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv, not into it)
 	@test -d .state/ray || uv pip install -q --python $(VENV)/bin/python --target .state/ray -c requirements.lock ray==2.60.0
@@ -68,7 +70,7 @@ test-server: $(STAMP) ## run the test that kills and restarts a real MLflow serv
 
 coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
 	@mkdir -p .state/coverage
-	@python -m pytest -n 2 --cov
+	@python -m pytest $(TWO_WORKERS) --cov
 
 check: $(STAMP) ## lint, format and type checks
 	@ruff check .

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from compactgpt.words import Language
+from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -28,33 +29,48 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Regenerate the note's table from what is known."""
-    from compactgpt import rendering
-    from compactgpt.publication import RECORD, published_files
-    from compactgpt.storage import read_json, write_bytes, write_text
-
     if show or readme:
         tracker = "none"
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
-        language = stage.params.comparison.language
         if show:
-            record = read_json(reports / RECORD)
-            width = max(shutil.get_terminal_size((120, 24)).columns, 80)
-            colour = sys.stdout.isatty()
-            typer.echo(rendering.terminal(record, width=width, colour=colour, language=language))
-            return
-        if readme:
-            report = rendering.markdown(read_json(reports / RECORD))
-            write_text(readme, rendering.quote_tables(readme.read_text("utf-8"), report))
-            return
-        from compactgpt.comparison import compare, measured_values
-        from compactgpt.readings import read_sources
+            _show(reports, stage.params.comparison.language)
+        elif readme:
+            _renew(readme, reports)
+        else:
+            _compare(stage, inputs, reports, data, models)
 
-        sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)
-        record = compare(sources, stage.params.evaluation.likelihood)
-        for name, content in published_files(record, language).items():
-            write_bytes(reports / name, content)
-            stage.tracker.artifact(reports / name, "reports")
-        stage.tracker.metrics(measured_values(record))
+
+def _show(reports: Path, language: Language) -> None:
+    from compactgpt import rendering
+    from compactgpt.publication import RECORD
+    from compactgpt.storage import read_json
+
+    width = max(shutil.get_terminal_size((120, 24)).columns, 80)
+    colour = sys.stdout.isatty()
+    typer.echo(rendering.terminal(read_json(reports / RECORD), width=width, colour=colour, language=language))
+
+
+def _renew(page: Path, reports: Path) -> None:
+    from compactgpt import rendering
+    from compactgpt.publication import RECORD
+    from compactgpt.storage import read_json, write_text
+
+    report = rendering.markdown(read_json(reports / RECORD))
+    write_text(page, rendering.quote_tables(page.read_text("utf-8"), report))
+
+
+def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path) -> None:
+    from compactgpt.comparison import compare, measured_values
+    from compactgpt.publication import published_files
+    from compactgpt.readings import read_sources
+    from compactgpt.storage import write_bytes
+
+    sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)
+    record = compare(sources, stage.params.evaluation.likelihood)
+    for name, content in published_files(record, stage.params.comparison.language).items():
+        write_bytes(reports / name, content)
+        stage.tracker.artifact(reports / name, "reports")
+    stage.tracker.metrics(measured_values(record))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import pytest
 # Set before typer and rich are imported: their colours would split the words that tests look for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: the workers share the cores already, and more threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +17,30 @@ def same_environment():
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+# What is heavy to import is imported by one worker of two; and what takes longest comes first, so that none
+# is left alone with it at the end (--dist loadgroup).
+TOGETHER = {
+    "mlflow": ("pipelines", "provenance", "registry", "regression", "reproduction", "security", "tracking"),
+    "great_expectations": ("inspection", "validation"),
+}
+LONGEST = ("training", "mlflow", "verification", "launching", "great_expectations", "download", "experiments")
+
+
+def group_of(stem):
+    """The tests that one worker runs: those of a file, or of several."""
+    name = stem.removeprefix("test_")
+    return next((group for group, files in TOGETHER.items() if name in files), name)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Order the groups, and leave the tests of each in their order."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item.path.stem)))
+    order = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
 
 
 @pytest.fixture(scope="session")

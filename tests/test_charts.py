@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from compactgpt import charts
+from compactgpt.words import TEXT
 from tests.place import make_place, record_of
 
 
@@ -86,3 +87,15 @@ def test_ticks_have_the_marks_of_the_language(record):
     french = charts.svg(record, "bits_per_byte", "fr", "")
     assert re.search(r">\d,\d+<", french)
     assert not re.search(r">\d+\.\d+<", french)
+
+
+def test_a_curve_that_was_validated_at_its_start_alone_has_no_place_for_names(record):
+    word = f">{TEXT['en']['val_loss_curve']}<"
+    assert word in charts.svg(record, "loss", "en", "")
+    later = record["curve"][1:]
+    kept = [row["val_loss"] for row in later]
+    for row in later:
+        row["val_loss"] = None
+    assert word not in charts.svg(record, "loss", "en", "")
+    for row, loss in zip(later, kept, strict=True):
+        row["val_loss"] = loss

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -103,11 +104,19 @@ class States:
         self.weights[step] = self.model.wte.weight.detach().clone()
 
 
-@pytest.fixture
-def states(tmp_path):
-    run = States(tmp_path / "run")
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    run = States(tmp_path_factory.mktemp("states") / "run")
     for step in (1, 2, 3):
         run.advance(step)
+    return run
+
+
+@pytest.fixture
+def states(three_steps, tmp_path):
+    """A copy, to be damaged."""
+    run = copy.copy(three_steps)
+    run.folder = shutil.copytree(three_steps.folder, tmp_path / "run")
     return run
 
 

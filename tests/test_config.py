@@ -11,6 +11,7 @@ from compactgpt.errors import BadConfig, MissingInput
 
 ROOT = Path(__file__).parents[1]
 TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+SHAKESPEARE = "download.hub.sets.tiny-shakespeare"
 
 
 def changed(path: str, value) -> dict:
@@ -79,6 +80,29 @@ def test_the_repositorys_own_params_are_good():
         ("baseline.names", ["xz", "xz"], "baseline: names ['xz', 'xz'] repeat themselves"),
         ("estimate.note.expected_loss.low_80", 4.1, "estimate.note.expected_loss: low_95, low_80, value"),
         ("estimate.machines.h100.utilisation", 1.5, "estimate.machines.h100.utilisation: found 1.5"),
+        ("download.docstrings.max_characters", 100, "max_characters (100) must be at least min_characters"),
+        ("download.hub.name", "c4", "download.hub: name 'c4' has no entry in sets; it has ['fineweb"),
+        (
+            f"{SHAKESPEARE}.opens_document",
+            "x",
+            f"{SHAKESPEARE}: opens_document joins rows and separator cuts",
+        ),
+        (f"{SHAKESPEARE}.sha256", None, f"{SHAKESPEARE}: revision is a branch, which moves"),
+        ("download.hub.sets.wikitext-103.opens_document", "(", "opens_document is no regular expression"),
+        ("inspection.permutations", 100, "inspection: permutations (100) must be a multiple of bands (16)"),
+        ("evaluation.tasks.lambada", {"path": "a", "repo": "b", "sha256": "0" * 64}, "give either path, or"),
+        (
+            "evaluation.tasks.lambada",
+            {"repo": "b", "sha256": "0" * 64},
+            "evaluation.tasks.lambada: give either",
+        ),
+        ("baseline.specs.zstd.level", 23, "baseline.specs.zstd: level (23) must be at most 22 for zstd"),
+        ("baseline.specs.xz.train_megabytes", 8, "train_megabytes must be 0 for xz"),
+        (
+            "training.launcher",
+            {**TREE["training"]["launcher"], "mode": "strict", "processes": 3},
+            "power of two",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_what_was_found_and_what_is_allowed(path, value, said):

@@ -33,6 +33,7 @@ from compactgpt.parallel import ordered_map
 from compactgpt.parquetpages import page_sizes
 from compactgpt.storage import sha256_file, verified_manifest
 from stages.download import app
+from tests.light import square
 from tests.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[1]
@@ -769,14 +770,6 @@ def test_the_door_writes_both_folders_and_the_report(tmp_path, monkeypatch, pip)
 
 
 # --- workers
-
-
-def square(number):
-    if number == 13:
-        raise BadData("thirteen is refused")
-    if number == 99:
-        os._exit(1)
-    return number * number
 
 
 def test_results_come_in_order_and_tasks_are_taken_as_they_are_needed():

@@ -218,3 +218,9 @@ def test_the_door_writes_the_estimate(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "reports/estimate.json").read_text()) == estimate(PARAMS)
+
+
+def test_what_is_known_of_the_corpus_is_noted():
+    files = PARAMS.model_copy(update={"download": PARAMS.download.model_copy(update={"corpus": "files"})})
+    assert any("the corpus is docstrings" in note for note in estimate(PARAMS)["compact"]["notes"])
+    assert any("the corpus is the user's own" in note for note in estimate(files)["compact"]["notes"])

@@ -5,8 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from compactgpt import tasks
+from compactgpt import harness, tasks
 from compactgpt.compact import compact
 from compactgpt.errors import MissingInput
 from compactgpt.harness import harness_model
@@ -61,3 +62,38 @@ def lambada_config(path):
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
         ],
     }
+
+
+def test_a_continuation_has_the_sum_of_its_tokens_log_probabilities(model):
+    contexts = [model.codec.encode(text) for text in ("the cat", "in the hat a")]
+    for context in contexts:
+        logits = model.hidden(torch.tensor([context])) @ model.head.T
+        greedy = int(logits[0, -1].argmax())
+        other = (greedy + 1) % len(model.head)
+        pairs = [(context, [greedy, other]), (context, [greedy])]
+        (both, _), (first, hit) = harness._answers(model, pairs)
+        logits = model.hidden(torch.tensor([[*context, greedy]])) @ model.head.T
+        logs = torch.log_softmax(logits[0, -2:].double(), 1)
+        assert first == pytest.approx(logs[0, greedy].item(), rel=1e-5)
+        assert both == pytest.approx((logs[0, greedy] + logs[1, other]).item(), rel=1e-5)
+        assert hit
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(model):
+    long = model.codec.encode("the cat in the hat sat in the hat")
+    assert len(long) > model.block_size
+    (whole,) = harness._answers(model, [(long, [1])])
+    assert whole == harness._answers(model, [(long[-model.block_size :], [1])])[0]
+
+
+def test_writing_is_greedy_and_ends_before_the_words_that_a_task_names(model):
+    prompt = "the cat in"
+    written = harness._written(model, model.codec, prompt, {"max_gen_toks": 4})
+    fed = model.codec.encode(prompt)
+    for _ in range(4):
+        logits = model.hidden(torch.tensor([fed])) @ model.head.T
+        fed.append(int(logits[0, -1].argmax()))
+    assert written == model.codec.decode(fed[-4:])
+    stop = written[-1]
+    settings = {"max_gen_toks": 4, "until": ["not there", stop]}
+    assert harness._written(model, model.codec, prompt, settings) == written[: written.index(stop)]

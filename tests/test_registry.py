@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import pytest
 import torch
@@ -14,6 +13,7 @@ from compactgpt.errors import MissingInput
 from compactgpt.lineage import Cache, Folder
 from compactgpt.pipelines import conclude
 from compactgpt.registry import NAME, Shelf, champion, promote
+from compactgpt.storage import sha256_file
 from compactgpt.syncing import Syncer
 from tests import store
 from tests.tiny import save_tokenizer, tiny_gpt
@@ -51,6 +51,8 @@ def register(root) -> str:
 
 
 def test_a_logged_model_is_code_and_safetensors_and_answers(root):
+    import mlflow
+
     register(root)
     client, _ = Syncer(root).connect()
     (version,) = client.search_model_versions(f"name = '{NAME}'")
@@ -104,16 +106,10 @@ def test_a_registration_that_was_cut_off_goes_on(root, monkeypatch):
 
 def test_only_promotion_makes_a_champion(root):
     run_id = register(root)
-    assert champion(root) is None
-    assert promote(root, run_id) == "1"
-    found = champion(root)
-    assert found is not None
-    assert found["version"] == "1"
-    assert found["run_id"] == run_id
-    assert len(found["weights_sha256"]) == 64
-    with pytest.raises(MissingInput, match="no version 7"):
-        promote(root, "7")
-    client, experiment = Syncer(root).connect()
-    bare = client.create_run(experiment).info.run_id
-    with pytest.raises(MissingInput, match="has no model"):
-        promote(root, bare)
+    client, _ = Syncer(root).connect()
+    assert champion(client) is None
+    weights = sha256_file(root / "models/compact/model.safetensors")
+    assert promote(client, weights) == "1"
+    assert champion(client) == {"version": "1", "run_id": run_id, "weights_sha256": weights}
+    with pytest.raises(MissingInput, match="no model with these weights"):
+        promote(client, "0" * 64)

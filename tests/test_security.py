@@ -13,7 +13,6 @@ import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -95,6 +94,8 @@ def test_no_source_reads_or_writes_pickle():
 
 
 def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(root):  # noqa: F811
+    import mlflow
+
     network = tiny_gpt(40, n_layer=1)
     optimizers = Optimizers(network, PARAMS.training)
     sum(parameter.sum() for parameter in network.parameters()).backward()
@@ -289,6 +290,8 @@ def project(tmp_path, empty_store, monkeypatch):
 
 
 def test_a_secret_is_told_nowhere(project, monkeypatch, capsys):
+    import mlflow
+
     """A door tells its facts, the journal is copied to MLflow, a server refuses: it is in no file of them."""
     with door.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
         stage.report(Path("reports/training.json"), {"loss": 2.0})

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -149,6 +150,31 @@ def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
     assert capsys.readouterr().err == (
         "training: 1,000 of 2,000 tokens, loss 5.1\ntraining: 2,000 of 2,000 tokens\n"
     )
+
+
+class Terminal(io.StringIO):
+    """A place that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_bar_is_drawn_in_place_and_begins_anew_with_the_next_work(monkeypatch):
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    bar = Bar("training", "tokens")
+    for done in (500, 2000):
+        bar(done, 2000, {"loss": "5.1"})
+    assert "training: 100%" in shown.getvalue()
+    assert "2.00k/2.00k" in shown.getvalue()
+    assert "loss=5.1" in shown.getvalue()
+    assert shown.getvalue().count("\n") == 1
+    bar(10, 40)
+    assert shown.getvalue().rpartition("\n")[2].count("/40.0") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(here):
+    result = run(fail_with(KeyboardInterrupt()))
+    assert (result.exit_code, result.output) == (130, "error: stopped; `dvc repro` goes on from here\n")
 
 
 def test_exit_from_a_stage_is_kept(here):

@@ -141,13 +141,13 @@ def test_what_fits_is_not_accused(repository):
 
 
 def test_any_digit_of_any_report_is_found(repository):
-    """Three hundred digits, drawn by a fixed seed: in each round one of every report."""
+    """In each round one digit of every report, drawn by a fixed seed; test_tampering.py has the thousand."""
     dice, reports = random.Random(6), sorted(p for p in (repository / "reports").rglob("*") if p.is_file())
     texts = [path for path in reports if path.suffix in (".json", ".md", ".csv", ".html")]
     digits = {path: [n for n, b in enumerate(path.read_bytes()) if 48 <= b < 58] for path in texts}
-    drawn = {path: dice.sample(places, min(20, len(places))) for path, places in digits.items() if places}
-    assert sum(map(len, drawn.values())) > 300
-    for turn in range(20):
+    drawn = {path: dice.sample(places, min(5, len(places))) for path, places in digits.items() if places}
+    assert sum(map(len, drawn.values())) > 80
+    for turn in range(5):
         altered = {path: places[turn] for path, places in drawn.items() if turn < len(places)}
         before = {path: path.read_bytes() for path in altered}
         for path, place in altered.items():
@@ -184,15 +184,6 @@ def test_any_byte_of_data_weights_code_and_lock_is_found(repository):
         one.__exit__()
     for name in names:
         assert any(part in told for part in (name, f"{name.rpartition('/')[0]} is not")), name
-
-
-def test_a_byte_of_the_lock_is_found_wherever_it_is(repository):
-    path, dice = repository / "dvc.lock", random.Random(8)
-    content = path.read_bytes()
-    for _ in range(6):
-        place = dice.randrange(len(content))
-        with Altered(path, (place, bytes([content[place] ^ 1]))):
-            assert look(repository, check_lock).differences, content[place - 30 : place + 30]
 
 
 def test_the_file_inside_a_folder_is_named_from_dvcs_own_listing(repository):

@@ -297,11 +297,7 @@ def evaluate(
     words = [len(document_text(split, encoding, index).decode().split()) for index in range(len(tokens))]
     found = model.score(split, likelihood.window, progress)
     _check_finite(found.nats, split)
-    others: dict[str, Floats] = {}
-    if isinstance(model, Neural):
-        for view in views:
-            others[view] = model.view(split, view, likelihood, progress).nats
-            _check_finite(others[view], split)
+    others = _views(model, split, views, likelihood, progress) if isinstance(model, Neural) else {}
     return Totals(
         split.document_ids,
         split.byte_lengths,
@@ -312,6 +308,17 @@ def evaluate(
         others,
         found.positions,
     )
+
+
+def _views(
+    model: Neural, split: TokenFile, views: Iterable[View], likelihood: Likelihood, progress: Progress
+) -> dict[str, Floats]:
+    """Nats of every document in the other views."""
+    found: dict[str, Floats] = {}
+    for view in views:
+        found[view] = model.view(split, view, likelihood, progress).nats
+        _check_finite(found[view], split)
+    return found
 
 
 def _check_finite(nats: Floats, split: TokenFile) -> None:

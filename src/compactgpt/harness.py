@@ -9,6 +9,7 @@ The harness cuts text and counts; nats and hits come from `evaluation.score_targ
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ def harness_model(model: Neural) -> Any:
     """
     try:
         from lm_eval.api.model import TemplateLM
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     except ImportError as error:
         raise MissingInput("lm_eval is not installed: python -m pip install lm-eval==0.4.13") from error
     if model.codec is None:
@@ -50,34 +50,44 @@ def harness_model(model: Neural) -> Any:
             return codec.encode(string)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            windows = []
-            for place, (_, context, continuation) in enumerate(requests):
-                stream = np.array([*context, *continuation], np.int64)[-(model.block_size + 1) :]
-                windows.append(Window(place, 0, stream[:-1], stream[1:][-len(continuation) :]))
-            nats, hits = score_windows(model, windows)
-            return list(zip((-nats).tolist(), hits.tolist(), strict=True))
+            return _answers(model, [(context, continuation) for _, context, continuation in requests])
 
         def loglikelihood_rolling(self, requests: Any, **_: Any) -> list[float]:
-            found = []
-            for (text,) in (request.args for request in requests):
-                rolled = get_rolling_token_windows(codec.encode(text), codec.first_token, model.block_size, 1)
-                pairs = [("", *make_disjoint_window(pair)) for pair in rolled]
-                found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
-            return found
+            return [_of_text(model, codec, *request.args) for request in requests]
 
         def generate_until(self, requests: Any, **_: Any) -> list[str]:
-            found = []
-            for prompt, settings in (request.args for request in requests):
-                limit = int(settings.get("max_gen_toks", 256))
-                fed = [codec.encode(prompt)[-model.block_size :] or [codec.first_token]]
-                (new,) = write_on(model, fed, [lambda logits: int(logits.argmax())], limit, codec.first_token)
-                text = codec.decode(new.tokens)
-                for stop in settings.get("until", []):
-                    text = text.split(stop)[0]
-                found.append(text)
-            return found
+            return [_written(model, codec, *request.args) for request in requests]
 
     return Adapter()
+
+
+def _answers(model: Neural, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    """Log-probability of each continuation behind its context, and whether greedy decoding says it."""
+    windows = []
+    for place, (context, continuation) in enumerate(pairs):
+        stream = np.array([*context, *continuation], np.int64)[-(model.block_size + 1) :]
+        windows.append(Window(place, 0, stream[:-1], stream[1:][-len(continuation) :]))
+    nats, hits = score_windows(model, windows)
+    return list(zip((-nats).tolist(), hits.tolist(), strict=True))
+
+
+def _of_text(model: Neural, codec: Codec, text: str) -> float:
+    """Log-probability of a whole text, cut into windows as the harness cuts it."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    rolled = get_rolling_token_windows(codec.encode(text), codec.first_token, model.block_size, 1)
+    return sum(value for value, _ in _answers(model, [make_disjoint_window(pair) for pair in rolled]))
+
+
+def _written(model: Neural, codec: Codec, prompt: str, settings: Mapping[str, Any]) -> str:
+    """What greedy decoding writes behind a prompt, up to the first of the words to stop at."""
+    limit = int(settings.get("max_gen_toks", 256))
+    fed = [codec.encode(prompt)[-model.block_size :] or [codec.first_token]]
+    (new,) = write_on(model, fed, [lambda logits: int(logits.argmax())], limit, codec.first_token)
+    text = codec.decode(new.tokens)
+    for stop in settings.get("until", []):
+        text = text.split(stop)[0]
+    return text
 
 
 def main(folder: str, tokenizer: str, *tasks: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from compactgpt.config import Inspection
 from compactgpt.data import TokenFile, open_tokens
-from compactgpt.documents import read_names, row_groups
-from compactgpt.duplicates import Digest, Numbers, Overlap, Scan, Twins, id_array
+from compactgpt.documents import RowGroup, read_names, row_groups
+from compactgpt.duplicates import Digest, Scan, id_array
 from compactgpt.errors import BadData
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import sha256_file, verified_manifest
@@ -54,9 +54,7 @@ def inspect(
         progress: told the documents read.
 
     Returns:
-        The report: `success`, the splits with their SHA-256, what `validation.judge` says of each
-        expectation, `repetition` in numbers, `flagged` (documents of val: id, source, kind, twin, score)
-        and `repeated` (the nearest twins within train).
+        The report: `success`, the splits' hashes, `_Found.report`, what `validation.judge` says.
 
     Raises:
         MissingInput, BadData: an input is missing or damaged.
@@ -64,27 +62,34 @@ def inspect(
     corpus, made = verified_manifest(documents), verified_manifest(tokens)
     splits = {name: open_tokens(tokens / f"{name}.tokens") for name in ("train", "val")}
     groups = row_groups(documents)
-    workers = min(num_workers, max(1, len(groups) // _GROUPS_A_WORKER))
-    order = _Order(splits)
     with TemporaryDirectory(dir=_beside(docs)) as scratch:
         scan = Scan(params, Path(scratch))
-        for digest in scan.read(
-            groups, id_array(_ids(splits["val"])), corpus["documents"], workers, progress
-        ):
-            order.follow(digest)
-        found = _Found(params, scan, scan.overlap(), scan.same_words(), scan.near_duplicates())
-    rows = _rows(splits, order, found, made, scan.documents, params)
+        order = _read(scan, groups, splits, corpus["documents"], num_workers, progress)
+        found = _Found(params, scan)
+    rows = _rows(splits, order, found, made, params)
     outcomes = judge([Table("tokens", rows, _expectations(params))], docs)
-    described = _describer(groups, found.named())
     return {
         "success": all(outcome["success"] for outcome in outcomes),
-        "documents": scan.documents,
         **{name: _facts(split) for name, split in splits.items()},
-        "repetition": found.numbers(),
-        "flagged": found.flagged(described),
-        "repeated": found.repeated(described),
+        **found.report(_describer(groups, found.named())),
         "expectations": outcomes,
     }
+
+
+def _read(
+    scan: Scan,
+    groups: list[RowGroup],
+    splits: dict[str, TokenFile],
+    documents: int,
+    num_workers: int,
+    progress: Progress,
+) -> "_Order":
+    """Scan the documents, and see whether the splits follow them."""
+    order, held_out = _Order(splits), id_array(_ids(splits["val"]))
+    workers = min(num_workers, max(1, len(groups) // _GROUPS_A_WORKER))
+    for digest in scan.read(groups, held_out, documents, workers, progress):
+        order.follow(digest)
+    return order
 
 
 def passed(report: dict[str, Any]) -> dict[str, Any]:
@@ -144,13 +149,12 @@ def _rows(
     order: _Order,
     found: "_Found",
     made: dict[str, Any],
-    documents: int,
     params: Inspection,
 ) -> list[dict[str, Any]]:
     shares = {"val": made["val_fraction"], "train": 1 - made["val_fraction"]}
     rows = []
     for name, split in splits.items():
-        expected = shares[name] * documents
+        expected = shares[name] * found.documents
         deviation = math.sqrt(max(expected * (1 - shares[name]), 1e-9))  # of a binomial count
         rows.append(
             {
@@ -213,17 +217,13 @@ Describe = Callable[[int], dict[str, str]]
 class _Found:
     """What a scan found, in the words of the report."""
 
-    def __init__(self, params: Inspection, scan: Scan, overlap: Overlap, same: Numbers, near: Twins) -> None:
-        self._params, self._in_val, self._overlap, self._same, self._near = (
-            params,
-            scan.in_val,
-            overlap,
-            same,
-            near,
-        )
-        self._known = np.zeros(
-            scan.documents, np.bool_
-        )  # documents that are a twin of one of the other split
+    def __init__(self, params: Inspection, scan: Scan) -> None:
+        same, near, overlap = scan.same_words(), scan.near_duplicates(), scan.overlap()
+        self.documents = scan.documents
+        self._params, self._in_val = params, scan.in_val
+        self._overlap, self._same, self._near = overlap, same, near
+        # documents that are a twin of one of the other split
+        self._known = np.zeros(scan.documents, np.bool_)
         self._known[(same >= 0) & (scan.in_val != scan.in_val[np.maximum(same, 0)])] = True
         self._known |= near.twin_across >= 0
         self._share = overlap.seen / np.maximum(overlap.runs, 1)
@@ -250,6 +250,20 @@ class _Found:
         """Share of all documents that have a twin."""
         repeated = (self._same >= 0) | (self._near.twin >= 0)
         return float(repeated.sum() / max(1, len(repeated)))
+
+    def report(self, describe: Describe) -> dict[str, Any]:
+        """What was found.
+
+        Returns:
+            The number of `documents`, their `repetition` in numbers, `flagged` (documents of val: id,
+            source, kind, twin, score) and `repeated` (the nearest twins within train).
+        """
+        return {
+            "documents": self.documents,
+            "repetition": self.numbers(),
+            "flagged": self.flagged(describe),
+            "repeated": self.repeated(describe),
+        }
 
     def numbers(self) -> dict[str, Any]:
         """Count what was found: documents that have a twin, by kind, and where the twin lies."""

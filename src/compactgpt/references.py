@@ -135,9 +135,9 @@ def _champion(root: Path) -> Snapshot:
     from compactgpt.registry import champion
     from compactgpt.syncing import Syncer
 
-    if not (found := champion(root)):
-        raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
     client, _ = Syncer(root).connect()
+    if not (found := champion(client)):
+        raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         client.download_artifacts(found["run_id"], "", scratch)
         place = Path(scratch)
@@ -159,13 +159,8 @@ def promote(root: Path) -> str:
     path = root / MODEL / "model.safetensors"
     if not path.exists():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
-    weights = sha256_file(path)
     client, _ = Syncer(root).connect()
-    wanted = f"name = '{registry.NAME}' and tags.weights_sha256 = '{weights}'"
-    versions = [int(found.version) for found in client.search_model_versions(wanted)]
-    if not versions:
-        raise MissingInput("MLflow has no model with these weights: `make repro` registers what it made")
-    return registry.promote(root, str(max(versions)))
+    return registry.promote(client, sha256_file(path))
 
 
 def _take(name: str, place: Place, totals: Path) -> Snapshot:

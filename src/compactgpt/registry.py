@@ -18,7 +18,6 @@ from compactgpt import served
 from compactgpt.errors import MissingInput
 from compactgpt.lineage import MODEL, TOKENIZER, Cache, Chain, Place, checkout
 from compactgpt.pipelines import Ending, read_out
-from compactgpt.syncing import Syncer
 
 NAME = "compactgpt"
 CHAMPION = "champion"
@@ -80,7 +79,7 @@ class Shelf:
             MissingInput: DVC's cache lacks the model or the tokenizer.
         """
         weights = ending.tags["weights_sha256"]
-        if version := self.version_of(weights):
+        if version := version_of(self.client, weights):
             return version
         model_id = self._logged(weights) or self._log(ending, place, cache)
         if not self.client.search_registered_models(f"name = '{NAME}'"):
@@ -95,11 +94,6 @@ class Shelf:
             description=f"made by run {self.run_id}",
         )
         return str(made.version)
-
-    def version_of(self, weights: str) -> str:
-        """The version with these weights, or nothing."""
-        found = self.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
-        return max((str(one.version) for one in found), key=int, default="")
 
     def _logged(self, weights: str) -> str:
         """The logged model with these weights: the next step was cut off."""
@@ -224,37 +218,38 @@ def card(chain: Chain, place: Place, cache: Cache, weights: str) -> str:
     return "\n".join([*lines, f"SHA-256 of the weights: `{weights}`.", ""])
 
 
-def promote(root: Path, wanted: str) -> str:
-    """Make a version the champion: only the gate calls this.
+def version_of(client: Any, weights: str) -> str:
+    """The newest version with these weights, or nothing."""
+    found = client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
+    return max((str(one.version) for one in found), key=int, default="")
+
+
+def promote(client: Any, weights: str) -> str:
+    """Make the version with these weights the champion: only the gate calls this.
 
     Args:
-        root: the repository.
-        wanted: a version, or the id of a run (of the pipeline or of a stage) whose model it is.
+        client: MLflow's.
+        weights: SHA-256 of the model's file.
 
     Returns:
         The version that carries the alias now.
 
     Raises:
-        MissingInput: there is no such version, or the run has none.
+        MissingInput: no version has them.
     """
-    client, _ = Syncer(root).connect()
-    version = wanted if wanted.isdigit() else _version_of_run(client, wanted)
-    if not client.search_model_versions(f"name = '{NAME}' and version_number = {int(version)}"):
-        raise MissingInput(f"{NAME} has no version {version}: `make ui` shows those that there are")
-    if not wanted.isdigit():  # its reports are what the next model is compared with
-        client.set_model_version_tag(NAME, version, _PIPELINE, _pipeline_of(client, wanted))
+    if not (version := version_of(client, weights)):
+        raise MissingInput("MLflow has no model with these weights: `make repro` registers what it made")
     client.set_registered_model_alias(NAME, CHAMPION, version)
     return version
 
 
-def champion(root: Path) -> Mapping[str, str] | None:
+def champion(client: Any) -> Mapping[str, str] | None:
     """The version that passed the gate last, or None.
 
     Returns:
         `version`, `weights_sha256`, and as `run_id` the run of the pipeline that has its reports, lock and
         sums by document as artifacts.
     """
-    client, _ = Syncer(root).connect()
     found = client.search_registered_models(f"name = '{NAME}'")
     if not found or CHAMPION not in found[0].aliases:
         return None
@@ -264,15 +259,3 @@ def champion(root: Path) -> Mapping[str, str] | None:
         "run_id": version.tags.get(_PIPELINE, ""),
         "weights_sha256": version.tags.get("weights_sha256", ""),
     }
-
-
-def _version_of_run(client: Any, run_id: str) -> str:
-    tags = client.get_run(_pipeline_of(client, run_id)).data.tags
-    if "model_version" not in tags:
-        raise MissingInput(f"run {run_id} has no model: name a run of the whole pipeline that has ended")
-    return str(tags["model_version"])
-
-
-def _pipeline_of(client: Any, run_id: str) -> str:
-    """The run of the pipeline that a run is, or is part of."""
-    return str(client.get_run(run_id).data.tags.get("mlflow.parentRunId", run_id))

@@ -16,7 +16,7 @@ stands before a passage, as in the harness.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,8 +268,3 @@ def run_tasks(
         scored = score_wikitext(model, lines, settings.wikitext_context, settings.wikitext_stride)
         report[name] = {"sha256": source.sha256, **scored}
     return report
-
-
-def same_items(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Tell whether two tasks' reports are of the same items."""
-    return bool(one["items_sha256"] == other["items_sha256"])

@@ -94,10 +94,7 @@ def tokenize(
         with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}) as temporary:
             _publish(ledger, temporary, facts, params, manifest["documents"])
     shutil.rmtree(own, ignore_errors=True)
-    files = read_json(folder / MANIFEST)["files"]
-    splits = {split: open_tokens(folder / f"{split}.tokens") for split in SPLITS}
-    reports = {split: _split_report(file, files[file.path.name]["sha256"]) for split, file in splits.items()}
-    return {"tokenizer": facts, **reports}
+    return {"tokenizer": facts, **_reports(folder)}
 
 
 def _tokenizer_facts(folder: Path, params: Tokenization) -> dict[str, Any]:
@@ -258,6 +255,12 @@ class _Split:
 def _cached_encoder(tokenizer: Path, _sha256: str, choice: Literal["gigatoken", "tiktoken"]) -> Encoder:
     """Load the encoder once a process; the hash keeps another one in the same folder apart."""
     return load_encoder(tokenizer, choice)
+
+
+def _reports(folder: Path) -> dict[str, dict[str, Any]]:
+    files = read_json(folder / MANIFEST)["files"]
+    splits = {split: open_tokens(folder / f"{split}.tokens") for split in SPLITS}
+    return {split: _split_report(file, files[file.path.name]["sha256"]) for split, file in splits.items()}
 
 
 def _split_report(file: TokenFile, sha256: str) -> dict[str, Any]:
