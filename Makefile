@@ -114,6 +114,8 @@ readme: $(STAMP) ## renew the tables that README.md quotes from the last run
 	@python -m stages.comparison --readme README.md
 
 ui: $(STAMP) ## open the MLflow UI on this machine only
+	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \
+	  || { echo "port $(PORT) is in use here: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
 	@python -m compactgpt.syncing
 	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \

@@ -107,7 +107,7 @@ def open_stage(
         held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
-    with told_clearly():
+    with told_clearly("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
         signal.signal(signal.SIGTERM, _stop)
         params = load_params(params_file)

@@ -1,5 +1,6 @@
 """The command: one call a command, mistakes as one sentence."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -88,34 +89,82 @@ def in_a_process_of_its_own(code, **environment):
     return done.stdout.split()
 
 
-def test_tab_completes_commands_and_experiments():
+@pytest.mark.parametrize(
+    ("shell", "asked"),
+    [
+        ("bash", lambda words: {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}),
+        ("zsh", lambda words: {"_TYPER_COMPLETE_ARGS": words}),
+        ("fish", lambda words: {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}),
+    ],
+)
+def test_tab_completes_commands_and_experiments(shell, asked):
     def offered(words):
-        asked = {
-            "_COMPACTGPT_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-        }
-        return in_a_process_of_its_own("app(prog_name='compactgpt')", **asked)
+        wanted = {"_COMPACTGPT_COMPLETE": f"complete_{shell}", **asked(words)}
+        told = " ".join(in_a_process_of_its_own("app(prog_name='compactgpt')", **wanted))
+        return {name for name in ("export", "experiment", "note", "demo") if name in told}
 
-    assert offered("compactgpt exp") == ["export", "experiment"]
-    assert offered("compactgpt experiment show n") == ["note"]
+    assert offered("compactgpt exp") == {"export", "experiment"}
+    assert offered("compactgpt experiment show n") == {"note"}
 
 
-def test_every_command_answers_help_in_less_than_a_second():
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_of_each_shell_can_be_had(shell):
+    asked = {"_COMPACTGPT_COMPLETE": f"source_{shell}"}  # as --show-completion, which looks for the shell
+    script = " ".join(in_a_process_of_its_own("app(prog_name='compactgpt')", **asked))
+    assert f"_COMPACTGPT_COMPLETE=complete_{shell}" in script
+
+
+def test_every_command_and_door_answers_help_in_less_than_a_second_and_loads_nothing_heavy():
     code = """
-import time
+import importlib, pathlib, sys, time
 from typer.main import get_command
 from typer.testing import CliRunner
+heavy = ["mlflow", "dvc", "great_expectations", "transformers", "datasets", "pandas", "pyarrow", "scipy"]
 begun = time.process_time()
-def ask(command, words):
+def ask(app, command, words):
     for name, under in getattr(command, "commands", {}).items():
-        ask(under, [*words, name])
+        ask(app, under, [*words, name])
     before = time.process_time()
-    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0, words
-    print("_".join(["compactgpt", *words]), begun + time.process_time() - before)  # start, and this one
-ask(get_command(app), [])
+    assert CliRunner().invoke(app, [*words[1:], "--help"]).exit_code == 0, words
+    loaded = [name for name in [*heavy, "torch", "matplotlib", "numpy"] if name in sys.modules]
+    assert not loaded, (words, loaded)
+    print("_".join(words), begun + time.process_time() - before)  # start, and this one
+ask(app, get_command(app), ["compactgpt"])
+for door in sorted(path.stem for path in pathlib.Path("stages").glob("[a-z]*.py")):
+    before = time.process_time()
+    module = importlib.import_module(f"stages.{door}")
+    begun += time.process_time() - before
+    if door != "door":
+        ask(module.app, get_command(module.app), [door])
 """
     told = in_a_process_of_its_own(code)
     seconds = dict(zip(told[::2], map(float, told[1::2]), strict=True))
-    assert {"compactgpt", "compactgpt_gate", "compactgpt_experiment_show"} <= set(seconds)
+    doors = {path.stem for path in (ROOT / "stages").glob("[a-z]*.py")} - {"door"}
+    assert {"compactgpt", "compactgpt_gate", "compactgpt_experiment_show", *doors} <= set(seconds)
     assert max(seconds.values()) < 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_may_not_be_written_is_one_sentence(number, capsys):
+    with pytest.raises(SystemExit, match="77"), told_clearly():
+        raise OSError(number, os.strerror(number), "params.yaml")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: params.yaml: {os.strerror(number)}: run in a folder")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("experiment", "list"), ("experiment", "show", "note"), ("estimate",), ("diff", "workspace"), ("gate",)],
+)
+def test_outside_of_a_repository_folder_a_command_says_where_to_run(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    done = run(*words)
+    assert done.exit_code == 66
+    assert "run from the repository folder" in done.output
+
+
+def test_an_estimate_ends_with_the_command_that_runs_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    last = run("estimate", "-S", "training.max_steps=9").output.splitlines()[-1]
+    assert last == "next: dvc exp run -S training.max_steps=9"

@@ -39,6 +39,15 @@ def test_the_tutorials_typo_is_told_in_those_words(tmp_path):
     assert str(refused.value).replace(str(path), "params.yaml") in TUTORIAL
 
 
+@pytest.mark.parametrize("words", ["experiment show nte", "experiment list", "export out"])
+def test_what_the_tutorial_breaks_is_told_in_those_words(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT if "nte" in words else tmp_path)
+    done = CliRunner().invoke(app, words.split())
+    assert done.output.startswith("error: ")
+    assert f"(`compactgpt {words}`" in TUTORIAL
+    assert done.output in TUTORIAL
+
+
 def test_the_real_run_is_what_the_experiments_say(tmp_path):
     params_file = tmp_path / "params.yaml"
     params_file.write_text((ROOT / "params.yaml").read_text())

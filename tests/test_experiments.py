@@ -121,7 +121,7 @@ def test_a_mistake_is_told_and_changes_nothing(params_file, tmp_path, text, says
 
 
 def test_an_unknown_name_is_told_with_the_known_ones():
-    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*note"):
+    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*did you mean note"):
         experiments.find("nte", CONF)
 
 

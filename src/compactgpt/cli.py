@@ -4,6 +4,7 @@ Each command reads its options and makes one call into a room, which is imported
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +99,7 @@ def gate(
         print(verdicts.terminal(verdict))
         verdicts.publish(verdict, markdown, junit)
         if verdict.failures:
+            print("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
             print(f"champion: version {references.promote(Path())}")
@@ -119,6 +121,8 @@ def reproduce(
         print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)
+        if check and not as_json:
+            print(f"next: compactgpt reproduce {run}")
 
 
 @app.command()
@@ -148,7 +152,13 @@ def estimate(
         from compactgpt import whatif
 
         found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
-        print(json.dumps(found, indent=2) if as_json else whatif.table(found))
+        if as_json:
+            print(json.dumps(found, indent=2))
+            return
+        changes = [word for setting in settings or [] for word in ("-S", setting)]
+        print(whatif.table(found))
+        if params_file == Path("params.yaml"):
+            print(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 
 
 @experiment.command("list")

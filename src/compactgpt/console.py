@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadData, DiskFull, MissingInput, OutOfMemory, UserError
-from compactgpt.launching import final_exit_code, own_place, under_torchrun
+from compactgpt.errors import BadData, DiskFull, MissingInput, NotAllowed, OutOfMemory, UserError
 
 
 class Bar:
@@ -46,11 +45,17 @@ class Bar:
 
 
 @contextmanager
-def told_clearly() -> Iterator[None]:
-    """Turn a mistake into one sentence and an exit code."""
+def told_clearly(stopped: str = "stopped") -> Iterator[None]:
+    """Turn a mistake into one sentence and an exit code.
+
+    Args:
+        stopped: what ctrl-C is answered with.
+    """
     try:
         yield
     except UserError as error:
+        from compactgpt.launching import final_exit_code, own_place, under_torchrun  # reads all of config
+
         # What every process meets at the same step is told once.
         if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             say(str(error))
@@ -58,18 +63,29 @@ def told_clearly() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(final_exit_code(error, error.exit_code)) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not (told := _misfortune(error)):
             raise
-        say(f"no room left on the disk ({error.filename or Path.cwd()}): free some space and run again")
-        raise SystemExit(DiskFull.exit_code) from error
+        say(str(told))
+        raise SystemExit(told.exit_code) from error
     except ModuleNotFoundError as error:
         if not (extra := extra_with(error.name or "")):
             raise
         say(f"this needs {error.name}, which is not installed: pip install 'compactgpt[{extra}]'")
         raise SystemExit(MissingInput.exit_code) from error
     except KeyboardInterrupt as error:
-        say("stopped; `dvc repro` goes on from here")
+        say(stopped)
         raise SystemExit(130) from error
+
+
+def _misfortune(error: OSError) -> UserError | None:
+    """What a person can mend of what the system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = error.filename or Path.cwd()
+        return DiskFull(f"no room left on the disk ({place}): free some space and run again")
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+        why = f"{error.filename}: {error.strerror}"
+        return NotAllowed(f"{why}: run in a folder where you may read and write, or mend its permissions")
+    return None
 
 
 def extra_with(module: str) -> str:

@@ -63,6 +63,12 @@ class PeerLost(Busy):
     """Another process of a common training died or fell silent: torchrun starts all of them again."""
 
 
+class NotAllowed(UserError):
+    """This user may not read or write there, or nobody may: a folder that is read-only."""
+
+    exit_code = 77
+
+
 class BadConfig(UserError):
     """A key of params.yaml is unknown, of the wrong type, or impossible."""
 

@@ -6,6 +6,7 @@ demo, so that it is the same whatever was applied before it. One with a `sweep` 
 params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
 """
 
+import difflib
 import io
 import os
 import shutil
@@ -60,9 +61,12 @@ def experiments(conf: Path = CONF) -> dict[str, Experiment]:
     """All named experiments, by name.
 
     Raises:
+        MissingInput: there is no such folder here.
         BadConfig: one of the files can't be used.
     """
-    files = sorted((conf / "experiments").glob("*.yaml"))
+    if not (folder := conf / "experiments").is_dir():
+        raise MissingInput(f"{folder} is missing: run from the repository folder")
+    files = sorted(folder.glob("*.yaml"))
     return {path.stem: load_section(path, Experiment) for path in files}
 
 
@@ -70,11 +74,15 @@ def find(name: str, conf: Path = CONF) -> Experiment:
     """One experiment by its name.
 
     Raises:
-        BadConfig: there is none of that name.
+        MissingInput, BadConfig: there is none of that name.
     """
     known = experiments(conf)
     if name not in known:
-        raise BadConfig(f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BadConfig(
+            f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}{hint}"
+        )
     return known[name]
 
 

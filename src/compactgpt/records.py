@@ -117,6 +117,8 @@ def _arithmetic(tags: dict[str, str]) -> dict[str, str]:
 
 
 def _of_workspace(root: Path) -> Record:
+    if not (root / "dvc.yaml").exists():
+        raise MissingInput("dvc.yaml is missing: run from the repository folder")
     place = Folder(root)
     commit = git_facts(root).get("git.commit", "")
     diff = uncommitted(root) if commit else b""
@@ -124,9 +126,16 @@ def _of_workspace(root: Path) -> Record:
 
 
 def versions(lines: str) -> dict[str, str]:
-    """Versions by name, of lines such as `name==version`."""
-    pairs = (line.split(";")[0].strip().partition("==") for line in lines.splitlines() if "==" in line)
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in pairs}
+    """Versions by name, of lines such as `name==version` or `name==version ; marker` that hold here."""
+    from packaging.markers import Marker
+
+    found = {}
+    for line in lines.splitlines():
+        pinned, _, marker = line.partition(";")
+        name, equals, version = pinned.strip().partition("==")
+        if equals and (not marker or Marker(marker).evaluate()):
+            found[re.sub(r"[-_.]+", "-", name).lower()] = version
+    return found
 
 
 def _locked(place: Place) -> dict[str, str]:

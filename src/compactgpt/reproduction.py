@@ -24,6 +24,7 @@ from compactgpt.lineage import (
     PARAMS,
     Cache,
     Chain,
+    Commit,
     Entry,
     Folder,
     Place,
@@ -193,7 +194,10 @@ def _installed(name: str) -> str:
 def _environment_gaps(record: Record) -> Iterator[Gap]:
     here = versions(packages())
     for name, version in sorted(record.packages.items()):
-        if here.get(name, "") != version:
+        found = here.get(name, "")
+        if isinstance(record.place, Commit):  # asks for 2.13.0, and 2.13.0+cpu is one
+            found = found.partition("+")[0]
+        if found != version:
             yield Gap(name, f"{name} was {version}, here it is {here.get(name, 'not installed')}", False)
     for name, value in machine_facts().items():
         if record.machine and record.machine.get(name, "") != value:
