@@ -124,8 +124,9 @@ def _of_workspace(root: Path) -> Record:
 
 
 def versions(lines: str) -> dict[str, str]:
-    """Versions by name, of lines such as `name==version`."""
-    pairs = (line.split(";")[0].strip().partition("==") for line in lines.splitlines() if "==" in line)
+    """Versions by name, of lines such as `name==version`; hashes stand on lines of their own."""
+    pins = (re.split(r"[;\\]", line)[0].strip() for line in lines.splitlines() if "==" in line)
+    pairs = (pin.partition("==") for pin in pins)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, _, version in pairs}
 
 
