@@ -19,7 +19,7 @@ from compactgpt.checkpoint import save_model
 from compactgpt.compact import compact
 from compactgpt.data import Window
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.evaluation import Nats, Totals, evaluate, target_nats
+from compactgpt.evaluation import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.metrics import ratio_bootstrap
 from compactgpt.storage import read_json, sha256_file
 from tests.tiny import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
@@ -129,6 +129,22 @@ def test_the_strided_view_equals_one_window_for_each_token(encoding, split, mode
     assert found.views["strided"][3] != pytest.approx(found.views["own"][3], rel=1e-4)
 
 
+@pytest.mark.parametrize(("own_context", "context"), [(5, 5), (16, 16), (64, 16)])
+def test_the_own_view_has_the_models_context_or_the_one_that_is_asked_for(
+    encoding, split, model, own_context, context
+):
+    likelihood = LIKELIHOOD.model_copy(update={"own_context": own_context})
+    found = evaluate(compact(model, 3), split, encoding, likelihood, views=["own", "strided"])
+    np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
+    report = evaluation.summarize("m", compact(model, 3), found, split, likelihood)
+    assert list(report["views"]) == ["own", "strided"]
+    sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
+    assert sizes == {"own": (context, context), "strided": (context, max(1, round(context / 4)))}
+    for name, view in report["views"].items():
+        assert view["loss"]["value"] == pytest.approx(found.views[name].sum() / found.tokens.sum())
+    assert report["window"] == 8
+
+
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
     found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.positions.nats.sum(1), found.nats)
@@ -139,6 +155,38 @@ def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, mo
         values = np.concatenate([nats[row["first"] - 1 : row["last"]] for _, nats in windows])
         assert row["tokens"] == len(values)
         assert row["loss"]["value"] == pytest.approx(values.mean(), rel=1e-6)
+
+
+def test_places_that_no_window_reaches_have_no_row():
+    tokens = np.array([[1, 0, 2, 0], [1, 0, 0, 0]])
+    nats = np.array([[3.0, 0.0, 8.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
+    first, third = evaluation.by_position(Positions(nats, tokens), LIKELIHOOD)
+    assert (first["first"], first["last"], first["tokens"], first["loss"]["value"]) == (1, 1, 2, 4.0)
+    assert third == {
+        "first": 3, "last": 4, "tokens": 2, "loss": {"value": 4.0, "low": 4.0, "high": 4.0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (1023, 10), (1024, 11)]
+)
+def test_a_places_bucket_is_the_next_power_of_two(place, bucket):
+    assert evaluation.position_buckets(place, place + 1).tolist() == [bucket]
+    assert evaluation.position_buckets(0, place + 1).tolist()[-1] == bucket
+
+
+def test_the_headline_is_a_few_figures_of_the_report():
+    figure = {"value": 2.0, "low": 1.5, "high": 2.5}
+    report = {
+        "loss": figure, "perplexity": {"value": 7.4}, "bits_per_byte": {"value": 0.8}, "window": 8,
+        "tasks": {"cloze": {"accuracy": {"value": 0.25, "low": 0.1}, "items": 8}},
+        "text": {"statistics": {"greedy": {"seq_rep_4": {"value": 0.5}, "x": 1}, "human": {}}},
+    }  # fmt: skip
+    plain = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 0.8, "loss_low": 1.5, "loss_high": 2.5}
+    assert evaluation.headline(report) == {**plain, "cloze_accuracy": 0.25, "repetition": 0.5}
+    for tasks, statistics in (({}, {}), ({"cloze": {}}, {"greedy": {}})):
+        few = {**report, "tasks": tasks, "text": {"statistics": statistics}}
+        assert evaluation.headline(few) == plain
 
 
 def test_words_are_what_white_space_parts(encoding, split, model):
@@ -273,6 +321,8 @@ def test_the_report_divides_sums_worked_by_hand(split):
     assert report["perplexity"]["value"] == pytest.approx(math.exp(2.5))
     assert report["bits_per_byte"]["value"] == pytest.approx(30 / 40 / math.log(2))
     assert (report["own_tokens"], report["loss_per_own_token"]) == (10, pytest.approx(3.0))
+    assert report["word_perplexity"] is None  # nobody counted words
+    assert (report["window"], "views" in report, "by_position" in report) == (8, False, False)
     expected = ratio_bootstrap(NATS[:2], np.array([10.0, 30.0]), resamples=50, seed=1)
     assert report["bits_per_byte"]["low"] == pytest.approx(expected.low / math.log(2))
     assert report["perplexity"]["high"] == pytest.approx(math.exp(report["loss"]["high"]))
