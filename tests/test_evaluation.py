@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from types import MappingProxyType
@@ -77,6 +78,7 @@ def test_nats_equal_a_plain_computation_from_all_logits(encoding, split, model):
     found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.nats, plain_nats(model, split, 8), rtol=1e-6)
     assert found.tokens.tolist() == found.own_tokens.tolist()
+    assert found.tokens.dtype == found.own_tokens.dtype == np.int64
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
@@ -148,6 +150,7 @@ def test_the_own_view_has_the_models_context_or_the_one_that_is_asked_for(
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
     found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.positions.nats.sum(1), found.nats)
+    assert found.positions.nats.shape == (5, 5)  # a context of 16: 1, 2, 3 to 4, 5 to 8, 9 to 16
     rows = summary(compact(model, 3), split, encoding)["by_position"]
     assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]
     windows = list(target_nats(compact(model, 1), evaluation.evaluation_windows(split, 8)))
@@ -283,11 +286,29 @@ def test_a_window_beyond_the_models_context_is_refused(encoding, split, model):
         evaluate(compact(model, 4), split, encoding, LIKELIHOOD.model_copy(update={"window": 17}))
 
 
-def test_a_model_that_gives_nan_is_named_with_its_document(encoding, split, model):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_document_without_finite_nats_is_named(encoding, split, bad):
+    class Broken:
+        facts = MappingProxyType({"kind": "broken"})
+
+        def score(self, split, window, progress):
+            return Nats(np.array([1.0, 2.0, bad, math.nan, 3.0]), None)
+
+    told = (
+        f"document {split.document_ids[2]} of {split.path} got {bad} nats: the model's weights or arithmetic "
+        "are broken; train again or check the weights' source"
+    )
+    with pytest.raises(NotFinite, match=f"^{re.escape(told)}$"):
+        evaluate(Broken(), split, encoding, LIKELIHOOD)
+
+
+def test_a_view_that_gives_nan_is_named(encoding, split, model):
+    """The last place of the context is never reached by windows of 8, but by the strided view's."""
     with torch.no_grad():
-        model.wte.weight[split.document(2)[0]] = math.nan
+        model.wpe.weight[15] = math.nan
+    assert np.isfinite(evaluate(compact(model, 4), split, encoding, LIKELIHOOD).nats).all()
     with pytest.raises(NotFinite, match="got nan nats"):
-        evaluate(compact(model, 4), split, encoding, LIKELIHOOD)
+        evaluate(compact(model, 4), split, encoding, LIKELIHOOD, views=["strided"])
 
 
 def test_a_split_without_tokens_is_refused(tmp_path, encoding, model):

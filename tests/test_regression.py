@@ -73,7 +73,12 @@ def statuses(verdict):
 
 def test_a_state_passes_against_itself():
     verdict = regression.judge(snapshot(), snapshot(), SETTINGS)
-    assert set(statuses(verdict).values()) == {"pass"}
+    assert verdict.guards == [
+        Check("validation", "pass", "the same val split, aaaaaaaaaaaa, in the same windows"),
+        Check("parameters", "pass", "the same parameters and data: only code and chance can differ"),
+        Check("baselines", "pass", "1 baselines measure the same as before"),
+    ]
+    assert {check.status for check in verdict.metrics} == {"pass"}
     assert verdict.metrics[0].bounds == (0, 0)
 
 
@@ -188,28 +193,53 @@ def test_answers_to_other_items_are_not_compared(other):
 
 
 def test_another_val_split_is_not_compared():
-    verdict = regression.judge(snapshot(), snapshot(ruler={"val": "f" * 64, "window": 8}), SETTINGS)
-    assert [check.name for check in verdict.failures] == ["validation"]
+    now = snapshot(ruler={"val": "f" * 64, "window": 9, "strided": "y" * 13})
+    verdict = regression.judge(snapshot(), now, SETTINGS)
+    says = "not comparable: strided None -> yyyyyyyyyyyyy, val aaaaaaaaaaaa -> ffffffffffff, window 8 -> 9"
+    mend = ". Restore it, or accept these reports as the new reference"
+    assert verdict.failures == [Check("validation", "fail", says + mend)]
     assert not verdict.metrics
-    assert "aaaaaaaaaaaa -> ffffffffffff" in verdict.failures[0].says
+
+
+def test_documents_that_are_missing_now_are_not_compared():
+    held = documents()
+    now = snapshot(documents=held.rows(held.ids[1:]))
+    verdict = regression.judge(snapshot(), now, SETTINGS)
+    says = "not comparable: the reference has documents that are missing now"
+    assert verdict.failures == [Check("validation", "fail", says)]
+    assert not verdict.metrics
 
 
 def test_other_parameters_are_named_and_those_that_change_nothing_are_not():
     now = snapshot(params={"training.seed": 2, "comparison.language": "fr"}, data={"train": "e" * 64})
-    guard = regression.judge(snapshot(), now, SETTINGS).guards[1]
-    assert guard.status == "warn"
-    assert "training.seed 1 -> 2; train bbbbbbbbbbbb -> eeeeeeeeeeee" in guard.says
-    assert "language" not in guard.says
+    says = "other figures are explained by: training.seed 1 -> 2; train bbbbbbbbbbbb -> eeeeeeeeeeee"
+    assert regression.judge(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
+
+
+@pytest.mark.parametrize(("count", "end"), [(20, "p19 0 -> 1"), (21, "; and 1 more"), (30, "; and 10 more")])
+def test_of_many_parameters_twenty_are_named(count, end):
+    then, now = ({f"p{row:02}": value for row in range(count)} for value in (0, 1))
+    says = regression.judge(snapshot(params=then), snapshot(params=now), SETTINGS).guards[1].says
+    assert says.count(" -> ") == 20
+    assert says.endswith(end)
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
-    moved = {"unigram": 6.01}
-    assert (
-        statuses(regression.judge(snapshot(), snapshot(baselines=moved), SETTINGS))["baseline.unigram"]
-        == "fail"
-    )
-    explained = snapshot(baselines=moved, data={"train": "e" * 64})
-    assert statuses(regression.judge(snapshot(), explained, SETTINGS))["baseline.unigram"] == "warn"
+    then = snapshot(baselines={"gone": 1.0, "unigram": 6.0, "xz": 5.0})
+    moved = {"new": 2.0, "unigram": 6.25, "xz": 5.0}
+    judged = SETTINGS.model_copy(update={"max_baseline_change": 0.125})
+    says = "a baseline moved: the measuring changed, or what it is measured on"
+    for other, status in (({}, "fail"), ({"data": {"train": "e" * 64}}, "warn")):
+        guards = regression.judge(then, snapshot(baselines=moved, **other), judged).guards
+        assert guards[2:] == [Check("baseline.unigram", status, says, 6.0, 6.25)]
+
+
+def test_a_baseline_may_move_by_what_is_tolerated():
+    judged = SETTINGS.model_copy(update={"max_baseline_change": 0.25})
+    guards = regression.judge(snapshot(), snapshot(baselines={"unigram": 6.25}), judged).guards
+    assert [check.status for check in guards] == ["pass", "pass", "pass"]
+    none = regression.judge(snapshot(), snapshot(baselines={"xz": 1.0}), judged).guards
+    assert [check.name for check in none] == ["validation", "parameters"]  # none is measured by both
 
 
 def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
