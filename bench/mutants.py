@@ -25,6 +25,18 @@ WANTED = 0.9  # share of a room's mutants that tests must see
 # Changes that nobody could see: (room, the line as changed) -> why. They count as survivors all the same.
 EQUIVALENT: dict[tuple[str, str], str] = {}
 
+# For the copy's conftest.py: a mutant ends with the first test that sees it, so quick ones go first.
+QUICK_FIRST = """
+
+def pytest_collection_modifyitems(items):
+    import json
+    from pathlib import Path
+
+    if (stats := Path("mutmut-stats.json")).exists():
+        seconds = json.loads(stats.read_text())["duration_by_test"]
+        items.sort(key=lambda item: seconds.get(item.nodeid, 0))
+"""
+
 
 def undecorated(source: str) -> str:
     """Apply the decorators of methods below them instead of above, no line moved."""
@@ -53,6 +65,8 @@ def copy_project() -> None:
         if (ROOT / name).is_file():
             (COPY / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, COPY / name)
+    with open(COPY / "tests/conftest.py", "a") as conftest:
+        conftest.write(QUICK_FIRST)
     for room in ROOMS:
         path = COPY / f"src/compactgpt/{room}.py"
         path.write_text(undecorated(path.read_text()))

@@ -5,20 +5,23 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compactgpt import evaluation
 from compactgpt.checkpoint import save_model
 from compactgpt.compact import compact
-from compactgpt.data import Window
+from compactgpt.data import Window, open_tokens, write_tokens
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.evaluation import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.metrics import ratio_bootstrap
@@ -237,6 +240,55 @@ def test_results_do_not_depend_on_how_many_tokens_the_trunk_takes_at_once(
     )
 
 
+@pytest.mark.parametrize(("tokens_at_once", "least"), [(1, 1), (24, 3), (10_000, 4)])
+def test_long_windows_go_first_and_few_enough_together(split, model, monkeypatch, tokens_at_once, least):
+    """At most four windows, and tokens_at_once tokens: the longest window has 8."""
+    neural, seen = compact(model, 4), []
+
+    def hidden(tokens):
+        seen.append(tuple(tokens.shape))
+        return model.hidden(tokens)
+
+    monkeypatch.setattr(evaluation, "CPU_TOKENS", tokens_at_once)
+    windows = list(evaluation.evaluation_windows(split, 8))
+    found = list(target_nats(replace(neural, hidden=hidden), iter(windows)))
+    lengths = [len(window.tokens) for window, _ in found]
+    assert lengths == sorted((len(window.tokens) for window in windows), reverse=True)
+    assert seen[0] == (least, 8)
+    assert all(rows == 1 or rows * length <= tokens_at_once for rows, length in seen)
+    assert sum(rows for rows, _ in seen) == len(windows)
+
+
+def test_windows_are_drawn_as_they_are_needed(split, model, monkeypatch):
+    """Of a corpus larger than memory no more than SORTED_WINDOWS are held."""
+    monkeypatch.setattr(evaluation, "SORTED_WINDOWS", 4)
+    windows, drawn = list(evaluation.evaluation_windows(split, 8)), []
+
+    def given():
+        for window in windows:
+            drawn.append(window)
+            yield window
+
+    scored = target_nats(compact(model, 2), given())
+    for count in range(len(windows)):
+        next(scored)
+        assert len(drawn) == min(len(windows), 4 * (count // 4 + 1))
+
+
+def test_who_waits_is_told_how_many_windows_are_done(split, model):
+    told = []
+    compact(model, 3).score(split, 8, lambda done, total, figures=None: told.append((done, total, figures)))
+    count = len(list(evaluation.evaluation_windows(split, 8)))
+    assert [(done, total) for done, total, _ in told] == [(done, count) for done in range(3, count, 3)] + [
+        (count, count)
+    ]
+    for _, _, figures in told[:-1]:
+        ((name, value),) = figures.items()
+        assert name == "tokens/s"
+        assert float(value.replace(",", "")) > 0
+    assert told[-1][2] is None
+
+
 def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, model, monkeypatch):
     neural, seen = compact(model, 9), []
 
@@ -282,7 +334,8 @@ def test_a_target_is_scored_without_seeing_itself_or_what_follows(model):
 
 
 def test_a_window_beyond_the_models_context_is_refused(encoding, split, model):
-    with pytest.raises(BadConfig, match=r"17 tokens does not fit the model's context of 16"):
+    told = "a window of 17 tokens does not fit the model's context of 16: lower evaluation.likelihood.window"
+    with pytest.raises(BadConfig, match=f"^{told}$"):
         evaluate(compact(model, 4), split, encoding, LIKELIHOOD.model_copy(update={"window": 17}))
 
 
@@ -313,8 +366,24 @@ def test_a_view_that_gives_nan_is_named(encoding, split, model):
 
 def test_a_split_without_tokens_is_refused(tmp_path, encoding, model):
     empty = save_split(tmp_path / "empty.tokens", encoding, texts=["", ""])
-    with pytest.raises(BadData, match="no token to score"):
+    told = f"{empty.path} has no token to score: add text, or raise tokenization.val_fraction"
+    with pytest.raises(BadData, match=f"^{re.escape(told)}$"):
         evaluate(compact(model, 4), empty, encoding, LIKELIHOOD)
+    one = save_split(tmp_path / "one.tokens", encoding, texts=["", "a"])
+    assert evaluate(compact(model, 4), one, encoding, LIKELIHOOD).tokens.tolist() == [0, 1]
+
+
+def test_a_split_of_another_tokenizer_is_refused(tmp_path, encoding, model):
+    """A document whose ids spell 3 bytes where 4 were tokenized."""
+    documents = [(bytes(16), 4, np.array(encoding.encode_ordinary("the"), np.int64))]
+    about = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "tokenizer_sha256": "0" * 64}
+    write_tokens(tmp_path / "x.tokens", iter(documents), **about)
+    told = (
+        f"document {'0' * 32} of {tmp_path / 'x.tokens'} has 3 bytes where 4 were tokenized: "
+        "run `dvc repro -f download tokenization`"
+    )
+    with pytest.raises(BadData, match=f"^{re.escape(told)}$"):
+        evaluate(compact(model, 4), open_tokens(tmp_path / "x.tokens"), encoding, LIKELIHOOD)
 
 
 def summary(model, split, encoding):
@@ -381,9 +450,70 @@ def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, counts):
     assert {name: nats.tolist() for name, nats in found.views.items()} == {"strided": [1.0, 0.25]}
 
 
+GOOD = {
+    "id": ["aa", "bb"], "bytes": [10, 30], "tokens": [4, 8], "own_tokens": [4, 6], "words": [2, 5],
+    "nats": [1.25, 0.5], "nats_strided": [1.0, 0.25],
+}  # fmt: skip
+
+
+def test_sums_are_compressed_columns_of_plain_types(tmp_path):
+    views = {"strided": np.array([1.0, 0.25])}
+    counts = {name: np.array(GOOD[name]) for name in ("bytes", "tokens", "own_tokens", "words")}
+    totals = Totals(GOOD["id"], **counts, nats=np.array(GOOD["nats"]), views=views)
+    evaluation.write_totals(tmp_path / "x.parquet", totals)
+    file = parquet.ParquetFile(tmp_path / "x.parquet")
+    assert file.read().to_pydict() == GOOD
+    types = {field.name: str(field.type) for field in file.schema_arrow}
+    kinds = {"id": "string", "nats": "double", "nats_strided": "double"}
+    assert types == {name: kinds.get(name, "int64") for name in GOOD}
+    row = file.metadata.row_group(0)
+    assert {row.column(place).compression for place in range(len(GOOD))} == {"ZSTD"}
+
+
+def test_sums_of_before_had_no_words(tmp_path):
+    columns = {name: values for name, values in GOOD.items() if name != "words"}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    found = evaluation.read_totals(tmp_path / "x.parquet")
+    assert found.words is None
+    assert found.own_tokens.tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: [1.0, 2.0]} for name in ("bytes", "tokens", "own_tokens", "words")),
+        *({name: [1, -1]} for name in ("bytes", "tokens", "own_tokens", "words")),
+        *({name: [1, 2]} for name in ("nats", "nats_strided", "id")),
+        *({name: [1.0, bad]} for name in ("nats", "nats_strided") for bad in (math.nan, math.inf)),
+        {"id": ["aa", None]},
+        *({name: None} for name in ("id", "bytes", "tokens", "own_tokens", "nats")),
+    ],
+    ids=str,
+)
+def test_sums_of_other_types_and_signs_are_refused(tmp_path, change):
+    table = {name: change.get(name, values) for name, values in GOOD.items()}
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({n: values for n, values in table.items() if values is not None}), path)
+    with pytest.raises(BadData, match=f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"):
+        evaluation.read_totals(path)
+
+
+def test_no_documents_and_zeros_are_sums_too(tmp_path):
+    for rows in (0, 1):
+        columns = {
+            name: values[:rows] for name, values in {**GOOD, "tokens": [0, 0], "nats": [0.0, 0.0]}.items()
+        }
+        schema = [(n, "string" if n == "id" else "double" if n.startswith("nats") else "int64") for n in GOOD]
+        parquet.write_table(pyarrow.table(columns, pyarrow.schema(schema)), tmp_path / "x.parquet")
+        assert evaluation.read_totals(tmp_path / "x.parquet").tokens.tolist() == [0] * rows
+
+
 def test_missing_and_damaged_sums_are_named(tmp_path):
-    with pytest.raises(MissingInput, match=r"nothing\.parquet is missing"):
-        evaluation.read_totals(tmp_path / "nothing.parquet")
+    path = tmp_path / "nothing.parquet"
+    with pytest.raises(
+        MissingInput, match=f"^{re.escape(str(path))} is missing: run `dvc repro` to make it$"
+    ):
+        evaluation.read_totals(path)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"bad\.parquet is damaged"):
         evaluation.read_totals(tmp_path / "bad.parquet")
