@@ -485,6 +485,7 @@ def test_sums_of_before_had_no_words(tmp_path):
         *({name: [1, -1]} for name in ("bytes", "tokens", "own_tokens", "words")),
         *({name: [1, 2]} for name in ("nats", "nats_strided", "id")),
         *({name: [1.0, bad]} for name in ("nats", "nats_strided") for bad in (math.nan, math.inf)),
+        *({name: [None, 1]} for name in ("bytes", "tokens", "nats", "nats_strided")),
         {"id": ["aa", None]},
         *({name: None} for name in ("id", "bytes", "tokens", "own_tokens", "nats")),
     ],
