@@ -4,6 +4,7 @@
     python bench/training.py --nanogpt nanoGPT                    # the demo's shape
     python bench/training.py --nanogpt nanoGPT --shape note --compiled
     python bench/training.py --nanogpt nanoGPT --to-loss          # the loss of 3 minutes, in how long?
+    python bench/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
 
 Each engine is a process of its own with the same number of threads, the same initial weights and the same
 tokens. Steps are paired: all engines make step 0, then all make step 1 in the opposite order, and so on;
@@ -42,10 +43,12 @@ NOTE = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
 BUDGET = {"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
 SECONDS = 180  # of nanoGPT's training in --to-loss
 VAL_WINDOWS = 256
+GPU_UPDATES = 20  # that are timed together: a GPU works behind the program
+GPU = {**ADAMW, "dtype": "bfloat16", "compile": True}
 
 
-def params_of(shape: str, sequences: int, **training: Any) -> Params:
-    """params.yaml with a shape and a recipe; one micro-batch of so many sequences a step."""
+def params_of(shape: str, sequences: int, device: str = "cpu", **training: Any) -> Params:
+    """params.yaml with a shape and a recipe; so many sequences a step, in one micro-batch if not told."""
     params = load_params(ROOT / "params.yaml")
     model = params.model.model_copy(update=NOTE if shape == "note" else {})
     budget = {
@@ -54,7 +57,7 @@ def params_of(shape: str, sequences: int, **training: Any) -> Params:
         "max_steps": 10**9,
     }
     changed = params.training.model_copy(update={**budget, **training})
-    runtime = params.runtime.model_copy(update={"device": "cpu"})
+    runtime = params.runtime.model_copy(update={"device": device, "log_interval": 10**9})
     return params.model_copy(update={"model": model, "training": changed, "runtime": runtime})
 
 
@@ -72,10 +75,11 @@ class Ours:
         splits = training.open_splits(Path(order["tokens"]))
         self.run = training._Run(params, splits, Path("unused"), Group(Place(), "fast"))
 
-    def step(self) -> float:
-        """Make one step; its loss in nats per token."""
-        self.run.make_step()
-        return self.run.read_losses()[-1][1]
+    def steps(self, count: int) -> list[float]:
+        """Make updates; their losses in nats per token."""
+        for _ in range(count):
+            self.run.make_step()
+        return [loss for _, loss in self.run.read_losses()]
 
     def our_model(self) -> Any:
         """The weights now, in our GPT."""
@@ -95,7 +99,7 @@ class NanoGPT:
         from model import GPT, GPTConfig
 
         shape, self.training = params.model, params.training
-        self.params, self.torch, self.steps = params, torch, 0
+        self.params, self.torch, self.made, self.device = params, torch, 0, params.runtime.device
         self.splits = training.open_splits(Path(order["tokens"]))
         settings = GPTConfig(
             shape.block_size, shape.padded_vocab_size, shape.n_layer, shape.n_head, shape.n_embd,
@@ -106,12 +110,17 @@ class NanoGPT:
             self.ours = our_models.GPT(shape, self.training.seed)
             for name, tensor in self.ours.state_dict().items():
                 self.raw.transformer.get_parameter(name).data.copy_(tensor)
+            self.raw.to(self.device)
             recipe = (self.training.learning_rate, (self.training.beta1, self.training.beta2))
-            self.optimizer = self.raw.configure_optimizers(self.training.weight_decay, *recipe, "cpu")
-        self.model = torch.compile(self.raw) if order["engine"] == "nanogpt-compiled" else self.raw
+            self.optimizer = self.raw.configure_optimizers(self.training.weight_decay, *recipe, self.device)
+        compiled = order["engine"].startswith("nanogpt-compiled")
+        self.model = torch.compile(self.raw) if compiled else self.raw
 
-    def step(self) -> float:
-        """Make one step; its loss in nats per token."""
+    def steps(self, count: int) -> list[float]:
+        """Make updates; their losses in nats per token."""
+        return [float(loss) for loss in [self._step() for _ in range(count)]]
+
+    def _step(self) -> Any:
         from compactgpt.data import training_batch
         from compactgpt.optim import lr_multiplier
 
@@ -119,18 +128,27 @@ class NanoGPT:
         sequences = settings.tokens_per_step // block
         tokens = self.splits.train.tokens
         arrays = training_batch(
-            tokens, seed=settings.seed, step=self.steps, sequences=sequences, block_size=block
+            tokens, seed=settings.seed, step=self.made, sequences=sequences, block_size=block
         )
-        x, y = (self.torch.from_numpy(array).contiguous() for array in arrays)
+        x, y = (self._on_device(self.torch.from_numpy(array).contiguous()) for array in arrays)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * lr_multiplier(settings, self.steps)
-        _, loss = self.model(x, y)
-        loss.backward()
+            group["lr"] = settings.learning_rate * lr_multiplier(settings, self.made)
+        total = 0.0
+        parts = (each.split(settings.micro_batch_size) for each in (x, y))
+        for tokens, targets in zip(*parts, strict=True):
+            with self.torch.autocast(self.device, self.torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                _, loss = self.model(tokens, targets)
+                loss = loss * len(tokens) / sequences
+            loss.backward()
+            total = total + loss.detach()
         self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        return float(loss.detach())
+        self.made += 1
+        return total
+
+    def _on_device(self, tensor: Any) -> Any:
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor
 
     def our_model(self) -> Any:
         """The weights now, in our GPT."""
@@ -140,27 +158,30 @@ class NanoGPT:
 
 
 class Peak:
-    """The best that this machine does: fp32 products of square matrices. A step's `loss` is FLOP/s."""
+    """The best that this machine does: products of square matrices. A step's `loss` is FLOP/s."""
 
-    def __init__(self, _order: dict[str, Any], _params: Params) -> None:
+    def __init__(self, _order: dict[str, Any], params: Params) -> None:
         import torch
 
-        self.torch = torch
-        self.a, self.b, self.out = (torch.randn(1536, 1536) for _ in range(3))
+        self.torch, device = torch, params.runtime.device
+        self.size, kind = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
+        self.a, self.b, self.out = (
+            torch.randn(self.size, self.size, device=device, dtype=kind) for _ in range(3)
+        )
 
-    def step(self) -> float:
-        """Make one step; its loss in nats per token."""
+    def steps(self, _count: int) -> list[float]:
+        """Make five products; the quickest one's FLOP/s."""
         best = math.inf
         for _ in range(5):
             begin = time.perf_counter()
-            self.torch.mm(self.a, self.b, out=self.out)
+            self.torch.mm(self.a, self.b, out=self.out)[0, 0].item()  # waits for a GPU
             best = min(best, time.perf_counter() - begin)
-        return 2 * 1536**3 / best
+        return [2 * self.size**3 / best]
 
 
 def work(order: dict[str, Any]) -> None:
     """Be one engine: answer each line of stdin with one of JSON."""
-    params = params_of(order["shape"], order["sequences"], **order["training"])
+    params = params_of(order["shape"], order["sequences"], order["device"], **order["training"])
     ours = order["engine"].startswith("ours")
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
@@ -181,8 +202,12 @@ def work(order: dict[str, Any]) -> None:
             say({"val_loss": training.validation_loss(engine.our_model(), windows, 4)})
             continue
         begin = time.perf_counter()
-        loss = engine.step()
-        say({"seconds": time.perf_counter() - begin, "loss": loss, "peak_bytes": peak_bytes()})
+        losses = engine.steps(order["updates"])
+        if gpu := order["device"] == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - begin) / order["updates"]
+        peak = torch.cuda.max_memory_allocated() if gpu else peak_bytes()
+        say({"seconds": seconds, "losses": losses, "peak_bytes": peak})
 
 
 def say(value: dict[str, Any]) -> None:
@@ -206,13 +231,13 @@ class Worker:
     def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
         self.engine, self.seconds, self.losses, self.peak = engine, [], [], 0
         order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
-                 "training": training, "tokens": str(options.tokens),
-                 "nanogpt": str(options.nanogpt)}  # fmt: skip
+                 "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt),
+                 "device": options.device,
+                 "updates": GPU_UPDATES if options.device == "cuda" else 1}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(order)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._answer()
 
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline() if self.process.stdout else ""
@@ -220,17 +245,26 @@ class Worker:
             sys.exit(f"{self.engine} ended early, see above")
         return dict(json.loads(line))
 
-    def ask(self, word: str = "step") -> dict[str, Any]:
-        """Send a word, wait for the answer."""
+    def send(self, word: str) -> None:
+        """Ask for something."""
         assert self.process.stdin
         print(word, file=self.process.stdin, flush=True)
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Send a word, wait for the answer."""
+        self.send(word)
         return self._answer()
 
     def step(self) -> None:
         """Have one step made, and note its time."""
-        told = self.ask()
+        self.send("step")
+        self.note()
+
+    def note(self) -> None:
+        """Wait for a step that was asked for, and note its time."""
+        told = self._answer()
         self.seconds.append(told["seconds"])
-        self.losses.append(told["loss"])
+        self.losses += told["losses"]
         self.peak = told["peak_bytes"]
 
     def end(self) -> None:
@@ -241,35 +275,49 @@ class Worker:
 
 
 def paired(workers: list[Worker], steps: int, warm_up: int) -> None:
-    """Make paired steps in alternating order, then forget the times of the first."""
-    for step in range(warm_up + steps):
+    """Make paired steps in alternating order, then forget the times of the first; all compile at once."""
+    for worker in workers:
+        worker.send("step")
+    for worker in workers:
+        worker._answer()  # that it is ready
+        worker.note()
+    for step in range(1, warm_up + steps):
         for worker in workers if step % 2 == 0 else workers[::-1]:
             worker.step()
     for worker in workers:
         del worker.seconds[:warm_up]
 
 
-def compare(options: argparse.Namespace) -> None:
-    """Print tokens a second, ratios, memory and the share of the machine's peak."""
-    params = params_of(options.shape, options.sequences)
-    tokens = params.training.tokens_per_step
-    tuned = params.training.model_dump(
-        exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
-    )
+def engines_of(options: argparse.Namespace, params: Params) -> dict[str, dict[str, Any]]:
+    """Name the engines and their settings; the first is nanoGPT's, and the second ours with its recipe."""
+    if options.device == "cuda":  # the note's micro-batch is 16, nanoGPT is given ours as well
+        own = {**GPU, "micro_batch_size": options.sequences}
+        note = {**GPU, "micro_batch_size": 16}
+        return {"nanogpt-compiled": note, "ours": own, "nanogpt-compiled-64": own, "ours-16": note}
+    tuned = params.training.model_dump(exclude=BUDGET)
     engines: dict[str, dict[str, Any]] = {"nanogpt": ADAMW, "ours": ADAMW, "ours-tuned": tuned}
     if options.compiled:
         engines["nanogpt-compiled"] = ADAMW
     if options.bfloat16:
         engines["ours-bfloat16"] = {**ADAMW, "dtype": "bfloat16"}
+    return engines
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print tokens a second, ratios, memory and the share of the machine's peak."""
+    params = params_of(options.shape, options.sequences)
+    tokens = params.training.tokens_per_step
+    engines = engines_of(options, params)
     workers = [Worker(engine, options, training) for engine, training in {**engines, "peak": {}}.items()]
     paired(workers, options.steps, 3)
     *trained, peak = workers
     best = max(peak.losses)
     base = trained[0]
     flops = flops_per_token(params.model)["with_attention"]
+    where = f"{params.runtime.num_threads} threads" if options.device == "cpu" else "bfloat16 on one GPU"
     print(f"{options.shape}: {tokens} tokens a step, {options.steps} paired steps, "
-          f"{params.runtime.num_threads} threads, products at {best / 1e9:.0f} GFLOP/s")  # fmt: skip
-    print(f"{'engine':18}{'tok/s':>8}{'ratio':>8}{'paired':>8}{'best':>8}{'of peak':>9}{'MB':>8}")
+          f"{where}, products at {best / 1e9:.0f} GFLOP/s")  # fmt: skip
+    print(f"{'engine':20}{'tok/s':>10}{'ratio':>8}{'paired':>8}{'best':>8}{'of peak':>9}{'MB':>8}")
     found = {}
     for worker in trained:
         median = statistics.median(worker.seconds)
@@ -277,7 +325,7 @@ def compare(options: argparse.Namespace) -> None:
         pairs = statistics.median(a / b for a, b in zip(base.seconds, worker.seconds, strict=True))
         quickest = min(base.seconds) / min(worker.seconds)
         share = flops * tokens / min(worker.seconds) / best
-        print(f"{worker.engine:18}{tokens / median:8.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
+        print(f"{worker.engine:20}{tokens / median:10.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
               f"{worker.peak / 1e6:8.0f}")  # fmt: skip
         found[worker.engine] = {"ratio": pairs, "tokens_per_second": tokens / median, "bytes": worker.peak}
     if options.json:
@@ -288,16 +336,14 @@ def compare(options: argparse.Namespace) -> None:
     print("ratio: of medians; paired: median of a step's ratio; best: of the quickest steps (of peak too)")
     for worker in workers:
         worker.end()
-    if worst > 1e-4:
+    if worst > (2e-2 if options.device == "cuda" else 1e-4):  # of bfloat16 and of float32
         sys.exit("the losses differ: this compares two different computations")
 
 
 def to_loss(options: argparse.Namespace) -> None:
     """Let nanoGPT train for SECONDS with its recipe, and ours for a third of it, in turns."""
     params = params_of(options.shape, options.sequences)
-    tuned = params.training.model_dump(
-        exclude={"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
-    )
+    tuned = params.training.model_dump(exclude=BUDGET)
     probes = [Worker("nanogpt", options, SMALL), Worker("ours-tuned", options, tuned)]
     paired(probes, 8, 3)
     seconds = [statistics.median(probe.seconds) for probe in probes]
@@ -307,6 +353,8 @@ def to_loss(options: argparse.Namespace) -> None:
     steps = [int(budget / each) for budget, each in zip(budgets, seconds, strict=True)]
     theirs = Worker("nanogpt", options, {**SMALL, "max_steps": steps[0]})
     ours = Worker("ours-tuned", options, {**tuned, "max_steps": steps[1]})
+    for worker in (theirs, ours):
+        worker._answer()  # that it is ready
     for turn in range(1, 31):
         for worker, count in ((theirs, steps[0]), (ours, steps[1])):
             while len(worker.losses) < round(count * turn / 30):
@@ -325,10 +373,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--shape", choices=["demo", "note"], default="demo")
+    parser.add_argument("--shape", choices=["demo", "note"], help="demo; on a GPU note")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--tokens", type=Path, default=ROOT / "data/tokens", help="what `dvc repro` made")
     parser.add_argument("--steps", type=int, default=20, help="paired steps")
-    parser.add_argument("--sequences", type=int, default=4, help="of a step, in one micro-batch")
+    parser.add_argument("--sequences", type=int, help="of a step: 4 in one micro-batch; on a GPU 64")
     parser.add_argument("--bfloat16", action="store_true", help="ours in bfloat16 as well")
     parser.add_argument("--compiled", action="store_true", help="nanoGPT with torch.compile as well")
     parser.add_argument(
@@ -338,6 +387,9 @@ def main() -> None:
         "--json", type=Path, help="write the figures too: `compactgpt gate --bench` reads them"
     )
     options = parser.parse_args()
+    gpu = options.device == "cuda"
+    options.shape = options.shape or ("note" if gpu else "demo")
+    options.sequences = options.sequences or (64 if gpu else 4)
     if options.work:
         work(json.loads(options.work))
     elif not options.nanogpt or not (options.nanogpt / "model.py").is_file():

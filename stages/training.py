@@ -9,7 +9,7 @@ import typer
 from compactgpt.launching import own_place
 from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, TrackerName, new_app, open_stage, share_out
+from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, share_out
 
 app = new_app()
 
@@ -31,7 +31,7 @@ def main(
     share_out("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime)
-        from compactgpt import training, watching
+        from compactgpt import training
         from compactgpt.checkpoint import drop_states, prune_runs
 
         splits = training.open_splits(tokens)
@@ -39,48 +39,50 @@ def main(
         stage.tracker.begin(states / "journal")
         if stage.leads:
             prune_runs(states.parent, states.name)
-        stage.say(budget := training.budget(stage.params, own_place().size))
-        stage.tracker.tags({"make_up_of_a_step": budget})
-        band = watching.expected_band(stage.params)
-        stage.tracker.params(band.frozen())
-
-        used = watching.Utilisation(stage.params, own_place().size) if stage.leads else None
-
-        def on_metrics(step: int, values: Mapping[str, float]) -> None:
-            stage.tracker.metrics(used.added(values) if used else values, step)
-            if "val/loss" in values and (news := band.judge(step, values["val/loss"])):
-                stage.say(news)
-                stage.tracker.tags({"outside_expected_band": news})
-
-        def on_news(text: str) -> None:
-            stage.say(text)
-            stage.tracker.tags({"number_of_processes": text})
-
-        def on_sample(step: int, text: str) -> None:
-            stage.text(f"step-{step:08d}.txt", text, "samples")
-
-        bar = stage.progress("steps")
+        telling = _Telling(stage, tokenizer)
         with stop_requests() as stopping:
             trained = training.train(
-                stage.params,
-                splits,
-                states,
-                progress=lambda done, total, figures=None: bar(
-                    done, total, {**(figures or {}), "of peak": str(used), "expected": str(band)}
-                ),
-                on_metrics=on_metrics,
-                watch=watching.Sampler(stage.params.runtime, tokenizer, on_sample),
-                tell=on_news,
-                stopping=stopping,
-            )
+                stage.params, splits, states, stopping=stopping,
+                progress=telling.progress, on_metrics=telling.metrics, watch=telling.watch, tell=telling.news,
+            )  # fmt: skip
         if stage.leads:
-            facts = training.save_results(stage.params, splits, trained, states, model, curve)
-            stage.report(report, facts)
+            stage.report(report, training.save_results(stage.params, splits, trained, states, model, curve))
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-            stage.tracker.tags(band.score(trained.rows[-1].val_loss))
+            stage.tracker.tags(telling.band.score(trained.rows[-1].val_loss))
             drop_states(states)
+
+
+class _Telling:
+    """What a training says while it runs, to the person who waits and to the tracker."""
+
+    def __init__(self, stage: Stage, tokenizer: Path) -> None:
+        from compactgpt import training, watching
+
+        self.stage, self.bar = stage, stage.progress("steps")
+        stage.say(budget := training.budget(stage.params, own_place().size))
+        stage.tracker.tags({"make_up_of_a_step": budget})
+        self.band = watching.expected_band(stage.params)
+        stage.tracker.params(self.band.frozen())
+        self.used = watching.Utilisation(stage.params, own_place().size) if stage.leads else None
+        self.watch = watching.Sampler(stage.params.runtime, tokenizer, self.sample)
+
+    def progress(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        self.bar(done, total, {**(figures or {}), "of peak": str(self.used), "expected": str(self.band)})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.stage.tracker.metrics(self.used.added(values) if self.used else values, step)
+        if "val/loss" in values and (news := self.band.judge(step, values["val/loss"])):
+            self.stage.say(news)
+            self.stage.tracker.tags({"outside_expected_band": news})
+
+    def news(self, text: str) -> None:
+        self.stage.say(text)
+        self.stage.tracker.tags({"number_of_processes": text})
+
+    def sample(self, step: int, text: str) -> None:
+        self.stage.text(f"step-{step:08d}.txt", text, "samples")
 
 
 if __name__ == "__main__":

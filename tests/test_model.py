@@ -116,12 +116,15 @@ def test_in_bfloat16_only_the_products_are_rounded():
         torch.testing.assert_close(found, exact, atol=0.01 * exact.abs().max().item(), rtol=0)
 
 
-def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan():
+@pytest.mark.parametrize(("dtype", "cap"), [(torch.float32, 87.3), (torch.bfloat16, 60.0)])
+def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan(dtype, cap):
     weight = torch.tensor([[1000.0], [-1000.0]])
-    loss = LinearCrossEntropy.apply(torch.ones(1, 1), weight, torch.tensor([1]), torch.float32)
-    assert loss.item() == pytest.approx(87.3, abs=0.1)
+    x = torch.ones(1, 1, requires_grad=True)
+    loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1]), dtype)
+    assert loss.item() == pytest.approx(cap, abs=0.1)
+    assert torch.autograd.grad(loss, x)[0].item() == pytest.approx(2000, rel=0.01)
     nan = torch.full((1, 1), math.nan)
-    assert LinearCrossEntropy.apply(nan, weight, torch.tensor([0]), torch.float32).isnan()
+    assert LinearCrossEntropy.apply(nan, weight, torch.tensor([0]), dtype).isnan()
 
 
 def test_weights_are_drawn_as_nanogpt_draws_them():

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -149,21 +150,37 @@ def test_muon_owns_the_hidden_matrices_and_nothing_else():
     assert adamw == {id(p) for p in model.parameters()} - muon
 
 
-def test_muon_makes_torchs_own_steps_within_bfloat16():
+def muon_by_hand(weight, grads, rate, decay):
+    """Jordan et al. 2024 in float64: momentum, a look ahead, Newton-Schulz, decay, the shape's factor."""
+    buffer = np.zeros_like(weight)
+    for grad in grads:
+        buffer = 0.95 * buffer + 0.05 * grad
+        x = 0.05 * grad + 0.95 * buffer
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        weight = (1 - rate * decay) * weight - rate * math.sqrt(max(1, len(x) / len(x.T))) * x
+    return weight
+
+
+def test_muon_makes_the_papers_steps_and_torchs_own_within_bfloat16():
     """Two tall, two square and one wide matrix; an update's size is that of the learning rate."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
     start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for _ in range(3)] for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
     optimizers = [torch.optim.Muon(own, lr=0.02, weight_decay=0.1) for own in (ours, theirs)]
-    for _ in range(3):
-        for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape, generator=generator)
-            b.grad = a.grad.clone()
+    for step in range(3):
+        for a, b, grad in zip(ours, theirs, grads, strict=True):
+            a.grad, b.grad = grad[step].clone(), grad[step].clone()
         muon_step(optimizers[0])
         optimizers[1].step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=0.02 * 0.03, rtol=0)
+    for a, b, first, grad in zip(ours, theirs, start, grads, strict=True):
+        exact = muon_by_hand(first.double().numpy(), [g.double().numpy() for g in grad], 0.02, 0.1)
+        np.testing.assert_allclose(a.detach().numpy(), exact, atol=0.02 * 1e-4, rtol=0)
+        np.testing.assert_allclose(b.detach().numpy(), exact, atol=0.02 * 0.05, rtol=0)
         buffers = [o.state[p]["momentum_buffer"] for o, p in zip(optimizers, (a, b), strict=True)]
         torch.testing.assert_close(*buffers)
 

@@ -35,7 +35,7 @@ def tree_of(model=(), **changes):
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     tree["runtime"].update(device="cpu", num_threads=1)
     tree["model"].update(block_size=8, n_layer=2, n_head=2, n_embd=16, vocab_size=VOCAB)
-    tree["model"].update(padded_vocab_size=48, **dict(model))
+    tree["model"].update({"padded_vocab_size": 48, **dict(model)})
     tree["training"].update(max_steps=6, tokens_per_step=32, micro_batch_size=2, warmup_steps=2)
     tree["training"].update(eval_interval=2, eval_windows=5, checkpoint_interval=2)
     tree["training"].update(changes)

@@ -75,7 +75,10 @@ def muon_step(muon: Muon, share_out: ShareOut | None = None) -> None:
 
 
 def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Push all singular values towards 1 by Newton-Schulz steps in bfloat16 (Jordan et al. 2024).
+    """Push all singular values towards 1 by Newton-Schulz steps (Jordan et al. 2024).
+
+    In bfloat16, as torch.optim.Muon; on a CPU in fp32, since one without instructions for bfloat16 takes ten
+    times as long for it (docs/benchmarks.md).
 
     Args:
         matrices: of one shape. (count, rows, columns)
@@ -84,11 +87,11 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
         eps: smallest norm to divide by.
 
     Returns:
-        (count, rows, columns) bfloat16
+        (count, rows, columns)
     """
     a, b, c = coefficients
     turned = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     x = x.mT if turned else x  # rows <= columns: the Gram matrix is the smaller one
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     for _ in range(steps):

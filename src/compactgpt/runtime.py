@@ -34,13 +34,12 @@ def keep_freed_memory() -> bool:
 
 
 def prepare_process(runtime: Runtime) -> None:
-    """Set the allocator, the number of threads, and deterministic kernels."""
+    """Set the allocator and the number of threads."""
     keep_freed_memory()
     os.environ["OMP_NUM_THREADS"] = str(runtime.num_threads)
     # A thread that waits for its peers spins this often, then sleeps. libgomp's own 300,000 turns starve the
     # peer wherever another program wants a core; docs/decisions.md has the figures.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     torch.set_num_threads(runtime.num_threads)

@@ -37,6 +37,8 @@ SOURCES = (
     "checkpoint.py",
     "data.py",
     "distributed.py",
+    "exponentials.py",
+    "exponentials_kernel.py",
     "export.py",
     "initial.py",
     "model.py",

@@ -1,0 +1,58 @@
+"""The kernel of the room `exponentials`, in Triton for Nvidia's Hopper: a product, then the exponential.
+
+A persistent program a multiprocessor: tiles come in by the bulk copy engine, go through the tensor cores into
+fp32, and leave as exponentials in two halves while the next tile's copies are under way. R rows, V columns,
+C inner; m, n number the tiles. Measured against other shapes of tile in docs/benchmarks.md.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ROWS, COLUMNS, INNER = 128, 256, 64  # of a tile
+GROUP = 64  # rows of tiles that are worked on together: they and a column of tiles stay in the L2 cache
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]
+    x, weight, shift, out, sums, R, V, C: tl.constexpr, CAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(R, BM), tl.cdiv(V, BN)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+        first = tile // (GROUPED * tiles_n) * GROUPED
+        together = min(tiles_m - first, GROUPED)
+        m = first + tile % (GROUPED * tiles_n) % together
+        n = tile % (GROUPED * tiles_n) // together
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, C, BK):
+            acc = tl.dot(x.load([m * BM, k]), weight.load([n * BN, k]).T, acc)
+        rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+        exponent = acc - tl.load(shift + rows % R)[:, None]
+        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN is not above, and stays
+        e = tl.where(columns[None, :] < V, e, 0.0)
+        tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
+        left, right = tl.split(tl.permute(tl.reshape(e, (BM, 2, BN // 2)), (0, 2, 1)))
+        out.store([m * BM, n * BN], left.to(tl.bfloat16))
+        out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the kernel can be used: on Hopper, the only kind it was tried on, with aligned rows."""
+    hopper = torch.cuda.get_device_capability(x.device)[0] == 9
+    return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
+
+
+def launch(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
+    """Do what `exponentials.exponentials` says."""
+    (R, C), V = x.shape, len(weight)
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # of each tile, added up in one order
+    blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
+    a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
+    _kernel[(programs,)](
+        a, b, shift, c, sums, R, V, C, cap, ROWS, COLUMNS, INNER, GROUP, programs, num_warps=8, num_stages=4
+    )
+    return sums.sum(0)
