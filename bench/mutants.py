@@ -23,7 +23,23 @@ ROOMS = ("metrics", "evaluation", "claims", "regression")
 WANTED = 0.9  # share of a room's mutants that tests must see
 
 # Changes that nobody could see: (room, the line as changed) -> why. They count as survivors all the same.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+_CAST, _TWO, _COUNTED = "cast does nothing", "two names, two sizes", "the lengths are compared before"
+_SIZES = 'zip(("context", "stride"), model.view_sizes(cast(View, view), likelihood)'
+EQUIVALENT = {
+    ("metrics", "chunk = max(2, 4_000_000 // n)"): "the draws are the same in chunks of any size",
+    ("metrics", "chunk = max(1, 4000001 // n)"): "the draws are the same in chunks of any size",
+    ("evaluation", f"{_SIZES}, strict=None)"): _TWO,
+    ("evaluation", f"{_SIZES}, strict=False)"): _TWO,
+    ("evaluation", f"{_SIZES}, )"): _TWO,
+    ("evaluation", f"{_SIZES}, strict=True)".replace("cast(View", "cast(None")): _CAST,
+    ("evaluation", "units.astype(None),"): "None is float64 to numpy",
+    ("evaluation", "for document in np.flatnonzero(~np.isfinite(nats))[:2]:"): "the first ends the loop",
+    ("regression", 'pairs = list(zip(before["hits"], after["hits"], strict=None))'): _COUNTED,
+    ("regression", 'pairs = list(zip(before["hits"], after["hits"], strict=False))'): _COUNTED,
+    ("regression", 'pairs = list(zip(before["hits"], after["hits"], ))'): _COUNTED,
+    ("regression", "return float(sum(math.comb(flips, k) for k in range(lost, flips + 2)) / 2**flips)"):
+        "of n things one can't take n + 1",
+}  # fmt: skip
 
 # For the copy's conftest.py: a mutant ends with the first test that sees it, so quick ones go first.
 QUICK_FIRST = """
