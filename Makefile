@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
 
-.PHONY: help setup repro run gate ci push pull test test-faults test-ray test-server coverage check hooks docs table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,11 +36,14 @@ $(STAMP): requirements.lock pyproject.toml
 	  || { echo "compactgpt needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "setting up $(VENV) ..."
 	@test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
-	@{ $(VENV)/bin/python -m pip install -q uv==0.13.9 \
+	@{ awk '/^[^ ]/ { on = /^uv==/ } on' requirements.lock \
+	     | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python -r requirements.lock \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -e . ; } \
 	  || { echo "uv did not manage it; plain pip takes over (slower) ..."; \
-	       $(VENV)/bin/python -m pip install -q -r requirements.lock; \
+	       $(VENV)/bin/python -m pip install -q "$$(grep ^torch== requirements.lock)"; \
+	       awk '/^[^ ]/ { on = !/^torch==/ } on' requirements.lock \
+	         | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin; \
 	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; }
 	@touch $@
 
@@ -65,6 +68,10 @@ test-faults: $(STAMP) ## kill and interrupt real trainings at random, and one at
 	@TEST_FAULTS=1 EVERY_WRITE=1 python -m pytest tests/test_faults.py tests/test_kills.py tests/test_launching.py
 	@BAD_INPUTS=300 python -m pytest tests/test_bad_input.py
 
+test-mutants: $(STAMP) ## change the rooms that measure in 1,800 small ways: do the tests see it? (half an hour; ROOMS=metrics)
+	@test -d .state/mutmut || uv pip install -q --python $(VENV)/bin/python --target .state/mutmut -c requirements.lock mutmut==3.8.1
+	@PYTHONPATH=$(CURDIR)/.state/mutmut python bench/mutants.py $(ROOMS)
+
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py
 
@@ -78,6 +85,11 @@ check: $(STAMP) ## lint, format and type checks
 	@mypy
 	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@zizmor -q --offline --no-progress .github
+
+audit: $(STAMP) ## look every pinned package up among known vulnerabilities (asks pypi.org; one that it can't look up fails)
+	@test -d .state/audit || uv pip install -q --python $(VENV)/bin/python --target .state/audit -c requirements.lock pip-audit==2.10.1
+	@awk '/^[^ ]/ { sub(/ \\$$/, ""); print }' requirements.lock > .state/audit/audited   # pip-audit wants all hashes or none
+	@PYTHONPATH=$(CURDIR)/.state/audit python -m pip_audit --strict -r .state/audit/audited --no-deps --disable-pip --progress-spinner off
 
 hooks: $(STAMP) ## lint, format and types before each commit of yours (pre-commit)
 	@uv pip install -q --python $(VENV)/bin/python -c requirements.lock pre-commit==4.7.0
@@ -121,10 +133,13 @@ ui: $(STAMP) ## open the MLflow UI on this machine only
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
 	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"
 
-lock: $(STAMP) ## compile requirements.in to requirements.lock
-	@# torch's CUDA libraries come with torch itself where it is a CUDA build
-	@uv pip compile -q --universal --python-version 3.11 requirements.in --no-header --no-emit-index-url \
-	  --no-emit-find-links --no-annotate | grep -v -E '^(nvidia-|cuda-|triton)' > requirements.lock
+lock: $(STAMP) ## compile requirements.in to requirements.lock, with the hash of every file but torch's
+	@# torch is built in several ways under one version, and brings the CUDA libraries of its build with it
+	@mkdir -p .state
+	@UV_FIND_LINKS= uv pip compile -q --universal --python-version 3.11 requirements.in --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links --no-annotate \
+	  | awk '/^[^ ]/ { keep = !/^(nvidia-|cuda-|triton|torch==)/ } /^torch==/ { sub(/ \\$$/, ""); print } keep' > .state/lock
+	@mv .state/lock requirements.lock
 
 clean: ## delete what the pipeline made here, but not .venv, the DVC cache and the MLflow runs
 	@rm -rf data models .state

@@ -1,12 +1,14 @@
 """Verdicts follow from numbers by the interval rule; what a human read is marked as such."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from compactgpt import experiments
-from compactgpt.claims import Claim, Claims, Evidence, Published, judge, relate
+from compactgpt.claims import Claim, Claims, Decision, Evidence, Judgement, Published, judge, relate
 from compactgpt.config import load_section
 from compactgpt.errors import BadConfig, MissingInput
 
@@ -39,9 +41,11 @@ def verdict_of(one: Claim, *evidence: Evidence) -> str:
         (value(100, 70, 110), "inconclusive"),
         (value(100, 70, 130), "inconclusive"),
         (value(70, 60, 80), "inconclusive"),  # touching from outside shares a point
+        (value(125, 120, 130), "inconclusive"),
         (value(100, exact=True), "confirmed"),
         (value(79, exact=True), "contradicted"),
         (value(100, known="published"), "supported"),
+        (value(100, known="computed"), "supported"),
         (value(100, known="reported"), "not yet measured"),
         (value(100, known="estimated"), "not yet measured"),
         (value(100, name="b"), "not yet measured"),
@@ -75,8 +79,8 @@ def test_readings_that_disagree_mislead():
 
 
 def test_the_numbers_that_decided_are_kept():
-    found = judge([claim()], {"a": value(100, 90, 110)})[0].decisions
-    assert [(d.source, d.low, d.high, d.relation) for d in found] == [("a", 90, 110, "inside")]
+    found = judge([claim()], {"a": value(100, 90, 110)})[0]
+    assert found == Judgement("A", "supported", False, "", (Decision("a", 90, 110, "inside"),))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +96,10 @@ def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
     claims = [claim(*perplexity), claim(*loss, name="B")]
     both = claim(None, None, "C", by="agreement", through="logarithm", of=("A", "B"))
     judged = judge([*claims, both], {})[2]
-    assert judged.verdict == verdict
+    (decision,) = judged.decisions
+    assert (judged.verdict, judged.by_hand, judged.reason) == (verdict, False, "")
     low, high = math.log(perplexity[0]), math.log(perplexity[1])
-    assert (judged.decisions[0].low, judged.decisions[0].high) == (low, high)
+    assert (decision.source, decision.low, decision.high) == ("A and B", low, high)
 
 
 def test_a_ratio_must_agree_with_its_two_perplexities():
@@ -109,8 +114,24 @@ def test_a_ratio_must_agree_with_its_two_perplexities():
 
 def test_a_reading_by_hand_says_so():
     judged = judge([claim(by="hand", verdict="unverifiable", reason="because")], {"a": value(100)})[0]
-    assert (judged.verdict, judged.by_hand, judged.reason) == ("unverifiable", True, "because")
+    assert judged == Judgement("A", "unverifiable", True, "because", ())
     assert not judge([claim()], {"a": value(100)})[0].by_hand
+
+
+def test_an_agreement_needs_bounds_above_zero():
+    """A ratio divides by them, and a logarithm takes them: 0 has none, 0.5 has."""
+    for low, good in ((0.5, True), (0.0, False)):
+        judged = {"by": "agreement", "through": "logarithm", "of": ("A", "B")}
+        claims = (claim(low, 2.0), claim(0.1, 1.0, "B"), claim(None, None, "C", **judged))
+        with nullcontext() if good else pytest.raises(ValidationError, match=r"C: agreement of \['A'\]"):
+            Claims(claims=claims, table=())
+
+
+def test_a_claim_that_evidence_judges_has_bounds():
+    with pytest.raises(
+        ValidationError, match="Value error, a claim judged by evidence needs low, high or both"
+    ):
+        claim(None, None)
 
 
 def test_relations_are_exclusive():

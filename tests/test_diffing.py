@@ -44,7 +44,7 @@ def root(tmp_path):
 def test_two_revisions_are_explained_by_what_is_other(root):
     (root / "src").mkdir()
     (root / "src/new.py").write_text("x = 1\n")
-    (root / "requirements.lock").write_text("numpy==1.1\ntorch==2.0\n")
+    (root / "requirements.lock").write_text("numpy==1.1 \\\n    --hash=sha256:0a\ntorch==2.0\n")
     better = NATS * [0.9, 0.88, 0.91, 0.9]
     make(root, better, steps=2)
     found = diffing.of("HEAD~1", "HEAD", root)

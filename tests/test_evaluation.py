@@ -2,24 +2,28 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compactgpt import evaluation
 from compactgpt.checkpoint import save_model
 from compactgpt.compact import compact
-from compactgpt.data import Window
+from compactgpt.data import Window, open_tokens, write_tokens
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.evaluation import Nats, Totals, evaluate, target_nats
+from compactgpt.evaluation import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.metrics import ratio_bootstrap
 from compactgpt.storage import read_json, sha256_file
 from tests.tiny import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
@@ -77,6 +81,7 @@ def test_nats_equal_a_plain_computation_from_all_logits(encoding, split, model):
     found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.nats, plain_nats(model, split, 8), rtol=1e-6)
     assert found.tokens.tolist() == found.own_tokens.tolist()
+    assert found.tokens.dtype == found.own_tokens.dtype == np.int64
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
@@ -129,9 +134,26 @@ def test_the_strided_view_equals_one_window_for_each_token(encoding, split, mode
     assert found.views["strided"][3] != pytest.approx(found.views["own"][3], rel=1e-4)
 
 
+@pytest.mark.parametrize(("own_context", "context"), [(5, 5), (16, 16), (64, 16)])
+def test_the_own_view_has_the_models_context_or_the_one_that_is_asked_for(
+    encoding, split, model, own_context, context
+):
+    likelihood = LIKELIHOOD.model_copy(update={"own_context": own_context})
+    found = evaluate(compact(model, 3), split, encoding, likelihood, views=["own", "strided"])
+    np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
+    report = evaluation.summarize("m", compact(model, 3), found, split, likelihood)
+    assert list(report["views"]) == ["own", "strided"]
+    sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
+    assert sizes == {"own": (context, context), "strided": (context, max(1, round(context / 4)))}
+    for name, view in report["views"].items():
+        assert view["loss"]["value"] == pytest.approx(found.views[name].sum() / found.tokens.sum())
+    assert report["window"] == 8
+
+
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
     found = evaluate(compact(model, 3), split, encoding, LIKELIHOOD)
     np.testing.assert_allclose(found.positions.nats.sum(1), found.nats)
+    assert found.positions.nats.shape == (5, 5)  # a context of 16: 1, 2, 3 to 4, 5 to 8, 9 to 16
     rows = summary(compact(model, 3), split, encoding)["by_position"]
     assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]
     windows = list(target_nats(compact(model, 1), evaluation.evaluation_windows(split, 8)))
@@ -139,6 +161,38 @@ def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, mo
         values = np.concatenate([nats[row["first"] - 1 : row["last"]] for _, nats in windows])
         assert row["tokens"] == len(values)
         assert row["loss"]["value"] == pytest.approx(values.mean(), rel=1e-6)
+
+
+def test_places_that_no_window_reaches_have_no_row():
+    tokens = np.array([[1, 0, 2, 0], [1, 0, 0, 0]])
+    nats = np.array([[3.0, 0.0, 8.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
+    first, third = evaluation.by_position(Positions(nats, tokens), LIKELIHOOD)
+    assert (first["first"], first["last"], first["tokens"], first["loss"]["value"]) == (1, 1, 2, 4.0)
+    assert third == {
+        "first": 3, "last": 4, "tokens": 2, "loss": {"value": 4.0, "low": 4.0, "high": 4.0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (1023, 10), (1024, 11)]
+)
+def test_a_places_bucket_is_the_next_power_of_two(place, bucket):
+    assert evaluation.position_buckets(place, place + 1).tolist() == [bucket]
+    assert evaluation.position_buckets(0, place + 1).tolist()[-1] == bucket
+
+
+def test_the_headline_is_a_few_figures_of_the_report():
+    figure = {"value": 2.0, "low": 1.5, "high": 2.5}
+    report = {
+        "loss": figure, "perplexity": {"value": 7.4}, "bits_per_byte": {"value": 0.8}, "window": 8,
+        "tasks": {"cloze": {"accuracy": {"value": 0.25, "low": 0.1}, "items": 8}},
+        "text": {"statistics": {"greedy": {"seq_rep_4": {"value": 0.5}, "x": 1}, "human": {}}},
+    }  # fmt: skip
+    plain = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 0.8, "loss_low": 1.5, "loss_high": 2.5}
+    assert evaluation.headline(report) == {**plain, "cloze_accuracy": 0.25, "repetition": 0.5}
+    for tasks, statistics in (({}, {}), ({"cloze": {}}, {"greedy": {}})):
+        few = {**report, "tasks": tasks, "text": {"statistics": statistics}}
+        assert evaluation.headline(few) == plain
 
 
 def test_words_are_what_white_space_parts(encoding, split, model):
@@ -186,6 +240,55 @@ def test_results_do_not_depend_on_how_many_tokens_the_trunk_takes_at_once(
     )
 
 
+@pytest.mark.parametrize(("tokens_at_once", "least"), [(1, 1), (24, 3), (10_000, 4)])
+def test_long_windows_go_first_and_few_enough_together(split, model, monkeypatch, tokens_at_once, least):
+    """At most four windows, and tokens_at_once tokens: the longest window has 8."""
+    neural, seen = compact(model, 4), []
+
+    def hidden(tokens):
+        seen.append(tuple(tokens.shape))
+        return model.hidden(tokens)
+
+    monkeypatch.setattr(evaluation, "CPU_TOKENS", tokens_at_once)
+    windows = list(evaluation.evaluation_windows(split, 8))
+    found = list(target_nats(replace(neural, hidden=hidden), iter(windows)))
+    lengths = [len(window.tokens) for window, _ in found]
+    assert lengths == sorted((len(window.tokens) for window in windows), reverse=True)
+    assert seen[0] == (least, 8)
+    assert all(rows == 1 or rows * length <= tokens_at_once for rows, length in seen)
+    assert sum(rows for rows, _ in seen) == len(windows)
+
+
+def test_windows_are_drawn_as_they_are_needed(split, model, monkeypatch):
+    """Of a corpus larger than memory no more than SORTED_WINDOWS are held."""
+    monkeypatch.setattr(evaluation, "SORTED_WINDOWS", 4)
+    windows, drawn = list(evaluation.evaluation_windows(split, 8)), []
+
+    def given():
+        for window in windows:
+            drawn.append(window)
+            yield window
+
+    scored = target_nats(compact(model, 2), given())
+    for count in range(len(windows)):
+        next(scored)
+        assert len(drawn) == min(len(windows), 4 * (count // 4 + 1))
+
+
+def test_who_waits_is_told_how_many_windows_are_done(split, model):
+    told = []
+    compact(model, 3).score(split, 8, lambda done, total, figures=None: told.append((done, total, figures)))
+    count = len(list(evaluation.evaluation_windows(split, 8)))
+    assert [(done, total) for done, total, _ in told] == [(done, count) for done in range(3, count, 3)] + [
+        (count, count)
+    ]
+    for _, _, figures in told[:-1]:
+        ((name, value),) = figures.items()
+        assert name == "tokens/s"
+        assert float(value.replace(",", "")) > 0
+    assert told[-1][2] is None
+
+
 def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, model, monkeypatch):
     neural, seen = compact(model, 9), []
 
@@ -231,21 +334,56 @@ def test_a_target_is_scored_without_seeing_itself_or_what_follows(model):
 
 
 def test_a_window_beyond_the_models_context_is_refused(encoding, split, model):
-    with pytest.raises(BadConfig, match=r"17 tokens does not fit the model's context of 16"):
+    told = "a window of 17 tokens does not fit the model's context of 16: lower evaluation.likelihood.window"
+    with pytest.raises(BadConfig, match=f"^{told}$"):
         evaluate(compact(model, 4), split, encoding, LIKELIHOOD.model_copy(update={"window": 17}))
 
 
-def test_a_model_that_gives_nan_is_named_with_its_document(encoding, split, model):
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_document_without_finite_nats_is_named(encoding, split, bad):
+    class Broken:
+        facts = MappingProxyType({"kind": "broken"})
+
+        def score(self, split, window, progress):
+            return Nats(np.array([1.0, 2.0, bad, math.nan, 3.0]), None)
+
+    told = (
+        f"document {split.document_ids[2]} of {split.path} got {bad} nats: the model's weights or arithmetic "
+        "are broken; train again or check the weights' source"
+    )
+    with pytest.raises(NotFinite, match=f"^{re.escape(told)}$"):
+        evaluate(Broken(), split, encoding, LIKELIHOOD)
+
+
+def test_a_view_that_gives_nan_is_named(encoding, split, model):
+    """The last place of the context is never reached by windows of 8, but by the strided view's."""
     with torch.no_grad():
-        model.wte.weight[split.document(2)[0]] = math.nan
+        model.wpe.weight[15] = math.nan
+    assert np.isfinite(evaluate(compact(model, 4), split, encoding, LIKELIHOOD).nats).all()
     with pytest.raises(NotFinite, match="got nan nats"):
-        evaluate(compact(model, 4), split, encoding, LIKELIHOOD)
+        evaluate(compact(model, 4), split, encoding, LIKELIHOOD, views=["strided"])
 
 
 def test_a_split_without_tokens_is_refused(tmp_path, encoding, model):
     empty = save_split(tmp_path / "empty.tokens", encoding, texts=["", ""])
-    with pytest.raises(BadData, match="no token to score"):
+    told = f"{empty.path} has no token to score: add text, or raise tokenization.val_fraction"
+    with pytest.raises(BadData, match=f"^{re.escape(told)}$"):
         evaluate(compact(model, 4), empty, encoding, LIKELIHOOD)
+    one = save_split(tmp_path / "one.tokens", encoding, texts=["", "a"])
+    assert evaluate(compact(model, 4), one, encoding, LIKELIHOOD).tokens.tolist() == [0, 1]
+
+
+def test_a_split_of_another_tokenizer_is_refused(tmp_path, encoding, model):
+    """A document whose ids spell 3 bytes where 4 were tokenized."""
+    documents = [(bytes(16), 4, np.array(encoding.encode_ordinary("the"), np.int64))]
+    about = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "tokenizer_sha256": "0" * 64}
+    write_tokens(tmp_path / "x.tokens", iter(documents), **about)
+    told = (
+        f"document {'0' * 32} of {tmp_path / 'x.tokens'} has 3 bytes where 4 were tokenized: "
+        "run `dvc repro -f download tokenization`"
+    )
+    with pytest.raises(BadData, match=f"^{re.escape(told)}$"):
+        evaluate(compact(model, 4), open_tokens(tmp_path / "x.tokens"), encoding, LIKELIHOOD)
 
 
 def summary(model, split, encoding):
@@ -273,6 +411,8 @@ def test_the_report_divides_sums_worked_by_hand(split):
     assert report["perplexity"]["value"] == pytest.approx(math.exp(2.5))
     assert report["bits_per_byte"]["value"] == pytest.approx(30 / 40 / math.log(2))
     assert (report["own_tokens"], report["loss_per_own_token"]) == (10, pytest.approx(3.0))
+    assert report["word_perplexity"] is None  # nobody counted words
+    assert (report["window"], "views" in report, "by_position" in report) == (8, False, False)
     expected = ratio_bootstrap(NATS[:2], np.array([10.0, 30.0]), resamples=50, seed=1)
     assert report["bits_per_byte"]["low"] == pytest.approx(expected.low / math.log(2))
     assert report["perplexity"]["high"] == pytest.approx(math.exp(report["loss"]["high"]))
@@ -310,9 +450,71 @@ def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, counts):
     assert {name: nats.tolist() for name, nats in found.views.items()} == {"strided": [1.0, 0.25]}
 
 
+GOOD = {
+    "id": ["aa", "bb"], "bytes": [10, 30], "tokens": [4, 8], "own_tokens": [4, 6], "words": [2, 5],
+    "nats": [1.25, 0.5], "nats_strided": [1.0, 0.25],
+}  # fmt: skip
+
+
+def test_sums_are_compressed_columns_of_plain_types(tmp_path):
+    views = {"strided": np.array([1.0, 0.25])}
+    counts = {name: np.array(GOOD[name]) for name in ("bytes", "tokens", "own_tokens", "words")}
+    totals = Totals(GOOD["id"], **counts, nats=np.array(GOOD["nats"]), views=views)
+    evaluation.write_totals(tmp_path / "x.parquet", totals)
+    file = parquet.ParquetFile(tmp_path / "x.parquet")
+    assert file.read().to_pydict() == GOOD
+    types = {field.name: str(field.type) for field in file.schema_arrow}
+    kinds = {"id": "string", "nats": "double", "nats_strided": "double"}
+    assert types == {name: kinds.get(name, "int64") for name in GOOD}
+    row = file.metadata.row_group(0)
+    assert {row.column(place).compression for place in range(len(GOOD))} == {"ZSTD"}
+
+
+def test_sums_of_before_had_no_words(tmp_path):
+    columns = {name: values for name, values in GOOD.items() if name != "words"}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    found = evaluation.read_totals(tmp_path / "x.parquet")
+    assert found.words is None
+    assert found.own_tokens.tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: [1.0, 2.0]} for name in ("bytes", "tokens", "own_tokens", "words")),
+        *({name: [1, -1]} for name in ("bytes", "tokens", "own_tokens", "words")),
+        *({name: [1, 2]} for name in ("nats", "nats_strided", "id")),
+        *({name: [1.0, bad]} for name in ("nats", "nats_strided") for bad in (math.nan, math.inf)),
+        *({name: [None, 1]} for name in ("bytes", "tokens", "nats", "nats_strided")),
+        {"id": ["aa", None]},
+        *({name: None} for name in ("id", "bytes", "tokens", "own_tokens", "nats")),
+    ],
+    ids=str,
+)
+def test_sums_of_other_types_and_signs_are_refused(tmp_path, change):
+    table = {name: change.get(name, values) for name, values in GOOD.items()}
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({n: values for n, values in table.items() if values is not None}), path)
+    with pytest.raises(BadData, match=f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"):
+        evaluation.read_totals(path)
+
+
+def test_no_documents_and_zeros_are_sums_too(tmp_path):
+    for rows in (0, 1):
+        columns = {
+            name: values[:rows] for name, values in {**GOOD, "tokens": [0, 0], "nats": [0.0, 0.0]}.items()
+        }
+        schema = [(n, "string" if n == "id" else "double" if n.startswith("nats") else "int64") for n in GOOD]
+        parquet.write_table(pyarrow.table(columns, pyarrow.schema(schema)), tmp_path / "x.parquet")
+        assert evaluation.read_totals(tmp_path / "x.parquet").tokens.tolist() == [0] * rows
+
+
 def test_missing_and_damaged_sums_are_named(tmp_path):
-    with pytest.raises(MissingInput, match=r"nothing\.parquet is missing"):
-        evaluation.read_totals(tmp_path / "nothing.parquet")
+    path = tmp_path / "nothing.parquet"
+    with pytest.raises(
+        MissingInput, match=f"^{re.escape(str(path))} is missing: run `dvc repro` to make it$"
+    ):
+        evaluation.read_totals(path)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"bad\.parquet is damaged"):
         evaluation.read_totals(tmp_path / "bad.parquet")

@@ -88,6 +88,17 @@ def test_the_paired_ratio_sees_what_two_separate_intervals_hide():
     assert one.low < two.high
 
 
+def test_the_paired_interval_is_that_of_the_ratios_of_every_resample():
+    """Plainly: the same documents for both, a perplexity of each, their ratio, its quartiles."""
+    tokens = np.array([20.0, 300.0, 110.0, 40.0, 75.0])
+    nats, other = tokens * [3.0, 2.5, 3.5, 2.9, 3.3], tokens * [2.8, 2.6, 3.0, 3.1, 3.2]
+    drawn = np.random.Generator(np.random.PCG64(9)).integers(0, 5, (400, 5))
+    first, second = (np.exp(each[drawn].sum(1) / tokens[drawn].sum(1)) for each in (nats, other))
+    found = perplexity_ratio(nats, other, tokens, resamples=400, seed=9, confidence=0.5)
+    expected = np.quantile(np.log(first / second), [0.25, 0.75])
+    assert (found.low, found.high) == pytest.approx(tuple(np.exp(expected)), rel=1e-12)
+
+
 def test_a_model_against_itself_is_exactly_one():
     nats, tokens = np.array([3.0, 8.0]), np.array([1.0, 2.0])
     assert perplexity_ratio(nats, nats, tokens, resamples=20, seed=0) == Interval(1.0, 1.0, 1.0)

@@ -7,7 +7,9 @@ import logging
 import pickle
 import pickletools
 import re
+import shutil
 import stat
+import subprocess
 import sys
 import zipfile
 from fnmatch import fnmatch
@@ -24,7 +26,7 @@ from compactgpt.config import load_params
 from compactgpt.errors import BadData, MissingInput, UserError
 from compactgpt.export import save_hf
 from compactgpt.optim import Optimizers
-from compactgpt.storage import write_json
+from compactgpt.storage import sha256_file, write_json
 from compactgpt.syncing import Discreet, Syncer
 from stages import door
 from tests.store import git, runs
@@ -181,8 +183,56 @@ def test_what_comes_from_elsewhere_is_pinned():
             assert re.fullmatch("[0-9a-f]{64}", spec["sha256"])
             assert "==" in spec["wheel"]
     assert {"hub", "gguf"} <= {spec["kind"] for spec in specs}
-    lock = (ROOT / "requirements.lock").read_text().splitlines()
-    assert all("==" in line for line in lock if line.strip() and not line.startswith("#"))
+    for place in ("Makefile", *(path.relative_to(ROOT) for path in (ROOT / ".github/workflows").iterdir())):
+        for word in re.findall(r"pip install [^|&;]*", (ROOT / place).read_text()):
+            assert re.search(r"==|requirements\.lock|/dev/stdin| -e \.|\$\(", word), f"{place}: {word}"
+
+
+def test_every_package_but_torch_has_hashes():
+    """torch is built in several ways under one version, one of them for the machine at hand."""
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text().strip())
+    assert len(entries) > 200
+    for entry in entries:
+        first, *hashes = entry.replace("\\\n", "\n").split("\n")
+        assert re.match(r"[a-z0-9-]+==[\w.+]+( ;|\s*$)", first), first
+        assert bool(hashes) != first.startswith("torch=="), first
+        assert all(re.fullmatch(r"\s+--hash=sha256:[0-9a-f]{64}\s*", line) for line in hashes), first
+    assert "verify-hashes" not in (ROOT / "Makefile").read_text()
+
+
+def make_wheel(folder, name, code):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        wheel.writestr(
+            f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{name}-1.dist-info/RECORD", f"{name}.py,,\n")
+    return path
+
+
+def test_a_package_that_is_not_the_one_of_the_lock_is_not_installed(tmp_path):
+    """By uv, as `make setup` calls it: some have hashes, torch has none."""
+    links, lock, site = tmp_path / "links", tmp_path / "requirements.lock", tmp_path / "site"
+    wheel, _ = make_wheel(links, "good", "x = 1"), make_wheel(links, "torch", "x = 1")
+    lock.write_text(f"good==1 \\\n    --hash=sha256:{sha256_file(wheel)}\ntorch==1\n")
+    words = ["--no-index", "--find-links", str(links), "--target", str(site), "-r", str(lock), "--no-cache"]
+
+    def install():
+        command = [sys.executable, "-m", "uv", "pip", "install", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = install()
+    assert done.returncode == 0, done.stderr
+    assert {path.read_text() for path in site.glob("*.py")} == {"x = 1"}
+    shutil.rmtree(site)
+    make_wheel(links, "good", "x = 2")
+    done = install()
+    assert done.returncode == 1
+    assert "Hash mismatch for `good==1`" in done.stderr
+    assert not (site / "good.py").exists()
 
 
 # --- servers, processes, files

@@ -499,7 +499,7 @@ def read_totals(path: Path) -> Totals:
         _check_columns(totals)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadData(f"{path} is damaged: delete it and run `dvc repro`") from error
     return totals
 

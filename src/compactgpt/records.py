@@ -126,12 +126,12 @@ def _of_workspace(root: Path) -> Record:
 
 
 def versions(lines: str) -> dict[str, str]:
-    """Versions by name, of lines such as `name==version` or `name==version ; marker` that hold here."""
+    """Versions by name, of lines `name==version` or `name==version ; marker` that hold here; hashes aside."""
     from packaging.markers import Marker
 
     found = {}
     for line in lines.splitlines():
-        pinned, _, marker = line.partition(";")
+        pinned, _, marker = line.rstrip(" \\").partition(";")
         name, equals, version = pinned.strip().partition("==")
         if equals and (not marker or Marker(marker).evaluate()):
             found[re.sub(r"[-_.]+", "-", name).lower()] = version
