@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,59 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
         port = free.getsockname()[1]
     processes = [start(_placed, rank, size, port, function, *args) for rank in range(size)]
     return [wait(process) for process in processes]
+
+
+class Zygote:
+    """A process that calls `prepare` once, most often for its imports, and then forks as often as it is asked."""
+
+    def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
+        self._end, theirs = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_fork_on_demand, args=(theirs, prepare, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._answer(seconds)
+
+    def _answer(self, seconds: float) -> Any:
+        assert self._end.poll(seconds), "it hangs"
+        return self._end.recv()
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
+        """Run `function(*args)` in a fork; its exit code, or minus the signal that ended it."""
+        self._end.send((function, args))
+        return self._answer(seconds)
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.join()
+
+
+def _fork_on_demand(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    prepare(*args)
+    end.send(None)
+    while True:
+        function, args = end.recv()
+        child = os.fork()
+        if not child:
+            os._exit(_exit_code_of(function, args))
+        end.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code: Any = 0
+    try:
+        function(*args)
+    except SystemExit as leave:
+        code = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadData, DiskFull, MissingInput, OutOfMemory, UserError
+from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, OutOfMemory, UserError
 from compactgpt.launching import final_exit_code, own_place, under_torchrun
 
 
@@ -57,10 +57,14 @@ def told_clearly() -> Iterator[None]:
         if under_torchrun():  # it ends who is left: already on the way
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(final_exit_code(error, error.exit_code)) from error
-    except OSError as error:
+    except OSError as error:  # of what is not written through compactgpt.storage, such as journals
+        where = error.filename or Path.cwd()
+        if error.errno == errno.EIO:
+            say(f"the disk failed ({where}): see to it, then run again")
+            raise SystemExit(DiskFailed.exit_code) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        say(f"no room left on the disk ({error.filename or Path.cwd()}): free some space and run again")
+        say(f"no room left on the disk ({where}): free some space and run again")
         raise SystemExit(DiskFull.exit_code) from error
     except ModuleNotFoundError as error:
         if not (extra := extra_with(error.name or "")):
