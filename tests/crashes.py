@@ -106,8 +106,10 @@ class Disk:
         elif name in ("create", "write", "truncate"):
             content = b"" if name == "create" else self.now[inode]
             place = operation.place if name != "create" else 0
-            content = content[:place].ljust(place, b"\0") + operation.content + (
-                content[place + len(operation.content) :] if name == "write" else b""
+            content = (
+                content[:place].ljust(place, b"\0")
+                + operation.content
+                + (content[place + len(operation.content) :] if name == "write" else b"")
             )
             self.now[inode] = content
 

@@ -4,12 +4,10 @@ Each protocol is run once, on real files, by the code that the stages use; tests
 a disk may then hold, and each is laid out in a folder and read. Once a writer has returned, only the new will do.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from compactgpt import checkpoint, corpus, storage, tracking
@@ -159,7 +157,9 @@ def read_downloaded(folder, passed):
 def save_states(root, done):
     """Three states of a run, of which two are kept; then the model, and the states go."""
     for step in (1, 2, 3):
-        with storage.atomic_folder(root / f"run/step-{step:08d}", {"run_key": "k", "step": step}) as temporary:
+        with storage.atomic_folder(
+            root / f"run/step-{step:08d}", {"run_key": "k", "step": step}
+        ) as temporary:
             checkpoint._write_tensors(temporary / "model.safetensors", {"a": read_states.tensor * step})
             storage.write_json(temporary / "progress.json", {"step": step})
         checkpoint.drop_old(root / "run")

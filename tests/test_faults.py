@@ -69,7 +69,9 @@ class Chain:
                 if generation:
                     self.ended[stage] = tree(place)
                     self.names[stage] = json.loads(self.said.with_suffix(".json").read_text())
-                    assert any(self.ended[stage].get(out) != self.begun[stage].get(out) for out in self.ended[stage])
+                    assert any(
+                        self.ended[stage].get(out) != self.begun[stage].get(out) for out in self.ended[stage]
+                    )
 
     def run(self, stage, place, at=-1, kind="kill"):
         return self.zygote.run(struck, stage, place, self.said, at, kind)

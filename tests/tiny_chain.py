@@ -22,7 +22,24 @@ STAGES = (
     "estimate", "download", "validation", "tokenization", "inspection", "training", "evaluation",
     *(f"baseline@{name}" for name in BASELINES), "comparison",
 )  # fmt: skip
-WORDS = "hello well then low held world whole wheel the other weather willow yellow we will go".split()
+WORDS = [
+    "hello",
+    "well",
+    "then",
+    "low",
+    "held",
+    "world",
+    "whole",
+    "wheel",
+    "the",
+    "other",
+    "weather",
+    "willow",
+    "yellow",
+    "we",
+    "will",
+    "go",
+]
 
 
 def make_place(place: Path) -> Path:
@@ -61,14 +78,23 @@ def params_tree(generation: int) -> dict:
         "vocab_bpe_sha256": hashlib.sha256(vocab_bpe).hexdigest(),
         "encoder_json_sha256": hashlib.sha256(encoder_json).hexdigest(),
     }
-    tree["validation"] |= {"min_documents": 10 + generation, "min_characters": 1, "min_total_megabytes": 0.001}
+    tree["validation"] |= {
+        "min_documents": 10 + generation,
+        "min_characters": 1,
+        "min_total_megabytes": 0.001,
+    }
     tree["tokenization"] |= {"val_fraction": 0.3}
     tree["inspection"] |= {"min_val_documents": 1, "max_val_deviation": 50.0, "max_listed": 5 + generation}
     tree["inspection"] |= {"max_leaked_share": 1.0, "max_repeated_share": 1.0}
     vocab = len(json.loads(encoder_json))
     tree["model"] |= {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
     tree["model"] |= {"vocab_size": vocab, "padded_vocab_size": vocab + 10}
-    tree["training"] |= {"max_steps": 3 + generation, "tokens_per_step": 32, "micro_batch_size": 2, "warmup_steps": 1}
+    tree["training"] |= {
+        "max_steps": 3 + generation,
+        "tokens_per_step": 32,
+        "micro_batch_size": 2,
+        "warmup_steps": 1,
+    }
     tree["training"] |= {"eval_interval": 2, "eval_windows": 2, "checkpoint_interval": 2, "seed": generation}
     evaluation = tree["evaluation"]
     evaluation["likelihood"] |= {"window": 16, "batch_size": 8, "own_context": 16, "bootstrap_resamples": 20}
