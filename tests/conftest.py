@@ -1,6 +1,9 @@
 import os
+from collections import Counter
 
 import pytest
+
+COUNTS = pytest.StashKey[Counter]()
 
 # Set before typer and rich are imported: their colours would split the words that tests look for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
@@ -15,6 +18,19 @@ def same_environment():
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def counted(request):
+    """Counts of faults that were tried and survived: told in one line when all tests have ended."""
+    return request.config.stash.setdefault(COUNTS, Counter())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counts = config.stash.get(COUNTS, {})
+    if counts:
+        told = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+        terminalreporter.write_line(f"tried, and survived: {told}")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """What a disk may hold after a power loss: every state that the operations of a protocol leave possible.
 
-The model is stricter than any file system that we know. A file's bytes are safe once the file was synced, its name
-once the folder was. Of what is not safe yet, names may be there or not, each by itself and so in any order, and
-bytes may be all there, not at all, in part, or as zeros. (After SQLite's and ALICE's tests of crashes.)
+The model is stricter than any file system that we know. A file's bytes are safe once the file was synced,
+its name once the folder was. Of what is not safe yet, names may be there or not, each by itself and so in any
+order, and bytes may be all there, not at all, in part, or as zeros. (After SQLite's and ALICE's tests.)
 """
 
 import random

@@ -160,25 +160,27 @@ class Watch:
 
 
 def _whole(path: Any, dir_fd: int | None) -> str:
-    base = os.getcwd() if dir_fd is None else _path_of(dir_fd)
-    return os.path.normpath(os.path.join(base, os.fspath(path)))
+    base = Path.cwd() if dir_fd is None else Path(_path_of(dir_fd))
+    return os.path.normpath(base / os.fspath(path))
 
 
 def _path_of(handle: int) -> str:
-    return os.readlink(f"/proc/self/fd/{handle}")
+    return str(Path(f"/proc/self/fd/{handle}").readlink())
 
 
 class Fault(Watch):
     """Lets the operation number `at`, counted from 0, be struck; -1 counts only.
 
-    The kinds: `kill` and `term` (SIGKILL, SIGTERM just before it), `short` (half of the bytes of a write,
-    then SIGKILL), `full` (ENOSPC, half of a write before it, and from then on whatever needs room) and `broken`
-    (EIO once).
+    The kinds: `kill` and `term` (the signals, just before it), `short` (half of the bytes of a write, then
+    SIGKILL), `full` (ENOSPC after half of a write, and for all that needs room from then on), `broken` (EIO),
+    `twin` (before it, `twin` is called).
     """
 
-    def __init__(self, root: Path, at: int = -1, kind: str = "kill") -> None:
+    def __init__(
+        self, root: Path, at: int = -1, kind: str = "kill", twin: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(root)
-        self.at, self.kind = at, kind
+        self.at, self.kind, self.twin = at, kind, twin
         self.names: list[str] = []
 
     def before(self, operation: Operation) -> None:
@@ -189,6 +191,8 @@ class Fault(Watch):
             if operation.half and self.kind == "short":
                 operation.half()
             os.kill(os.getpid(), signal.SIGKILL)
+        if now and self.kind == "twin" and self.twin:
+            self.twin()
         if now and self.kind == "term":
             os.kill(os.getpid(), signal.SIGTERM)
         full = self.kind == "full" and 0 <= self.at < len(self.names) and operation.name in NEEDS_ROOM

@@ -46,7 +46,7 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
 
 
 class Zygote:
-    """A process that calls `prepare` once, most often for its imports, and then forks as often as it is asked."""
+    """A process that calls `prepare` once, most often to import, and forks as often as it is asked."""
 
     def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
         self._end, theirs = multiprocessing.Pipe()
@@ -78,11 +78,12 @@ def _fork_on_demand(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]
         function, args = end.recv()
         child = os.fork()
         if not child:
-            os._exit(_exit_code_of(function, args))
+            os._exit(exit_code_of(function, args))
         end.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-def _exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+def exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Call a function as the only thing that a process does, and tell what the process should end with."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     code: Any = 0
     try:

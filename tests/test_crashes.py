@@ -1,7 +1,7 @@
 """A power loss at any moment: whatever the disk kept, a reader finds the old or the new, and never an error.
 
-Each protocol is run once, on real files, by the code that the stages use; tests/crashes.py tells the states that
-a disk may then hold, and each is laid out in a folder and read. Once a writer has returned, only the new will do.
+Each protocol is run once, on real files, by the code that the stages use; tests/crashes.py tells the states
+that a disk may then hold; each is laid out and read. Once a writer has returned, only the new will do.
 """
 
 import os
@@ -236,9 +236,8 @@ def prepare(place, name):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_whatever_a_power_loss_leaves_is_read_as_old_or_new(place, name, capsys):
+def test_whatever_a_power_loss_leaves_is_read_as_old_or_new(place, name, counted):
     prepare(place, name)
-    count = tried(place, *PROTOCOLS[name])
-    with capsys.disabled():
-        print(f"\n{name}: {count} states of the disk", end=" ")
-    assert count > 10
+    states = tried(place, *PROTOCOLS[name])
+    counted["states of the disk after a power loss"] += states
+    assert states > 10

@@ -92,7 +92,7 @@ def test_what_a_kill_left_half_written_is_cut_off(tmp_path, expected, stop):
     assert published(tmp_path / "out") == expected
 
 
-def test_a_line_that_lacks_its_end_alone_is_torn_too_and_what_is_kept_is_kept_again(tmp_path, expected):
+def test_a_line_that_lacks_its_end_alone_is_torn_and_what_is_kept_is_kept_again(tmp_path, expected):
     state = tmp_path / "state"
     run(state, tmp_path / "out", stop_after=4)
     (state / JOURNAL).write_bytes((state / JOURNAL).read_bytes()[:-1])

@@ -1,8 +1,8 @@
 """Durability code without one of its lines: for each such mutant one of the tests above it turns red.
 
-A mutant is applied in a fork, to the code objects of the module that is imported, so that every importer runs it; then
-the named check runs there. The same check passes on the code as it is: the tests that own it, and the last test
-here, say so. `make test` tries some, `make test-faults` all.
+A mutant is applied in a fork, to the code objects of the imported module, so that every importer runs it;
+then the named check runs there. It passes on the code as it is, as the last test here says. `make test` tries
+some, `make test-faults` all.
 """
 
 import importlib
@@ -110,9 +110,7 @@ def ledger_kill(place, stop):
 def ledger_torn(place, _):
     test_ledger.run(place / "plain", place / "expected")
     expected = test_ledger.published(place / "expected")
-    test_ledger.test_a_line_that_lacks_its_end_alone_is_torn_too_and_what_is_kept_is_kept_again(
-        place, expected
-    )
+    test_ledger.test_a_line_that_lacks_its_end_alone_is_torn_and_what_is_kept_is_kept_again(place, expected)
 
 
 def ledger_damage(place, name):
@@ -225,20 +223,49 @@ def leftovers(place, _):
 
 S, L, C, T = (f"compactgpt.{name}" for name in ("storage", "ledger", "checkpoint", "tracking"))
 MUTANTS = [
-    Mutant(S, "                os.fsync(file.fileno())\n            os.replace", "            os.replace", "crashes:file"),
-    Mutant(S, "                file.flush()\n                os.fsync", "                os.fsync", "crashes:file"),
-    Mutant(S, "            os.replace(temporary, path)\n            fsync_folder(path.parent)",
-           "            os.replace(temporary, path)", "crashes:file"),
-    Mutant(S, "            os.replace(temporary, path)", "            shutil.copyfile(temporary, path)", "crashes:file"),
+    Mutant(
+        S,
+        "                os.fsync(file.fileno())\n            os.replace",
+        "            os.replace",
+        "crashes:file",
+    ),
+    Mutant(
+        S,
+        "                file.flush()\n                os.fsync",
+        "                os.fsync",
+        "crashes:file",
+    ),
+    Mutant(
+        S,
+        "            os.replace(temporary, path)\n            fsync_folder(path.parent)",
+        "            os.replace(temporary, path)",
+        "crashes:file",
+    ),
+    Mutant(
+        S,
+        "            os.replace(temporary, path)",
+        "            shutil.copyfile(temporary, path)",
+        "crashes:file",
+    ),
     Mutant(S, "        fsync_folder(made.parent)", "        pass", "crashes:file"),
     Mutant(S, "reversed(missing)", "missing[:1]", "crashes:file"),
-    Mutant(S, "                with open(path, \"rb\") as file:\n                    os.fsync(file.fileno())\n", "",
-           "crashes:folder"),
+    Mutant(
+        S,
+        '                with open(path, "rb") as file:\n                    os.fsync(file.fileno())\n',
+        "",
+        "crashes:folder",
+    ),
     Mutant(S, "                fsync_folder(inner)", "                pass", "crashes:folder"),
     Mutant(S, "    os.fsync(handle)", "    pass", "crashes:folder"),
-    Mutant(S, "    fsync_folder(folder.parent)\n    shutil.rmtree(old", "    shutil.rmtree(old", "crashes:folder"),
-    Mutant(S, "        os.rename(temporary, folder)\n", "        shutil.copytree(temporary, folder)\n",
-           "crashes:replaced folder"),
+    Mutant(
+        S, "    fsync_folder(folder.parent)\n    shutil.rmtree(old", "    shutil.rmtree(old", "crashes:folder"
+    ),
+    Mutant(
+        S,
+        "        os.rename(temporary, folder)\n",
+        "        shutil.copytree(temporary, folder)\n",
+        "crashes:replaced folder",
+    ),
     Mutant(S, "        os.rename(folder, old)", "        shutil.rmtree(folder)", "crashes:replaced folder"),
     Mutant(S, "        with suppress(OSError):\n            os.rename(old, folder)\n", "", "folder_stays:"),
     Mutant(S, "    if actual != sha256:", "    if False:", "altered_file:changed"),
@@ -248,36 +275,71 @@ MUTANTS = [
     Mutant(S, "        if error.errno == errno.EIO:", "        if False:", "refused:broken"),
     Mutant(S, "if error.errno not in _NO_ROOM", "if True", "refused:full"),
     Mutant(S, "            temporary.unlink(missing_ok=True)", "            pass", "refused:full"),
-    Mutant(S, "            shutil.rmtree(left, ignore_errors=True)", "            pass",
-           "storage_test:test_what_a_killed_process_left_is_swept_and_nothing_else"),
-    Mutant(S, "or _is_alive(int(match[1]))", "", "storage_test:test_what_a_killed_process_left_is_swept_and_nothing_else"),
+    Mutant(
+        S,
+        "            shutil.rmtree(left, ignore_errors=True)",
+        "            pass",
+        "storage_test:test_what_a_killed_process_left_is_swept_and_nothing_else",
+    ),
+    Mutant(
+        S,
+        "or _is_alive(int(match[1]))",
+        "",
+        "storage_test:test_what_a_killed_process_left_is_swept_and_nothing_else",
+    ),
     Mutant(L, "    file.truncate(size)\n", "", "ledger_kill:5"),
-    Mutant(L, " and line.endswith(b\"\\n\")", "", "ledger_torn:"),
-    Mutant(L, "        except (ValueError, KeyError, TypeError, OSError):\n            return state, lines, \"\"",
-           "        except KeyError:\n            return state, lines, \"\"", "ledger_kill:3"),
-    Mutant(L, "        if found != fields[\"sha256\"]:", "        if False:", "ledger_damage:train.tokens"),
+    Mutant(L, ' and line.endswith(b"\\n")', "", "ledger_torn:"),
+    Mutant(
+        L,
+        '        except (ValueError, KeyError, TypeError, OSError):\n            return state, lines, ""',
+        '        except KeyError:\n            return state, lines, ""',
+        "ledger_kill:3",
+    ),
+    Mutant(L, '        if found != fields["sha256"]:', "        if False:", "ledger_damage:train.tokens"),
     Mutant(L, "after.pieces == state.pieces + 1", "True", "ledger_lie:"),
     Mutant(L, "        file.writelines(lines)", "        pass", "ledger_torn:"),
-    Mutant("compactgpt.corpus", "        verify_file(path, note[\"sha256\"])", "        pass", "shard_damage:"),
-    Mutant(C, "        manifest = verified_manifest(state)", "        manifest = read_json(state / 'manifest.json')",
-           "state_damage:"),
-    Mutant(C, "manifest[\"run_key\"] == run_key", "True", "other_run:run"),
+    Mutant("compactgpt.corpus", '        verify_file(path, note["sha256"])', "        pass", "shard_damage:"),
+    Mutant(
+        C,
+        "        manifest = verified_manifest(state)",
+        "        manifest = read_json(state / 'manifest.json')",
+        "state_damage:",
+    ),
+    Mutant(C, 'manifest["run_key"] == run_key', "True", "other_run:run"),
     Mutant(C, "state.name == f\"step-{manifest['step']:08d}\"", "True", "other_run:step"),
     Mutant(C, "    return _states(folder)[::-1]", "    return _states(folder)", "leftovers:"),
     Mutant(C, "        shutil.rmtree(leftover)", "        pass", "leftovers:"),
     Mutant(C, "[:-KEPT_STATES]", "[:]", "leftovers:"),
-    Mutant(T, "line[os.write(self._file, line) :]", "line[os.write(self._file, line) + len(line) :]", "half_line:"),
-    Mutant(T, "b\"\\n\" + line if self._torn else line", "line", "torn_line:"),
-    Mutant(T, "        with suppress(ValueError):\n            lines.append", "        if True:\n            lines.append",
-           "torn_line:"),
+    Mutant(
+        T,
+        "line[os.write(self._file, line) :]",
+        "line[os.write(self._file, line) + len(line) :]",
+        "half_line:",
+    ),
+    Mutant(T, 'b"\\n" + line if self._torn else line', "line", "torn_line:"),
+    Mutant(
+        T,
+        "        with suppress(ValueError):\n            lines.append",
+        "        if True:\n            lines.append",
+        "torn_line:",
+    ),
     Mutant(T, "        os.fsync(self._file)\n", "", "crashes:journal"),
     Mutant(T, "        fsync_folder(self.folder)\n", "", "crashes:journal"),
-    Mutant(T, "raw[: raw.rfind(b\"\\n\") + 1]", "raw", "cut_line:"),
+    Mutant(T, 'raw[: raw.rfind(b"\\n") + 1]', "raw", "cut_line:"),
     Mutant("compactgpt.syncing", "return bool(journal_lines(file.readline()))", "return True", "lost_start:"),
-    Mutant("compactgpt.syncing", "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass",
-           "two_syncers:"),
-    Mutant("stages.door", "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "            pass", "two_at_once:"),
-]  # fmt: skip
+    Mutant(
+        "compactgpt.syncing",
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            pass",
+        "two_syncers:",
+    ),
+    Mutant(
+        "stages.door",
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            pass",
+        "two_at_once:",
+    ),
+]
 TRIED = MUTANTS if ALL else MUTANTS[::4]
 
 
@@ -330,7 +392,7 @@ def run_check(check, place, mutant=None):
     try:
         globals()[name](place, argument)
     except (Exception, pytest.fail.Exception) as error:
-        print(repr(error)[:300])
+        sys.stdout.write(repr(error)[:300])
         sys.exit(3)
 
 
@@ -358,9 +420,10 @@ def place():
 
 
 @pytest.mark.parametrize("mutant", TRIED, ids=str)
-def test_a_mutant_of_the_durability_code_turns_a_test_red(zygote, place, mutant):
+def test_a_mutant_of_the_durability_code_turns_a_test_red(zygote, place, mutant, counted):
     code = zygote.run(run_check, mutant.check, place, mutant)
     assert code == 3, f"{mutant} survives: exit code {code}\n" + place.with_suffix(".log").read_text()[-2000:]
+    counted["mutants of the durability code found"] += 1
 
 
 @pytest.mark.parametrize("check", sorted({mutant.check for mutant in TRIED}))

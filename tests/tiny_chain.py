@@ -1,7 +1,7 @@
 """The whole chain on a few dozen documents, run stage by stage in this process: for the tests of faults.
 
-A place is a repository folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage is its
-real door. The second generation stands where the first one's outputs lie, so that each is replaced.
+A place is a repository folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage is
+its real door. The second generation stands where the first one's outputs lie, so that each is replaced.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -22,7 +21,7 @@ STAGES = (
     "estimate", "download", "validation", "tokenization", "inspection", "training", "evaluation",
     *(f"baseline@{name}" for name in BASELINES), "comparison",
 )  # fmt: skip
-WORDS = [
+WORDS = (
     "hello",
     "well",
     "then",
@@ -31,15 +30,11 @@ WORDS = [
     "world",
     "whole",
     "wheel",
-    "the",
     "other",
     "weather",
     "willow",
     "yellow",
-    "we",
-    "will",
-    "go",
-]
+)
 
 
 def make_place(place: Path) -> Path:
@@ -153,5 +148,3 @@ def warm_up(place: Path, stages: tuple[str, ...] = STAGES) -> None:
         except SystemExit as leave:
             if leave.code:
                 raise RuntimeError(f"{stage} ends with {leave.code}") from leave
-    threads = len(os.listdir("/proc/self/task"))
-    print(threads, "threads", file=sys.stderr)
