@@ -1,10 +1,13 @@
 """Processes in milliseconds: forks of a server that has imported torch and the trainer once."""
 
+import faulthandler
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,21 +52,22 @@ class Zygote:
     """A process that calls `prepare` once, most often to import, and forks as often as it is asked."""
 
     def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
         self._end, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
         self._process = spawn.Process(target=_fork_on_demand, args=(theirs, prepare, args), daemon=True)
         self._process.start()
         theirs.close()
-        self._answer(seconds)
-
-    def _answer(self, seconds: float) -> Any:
-        assert self._end.poll(seconds), "it hangs"
-        return self._end.recv()
+        assert self._end.poll(seconds), "it does not begin"
+        self._end.recv()
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
         """Run `function(*args)` in a fork; its exit code, or minus the signal that ended it."""
-        self._end.send((function, args))
-        return self._answer(seconds)
+        self._end.send((function, args, seconds))
+        code: int | None = self._end.recv()
+        assert code is not None, "it hangs"
+        return code
 
     def close(self) -> None:
         """End it."""
@@ -73,13 +77,21 @@ class Zygote:
 
 def _fork_on_demand(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
     prepare(*args)
+    faulthandler.register(signal.SIGUSR1)  # a fork that hangs says where
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
     end.send(None)
     while True:
-        function, args = end.recv()
+        function, args, seconds = end.recv()
         child = os.fork()
         if not child:
             os._exit(exit_code_of(function, args))
-        end.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        hangs = not select.select([ended := os.pidfd_open(child)], [], [], seconds)[0]
+        for number in (signal.SIGUSR1, signal.SIGKILL) if hangs else ():
+            os.kill(child, number)
+            time.sleep(0.2)
+        os.close(ended)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        end.send(None if hangs else code)
 
 
 def exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:

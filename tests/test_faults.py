@@ -68,7 +68,7 @@ class Chain:
     def __init__(self, folder):
         self.folder, self.said = folder, folder / "said"
         self.begins, self.begun, self.ended, self.names = {}, {}, {}, {}
-        self.zygote = forks.Zygote(warm_up, folder / "warm", WALKED, seconds=300)
+        self.zygote = forks.Zygote(warm_up, WALKED, seconds=300)
         place = make_place(folder / "chain")
         for generation in range(2):
             write_inputs(place, generation)
