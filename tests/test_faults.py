@@ -43,7 +43,7 @@ def struck(stage, place, said, at, kind):
 
 
 def run_twin(stage, place, said):
-    """The same stage in another process, at the same time and in the same place: it is told, or it came first."""
+    """The same stage in another process, at the same time and place: it is told, or it came first."""
     if child := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         text = said.with_suffix(".twin").read_text()
