@@ -25,7 +25,7 @@ KINDS = ("kill", "term", "full", "broken", "twin", "short")
 QUICK = ("estimate", "download", "tokenization", "training", "evaluation", "baseline@unigram")
 WALKED = STAGES if ALL_STAGES else QUICK
 # Points of a stage, spread over its operations and kinds; FAULT_POINTS=0 tries each one there is.
-POINTS = int(os.environ.get("FAULT_POINTS", "6"))
+POINTS = int(os.environ.get("FAULT_POINTS", "4"))
 STOPPED = 143  # what a stage ends with at SIGTERM
 # What may differ between two runs: of the state, and Great Expectations' pages, which have their times.
 NOT_COMPARED = re.compile(r"\.state/(tracking|locks)/|data/data_docs/")
