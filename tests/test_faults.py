@@ -22,7 +22,7 @@ from tests.tiny_chain import STAGES, make_place, outs_of, run_quietly, warm_up, 
 ALL_STAGES = "FAULT_POINTS" in os.environ
 KINDS = ("kill", "term", "full", "broken", "twin", "short")
 # Great Expectations and matplotlib take ten seconds to be imported.
-QUICK = ("estimate", "download", "tokenization", "training", "evaluation", "baseline@unigram")
+QUICK = ("estimate", "download", "tokenization", "training", "baseline@unigram")
 WALKED = STAGES if ALL_STAGES else QUICK
 # Points of a stage, spread over its operations and kinds; FAULT_POINTS=0 tries each one there is.
 POINTS = int(os.environ.get("FAULT_POINTS", "4"))

@@ -103,7 +103,7 @@ class Repro:
 
     def said(self):
         """What it said until its end; nobody may be left who still writes."""
-        text, _ = self.dvc.communicate(timeout=120)
+        text, _ = self.dvc.communicate(timeout=900)
         _, alive = psutil.wait_procs(self.trainers(), timeout=60)
         assert not alive, "an orphan works on"
         return text
