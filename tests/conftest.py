@@ -1,6 +1,9 @@
 import os
+from collections import Counter
 
 import pytest
+
+COUNTS = pytest.StashKey[Counter]()
 
 # Set before typer and rich are imported: their colours would split the words that tests look for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
@@ -41,6 +44,19 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group_of(item.path.stem)))
     order = {group: place for place, group in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
+
+
+@pytest.fixture(scope="session")
+def counted(request):
+    """Counts of faults that were tried and survived: told in one line when all tests have ended."""
+    return request.config.stash.setdefault(COUNTS, Counter())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counts = config.stash.get(COUNTS, {})
+    if counts:
+        told = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+        terminalreporter.write_line(f"tried, and survived: {told}")
 
 
 @pytest.fixture(scope="session")

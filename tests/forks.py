@@ -1,8 +1,14 @@
 """Processes in milliseconds: forks of a server that has imported torch and the trainer once."""
 
+import faulthandler
 import multiprocessing
 import os
+import select
+import signal
 import socket
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +46,69 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
         port = free.getsockname()[1]
     processes = [start(_placed, rank, size, port, function, *args) for rank in range(size)]
     return [wait(process) for process in processes]
+
+
+class Zygote:
+    """A process that calls `prepare` once, most often to import, and forks as often as it is asked."""
+
+    def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+        self._end, theirs = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_fork_on_demand, args=(theirs, prepare, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._end.poll(seconds), "it does not begin"
+        self._end.recv()
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
+        """Run `function(*args)` in a fork; its exit code, or minus the signal that ended it."""
+        self._end.send((function, args, seconds))
+        code: int | None = self._end.recv()
+        assert code is not None, "it hangs"
+        return code
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.join()
+
+
+def _fork_on_demand(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    prepare(*args)
+    faulthandler.register(signal.SIGUSR1)  # a fork that hangs says where
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
+    end.send(None)
+    while True:
+        function, args, seconds = end.recv()
+        child = os.fork()
+        if not child:
+            os._exit(exit_code_of(function, args))
+        hangs = not select.select([ended := os.pidfd_open(child)], [], [], seconds)[0]
+        for number in (signal.SIGUSR1, signal.SIGKILL) if hangs else ():
+            os.kill(child, number)
+            time.sleep(0.2)
+        os.close(ended)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        end.send(None if hangs else code)
+
+
+def exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Call a function as the only thing that a process does, and tell what the process should end with."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code: Any = 0
+    try:
+        function(*args)
+    except SystemExit as leave:
+        code = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
 
 
 def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:

@@ -1,141 +1,180 @@
-"""Whatever interrupts a training run, at whichever of its writes: the next run ends with the same bytes."""
+"""Whatever interrupts a stage, at whichever of its writes: the next run ends with the same bytes.
 
-import errno
-import itertools
+Each test walks one stage, its real door on the tiny chain of tests/tiny_chain.py, operation by operation: a
+point is (stage, number of the operation, kind of fault). `make test` tries some of the points; EVERY_WRITE=1
+(`make test-faults`) walks them all, which takes minutes, and prints how many.
+"""
+
+import json
 import os
+import re
 import shutil
 import signal
-from contextlib import suppress
 from pathlib import Path
 
-import forks
 import pytest
-import torch
-from test_training import make_tokens, params_of
 
-from compactgpt import training
-from compactgpt.checkpoint import drop_states
-from compactgpt.errors import DiskFailed, DiskFull
+from compactgpt.errors import Busy, DiskFailed, DiskFull
+from tests import forks
+from tests.disk import Fault
+from tests.tiny_chain import STAGES, make_place, outs_of, run_quietly, warm_up, write_inputs
 
-# Everything in a run that changes the disk, but for writes into files that are still being made.
-WRITES = [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "mkdir"), (os, "unlink"), (os, "rmdir")]
-
-# One write in so many is tried; EVERY_WRITE=1 tries them all, which takes minutes (`make test-faults`).
-STRIDE = 1 if os.environ.get("EVERY_WRITE") else 7
-
-
-class Fault:
-    """Calls `strike` instead of the write number `at`, counted from 0; knows how many writes there were."""
-
-    def __init__(self, at, strike):
-        self.at, self.strike, self.writes, self.struck = at, strike, 0, False
-
-    def __enter__(self):
-        self.real = [(module, name, getattr(module, name)) for module, name in WRITES]
-        for module, name, real in self.real:
-            setattr(module, name, self._guarded(real))
-        return self
-
-    def __exit__(self, *_):
-        for module, name, real in self.real:
-            setattr(module, name, real)
-
-    def _guarded(self, real):
-        def call(*args, **kwargs):
-            self.writes += 1
-            if self.writes == self.at + 1:
-                self.struck = True
-                self.strike()
-            return real(*args, **kwargs)
-
-        return call
+ALL_STAGES = "FAULT_POINTS" in os.environ
+KINDS = ("kill", "term", "full", "broken", "twin", "short")
+# Great Expectations and matplotlib take ten seconds to be imported.
+QUICK = ("estimate", "download", "tokenization", "training", "baseline@unigram")
+WALKED = STAGES if ALL_STAGES else QUICK
+# Points of a stage, spread over its operations and kinds; FAULT_POINTS=0 tries each one there is.
+POINTS = int(os.environ.get("FAULT_POINTS", "4"))
+STOPPED = 143  # what a stage ends with at SIGTERM
+# What may differ between two runs: of the state, and Great Expectations' pages, which have their times.
+NOT_COMPARED = re.compile(r"\.state/(tracking|locks)/|data/data_docs/")
+LEFTOVER = re.compile(r"(^|/)\.[^/]+\.\d+\.(tmp|old)(/|$)")
 
 
-def whole_run(tokens, folder):
-    """What the stage's door does: train, write the results, drop the states."""
-    params, splits = params_of(max_steps=4, eval_windows=2), training.open_splits(tokens)
-    states = folder / "states"
-    trained = training.train(params, splits, states)
-    training.save_results(params, splits, trained, states, folder / "model", folder / "loss.csv")
-    drop_states(states)
+def struck(stage, place, said, at, kind):
+    """Run a stage with one fault; for forks."""
+    fault = Fault(place, at, kind, lambda: run_twin(stage, place, said))
+    try:
+        with fault:
+            run_quietly(stage, place, said)
+    finally:
+        said.with_suffix(".json").write_text(json.dumps(fault.names))
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
+def run_twin(stage, place, said):
+    """The same stage in another process, at the same time and place: it is told, or it came first."""
+    if child := os.fork():
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        text = said.with_suffix(".twin").read_text()
+        assert code in (Busy.exit_code, 0), text
+        assert (code == 0) != ("error: stage" in text and "is already running here" in text), text
+        assert "Traceback" not in text
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os._exit(forks.exit_code_of(struck, (stage, place, said.with_suffix(".twin"), -1, "kill")))
 
 
-def struck_run(tokens, folder, at):
-    with Fault(at, kill):
-        whole_run(tokens, folder)
+def tree(place):
+    """Every file of a place that two equal runs share."""
+    files = (path for path in place.rglob("*") if path.is_file() and not path.is_symlink())
+    found = {path.relative_to(place).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in found.items() if not NOT_COMPARED.search(name)}
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+class Chain:
+    """The stages of the second generation: what each begins with and ends with, and its operations."""
 
+    def __init__(self, folder):
+        self.folder, self.said = folder, folder / "said"
+        self.begins, self.begun, self.ended, self.names = {}, {}, {}, {}
+        self.zygote = forks.Zygote(warm_up, WALKED, seconds=300)
+        place = make_place(folder / "chain")
+        for generation in range(2):
+            write_inputs(place, generation)
+            for stage in WALKED:
+                if generation:
+                    shutil.copytree(place, folder / "begin" / stage, symlinks=True)
+                    self.begun[stage] = tree(place)
+                assert self.run(stage, place) == 0, self.said.read_text()
+                if generation:
+                    self.ended[stage] = tree(place)
+                    self.names[stage] = json.loads(self.said.with_suffix(".json").read_text())
+                    assert any(
+                        self.ended[stage].get(out) != self.begun[stage].get(out) for out in self.ended[stage]
+                    )
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the configuration of these tests says, and as the forks have it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    def run(self, stage, place, at=-1, kind="kill"):
+        return self.zygote.run(struck, stage, place, self.said, at, kind)
+
+    def work(self, stage):
+        """A place as it is before the stage."""
+        place = self.folder / "work"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self.folder / "begin" / stage, place, symlinks=True)
+        return place
 
 
 @pytest.fixture(scope="module")
-def place():
-    """A folder in memory where there is one: a disk takes its time to sync."""
+def chain():
+    """In memory where there is a place for it: a disk takes its time to sync."""
     shared = Path("/dev/shm")
     folder = (shared if os.access(shared, os.W_OK) else Path("/tmp")) / f"compactgpt-{os.getpid()}"
     folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def tokens(place):
-    return make_tokens(place / "tokens")
-
-
-@pytest.fixture(scope="module")
-def whole(tokens, place):
-    """The bytes of a run that nothing interrupts, and the number of its writes."""
-    with Fault(-1, kill) as fault:
-        whole_run(tokens, place / "whole")
-    return contents(place / "whole"), fault.writes
-
-
-@pytest.mark.slow
-def test_sigkill_at_any_write_changes_no_byte_of_the_result(tokens, place, whole):
-    expected, writes = whole
-    assert writes > 30
-    for at in itertools.count(0, STRIDE):
-        folder = place / f"killed-{at}"
-        ended = forks.run(struck_run, tokens, folder, at)
-        if ended == 0:  # there are no more writes to be killed at; the first process may have had a few more
-            assert at > writes - 3 - STRIDE
-            break
-        assert ended == -signal.SIGKILL
-        whole_run(tokens, folder)
-        assert contents(folder) == expected, at
+    made = None
+    try:
+        made = Chain(folder)
+        yield made
+    finally:
+        if made:
+            made.zygote.close()
         shutil.rmtree(folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, DiskFull), (errno.EIO, DiskFailed)])
-def test_a_disk_that_refuses_any_write_is_one_sentence_and_the_next_run_ends_the_same(
-    tokens, place, whole, number, error
-):
-    def refuse():
-        raise OSError(number, os.strerror(number))
+def points_of(names):
+    """Number and kind of each fault that is tried at operations of these names."""
+    points = [
+        (number, kind)
+        for number, name in enumerate(names)
+        for kind in KINDS
+        if kind != "short" or name == "write"
+    ]
+    step = max(1, len(points) // POINTS) | 1 if POINTS else 1  # odd, so that all kinds come
+    return points[step // 2 :: step]
 
-    expected, writes = whole
-    for at in range(0, writes, 2 * STRIDE):
-        folder = place / f"refused-{at}"
-        # Some writes only sweep: then the run goes on.
-        with Fault(at, refuse) as fault, suppress(error):
-            whole_run(tokens, folder)
-        assert fault.struck or at > writes - 3
-        whole_run(tokens, folder)
-        assert contents(folder) == expected, at
-        shutil.rmtree(folder)
+
+def check_ended(kind, code, stage, text):
+    """A run ends as its fault says, and tells it in one sentence."""
+    allowed = {"kill": {-signal.SIGKILL}, "short": {-signal.SIGKILL}, "term": {STOPPED}}
+    allowed |= {"twin": {0}, "full": {DiskFull.exit_code, 0}, "broken": {DiskFailed.exit_code, 0}}
+    if stage == "training":
+        allowed["term"] = {STOPPED, Busy.exit_code, 0}
+    assert code in allowed[kind], text
+    assert "Traceback" not in text
+    assert text.count("error: ") == (code in (DiskFull.exit_code, DiskFailed.exit_code, Busy.exit_code)), text
+
+
+def check_old_or_new(chain, stage, found):
+    """Each out is as it was, or as it will be, or a folder is between two renames; all else stays."""
+    outs = outs_of(stage)
+    whole = {name: content for name, content in found.items() if not LEFTOVER.search(name)}
+    for out in outs:
+        now, before, after = (
+            {name: content for name, content in each.items() if name == out or name.startswith(f"{out}/")}
+            for each in (whole, chain.begun[stage], chain.ended[stage])
+        )
+        assert now in (before, after) or (not now and out not in before), out
+    others = [
+        {name: content for name, content in each.items() if not name.startswith((".state/", *outs))}
+        for each in (whole, chain.begun[stage])
+    ]
+    assert others[0] == others[1]
+
+
+def outside_state(files):
+    return {name: content for name, content in files.items() if not name.startswith(".state/")}
+
+
+def try_point(chain, stage, at, kind):
+    place = chain.work(stage)
+    code = chain.run(stage, place, at, kind)
+    check_ended(kind, code, stage, chain.said.read_text())
+    found = tree(place)
+    check_old_or_new(chain, stage, found)
+    if code == 0:  # what the disk did not let it sweep is there
+        swept = (each for each in found if not LEFTOVER.search(each) and not each.startswith(".state/"))
+        assert {name: found[name] for name in swept} == outside_state(chain.ended[stage])
+    assert chain.run(stage, place) == 0, chain.said.read_text()
+    assert tree(place) == chain.ended[stage]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", WALKED)
+def test_a_fault_at_any_operation_leaves_old_or_new_and_the_next_run_ends_the_same(chain, stage, counted):
+    for at, kind in points_of(chain.names[stage]):
+        try:
+            try_point(chain, stage, at, kind)
+        except AssertionError as error:
+            raise AssertionError(f"{stage}, operation {at} ({chain.names[stage][at]}), {kind}") from error
+        counted[f"faults of {stage} ({len(chain.names[stage])} operations)"] += 1
+        counted["faults in all"] += 1

@@ -22,6 +22,7 @@ import pytest
 from test_training import make_tokens, tree_of
 
 from compactgpt.storage import sha256_file
+from tests.tiny_chain import make_place, write_inputs
 
 pytestmark = pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="minutes: make test-faults")
 
@@ -32,14 +33,19 @@ STEPS = 400
 PYTHON = Path(sys.executable)
 
 
-def copy_repository(target):
-    """What git would commit now, as a repository with two small token files and a tiny configuration."""
+def copy_code(target):
+    """What git would commit now, as a repository."""
     named = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, named.stdout.split("\0")):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
     subprocess.run(["git", "init", "-q"], cwd=target, check=True)
+
+
+def copy_repository(target):
+    """A clone with two small token files and a tiny configuration."""
+    copy_code(target)
     params = tree_of(max_steps=STEPS, eval_interval=50, checkpoint_interval=20)
     (target / "params.yaml").write_text(json.dumps(params))  # JSON is YAML
     make_tokens(target / "data/tokens")
@@ -59,7 +65,7 @@ class Repro:
     Forced: the same model was made before, and DVC would take it from its cache.
     """
 
-    def __init__(self, here, tracker="none"):
+    def __init__(self, here, tracker="none", words=("-s", "training", "-f")):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
         environment |= {
             "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}",
@@ -71,17 +77,18 @@ class Repro:
         self.here, self.environment = here, environment
         self.states = set(here.glob(".state/training/*/step-*"))
         self.dvc = subprocess.Popen(
-            [PYTHON, "-m", "dvc", "repro", "-q", "-s", "training", "-f"],
+            [PYTHON, "-m", "dvc", "repro", "-q", *words],
             cwd=here, env=environment, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def trainers(self):
-        """The processes of this folder that train, whoever started them."""
+        """The processes of this folder that run a stage, whoever started them."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.cwd() == str(self.here) and "stages.training" in process.cmdline():
+                stage = any(word.startswith("stages.") for word in process.cmdline())
+                if process.cwd() == str(self.here) and stage:
                     found.append(process)
         return found
 
@@ -96,9 +103,9 @@ class Repro:
 
     def said(self):
         """What it said until its end; nobody may be left who still writes."""
-        text, _ = self.dvc.communicate(timeout=120)
+        text, _ = self.dvc.communicate(timeout=900)
         _, alive = psutil.wait_procs(self.trainers(), timeout=60)
-        assert not alive, "an orphan trains on"
+        assert not alive, "an orphan works on"
         return text
 
     def succeeds(self):
@@ -107,6 +114,54 @@ class Repro:
         assert self.dvc.returncode == 0, text
         assert "error" not in text, text
         return text
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    """Two clones of the whole tiny chain; the first has been run, and nobody disturbed it."""
+    clones = [tmp_path_factory.mktemp(name) for name in ("whole chain", "killed chain")]
+    for clone in clones:
+        copy_code(clone)
+        make_place(clone / "inputs")
+        shutil.move(clone / "inputs/.state", clone / ".state")
+        shutil.rmtree(clone / "inputs")
+        write_inputs(clone, 1)
+    Repro(clones[0], words=()).succeeds()
+    return clones
+
+
+def reports(here):
+    """All that git would keep of a run."""
+    files = (path for path in (here / "reports").rglob("*") if path.is_file())
+    return {path.relative_to(here).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_whole_chain_killed_at_random_moments_ends_with_the_same_reports(chains, counted):
+    whole, killed = chains
+    chance = random.Random(SEED)
+    for _ in range(KILLS // 2):
+        run = Repro(killed, words=())
+        with suppress(subprocess.TimeoutExpired):
+            run.dvc.wait(chance.uniform(4, 20))
+        if run.dvc.poll() is None:
+            kill(run, chance.choice(["trainer", "dvc", "both"]))
+            counted["kills of a chain under dvc repro"] += 1
+        run.said()
+    Repro(killed, words=()).succeeds()
+    assert reports(killed) == reports(whole), f"KILL_SEED={SEED}"
+
+
+def test_of_two_at_once_in_one_clone_the_second_is_told_or_waits_and_nothing_is_mixed(chains, counted):
+    whole, here = chains
+    runs = [Repro(here, words=("-f",)) for _ in range(2)]
+    texts = [run.said() for run in runs]
+    codes = [run.dvc.returncode for run in runs]
+    assert 0 in codes, texts
+    for code, text in zip(codes, texts, strict=True):
+        assert "Traceback" not in text
+        assert code == 0 or "ERROR" in text or "error: " in text, text
+    assert reports(here) == reports(whole)
+    counted["pairs of dvc repro in one clone"] += 1
 
 
 def model(here):

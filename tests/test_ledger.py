@@ -82,12 +82,23 @@ def test_a_stopped_run_goes_on(tmp_path, expected, stop):
     assert published(tmp_path / "out") == expected
 
 
-def test_what_a_kill_left_half_written_is_cut_off(tmp_path, expected):
+@pytest.mark.parametrize("stop", [3, 5])
+def test_what_a_kill_left_half_written_is_cut_off(tmp_path, expected, stop):
     state = tmp_path / "state"
-    run(state, tmp_path / "out", stop_after=3)
+    run(state, tmp_path / "out", stop_after=stop)
     for path in state.iterdir():
         path.write_bytes(path.read_bytes() + (b'{"pieces":4,' if path.name == JOURNAL else b"half"))
-    assert run(state, tmp_path / "out") == (2, "")
+    assert run(state, tmp_path / "out") == (5 - stop, "")
+    assert published(tmp_path / "out") == expected
+
+
+def test_a_line_that_lacks_its_end_alone_is_torn_and_what_is_kept_is_kept_again(tmp_path, expected):
+    state = tmp_path / "state"
+    run(state, tmp_path / "out", stop_after=4)
+    (state / JOURNAL).write_bytes((state / JOURNAL).read_bytes()[:-1])
+    assert run(state, tmp_path / "out", stop_after=3)[0] == 0
+    assert run(state, tmp_path / "out", stop_after=5) == (2, "")
+    assert run(state, tmp_path / "out") == (0, "")
     assert published(tmp_path / "out") == expected
 
 
@@ -112,6 +123,11 @@ def test_a_journal_that_lies_is_not_believed(tmp_path, expected):
     lines = (state / JOURNAL).read_text().splitlines(keepends=True)
     (state / JOURNAL).write_text("".join([lines[0], lines[2], lines[3]]))
     assert run(state, tmp_path / "out")[0] == 4
+    assert published(tmp_path / "out") == expected
+    run(tmp_path / "more", tmp_path / "out", stop_after=4)
+    journal = tmp_path / "more" / JOURNAL
+    journal.write_text(journal.read_text().replace('"pieces":4', '"pieces":5'))  # one was never made
+    assert run(tmp_path / "more", tmp_path / "out")[0] == 2
     assert published(tmp_path / "out") == expected
     run(state, tmp_path / "out")
     (state / JOURNAL).write_text("".join(lines).replace(f'"tokens":{HEADER_BYTES}', '"tokens":-1'))

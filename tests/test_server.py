@@ -100,3 +100,37 @@ def test_a_server_that_is_killed_and_restarted_loses_and_doubles_nothing(server,
     assert found["training"].data.params == {"model.n_layer": "2"}
     assert [one.path for one in client.list_artifacts(training, "reports")] == ["reports/report.json"]
     assert found["evaluation"].data.metrics == {"eval/loss": 2.0}
+
+
+@pytest.mark.skipif("TEST_SERVER" not in os.environ, reason="starts a server: `make test-server`")
+def test_a_store_that_a_server_has_open_is_written_beside_it_and_both_see_all(
+    tmp_path, empty_store, monkeypatch
+):
+    """As `make ui` does while a training runs: readers by the server, the writer on the file."""
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    (tmp_path / "server.db").symlink_to(tmp_path / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = Server(tmp_path)
+    server.start()
+    try:
+        run, syncer = journal(tmp_path), Syncer(tmp_path)
+        seen = []
+        for step in range(1, 6):
+            run.metrics({"train/loss": 4.0 - step / 2}, step)
+            assert not syncer.sync()
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+            client, experiment = Syncer(tmp_path).connect()
+            (found,) = client.search_runs([experiment])
+            seen.append(len(client.get_metric_history(found.info.run_id, "train/loss")))
+            client.set_tag(found.info.run_id, f"looked.{step}", "yes")  # the page writes too
+            monkeypatch.delenv("MLFLOW_TRACKING_URI")
+            syncer._client = None  # the address is one of the process
+        run.end("FINISHED")
+        assert syncer.sync()
+        assert seen == [1, 2, 3, 4, 5]
+        (found,) = Syncer(tmp_path).connect()[0].search_runs([experiment])
+        assert found.info.status == "FINISHED"
+        assert {f"looked.{step}" for step in range(1, 6)} <= set(found.data.tags)
+    finally:
+        server.kill()
+        server.log.close()

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadData, DiskFull, MissingInput, NotAllowed, OutOfMemory, UserError
+from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed, OutOfMemory, UserError
 
 
 class Bar:
@@ -62,7 +62,7 @@ def told_clearly(stopped: str = "stopped") -> Iterator[None]:
         if under_torchrun():  # it ends who is left: already on the way
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(final_exit_code(error, error.exit_code)) from error
-    except OSError as error:
+    except OSError as error:  # of what is not written through compactgpt.storage, such as journals
         if not (told := _misfortune(error)):
             raise
         say(str(told))
@@ -79,8 +79,10 @@ def told_clearly(stopped: str = "stopped") -> Iterator[None]:
 
 def _misfortune(error: OSError) -> UserError | None:
     """What a person can mend of what the system refused."""
+    place = error.filename or Path.cwd()
+    if error.errno == errno.EIO:
+        return DiskFailed(f"the disk failed ({place}): see to it, then run again")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = error.filename or Path.cwd()
         return DiskFull(f"no room left on the disk ({place}): free some space and run again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         why = f"{error.filename}: {error.strerror}"

@@ -3,6 +3,7 @@
 The hub's own clients try five times, which takes half a minute, before they say that there is no network.
 """
 
+import json
 from typing import Literal
 
 from compactgpt.errors import BadConfig, Unreachable
@@ -32,7 +33,7 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
         ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub gives no {repo} at {revision}: {mend}") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # the last: a hotel's page, say
         raise Unreachable(
             f"the hub can't be reached for {repo} ({one_line(error)}): check the network, or {mend}"
         ) from error

@@ -53,6 +53,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that all their names survive a power loss."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        fsync_folder(made.parent)
+
+
 def _temporary(path: Path, kind: str = "tmp") -> Path:
     """Name the place beside `path` where this process works, after sweeping what killed ones left."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
@@ -81,7 +89,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     temporary = _temporary(path)
     try:
         with _disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
@@ -168,7 +176,7 @@ def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator
     temporary = _temporary(folder)
     try:
         with _disk_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             yield temporary
@@ -180,7 +188,9 @@ def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator
                     "bytes": path.stat().st_size,
                     "sha256": sha256_file(path),
                 }
-            write_json(temporary / MANIFEST, {**(facts or {}), "files": files})
+            for inner in (path for path in temporary.rglob("*") if path.is_dir()):
+                fsync_folder(inner)
+            write_json(temporary / MANIFEST, {**(facts or {}), "files": files})  # syncs the names beside it
             _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

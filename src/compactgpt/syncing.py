@@ -34,7 +34,7 @@ from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
 from compactgpt.storage import read_json, write_json, write_text
-from compactgpt.tracking import DIFF, git_facts, machine_facts, now_ms, uncommitted
+from compactgpt.tracking import DIFF, git_facts, journal_lines, machine_facts, now_ms, uncommitted
 
 EXPERIMENT = "compactgpt"
 POLL_SECONDS = 1.0
@@ -180,8 +180,13 @@ def _whole_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     with open(path, "rb") as file:
         file.seek(offset)
         raw = file.read()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+    return journal_lines(raw), offset + raw.rfind(b"\n") + 1
+
+
+def _begins(journal: Path) -> bool:
+    """Whether a journal says whose it is; one that never will again, after a power loss, is let lie."""
+    with open(journal, "rb") as file:
+        return bool(journal_lines(file.readline()))
 
 
 def _key(pipeline: dict[str, Any]) -> str:
@@ -241,7 +246,7 @@ class Syncer:
 
     def pending(self) -> list[Path]:
         """Journals that MLflow has not wholly taken, oldest first."""
-        return sorted(path.parent for path in self.folder.glob("*/journal.jsonl") if path.stat().st_size)
+        return sorted(path.parent for path in self.folder.glob("*/journal.jsonl") if _begins(path))
 
     def parents(self) -> list[_Parent]:
         """The runs of `dvc` processes that are still to be concluded."""

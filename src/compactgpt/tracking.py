@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from compactgpt.storage import write_text
+from compactgpt.storage import fsync_folder, make_folder, write_text
 
 Scalar = str | int | float | bool | None
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps
@@ -160,8 +160,10 @@ class Journal:
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         self.folder = state / "tracking" / f"{stamp}-{stage}-{secrets.token_hex(3)}"
-        (self.folder / "artifacts").mkdir(parents=True)
+        make_folder(self.folder / "artifacts")
         self._file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        fsync_folder(self.folder)
+        self._torn = False
         self._held: list[dict[str, Any]] | None = [] if held else None
         self._told: dict[str, int] = {}  # last step of each metric that the run has had before
         self._append("start", {"stage": stage, **start})
@@ -169,9 +171,17 @@ class Journal:
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         line = {"kind": kind, "time_ms": now_ms(), **content}
         if self._held is None:
-            os.write(self._file, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         else:
             self._held.append(line)
+
+    def _write(self, line: bytes) -> None:
+        """Append a line, behind the end of one that a full or failing disk took in part."""
+        line = b"\n" + line if self._torn else line
+        self._torn = True
+        while line:
+            line = line[os.write(self._file, line) :]
+        self._torn = False
 
     def _release(self, continues: str = "") -> None:
         lines, self._held = self._held or [], None
@@ -226,12 +236,20 @@ class Journal:
         os.close(self._file)
 
 
+def journal_lines(raw: bytes) -> list[dict[str, Any]]:
+    """The whole lines of a journal; what a failing disk or a power loss tore or damaged is left out."""
+    lines = []
+    for line in raw[: raw.rfind(b"\n") + 1].splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "kind" in line]
+
+
 def _last_steps(folder: Path, first: str) -> dict[str, int]:
     """Last step of each metric in the journals of one run, whether MLflow has them already or not."""
     last: dict[str, int] = {}
     for path in [*folder.glob("*/journal.jsonl"), *folder.glob("done/*/journal.jsonl")]:
-        with open(path, "rb") as file:
-            lines = [json.loads(line) for line in file if line.endswith(b"\n")]
+        lines = journal_lines(path.read_bytes())
         if not lines or first not in (path.parent.name, lines[0].get("continues")):
             continue
         for line in lines:

@@ -11,6 +11,7 @@ The texts are read row group by row group and are never in memory together. Two 
 """
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -219,6 +220,8 @@ def judge(tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     import great_expectations as gx
     import pandas as pd
 
+    # A page that could not be written is a traceback to it; the stage tells of a full disk in a sentence.
+    logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     data = context.data_sources.add_pandas("tables")

@@ -1,0 +1,151 @@
+"""The whole chain on a few dozen documents, run stage by stage in this process: for the tests of faults.
+
+A place is a repository folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage is
+its real door. The second generation stands where the first one's outputs lie, so that each is replaced.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.tiny_corpus import tokenizer_files
+
+ROOT = Path(__file__).parents[1]
+BASELINES = ("unigram", "xz")
+STAGES = (
+    "estimate", "download", "validation", "tokenization", "inspection", "training", "evaluation",
+    *(f"baseline@{name}" for name in BASELINES), "comparison",
+)  # fmt: skip
+WORDS = (
+    "hello",
+    "well",
+    "then",
+    "low",
+    "held",
+    "world",
+    "whole",
+    "wheel",
+    "other",
+    "weather",
+    "willow",
+    "yellow",
+)
+
+IMPORTED = {
+    "download": ("pyarrow.parquet", "tiktoken"),
+    "validation": ("great_expectations.render.renderer.site_builder", "pandas", "scipy.stats"),
+    "tokenization": ("pyarrow.parquet", "gigatoken"),
+    "training": ("torch._dynamo", "torch.optim"),
+    "comparison": ("matplotlib.pyplot", "pyarrow.parquet", "scipy.optimize"),
+}
+
+
+def make_place(place: Path) -> Path:
+    """Lay out the inputs: parameters, code as links, and the tokenizer as if fetched before."""
+    (place / "corpus").mkdir(parents=True)
+    for name in ("src", "stages"):
+        (place / name).symlink_to(ROOT / name)
+    for name in ("claims.yaml", "published.yaml", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, place / name)
+    (place / "results").mkdir()
+    for content in tokenizer_files():
+        path = place / ".state/wheels" / hashlib.sha256(content).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return place
+
+
+def write_inputs(place: Path, generation: int) -> None:
+    """Params and corpus of a generation: every stage's outputs differ from the other's."""
+    (place / "params.yaml").write_text(json.dumps(params_tree(generation)))  # JSON is YAML
+    rows = [
+        {"text": " ".join(WORDS[(n * k + generation) % len(WORDS)] for k in range(1, 30)) + f" {n}"}
+        for n in range(30 + generation)
+    ]
+    (place / "corpus/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def params_tree(generation: int) -> dict:
+    """The project's params.yaml, made tiny."""
+    tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    vocab_bpe, encoder_json = tokenizer_files()
+    tree["runtime"] |= {"device": "cpu", "num_threads": 1, "num_workers": 1}
+    tree["download"] |= {"corpus": "files", "shard_megabytes": 1}
+    tree["download"]["files"] |= {"patterns": ["corpus/*.jsonl"]}
+    tree["download"]["tokenizer"] |= {
+        "vocab_bpe_sha256": hashlib.sha256(vocab_bpe).hexdigest(),
+        "encoder_json_sha256": hashlib.sha256(encoder_json).hexdigest(),
+    }
+    tree["validation"] |= {
+        "min_documents": 10 + generation,
+        "min_characters": 1,
+        "min_total_megabytes": 0.001,
+    }
+    tree["tokenization"] |= {"val_fraction": 0.3}
+    tree["inspection"] |= {"min_val_documents": 1, "max_val_deviation": 50.0, "max_listed": 5 + generation}
+    tree["inspection"] |= {"max_leaked_share": 1.0, "max_repeated_share": 1.0}
+    vocab = len(json.loads(encoder_json))
+    tree["model"] |= {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    tree["model"] |= {"vocab_size": vocab, "padded_vocab_size": vocab + 10}
+    tree["training"] |= {
+        "max_steps": 3 + generation,
+        "tokens_per_step": 32,
+        "micro_batch_size": 2,
+        "warmup_steps": 1,
+    }
+    tree["training"] |= {"eval_interval": 2, "eval_windows": 2, "checkpoint_interval": 2, "seed": generation}
+    evaluation = tree["evaluation"]
+    evaluation["likelihood"] |= {"window": 16, "batch_size": 8, "own_context": 16, "bootstrap_resamples": 20}
+    evaluation["likelihood"]["bootstrap_seed"] = generation
+    evaluation["views"] = []
+    evaluation["tasks"] |= {"cloze_items": 2, "cloze_characters": 20}
+    evaluation["text"] |= {"prompts": ["hello"], "documents": 2, "prompt_tokens": 4, "max_new_tokens": 5}
+    tree["baseline"] |= {"names": list(BASELINES)}
+    tree["baseline"]["specs"] = {name: tree["baseline"]["specs"][name] for name in BASELINES}
+    return tree
+
+
+def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
+    """Run a stage's door here, as `python -m stages.X` would: SystemExit tells how it ended."""
+    from compactgpt import documents, download, syncing
+
+    os.environ.pop("DVC_STAGE", None)
+    os.environ.pop("DVC_ROOT", None)
+    os.chdir(place)
+    download.MEGABYTE = 1500  # several shards of the few texts,
+    documents.ROW_GROUP_BYTES = 500  # and several pieces of each
+    syncing.start_syncing = lambda root: None  # a process of its own: tests/test_tracking.py
+    name, _, item = stage.partition("@")
+    door = importlib.import_module(f"stages.{name}")
+    door.app([*([item] if item else []), "--tracker", tracker], prog_name=name)
+
+
+def run_quietly(stage: str, place: Path, said: Path) -> None:
+    """Run a stage with what it says in a file; for forks."""
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    run_stage(stage, place)
+
+
+def outs_of(stage: str) -> list[str]:
+    """The paths that a stage makes, as dvc.yaml has them."""
+    name, _, item = stage.partition("@")
+    tree = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][name]
+    outs = [out for key in ("outs", "metrics", "plots") for out in tree.get(key, ())]
+    paths = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
+    return [path.replace("${item.name}", item) for path in paths]
+
+
+def warm_up(stages: tuple[str, ...] = STAGES) -> None:
+    """Import what stages import as they run, and nothing that starts a thread."""
+    rooms = [f"compactgpt.{path.stem}" for path in (ROOT / "src/compactgpt").glob("[a-z]*.py")]
+    doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
+    for name in [*rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
+        importlib.import_module(name)
