@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from compactgpt import diffing
+from compactgpt import diffing, records
 from compactgpt.evaluation import Totals, write_totals
 from compactgpt.metrics import perplexity_ratio
 from tests import store
@@ -85,3 +85,14 @@ def test_other_documents_are_not_paired(root):
 def test_uncommitted_changes_are_named(root):
     (root / "dvc.yaml").write_text("stages: {evaluation: {cmd: other}}")
     assert diffing.of("HEAD", "workspace", root).code == "workspace had uncommitted changes: dvc.yaml"
+
+
+def test_the_packages_of_a_lock_are_those_of_this_python():
+    """A universal lock names some twice, each time for another Python, and some for other systems."""
+    lines = [
+        "a==1 ; python_full_version < '3'",
+        "a==2 ; python_full_version >= '3'",
+        "c==1 ; sys_platform == 'none'",
+        "B_b==3",
+    ]
+    assert records.versions("\n".join(lines)) == {"a": "2", "b-b": "3"}
