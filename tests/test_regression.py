@@ -98,7 +98,14 @@ def test_a_real_loss_fails_and_a_gain_passes():
 
 @pytest.mark.parametrize(
     ("low", "value", "status"),
-    [(-0.01, 0.0, "pass"), (-0.01, 0.02, "warn"), (0.001, 0.005, "warn"), (0.001, 0.02, "fail")],
+    [
+        (-0.01, 0.0, "pass"),
+        (-0.01, 0.01, "pass"),  # just what is tolerated
+        (-0.01, 0.02, "warn"),
+        (0.0, 0.02, "warn"),  # no change is just inside
+        (0.001, 0.005, "warn"),
+        (0.001, 0.02, "fail"),
+    ],
 )
 def test_worse_must_be_more_than_tolerated_and_more_than_chance(low, value, status):
     assert regression.decide(regression.Interval(value, low, 0.5), 0.01) == status
