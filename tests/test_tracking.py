@@ -236,6 +236,7 @@ def test_names_are_grouped_alike_for_every_model():
 
 
 def test_machine_facts_tell_what_rounds_sums(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")  # of conftest.py
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("HF_TOKEN", "never told")
     facts = machine_facts()
