@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from compactgpt.config import Launcher
 from compactgpt.errors import BadConfig, PeerLost, UserError
-from compactgpt.launching import Place, own_place
+from compactgpt.launching import Place, meeting_place, own_place
 
 T = TypeVar("T")
 Leaf = Callable[[int], Tensor]
@@ -241,6 +241,7 @@ def joined(launcher: Launcher, device: str) -> Iterator[Group]:
     with _peers():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            init_method=meeting_place(),
             rank=place.rank,
             world_size=place.size,
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),

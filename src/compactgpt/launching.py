@@ -52,6 +52,9 @@ def under_torchrun() -> bool:
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
+    They meet in files of a private folder: torch's store over TCP listens to all the network, asks for no
+    password, and what the agents read from it is a pickle.
+
     Returns:
         The exit code: 0, or that of the mistake which ended a process.
     """
@@ -60,22 +63,25 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=launcher.processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=launcher.max_restarts,
-        shutdown_timeout=launcher.timeout_seconds,
-    )
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=launcher.processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(Path(folder) / "agents"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="localhost",
+            max_restarts=launcher.max_restarts,
+            shutdown_timeout=launcher.timeout_seconds,
+        )
         outcome = Path(folder) / "exit_code"
         os.environ[_OUTCOME] = str(outcome)
-        # Else the processes of a second attempt meet the addresses of the first in one store, and hang.
+        # Else the agent opens a store to all the network, without a password.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
         except SignalException:
@@ -86,6 +92,14 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
         finally:
             del os.environ[_OUTCOME]
         return _told(outcome)
+
+
+def meeting_place() -> str | None:
+    """Where processes that `launch` started find each other; None: as torchrun says in the environment."""
+    if _OUTCOME not in os.environ:
+        return None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Path(os.environ[_OUTCOME]).with_name(f"processes-{attempt}").as_uri()
 
 
 def _told(outcome: Path) -> int:
