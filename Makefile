@@ -44,7 +44,8 @@ $(STAMP): requirements.lock pyproject.toml
 	       $(VENV)/bin/python -m pip install -q "$$(grep ^torch== requirements.lock)"; \
 	       awk '/^[^ ]/ { on = !/^torch==/ } on' requirements.lock \
 	         | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin; \
-	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; }
+	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; } \
+	  || { echo "set-up failed: is a package index within reach? then run the same command again"; exit 1; }
 	@touch $@
 
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table

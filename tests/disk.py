@@ -2,7 +2,7 @@
 
 `Watch` stands before Python's own calls (os, open, shutil by way of them): a subclass may count them, write
 them down, or let one of them fail. Files opened for writing are buffered as ever; what is seen is what
-would go to the kernel. What C libraries write by themselves is not seen: tests/test_faults.py asks strace.
+would go to the kernel. What C libraries write by themselves is not seen.
 """
 
 import builtins
