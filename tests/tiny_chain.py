@@ -145,7 +145,8 @@ def outs_of(stage: str) -> list[str]:
 
 def warm_up(stages: tuple[str, ...] = STAGES) -> None:
     """Import what stages import as they run, and nothing that starts a thread."""
-    rooms = [f"compactgpt.{path.stem}" for path in (ROOT / "src/compactgpt").glob("[a-z]*.py")]
+    names = {path.stem for path in (ROOT / "src/compactgpt").glob("[a-z]*.py")}
+    rooms = [f"compactgpt.{name}" for name in sorted(names - {"exponentials_kernel"})]  # which needs Triton
     doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
     for name in [*rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
         importlib.import_module(name)
