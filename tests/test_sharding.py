@@ -50,8 +50,8 @@ def assert_same_within_rounding(a, b):
     for (step, *losses), (other_step, *others) in zip(a[1], b[1], strict=True):
         assert step == other_step
         assert losses == pytest.approx(others, abs=2e-5)
-    # Muon pushes all singular values to 1, those too that are nothing but rounding: single weights may differ by
-    # thousandths, a matrix as a whole hardly.
+    # Muon pushes all singular values to 1, those too that are nothing but rounding: single weights may differ
+    # by thousandths, a matrix as a whole hardly.
     assert a[0].keys() == b[0].keys()
     for name, weight in b[0].items():
         assert (a[0][name] - weight).norm() < 0.02 * weight.norm(), name
