@@ -53,7 +53,7 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
     They meet in files of a private folder: torch's store over TCP listens to all the network, asks for no
-    password, and what the agents read from it is a pickle.
+    password, and what its agents read from it is run as code.
 
     Returns:
         The exit code: 0, or that of the mistake which ended a process.

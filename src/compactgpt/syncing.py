@@ -344,6 +344,8 @@ class Syncer:
     def _find_or_create(self, run: _Run) -> str:
         start = run.start
         if run_id := self._find("journal", start.get("continues", "")):
+            if run.pipeline:  # it belongs to the `dvc repro` that goes on with it
+                self.connect()[0].set_tag(run_id, "mlflow.parentRunId", self._parent(run))
             self.connect()[0].update_run(run_id, status="RUNNING")
             return run_id
         tags = {**start["tags"], "stage": start["stage"], "journal": run.folder.name}
@@ -553,7 +555,9 @@ class Syncer:
         self._log_tags(parent.run_id, ending.tags)
         self._log_inputs(parent.run_id, ending.datasets)
         self._log_model(parent, ending, place, cache)
-        client.set_terminated(parent.run_id, ending.status, now_ms())
+        # Where all that it began went on under a later `dvc repro`, this one was interrupted.
+        interrupted = not children and not parent.folder.name.startswith("none-")
+        client.set_terminated(parent.run_id, "KILLED" if interrupted else ending.status, now_ms())
         shutil.rmtree(parent.folder)
         write_text(self.folder / _TOLD, ending.tags.get("lock_sha256", ""))
 
