@@ -1,8 +1,8 @@
 """Whatever interrupts a stage, at whichever of its writes: the next run ends with the same bytes.
 
 Each test walks one stage, its real door on the tiny chain of tests/tiny_chain.py, operation by operation: a
-point is (stage, number of the operation, kind of fault). `make test` tries some of the points; EVERY_WRITE=1
-(`make test-faults`) walks them all, which takes minutes, and prints how many.
+point is (stage, number of the operation, kind of fault). `make test` tries some points of some stages,
+`make test-faults` more of all of them, FAULT_POINTS=0 each one there is; the last line says how many.
 """
 
 import json
