@@ -8,8 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do c
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 PORT ?= 5000
-# The tests of a file stay in one worker, so that what they share is made once; tests/conftest.py has the order.
-TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# tests/conftest.py gives the tests of a file to one worker, so that what they share is made once, and has the order.
+TWO_WORKERS := -n 2 --no-loadscope-reorder
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

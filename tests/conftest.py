@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def same_environment():
 
 
 # What is heavy to import is imported by one worker of two; and what takes longest comes first, so that none
-# is left alone with it at the end (--dist loadgroup).
+# is left alone with it at the end.
 TOGETHER = {
     "mlflow": ("pipelines", "provenance", "registry", "regression", "reproduction", "security", "tracking"),
     "great_expectations": ("inspection", "validation"),
@@ -37,11 +38,20 @@ def group_of(stem):
     return next((group for group, files in TOGETHER.items() if name in files), name)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each group to one worker. (xdist 3.8's own loadgroup is lost on pytest 9.2: it renames what is no more.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class LoadGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return group_of(Path(nodeid.partition("::")[0]).stem)
+
+    return LoadGroups(config, log)
+
+
 def pytest_collection_modifyitems(items):
     """Order the groups, and leave the tests of each in their order."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item.path.stem)))
     order = {group: place for place, group in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
 
