@@ -55,7 +55,7 @@ def ours(windows):
     from compactgpt.evaluation import target_nats
     from compactgpt.export import from_hf_config, from_hf_state
     from compactgpt.model import GPT
-    from compactgpt.runtime import keep_freed_memory
+    from compactgpt.runtime import prepare_heap
 
     torch.manual_seed(SEED)
     theirs = transformers.GPT2LMHeadModel(shape())
@@ -63,7 +63,7 @@ def ours(windows):
     model.load_state_dict(from_hf_state(theirs.state_dict()))
     del theirs
     ctypes.CDLL(None).malloc_trim(0)  # what the loading left must not count
-    keep_freed_memory()
+    prepare_heap()
     neural = compact(model, BATCH_SIZE)
 
     def run():
