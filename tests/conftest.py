@@ -40,7 +40,7 @@ def group_of(stem):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give each group to one worker. xdist 3.8's own loadgroup does not on pytest 9.2: it renames what is no more."""
+    """Give each group to one worker, which xdist 3.8's own loadgroup does not do on pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
 
     class LoadGroups(LoadScopeScheduling):

@@ -141,8 +141,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token over all V rows. (B, T) int64, (B, T) int64 -> ()."""
-        # Autograd adds a dense gradient to a sparse one in place, but a sparse one to a dense one in a copy of
-        # the vocabulary: named before the lookup, the head is differentiated after it.
+        # Autograd adds a dense gradient to a sparse one in place, but a sparse one to a dense one in a copy.
+        # Named before the lookup, the head is differentiated after it.
         head = self.wte.weight.expand_as(self.wte.weight)
         x = self.hidden(tokens).flatten(0, 1)  # (N, C)
         device = x.device.type
