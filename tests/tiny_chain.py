@@ -38,7 +38,7 @@ WORDS = (
 
 IMPORTED = {
     "download": ("pyarrow.parquet", "tiktoken"),
-    "validation": ("great_expectations.render.renderer.site_builder", "pandas", "scipy.stats"),
+    "validation": ("great_expectations.render.renderer.site_builder", "scipy.stats"),
     "tokenization": ("pyarrow.parquet", "gigatoken"),
     "training": ("torch._dynamo", "torch.optim"),
     "comparison": ("matplotlib.pyplot", "pyarrow.parquet", "scipy.optimize"),
@@ -144,9 +144,9 @@ def outs_of(stage: str) -> list[str]:
 
 
 def warm_up(stages: tuple[str, ...] = STAGES) -> None:
-    """Import what stages import as they run, and nothing that starts a thread."""
+    """Import what stages import as they run (pyarrow, say, pandas), and nothing that starts a thread."""
     names = {path.stem for path in (ROOT / "src/compactgpt").glob("[a-z]*.py")}
     rooms = [f"compactgpt.{name}" for name in sorted(names - {"exponentials_kernel"})]  # which needs Triton
     doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
-    for name in [*rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
+    for name in ["pandas", *rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
         importlib.import_module(name)

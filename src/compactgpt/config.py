@@ -5,7 +5,9 @@ type or an impossible value is refused with the key's path, what was found and w
 the door only these objects travel. Units and meanings stand beside the numbers, in params.yaml.
 """
 
+import copy
 import difflib
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -556,7 +558,7 @@ def read_yaml(path: Path) -> Any:
         MissingInput, BadConfig: see `load_section`.
     """
     try:
-        return YAML(typ="safe", pure=True).load(path)
+        return copy.deepcopy(_parsed(path.read_bytes()))
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     # Beside its own, the library lets pass what Python says of impossible dates, numbers, tags and depths.
@@ -569,7 +571,14 @@ def read_yaml(path: Path) -> Any:
         TypeError,
         ValueError,
     ) as error:
-        raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).split()).replace('in "<byte string>",', "in")
+        raise BadConfig(f"{path} is no valid YAML: {what}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(content: bytes) -> Any:
+    """Parse YAML: params.yaml takes a tenth of a second, and a process may read it ten times."""
+    return YAML(typ="safe", pure=True).load(content)
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
