@@ -165,7 +165,7 @@ def md5_of(content: bytes) -> str:
 
 
 def md5_file(path: Path) -> str:
-    """The same of a file, in bounded memory."""
+    """What `md5_of` says of a file's bytes, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

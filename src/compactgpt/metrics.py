@@ -33,7 +33,10 @@ def perplexity(nats_per_token: float) -> float:
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Bits that the model needs for one byte of UTF-8 text; comparable across tokenizers."""
+    """Bits that the model needs for one byte of UTF-8 text; comparable across tokenizers.
+
+    nats / (ln 2 x bytes), Gao et al. 2020, The Pile, section 3.1.
+    """
     return total_nats / (math.log(2) * total_bytes)
 
 
