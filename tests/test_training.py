@@ -95,7 +95,8 @@ def same_bits(a, b):
 
 
 def test_training_learns(splits, tmp_path):
-    rows = training.train(params_of(max_steps=150, eval_interval=50, checkpoint_interval=50), splits, tmp_path).rows
+    params = params_of(max_steps=150, eval_interval=50, checkpoint_interval=50)
+    rows = training.train(params, splits, tmp_path).rows
     assert [row.step for row in rows] == [1, 50, 100, 150]
     assert rows[0].val_loss > 3.5
     assert rows[-1].val_loss < 2.5
@@ -500,7 +501,8 @@ def test_who_waits_sees_step_loss_speed_use_time_left_and_whether_the_curve_leav
 ):
     told = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
     monkeypatch.setattr(watching, "expected_band", lambda _: watching.Band(told, 100))
-    write_text(Path("params.yaml"), json.dumps(tree_of(max_steps=100, eval_interval=20, checkpoint_interval=50)))
+    tree = tree_of(max_steps=100, eval_interval=20, checkpoint_interval=50)
+    write_text(Path("params.yaml"), json.dumps(tree))
     lines = door().output.splitlines()
     assert lines[0].startswith("training: tokens_per_step 32 = 2 sequences x 8 tokens x 2 micro-batches x 1")
     assert re.fullmatch(
