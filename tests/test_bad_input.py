@@ -230,7 +230,7 @@ def resealed(place: Path) -> None:
     for name in manifest["files"]:
         content = (place / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_json(place / MANIFEST, manifest)
+    (place / MANIFEST).write_text(json.dumps(manifest))
 
 
 class Folder:
@@ -243,7 +243,9 @@ class Folder:
     def with_damage(self, name: str, damage) -> bool:
         """Damage one file, the others being whole; whether that changed it."""
         for each, content in self.files.items():
-            (self.place / each).write_bytes(content)
+            path = self.place / each
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
         other = damaged(self.files[name], damage)
         (self.place / name).write_bytes(other)
         return other != self.files[name]

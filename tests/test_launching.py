@@ -15,13 +15,13 @@ from compactgpt.errors import BadConfig, PeerLost
 from compactgpt.launching import Place, final_exit_code, own_place
 
 ROOT = Path(__file__).parents[1]
-STEPS = 150
+STEPS = 90
 
 
 def params(processes, mode="strict"):
     launcher = {"processes": processes, "mode": mode, "max_restarts": 1, "timeout_seconds": 60}
     return json.dumps(
-        tree_of(max_steps=STEPS, eval_interval=50, checkpoint_interval=3, launcher=launcher)
+        tree_of(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher)
     )  # JSON is YAML
 
 

@@ -122,7 +122,7 @@ def test_an_index_that_misbehaves_is_one_sentence_in_time_and_leaves_nothing(tmp
 def test_a_hub_that_misbehaves_is_one_sentence_in_time(server, monkeypatch, fault):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-    monkeypatch.setattr(hub, "_TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr(hub, "_TIMEOUT_SECONDS", 0.3)
     server.fault, begin = fault, time.monotonic()
     says = "the hub can't be reached for owner/name .*check the network"
     with pytest.raises(Unreachable, match=says) as caught:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ SOURCES = [
 ]
 SECRET = "planted-7f3a9c"
 PARAMS = load_params(ROOT / "params.yaml")
+
+
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The syntax tree of a source."""
+    return list(ast.walk(ast.parse(path.read_text())))
 
 
 # --- no pickle
@@ -85,7 +92,7 @@ def test_no_source_reads_or_writes_pickle():
     """By its syntax tree: imports, calls and flags, whatever they are called."""
     banned = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & banned, path
@@ -286,7 +293,7 @@ def test_no_process_goes_through_a_shell_and_no_text_is_run_as_code():
               "asyncio.create_subprocess_shell", "tempfile.mktemp"}  # fmt: skip
     started = 0
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 assert name not in banned, f"{path}: {name}"

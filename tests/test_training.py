@@ -1,13 +1,13 @@
+import copy
 import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -23,16 +23,17 @@ from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.export import save_hf
 from compactgpt.initial import folder_sha256
 from compactgpt.launching import Place
-from compactgpt.runtime import stop_requests
+from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.storage import atomic_folder, write_text
 
 ROOT = Path(__file__).parents[1]
+TREE = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
 VOCAB, EOT = 40, 39
 
 
 def tree_of(model=(), **changes):
     """The project's params.yaml, made tiny."""
-    tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    tree = copy.deepcopy(TREE)
     tree["runtime"].update(device="cpu", num_threads=1)
     tree["model"].update(block_size=8, n_layer=2, n_head=2, n_embd=16, vocab_size=VOCAB)
     tree["model"].update({"padded_vocab_size": 48, **dict(model)})
@@ -94,7 +95,8 @@ def same_bits(a, b):
 
 
 def test_training_learns(splits, tmp_path):
-    rows = training.train(params_of(max_steps=150, eval_interval=50), splits, tmp_path).rows
+    params = params_of(max_steps=150, eval_interval=50, checkpoint_interval=50)
+    rows = training.train(params, splits, tmp_path).rows
     assert [row.step for row in rows] == [1, 50, 100, 150]
     assert rows[0].val_loss > 3.5
     assert rows[-1].val_loss < 2.5
@@ -138,32 +140,25 @@ def test_a_run_that_failed_between_checkpoints_goes_on_from_the_last_one(splits,
     assert same_bits(resumed, training.train(params, splits, tmp_path / "whole"))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from compactgpt.runtime import prepare_process
-from test_training import params_of
-prepare_process(params_of().runtime)
-from compactgpt import storage, training
-real, left = os.fsync, [{fsyncs}]
-def fsync(handle):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(handle)
-os.fsync = fsync
-training.train(params_of(eval_interval=6), training.open_splits(Path(sys.argv[1])), Path(sys.argv[2]))
-"""
+def _killed_at_fsync(number, tokens, state):
+    """Train, and die in an fsync, counted from 1."""
+    real, left = os.fsync, [number]
+
+    def fsync(handle):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(handle)
+
+    os.fsync = fsync
+    prepare_process(params_of().runtime)
+    training.train(params_of(eval_interval=6), training.open_splits(tokens), state)
 
 
 def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_result(tmp_path):
     tokens = make_tokens(tmp_path / "tokens")
-    script = KILLED.format(
-        path=[str(ROOT / "src"), str(ROOT / "tests")], fsyncs=19
-    )  # the best model takes seven, a state eight
-    command = [sys.executable, "-c", script, str(tokens), str(tmp_path / "state")]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    # The best model takes seven, a state eight.
+    assert forks.run(_killed_at_fsync, 19, tokens, tmp_path / "state") == -signal.SIGKILL
     left = sorted(
         path.name.split(".")[1 if path.name[0] == "." else 0] for path in (tmp_path / "state").iterdir()
     )
@@ -320,8 +315,9 @@ def test_a_gpu_that_works_behind_us_gives_the_same_run_and_news_of_every_step(sp
 
 
 def test_bfloat16_learns_what_float32_learns_and_keeps_its_weights_in_float32(splits, tmp_path):
-    exact = training.train(params_of(max_steps=60, eval_interval=30), splits, tmp_path / "a")
-    short = params_of(max_steps=60, eval_interval=30, dtype="bfloat16")
+    budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
+    exact = training.train(params_of(**budget), splits, tmp_path / "a")
+    short = params_of(**budget, dtype="bfloat16")
     rounded = training.train(short, splits, tmp_path / "b")
     assert rounded.model.wte.weight.dtype == torch.float32
     assert not same_bits(exact, rounded)
@@ -505,7 +501,8 @@ def test_who_waits_sees_step_loss_speed_use_time_left_and_whether_the_curve_leav
 ):
     told = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
     monkeypatch.setattr(watching, "expected_band", lambda _: watching.Band(told, 100))
-    write_text(Path("params.yaml"), json.dumps(tree_of(max_steps=100, eval_interval=20)))
+    tree = tree_of(max_steps=100, eval_interval=20, checkpoint_interval=50)
+    write_text(Path("params.yaml"), json.dumps(tree))
     lines = door().output.splitlines()
     assert lines[0].startswith("training: tokens_per_step 32 = 2 sequences x 8 tokens x 2 micro-batches x 1")
     assert re.fullmatch(
@@ -519,11 +516,11 @@ def test_who_waits_sees_step_loss_speed_use_time_left_and_whether_the_curve_leav
 
 def test_fine_tuning_a_gpt2_in_hugging_faces_form_through_the_door(here, splits):
     """Refused until its hash is told, then better from the first row on than from scratch."""
-    base = training.train(
-        params_of(max_steps=60, model={"bias": True, "gelu": "tanh"}), splits, here / "base"
-    )
+    shape = {"bias": True, "gelu": "tanh"}
+    budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
+    base = training.train(params_of(**budget, model=shape), splits, here / "base")
     save_hf(base.model, here / "gpt2")
-    tuned = {"init_from": "gpt2", "init_sha256": "0" * 64, "model": {"bias": True, "gelu": "tanh"}}
+    tuned = {"init_from": "gpt2", "init_sha256": "0" * 64, "model": shape}
     write_text(Path("params.yaml"), json.dumps(tree_of(**tuned)))
     refused = door()
     assert refused.exit_code == 78
