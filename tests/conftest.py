@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,10 @@ os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported: the workers share the cores already, and more threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# The tests' folders lie in memory where there is enough: thousands of files are synced, and disks are slow.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +28,17 @@ def same_environment():
         os.environ.update(before)
 
 
-# What is heavy to import is imported by one worker of two; and what takes longest comes first, so that none
-# is left alone with it at the end.
+# What is heavy to import is imported by one worker of two, and what they fork from is made once. What takes
+# longest comes first, so that none is left alone with it at the end.
 TOGETHER = {
-    "mlflow": ("pipelines", "provenance", "registry", "regression", "reproduction", "security", "tracking"),
+    "forks": ("distributed", "sharding", "training"),
+    "mlflow": (
+        "network_faults", "pipelines", "provenance", "registry", "regression", "reproduction", "security",
+        "tracking",
+    ),
     "great_expectations": ("inspection", "validation"),
-}
-LONGEST = ("training", "mlflow", "verification", "launching", "great_expectations", "download", "experiments")
+}  # fmt: skip
+LONGEST = ("forks", "mlflow", "verification", "launching", "great_expectations", "download", "experiments")
 
 
 def group_of(stem):
