@@ -5,7 +5,9 @@ type or an impossible value is refused with the key's path, what was found and w
 the door only these objects travel. Units and meanings stand beside the numbers, in params.yaml.
 """
 
+import copy
 import difflib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -556,7 +558,7 @@ def read_yaml(path: Path) -> Any:
         MissingInput, BadConfig: see `load_section`.
     """
     try:
-        return YAML(typ="safe", pure=True).load(path)
+        return _tree(path)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     # Beside its own, the library lets pass what Python says of impossible dates, numbers, tags and depths.
@@ -570,6 +572,20 @@ def read_yaml(path: Path) -> Any:
         ValueError,
     ) as error:
         raise BadConfig(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+_KNOWN: dict[bytes, Any] = {}  # by content, since a command reads a file again and again
+
+
+def _tree(path: Path) -> Any:
+    content = path.read_bytes()
+    if content not in _KNOWN:
+        stream = io.BytesIO(content)
+        stream.name = str(path)  # the library's messages have it
+        _KNOWN[content] = YAML(typ="safe", pure=True).load(stream)
+        if len(_KNOWN) > 16:
+            del _KNOWN[next(iter(_KNOWN))]
+    return copy.deepcopy(_KNOWN[content])
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
