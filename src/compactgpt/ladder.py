@@ -88,16 +88,9 @@ class Form:
 
     def log_loss(self, constants: Sequence[float], log_n: float, log_d: float) -> float:
         """The logarithm of the loss."""
-        return self.log_losses([constants], log_n, log_d)[0]
-
-    def log_losses(self, draws: Sequence[Sequence[float]], log_n: float, log_d: float) -> list[float]:
-        """The logarithm of the loss by each of several sets of constants."""
-        design, told = self.design(log_n, log_d), []
-        for constants in draws:
-            logs = [sum(map(mul, row, constants)) for row in design]
-            top = max(logs)
-            told.append(float(top + math.log(sum(math.exp(term - top) for term in logs))))
-        return told
+        logs = [sum(map(mul, row, constants)) for row in self.design(log_n, log_d)]
+        top = max(logs)
+        return float(top + math.log(sum(math.exp(term - top) for term in logs)))
 
 
 FORMS: dict[FormName, Form] = {
@@ -118,7 +111,7 @@ FORMS: dict[FormName, Form] = {
 def predict(found: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """The loss that a fit tells, with intervals: see the module."""
     form, n, d = FORMS[found.form], math.log(num_params), math.log(tokens)
-    told = form.log_losses(found.draws, n, d)
+    told = [form.log_loss(draw, n, d) for draw in found.draws]
     losses = sorted(math.exp(loss + miss) for loss in told for miss in found.misses)
     shares = {"low_95": 0.025, "low_80": 0.1, "value": 0.5, "high_80": 0.9, "high_95": 0.975}
     return ExpectedLoss(
