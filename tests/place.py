@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from typer.testing import CliRunner
 
 from compactgpt.comparison import compare
 from compactgpt.config import load_params
 from compactgpt.estimate import estimate
 from compactgpt.readings import read_sources
+from stages.comparison import app
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -111,6 +113,13 @@ def sources_of(place: Path, names=NAMES):
 def record_of(place: Path) -> dict:
     """The comparison's record of a place, as it is read back from JSON."""
     return json.loads(json.dumps(compare(sources_of(place), LIKELIHOOD)))
+
+
+def run_door(place: Path, *more: str):
+    """Run the comparison's door."""
+    paths = ["--params", place / "params.yaml", "--inputs", place, "--reports", place / "reports"]
+    words = [*paths, "--data", place / "data", "--models", place / "models", "--tracker", "none", *more]
+    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def edit(path: Path, change) -> None:

@@ -15,6 +15,11 @@ def record(tmp_path_factory):
     return record_of(make_place(tmp_path_factory.mktemp("place")))
 
 
+@pytest.fixture(scope="module")
+def pictures(record):
+    return {name: charts.png(record, name) for name in charts.CHARTS}
+
+
 def evidence_of(record: dict) -> dict:
     return {item["id"]: item for item in record["evidence"]}
 
@@ -29,30 +34,28 @@ ALTERED = {
 
 
 @pytest.mark.parametrize(("name", "value"), ALTERED.items())
-def test_a_chart_changes_with_its_value(record, name, value):
-    before, item = charts.png(record, name), evidence_of(record)[value]
+def test_a_chart_changes_with_its_value(record, pictures, name, value):
+    item = evidence_of(record)[value]
     kept = dict(item)
     for bound in ("value", "low", "high"):
         item[bound] *= 1.1
-    assert charts.png(record, name) != before
+    assert charts.png(record, name) != pictures[name]
     item.update(kept)
-    assert charts.png(record, name) == before
+    assert charts.png(record, name) == pictures[name]
 
 
-def test_the_curve_and_the_places_in_the_window_are_drawn(record):
-    before = {name: charts.png(record, name) for name in ("loss", "positions")}
+def test_the_curve_and_the_places_in_the_window_are_drawn(record, pictures):
     kept = record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"]
     record["curve"][1]["val_loss"] = record["positions"]["compact"][0]["loss"]["value"] = 7.0
-    for name, picture in before.items():
-        assert charts.png(record, name) != picture
+    for name in ("loss", "positions"):
+        assert charts.png(record, name) != pictures[name]
     record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"] = kept
 
 
-def test_runs_that_the_estimate_was_tried_on_are_drawn(record):
+def test_runs_that_the_estimate_was_tried_on_are_drawn(record, pictures):
     bounds = {"low_80": 3.0, "high_80": 4.0, "low_95": 2.0, "high_95": 5.0}
-    before = charts.png(record, "calibration")
     record["calibration"].append({"name": "another run", "measured": 3.5, **bounds})
-    assert charts.png(record, "calibration") != before
+    assert charts.png(record, "calibration") != pictures["calibration"]
     assert ">another run<" in charts.svg(record, "calibration", "en", "")
     record["calibration"].pop()
 

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -13,8 +12,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from ruamel.yaml import YAML
-from typer.testing import CliRunner
 
 from compactgpt import rendering
 from compactgpt.claims import Known, Verdict
@@ -22,9 +19,7 @@ from compactgpt.comparison import compare
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.estimate import estimate
 from compactgpt.provenance import code_hashes
-from compactgpt.publication import published_files
 from compactgpt.words import GROUPS, KNOWN, TEXT, VERDICTS
-from stages.comparison import app
 from tests.place import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -35,6 +30,7 @@ from tests.place import (
     make_place,
     nats_of,
     record_of,
+    run_door,
     sources_of,
 )
 
@@ -374,29 +370,6 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(place, name):
     with pytest.raises(MissingInput, match=r"dvc repro") as caught:
         record_of(place)
     assert Path(name).name in str(caught.value)
-
-
-def run_door(place: Path, *more: str):
-    paths = ["--params", place / "params.yaml", "--inputs", place, "--reports", place / "reports"]
-    words = [*paths, "--data", place / "data", "--models", place / "models", "--tracker", "none", *more]
-    return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def test_the_door_writes_all_renderings_of_one_record_and_shows_it(place, monkeypatch):
-    monkeypatch.chdir(place)
-    done = run_door(place)
-    assert done.exit_code == 0, done.output
-    record = json.loads((place / "reports/evidence.json").read_text())
-    files = published_files(record, "en")
-    for name, content in files.items():
-        assert (place / "reports" / name).read_bytes() == content
-        assert b"Software" not in content  # of PNG: the library's version
-    listed = YAML(typ="safe").load(place / "dvc.yaml")["stages"]["comparison"]["outs"]
-    assert {f"reports/{name}" for name in files} == {path for out in listed for path in out}
-    shutil.rmtree(place / "data")
-    shown = run_door(place, "--show")
-    assert shown.exit_code == 0
-    assert "655,360,000" in shown.output
 
 
 def test_the_door_says_what_is_missing(place, monkeypatch):

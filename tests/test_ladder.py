@@ -60,7 +60,7 @@ def product(n, d):
 
 @pytest.fixture(scope="module")
 def found():
-    return fit(rungs_of(product, 0.01), 40)
+    return fit(rungs_of(product, 0.01), 16)
 
 
 def ladder(found, **changes):
@@ -122,7 +122,7 @@ def test_a_runaway_run_does_not_drag_the_law(found):
 
 
 def test_fitting_twice_gives_the_same_bytes(found):
-    assert fit(rungs_of(product, 0.01), 40) == found
+    assert fit(rungs_of(product, 0.01), 16) == found
 
 
 def test_too_few_runs_are_refused():

@@ -1,5 +1,6 @@
 """Whatever is altered is named: a digit of a report, a byte of data, weights or lock, a number of params."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -12,14 +13,12 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.comparison import compare
 from compactgpt.config import load_params
 from compactgpt.estimate import estimate
 from compactgpt.evaluation import figures, read_totals
 from compactgpt.ladder import read_ladder
 from compactgpt.publication import published_files
-from compactgpt.readings import read_sources
-from compactgpt.storage import atomic_folder, json_bytes, write_bytes
+from compactgpt.storage import atomic_folder, json_bytes
 from compactgpt.verification import (
     Verification,
     check_estimate,
@@ -29,7 +28,7 @@ from compactgpt.verification import (
     check_renderings,
     differences,
 )
-from tests.place import PARAMS, ROOT, edit, make_place
+from tests.place import PARAMS, ROOT, edit, make_place, run_door
 
 DVC = "from dvc.repo import Repo; Repo.init(no_scm=True).commit(force=True)"
 
@@ -54,7 +53,9 @@ def repository(tmp_path_factory):
         made = figures((totals := read_totals(sums)).nats, totals, params.evaluation.likelihood)
         edit(report, lambda r, made=made: r.update(made))
         edit(report, lambda r: r.get("tasks", {}).pop("cloze", None))
-    publish(place, params)
+    with contextlib.chdir(place):
+        done = run_door(place)
+    assert done.exit_code == 0, done.output
     done = subprocess.run([sys.executable, "-c", DVC], cwd=place, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return place
@@ -89,13 +90,6 @@ def reports_of(place: Path) -> dict[Path, Path]:
     for name in PARAMS.baseline.names:
         found[place / f"reports/baseline/{name}.json"] = place / f"data/baseline/{name}.parquet"
     return found
-
-
-def publish(place: Path, params) -> None:
-    sources = read_sources(place, place / "reports", place / "data", place / "models", params.baseline.names)
-    record = compare(sources, params.evaluation.likelihood)
-    for name, content in published_files(record, "en").items():
-        write_bytes(place / "reports" / name, content)
 
 
 def look(place: Path, *checks) -> Verification:
@@ -219,9 +213,31 @@ def test_a_figure_is_made_anew_from_its_sums(repository, name, before, cell):
     assert cell in told[0]
 
 
+def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, tmp_path, monkeypatch):
+    files = {}
+
+    def kept(record, language):
+        assert record == json.loads((repository / "reports/evidence.json").read_text())
+        files.update(published_files(record, language))
+        return files
+
+    monkeypatch.setattr("compactgpt.verification.published_files", kept)
+    assert look(repository, check_renderings).differences == []
+    for name, content in files.items():
+        assert (repository / "reports" / name).read_bytes() == content
+        assert b"Software" not in content  # of PNG: the library's version
+    listed = YAML(typ="safe").load(repository / "dvc.yaml")["stages"]["comparison"]["outs"]
+    assert {f"reports/{name}" for name in files} == {path for out in listed for path in out}
+    monkeypatch.chdir(repository)
+    shutil.move(repository / "data", tmp_path / "data")
+    shown = run_door(repository, "--show")
+    shutil.move(tmp_path / "data", repository / "data")
+    assert shown.exit_code == 0
+    assert "655,360,000" in shown.output
+
+
 def test_a_cell_of_a_rendering_is_named(repository):
     reports = repository / "reports"
-    assert look(repository, check_renderings).differences == []
     places = {
         "evidence.json": at(reports / "evidence.json", '"id": "xz.loss"', 30),
         "comparison.md": at(reports / "comparison.md", "| xz |", 3),
