@@ -10,15 +10,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from compactgpt.config import Params
+from compactgpt.config import Params, read_yaml
 from compactgpt.provenance import code_hashes, rooms_of
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {path.stem: path for path in (ROOT / "src/compactgpt").glob("*.py")}
 STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
-PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
 
 
@@ -62,7 +61,7 @@ def test_every_section_of_params_is_somebodys_param():
 
 
 def test_every_tracked_param_exists():
-    params = YAML(typ="safe").load(ROOT / "params.yaml")
+    params = read_yaml(ROOT / "params.yaml")
     for stage in PIPELINE.values():
         for name in stage["params"]:
             node = params

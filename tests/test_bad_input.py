@@ -18,13 +18,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
 from compactgpt import baseline, references, regression, rendering
 from compactgpt.checkpoint import load_model, load_newest_state, save_model, save_state
 from compactgpt.claims import Claims, judge
 from compactgpt.comparison import compare
-from compactgpt.config import Training, load_params, load_section, parse_params
+from compactgpt.config import Training, load_params, load_section, parse_params, read_yaml
 from compactgpt.data import evaluation_windows, open_tokens
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import UserError
@@ -157,7 +156,7 @@ def counted(request):
 # --- YAML
 
 
-TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+TREE = read_yaml(ROOT / "params.yaml")
 
 
 @few(60)
@@ -208,7 +207,7 @@ def test_yaml_that_is_made_to_break_its_reader(folder, text):
     assert is_refused(lambda: load_params(folder / "odd.yaml"), "params.yaml, made to break")
 
 
-CLAIMS = YAML(typ="safe").load(ROOT / "claims.yaml")
+CLAIMS = read_yaml(ROOT / "claims.yaml")
 
 
 @few(40)

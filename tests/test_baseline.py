@@ -285,8 +285,9 @@ def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, around
     np.testing.assert_allclose(ours.nats, theirs.nats, rtol=1e-5)
 
 
-def save_llama_folder(folder, kind=transformers.LlamaForCausalLM, **changes):
+def save_llama_folder(folder, kind="LlamaForCausalLM", **changes):
     """A random Llama with a byte tokenizer of its own, saved by transformers itself."""
+    kind = getattr(transformers, kind)  # which imports it
     torch.manual_seed(2)
     tokenizer = byte_tokenizer()
     shape = kind.config_class(
@@ -331,7 +332,7 @@ def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, around, s
 
 
 def test_a_model_whose_logits_are_scaled_is_refused(tmp_path, around):
-    save_llama_folder(tmp_path / "granite", transformers.GraniteForCausalLM, logits_scaling=2.0)
+    save_llama_folder(tmp_path / "granite", "GraniteForCausalLM", logits_scaling=2.0)
     with pytest.raises(BadConfig, match="GraniteForCausalLM can't be measured"):
         load(around, kind="folder", path=str(tmp_path / "granite"))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from compactgpt.config import read_yaml
+
 ROOT = Path(__file__).parents[1]
 COMMAND = """#!/bin/sh
 shift
@@ -22,7 +24,7 @@ done
 
 def numbers():
     """The keys of params.yaml that stages track, each with a short value, since DVC parses them often."""
-    tree = YAML(typ="safe").load(ROOT / "params.yaml")
+    tree = read_yaml(ROOT / "params.yaml")
     short = {section: dict.fromkeys(values, 1) for section, values in tree.items()}
     specs = dict.fromkeys(tree["baseline"]["specs"], 1)
     return short | {"baseline": {"names": tree["baseline"]["names"], "specs": specs}}
@@ -37,7 +39,7 @@ def chain(tmp_path):
     for name in ("claims.yaml", "published.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     YAML().dump(numbers(), tmp_path / "params.yaml")
-    tree = YAML(typ="safe").load(ROOT / "dvc.yaml")
+    tree = read_yaml(ROOT / "dvc.yaml")
     for name, stage in tree["stages"].items():
         outs = [out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])]
         paths = [next(iter(out)) if isinstance(out, dict) else out for out in outs]

@@ -4,13 +4,12 @@ import copy
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from compactgpt.config import Params, load_params, parse_params
+from compactgpt.config import Params, load_params, parse_params, read_yaml
 from compactgpt.errors import BadConfig, MissingInput
 
 ROOT = Path(__file__).parents[1]
-TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+TREE = read_yaml(ROOT / "params.yaml")
 SHAKESPEARE = "download.hub.sets.tiny-shakespeare"
 
 

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt import docstrings, textfiles, wheels
-from compactgpt.config import Download, parse_params
+from compactgpt.config import Download, parse_params, read_yaml
 from compactgpt.documents import new_document, read_row_group, row_groups
 from compactgpt.download import download, write_corpus
 from compactgpt.encoding import load_encoding
@@ -37,7 +37,7 @@ from tests.light import square
 from tests.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[1]
-TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+TREE = read_yaml(ROOT / "params.yaml")
 
 
 def params(**changes) -> Download:

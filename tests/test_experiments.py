@@ -4,13 +4,12 @@ import os
 import subprocess
 
 import pytest
-from ruamel.yaml import YAML
 from tiny import ROOT
 from typer.testing import CliRunner
 
 from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.config import Params, lay_over, load_params, set_values
+from compactgpt.config import Params, lay_over, load_params, read_yaml, set_values
 from compactgpt.errors import BadConfig, CheckFailed, MissingInput
 
 CONF = ROOT / "conf"
@@ -143,7 +142,7 @@ def test_settings_come_last_and_show_changes_nothing(params_file):
     ],
 )
 def test_settings_are_yaml(setting, value):
-    tree = YAML(typ="safe").load(ROOT / "params.yaml")
+    tree = read_yaml(ROOT / "params.yaml")
     set_values(tree, [setting])
     section, key = setting.split("=")[0].split(".")
     assert tree[section][key] == value
@@ -160,7 +159,7 @@ def test_settings_are_yaml(setting, value):
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_path(setting, says):
-    tree = YAML(typ="safe").load(ROOT / "params.yaml")
+    tree = read_yaml(ROOT / "params.yaml")
     with pytest.raises(BadConfig, match=says):
         set_values(tree, [setting])
 

@@ -93,22 +93,21 @@ def test_hidden_states_with_a_cache_equal_those_without(model):
         torch.testing.assert_close(last[row], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.GPT2Config(
-            vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
-        ),
-        transformers.LlamaConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=32,
-        ),
-    ],
-    ids=["gpt2", "llama"],
-)  # fmt: skip
-def test_models_of_transformers_write_the_same_with_their_cache(config):
+SHAPES = {
+    "GPT2Config": {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2},
+    "LlamaConfig": {
+        "max_position_embeddings": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_models_of_transformers_write_the_same_with_their_cache(kind):
     torch.manual_seed(1)
-    config.initializer_range = 0.4
+    config = getattr(transformers, kind)(
+        vocab_size=50, bos_token_id=1, eos_token_id=1, initializer_range=0.4, **SHAPES[kind]
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
 
     def hidden(tokens):

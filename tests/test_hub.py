@@ -8,17 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ruamel.yaml import YAML
 
 from compactgpt import hub
-from compactgpt.config import HubCorpus, parse_params
+from compactgpt.config import HubCorpus, parse_params, read_yaml
 from compactgpt.corpus import Limits, collect
 from compactgpt.documents import read_row_group, row_groups
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.hubtexts import HubReader
 
 ROOT = Path(__file__).parents[1]
-TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+TREE = read_yaml(ROOT / "params.yaml")
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SET = {
     "repo": "owner/name",

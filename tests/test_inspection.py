@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt.config import Inspection, parse_params
+from compactgpt.config import Inspection, parse_params, read_yaml
 from compactgpt.data import write_tokens
 from compactgpt.documents import new_document, row_groups, write_documents
 from compactgpt.duplicates import Scan, Task, digest_group, id_array, run_hashes, save_val_runs, word_hashes
@@ -24,7 +24,7 @@ from tests.pages import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
-TREE = YAML(typ="safe").load(ROOT / "params.yaml")
+TREE = read_yaml(ROOT / "params.yaml")
 PARAMS = Inspection.model_validate(
     TREE["inspection"] | {"min_val_documents": 2, "max_leaked_share": 0.0, "max_repeated_share": 0.0}
 )

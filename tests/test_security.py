@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from compactgpt import baseline, wheels
 from compactgpt.checkpoint import save_state
-from compactgpt.config import load_params
+from compactgpt.config import load_params, read_yaml
 from compactgpt.errors import BadData, MissingInput, UserError
 from compactgpt.export import save_hf
 from compactgpt.launching import launch
@@ -183,7 +182,7 @@ def test_only_safetensors_and_words_are_fetched_from_a_hub():
 
 
 def test_what_comes_from_elsewhere_is_pinned():
-    tree = YAML(typ="safe").load(ROOT / "params.yaml")
+    tree = read_yaml(ROOT / "params.yaml")
     specs = tree["baseline"]["specs"].values()
     for spec in specs:
         if spec["kind"] == "hub":

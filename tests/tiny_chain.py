@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from compactgpt.config import read_yaml
 from tests.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +138,7 @@ def run_quietly(stage: str, place: Path, said: Path) -> None:
 def outs_of(stage: str) -> list[str]:
     """The paths that a stage makes, as dvc.yaml has them."""
     name, _, item = stage.partition("@")
-    tree = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][name]
+    tree = read_yaml(ROOT / "dvc.yaml")["stages"][name]
     outs = [out for key in ("outs", "metrics", "plots") for out in tree.get(key, ())]
     paths = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
     return [path.replace("${item.name}", item) for path in paths]
