@@ -79,7 +79,7 @@ test-server: $(STAMP) ## run the test that kills and restarts a real MLflow serv
 
 coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
 	@mkdir -p .state/coverage
-	@python -m pytest $(TWO_WORKERS) --cov
+	@COVERAGE_FOLDER=$(CURDIR)/.state/coverage python -m pytest $(TWO_WORKERS) --cov
 
 check: $(STAMP) ## lint, format and type checks
 	@ruff check .
