@@ -101,6 +101,18 @@ def test_chunked_loss_equals_the_plain_one_with_its_gradients(rows):
     torch.testing.assert_close(torch.autograd.grad(chunked / 3, (x, weight)), expected)
 
 
+def test_the_embeddings_gradient_is_added_to_the_heads_without_a_copy_of_it():
+    model = GPT(tiny())
+    tokens, targets = tokens_of(2, 6)
+    loss = model(tokens, targets)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        loss.backward()
+    matrix = list(model.wte.weight.shape)
+    names = [event.name for event in seen.events() if event.input_shapes[:1] == [matrix]]
+    assert "aten::add_" in names
+    assert "aten::copy_" not in names
+
+
 def test_in_bfloat16_only_the_products_are_rounded():
     """Logits that bfloat16 holds exactly: the softmax and the loss are then those of float64."""
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,3 @@
-import copy
 import json
 import math
 import os
@@ -11,12 +10,11 @@ import forks
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt import training, watching
 from compactgpt.checkpoint import load_model, save_model
-from compactgpt.config import ExpectedLoss, parse_params
+from compactgpt.config import ExpectedLoss, parse_params, read_yaml
 from compactgpt.data import open_tokens, write_tokens
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
@@ -27,13 +25,12 @@ from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.storage import atomic_folder, write_text
 
 ROOT = Path(__file__).parents[1]
-TREE = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
 VOCAB, EOT = 40, 39
 
 
 def tree_of(model=(), **changes):
     """The project's params.yaml, made tiny."""
-    tree = copy.deepcopy(TREE)
+    tree = read_yaml(ROOT / "params.yaml")
     tree["runtime"].update(device="cpu", num_threads=1)
     tree["model"].update(block_size=8, n_layer=2, n_head=2, n_embd=16, vocab_size=VOCAB)
     tree["model"].update({"padded_vocab_size": 48, **dict(model)})
