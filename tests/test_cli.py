@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 
@@ -151,6 +152,36 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(number, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"error: params.yaml: {os.strerror(number)}: run in a folder")
     assert said.count("\n") == 1
+
+
+def told_in_a_read_only_folder(folder, code):
+    """Exit code and words of a program whose folder may not be written; modes bind no root, mounts do."""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); {code}"]
+    if os.geteuid() == 0:
+        mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
+        tried = ["unshare", "-m", "sh", "-c", mount, str(folder)]
+        if not shutil.which("unshare") or subprocess.run([*tried, "true"], check=False).returncode:
+            pytest.skip("nothing may be mounted here")
+        command = [*tried, *command]
+    else:
+        folder.chmod(0o555)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_in_a_read_only_folder_syncing_says_so_in_one_sentence(tmp_path):
+    code, said = told_in_a_read_only_folder(tmp_path, "from compactgpt.syncing import main; main()")
+    assert code == 77
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "Read-only file system" in said or "Permission denied" in said
+
+
+def test_in_a_read_only_folder_the_run_behind_a_number_is_not_looked_up(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    look = "from pathlib import Path; from compactgpt.syncing import run_of_value; "
+    told = told_in_a_read_only_folder(tmp_path, f"{look}print(run_of_value(Path(), {{}}))")
+    assert told == (0, "not looked up: SQLite writes beside mlflow.db, and this folder is read-only\n")
 
 
 @pytest.mark.parametrize(

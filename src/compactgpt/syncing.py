@@ -10,6 +10,7 @@ When a `dvc` process has ended, its run gets what compactgpt.pipelines found, an
 MLflow is the SQLite file `<root>/mlflow.db` unless MLFLOW_TRACKING_URI names a server.
 """
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import UserError
+from compactgpt.errors import NotAllowed, UserError
 from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
@@ -662,8 +663,11 @@ def follow(root: Path) -> None:
 
 def run_of_value(root: Path, value: dict[str, Any]) -> str:
     """Name the newest finished run of a value's stage that logged this very number, or say that none did."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
-        return "no MLflow store here: `make repro` keeps one"
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        if not (root / "mlflow.db").exists():
+            return "no MLflow store here: `make repro` keeps one"
+        if not os.access(root, os.W_OK):
+            return "not looked up: SQLite writes beside mlflow.db, and this folder is read-only"
     client, experiment = Syncer(root).connect()
     stage = value["stage"]
     wanted = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
@@ -715,7 +719,15 @@ def main() -> None:
     logging.basicConfig(handlers=[handler])
     if sys.argv[1:2] == ["--follow"]:
         follow(Path(sys.argv[2]))
-    elif not drain(Path.cwd(), record_unrun=True):
+        return
+    try:
+        everything = drain(Path.cwd(), record_unrun=True)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}: nothing can be copied here\n")
+        sys.exit(NotAllowed.exit_code)
+    if not everything:
         sys.exit("MLflow has not taken everything yet; `python -m compactgpt.syncing` tries again")
 
 
