@@ -107,9 +107,8 @@ def open_stage(
         held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
-    with told_clearly("stopped; `dvc repro` goes on from here"):
+    with _stoppable(), told_clearly("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
-        signal.signal(signal.SIGTERM, _stop)
         params = load_params(params_file)
         if not own_place().leads:
             yield Stage(name, params, NullTracker(), leads=False)
@@ -201,6 +200,16 @@ def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> Non
         _die_with_parent()
         words = [f"--{name}={value}" for name, value in options.items()]
         raise typer.Exit(launch(module, [f"--params={params_file}", *words], launcher))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the stage in order at SIGTERM; one that comes as the interpreter leaves would be a traceback."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -142,6 +142,20 @@ with door.open_stage("training", Path("params.yaml"), "none"):
         pass
 
 
+def test_a_sigterm_as_the_interpreter_leaves_changes_neither_exit_code_nor_words(here):
+    code = (
+        "import atexit, os, signal, sys; from pathlib import Path; "
+        f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT)!r}]; from stages import door; "
+        "from compactgpt.errors import Busy; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "with door.open_stage('training', Path('params.yaml'), 'none'):\n"
+        "    raise Busy('stopped at step 3')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == Busy.exit_code
+    assert done.stderr == "error: stopped at step 3\n"
+
+
 def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
     bar = Bar("training", "tokens")
     bar(1000, 2000, {"loss": "5.1"})
