@@ -165,7 +165,7 @@ def told_in_a_read_only_folder(folder, code):
         command = [*tried, *command]
     else:
         folder.chmod(0o555)
-    plain = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}  # mlflow sets it
+    plain = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     done = subprocess.run(command, cwd=folder, env=plain, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
