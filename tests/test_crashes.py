@@ -4,9 +4,7 @@ Each protocol is run once, on real files, by the code that the stages use; tests
 that a disk may then hold; each is laid out and read. Once a writer has returned, only the new will do.
 """
 
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -17,16 +15,6 @@ from compactgpt.ledger import SPLITS, open_ledger
 from compactgpt.syncing import _whole_lines
 from tests.crashes import lay_out, states_of
 from tests.test_ledger import HEADER, PIECES, make_piece
-
-
-@pytest.fixture
-def place():
-    """A folder in memory where there is one: a disk takes its time to sync."""
-    shared = Path("/dev/shm")
-    folder = (shared if os.access(shared, os.W_OK) else Path("/tmp")) / f"compactgpt-crash-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 def tried(place, begin, protocol, read):
@@ -236,8 +224,8 @@ def prepare(place, name):
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_whatever_a_power_loss_leaves_is_read_as_old_or_new(place, name, counted):
-    prepare(place, name)
-    states = tried(place, *PROTOCOLS[name])
+def test_whatever_a_power_loss_leaves_is_read_as_old_or_new(tmp_path, name, counted):
+    prepare(tmp_path, name)
+    states = tried(tmp_path, *PROTOCOLS[name])
     counted["states of the disk after a power loss"] += states
     assert states > 10

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -96,19 +95,10 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chain():
-    """In memory where there is a place for it: a disk takes its time to sync."""
-    shared = Path("/dev/shm")
-    folder = (shared if os.access(shared, os.W_OK) else Path("/tmp")) / f"compactgpt-{os.getpid()}"
-    folder.mkdir()
-    made = None
-    try:
-        made = Chain(folder)
-        yield made
-    finally:
-        if made:
-            made.zygote.close()
-        shutil.rmtree(folder)
+def chain(tmp_path_factory):
+    made = Chain(tmp_path_factory.mktemp("chain"))
+    yield made
+    made.zygote.close()
 
 
 def points_of(names):

@@ -12,7 +12,6 @@ import shutil
 import sys
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -411,12 +410,8 @@ def zygote():
 
 
 @pytest.fixture
-def place():
-    shared = Path("/dev/shm")
-    folder = (shared if os.access(shared, os.W_OK) else Path("/tmp")) / f"compactgpt-mutant-{os.getpid()}"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".log").unlink(missing_ok=True)
+def place(tmp_path):
+    return tmp_path / "place"
 
 
 @pytest.mark.parametrize("mutant", TRIED, ids=str)
