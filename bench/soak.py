@@ -54,6 +54,7 @@ class Sample:
     cpu_seconds: float  # of the trainer, since it began
     yardstick: float  # CPU seconds of one product
     trainer_mb: float
+    large_mb: float  # of the trainer's memory, what lies in pages of 2 MB
     trainer_handles: int
     threads: int
     syncing_mb: float
@@ -118,9 +119,16 @@ class Eyes:
             known = json.loads((self.journal.parent / "synced.json").read_bytes())["offset"]
         return Sample(
             time.monotonic() - self.begin, last_step(self.journal), spent.user + spent.system, yardstick(),
-            trained[0] / 1e6, trained[1], trained[2], synced[0] / 1e6, synced[1],
+            trained[0] / 1e6, large_pages(self.trainer.pid) / 1e6, trained[1], trained[2],
+            synced[0] / 1e6, synced[1],
             size / 1e6, (size - known) / 1e3,
         )  # fmt: skip
+
+
+def large_pages(pid: int) -> int:
+    """Bytes of a process that lie in large pages; Linux puts more there as time goes by, whole."""
+    facts = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * sum(int(line.split()[1]) for line in facts.splitlines() if line.startswith("AnonHugePages"))
 
 
 def last_step(journal: Path) -> int:
@@ -138,7 +146,8 @@ def rows(samples: list[Sample]) -> dict[str, tuple[list[float], list[float]]]:
     hours = [one.seconds / 3600 for one in samples]
     between = [b.seconds / 3600 for _, b in pairs]
     held = {
-        "trainer MB": "trainer_mb", "trainer handles": "trainer_handles", "threads": "threads",
+        "trainer MB": "trainer_mb", "of it in large pages": "large_mb",
+        "trainer handles": "trainer_handles", "threads": "threads",
         "syncing MB": "syncing_mb", "syncing handles": "syncing_handles",
         "journal MB": "journal_mb", "journal not synced, kB": "behind_kb",
     }  # fmt: skip

@@ -170,8 +170,8 @@ def told_in_a_read_only_folder(folder, code):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_in_a_read_only_folder_syncing_says_so_in_one_sentence(tmp_path):
-    code, said = told_in_a_read_only_folder(tmp_path, "from compactgpt.syncing import main; main()")
+def test_in_a_read_only_folder_sync_says_so_in_one_sentence(tmp_path):
+    code, said = told_in_a_read_only_folder(tmp_path, "from compactgpt.cli import app; app(['sync'])")
     assert code == 77
     assert said.startswith("error: ")
     assert said.count("\n") == 1

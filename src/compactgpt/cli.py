@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.console import told_clearly
-from compactgpt.errors import CheckFailed
+from compactgpt.errors import CheckFailed, Unreachable
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
@@ -230,6 +230,17 @@ def ladder(
         from compactgpt import fitting
 
         print(fitting.climb(name, folder, params_file))
+
+
+@app.command()
+def sync() -> None:
+    """Give MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
+    with told_clearly():
+        from compactgpt.syncing import drain
+
+        if not drain(Path.cwd(), record_unrun=True):
+            raise Unreachable("MLflow has not taken everything yet: nothing is lost, run this again")
+        print("MLflow has all of the runs that have ended here")
 
 
 @app.command()

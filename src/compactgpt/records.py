@@ -97,7 +97,7 @@ def _of_run(root: Path, run: Any, scratch: Path) -> Record:
     if place.read(LOCK) is None:
         raise MissingInput(
             f"{name} keeps no dvc.lock: it was run by hand, or the `dvc` process that it is part of has not "
-            "ended (`python -m compactgpt.syncing` copies what is left)"
+            "ended (`compactgpt sync` copies what is left)"
         )
     diff = place.read(DIFF) or b""
     return Record(

@@ -5,12 +5,11 @@ to MLflow as it grows, samples the machine meanwhile, closes runs whose process 
 seconds after the last run. What a dead server has not taken stays in the journal and is copied by the next
 one: nothing is lost, and since every metric carries the journal's own time and step, nothing is doubled.
 When a `dvc` process has ended, its run gets what compactgpt.pipelines found, and the model is logged
-(compactgpt.registry). `python -m compactgpt.syncing` copies what is left and waits for it.
+(compactgpt.registry). `compactgpt sync` copies what is left and waits for it.
 
 MLflow is the SQLite file `<root>/mlflow.db` unless MLFLOW_TRACKING_URI names a server.
 """
 
-import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import NotAllowed, UserError
+from compactgpt.errors import Unreachable, UserError
 from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
@@ -688,19 +687,29 @@ def drain(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = Fa
 
     Returns:
         Whether MLflow has everything.
+
+    Raises:
+        OSError: nothing can be written in the repository.
+        Unreachable: MLflow does not answer, or refuses.
     """
     syncer = Syncer(root)
     syncer.folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience_seconds
-    while syncer.left() and time.monotonic() < deadline:
-        with _lock(syncer.folder) as alone:
-            if alone:
-                syncer.sync()
-        time.sleep(0.2)
-    if record_unrun and not syncer.left():
-        with _lock(syncer.folder) as alone:
-            if alone:
-                syncer.record_unrun()
+    try:
+        while syncer.left() and time.monotonic() < deadline:
+            with _lock(syncer.folder) as alone:
+                if alone:
+                    syncer.sync()
+            time.sleep(0.2)
+        if record_unrun and not syncer.left():
+            with _lock(syncer.folder) as alone:
+                if alone:
+                    syncer.record_unrun()
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # whatever a server or a store may throw
+        why = _IN_ADDRESS.sub(r"\1***@", str(error).partition("\n")[0])
+        raise Unreachable(f"MLflow did not take it ({why}): nothing is lost, run this again") from error
     return not syncer.left()
 
 
@@ -713,22 +722,11 @@ class Discreet(logging.Formatter):
 
 
 def main() -> None:
-    """`--follow ROOT`: the process that a stage leaves running. Without: copy what is left here."""
+    """The process that a stage leaves running for a repository, which `--follow ROOT` names."""
     handler = logging.StreamHandler()
     handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
-    if sys.argv[1:2] == ["--follow"]:
-        follow(Path(sys.argv[2]))
-        return
-    try:
-        everything = drain(Path.cwd(), record_unrun=True)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}: nothing can be copied here\n")
-        sys.exit(NotAllowed.exit_code)
-    if not everything:
-        sys.exit("MLflow has not taken everything yet; `python -m compactgpt.syncing` tries again")
+    follow(Path(sys.argv[-1]))
 
 
 if __name__ == "__main__":
