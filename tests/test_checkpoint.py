@@ -2,10 +2,11 @@ import copy
 import json
 import os
 import shutil
+import tracemalloc
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_model import tiny, tokens_of
 from test_optim import recipe
 
@@ -49,6 +50,22 @@ def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
     save_model(GPT(tiny(bias=True), seed=4), tmp_path / "again", {"val_loss": 4.5})
     for path in saved.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_file_is_what_safetensors_own_writer_makes(states):
+    found = list(states.folder.glob("step-*/*.safetensors"))
+    assert len(found) == 4
+    assert [path.read_bytes() for path in found] == [save(load_file(path)) for path in found]
+
+
+def test_writing_takes_little_memory_whatever_the_size(tmp_path):
+    path, tensors = tmp_path / "x.safetensors", {"b": torch.ones(1024, 1024), "a": torch.ones(1 << 20)}
+    tracemalloc.start()
+    checkpoint._write_tensors(path, tensors)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert path.read_bytes() == save(tensors)
 
 
 def test_the_head_is_stored_once(saved):

@@ -55,6 +55,11 @@ class Launched:
             time.sleep(0.005)
 
 
+def listens_at(process):
+    """The addresses of the sockets on which a process listens, as the kernel has them."""
+    return {one.laddr.ip for one in process.net_connections("inet") if one.status == "LISTEN"}
+
+
 def newest_state():
     names = [path.name for path in Path(".state/training").glob("*/step-*")]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
@@ -70,13 +75,25 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
-def test_whoever_is_killed_the_result_is_that_of_one_process_unbroken(here):
+@pytest.fixture
+def whole(here):
+    """What one process makes that nobody stops."""
     Path("params.yaml").write_text(params(1))
     assert door().exit_code == 0
-    whole = contents()
-
+    made = contents()
     Path("params.yaml").write_text(params(2))
+    return made
+
+
+def goes_on_alone():
+    assert newest_state() < STEPS
+    Path("params.yaml").write_text(params(1))
+    assert door().exit_code == 0
+    return contents()
+
+
+@pytest.mark.slow
+def test_who_is_killed_is_started_again_and_the_result_is_that_of_one_process_unbroken(whole):
     run = Launched()
     before = run.workers()
     step = run.wait_for_state_after(0)
@@ -84,25 +101,28 @@ def test_whoever_is_killed_the_result_is_that_of_one_process_unbroken(here):
     psutil.wait_procs(before, timeout=30)
     after = run.workers()
     step = run.wait_for_state_after(step)
+    for process in (run.agent, *after):
+        assert listens_at(process) <= {"127.0.0.1", "::1"}
+    assert listens_at(after[0])  # gloo's own
     run.agent.terminate()
     _, said = run.agent.communicate(timeout=60)
     assert run.agent.returncode == 75
     assert said.count("error: stopped at step") == 1
     assert "Traceback" not in said
     assert not any(worker.is_running() for worker in after)
+    assert goes_on_alone() == whole
 
+
+@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="half a minute: make test-faults")
+def test_processes_whose_agent_is_killed_end_themselves(whole):
     run = Launched()
     workers = run.workers()
-    run.wait_for_state_after(newest_state())
-    run.agent.kill()  # nobody is left who could end the processes: they end themselves
+    run.wait_for_state_after(0)
+    run.agent.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
     run.agent.communicate()
     assert not alive
-    assert newest_state() < STEPS
-
-    Path("params.yaml").write_text(params(1))
-    assert door().exit_code == 0
-    assert contents() == whole
+    assert goes_on_alone() == whole
 
 
 @pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="a minute: make test-faults")

@@ -4,7 +4,6 @@ import ast
 import io
 import json
 import logging
-import os
 import pickle
 import pickletools
 import re
@@ -26,7 +25,6 @@ from compactgpt.checkpoint import save_state
 from compactgpt.config import load_params, read_yaml
 from compactgpt.errors import BadData, MissingInput, UserError
 from compactgpt.export import save_hf
-from compactgpt.launching import launch
 from compactgpt.optim import Optimizers
 from compactgpt.storage import sha256_file, write_json
 from compactgpt.syncing import Discreet, Syncer
@@ -247,7 +245,7 @@ def test_a_package_that_is_not_the_one_of_the_lock_is_not_installed(tmp_path):
 
 
 def test_servers_listen_to_this_machine_alone():
-    """Tests of the real server are in test_server.py."""
+    """The real server: test_server.py. Processes that train together: test_launching.py."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     started = [line for line in makefile.splitlines() if "mlflow server" in line]
     assert started
@@ -258,33 +256,6 @@ def test_servers_listen_to_this_machine_alone():
         text = path.read_text() if path.is_file() else ""
         assert "0.0.0.0" not in text, path
         assert "disable-security-middleware" not in text, path
-
-
-LISTENING = """
-import json, os, pathlib, psutil
-from compactgpt.config import load_params
-from compactgpt.distributed import joined
-launcher = load_params(pathlib.Path({params!r})).training.launcher
-with joined(launcher, "cpu") as group:
-    group.any_of(False)
-    me = psutil.Process()
-    found = [one.laddr.ip for process in (me, me.parent()) for one in process.net_connections("inet")
-             if one.status == "LISTEN"]
-    pathlib.Path("heard-" + os.environ["RANK"]).write_text(json.dumps(found))
-    group.any_of(False)
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_train_together_listen_to_this_machine_alone(tmp_path, monkeypatch):
-    """Sockets of torchrun's agent and of both processes, as the kernel has them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(tmp_path)]))
-    (tmp_path / "listening.py").write_text(LISTENING.format(params=str(ROOT / "params.yaml")))
-    assert launch("listening", [], PARAMS.training.launcher.model_copy(update={"processes": 2})) == 0
-    heard = [json.loads((tmp_path / f"heard-{rank}").read_text()) for rank in (0, 1)]
-    assert all(heard)  # gloo's own
-    assert {address for each in heard for address in each} <= {"127.0.0.1", "::1"}
 
 
 def test_no_process_goes_through_a_shell_and_no_text_is_run_as_code():

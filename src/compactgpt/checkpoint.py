@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compactgpt.config import Model
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
-from compactgpt.storage import atomic_folder, read_json, verified_manifest, write_json
+from compactgpt.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
 
 KEPT_STATES = 2
 KEPT_RUNS = 2  # unfinished runs beside the present one: whoever turns a number back goes on with its run
+_TYPES = {torch.float32: "F32"}  # of what we write, as safetensors calls them
 log = logging.getLogger(__name__)
 
 
@@ -174,9 +175,16 @@ def pass_over(state: Path, error: Exception) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    # By way of bytes: a full disk is then an OSError, which storage turns into a sentence.
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    path.write_bytes(content)
+    """Write a safetensors file, one tensor after the other.
+
+    The library's `save` holds all of it in memory, twice; its `save_file` meets a full disk with an error
+    of its own, where an OSError is what storage turns into a sentence.
+    """
+    ordered = [(name, tensors[name].detach()) for name in sorted(tensors)]
+    header = tensors_header((name, _TYPES[each.dtype], each.shape, each.nbytes) for name, each in ordered)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.writelines(each.cpu().contiguous().numpy().data for _, each in ordered)
 
 
 def check_size(shape: Model, path: Path) -> None:

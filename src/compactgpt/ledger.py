@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from compactgpt.data import HEADER_BYTES, VERSION, Header, encode_header, index_path, token_dtype
-from compactgpt.storage import atomic_file
+from compactgpt.storage import atomic_file, tensors_header
 
 SPLITS = ("train", "val")
 COLUMNS = ("tokens", "lengths", "bytes", "ids")
@@ -207,23 +207,15 @@ def _stored_sha256(folder: Path, before: State, after: State) -> str:
 
 
 def write_index(path: Path, lengths: Path, byte_lengths: Path, ids: Path) -> None:
-    """Write a document index (data.py) from its columns on disk, as safetensors' own writer would.
-
-    The layout (github.com/huggingface/safetensors, README.md, Format): length of the header in 8 bytes,
-    the header as JSON padded with spaces to a multiple of 8, the tensors, wider types first.
-    """
+    """Write a document index (data.py) from its columns on disk, as safetensors' own writer would."""
     documents = byte_lengths.stat().st_size // 8
-    sizes = {"bytes": 8 * documents, "offsets": 8 * (documents + 1), "ids": 16 * documents}
-    shapes = {"bytes": [documents], "offsets": [documents + 1], "ids": [documents, 16]}
-    fields, place = {}, 0
-    for name, size in sizes.items():
-        dtype = "U8" if name == "ids" else "I64"
-        fields[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [place, place + size]}
-        place += size
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
+    header = tensors_header([
+        ("bytes", "I64", [documents], 8 * documents),
+        ("offsets", "I64", [documents + 1], 8 * (documents + 1)),
+        ("ids", "U8", [documents, 16], 16 * documents),
+    ])  # fmt: skip
     with atomic_file(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(header)
         file.writelines(_blocks(byte_lengths))
         end = np.zeros(1, "<i8")
         file.write(end.tobytes())

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -125,6 +125,25 @@ def json_bytes(value: Any) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON, whole or not at all."""
     write_bytes(path, json_bytes(value))
+
+
+def tensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Begin a safetensors file, which the tensors' own bytes continue in the same order.
+
+    The layout (github.com/huggingface/safetensors, README.md, Format): length of the header in 8 bytes,
+    the header as JSON padded with spaces to a multiple of 8, the tensors. The library's own writer has wider
+    types first, then the order of names.
+
+    Args:
+        tensors: name, type as the format calls it (F32), shape and bytes of each.
+    """
+    fields, place = {}, 0
+    for name, dtype, shape, size in tensors:
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def read_json(path: Path) -> Any:
