@@ -243,5 +243,9 @@ def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (N,)
     """
-    chunks = zip(torch.split(x, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True)
-    return torch.cat([F.cross_entropy(part @ weight.T, target, reduction="none") for part, target in chunks])
+    logits = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))
+    nats = []
+    for part, target in zip(torch.split(x, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
+        place = torch.mm(part, weight.T, out=logits[: len(part)])
+        nats.append(torch.log_softmax(place, 1, out=place).gather(1, target[:, None])[:, 0].neg())
+    return torch.cat(nats)
