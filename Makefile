@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
 
-.PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-ray test-server coverage check audit hooks docs table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,10 @@ test-faults: $(STAMP) ## faults at the operations of every stage, power losses, 
 test-mutants: $(STAMP) ## change the rooms that measure in 1,800 small ways: do the tests see it? (half an hour; ROOMS=metrics)
 	@test -d .state/mutmut || uv pip install -q --python $(VENV)/bin/python --target .state/mutmut -c requirements.lock mutmut==3.8.1
 	@PYTHONPATH=$(CURDIR)/.state/mutmut python bench/mutants.py $(ROOMS)
+
+test-fuzz: $(STAMP) ## let a fuzzer look for bytes that a reader neither takes nor refuses (16 minutes; SECONDS=60 a reader)
+	@test -d .state/atheris || uv pip install -q --python $(VENV)/bin/python --target .state/atheris -c requirements.lock atheris==3.0.0
+	@python bench/fuzz.py --seconds $${SECONDS:-60}
 
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py

@@ -13,6 +13,7 @@ import tracemalloc
 import zipfile
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -396,6 +397,21 @@ def test_pages_are_known_before_they_are_read(tmp_path, version, dictionary):
         assert 0 < headers < 2000 * len(each)  # with the least and the greatest text
 
 
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        (b"\x15\x00\x15\x02\x15\x09\x00", "the page at byte 0 has sizes below 0"),  # -5: it would come again
+        (b"\x15\x00\x18\x00\x15\x02\x00", "no page at byte 0"),  # the size unpacked is text
+        (b"\x1c" * 60_000, "no page at byte 0"),  # structs in structs
+        (b"\x15\x00", "no page at byte 0"),
+    ],
+)
+def test_a_page_header_that_is_none_is_refused(page, says):
+    chunk = SimpleNamespace(has_dictionary_page=False, data_page_offset=0, total_compressed_size=len(page))
+    with pytest.raises(ValueError, match=says):
+        list(page_sizes(io.BytesIO(page), chunk))
+
+
 def test_a_very_long_parquet_row_is_refused_before_it_is_read(tmp_path):
     rules = textfiles.Rules("text", 10**9, 1000, 10**9)
     long = "x" * 200_000
@@ -646,9 +662,9 @@ def test_bounds_that_exclude_each_other_are_refused():
 # --- wheels and the tokenizer
 
 
-def wheel_bytes(members):
+def wheel_bytes(members, how=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", how) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -714,12 +730,28 @@ def pip(monkeypatch):
     return install
 
 
+def with_bytes(content, place, new):
+    return content[:place] + new + content[place + len(new) :]
+
+
+PACKED = [
+    wheel_bytes({"tiny/a.bin": b"content" * 99}, how)
+    for how in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+]
+DIRECTORY = PACKED[0].index(b"PK\x01\x02")
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (wheel_bytes({"tiny/a.bin": b"other"}), "is not the file that was pinned.*it was not kept"),
         (wheel_bytes({"tiny/b.bin": b"content"}), r"wheel tiny==1\.0 has no file tiny/a\.bin"),
         (b"<html>", "arrived damaged"),
+        *((with_bytes(wheel, 42, b"\xff" * 12), "arrived damaged") for wheel in PACKED),
+        (with_bytes(PACKED[0], DIRECTORY + 8, b"\x01"), "arrived damaged .*encrypted"),
+        (with_bytes(PACKED[0], DIRECTORY + 10, b"\x63"), "arrived damaged .*compression"),
+        (with_bytes(PACKED[0], DIRECTORY + 42, b"\xff\xff"), "arrived damaged"),  # begins elsewhere
+        (wheel_bytes({"tiny/a.bin": bytes(2**27 + 1)}, zipfile.ZIP_DEFLATED), "more than 134,217,728 bytes"),
     ],
 )
 def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, pip, content, says):

@@ -129,10 +129,15 @@ def test_a_journal_that_lies_is_not_believed(tmp_path, expected):
     journal.write_text(journal.read_text().replace('"pieces":4', '"pieces":5'))  # one was never made
     assert run(tmp_path / "more", tmp_path / "out")[0] == 2
     assert published(tmp_path / "out") == expected
-    run(state, tmp_path / "out")
-    (state / JOURNAL).write_text("".join(lines).replace(f'"tokens":{HEADER_BYTES}', '"tokens":-1'))
-    run(state, tmp_path / "out")
-    assert published(tmp_path / "out") == expected
+    for lie in (
+        "".join(lines).replace(f'"tokens":{HEADER_BYTES}', '"tokens":-1'),
+        "".join(lines).replace('"sha256"', '"sha"'),
+        "[" * 100_000 + "\n",
+    ):
+        run(state, tmp_path / "out")
+        (state / JOURNAL).write_text(lie)
+        run(state, tmp_path / "out")
+        assert published(tmp_path / "out") == expected
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**40), st.integers(0, 2**40)), max_size=40))

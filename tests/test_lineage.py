@@ -46,6 +46,27 @@ def test_the_chain_has_the_items_of_a_matrix_in_order(root):
     assert chain.out("y") == ""
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["- a", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [x]}}", "stages: {a: {outs: [{path: x}]}}",
+     "stages: {a: {deps: null}}", "stages: {a: {params: {params.yaml: 1}}}", "stages: &a {b: {cmd: *a}}",
+     "a: 2001-99-99", "[" * 5000],
+)  # fmt: skip
+def test_a_lock_that_is_none_is_refused_by_name(root, text):
+    (root / "dvc.lock").write_text(text)
+    with pytest.raises(BadData, match=r"^dvc\.lock .*: `git checkout dvc\.lock` restores it$"):
+        read_chain(Folder(root))
+
+
+def test_a_matrix_that_names_nothing_has_no_items(root):
+    for params in ("b: {names: 5}", "b: 5", ""):
+        (root / "params.yaml").write_text(params)
+        assert read_chain(Folder(root)).stages == ["a"]
+    (root / "dvc.yaml").write_text("stages: {b: {matrix: {x: [1], y: [2]}}}")
+    with pytest.raises(BadData, match=r"^dvc\.yaml is not as DVC has it"):
+        read_chain(Folder(root))
+
+
 def test_an_out_comes_from_the_cache_even_if_the_folder_has_another(root, tmp_path):
     md5, target = store.cache_out(root, "x"), tmp_path / "copy"
     (root / "x" / "a").write_text("another")

@@ -294,7 +294,7 @@ MUTANTS = [
         '        except KeyError:\n            return state, lines, ""',
         "ledger_kill:3",
     ),
-    Mutant(L, '        if found != fields["sha256"]:', "        if False:", "ledger_damage:train.tokens"),
+    Mutant(L, "        if not whole:", "        if False:", "ledger_damage:train.tokens"),
     Mutant(L, "after.pieces == state.pieces + 1", "True", "ledger_lie:"),
     Mutant(L, "        file.writelines(lines)", "        pass", "ledger_torn:"),
     Mutant("compactgpt.corpus", '        verify_file(path, note["sha256"])', "        pass", "shard_damage:"),

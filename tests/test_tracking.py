@@ -11,7 +11,16 @@ import pytest
 
 from compactgpt import syncing
 from compactgpt.syncing import Syncer, drain, tracking_folder
-from compactgpt.tracking import NullTracker, flatten, git_facts, grouped, machine_facts, numbers, uncommitted
+from compactgpt.tracking import (
+    NullTracker,
+    flatten,
+    git_facts,
+    grouped,
+    journal_lines,
+    machine_facts,
+    numbers,
+    uncommitted,
+)
 from tests.store import git, journal, runs
 
 
@@ -98,6 +107,11 @@ def test_a_copy_that_was_cut_off_is_repeated_without_doubling(root):
     assert drain(root)
     (found,) = runs(root)
     assert history(root, found.info.run_id, "loss") == [(1, 3.0)]
+
+
+def test_what_is_no_line_of_a_journal_is_left_out():
+    odd = [b"[" * 100_000, b"\xff", b"[]", b"1", b'{"a": 1}', b""]
+    assert journal_lines(b"\n".join([*odd, b'{"kind": "end"}', b""])) == [{"kind": "end"}]
 
 
 def test_a_torn_last_line_waits(root):

@@ -551,6 +551,18 @@ def load_section(path: Path, kind: type[Checked]) -> Checked:
     return _parse(read_yaml(path), kind, str(path))
 
 
+# Beside its own, the library lets pass what Python says of impossible dates, numbers, tags and depths.
+NO_YAML = (
+    YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file as DVC does.
 
@@ -561,16 +573,7 @@ def read_yaml(path: Path) -> Any:
         return copy.deepcopy(_parsed(path.read_bytes()))
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
-    # Beside its own, the library lets pass what Python says of impossible dates, numbers, tags and depths.
-    except (
-        YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except NO_YAML as error:
         what = " ".join(str(error).split()).replace('in "<byte string>",', "in")
         raise BadConfig(f"{path} is no valid YAML: {what}") from error
 

@@ -115,7 +115,7 @@ def _packages(a: Record, b: Record) -> dict[str, Pair]:
 
 
 def _params(record: Record) -> dict[str, Any]:
-    return dict(flatten(parse_yaml(record.place.read(PARAMS), PARAMS) or {}))
+    return dict(flatten(parse_yaml(record.place.read(PARAMS), PARAMS)))
 
 
 def _outs(record: Record) -> dict[str, str]:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel, Field
+
+from compactgpt.config import NO_YAML
 from compactgpt.errors import BadData, MissingInput, UserError
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
@@ -71,19 +74,60 @@ def git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def parse_yaml(content: bytes | None, name: str) -> Any:
+def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
     """Parse a YAML file of DVC's; an absent one is empty.
 
     Raises:
-        BadData: it is no YAML.
+        BadData: it is no YAML, or no mapping.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe").load(content.decode()) if content else None
-    except (YAMLError, UnicodeDecodeError) as error:
+        tree = YAML(typ="safe").load(content.decode()) if content else None
+    except NO_YAML as error:
         raise BadData(f"{name} is no valid YAML: `git checkout {name}` restores it") from error
+    if not isinstance(tree, dict | None):
+        raise BadData(f"{name} holds no keys with values: `git checkout {name}` restores it")
+    return tree or {}
+
+
+class _File(BaseModel):
+    path: str
+    md5: object
+
+
+class _Entry(BaseModel):
+    outs: list[_File] = []
+    deps: list[_File] = []
+    params: dict[str, dict[str, Any]] = {}
+
+
+class _Lock(BaseModel):
+    stages: dict[str, _Entry] = {}
+
+
+class _Stage(BaseModel):
+    matrix: dict[str, Any] = Field({}, max_length=1)
+
+
+class _Chain(BaseModel):
+    stages: dict[str, _Stage] = {}
+
+
+def _stages(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str, Any]:
+    """The stages of dvc.yaml or dvc.lock, of the shape that we read.
+
+    Raises:
+        BadData: they are not.
+    """
+    tree = parse_yaml(content, name)
+    try:
+        kind.model_validate(tree)
+        json.dumps(tree, default=str)  # no anchor within itself
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BadData(f"{name} is not as DVC has it: `git checkout {name}` restores it") from error
+    stages: dict[str, Any] = tree.get("stages", {})
+    return stages
 
 
 @dataclass(frozen=True)
@@ -109,19 +153,25 @@ class Chain:
 
 
 def read_chain(place: Place) -> Chain:
-    """Read dvc.yaml and dvc.lock."""
-    tree = parse_yaml(place.read(CHAIN), CHAIN) or {}
-    params = parse_yaml(place.read(PARAMS), PARAMS) or {}
+    """Read dvc.yaml and dvc.lock.
+
+    Raises:
+        BadData: one of them is not as DVC has it.
+    """
+    bodies = _stages(place.read(CHAIN), CHAIN, _Chain)
+    params = parse_yaml(place.read(PARAMS), PARAMS)
     lock = place.read(LOCK) or b""
-    stages = [
-        full for name, body in tree.get("stages", {}).items() for full in _full_names(name, body, params)
-    ]
+    stages = [full for name, body in bodies.items() for full in _full_names(name, body, params)]
     return Chain(stages, entries_of(lock), lock)
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """The stages of a dvc.lock."""
-    return (parse_yaml(lock, LOCK) or {}).get("stages") or {}
+    """The stages of a dvc.lock.
+
+    Raises:
+        BadData: it is none.
+    """
+    return _stages(lock, LOCK, _Lock)
 
 
 def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
@@ -133,8 +183,8 @@ def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -
     (values,) = matrix.values()
     if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
         for part in reference[1].split("."):
-            params = params.get(part, {})
-        values = params or []
+            params = params.get(part, {}) if isinstance(params, Mapping) else {}
+        values = params if isinstance(params, list) else []
     yield from (f"{name}@{value}" for value in values)
 
 

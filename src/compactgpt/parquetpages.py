@@ -28,11 +28,14 @@ def page_sizes(file: IO[bytes], chunk: Any) -> Iterator[tuple[int, int]]:
         file.seek(place)
         try:
             fields, length = _struct(file.read(_HEADER_BYTES), 0)
-            rows = sum(fields[number][1] for number in _DATA_PAGES if number in fields)
-            yield fields[2], rows
-            place += length + fields[3]
-        except (IndexError, KeyError, TypeError) as error:
+            unpacked, packed = int(fields[2]), int(fields[3])
+            rows = sum(int(fields[number][1]) for number in _DATA_PAGES if number in fields)
+        except (IndexError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"no page at byte {place:,}") from error
+        if min(unpacked, packed, rows) < 0:
+            raise ValueError(f"the page at byte {place:,} has sizes below 0")
+        yield unpacked, rows
+        place += length + packed
 
 
 def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:

@@ -133,7 +133,7 @@ def _add_facts(ending: Ending, place: Place, cache: Cache) -> None:
             weights = files.get("model.safetensors", {}).get("sha256", "")
             tags[f"{name}_sha256"] = weights or _sha256(content)
             ending.datasets += token_files(files, {"train": "training", "val": "validation"})
-    ending.params = flatten(parse_yaml(place.read(PARAMS), PARAMS) or {})
+    ending.params = flatten(parse_yaml(place.read(PARAMS), PARAMS))
     ending.metrics = list(_figures(chain, place, cache))
 
 

@@ -181,7 +181,7 @@ def _snapshot(name: str, place: Place, totals: Path) -> Snapshot:
 
     evaluation, training = report("reports/evaluation.json"), report("reports/training.json")
     tokenization = report("reports/tokenization.json")
-    params = parse_yaml(place.read("params.yaml"), "params.yaml") or {}
+    params = parse_yaml(place.read("params.yaml"), "params.yaml")
     return Snapshot(
         name,
         _ruler(evaluation),

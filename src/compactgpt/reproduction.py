@@ -174,7 +174,7 @@ def _data_gaps(record: Record, root: Path) -> Iterator[Gap]:
     for path, md5 in deps(entry).items():
         if not path.startswith(("src/", "stages/")) and md5_path(root / path) != md5:
             yield Gap(path, f"DVC's cache lacks the data, and {path} is not what it was made from", True)
-    download = (parse_yaml(record.place.read(PARAMS), PARAMS) or {}).get("download", {})
+    download = parse_yaml(record.place.read(PARAMS), PARAMS).get("download", {})
     if download.get("corpus") == "hub":
         yield Gap("hub", "DVC's cache lacks the data: it will be fetched from the hub again", False)
     if download.get("corpus") == "docstrings":

