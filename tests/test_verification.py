@@ -213,16 +213,23 @@ def test_a_figure_is_made_anew_from_its_sums(repository, name, before, cell):
     assert cell in told[0]
 
 
-def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, tmp_path, monkeypatch):
-    files = {}
+@pytest.fixture(scope="module")
+def files(repository):
+    """What is made anew of the repository's record, drawn once for two tests, and what differs from it."""
+    drawn = {}
 
     def kept(record, language):
         assert record == json.loads((repository / "reports/evidence.json").read_text())
-        files.update(published_files(record, language))
-        return files
+        drawn.update(published_files(record, language))
+        return drawn
 
-    monkeypatch.setattr("compactgpt.verification.published_files", kept)
-    assert look(repository, check_renderings).differences == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compactgpt.verification.published_files", kept)
+        assert look(repository, check_renderings).differences == []
+    return drawn
+
+
+def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, files, tmp_path, monkeypatch):
     for name, content in files.items():
         assert (repository / "reports" / name).read_bytes() == content
         assert b"Software" not in content  # of PNG: the library's version
@@ -236,7 +243,8 @@ def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, t
     assert "655,360,000" in shown.output
 
 
-def test_a_cell_of_a_rendering_is_named(repository):
+def test_a_cell_of_a_rendering_is_named(repository, files, monkeypatch):
+    monkeypatch.setattr("compactgpt.verification.published_files", lambda *_: files)
     reports = repository / "reports"
     places = {
         "evidence.json": at(reports / "evidence.json", '"id": "xz.loss"', 30),
