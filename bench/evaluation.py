@@ -14,18 +14,24 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONTEXT, VOCABULARY, BATCH_SIZE, SEED = 1024, 50257, 4, 7
+Windows = list["np.ndarray[Any, np.dtype[np.int64]]"]
 
 
-def shape():
+def shape() -> Any:
     import transformers  # noqa: TID251
 
     return transformers.GPT2Config()  # 124M
 
 
-def usual(windows):
+def usual(windows: Windows) -> Callable[[], float]:
     """Transformers' loop: a function that scores all windows once."""
     import numpy as np
     import torch
@@ -34,7 +40,7 @@ def usual(windows):
     torch.manual_seed(SEED)
     model = transformers.GPT2LMHeadModel(shape()).eval()
 
-    def run():
+    def run() -> float:
         total = 0.0
         for start in range(0, len(windows), BATCH_SIZE):
             ids = torch.tensor(np.stack(windows[start : start + BATCH_SIZE]))  # (B, T)
@@ -45,7 +51,7 @@ def usual(windows):
     return run
 
 
-def ours(windows):
+def ours(windows: Windows) -> Callable[[], float]:
     """Our way: a function that scores all windows once."""
     import torch
     import transformers  # noqa: TID251
@@ -66,14 +72,14 @@ def ours(windows):
     prepare_heap()
     neural = compact(model, BATCH_SIZE)
 
-    def run():
+    def run() -> float:
         cut = [Window(place, 0, tokens[:-1], tokens[1:]) for place, tokens in enumerate(windows)]
         return float(sum(values.sum() for _, values in target_nats(neural, cut)))
 
     return run
 
 
-def serve(which, count):
+def serve(which: str, count: int) -> None:
     """Score once for each line read, and tell seconds, nats and peak memory."""
     import numpy as np
     import torch
@@ -90,7 +96,7 @@ def serve(which, count):
         print(json.dumps([seconds, nats, int(line.split()[1]) / 1024]), flush=True)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
@@ -100,13 +106,19 @@ def main():
         serve(given.serve, given.windows)
         return
     command = [sys.executable, "-m", "bench.evaluation", "--windows", str(given.windows), "--serve"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {which: subprocess.Popen([*command, which], **pipes) for which in ("usual", "ours")}
-    seconds, last = {which: [] for which in children}, {}
+    children = {
+        which: subprocess.Popen(
+            [*command, which], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        for which in ("usual", "ours")
+    }
+    seconds: dict[str, list[float]] = {which: [] for which in children}
+    last: dict[str, tuple[float, float, float]] = {}
     for turn in range(given.rounds + 1):
         for which, child in children.items():
+            assert child.stdin
+            assert child.stdout
             child.stdin.write("go\n")
-            child.stdin.flush()
             last[which] = json.loads(child.stdout.readline())
             if turn:  # the first round warms up
                 seconds[which].append(last[which][0])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / ".state/mutants"
@@ -95,10 +96,10 @@ def change(name: str, room: str) -> tuple[int, str, str]:
 
     path = f"src/compactgpt/{room}.py"
     lines = get_diff_for_mutant(name, path=path).split("\n")[2:]
-    start = int(re.match(r"@@ -(\d+)", lines[0])[1])
+    (start,) = map(int, re.findall(r"^@@ -(\d+)", lines[0]))
     first = next(row for row, line in enumerate(lines[1:]) if line.startswith(("-", "+")))
     function, owner = orig_function_and_class_names_from_key(name)
-    place = ast.parse(Path(path).read_text())
+    place: Any = ast.parse(Path(path).read_text())
     for wanted in filter(None, (owner, function)):
         place = next(node for node in place.body if getattr(node, "name", "") == wanted.split(".")[-1])
     old, new = ("\n".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")

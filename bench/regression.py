@@ -15,6 +15,7 @@ import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,22 +136,24 @@ def reruns(options: argparse.Namespace) -> None:
     from compactgpt.data import open_tokens
     from compactgpt.encoding import load_encoding
     from compactgpt.evaluation import evaluate, write_totals
+    from compactgpt.initial import initial_model
+    from compactgpt.model import GPT
     from compactgpt.runtime import prepare_process
 
     params, data = load_params(ROOT / "params.yaml"), ROOT / "data"
     prepare_process(params.runtime)
-    drawn, splits = training.initial_model, training.open_splits(data / "tokens")
+    drawn, splits = initial_model, training.open_splits(data / "tokens")
     encoding, split = load_encoding(data / "tokenizer"), open_tokens(data / "tokens/val.tokens")
     for run in range(1, options.count + 1):
 
-        def nearly(*words: object, run: int = run) -> torch.nn.Module:
+        def nearly(*words: Any, run: int = run) -> GPT:
             model, generator = drawn(*words), torch.Generator().manual_seed(run)
             with torch.no_grad():
                 for weight in model.parameters():
                     weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
             return model
 
-        training.initial_model = nearly
+        training.initial_model = nearly  # type: ignore[attr-defined, assignment]
         scratch = options.out / f"scratch-{run}"
         trained = training.train(params, splits, scratch / "states")
         training.save_results(

@@ -76,7 +76,7 @@ def prepare(folder: Path, tokens: Path, changes: list[str]) -> None:
     (folder / "data/tokens").symlink_to(tokens.resolve())
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the stage."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_TRACKING"))}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
@@ -178,7 +178,7 @@ def judge(samples: list[Sample]) -> bool:
     return flat
 
 
-def stop(folder: Path, trainer: subprocess.Popen, eyes: Eyes) -> bool:
+def stop(folder: Path, trainer: subprocess.Popen[bytes], eyes: Eyes) -> bool:
     """Stop the training as Ctrl-C does, wait until all is told; whether MLflow has what the journal has."""
     trainer.send_signal(signal.SIGINT)
     code = trainer.wait(END_SECONDS)
@@ -191,7 +191,7 @@ def stop(folder: Path, trainer: subprocess.Popen, eyes: Eyes) -> bool:
     return code == Busy.exit_code and not eyes.syncing.is_running() and told == (last, last)
 
 
-def soak(folder: Path, seconds: float, trainer: subprocess.Popen) -> tuple[Eyes, list[Sample]]:
+def soak(folder: Path, seconds: float, trainer: subprocess.Popen[bytes]) -> tuple[Eyes, list[Sample]]:
     """Look until the time is over, from the first state that was saved: by then all has been done once."""
     states = folder / ".state/training"
     while trainer.poll() is None and not list(states.glob("*/step-*")):

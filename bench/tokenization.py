@@ -105,7 +105,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
         while made["bytes"] < wanted:
             for group in groups:
                 for document in read_row_group(group):
-                    text = vary(document.text, generator)
+                    text = vary(str(document.text), generator)  # the embedded corpus has no LongText
                     if made["bytes"] < wanted:
                         made["bytes"] += len(text.encode())
                         yield text

@@ -96,7 +96,7 @@ class NanoGPT:
         from compactgpt import training
 
         sys.path.insert(0, order["nanogpt"])
-        from model import GPT, GPTConfig
+        from model import GPT, GPTConfig  # type: ignore[import-not-found]  # nanoGPT's
 
         shape, self.training = params.model, params.training
         self.params, self.torch, self.made, self.device = params, torch, 0, params.runtime.device
@@ -114,7 +114,7 @@ class NanoGPT:
             recipe = (self.training.learning_rate, (self.training.beta1, self.training.beta2))
             self.optimizer = self.raw.configure_optimizers(self.training.weight_decay, *recipe, self.device)
         compiled = order["engine"].startswith("nanogpt-compiled")
-        self.model = torch.compile(self.raw) if compiled else self.raw
+        self.model: Any = torch.compile(self.raw) if compiled else self.raw
 
     def steps(self, count: int) -> list[float]:
         """Make updates; their losses in nats per token."""
@@ -229,7 +229,9 @@ class Worker:
     """An engine's process, asked for one step at a time."""
 
     def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
-        self.engine, self.seconds, self.losses, self.peak = engine, [], [], 0
+        self.engine, self.peak = engine, 0
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
         order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
                  "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt),
                  "device": options.device,
