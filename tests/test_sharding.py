@@ -14,9 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_distributed import assert_same_bits, bereft, parameters, run, stopped, train
 from test_training import make_tokens, params_of
-from torch.distributed.tensor import distribute_tensor
 
-from compactgpt import sharding
 from compactgpt.checkpoint import save_model
 from compactgpt.distributed import Group, joined
 from compactgpt.errors import BadConfig, DiskFull
@@ -24,7 +22,6 @@ from compactgpt.initial import folder_sha256
 from compactgpt.launching import Place
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
-from compactgpt.sharding import in_turns, load_newest_shards, spread, whole_model
 from compactgpt.storage import sha256_file
 
 CLIPPED = {"grad_clip": 0.05}  # far below the norm of these gradients, so that a wrong norm would show
@@ -163,6 +160,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(state_of_two, tmp_p
 
 def loaded(folder, key=None, **changes):
     """What one process finds in a folder of states, and the tensors that it filled."""
+    from compactgpt.sharding import load_newest_shards
+
     params = parameters("fsdp", **CLIPPED, **changes)
     model = GPT(params.model)
     optimizers = Optimizers(model, params.training)
@@ -203,6 +202,8 @@ def test_a_disk_that_refuses_one_process_is_one_sentence_and_leaves_the_state_be
 
 def _refused(tokens, folder, params):
     """The disk of process 1 is full from the second state on."""
+    from compactgpt import sharding
+
     leads, times = os.environ["RANK"] == "0", iter(range(10))
     real = sharding.HuggingFaceStorageWriter.write_data
 
@@ -249,6 +250,10 @@ def test_each_process_holds_its_share_and_muon_makes_the_same_updates(tokens, tm
 
 def _compared(folder):
     """Three processes, so that rows do not divide; weights, gradients and updates held against whole ones."""
+    from torch.distributed.tensor import distribute_tensor
+
+    from compactgpt.sharding import in_turns, spread, whole_model
+
     params = params_of(tokens_per_step=48)
     with joined(params.training.launcher, "cpu") as group:
         source = GPT(params.model, 5)
