@@ -537,8 +537,8 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
 def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
-    """200 MB of one line, 60 MB of memory: a text, a line of JSON, both as bombs, a cell of parquet."""
-    size, chunk = 200, b"x" * 1_000_000
+    """100 MB of one line, 60 MB of memory: a text, a line of JSON, both as bombs, a cell of parquet."""
+    size, chunk = 100, b"x" * 1_000_000
     parquet(tmp_path / "a.parquet", text=["x" * 100_000_000])
     for name, start in (("a.txt", b""), ("a.jsonl", b'{"text": "')):
         with open(tmp_path / name, "wb") as plain, gzip.open(tmp_path / f"{name}.gz", "wb", 1) as packed:
