@@ -22,7 +22,7 @@ EACH = {} if "TEST_FAULTS" in os.environ else {"ledger": 5}  # of a long protoco
 
 
 def tried(place, begin, protocol, read, each=1):
-    """Read states, one of `each`: `read(folder, marks passed)` asserts what it finds. Returns their number."""
+    """Read one state of `each`: `read(folder, marks passed)` asserts what it finds. Returns their number."""
     root = place / "root"
     root.mkdir()
     begin(root)

@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(L, ' and line.endswith(b"\\n")', "", "ledger_torn:"),
     Mutant(
         L,
-        "        except (ValueError, KeyError, TypeError, RecursionError, OSError):\n            return state",
-        "        except KeyError:\n            return state",
+        "(ValueError, KeyError, TypeError, RecursionError, OSError):\n            return state",
+        "KeyError:\n            return state",
         "ledger_kill:3",
     ),
     Mutant(L, "        if not whole:", "        if False:", "ledger_damage:train.tokens"),
