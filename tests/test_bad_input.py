@@ -389,6 +389,7 @@ def foreign(tokenizer, folder):
     tokenizer.with_damage("vocab.bpe", [])
     network = tiny_gpt(load_encoding(folder / "tokenizer").n_vocab, n_layer=1, n_embd=4)
     save_hf(network, folder / "foreign", folder / "tokenizer")
+    baseline.read_folder(folder / "foreign")  # what it imports is no part of what a reader may take
     return Folder(folder / "foreign")
 
 
