@@ -723,6 +723,8 @@ class Discreet(logging.Formatter):
 
 def main() -> None:
     """The process that a stage leaves running for a repository, which `--follow ROOT` names."""
+    if sys.argv[1:-1] != ["--follow"]:
+        sys.exit("`compactgpt sync` gives MLflow what it lacks")
     handler = logging.StreamHandler()
     handler.setFormatter(Discreet("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
