@@ -74,9 +74,9 @@ test-mutants: $(STAMP) ## change the rooms that measure in 1,800 small ways: do 
 	@test -d .state/mutmut || uv pip install -q --python $(VENV)/bin/python --target .state/mutmut -c requirements.lock mutmut==3.8.1
 	@PYTHONPATH=$(CURDIR)/.state/mutmut python bench/mutants.py $(ROOMS)
 
-test-fuzz: $(STAMP) ## let a fuzzer look for bytes that a reader neither takes nor refuses (16 minutes; SECONDS=60 a reader)
+test-fuzz: $(STAMP) ## let a fuzzer look for bytes that a reader neither takes nor refuses (16 minutes; FUZZ_SECONDS=60 a reader)
 	@test -d .state/atheris || uv pip install -q --python $(VENV)/bin/python --target .state/atheris -c requirements.lock atheris==3.0.0
-	@python bench/fuzz.py --seconds $${SECONDS:-60}
+	@python bench/fuzz.py --seconds $${FUZZ_SECONDS:-60}
 
 test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
 	@TEST_SERVER=1 python -m pytest tests/test_server.py
