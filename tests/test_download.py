@@ -372,6 +372,15 @@ def written(path, table, **settings):
     return path
 
 
+def test_a_parquet_file_that_names_its_column_in_one_place_only_is_refused(tmp_path):
+    path = written(tmp_path / "a.parquet", pa.table({"text": ["a", "b"]}))
+    content = path.read_bytes()
+    place = content.rindex(b"text")  # of the columns of a group of rows; the schema stands before
+    path.write_bytes(content[:place] + b"texu" + content[place + 4 :])
+    with pytest.raises(BadData, match=r"a\.parquet is no readable parquet .*\(a group of rows has no 'text'"):
+        list(textfiles.read_texts(tmp_path, "a.parquet", textfiles.Rules("text", 10**6, 10**6, 10**6)))
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_pages_are_known_before_they_are_read(tmp_path, version, dictionary):

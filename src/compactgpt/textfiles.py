@@ -422,7 +422,9 @@ def _check_pages(file: IO[bytes], metadata: Any, name: str, rules: Rules) -> Non
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = map(group.column, range(group.num_columns))
-        chunk = next(each for each in chunks if each.path_in_schema == rules.text_column)
+        chunk = next((each for each in chunks if each.path_in_schema == rules.text_column), None)
+        if chunk is None:
+            raise ValueError(f"a group of rows has no {rules.text_column!r}")
         for size, rows in page_sizes(file, chunk):
             if size > _PAGE_ROWS * rules.max_row_bytes and rows == 1:
                 raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
