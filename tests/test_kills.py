@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="minutes
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "8"))
 SEED = int(os.environ.get("KILL_SEED", "1"))
-STEPS = 400
+STEPS = 800  # after the first state there is time to strike, on a busy core too
 PYTHON = Path(sys.executable)
 
 
@@ -239,7 +239,7 @@ def test_the_curve_of_a_run_that_was_killed_twice_is_in_mlflow_once(here):
         run.wait_for_state().kill()
         run.said()
     Repro(here, tracker="mlflow").succeeds()
-    copy = [PYTHON, "-m", "compactgpt.syncing"]
+    copy = [PYTHON, "-c", "from compactgpt.cli import app; app(['sync'])"]
     subprocess.run(copy, cwd=here, env=run.environment, check=True, timeout=120)
     with closing(sqlite3.connect(here / "mlflow.db")) as store:
         found = store.execute("select run_uuid, status from runs where name = 'training'").fetchall()

@@ -318,7 +318,7 @@ MUTANTS = [
     Mutant(T, 'b"\\n" + line if self._torn else line', "line", "torn_line:"),
     Mutant(
         T,
-        "        with suppress(ValueError):\n            lines.append",
+        "        with suppress(ValueError, RecursionError):\n            lines.append",
         "        if True:\n            lines.append",
         "torn_line:",
     ),
