@@ -252,6 +252,10 @@ TARGETS: dict[str, Target] = {
 }
 
 
+# Where the statistics of a file contradict its schema, Arrow ends the process (docs/reliability.md).
+KNOWN = {"parquet": "Definition level histogram size mismatch"}
+
+
 def fuzz(name: str, seconds: int) -> None:
     """Fuzz one target in this process, which ends with it."""
     import atheris
@@ -289,11 +293,13 @@ def look(name: str, seconds: int) -> bool:
         int((re.findall(pattern, done.stderr) or [0])[-1])
         for pattern in (r"number_of_executed_units:\s*(\d+)", r"cov: (\d+)")
     )
-    print(f"| {name} | {tried:,} | {reached} | {'FOUND' if done.returncode else 'nothing'} |", flush=True)
-    if done.returncode:
-        _, _, raised = done.stdout.partition("=== Uncaught Python exception")
+    _, _, raised = done.stdout.partition("=== Uncaught Python exception")
+    known = name in KNOWN and KNOWN[name] in raised
+    outcome = "what is known" if known else "FOUND" if done.returncode else "nothing"
+    print(f"| {name} | {tried:,} | {reached} | {outcome} |", flush=True)
+    if outcome == "FOUND":
         print(raised or done.stderr[-2000:], file=sys.stderr)
-    return done.returncode == 0
+    return outcome != "FOUND"
 
 
 def main() -> None:
