@@ -343,7 +343,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def to_loss(options: argparse.Namespace) -> None:
-    """Let nanoGPT train for SECONDS with its recipe, and ours for a third of it, in turns."""
+    """Let nanoGPT train for SECONDS with its recipe, and ours for a share of it, in turns."""
     params = params_of(options.shape, options.sequences)
     tuned = params.training.model_dump(exclude=BUDGET)
     probes = [Worker("nanogpt", options, SMALL), Worker("ours-tuned", options, tuned)]
@@ -351,7 +351,7 @@ def to_loss(options: argparse.Namespace) -> None:
     seconds = [statistics.median(probe.seconds) for probe in probes]
     for probe in probes:
         probe.end()
-    budgets = (SECONDS, SECONDS / 3)
+    budgets = (SECONDS, SECONDS * options.share)
     steps = [int(budget / each) for budget, each in zip(budgets, seconds, strict=True)]
     theirs = Worker("nanogpt", options, {**SMALL, "max_steps": steps[0]})
     ours = Worker("ours-tuned", options, {**tuned, "max_steps": steps[1]})
@@ -385,6 +385,7 @@ def main() -> None:
     parser.add_argument(
         "--to-loss", action="store_true", help=f"wall-clock to nanoGPT's loss after {SECONDS} s"
     )
+    parser.add_argument("--share", type=float, default=1 / 3, help="of nanoGPT's time, for ours in --to-loss")
     parser.add_argument(
         "--json", type=Path, help="write the figures too: `compactgpt gate --bench` reads them"
     )
