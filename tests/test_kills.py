@@ -223,7 +223,7 @@ def test_asked_to_stop_it_saves_says_so_in_one_sentence_and_goes_on(here, whole,
     else:
         os.killpg(run.dvc.pid, signal.SIGINT if who == "Ctrl-C" else signal.SIGTERM)
     text = run.said()
-    assert run.dvc.returncode != 0
+    assert run.dvc.returncode != 0, text
     assert text.count("error: stopped at step") == 1, text
     assert "which is saved: run `dvc repro` again" in text
     assert "Traceback" not in text
