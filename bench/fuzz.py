@@ -74,8 +74,8 @@ def pages(_folder: Path) -> tuple[list[bytes], Reader]:
         size = len(content)
         chunk = SimpleNamespace(has_dictionary_page=False, data_page_offset=0, total_compressed_size=size)
         with suppress(ValueError):
-            for size, rows in page_sizes(io.BytesIO(content), chunk):
-                assert size >= 0 <= rows
+            for unpacked, rows in page_sizes(io.BytesIO(content), chunk):
+                assert unpacked >= 0 <= rows
 
     return [content[4:-300] for content in parquet_files()], read
 

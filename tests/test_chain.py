@@ -66,11 +66,12 @@ def ran(folder):
 
 
 @pytest.mark.slow
-def test_another_baseline_runs_itself_alone(chain):
+def test_a_second_run_evaluates_nothing_and_another_baseline_runs_itself_alone(chain):
     everything = ran(chain)
     tree = YAML(typ="safe").load(chain / "params.yaml")
     names = tree["baseline"]["names"]
     assert {"training", "evaluation", "comparison", *(f"baseline@{name}" for name in names)} <= everything
+    assert ran(chain) == set()
     tree["baseline"]["names"] = [*names, "gpt2"]
     YAML().dump(tree, chain / "params.yaml")
     assert ran(chain) == {"baseline@gpt2", "comparison"}
