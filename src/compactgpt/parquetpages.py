@@ -1,41 +1,76 @@
 """The pages of a parquet column, looked at before they are read: a page is unpacked whole, whatever it holds.
 
-A page's header is a struct in Thrift's compact protocol (PageHeader in apache/parquet-format's
-src/main/thrift/parquet.thrift; apache/thrift's doc/specs/thrift-compact-protocol.md). Of it we take fields
-2 and 3, the sizes unpacked and packed, and field 1 of the data page's own header, its number of rows.
+What we want to know lies in structs of Thrift's compact protocol (apache/thrift's
+doc/specs/thrift-compact-protocol.md), whose fields apache/parquet-format's src/main/thrift/parquet.thrift
+numbers. pyarrow tells of the file's end too, but ends the process where statistics contradict the schema.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import index
 from typing import IO, Any
 
 _HEADER_BYTES = 2**16  # that are read for one header; statistics make up most of it
-_DATA_PAGES = (5, 8)  # fields with the header of a data page, version 1 and 2
+_DATA_PAGES = (5, 8)  # fields of PageHeader with the header of a data page, version 1 and 2
+_END_BYTES = 8  # FileMetaData's length and PAR1
 
 
-def page_sizes(file: IO[bytes], chunk: Any) -> Iterator[tuple[int, int]]:
-    """Yield (bytes unpacked, rows) of each page of a column chunk; a dictionary has no rows.
+def column_chunks(file: IO[bytes], column: str) -> list[tuple[int, int]]:
+    """Return where the pages of a column begin and end, in bytes, in each group of rows.
 
     Args:
-        file: the parquet file.
-        chunk: its pyarrow.parquet.ColumnChunkMetaData.
+        file: a parquet file that pyarrow opens.
+        column: the name of a column that is not nested.
+
+    Raises:
+        ValueError: the file's end is damaged, or a group has no such column.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _END_BYTES))
+    length = int.from_bytes(file.read(_END_BYTES)[:4], "little")
+    file.seek(max(0, size - _END_BYTES - length))
+    with _refused("the file's end is damaged"):
+        metadata, _ = _struct(file.read(length), 0)
+        found = [_chunk(group[1], column) for group in metadata[4]]
+    if not all(0 <= start <= end <= size for start, end in found):
+        raise ValueError("the file's end names places beyond it")
+    return found
+
+
+def _chunk(chunks: list[Any], column: str) -> tuple[int, int]:
+    for chunk in (each[3] for each in chunks):
+        if chunk[3] == [column.encode()]:
+            start = index(chunk.get(11, chunk[9]))  # the dictionary's page, or the first of the data
+            return start, start + index(chunk[7])
+    raise ValueError(f"a group of rows has no {column!r}")
+
+
+def page_sizes(file: IO[bytes], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield (bytes unpacked, rows) of each page between two places of a file; a dictionary has no rows.
 
     Raises:
         ValueError: a header is none.
     """
-    start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-    place, end = start, start + chunk.total_compressed_size
+    place = start
     while place < end:
         file.seek(place)
-        try:
+        with _refused(f"no page at byte {place:,}"):
             fields, length = _struct(file.read(_HEADER_BYTES), 0)
-            unpacked, packed = int(fields[2]), int(fields[3])
-            rows = sum(int(fields[number][1]) for number in _DATA_PAGES if number in fields)
-        except (IndexError, KeyError, RecursionError, TypeError) as error:
-            raise ValueError(f"no page at byte {place:,}") from error
+            unpacked, packed = index(fields[2]), index(fields[3])
+            rows = sum(index(fields[number][1]) for number in _DATA_PAGES if number in fields)
         if min(unpacked, packed, rows) < 0:
             raise ValueError(f"the page at byte {place:,} has sizes below 0")
         yield unpacked, rows
         place += length + packed
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Name what of a struct is missing, of another type, or endless."""
+    try:
+        yield
+    except (IndexError, KeyError, RecursionError, TypeError, AttributeError) as error:
+        raise ValueError(what) from error
 
 
 def _struct(data: bytes, place: int) -> tuple[dict[int, Any], int]:
@@ -59,10 +94,27 @@ def _value(data: bytes, place: int, kind: int) -> tuple[Any, int]:
         return _signed(data, place)
     if kind == 8:  # bytes
         length, place = _unsigned(data, place)
-        return None, place + length
+        return data[place : place + length], place + length
+    if kind in (9, 10):
+        return _list(data, place)
     if kind == 12:
         return _struct(data, place)
-    raise ValueError(f"no page header has a field of type {kind}")
+    raise TypeError(f"parquet has no field of type {kind}")
+
+
+def _list(data: bytes, place: int) -> tuple[list[Any], int]:
+    length, kind = data[place] >> 4, data[place] & 15
+    place += 1
+    if length == 15:
+        length, place = _unsigned(data, place)
+    found = []
+    for _ in range(length):
+        if kind in (1, 2):  # in a list each has a byte of its own
+            value, place = data[place] == 1, place + 1
+        else:
+            value, place = _value(data, place, kind)
+        found.append(value)
+    return found, place
 
 
 def _signed(data: bytes, place: int) -> tuple[int, int]:

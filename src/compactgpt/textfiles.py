@@ -26,7 +26,7 @@ from compactgpt.config import Files
 from compactgpt.corpus import MEGABYTE, Origin, Piece
 from compactgpt.documents import PART_BYTES, LongText
 from compactgpt.errors import BadData, MissingInput
-from compactgpt.parquetpages import page_sizes
+from compactgpt.parquetpages import column_chunks, page_sizes
 from compactgpt.progress import Progress, silent
 
 _BOM = b"\xef\xbb\xbf"
@@ -388,7 +388,7 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
     try:
         with _seekable(file) as source, pq.ParquetFile(source, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow, name, column)
-            _check_pages(source, table.metadata, name, rules)
+            _check_pages(source, name, rules)
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
@@ -416,16 +416,11 @@ def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
         yield unpacked
 
 
-def _check_pages(file: IO[bytes], metadata: Any, name: str, rules: Rules) -> None:
+def _check_pages(file: IO[bytes], name: str, rules: Rules) -> None:
     """Refuse pages of more than _PAGE_ROWS of the longest rows, since reading one takes thrice its size."""
     row = 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = map(group.column, range(group.num_columns))
-        chunk = next((each for each in chunks if each.path_in_schema == rules.text_column), None)
-        if chunk is None:
-            raise ValueError(f"a group of rows has no {rules.text_column!r}")
-        for size, rows in page_sizes(file, chunk):
+    for chunk in column_chunks(file, rules.text_column):
+        for size, rows in page_sizes(file, *chunk):
             if size > _PAGE_ROWS * rules.max_row_bytes and rows == 1:
                 raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
             if size > _PAGE_ROWS * rules.max_row_bytes:
