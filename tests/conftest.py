@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -20,9 +21,13 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """What a test leaves in the environment, or a library that it calls, ends with the test."""
+    """What a test leaves in the environment, or a library that it calls, ends with the test.
+
+    So does a door's way with SIGTERM, which it ignores at its end: so would every program that is started.
+    """
     before = dict(os.environ)
     yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if os.environ != before:
         os.environ.clear()
         os.environ.update(before)
