@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import signal
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+gc.set_threshold(100_000, 20, 100)
 COUNTS = pytest.StashKey[Counter]()
 
 # Set before typer and rich are imported: their colours would split the words that tests look for.

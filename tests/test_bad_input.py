@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from compactgpt.comparison import compare
 from compactgpt.config import Training, load_params, load_section, parse_params, read_yaml
 from compactgpt.data import evaluation_windows, open_tokens
 from compactgpt.encoding import load_encoding
-from compactgpt.errors import UserError
+from compactgpt.errors import BadData, UserError
 from compactgpt.export import load_hf, save_hf
 from compactgpt.optim import Optimizers
 from compactgpt.readings import read_sources
@@ -316,6 +317,17 @@ def test_tokenizers(tokenizer, name, damage):
     is_refused(lambda: load_encoding(tokenizer.place), "tokenizers")
 
 
+@pytest.mark.parametrize("fact", ["encoding", "pattern", "special_tokens", "tokenizer_sha256"])
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_a_fact_of_a_tokenizers_manifest_that_is_another(tokenizer, fact, value):
+    tokenizer.with_damage(MANIFEST, [])
+    if fact == "encoding" and value == "x":
+        value = 1  # any name will do
+    write_json(tokenizer.place / MANIFEST, read_json(tokenizer.place / MANIFEST) | {fact: value})
+    with pytest.raises(BadData, match="is not the tokenizer that was saved"):
+        load_encoding(tokenizer.place)
+
+
 @pytest.fixture(scope="module")
 def model(folder):
     save_model(tiny_gpt(40, n_layer=1, n_embd=4), folder / "model", {"steps": 1})
@@ -418,6 +430,15 @@ def test_the_config_of_other_peoples_models(foreign, changes):
     is_refused(lambda: baseline.read_folder(foreign.place), "models of others, config.json")
 
 
+def test_a_model_of_more_layers_than_it_has_tensors_is_refused_before_it_is_built(foreign):
+    foreign.with_damage("config.json", [])
+    write_json(foreign.place / "config.json", read_json(foreign.place / "config.json") | {"n_layer": 10**12})
+    read = partial(baseline.read_folder, foreign.place)
+    assert is_refused(read, "models of others, config.json")
+    with pytest.raises(BadData, match="has 1,000,000,000,000 layers, the files 16 tensors"):
+        read()
+
+
 # --- reports
 
 
@@ -451,6 +472,15 @@ def test_reports_given_to_the_comparison(place, name, changes):
         is_refused(read, "reports, comparison")
     finally:
         path.write_bytes(before)
+
+
+def test_a_sample_that_was_written_in_an_unknown_way(place):
+    sample = {"prompt": "a", "document": None, "greedyx": {"text": "b"}}
+    before = (path := place / "reports/samples.json").read_bytes()
+    write_json(path, {"samples": [sample]})
+    with pytest.raises(BadData, match="an unknown way, 'greedyx'"):
+        sources(place)
+    path.write_bytes(before)
 
 
 FILES = [

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-import transformers
 import zstandard
 from huggingface_hub.errors import RevisionNotFoundError
 from torch.nn import functional as F
@@ -211,6 +210,8 @@ def test_documents_open_with_end_of_text_else_bos_else_eos(names, bos, eos, expe
 
 def save_gpt2_folder(folder):
     """A random GPT-2 with the tiny encoding's vocabulary, saved by transformers itself."""
+    import transformers
+
     torch.manual_seed(1)
     names = vocabulary()
     shape = transformers.GPT2Config(
@@ -234,6 +235,8 @@ def save_gpt2_folder(folder):
 
 
 def save_fast_tokenizer(tokenizer, folder, bos, eos):
+    import transformers
+
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
     wrapped.save_pretrained(folder)
 
@@ -287,6 +290,8 @@ def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, around
 
 def save_llama_folder(folder, kind="LlamaForCausalLM", **changes):
     """A random Llama with a byte tokenizer of its own, saved by transformers itself."""
+    import transformers
+
     kind = getattr(transformers, kind)  # which imports it
     torch.manual_seed(2)
     tokenizer = byte_tokenizer()
@@ -472,6 +477,8 @@ def save_gguf(path, pre="smollm", architecture="llama"):
 
 
 def test_a_gguf_is_read_as_transformers_own_loader_reads_it(tmp_path):
+    import transformers
+
     path = save_gguf(tmp_path / "tiny.gguf")
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import transformers
 from typer.testing import CliRunner
 
 from compactgpt.checkpoint import save_model
@@ -23,6 +22,8 @@ def run(*words):
 
 
 def test_an_exported_model_is_loaded_by_transformers(tmp_path):
+    import transformers
+
     model = tiny_gpt(40)
     save_model(model, tmp_path / "compact", {})
     save_tokenizer(tmp_path / "tokenizer")

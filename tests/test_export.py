@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import transformers
 
 from compactgpt import export
 from compactgpt.errors import BadConfig, BadData, MissingInput
@@ -20,6 +19,8 @@ def logits_of(model):
 
 
 def loaded(folder):
+    import transformers
+
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -38,6 +39,8 @@ def test_transformers_loads_what_we_export_with_equal_logits(tmp_path, gelu, bia
 
 
 def save_theirs(folder, **changes):
+    import transformers
+
     torch.manual_seed(1)
     shape = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 39}
     config = transformers.GPT2Config(**{**shape, "eos_token_id": 39, "initializer_range": 0.4, **changes})
@@ -73,6 +76,8 @@ def test_there_and_back_is_exact(tmp_path):
 
 
 def test_the_tokenizer_goes_along(tmp_path):
+    import transformers
+
     encoding = save_tokenizer(tmp_path / "tokenizer")
     export.save_hf(tiny_gpt(encoding.n_vocab), tmp_path / "hf", tmp_path / "tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

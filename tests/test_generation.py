@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.nn import functional as F
 
 from compactgpt import generation
@@ -104,6 +103,8 @@ SHAPES = {
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_models_of_transformers_write_the_same_with_their_cache(kind):
+    import transformers
+
     torch.manual_seed(1)
     config = getattr(transformers, kind)(
         vocab_size=50, bos_token_id=1, eos_token_id=1, initializer_range=0.4, **SHAPES[kind]

@@ -402,9 +402,11 @@ def read_folder(folder: Path) -> Loaded:
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_depth(shape, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -424,6 +426,19 @@ def read_folder(folder: Path) -> Loaded:
     if first_token is None:
         raise BadData(f"the tokenizer of {folder} names neither a bos_token nor an eos_token")
     return Loaded(model.eval(), plain_tokenizer(tokenizer.backend_tokenizer), first_token)
+
+
+def _check_depth(shape: Any, folder: Path) -> None:
+    """Refuse more layers than tensors: transformers builds every layer before it looks at the weights."""
+    from safetensors import safe_open
+
+    tensors = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            tensors += len(file.keys())
+    layers = getattr(shape.get_text_config(), "num_hidden_layers", 0)
+    if layers > tensors:
+        raise ValueError(f"config.json has {layers:,} layers, the files {tensors:,} tensors")
 
 
 def opener(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int | None:

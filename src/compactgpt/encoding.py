@@ -93,21 +93,21 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
         ranks = _parse_ranks((folder / RANKS).read_bytes())
     else:
         ranks = _gpt2_ranks((folder / VOCAB_BPE).read_bytes(), (folder / ENCODER_JSON).read_bytes())
-    encoding = tiktoken.Encoding(
-        manifest["encoding"],
-        pat_str=manifest["pattern"],
-        mergeable_ranks=ranks,
-        special_tokens=manifest["special_tokens"],
-    )
-    if encoding_sha256(encoding) != manifest["tokenizer_sha256"]:
+    facts: list[Any] = [manifest.get(key) for key in ("encoding", "pattern", "special_tokens")]
+    name, pattern, special = facts
+    if _sha256(ranks, pattern, special) != manifest.get("tokenizer_sha256") or not isinstance(name, str):
         raise BadData(f"{folder} is not the tokenizer that was saved: delete it and run `dvc repro download`")
-    return encoding
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encoding_sha256(encoding: tiktoken.Encoding) -> str:
     """Hash all that decides the ids: tokens with their ranks, pattern, special tokens."""
-    rest = json.dumps([encoding._pat_str, encoding._special_tokens], sort_keys=True)
-    return hashlib.sha256(_ranks_bytes(encoding._mergeable_ranks) + rest.encode()).hexdigest()
+    return _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+
+
+def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
+    rest = json.dumps([pattern, special_tokens], sort_keys=True)
+    return hashlib.sha256(_ranks_bytes(ranks) + rest.encode()).hexdigest()
 
 
 def _ranks_bytes(ranks: Ranks) -> bytes:

@@ -15,6 +15,7 @@ from compactgpt.claims import Claims, Published
 from compactgpt.config import ExpectedLoss, load_section
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.evaluation import Totals, read_totals
+from compactgpt.generation import WAYS
 from compactgpt.provenance import code_hashes
 from compactgpt.results import Result, read_results
 from compactgpt.storage import MANIFEST, read_json
@@ -101,8 +102,10 @@ class _Task(_Report):
 def _whole_sample(sample: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(sample.get("prompt"), str) or "document" not in sample:
         raise ValueError("a sample lacks its prompt or its document")
-    ways = [one for one in sample.values() if isinstance(one, dict)]
-    if not all(isinstance(one.get("text"), str) for one in ways):
+    ways = {way: one for way, one in sample.items() if isinstance(one, dict)}
+    if unknown := sorted(ways.keys() - set(WAYS)):
+        raise ValueError(f"a sample was written in an unknown way, {unknown[0]!r}")
+    if not all(isinstance(one.get("text"), str) for one in ways.values()):
         raise ValueError("a sample lacks its text")
     return sample
 
