@@ -483,6 +483,16 @@ def test_a_sample_that_was_written_in_an_unknown_way(place):
     path.write_bytes(before)
 
 
+def test_answers_to_the_same_questions_in_another_number(place):
+    before = (path := place / "reports/evaluation.json").read_bytes()
+    report = json.loads(before)
+    del report["tasks"]["cloze"]["hits"]
+    write_json(path, report)
+    with pytest.raises(BadData, match="answer cloze in different numbers"):
+        sources(place)
+    path.write_bytes(before)
+
+
 FILES = [
     "reports/evaluation.json", "reports/loss.csv", "reports/estimate.json", "models/compact/manifest.json",
     "data/evaluation/compact.parquet", "data/baseline/xz.parquet",

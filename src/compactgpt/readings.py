@@ -409,3 +409,7 @@ def _check_same_text(compact: Measured, other: Measured) -> None:
     a, b = compact.totals, other.totals
     if a.ids != b.ids or (a.tokens != b.tokens).any() or (a.bytes != b.bytes).any():
         raise BadData(f"the documents of {other.name} and {compact.name} differ: {mend}")
+    for task in ours.tasks.keys() & theirs.tasks.keys():
+        asked, there = ours.tasks[task], theirs.tasks[task]
+        if asked.items_sha256 == there.items_sha256 and len(asked.hits) != len(there.hits):
+            raise BadData(f"{other.source} and {compact.source} answer {task} in different numbers: {mend}")
