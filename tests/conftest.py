@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-gc.set_threshold(100_000, 20, 100)
 COUNTS = pytest.StashKey[Counter]()
 
 # Set before typer and rich are imported: their colours would split the words that tests look for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A full collection takes a second where all of our libraries are loaded.
+gc.set_threshold(100_000, 20, 100)
 # Before torch is imported: the workers share the cores already, and more threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 # The tests' folders lie in memory where there is enough: thousands of files are synced, and disks are slow.
@@ -38,14 +39,19 @@ def same_environment():
 # What is heavy to import is imported by one worker of two, and what they fork from is made once. What takes
 # longest comes first, so that none is left alone with it at the end.
 TOGETHER = {
+    "dvc": ("chain", "verification"),
     "forks": ("distributed", "sharding", "training"),
     "mlflow": (
         "network_faults", "pipelines", "provenance", "registry", "regression", "reproduction", "security",
         "tracking",
     ),
     "great_expectations": ("inspection", "validation"),
+    "transformers": (
+        "bad_input", "baseline", "cli", "experiments", "export", "generation", "initial", "metamorphic",
+        "model",
+    ),
 }  # fmt: skip
-LONGEST = ("forks", "mlflow", "verification", "launching", "great_expectations", "download", "experiments")
+LONGEST = ("forks", "mlflow", "transformers", "launching", "dvc", "faults", "great_expectations", "download")
 
 
 def group_of(stem):
@@ -76,6 +82,12 @@ def pytest_collection_modifyitems(items):
 def counted(request):
     """Counts of faults that were tried and survived: told in one line when all tests have ended."""
     return request.config.stash.setdefault(COUNTS, Counter())
+
+
+def pytest_sessionfinish():
+    """Collect once what is left over, where pytest would five times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

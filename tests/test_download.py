@@ -574,11 +574,8 @@ def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
     size, chunk = 100, b"x" * 1_000_000
     parquet(tmp_path / "a.parquet", text=["x" * 100_000_000])
     for name, start in (("a.txt", b""), ("a.jsonl", b'{"text": "')):
-        with open(tmp_path / name, "wb") as plain, gzip.open(tmp_path / f"{name}.gz", "wb", 1) as packed:
-            for file in (plain, packed):
-                file.write(start)
-                for _ in range(size):
-                    file.write(chunk)
+        (tmp_path / name).write_bytes(start + chunk * size)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(start) + gzip.compress(chunk) * size)
     code = LONG.format(src=str(ROOT / "src"), root=str(tmp_path))
     names = ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.parquet"]
     done = subprocess.run(

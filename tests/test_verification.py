@@ -280,7 +280,11 @@ def test_without_the_data_it_says_what_it_could_not_check(repository, tmp_path):
     assert {"data/tokens", "models/compact", "data/evaluation/compact.parquet"} <= set(found.unchecked)
 
 
-def test_the_command_names_what_differs_and_fails(repository, monkeypatch):
+def test_the_command_names_what_differs_and_fails(repository, files, monkeypatch):
+    def made(record, _language):
+        return files | {"evidence.json": json_bytes(record)}
+
+    monkeypatch.setattr("compactgpt.verification.published_files", made)  # drawing takes seconds
     monkeypatch.chdir(repository)
     with Altered(
         repository / "reports/training.json", (at(repository / "reports/training.json", ": "), b"5")
