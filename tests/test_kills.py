@@ -155,8 +155,9 @@ def test_of_two_at_once_in_one_clone_one_ends_well_and_nothing_is_mixed(chains, 
     whole, here = chains
     runs = [Repro(here, words=("-f",)) for _ in range(2)]
     texts = [run.said() for run in runs]
-    codes = [run.dvc.returncode for run in runs]
-    assert 0 in codes, texts
+    lost = [text for run, text in zip(runs, texts, strict=True) if run.dvc.returncode != 0]
+    assert len(lost) < len(runs), texts
+    assert all("ERROR: failed to reproduce" in text for text in lost), texts
     assert not [text for text in texts if "Traceback" in text]
     assert reports(here) == reports(whole)
     counted["pairs of dvc repro in one clone"] += 1
