@@ -1,5 +1,8 @@
 """Files that grow piece by piece come out the same, wherever they were cut or altered in between."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,6 +120,13 @@ def test_a_damaged_piece_is_named_and_made_again(tmp_path, expected, name, cut):
     assert published(tmp_path / "out") == expected
 
 
+def nothing(size):
+    """A piece of no bytes, after which every file has another size, or one that is no whole number."""
+    sizes = {split: dict.fromkeys(COLUMNS, size) for split in SPLITS}
+    line = {"pieces": 1, "sizes": sizes, "text_bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    return json.dumps(line) + "\n"
+
+
 def test_a_journal_that_lies_is_not_believed(tmp_path, expected):
     state = tmp_path / "state"
     run(state, tmp_path / "out", stop_after=4)
@@ -133,6 +143,8 @@ def test_a_journal_that_lies_is_not_believed(tmp_path, expected):
         "".join(lines).replace(f'"tokens":{HEADER_BYTES}', '"tokens":-1'),
         "".join(lines).replace('"sha256"', '"sha"'),
         "[" * 100_000 + "\n",
+        nothing(float(HEADER_BYTES)),
+        nothing(-HEADER_BYTES),
     ):
         run(state, tmp_path / "out")
         (state / JOURNAL).write_text(lie)

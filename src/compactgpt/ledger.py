@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import IO, Any
 
@@ -181,7 +182,7 @@ def _verified(folder: Path) -> tuple[State, list[bytes], str]:
     for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
         try:
             fields = json.loads(line)
-            after = State(fields["pieces"], fields["sizes"], fields["text_bytes"])
+            after = _state(fields)
             good = after.pieces == state.pieces + 1 and line.endswith(b"\n")
             whole = good and _stored_sha256(folder, state, after) == fields["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError, OSError):
@@ -193,6 +194,11 @@ def _verified(folder: Path) -> tuple[State, list[bytes], str]:
     return state, lines, ""
 
 
+def _state(fields: Mapping[str, Any]) -> State:
+    sizes = {split: {name: index(fields["sizes"][split][name]) for name in COLUMNS} for split in SPLITS}
+    return State(index(fields["pieces"]), sizes, index(fields["text_bytes"]))
+
+
 def _stored_sha256(folder: Path, before: State, after: State) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -200,6 +206,8 @@ def _stored_sha256(folder: Path, before: State, after: State) -> str:
             with open(folder / f"{split}.{name}", "rb") as file:
                 file.seek(before.sizes[split][name])
                 left = after.sizes[split][name] - before.sizes[split][name]
+                if left < 0:
+                    raise ValueError("a file grows")
                 while left > 0 and (block := file.read(min(left, _COPY_BYTES))):
                     digest.update(block)
                     left -= len(block)

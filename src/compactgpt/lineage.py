@@ -123,7 +123,7 @@ def _stages(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str
     tree = parse_yaml(content, name)
     try:
         kind.model_validate(tree)
-        json.dumps(tree, default=str)  # no anchor within itself
+        json.dumps(tree, default=str, sort_keys=True)  # no anchor within itself, names that have an order
     except (ValueError, TypeError, RecursionError) as error:
         raise BadData(f"{name} is not as DVC has it: `git checkout {name}` restores it") from error
     stages: dict[str, Any] = tree.get("stages", {})
