@@ -404,6 +404,15 @@ def test_a_parquet_files_end_that_is_damaged_is_refused(tmp_path, change, says):
         column_chunks(io.BytesIO(change(path.read_bytes())), "text")
 
 
+def test_a_dictionary_that_is_said_to_lie_at_byte_0_is_none(tmp_path):
+    content = written(tmp_path / "a.parquet", pa.table({"text": ["a", "a"]})).read_bytes()
+    data, dictionary = b"\x26\x32", b"\x26\x08"  # fields 9 and 11, at bytes 25 and 4
+    assert content.count(data + dictionary) == 1
+    none = content.replace(data + dictionary, data + b"\x26\x00")
+    assert column_chunks(io.BytesIO(content), "text")[0][0] == 4
+    assert column_chunks(io.BytesIO(none), "text")[0][0] == 25
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_pages_are_known_before_they_are_read(tmp_path, version, dictionary):

@@ -40,7 +40,9 @@ def column_chunks(file: IO[bytes], column: str) -> list[tuple[int, int]]:
 def _chunk(chunks: list[Any], column: str) -> tuple[int, int]:
     for chunk in (each[3] for each in chunks):
         if chunk[3] == [column.encode()]:
-            start = index(chunk.get(11, chunk[9]))  # the dictionary's page, or the first of the data
+            start, dictionary = index(chunk[9]), index(chunk.get(11, 0))
+            if 0 < dictionary < start:  # some writers name a dictionary at 0 where there is none
+                start = dictionary
             return start, start + index(chunk[7])
     raise ValueError(f"a group of rows has no {column!r}")
 
