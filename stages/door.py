@@ -23,6 +23,7 @@ from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
 from compactgpt.launching import launch, own_place, under_torchrun
+from compactgpt.lineage import keep_lock
 from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
@@ -114,6 +115,8 @@ def open_stage(
             yield Stage(name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
+            if "DVC_STAGE" in os.environ:
+                keep_lock(Path.cwd())
             run = _open_run(tracker, full_name, params_file, params, logged, held=held)
             status = "FAILED"
             try:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from test_training import make_tokens, tree_of
 
+from compactgpt.lineage import restore_lock
 from compactgpt.storage import sha256_file
 from tests.tiny_chain import make_place, write_inputs
 
@@ -74,6 +75,7 @@ class Repro:
             "DVC_NO_ANALYTICS": "1",
         }
         environment.pop("MLFLOW_TRACKING_URI", None)
+        restore_lock(here)  # as `make repro` begins
         self.here, self.environment = here, environment
         self.states = set(here.glob(".state/training/*/step-*"))
         self.dvc = subprocess.Popen(

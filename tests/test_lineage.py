@@ -1,5 +1,8 @@
 """DVC's files as DVC writes them: names of folders, the cache, the chain; and any version of them."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from compactgpt.errors import BadData, UserError
@@ -10,10 +13,14 @@ from compactgpt.lineage import (
     checkout,
     entry_key,
     git,
+    keep_lock,
     md5_path,
     read_chain,
+    restore_lock,
 )
 from tests import store
+
+ROOT = Path(__file__).parents[1]
 
 CHAIN = """
 stages:
@@ -105,3 +112,28 @@ def test_the_key_of_an_entry_is_of_all_that_it_says(root):
     entry = read_chain(Folder(root)).entries["a"]
     assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
     assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
+
+
+@pytest.mark.parametrize("cut", [0, 40, 8192])
+def test_a_lock_that_dvc_was_killed_over_is_put_back(root, cut):
+    lock = root / "dvc.lock"
+    lock.write_bytes((ROOT / "dvc.lock").read_bytes())
+    assert not restore_lock(root)
+    keep_lock(root)
+    lock.write_bytes((whole := lock.read_bytes())[:cut])
+    assert restore_lock(root)
+    assert lock.read_bytes() == whole
+    assert not restore_lock(root)
+
+
+def test_a_lock_that_is_as_dvc_has_it_is_left_alone_and_one_without_a_copy_is_named(root):
+    lock = root / "dvc.lock"
+    keep_lock(root)
+    lock.write_text("schema: '2.0'\nstages: {}\n")
+    assert not restore_lock(root)
+    lock.write_text("")
+    shutil.rmtree(root / ".dvc")
+    with pytest.raises(BadData, match=r"`git checkout dvc\.lock` restores it"):
+        restore_lock(root)
+    lock.unlink()
+    assert not restore_lock(root)

@@ -14,6 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from compactgpt.cli import app as commands
 from compactgpt.console import Bar
 from compactgpt.errors import BadData, Busy, UserError
 from stages import door
@@ -95,6 +96,18 @@ def test_a_second_run_of_a_stage_is_told_who_works(here):
     assert result.exit_code == Busy.exit_code
     assert f"process {os.getpid()}" in result.output
     assert run(lambda stage: None).exit_code == 0
+
+
+def test_under_dvc_a_stage_keeps_dvc_lock_as_it_found_it(here, monkeypatch):
+    Path("dvc.lock").write_text("schema: '2.0'\n")
+    assert run(lambda stage: None).exit_code == 0
+    assert not Path(".dvc").exists()
+    monkeypatch.setenv("DVC_STAGE", "a")
+    assert run(lambda stage: None).exit_code == 0
+    Path("dvc.lock").write_text("")
+    assert CliRunner().invoke(commands, ["mend"]).output.startswith("dvc.lock was cut short")
+    assert Path("dvc.lock").read_text() == "schema: '2.0'\n"
+    assert CliRunner().invoke(commands, ["mend"]).output == ""
 
 
 def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):

@@ -244,6 +244,16 @@ def sync() -> None:
 
 
 @app.command()
+def mend() -> None:
+    """Put dvc.lock back where DVC was killed as it wrote it: every `make repro` begins so."""
+    with told_clearly():
+        from compactgpt.lineage import restore_lock
+
+        if restore_lock(Path()):
+            print("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
+
+
+@app.command()
 def verify() -> None:
     """Is every file what dvc.lock says, and every number what the inputs give? Names what differs."""
     with told_clearly():

@@ -19,10 +19,12 @@ from pydantic import BaseModel, Field
 
 from compactgpt.config import NO_YAML
 from compactgpt.errors import BadData, MissingInput, UserError
+from compactgpt.storage import write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 Entry = dict[str, Any]  # of one stage in dvc.lock
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # of each workspace its own
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -186,6 +188,35 @@ def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -
             params = params.get(part, {}) if isinstance(params, Mapping) else {}
         values = params if isinstance(params, list) else []
     yield from (f"{name}@{value}" for value in values)
+
+
+def keep_lock(root: Path) -> None:
+    """Copy dvc.lock as a stage finds it: DVC writes it in place, and a kill leaves a part of it."""
+    if (root / LOCK).is_file():
+        write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
+
+
+def restore_lock(root: Path) -> bool:
+    """Put back the dvc.lock that DVC was killed over; whether that was needed.
+
+    Raises:
+        BadData: it was, and no stage has kept a copy.
+    """
+    lock, copy = root / LOCK, root / _LOCK_COPY
+    if not lock.exists() or _is_lock(lock.read_bytes()):
+        return False
+    if not (copy.exists() and _is_lock(copy.read_bytes())):
+        raise BadData(f"{LOCK} is not as DVC has it: `git checkout {LOCK}` restores it")
+    write_bytes(lock, copy.read_bytes())
+    return True
+
+
+def _is_lock(content: bytes) -> bool:
+    try:
+        entries_of(content)
+    except BadData:
+        return False
+    return "schema" in parse_yaml(content, LOCK)
 
 
 def entry_key(entry: Entry) -> str:
