@@ -289,11 +289,11 @@ def look(name: str, seconds: int) -> bool:
         int((re.findall(pattern, done.stderr) or [0])[-1])
         for pattern in (r"number_of_executed_units:\s*(\d+)", r"cov: (\d+)")
     )
-    _, _, raised = done.stdout.partition("=== Uncaught Python exception")
     print(f"| {name} | {tried:,} | {reached} | {'FOUND' if done.returncode else 'nothing'} |", flush=True)
     if done.returncode:
+        _, _, raised = done.stdout.partition("=== Uncaught Python exception")
         print(raised or done.stderr[-2000:], file=sys.stderr)
-    return not done.returncode
+    return done.returncode == 0
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from compactgpt.errors import BadData, UserError
 from compactgpt.export import load_hf, save_hf
 from compactgpt.optim import Optimizers
 from compactgpt.readings import read_sources
-from compactgpt.storage import MANIFEST, atomic_folder, read_json, verified_manifest, write_json
+from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest, write_json
 from compactgpt.verification import Verification, check_numbers, looked_at
 from tests.place import LIKELIHOOD, PARAMS, ROOT, make_place
 from tests.tiny import save_split, save_tokenizer, tiny_gpt
@@ -448,6 +449,17 @@ def place(folder):
     return make_place(folder / "place")
 
 
+@contextmanager
+def replaced(path, content):
+    """A file with other content, for the length of a block."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
 def sources(place):
     return read_sources(place, place / "reports", place / "data", place / "models", PARAMS.baseline.names)
 
@@ -462,35 +474,32 @@ REPORTS = [
 @given(name=st.sampled_from(REPORTS), changes=CHANGES)
 def test_reports_given_to_the_comparison(place, name, changes):
     path = place / f"reports/{name}.json"
-    before = path.read_bytes()
-    path.write_text(json.dumps(changed(json.loads(before), changes)))
 
     def read():
         rendering.markdown(json.loads(json.dumps(compare(sources(place), LIKELIHOOD))))
 
-    try:
+    with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
         is_refused(read, "reports, comparison")
-    finally:
-        path.write_bytes(before)
 
 
 def test_a_sample_that_was_written_in_an_unknown_way(place):
     sample = {"prompt": "a", "document": None, "greedyx": {"text": "b"}}
-    before = (path := place / "reports/samples.json").read_bytes()
-    write_json(path, {"samples": [sample]})
-    with pytest.raises(BadData, match="an unknown way, 'greedyx'"):
+    content = json_bytes({"samples": [sample]})
+    with (
+        replaced(place / "reports/samples.json", content),
+        pytest.raises(BadData, match="an unknown way, 'greedyx'"),
+    ):
         sources(place)
-    path.write_bytes(before)
 
 
 def test_answers_to_the_same_questions_in_another_number(place):
-    before = (path := place / "reports/evaluation.json").read_bytes()
-    report = json.loads(before)
+    report = read_json(path := place / "reports/evaluation.json")
     del report["tasks"]["cloze"]["hits"]
-    write_json(path, report)
-    with pytest.raises(BadData, match="answer cloze in different numbers"):
+    with (
+        replaced(path, json_bytes(report)),
+        pytest.raises(BadData, match="answer cloze in different numbers"),
+    ):
         sources(place)
-    path.write_bytes(before)
 
 
 FILES = [
@@ -503,12 +512,8 @@ FILES = [
 @given(name=st.sampled_from(FILES), damage=DAMAGE)
 def test_files_given_to_the_comparison(place, name, damage):
     path = place / name
-    before = path.read_bytes()
-    path.write_bytes(damaged(before, damage))
-    try:
+    with replaced(path, damaged(path.read_bytes(), damage)):
         is_refused(lambda: sources(place), "files, comparison")
-    finally:
-        path.write_bytes(before)
 
 
 @few(40)
@@ -516,16 +521,12 @@ def test_files_given_to_the_comparison(place, name, damage):
 def test_reports_given_to_verify(place, name, changes):
     """What can't be made sense of is a difference."""
     path = place / f"reports/{name}.json"
-    before = path.read_bytes()
-    path.write_text(json.dumps(changed(json.loads(before), changes)))
     params, found = PARAMS, Verification()
     params = params.model_copy(
         update={"evaluation": params.evaluation.model_copy(update={"likelihood": LIKELIHOOD})}
     )
-    try:
+    with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
         assert not is_refused(lambda: looked_at(check_numbers, place, params, found), "reports, verify")
-    finally:
-        path.write_bytes(before)
     assert found.differences
 
 

@@ -116,8 +116,8 @@ class _Chain(BaseModel):
     stages: dict[str, _Stage] = {}
 
 
-def _stages(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str, Any]:
-    """The stages of dvc.yaml or dvc.lock, of the shape that we read.
+def _tree(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str, Any]:
+    """dvc.yaml or dvc.lock, of the shape that we read.
 
     Raises:
         BadData: they are not.
@@ -128,8 +128,7 @@ def _stages(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str
         json.dumps(tree, default=str, sort_keys=True)  # no anchor within itself, names that have an order
     except (ValueError, TypeError, RecursionError) as error:
         raise BadData(f"{name} is not as DVC has it: `git checkout {name}` restores it") from error
-    stages: dict[str, Any] = tree.get("stages", {})
-    return stages
+    return tree
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def read_chain(place: Place) -> Chain:
     Raises:
         BadData: one of them is not as DVC has it.
     """
-    bodies = _stages(place.read(CHAIN), CHAIN, _Chain)
+    bodies = _tree(place.read(CHAIN), CHAIN, _Chain).get("stages", {})
     params = parse_yaml(place.read(PARAMS), PARAMS)
     lock = place.read(LOCK) or b""
     stages = [full for name, body in bodies.items() for full in _full_names(name, body, params)]
@@ -173,7 +172,8 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
     Raises:
         BadData: it is none.
     """
-    return _stages(lock, LOCK, _Lock)
+    stages: dict[str, Entry] = _tree(lock, LOCK, _Lock).get("stages", {})
+    return stages
 
 
 def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
@@ -213,10 +213,9 @@ def restore_lock(root: Path) -> bool:
 
 def _is_lock(content: bytes) -> bool:
     try:
-        entries_of(content)
+        return "schema" in _tree(content, LOCK, _Lock)
     except BadData:
         return False
-    return "schema" in parse_yaml(content, LOCK)
 
 
 def entry_key(entry: Entry) -> str:
