@@ -86,6 +86,37 @@ class Ours:
         return self.run.model
 
 
+class Products:
+    """The matrix products of our step outside attention, and nothing else: a bound for any engine.
+
+    What multiplies with the same library in the same precision cannot be quicker, were all else free.
+    """
+
+    def __init__(self, order: dict[str, Any], params: Params) -> None:
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        self.torch = torch
+        calls: list[tuple[Any, Any, Any]] = []
+
+        class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+                    calls.append((func, args, kwargs or {}))
+                return func(*args, **(kwargs or {}))
+
+        with Record():  # type: ignore[no-untyped-call]
+            Ours(order, params).steps(1)
+        self.calls = calls
+
+    def steps(self, count: int) -> list[float]:
+        """Make the products of so many steps, of whatever their tensors hold; no losses."""
+        with self.torch.no_grad():
+            for func, args, kwargs in self.calls * count:
+                func(*args, **kwargs)
+        return []
+
+
 class NanoGPT:
     """nanoGPT's model and optimizer, stepped as its train.py does."""
 
@@ -182,7 +213,7 @@ class Peak:
 def work(order: dict[str, Any]) -> None:
     """Be one engine: answer each line of stdin with one of JSON."""
     params = params_of(order["shape"], order["sequences"], order["device"], **order["training"])
-    ours = order["engine"].startswith("ours")
+    ours = order["engine"].startswith("ours") or order["engine"] == "products"
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
         from compactgpt.runtime import prepare_process
@@ -191,7 +222,8 @@ def work(order: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(params.runtime.num_threads)
-    engine: Any = {"ours": Ours, "peak": Peak}.get(order["engine"].split("-")[0], NanoGPT)(order, params)
+    kinds = {"ours": Ours, "peak": Peak, "products": Products}
+    engine: Any = kinds.get(order["engine"].split("-")[0], NanoGPT)(order, params)
     say({"ready": True})
     for line in sys.stdin:
         if line.strip() == "val":
@@ -305,14 +337,22 @@ def engines_of(options: argparse.Namespace, params: Params) -> dict[str, dict[st
     return engines
 
 
+def ratios(base: Worker, worker: Worker) -> tuple[float, float, float]:
+    """How many times as fast as `base`: of the medians, the median of the pairs, of the quickest."""
+    pairs = [a / b for a, b in zip(base.seconds, worker.seconds, strict=True)]
+    medians = statistics.median(base.seconds) / statistics.median(worker.seconds)
+    return medians, statistics.median(pairs), min(base.seconds) / min(worker.seconds)
+
+
 def compare(options: argparse.Namespace) -> None:
     """Print tokens a second, ratios, memory and the share of the machine's peak."""
     params = params_of(options.shape, options.sequences)
     tokens = params.training.tokens_per_step
     engines = engines_of(options, params)
-    workers = [Worker(engine, options, training) for engine, training in {**engines, "peak": {}}.items()]
+    bounds: dict[str, Any] = {"peak": {}} if options.device == "cuda" else {"peak": {}, "products": ADAMW}
+    workers = [Worker(engine, options, training) for engine, training in {**engines, **bounds}.items()]
     paired(workers, options.steps, 3)
-    *trained, peak = workers
+    trained, (peak, *products) = workers[: len(engines)], workers[len(engines) :]
     best = max(peak.losses)
     base = trained[0]
     flops = flops_per_token(params.model)["with_attention"]
@@ -323,9 +363,7 @@ def compare(options: argparse.Namespace) -> None:
     found = {}
     for worker in trained:
         median = statistics.median(worker.seconds)
-        ratio = statistics.median(base.seconds) / median
-        pairs = statistics.median(a / b for a, b in zip(base.seconds, worker.seconds, strict=True))
-        quickest = min(base.seconds) / min(worker.seconds)
+        ratio, pairs, quickest = ratios(base, worker)
         share = flops * tokens / min(worker.seconds) / best
         print(f"{worker.engine:20}{tokens / median:10.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
               f"{worker.peak / 1e6:8.0f}")  # fmt: skip
@@ -336,6 +374,9 @@ def compare(options: argparse.Namespace) -> None:
     worst = max(abs(a - b) for a, b in zip(base.losses[:5], ours.losses[:5], strict=True))
     print(f"largest difference of the first 5 losses, ours to nanoGPT's: {worst:.1e}")
     print("ratio: of medians; paired: median of a step's ratio; best: of the quickest steps (of peak too)")
+    for bound in products:
+        figures = ", ".join(f"{ratio:.2f}" for ratio in ratios(base, bound))
+        print(f"the bound of all engines, were all but their matrix products free: {figures}")
     for worker in workers:
         worker.end()
     if worst > (2e-2 if options.device == "cuda" else 1e-4):  # of bfloat16 and of float32
