@@ -22,7 +22,7 @@ import typer
 from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
-from compactgpt.launching import launch, own_place, under_torchrun
+from compactgpt.launching import Nodes, launch, own_place, under_torchrun
 from compactgpt.lineage import keep_lock
 from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
@@ -186,23 +186,29 @@ def _datasets(name: str) -> list[dict[str, str]]:
     return token_files(read_manifest(folder)["files"], contexts)
 
 
-def share_out(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
-    """Where params.yaml asks for several processes, start them by torchrun, and leave when they have ended.
+def share_out(module: str, params_file: Path, nodes: Nodes, options: Mapping[str, Any]) -> None:
+    """Where several processes are asked for, start this machine's by torchrun, and leave when all have ended.
 
     Does nothing in a process that torchrun started.
 
     Args:
         module: the door.
         params_file: params.yaml.
+        nodes: the machines.
         options: of the door, by name.
     """
     with told_clearly():
         launcher = load_params(params_file).training.launcher
-        if launcher.processes == 1 or under_torchrun():
+        if launcher.processes * nodes.count == 1 or under_torchrun():
             return
         _die_with_parent()
+        if nodes.count > 1:
+            meeting = f"{module.rpartition('.')[2]}: {nodes.count} machines meet at {nodes.rendezvous}"
+            print(meeting, file=sys.stderr, flush=True)
         words = [f"--{name}={value}" for name, value in options.items()]
-        raise typer.Exit(launch(module, [f"--params={params_file}", *words], launcher))
+        with _stoppable():
+            exit_code = launch(module, [f"--params={params_file}", *words], launcher, nodes)
+        raise typer.Exit(exit_code)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.launching import own_place
+from compactgpt.launching import Nodes, own_place
 from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.tracking import state_folder
 from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, share_out
@@ -24,11 +24,17 @@ def main(
     tokenizer: Annotated[Path, typer.Option(help="Decodes the samples; no result depends on it.")] = Path(
         "data/tokenizer"
     ),
+    nodes: Annotated[
+        int, typer.Option(min=1, envvar="COMPACTGPT_NODES", help="Machines that train one model together.")
+    ] = 1,
+    rendezvous: Annotated[
+        str, typer.Option(envvar="COMPACTGPT_RENDEZVOUS", help="Where they meet: host:port of one of them.")
+    ] = "",
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Train the compact model, or go on where an interrupted run was."""
     paths = {"tokens": tokens, "model": model, "report": report, "curve": curve, "tokenizer": tokenizer}
-    share_out("stages.training", params_file, {**paths, "tracker": tracker})
+    share_out("stages.training", params_file, Nodes(nodes, rendezvous), {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime)
         from compactgpt import training

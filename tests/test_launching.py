@@ -142,6 +142,19 @@ def test_a_spread_model_whose_process_is_killed_ends_with_the_bits_of_the_unbrok
     assert contents() == whole
 
 
+@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="ten seconds: make test-faults")
+def test_one_that_died_too_often_is_no_success(here):
+    Path("params.yaml").write_text(params(2).replace('"max_restarts": 1', '"max_restarts": 0'))
+    run = Launched()
+    workers = run.workers()
+    run.wait_for_state_after(0)
+    for worker in workers:  # none is left to tell why
+        worker.kill()
+    run.agent.communicate(timeout=60)
+    assert run.agent.returncode == 1
+    assert not Path("models").exists()
+
+
 def test_a_process_finds_its_place_in_what_torchrun_says(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)

@@ -1,24 +1,32 @@
 """Several processes from one command: torchrun, started here or by whoever runs the cluster.
 
-`launch` is torchrun as a library: an agent that starts the processes, starts all of them again when one
-dies, and ends them when it is asked to end. Each process finds its place in the environment that torchrun
-makes (RANK, WORLD_SIZE, LOCAL_RANK), no matter who started torchrun. Torch is imported only to launch.
+`launch` is torchrun as a library: an agent on each machine that starts its processes, starts all of them
+again when one dies anywhere, and ends them when it is asked to end. Each process finds its place in the
+environment that torchrun makes (RANK, WORLD_SIZE, LOCAL_RANK), no matter who started torchrun. Torch is
+imported only to launch.
 """
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compactgpt.config import Launcher
-from compactgpt.errors import PeerLost
+from compactgpt.errors import BadConfig, PeerLost, Unreachable
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 _OUTCOME = "COMPACTGPT_OUTCOME"  # names the file in which a process tells its launcher how it ended
 _SIGNALLED = 75  # sysexits.h, EX_TEMPFAIL: run the same command again
+_ANSWER_SECONDS = 60  # that the rendezvous of several machines has to answer
+_BARRIER_SECONDS = 20  # that a machine which is done waits for the others to be
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,14 @@ class Place:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """How many machines train one model together, and where they meet."""
+
+    count: int = 1
+    rendezvous: str = ""  # host:port of one of them, which all can reach
+
+
 def own_place() -> Place:
     """Read what torchrun says in the environment; without torchrun a process is alone."""
     if not under_torchrun():
@@ -49,54 +65,135 @@ def under_torchrun() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
+def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nodes) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
-    They meet in files of a private folder: torch's store over TCP listens to all the network, asks for no
-    password, and what its agents read from it is run as code.
+    On several machines each gives the same command. One that dies is waited for, `timeout_seconds` long.
 
     Returns:
         The exit code: 0, or that of the mistake which ended a process.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    Raises:
+        BadConfig: no machine has the name where they are to meet.
+        Unreachable: nobody answers there.
+        PeerLost: other machines are missing.
+    """
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    logging.disable(logging.CRITICAL)  # torchrun prints tracebacks of what is told here in a sentence
+    # Else the agent opens a second store to all the network, without a password.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=launcher.processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint=str(Path(folder) / "agents"),
-            rdzv_configs={"store_type": "file"},
-            local_addr="localhost",
-            max_restarts=launcher.max_restarts,
-            shutdown_timeout=launcher.timeout_seconds,
-        )
+        meeting = _alone(folder) if nodes.count == 1 else _among(nodes, launcher)
         outcome = Path(folder) / "exit_code"
         os.environ[_OUTCOME] = str(outcome)
-        # Else the agent opens a store to all the network, without a password.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
+            handler = get_rendezvous_handler(meeting)
+            spec = WorkerSpec(
+                role="training",
+                local_world_size=launcher.processes,
+                rdzv_handler=handler,
+                entrypoint=sys.executable,
+                args=("-m", module, *arguments),
+                max_restarts=launcher.max_restarts,
+                local_addr=meeting.local_addr,
+            )
+            agent = LocalElasticAgent(
+                spec,
+                DefaultLogsSpecs(folder),
+                exit_barrier_timeout=_BARRIER_SECONDS,
+                shutdown_timeout=launcher.timeout_seconds,
+            )
+            result = agent.run()
+            handler.shutdown()
         except SignalException:
             return _told(outcome) or _SIGNALLED
-        except ChildFailedError as error:
-            first = min(error.failures.items(), key=lambda item: item[1].timestamp)[1]
-            return _told(outcome) or max(1, first.exitcode)
+        except RendezvousConnectionError as error:
+            raise Unreachable(
+                f"nothing answers at {nodes.rendezvous}, where {nodes.count} machines are to meet: start the "
+                "same command there, and again here"
+            ) from error
+        except RendezvousError as error:
+            raise PeerLost(
+                f"{nodes.count} machines were to meet at {nodes.rendezvous} and did not within "
+                f"{launcher.timeout_seconds} seconds (training.launcher.timeout_seconds): run the same "
+                "command on all of them; it goes on from the last checkpoint"
+            ) from error
         finally:
             del os.environ[_OUTCOME]
-        return _told(outcome)
+            logging.disable(logging.NOTSET)
+        exit_codes = [int(failure.exitcode) for failure in result.failures.values()]
+        return _told(outcome) or (max(1, *exit_codes) if exit_codes else 0)
+
+
+def _alone(folder: str) -> "RendezvousParameters":
+    """Have the processes of this machine meet in files of a private folder.
+
+    Torch's store over TCP listens to all the network, asks for no password, and what its agents read from it
+    is run as code.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return RendezvousParameters(
+        "c10d", str(Path(folder) / "agents"), uuid.uuid4().hex, 1, 1, "localhost", store_type="file"
+    )
+
+
+def _among(nodes: Nodes, launcher: Launcher) -> "RendezvousParameters":
+    """Have machines meet over TCP, by the address that leads to the rendezvous: no name need be known."""
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    host, _, port = nodes.rendezvous.rpartition(":")
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    except (OSError, ValueError) as error:
+        raise BadConfig(
+            f"--rendezvous {nodes.rendezvous!r}: give host:port of one of the machines, by a name or number "
+            f"that all of them know ({error})"
+        ) from error
+    with socket.socket(family, kind) as way:
+        way.connect(place)  # of a datagram: nothing is sent, but the kernel chooses a way
+        own = way.getsockname()[0]
+    if interface := _interface(own):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    return RendezvousParameters(
+        "c10d",
+        nodes.rendezvous,
+        "compactgpt",
+        nodes.count,
+        nodes.count,
+        own if interface else None,
+        is_host=own == place[0],
+        join_timeout=launcher.timeout_seconds,
+        read_timeout=min(_ANSWER_SECONDS, launcher.timeout_seconds),
+    )
+
+
+def _interface(address: str) -> str | None:
+    """Name the network interface that has an address; None for a loopback one."""
+    import psutil
+
+    return next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if any(one.address == address for one in addresses)
+            and "loopback" not in psutil.net_if_stats()[name].flags
+        ),
+        None,
+    )
 
 
 def meeting_place() -> str | None:
-    """Where processes that `launch` started find each other; None: as torchrun says in the environment."""
-    if _OUTCOME not in os.environ:
+    """Where processes that `launch` started here alone find each other; None: as torchrun says."""
+    if _OUTCOME not in os.environ or os.environ["GROUP_WORLD_SIZE"] != "1":
         return None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Path(os.environ[_OUTCOME]).with_name(f"processes-{attempt}").as_uri()
