@@ -129,6 +129,7 @@ def ended(run):
     """Its exit code, and its sentences."""
     _, said = run.communicate(timeout=120)
     assert "Traceback" not in said
+    assert "frame #" not in said
     return run.returncode, [line for line in said.splitlines() if line.startswith("error")]
 
 
@@ -224,6 +225,16 @@ def test_who_waits_for_the_others_can_be_asked_to_end(pair_of):
         time.sleep(0.1)
     ask_to_end(run)
     assert ended(run) == (143, [])
+
+
+def test_where_nobody_answers_one_sentence_says_so(pair_of):
+    pair = pair_of(params(timeout_seconds=3))
+    code, (said,) = ended(pair.train(1))
+    assert "nothing answers at node0:29500, where 2 machines are to meet" in said
+    assert code == 69
+    code, (said,) = ended(pair.train(1, "node7:29500"))
+    assert "--rendezvous 'node7:29500': give host:port of one of the machines" in said
+    assert code == 78
 
 
 def test_a_mistake_is_told_once_and_not_tried_again(pair_of):

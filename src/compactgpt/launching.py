@@ -78,13 +78,18 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nod
         Unreachable: nobody answers there.
         PeerLost: other machines are missing.
     """
+    # Torch reads it as it is imported. Its own words for what is told here in a sentence are frames of C++.
+    given = "TORCH_CPP_LOG_LEVEL" in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-    logging.disable(logging.CRITICAL)  # torchrun prints tracebacks of what is told here in a sentence
+    if not given:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes may say what they have to
+    logging.disable(logging.CRITICAL)  # torchrun's are tracebacks
     # Else the agent opens a second store to all the network, without a password.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
