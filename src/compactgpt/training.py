@@ -26,6 +26,7 @@ from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, 
 from compactgpt.distributed import Group, gathered, joined
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.initial import initial_model
+from compactgpt.launching import Place
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
 from compactgpt.progress import Progress, silent
@@ -513,10 +514,15 @@ def _memory_errors() -> Iterator[None]:
 
 
 def budget(params: Params, processes: int) -> str:
-    """Say what a step is: nobody's batch shrinks in silence when a micro-batch or a machine is lost."""
+    """Say what a step is: nobody's batch shrinks in silence when a micro-batch or a machine is lost.
+
+    Raises:
+        BadConfig: the step can't be shared out.
+    """
     training, block = params.training, params.model.block_size
     sequences = training.tokens_per_step // block
-    accumulation = sequences // (training.micro_batch_size * processes)
+    own = Group(Place(size=processes), training.launcher.mode).rows(sequences, training.micro_batch_size)
+    accumulation = (own.stop - own.start) // training.micro_batch_size
     named = "process" if processes == 1 else "processes"
     return (
         f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x {block} "
