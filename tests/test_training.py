@@ -358,7 +358,7 @@ def test_a_step_is_said_in_sequences_tokens_micro_batches_and_processes():
     assert said == (
         "tokens_per_step 64 = 2 sequences x 8 tokens x 2 micro-batches x 2 processes; 6 steps, 384 tokens"
     )
-    with pytest.raises(BadConfig, match="8 sequences can't be shared out .* among 3 processes"):
+    with pytest.raises(BadConfig, match=r"8 sequences can't be shared out .* among 3 processes"):
         training.budget(params_of(tokens_per_step=64, micro_batch_size=2), 3)
 
 
