@@ -155,6 +155,16 @@ def test_one_that_died_too_often_is_no_success(here):
     assert not Path("models").exists()
 
 
+@pytest.mark.parametrize("rendezvous", ["", "node0", "node0:http", ":29500"])
+def test_where_machines_meet_must_be_an_address(here, rendezvous, monkeypatch):
+    Path("params.yaml").write_text(params(1))
+    monkeypatch.setenv("COMPACTGPT_NODES", "2")
+    monkeypatch.setenv("COMPACTGPT_RENDEZVOUS", rendezvous)
+    ended = door()
+    assert ended.exit_code == 78
+    assert f"--rendezvous {rendezvous!r}: give host:port of one of the machines" in ended.stderr
+
+
 def test_a_process_finds_its_place_in_what_torchrun_says(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)

@@ -23,7 +23,8 @@ from test_training import contents, door, make_tokens, tree_of
 ROOT = Path(__file__).parents[1]
 STEPS = 240
 NAMESPACES = ["--net", "--uts", "--mount", "--pid"]
-NAMES = "10.77.0.1 node0\n10.77.0.2 node1\n"
+NOBODY = "127.0.0.1 localhost\n"  # as /etc/hosts has it
+NAMES = NOBODY + "10.77.0.1 node0\n10.77.0.2 node1\n"
 
 
 def can_make_machines():
@@ -44,7 +45,7 @@ class Machine:
     def __init__(self, number, folder, names):
         self.number, self.folder = number, folder / f"node{number}"
         self.folder.mkdir(exist_ok=True)
-        (hosts := folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        (hosts := folder / "hosts").write_text(names)
         boot = (
             f"hostname node{number}; mount --bind {hosts} /etc/hosts; ip link set lo up; echo; exec sleep 600"
         )
@@ -184,7 +185,7 @@ def test_a_machine_that_loses_its_power_is_waited_for(whole, pair_of):
 
 
 def test_a_cut_cable_ends_both_and_the_same_command_goes_on(whole, pair_of):
-    pair = pair_of(params(timeout_seconds=5), "")  # no name is known
+    pair = pair_of(params(timeout_seconds=5), NOBODY)
     runs = [pair.train(number, "10.77.0.1:29500") for number in range(2)]
     wait_for_a_state(runs[0])
     pair.machines[1].do("ip", "link", "set", "eth0", "down")
@@ -233,8 +234,20 @@ def test_where_nobody_answers_one_sentence_says_so(pair_of):
     assert "nothing answers at node0:29500, where 2 machines are to meet" in said
     assert code == 69
     code, (said,) = ended(pair.train(1, "node7:29500"))
-    assert "--rendezvous 'node7:29500': give host:port of one of the machines" in said
+    assert "--rendezvous 'node7:29500': no machine of this name is known here" in said
+    assert code == 69
+    code, (said,) = ended(pair.train(1, "node0"))
+    assert "--rendezvous 'node0': give host:port of one of the machines" in said
     assert code == 78
+
+
+def test_a_machine_whose_name_is_not_known_yet_is_waited_for(pair_of):
+    pair = pair_of(params(), NOBODY)
+    second = pair.train(1)
+    assert "2 machines meet" in second.stderr.readline()
+    (pair.folder / "hosts").write_text(NAMES)  # in place: both machines see it
+    assert ended(pair.train(0)) == (0, [])
+    assert ended(second) == (0, [])
 
 
 def test_a_mistake_is_told_once_and_not_tried_again(pair_of):

@@ -11,11 +11,12 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compactgpt.config import Launcher
 from compactgpt.errors import BadConfig, PeerLost, Unreachable
@@ -74,7 +75,7 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nod
         The exit code: 0, or that of the mistake which ended a process.
 
     Raises:
-        BadConfig: no machine has the name where they are to meet.
+        BadConfig: where they meet is no address.
         Unreachable: nobody answers there.
         PeerLost: other machines are missing.
     """
@@ -154,14 +155,8 @@ def _among(nodes: Nodes, launcher: Launcher) -> "RendezvousParameters":
     """Have machines meet over TCP, by the address that leads to the rendezvous: no name need be known."""
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    host, _, port = nodes.rendezvous.rpartition(":")
-    try:
-        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-    except (OSError, ValueError) as error:
-        raise BadConfig(
-            f"--rendezvous {nodes.rendezvous!r}: give host:port of one of the machines, by a name or number "
-            f"that all of them know ({error})"
-        ) from error
+    patience = min(_ANSWER_SECONDS, launcher.timeout_seconds)
+    family, kind, _, _, place = _resolved(nodes.rendezvous, patience)
     with socket.socket(family, kind) as way:
         way.connect(place)  # of a datagram: nothing is sent, but the kernel chooses a way
         own = way.getsockname()[0]
@@ -177,8 +172,26 @@ def _among(nodes: Nodes, launcher: Launcher) -> "RendezvousParameters":
         own if interface else None,
         is_host=own == place[0],
         join_timeout=launcher.timeout_seconds,
-        read_timeout=min(_ANSWER_SECONDS, launcher.timeout_seconds),
+        read_timeout=patience,
     )
+
+
+def _resolved(rendezvous: str, seconds: float) -> tuple[Any, ...]:
+    """Look up where machines meet; one that is starting may not be known yet, on Kubernetes for one."""
+    host, _, port = rendezvous.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise BadConfig(f"--rendezvous {rendezvous!r}: give host:port of one of the machines")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise Unreachable(
+                    f"--rendezvous {rendezvous!r}: no machine of this name is known here ({error}): give "
+                    "a name or number that all machines know"
+                ) from error
+        time.sleep(1)
 
 
 def _interface(address: str) -> str | None:
