@@ -228,6 +228,13 @@ def test_who_waits_for_the_others_can_be_asked_to_end(pair_of):
     assert ended(run) == (143, [])
 
 
+def test_one_too_many_waits_and_leaves_when_it_was_not_needed(pair_of):
+    pair = pair_of(params())
+    runs = [pair.train(number) for number in (0, 1, 1)]
+    codes = sorted(ended(run)[0] for run in runs)
+    assert codes in ([0, 0, 0], [0, 0, 69])  # it sees the end, or that where it waits is gone
+
+
 def test_where_nobody_answers_one_sentence_says_so(pair_of):
     pair = pair_of(params(timeout_seconds=3))
     code, (said,) = ended(pair.train(1))
@@ -241,13 +248,15 @@ def test_where_nobody_answers_one_sentence_says_so(pair_of):
     assert code == 78
 
 
-def test_a_machine_whose_name_is_not_known_yet_is_waited_for(pair_of):
+def test_where_they_meet_is_waited_for_by_a_name_not_known_yet_and_leads(pair_of):
     pair = pair_of(params(), NOBODY)
-    second = pair.train(1)
-    assert "2 machines meet" in second.stderr.readline()
+    first = pair.train(0, "node1:29500")
+    assert "2 machines meet" in first.stderr.readline()
     (pair.folder / "hosts").write_text(NAMES)  # in place: both machines see it
-    assert ended(pair.train(0)) == (0, [])
-    assert ended(second) == (0, [])
+    assert ended(pair.train(1, "node1:29500")) == (0, [])
+    assert ended(first) == (0, [])
+    models = list(pair.folder.rglob("model.safetensors"))
+    assert models == [pair.machines[1].folder / "models/compact/model.safetensors"]
 
 
 def test_a_mistake_is_told_once_and_not_tried_again(pair_of):

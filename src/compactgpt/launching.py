@@ -106,7 +106,6 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nod
                 entrypoint=sys.executable,
                 args=("-m", module, *arguments),
                 max_restarts=launcher.max_restarts,
-                local_addr=meeting.local_addr,
             )
             agent = LocalElasticAgent(
                 spec,
@@ -132,7 +131,8 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nod
         finally:
             del os.environ[_OUTCOME]
             logging.disable(logging.NOTSET)
-        exit_codes = [int(failure.exitcode) for failure in result.failures.values()]
+        failures = result.failures if result else {}  # nothing: one machine too many, which was not needed
+        exit_codes = [int(failure.exitcode) for failure in failures.values()]
         return _told(outcome) or (max(1, *exit_codes) if exit_codes else 0)
 
 
@@ -152,7 +152,11 @@ def _alone(folder: str) -> "RendezvousParameters":
 
 
 def _among(nodes: Nodes, launcher: Launcher) -> "RendezvousParameters":
-    """Have machines meet over TCP, by the address that leads to the rendezvous: no name need be known."""
+    """Have machines meet over TCP, by the address that leads to the rendezvous: no name need be known.
+
+    The machine of the rendezvous has process 0: torch gives it to the one whose address sorts first, and
+    connects to that address alone.
+    """
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     patience = min(_ANSWER_SECONDS, launcher.timeout_seconds)
@@ -163,14 +167,16 @@ def _among(nodes: Nodes, launcher: Launcher) -> "RendezvousParameters":
     if interface := _interface(own):
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    leads = own == place[0]
+    address = own if interface else socket.getfqdn()
     return RendezvousParameters(
         "c10d",
         nodes.rendezvous,
         "compactgpt",
         nodes.count,
         nodes.count,
-        own if interface else None,
-        is_host=own == place[0],
+        address if leads else f"~{address}",
+        is_host=leads,
         join_timeout=launcher.timeout_seconds,
         read_timeout=patience,
     )
