@@ -90,13 +90,13 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher, nodes: Nod
 
     if not given:
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the processes may say what they have to
-    logging.disable(logging.CRITICAL)  # torchrun's are tracebacks
     # Else the agent opens a second store to all the network, without a password.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
         meeting = _alone(folder) if nodes.count == 1 else _among(nodes, launcher)
         outcome = Path(folder) / "exit_code"
         os.environ[_OUTCOME] = str(outcome)
+        logging.disable(logging.CRITICAL)  # what torchrun logs are tracebacks
         try:
             handler = get_rendezvous_handler(meeting)
             spec = WorkerSpec(
