@@ -48,11 +48,17 @@ class Launched:
 
     def wait_for_state_after(self, step):
         """Wait for a training state past a step, and return its step."""
-        while True:
-            assert self.agent.poll() is None, self.agent.communicate()
-            if (newest := newest_state()) > step:
-                return newest
-            time.sleep(0.005)
+        return state_after(step, self.agent)
+
+
+def state_after(step, run):
+    """Wait until a training has written a state past a step, and return its step."""
+    deadline = time.monotonic() + 60
+    while (newest := newest_state()) <= step:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return newest
 
 
 def listens_at(process):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_launching import newest_state
+from test_launching import newest_state, state_after
 from test_training import contents, door, make_tokens, tree_of
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +110,19 @@ class Pair:
         env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
         return self.machines[number].start(sys.executable, *words, env=env)
 
+    def train_on_both(self, rendezvous="node0:29500"):
+        """Give it on each."""
+        return [self.train(number, rendezvous) for number in range(2)]
 
-def wait_for_a_state(run):
-    """Wait until training on the first machine has written a state."""
-    deadline = time.monotonic() + 60
-    while not newest_state():
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    def train_through_a_loss_of_power(self):
+        """Train on both; the second is replaced meanwhile. Returns how the first ended."""
+        first, second = self.train_on_both()
+        state_after(0, first)
+        self.replace_second()
+        second.communicate()
+        assert newest_state() < STEPS
+        assert ended(self.train(1)) == (0, [])
+        return ended(first)
 
 
 def ask_to_end(run):
@@ -172,13 +177,7 @@ def whole(tmp_path, monkeypatch):
 
 def test_a_machine_that_loses_its_power_is_waited_for(whole, pair_of):
     pair = pair_of(params(timeout_seconds=20))
-    runs = [pair.train(number) for number in range(2)]
-    wait_for_a_state(runs[0])
-    pair.replace_second()
-    runs[1].communicate()
-    assert newest_state() < STEPS
-    assert ended(pair.train(1)) == (0, [])
-    code, (said,) = ended(runs[0])
+    code, (said,) = pair.train_through_a_loss_of_power()
     assert "another process of this training died or fell silent" in said
     assert code == 0
     assert contents() == whole
@@ -186,8 +185,8 @@ def test_a_machine_that_loses_its_power_is_waited_for(whole, pair_of):
 
 def test_a_cut_cable_ends_both_and_the_same_command_goes_on(whole, pair_of):
     pair = pair_of(params(timeout_seconds=20), NOBODY)
-    runs = [pair.train(number, "10.77.0.1:29500") for number in range(2)]
-    wait_for_a_state(runs[0])
+    runs = pair.train_on_both("10.77.0.1:29500")
+    state_after(0, runs[0])
     pair.machines[1].do("ip", "link", "set", "eth0", "down")
     # The second waits in torch's store for the rendezvous until the kernel gives up: minutes by default.
     pair.machines[1].do("sh", "-c", "echo 4 > /proc/sys/net/ipv4/tcp_retries2")
@@ -199,20 +198,20 @@ def test_a_cut_cable_ends_both_and_the_same_command_goes_on(whole, pair_of):
     assert "nothing answers at 10.77.0.1:29500" in alone
     assert code == 69
     pair.machines[1].do("ip", "link", "set", "eth0", "up")
-    runs = [pair.train(number, "10.77.0.1:29500") for number in range(2)]
+    runs = pair.train_on_both("10.77.0.1:29500")
     assert [ended(run) for run in runs] == [(0, []), (0, [])]
     assert contents() == whole
 
 
 def test_one_is_asked_to_end_and_both_do(whole, pair_of):
     pair = pair_of(params())
-    runs = [pair.train(number) for number in range(2)]
-    wait_for_a_state(runs[0])
+    runs = pair.train_on_both()
+    state_after(0, runs[0])
     ask_to_end(runs[1])
     code, (said,) = ended(runs[0])
     assert (code, said.partition(" of ")[0]) == (75, f"error: stopped at step {newest_state()}")
     assert ended(runs[1]) == (75, [])
-    runs = [pair.train(number) for number in range(2)]
+    runs = pair.train_on_both()
     assert [ended(run) for run in runs] == [(0, []), (0, [])]
     assert contents() == whole
 
@@ -262,7 +261,7 @@ def test_where_they_meet_is_waited_for_by_a_name_not_known_yet_and_leads(pair_of
 def test_a_mistake_is_told_once_and_not_tried_again(pair_of):
     pair = pair_of(params())
     (pair.machines[1].folder / "params.yaml").write_text(params("fast"))
-    runs = [pair.train(number) for number in range(2)]
+    runs = pair.train_on_both()
     code, (said,) = ended(runs[0])
     assert "processes [1] have another params.yaml, data or program than process 0" in said
     assert code == 78
@@ -274,15 +273,9 @@ def test_a_spread_model_is_on_both_and_its_state_on_a_disk_that_they_share(tmp_p
     pair = pair_of(params("fsdp", timeout_seconds=20))
     for machine in pair.machines:
         (machine.folder / ".state").symlink_to(tmp_path / "shared")
-    runs = [pair.train(number) for number in range(2)]
+    runs = pair.train_on_both()
     assert [ended(run) for run in runs] == [(0, []), (0, [])]
     unbroken = contents()
     assert len(unbroken) == 5
-    runs = [pair.train(number) for number in range(2)]
-    wait_for_a_state(runs[0])
-    pair.replace_second()
-    runs[1].communicate()
-    assert newest_state() < STEPS
-    assert ended(pair.train(1)) == (0, [])
-    assert ended(runs[0])[0] == 0
+    assert pair.train_through_a_loss_of_power()[0] == 0
     assert contents() == unbroken
