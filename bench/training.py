@@ -70,10 +70,10 @@ class Ours:
     def __init__(self, order: dict[str, Any], params: Params) -> None:
         from compactgpt import training
         from compactgpt.distributed import Group
-        from compactgpt.launching import Place
+        from compactgpt.launching import DistInfo
 
         splits = training.open_splits(Path(order["tokens"]))
-        self.run = training._Run(params, splits, Path("unused"), Group(Place(), "fast"))
+        self.run = training._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))
 
     def steps(self, count: int) -> list[float]:
         """Make updates; their losses in nats per token."""

@@ -22,7 +22,7 @@ import typer
 from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
-from compactgpt.launching import Nodes, launch, own_place, under_torchrun
+from compactgpt.launching import dist_info, launch, under_torchrun
 from compactgpt.lineage import keep_lock
 from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
@@ -111,7 +111,7 @@ def open_stage(
     with _stoppable(), told_clearly("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
         params = load_params(params_file)
-        if not own_place().leads:
+        if not dist_info().is_main_process:
             yield Stage(name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
@@ -186,28 +186,24 @@ def _datasets(name: str) -> list[dict[str, str]]:
     return token_files(read_manifest(folder)["files"], contexts)
 
 
-def share_out(module: str, params_file: Path, nodes: Nodes, options: Mapping[str, Any]) -> None:
-    """Where several processes are asked for, start this machine's by torchrun, and leave when all have ended.
+def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
+    """Start the processes that training.launcher asks for, wait for them, and exit with their exit code.
 
-    Does nothing in a process that torchrun started.
+    Returns at once where one process is enough, and in a process that torchrun started.
 
     Args:
-        module: the door.
+        module: the stage script.
         params_file: params.yaml.
-        nodes: the machines.
-        options: of the door, by name.
+        options: of the stage script, by name.
     """
     with told_clearly():
         launcher = load_params(params_file).training.launcher
-        if launcher.processes * nodes.count == 1 or under_torchrun():
+        if launcher.processes == 1 or under_torchrun():
             return
         _die_with_parent()
-        if nodes.count > 1:
-            meeting = f"{module.rpartition('.')[2]}: {nodes.count} machines meet at {nodes.rendezvous}"
-            print(meeting, file=sys.stderr, flush=True)
         words = [f"--{name}={value}" for name, value in options.items()]
         with _stoppable():
-            exit_code = launch(module, [f"--params={params_file}", *words], launcher, nodes)
+            exit_code = launch(module, [f"--params={params_file}", *words], launcher)
         raise typer.Exit(exit_code)
 
 

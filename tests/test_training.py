@@ -20,7 +20,7 @@ from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.export import save_hf
 from compactgpt.initial import folder_sha256
-from compactgpt.launching import Place
+from compactgpt.launching import DistInfo
 from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.storage import atomic_folder, write_text
 
@@ -240,7 +240,7 @@ def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
     with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is .*lower training.learning_rate"):
         training.train(params, splits, tmp_path)
-    run = training._Run(params, splits, tmp_path, Group(Place(), "fast"))
+    run = training._Run(params, splits, tmp_path, Group(DistInfo(), "fast"))
     weights = []
 
     def go_on_for_ever():

@@ -230,18 +230,12 @@ class Model(Section):
 
 
 class Launcher(Section):
-    """How many processes train one model together, and how they add up what they found."""
+    """How many processes train one model together on this machine, and how they share the work."""
 
     processes: Positive = 1
-    mode: Literal["fast", "strict", "fsdp"] = "fast"
+    mode: Literal["fast", "fsdp"] = "fast"
     max_restarts: Count = 3
     timeout_seconds: Positive = 600
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.mode == "strict" and self.processes & (self.processes - 1):
-            raise ValueError(f"processes ({self.processes}) must be a power of two where mode is strict")
-        return self
 
 
 class Training(Section):
