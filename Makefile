@@ -68,7 +68,8 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv
 
 test-faults: $(STAMP) ## faults at the operations of every stage, power losses, kills of real runs (half an hour)
 	@TEST_FAULTS=1 FAULT_POINTS=$${FAULT_POINTS:-40} python -m pytest tests/test_faults.py tests/test_crashes.py \
-	  tests/test_mutants.py tests/test_network_faults.py tests/test_kills.py tests/test_launching.py tests/test_nodes.py
+	  tests/test_mutants.py tests/test_network_faults.py tests/test_kills.py
+	@python -m pytest -m robustness tests/test_launching.py
 	@BAD_INPUTS=300 python -m pytest tests/test_bad_input.py
 
 test-mutants: $(STAMP) ## change the rooms that measure in 1,800 small ways: do the tests see it? (half an hour; ROOMS=metrics)

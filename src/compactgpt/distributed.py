@@ -44,7 +44,7 @@ class Group:
         micro_batches = sequences // micro_batch_size
         if sequences % micro_batch_size or micro_batches % self.world_size:
             raise BadConfig(
-                f"training.tokens_per_step: {sequences} sequences can't be divided evenly "
+                f"training.tokens_per_step: {sequences} sequences can't be shared out evenly "
                 f"in micro-batches of {micro_batch_size} (training.micro_batch_size) among {self.world_size} "
                 "processes: change one of the three"
             )
@@ -112,7 +112,7 @@ class Group:
         return int(tensor.item())
 
     def broadcast_text(self, text: str) -> str:
-        """Return the main process's text. torch's own way for objects is pickle."""
+        """Return the main process's text. torch's own way serialises objects, which runs code."""
         tensor = torch.tensor(list(text.encode()), dtype=torch.uint8)
         tensor.resize_(self.broadcast_number(len(tensor)))
         self.broadcast([tensor])

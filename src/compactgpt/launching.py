@@ -75,7 +75,7 @@ def _launch_once(module: str, arguments: Sequence[str], launcher: Launcher) -> l
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # A store over TCP listens on all interfaces without a password, and the agent unpickles what it reads
+    # A store over TCP listens on all interfaces without a password, and the agent runs code that it reads
     # there. So agent and processes meet in files of a private folder, and no second store is opened.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:

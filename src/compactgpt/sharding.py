@@ -2,7 +2,8 @@
 
 Each process holds its rows of every tensor; a block's weights are gathered when it works. torch's distributed
 checkpoints (DCP) write training states as safetensors, one file of each process, and any number of processes
-resumes from them. DCP's default files hold a pickle; these don't. Only mode fsdp imports this module.
+resumes from them. Reading these runs no code, as reading DCP's default format may. Only mode fsdp imports
+this module.
 """
 
 import math
