@@ -48,9 +48,7 @@ def main(
         report = summarize(name, model, found, split, likelihood)
         if isinstance(model, Neural):
             report["text"] = write_on_all(model, split, encoding, settings.text, progress)
-            report["tasks"] = run_tasks(
-                model, split, encoding, settings.tasks, likelihood, around.state, progress
-            )
+            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, likelihood, progress)
         stage.report(reports / f"{name}.json", report)
 
 

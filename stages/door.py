@@ -86,6 +86,11 @@ class Stage:
         self.tracker.metrics(grouped(self.name, value))
         self.tracker.artifact(path, "reports")
 
+    def data_docs(self, folder: Path) -> None:
+        """Log Great Expectations' pages, and print where they are."""
+        self.tracker.artifact(folder, "data_docs")
+        self.say(f"Data Docs: {folder / 'index.html'}")
+
 
 @contextmanager
 def open_stage(

@@ -27,6 +27,17 @@ def test_the_hubs_own_reader_finds_the_results(record):
     assert "numpy 2.4.6 (BSD-3-Clause)" in card.text
 
 
+def test_a_card_names_the_data_sets_of_the_hub(record):
+    assert ModelCard(model_card(record)).data.datasets is None  # docstrings are no data set of the hub
+    source = {**record["data"]["sources"][0], "name": "Salesforce/wikitext/train"}
+    data = {
+        **record["data"],
+        "corpus": "hub",
+        "sources": [source, {**source, "name": "Salesforce/wikitext/test"}],
+    }
+    assert ModelCard(model_card({**record, "data": data})).data.datasets == ["Salesforce/wikitext"]
+
+
 def test_a_card_goes_only_with_its_own_weights(record, tmp_path):
     (tmp_path / "model").mkdir()
     path = tmp_path / "card.md"

@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import lzma
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import numpy as np
 from compactgpt import config
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.encoding import END_OF_TEXT, spelled_bytes
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import (
     IN_WINDOW,
     Codec,
@@ -44,10 +43,10 @@ from compactgpt.evaluation import (
     document_streams,
     document_text,
 )
-from compactgpt.hub import one_line, require_on_hub
+from compactgpt.hub import fetch_model, one_line
 from compactgpt.progress import Progress
 from compactgpt.runtime import prepare_process, resolve_device
-from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
+from compactgpt.storage import sha256_file
 from compactgpt.wheels import fetch_wheel_member
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _COUNTED_AT_ONCE = 2**24  # tokens
-_HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,10 @@ def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> L
         loaded = read_gguf(path)
     elif isinstance(spec, config.Hub):
         facts = {"repo": spec.repo, "revision": spec.revision}
-        loaded = read_folder(fetch_from_hub(spec, around.state / "hub"))
+        advice = (
+            "correct baseline.specs, take the name out of baseline.names, or give its weights as a folder"
+        )
+        loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
         folder = Path(spec.path)
         loaded = read_folder(folder)
@@ -470,39 +471,6 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
-    """Return a local folder with a model of the hub at its pinned commit, fetched unless it is in `cache`.
-
-    Raises:
-        Unreachable: the hub does not answer; said at once, not after retries.
-        BadConfig: the hub has no such model or commit, or does not give it to everyone.
-    """
-    folder = cache / f"{spec.repo.replace('/', '--')}-{spec.revision}"
-    if folder.exists():
-        verified_manifest(folder)
-        return folder
-    import httpx2
-    from huggingface_hub import snapshot_download
-
-    mend = "mend baseline.specs, take the name out of baseline.names, or give its weights as a folder"
-    require_on_hub("model", spec.repo, spec.revision, mend)
-    try:
-        with atomic_folder(folder) as temporary:
-            snapshot_download(
-                spec.repo,
-                revision=spec.revision,
-                local_dir=temporary,
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=["*/*"],
-            )
-            shutil.rmtree(temporary / ".cache", ignore_errors=True)
-    except (httpx2.HTTPError, OSError) as error:
-        raise Unreachable(
-            f"the hub stopped answering for {spec.repo} ({one_line(error)}): run it again, or {mend}"
-        ) from error
-    return folder
 
 
 # llama.cpp's names (gguf-py, gguf/constants.py) -> transformers' names in a Llama

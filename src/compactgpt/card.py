@@ -68,8 +68,16 @@ def _metadata(view: View) -> dict[str, Any]:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["gpt2", "compactgpt", "from-scratch"],
+        **_datasets(view.record["data"]),
         "model-index": [{"name": "compactgpt", "results": [result]}],
     }
+
+
+def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name the data sets of the hub that the corpus was made from; its sources are `owner/name/split`."""
+    if data["corpus"] != "hub":
+        return {}
+    return {"datasets": sorted({one["name"].rpartition("/")[0] for one in data["sources"]})}
 
 
 def _description(view: View) -> str:

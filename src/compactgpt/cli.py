@@ -5,6 +5,7 @@ Each command reads its options and makes one call into a room, which is imported
 
 import json
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,9 @@ def _names() -> list[str]:
 ExperimentName = Annotated[
     str, typer.Argument(metavar="NAME", autocompletion=_names, help="One of `compactgpt experiment list`.")
 ]
+ModelFolder = Annotated[Path, typer.Option("--model", help="A model of ours.")]
+TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Its tokenizer: goes along.")]
+CardFile = Annotated[Path, typer.Option("--card", help="Its card, if it is of the same weights.")]
 LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
 app = typer.Typer(
@@ -48,23 +52,56 @@ def main() -> None:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face form goes.")],
-    model: Annotated[Path, typer.Option(help="A model of ours.")] = Path("models/compact"),
-    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer: goes along.")] = Path("data/tokenizer"),
-    card: Annotated[Path, typer.Option(help="Its card, if it is of the same weights.")] = Path(
-        "reports/model_card.md"
-    ),
+    model: ModelFolder = Path("models/compact"),
+    tokenizer: TokenizerFolder = Path("data/tokenizer"),
+    card: CardFile = Path("reports/model_card.md"),
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
-        from compactgpt.card import card_for
-        from compactgpt.checkpoint import load_model
-        from compactgpt.export import save_hf
-
-        text, why_none = card_for(model, card)
-        save_hf(load_model(model), folder, tokenizer, text)
-        if why_none:
-            print(f"without a model card: {why_none}")
+        _export(folder, model, tokenizer, card, params_file)
         print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+
+def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path) -> None:
+    from compactgpt.card import card_for
+    from compactgpt.checkpoint import load_model
+    from compactgpt.config import load_params
+    from compactgpt.export import save_hf
+    from compactgpt.hub import with_base_model
+
+    text, why_none = card_for(model, card)
+    if text and params_file.exists():
+        text = with_base_model(text, load_params(params_file).training.init_from)
+    save_hf(load_model(model), folder, tokenizer, text)
+    if why_none:
+        print(f"without a model card: {why_none}")
+
+
+@app.command("push-to-hub")
+def push_to_hub(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    model: ModelFolder = Path("models/compact"),
+    tokenizer: TokenizerFolder = Path("data/tokenizer"),
+    card: CardFile = Path("reports/model_card.md"),
+    params_file: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Export a trained model and upload it to the Hugging Face hub (needs HF_TOKEN or `hf auth login`)."""
+    with told_clearly(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        from compactgpt.hub import push_folder
+        from compactgpt.storage import MANIFEST
+
+        folder = Path(scratch) / "model"
+        _export(folder, model, tokenizer, card, params_file)
+        (folder / MANIFEST).unlink()  # ours, not Hugging Face's
+        for path in sorted(folder.iterdir()):
+            print(f"{path.stat().st_size:>12,}  {path.name}")
+        if dry_run:
+            print(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
+            return
+        print(push_folder(folder, repo, private=private))
 
 
 @app.command()
