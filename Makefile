@@ -50,6 +50,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt mend
+	@compactgpt check > /dev/null
 	@dvc repro
 	@compactgpt sync
 	@python -m stages.comparison --show

@@ -7,6 +7,7 @@ into one sentence and an exit code.
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -19,9 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from compactgpt.config import Params, load_params
-from compactgpt.console import Bar, told_clearly
-from compactgpt.errors import Busy
+from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
+from compactgpt.console import Bar, report, told_clearly
+from compactgpt.errors import BadConfig, Busy
 from compactgpt.launching import dist_info, launch, under_torchrun
 from compactgpt.lineage import keep_lock
 from compactgpt.pipelines import token_files
@@ -55,6 +56,14 @@ def new_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def matrix_item() -> str:
+    """Return which one of a matrix stage DVC runs: what follows the `@` in the stage's name.
+
+    DVC passes it in the environment, so that no text of params.yaml becomes part of a shell command.
+    """
+    return os.environ.get("DVC_STAGE", "").partition("@")[2]
+
+
 @dataclass(frozen=True)
 class Stage:
     """What a door hands to its one call."""
@@ -71,7 +80,7 @@ class Stage:
     def say(self, message: str) -> None:
         """Tell the person who waits something, once, on stderr."""
         if self.leads:
-            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+            report(f"{self.name}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
         """Log a short text as a file."""
@@ -116,6 +125,8 @@ def open_stage(
     with _stoppable(), told_clearly("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
         params = load_params(params_file)
+        if item and not re.fullmatch(NAME_PATTERN, item):
+            raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
         if not dist_info().is_main_process:
             yield Stage(name, params, NullTracker(), leads=False)
             return

@@ -21,6 +21,7 @@ SHIPPED = load_params(ROOT / "params.yaml")
 def params_file(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     return path
 
 

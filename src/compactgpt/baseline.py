@@ -43,7 +43,9 @@ from compactgpt.evaluation import (
     document_streams,
     document_text,
 )
+from compactgpt.gguf_check import check_gguf
 from compactgpt.hub import fetch_model, one_line
+from compactgpt.inputs import check_files
 from compactgpt.progress import Progress
 from compactgpt.runtime import prepare_process, resolve_device
 from compactgpt.storage import sha256_file
@@ -400,6 +402,7 @@ def read_folder(folder: Path) -> Loaded:
         MissingInput: the folder, its configuration, tokenizer or weights are not there.
         BadData: it can't be read.
     """
+    check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
@@ -502,9 +505,10 @@ def read_gguf(path: Path) -> Loaded:
     """
     from gguf import GGUFReader
 
+    check_gguf(path)
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
 
     def field(name: str) -> Any:
@@ -517,12 +521,17 @@ def read_gguf(path: Path) -> Loaded:
             f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
             "'smollm') can be read: give the model as a folder or from the hub"
         )
-    tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
-    bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
-    first_token = opener(tokenizer.get_vocab(), bos_token, eos_token)
-    if first_token is None:
-        raise BadData(f"{path} names neither a beginning nor an end of text")
-    return Loaded(_gguf_llama(reader, field), tokenizer, first_token)
+    try:
+        tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
+        bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
+        first_token = opener(tokenizer.get_vocab(), bos_token, eos_token)
+        if first_token is None:
+            raise ValueError("it names neither a beginning nor an end of text")
+        return Loaded(_gguf_llama(reader, field), tokenizer, first_token)
+    except MemoryError:
+        raise
+    except Exception as error:  # what tokenizers and transformers raise has no end
+        raise BadData(f"{path} holds no model that can be built: {one_line(error)}") from error
 
 
 def _gguf_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
@@ -548,6 +557,8 @@ def _gguf_llama(reader: Any, field: Callable[[str], Any]) -> Any:
     from gguf import dequantize
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if field("llama.block_count") > len(reader.tensors):  # transformers builds every layer first
+        raise ValueError(f"{field('llama.block_count'):,} layers of {len(reader.tensors):,} tensors")
     heads, key_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     state = {}
     for tensor in reader.tensors:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.console import told_clearly
+from compactgpt.console import echo, told_clearly
 from compactgpt.errors import CheckFailed, Unreachable
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -60,7 +60,7 @@ def export(
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
         _export(folder, model, tokenizer, card, params_file)
-        print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+        echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
 def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path) -> None:
@@ -75,7 +75,7 @@ def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file:
         text = with_base_model(text, load_params(params_file).training.init_from)
     save_hf(load_model(model), folder, tokenizer, text)
     if why_none:
-        print(f"without a model card: {why_none}")
+        echo(f"without a model card: {why_none}")
 
 
 @app.command("push-to-hub")
@@ -97,11 +97,11 @@ def push_to_hub(
         _export(folder, model, tokenizer, card, params_file)
         (folder / MANIFEST).unlink()  # ours, not Hugging Face's
         for path in sorted(folder.iterdir()):
-            print(f"{path.stat().st_size:>12,}  {path.name}")
+            echo(f"{path.stat().st_size:>12,}  {path.name}")
         if dry_run:
-            print(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
+            echo(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
             return
-        print(push_folder(folder, repo, private=private))
+        echo(push_folder(folder, repo, private=private))
 
 
 @app.command()
@@ -130,16 +130,16 @@ def gate(
         settings = load_params(params_file).regression
         if accept:
             references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
-            print(f"{against}: accepted; commit it, so that it is reviewed like code")
+            echo(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
         verdict = references.compare(against, Path(), settings, bench)
-        print(verdicts.terminal(verdict))
+        echo(verdicts.terminal(verdict))
         verdicts.publish(verdict, markdown, junit)
         if verdict.failures:
-            print("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
+            echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
-            print(f"champion: version {references.promote(Path())}")
+            echo(f"champion: version {references.promote(Path())}")
 
 
 @app.command()
@@ -154,12 +154,12 @@ def reproduce(
     with told_clearly():
         from compactgpt import reproduction
 
-        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=typer.echo)
-        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=echo)
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)
         if check and not as_json:
-            print(f"next: compactgpt reproduce {run}")
+            echo(f"next: compactgpt reproduce {run}")
 
 
 @app.command()
@@ -173,7 +173,7 @@ def diff(
         from compactgpt import diffing
 
         found = diffing.of(a, b, Path())
-        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
 
 
 @app.command()
@@ -190,12 +190,12 @@ def estimate(
 
         found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
         if as_json:
-            print(json.dumps(found, indent=2))
+            echo(json.dumps(found, indent=2))
             return
         changes = [word for setting in settings or [] for word in ("-S", setting)]
-        print(whatif.table(found))
+        echo(whatif.table(found))
         if params_file == Path("params.yaml"):
-            print(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+            echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 
 
 @experiment.command("list")
@@ -205,8 +205,8 @@ def list_experiments() -> None:
         from compactgpt.experiments import experiments
 
         for name, one in experiments().items():
-            print(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
-        print("next: compactgpt experiment show NAME")
+            echo(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
+        echo("next: compactgpt experiment show NAME")
 
 
 @experiment.command()
@@ -217,8 +217,8 @@ def show(
     with told_clearly():
         from compactgpt import experiments
 
-        print("\n".join(experiments.shown(name, params_file, settings or [])))
-        print(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
+        echo("\n".join(experiments.shown(name, params_file, settings or [])))
+        echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
 
 
 @experiment.command("apply")
@@ -230,8 +230,8 @@ def apply_experiment(
         from compactgpt import experiments
 
         told = experiments.apply(name, params_file, settings or [])
-        print("\n".join(told) or f"{params_file} says so already")
-        print(f"next: make repro; git checkout {params_file} takes it back")
+        echo("\n".join(told) or f"{params_file} says so already")
+        echo(f"next: make repro; git checkout {params_file} takes it back")
 
 
 @experiment.command("run")
@@ -243,8 +243,8 @@ def run_experiment(
         from compactgpt import experiments
 
         done = experiments.run(name, params_file, settings or [])
-        print("\n".join(done))
-        print(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
+        echo("\n".join(done))
+        echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
 
 
 @experiment.command("record")
@@ -253,7 +253,7 @@ def record_experiment(name: ExperimentName) -> None:
     with told_clearly():
         from compactgpt.recording import record
 
-        print(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+        echo(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
 
 
 @app.command()
@@ -266,7 +266,7 @@ def ladder(
     with told_clearly():
         from compactgpt import fitting
 
-        print(fitting.climb(name, folder, params_file))
+        echo(fitting.climb(name, folder, params_file))
 
 
 @app.command()
@@ -277,7 +277,17 @@ def sync() -> None:
 
         if not drain(Path.cwd(), record_unrun=True):
             raise Unreachable("MLflow has not taken everything yet: nothing is lost, run this again")
-        print("MLflow has all of the runs that have ended here")
+        echo("MLflow has all of the runs that have ended here")
+
+
+@app.command()
+def check(params_file: ParamsFile = Path("params.yaml")) -> None:
+    """Check params.yaml and the files that DVC is about to read: every `make repro` begins so."""
+    with told_clearly():
+        from compactgpt.inputs import check_inputs
+
+        check_inputs(Path(), params_file)
+        echo("params.yaml is valid, and DVC can read every dependency")
 
 
 @app.command()
@@ -287,7 +297,7 @@ def mend() -> None:
         from compactgpt.lineage import restore_lock
 
         if restore_lock(Path()):
-            print("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
+            echo("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
 
 
 @app.command()
@@ -297,10 +307,10 @@ def verify() -> None:
         from compactgpt.verification import verify as look
 
         found = look(Path())
-        print("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
+        echo("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
         for path in found.unchecked:
-            print(f"not checked, since it is not here (`dvc pull`): {path}")
-        print("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
+            echo(f"not checked, since it is not here (`dvc pull`): {path}")
+        echo("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
         raise typer.Exit(1 if found.differences else 0)
 
 
@@ -316,4 +326,4 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
         record = read_json(RECORD)
         lines = chain(Path(), record, name)
         lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name))))
-        print("\n".join(f"{what:<12}{found}" for what, found in lines))
+        echo("\n".join(f"{what:<12}{found}" for what, found in lines))

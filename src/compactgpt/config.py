@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from compactgpt.errors import BadConfig, MissingInput
+from compactgpt.errors import BadConfig, MissingInput, printable
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,7 +27,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# A name becomes part of paths, of DVC's stage names and of MLflow's runs: nothing of it means anything there.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME_RULE = "a name has letters, digits, '.', '_' and '-' only, at most 64, and begins with a letter or digit"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
 # A glob inside the repository.
@@ -91,6 +94,8 @@ class Files(Section):
     patterns: Annotated[tuple[FilePattern, ...], Field(min_length=1)]
     text_column: Annotated[str, Field(min_length=1)]
     max_decompressed_megabytes: Positive
+    max_decompression_ratio: Positive
+    min_free_disk_megabytes: Count
 
 
 class HubSet(Section):
@@ -670,7 +675,7 @@ def _check_extent(tree: Any) -> None:
 def _explain(detail: Any, kind: type[Section]) -> str:
     """One line for one mistake: the key's path, what was found, what is allowed."""
     location, parent = _walk([str(part) for part in detail["loc"]], kind)
-    path = ".".join(location)
+    path = printable(".".join(location))
     if detail["type"] == "extra_forbidden":
         known = sorted(getattr(parent, "model_fields", {}))
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -679,6 +684,8 @@ def _explain(detail: Any, kind: type[Section]) -> str:
     if detail["type"] == "missing":
         return f"{path}: missing key"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail.get("ctx", {}).get("pattern") == NAME_PATTERN:
+        message = NAME_RULE
     if isinstance(detail["input"], dict | list):
         return f"{path}: {message}" if path else message
     return f"{path}: found {json.dumps(detail['input'])}; {message[0].lower()}{message[1:]}"

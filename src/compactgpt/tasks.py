@@ -82,7 +82,7 @@ def read_lambada(path: Path) -> list[Item]:
         for line in path.read_text("utf-8").splitlines():
             context, target = json.loads(line)["text"].rsplit(" ", 1)
             items.append(Item(context, " " + target))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(f"{path} is no LAMBADA file, a JSON object with `text` a line ({error})") from error
     return items
 
