@@ -131,8 +131,8 @@ pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show
 
-readme: $(STAMP) ## renew the tables that README.md quotes from the last run
-	@python -m stages.comparison --readme README.md
+readme: $(STAMP) ## renew the tables that README.md quotes from the last run, and docs/note.md from claims.yaml
+	@python -m stages.comparison --quote README.md --quote docs/note.md
 
 ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \

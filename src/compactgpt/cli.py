@@ -64,11 +64,11 @@ def export(
 
 
 def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path) -> None:
-    from compactgpt.card import card_for
     from compactgpt.checkpoint import load_model
     from compactgpt.config import load_params
     from compactgpt.export import save_hf
     from compactgpt.hub import with_base_model
+    from compactgpt.reporting.model_card import card_for
 
     text, why_none = card_for(model, card)
     if text and params_file.exists():

@@ -89,8 +89,9 @@ class Docstrings(Lengths):
 
 
 class Files(Section):
-    """The user's own text, by globs relative to the repository."""
+    """The user's own text, by globs relative to the repository, and its name in the reports."""
 
+    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     patterns: Annotated[tuple[FilePattern, ...], Field(min_length=1)]
     text_column: Annotated[str, Field(min_length=1)]
     max_decompressed_megabytes: Positive

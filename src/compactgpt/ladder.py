@@ -147,9 +147,10 @@ def corpus_of(params: Params) -> dict[str, Any]:
     reader: Section = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}[
         download.corpus
     ]
+    no_text = {"mirror"} if download.corpus == "hub" else {"name"}  # of files: for reports only
     return {
         "corpus": download.corpus,
-        "settings": reader.model_dump(mode="json", exclude={"mirror"}),
+        "settings": reader.model_dump(mode="json", exclude=no_text),
         "max_documents": download.max_documents,
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from compactgpt.card import card_for, model_card
+from compactgpt.reporting.model_card import card_for, model_card
 from tests.place import make_place, record_of
 
 
