@@ -51,18 +51,21 @@ GPU_UPDATES = 20  # that are timed together: a GPU works behind the program
 GPU = {**ADAMW, "dtype": "bfloat16", "compile": True}
 
 
-def params_of(shape: str, sequences: int, device: str = "cpu", **training: Any) -> Params:
-    """params.yaml with a shape and a recipe; so many sequences a step, in one micro-batch if not told."""
+def params_of(
+    shape: str, sequences: int, device: str = "cpu", model: dict[str, Any] | None = None, **training: Any
+) -> Params:
+    """params.yaml with a shape and a recipe; the sequences are a step's, unless the recipe says."""
     params = load_params(ROOT / "params.yaml")
-    model = params.model.model_copy(update=NOTE if shape == "note" else {})
+    changes = {**(NOTE if shape == "note" else {}), **(model or {})}
+    shaped = params.model.model_copy(update=changes)
     budget = {
-        "tokens_per_step": sequences * model.block_size,
+        "tokens_per_step": sequences * shaped.block_size,
         "micro_batch_size": sequences,
         "max_steps": 10**9,
     }
     changed = params.training.model_copy(update={**budget, **training})
     runtime = params.runtime.model_copy(update={"device": device, "log_interval": 10**9})
-    return params.model_copy(update={"model": model, "training": changed, "runtime": runtime})
+    return params.model_copy(update={"model": shaped, "training": changed, "runtime": runtime})
 
 
 # --- the engines: a process each ---------------------------------------------------------------------------
@@ -216,7 +219,9 @@ class Peak:
 
 def work(order: dict[str, Any]) -> None:
     """Be one engine: answer each line of stdin with one of JSON."""
-    params = params_of(order["shape"], order["sequences"], order["device"], **order["training"])
+    params = params_of(
+        order["shape"], order["sequences"], order["device"], order["model"], **order["training"]
+    )
     ours = order["engine"].startswith("ours") or order["engine"] == "products"
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
@@ -281,13 +286,19 @@ def peak_bytes() -> int:
 class Worker:
     """An engine's process, asked for one step at a time."""
 
-    def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: str,
+        options: argparse.Namespace,
+        training: dict[str, Any],
+        model: dict[str, Any] | None = None,
+    ) -> None:
         self.engine, self.peak = engine, 0
         self.seconds: list[float] = []
         self.losses: list[float] = []
         order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
                  "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt),
-                 "device": options.device,
+                 "device": options.device, "model": model,
                  "updates": GPU_UPDATES if options.device == "cuda" else 1}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(order)],
@@ -404,9 +415,20 @@ def compare(options: argparse.Namespace) -> None:
         sys.exit("the losses differ: this compares two different computations")
 
 
-def seconds_a_step(options: argparse.Namespace, recipes: dict[str, dict[str, Any]]) -> dict[str, float]:
+def recipe_of(tree: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of training and the shape of a parsed params.yaml."""
+    params = parse_params(tree)
+    return {**params.training.model_dump(exclude={"launcher"}), "seed": seed}, params.model.model_dump()
+
+
+def seconds_a_step(
+    options: argparse.Namespace, recipes: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, float]:
     """Median seconds of a step of each recipe, in paired steps."""
-    probes = [Worker(engine, options, training) for engine, training in recipes.items()]
+    probes = [
+        Worker(engine, options, {**training, "max_steps": 10**9}, model)
+        for engine, (training, model) in recipes.items()
+    ]
     paired(probes, 8, 3)
     for probe in probes:
         probe.end()
@@ -424,7 +446,7 @@ def in_turns(runs: list[tuple[Worker, int]]) -> None:
 
 
 def to_loss(options: argparse.Namespace) -> None:
-    """Train nanoGPT for SECONDS with its recipe, ours for a share of it, and both recipes of ours whole, in turns."""
+    """Train nanoGPT for SECONDS, ours for a share of it, and both recipes of ours whole, in turns."""
     found = []
     for seed in options.seeds:
         found.append(one_race(options, seed))
@@ -435,16 +457,21 @@ def to_loss(options: argparse.Namespace) -> None:
 def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """All runs of one seed, each with its schedule to the end."""
     tree = read_yaml(ROOT / "params.yaml")
-    shipped = {**parse_params(tree).training.model_dump(exclude={"launcher"}), "seed": seed}
+    ours = recipe_of(tree, seed)
     lay_over(tree, patch(FULL_SOFTMAX, ROOT / "conf"))
-    before = {**parse_params(tree).training.model_dump(exclude={"launcher"}), "seed": seed}
-    nanogpt = {**SMALL, "seed": seed}
-    recipes = {"nanogpt": nanogpt, "ours-before": before, "ours": shipped}
-    seconds = seconds_a_step(options, {name: {**recipe, "max_steps": 10**9} for name, recipe in recipes.items()})
-    steps = {"nanogpt": int(SECONDS / seconds["nanogpt"]), "ours-short": int(SECONDS * options.share / seconds["ours"])}
-    planned = [("nanogpt", nanogpt, steps["nanogpt"]), ("ours-short", shipped, steps["ours-short"])]
-    planned += [("ours-before", before, before["max_steps"]), ("ours", shipped, shipped["max_steps"])]
-    runs = [(Worker(name, options, {**recipe, "max_steps": count}), count) for name, recipe, count in planned]
+    before = recipe_of(tree, seed)
+    nanogpt = {**SMALL, "seed": seed}, ours[1]
+    seconds = seconds_a_step(options, {"nanogpt": nanogpt, "ours": ours})
+    planned = [
+        ("nanogpt", nanogpt, int(SECONDS / seconds["nanogpt"])),
+        ("ours-short", ours, int(SECONDS * options.share / seconds["ours"])),
+        ("ours-before", before, before[0]["max_steps"]),
+        ("ours", ours, ours[0]["max_steps"]),
+    ]
+    runs = [
+        (Worker(name, options, {**training, "max_steps": count}, model), count)
+        for name, (training, model), count in planned
+    ]
     in_turns(runs)
     result: dict[str, Any] = {"seed": seed}
     for worker, count in runs:
@@ -452,13 +479,16 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         result[worker.engine] = {"steps": count, "seconds": spent, "bytes": worker.peak, **worker.ask("val")}
         worker.end()
         figures = result[worker.engine]
-        print(f"seed {seed} {worker.engine:12} {count:5} steps, {spent:6.1f} s: val loss {figures['val_loss']:.4f} "
-              f"nats per token, at position 2 {figures['position_2']:.3f}, at 33 to 64 "
-              f"{figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB")  # fmt: skip
+        print(f"seed {seed} {worker.engine:12} {count:5} steps, {spent:6.1f} s: val loss "
+              f"{figures['val_loss']:.4f} nats per token, at position 2 {figures['position_2']:.3f}, at 33 "
+              f"to 64 {figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB")  # fmt: skip
     for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before")):
         share = result[name]["seconds"] / result[base]["seconds"]
         gain = result[base]["val_loss"] - result[name]["val_loss"]
-        print(f"seed {seed} {name} took {share:.3f} of {base}'s time and ends {gain:.4f} nats per token lower", flush=True)
+        print(
+            f"seed {seed} {name} took {share:.3f} of {base}'s time and ends {gain:.4f} nats per token lower",
+            flush=True,
+        )
     return result
 
 

@@ -1,4 +1,4 @@
-"""The sampled softmax against the full one, in float64 on a small vocabulary, and lazy rows against dense AdamW."""
+"""The sampled softmax against the full one, in float64 on a small vocabulary; lazy rows against AdamW."""
 
 import math
 
@@ -40,8 +40,8 @@ def sampled(x, weight, targets, inclusion, step):
     sample = draw_sample(inclusion, targets.numpy(), seed=3, step=step)
     x, rows = x.clone().requires_grad_(), weight[sample.ids].clone().requires_grad_()
     correction = torch.from_numpy(-sample.log_inclusion).to(weight.dtype)
-    places = torch.from_numpy(sample.places(targets.numpy()))
-    loss = LinearCrossEntropy.apply(x, rows, places, x.dtype, correction)
+    positions = torch.from_numpy(sample.positions(targets.numpy()))
+    loss = LinearCrossEntropy.apply(x, rows, positions, x.dtype, correction)
     loss.backward()
     whole = torch.zeros_like(weight)
     whole[sample.ids] = rows.grad
@@ -71,8 +71,8 @@ def test_a_sample_is_a_function_of_seed_and_step_and_holds_the_batch():
     assert a.ids.tolist() == b.ids.tolist()
     others = [draw_sample(inclusion, batch, seed=1, step=step).ids.tolist() for step in range(50)]
     assert len({tuple(ids) for ids in others}) > 40
-    assert (a.ids[a.places(batch)] == batch).all()
-    assert (a.log_inclusion[a.places(batch)] == 0).all()
+    assert (a.ids[a.positions(batch)] == batch).all()
+    assert (a.log_inclusion[a.positions(batch)] == 0).all()
     outside = ~np.isin(a.ids, batch)
     assert a.log_inclusion[outside] == pytest.approx(np.log(inclusion[a.ids[outside]]), abs=1e-6)
     drawn = np.bincount(np.concatenate(others), minlength=V)[: V - 3] / 50
@@ -103,7 +103,7 @@ def test_the_estimate_of_the_softmax_sum_and_of_its_gradient_is_unbiased():
 
 
 def measured_bias(size, draws):
-    """Mean over draws less the full softmax's, with its error: of the loss, and of the head's whole gradient."""
+    """Mean over draws less the full softmax's, with its error: loss, and the head's whole gradient."""
     data = problem(0.5)
     inclusion = inclusion_probabilities(COUNTS, size, 0.75)
     exact = full(*data)
@@ -146,14 +146,15 @@ def test_rows_left_out_keep_weights_and_moments_and_those_taken_get_adamws_step(
     wte = model.wte.weight
     ids = torch.tensor([3, 7, 11, 40])
     for step in range(3):
-        before = {"weights": wte.detach().clone(), **{k: v.clone() for k, v in optimizers.adamw.state[wte].items()}}
+        weights = wte.detach().clone()
+        before = {key: tensor.clone() for key, tensor in optimizers.adamw.state[wte].items()}
         values = optimizers.select_rows(ids)
         gradient = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
         (values * gradient).sum().backward()
         norm = optimizers.grad_norm()
         assert norm.item() == pytest.approx(gradient.norm().item())
-        dense = torch.optim.AdamW([wte.detach()[ids].clone().requires_grad_()], 2e-2, (0.9, 0.95), weight_decay=0.1)
-        (twin,) = dense.param_groups[0]["params"]
+        twin = weights[ids].clone().requires_grad_()
+        dense = torch.optim.AdamW([twin], 2e-2, (0.9, 0.95), weight_decay=0.1)
         if step:
             state = {k: before[k][ids] for k in ("exp_avg", "exp_avg_sq")}
             dense.state[twin] = {"step": before["step"], **state}
@@ -163,7 +164,7 @@ def test_rows_left_out_keep_weights_and_moments_and_those_taken_get_adamws_step(
         torch.testing.assert_close(wte.detach()[ids], twin.detach(), atol=1e-6, rtol=1e-5)
         rest = torch.ones(len(wte), dtype=torch.bool)
         rest[ids] = False
-        assert torch.equal(wte.detach()[rest], before["weights"][rest])
+        assert torch.equal(wte.detach()[rest], weights[rest])
         after = optimizers.adamw.state[wte]
         assert not after["exp_avg"][rest].any()
         assert not after["exp_avg_sq"][rest].any()
@@ -210,6 +211,6 @@ def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form():
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_places_are_found_in_any_shape():
+def test_positions_are_found_in_any_shape():
     sample = Sample(np.array([2, 5, 9]), np.zeros(3, np.float32))
-    assert sample.places(np.array([[9, 2], [5, 5]])).tolist() == [[2, 0], [1, 1]]
+    assert sample.positions(np.array([[9, 2], [5, 5]])).tolist() == [[2, 0], [1, 1]]

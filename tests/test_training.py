@@ -218,7 +218,10 @@ def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(spli
     [
         ({"dtype": "bfloat16"}, r"head \(sampled\) needs dtype float32"),
         ({"launcher": {"mode": "fsdp"}}, r"head \(sampled\) needs launcher.mode fast"),
-        ({"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64}, "init_unigram .* must be 0 unless"),
+        (
+            {"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64},
+            "init_unigram .* must be 0 unless",
+        ),
     ],
 )
 def test_what_a_sampled_softmax_cannot_be_combined_with_is_refused(changes, message):

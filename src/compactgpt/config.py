@@ -278,7 +278,7 @@ class Training(Section):
     @model_validator(mode="after")
     def _possible_head(self) -> Self:
         if self.head == "sampled" and self.dtype == "bfloat16":
-            raise ValueError("head (sampled) needs dtype float32 or tfloat32: its logits are corrected in fp32")
+            raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
         if self.head == "sampled" and self.launcher.mode == "fsdp":
             raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
         if self.init_unigram and self.init_from != SCRATCH:

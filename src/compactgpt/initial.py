@@ -76,7 +76,7 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
 
     GPT-2's form has no bias at its head. So one direction u of the residual stream carries a constant, which
     the position embeddings add, and each token's row gets a component along u. With a the length of the
-    constant and r that of the random part of the stream, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of it.
+    constant and r that of the stream's random part, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of a.
 
     Args:
         model: with random weights.

@@ -112,11 +112,11 @@ class Rows:
 
 @torch.no_grad()
 def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: Rows, grad_scale: Tensor | None) -> None:
-    """Make AdamW's update of some rows of a matrix; all else stays as it is ("lazy", as torch.optim.SparseAdam).
+    """Make AdamW's update of some rows of a matrix ("lazy", as torch.optim.SparseAdam is).
 
-    A row that is left out keeps its weights and both moments: they do not decay, and weight decay does not act.
-    The correction of the moments' bias counts all steps of the optimizer, not those of a row. With all rows this is
-    the optimizer's own step, to the bit.
+    A row that is left out keeps its weights and both moments: moments do not decay, and weight decay does
+    not act. The correction of the moments' bias counts all steps of the optimizer, not those of a row. With
+    all rows this is the optimizer's own step, to the bit.
 
     Args:
         optimizer: whose settings and state are used; the matrix is one of its parameters.
@@ -133,9 +133,9 @@ def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: Rows, grad_scale: Tens
     moments = [tensor.index_select(0, rows.ids) for tensor in whole[1:]]  # 2 x (K, C)
     beta1, beta2 = group["betas"]
     adamw(
-        [rows.values.detach()], [cast(Tensor, rows.values.grad)], [moments[0]], [moments[1]], [], [state["step"]],
-        fused=True, grad_scale=grad_scale, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
-        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        [rows.values.detach()], [cast(Tensor, rows.values.grad)], [moments[0]], [moments[1]], [],
+        [state["step"]], fused=True, grad_scale=grad_scale, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip
     for tensor, part in zip(whole, [rows.values.detach(), *moments], strict=True):
         tensor.index_copy_(0, rows.ids, part)
@@ -190,8 +190,8 @@ class Optimizers:
         self.rows = Rows(ids, values)
         return values
 
-    def trained(self) -> list[Tensor]:
-        """Tensors that the next update's gradient is of."""
+    def trained(self) -> list[nn.Parameter]:
+        """Return what the next update changes: all parameters, or selected rows in place of a matrix."""
         rows = {"wte.weight": self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 

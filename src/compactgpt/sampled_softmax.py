@@ -1,17 +1,18 @@
-"""A softmax over part of the vocabulary in training: which tokens a step looks at, and how they are weighted.
+"""A softmax over a sample of the vocabulary, for training: which tokens a step uses, and their weights.
 
-The full softmax needs Z = sum over j of exp(z_j), all logits of the vocabulary. Here token j is looked at with a
-known probability pi_j, independently of the others (Poisson sampling), and Z is estimated by the sum over the sample
-of exp(z_j) / pi_j: the estimator of Horvitz and Thompson (1952), unbiased. So a logit is corrected by -log(pi_j)
-and the rest is the usual cross-entropy, as in Jean et al. 2015 (On Using Very Large Target Vocabulary, equation 10)
-and Bengio and Senecal 2008 (Adaptive Importance Sampling). Every token of the step's own batch is looked at with
-certainty (pi = 1), as frequent tokens are, so the row's own target never carries a correction.
+The full softmax needs Z, the sum over all tokens j of exp(z_j). Here token j is in a step's sample with a
+known probability pi_j, independently of the others (Poisson sampling), and Z is estimated by the sum over
+the sample of exp(z_j) / pi_j, the unbiased estimator of Horvitz and Thompson 1952. So -log(pi_j) is added
+to a logit, and the rest is the usual cross-entropy, as in Jean et al. 2015 (On Using Very Large Target
+Vocabulary for Neural Machine Translation) and Bengio and Senecal 2008 (Adaptive Importance Sampling to
+Accelerate Training of a Neural Probabilistic Language Model). Every token of the step's own batch is in its
+sample with certainty (pi = 1), as frequent tokens are, so a row's own target never has a correction.
 
-Bias: exp(z_j) / pi_j and its gradient are unbiased, their quotient with the estimated Z is not. log of the estimate
-is too low by about Var(Z') / (2 Z^2), and the gradient is off by a term of the same order, 1 / sample size. It is
-zero where every pi is 1.
+Bias: the estimates of Z and of its gradient are unbiased, the quotient of the two is not. The logarithm of
+the estimate is too low by about Var / (2 Z^2), and the loss's gradient is off by a term of the same order,
+1 / sample size (Bengio and Senecal 2008, section III). Both are zero where every pi is 1.
 
-The sample is a pure function of (seed, step): it is the same for all micro-batches and all processes.
+The sample is a pure function of (seed, step): all micro-batches and all processes of a step have the same.
 """
 
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class Sample:
     ids: Ints  # (K,) ascending
     log_inclusion: npt.NDArray[np.float32]  # (K,) log of each token's probability of being in the sample
 
-    def places(self, tokens: Ints) -> Ints:
-        """Replace token ids, all of them in the sample, by their places in `ids`. Any shape."""
+    def positions(self, tokens: Ints) -> Ints:
+        """Replace token ids, all of them in the sample, by their positions in `ids`. Any shape."""
         return np.searchsorted(self.ids, tokens)
 
 
@@ -65,7 +66,8 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     certain = np.arange(len(ordered))
     scales = (size - certain) / rest  # c, were exactly so many certain
     first = int(np.argmax(scales * ordered <= 1))
-    return np.minimum(1.0, scales[first] * weights)
+    inclusion: Floats = np.minimum(1.0, scales[first] * weights)
+    return inclusion
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:

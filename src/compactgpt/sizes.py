@@ -43,8 +43,8 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
 
     Args:
         model: the shape.
-        training: with a sampled softmax, `with_attention` counts the head's expected sample in place of the whole
-            vocabulary; a batch's own tokens, few hundreds more, are not counted.
+        training: where its softmax is sampled, `with_attention` counts the sample's expected rows of the
+            head in place of all; those that a batch adds, a few hundred, are not counted.
     """
     sizes = counts(model)
     sampled = training is not None and training.head == "sampled"

@@ -272,7 +272,7 @@ class _Run:
         return token_counts(self.splits.train.tokens, self.shape.vocab_size)
 
     def _inclusion(self) -> npt.NDArray[np.float64] | None:
-        """Each token's probability of being in a step's softmax, None where the softmax is full. (vocab_size,)."""
+        """Each token's probability of being in a step's sample, None for a full softmax. (vocab_size,)."""
         if self.training.head == "full":
             return None
         return inclusion_probabilities(
@@ -353,10 +353,10 @@ class _Run:
         self.step += 1
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """This process's rows of the step's batch on the device, as arguments of the model: (rows, T), (rows, T).
+        """This process's rows of the step's batch on the device: tokens and targets, 2 x (rows, T).
 
-        Where the softmax is sampled, tokens and targets are places among the sampled tokens, and two more tensors
-        follow: their rows of the tied matrix, (K, C), and what their logits are corrected by, (K,).
+        With a sampled softmax both are positions in the sample, and two more arguments of the model follow:
+        the sample's rows of the tied matrix, (K, C), and the correction of their logits, (K,).
         """
         arrays = training_batch(
             self.splits.train.tokens,
@@ -369,7 +369,7 @@ class _Run:
         if self.inclusion is not None:
             seed = self.training.seed
             sample = draw_sample(self.inclusion, np.stack(arrays), seed=seed, step=self.step)
-            arrays = sample.places(arrays[0]), sample.places(arrays[1])
+            arrays = sample.positions(arrays[0]), sample.positions(arrays[1])
             table = self.optimizers.select_rows(torch.from_numpy(sample.ids).to(self.device))
             head = table, torch.from_numpy(-sample.log_inclusion).to(self.device)
         tokens, targets = (torch.from_numpy(array[self.rows]) for array in arrays)
@@ -403,7 +403,7 @@ class _Run:
             self.news.append((step + 1, loss))
 
     def _gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Leave the gradient of the mean loss in what is trained, and return the loss. Arguments: see `_batch`."""
+        """Leave the gradient of the mean loss in what is trained; return the loss. Takes a `_batch`. ()."""
         self.model.train()
         size = self.training.micro_batch_size
         own, first = len(tokens) // size, self.rows.start // size
