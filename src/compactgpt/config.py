@@ -270,7 +270,21 @@ class Training(Section):
     eval_interval: Positive
     eval_windows: Positive
     checkpoint_interval: Positive
+    head: Literal["full", "sampled"] = "full"
+    sample_tokens: Positive = 4096
+    sample_power: Share = 0.75
+    init_unigram: NonNegative = 0.0
     launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _possible_head(self) -> Self:
+        if self.head == "sampled" and self.dtype == "bfloat16":
+            raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
+        if self.head == "sampled" and self.launcher.mode == "fsdp":
+            raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
+        if self.init_unigram and self.init_from != SCRATCH:
+            raise ValueError(f"init_unigram ({self.init_unigram}) must be 0 unless init_from is {SCRATCH}")
+        return self
 
     @model_validator(mode="after")
     def _begun(self) -> Self:

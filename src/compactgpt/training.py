@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,12 +26,13 @@ from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
 from compactgpt.distributed import Group, gathered, init_process_group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.initial import initial_model
+from compactgpt.initial import initial_model, start_at_unigram
 from compactgpt.launching import DistInfo
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
 from compactgpt.progress import Progress, silent
 from compactgpt.runtime import resolve_device, set_precision
+from compactgpt.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
 from compactgpt.storage import json_bytes, sha256_file, verified_manifest, write_text
 
 # What a training state was computed by: another version of one of them never goes on from it.
@@ -44,6 +46,7 @@ SOURCES = (
     "initial.py",
     "model.py",
     "optim.py",
+    "sampled_softmax.py",
     "sharding.py",
     "training.py",
 )
@@ -238,6 +241,7 @@ class _Run:
         self.curve = Curve()
         self.step = 0
         self.begun_by = group.world_size  # processes that made the steps before
+        self.inclusion = self._inclusion()
         self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
         self.log_interval = params.runtime.log_interval
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
@@ -248,13 +252,32 @@ class _Run:
         if self.group.is_sharded:
             from compactgpt.sharding import orthogonalise_sharded, shard_model
 
-            source = self.group.run_on_main(lambda: initial_model(self.shape, self.training))
+            source = self.group.run_on_main(self._initial_model)
             model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
             return model, Optimizers(model, self.training, orthogonalise_sharded)
-        model = initial_model(self.shape, self.training).to(self.device)
+        model = self._initial_model().to(self.device)
         if self.training.compile:
             model.compiled = torch.compile(model.blocks)
         return model, Optimizers(model, self.training)
+
+    def _initial_model(self) -> GPT:
+        """Return the whole model before its first step, on the CPU."""
+        model = initial_model(self.shape, self.training)
+        if self.training.init_unigram:
+            start_at_unigram(model, self._counts(), self.training.init_unigram)
+        return model
+
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """Count each token of the training split. (vocab_size,)."""
+        return token_counts(self.splits.train.tokens, self.shape.vocab_size)
+
+    def _inclusion(self) -> npt.NDArray[np.float64] | None:
+        """Each token's probability of being in a step's sample, None for a full softmax. (vocab_size,)."""
+        if self.training.head == "full":
+            return None
+        return inclusion_probabilities(
+            self._counts(), self.training.sample_tokens, self.training.sample_power
+        )
 
     def full_model(self) -> GPT:
         """Return the model; a sharded one is gathered in the main process, which writes files."""
@@ -321,8 +344,7 @@ class _Run:
 
     def make_step(self) -> None:
         """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
-        tokens, targets = self._batch()
-        loss = self._gradient(tokens, targets)
+        loss = self._gradient(*self._batch())
         grad_norm = self.group.full_tensor(self.optimizers.grad_norm())
         self.unread.append((self.step, loss, grad_norm))
         if not self.defers:
@@ -330,8 +352,12 @@ class _Run:
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """This process's rows of the step's batch, on the device. (rows, T), (rows, T)."""
+    def _batch(self) -> tuple[Tensor, ...]:
+        """This process's rows of the step's batch on the device: tokens and targets, 2 x (rows, T).
+
+        With a sampled softmax both are positions in the sample, and two more arguments of the model follow:
+        the sample's rows of the tied matrix, (K, C), and the correction of their logits, (K,).
+        """
         arrays = training_batch(
             self.splits.train.tokens,
             seed=self.training.seed,
@@ -339,10 +365,21 @@ class _Run:
             sequences=self.training.tokens_per_step // self.shape.block_size,
             block_size=self.shape.block_size,
         )
+        head: tuple[Tensor, ...] = ()
+        if self.inclusion is not None:
+            seed = self.training.seed
+            sample = draw_sample(self.inclusion, np.stack(arrays), seed=seed, step=self.step)
+            arrays = sample.positions(arrays[0]), sample.positions(arrays[1])
+            table = self.optimizers.select_rows(torch.from_numpy(sample.ids).to(self.device))
+            head = table, torch.from_numpy(-sample.log_inclusion).to(self.device)
         tokens, targets = (torch.from_numpy(array[self.rows]) for array in arrays)
         if self.defers:  # from pinned memory the copy goes on while we draw the next batch
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        return (
+            tokens.to(self.device, non_blocking=True),
+            targets.to(self.device, non_blocking=True),
+            *head,
+        )
 
     def read_losses(self) -> list[tuple[int, float]]:
         """Steps, counted from 1, and their losses in nats per token, since the last call.
@@ -365,8 +402,8 @@ class _Run:
             self.curve.waiting.append(loss)
             self.news.append((step + 1, loss))
 
-    def _gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Leave the gradient of the mean loss in the parameters, and return the loss."""
+    def _gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
+        """Leave the gradient of the mean loss in what is trained; return the loss. Takes a `_batch`. ()."""
         self.model.train()
         size = self.training.micro_batch_size
         own, first = len(tokens) // size, self.rows.start // size
@@ -377,10 +414,10 @@ class _Run:
                 torch.manual_seed(_dropout_seed(self.training.seed, self.step, first + number))
             rows = slice(number * size, (number + 1) * size)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
-                loss: Tensor = self.model(tokens[rows], targets[rows]) / micro_batches
+                loss: Tensor = self.model(tokens[rows], targets[rows], *head) / micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        return self.group.sum_gradients(list(self.model.parameters()), torch.stack(losses).sum())
+        return self.group.sum_gradients(self.optimizers.trained(), torch.stack(losses).sum())
 
     def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
