@@ -542,9 +542,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, name,
     assert bomb.stat().st_size < 100_000
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     written = []
-    monkeypatch.setattr(
-        textfiles.shutil, "disk_usage", lambda _: written.append(1) or SimpleNamespace(free=2**40)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: written.append(1) or SimpleNamespace(free=2**40))
     says = rf"{name}\.{suffix} holds more than 16 MB decompressed .*max_decompression_ratio"
     with pytest.raises(BadData, match=says):
         corpus(tmp_path, files(bomb.name))
@@ -559,7 +557,7 @@ def test_unpacking_leaves_room_on_the_disk(tmp_path, monkeypatch, suffix):
     (tmp_path / f"a.parquet.{suffix}").write_bytes(pack(sink.getvalue()))
     path = f"a.parquet.{suffix}"
     assert corpus(tmp_path, files(path))[0]["documents"] == 1
-    monkeypatch.setattr(textfiles.shutil, "disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
     with pytest.raises(
         DiskFull, match=r"needs more room .*2,000 MB must stay free .*min_free_disk_megabytes"
     ):

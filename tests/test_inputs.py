@@ -1,5 +1,6 @@
 """Text of params.yaml never becomes shell, and DVC never waits for a named pipe: tried with the real DVC."""
 
+import ast
 import json
 import os
 import shutil
@@ -14,9 +15,13 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.config import load_params, read_yaml
+from compactgpt.encoding import save_gpt2
 from compactgpt.errors import BadConfig, BadData, MissingInput, printable
 from compactgpt.inputs import check_dependencies, check_files
+from compactgpt.storage import read_json
+from compactgpt.tasks import read_lambada
 from compactgpt.textfiles import FileReader
+from compactgpt.wikitext import read_lines
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
@@ -31,6 +36,7 @@ HOSTILE = [
     "unigram | touch X",
     "../../unigram",
 ]
+PRINTING = {"print", "typer.echo", "sys.stdout.write", "sys.stdout.writelines", "sys.stderr.write"}
 SOME = ("estimate", "baseline")  # stages of the real dvc.yaml that the project has
 
 
@@ -252,3 +258,37 @@ def test_messages_and_results_are_printed_by_one_function(capsys):
     printed = capsys.readouterr()
     assert printed.err == "error: \\x1b[2J\n\\x1b]0;title\\x07\n"
     assert printed.out == "\\x9b31m\n"
+
+
+def test_nothing_is_printed_past_that_function():
+    """But for a table in colour, whose escapes are its own, and the annotations that GitHub reads."""
+    allowed = {"console.py": 2, "comparison.py": 1, "verdicts.py": 1, "harness.py": 1}
+    found = {}
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]:
+        calls = [
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        ]
+        printed = [call for call in calls if call in PRINTING]
+        if printed and len(printed) > allowed.get(path.name, 0):
+            found[path.name] = printed
+    assert not found, "print with compactgpt.console.echo or report"
+
+
+# --- JSON nested beyond what Python reads
+
+
+def test_json_that_is_nested_too_deep_is_refused(tmp_path):
+    nested = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    (tmp_path / "a.jsonl").write_text(nested)
+    files = load_params(ROOT / "params.yaml").download.files.model_copy(update={"patterns": ("a.jsonl",)})
+    for read in (
+        lambda: list(FileReader(files, tmp_path, 10**6, 10**6).read(None)),
+        lambda: read_lambada(tmp_path / "a.jsonl"),
+        lambda: read_lines(tmp_path / "a.jsonl"),
+        lambda: save_gpt2(tmp_path / "tokenizer", b"#version\n", nested.encode()),
+        lambda: read_json(tmp_path / "a.jsonl"),
+    ):
+        with pytest.raises(BadData):
+            read()

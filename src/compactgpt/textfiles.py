@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -423,11 +422,10 @@ def _seekable(file: IO[bytes], name: str, rules: Rules) -> Iterator[IO[bytes]]:
         return
     with TemporaryFile() as unpacked:
         while chunk := file.read(_CHUNK_BYTES):
-            free = shutil.disk_usage(tempfile.gettempdir()).free
-            if free - len(chunk) < rules.free_disk_bytes:
+            if shutil.disk_usage(unpacked.fileno()).free - len(chunk) < rules.free_disk_bytes:
                 raise DiskFull(
-                    f"{name} needs more room to be unpacked than {tempfile.gettempdir()} has: "
-                    f"{rules.free_disk_bytes // MEGABYTE:,} MB must stay free there "
+                    f"{name} needs more room to be unpacked than the folder of temporary files has, where "
+                    f"{rules.free_disk_bytes // MEGABYTE:,} MB must stay free "
                     "(download.files.min_free_disk_megabytes): free some space, or set TMPDIR to another disk"
                 )
             unpacked.write(chunk)
