@@ -54,9 +54,7 @@ def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch
     assert done.output.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub"), ("lm_eval", "harness")]
-)
+@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub")])
 def test_what_is_not_installed_is_said_with_its_extra(module, extra, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as Python says that there is none
     with pytest.raises(SystemExit, match="66"), told_clearly():

@@ -124,8 +124,9 @@ def gate(
 ) -> None:
     """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
     with told_clearly():
-        from compactgpt import references, verdicts
+        from compactgpt import references
         from compactgpt.config import load_params
+        from compactgpt.gate import formats
 
         settings = load_params(params_file).regression
         if accept:
@@ -133,8 +134,8 @@ def gate(
             echo(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
         verdict = references.compare(against, Path(), settings, bench)
-        echo(verdicts.terminal(verdict))
-        verdicts.publish(verdict, markdown, junit)
+        echo(formats.terminal(verdict))
+        formats.publish(verdict, markdown, junit)
         if verdict.failures:
             echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
             raise typer.Exit(CheckFailed.exit_code)
