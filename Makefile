@@ -51,6 +51,9 @@ $(STAMP): requirements.lock pyproject.toml
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt repair
 	@compactgpt check > /dev/null
+	@# a stage whose outs were deleted would run again, since DVC's run cache keeps no stage with uncached outs;
+	@# what the cache lacks is left to `dvc repro`, which also reports whatever else is wrong
+	@dvc checkout -q --allow-missing < /dev/null 2> /dev/null || true
 	@dvc repro
 	@compactgpt sync
 	@python -m stages.comparison --show
@@ -150,5 +153,5 @@ lock: $(STAMP) ## compile requirements.in to requirements.lock, with the hash of
 	  | awk '/^[^ ]/ { keep = !/^(nvidia-|cuda-|triton|torch==)/ } /^torch==/ { sub(/ \\$$/, ""); print } keep' > .state/lock
 	@mv .state/lock requirements.lock
 
-clean: ## delete what the pipeline made here, but not .venv, the DVC cache and the MLflow runs
+clean: ## delete data, models and .state; make repro then takes the first two from DVC's cache
 	@rm -rf data models .state

@@ -1,5 +1,6 @@
 """What a DVC user does by hand, on small projects with the real git and DVC."""
 
+import re
 import shutil
 
 import pytest
@@ -7,10 +8,14 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.errors import BadConfig, BadData
-from tests.support.dvc_projects import dvc, git, git_repository, run
+from tests.support.dvc_projects import ROOT, dvc, git, git_repository, run
 
-COPY = {"cmd": "cp params.yaml data/out && cp data/out report", "params": ["n"], "deps": ["input"]}
-STAGE = COPY | {"outs": ["data/out"], "metrics": [{"report": {"cache": False}}]}
+COPY = {
+    "cmd": "echo ran >> ran; cp params.yaml data/out; cp data/out reports/n.yaml",
+    "params": ["n"],
+    "deps": ["input"],
+}
+STAGE = COPY | {"outs": ["data/out"], "metrics": [{"reports/n.yaml": {"cache": False}}]}
 pytestmark = pytest.mark.slow
 
 
@@ -19,9 +24,11 @@ def project(tmp_path, monkeypatch):
     """A committed project of one stage that copies params.yaml, run once."""
     place = git_repository(tmp_path / "project", {"copy": STAGE})
     (place / "input").write_text("1")
-    (place / "data").mkdir()
+    for name in ("data", "reports"):
+        (place / name).mkdir()
+    (place / ".dvc/config").write_bytes((ROOT / ".dvc/config").read_bytes())
     (place / "params.yaml").write_text("n: 1\n")
-    (place / ".gitignore").write_text("/data/\n")
+    (place / ".gitignore").write_text("/data/\n/ran\n")
     dvc(place, "repro", "-q")
     git(place, "add", ".")
     git(place, "commit", "-q", "-m", "first")
@@ -32,7 +39,7 @@ def project(tmp_path, monkeypatch):
 @pytest.fixture
 def conflict(project):
     """The project while a merge of two different runs is not resolved."""
-    for branch, number in (("theirs", 2), ("main", 3)):
+    for branch, number in (("theirs", 22), ("main", 333)):  # of other sizes, for git
         git(project, "checkout", "-q", *(["-b"] if branch == "theirs" else []), branch)
         (project / "params.yaml").write_text(f"n: {number}\n")
         dvc(project, "repro", "-q")
@@ -52,11 +59,11 @@ def test_a_lock_with_conflict_markers_is_left_to_the_user_who_is_told_what_to_do
     assert "dvc.lock has conflict markers of an unresolved merge: keep one side" in done.output
     assert lock.read_bytes() == before
     # The advice, as it is written.
-    (conflict / "params.yaml").write_text("n: 3\n")
-    git(conflict, "add", "params.yaml", "report")
+    (conflict / "params.yaml").write_text("n: 333\n")
+    git(conflict, "add", "params.yaml", "reports")
     git(conflict, "checkout", "--ours", "dvc.lock")
     dvc(conflict, "repro", "-q")
-    git(conflict, "add", "dvc.lock", "params.yaml", "report")
+    git(conflict, "add", "dvc.lock", "params.yaml", "reports")
     git(conflict, "commit", "-q", "-m", "merged")
     assert "up to date" in dvc(conflict, "status")
 
@@ -65,3 +72,48 @@ def test_params_with_conflict_markers_are_named(conflict):
     done = CliRunner().invoke(app, ["estimate"])
     assert done.exit_code == BadConfig.exit_code
     assert "params.yaml has conflict markers of an unresolved merge: choose the lines" in done.output
+
+
+@pytest.mark.parametrize("way", ["repro", "exp run"])
+def test_the_tutorials_undo_goes_back_to_the_commit(project, way):
+    (undo,) = re.findall(r"`(git checkout .*&& dvc checkout)`", (ROOT / "docs/tutorial.md").read_text())
+    if way == "repro":  # which stages dvc.lock in git (core.autostage)
+        (project / "params.yaml").write_text("n: 2\n")
+        dvc(project, "repro", "-q")
+    else:
+        dvc(project, "exp", "run", "-q", "-S", "n=2")
+    assert (project / "data/out").read_text() == "n: 2\n"
+    run(project, "bash", "-c", undo)
+    assert git(project, "status", "--porcelain") == ""
+    for path in ("params.yaml", "data/out", "reports/n.yaml"):
+        assert (project / path).read_text() == "n: 1\n"
+    dvc(project, "repro", "-q")
+    assert (project / "ran").read_text().count("ran") == 2  # the commit's and the experiment's
+
+
+def repro_as_make_does(project):
+    """Run the lines of `make repro` up to DVC's."""
+    shown = run(ROOT, "make", "-n", "repro").stdout
+    lines = shown[shown.index("compactgpt repair") :].splitlines()
+    script = "\n".join(lines[: lines.index("dvc repro") + 1])
+    assert "dvc checkout" in script
+    return run(project, "bash", "-eu", "-c", script)
+
+
+def test_make_repro_after_make_clean_runs_no_stage(project):
+    assert re.search(
+        r"^clean:.*\n\t@rm -rf data models .state$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    shutil.rmtree(project / "data")
+    repro_as_make_does(project)
+    assert (project / "ran").read_text() == "ran\n"
+    assert (project / "data/out").read_text() == "n: 1\n"
+
+
+def test_make_repro_runs_a_stage_whose_outs_are_not_in_the_cache(project):
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / ".dvc/cache")
+    (project / "params.yaml").write_text("n: 4\n")
+    done = repro_as_make_does(project)
+    assert done.stderr == ""
+    assert (project / "data/out").read_text() == "n: 4\n"

@@ -225,13 +225,13 @@ def show(
 def apply_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
-    """Change params.yaml as an experiment says; `git checkout params.yaml` takes it back."""
+    """Change params.yaml as an experiment says; `git checkout HEAD -- params.yaml` undoes it."""
     with told_clearly():
         from compactgpt import experiments
 
         told = experiments.apply(name, params_file, settings or [])
         echo("\n".join(told) or f"{params_file} says so already")
-        echo(f"next: make repro; git checkout {params_file} takes it back")
+        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
 
 
 @experiment.command("run")
