@@ -23,6 +23,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
+# The package that DVC needs for the remote's scheme: it is no part of .venv, since a folder needs none.
+INSTALL_REMOTE = case "$$(dvc remote list)" in *s3://*) extra=s3;; *gs://*) extra=gs;; *ssh://*) extra=ssh;; \
+    *azure://*) extra=azure;; *) extra=;; esac; \
+  test -z "$$extra" || python -c "import dvc_$$extra" 2> /dev/null \
+    || { echo "installing dvc[$$extra] ..."; uv pip install -q --python $(VENV)/bin/python "dvc[$$extra]" -c requirements.lock; }
 
 .PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
@@ -125,10 +130,12 @@ ci: $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and 
 
 push: $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
 	@$(FIND_REMOTE)
+	@$(INSTALL_REMOTE)
 	@dvc push --run-cache
 
 pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
 	@$(FIND_REMOTE)
+	@$(INSTALL_REMOTE)
 	@dvc pull --run-cache
 
 table: $(STAMP) ## print the table of the last run

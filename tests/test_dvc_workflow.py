@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
@@ -117,3 +118,68 @@ def test_make_repro_runs_a_stage_whose_outs_are_not_in_the_cache(project):
     done = repro_as_make_does(project)
     assert done.stderr == ""
     assert (project / "data/out").read_text() == "n: 4\n"
+
+
+def test_dvc_commit_after_a_harmless_edit_runs_nothing(project):
+    (project / "input").write_text("1  # a comment")
+    assert "modified" in dvc(project, "status")
+    dvc(project, "commit", "-f", "copy")
+    dvc(project, "repro", "-q")
+    assert (project / "ran").read_text() == "ran\n"
+    assert "up to date" in dvc(project, "status")
+
+
+def test_a_corpus_may_be_imported_by_dvc(project, tmp_path):
+    """The corpus is a dep of `download` and not in git; only the .dvc files in it are."""
+    tree = YAML(typ="safe").load(project / "dvc.yaml")
+    tree["stages"]["copy"]["deps"] = ["corpus"]
+    YAML().dump(tree, project / "dvc.yaml")
+    (project / ".gitignore").write_text("/ran\n/data/\n" + (ROOT / ".gitignore").read_text())
+    (project / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+    (project / "corpus").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    dvc(project, "import-url", str(tmp_path / "text.txt"), "corpus/text.txt")
+    dvc(project, "repro", "-q")
+    tracked = git(project, "ls-files", "--others", "--cached", "--exclude-standard", "corpus").split()
+    assert tracked == ["corpus/text.txt.dvc"]
+    (tmp_path / "text.txt").write_text("other text")
+    dvc(project, "update", "corpus/text.txt.dvc")
+    assert (project / "corpus/text.txt").read_text() == "other text"
+    assert "corpus" in dvc(project, "status")
+
+
+def lines_of(target):
+    """What `make` would run for a target, from its second line on: the first adds the remote."""
+    shown = run(ROOT, "make", "-n", target).stdout
+    return shown[shown.index("test -z") :]
+
+
+@pytest.mark.parametrize(
+    ("remote", "package"), [("s3://bucket/x", "dvc[s3]"), ("gs://bucket/x", "dvc[gs]"), ("{}/remote", "")]
+)
+def test_make_push_installs_the_package_of_the_remotes_scheme(project, tmp_path, remote, package):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in {
+        "uv": f'echo "$@" > {tmp_path}/asked',
+        "python": "exit 1",
+    }.items():  # none is installed
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    address = remote.format(tmp_path)
+    script = f"PATH={programs}:$PATH DVC_REMOTE={address}; export DVC_REMOTE\n{lines_of('push')}"
+    done = run(project, "bash", "-c", script, check=False)
+    asked = tmp_path / "asked"
+    assert (asked.read_text().split()[-3] if asked.exists() else "") == package
+    assert (done.returncode == 0) == (not package)  # the folder took it
+    assert (tmp_path / "remote").exists() == (not package)
+
+
+def test_the_workflows_give_push_and_pull_their_secrets_and_keep_the_verdicts_of_main():
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
+    for name, text in workflows.items():
+        for step in re.findall(r"run: make (?:push|pull).*\n((?: {8,}.*\n)*)", text):
+            assert "secrets.AWS_SECRET_ACCESS_KEY" in step, name
+        if "branches: [main]" in text:
+            group = YAML(typ="safe").load(text)["concurrency"]["group"]
+            assert group.endswith("github.event_name == 'pull_request' && github.ref || github.sha }}"), name

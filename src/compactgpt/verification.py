@@ -325,7 +325,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
         if quote_tables(text, quoted_tables(record)) != text:
-            # A run of the user's own has other tables. test_comparison.py holds the committed README.md to its.
+            # Every run of a user has other tables. test_comparison.py compares the committed README.md.
             found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
 
