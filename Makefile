@@ -29,7 +29,7 @@ INSTALL_REMOTE = case "$$(dvc remote list)" in *s3://*) extra=s3;; *gs://*) extr
   test -z "$$extra" || python -c "import dvc_$$extra" 2> /dev/null \
     || { echo "installing dvc[$$extra] ..."; uv pip install -q --python $(VENV)/bin/python "dvc[$$extra]" -c requirements.lock; }
 
-.PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull experiments test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,10 @@ pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
 	@$(FIND_REMOTE)
 	@$(INSTALL_REMOTE)
 	@dvc pull --run-cache
+
+# DVC shows params.yaml as a whole and every dependency, and has no setting that says otherwise.
+experiments: $(STAMP) ## the experiments side by side: dvc exp show without hashes and equal parameters
+	@dvc exp show --no-pager --only-changed --drop '^(src|stages|data|models|reports|results|corpus)(/|$$)|\.yaml$$|^Created$$'
 
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show

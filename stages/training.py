@@ -8,6 +8,7 @@ import typer
 
 from compactgpt.launching import dist_info
 from compactgpt.runtime import prepare_process, stop_requests
+from compactgpt.storage import write_text
 from compactgpt.tracking import state_folder
 from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
@@ -40,10 +41,17 @@ def main(
         if stage.leads:
             prune_runs(states.parent, states.name)
         telling = _Telling(stage, tokenizer)
+
+        def write_curve(rows: list[training.Row]) -> None:
+            """Keep the file that `dvc plots show` draws up to date: complete at any moment."""
+            if stage.leads:
+                write_text(curve, training.loss_csv(rows))
+
         with stop_requests() as stopping:
             trained = training.train(
                 stage.params, splits, states, stopping=stopping,
-                progress=telling.progress, on_metrics=telling.metrics, watch=telling.watch, tell=telling.news,
+                progress=telling.progress, on_metrics=telling.metrics, on_curve=write_curve,
+                watch=telling.watch, tell=telling.news,
             )  # fmt: skip
         if stage.leads:
             stage.report(report, training.save_results(stage.params, splits, trained, states, model, curve))
