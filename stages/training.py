@@ -13,6 +13,7 @@ from compactgpt.tracking import state_folder
 from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
 app = new_app()
+MEASURED_STEPS = 10  # before the time left is announced
 
 
 @app.command()
@@ -69,6 +70,7 @@ class _Telling:
         from compactgpt import training, watching
 
         self.stage, self.bar = stage, stage.progress("steps")
+        self.first: int | None = None  # step of this process: a resumed run does not begin with 1
         stage.say(budget := training.budget(stage.params, dist_info().world_size))
         stage.tracker.tags({"make_up_of_a_step": budget})
         self.band = watching.expected_band(stage.params)
@@ -77,6 +79,13 @@ class _Telling:
         self.watch = watching.Sampler(stage.params.runtime, tokenizer, self.sample)
 
     def progress(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        self.first = done if self.first is None else self.first
+        if done == self.first + MEASURED_STEPS and figures:
+            names = ", ".join(self.stage.params.baseline.names)
+            self.stage.say(
+                f"{figures['left']} left at the speed of this machine's first steps; then the evaluation and "
+                f"the baselines ({names})"
+            )
         self.bar(done, total, {**(figures or {}), "of peak": str(self.used), "expected": str(self.band)})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

@@ -263,8 +263,10 @@ def run_experiment(
 ) -> None:
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
-        from compactgpt import experiments
+        from compactgpt import experiments, whatif
 
+        runs = experiments.configurations(name, params_file, settings or [])
+        echo("\n".join(whatif.announcement(runs, Path())))
         done = experiments.run(name, params_file, settings or [])
         echo("\n".join(done))
         echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
