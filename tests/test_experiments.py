@@ -40,8 +40,8 @@ def own_experiment(folder, text, name="mine", demo="params: {}"):
 
 def test_all_experiments_of_the_notes_recommendations_are_there():
     assert set(NAMED) == {
-        "demo", "note", "gpt2-124m", "shakespeare", "finetune", "full-softmax", "ladder", "long",
-        "context-1024", "ci",
+        "demo", "note", "gpt2-124m", "shakespeare", "shakespeare-quick", "finetune", "full-softmax",
+        "ladder", "long", "context-1024", "ci",
     }  # fmt: skip
 
 

@@ -618,6 +618,11 @@ def test_the_door_accepts_passes_and_stops(tmp_path, monkeypatch):
     assert done.exit_code == 3
     assert "gate: failed (baseline.smollm2-135m" in done.output
     assert "| ❌ | perplexity |" in Path("gate.md").read_text()
+    done = run("--json")
+    assert done.exit_code == 3
+    verdict = json.loads(done.stdout)
+    assert not verdict["passed"]
+    assert "fail" in {check["status"] for check in verdict["metrics"]}
 
 
 # --- the comment on a pull request -------------------------------------------------------------------------

@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 
 from compactgpt import syncing
+from compactgpt.common.git import git_facts, uncommitted
 from compactgpt.syncing import Syncer, drain, tracking_folder
 from compactgpt.tracking import (
     NullTracker,
     flatten,
-    git_facts,
     grouped,
     journal_lines,
     machine_facts,
     numbers,
-    uncommitted,
 )
 from tests.store import git, journal, runs
 

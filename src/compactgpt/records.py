@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.git import DIFF, git_facts, uncommitted
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.lineage import (
     LOCK,
@@ -20,7 +21,7 @@ from compactgpt.lineage import (
     read_chain,
 )
 from compactgpt.pipelines import LOCKED, packages
-from compactgpt.tracking import DIFF, git_facts, machine_facts, uncommitted
+from compactgpt.tracking import machine_facts
 
 HERE = "workspace"
 PACKAGES = "environment/packages.txt"
