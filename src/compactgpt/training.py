@@ -26,7 +26,7 @@ from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
 from compactgpt.distributed import Group, gathered, init_process_group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.initial import initial_model, start_at_unigram
+from compactgpt.initial import initial_model, set_sinusoids, start_at_unigram
 from compactgpt.launching import DistInfo
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
@@ -269,6 +269,8 @@ class _Run:
     def _initial_model(self) -> GPT:
         """Return the whole model before its first step, on the CPU."""
         model = initial_model(self.shape, self.training)
+        if self.training.init_positions:
+            set_sinusoids(model, self.training.init_positions)
         if self.training.init_unigram:
             start_at_unigram(model, self._counts(), self.training.init_unigram)
         return model
@@ -591,6 +593,7 @@ def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
         "gradient_accumulation_steps": sequences // training.micro_batch_size,
         "train_split_tokens": splits.train.header.tokens,
         "epochs": tokens / splits.train.header.tokens,
+        "head": training.head,  # sampled: train_loss is an estimate; val_loss is always the full softmax's
         "train_loss": rows[-1].train_loss,
         "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of so many last steps
         "val_loss": rows[-1].val_loss,
