@@ -89,7 +89,7 @@ def test_the_ranking_follows_the_paired_intervals(record):
     better = ", ".join(name for name in view.baselines if name not in ("xz", "zstd"))
     assert view.ranking() == (
         f"On the same text, it predicts better than {better}; it predicts worse than xz; "
-        "it cannot be told apart from zstd."
+        "it is not clearly different from zstd."
     )
 
 
@@ -101,7 +101,7 @@ def test_a_small_ratio_keeps_its_digits(ratio, shown):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.126, 12.2), (1e-6, 3), (0.3, 1e9), (0.9, 1.2), (2e-30, 1e20)])
-def test_ticks_of_a_wide_axis_leave_room_for_their_labels(low, high):
+def test_a_wide_axis_has_few_ticks(low, high):
     ticks = plots.log_ticks(low, high)
     assert 1 in ticks
     assert 1 <= len(ticks) <= plots.MOST_TICKS

@@ -73,14 +73,14 @@ def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def card_for(model: Path, card: Path) -> tuple[str, str]:
-    """The card of one model, where the written one is of the same weights.
+    """Return the model card of a model, if the card names the weights of that model.
 
     Args:
         model: folder of a model of ours.
         card: reports/model_card.md.
 
     Returns:
-        The text and "", or "" and why there is none.
+        The text and "", or "" and the reason why there is no card.
     """
     if not card.is_file():
         return "", f"{card} is missing (`dvc repro comparison` makes it)"
