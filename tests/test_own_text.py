@@ -18,6 +18,7 @@ from compactgpt.errors import printable
 from compactgpt.reporting import html, plots, tables
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.model_card import model_card
+from compactgpt.reporting.terminal import terminal
 from tests import tiny_chain
 from tests.place import ROOT, edit, make_place, record_of
 
@@ -72,7 +73,7 @@ def test_the_page_and_the_terminal_begin_with_the_users_text(record):
     first = page[page.index('<article lang="en">') : page.index('<article lang="fr">')]
     assert first.index('id="en-demo"') < first.index('id="en-table"') < first.index('id="en-claims"')
     assert 'class="here"' not in first
-    shown = tables.terminal(record, width=120, colour=False)
+    shown = terminal(record, width=120, colour=False)
     assert NAME in shown
     assert "The note's table" not in shown
     assert "35-45" not in shown
@@ -205,7 +206,7 @@ def test_hostile_names_stay_text_in_plots_and_terminal(hostile):
     assert "<script" not in picture
     assert "\u202e" not in plots.svg(hostile, "calibration", "en", "")
     assert printable(HOSTILE)[:20] in entities.unescape(picture)
-    shown = tables.terminal(hostile, width=200, colour=False)
+    shown = terminal(hostile, width=200, colour=False)
     assert "\x1b" not in shown
     assert "\u202e" not in shown
 
