@@ -211,6 +211,11 @@ def test_hostile_names_stay_text_in_plots_and_terminal(hostile):
     assert "\u202e" not in shown
 
 
+def test_a_dollar_sign_in_a_plot_is_no_formula(tmp_path):
+    record = record_of(own(make_place(tmp_path), r"$x$ and $\frac$"))
+    assert r">Bits per byte, $x$ and $\frac$ val<" in plots.svg(record, "bits_per_byte", "en", "")
+
+
 # --- where the name comes from
 
 
