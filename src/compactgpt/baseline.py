@@ -489,7 +489,7 @@ def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
     mend = "mend baseline.specs, take the name out of baseline.names, or give its weights as a folder"
     require_on_hub("model", spec.repo, spec.revision, mend)
     try:
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, kind="hub weights") as temporary:
             snapshot_download(
                 spec.repo,
                 revision=spec.revision,

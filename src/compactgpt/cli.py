@@ -53,6 +53,9 @@ def export(
     card: Annotated[Path, typer.Option(help="Its card, if it is of the same weights.")] = Path(
         "reports/model_card.md"
     ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export that was changed since.")
+    ] = False,
 ) -> None:
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
@@ -61,7 +64,7 @@ def export(
         from compactgpt.export import save_hf
 
         text, why_none = card_for(model, card)
-        save_hf(load_model(model), folder, tokenizer, text)
+        save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)
         if why_none:
             print(f"without a model card: {why_none}")
         print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")

@@ -8,12 +8,12 @@ params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
 
 import difflib
 import io
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,7 +202,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
     _with_dvc()
     if not one.sweep:
         apply(name, params_file, settings, conf)
-        _forget(name)
+        _rename_earlier(name)
         _dvc(["exp", "run", "-n", name, *one.targets])
         return [name]
     fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
@@ -212,7 +212,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
     for run_name, point in zip(names, one.sweep, strict=True):
         values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]
         options = [word for value in values for word in ("-S", value)]
-        _forget(run_name)
+        _rename_earlier(run_name)
         _dvc(["exp", "run", "--temp", "-n", run_name, *options, *one.targets])
     return names
 
@@ -225,11 +225,22 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _forget(run_name: str) -> None:
-    """Free the name that an earlier experiment has: `dvc exp run -f` would run every stage anew."""
-    with suppress(MissingInput):
-        experiment_ref(run_name)
-        _dvc(["exp", "remove", "-q", run_name])
+def _rename_earlier(run_name: str) -> None:
+    """Free a name by renaming the experiment that has it, so that its results stay.
+
+    (`dvc exp run -f` would replace it and run every stage again.)
+    """
+    if not _is_experiment(run_name):
+        return
+    number = next(n for n in itertools.count(1) if not _is_experiment(f"{run_name}-old{n}"))
+    _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"])
+
+
+def _is_experiment(run_name: str) -> bool:
+    try:
+        return bool(experiment_ref(run_name))
+    except MissingInput:
+        return False
 
 
 def _with_dvc() -> dict[str, str]:

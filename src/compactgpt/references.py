@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from compactgpt import config, regression
-from compactgpt.errors import BadConfig, BadData, MissingInput
+from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.evaluation import read_totals
 from compactgpt.lineage import (
     MODEL,
@@ -249,9 +249,12 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 
     Raises:
         BadConfig: no reason.
+        NotAllowed: the file is no reference.
     """
     if not reason.strip():
         raise BadConfig("--accept wants a reason: what changed, and why these figures are right now")
+    if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
+        raise NotAllowed(f"{path} is not an accepted reference, so it is not replaced: name another file")
     documents = _sample(snapshot.documents, max_documents)
     metrics = sorted(documents.nats)
     columns = [

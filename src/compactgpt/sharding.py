@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from compactgpt.checkpoint import checked_state, drop_old, pass_over, swept_states
+from compactgpt.checkpoint import STATE, checked_state, drop_old, pass_over, swept_states
 from compactgpt.config import Model
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, MissingInput
@@ -183,7 +183,8 @@ def save_shards(
         group: the processes.
     """
     with ExitStack() as opened:
-        whole = atomic_folder(folder / f"step-{step:08d}", {"run_key": run_key, "step": step})
+        own = {"run_key": run_key, "step": step}
+        whole = atomic_folder(folder / f"step-{step:08d}", own, kind=STATE, private=True)
         made = group.led(lambda: opened.enter_context(whole))
         temporary = folder / group.text_from_leader(made.name if made else "")
         _see_shared(temporary, group)

@@ -411,7 +411,8 @@ class _Run:
         if self.group.any_of(best and self.group.leads):  # only it knows the whole curve
             model = self.whole_model()
             if self.group.leads:
-                save_model(model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
+                facts = {"step": row.step, "val_loss": row.val_loss}
+                save_model(model, self.folder / BEST, facts, private=True)
         return row
 
 

@@ -12,7 +12,6 @@ The texts are read row group by row group and are never in memory together. Two 
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,14 @@ from compactgpt.config import Validation
 from compactgpt.documents import IdSet, Stored, row_groups, stream_row_group
 from compactgpt.errors import CheckFailed
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import verified_manifest
+from compactgpt.storage import clear_folder, verified_manifest
 
+DATA_DOCS = {
+    "expectations",
+    "index.html",
+    "static",
+    "validations",
+}  # what Great Expectations writes at the top
 _EXCERPT_CHARACTERS = 80
 _EXAMPLES = 3
 _MEGABYTE = 1_000_000
@@ -212,7 +217,10 @@ def judge(tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
 
     Args:
         tables: what is judged.
-        docs: folder for Great Expectations' own pages, replaced.
+        docs: folder for Great Expectations' own pages; earlier pages are replaced.
+
+    Raises:
+        NotAllowed: the folder has other files.
 
     Returns:
         Of each expectation its arguments, what was observed, how many rows break it and the first of them.
@@ -225,7 +233,7 @@ def judge(tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     data = context.data_sources.add_pandas("tables")
-    shutil.rmtree(docs, ignore_errors=True)
+    clear_folder(docs, DATA_DOCS)
     context.add_data_docs_site("pages", _site(docs))
     outcomes = []
     for table in tables:
