@@ -1,6 +1,7 @@
 """What git knows of the working tree: the commit, and the changes that are not committed."""
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ NEW_SUFFIXES = {
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
 MAX_BYTES = 1_000_000  # of all changes together
+_MARKER = re.compile(rb"^(<{7} |={7}$|>{7} )", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ def _reason_to_leave_out(path: Path, name: Path, limit: int) -> str:
     if (size := path.stat().st_size) > limit:
         return f"{size:,} bytes"
     return ""
+
+
+def conflict_in(name: str, content: bytes) -> str:
+    """Return a sentence about a file that has the markers of an unresolved merge, empty where it has none."""
+    if len({marker[0] for marker in _MARKER.findall(content)}) < 3:  # of all three kinds
+        return ""
+    found = f"{name} has conflict markers of an unresolved merge"
+    if name != "dvc.lock":
+        return f"{found}: choose the lines in an editor, then `git add {name}`"
+    return (
+        f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then `dvc repro` runs what "
+        "differs and `git add dvc.lock` ends the conflict"
+    )
 
 
 def write_private(path: Path, content: bytes) -> None:
