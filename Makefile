@@ -49,7 +49,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
-	@compactgpt mend
+	@compactgpt repair
 	@dvc repro
 	@compactgpt sync
 	@python -m stages.comparison --show

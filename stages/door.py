@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compactgpt.common.git import DIFF, uncommitted_changes, write_private
 from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
@@ -28,16 +29,15 @@ from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
 from compactgpt.tracking import (
-    DIFF,
     Journal,
     NullTracker,
     Tracker,
     git_facts,
     grouped,
+    journal_lines,
     machine_facts,
     root,
     state_folder,
-    uncommitted,
 )
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -142,24 +142,39 @@ def _open_run(
     tags = {**git_facts(here), **machine_facts(), **_data_facts(name)}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
-    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
+    facts = process_facts()
+    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **facts}, held=held)
     sections = params.model_dump(mode="json")
     run.params({key: sections[key] for key in logged})
     run.inputs(_datasets(name))
-    _keep_beginning(run, params_file, tags)
+    _keep_beginning(run, params_file, tags, facts.get("pipeline"))
     start_syncing(root())
     return run
 
 
-def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str]) -> None:
-    """Log what the stage can be run again from: params.yaml, dvc.lock as it is found, uncommitted changes."""
+def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str], pipeline: Any) -> None:
+    """Log what the stage can be run again from: params.yaml, dvc.lock as it is found, uncommitted changes.
+
+    Of the stages of one `dvc` process only the first logs the changes: the run of the whole has them.
+    """
     run.artifact(params_file)
     if (lock := Path("dvc.lock")).exists():
         run.artifact(lock, "before")
-    if tags.get("git.dirty") == "true":
+    if tags.get("git.dirty") == "true" and not (pipeline and _has_logged_changes(pipeline)):
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            (path := Path(scratch) / DIFF).write_bytes(uncommitted(Path.cwd()))
+            write_private(path := Path(scratch) / DIFF, uncommitted_changes(Path.cwd()).diff)
             run.artifact(path)
+
+
+def _has_logged_changes(pipeline: Mapping[str, Any]) -> bool:
+    """Whether an earlier stage of this `dvc` process logged the uncommitted changes."""
+    folder = state_folder() / "tracking"
+    for diff in (*folder.glob(f"*/artifacts/{DIFF}"), *folder.glob(f"done/*/artifacts/{DIFF}")):
+        with open(diff.parents[1] / "journal.jsonl", "rb") as file:
+            start = journal_lines(file.readline())
+        if start and start[0].get("pipeline") == pipeline:
+            return True
+    return False
 
 
 def _data_facts(name: str) -> dict[str, str]:

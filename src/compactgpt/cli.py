@@ -247,13 +247,16 @@ def sync() -> None:
 
 
 @app.command()
-def mend() -> None:
-    """Put dvc.lock back where DVC was killed as it wrote it: every `make repro` begins so."""
+def repair() -> None:
+    """Restore dvc.lock if DVC was killed while it wrote the file: every `make repro` begins so."""
     with told_clearly():
         from compactgpt.lineage import restore_lock
 
         if restore_lock(Path()):
-            print("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
+            print("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
+
+
+app.command("mend", hidden=True)(repair)  # its name until version 0.4
 
 
 @app.command()

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from compactgpt.common.git import conflict_in
 from compactgpt.errors import BadConfig, MissingInput
 
 Positive = Annotated[int, Field(gt=0)]
@@ -570,10 +571,13 @@ def read_yaml(path: Path) -> Any:
         MissingInput, BadConfig: see `load_section`.
     """
     try:
-        return copy.deepcopy(_parsed(path.read_bytes()))
+        content = path.read_bytes()
+        return copy.deepcopy(_parsed(content))
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     except NO_YAML as error:
+        if conflict := conflict_in(path.name, content):
+            raise BadConfig(conflict) from error
         what = " ".join(str(error).split()).replace('in "<byte string>",', "in")
         raise BadConfig(f"{path} is no valid YAML: {what}") from error
 

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from ruamel.yaml import YAML
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from compactgpt.config import (
     Name,
@@ -151,22 +150,10 @@ def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path
     return [*told, *apply(name, params_file, settings, conf, write=False)]
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes null as `null`; a class of its own, since representers are kept by class."""
-
-
-_Representer.add_representer(
-    type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null")
-)
-
-
 def _round_trip() -> YAML:
-    """A YAML reader and writer that leaves what it was not told to change as it was."""
+    """The YAML reader and writer that `dvc exp run -S` uses: it keeps the layout that params.yaml has."""
     yaml = YAML()
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.Representer = _Representer
+    yaml.default_flow_style = False
     return yaml
 
 

@@ -42,33 +42,34 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def rooms_of(root: Path, door: Path) -> set[str]:
-    """Rooms that a door uses, directly or through other rooms."""
+    """Modules of the package that a stage script uses, directly or not: `metrics`, `common/git`."""
     seen: set[str] = set()
-    todo = _imports(door) - UNTRACKED
+    todo = _imports(root, door)
     while todo:
         name = todo.pop()
         seen.add(name)
-        todo |= _imports(root / f"src/compactgpt/{name}.py") - UNTRACKED - seen
+        todo |= _imports(root, root / f"src/compactgpt/{name}.py") - seen
     return seen
 
 
-def _imports(path: Path) -> set[str]:
-    """Rooms and doors that a file imports, at its top or inside its functions."""
-    return set(_imported(path.read_bytes()))
+def _imports(root: Path, path: Path) -> set[str]:
+    """Tracked modules that a file imports, at its top or inside its functions."""
+    folder = root / "src/compactgpt"
+    found = {name for name in _imported(path.read_bytes()) if name.partition("/")[0] not in UNTRACKED}
+    return {name for name in found if (folder / f"{name}.py").exists()}
 
 
 @lru_cache(maxsize=256)
 def _imported(source: bytes) -> frozenset[str]:
+    """What a file may import of the package: modules, and the names in them, which may be modules too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "compactgpt":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith(("compactgpt.", "stages.")):
-                found.add(node.module.split(".")[1])
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("compactgpt.")}
-    return frozenset(found)
+            found |= {alias.name for alias in node.names}
+    prefix = "compactgpt."
+    return frozenset(name.removeprefix(prefix).replace(".", "/") for name in found if name.startswith(prefix))
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:

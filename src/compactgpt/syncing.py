@@ -29,12 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.git import DIFF, uncommitted_changes, write_private
 from compactgpt.errors import Unreachable, UserError
 from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
 from compactgpt.storage import read_json, write_json, write_text
-from compactgpt.tracking import DIFF, git_facts, journal_lines, machine_facts, now_ms, uncommitted
+from compactgpt.tracking import git_facts, journal_lines, machine_facts, now_ms
 
 EXPERIMENT = "compactgpt"
 POLL_SECONDS = 1.0
@@ -401,7 +402,7 @@ class Syncer:
                 continue
             for name, kept in [(f"before/{LOCK}", LOCK), (DIFF, DIFF)]:
                 if (logged := folder / "artifacts" / name).exists() and not (parent.folder / kept).exists():
-                    shutil.copyfile(logged, parent.folder / kept)
+                    shutil.copy(logged, parent.folder / kept)
         making = parent.left.with_suffix(".tmp")
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
@@ -410,7 +411,7 @@ class Syncer:
         except UserError:
             logging.exception("not all that the pipeline left can be kept")
         if (diff := parent.folder / DIFF).exists():
-            shutil.copyfile(diff, making / DIFF)
+            shutil.copy(diff, making / DIFF)
         making.rename(parent.left)
 
     def _journals_since(self, time_ms: int) -> list[Path]:
@@ -549,6 +550,8 @@ class Syncer:
         for run_id, key in ending.keys.items():
             client.set_tag(run_id, "lock_entry", key)
         client.log_artifacts(parent.run_id, str(parent.left))
+        if (diff := parent.left / DIFF).exists():  # again by itself: `log_artifacts` drops the mode of files
+            client.log_artifact(parent.run_id, str(diff))
         self._log_params(parent.run_id, ending.params)
         told = [(parent.time_ms, step, values) for step, values in ending.metrics]
         self._log_metrics(parent.run_id, told)
@@ -614,7 +617,7 @@ class Syncer:
         folder.mkdir(parents=True)
         (folder / LOCK).write_bytes(lock)
         if tags.get("git.dirty") == "true":
-            (folder / DIFF).write_bytes(uncommitted(self.root))
+            write_private(folder / DIFF, uncommitted_changes(self.root).diff)
         begun = now_ms()
         _Parent(folder, self._create(_pipeline_name(begun), begun, tags), begun, str(self.root)).save()
         self.sync()

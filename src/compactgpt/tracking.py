@@ -22,16 +22,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from compactgpt.common.git import run_git, uncommitted_changes
 from compactgpt.storage import fsync_folder, make_folder, write_text
 
 Scalar = str | int | float | bool | None
-OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps
 _OF_SPLIT = ("own_tokens", "window")  # of a report of figures: they say what was read, not how well
 _FOLDERS = {name: f"eval/{name}" for name in ("model", "tasks", "text", "views")} | {
     "validation": "eval/split"
 }
-DIFF = "uncommitted.diff"  # name of the artifact
-NEW_FILES = ("conf", "src", "stages")
 # Of a processor, and of the environment: what changes the order or the width of sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -225,7 +223,7 @@ class Journal:
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copyfile(path, target)
+            shutil.copy(path, target)  # with its mode: what is private stays so
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:
@@ -261,30 +259,16 @@ def _last_steps(folder: Path, first: str) -> dict[str, int]:
 def git_facts(folder: Path) -> dict[str, str]:
     """Commit and cleanness of the work tree at `folder`; empty where there is none.
 
-    What stages write (OUTPUTS) makes nothing dirty.
+    What stages write (git.OUTPUTS) makes nothing dirty.
     """
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        dirty = bool(uncommitted(folder))
+        commit = run_git(folder, "rev-parse", "HEAD").decode().strip()
+        changes = uncommitted_changes(folder)
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"git.commit": commit, "git.dirty": str(dirty).lower(), "mlflow.source.git.commit": commit}
-
-
-def uncommitted(folder: Path) -> bytes:
-    """What `git apply` needs to turn the commit into the work tree; empty where that is clean.
-
-    New files are part of it where code and settings lie (NEW_FILES), so that nobody's notes or keys are told.
-    """
-    outputs = [f":(exclude){path}" for path in OUTPUTS]
-    changes = _git_bytes(
-        folder, "diff", "--binary", "--no-ext-diff", "--no-textconv", "HEAD", "--", ".", *outputs
-    )
-    new = _git_bytes(folder, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW_FILES)
-    for name in sorted(filter(None, new.decode().split("\0"))):
-        words = ["diff", "--binary", "--no-ext-diff", "--no-index", "--", "/dev/null", name]
-        changes += _git_bytes(folder, *words, allowed=(0, 1))  # 1: they differ
-    return changes
+    left_out = {"git.left_out": "; ".join(changes.left_out)} if changes.left_out else {}
+    dirty = str(bool(changes)).lower()
+    return {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit, **left_out}
 
 
 def machine_facts() -> dict[str, str]:
@@ -304,14 +288,3 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _git(folder: Path, *words: str) -> str:
-    return _git_bytes(folder, *words).decode().strip()
-
-
-def _git_bytes(folder: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, check=False)
-    if done.returncode not in allowed:
-        raise subprocess.CalledProcessError(done.returncode, words[0], done.stdout, done.stderr)
-    return done.stdout
