@@ -5,12 +5,13 @@ Each command reads its options and makes one call into a room, which is imported
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compactgpt.console import told_clearly
+from compactgpt.console import echo, report, told_clearly
 from compactgpt.errors import CheckFailed, Unreachable
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -114,14 +115,21 @@ def reproduce(
     check: Annotated[bool, typer.Option("--check", help="Only say what would be missing.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the data again too.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch work tree.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the code of a run or branch without being asked.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
     with told_clearly():
         from compactgpt import reproduction
 
-        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=typer.echo)
-        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+        def agree(plan: reproduction.Plan) -> bool:
+            report("\n".join(plan.lines()))
+            return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
+
+        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)
         if check and not as_json:

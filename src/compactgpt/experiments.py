@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML
 
+from compactgpt.common.git import require_repository
 from compactgpt.config import (
     Name,
     Params,
@@ -182,11 +183,12 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
 
     Raises:
         BadConfig: a configuration is impossible; then nothing ran.
-        MissingInput: DVC is not installed.
+        MissingInput: DVC is not installed, or this folder is not a git repository.
         CheckFailed: DVC failed; it has said why.
     """
     one = find(name, conf)
     _with_dvc()
+    require_repository(Path())
     if not one.sweep:
         apply(name, params_file, settings, conf)
         _rename_earlier(name)
@@ -247,8 +249,9 @@ def experiment_ref(run_name: str) -> str:
     """The newest git reference of a DVC experiment.
 
     Raises:
-        MissingInput: DVC has none of that name.
+        MissingInput: DVC has none of that name, or this folder is not a git repository.
     """
+    require_repository(Path())
     listing = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps"]
     done = subprocess.run(listing, check=False, capture_output=True, text=True)
     for ref in done.stdout.splitlines():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import DIFF, uncommitted_changes
+from compactgpt.common.git import DIFF, require_repository, uncommitted_changes
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.lineage import (
     LOCK,
@@ -59,6 +59,7 @@ def find(root: Path, wanted: str, scratch: Path) -> Record:
         return _of_workspace(root)
     if _HEX.fullmatch(wanted) and (run := _run(root, wanted)):
         return _of_run(root, run, scratch)
+    require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(
             f"{wanted!r} is no run of MLflow (`make ui` shows their ids), no revision of git, no experiment "

@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from compactgpt import config, regression
+from compactgpt.common.git import require_repository
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.evaluation import read_totals
 from compactgpt.lineage import (
@@ -111,6 +112,7 @@ def reference(name: str, root: Path) -> Snapshot:
         return accepted(root / name)
     if name == CHAMPION:
         return _champion(root)
+    require_repository(root)
     if not (commit := commit_named(root, name)):
         raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name")
     return _from_lock(f"{name} ({commit[:9]})", Commit(root, commit), root)

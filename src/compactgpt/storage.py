@@ -17,10 +17,18 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed, UserError
+from compactgpt.errors import (
+    BadData,
+    DiskFailed,
+    DiskFull,
+    MissingInput,
+    NotAllowed,
+    OutsideFolder,
+    UserError,
+)
 
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
@@ -333,6 +341,26 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
+    """Return the path of a file by its name in a folder, after checking that it is in that folder.
+
+    Args:
+        folder: any.
+        name: from a lock file, a manifest or the like, which someone else may have written.
+        follow: check where symbolic links lead, too. DVC itself may link outputs to its cache.
+
+    Raises:
+        OutsideFolder: the name is absolute or has `..`, or a symbolic link leads out of the folder.
+    """
+    path = folder / name
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise OutsideFolder(f"the path {name!r} leads out of the project: nothing was read or written there")
+    if follow and not path.resolve().is_relative_to(folder.resolve()):
+        raise OutsideFolder(f"{path} is a symbolic link out of {folder}: nothing was read or written there")
+    return path
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
