@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from compactgpt.config import Params, read_yaml
-from compactgpt.provenance import code_hashes, rooms_of
+from compactgpt.provenance import code_hashes, imported_modules, rooms_of
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {path.stem: path for path in (ROOT / "src/compactgpt").glob("*.py")}
-MODULES = {
-    path.relative_to(ROOT / "src/compactgpt").with_suffix("").as_posix(): path
-    for path in (ROOT / "src/compactgpt").rglob("*.py")
-}  # those of its folders too
+PACKAGE = ROOT / "src/compactgpt"
+# by name with dots: modules in folders too, such as `reporting.tables`
+ROOMS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent == PACKAGE or path.stem != "__init__"
+}
 STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
 PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
@@ -92,8 +94,8 @@ for name in {modules}:
 
 def test_importing_the_rooms_loads_no_heavy_library():
     # exponentials_kernel needs Triton, which comes with torch for Nvidia's GPUs only.
-    names = [name.replace("/", ".").removesuffix(".__init__") for name in sorted(MODULES)]
-    rooms = [f"compactgpt.{name}" for name in names if name not in ("__init__", "cli", "exponentials_kernel")]
+    others = {"__init__", "cli", "exponentials_kernel"}
+    rooms = [f"compactgpt.{name}" for name in sorted(set(ROOMS) - others)]
     assert loaded_by(["compactgpt"], [*HEAVY, "torch", "numpy"]) == []
     assert loaded_by(rooms, HEAVY) == []
 
@@ -148,7 +150,7 @@ def test_rooms_never_look_out_of_the_door():
 def groups_of_the_page() -> dict[str, list[str]]:
     page = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| \[\w+\]\(reference/(\w+)\.md\) \|.*\| (.*) \|$", page, re.MULTILINE)
-    return {group: re.findall(r"`(\w+)`", rooms) for group, rooms in rows}
+    return {group: re.findall(r"`([\w.]+)`", rooms) for group, rooms in rows}
 
 
 def test_the_pages_groups_are_the_rooms_and_imports_go_up_the_table():
@@ -162,12 +164,7 @@ def test_the_pages_groups_are_the_rooms_and_imports_go_up_the_table():
 @cache
 def rooms_imported(room: str) -> set[str]:
     """The rooms that a room imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "compactgpt":
-            names = [node.module, *(f"compactgpt.{alias.name}" for alias in node.names)]
-            found |= {name.split(".")[1] for name in names if "." in name} & set(ROOMS)
-    return found
+    return {name.replace("/", ".") for name in imported_modules(ROOT, ROOMS[room])}
 
 
 def test_no_rooms_import_each_other_in_a_circle():
@@ -179,7 +176,7 @@ def test_no_rooms_import_each_other_in_a_circle():
 def test_the_reference_has_each_room_in_its_group():
     for group, rooms in groups_of_the_page().items():
         page = (ROOT / f"docs/reference/{group}.md").read_text()
-        assert re.findall(r"^::: compactgpt\.(\w+)$", page, re.MULTILINE) == rooms
+        assert re.findall(r"^::: compactgpt\.([\w.]+)$", page, re.MULTILINE) == rooms
 
 
 def test_the_picture_shows_the_chain_as_dvc_has_it():
@@ -209,7 +206,7 @@ def test_the_readmes_tree_is_the_disks():
         if not line.startswith("    "):
             folder = name if name.endswith("/") else ""
         named.add(name if not line.startswith("    ") else folder + name)
-    rooms = {f"src/compactgpt/{path.name}" for path in ROOMS.values() if path.stem != "__init__"}
+    rooms = {str(path.relative_to(ROOT)) for name, path in ROOMS.items() if name != "__init__"}
     doors = {f"stages/{path.name}" for path in STAGES.values() if path.stem != "__init__"}
     for path in named:
         assert (ROOT / path).exists(), f"the README names {path}"
@@ -238,7 +235,7 @@ def test_what_a_page_names_is_there(page):
 
 
 def test_nothing_reads_or_writes_pickle():
-    for path in [*MODULES.values(), *STAGES.values()]:
+    for path in [*ROOMS.values(), *STAGES.values()]:
         text = path.read_text()
         assert not re.search(
             r"\bpickle\b|torch\.(save|load)\(|allow_pickle=True|trust_remote_code=True", text

@@ -14,7 +14,7 @@ from compactgpt.cli import app
 from compactgpt.errors import NotAllowed
 from compactgpt.references import accept
 from compactgpt.storage import verified_manifest
-from compactgpt.validation import judge
+from compactgpt.validation import check_expectations
 from tests import store
 from tests.tiny import tiny_gpt
 
@@ -88,7 +88,7 @@ def test_a_model_is_not_written_over_an_export(project, tmp_path):
 
 def test_data_docs_refuse_a_folder_with_other_files(thesis):
     with pytest.raises(NotAllowed, match="did not write"):
-        judge([], thesis.parent)
+        check_expectations("validation", [], thesis.parent)
     assert thesis.read_text() == "five years"
 
 

@@ -63,14 +63,14 @@ def told_clearly(stopped: str = "stopped") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from compactgpt.launching import final_exit_code, own_place, under_torchrun  # reads all of config
+        from compactgpt.launching import dist_info, under_torchrun  # reads all of config
 
         # What every process meets at the same step is told once.
-        if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
+        if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             say(str(error))
         if under_torchrun():  # it ends who is left: already on the way
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(final_exit_code(error, error.exit_code)) from error
+        raise SystemExit(error.exit_code) from error
     except OSError as error:  # of what is not written through compactgpt.storage, such as journals
         if not (told := _misfortune(error)):
             raise

@@ -33,6 +33,7 @@ from compactgpt.config import (
     set_values,
 )
 from compactgpt.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.inputs import check_dependencies
 from compactgpt.storage import write_text
 
 CONF = Path("conf")
@@ -163,7 +164,9 @@ def run_names(name: str, one: Experiment) -> list[str]:
     return ["-".join([name, *map(str, point.values())]) for point in one.sweep]
 
 
-def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Params:
+def changed(
+    params_file: Path, one: Experiment, point: Mapping[str, Any], settings: Sequence[str] = ()
+) -> Params:
     """The whole configuration of one run of a sweep.
 
     Raises:
@@ -171,7 +174,7 @@ def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Par
     """
     tree = read_yaml(params_file)
     lay_over(tree, one.params)
-    set_values(tree, [f"{key}={value}" for key, value in point.items()])
+    set_values(tree, [*(f"{key}={value}" for key, value in point.items()), *settings])
     return parse_params(tree, f"params.yaml with {dict(point)}")
 
 
@@ -189,6 +192,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
     one = find(name, conf)
     _with_dvc()
     require_repository(Path())
+    check_dependencies(params_file.parent)
     if not one.sweep:
         apply(name, params_file, settings, conf)
         _rename_earlier(name)
@@ -196,7 +200,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         return [name]
     fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
     for point in one.sweep:
-        changed(params_file, one, point)
+        changed(params_file, one, point, settings)
     names = run_names(name, one)
     for run_name, point in zip(names, one.sweep, strict=True):
         values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]

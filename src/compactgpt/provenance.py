@@ -43,34 +43,38 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def rooms_of(root: Path, door: Path) -> set[str]:
-    """Modules of the package that a stage script uses, directly or not: `metrics`, `common/git`."""
+    """Modules that a stage script uses, directly or through other modules, such as `common/escaping`."""
     seen: set[str] = set()
-    todo = _imports(root, door)
+    todo = imported_modules(root, door) - UNTRACKED
     while todo:
         name = todo.pop()
         seen.add(name)
-        todo |= _imports(root, root / f"src/compactgpt/{name}.py") - seen
+        todo |= imported_modules(root, root / f"src/compactgpt/{name}.py") - UNTRACKED - seen
     return seen
 
 
-def _imports(root: Path, path: Path) -> set[str]:
-    """Tracked modules that a file imports, at its top or inside its functions."""
-    folder = root / "src/compactgpt"
-    found = {name for name in _imported(path.read_bytes()) if name.partition("/")[0] not in UNTRACKED}
-    return {name for name in found if (folder / f"{name}.py").exists()}
+def imported_modules(root: Path, path: Path) -> set[str]:
+    """Modules of the package that a file imports, at its top or inside its functions."""
+    found = set()
+    for dotted in _imported(path.read_bytes()):
+        # `from compactgpt.a import b`: b is a module of the folder a, or something in the module a
+        for name in (dotted, dotted.rpartition("/")[0]):
+            if name and (root / f"src/compactgpt/{name}.py").is_file():
+                found.add(name)
+                break
+    return found
 
 
 @lru_cache(maxsize=256)
 def _imported(source: bytes) -> frozenset[str]:
-    """What a file may import of the package: modules, and the names in them, which may be modules too."""
+    """What a file imports of the package, with slashes: `a/b` for `from compactgpt.a import b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    prefix = "compactgpt."
-    return frozenset(name.removeprefix(prefix).replace(".", "/") for name in found if name.startswith(prefix))
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        found |= {name.replace(".", "/") for name in names if name.startswith("compactgpt.")}
+    return frozenset(name.removeprefix("compactgpt/") for name in found)
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
