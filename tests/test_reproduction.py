@@ -348,6 +348,28 @@ def test_uncommitted_changes_of_a_run_stay_inside(root, record, tmp_path, diff):
     assert not list(root.rglob("escaped")) + list(tmp_path.rglob("escaped"))
 
 
+def test_a_commit_that_is_an_option_of_git_is_none(root, tmp_path, monkeypatch):
+    """`git diff --stat --output=FILE` would write the file."""
+    client, experiment = Syncer(root).connect()
+    (run,) = store.runs(root)
+    tags = {**run.data.tags, "git.commit": f"--output={tmp_path}/written"}
+    forged = client.create_run(experiment, tags={key: str(tags[key]) for key in ("stage", "git.commit")})
+    (tmp_path / "logged").mkdir()
+    client.download_artifacts(run.info.run_id, "", str(tmp_path / "logged"))
+    client.log_artifacts(forged.info.run_id, str(tmp_path / "logged"))
+    try:
+        (tmp_path / "a").mkdir()
+        found = find(root, forged.info.run_id, tmp_path / "a")
+        assert found.commit == ""
+        monkeypatch.chdir(root)
+        done = CliRunner().invoke(app, ["diff", forged.info.run_id, "workspace"])
+        assert done.exit_code == 0, done.output
+        assert not (tmp_path / "written").exists()
+        assert "names no commit" in gaps(found, root)[0].message
+    finally:
+        client.delete_run(forged.info.run_id)
+
+
 # --- nothing runs that the user has not agreed to
 
 
@@ -492,6 +514,22 @@ def test_a_killed_reproduction_leaves_neither_processes_nor_a_work_tree(root, fo
     wait_for(lambda: len(store.git(root, "worktree", "list").splitlines()) == 1)
 
 
+def test_what_a_command_left_running_ends_with_it(root, tmp_path):
+    with scratch_worktree(root, root / ".state/reproductions") as scratch:
+        scratch.tree.mkdir()
+        words = ["sh", "-c", f"sleep 600 & echo $! > {tmp_path}/pid"]
+        assert scratch.run(words, dict(os.environ)) == 0
+        wait_for(lambda: not is_running(int((tmp_path / "pid").read_text())))
+
+
+def test_a_killed_watchdog_does_not_keep_the_folder(root, tmp_path):
+    with scratch_worktree(root, tmp_path / "folders") as scratch:
+        scratch.tree.mkdir()
+        scratch._watchdog.kill()
+        assert scratch.run(["true"], dict(os.environ)) == 0
+    assert list((tmp_path / "folders").iterdir()) == []
+
+
 def test_what_a_killed_watchdog_left_is_removed_and_what_was_kept_stays(root, tmp_path):
     folders = tmp_path / "reproductions"
     script = (
@@ -503,11 +541,12 @@ def test_what_a_killed_watchdog_left_is_removed_and_what_was_kept_stays(root, tm
     )
     subprocess.run([sys.executable, "-c", script, str(root), str(folders)], check=False)
     (left,) = folders.iterdir()
+    (folders / "of-an-earlier-version").mkdir()
     with scratch_worktree(root, folders, keep=True) as kept, scratch_worktree(root, folders) as other:
         assert not left.exists()
         assert kept.folder.exists()  # its process lives
     assert not other.folder.exists()
     with scratch_worktree(root, folders):
         assert kept.folder.exists()
-    assert list(folders.iterdir()) == [kept.folder]
+    assert set(folders.iterdir()) == {kept.folder, folders / "of-an-earlier-version"}
     assert len(store.git(root, "worktree", "list").splitlines()) == 1

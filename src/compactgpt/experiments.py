@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from compactgpt.common.git import require_repository
+from compactgpt.common.git import require_repository, run_git
 from compactgpt.config import (
     Name,
     Params,
@@ -221,19 +221,14 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _rename_earlier(run_name: str) -> None:
     """Free a name by renaming the experiment that has it, so that its results stay.
 
-    (`dvc exp run -f` would replace it and run every stage again.)
+    (`dvc exp run -f` would replace it and run every stage again.) DVC keeps names by commit.
     """
-    if not _is_experiment(run_name):
-        return
-    number = next(n for n in itertools.count(1) if not _is_experiment(f"{run_name}-old{n}"))
-    _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"])
-
-
-def _is_experiment(run_name: str) -> bool:
-    try:
-        return bool(experiment_ref(run_name))
-    except MissingInput:
-        return False
+    head = run_git(Path(), "rev-parse", "HEAD").decode().strip()
+    refs = run_git(Path(), "for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{head[:2]}/{head[2:]}")
+    taken = refs.decode().split()
+    if run_name in taken:
+        number = next(n for n in itertools.count(1) if f"{run_name}-old{n}" not in taken)
+        _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"])
 
 
 def _with_dvc() -> dict[str, str]:

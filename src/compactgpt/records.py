@@ -25,6 +25,7 @@ from compactgpt.tracking import git_facts, machine_facts
 
 HERE = "workspace"
 PACKAGES = "environment/packages.txt"
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _HEX = re.compile(r"[0-9a-f]{4,32}")
 
 
@@ -106,7 +107,7 @@ def _of_run(root: Path, run: Any, scratch: Path) -> Record:
         name,
         place,
         read_chain(place),
-        tags.get("git.commit", ""),
+        commit if _COMMIT.fullmatch(commit := tags.get("git.commit", "")) else "",  # else an option of git's
         None if tags.get("git.dirty") == "true" and not diff else diff,
         stage,
         {key: tags[key] for key in machine_facts() if key in tags} | _arithmetic(tags),

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +51,15 @@ class Scratch:
         )
         self._tell(child.pid)
         exit_code = child.wait()
+        with suppress(ProcessLookupError):  # what it left running
+            os.killpg(child.pid, signal.SIGKILL)
         self._tell(0)
         return exit_code
 
     def _tell(self, group: int) -> None:
         assert self._watchdog.stdin is not None
-        self._watchdog.stdin.write(f"{group}\n".encode())
-        self._watchdog.stdin.flush()
+        with suppress(BrokenPipeError):  # somebody killed the watchdog: `scratch_worktree` removes the folder
+            self._watchdog.stdin.write(f"{group}\n".encode())
 
 
 @contextmanager
@@ -72,16 +74,21 @@ def scratch_worktree(root: Path, folders: Path, *, keep: bool = False) -> Iterat
         keep: leave the folder and the worktree.
     """
     folders.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(root, folders)
     folder = folders / f"{os.getpid()}-{secrets.token_hex(3)}"
-    folder.mkdir(mode=0o700)
-    with open(folder / _LOCK, "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        # One process at a time looks for free locks, so that none finds a folder whose lock is not held yet.
+        with open(folders.with_suffix(".lock"), "w", encoding="utf-8") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            remove_abandoned(root, folders)
+            folder.mkdir(mode=0o700)
+            lock = stack.enter_context(open(folder / _LOCK, "w", encoding="utf-8"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if keep:
             (folder / _KEPT).touch()
         watchdog = subprocess.Popen(
             [sys.executable, "-P", __file__, str(root), str(folder)],
             stdin=subprocess.PIPE,
+            bufsize=0,
             start_new_session=True,  # ctrl-C in the terminal does not reach it
         )
         try:
@@ -89,13 +96,14 @@ def scratch_worktree(root: Path, folders: Path, *, keep: bool = False) -> Iterat
         finally:
             assert watchdog.stdin is not None
             watchdog.stdin.close()
-            watchdog.wait()
+            if watchdog.wait() and not keep:
+                _remove(root, folder)
 
 
 def remove_abandoned(root: Path, folders: Path) -> None:
     """Remove the folders whose process has ended, except those that it was asked to keep."""
     for folder in folders.iterdir():
-        with suppress(OSError), open(folder / _LOCK, "a", encoding="utf-8") as lock:
+        with suppress(OSError), open(folder / _LOCK, "r+", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (folder / _KEPT).exists():
                 _remove(root, folder)
