@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compactgpt.common.git import DIFF, uncommitted_changes, write_private
+from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
 from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
 from compactgpt.console import Bar, report, told_clearly
 from compactgpt.errors import BadConfig, Busy
@@ -33,7 +33,6 @@ from compactgpt.tracking import (
     Journal,
     NullTracker,
     Tracker,
-    git_facts,
     grouped,
     journal_lines,
     machine_facts,
@@ -178,7 +177,7 @@ def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str], pi
         run.artifact(lock, "before")
     if tags.get("git.dirty") == "true" and not (pipeline and _has_logged_changes(pipeline)):
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            write_private(path := Path(scratch) / DIFF, uncommitted_changes(Path.cwd()).diff)
+            write_private(path := Path(scratch) / DIFF, uncommitted(Path.cwd()))
             run.artifact(path)
 
 

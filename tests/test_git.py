@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.git import DIFF, uncommitted_changes
+from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
 from compactgpt.syncing import Syncer
-from compactgpt.tracking import git_facts
 from stages import door
 from tests.store import runs
 from tests.support.dvc_projects import ROOT, git

@@ -139,3 +139,6 @@ def test_the_run_that_logged_the_number_is_found(place, monkeypatch):
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
     assert wanted in done.output
+    facts = json.loads(CliRunner().invoke(app, ["trace", "compact.loss", "--json"]).stdout)
+    assert facts["evidence"]["id"] == "compact.loss"
+    assert wanted in facts["MLflow run"][0]

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from compactgpt import syncing
-from compactgpt.common.git import uncommitted_changes
+from compactgpt.common.git import git_facts, uncommitted
 from compactgpt.syncing import Syncer, drain, tracking_folder
 from compactgpt.tracking import (
     NullTracker,
     flatten,
-    git_facts,
     grouped,
     journal_lines,
     machine_facts,
@@ -214,7 +213,7 @@ def test_the_uncommitted_changes_make_the_work_tree_out_of_the_commit(committed,
     (committed / "src/new.py").write_text("new")
     (committed / "src/secret").write_text("ignored by git")
     (committed / "notes.txt").write_text("somebody's own")
-    (committed / "patch").write_bytes(uncommitted_changes(committed).diff)
+    (committed / "patch").write_bytes(uncommitted(committed))
     git(committed, "worktree", "add", "-q", "--detach", str(tmp_path / "tree"), "HEAD")
     git(tmp_path / "tree", "apply", "--binary", str(committed / "patch"))
     assert (tmp_path / "tree/src/code.py").read_bytes() == b"changed\x00\xff\r\n"

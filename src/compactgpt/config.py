@@ -275,6 +275,8 @@ class Training(Section):
     sample_tokens: Positive = 4096
     sample_power: Share = 0.75
     init_unigram: NonNegative = 0.0
+    init_positions: NonNegative = 0.0
+    position_learning_rate: PositiveFloat | None = None
     launcher: Launcher = Launcher()
 
     @model_validator(mode="after")
@@ -283,8 +285,8 @@ class Training(Section):
             raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
         if self.head == "sampled" and self.launcher.mode == "fsdp":
             raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
-        if self.init_unigram and self.init_from != SCRATCH:
-            raise ValueError(f"init_unigram ({self.init_unigram}) must be 0 unless init_from is {SCRATCH}")
+        if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
+            raise ValueError(f"init_unigram and init_positions must be 0 unless init_from is {SCRATCH}")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import DIFF, require_repository, uncommitted_changes
+from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.lineage import (
     LOCK,
@@ -21,7 +21,7 @@ from compactgpt.lineage import (
     read_chain,
 )
 from compactgpt.pipelines import LOCKED, packages
-from compactgpt.tracking import git_facts, machine_facts
+from compactgpt.tracking import machine_facts
 
 HERE = "workspace"
 PACKAGES = "environment/packages.txt"
@@ -124,7 +124,7 @@ def _of_workspace(root: Path) -> Record:
         raise MissingInput("dvc.yaml is missing: run from the repository folder")
     place = Folder(root)
     commit = git_facts(root).get("git.commit", "")
-    diff = uncommitted_changes(root).diff if commit else b""
+    diff = uncommitted(root) if commit else b""
     return Record(HERE, place, read_chain(place), commit, diff, "", machine_facts(), versions(packages()))
 
 

@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import DIFF, uncommitted_changes, write_private
+from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
 from compactgpt.errors import Unreachable, UserError
 from compactgpt.gauges import Gauge
 from compactgpt.lineage import LOCK, Cache, Commit, Folder, Place, experiment_commit, read_chain
 from compactgpt.pipelines import Child, Ending, conclude, note, write_files
 from compactgpt.storage import read_json, write_json, write_text
-from compactgpt.tracking import git_facts, journal_lines, machine_facts, now_ms
+from compactgpt.tracking import journal_lines, machine_facts, now_ms
 
 EXPERIMENT = "compactgpt"
 POLL_SECONDS = 1.0
@@ -617,7 +617,7 @@ class Syncer:
         folder.mkdir(parents=True)
         (folder / LOCK).write_bytes(lock)
         if tags.get("git.dirty") == "true":
-            write_private(folder / DIFF, uncommitted_changes(self.root).diff)
+            write_private(folder / DIFF, uncommitted(self.root))
         begun = now_ms()
         _Parent(folder, self._create(_pipeline_name(begun), begun, tags), begun, str(self.root)).save()
         self.sync()

@@ -13,7 +13,6 @@ import os
 import platform
 import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from compactgpt.common.git import run_git, uncommitted_changes
 from compactgpt.storage import fsync_folder, make_folder, write_text
 
 Scalar = str | int | float | bool | None
@@ -254,21 +252,6 @@ def _last_steps(folder: Path, first: str) -> dict[str, int]:
             if line["kind"] == "metrics":
                 last.update({key: max(line["step"], last.get(key, 0)) for key in line["values"]})
     return last
-
-
-def git_facts(folder: Path) -> dict[str, str]:
-    """Commit and cleanness of the work tree at `folder`; empty where there is none.
-
-    What stages write (git.OUTPUTS) makes nothing dirty.
-    """
-    try:
-        commit = run_git(folder, "rev-parse", "HEAD").decode().strip()
-        changes = uncommitted_changes(folder)
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    left_out = {"git.left_out": "; ".join(changes.left_out)} if changes.left_out else {}
-    dirty = str(bool(changes)).lower()
-    return {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit, **left_out}
 
 
 def machine_facts() -> dict[str, str]:

@@ -32,6 +32,26 @@ class Changes:
         return bool(self.diff or self.left_out)
 
 
+def git_facts(root: Path) -> dict[str, str]:
+    """Return the tags of a run that name the commit and whether the working tree is clean; empty without git.
+
+    Changes to OUTPUTS do not count. `git.left_out` names changes that are too large, or of no kind to log.
+    """
+    try:
+        commit = run_git(root, "rev-parse", "HEAD").decode().strip()
+        changes = uncommitted_changes(root)
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    left_out = {"git.left_out": "; ".join(changes.left_out)} if changes.left_out else {}
+    dirty = str(bool(changes)).lower()
+    return {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit, **left_out}
+
+
+def uncommitted(root: Path) -> bytes:
+    """Return what `git apply` needs to turn the commit into the working tree: see `uncommitted_changes`."""
+    return uncommitted_changes(root).diff
+
+
 def uncommitted_changes(root: Path) -> Changes:
     """Return the changes that `git apply` needs to turn the commit into the working tree.
 
