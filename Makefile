@@ -29,7 +29,7 @@ INSTALL_REMOTE = case "$$(dvc remote list)" in *s3://*) extra=s3;; *gs://*) extr
   test -z "$$extra" || python -c "import dvc_$$extra" 2> /dev/null \
     || { echo "installing dvc[$$extra] ..."; uv pip install -q --python $(VENV)/bin/python "dvc[$$extra]" -c requirements.lock; }
 
-.PHONY: help setup repro run gate ci push pull experiments test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
+.PHONY: help setup repository repro run gate ci push pull experiments test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +53,12 @@ $(STAMP): requirements.lock pyproject.toml
 	  || { echo "set-up failed: is a package index within reach? then run the same command again"; exit 1; }
 	@touch $@
 
-repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
+# Before anything else: without it, DVC fails after minutes of set-up.
+repository:
+	@git rev-parse -q --verify HEAD > /dev/null 2>&1 || { echo 'this folder is not a git repository with a commit (an' \
+	  'unpacked ZIP has none): run `git init && git add . && git commit -m "first commit"`, then make again'; exit 1; }
+
+repro: repository $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt repair
 	@compactgpt check > /dev/null
 	@# a stage whose outs were deleted would run again, since DVC's run cache keeps no stage with uncached outs;
@@ -108,7 +113,7 @@ audit: $(STAMP) ## look every pinned package up among known vulnerabilities (ask
 	@awk '/^[^ ]/ { sub(/ \\$$/, ""); print }' requirements.lock > .state/audit/audited   # pip-audit wants all hashes or none
 	@PYTHONPATH=$(CURDIR)/.state/audit python -m pip_audit --strict -r .state/audit/audited --no-deps --disable-pip --progress-spinner off
 
-hooks: $(STAMP) ## lint, format and types before each commit of yours (pre-commit)
+hooks: repository $(STAMP) ## lint, format and types before each commit of yours (pre-commit)
 	@uv pip install -q --python $(VENV)/bin/python -c requirements.lock pre-commit==4.7.0
 	@pre-commit install
 
@@ -118,22 +123,22 @@ docs: $(STAMP) ## build the documentation site: site/index.html; a warning is an
 	@.state/docs/bin/zensical build --strict --clean 2>&1 | tee .state/docs/log
 	@! grep -q '^griffe' .state/docs/log
 
-run: $(STAMP) ## a named experiment in this folder: make run EXPERIMENT=note
+run: repository $(STAMP) ## a named experiment in this folder: make run EXPERIMENT=note
 	@compactgpt experiment apply "$${EXPERIMENT:?name one: make run EXPERIMENT=note}"
 	@$(MAKE) --no-print-directory repro
 
 gate: $(STAMP) ## has the model got worse than the accepted one? (docs/ci.md)
 	@compactgpt gate
 
-ci: $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and the gate on it
+ci: repository $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and the gate on it
 	@.ci/chain
 
-push: $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
+push: repository $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
 	@$(FIND_REMOTE)
 	@$(INSTALL_REMOTE)
 	@dvc push --run-cache
 
-pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
+pull: repository $(STAMP) ## fetch them: a fresh clone then has nothing to run
 	@$(FIND_REMOTE)
 	@$(INSTALL_REMOTE)
 	@dvc pull --run-cache

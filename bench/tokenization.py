@@ -117,7 +117,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
             made["documents"] += 1
             yield new_document(text, f"bench/{made['documents']}")
 
-    with atomic_folder(folder, made) as temporary:
+    with atomic_folder(folder, made, kind="documents") as temporary:
         write_documents(temporary, documents())
 
 

@@ -149,9 +149,9 @@ def read_downloaded(folder, passed):
 def save_states(root, done):
     """Three states of a run, of which two are kept; then the model, and the states go."""
     for step in (1, 2, 3):
-        with storage.atomic_folder(
-            root / f"run/step-{step:08d}", {"run_key": "k", "step": step}
-        ) as temporary:
+        facts = {"run_key": "k", "step": step}
+        path = root / f"run/step-{step:08d}"
+        with storage.atomic_folder(path, facts, kind=checkpoint.STATE, private=True) as temporary:
             checkpoint._write_tensors(temporary / "model.safetensors", {"a": read_states.tensor * step})
             storage.write_json(temporary / "progress.json", {"step": step})
         checkpoint.drop_old(root / "run")

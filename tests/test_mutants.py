@@ -200,7 +200,7 @@ def other_run(place, what):
     from compactgpt import checkpoint, storage
 
     own = {"run_key": "k", "step": 2} | ({"run_key": "other"} if what == "run" else {"step": 3})
-    with storage.atomic_folder(place / "step-00000002", own) as temporary:
+    with storage.atomic_folder(place / "step-00000002", own, kind=checkpoint.STATE) as temporary:
         storage.write_json(temporary / "progress.json", {"step": 2})
     with pytest.raises(checkpoint.BadData):
         checkpoint.checked_state(place / "step-00000002", "k")
@@ -212,7 +212,8 @@ def leftovers(place, _):
 
     (place / ".step-00000004.1.tmp").mkdir(parents=True)
     for step in (1, 2, 3):
-        with storage.atomic_folder(place / f"step-{step:08d}", {"run_key": "k", "step": step}):
+        facts = {"run_key": "k", "step": step}
+        with storage.atomic_folder(place / f"step-{step:08d}", facts, kind=checkpoint.STATE):
             pass
     checkpoint.drop_old(place)
     found = [path.name for path in checkpoint.swept_states(place)]
@@ -346,7 +347,8 @@ def state_damage(place, _):
     """A state whose file was altered is refused."""
     from compactgpt import checkpoint, storage
 
-    with storage.atomic_folder(place / "step-00000002", {"run_key": "k", "step": 2}) as temporary:
+    facts = {"run_key": "k", "step": 2}
+    with storage.atomic_folder(place / "step-00000002", facts, kind=checkpoint.STATE) as temporary:
         storage.write_json(temporary / "progress.json", {"step": 2})
     (place / "step-00000002/progress.json").write_text('{\n  "step": 1\n}\n')
     with pytest.raises(checkpoint.BadData):

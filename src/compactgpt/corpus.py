@@ -176,7 +176,7 @@ def collect(reader: Reader, folder: Path, limits: Limits, *, state: Path, say: S
     kept = state / corpus_key(reader, limits)
     tally = Tally(reader.parts)
     facts: dict[str, Any] = {"corpus": reader.name}
-    with atomic_folder(folder, facts) as temporary:
+    with atomic_folder(folder, facts, kind="documents") as temporary:
         facts["shards"] = _make_shards(reader, kept, limits, tally, say)
         facts["sources"] = [part.facts() for part in tally.parts]
         facts["documents"], facts["bytes"] = tally.documents, tally.bytes

@@ -11,6 +11,7 @@ whose tokens are kept in a file until they are appended. (On a Ray cluster they 
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def tokenize(
     with open_ledger(own) as ledger:
         tasks = _tasks(documents, tokenizer, facts, params, own)[ledger.state.pieces :]
         _make_pieces(ledger, tasks, params, num_workers, progress, manifest["bytes"])
-        with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}) as temporary:
+        about = {**facts, "val_fraction": params.val_fraction}
+        with atomic_folder(folder, about, kind="tokens") as temporary:
             _publish(ledger, temporary, facts, params, manifest["documents"])
     shutil.rmtree(own, ignore_errors=True)
     return {"tokenizer": facts, **_reports(folder)}
@@ -109,6 +111,9 @@ def _tokenizer_facts(folder: Path, params: Tokenization) -> dict[str, Any]:
     }
 
 
+_KEY = re.compile("[0-9a-f]{16}")
+
+
 def _key(manifest: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
     """Name the state by all that decides its bytes: pieces of other inputs are never gone on with."""
     inputs = [STATE_VERSION, manifest["files"], facts, params.val_fraction, params.encoder]
@@ -118,7 +123,7 @@ def _key(manifest: Mapping[str, Any], facts: Mapping[str, Any], params: Tokeniza
 def _sweep(state: Path, own: Path) -> None:
     """Delete the state of other inputs, and what killed workers left in our own."""
     for other in state.iterdir() if state.exists() else ():
-        if other != own:
+        if other != own and _KEY.fullmatch(other.name):
             shutil.rmtree(other, ignore_errors=True)
     for left in own.glob("*.spill"):
         left.unlink()
