@@ -71,7 +71,7 @@ repro: repository $(STAMP) ## run the whole pipeline (only what changed), print 
 	@echo "The page, to look at:       reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
-	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=1600"
+	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=2800"
 
 test: $(STAMP) ## run every test
 	@python -m pytest $(TWO_WORKERS)
