@@ -65,21 +65,6 @@ def parquet(folder: Path) -> tuple[list[bytes], Reader]:
     return texts("a.parquet", parquet_files())(folder)
 
 
-def pages(_folder: Path) -> tuple[list[bytes], Reader]:
-    """What we read ourselves of a parquet file: its pages, and where they lie."""
-    from compactgpt.parquetpages import column_chunks, page_sizes
-
-    def read(content: bytes) -> None:
-        with suppress(ValueError):
-            for start, end in column_chunks(io.BytesIO(content), "text"):
-                assert 0 <= start <= end <= len(content)
-        with suppress(ValueError):
-            for unpacked, rows in page_sizes(io.BytesIO(content), 0, len(content)):
-                assert unpacked >= 0 <= rows
-
-    return [part for each in parquet_files() for part in (each, each[4:-300])], read
-
-
 def tokens(name: str) -> Target:
     """One of the two files of a split."""
 
@@ -171,26 +156,6 @@ def journal(_folder: Path) -> tuple[list[bytes], Reader]:
     return [b"".join(json.dumps(line).encode() + b"\n" for line in lines)], read
 
 
-def ledger(folder: Path) -> tuple[list[bytes], Reader]:
-    """The journal of a tokenization that was killed."""
-    from compactgpt.ledger import JOURNAL, open_ledger
-    from tests.test_ledger import PIECES, make_piece
-
-    with open_ledger(folder) as made:
-        for documents in PIECES:
-            made.add(make_piece(documents))
-    whole = {path: path.read_bytes() for path in folder.iterdir()}
-
-    def read(content: bytes) -> None:
-        for path, before in whole.items():
-            path.write_bytes(before)
-        (folder / JOURNAL).write_bytes(content)
-        with open_ledger(folder):
-            pass
-
-    return [whole[folder / JOURNAL]], read
-
-
 def tokenizer(name: str) -> Target:
     """One of GPT-2's two tokenizer files, in a folder whose manifest says that it is right."""
 
@@ -234,7 +199,6 @@ def wheel(folder: Path) -> tuple[list[bytes], Reader]:
 LINES = b'{"text": "one"}\n{"text": "\\u00e4"}\n'
 TARGETS: dict[str, Target] = {
     "parquet": parquet,
-    "parquet pages": pages,
     "jsonl": texts("a.jsonl", [LINES]),
     "jsonl.gz": texts("a.jsonl.gz", [gzip.compress(LINES)]),
     "text": texts("a.txt", ["\ufeffone\ntwo ä".encode()]),
@@ -245,7 +209,6 @@ TARGETS: dict[str, Target] = {
     "params.yaml": params,
     "dvc.lock": chain,
     "run's journal": journal,
-    "tokenization's journal": ledger,
     "vocab.bpe": tokenizer("vocab.bpe"),
     "encoder.json": tokenizer("encoder.json"),
     "wheel": wheel,

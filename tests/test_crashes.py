@@ -11,14 +11,17 @@ from itertools import islice
 import pytest
 
 from compactgpt import checkpoint, corpus, storage, tracking
+from compactgpt.config import Tokenization
 from compactgpt.corpus import Limits, Origin, collect
 from compactgpt.errors import MissingInput
-from compactgpt.ledger import SPLITS, open_ledger
 from compactgpt.syncing import _whole_lines
+from compactgpt.tokenization import tokenize
 from tests.crashes import lay_out, states_of
-from tests.test_ledger import HEADER, PIECES, make_piece
+from tests.tiny_corpus import make_documents, make_tokenizer
 
-EACH = {} if "TEST_FAULTS" in os.environ else {"ledger": 5}  # of a long protocol's states one of so many
+EACH = (
+    {} if "TEST_FAULTS" in os.environ else {"tokenization": 5}
+)  # of a long protocol's states one of so many
 
 
 def tried(place, begin, protocol, read, each=1):
@@ -95,15 +98,12 @@ def read_replaced_folder(folder, passed):
 
 
 def grow(root, done):
-    """What tokenization does: pieces, then both splits in a folder, then the state goes."""
-    with open_ledger(root / "state") as ledger:
-        for documents in PIECES[ledger.state.pieces :]:
-            ledger.add(make_piece(documents))
-        with storage.atomic_folder(root / "tokens") as temporary:
-            for split in SPLITS:
-                ledger.publish(temporary, split, HEADER)
+    """Tokenize two shards: chunks, then both splits in a folder, then the state goes."""
+    tokenize(
+        grow.inputs / "documents", grow.inputs / "tokenizer", root / "tokens",
+        Tokenization(val_fraction=0.5, encoder="tiktoken"), num_workers=1, state=root / "state",
+    )  # fmt: skip
     done()
-    shutil.rmtree(root / "state")
 
 
 def tokens_of(folder):
@@ -206,7 +206,7 @@ PROTOCOLS = {
     "file": (old_file, write_file, read_file),
     "folder": (nothing, new_folder, read_new_folder),
     "replaced folder": (lambda root: make_folder(root, "old"), new_folder, read_replaced_folder),
-    "ledger": (nothing, grow, read_grown),
+    "tokenization": (nothing, grow, read_grown),
     "corpus": (nothing, download, read_downloaded),
     "states": (nothing, save_states, read_states),
     "journal": (nothing, tell, read_journal),
@@ -215,7 +215,10 @@ PROTOCOLS = {
 
 def prepare(place, name):
     """What a reader compares with: the result of a run that nothing disturbs."""
-    if name == "ledger":
+    if name == "tokenization":
+        grow.inputs = place / "inputs"
+        make_tokenizer(place / "inputs/tokenizer")
+        make_documents(place / "inputs/documents", [f"hello {n}" for n in range(8)], shard_bytes=30)
         grow(place / "whole", lambda: None)
         read_grown.expected = tokens_of(place / "whole/tokens")
     if name == "corpus":

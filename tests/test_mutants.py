@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests import forks, test_crashes, test_ledger, test_storage
+from tests import forks, test_crashes, test_storage
 
 ALL = "TEST_FAULTS" in os.environ
 
@@ -98,29 +98,6 @@ def folder_stays(place, _):
     with pytest.raises(storage.DiskFailed):
         test_crashes.make_folder(place, "new")
     assert test_crashes.found_name(place / "in/out") == "old"
-
-
-def ledger_kill(place, stop):
-    test_ledger.run(place / "plain", place / "expected")
-    expected = test_ledger.published(place / "expected")
-    test_ledger.test_what_a_kill_left_half_written_is_cut_off(place, expected, int(stop))
-
-
-def ledger_torn(place, _):
-    test_ledger.run(place / "plain", place / "expected")
-    expected = test_ledger.published(place / "expected")
-    test_ledger.test_a_line_that_lacks_its_end_alone_is_torn_and_what_is_kept_is_kept_again(place, expected)
-
-
-def ledger_damage(place, name):
-    test_ledger.run(place / "plain", place / "expected")
-    expected = test_ledger.published(place / "expected")
-    test_ledger.test_a_damaged_piece_is_named_and_made_again(place, expected, name, False)
-
-
-def ledger_lie(place, _):
-    test_ledger.run(place / "plain", place / "expected")
-    test_ledger.test_a_journal_that_lies_is_not_believed(place, test_ledger.published(place / "expected"))
 
 
 def shard_damage(place, _):
@@ -221,7 +198,7 @@ def leftovers(place, _):
     assert sorted(path.name for path in place.iterdir()) == sorted(found)
 
 
-S, L, C, T = (f"compactgpt.{name}" for name in ("storage", "ledger", "checkpoint", "tracking"))
+S, C, T = (f"compactgpt.{name}" for name in ("storage", "checkpoint", "tracking"))
 MUTANTS = [
     Mutant(
         S,
@@ -287,17 +264,6 @@ MUTANTS = [
         "",
         "storage_test:test_what_a_killed_process_left_is_swept_and_nothing_else",
     ),
-    Mutant(L, "    file.truncate(size)\n", "", "ledger_kill:5"),
-    Mutant(L, ' and line.endswith(b"\\n")', "", "ledger_torn:"),
-    Mutant(
-        L,
-        "(ValueError, KeyError, TypeError, RecursionError, OSError):\n            return state",
-        "KeyError:\n            return state",
-        "ledger_kill:3",
-    ),
-    Mutant(L, "        if not whole:", "        if False:", "ledger_damage:train.tokens"),
-    Mutant(L, "after.pieces == state.pieces + 1", "True", "ledger_lie:"),
-    Mutant(L, "        file.writelines(lines)", "        pass", "ledger_torn:"),
     Mutant("compactgpt.corpus", '        verify_file(path, note["sha256"])', "        pass", "shard_damage:"),
     Mutant(
         C,

@@ -18,11 +18,9 @@ from typing import Any, Protocol
 from compactgpt.documents import (
     Document,
     IdSet,
-    LongText,
     new_document,
     read_ids,
     shard_name,
-    text_bytes,
     write_shard,
 )
 from compactgpt.errors import BadData, UserError
@@ -57,7 +55,7 @@ class Origin:
 class Piece:
     """One text on its way into the corpus."""
 
-    text: str | LongText  # the latter is never blank
+    text: str
     where: str  # the source of the document
     part: int  # index in the reader's parts
 
@@ -267,14 +265,14 @@ def _wanted(pieces: Iterator[Piece], lengths: range, limits: Limits, tally: Tall
         piece = next(pieces, None)
         if piece is None:
             return
-        if isinstance(piece.text, str) and not piece.text.strip():
+        if not piece.text.strip():
             tally.left_out["empty"] += 1
             continue
         if len(piece.text) not in lengths:
             tally.left_out["short" if len(piece.text) < lengths.start else "long"] += 1
             continue
         document = new_document(piece.text, piece.where)
-        size = text_bytes(piece.text)
+        size = len(piece.text.encode("utf-8"))
         if max_bytes is not None and tally.bytes + size > max_bytes:
             return
         if not tally.seen.add(document.id):
