@@ -49,7 +49,8 @@ TOGETHER = {
     ),
 }  # fmt: skip
 LONGEST = (
-    "forks", "mlflow", "transformers", "launching", "dvc", "interrupted_stages", "great_expectations", "download",
+    "forks", "mlflow", "transformers", "launching", "dvc", "interrupted_stages", "great_expectations",
+    "download",
 )  # fmt: skip
 
 
