@@ -42,7 +42,7 @@ def interrupt(way):
 def run_interrupted(stage, place, log, way, at):
     """Run a stage and interrupt it before its change number `at` of names in `place`; -1: never. For forks.
 
-    Python's audit events tell of each file opened for writing, renamed, removed or linked, and of each
+    Python reports an audit event for each file opened for writing, renamed, removed or linked, and for each
     folder that is made or removed. `log` gets what the stage prints, `log`.changes the number of changes.
     """
     changes = 0
