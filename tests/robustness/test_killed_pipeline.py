@@ -70,7 +70,7 @@ class Repro:
     def run(self, command):
         """Run a command of compactgpt."""
         code = f"from compactgpt.cli import app; app(['{command}'])"
-        subprocess.run([PYTHON, "-c", code], cwd=self.clone, env=self.environment, check=True, timeout=180)
+        subprocess.run([PYTHON, "-c", code], cwd=self.clone, env=self.environment, check=True, timeout=600)
 
     def stages(self):
         """The processes of this clone that run a stage."""
@@ -169,7 +169,7 @@ def test_a_training_that_is_asked_to_stop_saves_and_resumes(clone, uninterrupted
     assert results(clone) == uninterrupted[0]
 
 
-def test_the_curve_of_a_run_that_was_killed_is_in_mlflow_once(clone):
+def test_the_curve_of_a_run_that_was_killed_is_in_mlflow_once(clone, uninterrupted):
     words = ("-s", "training", "-f")
     run = Repro(clone, *words, tracker="mlflow")
     run.wait_for_state().kill()
