@@ -36,6 +36,7 @@ def tree_of(model=(), **changes):
     tree["model"].update({"padded_vocab_size": 48, **dict(model)})
     tree["training"].update(max_steps=6, tokens_per_step=32, micro_batch_size=2, warmup_steps=2)
     tree["training"].update(eval_interval=2, eval_windows=5, checkpoint_interval=2)
+    tree["training"].update(head="full", init_unigram=0.0, init_positions=0.0)
     tree["training"].update(changes)
     tree["evaluation"]["likelihood"]["window"] = 8
     return tree
