@@ -221,7 +221,7 @@ def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(spli
         ({"launcher": {"mode": "fsdp"}}, r"head \(sampled\) needs launcher.mode fast"),
         (
             {"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64},
-            "init_unigram .* must be 0 unless",
+            "init_unigram and init_positions must be 0.0 unless",
         ),
     ],
 )
