@@ -101,6 +101,12 @@ def test_two_processes_have_the_loss_curve_of_one_within_rounding(alone, two):
     assert_same_within_rounding(two, alone)
 
 
+def test_a_sampled_softmax_too_since_all_processes_draw_the_same_sample(tokens, tmp_path):
+    params = parameters(head="sampled", sample_tokens=12)
+    one = run(tmp_path / "1", 1, tokens, params)
+    assert_same_within_rounding(one, run(tmp_path / "2", 2, tokens, params))
+
+
 def test_dropout_too(tokens, tmp_path):
     params = parameters(model={"dropout": 0.2})
     found = [run(tmp_path / str(size), size, tokens, params) for size in (1, 2)]

@@ -36,6 +36,7 @@ def tree_of(model=(), **changes):
     tree["model"].update({"padded_vocab_size": 48, **dict(model)})
     tree["training"].update(max_steps=6, tokens_per_step=32, micro_batch_size=2, warmup_steps=2)
     tree["training"].update(eval_interval=2, eval_windows=5, checkpoint_interval=2)
+    tree["training"].update(head="full", init_unigram=0.0, init_positions=0.0)
     tree["training"].update(changes)
     tree["evaluation"]["likelihood"]["window"] = 8
     return tree
@@ -220,7 +221,7 @@ def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(spli
         ({"launcher": {"mode": "fsdp"}}, r"head \(sampled\) needs launcher.mode fast"),
         (
             {"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64},
-            "init_unigram .* must be 0 unless",
+            "init_unigram and init_positions must be 0.0 unless",
         ),
     ],
 )
