@@ -54,7 +54,7 @@ app.add_typer(experiment, name="experiment")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"compactgpt {__version__}")
+        echo(f"compactgpt {__version__}")
         raise typer.Exit
 
 
