@@ -161,7 +161,7 @@ def chain(_folder: Path) -> tuple[list[bytes], Reader]:
 
 def journal(_folder: Path) -> tuple[list[bytes], Reader]:
     """The journal of a run."""
-    from compactgpt.tracking import journal_lines
+    from compactgpt.tracking.journal import journal_lines
 
     lines = [{"kind": "start", "pid": 1}, {"kind": "metrics", "step": 1, "values": {"a": 1.5}}]
 

@@ -19,26 +19,23 @@ from typing import Annotated, Any
 
 import typer
 
+from compactgpt.common.git import git_facts
 from compactgpt.config import Params, load_params
 from compactgpt.console import Bar, told_clearly
 from compactgpt.errors import Busy
 from compactgpt.launching import Nodes, launch, own_place, under_torchrun
 from compactgpt.lineage import keep_lock
-from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
-from compactgpt.tracking import (
-    DIFF,
+from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
     Tracker,
-    git_facts,
-    grouped,
     machine_facts,
-    root,
+    process_facts,
     state_folder,
-    uncommitted,
 )
+from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.
@@ -63,6 +60,7 @@ class Stage:
     params: Params
     tracker: Tracker
     leads: bool = True  # of several processes one writes, logs and shows progress
+    full_name: str = ""  # with the item of a matrix stage
 
     def progress(self, unit: str, what: str = "") -> Progress:
         """A progress bar that counts `unit`."""
@@ -83,7 +81,8 @@ class Stage:
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report, and log its numbers and the file."""
         write_json(path, value)
-        self.tracker.metrics(grouped(self.name, value))
+        if metrics := stage_metrics(self.full_name or self.name, value):
+            self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
 
 
@@ -117,10 +116,10 @@ def open_stage(
         with _only_one(full_name):
             if "DVC_STAGE" in os.environ:
                 keep_lock(Path.cwd())
-            run = _open_run(tracker, full_name, params_file, params, logged, held=held)
+            run = _open_run(tracker, full_name, params, logged, held=held)
             status = "FAILED"
             try:
-                yield Stage(name, params, run)
+                yield Stage(name, params, run, full_name=full_name)
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
                 status = "KILLED"
@@ -129,37 +128,26 @@ def open_stage(
                 run.end(status)
 
 
-def _open_run(
-    tracker: str, name: str, params_file: Path, params: Params, logged: tuple[str, ...], *, held: bool
-) -> Tracker:
+def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Tracker:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
         raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
-    from compactgpt.syncing import process_facts, start_syncing
+    from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
     tags = {**git_facts(here), **machine_facts(), **_data_facts(name)}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
-    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
+        tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
+    facts = {"tags": tags, "workspace": str(here), **process_facts()}
+    run = Journal(state_folder(), name, facts, held=held)
+    run.keep_before(here)
     sections = params.model_dump(mode="json")
-    run.params({key: sections[key] for key in logged})
+    run.params(tuned_params({key: sections[key] for key in logged}))
     run.inputs(_datasets(name))
-    _keep_beginning(run, params_file, tags)
-    start_syncing(root())
+    start_logger(run.run_folder)
     return run
-
-
-def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str]) -> None:
-    """Log what the stage can be run again from: params.yaml, dvc.lock as it is found, uncommitted changes."""
-    run.artifact(params_file)
-    if (lock := Path("dvc.lock")).exists():
-        run.artifact(lock, "before")
-    if tags.get("git.dirty") == "true":
-        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            (path := Path(scratch) / DIFF).write_bytes(uncommitted(Path.cwd()))
-            run.artifact(path)
 
 
 def _data_facts(name: str) -> dict[str, str]:

@@ -5,13 +5,14 @@ Each command reads its options and makes one call into a room, which is imported
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from compactgpt.console import told_clearly
-from compactgpt.errors import CheckFailed, Unreachable
+from compactgpt.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
@@ -73,13 +74,17 @@ def gate(
         str, typer.Option(help="An accepted reference (.json), any revision of git, or `champion`.")
     ] = "reports/accepted.json",
     accept: Annotated[
-        str, typer.Option(metavar="REASON", help="Record these reports as the new reference instead.")
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="Record these reports as the new reference; with --promote: accept another configuration.",
+        ),
     ] = "",
     bench: Annotated[
         Path | None, typer.Option(help="What `bench/training.py --json` wrote: throughput is judged too.")
     ] = None,
     promote: Annotated[
-        bool, typer.Option("--promote", help="If it passes, make its model MLflow's champion.")
+        bool, typer.Option("--promote", help="If it passes, register its model as MLflow's champion.")
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
@@ -91,7 +96,7 @@ def gate(
         from compactgpt.config import load_params
 
         settings = load_params(params_file).regression
-        if accept:
+        if accept and not promote:
             references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
             print(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
@@ -102,7 +107,7 @@ def gate(
             print("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
-            print(f"champion: version {references.promote(Path())}")
+            print(f"champion: version {references.promote(Path(), accept)}")
 
 
 @app.command()
@@ -233,13 +238,22 @@ def ladder(
 
 
 @app.command()
-def sync() -> None:
-    """Give MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
+def sync(
+    warn: Annotated[
+        bool, typer.Option("--warn", help="Only warn where MLflow fails: what `make repro` ends with.")
+    ] = False,
+) -> None:
+    """Copy to MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
     with told_clearly():
-        from compactgpt.syncing import drain
+        from compactgpt.tracking.mlflow_logger import sync as copy
 
-        if not drain(Path.cwd(), record_unrun=True):
-            raise Unreachable("MLflow has not taken everything yet: nothing is lost, run this again")
+        try:
+            copy(Path.cwd(), record_unrun=True)
+        except UserError as error:
+            if not warn:
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            return
         print("MLflow has all of the runs that have ended here")
 
 
@@ -274,9 +288,9 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
         from compactgpt.provenance import RECORD, find_value
         from compactgpt.provenance import trace as chain
         from compactgpt.storage import read_json
-        from compactgpt.syncing import run_of_value
+        from compactgpt.tracking.mlflow_logger import run_of_value
 
         record = read_json(RECORD)
         lines = chain(Path(), record, name)
-        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name))))
+        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
         print("\n".join(f"{what:<12}{found}" for what, found in lines))
