@@ -51,9 +51,9 @@ $(STAMP): requirements.lock pyproject.toml
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt mend
 	@dvc repro
-	@compactgpt sync
 	@python -m stages.comparison --show
 	@echo
+	@compactgpt sync --warn
 	@echo "The page, to look at:       reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"

@@ -77,17 +77,24 @@ def cache_out(root: Path, path: str) -> str:
     return made
 
 
-def save_lock(root: Path, stages: dict[str, list[str]], **params) -> None:
+def save_lock(
+    root: Path, stages: dict[str, list[str]], deps: dict[str, list[str]] | None = None, **params
+) -> None:
     """Write a dvc.lock of stages with their outs, as they lie there."""
     entries = {
         stage: {
             "cmd": f"make {stage}",
             "params": {"params.yaml": params},
-            "outs": [{"path": path, "hash": "md5", "md5": md5_path(root / path)} for path in paths],
+            "deps": [named(root, path) for path in (deps or {}).get(stage, [])],
+            "outs": [named(root, path) for path in paths],
         }
         for stage, paths in stages.items()
     }
     (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": entries}))  # JSON is YAML
+
+
+def named(root: Path, path: str) -> dict[str, str]:
+    return {"path": path, "hash": "md5", "md5": md5_path(root / path)}
 
 
 def sha256(content: bytes) -> str:

@@ -10,11 +10,11 @@ from itertools import islice
 
 import pytest
 
-from compactgpt import checkpoint, corpus, storage, tracking
+from compactgpt import checkpoint, corpus, storage
 from compactgpt.corpus import Limits, Origin, collect
 from compactgpt.errors import MissingInput
 from compactgpt.ledger import SPLITS, open_ledger
-from compactgpt.syncing import _whole_lines
+from compactgpt.tracking import journal as journals
 from tests.crashes import lay_out, states_of
 from tests.test_ledger import HEADER, PIECES, make_piece
 
@@ -179,7 +179,7 @@ def read_states(folder, passed):
 
 def tell(root, done):
     """A run's journal: what it says of itself, two steps, a torn line that was refused, the end."""
-    journal = tracking.Journal(root, "training", {"tags": {}})
+    journal = journals.Journal(root, "training", {"tags": {}})
     for step in (1, 2):
         journal.metrics({"loss": 1.0 / step}, step)
     tell.name = journal.folder.name
@@ -189,12 +189,11 @@ def tell(root, done):
 
 def read_journal(folder, passed):
     kinds = ["start", "metrics", "metrics", "end"]
-    for path in folder.glob("tracking/*/journal.jsonl"):
-        lines, _ = _whole_lines(path, 0)
-        told = [line["kind"] for line in lines]
+    for path in folder.glob("tracking/*/*/journal.jsonl"):
+        told = [line["kind"] for line in journals.journal_lines(path.read_bytes())]
         assert told == kinds if passed else told == kinds[: len(told)]
-    assert not passed or list(folder.glob("tracking/*/journal.jsonl"))
-    steps = tracking._last_steps(folder / "tracking", tell.name)
+    assert not passed or list(folder.glob("tracking/*/*/journal.jsonl"))
+    steps = journals._last_steps(folder / "tracking", tell.name)
     assert steps in ({}, {"loss": 1}, {"loss": 2})
 
 

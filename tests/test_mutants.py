@@ -150,49 +150,51 @@ def two_at_once(place, _):
 
 
 def two_syncers(place, _):
-    from compactgpt import syncing
+    from compactgpt.tracking.mlflow_logger import RunFolder
 
-    with syncing._lock(place) as first, syncing._lock(place) as second:
+    folder = RunFolder(place / "a/b/c/d")
+    folder.path.mkdir(parents=True)
+    with folder.locked() as first, folder.locked() as second:
         assert (first, second) == (True, False)
 
 
 def torn_line(place, _):
     """A line that the disk took in part spoils neither its neighbours nor the next run."""
-    from compactgpt import tracking
+    from compactgpt.tracking import journal as journals
     from tests.disk import Fault
 
-    journal = tracking.Journal(place, "training", {"tags": {}})
+    journal = journals.Journal(place, "training", {"tags": {}})
     with pytest.raises(OSError), Fault(place, 0, "broken"):
         journal.metrics({"loss": 3.0}, 1)
     journal.metrics({"loss": 2.0}, 2)
     journal.end("FINISHED")
     path = journal.folder / "journal.jsonl"
-    kinds = [line["kind"] for line in tracking.journal_lines(path.read_bytes())]
+    kinds = [line["kind"] for line in journals.journal_lines(path.read_bytes())]
     assert kinds == ["start", "metrics", "end"]
-    assert tracking._last_steps(place / "tracking", journal.folder.name) == {"loss": 2}
+    assert journals._last_steps(place / "tracking", journal.folder.name) == {"loss": 2}
 
 
 def half_line(place, _):
     """A system call that takes a part of a line gets the rest."""
-    from compactgpt import tracking
+    from compactgpt.tracking import journal as journals
 
     real = os.write
     os.write = lambda handle, content: real(handle, content[:7])
-    tracking.Journal(place, "training", {"tags": {}}).end("FINISHED")
+    journals.Journal(place, "training", {"tags": {}}).end("FINISHED")
     os.write = real
-    (path,) = place.glob("tracking/*/journal.jsonl")
-    assert [line["kind"] for line in tracking.journal_lines(path.read_bytes())] == ["start", "end"]
+    (path,) = place.glob("tracking/*/*/journal.jsonl")
+    assert [line["kind"] for line in journals.journal_lines(path.read_bytes())] == ["start", "end"]
 
 
 def lost_start(place, _):
     """A journal that a power loss left as zeros stops no other one from being copied."""
-    from compactgpt import syncing
+    from compactgpt.tracking.mlflow_logger import run_folders
 
     for name, content in [("a", b"\0" * 50 + b"\n"), ("b", b'{"kind": "start"}\n'), ("c", b"")]:
-        path = place / ".state/tracking" / name / "journal.jsonl"
+        path = place / ".state/tracking" / name / name / "journal.jsonl"
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
-    assert [folder.name for folder in syncing.Syncer(place).pending()] == ["b"]
+    assert [folder.path.name for folder in run_folders(place)] == ["b"]
 
 
 def other_run(place, what):
@@ -220,7 +222,7 @@ def leftovers(place, _):
     assert sorted(path.name for path in place.iterdir()) == sorted(found)
 
 
-S, L, C, T = (f"compactgpt.{name}" for name in ("storage", "ledger", "checkpoint", "tracking"))
+S, L, C, T = (f"compactgpt.{name}" for name in ("storage", "ledger", "checkpoint", "tracking.journal"))
 MUTANTS = [
     Mutant(
         S,
@@ -325,11 +327,16 @@ MUTANTS = [
     Mutant(T, "        os.fsync(self._file)\n", "", "crashes:journal"),
     Mutant(T, "        fsync_folder(self.folder)\n", "", "crashes:journal"),
     Mutant(T, 'raw[: raw.rfind(b"\\n") + 1]', "raw", "cut_line:"),
-    Mutant("compactgpt.syncing", "return bool(journal_lines(file.readline()))", "return True", "lost_start:"),
     Mutant(
-        "compactgpt.syncing",
-        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "            pass",
+        "compactgpt.tracking.mlflow_logger",
+        "return [folder for folder in found if first_line(folder)]",
+        "return found",
+        "lost_start:",
+    ),
+    Mutant(
+        "compactgpt.tracking.mlflow_logger",
+        "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "                pass",
         "two_syncers:",
     ),
     Mutant(
@@ -355,9 +362,9 @@ def state_damage(place, _):
 
 def cut_line(place, _):
     """A line without its end is not there yet, even where it would be JSON."""
-    from compactgpt import tracking
+    from compactgpt.tracking import journal as journals
 
-    assert tracking.journal_lines(b'{"kind": "a"}\n{"kind": "b"}') == [{"kind": "a"}]
+    assert journals.journal_lines(b'{"kind": "a"}\n{"kind": "b"}') == [{"kind": "a"}]
 
 
 def apply(mutant):
@@ -396,7 +403,7 @@ def run_check(check, place, mutant=None):
 
 
 def warm_up():
-    for name in ("syncing", "checkpoint", "corpus", "documents"):
+    for name in ("tracking.mlflow_logger", "checkpoint", "corpus", "documents"):
         importlib.import_module(f"compactgpt.{name}")
     importlib.import_module("stages.door")
     importlib.import_module("pyarrow.parquet")

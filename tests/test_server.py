@@ -10,8 +10,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-
 from compactgpt.syncing import Syncer
+
 from tests.store import journal
 
 START_SECONDS = 120.0  # of a busy machine

@@ -301,7 +301,7 @@ def test_a_run_has_user_source_and_times_as_mlflow_sets_them(root):
 
 def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MissingInput, match=r"no dvc.yaml in .*: run this in the folder"):
+    with pytest.raises(MissingInput, match="run from the repository folder"):
         sync(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

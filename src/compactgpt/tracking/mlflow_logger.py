@@ -401,7 +401,7 @@ class Logger:
             {"kind": "metrics", "time_ms": start_ms, "step": step, "values": new} for step, new in skipped
         ]
         self._log_metrics([run_id], lines)
-        chain, cache = read_chain(Folder(after)), Cache(self.folder.root)
+        chain, cache = pipeline_run.kept_chain(Folder(after), found), Cache(self.folder.root)
         tags, datasets = pipeline_run.hashes(after, chain, cache, found)
         self._log_inputs(run_id, datasets)
         if found["status"] == "FINISHED" and "weights_sha256" in tags:
@@ -493,7 +493,7 @@ def sync(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = Fal
         Busy: another process still copies.
     """
     if not (root / CHAIN).exists():
-        raise MissingInput(f"no {CHAIN} in {root}: run this in the folder of a compactgpt repository")
+        raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: dict[str, UserError] = {}
     for wanted in [tracking_store(), *(folder.start["store"] for folder in run_folders(root))]:
         key = json.dumps(wanted)

@@ -206,11 +206,16 @@ def keep_files(place: Place, cache: Cache, before: Path, found: Mapping[str, Any
     (target / "environment/packages.txt").write_text(packages())
     facts = {"python": platform.python_version(), "platform": platform.platform()}
     write_json(target / "environment/machine.json", facts)
-    chain = read_chain(place) if found["stages"] else Chain([], {})
+    chain = kept_chain(place, found)
     for stage in valid_stages(found):
         for path, md5 in outs(chain.entries[stage]).items():
             if path.startswith("reports/") or _is_small_table(cache, path, md5):
                 checkout(cache, place, path, md5, target / path)
+
+
+def kept_chain(place: Place, found: Mapping[str, Any]) -> Chain:
+    """Return the stages and entries of a run; none where its dvc.lock can't be read."""
+    return read_chain(place) if found["stages"] else Chain([], {})
 
 
 def valid_stages(found: Mapping[str, Any]) -> list[str]:

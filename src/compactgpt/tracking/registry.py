@@ -45,14 +45,12 @@ def log_model(store: Store, trained: Trained) -> str:
     Raises:
         MissingInput: DVC's cache lacks the model or the tokenizer.
     """
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput, Metric
+    from mlflow.entities import Metric
 
     validation = next((one for one in trained.datasets if one["name"] == "val.tokens"), None)
-    if model_id := _logged(store, trained.weights):
-        store.client.log_inputs(trained.pipeline, models=[LoggedModelInput(model_id)])
-    else:
-        model_id = _log(trained, validation["digest"] if validation else "")
-        store.client.log_outputs(trained.pipeline, [LoggedModelOutput(model_id, 0)])
+    known = _logged(store, trained.weights)
+    model_id = known or _log(trained, validation["digest"] if validation else "")
+    _link(store, trained.pipeline, model_id, is_output=not known)
     data = (validation["name"], validation["digest"][:36]) if validation else (None, None)
     metrics = [
         Metric(one.key, one.value, one.timestamp, one.step, model_id, *data, trained.pipeline)
@@ -63,6 +61,20 @@ def log_model(store: Store, trained: Trained) -> str:
     ]
     store.client.log_batch(trained.pipeline, metrics=metrics)
     return model_id
+
+
+def _link(store: Store, run_id: str, model_id: str, *, is_output: bool) -> None:
+    """Show a model on the page of a run, which MLflow refuses to do twice."""
+    from mlflow.entities import LoggedModelInput, LoggedModelOutput
+
+    run = store.client.get_run(run_id)
+    linked = [*run.inputs.model_inputs, *(run.outputs.model_outputs if run.outputs else [])]
+    if model_id in (one.model_id for one in linked):
+        return
+    if is_output:
+        store.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+    else:
+        store.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
 
 
 def _logged(store: Store, weights: str) -> str:

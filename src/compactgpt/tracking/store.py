@@ -130,7 +130,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Undo what MLflow's setters write into the environment: the next journal would take it for the user's."""
+    """Undo what MLflow's setters write to the environment: a journal would take it for the user's."""
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
     before = {name: os.environ.get(name) for name in names}
     try:
