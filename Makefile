@@ -79,8 +79,8 @@ test-fuzz: $(STAMP) ## let a fuzzer look for bytes that a reader neither takes n
 	@test -d .state/atheris || uv pip install -q --python $(VENV)/bin/python --target .state/atheris -c requirements.lock atheris==3.0.0
 	@python bench/fuzz.py --seconds $${FUZZ_SECONDS:-60}
 
-test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
-	@TEST_SERVER=1 python -m pytest tests/test_server.py
+test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
+	@TEST_SERVER=1 python -m pytest tests/test_server.py tests/test_queue.py
 
 coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
 	@mkdir -p .state/coverage

@@ -39,7 +39,7 @@ def git(root: Path, *words: str) -> str:
 def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
     facts = {"tags": {}, "workspace": str(root), **process_facts(), **start}
     run = Journal(root / ".state", stage, facts, held=held)
-    run.keep_before(root)
+    run.keep_before(Path(facts["workspace"]))
     return run
 
 

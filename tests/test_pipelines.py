@@ -306,3 +306,45 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["model"].startswith("not logged")
     assert parent.data.tags["weights_sha256"] == "0" * 64
+
+
+def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, monkeypatch):
+    """Its scratch folder is being removed; the commit comes some seconds after its process has ended."""
+    store.git(root, "init", "-q")
+    store.git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
+    store.git(root, "commit", "-qm", "x")
+    baseline = store.git(root, "rev-parse", "HEAD")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in ("dvc.yaml", "dvc.lock"):
+        (scratch / name).write_bytes((root / name).read_bytes())
+    (scratch / "params.yaml").write_text("model: {n_layer: 3}")
+    pipeline = {**dvc(), "command": "dvc exp exec-run --infofile x.run"}
+    tags = {"dvc.experiment": "wide", "dvc.baseline": baseline}
+    run = journal(root, "training", pipeline=pipeline, workspace=str(scratch), tags=tags)
+    run.end("FINISHED")
+    assert not copy(root)  # no commit yet
+    (root / "params.yaml").write_text("model: {n_layer: 3}")
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 1.0}))
+    store.save_lock(root, STAGES, DEPS, model={"n_layer": 3})
+    store.git(root, "commit", "-qam", "wide")
+    store.git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
+    lock = (root / "dvc.lock").read_bytes()
+    make(root, 9.0)  # another experiment, in the workspace
+    sync(root)
+    (parent,) = wholes(root)
+    assert (parent.info.status, parent.info.run_name) == ("FINISHED", "wide")
+    assert parent.data.tags["lock_sha256"] == store.sha256(lock)
+    assert parent.data.tags["mlflow.source.name"] == "dvc exp run -n wide -S model.n_layer=3"
+
+
+def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
+    tags = {"dvc.experiment": "lost", "dvc.baseline": "0" * 40}
+    run = journal(root, "training", pipeline=dvc(), tags=tags)
+    run.end("FINISHED")
+    assert not copy(root)
+    monkeypatch.setattr(mlflow_logger, "OUTCOME_SECONDS", -1.0)
+    assert copy(root)
+    (parent,) = wholes(root)
+    assert parent.info.status == "FAILED"
+    assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]
