@@ -135,8 +135,8 @@ readme: $(STAMP) ## renew the tables that README.md quotes from the last run
 ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \
 	  || { echo "port $(PORT) is in use here: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
-	@compactgpt sync
-	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+	@compactgpt sync --warn
+	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?viewStateShareKey=pipelines&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
 	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from compactgpt.lineage import md5_of, md5_path
 from compactgpt.tracking.journal import Journal, process_facts
-from compactgpt.tracking.mlflow_logger import Logger, run_folders
+from compactgpt.tracking.mlflow_logger import Logger
+from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
 
 IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}

@@ -150,7 +150,7 @@ def two_at_once(place, _):
 
 
 def two_syncers(place, _):
-    from compactgpt.tracking.mlflow_logger import RunFolder
+    from compactgpt.tracking.run_folder import RunFolder
 
     folder = RunFolder(place / "a/b/c/d")
     folder.path.mkdir(parents=True)
@@ -188,7 +188,7 @@ def half_line(place, _):
 
 def lost_start(place, _):
     """A journal that a power loss left as zeros stops no other one from being copied."""
-    from compactgpt.tracking.mlflow_logger import run_folders
+    from compactgpt.tracking.run_folder import run_folders
 
     for name, content in [("a", b"\0" * 50 + b"\n"), ("b", b'{"kind": "start"}\n'), ("c", b"")]:
         path = place / ".state/tracking" / name / name / "journal.jsonl"
@@ -328,13 +328,13 @@ MUTANTS = [
     Mutant(T, "        fsync_folder(self.folder)\n", "", "crashes:journal"),
     Mutant(T, 'raw[: raw.rfind(b"\\n") + 1]', "raw", "cut_line:"),
     Mutant(
-        "compactgpt.tracking.mlflow_logger",
+        "compactgpt.tracking.run_folder",
         "return [folder for folder in found if first_line(folder)]",
         "return found",
         "lost_start:",
     ),
     Mutant(
-        "compactgpt.tracking.mlflow_logger",
+        "compactgpt.tracking.run_folder",
         "                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "                pass",
         "two_syncers:",
@@ -403,7 +403,7 @@ def run_check(check, place, mutant=None):
 
 
 def warm_up():
-    for name in ("tracking.mlflow_logger", "checkpoint", "corpus", "documents"):
+    for name in ("tracking.run_folder", "checkpoint", "corpus", "documents"):
         importlib.import_module(f"compactgpt.{name}")
     importlib.import_module("stages.door")
     importlib.import_module("pyarrow.parquet")

@@ -11,9 +11,10 @@ import pytest
 
 from compactgpt.errors import Unreachable
 from compactgpt.storage import read_json
-from compactgpt.tracking import mlflow_logger, registry
-from compactgpt.tracking.mlflow_logger import run_folders, sync
+from compactgpt.tracking import mlflow_logger, registry, run_folder
+from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
 from tests import store
 from tests.store import copy, journal, runs
@@ -202,13 +203,13 @@ def test_an_empty_lock_is_read_again_and_then_reported(root, monkeypatch):
     (root / "dvc.lock").write_bytes(b"")  # DVC writes it in place
     assert not copy(root)
     assert wholes(root)[0].info.status == "RUNNING"
-    monkeypatch.setattr(mlflow_logger, "OUTCOME_SECONDS", -1.0)
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", -1.0)
     assert copy(root)
     (parent,) = wholes(root)
     assert parent.info.status == "FAILED"
     assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]
     assert parent.data.metrics == {"eval/loss": 4.5}  # its own stage's
-    monkeypatch.setattr(mlflow_logger, "OUTCOME_SECONDS", 30.0)
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", 30.0)
     stage(root, "training", dvc())
     (root / "dvc.lock").write_bytes(b"")
     assert not copy(root)
@@ -343,7 +344,7 @@ def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
     run = journal(root, "training", pipeline=dvc(), tags=tags)
     run.end("FINISHED")
     assert not copy(root)
-    monkeypatch.setattr(mlflow_logger, "OUTCOME_SECONDS", -1.0)
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", -1.0)
     assert copy(root)
     (parent,) = wholes(root)
     assert parent.info.status == "FAILED"

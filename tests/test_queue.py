@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.tracking.mlflow_logger import run_folders, sync
+from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.run_folder import run_folders
 from tests import store
 from tests.store import runs
 from tests.test_pipelines import fates

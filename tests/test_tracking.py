@@ -28,8 +28,9 @@ from compactgpt.tracking.journal import (
     machine_facts,
     numbers,
 )
-from compactgpt.tracking.mlflow_logger import RunFolder, sync
+from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics, tuned_params
+from compactgpt.tracking.run_folder import RunFolder
 from compactgpt.tracking.store import open_store
 from tests.store import copy, git, journal, runs
 

@@ -34,7 +34,7 @@ _ABOUT = (
     "The charts of pipelines: add `?viewStateShareKey=pipelines` to the address of this experiment."
 )
 # What the address with `viewStateShareKey=pipelines` opens: pipelines only, the loss curves first.
-_GROUPS = ("train", "val", "eval", "baselines")
+_GROUPS = ("train", "val", "eval")  # MLflow appends the others
 _CURVES = ("train/loss", "val/loss")
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
@@ -117,12 +117,12 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         client = mlflow.MlflowClient()
         name = wanted["experiment"]
         if name and not client.get_experiment_by_name(name):
-            client.create_experiment(
-                name, str(database.parent / ARTIFACTS) if database else None, EXPERIMENT_TAGS
-            )
+            client.create_experiment(name, str(database.parent / ARTIFACTS) if database else None)
         if database and database.parent == root.resolve():
             _keep_artifacts_here(database)
         experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
+        for key in EXPERIMENT_TAGS.keys() - experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
         return Store(
             client, experiment.experiment_id, f"{experiment.experiment_id}@{experiment.creation_time}"
         )
