@@ -36,7 +36,7 @@ def texts(name: str, inputs: list[bytes]) -> Target:
     def target(folder: Path) -> tuple[list[bytes], Reader]:
         from compactgpt.textfiles import Rules, read_texts
 
-        rules = Rules("text", 10_000, 5_000, 100_000)
+        rules = Rules("text", 10_000, 5_000, 100_000, 200, 0)
 
         def read(content: bytes) -> None:
             (folder / name).write_bytes(content)

@@ -4,6 +4,7 @@
     python bench/training.py --nanogpt nanoGPT                    # the demo's shape
     python bench/training.py --nanogpt nanoGPT --shape note --compiled
     python bench/training.py --nanogpt nanoGPT --to-loss          # the loss of 3 minutes, in how long?
+    python bench/training.py --nanogpt nanoGPT --to-loss --seeds 1 2 3 --json to-loss.json
     python bench/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
 
 Each engine is a process of its own with the same number of threads, the same initial weights and the same
@@ -27,13 +28,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from compactgpt.config import Params, load_params  # noqa: E402
+from compactgpt.config import Params, lay_over, load_params, parse_params, read_yaml  # noqa: E402
+from compactgpt.experiments import patch  # noqa: E402
 from compactgpt.sizes import flops_per_token  # noqa: E402
 
 # What both run in the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
 ADAMW = {
     "optimizer": "adamw", "learning_rate": 3e-4, "embedding_learning_rate": 3e-4, "schedule": "constant",
     "warmup_steps": 0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.99, "grad_clip": 1.0,
+    "head": "full", "init_unigram": 0.0,
 }  # fmt: skip
 # nanoGPT's own settings for a model of the demo's size (README, "I only have a macbook"; config/
 # train_shakespeare_char.py): what --to-loss lets it train with.
@@ -42,23 +45,27 @@ SMALL = {**ADAMW, "learning_rate": 1e-3, "embedding_learning_rate": 1e-3, "sched
 NOTE = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
 BUDGET = {"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
 SECONDS = 180  # of nanoGPT's training in --to-loss
-VAL_WINDOWS = 256
+FULL_SOFTMAX = "full-softmax"  # the experiment whose recipe --to-loss trains beside the one of params.yaml
+TURNS = 30  # in which the runs of --to-loss take the machine, one after the other
 GPU_UPDATES = 20  # that are timed together: a GPU works behind the program
 GPU = {**ADAMW, "dtype": "bfloat16", "compile": True}
 
 
-def params_of(shape: str, sequences: int, device: str = "cpu", **training: Any) -> Params:
-    """params.yaml with a shape and a recipe; so many sequences a step, in one micro-batch if not told."""
+def params_of(
+    shape: str, sequences: int, device: str = "cpu", model: dict[str, Any] | None = None, **training: Any
+) -> Params:
+    """params.yaml with a shape and a recipe; the sequences are a step's, unless the recipe says."""
     params = load_params(ROOT / "params.yaml")
-    model = params.model.model_copy(update=NOTE if shape == "note" else {})
+    changes = {**(NOTE if shape == "note" else {}), **(model or {})}
+    shaped = params.model.model_copy(update=changes)
     budget = {
-        "tokens_per_step": sequences * model.block_size,
+        "tokens_per_step": sequences * shaped.block_size,
         "micro_batch_size": sequences,
         "max_steps": 10**9,
     }
     changed = params.training.model_copy(update={**budget, **training})
     runtime = params.runtime.model_copy(update={"device": device, "log_interval": 10**9})
-    return params.model_copy(update={"model": model, "training": changed, "runtime": runtime})
+    return params.model_copy(update={"model": shaped, "training": changed, "runtime": runtime})
 
 
 # --- the engines: a process each ---------------------------------------------------------------------------
@@ -70,10 +77,10 @@ class Ours:
     def __init__(self, order: dict[str, Any], params: Params) -> None:
         from compactgpt import training
         from compactgpt.distributed import Group
-        from compactgpt.launching import Place
+        from compactgpt.launching import DistInfo
 
         splits = training.open_splits(Path(order["tokens"]))
-        self.run = training._Run(params, splits, Path("unused"), Group(Place(), "fast"))
+        self.run = training._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))
 
     def steps(self, count: int) -> list[float]:
         """Make updates; their losses in nats per token."""
@@ -212,7 +219,9 @@ class Peak:
 
 def work(order: dict[str, Any]) -> None:
     """Be one engine: answer each line of stdin with one of JSON."""
-    params = params_of(order["shape"], order["sequences"], order["device"], **order["training"])
+    params = params_of(
+        order["shape"], order["sequences"], order["device"], order["model"], **order["training"]
+    )
     ours = order["engine"].startswith("ours") or order["engine"] == "products"
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
@@ -227,11 +236,7 @@ def work(order: dict[str, Any]) -> None:
     say({"ready": True})
     for line in sys.stdin:
         if line.strip() == "val":
-            from compactgpt import training
-
-            run = engine.run.splits if ours else engine.splits
-            windows = training._chosen_windows(run.val, params.model.block_size, VAL_WINDOWS)
-            say({"val_loss": training.validation_loss(engine.our_model(), windows, 4)})
+            say(validation(engine.our_model(), engine.run.splits if ours else engine.splits))
             continue
         begin = time.perf_counter()
         losses = engine.steps(order["updates"])
@@ -240,6 +245,27 @@ def work(order: dict[str, Any]) -> None:
         seconds = (time.perf_counter() - begin) / order["updates"]
         peak = torch.cuda.max_memory_allocated() if gpu else peak_bytes()
         say({"seconds": seconds, "losses": losses, "peak_bytes": peak})
+
+
+def validation(model: Any, splits: Any) -> dict[str, Any]:
+    """The loss over the whole val split by the full softmax, and by the place of a target in its window."""
+    import torch
+
+    from compactgpt import training
+    from compactgpt.data import evaluation_windows
+
+    model.eval()
+    by_place: dict[int, list[float]] = {}
+    with torch.no_grad():
+        for window in evaluation_windows(splits.val, model.shape.block_size):
+            for place, nats in enumerate(training._window_nats(model, [window]), start=1):
+                by_place.setdefault(place, []).append(nats)
+
+    def mean(first: int, last: int) -> float:
+        nats = [each for place in range(first, last + 1) for each in by_place.get(place, [])]
+        return math.fsum(nats) / len(nats)
+
+    return {"val_loss": mean(1, max(by_place)), "position_2": mean(2, 2), "positions_33_to_64": mean(33, 64)}
 
 
 def say(value: dict[str, Any]) -> None:
@@ -260,13 +286,19 @@ def peak_bytes() -> int:
 class Worker:
     """An engine's process, asked for one step at a time."""
 
-    def __init__(self, engine: str, options: argparse.Namespace, training: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: str,
+        options: argparse.Namespace,
+        training: dict[str, Any],
+        model: dict[str, Any] | None = None,
+    ) -> None:
         self.engine, self.peak = engine, 0
         self.seconds: list[float] = []
         self.losses: list[float] = []
         order = {"engine": engine, "shape": options.shape, "sequences": options.sequences,
                  "training": training, "tokens": str(options.tokens), "nanogpt": str(options.nanogpt),
-                 "device": options.device,
+                 "device": options.device, "model": model,
                  "updates": GPU_UPDATES if options.device == "cuda" else 1}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps(order)],
@@ -383,32 +415,81 @@ def compare(options: argparse.Namespace) -> None:
         sys.exit("the losses differ: this compares two different computations")
 
 
-def to_loss(options: argparse.Namespace) -> None:
-    """Let nanoGPT train for SECONDS with its recipe, and ours for a share of it, in turns."""
-    params = params_of(options.shape, options.sequences)
-    tuned = params.training.model_dump(exclude=BUDGET)
-    probes = [Worker("nanogpt", options, SMALL), Worker("ours-tuned", options, tuned)]
+def recipe_of(tree: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of training and the shape of a parsed params.yaml."""
+    params = parse_params(tree)
+    return {**params.training.model_dump(exclude={"launcher"}), "seed": seed}, params.model.model_dump()
+
+
+def seconds_a_step(
+    options: argparse.Namespace, recipes: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, float]:
+    """Median seconds of a step of each recipe, in paired steps."""
+    probes = [
+        Worker(engine, options, {**training, "max_steps": 10**9}, model)
+        for engine, (training, model) in recipes.items()
+    ]
     paired(probes, 8, 3)
-    seconds = [statistics.median(probe.seconds) for probe in probes]
     for probe in probes:
         probe.end()
-    budgets = (SECONDS, SECONDS * options.share)
-    steps = [int(budget / each) for budget, each in zip(budgets, seconds, strict=True)]
-    theirs = Worker("nanogpt", options, {**SMALL, "max_steps": steps[0]})
-    ours = Worker("ours-tuned", options, {**tuned, "max_steps": steps[1]})
-    for worker in (theirs, ours):
+    return {probe.engine: statistics.median(probe.seconds) for probe in probes}
+
+
+def in_turns(runs: list[tuple[Worker, int]]) -> None:
+    """Let each worker make its number of steps, all at the same share of them after every turn."""
+    for worker, _ in runs:
         worker._answer()  # that it is ready
-    for turn in range(1, 31):
-        for worker, count in ((theirs, steps[0]), (ours, steps[1])):
-            while len(worker.losses) < round(count * turn / 30):
+    for turn in range(1, TURNS + 1):
+        for worker, count in runs[:: 1 if turn % 2 else -1]:
+            while len(worker.losses) < round(count * turn / TURNS):
                 worker.step()
-    for worker in (theirs, ours):
-        loss = worker.ask("val")["val_loss"]
-        print(f"{worker.engine:12} {len(worker.losses):5} steps, {sum(worker.seconds):6.1f} s of training: "
-              f"val loss {loss:.4f} nats per token")  # fmt: skip
+
+
+def to_loss(options: argparse.Namespace) -> None:
+    """Train nanoGPT for SECONDS, ours for a share of it, and both recipes of ours whole, in turns."""
+    found = []
+    for seed in options.seeds:
+        found.append(one_race(options, seed))
+        if options.json:
+            options.json.write_text(json.dumps({"shape": options.shape, "runs": found}, indent=2) + "\n")
+
+
+def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """All runs of one seed, each with its schedule to the end."""
+    tree = read_yaml(ROOT / "params.yaml")
+    ours = recipe_of(tree, seed)
+    lay_over(tree, patch(FULL_SOFTMAX, ROOT / "conf"))
+    before = recipe_of(tree, seed)
+    nanogpt = {**SMALL, "seed": seed}, ours[1]
+    seconds = seconds_a_step(options, {"nanogpt": nanogpt, "ours": ours})
+    planned = [
+        ("nanogpt", nanogpt, int(SECONDS / seconds["nanogpt"])),
+        ("ours-short", ours, int(SECONDS * options.share / seconds["ours"])),
+        ("ours-before", before, before[0]["max_steps"]),
+        ("ours", ours, ours[0]["max_steps"]),
+    ]
+    runs = [
+        (Worker(name, options, {**training, "max_steps": count}, model), count)
+        for name, (training, model), count in planned
+    ]
+    in_turns(runs)
+    result: dict[str, Any] = {"seed": seed}
+    for worker, count in runs:
+        spent = sum(worker.seconds)
+        result[worker.engine] = {"steps": count, "seconds": spent, "bytes": worker.peak, **worker.ask("val")}
         worker.end()
-    share = sum(ours.seconds) / sum(theirs.seconds)
-    print(f"ours took {share:.2f} of nanoGPT's time for this; each ran its schedule to the end")
+        figures = result[worker.engine]
+        print(f"seed {seed} {worker.engine:12} {count:5} steps, {spent:6.1f} s: val loss "
+              f"{figures['val_loss']:.4f} nats per token, at position 2 {figures['position_2']:.3f}, at 33 "
+              f"to 64 {figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB")  # fmt: skip
+    for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before")):
+        share = result[name]["seconds"] / result[base]["seconds"]
+        gain = result[base]["val_loss"] - result[name]["val_loss"]
+        print(
+            f"seed {seed} {name} took {share:.3f} of {base}'s time and ends {gain:.4f} nats per token lower",
+            flush=True,
+        )
+    return result
 
 
 def main() -> None:
@@ -426,7 +507,8 @@ def main() -> None:
     parser.add_argument(
         "--to-loss", action="store_true", help=f"wall-clock to nanoGPT's loss after {SECONDS} s"
     )
-    parser.add_argument("--share", type=float, default=1 / 3, help="of nanoGPT's time, for ours in --to-loss")
+    parser.add_argument("--share", type=float, default=1 / 8, help="of nanoGPT's time, for ours in --to-loss")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="of the runs of --to-loss")
     parser.add_argument(
         "--json", type=Path, help="write the figures too: `compactgpt gate --bench` reads them"
     )

@@ -6,14 +6,17 @@ from typing import Annotated
 import typer
 
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages.door import ParamsFile, TrackerName, matrix_item, new_app, open_stage
 
 app = new_app()
 
 
 @app.command()
 def main(
-    name: Annotated[str, typer.Argument(help="One of baseline.specs in params.yaml.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="One of baseline.specs in params.yaml; under DVC the one of the stage's name."),
+    ] = "",
     tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     totals: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data/baseline"),
@@ -29,6 +32,9 @@ def main(
     from compactgpt.generation import write_on_all
     from compactgpt.tasks import run_tasks
 
+    name = name or matrix_item()
+    if not name:
+        raise typer.BadParameter("name one of baseline.specs in params.yaml", param_hint="NAME")
     with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
         settings = stage.params.evaluation
         likelihood, encoding = settings.likelihood, load_encoding(tokenizer)
@@ -48,9 +54,7 @@ def main(
         report = summarize(name, model, found, split, likelihood)
         if isinstance(model, Neural):
             report["text"] = write_on_all(model, split, encoding, settings.text, progress)
-            report["tasks"] = run_tasks(
-                model, split, encoding, settings.tasks, likelihood, around.state, progress
-            )
+            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, likelihood, progress)
         stage.report(reports / f"{name}.json", report)
 
 

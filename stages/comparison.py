@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.words import Language
+from compactgpt.reporting.messages import Language
 from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
@@ -25,44 +25,50 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data"),
     models: Annotated[Path, typer.Option(help="Folder of our model.")] = Path("models"),
     show: Annotated[bool, typer.Option("--show", help="Only print the table of the last run.")] = False,
-    readme: Annotated[Path | None, typer.Option(help="Only renew the tables that this page quotes.")] = None,
+    quote: Annotated[
+        list[Path] | None, typer.Option(help="Only renew the tables that this page quotes.")
+    ] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Regenerate the note's table from what is known."""
-    if show or readme:
+    if show or quote:
         tracker = "none"
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:
             _show(reports, stage.params.comparison.language)
-        elif readme:
-            _renew(readme, reports)
+        elif quote:
+            _renew(quote, inputs, reports)
         else:
             _compare(stage, inputs, reports, data, models)
 
 
 def _show(reports: Path, language: Language) -> None:
-    from compactgpt import rendering
-    from compactgpt.publication import RECORD
+    from compactgpt.reporting.html import RECORD
+    from compactgpt.reporting.tables import terminal
     from compactgpt.storage import read_json
 
     width = max(shutil.get_terminal_size((120, 24)).columns, 80)
     colour = sys.stdout.isatty()
-    typer.echo(rendering.terminal(read_json(reports / RECORD), width=width, colour=colour, language=language))
+    typer.echo(terminal(read_json(reports / RECORD), width=width, colour=colour, language=language))
 
 
-def _renew(page: Path, reports: Path) -> None:
-    from compactgpt import rendering
-    from compactgpt.publication import RECORD
+def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
+    from compactgpt.claims import Claims
+    from compactgpt.config import load_section
+    from compactgpt.reporting.html import RECORD
+    from compactgpt.reporting.markdown import claims_in_english, quote_tables, quoted_tables
     from compactgpt.storage import read_json, write_text
 
-    report = rendering.markdown(read_json(reports / RECORD))
-    write_text(page, rendering.quote_tables(page.read_text("utf-8"), report))
+    claims = load_section(inputs / "claims.yaml", Claims).claims
+    tables = quoted_tables(read_json(reports / RECORD)) | {"claims": claims_in_english(claims)}
+    for page in pages:
+        write_text(page, quote_tables(page.read_text("utf-8"), tables))
 
 
 def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path) -> None:
     from compactgpt.comparison import compare, measured_values
-    from compactgpt.publication import published_files
     from compactgpt.readings import read_sources
+    from compactgpt.reporting.html import published_files
     from compactgpt.storage import write_bytes
 
     sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)

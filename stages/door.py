@@ -7,6 +7,7 @@ into one sentence and an exit code.
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -20,10 +21,10 @@ from typing import Annotated, Any
 import typer
 
 from compactgpt.common.git import git_facts
-from compactgpt.config import Params, load_params
-from compactgpt.console import Bar, told_clearly
-from compactgpt.errors import Busy
-from compactgpt.launching import Nodes, launch, own_place, under_torchrun
+from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
+from compactgpt.console import Bar, report, told_clearly
+from compactgpt.errors import BadConfig, Busy
+from compactgpt.launching import dist_info, launch, under_torchrun
 from compactgpt.lineage import keep_lock
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
@@ -52,6 +53,14 @@ def new_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def matrix_item() -> str:
+    """Return which one of a matrix stage DVC runs: what follows the `@` in the stage's name.
+
+    DVC passes it in the environment, so that no text of params.yaml becomes part of a shell command.
+    """
+    return os.environ.get("DVC_STAGE", "").partition("@")[2]
+
+
 @dataclass(frozen=True)
 class Stage:
     """What a door hands to its one call."""
@@ -69,7 +78,7 @@ class Stage:
     def say(self, message: str) -> None:
         """Tell the person who waits something, once, on stderr."""
         if self.leads:
-            print(f"{self.name}: {message}", file=sys.stderr, flush=True)
+            report(f"{self.name}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
         """Log a short text as a file."""
@@ -84,6 +93,11 @@ class Stage:
         if metrics := stage_metrics(self.full_name or self.name, value):
             self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
+
+    def data_docs(self, folder: Path) -> None:
+        """Log Great Expectations' pages, and print where they are."""
+        self.tracker.artifact(folder, "data_docs")
+        self.say(f"Data Docs: {folder / 'index.html'}")
 
 
 @contextmanager
@@ -110,7 +124,9 @@ def open_stage(
     with _stoppable(), told_clearly("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
         params = load_params(params_file)
-        if not own_place().leads:
+        if item and not re.fullmatch(NAME_PATTERN, item):
+            raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
+        if not dist_info().is_main_process:
             yield Stage(name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
@@ -174,28 +190,24 @@ def _datasets(name: str) -> list[dict[str, str]]:
     return token_files(read_manifest(folder)["files"], contexts)
 
 
-def share_out(module: str, params_file: Path, nodes: Nodes, options: Mapping[str, Any]) -> None:
-    """Where several processes are asked for, start this machine's by torchrun, and leave when all have ended.
+def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
+    """Start the processes that training.launcher asks for, wait for them, and exit with their exit code.
 
-    Does nothing in a process that torchrun started.
+    Returns at once where one process is enough, and in a process that torchrun started.
 
     Args:
-        module: the door.
+        module: the stage script.
         params_file: params.yaml.
-        nodes: the machines.
-        options: of the door, by name.
+        options: of the stage script, by name.
     """
     with told_clearly():
         launcher = load_params(params_file).training.launcher
-        if launcher.processes * nodes.count == 1 or under_torchrun():
+        if launcher.processes == 1 or under_torchrun():
             return
         _die_with_parent()
-        if nodes.count > 1:
-            meeting = f"{module.rpartition('.')[2]}: {nodes.count} machines meet at {nodes.rendezvous}"
-            print(meeting, file=sys.stderr, flush=True)
         words = [f"--{name}={value}" for name, value in options.items()]
         with _stoppable():
-            exit_code = launch(module, [f"--params={params_file}", *words], launcher, nodes)
+            exit_code = launch(module, [f"--params={params_file}", *words], launcher)
         raise typer.Exit(exit_code)
 
 

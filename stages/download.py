@@ -35,7 +35,7 @@ def main(
             state=state_folder(),
             num_workers=stage.params.runtime.num_workers,
             progress=stage.progress("texts" if stage.params.download.corpus == "hub" else "files"),
-            say=lambda message: typer.echo(f"download: {message}", err=True),
+            say=stage.say,
         )
         stage.report(report, facts)
 

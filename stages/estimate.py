@@ -1,10 +1,11 @@
-"""Door of compactgpt.estimate: params.yaml -> reports/estimate.json."""
+"""Entry point of compactgpt.estimate: params.yaml -> reports/estimate.json, data/inputs.json."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from compactgpt.storage import write_json
 from stages.door import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
@@ -17,14 +18,21 @@ def main(
         "results/ladder.json"
     ),
     report: Annotated[Path, typer.Option(help="What is written.")] = Path("reports/estimate.json"),
+    checked: Annotated[Path, typer.Option(help="Says that the inputs were checked.")] = Path(
+        "data/inputs.json"
+    ),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Write down what the run will be, before it is run."""
+    """Check the inputs of the whole pipeline, and estimate what the run will be, before anything runs."""
     from compactgpt.estimate import estimate
+    from compactgpt.inputs import check_dependencies
     from compactgpt.ladder import read_ladder
 
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:
+        check_dependencies(Path())
+        # Every other stage waits for this file, so its bytes are always the same.
+        write_json(checked, {"checked": ["params.yaml", "files of the dependencies"]})
         stage.report(report, estimate(stage.params, read_ladder(ladder)))
 
 

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.tracking import state_folder
 from stages.door import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
@@ -47,9 +46,7 @@ def main(
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}
-        report["tasks"] = run_tasks(
-            compact, split, encoding, settings.tasks, likelihood, state_folder(), asked
-        )
+        report["tasks"] = run_tasks(compact, split, encoding, settings.tasks, likelihood, asked)
         stage.report(reports / "evaluation.json", report)
         write_json(reports / "metrics.json", headline(report))
 

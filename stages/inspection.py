@@ -1,4 +1,4 @@
-"""Door of compactgpt.inspection: documents, token files -> reports/inspection.json, data/inspection.json."""
+"""Stage inspection: documents, token files -> reports/inspection.json, data/inspection.json, Data Docs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +16,11 @@ def main(
     tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/inspection.json"),
     pass_file: Annotated[Path, typer.Option(help="What training waits for.")] = Path("data/inspection.json"),
-    docs: Annotated[Path, typer.Option(help="Folder for Great Expectations' own pages.")] = Path(
-        "data/data_docs/tokens"
-    ),
+    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/tokens"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Judge the token files; the report is written before a failed expectation stops the pipeline."""
+    """Check the token files. The report is written before a failed expectation stops the pipeline."""
     from compactgpt.inspection import inspect, passed
     from compactgpt.storage import write_json
     from compactgpt.validation import require_success
@@ -37,6 +35,7 @@ def main(
             progress=stage.progress("documents"),
         )
         stage.report(report, facts)
+        stage.data_docs(docs)
         require_success(
             facts,
             "the token files",

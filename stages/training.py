@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.launching import Nodes, own_place
+from compactgpt.launching import dist_info
 from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, share_out
+from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
 app = new_app()
 
@@ -24,17 +24,11 @@ def main(
     tokenizer: Annotated[Path, typer.Option(help="Decodes the samples; no result depends on it.")] = Path(
         "data/tokenizer"
     ),
-    nodes: Annotated[
-        int, typer.Option(min=1, envvar="COMPACTGPT_NODES", help="Machines that train one model together.")
-    ] = 1,
-    rendezvous: Annotated[
-        str, typer.Option(envvar="COMPACTGPT_RENDEZVOUS", help="Where they meet: host:port of one of them.")
-    ] = "",
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Train the compact model, or go on where an interrupted run was."""
     paths = {"tokens": tokens, "model": model, "report": report, "curve": curve, "tokenizer": tokenizer}
-    share_out("stages.training", params_file, Nodes(nodes, rendezvous), {**paths, "tracker": tracker})
+    start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime)
         from compactgpt import training
@@ -67,11 +61,11 @@ class _Telling:
         from compactgpt import training, watching
 
         self.stage, self.bar = stage, stage.progress("steps")
-        stage.say(budget := training.budget(stage.params, own_place().size))
+        stage.say(budget := training.budget(stage.params, dist_info().world_size))
         stage.tracker.tags({"make_up_of_a_step": budget})
         self.band = watching.expected_band(stage.params)
         stage.tracker.params(self.band.frozen())
-        self.used = watching.Utilisation(stage.params, own_place().size) if stage.leads else None
+        self.used = watching.Utilisation(stage.params, dist_info().world_size) if stage.leads else None
         self.watch = watching.Sampler(stage.params.runtime, tokenizer, self.sample)
 
     def progress(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Door of compactgpt.validation: data/documents/ -> reports/validation.json, data/data_docs/."""
+"""Stage validation: data/documents/ -> reports/validation.json, Data Docs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,20 +14,19 @@ app = new_app()
 def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/validation.json"),
-    docs: Annotated[Path, typer.Option(help="Folder for Great Expectations' own pages.")] = Path(
-        "data/data_docs/documents"
-    ),
+    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/documents"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Judge the documents; the report is written before a failed expectation stops the pipeline."""
+    """Check the documents. The report is written before a failed expectation stops the pipeline."""
     from compactgpt.validation import require_success, validate
 
     with open_stage("validation", params_file, tracker, ("validation",)) as stage:
         facts = validate(documents, docs, stage.params.validation, progress=stage.progress("documents"))
         stage.report(report, facts)
+        stage.data_docs(docs)
         require_success(
-            facts, "the documents", "mend the corpus, or change the bounds in params.yaml (validation)"
+            facts, "the documents", "repair the corpus, or change the bounds in params.yaml (validation)"
         )
 
 

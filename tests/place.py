@@ -89,7 +89,14 @@ def make_place(folder: Path) -> Path:
     part = {"name": "numpy", "version": "2.4.6", "licence": "BSD-3-Clause", "documents": 40, "bytes": 9}
     write(
         reports / "download.json",
-        {"corpus": "docstrings", "documents": 90, "bytes": 9000, "left_out": {"short": 3}, "sources": [part]},
+        {
+            "corpus": "docstrings",
+            "name": "docstrings",
+            "documents": 90,
+            "bytes": 9000,
+            "left_out": {"short": 3},
+            "sources": [part],
+        },
     )
     splits = {"train": {**SPLIT, "sha256": "b" * 64}, "val": {**SPLIT, "sha256": "a" * 64}}
     tokenizer = {"encoding": "gpt2", "tokenizer_sha256": "c" * 64}

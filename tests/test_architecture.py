@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from compactgpt.config import Params, read_yaml
-from compactgpt.provenance import code_hashes, rooms_of
+from compactgpt.provenance import code_hashes, imported_modules, rooms_of
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {path.stem: path for path in (ROOT / "src/compactgpt").glob("*.py")}
-PACKAGES = {
-    f"{path.parent.name}.{path.stem}": path
-    for path in (ROOT / "src/compactgpt").glob("*/*.py")
-    if path.stem != "__init__"
+PACKAGE = ROOT / "src/compactgpt"
+# by name with dots: modules in folders too, such as `reporting.tables`
+ROOMS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent == PACKAGE or path.stem != "__init__"
 }
-MODULES = ROOMS | PACKAGES
 STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
 PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
@@ -95,7 +95,7 @@ for name in {modules}:
 def test_importing_the_rooms_loads_no_heavy_library():
     # exponentials_kernel needs Triton, which comes with torch for Nvidia's GPUs only.
     others = {"__init__", "cli", "exponentials_kernel"}
-    rooms = [f"compactgpt.{name}" for name in sorted(set(MODULES) - others)]
+    rooms = [f"compactgpt.{name}" for name in sorted(set(ROOMS) - others)]
     assert loaded_by(["compactgpt"], [*HEAVY, "torch", "numpy"]) == []
     assert loaded_by(rooms, HEAVY) == []
 
@@ -127,7 +127,7 @@ def heavy_imports(path: Path) -> set[str]:
     ],
 )
 def test_a_heavy_library_has_its_room(library, rooms):
-    assert {name for name, path in MODULES.items() if library in heavy_imports(path)} == rooms
+    assert {name for name, path in ROOMS.items() if library in heavy_imports(path)} == rooms
 
 
 def test_each_library_that_a_room_imports_is_asked_for_by_the_package():
@@ -135,13 +135,13 @@ def test_each_library_that_a_room_imports_is_asked_for_by_the_package():
     asked = {"core": project["dependencies"], **project["optional-dependencies"]}
     names = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for lines in asked.values() for line in lines}
     names.add("triton")  # comes with torch for Nvidia's GPUs, and is asked for there only
-    for name, path in MODULES.items():
+    for name, path in ROOMS.items():
         imported = {"ruamel.yaml" if found == "ruamel" else found for found in heavy_imports(path)}
         assert imported - set(sys.stdlib_module_names) - {"compactgpt"} <= names, name
 
 
 def test_rooms_never_look_out_of_the_door():
-    for name, path in MODULES.items():
+    for name, path in ROOMS.items():
         allowed = {"typer"} if name == "cli" else set()
         assert not heavy_imports(path) & {"stages", "typer", "dvc"} - allowed, name
 
@@ -149,7 +149,7 @@ def test_rooms_never_look_out_of_the_door():
 def groups_of_the_page() -> dict[str, list[str]]:
     page = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| \[\w+\]\(reference/(\w+)\.md\) \|.*\| (.*) \|$", page, re.MULTILINE)
-    return {group: re.findall(r"`(\w+)`", rooms) for group, rooms in rows}
+    return {group: re.findall(r"`([\w.]+)`", rooms) for group, rooms in rows}
 
 
 def test_the_pages_groups_are_the_rooms_and_imports_go_up_the_table():
@@ -163,12 +163,7 @@ def test_the_pages_groups_are_the_rooms_and_imports_go_up_the_table():
 @cache
 def rooms_imported(room: str) -> set[str]:
     """The rooms that a room imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "compactgpt":
-            names = [node.module, *(f"compactgpt.{alias.name}" for alias in node.names)]
-            found |= {name.split(".")[1] for name in names if "." in name} & set(ROOMS)
-    return found
+    return {name.replace("/", ".") for name in imported_modules(ROOT, ROOMS[room])}
 
 
 def test_no_rooms_import_each_other_in_a_circle():
@@ -180,7 +175,7 @@ def test_no_rooms_import_each_other_in_a_circle():
 def test_the_reference_has_each_room_in_its_group():
     for group, rooms in groups_of_the_page().items():
         page = (ROOT / f"docs/reference/{group}.md").read_text()
-        assert re.findall(r"^::: compactgpt\.(\w+)$", page, re.MULTILINE) == rooms
+        assert re.findall(r"^::: compactgpt\.([\w.]+)$", page, re.MULTILINE) == rooms
 
 
 def test_the_picture_shows_the_chain_as_dvc_has_it():
@@ -210,7 +205,7 @@ def test_the_readmes_tree_is_the_disks():
         if not line.startswith("    "):
             folder = name if name.endswith("/") else ""
         named.add(name if not line.startswith("    ") else folder + name)
-    rooms = {f"src/compactgpt/{path.name}" for path in ROOMS.values() if path.stem != "__init__"}
+    rooms = {str(path.relative_to(ROOT)) for name, path in ROOMS.items() if name != "__init__"}
     doors = {f"stages/{path.name}" for path in STAGES.values() if path.stem != "__init__"}
     for path in named:
         assert (ROOT / path).exists(), f"the README names {path}"
@@ -239,7 +234,7 @@ def test_what_a_page_names_is_there(page):
 
 
 def test_nothing_reads_or_writes_pickle():
-    for path in [*MODULES.values(), *STAGES.values()]:
+    for path in [*ROOMS.values(), *STAGES.values()]:
         text = path.read_text()
         assert not re.search(
             r"\bpickle\b|torch\.(save|load)\(|allow_pickle=True|trust_remote_code=True", text

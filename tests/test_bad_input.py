@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from compactgpt import baseline, references, regression, rendering
+from compactgpt import baseline, references, regression
 from compactgpt.checkpoint import load_model, load_newest_state, save_model, save_state
 from compactgpt.claims import Claims, judge
 from compactgpt.comparison import compare
@@ -32,6 +32,7 @@ from compactgpt.errors import BadData, UserError
 from compactgpt.export import load_hf, save_hf
 from compactgpt.optim import Optimizers
 from compactgpt.readings import read_sources
+from compactgpt.reporting.markdown import comparison
 from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest, write_json
 from compactgpt.verification import Verification, check_numbers, looked_at
 from tests.place import LIKELIHOOD, PARAMS, ROOT, make_place
@@ -476,7 +477,7 @@ def test_reports_given_to_the_comparison(place, name, changes):
     path = place / f"reports/{name}.json"
 
     def read():
-        rendering.markdown(json.loads(json.dumps(compare(sources(place), LIKELIHOOD))))
+        comparison(json.loads(json.dumps(compare(sources(place), LIKELIHOOD))))
 
     with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
         is_refused(read, "reports, comparison")

@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 
-import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from tests.tiny import (
     LIKELIHOOD,
     MERGES,
     TEXTS,
+    save_gguf,
     save_params,
     save_split,
     save_tokenizer,
@@ -389,39 +389,14 @@ def test_an_unreachable_hub_is_said_at_once(around):
     """conftest sets HF_HUB_OFFLINE, so that the hub's own client refuses."""
     with pytest.raises(Unreachable, match="the hub can't be reached for some/model"):
         load(around, kind="hub", repo="some/model", revision=REVISION)
-    assert not any((around.state / "hub").glob("*"))
 
 
-def answer(monkeypatch, tmp_path):
-    """A hub that has the tiny GPT-2."""
-    calls = []
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: calls.append("info"))
-
-    def snapshot_download(repo, *, revision, local_dir, **_patterns):
-        assert (repo, revision) == ("some/model", REVISION)
-        calls.append("snapshot")
-        save_gpt2_folder(local_dir)
-        (local_dir / ".cache").mkdir()
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_the_hubs_files_are_fetched_once_and_checked_after(tmp_path, around, split, monkeypatch):
-    calls = answer(monkeypatch, tmp_path)
-    spec = {"kind": "hub", "repo": "some/model", "revision": REVISION}
-    first = evaluate(load(around, **spec), split, around.encoding, LIKELIHOOD)
-    assert calls == ["info", "snapshot"]
-    np.testing.assert_array_equal(
-        evaluate(load(around, **spec), split, around.encoding, LIKELIHOOD).nats, first.nats
-    )
-    assert calls == ["info", "snapshot"]
-    weights = next((around.state / "hub").glob("*/model.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(BadData, match="was altered"):
-        load(around, **spec)
+def test_a_model_of_the_hub_is_measured_from_its_standard_cache(tmp_path, around, split, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    save_gpt2_folder(tmp_path / f"cache/models--some--model/snapshots/{REVISION}")
+    found = load(around, kind="hub", repo="some/model", revision=REVISION)
+    assert found.facts["repo"] == "some/model"
+    assert evaluate(found, split, around.encoding, LIKELIHOOD).nats.sum() > 0
 
 
 def test_a_revision_that_the_hub_lacks_is_a_mistake_in_params(around, monkeypatch):
@@ -434,46 +409,6 @@ def test_a_revision_that_the_hub_lacks_is_a_mistake_in_params(around, monkeypatc
 
 
 # -- GGUF --------------------------------------------------------------------------------------------
-
-
-def save_gguf(path, pre="smollm", architecture="llama"):
-    """A random Llama in llama.cpp's form, 32 wide so that Q8_0 fits, with the tiny vocabulary."""
-    generator = np.random.default_rng(4)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(list(vocabulary()))
-    writer.add_token_types([1] * len(vocabulary()))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
-    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
-    shapes |= {"attn_norm": (32,), "ffn_norm": (32,)}
-    named = {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
-    named |= {"token_embd": (len(vocabulary()), 32), "output_norm": (32,)}
-    for name, shape in named.items():
-        weight = generator.normal(0, 0.3, shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(f"{name}.weight", 1 + weight)
-        else:
-            quantized = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"{name}.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_gguf_is_read_as_transformers_own_loader_reads_it(tmp_path):
@@ -505,15 +440,6 @@ def test_smollms_tokenizer_keeps_digits_apart():
 def test_a_gguf_of_another_kind_is_refused(tmp_path, changes):
     with pytest.raises(BadConfig, match="only \\('llama', 'gpt2', 'smollm'\\) can be read"):
         baseline.read_gguf(save_gguf(tmp_path / "x.gguf", **changes))
-
-
-def test_a_file_that_is_no_gguf_is_refused(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"not a model" * 9)
-    with pytest.raises(BadData, match="is no GGUF file"):
-        baseline.read_gguf(tmp_path / "x.gguf")
-
-
-# -- the door ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -70,4 +70,4 @@ def test_a_second_run_evaluates_nothing_and_another_baseline_runs_itself_alone(c
     assert ran(chain) == set()
     tree["baseline"]["names"] = [*names, "gpt2"]
     YAML().dump(tree, chain / "params.yaml")
-    assert ran(chain) == {"baseline@gpt2", "comparison"}
+    assert ran(chain) == {"estimate", "baseline@gpt2", "comparison"}  # the first checks the name

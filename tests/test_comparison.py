@@ -13,13 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compactgpt import rendering
-from compactgpt.claims import Known, Verdict
+from compactgpt.claims import Claims, Known, Verdict
 from compactgpt.comparison import compare
+from compactgpt.config import load_section
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.estimate import estimate
 from compactgpt.provenance import code_hashes
-from compactgpt.words import GROUPS, KNOWN, TEXT, VERDICTS
+from compactgpt.reporting import tables
+from compactgpt.reporting.markdown import claims_in_english, comparison, quote_tables, quoted_tables
+from compactgpt.reporting.messages import messages
 from tests.place import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -99,44 +101,37 @@ def test_the_verdict_is_a_sentence_made_by_rule(place, verdicts, sentence):
     record = record_of(place)
     record["claims"] = [{"id": str(n), "verdict": verdict} for n, verdict in enumerate(verdicts)]
     record["tally"] = [[verdict, verdicts.count(verdict)] for verdict in dict.fromkeys(verdicts)]
-    assert rendering.View(record).sums() == sentence
+    assert tables.View(record).sums() == sentence
 
 
 def test_every_verdict_has_a_group_and_a_word_in_french():
-    assert sorted(v for group in GROUPS.values() for v in group) == sorted(VERDICTS)
-    assert set(VERDICTS) == set(get_args(Verdict))
-    assert set(KNOWN) == set(get_args(Known))
-
-
-def test_the_languages_have_the_same_sentences_with_the_same_blanks():
-    english, french = TEXT["en"], TEXT["fr"]
-    plural = {key for key in english if key.endswith("_1")} | {key for key in french if key.endswith("_1")}
-    assert set(english) - plural == set(french) - plural
-    for key in set(english) & set(french):
-        assert sorted(re.findall(r"{\w+}", english[key])) == sorted(re.findall(r"{\w+}", french[key])), key
+    french = messages("fr")
+    assert sorted(v for group in tables.GROUPS.values() for v in group) == sorted(french["verdicts"])
+    assert set(french["verdicts"]) == set(get_args(Verdict))
+    assert set(french["known"]) == set(get_args(Known))
 
 
 def test_what_became_of_the_central_guess_follows_the_evidence(place):
     record = record_of(place)
-    view = rendering.View(record)
+    view = tables.View(record)
     assert "has not been measured" in view.central()
     assert view.value("note.expected_perplexity") in view.central()
     assert view.central().endswith("lies wholly below it.")
     item = evidence_of(record)["note.expected_perplexity"]
     for low, high, said in ((90, 95, "inside"), (130, 140, "above"), (70, 90, "overlaps")):
         item.update(low=low, high=high)
-        assert said in rendering.View(record).central()
+        assert said in tables.View(record).central()
     record["claims"][[c["id"] for c in record["claims"]].index("L1")].update(
         verdict="contradicted",
         decisions=[{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}],
     )
-    assert "is contradicted: 655,360,000" in rendering.View(record).central()
+    assert "is contradicted: 655,360,000" in tables.View(record).central()
 
 
 def test_numbers_in_french_have_french_marks(place):
-    assert rendering.show(1234567.5, "perplexity", "fr") == "1\u202f234\u202f567,50"
-    assert rendering.show(0.256, "share", "fr") == "25,6\u202f%"
-    page = rendering.markdown(record_of(place), "fr")
+    assert tables.show(1234567.5, "perplexity", "fr") == "1\u202f234\u202f567,50"
+    assert tables.show(0.256, "share", "fr") == "25,6\u202f%"
+    page = comparison(record_of(place), "fr")
     assert "655\u202f360\u202f000" in page
     assert "contredit" in page
     assert "contradicted" not in page
@@ -163,7 +158,8 @@ def test_the_demo_never_decides_a_claim_about_the_notes_model(place):
         assert claims[name]["verdict"] == "not yet measured", name
     deciding = {d["source"] for claim in record["claims"] for d in claim["decisions"]}
     assert not {name for name in deciding if name.startswith("compact.")}
-    assert "measured demo: " in rendering.markdown(record)
+    shown = {name for claim in record["claims"] for name in claim["beside"]} | deciding
+    assert not {name for name in shown if name.startswith(("compact.", "ratio.compact_to"))}
 
 
 # Claims that wait for an experiment which the embedded default does not run.
@@ -173,7 +169,6 @@ AWAITED = {  # of experiments, and of a GPT-2 that is not at hand
     "note.lambada_word.accuracy",
     "note.generalisation_gap",
     "long.perplexity",
-    "ratio.compact_to_gpt2.perplexity",
     "ratio.note_to_gpt2.perplexity",
     "ratio.note_to_gpt2.repetition",
     "ratio.note_to_gpt2.distinct_2",
@@ -230,9 +225,9 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
     before = record_of(place)
     edit(place / "reports" / report, change)
     after = record_of(place)
-    for render in (rendering.markdown, rendering.csv_text):
+    for render in (comparison, tables.csv_text):
         assert render(before) != render(after)
-    texts = (rendering.markdown, lambda r: rendering.terminal(r, width=200, colour=False))
+    texts = (comparison, lambda r: tables.terminal(r, width=200, colour=False))
     for render in texts:
         assert shown not in render(before)
         assert shown in render(after)
@@ -246,17 +241,18 @@ def test_every_number_of_the_markdown_tables_is_in_the_record(place):
     record = record_of(place)
     texts = []
     for item in record["evidence"]:
-        texts += [rendering.show_evidence(item), item["id"]]
+        texts += [tables.show_evidence(item), item["id"]]
     for claim in record["claims"]:
-        texts += [claim[key] for key in ("id", "quote", "reason", "verdict")]
-        texts.append(rendering.show_interval(claim["low"], claim["high"], claim["unit"]))
+        texts += [claim[key] for key in ("id", "quote", "english", "reason", "verdict")]
+        texts.append(tables.show_interval(claim["low"], claim["high"], claim["unit"]))
         for decision in claim["decisions"]:
-            texts.append(rendering.show_interval(decision["low"], decision["high"], claim["unit"]))
+            texts.append(tables.show_interval(decision["low"], decision["high"], claim["unit"]))
             texts.append(decision["source"].replace(" and ", ", "))
     texts += [name for model in record["models"]["measured"] for name in (model["name"], model["context"])]
+    texts += [item["source"] for item in record["evidence"] if item["known"] == "published"]
     texts += [*record["models"]["published"], *(str(number) for _, number in record["tally"])]
-    allowed = set().union(*(numbers_in(text) for text in [*texts, *TEXT["en"].values()]))
-    rows = [line for line in rendering.markdown(record).splitlines() if line.startswith("|")]
+    allowed = set().union(*(numbers_in(text) for text in [*texts, *messages("en")["text"].values()]))
+    rows = [line for line in comparison(record).splitlines() if line.startswith("|")]
     assert len(rows) > 60
     assert numbers_in("\n".join(rows)) <= allowed
 
@@ -264,11 +260,12 @@ def test_every_number_of_the_markdown_tables_is_in_the_record(place):
 def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
     record = record_of(place)
     claims = {claim["id"]: claim for claim in record["claims"]}
-    text, lines = rendering.markdown(record), list(csv.DictReader(io.StringIO(rendering.csv_text(record))))
+    text, lines = comparison(record), list(csv.DictReader(io.StringIO(tables.csv_text(record))))
     for row in record["table"]:
-        for column in rendering.COLUMNS:
+        for column in tables.COLUMNS:
             claim = claims[row[column]]
-            assert f"**{claim['quote']}**" in text
+            assert f"{claim['english']}”".replace("~", "\\~") in text
+            assert claim["english"] == claim["quote"] or f"(« {claim['quote']} »)" in text
             found = [line for line in lines if (line["row"], line["column"]) == (row["id"], column)]
             assert {line["verdict"] for line in found} == {claim["verdict"]}
 
@@ -276,41 +273,42 @@ def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
 def test_csv_values_are_the_records_to_the_last_digit(place):
     record = record_of(place)
     known = evidence_of(record)
-    lines = [line for line in csv.DictReader(io.StringIO(rendering.csv_text(record))) if line["evidence"]]
+    lines = [line for line in csv.DictReader(io.StringIO(tables.csv_text(record))) if line["evidence"]]
     assert {line["evidence"] for line in lines} >= {"xz.loss", "note.tokens", "compact.bits_per_byte"}
     for line in lines:
         assert float(line["value"]) == known[line["evidence"]]["value"]
 
 
-def test_a_measured_row_has_its_ratio_and_a_published_row_none(place):
+def test_published_results_on_other_text_have_a_table_of_their_own_and_no_ratio(place):
     record = record_of(place)
-    view = rendering.View(record)
-    rows = {
-        (row[0], row[-1]): row[rendering.MEASURED_COLUMNS.index("ratio")] for row in view.measured_table()
-    }
-    assert rows["xz", "measured"] == view.value("ratio.compact_to_xz.perplexity") != "-"
-    assert rows["gpt2", "published"] == "-"
+    view = tables.View(record)
+    ratios = {row[0].text: row[1] for row in view.measured_rows(("model", "ratio"))}
+    assert ratios["xz"].text == view.value("ratio.compact_to_xz.perplexity") != "-"
+    assert "gpt2" not in ratios
+    assert [row[0].text for row in view.published_rows()] == record["models"]["published"]
+    assert "ratio" not in tables.PUBLISHED_COLUMNS
 
 
 def test_markdown_tables_have_one_width(place):
     width = 0
-    for line in rendering.markdown(record_of(place)).splitlines():
+    text = re.sub(r"^```text\n.*?^```$", "", comparison(record_of(place)), flags=re.DOTALL | re.MULTILINE)
+    for line in text.splitlines():
         bars = line.count("|") - line.count("\\|") if line.startswith("|") else 0
         assert bars == width or not bars or not width, line
         width = bars
 
 
 def test_the_terminal_never_breaks_a_number(place):
-    text = rendering.terminal(record_of(place), width=120, colour=False)
-    for word in ("1,557,611,200", "124,439,808", "655,360,000", "published\n"):
-        assert word in text.replace(" \n", "\n")
+    text = tables.terminal(record_of(place), width=120, colour=False)
+    for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "published: 12.68"):
+        assert word in text
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
 def test_brackets_in_a_quote_reach_the_terminal(place):
     record = record_of(place)
-    record["claims"][0]["quote"] = "29 […] [bold]M[/bold]"
-    assert "29 […] [bold]M[/bold]" in rendering.terminal(record, width=200, colour=False)
+    record["claims"][0]["english"] = "29 […] [bold]M[/bold]"
+    assert "29 […] [bold]M[/bold]" in tables.terminal(record, width=200, colour=False)
 
 
 @pytest.mark.parametrize(
@@ -386,14 +384,13 @@ def test_the_readme_quotes_the_committed_tables():
         (ROOT / "README.md").read_text(),
         json.loads((ROOT / "reports/evidence.json").read_text()),
     )
-    assert rendering.quote_tables(readme, rendering.markdown(record)) == readme
+    assert quote_tables(readme, quoted_tables(record)) == readme
     assert readme.count("\n| ") > 15
 
 
-def test_quoting_replaces_what_stands_between_the_marks():
-    page = "a\n<!-- table 2 -->\nold\n<!-- end -->\nb\n"
-    report = "# t\n\n## 1. One\n\n| no |\n\n## 2. Two\n\n| yes |\n| --- |\n\nwords\n"
-    assert rendering.quote_tables(page, report) == "a\n<!-- table 2 -->\n| yes |\n| --- |\n<!-- end -->\nb\n"
+def test_quoting_replaces_what_is_between_the_marks():
+    page = "a\n<!-- table b -->\nold\n<!-- end -->\nb\n<!-- table other -->\nkept\n<!-- end -->\n"
+    assert quote_tables(page, {"b": "| yes |", "c": "| no |"}) == page.replace("old", "| yes |")
 
 
 def test_tasks_text_and_flagged_documents_stand_beside(place):
@@ -407,8 +404,8 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert known["xz.flagged.loss"]["value"] == pytest.approx(nats[7] / TOKENS[7])
     assert known["xz.clean.loss"]["value"] == pytest.approx(nats[clean].sum() / TOKENS[clean].sum())
     assert record["flagged"] == 1
-    page = rendering.markdown(record)
-    assert "compact, greedy:\n\n```text\n  | is\n  | here\n```" in page
+    page = comparison(record)
+    assert "compact, greedy:\n\n```text\n| is\n| here\n```" in page
     assert "smollm2-135m, greedy:" in page
     assert "| smollm2-135m | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
     assert "| - | human | distinct_2 | 25.0%" in page
@@ -433,7 +430,7 @@ def test_wikitext_stands_beside_by_each_of_its_protocols(place):
     strided = evidence_of(record)["smollm2-135m.wikitext-2.strided.perplexity"]
     assert (strided["value"], strided["context"], strided["stride"]) == (25.17, 1024, 512)
     assert (strided["corpus"], strided["data_sha256"]) == ("WikiText", "f" * 64)
-    page = rendering.markdown(record)
+    page = comparison(record)
     for quantity in ("no_overlap.perplexity | 29.41", "per_word.word_perplexity | 37.37"):
         assert f"| smollm2-135m | wikitext-2.{quantity} | - |" in page
 
@@ -441,3 +438,40 @@ def test_wikitext_stands_beside_by_each_of_its_protocols(place):
 def test_tasks_of_other_items_are_not_paired(place):
     edit(place / "reports/evaluation.json", lambda r: r["tasks"]["cloze"].update(items_sha256="y"))
     assert "ratio.compact_to_smollm2-135m.cloze.p_value" not in evidence_of(record_of(place))
+
+
+CLAIMS = load_section(ROOT / "claims.yaml", Claims).claims
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_a_translation_has_the_numbers_of_its_quote_with_english_marks(claim):
+    quoted = [number.replace(",", ".") for number in re.findall(r"\d+(?:,\d+)?", claim.quote)]
+    english = re.findall(r"\d[\d,]*(?:\.\d+)?", claim.english)
+    assert [number.replace(",", "") for number in english] == quoted
+    assert re.fullmatch(r"(\d{1,3}(,\d{3})*|\d{1,3})(\.\d+)?|", english[0] if english else "")
+
+
+def test_the_page_of_the_note_shows_the_claims_of_claims_yaml():
+    page = (ROOT / "docs/note.md").read_text()
+    assert quote_tables(page, {"claims": claims_in_english(CLAIMS)}) == page
+    assert page.count("\n| ") == len(CLAIMS) + 2
+
+
+def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table measured -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->\n")
+    (place / "reports/evidence.json").write_text(json.dumps(record_of(place)))
+    done = run_door(place, "--quote", page)
+    assert done.exit_code == 0, done.output
+    record = json.loads((place / "reports/evidence.json").read_text())
+    assert quoted_tables(record)["measured"] in page.read_text()
+    assert claims_in_english(CLAIMS) in page.read_text()
+
+
+def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):
+    record = record_of(place)
+    del record["about_note"]
+    (place / "reports/evidence.json").write_text(json.dumps(record))
+    done = run_door(place, "--show")
+    assert done.exit_code == BadData.exit_code
+    assert "evidence.json is of an older version of compactgpt: run `dvc repro`" in done.output

@@ -97,11 +97,7 @@ def test_the_repositorys_own_params_are_good():
         ),
         ("baseline.specs.zstd.level", 23, "baseline.specs.zstd: level (23) must be at most 22 for zstd"),
         ("baseline.specs.xz.train_megabytes", 8, "train_megabytes must be 0 for xz"),
-        (
-            "training.launcher",
-            {**TREE["training"]["launcher"], "mode": "strict", "processes": 3},
-            "power of two",
-        ),
+        ("training.launcher.mode", "strict", "found \"strict\"; input should be 'fast' or 'fsdp'"),
     ],
 )
 def test_a_mistake_is_named_with_what_was_found_and_what_is_allowed(path, value, said):

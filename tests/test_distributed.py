@@ -1,7 +1,6 @@
-"""Several processes train the model of one: within rounding, or in mode strict to the bit."""
+"""Several processes train one model together: to the result of one process, within rounding."""
 
 import json
-import math
 import os
 import signal
 
@@ -14,7 +13,7 @@ from test_training import make_tokens, params_of
 from compactgpt import training
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, Busy, PeerLost
-from compactgpt.launching import Place
+from compactgpt.launching import DistInfo
 
 STEP = 64  # tokens: eight sequences, four micro-batches of two
 
@@ -81,59 +80,56 @@ def run(folder, size, tokens, params, **changes):
 
 @pytest.fixture(scope="module")
 def alone(tokens, tmp_path_factory):
-    """The outcome of one process, by mode."""
-    base = tmp_path_factory.mktemp("alone")
-    return {mode: run(base / mode, 1, tokens, parameters(mode)) for mode in ("fast", "strict")}
+    """The outcome of one process."""
+    return run(tmp_path_factory.mktemp("alone"), 1, tokens, parameters())
 
 
-def test_two_processes_have_the_loss_curve_of_one_within_rounding(tokens, tmp_path, alone):
-    weights, rows, _ = run(tmp_path, 2, tokens, parameters())
-    for (step, *losses), (other_step, *others) in zip(rows, alone["fast"][1], strict=True):
+@pytest.fixture(scope="module")
+def two(tokens, tmp_path_factory):
+    """The outcome of two processes that nothing interrupts."""
+    return run(tmp_path_factory.mktemp("two"), 2, tokens, parameters())
+
+
+def assert_same_within_rounding(a, b):
+    for (step, *losses), (other_step, *others) in zip(a[1], b[1], strict=True):
         assert step == other_step
         assert losses == pytest.approx(others, abs=2e-5)
-    torch.testing.assert_close(weights, alone["fast"][0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(a[0], b[0], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_in_mode_strict_the_number_of_processes_changes_no_bit(tokens, tmp_path, alone, size):
-    assert_same_bits(run(tmp_path, size, tokens, parameters("strict")), alone["strict"])
+def test_two_processes_have_the_loss_curve_of_one_within_rounding(alone, two):
+    assert_same_within_rounding(two, alone)
 
 
 def test_dropout_too(tokens, tmp_path):
-    params = parameters("strict", model={"dropout": 0.2})
-    assert_same_bits(run(tmp_path / "1", 1, tokens, params), run(tmp_path / "2", 2, tokens, params))
+    params = parameters(model={"dropout": 0.2})
+    found = [run(tmp_path / str(size), size, tokens, params) for size in (1, 2)]
+    assert_same_within_rounding(*found)
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(tokens, tmp_path, alone, sizes):
-    params = parameters("strict")
+def test_a_run_resumes_with_another_number_of_processes(tokens, tmp_path, alone, sizes):
     if sizes[0] == 2:
-        assert together(2, stopped, tokens, tmp_path, params, 3) == [0, 0]
+        assert together(2, stopped, tokens, tmp_path, parameters(), 3) == [0, 0]
     else:
-        assert together(1, train, tokens, tmp_path, params, 0, (0, 5)) == [-signal.SIGKILL]
-    found = run(tmp_path, sizes[1], tokens, params)
+        assert together(1, train, tokens, tmp_path, parameters(), 0, (0, 5)) == [-signal.SIGKILL]
+    found = run(tmp_path, sizes[1], tokens, parameters())
     assert found[2] == (3 if sizes[0] == 2 else 4)
-    assert_same_bits(found, alone["strict"])
+    assert_same_within_rounding(found, alone)
 
 
-@pytest.mark.parametrize("mode", ["fast", "strict"])
-def test_another_number_of_processes_is_told_where_it_changes_bits(tokens, tmp_path, alone, mode):
-    assert together(2, stopped, tokens, tmp_path, parameters(mode), 3) == [0, 0]
-    told = []
-    trained = training.train(
-        parameters(mode), training.open_splits(tokens), tmp_path / "state", tell=told.append
-    )
-    torch.testing.assert_close(trained.model.state_dict(), alone[mode][0], atol=1e-3, rtol=0)
-    assert ["had 2 of training.launcher.processes, from here on 1" in text for text in told] == [True] * (
-        mode == "fast"
-    )
+def test_a_run_resumed_with_another_number_of_processes_warns_that_bits_differ(tokens, tmp_path):
+    assert together(2, stopped, tokens, tmp_path, parameters(), 3) == [0, 0]
+    warnings = []
+    training.train(parameters(), training.open_splits(tokens), tmp_path / "state", tell=warnings.append)
+    assert ["had 2 of training.launcher.processes, from here on 1" in text for text in warnings] == [True]
 
 
-def test_who_loses_a_process_says_so_and_the_next_start_ends_with_the_same_bits(tokens, tmp_path, alone):
-    assert together(2, _killed, tokens, tmp_path, parameters("strict")) == [0, -signal.SIGKILL]
-    found = run(tmp_path, 2, tokens, parameters("strict"))
+def test_a_lost_process_is_reported_and_the_next_start_ends_with_the_same_bits(tokens, tmp_path, two):
+    assert together(2, _killed, tokens, tmp_path, parameters()) == [0, -signal.SIGKILL]
+    found = run(tmp_path, 2, tokens, parameters())
     assert found[2] == 4
-    assert_same_bits(found, alone["strict"])
+    assert_same_bits(found, two)
 
 
 def _killed(tokens, folder, params):
@@ -144,37 +140,17 @@ def _killed(tokens, folder, params):
         bereft(tokens, folder, params)
 
 
-def test_the_tree_is_the_sum_in_a_fixed_order():
-    values = [1e8, 1.0, -1e8, 1.0, 3.0]
-    parameter = torch.nn.Parameter(torch.zeros(1))
-
-    def leaf(number):
-        (parameter * values[number]).sum().backward()
-        return torch.tensor(values[number])
-
-    loss = Group(Place(), "strict").gradient([parameter], 4, leaf)
-    by_hand = (torch.tensor(1e8) + 1.0) + (torch.tensor(-1e8) + 1.0)
-    assert loss == parameter.grad.item() == by_hand.item()
-    parameter.grad = None
-    Group(Place(), "strict").gradient([parameter], 5, leaf)
-    assert parameter.grad.item() == pytest.approx(math.fsum(values), abs=8)
-
-
 @pytest.mark.parametrize(
-    ("place", "mode", "sequences", "message"),
-    [
-        (Place(0, 3), "fast", 8, "8 sequences .* micro-batches of 2 .* among 3 processes"),
-        (Place(0, 2), "fast", 7, "7 sequences"),
-        (Place(0, 3), "strict", 12, "strict needs 1, 2, 4, 8, ... processes, found 3"),
-    ],
+    ("processes", "sequences", "message"),
+    [(3, 8, "8 sequences .* micro-batches of 2 .* among 3 processes"), (2, 7, "7 sequences")],
 )
-def test_what_does_not_divide_is_refused(place, mode, sequences, message):
+def test_a_batch_that_does_not_divide_is_refused(processes, sequences, message):
     with pytest.raises(BadConfig, match=message):
-        Group(place, mode).rows(sequences, 2)
+        Group(DistInfo(0, processes), "fast").batch_slice(sequences, 2)
 
 
-def test_every_row_is_somebodys():
-    rows = [list(range(12))[Group(Place(rank, 3), "fast").rows(12, 2)] for rank in range(3)]
+def test_the_slices_of_all_processes_are_the_batch():
+    rows = [list(range(12))[Group(DistInfo(rank, 3), "fast").batch_slice(12, 2)] for rank in range(3)]
     assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
@@ -182,7 +158,7 @@ def test_every_row_is_somebodys():
     ("launcher", "message"),
     [
         ({"processes": 3}, "tokens_per_step .32. must be a multiple .* training.launcher.processes .48."),
-        ({"processes": 3, "mode": "strict"}, "power of two"),
+        ({"mode": "strict"}, "training.launcher.mode: found \"strict\"; input should be 'fast' or 'fsdp'"),
     ],
 )
 def test_impossible_launchers_are_refused_before_any_work(launcher, message):

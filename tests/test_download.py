@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 import zipfile
 from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ from compactgpt.config import Download, parse_params, read_yaml
 from compactgpt.documents import new_document, read_row_group, row_groups
 from compactgpt.download import download, write_corpus
 from compactgpt.encoding import load_encoding
-from compactgpt.errors import BadConfig, BadData, Busy, MissingInput, Unreachable
+from compactgpt.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, Unreachable
 from compactgpt.parallel import ordered_map
 from compactgpt.parquetpages import column_chunks, page_sizes
 from compactgpt.storage import sha256_file, verified_manifest
@@ -38,6 +40,7 @@ from tests.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[1]
 TREE = read_yaml(ROOT / "params.yaml")
+RULES = textfiles.Rules("text", 10**6, 10**6, 10**6, 200, 0)
 
 
 def params(**changes) -> Download:
@@ -377,7 +380,7 @@ def test_a_parquet_file_that_names_its_column_in_one_place_only_is_refused(tmp_p
     place = content.rindex(b"text")  # of the columns of a group of rows; the schema stands before
     path.write_bytes(content[:place] + b"texu" + content[place + 4 :])
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet .*\(a group of rows has no 'text'"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", textfiles.Rules("text", 10**6, 10**6, 10**6)))
+        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
 
 
 def test_a_parquet_file_whose_statistics_contradict_its_schema_is_refused(tmp_path):
@@ -387,7 +390,7 @@ def test_a_parquet_file_whose_statistics_contradict_its_schema_is_refused(tmp_pa
     path.write_bytes(content[: place + 1] + b"\0" + content[place + 2 :])
     # pyarrow 25's own RowGroupMetaData.column ends the process here, with signal 6.
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", textfiles.Rules("text", 10**6, 10**6, 10**6)))
+        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
 
 
 @pytest.mark.parametrize(
@@ -455,7 +458,7 @@ def test_a_page_header_that_is_none_is_refused(page, says):
 
 
 def test_a_very_long_parquet_row_is_refused_before_it_is_read(tmp_path):
-    rules = textfiles.Rules("text", 10**9, 1000, 10**9)
+    rules = textfiles.Rules("text", 10**9, 1000, 10**9, 200, 0)
     long = "x" * 200_000
     for texts, settings, says in [
         (
@@ -529,6 +532,38 @@ def test_a_compressed_file_that_is_cut_short_altered_or_a_bomb_is_refused_by_nam
         corpus(tmp_path, params(corpus="files", files=part))
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, name, suffix):
+    """60 MB of the same byte in a few kB: refused at the first 16 MB, whatever the other limits are."""
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}[suffix]
+    bomb = tmp_path / f"{name}.{suffix}"
+    bomb.write_bytes(pack(b"x" * 60_000_000))
+    assert bomb.stat().st_size < 100_000
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written = []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: written.append(1) or SimpleNamespace(free=2**40))
+    says = rf"{name}\.{suffix} holds more than 16 MB decompressed .*max_decompression_ratio"
+    with pytest.raises(BadData, match=says):
+        corpus(tmp_path, files(bomb.name))
+    assert len(written) * textfiles._CHUNK_BYTES <= 2**24
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_unpacking_leaves_room_on_the_disk(tmp_path, monkeypatch, suffix):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a text"]}), sink)
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}[suffix]
+    (tmp_path / f"a.parquet.{suffix}").write_bytes(pack(sink.getvalue()))
+    path = f"a.parquet.{suffix}"
+    assert corpus(tmp_path, files(path))[0]["documents"] == 1
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    with pytest.raises(
+        DiskFull, match=r"needs more room .*2,000 MB must stay free .*min_free_disk_megabytes"
+    ):
+        corpus(tmp_path, files(path))
+
+
 def test_a_long_file_is_read_in_parts_as_if_it_were_whole(tmp_path, monkeypatch):
     content = "".join(f"Line {n} é 漢字 🙂\n" for n in range(900)).encode()
     twin = tmp_path / "b.txt"
@@ -570,7 +605,7 @@ for name in sys.argv[1:]:
     used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
     try:
-        list(read_texts(Path({root!r}), name, Rules("text", 4_000_000, 3_000_000, 10**9)))
+        list(read_texts(Path({root!r}), name, Rules("text", 4_000_000, 3_000_000, 10**9, 200, 0)))
     except BadData as error:
         print(error)
     break
@@ -649,7 +684,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         (tmp_path / os.fsdecode(b"\xff.txt")).write_text("there")
     except OSError:
         pytest.skip("this file system knows Unicode names only")
-    with pytest.raises(BadData, match="has a name that is not UTF-8: rename the file"):
+    with pytest.raises(BadData, match="the file name is not UTF-8: rename it"):
         corpus(tmp_path, files("*.txt"))
 
 

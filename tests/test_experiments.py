@@ -21,6 +21,7 @@ SHIPPED = load_params(ROOT / "params.yaml")
 def params_file(tmp_path):
     path = tmp_path / "params.yaml"
     path.write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
     return path
 
 
@@ -39,7 +40,8 @@ def own_experiment(folder, text, name="mine", demo="params: {}"):
 
 def test_all_experiments_of_the_notes_recommendations_are_there():
     assert set(NAMED) == {
-        "demo", "note", "gpt2-124m", "shakespeare", "finetune", "ladder", "long", "context-1024", "ci",
+        "demo", "note", "gpt2-124m", "shakespeare", "finetune", "full-softmax", "ladder", "long",
+        "context-1024", "ci",
     }  # fmt: skip
 
 

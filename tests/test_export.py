@@ -118,3 +118,25 @@ def test_a_folder_that_lacks_or_breaks_something_is_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match=r"model\.safetensors is missing"):
         export.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("words", [1, 5, 14, 15, 16, 40])  # the context is 16 tokens
+def test_a_pipeline_writes_until_the_context_is_full_and_says_so_of_a_longer_prompt(tmp_path, words):
+    import transformers
+
+    encoding = save_tokenizer(tmp_path / "tokenizer")
+    model = tiny_gpt(encoding.n_vocab)
+    assert model.shape.block_size == 16
+    export.save_hf(model, tmp_path / "hf", tmp_path / "tokenizer")
+    write = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
+    prompt = " the" * words
+    fed = len(write.tokenizer(prompt)["input_ids"])
+    if fed < 16:
+        tokens = write(prompt, return_tensors=True)[0]["generated_token_ids"]
+        assert fed < len(tokens) <= 16
+    else:
+        with pytest.raises(ValueError, match="`max_length` is set to 16"):
+            write(prompt)
+    # transformers' own answer to a long prompt: its end is continued
+    text = write(prompt, handle_long_generation="hole", max_new_tokens=4, return_full_text=False)
+    assert text[0]["generated_text"]

@@ -72,21 +72,22 @@ def make(folder, train, val, spoil=None):
     return folder
 
 
-def judge(folder, params=PARAMS, num_workers=1):
+def check(folder, params=PARAMS, num_workers=1):
     return inspect(folder / "documents", folder / "tokens", folder / "docs", params, num_workers=num_workers)
 
 
 def failures(report):
-    return {
-        each["column"]: {row["id"]: row["value"] for row in each["examples"]}
-        for each in report["expectations"]
-        if not each["success"]
-    }
+    """What was found where an expectation failed: {column: {table: value}}."""
+    found = {}
+    for each in report["expectations"]:
+        if not each["success"]:
+            found.setdefault(each["column"], {})[each["table"]] = each["observed"]
+    return found
 
 
 def test_good_token_files_pass_and_carry_the_hash_of_val(tmp_path):
     folder = make(tmp_path, texts()[:36], texts()[36:])
-    report = judge(folder)
+    report = check(folder)
     assert report["success"], failures(report)
     assert (report["documents"], report["train"]["documents"], report["val"]["documents"]) == (40, 36, 4)
     assert report["val"]["sha256"] == sha256_file(folder / "tokens/val.tokens")
@@ -121,7 +122,7 @@ def swap_shorten_and_end_inside(name, rows):
     ],
 )
 def test_each_damage_to_a_token_file_fails_its_expectation_and_no_other(tmp_path, spoil, expected):
-    assert failures(judge(make(tmp_path, texts()[:36], texts()[36:], spoil))) == expected
+    assert failures(check(make(tmp_path, texts()[:36], texts()[36:], spoil))) == expected
 
 
 def rewrite(path, change):
@@ -143,7 +144,10 @@ def test_an_id_beyond_the_vocabulary_and_a_lost_end_of_text_are_found(tmp_path):
         tokens[np.flatnonzero(tokens == EOT)[1]] = 3
 
     rewrite(folder / "tokens/train.tokens", change)
-    assert failures(judge(folder)) == {"spare_ids": {"train": -6}, "documents_without_end": {"train": 1}}
+    assert failures(check(folder)) == {
+        "highest_token": {"train": EOT + 6},
+        "documents_without_end": {"train": 1},
+    }
 
 
 def test_a_token_file_that_was_altered_is_refused_by_name(tmp_path):
@@ -151,18 +155,18 @@ def test_a_token_file_that_was_altered_is_refused_by_name(tmp_path):
     path = folder / "tokens/val.tokens"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(BadData, match=r"val\.tokens has"):
-        judge(folder)
+        check(folder)
 
 
 def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
     folder = make(tmp_path, texts()[:36], texts()[36:])
-    found = failures(judge(folder, PARAMS.model_copy(update={"min_val_documents": 5})))
-    assert found == {"spare_documents": {"val": -1}}
+    found = failures(check(folder, PARAMS.model_copy(update={"min_val_documents": 5})))
+    assert found == {"documents": {"val": 4}}
     manifest = folder / "tokens/manifest.json"
     facts = json.loads(manifest.read_text()) | {"val_fraction": 0.5}
     manifest.write_text(json.dumps(facts))
     # 4 of 40 where 20 are expected: 16 / sqrt(40 x .5 x .5) = 5.06 standard deviations
-    found = failures(judge(folder))
+    found = failures(check(folder))
     assert {key: round(value, 2) for key, value in found["share_deviation"].items()} == {
         "train": 5.06,
         "val": 5.06,
@@ -193,7 +197,7 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
     val[4] = changed(val[3], 2)  # one within val
     val[5] = " ".join([*val[5].split()[:100], *train[21].split()[100:]])  # 20 words of one
     folder = make(tmp_path, train, val)
-    report = judge(folder)
+    report = check(folder)
     number = {new_document(text, "").id: text for text in [*train, *val]}
     scores = {
         (each["kind"], number[each["id"]], number[each["twin"]["id"]]): each["score"]
@@ -224,7 +228,7 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
     assert numbers["leaked_share"] == 0.2
     assert numbers["repeated_share"] == pytest.approx(8 / 60)
     assert set(failures(report)) == {"leaked_share", "repeated_share"}
-    assert failures(report)["leaked_share"] == {"val": 0.2}
+    assert failures(report)["leaked_share"] == {"repetition": 0.2}
 
 
 def test_what_is_found_is_the_same_whatever_the_workers(tmp_path):
@@ -289,48 +293,27 @@ def test_similarity_is_jaccards_of_the_runs_within_four_standard_errors(tmp_path
         assert abs(found - exact) < 4 * (exact * (1 - exact) / 128) ** 0.5 + 1e-6
 
 
-def digest_of(folder, base, held_out):
-    """What is found of documents, one of them in val, when each is one row group."""
-    with atomic_folder(folder / "documents") as temporary:
-        write_documents(temporary, [new_document(text, "x") for text in base])
-    groups = row_groups(folder / "documents")
-    save_val_runs(folder, groups, id_array([bytes.fromhex(new_document(held_out, "x").id)]), 13)
-    return [digest_group(Task(group, PARAMS, folder)) for group in groups]
-
-
-def test_a_long_document_is_digested_as_if_it_were_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("compactgpt.documents.ROW_GROUP_BYTES", 1)
-    generator = random.Random(7)
-    long = sentence(generator, 2000).replace(" ", "\n", 40) + " Ünïcödé ΣΑΣ " + sentence(generator, 500)
-    base = [long, changed(long, 3), sentence(generator, 40), "two words", "?!"]
-    found = []
-    for size, name in ((2**22, "whole"), (700, "parts")):
-        monkeypatch.setattr("compactgpt.documents.PART_BYTES", size)
-        (tmp_path / name).mkdir()
-        found.append(digest_of(tmp_path / name, base, long))
-    for whole, parts in zip(*found, strict=True):
-        for key, value in vars(whole).items():
-            np.testing.assert_array_equal(value, getattr(parts, key), err_msg=key)
-    for array in ("runs", "pair_runs", "pair_documents", "documents"):
-        np.testing.assert_array_equal(*(np.load(tmp_path / n / f"{array}.npy") for n in ("whole", "parts")))
-    assert len(found[0][1].runs) > 2000
-    monkeypatch.setattr("compactgpt.duplicates.RUNS_A_DOCUMENT", 500)
-    (tmp_path / "sample").mkdir()
-    sample = digest_of(tmp_path / "sample", base, long)[1]
-    assert len(np.load(tmp_path / "sample/runs.npy")) == 500
-    assert (
-        abs(len(sample.runs) / 500 - len(found[0][1].runs) / len(np.load(tmp_path / "whole/runs.npy"))) < 0.05
-    )
+def test_of_a_val_document_with_very_many_runs_a_sample_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("compactgpt.duplicates.RUNS_PER_DOCUMENT", 500)
+    base = sentence(random.Random(7), 2500)
+    documents = [new_document(text, "x") for text in (base, changed(base, 3))]
+    with atomic_folder(tmp_path / "documents") as temporary:
+        write_documents(temporary, documents)
+    groups = row_groups(tmp_path / "documents")
+    save_val_runs(tmp_path, groups, id_array([bytes.fromhex(documents[0].id)]), 13)
+    assert len(np.load(tmp_path / "runs.npy")) == 500
+    (digest,) = (digest_group(Task(group, PARAMS, tmp_path)) for group in groups)
+    assert abs(len(digest.runs) / 500 - (2488 - 3 * 13) / 2488) < 0.02
 
 
 def test_documents_without_words_are_no_twins(tmp_path):
     base = [*texts(20), "!!! ???", "... ---", "--- ..."]
-    report = judge(make(tmp_path, base[:12] + base[20:], base[12:20]))
+    report = check(make(tmp_path, base[:12] + base[20:], base[12:20]))
     assert report["repetition"]["repeated_share"] == 0
     assert report["repetition"]["overlap"]["val_documents_with_any"] == 0
 
 
-def test_the_door_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_path, monkeypatch):
+def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_path, monkeypatch):
     base = texts()
     part = TREE["inspection"] | {"min_val_documents": 5}
     YAML().dump(TREE | {"inspection": part}, tmp_path / "params.yaml")
@@ -339,8 +322,12 @@ def test_the_door_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == CheckFailed.exit_code
-    assert "the token files fail 1 of 8 expectations" in done.output
-    assert "spare_documents (min_value 0.0): 1 of 2 rows break it, such as val.tokens val (-1)" in done.output
+    assert (
+        "the token files fail 1 of 14 expectations:\n  val: documents: 4, expected at least 5" in done.output
+    )
+    assert "Data Docs: data/data_docs/tokens/index.html" in done.output
+    pages = {path.parts[4:6] for path in Path("data/data_docs/tokens").rglob("validations/**/*.html")}
+    assert pages == {(table, "inspection") for table in ("train", "val", "repetition")}
     assert not json.loads(Path("reports/inspection.json").read_text())["success"]
     assert not Path("data/inspection.json").exists()
     YAML().dump(TREE | {"inspection": part | {"min_val_documents": 4}}, tmp_path / "params.yaml")

@@ -1,4 +1,4 @@
-"""torchrun started by the stage's own door: whoever is killed, the result is that of one process unbroken."""
+"""The training stage starts processes with torchrun's agent, or runs under the user's own torchrun."""
 
 import json
 import os
@@ -9,61 +9,41 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forks import together
 from test_training import contents, door, make_tokens, tree_of
 
-from compactgpt.errors import BadConfig, PeerLost
-from compactgpt.launching import Place, final_exit_code, own_place
+from compactgpt.launching import DistInfo, dist_info
 
 ROOT = Path(__file__).parents[1]
 STEPS = 90
+STAGE = ["-m", "stages.training", "--tracker", "none"]
 
 
-def params(processes, mode="strict"):
-    launcher = {"processes": processes, "mode": mode, "max_restarts": 1, "timeout_seconds": 60}
-    return json.dumps(
-        tree_of(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher)
-    )  # JSON is YAML
+def write_params(folder=Path(), **launcher):
+    launcher = {"processes": 2, "max_restarts": 1, "timeout_seconds": 60, **launcher}
+    tree = tree_of(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher)
+    (folder / "params.yaml").write_text(json.dumps(tree))  # JSON is YAML
 
 
-class Launched:
-    """The door as `dvc repro` runs it, and the processes that it started."""
-
-    def __init__(self):
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-        self.agent = psutil.Popen(
-            [sys.executable, "-m", "stages.training", "--tracker", "none"],
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-
-    def workers(self):
-        """Wait for both processes; process 0 first."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            found = [child for child in self.agent.children() if "RANK" in child.environ()]
-            if len(found) == 2:
-                return sorted(found, key=lambda child: int(child.environ()["RANK"]))
-            assert self.agent.poll() is None, self.agent.communicate()
-            time.sleep(0.05)
-        raise AssertionError("they were not started")
-
-    def wait_for_state_after(self, step):
-        """Wait for a training state past a step, and return its step."""
-        return state_after(step, self.agent)
+def start(*command, cwd=Path()):
+    """Start `python command` as `dvc repro` starts a stage."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return psutil.Popen(
+        [sys.executable, *command], stderr=subprocess.PIPE, text=True, cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
 
 
-def state_after(step, run):
-    """Wait until a training has written a state past a step, and return its step."""
+def workers_of(agent):
+    """Wait for the agent's two processes. Returns them, rank 0 first."""
     deadline = time.monotonic() + 60
-    while (newest := newest_state()) <= step:
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return newest
-
-
-def listens_at(process):
-    """The addresses of the sockets on which a process listens, as the kernel has them."""
-    return {one.laddr.ip for one in process.net_connections("inet") if one.status == "LISTEN"}
+    while time.monotonic() < deadline:
+        found = [child for child in agent.children() if "RANK" in child.environ()]
+        if len(found) == 2:
+            return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+        assert agent.poll() is None, agent.communicate()
+        time.sleep(0.05)
+    raise AssertionError("they were not started")
 
 
 def newest_state():
@@ -71,8 +51,31 @@ def newest_state():
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
+def wait_for_state_after(step, agent):
+    """Wait until a training has written a state past a step. Returns its step."""
+    deadline = time.monotonic() + 60
+    while (newest := newest_state()) <= step:
+        assert agent.poll() is None, agent.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return newest
+
+
+def ended(process):
+    """Its exit code and its error messages."""
+    _, stderr = process.communicate(timeout=120)
+    assert "Traceback" not in stderr
+    assert "frame #" not in stderr
+    return process.returncode, [line for line in stderr.splitlines() if line.startswith("error")]
+
+
+def listens_at(process):
+    """The addresses of the sockets on which a process listens, as the kernel has them."""
+    return {one.laddr.ip for one in process.net_connections("inet") if one.status == "LISTEN"}
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     """A repository folder with tiny params.yaml and tokens, not under DVC."""
     for name in ("DVC_ROOT", "DVC_STAGE"):
         monkeypatch.delenv(name, raising=False)
@@ -81,110 +84,103 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def whole(here):
-    """What one process makes that nobody stops."""
-    Path("params.yaml").write_text(params(1))
-    assert door().exit_code == 0
-    made = contents()
-    Path("params.yaml").write_text(params(2))
-    return made
-
-
-def goes_on_alone():
-    assert newest_state() < STEPS
-    Path("params.yaml").write_text(params(1))
-    assert door().exit_code == 0
+def made_by_two_processes(folder):
+    """What two processes make from here on, which nothing interrupts."""
+    assert together(2, _run_stage, folder) == [0, 0]
     return contents()
 
 
+def _run_stage(folder):
+    os.chdir(folder)
+    assert door().exit_code == 0
+
+
 @pytest.mark.slow
-def test_who_is_killed_is_started_again_and_the_result_is_that_of_one_process_unbroken(whole):
-    run = Launched()
-    before = run.workers()
-    step = run.wait_for_state_after(0)
-    before[1].kill()  # torchrun starts both again
+@pytest.mark.parametrize("mode", ["fast", pytest.param("fsdp", marks=pytest.mark.robustness)])
+def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterrupted_run(folder, mode):
+    write_params(mode=mode)
+    uninterrupted = made_by_two_processes(folder)
+    agent = start(*STAGE)
+    before = workers_of(agent)
+    step = wait_for_state_after(0, agent)
+    before[1].kill()  # both are started again
     psutil.wait_procs(before, timeout=30)
-    after = run.workers()
-    step = run.wait_for_state_after(step)
-    for process in (run.agent, *after):
+    after = workers_of(agent)
+    wait_for_state_after(step, agent)
+    for process in (agent, *after):
         assert listens_at(process) <= {"127.0.0.1", "::1"}
     assert all(map(listens_at, after))  # gloo's own
-    run.agent.terminate()
-    _, said = run.agent.communicate(timeout=60)
-    assert run.agent.returncode == 75
-    assert said.count("error: stopped at step") == 1
-    assert "Traceback" not in said
+    agent.terminate()
+    code, messages = ended(agent)
+    assert code == 75
+    assert [line for line in messages if "died or fell silent" not in line] == [
+        f"error: stopped at step {newest_state()} of {STEPS}, which is saved: run `dvc repro` again, it goes "
+        "on from there"
+    ]
     assert not any(worker.is_running() for worker in after)
-    assert goes_on_alone() == whole
+    assert newest_state() < STEPS
+    assert made_by_two_processes(folder) == uninterrupted
 
 
-@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="half a minute: make test-faults")
-def test_processes_whose_agent_is_killed_end_themselves(whole):
-    run = Launched()
-    workers = run.workers()
-    run.wait_for_state_after(0)
-    run.agent.kill()
+@pytest.mark.robustness
+def test_processes_whose_agent_is_killed_end_and_the_run_resumes(folder):
+    write_params()
+    uninterrupted = made_by_two_processes(folder)
+    agent = start(*STAGE)
+    workers = workers_of(agent)
+    wait_for_state_after(0, agent)
+    agent.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
-    run.agent.communicate()
+    agent.communicate()
     assert not alive
-    assert goes_on_alone() == whole
+    assert made_by_two_processes(folder) == uninterrupted
 
 
-@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="a minute: make test-faults")
-def test_a_spread_model_whose_process_is_killed_ends_with_the_bits_of_the_unbroken_run(here):
-    Path("params.yaml").write_text(params(2, "fsdp"))
-    run = Launched()
-    assert run.agent.communicate(timeout=120)[1].count("error") == 0
-    whole = contents()
-    assert whole
-    run = Launched()
-    workers = run.workers()
-    run.wait_for_state_after(0)
-    workers[0].kill()  # the one that writes; torchrun starts both again
-    _, said = run.agent.communicate(timeout=120)
-    assert run.agent.returncode == 0, said
-    assert "Traceback" not in said
-    assert contents() == whole
-
-
-@pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="ten seconds: make test-faults")
-def test_one_that_died_too_often_is_no_success(here):
-    Path("params.yaml").write_text(params(2).replace('"max_restarts": 1', '"max_restarts": 0'))
-    run = Launched()
-    workers = run.workers()
-    run.wait_for_state_after(0)
-    for worker in workers:  # none is left to tell why
+@pytest.mark.robustness
+def test_a_run_that_lost_its_processes_too_often_fails(folder):
+    write_params(max_restarts=0)
+    agent = start(*STAGE)
+    workers = workers_of(agent)
+    wait_for_state_after(0, agent)
+    for worker in workers:
         worker.kill()
-    run.agent.communicate(timeout=60)
-    assert run.agent.returncode == 1
+    assert ended(agent)[0] == 1
     assert not Path("models").exists()
 
 
-@pytest.mark.parametrize("rendezvous", ["", "node0", "node0:http", ":29500"])
-def test_where_machines_meet_must_be_an_address(here, rendezvous, monkeypatch):
-    Path("params.yaml").write_text(params(1))
-    monkeypatch.setenv("COMPACTGPT_NODES", "2")
-    monkeypatch.setenv("COMPACTGPT_RENDEZVOUS", rendezvous)
-    ended = door()
-    assert ended.exit_code == 78
-    assert f"--rendezvous {rendezvous!r}: give host:port of one of the machines" in ended.stderr
+def test_a_mistake_that_the_processes_find_is_one_sentence_and_is_not_tried_again(folder):
+    write_params(max_restarts=3)
+    (folder / "data/tokens/train.tokens").unlink()
+    code, messages = ended(start(*STAGE))
+    (message,) = set(messages)  # each process reads the file for itself
+    assert "data/tokens/train.tokens is missing" in message
+    assert len(messages) <= 2
+    assert code == 65
 
 
-def test_a_process_finds_its_place_in_what_torchrun_says(monkeypatch):
+@pytest.mark.robustness
+def test_two_machines_train_one_model_with_torchruns_own_command(folder):
+    """Two agents in folders of their own, as docs/scale.md starts them on two machines."""
+    write_params(processes=2)
+    of_one_machine = made_by_two_processes(folder)
+    command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:29517", "--local-addr=127.0.0.1", *STAGE]
+    machines = [folder / "node0", folder / "node1"]
+    for machine in machines:
+        make_tokens(machine / "data/tokens")
+        write_params(machine, processes=2)
+    agents = [start(*command, cwd=machine) for machine in machines]
+    assert [ended(agent) for agent in agents] == [(0, []), (0, [])]
+    (main,) = [machine for machine in machines if (machine / "models").exists()]
+    os.chdir(main)
+    assert contents() == of_one_machine
+
+
+def test_a_process_reads_its_rank_from_torchruns_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    assert own_place() == Place(0, 1, 0)
+    assert dist_info() == DistInfo(0, 1, 0)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0"}.items():
         monkeypatch.setenv(name, value)
-    assert own_place() == Place(5, 8, 1)
-    assert not own_place().leads
-
-
-def test_only_a_lost_process_makes_torchrun_start_again(monkeypatch, tmp_path):
-    assert final_exit_code(BadConfig("x"), 78) == 78
-    monkeypatch.setenv("COMPACTGPT_OUTCOME", str(tmp_path / "code"))
-    assert final_exit_code(PeerLost("x"), 75) == 75
-    assert not (tmp_path / "code").exists()
-    assert final_exit_code(BadConfig("x"), 78) == 0
-    assert (tmp_path / "code").read_text() == "78"
+    assert dist_info() == DistInfo(5, 8, 1)
+    assert not dist_info().is_main_process

@@ -115,7 +115,7 @@ def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
     before = code_hashes(tmp_path)
     assert before == code_hashes(ROOT)
-    assert "page" in rooms_of(ROOT, ROOT / "stages/comparison.py")
+    assert "reporting/html" in rooms_of(ROOT, ROOT / "stages/comparison.py")
     with open(tmp_path / "src/compactgpt/optim.py", "a") as file:
         file.write("# another line\n")
     after = code_hashes(tmp_path)

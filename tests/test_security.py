@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from compactgpt import baseline, wheels
+from compactgpt import baseline, hub, wheels
 from compactgpt.checkpoint import save_state
 from compactgpt.config import load_params, read_yaml
 from compactgpt.errors import BadData, MissingInput, UserError
@@ -164,7 +164,7 @@ def test_code_that_comes_with_a_model_is_never_run(offered):
 
 def test_only_safetensors_and_words_are_fetched_from_a_hub():
     def fetched(name):
-        return any(fnmatch(name, pattern) for pattern in baseline._HUB_FILES)
+        return any(fnmatch(name, pattern) for pattern in hub.MODEL_FILES)
 
     assert fetched("model.safetensors")
     assert fetched("config.json")

@@ -1,4 +1,4 @@
-"""Mode fsdp: a model spread over processes learns what a whole one learns, and its states go anywhere."""
+"""Mode fsdp: a sharded model learns what one process learns, and any number of processes resumes it."""
 
 import errno
 import json
@@ -16,10 +16,10 @@ from test_distributed import assert_same_bits, bereft, parameters, run, stopped,
 from test_training import make_tokens, params_of
 
 from compactgpt.checkpoint import save_model
-from compactgpt.distributed import Group, joined
+from compactgpt.distributed import Group, init_process_group
 from compactgpt.errors import BadConfig, DiskFull
 from compactgpt.initial import folder_sha256
-from compactgpt.launching import Place
+from compactgpt.launching import DistInfo
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
 from compactgpt.storage import sha256_file
@@ -160,14 +160,14 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(state_of_two, tmp_p
 
 def loaded(folder, key=None, **changes):
     """What one process finds in a folder of states, and the tensors that it filled."""
-    from compactgpt.sharding import load_newest_shards
+    from compactgpt.sharding import load_newest_sharded_state
 
     params = parameters("fsdp", **CLIPPED, **changes)
     model = GPT(params.model)
     optimizers = Optimizers(model, params.training)
     tensors = {**model.state_dict(), **optimizers.zero_state()}
     key = key or json.loads((folder / "step-00000002/manifest.json").read_text())["run_key"]
-    found = load_newest_shards(folder, key, tensors, Group(Place(), "fsdp"))
+    found = load_newest_sharded_state(folder, key, tensors, Group(DistInfo(), "fsdp"))
     return (found[0] if found else None), tensors
 
 
@@ -252,14 +252,14 @@ def _compared(folder):
     """Three processes, so that rows do not divide; weights, gradients and updates held against whole ones."""
     from torch.distributed.tensor import distribute_tensor
 
-    from compactgpt.sharding import in_turns, spread, whole_model
+    from compactgpt.sharding import full_model, orthogonalise_sharded, shard_model
 
     params = params_of(tokens_per_step=48)
-    with joined(params.training.launcher, "cpu") as group:
+    with init_process_group(params.training.launcher, "cpu") as group:
         source = GPT(params.model, 5)
-        model = spread(source if group.leads else None, params.model, "cpu")
+        model = shard_model(source if group.is_main_process else None, params.model, "cpu")
         whole = Optimizers(source, params.training)
-        parts = Optimizers(model, params.training, in_turns)
+        parts = Optimizers(model, params.training, orthogonalise_sharded)
         held = sum(parameter.to_local().numel() for parameter in model.parameters())
         assert held < 1.1 * source.num_params / 3
         for step in range(3):
@@ -271,7 +271,9 @@ def _compared(folder):
             torch.testing.assert_close(norm, whole.grad_norm())
             parts.update(step, norm)
             whole.update(step, norm)
-        found = whole_model(model, True).state_dict()
-        for name, tensor in source.state_dict().items():
-            torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)
-        assert whole_model(model, False).wte.weight.is_meta
+        found = full_model(model, group.is_main_process)
+        if group.is_main_process:
+            for name, tensor in source.state_dict().items():
+                torch.testing.assert_close(found.state_dict()[name], tensor, atol=2e-4, rtol=0)
+        else:
+            assert found.wte.weight.is_meta

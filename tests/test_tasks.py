@@ -138,19 +138,19 @@ def test_lambada_runs_in_every_variant_that_has_a_file(tmp_path, encoding, model
     split = save_split(tmp_path / "val.tokens", encoding)
     source = Source(path=str(lambada), sha256=sha256_file(lambada))
     settings = SETTINGS.model_copy(update={"lambada": source, "lambada_original": source, "cloze_items": 0})
-    found = tasks.run_tasks(compact(model, 2, encoding), split, encoding, settings, LIKELIHOOD, tmp_path)
+    found = tasks.run_tasks(compact(model, 2, encoding), split, encoding, settings, LIKELIHOOD)
     assert sorted(found) == ["lambada_last_token", "lambada_original", "lambada_word"]
     assert found["lambada_word"] == found["lambada_original"]
 
 
-def test_a_file_is_the_one_by_hash_or_refused(tmp_path, lambada):
+def test_a_file_is_the_one_by_hash_or_refused(lambada):
     with pytest.raises(BadData, match="has SHA-256"):
-        fetch_source(Source(path=str(lambada), sha256="0" * 64), tmp_path)
+        fetch_source(Source(path=str(lambada), sha256="0" * 64))
     with pytest.raises(MissingInput, match="nowhere is missing"):
-        fetch_source(Source(path="nowhere", sha256="0" * 64), tmp_path)
+        fetch_source(Source(path="nowhere", sha256="0" * 64))
     hub = Source(repo="some/set", revision="a" * 40, file="x.jsonl", sha256="0" * 64)
     with pytest.raises(Unreachable, match=r"the hub can't be reached for some/set .*evaluation\.tasks"):
-        fetch_source(hub, tmp_path)
+        fetch_source(hub)
 
 
 @pytest.mark.parametrize("place", [{}, {"path": "x", "repo": "a/b"}, {"repo": "a/b", "file": "c"}])

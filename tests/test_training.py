@@ -19,8 +19,8 @@ from compactgpt.data import open_tokens, write_tokens
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.export import save_hf
-from compactgpt.initial import folder_sha256
-from compactgpt.launching import Place
+from compactgpt.initial import folder_sha256, initial_model
+from compactgpt.launching import DistInfo
 from compactgpt.runtime import prepare_process, stop_requests
 from compactgpt.storage import atomic_folder, write_text
 
@@ -101,8 +101,12 @@ def test_training_learns(splits, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optimizer": "adamw", "schedule": "cosine", "model": {"dropout": 0.3}}],
-    ids=["muon", "adamw-dropout"],
+    [
+        {"head": "full"},
+        {"head": "full", "optimizer": "adamw", "schedule": "cosine", "model": {"dropout": 0.3}},
+        {"head": "sampled", "sample_tokens": 12, "init_unigram": 2.0},
+    ],
+    ids=["muon", "adamw-dropout", "sampled"],
 )
 def test_a_run_stopped_after_any_step_ends_with_the_bits_of_one_never_stopped(splits, tmp_path, changes):
     params = params_of(**changes)
@@ -190,6 +194,41 @@ def test_the_second_ctrl_c_acts_at_once_unless_it_is_the_first_ones_echo(default
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_sampled_softmax_learns_without_the_padding_and_what_the_full_one_learns(splits, tmp_path):
+    """The validation loss is always the full softmax's; rows of the padding are never touched."""
+    budget = {"max_steps": 150, "eval_interval": 50, "checkpoint_interval": 50}
+    full = training.train(params_of(**budget, head="full", init_unigram=0.0), splits, tmp_path / "full")
+    params = params_of(**budget, head="sampled", sample_tokens=12, init_unigram=0.0)
+    sampled = training.train(params, splits, tmp_path / "sampled")
+    assert sampled.rows[-1].val_loss == pytest.approx(full.rows[-1].val_loss, abs=0.2)
+    drawn = initial_model(params.model, params.training)
+    assert torch.equal(sampled.model.wte.weight[VOCAB:], drawn.wte.weight[VOCAB:])
+    assert not torch.equal(full.model.wte.weight[VOCAB:], drawn.wte.weight[VOCAB:])
+
+
+def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(splits, tmp_path):
+    sampled = {"head": "sampled", "sample_tokens": 12, "eval_interval": 6}
+    small = training.train(params_of(micro_batch_size=1, **sampled), splits, tmp_path / "a")
+    large = training.train(params_of(micro_batch_size=4, **sampled), splits, tmp_path / "b")
+    assert small.rows[-1].val_loss == pytest.approx(large.rows[-1].val_loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"head \(sampled\) needs dtype float32"),
+        ({"launcher": {"mode": "fsdp"}}, r"head \(sampled\) needs launcher.mode fast"),
+        (
+            {"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64},
+            "init_unigram .* must be 0 unless",
+        ),
+    ],
+)
+def test_what_a_sampled_softmax_cannot_be_combined_with_is_refused(changes, message):
+    with pytest.raises(BadConfig, match=message):
+        params_of(head="sampled", **{"init_unigram": 0.0, **changes})
+
+
 def test_how_often_is_measured_never_changes_the_model(splits, tmp_path):
     often = training.train(params_of(eval_interval=1, eval_windows=2), splits, tmp_path / "a")
     seldom = training.train(params_of(eval_interval=6, checkpoint_interval=1), splits, tmp_path / "b")
@@ -240,7 +279,7 @@ def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
     with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is .*lower training.learning_rate"):
         training.train(params, splits, tmp_path)
-    run = training._Run(params, splits, tmp_path, Group(Place(), "fast"))
+    run = training._Run(params, splits, tmp_path, Group(DistInfo(), "fast"))
     weights = []
 
     def go_on_for_ever():
@@ -261,8 +300,8 @@ def test_a_gradient_that_is_not_finite_stops_with_step_batch_and_way_and_leaves_
     whole = training.train(params, splits, tmp_path / "whole")
     real = training._Run._gradient
 
-    def poisoned(run, tokens, targets):
-        loss = real(run, tokens, targets)
+    def poisoned(run, *batch):
+        loss = real(run, *batch)
         if run.step == 4:
             run.model.h[0].mlp.c_fc.weight.grad[3, 3] = math.inf
         return loss

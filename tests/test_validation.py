@@ -1,13 +1,14 @@
 """The suite passes good text, names what is wrong with bad text, and reports the same thing every time."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from compactgpt.config import Validation
-from compactgpt.documents import Document, Stored, new_document, write_documents
+from compactgpt.documents import Document, new_document, write_documents
 from compactgpt.errors import BadData, CheckFailed
 from compactgpt.progress import silent
 from compactgpt.storage import atomic_folder
@@ -39,14 +40,8 @@ def make(folder, documents):
     return folder
 
 
-def judge(tmp_path, documents, bounds=BOUNDS):
+def check(tmp_path, documents, bounds=BOUNDS):
     return validate(make(tmp_path / "documents", documents), tmp_path / "docs", bounds)
-
-
-def row_of(document, cut=None):
-    raw = document.text.encode()
-    parts = [raw] if cut is None else [raw[:cut], raw[cut:]]
-    return document_row(Stored(document.id, document.source, [memoryview(part) for part in parts]))
 
 
 def failures(report):
@@ -55,22 +50,20 @@ def failures(report):
 
 
 def test_a_row_describes_a_hand_worked_text():
-    row = row_of(new_document("Ab \n é1\0 \ufffd!", "x"))
+    row = document_row(new_document("Ab \n é1\0 \ufffd!", "x"))
     assert (row["n_characters"], row["n_bytes"], row["n_nul"]) == (11, 14, 1)
     assert row["letter_share"] == 3 / 7
     assert row["replacement_share"] == 1 / 11
     assert row["excerpt"] == "Ab é1\0 \ufffd!"
     assert row["id_is_hash"]
-    twins = [row_of(new_document(text, "x"))["normalised"] for text in ("A  b", "ab\n", "abc")]
+    twins = [document_row(new_document(text, "x"))["normalised"] for text in ("A  b", "ab\n", "abc")]
     assert twins[0] == twins[1] != twins[2]
-    assert row_of(new_document(" \n", "x"))["excerpt"] is None
-    assert not row_of(Document("00" * 16, "text", "x"))["id_is_hash"]
-    for cut in (0, 1, 4, 7, 13):  # bytes, between characters
-        assert row_of(new_document("Ab \n é1\0 \ufffd!", "x"), cut) | {"excerpt": ""} == row | {"excerpt": ""}
+    assert document_row(new_document(" \n", "x"))["excerpt"] is None
+    assert not document_row(Document("00" * 16, "text", "x"))["id_is_hash"]
 
 
 def test_good_text_passes_every_expectation(tmp_path):
-    report = judge(tmp_path, GOOD)
+    report = check(tmp_path, GOOD)
     assert report["success"]
     assert report["documents"] == 30
     assert report["bytes"] == sum(len(each.text) for each in GOOD)
@@ -79,6 +72,7 @@ def test_good_text_passes_every_expectation(tmp_path):
     require_success(report, *WORDS)
 
 
+TOTAL = "expect_column_max_to_be_between"
 BETWEEN = "expect_column_values_to_be_between"
 UNIQUE = "expect_column_values_to_be_unique"
 FAIR = "Some text of fair length"
@@ -108,7 +102,7 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
     documents = [*GOOD, *planted(SPOILED), blank, *extra, Document(GOOD[0].id, f"{FAIR} three", "repeated")]
     found = {
         key: (each["unexpected"], {row["source"] for row in each["examples"]})
-        for key, each in failures(judge(tmp_path, documents, bounds)).items()
+        for key, each in failures(check(tmp_path, documents, bounds)).items()
     }
     expected = {(SPOILED[kind][1], SPOILED[kind][2]): (3, {kind}) for kind in SPOILED}
     expected[UNIQUE, "normalised"] = (6, {"twin"})
@@ -118,25 +112,25 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
     expected["expect_column_values_to_be_in_set", "id_is_hash"] = (3, {"form", "hash", "repeated"})
     expected[UNIQUE, "id"] = (2, {"a/0", "repeated"})
     for name in ("repeated_ids", "wrong_ids"):  # exact, over the whole corpus
-        expected["expect_column_sum_to_be_between", name] = (None, set())
+        expected[TOTAL, name] = (None, set())
     assert found == expected
 
 
 def test_a_small_corpus_of_long_documents_fails_its_sizes(tmp_path):
     documents = [new_document("long " * 5 + "long " * 20 * (n == 0) + str(n), f"a/{n}") for n in range(8)]
-    found = failures(judge(tmp_path, documents))
-    assert found["expect_column_sum_to_be_between", "documents"]["observed"] == 8
-    assert found["expect_column_sum_to_be_between", "bytes"]["observed"] == 8 * 26 + 100
+    found = failures(check(tmp_path, documents))
+    assert found[TOTAL, "documents"]["observed"] == 8
+    assert found[TOTAL, "bytes"]["observed"] == 8 * 26 + 100
     assert found[BETWEEN, "n_characters"]["examples"][0]["value"] == 126
 
 
 def test_a_few_documents_may_be_bad(tmp_path):
-    assert judge(tmp_path, [*GOOD, *planted(["short"])])["success"]
+    assert check(tmp_path, [*GOOD, *planted(["short"])])["success"]
 
 
 def test_a_failure_is_told_the_same_way_twice_with_count_and_three_documents(tmp_path):
     documents = [*GOOD, *planted(["short"], 4)]
-    report, again = judge(tmp_path, documents), judge(tmp_path, documents)
+    report, again = check(tmp_path, documents), check(tmp_path, documents)
     assert json.dumps(report, allow_nan=False) == json.dumps(again, allow_nan=False)
     failed = failures(report)[BETWEEN, "n_characters"]
     assert failed["unexpected"] == 4
@@ -147,7 +141,11 @@ def test_a_failure_is_told_the_same_way_twice_with_count_and_three_documents(tmp
         require_success(report, *WORDS)
     message = str(caught.value)
     assert "the documents fail 1 of 14 expectations" in message
-    assert f"4 of 34 rows break it, such as short {new_document('short 0', '').id} (7)" in message
+    first = new_document("short 0", "").id
+    assert (
+        "expected: 90 % of the documents have 20 to 100 characters; "
+        f"4 of 34 documents do not fulfil this, such as short {first} (7)"
+    ) in message
     assert "params.yaml (validation)" in message
 
 
@@ -155,7 +153,7 @@ def test_a_large_corpus_is_summed_exactly_and_judged_by_a_sample_that_keeps_twin
     documents = [new_document(f"Some words of document number {n} here.", f"a/{n}") for n in range(1200)]
     documents += [new_document(f"SOME words of  document number {n} here.", f"twin/{n}") for n in range(400)]
     documents.append(documents[5])
-    report = judge(tmp_path, documents, BOUNDS.model_copy(update={"max_rows": 300}))
+    report = check(tmp_path, documents, BOUNDS.model_copy(update={"max_rows": 300}))
     assert report["documents"] == 1601
     assert report["bytes"] == sum(len(each.text) for each in documents)
     assert (report["repeated_ids"], report["wrong_ids"]) == (1, 0)
@@ -167,19 +165,6 @@ def test_a_large_corpus_is_summed_exactly_and_judged_by_a_sample_that_keeps_twin
     assert len(rows) == report["rows"]
 
 
-def test_a_long_document_is_judged_as_if_it_were_whole(tmp_path, monkeypatch):
-    long = [new_document("Some words é\0 of one \ufffd long document. " * n, f"long/{n}") for n in (90, 91)]
-    found = []
-    for part_bytes in (2**22, 100):
-        monkeypatch.setattr("compactgpt.documents.PART_BYTES", part_bytes)
-        folder = make(tmp_path / str(part_bytes), [*GOOD, *long])
-        found += [_read(folder, rows, silent) for rows in (1000, 20)]
-    assert found[:2] == found[2:]
-    sums, rows = found[0]
-    assert (sums["wrong_ids"], sums["documents"], len(rows)) == (0, 32, 32)
-    assert 0 < len(found[1][1]) < 32
-
-
 def test_altered_documents_are_refused(tmp_path):
     folder = make(tmp_path / "documents", GOOD)
     (folder / "documents-00000.parquet").write_bytes(b"x")
@@ -187,13 +172,69 @@ def test_altered_documents_are_refused(tmp_path):
         validate(folder, tmp_path / "docs", BOUNDS)
 
 
-def test_the_door_writes_the_report_before_it_fails(tmp_path, monkeypatch):
+def run_stage(folder, monkeypatch, documents):
+    make(folder / "data/documents", documents)
+    (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    return CliRunner().invoke(app, ["--tracker", "none"])
+
+
+def test_the_stage_says_what_was_expected_and_writes_the_report_before_it_fails(tmp_path, monkeypatch):
+    done = run_stage(tmp_path, monkeypatch, GOOD[:1])
+    assert done.exit_code == CheckFailed.exit_code
+    assert "  documents: 1, expected at least 1,000\n" in done.output
+    assert f"  bytes of text: {len(GOOD[0].text)}, expected at least 10,000,000\n" in done.output
+    assert "Data Docs: data/data_docs/documents/index.html" in done.output
+    assert not json.loads(Path("reports/validation.json").read_text())["success"]
+
+
+# --- Data Docs
+
+REMOTE = re.compile(r"""(?:src|<link[^>]*href)=["']?https?:|url\(["']?https?:|<script""")
+
+
+def test_data_docs_name_their_run_and_say_the_expectations_in_words(tmp_path, monkeypatch):
+    run_stage(tmp_path, monkeypatch, GOOD[:1])
+    docs = Path("data/data_docs/documents")
+    pages = {path.parts[4]: path for path in docs.rglob("validations/**/*.html")}
+    assert set(pages) == {"corpus", "documents"}
+    assert {path.parts[5] for path in pages.values()} == {"validation"}  # the run's name, not __none__
+    page = pages["corpus"].read_text()
+    assert "documents: at least 1,000" in page
+    assert 'href="validations/corpus/validation/' in (index := (docs / "index.html").read_text())
+    assert "2 of 4 met" in index
+    assert "9 of 10 met" in index
+
+
+def test_data_docs_need_no_network(tmp_path):
+    check(tmp_path, GOOD)
+    pages = [*(tmp_path / "docs").rglob("*.html")]
+    assert len(pages) == 5
+    for page in pages:
+        text = page.read_text()
+        assert not REMOTE.search(text), page
+        assert ".text-success { color: #1a7f37; }" in text  # our style sheet
+    assert sum(path.stat().st_size for path in (tmp_path / "docs").rglob("*.*")) < 300_000
+
+
+def test_text_of_a_corpus_never_becomes_markup_in_data_docs(tmp_path):
+    odd = '<script>alert(1)</script><img src=x onerror=alert(2)> & "'
+    report = check(tmp_path, [*GOOD, Document(odd, "Some text of fair length.", odd)])
+    (example,) = failures(report)["expect_column_values_to_match_regex", "id"]["examples"]
+    assert example == {"id": odd, "source": odd, "value": odd}
+    text = "".join(path.read_text() for path in (tmp_path / "docs").rglob("*.html"))
+    assert "<img src=x" not in text
+    assert "alert(1)&lt;/script&gt;" in text
+
+
+def test_a_stage_logs_data_docs_to_its_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPACTGPT_TRACKER", "mlflow")
     make(tmp_path / "data/documents", GOOD)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    done = CliRunner().invoke(app, ["--tracker", "none"])
-    assert done.exit_code == CheckFailed.exit_code
-    assert "expect_column_sum_to_be_between of documents (min_value 1000.0): found 30" in done.output
-    assert not json.loads(Path("reports/validation.json").read_text())["success"]
-    assert Path("data/data_docs/documents/index.html").exists()
+    monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
+    CliRunner().invoke(app, [])
+    (index,) = tmp_path.rglob(".state/tracking/*/artifacts/data_docs/documents/index.html")
+    assert "Data Docs" in index.read_text()

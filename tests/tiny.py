@@ -87,3 +87,45 @@ def save_params(path: Path, change) -> None:
     tree["evaluation"]["tasks"] |= {"cloze_items": 3, "cloze_characters": 30}
     change(tree)
     path.write_text(json.dumps(tree))  # JSON is YAML
+
+
+def save_gguf(path, pre="smollm", architecture="llama"):
+    """A random Llama in llama.cpp's form, 32 wide so that Q8_0 fits, with the tiny vocabulary."""
+    import gguf
+
+    generator = np.random.default_rng(4)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(list(vocabulary()))
+    writer.add_token_types([1] * len(vocabulary()))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    shapes |= {"attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
+    named |= {"token_embd": (len(vocabulary()), 32), "output_norm": (32,)}
+    for name, shape in named.items():
+        weight = generator.normal(0, 0.3, shape).astype(np.float32)
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", 1 + weight)
+        else:
+            quantized = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"{name}.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

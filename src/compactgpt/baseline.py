@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import lzma
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import numpy as np
 from compactgpt import config
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.encoding import END_OF_TEXT, spelled_bytes
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import (
     IN_WINDOW,
     Codec,
@@ -44,10 +43,12 @@ from compactgpt.evaluation import (
     document_streams,
     document_text,
 )
-from compactgpt.hub import one_line, require_on_hub
+from compactgpt.gguf_check import check_gguf
+from compactgpt.hub import fetch_model, one_line
+from compactgpt.inputs import check_files
 from compactgpt.progress import Progress
 from compactgpt.runtime import prepare_process, resolve_device
-from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
+from compactgpt.storage import sha256_file
 from compactgpt.wheels import fetch_wheel_member
 
 if TYPE_CHECKING:
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _COUNTED_AT_ONCE = 2**24  # tokens
-_HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> L
         loaded = read_gguf(path)
     elif isinstance(spec, config.Hub):
         facts = {"repo": spec.repo, "revision": spec.revision}
-        loaded = read_folder(fetch_from_hub(spec, around.state / "hub"))
+        advice = (
+            "correct baseline.specs, take the name out of baseline.names, or give its weights as a folder"
+        )
+        loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
         folder = Path(spec.path)
         loaded = read_folder(folder)
@@ -399,6 +402,7 @@ def read_folder(folder: Path) -> Loaded:
         MissingInput: the folder, its configuration, tokenizer or weights are not there.
         BadData: it can't be read.
     """
+    check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
@@ -472,39 +476,6 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def fetch_from_hub(spec: config.Hub, cache: Path) -> Path:
-    """Return a local folder with a model of the hub at its pinned commit, fetched unless it is in `cache`.
-
-    Raises:
-        Unreachable: the hub does not answer; said at once, not after retries.
-        BadConfig: the hub has no such model or commit, or does not give it to everyone.
-    """
-    folder = cache / f"{spec.repo.replace('/', '--')}-{spec.revision}"
-    if folder.exists():
-        verified_manifest(folder)
-        return folder
-    import httpx2
-    from huggingface_hub import snapshot_download
-
-    mend = "mend baseline.specs, take the name out of baseline.names, or give its weights as a folder"
-    require_on_hub("model", spec.repo, spec.revision, mend)
-    try:
-        with atomic_folder(folder) as temporary:
-            snapshot_download(
-                spec.repo,
-                revision=spec.revision,
-                local_dir=temporary,
-                allow_patterns=_HUB_FILES,
-                ignore_patterns=["*/*"],
-            )
-            shutil.rmtree(temporary / ".cache", ignore_errors=True)
-    except (httpx2.HTTPError, OSError) as error:
-        raise Unreachable(
-            f"the hub stopped answering for {spec.repo} ({one_line(error)}): run it again, or {mend}"
-        ) from error
-    return folder
-
-
 # llama.cpp's names (gguf-py, gguf/constants.py) -> transformers' names in a Llama
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -534,9 +505,10 @@ def read_gguf(path: Path) -> Loaded:
     """
     from gguf import GGUFReader
 
+    check_gguf(path)
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
 
     def field(name: str) -> Any:
@@ -549,12 +521,17 @@ def read_gguf(path: Path) -> Loaded:
             f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
             "'smollm') can be read: give the model as a folder or from the hub"
         )
-    tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
-    bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
-    first_token = opener(tokenizer.get_vocab(), bos_token, eos_token)
-    if first_token is None:
-        raise BadData(f"{path} names neither a beginning nor an end of text")
-    return Loaded(_gguf_llama(reader, field), tokenizer, first_token)
+    try:
+        tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
+        bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
+        first_token = opener(tokenizer.get_vocab(), bos_token, eos_token)
+        if first_token is None:
+            raise ValueError("it names neither a beginning nor an end of text")
+        return Loaded(_gguf_llama(reader, field), tokenizer, first_token)
+    except MemoryError:
+        raise
+    except Exception as error:  # what tokenizers and transformers raise has no end
+        raise BadData(f"{path} holds no model that can be built: {one_line(error)}") from error
 
 
 def _gguf_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
@@ -580,6 +557,8 @@ def _gguf_llama(reader: Any, field: Callable[[str], Any]) -> Any:
     from gguf import dequantize
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    if field("llama.block_count") > len(reader.tensors):  # transformers builds every layer first
+        raise ValueError(f"{field('llama.block_count'):,} layers of {len(reader.tensors):,} tensors")
     heads, key_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     state = {}
     for tensor in reader.tensors:

@@ -63,6 +63,7 @@ class Claim(Section):
 
     id: Name
     quote: str
+    english: str  # the quote in English, with English number marks
     where: str
     model: str
     quantity: str

@@ -6,12 +6,13 @@ Each command reads its options and makes one call into a room, which is imported
 import json
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compactgpt.console import told_clearly
+from compactgpt.console import echo, told_clearly
 from compactgpt.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -28,6 +29,9 @@ def _names() -> list[str]:
 ExperimentName = Annotated[
     str, typer.Argument(metavar="NAME", autocompletion=_names, help="One of `compactgpt experiment list`.")
 ]
+ModelFolder = Annotated[Path, typer.Option("--model", help="A model of ours.")]
+TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Its tokenizer: goes along.")]
+CardFile = Annotated[Path, typer.Option("--card", help="Its card, if it is of the same weights.")]
 LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
 app = typer.Typer(
@@ -49,23 +53,56 @@ def main() -> None:
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Where the Hugging Face form goes.")],
-    model: Annotated[Path, typer.Option(help="A model of ours.")] = Path("models/compact"),
-    tokenizer: Annotated[Path, typer.Option(help="Its tokenizer: goes along.")] = Path("data/tokenizer"),
-    card: Annotated[Path, typer.Option(help="Its card, if it is of the same weights.")] = Path(
-        "reports/model_card.md"
-    ),
+    model: ModelFolder = Path("models/compact"),
+    tokenizer: TokenizerFolder = Path("data/tokenizer"),
+    card: CardFile = Path("reports/model_card.md"),
+    params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
-        from compactgpt.card import card_for
-        from compactgpt.checkpoint import load_model
-        from compactgpt.export import save_hf
+        _export(folder, model, tokenizer, card, params_file)
+        echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
-        text, why_none = card_for(model, card)
-        save_hf(load_model(model), folder, tokenizer, text)
-        if why_none:
-            print(f"without a model card: {why_none}")
-        print(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+
+def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path) -> None:
+    from compactgpt.checkpoint import load_model
+    from compactgpt.config import load_params
+    from compactgpt.export import save_hf
+    from compactgpt.hub import with_base_model
+    from compactgpt.reporting.model_card import card_for
+
+    text, why_none = card_for(model, card)
+    if text and params_file.exists():
+        text = with_base_model(text, load_params(params_file).training.init_from)
+    save_hf(load_model(model), folder, tokenizer, text)
+    if why_none:
+        echo(f"without a model card: {why_none}")
+
+
+@app.command("push-to-hub")
+def push_to_hub(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    model: ModelFolder = Path("models/compact"),
+    tokenizer: TokenizerFolder = Path("data/tokenizer"),
+    card: CardFile = Path("reports/model_card.md"),
+    params_file: ParamsFile = Path("params.yaml"),
+) -> None:
+    """Export a trained model and upload it to the Hugging Face hub (needs HF_TOKEN or `hf auth login`)."""
+    with told_clearly(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        from compactgpt.hub import push_folder
+        from compactgpt.storage import MANIFEST
+
+        folder = Path(scratch) / "model"
+        _export(folder, model, tokenizer, card, params_file)
+        (folder / MANIFEST).unlink()  # ours, not Hugging Face's
+        for path in sorted(folder.iterdir()):
+            echo(f"{path.stat().st_size:>12,}  {path.name}")
+        if dry_run:
+            echo(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
+            return
+        echo(push_folder(folder, repo, private=private))
 
 
 @app.command()
@@ -98,16 +135,16 @@ def gate(
         settings = load_params(params_file).regression
         if accept and not promote:
             references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
-            print(f"{against}: accepted; commit it, so that it is reviewed like code")
+            echo(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
         verdict = references.compare(against, Path(), settings, bench)
-        print(verdicts.terminal(verdict))
+        echo(verdicts.terminal(verdict))
         verdicts.publish(verdict, markdown, junit)
         if verdict.failures:
-            print("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
+            echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
-            print(f"champion: version {references.promote(Path(), accept)}")
+            echo(f"champion: version {references.promote(Path(), accept)}")
 
 
 @app.command()
@@ -122,12 +159,12 @@ def reproduce(
     with told_clearly():
         from compactgpt import reproduction
 
-        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=typer.echo)
-        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=echo)
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)
         if check and not as_json:
-            print(f"next: compactgpt reproduce {run}")
+            echo(f"next: compactgpt reproduce {run}")
 
 
 @app.command()
@@ -141,7 +178,7 @@ def diff(
         from compactgpt import diffing
 
         found = diffing.of(a, b, Path())
-        print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
 
 
 @app.command()
@@ -158,12 +195,12 @@ def estimate(
 
         found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
         if as_json:
-            print(json.dumps(found, indent=2))
+            echo(json.dumps(found, indent=2))
             return
         changes = [word for setting in settings or [] for word in ("-S", setting)]
-        print(whatif.table(found))
+        echo(whatif.table(found))
         if params_file == Path("params.yaml"):
-            print(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+            echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 
 
 @experiment.command("list")
@@ -173,8 +210,8 @@ def list_experiments() -> None:
         from compactgpt.experiments import experiments
 
         for name, one in experiments().items():
-            print(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
-        print("next: compactgpt experiment show NAME")
+            echo(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
+        echo("next: compactgpt experiment show NAME")
 
 
 @experiment.command()
@@ -185,8 +222,8 @@ def show(
     with told_clearly():
         from compactgpt import experiments
 
-        print("\n".join(experiments.shown(name, params_file, settings or [])))
-        print(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
+        echo("\n".join(experiments.shown(name, params_file, settings or [])))
+        echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
 
 
 @experiment.command("apply")
@@ -198,8 +235,8 @@ def apply_experiment(
         from compactgpt import experiments
 
         told = experiments.apply(name, params_file, settings or [])
-        print("\n".join(told) or f"{params_file} says so already")
-        print(f"next: make repro; git checkout {params_file} takes it back")
+        echo("\n".join(told) or f"{params_file} says so already")
+        echo(f"next: make repro; git checkout {params_file} takes it back")
 
 
 @experiment.command("run")
@@ -211,8 +248,8 @@ def run_experiment(
         from compactgpt import experiments
 
         done = experiments.run(name, params_file, settings or [])
-        print("\n".join(done))
-        print(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
+        echo("\n".join(done))
+        echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
 
 
 @experiment.command("record")
@@ -221,7 +258,7 @@ def record_experiment(name: ExperimentName) -> None:
     with told_clearly():
         from compactgpt.recording import record
 
-        print(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+        echo(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
 
 
 @app.command()
@@ -234,7 +271,7 @@ def ladder(
     with told_clearly():
         from compactgpt import fitting
 
-        print(fitting.climb(name, folder, params_file))
+        echo(fitting.climb(name, folder, params_file))
 
 
 @app.command()
@@ -254,7 +291,17 @@ def sync(
                 raise
             print(f"warning: {error}", file=sys.stderr)
             return
-        print("MLflow has all of the runs that have ended here")
+        echo("MLflow has all of the runs that have ended here")
+
+
+@app.command()
+def check(params_file: ParamsFile = Path("params.yaml")) -> None:
+    """Check params.yaml and the files that DVC is about to read: every `make repro` begins so."""
+    with told_clearly():
+        from compactgpt.inputs import check_inputs
+
+        check_inputs(Path(), params_file)
+        echo("params.yaml is valid, and DVC can read every dependency")
 
 
 @app.command()
@@ -264,7 +311,7 @@ def mend() -> None:
         from compactgpt.lineage import restore_lock
 
         if restore_lock(Path()):
-            print("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
+            echo("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
 
 
 @app.command()
@@ -274,10 +321,10 @@ def verify() -> None:
         from compactgpt.verification import verify as look
 
         found = look(Path())
-        print("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
+        echo("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
         for path in found.unchecked:
-            print(f"not checked, since it is not here (`dvc pull`): {path}")
-        print("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
+            echo(f"not checked, since it is not here (`dvc pull`): {path}")
+        echo("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
         raise typer.Exit(1 if found.differences else 0)
 
 
@@ -293,4 +340,4 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
         record = read_json(RECORD)
         lines = chain(Path(), record, name)
         lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
-        print("\n".join(f"{what:<12}{found}" for what, found in lines))
+        echo("\n".join(f"{what:<12}{found}" for what, found in lines))

@@ -1,8 +1,8 @@
 """Reports, claims and published values -> one record, from which every table, picture and page is made.
 
 `gather` turns all that is known into values; `compare` judges the claims with them and returns the record,
-plain JSON (reports/evidence.json). `rendering`, `charts`, `page` and `card` see nothing but that record, so
-no reader can meet a number that it lacks. Ids: `<model>.<quantity>`, where `note` is the note's model,
+plain JSON (reports/evidence.json). The modules of `reporting` see nothing but that record, so no reader can
+meet a number that it lacks. Ids: `<model>.<quantity>`, where `note` is the note's model,
 `compact` the one trained here; published results on another corpus carry its name, `gpt2.openwebtext.loss`.
 """
 
@@ -29,6 +29,9 @@ from compactgpt.sizes import counts, flops_per_token
 
 NOTE = "note"
 NATS = "nats per token"
+# Kind and name of the corpora whose reports are about the note: the embedded demo's, and the note's own.
+# On any other corpus a report is about the model that was trained there.
+NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 _PUBLISHED = "published.yaml"
 _ESTIMATE = "reports/estimate.json"
 
@@ -70,6 +73,7 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
     validation = sources.compact.score.validation.model_dump()
     return {
         "evidence": [asdict(item) for item in evidence.values()],
+        "about_note": (sources.download.corpus, sources.download.name) in NOTE_CORPORA,
         "claims": [_claim_record(*pair) for pair in zip(sources.claims.claims, judgements, strict=True)],
         "tally": [list(pair) for pair in Counter(j.verdict for j in judgements).most_common()],
         "table": [row.model_dump() for row in sources.claims.table],
@@ -170,7 +174,7 @@ def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Value]:
     yield from _size_ratios(sources)
     yield from _published(sources.published)
     yield from _trained(sources)
-    corpus = f"{sources.estimate.compact.corpus} val"
+    corpus = f"{sources.download.name} val"
     for measured in (sources.compact, *sources.baselines):
         made = _made(measured, sources, corpus)
         yield from _scored(measured, made)
@@ -311,7 +315,7 @@ def _trained(sources: Sources) -> Iterator[Value]:
         "measured",
         COMPACT,
         report,
-        f"{sources.estimate.compact.corpus} train",
+        f"{sources.download.name} train",
         exact=True,
         stage="training",
         report=report,

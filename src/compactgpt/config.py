@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from compactgpt.errors import BadConfig, MissingInput
+from compactgpt.errors import BadConfig, MissingInput, printable
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,7 +27,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# A name becomes part of paths, of DVC's stage names and of MLflow's runs: nothing of it means anything there.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+NAME_RULE = "a name has letters, digits, '.', '_' and '-' only, at most 64, and begins with a letter or digit"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
 # A glob inside the repository.
@@ -86,11 +89,14 @@ class Docstrings(Lengths):
 
 
 class Files(Section):
-    """The user's own text, by globs relative to the repository."""
+    """The user's own text, by globs relative to the repository, and its name in the reports."""
 
+    name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     patterns: Annotated[tuple[FilePattern, ...], Field(min_length=1)]
     text_column: Annotated[str, Field(min_length=1)]
     max_decompressed_megabytes: Positive
+    max_decompression_ratio: Positive
+    min_free_disk_megabytes: Count
 
 
 class HubSet(Section):
@@ -230,18 +236,12 @@ class Model(Section):
 
 
 class Launcher(Section):
-    """How many processes train one model together, and how they add up what they found."""
+    """How many processes train one model together on this machine, and how they share the work."""
 
     processes: Positive = 1
-    mode: Literal["fast", "strict", "fsdp"] = "fast"
+    mode: Literal["fast", "fsdp"] = "fast"
     max_restarts: Count = 3
     timeout_seconds: Positive = 600
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.mode == "strict" and self.processes & (self.processes - 1):
-            raise ValueError(f"processes ({self.processes}) must be a power of two where mode is strict")
-        return self
 
 
 class Training(Section):
@@ -270,7 +270,21 @@ class Training(Section):
     eval_interval: Positive
     eval_windows: Positive
     checkpoint_interval: Positive
+    head: Literal["full", "sampled"] = "full"
+    sample_tokens: Positive = 4096
+    sample_power: Share = 0.75
+    init_unigram: NonNegative = 0.0
     launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _possible_head(self) -> Self:
+        if self.head == "sampled" and self.dtype == "bfloat16":
+            raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
+        if self.head == "sampled" and self.launcher.mode == "fsdp":
+            raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
+        if self.init_unigram and self.init_from != SCRATCH:
+            raise ValueError(f"init_unigram ({self.init_unigram}) must be 0 unless init_from is {SCRATCH}")
+        return self
 
     @model_validator(mode="after")
     def _begun(self) -> Self:
@@ -676,7 +690,7 @@ def _check_extent(tree: Any) -> None:
 def _explain(detail: Any, kind: type[Section]) -> str:
     """One line for one mistake: the key's path, what was found, what is allowed."""
     location, parent = _walk([str(part) for part in detail["loc"]], kind)
-    path = ".".join(location)
+    path = printable(".".join(location))
     if detail["type"] == "extra_forbidden":
         known = sorted(getattr(parent, "model_fields", {}))
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -685,6 +699,8 @@ def _explain(detail: Any, kind: type[Section]) -> str:
     if detail["type"] == "missing":
         return f"{path}: missing key"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail.get("ctx", {}).get("pattern") == NAME_PATTERN:
+        message = NAME_RULE
     if isinstance(detail["input"], dict | list):
         return f"{path}: {message}" if path else message
     return f"{path}: found {json.dumps(detail['input'])}; {message[0].lower()}{message[1:]}"

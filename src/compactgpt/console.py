@@ -10,7 +10,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed, OutOfMemory, UserError
+from compactgpt.errors import (
+    BadData,
+    DiskFailed,
+    DiskFull,
+    MissingInput,
+    NotAllowed,
+    OutOfMemory,
+    UserError,
+    printable,
+)
 
 
 class Bar:
@@ -28,13 +37,13 @@ class Bar:
         elif time.monotonic() >= self._next_line or done == total:
             self._next_line = time.monotonic() + 15
             extra = "".join(f", {key} {value}" for key, value in (figures or {}).items())
-            print(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}", file=sys.stderr, flush=True)
+            report(f"{self.name}: {done:,} of {total:,} {self.unit}{extra}")
 
     def _draw(self, done: int, total: int, figures: Mapping[str, str] | None) -> None:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, desc=self.name, unit=f" {self.unit}", unit_scale=True)
+            self._bar = tqdm(total=total, desc=printable(self.name), unit=f" {self.unit}", unit_scale=True)
         self._bar.total = total
         if figures:
             self._bar.set_postfix(figures, refresh=False)
@@ -54,14 +63,14 @@ def told_clearly(stopped: str = "stopped") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from compactgpt.launching import final_exit_code, own_place, under_torchrun  # reads all of config
+        from compactgpt.launching import dist_info, under_torchrun  # reads all of config
 
         # What every process meets at the same step is told once.
-        if own_place().leads or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
+        if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             say(str(error))
         if under_torchrun():  # it ends who is left: already on the way
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(final_exit_code(error, error.exit_code)) from error
+        raise SystemExit(error.exit_code) from error
     except OSError as error:  # of what is not written through compactgpt.storage, such as journals
         if not (told := _misfortune(error)):
             raise
@@ -105,5 +114,15 @@ def extra_with(module: str) -> str:
 
 
 def say(message: str) -> None:
-    """Tell a mistake."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print a mistake to stderr."""
+    report(f"error: {message}")
+
+
+def report(message: str) -> None:
+    """Print a message to stderr, with control characters written as escapes."""
+    print(printable(message, keep="\n\t"), file=sys.stderr, flush=True)
+
+
+def echo(message: str) -> None:
+    """Print a result to stdout, with control characters written as escapes."""
+    print(printable(message, keep="\n\t"), flush=True)

@@ -1,20 +1,17 @@
-"""Processes that train one model together: who works on which rows, and how gradients become one.
+"""Several processes train one model together: the batch slice of each, summed gradients, decisions of all.
 
-A step's batch is drawn whole by everyone, a pure function of (seed, step), and each process takes its
-slice of the rows: tokens_per_step never changes with the number of processes. Three modes add up gradients.
+Every process draws the whole batch of a step, a pure function of (seed, step), and takes its slice, so that
+tokens_per_step does not change with the number of processes. Two modes sum the gradients. Each is repeatable
+for one number of processes, which orders the sums.
 
-fast    one all-reduce of the whole gradient. Repeatable for a number of processes, which orders the sums.
-strict  gradients of single micro-batches, added in one fixed binary tree: the lower levels inside a
-        process, the upper ones between processes by recursive doubling (Thakur et al. 2005, Optimization
-        of collective communication operations in MPICH). Addition of two numbers is commutative to the
-        bit, so 1, 2, 4, ... processes get the same bits. Costs log2(processes) exchanges of the whole
-        gradient, where an all-reduce costs two at most, and a copy of it for each level of the tree inside.
-fsdp    the model itself is spread over the processes (the room `sharding`), and gradients are added up where
-        their rows live, after every micro-batch. Repeatable for a number of processes.
+fast    data parallel: one all-reduce of the whole gradient after the last micro-batch.
+fsdp    FSDP2 shards the model over the processes (module `sharding`) and sums gradients after every
+        micro-batch.
 """
 
 import datetime
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -25,231 +22,178 @@ from torch import Tensor, nn
 
 from compactgpt.config import Launcher
 from compactgpt.errors import BadConfig, PeerLost, UserError
-from compactgpt.launching import Place, meeting_place, own_place
+from compactgpt.launching import INIT_METHOD, DistInfo, dist_info
 
 T = TypeVar("T")
-Leaf = Callable[[int], Tensor]
-"""Makes the gradient of one micro-batch, given its number, and returns its loss. () -> ()"""
 
 
 class Group:
-    """The processes that train one model; made by `joined`. Alone, every verb is free."""
+    """The processes that train one model together, as `init_process_group` opens them."""
 
-    def __init__(self, place: Place, mode: str) -> None:
-        self.rank, self.size, self.leads, self.mode = place.rank, place.size, place.leads, mode
-        self.spreads = mode == "fsdp" and place.size > 1  # the model, over all processes
+    def __init__(self, info: DistInfo, mode: str) -> None:
+        self.rank, self.world_size, self.is_main_process = info.rank, info.world_size, info.is_main_process
+        self.mode = mode
+        self.is_sharded = mode == "fsdp" and info.world_size > 1
 
-    def rows(self, sequences: int, micro_batch_size: int) -> slice:
-        """Say which rows of a step's batch are this process's.
+    def batch_slice(self, sequences: int, micro_batch_size: int) -> slice:
+        """Return which rows of a step's batch this process takes.
 
         Raises:
-            BadConfig: they don't divide.
+            BadConfig: the rows can't be divided evenly.
         """
-        leaves = sequences // micro_batch_size
-        if sequences % micro_batch_size or leaves % self.size:
+        micro_batches = sequences // micro_batch_size
+        if sequences % micro_batch_size or micro_batches % self.world_size:
             raise BadConfig(
                 f"training.tokens_per_step: {sequences} sequences can't be shared out evenly "
-                f"in micro-batches of {micro_batch_size} (training.micro_batch_size) among {self.size} "
+                f"in micro-batches of {micro_batch_size} (training.micro_batch_size) among {self.world_size} "
                 "processes: change one of the three"
             )
-        if self.mode == "strict" and self.size & (self.size - 1):
-            raise BadConfig(
-                f"training.launcher.mode: strict needs 1, 2, 4, 8, ... processes, found {self.size}"
-            )
-        own = sequences // self.size
+        own = sequences // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
 
-    def gradient(self, parameters: Sequence[nn.Parameter], leaves: int, leaf: Leaf) -> Tensor:
-        """Leave the sum of everybody's gradients in the parameters, and return the sum of the losses.
-
-        Args:
-            parameters: without gradients now.
-            leaves: micro-batches of this process.
-            leaf: of a micro-batch, counted over all processes.
-        """
-        first = self.rank * leaves
-        if self.mode == "strict":
-            loss = _tree_sum(parameters, first, leaves, leaf)
-        else:
-            loss = torch.stack([leaf(first + number) for number in range(leaves)]).sum()
-        if self.spreads:  # the gradients are added up already
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Replace each process's gradients by their sum, and return the sum of the losses. ()."""
+        if self.world_size == 1:
+            return loss
+        if self.is_sharded:  # FSDP2 has summed the gradients
             dist.all_reduce(loss)
-        elif self.size > 1:
-            loss = self._added_up(parameters, loss)
-        return loss
-
-    def _added_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+            return loss
         grads = [cast(Tensor, parameter.grad) for parameter in parameters]
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
-        with _peers():
-            if self.mode == "strict":
-                self._double_recursively(flat)
-            else:
-                dist.all_reduce(flat)
+        with _peer_errors():
+            dist.all_reduce(flat)
         parts = torch.split(flat[1:], [grad.numel() for grad in grads])
         # Back into the tensors of autograd: kernels may round by where a tensor begins in memory.
         for grad, part in zip(grads, parts, strict=True):
             grad.copy_(part.view_as(grad))
         return flat[0]
 
-    def _double_recursively(self, flat: Tensor) -> None:
-        """Add up over all processes, neighbours first: after round k, 2^(k+1) of them hold one sum."""
-        other = torch.empty_like(flat)
-        distance = 1
-        while distance < self.size:
-            peer = self.rank ^ distance
-            ends = [dist.P2POp(dist.isend, flat, peer), dist.P2POp(dist.irecv, other, peer)]
-            for request in dist.batch_isend_irecv(ends):
-                request.wait()
-            flat.add_(other)
-            distance *= 2
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of a sharded model as every process's ordinary tensor."""
+        return cast(Tensor, tensor.full_tensor()) if self.is_sharded else tensor  # type: ignore[attr-defined]
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Make a number of a spread model known to every process. ()."""
-        return cast(Tensor, tensor.full_tensor()) if self.spreads else tensor  # type: ignore[attr-defined]
-
-    def any_of(self, flag: bool) -> bool:
-        """Tell whether any process says yes: they stop after the same step, or not at all."""
-        if self.size == 1:
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether the flag of any process is set: they all stop after the same step, or none does."""
+        if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag))  # on the CPU: nobody waits for a GPU
-        with _peers():
+        votes = torch.tensor(float(flag))  # on the CPU: nothing waits for a GPU
+        with _peer_errors():
             dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
-    def agree(self, what: str, value: str) -> None:
-        """See that all processes hold the same value.
+    def assert_same_on_all_ranks(self, what: str, value: str) -> None:
+        """Compare a value of all processes.
 
         Raises:
-            BadConfig: one does not.
+            BadConfig: a process has another one.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return
         digest = hashlib.sha256(value.encode()).digest()[:8]
         own = torch.tensor([int.from_bytes(digest, "big", signed=True)])
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        with _peers():
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
+        with _peer_errors():
             dist.all_gather(found, own)
         others = [rank for rank, theirs in enumerate(found) if theirs.item() != found[0].item()]
         if others:
             raise BadConfig(f"processes {others} have another {what} than process 0: give all nodes the same")
 
-    def from_leader(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of the process that leads."""
-        if self.size > 1:
-            with _peers():
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by those of the main process."""
+        if self.world_size > 1:
+            with _peer_errors():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
-    def number_from_leader(self, number: int) -> int:
-        """Return the number that the process that leads has given."""
-        told = torch.tensor(number)
-        self.from_leader([told])
-        return int(told.item())
+    def broadcast_number(self, number: int) -> int:
+        """Return the main process's number."""
+        tensor = torch.tensor(number)
+        self.broadcast([tensor])
+        return int(tensor.item())
 
-    def text_from_leader(self, text: str) -> str:
-        """Return the text that the process that leads has given."""
-        told = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        told.resize_(self.number_from_leader(len(told)))
-        self.from_leader([told])
-        return bytes(told.tolist()).decode()
+    def broadcast_text(self, text: str) -> str:
+        """Return the main process's text. torch's own way serialises objects, which runs code."""
+        tensor = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        tensor.resize_(self.broadcast_number(len(tensor)))
+        self.broadcast([tensor])
+        return bytes(tensor.tolist()).decode()
 
-    def led(self, work: Callable[[], T]) -> T | None:
-        """Let the process that leads do something alone, and return its result there, None elsewhere.
+    def run_on_main(self, work: Callable[[], T]) -> T | None:
+        """Call `work` in the main process alone. Returns its result there, None elsewhere.
 
         Raises:
-            UserError, OSError: in the process that leads. The others leave quietly: what went wrong is told
-                once.
+            UserError, OSError: in the main process. The others exit without a message: it is shown once.
         """
         result: T | None = None
         failure: Exception | None = None
-        if self.leads:
+        if self.is_main_process:
             try:
                 result = work()
             except (UserError, OSError) as error:
                 failure = error
-        failed = self.any_of(failure is not None)
+        failed = self.any_rank(failure is not None)
         if failure:
             raise failure
         if failed:
             raise SystemExit(0)
         return result
 
-    def wait(self) -> None:
-        """Return when every process is here."""
-        self.any_of(False)
-
-
-def _tree_sum(parameters: Sequence[nn.Parameter], first: int, leaves: int, leaf: Leaf) -> Tensor:
-    """Add the gradients of leaves in a binary tree: halves of a power of two are subtrees of the whole."""
-    if leaves == 1:
-        return leaf(first)
-    half = leaves // 2
-    loss = _tree_sum(parameters, first, half, leaf)
-    left = [cast(Tensor, parameter.grad) for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    loss = loss + _tree_sum(parameters, first + half, leaves - half, leaf)
-    for parameter, grad in zip(parameters, left, strict=True):
-        parameter.grad = grad.add_(cast(Tensor, parameter.grad))
-    return loss
-
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have the embeddings, the head and the last norm of a spread model at hand; the others always have."""
+    """Gather the embeddings, the head and the last norm of a sharded model; does nothing for other models."""
     if not hasattr(model, "unshard"):
         yield
         return
-    spread: Any = model  # torch's FSDPModule, which only mode fsdp loads
-    spread.unshard()
+    sharded: Any = model  # torch's FSDPModule, which only mode fsdp loads
+    sharded.unshard()
     try:
         yield
     finally:
-        spread.reshard()
+        sharded.reshard()
 
 
 @contextmanager
-def _peers(*, all_errors: bool = True) -> Iterator[None]:
-    """Turn the loss of another process into one sentence; torch tells it by RuntimeErrors."""
+def _peer_errors(*, all_errors: bool = True) -> Iterator[None]:
+    """Turn the loss of another process, for which torch raises RuntimeErrors, into PeerLost."""
     try:
         yield
     except RuntimeError as error:
         if not (all_errors or isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        told = str(error).splitlines()[0][:160]
+        message = str(error).splitlines()[0][:160]
         raise PeerLost(
-            "another process of this training died or fell silent: under torchrun all are started again "
-            f"from the last checkpoint; without it, run the same command again ({told})"
+            "another process of this training died or fell silent: torchrun starts all of them again "
+            f"from the last checkpoint; without it, run the same command again ({message})"
         ) from error
 
 
 @contextmanager
-def joined(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started beside this one, if it did.
+def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
+    """Join the processes that torchrun started; one process alone needs no torchrun.
 
     Args:
         launcher: of params.yaml; the number of processes is what torchrun says.
         device: `cpu`, `cuda` or `mps`.
     """
-    place = own_place()
-    if place.size == 1:
-        yield Group(place, launcher.mode)
+    info = dist_info()
+    if info.world_size == 1:
+        yield Group(info, launcher.mode)
         return
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank)
-    with _peers():
+        torch.cuda.set_device(info.local_rank)
+    with _peer_errors():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            init_method=meeting_place(),
-            rank=place.rank,
-            world_size=place.size,
+            init_method=os.environ.get(INIT_METHOD),
+            rank=info.rank,
+            world_size=info.world_size,
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),
         )
     try:
-        with _peers(all_errors=False):  # a spread model meets the others wherever it works
-            yield Group(place, launcher.mode)
-    except PeerLost:  # a broken group can't be left in good order, and the process ends anyway
+        with _peer_errors(all_errors=False):  # a sharded model communicates in every layer
+            yield Group(info, launcher.mode)
+    except PeerLost:  # destroying a broken group may hang, and the process ends anyway
         raise
     except BaseException:
         dist.destroy_process_group()

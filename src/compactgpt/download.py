@@ -5,7 +5,7 @@ set of the Hugging Face hub (hubtexts.py). Either way it becomes the shards of d
 manifest that says of each source how much was kept and what it hashes to (corpus.py).
 """
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from compactgpt import encoding, wheels
@@ -41,7 +41,8 @@ def download(
         say: told what an earlier run left, finished or damaged.
 
     Returns:
-        The report: the facts of both manifests, and how many texts were left out, by reason.
+        The report: the facts of both manifests, the name of the corpus, and how many texts were left out,
+        by reason.
 
     Raises:
         MissingInput, BadData, BadConfig, Unreachable: see the rooms that the module names.
@@ -50,7 +51,21 @@ def download(
     report = write_corpus(
         params, documents, root=root, state=state, num_workers=num_workers, progress=progress, say=say
     )
-    return {**report, "tokenizer": facts}
+    return {**report, "name": corpus_name(params), "tokenizer": facts}
+
+
+def corpus_name(params: Download) -> str:
+    """Return the name of the corpus for readers."""
+    if params.corpus == "docstrings":
+        return "docstrings"
+    if params.corpus == "hub":
+        return params.hub.name
+    if params.files.name is not None:
+        return params.files.name
+    first, *others = params.files.patterns
+    if others or any(mark in first for mark in "*?["):
+        return "your text"
+    return PurePath(first).name.split(".")[0]
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:

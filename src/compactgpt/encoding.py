@@ -148,7 +148,7 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
         ids = json.loads(encoder_json)
         end_of_text = ids.pop(END_OF_TEXT, len(ranks))
         agree = {read(word): rank for word, rank in ids.items()} == ranks and end_of_text == len(ranks)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(f"{VOCAB_BPE} or {ENCODER_JSON} is no GPT-2 tokenizer file ({error!r})") from error
     if not agree:
         raise BadData(f"{VOCAB_BPE} and {ENCODER_JSON} do not agree: they must come from one tokenizer")

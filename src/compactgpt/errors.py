@@ -4,6 +4,28 @@ A stage prints the message of a `UserError` as its one sentence and leaves with 
 else that is raised is a bug of ours. The codes follow sysexits.h where it has one.
 """
 
+import unicodedata
+
+# Control, format (bidirectional ones too), surrogate (bytes that are not UTF-8), line, paragraph separator.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return `text` with every character that a terminal would obey or hide written as an escape.
+
+    Args:
+        text: a file name, a message, or any other text from outside.
+        keep: characters that are left as they are, such as a message's own line breaks.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        ascii(character)[1:-1]
+        if character not in keep and unicodedata.category(character) in _UNPRINTABLE
+        else character
+        for character in text
+    )
+
 
 class UserError(Exception):
     """Something the user can mend: the message says what was found, what is allowed, what to do."""

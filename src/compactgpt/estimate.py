@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from compactgpt.calibration import calibrate
-from compactgpt.config import Estimate, ExpectedLoss, Machine, Model, Params
+from compactgpt.config import Estimate, ExpectedLoss, Machine, Model, Params, Training
 from compactgpt.ladder import Ladder, corpus_of, ladder_report
 from compactgpt.laws import LAWS, Law, Run, expect
 from compactgpt.sizes import counts, flops_per_token
@@ -37,7 +37,7 @@ def estimate(params: Params, ladder: Ladder | None = None) -> dict[str, Any]:
     training, note, settings = params.training, params.estimate.note, params.estimate
     run = configured_run(params)
     seen, size = corpus_tokens(params, ladder), training.micro_batch_size
-    own = forecast(params.model, run, size, seen, expected(params), settings)
+    own = forecast(params.model, run, size, seen, expected(params), settings, training)
     note_run = _run(note, note.max_steps, note.tokens_per_step)
     theirs = forecast(note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, settings)
     checks = calibrate(settings.anchors, ladder.rungs if ladder else (), params.model.vocab_size)
@@ -103,6 +103,7 @@ def forecast(
     train_tokens: int | None,
     expected_loss: ExpectedLoss,
     settings: Estimate,
+    training: Training | None = None,
 ) -> dict[str, Any]:
     """One run's estimate.
 
@@ -113,11 +114,13 @@ def forecast(
         train_tokens: tokens of the training split, where known.
         expected_loss: the loss expected.
         settings: of the stage, for its machines.
+        training: the recipe, where its softmax may be sampled.
 
     Returns:
         Numbers with their units in the keys; `epochs` is null where the corpus' size is not known.
     """
-    flops = {key: value * run.tokens for key, value in flops_per_token(model).items()}
+    each = flops_per_token(model, training)
+    flops = {key: value * run.tokens for key, value in each.items()}
     machines = settings.machines.items()
     return {
         "model": model.model_dump(include=set(Model.model_fields)),
@@ -127,7 +130,7 @@ def forecast(
         "sequences_per_step": run.tokens_per_step // model.block_size,
         "tokens": run.tokens,
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
-        "flops_per_token": flops_per_token(model),
+        "flops_per_token": each,
         "flops": flops,
         "memory_bytes": _memory(model, micro_batch_size),
         "minutes": {name: _minutes(flops["with_attention"], machine) for name, machine in machines},

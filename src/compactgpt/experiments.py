@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from ruamel.yaml import YAML
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from compactgpt.config import (
     Name,
@@ -33,6 +32,7 @@ from compactgpt.config import (
     set_values,
 )
 from compactgpt.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.inputs import check_dependencies
 from compactgpt.storage import write_text
 
 CONF = Path("conf")
@@ -151,22 +151,10 @@ def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path
     return [*told, *apply(name, params_file, settings, conf, write=False)]
 
 
-class _Representer(RoundTripRepresenter):
-    """Writes null as `null`; a class of its own, since representers are kept by class."""
-
-
-_Representer.add_representer(
-    type(None), lambda own, _: own.represent_scalar("tag:yaml.org,2002:null", "null")
-)
-
-
 def _round_trip() -> YAML:
-    """A YAML reader and writer that leaves what it was not told to change as it was."""
+    """The YAML reader and writer that `dvc exp run -S` uses: it keeps the layout that params.yaml has."""
     yaml = YAML()
-    yaml.width = 4096
-    yaml.preserve_quotes = True
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.Representer = _Representer
+    yaml.default_flow_style = False
     return yaml
 
 
@@ -175,7 +163,9 @@ def run_names(name: str, one: Experiment) -> list[str]:
     return ["-".join([name, *map(str, point.values())]) for point in one.sweep]
 
 
-def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Params:
+def changed(
+    params_file: Path, one: Experiment, point: Mapping[str, Any], settings: Sequence[str] = ()
+) -> Params:
     """The whole configuration of one run of a sweep.
 
     Raises:
@@ -183,7 +173,7 @@ def changed(params_file: Path, one: Experiment, point: Mapping[str, Any]) -> Par
     """
     tree = read_yaml(params_file)
     lay_over(tree, one.params)
-    set_values(tree, [f"{key}={value}" for key, value in point.items()])
+    set_values(tree, [*(f"{key}={value}" for key, value in point.items()), *settings])
     return parse_params(tree, f"params.yaml with {dict(point)}")
 
 
@@ -200,6 +190,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
     """
     one = find(name, conf)
     _with_dvc()
+    check_dependencies(params_file.parent)
     if not one.sweep:
         apply(name, params_file, settings, conf)
         _forget(name)
@@ -207,7 +198,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         return [name]
     fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
     for point in one.sweep:
-        changed(params_file, one, point)
+        changed(params_file, one, point, settings)
     names = run_names(name, one)
     for run_name, point in zip(names, one.sweep, strict=True):
         values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]

@@ -65,8 +65,18 @@ def to_hf_config(shape: Model) -> dict[str, Any]:
     }
 
 
+def to_generation_config(shape: Model) -> dict[str, Any]:
+    """Describe how transformers generates: until end-of-text, or until the context is full.
+
+    Without `max_length` a pipeline asks for 256 new tokens, and runs out of position embeddings.
+    """
+    end_of_text = shape.vocab_size - 1
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    return {**tokens, "max_length": shape.block_size}
+
+
 def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "") -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; its logits equal ours.
+    """Write a folder that `from_pretrained` and `pipeline("text-generation")` load; its logits equal ours.
 
     Args:
         model: ours.
@@ -80,6 +90,7 @@ def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None, card: str =
     with atomic_folder(folder, {"format": "hugging-face-gpt2"}) as temporary:
         write_bytes(temporary / "model.safetensors", save(to_hf_state(model), metadata={"format": "pt"}))
         write_json(temporary / "config.json", to_hf_config(model.shape))
+        write_json(temporary / "generation_config.json", to_generation_config(model.shape))
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, temporary, model.shape.block_size)
         if card:
@@ -92,7 +103,12 @@ def _copy_tokenizer(tokenizer: Path, folder: Path, block_size: int) -> None:
             raise MissingInput(f"{tokenizer} has no {ours}: only GPT-2's tokenizer can be exported")
         write_bytes(folder / theirs, (tokenizer / ours).read_bytes())
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    facts = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, **special}
+    facts = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "truncation_side": "left",  # the end of a long prompt is what is continued
+        **special,
+    }
     write_json(folder / "tokenizer_config.json", facts)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compactgpt.common.escaping import markdown_block, markdown_text
 from compactgpt.config import Text
 from compactgpt.data import TokenFile
 from compactgpt.errors import BadConfig
@@ -238,8 +239,7 @@ def samples_markdown(report: Mapping[str, Any]) -> str:
     for sample in report["samples"]:
         if sample["document"] is not None:
             continue
-        lines += ["", f"## {sample['prompt']}"]
+        lines += ["", f"## {markdown_text(sample['prompt'])}"]
         for way in WAYS:
-            text = sample[way]["text"].replace("```", "` ` `")
-            lines += ["", f"{way}, {sample[way]['tokens']} tokens:", "", "```text", text, "```"]
+            lines += ["", f"{way}, {sample[way]['tokens']} tokens:", "", markdown_block(sample[way]["text"])]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from compactgpt.config import HubCorpus, HubSet
 from compactgpt.corpus import MEGABYTE, Origin, Piece
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.hub import one_line, require_on_hub
+from compactgpt.inputs import check_files
 from compactgpt.progress import Progress, silent
 
 _PROGRESS_ROWS = 1000
@@ -73,6 +74,7 @@ class HubReader:
         if self._folder is not None:
             if not self._folder.is_dir():
                 raise MissingInput(f"download.hub.mirror: there is no folder {self._folder}")
+            check_files(self._folder)
             return
         if self._set.revision is None:
             raise BadConfig(

@@ -1,12 +1,15 @@
-"""What training starts from when not from drawn weights: a model of ours, or a GPT-2 in Hugging Face form.
+"""What training starts from: drawn weights, a model of ours, or a GPT-2 in Hugging Face form.
 
 params.yaml names the folder and the hash of its content, so that DVC sees when the weights change and
 nobody trains from others than they think. Contexts are cropped and vocabularies padded to the model's.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,7 +17,8 @@ from compactgpt.checkpoint import load_model
 from compactgpt.config import SCRATCH, Model, Training
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.export import load_hf
-from compactgpt.model import GPT
+from compactgpt.model import GPT, INIT_STD
+from compactgpt.sampled_softmax import SMOOTHING
 from compactgpt.storage import MANIFEST, json_bytes, sha256_file
 
 _WEIGHTS = "model.safetensors"
@@ -64,6 +68,33 @@ def initial_model(shape: Model, training: Training) -> GPT:
         check_initial(training)
         _take(model, _load(Path(training.init_from)), training.init_from)
     return model
+
+
+@torch.no_grad()
+def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
+    """Change a model that was just drawn so that its first logits are the log frequencies of the tokens.
+
+    GPT-2's form has no bias at its head. So one direction u of the residual stream carries a constant, which
+    the position embeddings add, and each token's row gets a component along u. With a the length of the
+    constant and r that of the stream's random part, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of a.
+
+    Args:
+        model: with random weights.
+        counts: of each token in the training split. (vocab_size,)
+        strength: a / r.
+    """
+    width = model.shape.n_embd
+    signs = torch.ones(width)
+    signs[1::2] = -1  # the norm subtracts the mean, so u must have none
+    u = signs / math.sqrt(width)  # (C,)
+    random_length = INIT_STD * math.sqrt(2 * width)  # of a token's and a position's embedding together
+    model.wpe.weight += strength * random_length * u
+    smooth = np.zeros(model.shape.padded_vocab_size) + SMOOTHING
+    smooth[: len(counts)] += counts
+    logs = np.log(smooth / smooth.sum())
+    logs -= (logs * smooth).sum() / smooth.sum()  # the average token of the text is moved by nothing
+    carried = math.sqrt(width) * strength / math.sqrt(1 + strength**2)
+    model.wte.weight += torch.from_numpy(logs / carried).float()[:, None] * u
 
 
 def _load(folder: Path) -> GPT:

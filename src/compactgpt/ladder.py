@@ -22,6 +22,8 @@ from compactgpt.config import ExpectedLoss, Params, Section, load_section
 from compactgpt.laws import Run
 
 CURVE_POINTS = 25
+# What runs were trained with before these settings existed: a ladder that does not name them.
+EARLIER_SETTINGS = {"training.head": "full", "training.init_unigram": 0.0}
 
 FormName = Literal["floor", "sum", "product"]
 
@@ -147,9 +149,10 @@ def corpus_of(params: Params) -> dict[str, Any]:
     reader: Section = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}[
         download.corpus
     ]
+    no_text = {"mirror"} if download.corpus == "hub" else {"name"}  # of files: for reports only
     return {
         "corpus": download.corpus,
-        "settings": reader.model_dump(mode="json", exclude={"mirror"}),
+        "settings": reader.model_dump(mode="json", exclude=no_text),
         "max_documents": download.max_documents,
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
@@ -162,6 +165,8 @@ def settings_of(params: Params) -> dict[str, Any]:
     shape = params.model.model_dump(mode="json", exclude={"n_layer", "n_head", "n_embd"})
     free = {"seed", "max_steps", "eval_interval", "eval_windows", "checkpoint_interval", "launcher"}
     free |= {"micro_batch_size", "compile", "init_from"}
+    if params.training.head == "full":
+        free |= {"sample_tokens", "sample_power"}
     training = params.training.model_dump(mode="json", exclude=free)
     return {f"model.{key}": value for key, value in shape.items()} | {
         f"training.{key}": value for key, value in training.items()
@@ -172,7 +177,8 @@ def ladder_report(ladder: Ladder, params: Params, run: Run) -> dict[str, Any]:
     """What the ladder tells of a run, or why it tells nothing; and the fit, to be drawn."""
     form, found = FORMS[ladder.fit.form], ladder.fit
     ours = settings_of(params)
-    differs = sorted(key for key, value in ladder.settings.items() if ours.get(key) != value)
+    theirs = EARLIER_SETTINGS | ladder.settings
+    differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
     if ladder.corpus != corpus_of(params):
         differs.insert(0, "corpus")
     told = None if differs else predict(found, run.num_params, run.tokens).model_dump()

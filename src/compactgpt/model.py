@@ -10,6 +10,7 @@ head, V = padded_vocab_size, N = B x T rows of the head.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -122,14 +123,20 @@ class GPT(nn.Module):
         """All but token and position embeddings: N of Kaplan et al. 2020."""
         return self.num_params_nanogpt - self.wte.weight.numel()
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Run the trunk, up to and with the last layer norm. (B, T) int64 -> (B, T, C)."""
+    def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
+        """Run the trunk, up to and with the last layer norm. (B, T) int64 -> (B, T, C).
+
+        Args:
+            tokens: rows of the table.
+            table: token embeddings, those of the model unless given. (K, C)
+        """
         T = tokens.shape[1]
+        table = self.wte.weight if table is None else table
         if self.shape.block_size < T:
             raise ValueError(f"got {T} tokens, the model attends to at most {self.shape.block_size}")
         # On a CPU a sparse gradient adds B x T rows to the head's, where a dense one would add all V.
         # Only `forward` is differentiated: the head's dense gradient makes the sum dense.
-        x = F.embedding(tokens, self.wte.weight, sparse=tokens.device.type == "cpu")
+        x = F.embedding(tokens, table, sparse=tokens.device.type == "cpu")
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
         return self.compiled(x) if self.compiled and self.training else self.blocks(x)
 
@@ -139,15 +146,27 @@ class GPT(nn.Module):
             x = block(x)
         return cast(Tensor, self.ln_f(x))
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token over all V rows. (B, T) int64, (B, T) int64 -> ()."""
+    def forward(
+        self, tokens: Tensor, targets: Tensor, table: Tensor | None = None, correction: Tensor | None = None
+    ) -> Tensor:
+        """Mean cross-entropy in nats per token over all V rows. (B, T) int64, (B, T) int64 -> ().
+
+        Args:
+            tokens: rows of the table.
+            targets: rows of the table.
+            table: some rows of the tied matrix in place of all of them: K in place of V. (K, C)
+            correction: added to every row's logits. (K,)
+        """
         # Autograd adds a dense gradient to a sparse one in place, but a sparse one to a dense one in a copy.
         # Named before the lookup, the head is differentiated after it.
-        head = self.wte.weight.expand_as(self.wte.weight)
-        x = self.hidden(tokens).flatten(0, 1)  # (N, C)
+        table = self.wte.weight if table is None else table
+        head = table.expand_as(table)
+        x = self.hidden(tokens, table).flatten(0, 1)  # (N, C)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        loss = LinearCrossEntropy.apply(x, head, targets.flatten(), dtype)  # type: ignore[no-untyped-call]
+        loss = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x, head, targets.flatten(), dtype, correction
+        )
         return cast(Tensor, loss)
 
 
@@ -160,11 +179,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute the loss and both gradients. (N, C), (V, C), (N,) -> ()."""
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        correction: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss and both gradients. (N, C), (V, C), (N,), dtype, (V,) or None -> ()."""
         rows, size = len(x), LOSS_ROWS if x.device.type == "cpu" else GPU_LOSS_ROWS
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        head_gradient = _head_gradient if dtype == weight.dtype else _rounded_head_gradient
+        head_gradient = _rounded_head_gradient
+        if dtype == weight.dtype:
+            head_gradient = partial(_head_gradient, correction=correction)
+        elif correction is not None:
+            raise ValueError("a correction of the logits needs products in the weights' own precision")
         x, weight = x.to(dtype), weight.to(dtype)
         logits = x.new_empty(min(size, rows), len(weight))
         nats = []
@@ -177,18 +207,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         return torch.stack(nats).sum() / rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Scale what the forward pass made by the loss's own gradient, once."""
         dx, dw = ctx.gradients
         del ctx.gradients
         # A pass over the vocabulary's gradient is dear on a CPU, asking for the value is dear on a GPU.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def _head_gradient(
-    x: Tensor, weight: Tensor, targets: Tensor, logits: Tensor, dx: Tensor, dw: Tensor, first: bool, rows: int
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logits: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    first: bool,
+    rows: int,
+    correction: Tensor | None = None,
 ) -> Tensor:
     """Write a chunk's dx, add to dw (or begin it), and return the chunk's nats; softmax in the logits' place.
 
@@ -203,8 +241,12 @@ def _head_gradient(
         dw: gradient of the head so far. (V, C)
         first: dw holds nothing yet.
         rows: N, of all chunks.
+        correction: added to each row's logits. (V,)
     """
-    torch.mm(x, weight.T, out=logits)
+    if correction is None:
+        torch.mm(x, weight.T, out=logits)
+    else:
+        torch.addmm(correction, x, weight.T, out=logits)
     p = torch.softmax(logits, 1, out=logits)
     picked = p.gather(1, targets[:, None])
     p.scatter_(1, targets[:, None], picked - 1)

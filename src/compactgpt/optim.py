@@ -7,12 +7,14 @@ the embeddings and the vectors. Schedules are multipliers of each group's own pe
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.adamw import adamw
 
 from compactgpt.config import Training
 from compactgpt.errors import BadData
@@ -100,6 +102,45 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
     return x.mT if turned else x
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the token embedding that one step trains in place of all of them."""
+
+    ids: Tensor  # (K,) int64, all different
+    values: nn.Parameter  # (K, C) a copy, whose gradient the backward pass makes
+
+
+@torch.no_grad()
+def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: Rows, grad_scale: Tensor | None) -> None:
+    """Make AdamW's update of some rows of a matrix ("lazy", as torch.optim.SparseAdam is).
+
+    A row that is left out keeps its weights and both moments: moments do not decay, and weight decay does
+    not act. The correction of the moments' bias counts all steps of the optimizer, not those of a row. With
+    all rows this is the optimizer's own step, to the bit.
+
+    Args:
+        optimizer: whose settings and state are used; the matrix is one of its parameters.
+        parameter: (V, C)
+        rows: those of this step, with their gradient.
+        grad_scale: what the gradient is divided by. ()
+    """
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    whole = [parameter, state["exp_avg"], state["exp_avg_sq"]]  # 3 x (V, C)
+    moments = [tensor.index_select(0, rows.ids) for tensor in whole[1:]]  # 2 x (K, C)
+    beta1, beta2 = group["betas"]
+    adamw(
+        [rows.values.detach()], [cast(Tensor, rows.values.grad)], [moments[0]], [moments[1]], [],
+        [state["step"]], fused=True, grad_scale=grad_scale, amsgrad=False, maximize=False,
+        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+    )  # fmt: skip
+    for tensor, part in zip(whole, [rows.values.detach(), *moments], strict=True):
+        tensor.index_copy_(0, rows.ids, part)
+
+
 class Optimizers:
     """The optimizers of one model: built, scheduled, stepped, saved and restored together."""
 
@@ -113,6 +154,7 @@ class Optimizers:
         )
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
+        self.rows: Rows | None = None  # of the token embedding, where a step trains only some
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
             self._peaks += [(group, training.muon_learning_rate) for group in self.muon.param_groups]
@@ -135,9 +177,27 @@ class Optimizers:
         ]
         return [group for group in groups if group["params"]]
 
+    def select_rows(self, ids: Tensor) -> nn.Parameter:
+        """Have the next update train these rows of the token embedding only, and return a copy of them.
+
+        Args:
+            ids: (K,) int64, all different.
+
+        Returns:
+            What the forward pass must use, so that the gradient arrives there. (K, C)
+        """
+        values = nn.Parameter(self.parameters["wte.weight"].detach().index_select(0, ids))
+        self.rows = Rows(ids, values)
+        return values
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return what the next update changes: all parameters, or selected rows in place of a matrix."""
+        rows = {"wte.weight": self.rows.values} if self.rows else {}
+        return list({**self.parameters, **rows}.values())
+
     def grad_norm(self) -> Tensor:
         """Euclidean norm of the whole gradient, left where it is: a GPU is not waited for. ()."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        grads = [p.grad for p in self.trained() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
 
     @torch.no_grad()
@@ -150,6 +210,9 @@ class Optimizers:
         # The fused kernel divides by it in the pass that it makes anyway.
         self.adamw.grad_scale = excess  # type: ignore[attr-defined]
         self.adamw.step()
+        if self.rows:
+            adamw_rows(self.adamw, self.parameters["wte.weight"], self.rows, excess)
+            self.rows = None
         if self.muon:
             if excess is not None:
                 grads = [p.grad for group in self.muon.param_groups for p in group["params"]]

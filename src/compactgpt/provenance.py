@@ -20,7 +20,7 @@ from compactgpt.storage import sha256_file
 RECORD = Path("reports/evidence.json")
 # Rooms whose edit changes no output: they carry words, progress and records. What config.py reads is tracked
 # by DVC value by value, as params.
-UNTRACKED = {"__init__", "common", "config", "console", "door", "errors", "progress", "tracking", "watching"}
+UNTRACKED = {"__init__", "config", "console", "door", "errors", "progress", "tracking/journal", "watching"}
 
 
 def code_hashes(root: Path) -> dict[str, str]:
@@ -42,33 +42,38 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def rooms_of(root: Path, door: Path) -> set[str]:
-    """Rooms that a door uses, directly or through other rooms."""
+    """Modules that a stage script uses, directly or through other modules, such as `common/escaping`."""
     seen: set[str] = set()
-    todo = _imports(door) - UNTRACKED
+    todo = imported_modules(root, door) - UNTRACKED
     while todo:
         name = todo.pop()
         seen.add(name)
-        todo |= _imports(root / f"src/compactgpt/{name}.py") - UNTRACKED - seen
+        todo |= imported_modules(root, root / f"src/compactgpt/{name}.py") - UNTRACKED - seen
     return seen
 
 
-def _imports(path: Path) -> set[str]:
-    """Rooms and doors that a file imports, at its top or inside its functions."""
-    return set(_imported(path.read_bytes()))
+def imported_modules(root: Path, path: Path) -> set[str]:
+    """Modules of the package that a file imports, at its top or inside its functions."""
+    found = set()
+    for dotted in _imported(path.read_bytes()):
+        # `from compactgpt.a import b`: b is a module of the folder a, or something in the module a
+        for name in (dotted, dotted.rpartition("/")[0]):
+            if name and (root / f"src/compactgpt/{name}.py").is_file():
+                found.add(name)
+                break
+    return found
 
 
 @lru_cache(maxsize=256)
 def _imported(source: bytes) -> frozenset[str]:
+    """What a file imports of the package, with slashes: `a/b` for `from compactgpt.a import b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "compactgpt":
-                found |= {alias.name for alias in node.names}
-            elif node.module.startswith(("compactgpt.", "stages.")):
-                found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("compactgpt.")}
-    return frozenset(found)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        found |= {name.replace(".", "/") for name in names if name.startswith("compactgpt.")}
+    return frozenset(name.removeprefix("compactgpt/") for name in found)
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -173,6 +173,7 @@ class Downloaded(_Report):
     """reports/download.json."""
 
     corpus: str
+    name: str  # of the corpus, for readers
     documents: int
     bytes: int
     left_out: dict[str, int] = {}

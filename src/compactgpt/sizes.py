@@ -9,7 +9,7 @@ Three counts of parameters are in use and none may be mistaken for another:
 
 from dataclasses import dataclass
 
-from compactgpt.config import Model
+from compactgpt.config import Model, Training
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,22 @@ def counts(model: Model) -> Counts:
     return Counts(nanogpt + model.block_size * C, nanogpt, non_embedding)
 
 
-def flops_per_token(model: Model) -> dict[str, int]:
+def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
     """Arithmetic of one token, forward and backward.
 
     `six_n` is 6N with N in nanoGPT's convention; `with_attention` adds 12 L H Q T for layers L, heads H,
     head size Q and context T (PaLM, Chowdhery et al. 2022, appendix B; nanoGPT estimate_mfu).
+
+    Args:
+        model: the shape.
+        training: where its softmax is sampled, `with_attention` counts the sample's expected rows of the
+            head in place of all; those that a batch adds, a few hundred, are not counted.
     """
-    six_n = 6 * counts(model).nanogpt
-    return {"six_n": six_n, "with_attention": six_n + 12 * model.n_layer * model.n_embd * model.block_size}
+    sizes = counts(model)
+    sampled = training is not None and training.head == "sampled"
+    rows = min(training.sample_tokens, model.vocab_size) if training and sampled else model.padded_vocab_size
+    multiplied = sizes.non_embedding + rows * model.n_embd
+    return {
+        "six_n": 6 * sizes.nanogpt,
+        "with_attention": 6 * multiplied + 12 * model.n_layer * model.n_embd * model.block_size,
+    }

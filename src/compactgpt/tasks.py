@@ -82,7 +82,7 @@ def read_lambada(path: Path) -> list[Item]:
         for line in path.read_text("utf-8").splitlines():
             context, target = json.loads(line)["text"].rsplit(" ", 1)
             items.append(Item(context, " " + target))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(f"{path} is no LAMBADA file, a JSON object with `text` a line ({error})") from error
     return items
 
@@ -236,7 +236,6 @@ def run_tasks(
     encoding: "tiktoken.Encoding",
     settings: Settings,
     likelihood: Likelihood,
-    state: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Ask a model everything that params.yaml names.
@@ -247,13 +246,12 @@ def run_tasks(
         encoding: that made the split.
         settings: what to ask.
         likelihood: resamples and seed of the intervals.
-        state: folder where fetched files are kept.
         progress: told what is done.
     """
     asked = {"cloze": make_cloze(split, encoding, settings)}
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
         if source is not None:
-            asked[name] = read_lambada(fetch_source(source, state))
+            asked[name] = read_lambada(fetch_source(source))
     report: dict[str, Any] = {}
     for done, (name, items) in enumerate(asked.items(), 1):
         if name == "lambada_word":
@@ -264,7 +262,7 @@ def run_tasks(
             report[name] = answer_figures(items, ask(model, items), likelihood)
         progress(done, len(asked))
     for name, source in settings.wikitext.items():
-        lines = read_lines(fetch_source(source, state))
+        lines = read_lines(fetch_source(source))
         scored = score_wikitext(model, lines, settings.wikitext_context, settings.wikitext_stride)
         report[name] = {"sha256": source.sha256, **scored}
     return report

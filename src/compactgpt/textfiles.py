@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from typing import IO, Any
 from compactgpt.config import Files
 from compactgpt.corpus import MEGABYTE, Origin, Piece
 from compactgpt.documents import PART_BYTES, LongText
-from compactgpt.errors import BadData, MissingInput
+from compactgpt.errors import BadData, DiskFull, MissingInput, printable
+from compactgpt.inputs import regular_status, require_utf8
 from compactgpt.parquetpages import column_chunks, page_sizes
 from compactgpt.progress import Progress, silent
 
@@ -34,6 +36,7 @@ _ROWS = 256  # of a parquet file, read at a time
 _CHUNK_BYTES = 2**20
 _PAGE_ROWS = 4
 _NAMES_AT_ONCE = 2**17  # of one folder that are sorted in memory; more are merged from disk
+_ANY_RATIO_BYTES = 2**24  # that a compressed file may hold at any ratio: a small file of blanks does no harm
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -45,6 +48,8 @@ class Rules:
     max_document_bytes: int  # of .txt and .md
     max_row_bytes: int  # of .jsonl and .parquet
     max_decompressed_bytes: int  # of one file
+    max_decompression_ratio: int  # decompressed bytes for one of the file's
+    free_disk_bytes: int  # that stay free when a file is unpacked on disk
 
     @property
     def first_bytes(self) -> int:
@@ -67,8 +72,14 @@ class FileReader:
         progress: Progress = silent,
     ) -> None:
         self._files, self._root, self._progress = files, root, progress
-        limit = files.max_decompressed_megabytes * MEGABYTE
-        self._rules = Rules(files.text_column, max_document_bytes, max_row_bytes, limit)
+        self._rules = Rules(
+            files.text_column,
+            max_document_bytes,
+            max_row_bytes,
+            files.max_decompressed_megabytes * MEGABYTE,
+            files.max_decompression_ratio,
+            files.min_free_disk_megabytes * MEGABYTE,
+        )
         self.parts = [Origin(pattern) for pattern in files.patterns]
         self._place = (0, 0)
 
@@ -77,7 +88,7 @@ class FileReader:
         """How many files there are, and a hash of their names, sizes and times."""
         hasher, number = hashlib.sha256(), 0
         for part, name in list_files(self._files, self._root):
-            status = _status(self._root, name)
+            status = regular_status(self._root / name, printable(name))
             hasher.update(f"{part}\0{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
             number += 1
         return number, hasher.hexdigest()
@@ -197,9 +208,8 @@ def _sorted_names(folder: Path) -> Iterator[str]:
         for entry in stack.enter_context(os.scandir(folder)):
             if entry.name.startswith("."):
                 continue
-            if not _is_text(entry.name):
-                raise BadData(f"{folder / ascii(entry.name)} has a name that is not UTF-8: rename the file")
-            names.append(entry.name + "/" * entry.is_dir())
+            require_utf8(folder / entry.name)
+            names.append(entry.name + "/" * _is_folder(entry))
             if len(names) == _NAMES_AT_ONCE:
                 file = stack.enter_context(TemporaryFile("w+", encoding="ascii"))
                 file.writelines(json.dumps(name) + "\n" for name in sorted(names))
@@ -209,26 +219,18 @@ def _sorted_names(folder: Path) -> Iterator[str]:
         yield from heapq.merge(*runs, sorted(names))
 
 
-def _is_text(name: str) -> bool:
-    """Whether a name is no bytes in disguise (os.fsdecode, surrogateescape)."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
+        return entry.is_dir()
+    except OSError:  # a loop of links: refused as a file, if a pattern matches its name
         return False
-    return True
-
-
-def _status(root: Path, name: str) -> os.stat_result:
-    try:
-        return (root / name).stat()
-    except FileNotFoundError as error:
-        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
 
 
 # --- what is in them
 
 
 Text = tuple[str | LongText, str, int]  # text, source, row
+Row = tuple[str | LongText, int]  # text, its number in the file from 1
 
 
 def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[Text]:
@@ -238,21 +240,23 @@ def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[T
         MissingInput: the file is not there.
         BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the rules allow.
     """
-    path = root / name
+    path, shown = root / name, printable(name)
     suffix = path.with_suffix("").suffix if path.suffix in _COMPRESSIONS else path.suffix
     read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_whole)
-    if not _status(root, name).st_size:
-        raise BadData(f"{name} is empty: remove it from the corpus")
+    size = regular_status(path, shown).st_size
+    if not size:
+        raise BadData(f"{shown} is empty: remove it from the corpus")
     try:
-        with _opened(path, name, rules) as file:
-            yield from read(file, name, rules, done)
+        with _opened(path, shown, rules, size) as file:
+            for text, row in read(file, shown, rules, done):
+                yield text, name if read is _read_whole else f"{name}:{row}", row
     except PermissionError as error:
-        raise BadData(f"{name} can't be read: its permissions forbid it") from error
+        raise BadData(f"{shown} can't be read: its permissions forbid it") from error
 
 
 @contextmanager
-def _opened(path: Path, name: str, rules: Rules) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed."""
+def _opened(path: Path, name: str, rules: Rules, size: int) -> Iterator[IO[bytes]]:
+    """Open a file of `size` bytes for reading, decompressed."""
     if path.suffix not in _COMPRESSIONS:
         with open(path, "rb") as plain:
             yield plain
@@ -260,15 +264,18 @@ def _opened(path: Path, name: str, rules: Rules) -> Iterator[IO[bytes]]:
     import pyarrow as pa
 
     with pa.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as packed:
-        raw = _Decompressed(packed, name, rules.max_decompressed_bytes)
+        raw = _Decompressed(packed, name, rules, size)
         yield io.BufferedReader(raw, _CHUNK_BYTES)
 
 
 class _Decompressed(io.RawIOBase):
-    """A decompressed stream that ends in a sentence: where it is damaged, and where it is a bomb."""
+    """A decompressed stream that is refused in a sentence where it is damaged or grows out of proportion."""
 
-    def __init__(self, stream: Any, name: str, limit: int) -> None:
-        self._stream, self._name, self._limit, self._read = stream, name, limit, 0
+    def __init__(self, stream: Any, name: str, rules: Rules, size: int) -> None:
+        self._stream, self._name, self._read = stream, name, 0
+        by_ratio = max(_ANY_RATIO_BYTES, rules.max_decompression_ratio * size)
+        self._limit = min(by_ratio, rules.max_decompressed_bytes)
+        self._key = "max_decompression_ratio" if self._limit == by_ratio else "max_decompressed_megabytes"
 
     def readable(self) -> bool:
         return True
@@ -282,7 +289,7 @@ class _Decompressed(io.RawIOBase):
         if self._read > self._limit:
             raise BadData(
                 f"{self._name} holds more than {self._limit // MEGABYTE:,} MB decompressed "
-                "(download.files.max_decompressed_megabytes): raise the limit, or remove the file"
+                f"(download.files.{self._key}): remove the file, or raise the limit if the file is meant"
             )
         buffer[: len(content)] = content
         return len(content)
@@ -292,14 +299,14 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
+def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Row]:
     if done:
         return
     content = file.read(rules.first_bytes)
     if len(content) == rules.first_bytes:
         with closing(LongText()) as long_text:
             _fill(long_text, content, file, name, rules)
-            yield long_text, name, 1
+            yield long_text, 1
         return
     content = content.removeprefix(_BOM)
     try:
@@ -309,7 +316,7 @@ def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator
         raise BadData(_not_utf8(name, line, error)) from error
     if not text.strip():
         raise BadData(f"{name} holds only white space: remove it from the corpus")
-    yield text, name, 1
+    yield text, 1
 
 
 def _fill(text: LongText, content: bytes, file: IO[bytes], name: str, rules: Rules) -> None:
@@ -347,7 +354,7 @@ def _long_row(where: str, limit: int) -> BadData:
     )
 
 
-def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
+def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Row]:
     line = 0
     while raw := file.readline(rules.max_row_bytes + 1):
         line += 1
@@ -355,7 +362,7 @@ def _read_jsonl(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator
             raise _long_row(f"{name}, line {line:,}", rules.max_row_bytes)
         content = raw.removeprefix(_BOM) if line == 1 else raw
         if line > done and content.strip():
-            yield _json_text(content, name, line, rules.text_column), f"{name}:{line}", line
+            yield _json_text(content, name, line, rules.text_column), line
     if not line:
         raise BadData(f"{name} is empty: remove it from the corpus")
 
@@ -380,13 +387,16 @@ def _json_text(content: bytes, name: str, line: int, column: str) -> str:
     return text
 
 
-def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Text]:
+def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row, column = 0, rules.text_column
     try:
-        with _seekable(file) as source, pq.ParquetFile(source, page_checksum_verification=True) as table:
+        with (
+            _seekable(file, name, rules) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as table,
+        ):
             _check_column(table.schema_arrow, name, column)
             _check_pages(source, name, rules)
             for batch in table.iter_batches(_ROWS, columns=[column]):
@@ -397,7 +407,7 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
                     if len(text) > rules.max_row_bytes:
                         raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
                     if row > done:
-                        yield text, f"{name}:{row}", row
+                        yield text, row
     except UnicodeDecodeError as error:
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -405,13 +415,19 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
 
 
 @contextmanager
-def _seekable(file: IO[bytes]) -> Iterator[IO[bytes]]:
+def _seekable(file: IO[bytes], name: str, rules: Rules) -> Iterator[IO[bytes]]:
     """A parquet file is read from its end: a compressed one is unpacked on disk first."""
     if file.seekable():
         yield file
         return
     with TemporaryFile() as unpacked:
         while chunk := file.read(_CHUNK_BYTES):
+            if shutil.disk_usage(unpacked.fileno()).free - len(chunk) < rules.free_disk_bytes:
+                raise DiskFull(
+                    f"{name} needs more room to be unpacked than the folder of temporary files has, where "
+                    f"{rules.free_disk_bytes // MEGABYTE:,} MB must stay free "
+                    "(download.files.min_free_disk_megabytes): free some space, or set TMPDIR to another disk"
+                )
             unpacked.write(chunk)
         yield unpacked
 

@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from compactgpt.checkpoint import load_newest_state, save_model, save_state
 from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
-from compactgpt.distributed import Group, gathered, joined
+from compactgpt.distributed import Group, gathered, init_process_group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.initial import initial_model
-from compactgpt.launching import Place
+from compactgpt.initial import initial_model, start_at_unigram
+from compactgpt.launching import DistInfo
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
 from compactgpt.progress import Progress, silent
 from compactgpt.runtime import resolve_device, set_precision
+from compactgpt.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
 from compactgpt.storage import json_bytes, sha256_file, verified_manifest, write_text
 
 # What a training state was computed by: another version of one of them never goes on from it.
@@ -44,6 +46,7 @@ SOURCES = (
     "initial.py",
     "model.py",
     "optim.py",
+    "sampled_softmax.py",
     "sharding.py",
     "training.py",
 )
@@ -124,7 +127,7 @@ class Trained:
 def run_key(params: Params, splits: Splits) -> str:
     """Hash everything that the bits of the result depend on, but for the number of processes.
 
-    So a run of two goes on as one; only mode strict promises the same bits then.
+    So a run of two processes can resume with one, though not to the same bits.
     """
     here = Path(__file__).parent
     launcher = {"processes", "max_restarts", "timeout_seconds"}
@@ -175,17 +178,18 @@ def train(
         BadConfig, BadData: the tokens don't fit the model.
     """
     _check_vocabulary(params, splits)
-    with joined(params.training.launcher, resolve_device(params.runtime.device)) as group, _memory_errors():
+    device = resolve_device(params.runtime.device)
+    with init_process_group(params.training.launcher, device) as group, _memory_errors():
         run = _Run(params, splits, state, group)
         resumed_from = run.resume()
-        if news := run.broken_promise():
-            tell(news)
+        if warning := run.determinism_warning():
+            tell(warning)
         clock = _Clock(run.step)
         while run.step < params.training.max_steps:
             run.make_step()
             if run.looks_now():
                 _tell(run, clock, on_metrics)
-            stop = group.any_of(stopping()) and run.step < params.training.max_steps
+            stop = group.any_rank(stopping()) and run.step < params.training.max_steps
             if stop or run.step % params.training.checkpoint_interval == 0:
                 _tell(run, clock, on_metrics)
                 run.save()
@@ -196,7 +200,7 @@ def train(
                     f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
                     "run `dvc repro` again, it goes on from there"
                 )
-        return Trained(run.whole_model().eval(), run.curve.rows, run.val_tokens, resumed_from)
+        return Trained(run.full_model().eval(), run.curve.rows, run.val_tokens, resumed_from)
 
 
 def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics) -> None:
@@ -227,8 +231,8 @@ class _Run:
         self.splits, self.folder = splits, folder
         self.key = run_key(params, splits)
         sequences = self.training.tokens_per_step // self.shape.block_size
-        self.rows = group.rows(sequences, self.training.micro_batch_size)
-        group.agree("params.yaml, data or program", self.key)
+        self.rows = group.batch_slice(sequences, self.training.micro_batch_size)
+        group.assert_same_on_all_ranks("params.yaml, data or program", self.key)
         self.device = resolve_device(params.runtime.device)
         self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
@@ -236,7 +240,8 @@ class _Run:
         self.model, self.optimizers = self._begun()
         self.curve = Curve()
         self.step = 0
-        self.begun_by = group.size  # processes that made the steps before
+        self.begun_by = group.world_size  # processes that made the steps before
+        self.inclusion = self._inclusion()
         self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
         self.log_interval = params.runtime.log_interval
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
@@ -244,24 +249,43 @@ class _Run:
 
     def _begun(self) -> tuple[GPT, Optimizers]:
         """The model before its first step, whole or this process's part of it, and its optimizers."""
-        if self.group.spreads:
-            from compactgpt.sharding import in_turns, spread
+        if self.group.is_sharded:
+            from compactgpt.sharding import orthogonalise_sharded, shard_model
 
-            source = self.group.led(lambda: initial_model(self.shape, self.training))
-            model = spread(source, self.shape, self.device, compiles=self.training.compile)
-            return model, Optimizers(model, self.training, in_turns)
-        model = initial_model(self.shape, self.training).to(self.device)
+            source = self.group.run_on_main(self._initial_model)
+            model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
+            return model, Optimizers(model, self.training, orthogonalise_sharded)
+        model = self._initial_model().to(self.device)
         if self.training.compile:
             model.compiled = torch.compile(model.blocks)
         return model, Optimizers(model, self.training)
 
-    def whole_model(self) -> GPT:
-        """The model; one that is spread over processes is gathered where files are written."""
-        if not self.group.spreads:
-            return self.model
-        from compactgpt.sharding import whole_model
+    def _initial_model(self) -> GPT:
+        """Return the whole model before its first step, on the CPU."""
+        model = initial_model(self.shape, self.training)
+        if self.training.init_unigram:
+            start_at_unigram(model, self._counts(), self.training.init_unigram)
+        return model
 
-        return whole_model(self.model, self.group.leads)
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """Count each token of the training split. (vocab_size,)."""
+        return token_counts(self.splits.train.tokens, self.shape.vocab_size)
+
+    def _inclusion(self) -> npt.NDArray[np.float64] | None:
+        """Each token's probability of being in a step's sample, None for a full softmax. (vocab_size,)."""
+        if self.training.head == "full":
+            return None
+        return inclusion_probabilities(
+            self._counts(), self.training.sample_tokens, self.training.sample_power
+        )
+
+    def full_model(self) -> GPT:
+        """Return the model; a sharded one is gathered in the main process, which writes files."""
+        if not self.group.is_sharded:
+            return self.model
+        from compactgpt.sharding import full_model
+
+        return full_model(self.model, self.group.is_main_process)
 
     def resume(self) -> int:
         """Go on from the newest whole training state; say from which step, 0 if there is none.
@@ -270,68 +294,70 @@ class _Run:
         all read, each its part, whether one process wrote it or several.
         """
         if self.group.mode == "fsdp":
-            from compactgpt.sharding import load_newest_shards
+            from compactgpt.sharding import load_newest_sharded_state
 
             tensors = {**self.model.state_dict(), **self.optimizers.zero_state()}
-            if loaded := load_newest_shards(self.folder, self.key, tensors, self.group):
+            if loaded := load_newest_sharded_state(self.folder, self.key, tensors, self.group):
                 self.optimizers.load_state_tensors(
                     {name: tensors[name] for name in self.optimizers.zero_state()}
                 )
                 self._take_progress(*loaded)
             return self.step
-        if self.group.leads:
+        if self.group.is_main_process:
             loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
             if loaded:
                 self._take_progress(*loaded)
-        self.step = self.group.number_from_leader(self.step)
-        self.group.from_leader(list(self.model.state_dict().values()))
+        self.step = self.group.broadcast_number(self.step)
+        self.group.broadcast(list(self.model.state_dict().values()))
         if self.step:
-            if not self.group.leads:
+            if not self.group.is_main_process:
                 self.optimizers.load_state_tensors(self.optimizers.zero_state())
-            self.group.from_leader(list(self.optimizers.state_tensors().values()))
+            self.group.broadcast(list(self.optimizers.state_tensors().values()))
         return self.step
 
     def _take_progress(self, step: int, progress: Mapping[str, Any]) -> None:
         """Go on from what a state says, in mode fsdp in every process, which has the step alone."""
         self.step = step
-        if self.group.leads:
+        if self.group.is_main_process:
             self.curve = Curve.from_json(progress)
             self.begun_by = progress["processes"]
 
-    def broken_promise(self) -> str | None:
-        """Say, to the one who leads, that the bits will not be those of a run that was never stopped."""
-        if self.begun_by == self.group.size or self.group.mode == "strict":
+    def determinism_warning(self) -> str | None:
+        """Return a warning, in the main process, if bits will differ from those of an uninterrupted run."""
+        if self.begun_by == self.group.world_size:
             return None
         return (
             f"up to step {self.step} this run had {self.begun_by} of training.launcher.processes, from here "
-            f"on {self.group.size}: in mode {self.group.mode} it ends as an unbroken one within rounding "
-            "only; mode strict keeps the bits"
+            f"on {self.group.world_size}: the result equals that of an uninterrupted run within rounding only"
         )
 
     def save(self) -> None:
         """Write a training state."""
-        progress = {**self.curve.to_json(), "processes": self.group.size}
-        if self.group.spreads:
-            from compactgpt.sharding import save_shards
+        progress = {**self.curve.to_json(), "processes": self.group.world_size}
+        if self.group.is_sharded:
+            from compactgpt.sharding import save_sharded_state
 
             tensors = {**self.model.state_dict(), **self.optimizers.state_tensors()}
-            save_shards(self.folder, self.key, self.step, tensors, progress, self.group)
-        elif self.group.leads:
+            save_sharded_state(self.folder, self.key, self.step, tensors, progress, self.group)
+        elif self.group.is_main_process:
             save_state(self.folder, self.key, self.step, self.model, self.optimizers, progress)
 
     def make_step(self) -> None:
         """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
-        tokens, targets = self._batch()
-        loss = self._gradient(tokens, targets)
-        grad_norm = self.group.whole(self.optimizers.grad_norm())
+        loss = self._gradient(*self._batch())
+        grad_norm = self.group.full_tensor(self.optimizers.grad_norm())
         self.unread.append((self.step, loss, grad_norm))
         if not self.defers:
             self._read()
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """This process's rows of the step's batch, on the device. (rows, T), (rows, T)."""
+    def _batch(self) -> tuple[Tensor, ...]:
+        """This process's rows of the step's batch on the device: tokens and targets, 2 x (rows, T).
+
+        With a sampled softmax both are positions in the sample, and two more arguments of the model follow:
+        the sample's rows of the tied matrix, (K, C), and the correction of their logits, (K,).
+        """
         arrays = training_batch(
             self.splits.train.tokens,
             seed=self.training.seed,
@@ -339,10 +365,21 @@ class _Run:
             sequences=self.training.tokens_per_step // self.shape.block_size,
             block_size=self.shape.block_size,
         )
+        head: tuple[Tensor, ...] = ()
+        if self.inclusion is not None:
+            seed = self.training.seed
+            sample = draw_sample(self.inclusion, np.stack(arrays), seed=seed, step=self.step)
+            arrays = sample.positions(arrays[0]), sample.positions(arrays[1])
+            table = self.optimizers.select_rows(torch.from_numpy(sample.ids).to(self.device))
+            head = table, torch.from_numpy(-sample.log_inclusion).to(self.device)
         tokens, targets = (torch.from_numpy(array[self.rows]) for array in arrays)
         if self.defers:  # from pinned memory the copy goes on while we draw the next batch
             tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        return tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+        return (
+            tokens.to(self.device, non_blocking=True),
+            targets.to(self.device, non_blocking=True),
+            *head,
+        )
 
     def read_losses(self) -> list[tuple[int, float]]:
         """Steps, counted from 1, and their losses in nats per token, since the last call.
@@ -365,23 +402,22 @@ class _Run:
             self.curve.waiting.append(loss)
             self.news.append((step + 1, loss))
 
-    def _gradient(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Leave the gradient of the mean loss in the parameters, and return the loss."""
+    def _gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
+        """Leave the gradient of the mean loss in what is trained; return the loss. Takes a `_batch`. ()."""
         self.model.train()
         size = self.training.micro_batch_size
         own, first = len(tokens) // size, self.rows.start // size
-        leaves = own * self.group.size  # micro-batches of all processes
-
-        def leaf(number: int) -> Tensor:
+        micro_batches = own * self.group.world_size  # of all processes
+        losses: list[Tensor] = []
+        for number in range(own):
             if self.shape.dropout:
-                torch.manual_seed(_dropout_seed(self.training.seed, self.step, number))
-            rows = slice((number - first) * size, (number - first + 1) * size)
+                torch.manual_seed(_dropout_seed(self.training.seed, self.step, first + number))
+            rows = slice(number * size, (number + 1) * size)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
-                loss: Tensor = self.model(tokens[rows], targets[rows]) / leaves
+                loss: Tensor = self.model(tokens[rows], targets[rows], *head) / micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-
-        return self.group.gradient(list(self.model.parameters()), own, leaf)
+            losses.append(loss.detach())
+        return self.group.sum_gradients(self.optimizers.trained(), torch.stack(losses).sum())
 
     def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
@@ -408,9 +444,9 @@ class _Run:
         self._refuse_non_finite(self.step - 1, {"validation loss": val_loss})
         row = self.curve.close_row(self.step, val_loss)
         best = row is best_row(self.curve.rows) and self.step < self.training.max_steps
-        if self.group.any_of(best and self.group.leads):  # only it knows the whole curve
-            model = self.whole_model()
-            if self.group.leads:
+        if self.group.any_rank(best and self.group.is_main_process):  # only it knows the whole curve
+            model = self.full_model()
+            if self.group.is_main_process:
                 save_model(model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
         return row
 
@@ -521,7 +557,8 @@ def budget(params: Params, processes: int) -> str:
     """
     training, block = params.training, params.model.block_size
     sequences = training.tokens_per_step // block
-    own = Group(Place(size=processes), training.launcher.mode).rows(sequences, training.micro_batch_size)
+    group = Group(DistInfo(world_size=processes), training.launcher.mode)
+    own = group.batch_slice(sequences, training.micro_batch_size)
     accumulation = (own.stop - own.start) // training.micro_batch_size
     named = "process" if processes == 1 else "processes"
     return (

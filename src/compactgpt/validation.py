@@ -1,17 +1,22 @@
-"""Great Expectations on the documents: is this text fit to learn from?
+"""Great Expectations on the documents: is this text fit to train on?
 
-The texts are read row group by row group and are never in memory together. Two tables are judged:
+Two tables are checked:
 
-    corpus     one row: documents, bytes, ids that repeat, ids that are not the hash of their text. Exact,
-               summed while reading, in 16 bytes a document.
-    documents  one row of numbers for each document (`document_row`); of a corpus of more than
-               `validation.max_rows` documents for a sample of about that many: those whose
-               normalised text has a hash below a bound, so that it is the same sample everywhere, and two
-               documents that differ in case and spacing only are in it together or not at all.
+    corpus     one row for the whole corpus: documents, bytes, ids that occur twice, ids that are not the
+               hash of their text. Exact: counted while the shards are read, in 16 bytes per document.
+    documents  one row per document (`document_row`). Of a corpus of more than `validation.max_rows`
+               documents, a sample of about that many: those whose normalised text has a hash below a bound.
+               It is the same sample on every machine, and it has both or none of two documents that differ
+               only in case and spacing.
+
+The texts are read row group by row group and are never in memory together. `check_expectations` runs a
+checkpoint per table and leaves Data Docs; inspection uses it too.
 """
 
 import hashlib
+import html
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,241 +24,218 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.config import Validation
-from compactgpt.documents import IdSet, Stored, row_groups, stream_row_group
+from compactgpt.documents import Document, IdSet, read_row_group, row_groups
 from compactgpt.errors import CheckFailed
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import verified_manifest
+from compactgpt.storage import verified_manifest, write_text
 
 _EXCERPT_CHARACTERS = 80
 _EXAMPLES = 3
 _MEGABYTE = 1_000_000
-
-
-class _Hashes:
-    """What of a text the exact sums need, and the sample is drawn by; the text comes in parts."""
-
-    def __init__(self) -> None:
-        self._text, self._normalised = hashlib.sha256(), hashlib.sha256()
-        self.n_bytes = 0
-
-    def add(self, part: memoryview) -> str:
-        """Take a part; returns its characters that are not white space."""
-        self._text.update(part)
-        self.n_bytes += len(part)
-        dense = "".join(str(part, "utf-8").split())
-        self._normalised.update(dense.casefold().encode("utf-8"))
-        return dense
-
-    def row(self, document_id: str) -> dict[str, Any]:
-        """Say n_bytes, id_is_hash (the id is the text's), normalised (hash without case and spacing)."""
-        return {
-            "n_bytes": self.n_bytes,
-            "id_is_hash": self._text.hexdigest()[:32] == document_id,
-            "normalised": self._normalised.hexdigest()[:32],
-        }
-
-
-def hash_row(document: Stored) -> dict[str, Any]:
-    """Describe one document by its hashes alone: see `_Hashes.row`."""
-    hashes = _Hashes()
-    for part in document.parts:
-        hashes.add(part)
-    return hashes.row(document.id)
-
-
-def document_row(document: Stored) -> dict[str, Any]:
-    """Describe one document by what the suite judges.
-
-    Returns:
-        id and source; excerpt (its first characters, none for a blank text); what `_Hashes.row` says;
-        n_characters; n_nul (NUL characters); letter_share (letters among the characters that are not white
-        space); replacement_share (U+FFFD among all characters).
-    """
-    hashes, excerpt = _Hashes(), ""
-    counts = dict.fromkeys(("characters", "nul", "dense", "letters", "replacements"), 0)
-    for part in document.parts:
-        text, dense = str(part, "utf-8"), hashes.add(part)
-        excerpt = excerpt or " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
-        counts["characters"] += len(text)
-        counts["nul"] += text.count("\0")
-        counts["dense"] += len(dense)
-        counts["letters"] += sum(map(str.isalpha, dense))
-        counts["replacements"] += text.count("\ufffd")
-    return {
-        "id": document.id,
-        "source": document.source,
-        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,
-        **hashes.row(document.id),
-        "n_characters": counts["characters"],
-        "n_nul": counts["nul"],
-        "letter_share": counts["letters"] / max(1, counts["dense"]),
-        "replacement_share": counts["replacements"] / max(1, counts["characters"]),
-    }
-
-
-def corpus_expectations(params: Validation) -> list[Any]:
-    """List the expectations of the one row that describes the whole corpus."""
-    from great_expectations import expectations as gxe
-
-    least = {"documents": params.min_documents, "bytes": params.min_total_megabytes * _MEGABYTE}
-    return [
-        *(gxe.ExpectColumnSumToBeBetween(column=name, min_value=value) for name, value in least.items()),
-        gxe.ExpectColumnSumToBeBetween(column="repeated_ids", max_value=0),
-        gxe.ExpectColumnSumToBeBetween(column="wrong_ids", max_value=0),
-    ]
-
-
-def expectations(params: Validation) -> list[Any]:
-    """List the expectations of the rows that describe documents."""
-    from great_expectations import expectations as gxe
-
-    mostly = params.mostly
-    return [
-        gxe.ExpectColumnValuesToBeUnique(column="id"),
-        gxe.ExpectColumnValuesToMatchRegex(column="id", regex="^[0-9a-f]{32}$"),
-        gxe.ExpectColumnValuesToBeInSet(column="id_is_hash", value_set=[True]),
-        gxe.ExpectColumnValuesToNotBeNull(column="source"),
-        gxe.ExpectColumnValuesToNotBeNull(column="excerpt"),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="n_characters",
-            min_value=params.min_characters,
-            max_value=params.max_characters,
-            mostly=mostly,
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="letter_share", min_value=params.min_letter_share, mostly=mostly
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="replacement_share", max_value=params.max_replacement_share, mostly=mostly
-        ),
-        gxe.ExpectColumnValuesToBeBetween(column="n_nul", max_value=0, mostly=mostly),
-        gxe.ExpectColumnValuesToBeUnique(column="normalised", mostly=params.min_unique_share),
-    ]
-
-
-def validate(
-    documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
-) -> dict[str, Any]:
-    """Judge the documents, and write Great Expectations' own pages.
-
-    Args:
-        documents: folder of document shards.
-        docs: folder for the pages, replaced; they carry the time, so nothing may depend on them.
-        params: bounds of the suite.
-        progress: told the documents read.
-
-    Returns:
-        The report: `success`, the exact sums, how many rows were judged, and what `judge` says of each
-        expectation. It is the same for the same documents.
-
-    Raises:
-        MissingInput, BadData: the folder of documents is missing or damaged.
-    """
-    totals, rows = _read(documents, params.max_rows, progress)
-    tables = [
-        Table("corpus", [{"id": "corpus", "source": "all documents", **totals}], corpus_expectations(params)),
-        Table("documents", rows, expectations(params)),
-    ]
-    outcomes = judge(tables, docs)
-    return {
-        "success": all(outcome["success"] for outcome in outcomes),
-        **totals,
-        "rows": len(rows),
-        "expectations": outcomes,
-    }
-
-
-def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """The exact sums over a corpus, and the rows of its documents or of the sample."""
-    total = verified_manifest(folder)["documents"]
-    everything = total <= max_rows
-    seen = IdSet()
-    sums = {"documents": 0, "bytes": 0, "repeated_ids": 0, "wrong_ids": 0}
-    rows: list[dict[str, Any]] = []
-    for group in row_groups(folder):
-        for document in stream_row_group(group):
-            # A long document is read once.
-            row = document_row(document) if everything or group.parts > 1 else hash_row(document)
-            sums["documents"] += 1
-            sums["bytes"] += row["n_bytes"]
-            sums["wrong_ids"] += not row["id_is_hash"]
-            sums["repeated_ids"] += not seen.add(hashlib.sha256(document.id.encode()).hexdigest()[:32])
-            if everything or int(row["normalised"][:16], 16) * total < 2**64 * max_rows:
-                rows.append(row if "source" in row else document_row(document))
-        progress(sums["documents"], total)
-    return sums, rows
-
-
-def at_least(column: str, value: float) -> Any:
-    """Expect every value of a column to be `value` or more."""
-    from great_expectations import expectations as gxe
-
-    return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=value)
-
-
-def at_most(column: str, value: float) -> Any:
-    """Expect every value of a column to be `value` or less."""
-    from great_expectations import expectations as gxe
-
-    return gxe.ExpectColumnValuesToBeBetween(column=column, max_value=value)
+_PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
+# What a page loads from another server. Without a network it would wait for it, and its scripts would fail.
+_REMOTE = re.compile(
+    r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, each with `id` and `source`, and what is expected of them."""
+    """Rows, each with `id` and `source`, and the expectations of them."""
 
     name: str
     rows: list[dict[str, Any]]
     suite: list[Any]
 
 
-def judge(tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Run each table's suite; see great_expectations 1.x, Checkpoint.run.
+def validate(
+    documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
+) -> dict[str, Any]:
+    """Check the documents, and write Data Docs.
 
     Args:
-        tables: what is judged.
-        docs: folder for Great Expectations' own pages, replaced.
+        documents: folder of document shards.
+        docs: folder for Data Docs, replaced. They carry the time, so no DVC output may depend on them.
+        params: bounds of the expectations.
+        progress: called with the number of documents read.
 
     Returns:
-        Of each expectation its arguments, what was observed, how many rows break it and the first of them.
+        The report: `success`, the counts of the whole corpus, the number of `rows` of the table of documents,
+        and the results of `check_expectations`. The same documents give the same report.
+
+    Raises:
+        MissingInput, BadData: the folder of documents is missing or damaged.
+    """
+    counts, rows = _read(documents, params.max_rows, progress)
+    tables = [
+        Table("corpus", [{"id": "corpus", "source": "all documents", **counts}], corpus_expectations(params)),
+        Table("documents", rows, document_expectations(params)),
+    ]
+    results = check_expectations("validation", tables, docs)
+    return {
+        "success": all(result["success"] for result in results),
+        **counts,
+        "rows": len(rows),
+        "expectations": results,
+    }
+
+
+def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Count the whole corpus; describe its documents, or a sample of them."""
+    total = verified_manifest(folder)["documents"]
+    counts = {"documents": 0, "bytes": 0, "repeated_ids": 0, "wrong_ids": 0}
+    seen = IdSet()
+    rows: list[dict[str, Any]] = []
+    for group in row_groups(folder):
+        for document in read_row_group(group):
+            text = str(document.text)
+            content = text.encode()
+            counts["documents"] += 1
+            counts["bytes"] += len(content)
+            counts["wrong_ids"] += _hash(content) != document.id
+            counts["repeated_ids"] += not seen.add(_hash(document.id.encode()))
+            if total <= max_rows or int(_normalised(text)[:16], 16) * total < 2**64 * max_rows:
+                rows.append(document_row(document))
+        progress(counts["documents"], total)
+    return counts, rows
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _normalised(text: str) -> str:
+    """Hash a text without its white space and case."""
+    return _hash("".join(text.split()).casefold().encode())
+
+
+def document_row(document: Document) -> dict[str, Any]:
+    """Describe one document by what the expectations need.
+
+    Returns:
+        id and source; excerpt (the first characters, None for a blank text); n_bytes and n_characters;
+        id_is_hash (the id is the hash of the text); normalised (hash without case and spacing); n_nul (NUL
+        characters); letter_share (letters among the characters that are not white space);
+        replacement_share (U+FFFD among all characters).
+    """
+    text = str(document.text)
+    content, dense = text.encode(), "".join(text.split())
+    excerpt = " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
+    return {
+        "id": document.id,
+        "source": document.source,
+        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,
+        "n_bytes": len(content),
+        "n_characters": len(text),
+        "id_is_hash": _hash(content) == document.id,
+        "normalised": _normalised(text),
+        "n_nul": text.count("\0"),
+        "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
+        "replacement_share": text.count("\ufffd") / max(1, len(text)),
+    }
+
+
+# --- expectations
+
+
+def at_least(column: str, value: float, what: str) -> Any:
+    """Expect the one value of a column to be `value` or more."""
+    return _bound(column, what, f"at least {value:,}", min_value=value)
+
+
+def at_most(column: str, value: float, what: str) -> Any:
+    """Expect the one value of a column to be `value` or less."""
+    return _bound(column, what, f"at most {value:,}" if value else "none", max_value=value)
+
+
+def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
+    from great_expectations import expectations as gxe
+
+    return gxe.ExpectColumnMaxToBeBetween(
+        column=column,
+        **bounds,
+        description=f"{what}: {expected}",
+        meta={"what": what, "expected": expected},
+    )
+
+
+def corpus_expectations(params: Validation) -> list[Any]:
+    """List the expectations of the row of the whole corpus."""
+    return [
+        at_least("documents", params.min_documents, "documents"),
+        at_least("bytes", round(params.min_total_megabytes * _MEGABYTE), "bytes of text"),
+        at_most("repeated_ids", 0, "documents with the id of an earlier one"),
+        at_most("wrong_ids", 0, "documents whose id is not the hash of their text"),
+    ]
+
+
+def document_expectations(params: Validation) -> list[Any]:
+    """List the expectations of the rows of documents."""
+    from great_expectations import expectations as gxe
+
+    def between(column: str, description: str, **bounds: float) -> Any:
+        return gxe.ExpectColumnValuesToBeBetween(
+            column=column, mostly=params.mostly, description=f"{most} {description}", **bounds
+        )
+
+    most = f"{100 * params.mostly:g} % of the documents have"
+    length = f"{params.min_characters:,} to {params.max_characters:,} characters"
+    letters = f"a share of letters of at least {params.min_letter_share:g}"
+    damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
+    unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
+    return [
+        gxe.ExpectColumnValuesToBeUnique(column="id", description="every id is unique"),
+        gxe.ExpectColumnValuesToMatchRegex(
+            column="id", regex="^[0-9a-f]{32}$", description="every id has 32 hex digits"
+        ),
+        gxe.ExpectColumnValuesToBeInSet(
+            column="id_is_hash", value_set=[True], description="every id is the hash of its text"
+        ),
+        gxe.ExpectColumnValuesToNotBeNull(column="source", description="every document names its source"),
+        gxe.ExpectColumnValuesToNotBeNull(column="excerpt", description="no document is blank"),
+        between("n_characters", length, min_value=params.min_characters, max_value=params.max_characters),
+        between("letter_share", letters, min_value=params.min_letter_share),
+        between("replacement_share", damage, max_value=params.max_replacement_share),
+        between("n_nul", "no NUL character", max_value=0),
+        gxe.ExpectColumnValuesToBeUnique(
+            column="normalised", mostly=params.min_unique_share, description=unique
+        ),
+    ]
+
+
+# --- checkpoints
+
+
+def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
+    """Run one checkpoint per table and write Data Docs, which need no network.
+
+    Args:
+        run_name: name of the validation run in Data Docs.
+        tables: rows and expectations.
+        docs: folder for Data Docs, replaced; `index.html` lists the pages.
+
+    Returns:
+        A dict per expectation: its description and arguments, the observed value or the number of rows that
+        break it, and the first of these rows.
     """
     import great_expectations as gx
-    import pandas as pd
 
-    # A page that could not be written is a traceback to it; the stage tells of a full disk in a sentence.
+    # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
+    shutil.rmtree(docs, ignore_errors=True)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
-    data = context.data_sources.add_pandas("tables")
-    shutil.rmtree(docs, ignore_errors=True)
-    context.add_data_docs_site("pages", _site(docs))
-    outcomes = []
-    for table in tables:
-        definition = gx.ValidationDefinition(
-            name=table.name,
-            data=data.add_dataframe_asset(table.name).add_batch_definition_whole_dataframe("all"),
-            suite=context.suites.add(gx.ExpectationSuite(name=table.name, expectations=table.suite)),
-        )
-        checkpoint = gx.Checkpoint(
-            name=table.name,
-            validation_definitions=[context.validation_definitions.add(definition)],
-            actions=[gx.checkpoint.UpdateDataDocsAction(name="pages", site_names=["pages"])],
-            result_format={
-                "result_format": "SUMMARY",
-                "unexpected_index_column_names": ["id", "source"],
-                "partial_unexpected_count": _EXAMPLES,
-            },
-        )
-        batch = {"dataframe": pd.DataFrame(table.rows)}
-        (result,) = context.checkpoints.add(checkpoint).run(batch_parameters=batch).run_results.values()
-        rows = len(table.rows)
-        outcomes += [_outcome(table.name, rows, each) for each in result.to_json_dict()["results"]]
-    return outcomes
+    context.variables.plugins_directory = str(_PLUGINS)
+    context.add_data_docs_site("data_docs", _site(docs))
+    results = [result for table in tables for result in _run_checkpoint(context, run_name, table)]
+    _make_offline(docs, results)
+    return results
 
 
 def _site(docs: Path) -> dict[str, Any]:
     return {
         "class_name": "SiteBuilder",
+        "show_how_to_buttons": False,
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
         "store_backend": {
             "class_name": "TupleFilesystemStoreBackend",
@@ -262,53 +244,110 @@ def _site(docs: Path) -> dict[str, Any]:
     }
 
 
-def _outcome(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Keep of one result what is the same in every run."""
+def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str, Any]]:
+    import great_expectations as gx
+    import pandas as pd
+    from great_expectations.core.run_identifier import RunIdentifier
+
+    data = context.data_sources.add_pandas(table.name)
+    definition = gx.ValidationDefinition(
+        name=table.name,
+        data=data.add_dataframe_asset("table").add_batch_definition_whole_dataframe("all rows"),
+        suite=context.suites.add(gx.ExpectationSuite(name=table.name, expectations=table.suite)),
+    )
+    checkpoint = gx.Checkpoint(
+        name=table.name,
+        validation_definitions=[context.validation_definitions.add(definition)],
+        actions=[gx.checkpoint.UpdateDataDocsAction(name="data_docs", site_names=["data_docs"])],
+        result_format={
+            "result_format": "SUMMARY",
+            "unexpected_index_column_names": ["id", "source"],
+            "partial_unexpected_count": _EXAMPLES,
+        },
+    )
+    # GX writes values into its pages as they are, so that text of a corpus would become markup.
+    rows = [{key: _escape(value) for key, value in row.items()} for row in table.rows]
+    run = context.checkpoints.add(checkpoint).run(
+        batch_parameters={"dataframe": pd.DataFrame(rows)}, run_id=RunIdentifier(run_name=run_name)
+    )
+    (found,) = run.run_results.values()
+    return [_result(table.name, len(rows), each) for each in found.to_json_dict()["results"]]
+
+
+def _escape(value: Any) -> Any:
+    return html.escape(value) if isinstance(value, str) else value
+
+
+def _unescape(value: Any) -> Any:
+    return html.unescape(value) if isinstance(value, str) else value
+
+
+def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Keep the parts of a GX result that are the same in every run."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
-        raise RuntimeError(f"{config['type']} could not be judged: {result['exception_info']}")
+        raise RuntimeError(f"GX could not evaluate {config['type']}: {result['exception_info']}")
     arguments = {key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")}
     column = config["kwargs"].get("column")
     return {
         "table": table,
         "rows": rows,
         "expectation": config["type"],
+        "description": config["description"],
         "column": column,
         "arguments": arguments,
         "success": result["success"],
+        **(config.get("meta") or {}),
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
         "examples": [
-            {"id": row["id"], "source": row["source"], "value": row.get(column)}
+            {"id": _unescape(row["id"]), "source": _unescape(row["source"]), "value": _unescape(row[column])}
             for row in found.get("partial_unexpected_index_list", [])
         ],
     }
 
 
-def require_success(report: Mapping[str, Any], what: str, mend: str) -> None:
-    """Stop the pipeline where an expectation failed.
+def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Make the pages readable without a network: our style sheet is in them, remote files and scripts go."""
+    from jinja2 import Environment, FileSystemLoader
+
+    for page in docs.rglob("*.html"):
+        write_text(page, _REMOTE.sub("", page.read_text(encoding="utf-8")))
+    shutil.rmtree(docs / "static", ignore_errors=True)  # fonts, logos and tutorial films
+    pages = []
+    for page in sorted((docs / "validations").rglob("*.html")):
+        table = page.relative_to(docs / "validations").parts[0]
+        own = [result for result in results if result["table"] == table]
+        failed = [result["description"] for result in own if not result["success"]]
+        pages.append({"name": table, "path": page.relative_to(docs), "of": len(own), "failed": failed})
+    template = Environment(loader=FileSystemLoader(_PLUGINS), autoescape=True).get_template("index.html.j2")
+    style = (_PLUGINS / "custom_data_docs/styles/data_docs_custom_styles.css").read_text()
+    write_text(docs / "index.html", template.render(pages=pages, style=style))
+
+
+def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
+    """Stop the pipeline if an expectation failed.
 
     Args:
-        report: of a stage; `expectations` is what `judge` returned.
-        what: was judged, for the message.
-        mend: what the user can do, for the message.
+        report: of a stage; `expectations` is what `check_expectations` returned.
+        what: was checked, for the message.
+        advice: what the user can do, for the message.
 
     Raises:
-        CheckFailed: names each failed expectation, how many rows break it, and examples.
+        CheckFailed: names each failed expectation, what was found, and examples.
     """
-    failed = [outcome for outcome in report["expectations"] if not outcome["success"]]
+    failed = [result for result in report["expectations"] if not result["success"]]
     if failed:
-        lines = "\n".join(f"  {_sentence(outcome)}" for outcome in failed)
+        lines = "\n".join(f"  {_sentence(result)}" for result in failed)
         raise CheckFailed(
-            f"{what} fail {len(failed)} of {len(report['expectations'])} expectations:\n{lines}\n{mend}"
+            f"{what} fail {len(failed)} of {len(report['expectations'])} expectations:\n{lines}\n{advice}"
         )
 
 
-def _sentence(outcome: Mapping[str, Any]) -> str:
-    name = outcome["expectation"] + (f" of {outcome['column']}" if outcome["column"] else "")
-    if outcome["arguments"]:
-        name += " (" + ", ".join(f"{key} {value}" for key, value in outcome["arguments"].items()) + ")"
-    if outcome["unexpected"] is None:
-        return f"{name}: found {outcome['observed']}"
-    examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in outcome["examples"])
-    return f"{name}: {outcome['unexpected']:,} of {outcome['rows']:,} rows break it, such as {examples}"
+def _sentence(result: Mapping[str, Any]) -> str:
+    """Say what was found and what was expected: "documents: 1, expected at least 1,000"."""
+    if result["unexpected"] is None:
+        return f"{result['what']}: {result['observed']:,}, expected {result['expected']}"
+    examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
+    broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
+    return f"expected: {result['description']}; {broken}, such as {examples}"

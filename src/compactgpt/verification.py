@@ -27,9 +27,9 @@ from compactgpt.estimate import estimate
 from compactgpt.evaluation import figures, read_totals
 from compactgpt.ladder import read_ladder
 from compactgpt.metrics import wilson
-from compactgpt.publication import RECORD, published_files
 from compactgpt.readings import COMPACT, read_sources
-from compactgpt.rendering import markdown, quote_tables
+from compactgpt.reporting.html import RECORD, published_files
+from compactgpt.reporting.markdown import quote_tables, quoted_tables
 from compactgpt.storage import MANIFEST, json_bytes, read_json, verified_manifest
 
 LOCK = "dvc.lock"
@@ -314,7 +314,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        if quote_tables(text, markdown(record)) != text:
+        if quote_tables(text, quoted_tables(record)) != text:
             found.differences.append("README.md quotes other tables: run `make readme`")
 
 

@@ -98,7 +98,7 @@ class Utilisation:
     """
 
     def __init__(self, params: Params, processes: int) -> None:
-        self.flops_per_token = flops_per_token(params.model)["with_attention"]
+        self.flops_per_token = flops_per_token(params.model, params.training)["with_attention"]
         self.peak = processes * peak_flops(resolve_device(params.runtime.device), params.training.dtype)
         self.share = 0.0
 

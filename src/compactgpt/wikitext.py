@@ -41,7 +41,7 @@ def read_lines(path: Path) -> list[str]:
         text = content.decode("utf-8")
         if text.startswith("{"):
             return [json.loads(line)["text"] for line in text.splitlines()]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise BadData(f"{path} is no WikiText in parquet, JSON lines or raw text ({error})") from error
     return ["" if not line.strip() else line for line in text.splitlines(keepends=True)]
 

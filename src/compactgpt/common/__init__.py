@@ -1,1 +1,1 @@
-"""Helpers that every folder may use."""
+"""What every other folder may use."""

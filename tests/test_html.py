@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt import page
-from compactgpt.rendering import COLUMNS, View
-from compactgpt.style import STYLE
-from compactgpt.words import TEXT
+from compactgpt.reporting import html
+from compactgpt.reporting.messages import TEMPLATES, messages
+from compactgpt.reporting.tables import COLUMNS, MEASURED_COLUMNS, PUBLISHED_COLUMNS, TRAINED_HERE, View
 from tests.place import edit, make_place, record_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -37,7 +36,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(record):
-    return page.html(record)
+    return html.page(record)
 
 
 class Tags(HTMLParser):
@@ -87,9 +86,10 @@ def shade(colour: str) -> float:
 
 
 def test_words_stand_out_from_the_paper_in_light_and_dark():
-    light, dark = STYLE.split("@media (prefers-color-scheme:dark)")
-    for block in (light, dark[: dark.index("}}")]):
-        colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", block))
+    style = (TEMPLATES / "report.css").read_text("utf-8")
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    for block in (light, dark[: dark.index("* {")]):
+        colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
         for name in ("ink", "muted", "demo", "holds", "fails", "open", "waits", "given"):
             for ground in ("paper", "card"):
                 one, other = sorted((shade(colours[name]), shade(colours[ground])), reverse=True)
@@ -97,13 +97,13 @@ def test_words_stand_out_from_the_paper_in_light_and_dark():
 
 
 def test_it_is_the_same_to_the_byte_and_small(record, text):
-    assert page.html(record) == text
+    assert html.page(record) == text
     assert len(text.encode()) < 1_500_000
 
 
 def test_it_begins_in_the_language_asked_for(record, monkeypatch):
-    monkeypatch.setattr(page, "svg", lambda *_: "")  # drawing takes seconds
-    assert page.html(record, "fr") != page.html(record, "en")
+    monkeypatch.setattr(html, "svg", lambda *_: "")  # drawing takes seconds
+    assert html.page(record, "fr") != html.page(record, "en")
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,11 @@ def opened(browser, text, tmp_path):
     path.write_text(text, encoding="utf-8")
     told, asked, contexts = [], [], []
 
-    def see(width: int, scheme: str = "light"):
+    def see(width: int, scheme: str = "light", *, touch: bool = False):
         size = {"width": width, "height": 800}
-        contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
+        contexts.append(
+            browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
+        )
         window = contexts[-1].new_page()
         window.on("console", lambda message: told.append(message.text))
         window.on("pageerror", lambda error: told.append(str(error)))
@@ -143,7 +145,7 @@ def opened(browser, text, tmp_path):
 
 def test_the_browsers_cells_are_the_records(opened, record):
     window = opened(1280)
-    assert window.title() == TEXT["en"]["title"]
+    assert window.title() == messages("en")["text"]["title"]
     view = View(record)
     known = {item["id"]: item for item in record["evidence"]}
     shown = window.eval_on_selector_all(
@@ -158,12 +160,17 @@ def test_the_browsers_cells_are_the_records(opened, record):
     rows = window.eval_on_selector_all(
         "article[lang=en] table.note tbody tr",
         """rows => rows.map(row => [...row.querySelectorAll('td')].map(td =>
-        [td.querySelector('.quote').textContent, td.querySelector('.chip').textContent]))""",
+        td.className == 'here' ? td.querySelector('.v').dataset.id
+        : [td.querySelector('.quote').innerText, td.querySelector('.chip').textContent]))""",
     )
     for row, cells in zip(record["table"], rows, strict=True):
+        *cells, here = cells
+        assert here == f"compact.{TRAINED_HERE[row['id']]}"
         for column, (quote, chip) in zip(COLUMNS, cells, strict=True):
             claim = view.claims[row[column]]
-            assert (quote, chip[2:]) == (claim["quote"], view.verdict(claim))
+            translation = view.translation(claim)
+            words = [translation, claim["quote"]] if translation else [claim["quote"]]
+            assert (quote.split(), chip[2:]) == (" ".join(words).split(), view.verdict(claim))
     values = window.eval_on_selector_all(
         "article[lang=en] table.sources tbody tr", "rows => rows.map(row => row.cells[0].textContent)"
     )
@@ -179,8 +186,36 @@ def test_a_number_says_where_it_came_from_to_mouse_and_keyboard(opened):
     window.mouse.move(0, 0)
     value.focus()
     assert value.locator(".tip").is_visible()
-    value.click()
+    value.locator(".tip a").click()
     assert "#en-v-note.parameters.nanogpt" in window.url
+
+
+def test_on_a_phone_a_tap_opens_the_source_where_the_number_is(opened):
+    window = opened(390, touch=True)
+    value = window.locator("article[lang=en] table.models .v").nth(4)
+    value.scroll_into_view_if_needed()
+    position, url = window.evaluate("scrollY"), window.url
+    assert not value.locator(".tip").is_visible()
+    value.tap()
+    box = value.locator(".tip").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    assert box["y"] + box["height"] <= 800
+    assert (window.evaluate("scrollY"), window.url) == (position, url)
+    window.locator("article[lang=en] h1").tap()
+    assert not value.locator(".tip").is_visible()
+
+
+def test_on_a_phone_every_column_of_the_models_is_in_sight(opened, record):
+    window = opened(390, touch=True)
+    names = [messages("en")["text"][key] for key in (*MEASURED_COLUMNS[1:], *PUBLISHED_COLUMNS[1:])]
+    cells = window.eval_on_selector_all(
+        "article[lang=en] table.models td",
+        """all => all.map(td => [td.dataset.label, getComputedStyle(td, '::before').content,
+        td.getBoundingClientRect().right])""",
+    )
+    assert {label for label, _, _ in cells} == set(names)
+    assert all(f'"{label}"' == shown and right <= 390 for label, shown, right in cells)
 
 
 def test_the_language_is_switched_without_the_network(opened, record):

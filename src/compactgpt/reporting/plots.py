@@ -1,19 +1,21 @@
-"""The record's pictures, as PNG (Markdown, MLflow) and as SVG that lies inside the page.
+"""The record's plots, as PNG (Markdown, MLflow) and as SVG for the page.
 
-Each chart is one function that draws on given axes. PNG shows the light palette. In SVG the palette's colours
+Each plot is one function that draws on given axes. PNG shows the light palette. In SVG the palette's colours
 become CSS variables of the page, so that one picture serves light and dark, and text stays text in the
 page's own type. Nothing depends on the clock, the user's settings or the library's version string: equal
 records give equal bytes.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from compactgpt.rendering import Record, View, localized, show
-from compactgpt.words import Language
+from compactgpt.errors import printable
+from compactgpt.reporting.messages import Language
+from compactgpt.reporting.tables import COMPACT, Record, View, localized, show
 
 # Colours of PNG, and the CSS variable that each one becomes inside the page.
 INK, MUTED, GRID, DEMO, OTHER, BAND, PAPER = (
@@ -42,7 +44,10 @@ SETTINGS: dict[str, Any] = {
     "ytick.major.size": 0,
     "figure.facecolor": PAPER,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
 }
+LONGEST_LABEL = 30  # characters of a name at the edge of a plot
+MOST_TICKS = 8  # of a logarithmic axis: more would touch each other
 Axes = Any
 _HEIGHTS = {
     "loss": 3.4,
@@ -104,9 +109,15 @@ def _rows(view: View, axes: Axes, items: list[Mapping[str, Any]], names: list[st
         axes.plot([item["value"]], [place], "o", color=colour, markersize=6.5)
         text = show(item["value"], item["unit"], view.language)
         axes.text(1.02, place, text, color=colour, va="center", transform=axes.get_yaxis_transform())
-    axes.set_yticks(range(len(items)), names, color=INK)
+    axes.set_yticks(range(len(items)), [_label(name) for name in names], color=INK)
     axes.set_ylim(len(items) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+
+
+def _label(name: str) -> str:
+    """Shorten a name to what the edge of a plot has room for."""
+    name = printable(name)
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
@@ -116,35 +127,47 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
     names = [item["model"] for item in items]
     _rows(view, axes, items, names, [names.index("compact")])
     axes.set_xlim(left=0)
-    axes.set_xlabel(f"{view.words['bits_per_byte']}, {items[0]['corpus']}")
+    axes.set_xlabel(printable(f"{view.words['bits_per_byte']}, {items[0]['corpus']}"))
 
 
 def _ratio(view: View, axes: Axes) -> None:
-    """Perplexity of the demo over each baseline's; 1 is a draw."""
-    names = [m["name"] for m in view.record["models"]["measured"] if m["name"] != "compact"]
-    found = {name: view.evidence[f"ratio.compact_to_{name}.perplexity"] for name in names}
-    names.sort(key=lambda name: float(found[name]["value"]))
+    """Perplexity of the compact model over each baseline's; 1 is a draw."""
+    found = {name: view.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"] for name in view.baselines}
+    names = sorted(found, key=lambda name: float(found[name]["value"]))
     items = [found[name] for name in names]
     axes.set_xscale("log")
     axes.axvline(1, color=MUTED, linewidth=1)
     _rows(view, axes, items, names, [])
     ends = [item[key] for item in items for key in ("low", "high")]
     low, high = min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25
-    ticks = [t for t in (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100) if low <= t <= high]
+    ticks = log_ticks(low, high)
     axes.set_xticks(ticks, [show(t, "", view.language) for t in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlim(low, high)
-    for words, place, side in (("better", 0.95, "right"), ("worse", 1.05, "left")):
-        axes.text(place, -0.55, view.words[words], color=MUTED, ha=side, va="bottom", fontsize=9)
+    # At the ends of the axis, not at 1: where 1 lies at an end, a word next to it would leave the picture.
+    for words, position in (("better", "left"), ("worse", "right")):
+        axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return at most MOST_TICKS round numbers within a logarithmic axis: 1, 2, 5, or powers of ten."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [digit * 10.0**n for n in decades for digit in (1, 2, 5) if low <= digit * 10.0**n <= high]
+    if len(fine) <= MOST_TICKS:
+        return fine
+    powers = [n for n in decades if low <= 10.0**n <= high]
+    step = math.ceil(len(powers) / MOST_TICKS)
+    return [10.0**n for n in powers if n % step == 0]  # 1 is always among them
 
 
 def _positions(view: View, axes: Axes) -> None:
     """Loss by place in the window; each model in its own tokens."""
     axes.set_xscale("log", base=2)
     last = 1
+    ends: list[tuple[float, str, str, int]] = []
     for name, rows in view.record["positions"].items():
-        colour, width = (DEMO, 2.2) if name == "compact" else (INK, 1.4)
+        colour, width = (DEMO, 2.2) if name == COMPACT else (INK, 1.4)
         places = [row["last"] for row in rows]
         last = max(last, *places)
         axes.fill_between(
@@ -157,19 +180,39 @@ def _positions(view: View, axes: Axes) -> None:
         )
         values = [row["loss"]["value"] for row in rows]
         axes.plot(places, values, color=colour, linewidth=width, marker="o", markersize=4)
-        axes.annotate(name, (places[-1], values[-1]), (7, -3), textcoords="offset points", color=colour)
-    ticks = [2**n for n in range(last.bit_length())]
+        ends.append((values[-1], name, colour, places[-1]))
+    _end_labels(axes, ends)
+    exponents = range(last.bit_length())
+    step = math.ceil(len(exponents) / MOST_TICKS)
+    ticks = [2**n for n in exponents if n % step == 0]
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_xlim(0.9, last * 3)
     axes.set_xlabel(view.words["position_axis"])
     axes.set_ylabel(view.words["loss_axis"])
 
 
+def _end_labels(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
+    """Name each line at its end; names that would touch are moved apart, upwards."""
+    low, high = axes.get_ylim()
+    line = 0.07 * (high - low)  # height of a line of text
+    taken = -math.inf
+    for value, name, colour, x in sorted(ends):
+        height = max(value, taken + line)
+        taken = height
+        axes.annotate(
+            printable(name), (x, height), (7, 0), textcoords="offset points", color=colour, va="center"
+        )
+    axes.set_ylim(low, max(high, taken + line))
+
+
 def _calibration(view: View, axes: Axes) -> None:
     """Each run's intervals and what was found; below, runs of others that the same rule was tried on."""
-    runs = [("compact", "demo_run", "compact.loss"), ("note", "note_run", "reported.loss")]
-    names = [view.words[key] for _, key, _ in runs]
-    for place, (model, _, found) in enumerate(runs):
+    runs = [(COMPACT, f"{COMPACT}.loss")]
+    names = [view.say("run_here", corpus=view.corpus)]
+    if view.about_note:
+        runs.append(("note", "reported.loss"))
+        names.append(view.words["note_run"])
+    for place, (model, found) in enumerate(runs):
         intervals = [view.evidence[f"{model}.expected_loss_{share}"] for share in ("95", "80")]
         _intervals(axes, place, [(item["low"], item["high"]) for item in intervals])
         for name, item in view.evidence.items():
@@ -177,12 +220,12 @@ def _calibration(view: View, axes: Axes) -> None:
                 axes.plot([item["value"]], [place - 0.2], "|", color=MUTED, markersize=9)
         if found in view.evidence:
             item = view.evidence[found]
-            _found(view, axes, place, item["value"], DEMO if model == "compact" else INK, item["known"])
+            _found(view, axes, place, item["value"], DEMO if model == COMPACT else INK, item["known"])
     for place, check in enumerate(view.record["calibration"], len(runs)):
         names.append(check["name"])
         _intervals(axes, place, [(check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80")])
         _found(view, axes, place, check["measured"], INK, "reported")
-    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.set_yticks(range(len(names)), [_label(name) for name in names], color=INK)
     axes.set_ylim(len(names) - 0.45, -0.75)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(view.words["loss_axis"])
@@ -210,13 +253,14 @@ def _repetition(view: View, axes: Axes) -> None:
             named = view.words[way] if way == "human" else f"{model}, {view.words[way]}"
             rows.append((item, named))
     rows.sort(key=lambda row: float(row[0]["value"]))
-    ours = [place for place, (item, named) in enumerate(rows) if named.startswith("compact")]
+    human = view.words["human"]
+    ours = [place for place, (item, named) in enumerate(rows) if item["model"] == COMPACT and named != human]
     _rows(view, axes, [item for item, _ in rows], [named for _, named in rows], ours)
     axes.set_xlim(left=-0.02)
     axes.xaxis.set_major_formatter(lambda share, _: show(share, "share", view.language).replace(".0", ""))
 
 
-CHARTS: dict[str, Callable[[View, Axes], None]] = {
+PLOTS: dict[str, Callable[[View, Axes], None]] = {
     "loss": _loss,
     "ratio": _ratio,
     "bits_per_byte": _bits_per_byte,
@@ -231,7 +275,7 @@ def png(record: Record, name: str, language: Language = "en") -> bytes:
 
     Args:
         record: the comparison's.
-        name: one of CHARTS.
+        name: one of PLOTS.
         language: of the labels.
     """
     return _drawn(record, name, language, "png", metadata={"Software": None}, dpi=130)
@@ -242,7 +286,7 @@ def svg(record: Record, name: str, language: Language, label: str) -> str:
 
     Args:
         record: the comparison's.
-        name: one of CHARTS.
+        name: one of PLOTS.
         language: of the labels.
         label: what it shows, for those who can't see it.
     """
@@ -286,7 +330,7 @@ def _drawn(record: Record, name: str, language: Language, form: str, **more: Any
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, **salt}):
         figure = Figure(figsize=(5.6, _height(record, name)), layout="constrained")
         axes = figure.subplots()
-        CHARTS[name](View(record, language), axes)
+        PLOTS[name](View(record, language), axes)
         for axis in (axes.xaxis, axes.yaxis):
             _localize(axis, language)
         FigureCanvasAgg(figure)

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from compactgpt.card import card_for, model_card
+from compactgpt.reporting.model_card import card_for, model_card
 from tests.place import make_place, record_of
 
 
@@ -25,6 +25,17 @@ def test_the_hubs_own_reader_finds_the_results(record):
         assert results[metric].dataset_split == "val"
     assert known["compact.loss"]["weights_sha256"] in card.text
     assert "numpy 2.4.6 (BSD-3-Clause)" in card.text
+
+
+def test_a_card_names_the_data_sets_of_the_hub(record):
+    assert ModelCard(model_card(record)).data.datasets is None  # docstrings are no data set of the hub
+    source = {**record["data"]["sources"][0], "name": "Salesforce/wikitext/train"}
+    data = {
+        **record["data"],
+        "corpus": "hub",
+        "sources": [source, {**source, "name": "Salesforce/wikitext/test"}],
+    }
+    assert ModelCard(model_card({**record, "data": data})).data.datasets == ["Salesforce/wikitext"]
 
 
 def test_a_card_goes_only_with_its_own_weights(record, tmp_path):

@@ -1,0 +1,44 @@
+"""Text from outside (a corpus, a file's name, a model's output) as text in Markdown and on a screen."""
+
+import re
+
+from compactgpt.errors import printable
+
+# What Markdown (CommonMark and GitHub's extensions) would take for markup. Underscores inside a word and
+# single signs inside a line are text already, and stay readable.
+_MARKUP = re.compile(
+    r"[\\`*\[\]|~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"
+    r"|(?<=:)/(?=/)|(?<=www)\."  # links without brackets
+    r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # lists and headings
+    re.IGNORECASE,
+)
+_ENTITIES = {
+    "&": "&amp;",
+    "<": "&lt;",
+    ">": "&gt;",
+    "@": "@\u200b",
+}  # no space: no mention
+
+
+def markdown_text(text: str) -> str:
+    """Return the text so that Markdown shows it as it is, on one line, also inside a table."""
+    marked = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
+    return re.sub("[&<>@]", lambda found: _ENTITIES[found[0]], marked)
+
+
+def markdown_code(text: str) -> str:
+    """Return the text as a code span for a cell of a Markdown table."""
+    fence = "`" * (_longest_run(text) + 1)
+    pad = " " if len(fence) > 1 else ""
+    return f"{fence}{pad}{printable(text)}{pad}{fence}".replace("|", "\\|")
+
+
+def markdown_block(text: str) -> str:
+    """Return the text as a code block, with a fence that it does not contain."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return "\n".join([f"{fence}text", printable(text, keep="\n\t"), fence])
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -1,0 +1,87 @@
+"""The record as a model card in Hugging Face's form: Markdown after YAML that the hub reads."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compactgpt.errors import printable
+from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, Record, View
+from compactgpt.reporting.templating import markdown_environment
+from compactgpt.storage import MANIFEST, json_bytes, read_json
+
+_METRICS = {
+    "loss": "loss (nats per GPT-2 token)",
+    "perplexity": "perplexity (per GPT-2 token)",
+    "bits_per_byte": "bits per byte (of UTF-8)",
+}
+
+
+def model_card(record: Record) -> str:
+    """Render the record as the README.md of a model of ours, in English.
+
+    The metadata follows huggingface.co/docs/hub/model-cards: JSON is YAML, so each key is one line of it.
+    """
+    from markupsafe import Markup
+
+    view = View(record)
+    metadata = {key: Markup(_json(value)) for key, value in _metadata(view).items()}  # noqa: S704 (JSON in YAML)
+    template = markdown_environment().get_template("model_card.md.j2")
+    return template.render(view=view, metadata=metadata, columns={"card": CARD_COLUMNS}).strip() + "\n"
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json_bytes(value).decode().strip()
+
+
+def _metadata(view: View) -> dict[str, Any]:
+    corpus = printable(view.corpus)
+    metrics = [
+        {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
+        for metric, name in _METRICS.items()
+    ]
+    result = {
+        "task": {"type": "text-generation", "name": "Language modeling"},
+        "dataset": {
+            "type": re.sub(r"[^\w.-]+", "-", corpus),
+            "name": f"{corpus}, held-out documents",
+            "split": "val",
+        },
+        "metrics": metrics,
+    }
+    return {
+        "language": "en",
+        "license": "mit",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2", "compactgpt", "from-scratch"],
+        **_datasets(view.record["data"]),
+        "model-index": [{"name": "compactgpt", "results": [result]}],
+    }
+
+
+def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name the data sets of the hub that the corpus was made from; its sources are `owner/name/split`."""
+    if data["corpus"] != "hub":
+        return {}
+    return {"datasets": sorted({printable(one["name"].rpartition("/")[0]) for one in data["sources"]})}
+
+
+def card_for(model: Path, card: Path) -> tuple[str, str]:
+    """The card of one model, where the written one is of the same weights.
+
+    Args:
+        model: folder of a model of ours.
+        card: reports/model_card.md.
+
+    Returns:
+        The text and "", or "" and why there is none.
+    """
+    if not card.is_file():
+        return "", f"{card} is missing (`dvc repro comparison` makes it)"
+    text = card.read_text(encoding="utf-8")
+    files: Mapping[str, Any] = read_json(model / MANIFEST)["files"]
+    named = re.search(r"SHA-256 of the weights as trained: `([0-9a-f]{64})`", text)
+    if named is None or named[1] != files["model.safetensors"]["sha256"]:
+        return "", f"{card} is of other weights than {model}"
+    return text, ""

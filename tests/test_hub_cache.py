@@ -1,0 +1,150 @@
+"""The hub's standard cache is used without a network; what is missing is fetched; models are pushed."""
+
+import io
+import json
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from compactgpt import cli, hub
+from compactgpt.checkpoint import save_model
+from compactgpt.errors import BadConfig, BadData, NotAllowed, Unreachable
+from compactgpt.export import save_hf
+from tests.fake_hub import REVISION, FakeHub
+from tests.tiny import save_tokenizer, tiny_gpt
+
+FILES = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
+         "vocab.json"}  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty standard cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def exported(tmp_path):
+    encoding = save_tokenizer(tmp_path / "tokenizer")
+    save_hf(tiny_gpt(encoding.n_vocab), tmp_path / "exported", tmp_path / "tokenizer")
+    return tmp_path / "exported"
+
+
+@pytest.fixture
+def server(exported, monkeypatch):
+    """The hub as huggingface_hub finds it, with the exported model."""
+    made = FakeHub(files={path.name: path.read_bytes() for path in exported.iterdir()})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", made.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                        made.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
+    yield made
+    made.close()
+
+
+def test_a_filled_cache_is_used_offline_and_loads_what_from_pretrained_loads(cache, exported):
+    """As `from_pretrained` fills it: no listing of the repository. conftest sets HF_HUB_OFFLINE."""
+    from transformers import AutoModelForCausalLM
+
+    snapshot = cache / f"models--some--model/snapshots/{REVISION}"
+    snapshot.parent.mkdir(parents=True)
+    exported.rename(snapshot)
+    assert AutoModelForCausalLM.from_pretrained("some/model", revision=REVISION).config.n_embd
+    start = time.monotonic()
+    assert hub.fetch_model("some/model", REVISION, "advice") == snapshot
+    assert time.monotonic() - start < 1
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(Unreachable, match=r"the hub can't be reached for some/model .*, or advice"):
+        hub.fetch_model("some/model", REVISION, "advice")
+
+
+def test_a_cached_file_of_a_data_set_is_used_offline(cache):
+    path = cache / f"datasets--some--set/snapshots/{REVISION}/data/a.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert hub.fetch_file("some/set", "data/a.jsonl", REVISION, "advice").samefile(path)
+    with pytest.raises(Unreachable, match=r"can't be reached for some/set"):
+        hub.fetch_file("some/set", "data/b.jsonl", REVISION, "advice")
+
+
+def test_a_model_is_fetched_into_the_standard_cache_once_and_checked(cache, server):
+    folder = hub.fetch_model("some/model", REVISION, "advice")
+    assert folder == cache / f"models--some--model/snapshots/{REVISION}"
+    assert {path.name for path in folder.iterdir()} == FILES | {"manifest.json"}
+    server.asked.clear()
+    assert hub.fetch_model("some/model", REVISION, "advice") == folder
+    assert server.asked == []
+    blob = (folder / "model.safetensors").resolve()
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(BadData, match=r"model\.safetensors was altered or damaged: delete"):
+        hub.fetch_model("some/model", REVISION, "advice")
+
+
+# --- upload
+
+
+def push(tmp_path, *words):
+    paths = {"--model": "model", "--tokenizer": "tokenizer", "--card": "card.md", "--params": "params.yaml"}
+    options = [f"{key}={tmp_path / value}" for key, value in paths.items()]
+    return CliRunner().invoke(cli.app, ["push-to-hub", "some/model", *options, *words])
+
+
+@pytest.fixture
+def model(tmp_path):
+    encoding = save_tokenizer(tmp_path / "tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "model", {})
+    digest = json.loads((tmp_path / "model/manifest.json").read_text())["files"]["model.safetensors"][
+        "sha256"
+    ]
+    (tmp_path / "card.md").write_text(
+        f"---\nlanguage: en\n---\n# A model\n\nSHA-256 of the weights as trained: `{digest}`.\n"
+    )
+    return tmp_path
+
+
+def test_a_dry_run_lists_the_files_and_needs_no_network(model):
+    done = push(model, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert {line.split()[1] for line in done.output.splitlines()[:-1]} == FILES | {"README.md"}
+    assert "nothing was uploaded" in done.output
+
+
+def test_a_model_is_pushed_as_the_hub_takes_it(model, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    done = push(model)
+    assert done.exit_code == 0, done.output
+    assert f"{server.url}/some/model/commit/{REVISION}" in done.output
+    assert set(server.uploaded) == FILES | {"README.md"}
+    assert server.uploaded["README.md"].decode() == (model / "card.md").read_text()
+
+
+def test_a_push_that_cannot_work_is_one_sentence(model, server, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
+    done = push(model)
+    assert (done.exit_code, "hf auth login" in done.output) == (NotAllowed.exit_code, True), done.output
+    server.close()
+    start = time.monotonic()
+    done = push(model)
+    assert (done.exit_code, "can't be reached" in done.output) == (Unreachable.exit_code, True), done.output
+    assert time.monotonic() - start < 10
+    with redirect_stdout(io.StringIO()), pytest.raises(BadConfig, match="is not a repository name"):
+        hub.push_folder(model / "model", "a b", private=False)
+
+
+# --- the card
+
+
+def test_a_card_names_the_model_that_the_training_started_from():
+    card = "---\nlanguage: en\n---\n# A model\n"
+    assert hub.with_base_model(card, "scratch") == hub.with_base_model(card, "models/mine") == card
+    folder = Path("/cache/hub") / f"models--openai-community--gpt2/snapshots/{REVISION}"
+    assert ModelCard(hub.with_base_model(card, str(folder))).data.base_model == "openai-community/gpt2"

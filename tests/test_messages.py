@@ -1,0 +1,72 @@
+"""Both languages say the same, and the templates hold all that the reports say."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from compactgpt.claims import Claims
+from compactgpt.config import load_section
+from compactgpt.estimate import estimate
+from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, messages, translate_phrase
+from tests.place import PARAMS, ROOT
+
+MODULES = sorted((ROOT / "src/compactgpt/reporting").glob("*.py"))
+
+
+def test_both_languages_have_the_same_keys_in_the_same_order():
+    english, french = messages("en"), messages("fr")
+    assert list(english) == list(french)
+    for section in english:
+        assert list(english[section]) == list(french[section]), section
+
+
+def test_both_languages_have_the_same_placeholders():
+    for section in messages("en"):
+        for key, english in messages("en")[section].items():
+            french = messages("fr")[section][key]
+            assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", french)), key
+
+
+def test_every_message_is_used():
+    source = "".join(path.read_text("utf-8") for path in [*MODULES, *TEMPLATES.glob("*.j2")])
+    # whose keys are put together, or come from the record
+    built = r"known_|relation_|own_(better|worse|level)|(holds|fails|open|waits)(_1)?$|page_\w+_note$|\w+_of$"
+    built += r"|(greedy|top_k|nucleus)$|(train|val)_loss_curve$|page_(table|data|samples|claims|sources)$"
+    built += r"|page_(curve|ratio|bits|positions|calibration|repetition)$"
+    words = [key for key in messages("en")["text"] if not re.match(built, key)]
+    assert [key for key in words if not re.search(rf"\b{key}\b", source)] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_sentences_of_the_record_are_known(language):
+    claims = load_section(ROOT / "claims.yaml", Claims).claims
+    sentences = [c.judged.reason for c in claims if c.judged.by == "hand"] + estimate(PARAMS)["compact"][
+        "notes"
+    ]
+    assert len(sentences) >= 15
+    for sentence in sentences:
+        changed = translate_phrase(language, sentence)
+        assert (changed == sentence) == (language == "en"), sentence
+
+
+def test_a_sentence_with_a_name_in_it_is_translated_around_the_name():
+    sentence = "the corpus is {0} <b>, for which no law is calibrated"
+    assert translate_phrase("fr", sentence) == "le corpus est {0} <b>, pour lequel aucune loi n'est calée"
+    assert translate_phrase("fr", "something else") == "something else"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_html_css_or_prose_in_python(path: Path):
+    """Strings of the modules, docstrings aside, hold no tag, no rule of style and no sentence."""
+    tree = ast.parse(path.read_text("utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, documented)}
+    strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for text in strings - docstrings:
+        text = re.sub(
+            r"<(svg|style|metadata)[^>]*>?|</(style|metadata)>|\\g<1>", "", text
+        )  # cut out of matplotlib's
+        assert not re.search(r"</\w|<\w+[ >]|\w: ?[^;{}]+;[^;]*}", text), text
+        assert len(re.findall(r"\b[a-z]+\b", text)) < 8 or "(`dvc" in text, text

@@ -1,0 +1,261 @@
+"""Reports of a user's own text are about that text and the model trained on it, and its names stay text."""
+
+import csv
+import html as entities
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from markdown_it import MarkdownIt
+
+from compactgpt.config import load_params
+from compactgpt.download import corpus_name
+from compactgpt.errors import printable
+from compactgpt.reporting import html, plots, tables
+from compactgpt.reporting.markdown import comparison
+from compactgpt.reporting.model_card import model_card
+from tests import tiny_chain
+from tests.place import ROOT, edit, make_place, record_of
+
+HOSTILE = "*Ham<script>let</script>* `x` [a](b) | $y$ \u202etxt.exe\x1b[31m"
+NAME = "Shakespeare's plays"
+
+
+def own(place, name=NAME):
+    """Turn a place's reports into those of a user's own corpus."""
+    part = {"name": f"corpus/{name}.txt", "version": None, "licence": name, "documents": 1, "bytes": 9}
+    edit(place / "reports/download.json", lambda r: r.update(corpus="files", name=name, sources=[part]))
+    return place
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return record_of(own(make_place(tmp_path_factory.mktemp("place"))))
+
+
+def test_the_record_knows_what_it_is_about(record, tmp_path):
+    assert record["about_note"] is False
+    known = {item["id"]: item for item in record["evidence"]}
+    assert known["compact.perplexity"]["corpus"] == f"{NAME} val"
+    assert known["compact.tokens_seen"]["corpus"] == f"{NAME} train"
+    place = own(make_place(tmp_path), "docstrings")  # a file of that name is no demo
+    assert record_of(place)["about_note"] is False
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+def test_the_reports_begin_with_the_users_text_and_no_score_of_it_is_in_the_notes_table(record, language):
+    view, text = tables.View(record, language), comparison(record, language)
+    assert text.startswith(f"# {view.say('own_title', corpus=NAME)}\n\n{view.headline()}")
+    assert view.value("compact.perplexity") in view.headline()
+    sections = text.split("\n## ")
+    titles = [section.splitlines()[0] for section in sections]
+    assert titles[1] == view.say("measured", corpus=NAME)
+    note = sections[titles.index(view.words["table"])]
+    claims = sections[titles.index(view.words["claims"])]
+    for name in ("loss", "perplexity", "tokens_seen"):
+        assert view.value(f"compact.{name}") in sections[1]
+        assert view.value(f"compact.{name}") not in note + claims
+    assert "compact." not in note + claims
+    assert f"Perplexity on OpenWebText ({NAME})" not in text
+    assert "of files" not in text
+    assert NAME in text
+
+
+def test_the_page_and_the_terminal_begin_with_the_users_text(record):
+    page = html.page(record)
+    headline = tables.View(record).headline()
+    assert f"<h1>{entities.escape(headline, quote=True)}</h1>".replace("&#x27;", "&#39;") in page
+    first = page[page.index('<article lang="en">') : page.index('<article lang="fr">')]
+    assert first.index('id="en-demo"') < first.index('id="en-table"') < first.index('id="en-claims"')
+    assert 'class="here"' not in first
+    shown = tables.terminal(record, width=120, colour=False)
+    assert NAME in shown
+    assert "The note's table" not in shown
+    assert "35-45" not in shown
+    rows = list(csv.DictReader(io.StringIO(tables.csv_text(record))))
+    assert not {row["evidence"] for row in rows if row["claim"]} & {"compact.loss", "compact.perplexity"}
+
+
+def test_the_ranking_follows_the_paired_intervals(record):
+    view = tables.View(record)
+    for name in view.baselines:
+        view.evidence[f"ratio.compact_to_{name}.perplexity"] = {"low": 0.5, "high": 0.9}
+    view.evidence["ratio.compact_to_xz.perplexity"] = {"low": 1.1, "high": 2}
+    view.evidence["ratio.compact_to_zstd.perplexity"] = {"low": 0.9, "high": 2}
+    better = ", ".join(name for name in view.baselines if name not in ("xz", "zstd"))
+    assert view.ranking() == (
+        f"On the same text, it predicts better than {better}; it predicts worse than xz; "
+        "it cannot be told apart from zstd."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(0.00004567, "4.57e-05"), (0.01234, "0.0123"), (0.2, "0.200"), (4321.5, "4,321.500")]
+)
+def test_a_small_ratio_keeps_its_digits(ratio, shown):
+    assert tables.show(ratio, "ratio") == shown
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.126, 12.2), (1e-6, 3), (0.3, 1e9), (0.9, 1.2), (2e-30, 1e20)])
+def test_ticks_of_a_wide_axis_leave_room_for_their_labels(low, high):
+    ticks = plots.log_ticks(low, high)
+    assert 1 in ticks
+    assert 1 <= len(ticks) <= plots.MOST_TICKS
+    assert ticks == sorted(ticks)
+    assert low <= ticks[0]
+    assert ticks[-1] <= high
+
+
+def boxes(record, name):
+    """The boxes of a plot's texts, in pixels, drawn as for PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(5.6, plots._height(record, name)), layout="constrained")
+    axes = figure.subplots()
+    plots.PLOTS[name](tables.View(record), axes)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    return figure, [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in texts]
+
+
+@pytest.mark.parametrize("name", ["ratio", "positions", "bits_per_byte"])
+def test_labels_do_not_collide_with_ratios_far_from_one(record, name):
+    changed = json.loads(json.dumps(record))
+    for item in changed["evidence"]:
+        if item["id"].startswith("ratio.compact_to_") and item["id"].endswith(".perplexity"):
+            item.update(value=3e-6, low=1e-6, high=1e-5)
+    rows = changed["positions"]["compact"]
+    changed["positions"] = {f"model-{n}": [*rows, {**rows[-1], "last": 4096}] for n in range(4)}
+    figure, drawn = boxes(changed, name)
+    for place, (text, box) in enumerate(drawn):
+        assert box.x0 >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+        for other, theirs in drawn[place + 1 :]:
+            assert not box.shrunk(0.9, 0.7).overlaps(theirs.shrunk(0.9, 0.7)), (text, other)
+
+
+# --- names that try to be more than names
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    place = own(make_place(tmp_path_factory.mktemp("place")), HOSTILE)
+
+    def rename(report):
+        for sample in report["samples"]:
+            sample["prompt"] = HOSTILE
+            sample["greedy"]["text"] = f"```\n</pre><script>\u202e{HOSTILE}\n```\n# no heading"
+
+    edit(place / "reports/samples.json", rename)
+    edit(place / "reports/evaluation.json", lambda r: r["model"].update(context=HOSTILE))
+    return record_of(place)
+
+
+@pytest.mark.parametrize("render", [comparison, model_card])
+def test_hostile_names_stay_text_in_markdown(hostile, render):
+    text = render(hostile)
+    body = re.sub(r"^---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body)
+    # `<br>` is the one tag that the reports write themselves; markdown-it passes it on
+    ours = "h1 h2 h3 p table thead tbody tr th td strong em code a pre ul li br"
+    assert set(re.findall(r"</?([a-z]+\d?)[ >]", rendered)) <= set(ours.split())
+    assert set(re.findall(r'href="([^"]*)"', rendered)) <= {"../docs/note.md"}
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    shown = entities.unescape(re.sub(r"<[^>]*>", "", rendered))
+    assert shown.count(printable(HOSTILE)) > 3
+
+
+def test_hostile_metadata_is_one_value_of_the_card(hostile):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(model_card(hostile))
+    (name,) = {result.dataset_name for result in card.data.eval_results}
+    assert name == f"{printable(HOSTILE)}, held-out documents"
+
+
+def test_hostile_names_stay_text_in_the_page(hostile):
+    page = html.page(hostile)
+
+    class Seen(HTMLParser):
+        tags, text = frozenset(), ""
+
+        def handle_starttag(self, tag, attrs):
+            self.tags |= {tag}
+
+        def handle_data(self, data):
+            self.text += data
+
+    seen = Seen()
+    seen.feed(page)
+    assert "script" not in seen.tags
+    assert printable(HOSTILE) in seen.text
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x1b]", page)
+
+
+def test_hostile_names_stay_text_in_plots_and_terminal(hostile):
+    picture = plots.svg(hostile, "bits_per_byte", "en", HOSTILE)
+    assert "<script" not in picture
+    assert "\u202e" not in plots.svg(hostile, "calibration", "en", "")
+    assert printable(HOSTILE)[:20] in entities.unescape(picture)
+    shown = tables.terminal(hostile, width=200, colour=False)
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+
+
+# --- where the name comes from
+
+
+@pytest.mark.parametrize(
+    ("corpus", "files", "name"),
+    [
+        ("docstrings", {}, "docstrings"),
+        ("hub", {}, "wikitext-103"),
+        ("files", {}, "your text"),
+        ("files", {"patterns": ["corpus/shakespeare.jsonl.zst"]}, "shakespeare"),
+        ("files", {"patterns": ["corpus/a*.txt"]}, "your text"),
+        ("files", {"name": "The plays"}, "The plays"),
+    ],
+)
+def test_a_corpus_has_a_name(corpus, files, name):
+    params = load_params(ROOT / "params.yaml").download
+    changed = params.files.model_copy(update=files)
+    assert corpus_name(params.model_copy(update={"corpus": corpus, "files": changed})) == name
+
+
+RUN = """
+import os, sys
+from pathlib import Path
+from tests import tiny_chain
+place = Path(sys.argv[1])
+for stage in tiny_chain.STAGES:
+    try:
+        tiny_chain.run_stage(stage, place, "none")
+    except SystemExit as ended:
+        assert not ended.code, stage
+"""
+
+
+@pytest.mark.slow
+def test_a_real_chain_on_own_text_reports_on_that_text(tmp_path):
+    place = tiny_chain.make_place(tmp_path / "place")
+    tiny_chain.write_inputs(place, 1)
+    params = json.loads((place / "params.yaml").read_text())
+    params["download"]["files"]["name"] = NAME
+    (place / "params.yaml").write_text(json.dumps(params))
+    paths = {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", RUN, str(place)], check=True, cwd=place, env=paths)
+    text = (place / "reports/comparison.md").read_text()
+    assert text.startswith(f"# A compact GPT on {NAME}\n\nOn {NAME}, the compact model reaches a loss of")
+    assert f"tokens of {NAME}" in (place / "reports/model_card.md").read_text()
+    page = (place / "reports/index.html").read_text()
+    assert "tokens of files" not in page + text
+    assert "0.000 (0.000 to 0.000)" not in page + text
+    assert "files val" not in page + text
