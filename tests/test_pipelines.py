@@ -72,7 +72,7 @@ def wholes(root: Path) -> list:
     return [run for run in runs(root) if run.data.tags["stage"] == "pipeline"]
 
 
-def fates(run) -> dict[str, tuple[str, str]]:
+def statuses(run) -> dict[str, tuple[str, str]]:
     rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
     return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
 
@@ -84,7 +84,7 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     sync(root)
     before = named(root)
     assert before["pipeline"].info.status == "FINISHED"
-    assert {fate for fate, _ in fates(before["pipeline"]).values()} == {"ran (finished)"}
+    assert {fate for fate, _ in statuses(before["pipeline"]).values()} == {"ran (finished)"}
     journal_of_second = dvc()
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": 4.0}}))
     run = journal(root, "evaluation", pipeline=journal_of_second, workspace=str(root))
@@ -95,11 +95,11 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     second = wholes(root)[-1]
     maker = before["training"].info.run_id
     link = f"[run {maker[:8]}](#/experiments/{second.info.experiment_id}/runs/{maker})"
-    assert fates(second)["training"] == ("skipped: unchanged", link)
-    assert fates(second)["evaluation"][0] == "ran (finished)"
+    assert statuses(second)["training"] == ("skipped: unchanged", link)
+    assert statuses(second)["evaluation"][0] == "ran (finished)"
 
 
-def test_what_comes_from_the_run_cache_is_told_apart_from_what_did_not_change(root):
+def test_what_comes_from_the_run_cache_differs_from_what_did_not_change(root):
     old = dvc()
     for name in STAGES:
         stage(root, name, old)
@@ -113,9 +113,9 @@ def test_what_comes_from_the_run_cache_is_told_apart_from_what_did_not_change(ro
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 20}))
     (root / "dvc.lock").write_bytes(lock)  # as DVC does when its run cache has the stage
     sync(root)
-    told = fates(wholes(root)[-1])
-    assert told["training"][0] == "skipped: from the run cache of DVC"
-    assert "#/experiments/" in told["training"][1]
+    found = statuses(wholes(root)[-1])
+    assert found["training"][0] == "skipped: from the run cache of DVC"
+    assert "#/experiments/" in found["training"][1]
 
 
 def test_a_chain_that_breaks_says_where(root):
@@ -124,8 +124,8 @@ def test_a_chain_that_breaks_says_where(root):
     sync(root)
     parent = named(root)["pipeline"]
     assert parent.info.status == "KILLED"
-    assert fates(parent) == {
-        "training": ("ran (killed)", fates(parent)["training"][1]),
+    assert statuses(parent) == {
+        "training": ("ran (killed)", statuses(parent)["training"][1]),
         "evaluation": ("not reached", ""),
     }
 
@@ -157,12 +157,12 @@ def test_the_run_of_the_whole_keeps_params_figures_and_files(root, tmp_path):
     assert not (kept / "reports/training.json").exists()
 
 
-def test_a_repro_that_runs_nothing_is_told_once(root):
+def test_a_repro_that_runs_nothing_is_logged_once(root):
     sync(root, record_unrun=True)
     sync(root, record_unrun=True)
     (only,) = runs(root)
     assert only.info.status == "FINISHED"
-    assert fates(only)["training"] == ("skipped: unchanged", "no run known here")
+    assert statuses(only)["training"] == ("skipped: unchanged", "no run known here")
     make(root, 3.0)
     sync(root, record_unrun=True)
     assert len(runs(root)) == 2
@@ -244,7 +244,7 @@ def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
     assert stopped.data.params == {"model.n_layer": "60"}
     assert stopped.data.metrics == {"train/loss": 7.0}
     assert "weights_sha256" not in stopped.data.tags
-    assert fates(stopped)["evaluation"] == ("not reached", "")
+    assert statuses(stopped)["evaluation"] == ("not reached", "")
 
 
 def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
@@ -252,7 +252,7 @@ def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
     store.save_lock(root, STAGES, {"evaluation": ["reports/training.json", "code.py"]}, model={"n_layer": 2})
     stage(root, "training", dvc())
     sync(root)
-    assert fates(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
+    assert statuses(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
     assert wholes(root)[-1].data.metrics["eval/loss"] == 4.5
     for change in ("code.py", "params.yaml"):
         before = (root / change).read_text()
@@ -261,7 +261,7 @@ def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
         stage(root, "training", dvc())
         sync(root)
         (root / change).write_text(before)
-        assert fates(wholes(root)[-1])["evaluation"][0] == "not reached", change
+        assert statuses(wholes(root)[-1])["evaluation"][0] == "not reached", change
         assert "eval/loss" not in wholes(root)[-1].data.metrics
 
 
@@ -290,7 +290,7 @@ def test_a_resumed_training_gives_its_pipeline_the_whole_curve(root):
 
 def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
     def fail(*_):
-        raise ValueError("no room")
+        raise ValueError("no space")
 
     monkeypatch.setattr(registry, "log_model", fail)
     (root / "models/compact").mkdir(parents=True)
@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
     store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]}, DEPS)
     stage(root, "training", dvc())
     for _ in range(mlflow_logger.MODEL_TRIES):
-        with pytest.raises(Unreachable, match="no room"):
+        with pytest.raises(Unreachable, match="no space"):
             sync(root)
     sync(root)
     parent = named(root)["pipeline"]

@@ -1,4 +1,4 @@
-"""The journal tells everything, and MLflow ends up with exactly that: nothing lost, nothing doubled."""
+"""The journal holds everything, and MLflow ends up with exactly that: nothing lost, nothing doubled."""
 
 import gc
 import getpass
@@ -347,7 +347,7 @@ def committed(tmp_path):
     return tmp_path
 
 
-def test_git_facts_name_the_commit_and_tell_dirty_from_clean(committed, tmp_path_factory):
+def test_git_facts_name_the_commit_and_whether_it_is_dirty(committed, tmp_path_factory):
     assert git_facts(tmp_path_factory.mktemp("none")) == {}
     clean = git_facts(committed)
     assert len(clean["git.commit"]) == 40
@@ -407,14 +407,14 @@ def test_what_people_tune_comes_first_and_versions_of_packages_are_one_parameter
     assert not [name for name in names if name.startswith(("estimate", "regression"))]
 
 
-def test_machine_facts_tell_what_rounds_sums(monkeypatch):
+def test_machine_facts_name_what_rounds_sums(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")  # of conftest.py
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    monkeypatch.setenv("HF_TOKEN", "never told")
+    monkeypatch.setenv("HF_TOKEN", "never logged")
     facts = machine_facts()
     assert facts["torch"].startswith("2.")
     assert facts["arithmetic"] == '{"ATEN_CPU_CAPABILITY": "default"}'
-    assert "never told" not in str(facts)
+    assert "never logged" not in str(facts)
 
 
 def test_data_is_named_by_hash_once_however_often_it_is_copied(root):
@@ -454,7 +454,7 @@ def test_every_journal_line_is_one_json_object(root):
     assert [json.loads(line)["kind"] for line in lines] == ["start", "params", "end"]
 
 
-def test_the_rest_of_an_interrupted_run_goes_on_in_the_same_run_without_doubled_steps(root):
+def test_the_rest_of_an_interrupted_run_continues_the_same_run_without_doubled_steps(root):
     note = root / "state" / "journal"
     first = journal(root, held=True)
     first.params({"a": 1})

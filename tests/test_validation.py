@@ -236,5 +236,5 @@ def test_a_stage_logs_data_docs_to_its_run(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
     CliRunner().invoke(app, [])
-    (index,) = tmp_path.rglob(".state/tracking/*/artifacts/data_docs/documents/index.html")
+    (index,) = tmp_path.rglob(".state/tracking/*/*/artifacts/data_docs/documents/index.html")
     assert "Data Docs" in index.read_text()

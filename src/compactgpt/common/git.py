@@ -9,7 +9,7 @@ NEW_FILES = ("conf", "src", "stages")
 
 
 def git_facts(folder: Path) -> dict[str, str]:
-    """Return commit and cleanness of the work tree at `folder`; empty where there is none.
+    """Return commit and cleanness of the work tree at `folder`; empty without one.
 
     Changes to OUTPUTS don't count.
     """

@@ -135,7 +135,7 @@ class RunFolder:
 
 
 def experiment_commit(root: Path, name: str, baseline: str) -> str:
-    """Return the commit that DVC keeps of an experiment on a commit; nothing where there is none."""
+    """Return the commit that DVC keeps of an experiment on a commit; nothing without one."""
     with suppress(UserError):
         return git(
             root, "rev-parse", "--verify", "--quiet", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"

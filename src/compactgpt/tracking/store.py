@@ -184,7 +184,7 @@ def _check_server(uri: str) -> None:
 
 
 def _check_database(path: Path) -> None:
-    """Raise BadData where a SQLite file is damaged; create an empty one where there is none."""
+    """Raise BadData where a SQLite file is damaged; create an empty one if it is missing."""
     if not path.exists():
         with closing(sqlite3.connect(path)) as made:
             made.execute("pragma journal_mode=wal")  # readers and the writer do not wait for each other
