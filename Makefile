@@ -23,8 +23,13 @@ unexport PYTHONDONTWRITEBYTECODE
 
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
+# The package that DVC needs for the remote's scheme: it is no part of .venv, since a folder needs none.
+INSTALL_REMOTE = case "$$(dvc remote list)" in *s3://*) extra=s3;; *gs://*) extra=gs;; *ssh://*) extra=ssh;; \
+    *azure://*) extra=azure;; *) extra=;; esac; \
+  test -z "$$extra" || python -c "import dvc_$$extra" 2> /dev/null \
+    || { echo "installing dvc[$$extra] ..."; uv pip install -q --python $(VENV)/bin/python "dvc[$$extra]" -c requirements.lock; }
 
-.PHONY: help setup repro run gate ci push pull test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
+.PHONY: help setup repro run gate ci push pull experiments test test-faults test-mutants test-fuzz test-ray test-server coverage check audit hooks docs table readme ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,8 +54,11 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 repro: $(STAMP) ## run the whole pipeline (only what changed), print the table
-	@compactgpt mend
+	@compactgpt repair
 	@compactgpt check > /dev/null
+	@# a stage whose outs were deleted would run again, since DVC's run cache keeps no stage with uncached outs;
+	@# what the cache lacks is left to `dvc repro`, which also reports whatever else is wrong
+	@dvc checkout -q --allow-missing < /dev/null 2> /dev/null || true
 	@dvc repro
 	@python -m stages.comparison --show
 	@echo
@@ -122,11 +130,17 @@ ci: $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and 
 
 push: $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
 	@$(FIND_REMOTE)
+	@$(INSTALL_REMOTE)
 	@dvc push --run-cache
 
 pull: $(STAMP) ## fetch them: a fresh clone then has nothing to run
 	@$(FIND_REMOTE)
+	@$(INSTALL_REMOTE)
 	@dvc pull --run-cache
+
+# DVC shows params.yaml as a whole and every dependency, and has no setting that says otherwise.
+experiments: $(STAMP) ## the experiments side by side: dvc exp show without hashes and equal parameters
+	@dvc exp show --no-pager --only-changed --drop '^(src|stages|data|models|reports|results|corpus)(/|$$)|\.yaml$$|^Created$$'
 
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show
@@ -150,5 +164,5 @@ lock: $(STAMP) ## compile requirements.in to requirements.lock, with the hash of
 	  | awk '/^[^ ]/ { keep = !/^(nvidia-|cuda-|triton|torch==)/ } /^torch==/ { sub(/ \\$$/, ""); print } keep' > .state/lock
 	@mv .state/lock requirements.lock
 
-clean: ## delete what the pipeline made here, but not .venv, the DVC cache and the MLflow runs
+clean: ## delete data, models and .state; make repro then takes the first two from DVC's cache
 	@rm -rf data models .state

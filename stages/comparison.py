@@ -44,7 +44,7 @@ def main(
 
 def _show(reports: Path, language: Language) -> None:
     from compactgpt.reporting.html import RECORD
-    from compactgpt.reporting.tables import terminal
+    from compactgpt.reporting.terminal import terminal
     from compactgpt.storage import read_json
 
     width = max(shutil.get_terminal_size((120, 24)).columns, 80)

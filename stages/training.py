@@ -8,10 +8,12 @@ import typer
 
 from compactgpt.launching import dist_info
 from compactgpt.runtime import prepare_process, stop_requests
+from compactgpt.storage import write_text
 from compactgpt.tracking import state_folder
 from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
 app = new_app()
+MEASURED_STEPS = 10  # before the time left is announced
 
 
 @app.command()
@@ -40,10 +42,17 @@ def main(
         if stage.leads:
             prune_runs(states.parent, states.name)
         telling = _Telling(stage, tokenizer)
+
+        def write_curve(rows: list[training.Row]) -> None:
+            """Keep the file that `dvc plots show` draws up to date: complete at any moment."""
+            if stage.leads:
+                write_text(curve, training.loss_csv(rows))
+
         with stop_requests() as stopping:
             trained = training.train(
                 stage.params, splits, states, stopping=stopping,
-                progress=telling.progress, on_metrics=telling.metrics, watch=telling.watch, tell=telling.news,
+                progress=telling.progress, on_metrics=telling.metrics, on_curve=write_curve,
+                watch=telling.watch, tell=telling.news,
             )  # fmt: skip
         if stage.leads:
             stage.report(report, training.save_results(stage.params, splits, trained, states, model, curve))
@@ -61,6 +70,7 @@ class _Telling:
         from compactgpt import training, watching
 
         self.stage, self.bar = stage, stage.progress("steps")
+        self.first: int | None = None  # step of this process: a resumed run does not begin with 1
         stage.say(budget := training.budget(stage.params, dist_info().world_size))
         stage.tracker.tags({"make_up_of_a_step": budget})
         self.band = watching.expected_band(stage.params)
@@ -69,6 +79,13 @@ class _Telling:
         self.watch = watching.Sampler(stage.params.runtime, tokenizer, self.sample)
 
     def progress(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        self.first = done if self.first is None else self.first
+        if done == self.first + MEASURED_STEPS and figures:
+            names = ", ".join(self.stage.params.baseline.names)
+            self.stage.say(
+                f"{figures['left']} left at the speed of this machine's first steps; then the evaluation and "
+                f"the baselines ({names})"
+            )
         self.bar(done, total, {**(figures or {}), "of peak": str(self.used), "expected": str(self.band)})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:

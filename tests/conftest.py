@@ -39,7 +39,7 @@ def same_environment():
 # What is heavy to import is imported by one worker of two, and what they fork from is made once. What takes
 # longest comes first, so that none is left alone with it at the end.
 TOGETHER = {
-    "dvc": ("chain", "verification"),
+    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verification"),
     "forks": ("distributed", "sharding", "training"),
     "mlflow": (
         "network_faults", "pipelines", "provenance", "registry", "regression", "reproduction", "security",

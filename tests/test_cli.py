@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import compactgpt
 from compactgpt.checkpoint import save_model
 from compactgpt.cli import app
 from compactgpt.console import extra_with, told_clearly
@@ -54,9 +55,7 @@ def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch
     assert done.output.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub"), ("lm_eval", "harness")]
-)
+@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub")])
 def test_what_is_not_installed_is_said_with_its_extra(module, extra, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as Python says that there is none
     with pytest.raises(SystemExit, match="66"), told_clearly():
@@ -202,3 +201,18 @@ def test_an_estimate_ends_with_the_command_that_runs_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     last = run("estimate", "-S", "training.max_steps=9").output.splitlines()[-1]
     assert last == "next: dvc exp run -S training.max_steps=9"
+
+
+def test_the_version_and_short_help():
+    assert run("--version").output == f"compactgpt {compactgpt.__version__}\n"
+    for words in ((), ("gate",), ("experiment",), ("experiment", "run")):
+        assert run(*words, "-h").output == run(*words, "--help").output != ""
+        assert run(*words, "-h").exit_code == 0
+
+
+def test_set_param_is_the_long_form_of_s(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for command in (("estimate", "--json"), ("experiment", "show", "demo")):
+        short, long = (run(*command, option, "training.max_steps=80") for option in ("-S", "--set-param"))
+        assert short.exit_code == 0
+        assert long.output == short.output

@@ -22,6 +22,7 @@ from compactgpt.provenance import code_hashes
 from compactgpt.reporting import tables
 from compactgpt.reporting.markdown import claims_in_english, comparison, quote_tables, quoted_tables
 from compactgpt.reporting.messages import messages
+from compactgpt.reporting.terminal import terminal
 from tests.place import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -227,7 +228,7 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
     after = record_of(place)
     for render in (comparison, tables.csv_text):
         assert render(before) != render(after)
-    texts = (comparison, lambda r: tables.terminal(r, width=200, colour=False))
+    texts = (comparison, lambda r: terminal(r, width=200, colour=False))
     for render in texts:
         assert shown not in render(before)
         assert shown in render(after)
@@ -299,7 +300,7 @@ def test_markdown_tables_have_one_width(place):
 
 
 def test_the_terminal_never_breaks_a_number(place):
-    text = tables.terminal(record_of(place), width=120, colour=False)
+    text = terminal(record_of(place), width=120, colour=False)
     for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "published: 12.68"):
         assert word in text
     assert max(len(line) for line in text.splitlines()) <= 120
@@ -308,7 +309,7 @@ def test_the_terminal_never_breaks_a_number(place):
 def test_brackets_in_a_quote_reach_the_terminal(place):
     record = record_of(place)
     record["claims"][0]["english"] = "29 […] [bold]M[/bold]"
-    assert "29 […] [bold]M[/bold]" in tables.terminal(record, width=200, colour=False)
+    assert "29 […] [bold]M[/bold]" in terminal(record, width=200, colour=False)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_tutorial_shows_what_the_command_says(words, monkeypatch):
 
 def test_the_tutorials_typo_is_told_in_those_words(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text().replace("max_steps: 750", "max_stps: 750"))
+    path.write_text((ROOT / "params.yaml").read_text().replace("  max_steps: ", "  max_stps: ", 1))
     with pytest.raises(BadConfig) as refused:
         whatif.changed(path, [])
     assert str(refused.value).replace(str(path), "params.yaml") in TUTORIAL

@@ -11,6 +11,8 @@ from compactgpt import experiments
 from compactgpt.cli import app
 from compactgpt.config import Params, lay_over, load_params, read_yaml, set_values
 from compactgpt.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.estimate import configured_run
+from compactgpt.ladder import ladder_report, read_ladder
 
 CONF = ROOT / "conf"
 NAMED = experiments.experiments(CONF)
@@ -40,8 +42,8 @@ def own_experiment(folder, text, name="mine", demo="params: {}"):
 
 def test_all_experiments_of_the_notes_recommendations_are_there():
     assert set(NAMED) == {
-        "demo", "note", "gpt2-124m", "shakespeare", "finetune", "full-softmax", "ladder", "long",
-        "context-1024", "ci",
+        "demo", "note", "gpt2-124m", "shakespeare", "shakespeare-quick", "finetune", "full-softmax",
+        "ladder", "long", "context-1024", "ci",
     }  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def test_params_yaml_ships_the_demo(params_file):
 
 
 def test_the_notes_run_is_the_notes(params_file):
-    assert "training.beta2: 0.95 -> 0.99" in apply(params_file, "note")
+    assert "training.learning_rate: 0.002 -> 0.0003" in apply(params_file, "note")
     params = load_params(params_file)
     note = params.estimate.note.model_dump(include=set(type(params.model).model_fields))
     assert params.model.model_dump() == note
@@ -86,6 +88,27 @@ def test_the_notes_variants_differ_from_it_in_one_thing(params_file, name, diffe
     apply(params_file, "note")
     told = apply(params_file, name)
     assert {line.split(":")[0] for line in told} == differs
+
+
+@pytest.mark.parametrize("name", ["note", "long", "context-1024", "gpt2-124m", "finetune", "full-softmax"])
+def test_only_the_demos_softmax_is_sampled(params_file, name):
+    demo = load_params(params_file).training
+    assert (demo.head, demo.init_unigram > 0) == ("sampled", True)
+    apply(params_file, name)
+    training = load_params(params_file).training
+    assert (training.head, training.init_unigram) == ("full", 0.0)
+
+
+def test_the_recipe_with_the_full_softmax_is_that_of_the_ladder(params_file):
+    """So that what the sampled one gains is measured against the runs that results/ladder.json keeps."""
+    ladder = read_ladder(ROOT / "results/ladder.json")
+    params = load_params(params_file)
+    run = configured_run(params)
+    shipped = ladder_report(ladder, params, run)
+    assert {"training.head", "training.tokens_per_step"} <= set(shipped["differs"])
+    assert shipped["expected_loss"] is None
+    apply(params_file, "full-softmax")
+    assert ladder_report(ladder, load_params(params_file), run)["differs"] == []
 
 
 def test_gpt2_124m_is_gpt2s_size_at_nanogpts_budget(params_file):

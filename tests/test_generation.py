@@ -1,8 +1,11 @@
 """Generation: it says what the model says, with and without a cache; draws depend on seed and prompt only."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from torch.nn import functional as F
 
 from compactgpt import generation
@@ -205,3 +208,15 @@ def test_samples_are_readable_with_their_settings(model, encoding, split):
     assert "top-k 5 at temperature 0.8, *nucleus* is top-p 0.9, seed 3" in page
     assert page.count("```") == 12
     assert "## in a" in page
+
+
+def test_samples_keep_hostile_text_as_text():
+    hostile = {"text": "```\n<b>\u202e\x1b[31m\n# no heading\n", "tokens": 3}
+    sample = {"prompt": "*a*\n<script>", "document": None, **dict.fromkeys(generation.WAYS, hostile)}
+    settings = {"max_new_tokens": 3, "top_k": 5, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+    page = generation.samples_markdown({"settings": settings, "samples": [sample]})
+    rendered = MarkdownIt("commonmark").render(page)
+    assert set(re.findall(r"<(\w+)", rendered)) == {"h1", "h2", "p", "em", "pre", "code"}
+    assert rendered.count("<h1>") == rendered.count("<h2>") == 1
+    assert "<h2>*a*\\n&lt;script&gt;</h2>" in rendered
+    assert not re.search("[\u202e\x1b]", page)

@@ -18,6 +18,7 @@ from compactgpt.errors import printable
 from compactgpt.reporting import html, plots, tables
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.model_card import model_card
+from compactgpt.reporting.terminal import terminal
 from tests import tiny_chain
 from tests.place import ROOT, edit, make_place, record_of
 
@@ -72,7 +73,7 @@ def test_the_page_and_the_terminal_begin_with_the_users_text(record):
     first = page[page.index('<article lang="en">') : page.index('<article lang="fr">')]
     assert first.index('id="en-demo"') < first.index('id="en-table"') < first.index('id="en-claims"')
     assert 'class="here"' not in first
-    shown = tables.terminal(record, width=120, colour=False)
+    shown = terminal(record, width=120, colour=False)
     assert NAME in shown
     assert "The note's table" not in shown
     assert "35-45" not in shown
@@ -89,7 +90,7 @@ def test_the_ranking_follows_the_paired_intervals(record):
     better = ", ".join(name for name in view.baselines if name not in ("xz", "zstd"))
     assert view.ranking() == (
         f"On the same text, it predicts better than {better}; it predicts worse than xz; "
-        "it cannot be told apart from zstd."
+        "it is not clearly different from zstd."
     )
 
 
@@ -101,7 +102,7 @@ def test_a_small_ratio_keeps_its_digits(ratio, shown):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.126, 12.2), (1e-6, 3), (0.3, 1e9), (0.9, 1.2), (2e-30, 1e20)])
-def test_ticks_of_a_wide_axis_leave_room_for_their_labels(low, high):
+def test_a_wide_axis_has_few_ticks(low, high):
     ticks = plots.log_ticks(low, high)
     assert 1 in ticks
     assert 1 <= len(ticks) <= plots.MOST_TICKS
@@ -205,9 +206,14 @@ def test_hostile_names_stay_text_in_plots_and_terminal(hostile):
     assert "<script" not in picture
     assert "\u202e" not in plots.svg(hostile, "calibration", "en", "")
     assert printable(HOSTILE)[:20] in entities.unescape(picture)
-    shown = tables.terminal(hostile, width=200, colour=False)
+    shown = terminal(hostile, width=200, colour=False)
     assert "\x1b" not in shown
     assert "\u202e" not in shown
+
+
+def test_a_dollar_sign_in_a_plot_is_no_formula(tmp_path):
+    record = record_of(own(make_place(tmp_path), r"$x$ and $\frac$"))
+    assert r">Bits per byte, $x$ and $\frac$ val<" in plots.svg(record, "bits_per_byte", "en", "")
 
 
 # --- where the name comes from

@@ -136,6 +136,9 @@ def test_the_run_that_made_what_the_lock_has_is_found(place, monkeypatch):
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
     assert wanted in done.output
+    facts = json.loads(CliRunner().invoke(app, ["trace", "compact.loss", "--json"]).stdout)
+    assert facts["evidence"]["id"] == "compact.loss"
+    assert wanted in facts["MLflow run"][0]
     (place / "mlflow.db").write_bytes(b"no database" * 400)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 65

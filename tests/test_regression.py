@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from compactgpt import references, regression, verdicts
+from compactgpt import references, regression
 from compactgpt.checkpoint import save_model
 from compactgpt.config import load_params
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import Totals, write_totals
+from compactgpt.gate import formats
 from compactgpt.regression import Check, Documents, Snapshot, Verdict
 from compactgpt.storage import read_json, write_json
 from compactgpt.tracking.mlflow_logger import sync
@@ -84,7 +85,7 @@ def test_a_verdict_names_what_it_is_against_and_tells_what_is_not_judged():
     then, now = snapshot(reason="a better recipe"), snapshot(figures={"loss": 4.5, "bits": 1.0})
     verdict = regression.judge(then, now, SETTINGS)
     assert (verdict.against, verdict.reason) == ("then", "a better recipe")
-    assert verdict.watched == [Check("bits", "told", "", None, 1.0), Check("loss", "told", "", 4.0, 4.5)]
+    assert verdict.watched == [Check("bits", "info", "", None, 1.0), Check("loss", "info", "", 4.0, 4.5)]
     assert verdict.checks == [*verdict.guards, *verdict.metrics]
     assert not verdict.failures
 
@@ -237,12 +238,47 @@ def test_other_parameters_are_named_and_those_that_change_nothing_are_not():
     assert regression.judge(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
 
 
-@pytest.mark.parametrize(("count", "end"), [(20, "p19 0 -> 1"), (21, "; and 1 more"), (30, "; and 10 more")])
-def test_of_many_parameters_twenty_are_named(count, end):
+@pytest.mark.parametrize(("count", "end"), [(5, "p04 0 -> 1"), (6, "; and 1 more"), (30, "; and 25 more")])
+def test_of_many_parameters_five_are_named_and_all_are_kept(count, end):
     then, now = ({f"p{row:02}": value for row in range(count)} for value in (0, 1))
-    says = regression.judge(snapshot(params=then), snapshot(params=now), SETTINGS).guards[1].says
-    assert says.count(" -> ") == 20
-    assert says.endswith(end)
+    verdict = regression.judge(snapshot(params=then), snapshot(params=now), SETTINGS)
+    assert verdict.guards[1].says.count(" -> ") == 5
+    assert verdict.guards[1].says.endswith(end)
+    assert len(verdict.differences) == count
+
+
+IN_USE = {
+    "baseline.specs.xz.level": 9, "download.corpus": "hub",
+    "download.hub.name": "wikitext", "download.hub.sets.wikitext.revision": "a", "training.optimizer": "muon",
+    "training.muon_learning_rate": 0.02, "training.schedule": "wsd", "training.decay_share": 0.2,
+}  # fmt: skip
+NOT_IN_USE = {
+    "baseline.specs.gpt2.revision": "a", "download.docstrings.min_characters": 1,
+    "download.files.patterns": "a", "download.hub.sets.openwebtext.revision": "a",
+    "estimate.note.n_layer": 6, "validation.mostly": 0.9, "inspection.bands": 8,
+    "training.checkpoint_interval": 10, "training.launcher.mode": "a",
+}  # fmt: skip
+
+
+def test_only_parameters_of_what_ran_are_compared():
+    """Of models that are measured, and of the corpus that is read."""
+    names = {"baseline.names": '["xz"]'}
+    then = snapshot(params=names | IN_USE | NOT_IN_USE, data={"train": "e" * 64})
+    for key, value in (IN_USE | NOT_IN_USE).items():
+        now = snapshot(params={**then.params, key: value * 2})
+        named = [line.split()[0] for line in regression.judge(then, now, SETTINGS).differences]
+        assert (key in named) == (key in IN_USE), key
+    adamw = {**IN_USE, "training.optimizer": "adamw", "training.schedule": "cosine"}
+    other = {"training.muon_learning_rate": 0.1, "training.decay_share": 0.9}
+    assert not regression.judge(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
+
+
+def test_parameters_that_made_the_same_data_explain_nothing():
+    then = snapshot(params={"download.corpus": "files", "tokenization.val_fraction": 0.1})
+    now = snapshot(params={"download.corpus": "hub", "tokenization.val_fraction": 0.2})
+    assert not regression.judge(then, now, SETTINGS).differences
+    other = replace(now, data={"train": "e" * 64})
+    assert len(regression.judge(then, other, SETTINGS).differences) == 3
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
@@ -463,7 +499,7 @@ JUNIT = {
 
 
 def test_junit_is_as_its_schema_wants_it():
-    tree = ElementTree.fromstring(verdicts.junit(ODD_VERDICT).encode())
+    tree = ElementTree.fromstring(formats.junit(ODD_VERDICT).encode())
     for element in tree.iter():
         attributes, children = JUNIT[element.tag]
         assert set(element.attrib) <= attributes
@@ -480,7 +516,7 @@ def test_junit_is_as_its_schema_wants_it():
 def test_annotations_are_one_line_and_say_what_was_meant(name, says):
     """Parsed as GitHub's runner does (ActionCommand.cs): properties up to the second `::`, then unescaped."""
     check = Check(name, "fail", says)
-    (line,) = verdicts.annotations(Verdict("then", "", [check]))
+    (line,) = formats.annotations(Verdict("then", "", [check]))
     assert "\n" not in line
     assert "\r" not in line
     command, properties, message = re.fullmatch(r"(?s)::(\w+) (.*?)::(.*)", line).groups()
@@ -499,12 +535,47 @@ def test_annotations_are_one_line_and_say_what_was_meant(name, says):
 
 
 def test_markdown_survives_odd_text():
-    text = verdicts.markdown(ODD_VERDICT)
-    assert text.splitlines()[0] == verdicts.MARKER
+    text = formats.markdown(ODD_VERDICT)
+    assert text.splitlines()[0] == formats.MARKER
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
     assert "<b>" not in text.replace("\\<b\\>", "")
     assert "@you" not in text
+
+
+def test_the_comment_leads_with_the_verdict_and_fits_one_screen():
+    """A pull request with many warnings: what is not folded is a screen of text and a chart."""
+    curve = tuple((step, 10 - step / 100, 10 - step / 110 if step % 75 == 0 else None) for step in range(751))
+    metrics = {f"accuracy.task{row}": 0.01 for row in range(6)}
+    tasks = {name.partition(".")[2]: {"items_sha256": "c", "hits": "1100" * 25} for name in metrics}
+    then = snapshot(
+        tasks=tasks, params={f"p{row}": 1 for row in range(50)}, figures=dict.fromkeys("abcdefgh", 1.0)
+    )
+    now = replace(then, params={}, baselines={"unigram": 7.0}, curve=curve)
+    judged = SETTINGS.model_copy(update={"tolerances": {"perplexity": 0.01, **metrics}})
+    text = formats.markdown(regression.judge(then, now, judged))
+    lines = text.splitlines()
+    assert lines[:2] == [formats.MARKER, "### ⚠️ Gate: passed, with warnings (parameters, baseline.unigram)"]
+    shown, folded = text.split("<details>")
+    chart = re.search("```mermaid\n(.*?)```", shown, re.DOTALL)[1]
+    beside = shown.replace(chart, "")
+    assert len([line for line in beside.splitlines() if line.strip()]) < 25
+    assert len(beside) < 1500
+    assert folded.count(" -\\&gt; ") + folded.count(" -&gt; ") > 50
+    assert "| h | 1.0000 | 1.0000 |" in folded
+
+
+def test_the_chart_has_the_curves_points_at_equal_distances():
+    curve = ((1, 10.0, 9.0), (2, 9.5, None), (11, 8.0, 8.0), (41, 5.0, 6.0))
+    chart = formats._chart(curve)
+    assert (chart["first"], chart["last"]) == (1, 41)
+    assert chart["train"] == [10.0, 7.0, 5.0]  # at steps 1, 21, 41
+    assert chart["val"] == [9.0, 7.333, 6.0]
+    text = formats.markdown(replace(ODD_VERDICT, curve=curve))
+    assert "  line [9.0, 7.333, 6.0]\n" in text
+    assert 'x-axis "step" 1 --> 41\n  y-axis 4.95 --> 10.05\n' in text
+    assert formats._chart(curve[:2]) is None
+    assert "mermaid" not in formats.markdown(ODD_VERDICT)
 
 
 def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, monkeypatch, capsys):
@@ -512,7 +583,7 @@ def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, mo
     summary.write_text("of another step\n")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
-    verdicts.publish(ODD_VERDICT, tmp_path / "gate.md", tmp_path / "gate.xml")
+    formats.publish(ODD_VERDICT, tmp_path / "gate.md", tmp_path / "gate.xml")
     assert summary.read_text() == "of another step\n" + (tmp_path / "gate.md").read_text()
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["::error", "::warning"]
     ElementTree.parse(tmp_path / "gate.xml")
@@ -535,7 +606,12 @@ def test_the_door_accepts_passes_and_stops(tmp_path, monkeypatch):
     done = run("--markdown", "gate.md", "--junit", "gate.xml")
     assert done.exit_code == 3
     assert "gate: failed (baseline.smollm2-135m" in done.output
-    assert "**FAIL** | perplexity" in Path("gate.md").read_text()
+    assert "| ❌ | perplexity |" in Path("gate.md").read_text()
+    done = run("--json")
+    assert done.exit_code == 3
+    verdict = json.loads(done.stdout)
+    assert not verdict["passed"]
+    assert "fail" in {check["status"] for check in verdict["metrics"]}
 
 
 # --- the comment on a pull request -------------------------------------------------------------------------
@@ -578,7 +654,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
-    quoting = {"user": {"type": "User"}, "body": verdicts.MARKER + " as somebody quotes it"}
+    quoting = {"user": {"type": "User"}, "body": formats.MARKER + " as somebody quotes it"}
     server.comments = [{"id": row, **quoting} for row in range(120)]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for key, value in {
@@ -597,7 +673,7 @@ def test_a_pull_request_has_one_comment_that_is_renewed(hub, tmp_path, monkeypat
     spec.loader.exec_module(comment)
     path = tmp_path / "gate.md"
     monkeypatch.setattr("sys.argv", ["comment.py", str(path)])
-    for text in (verdicts.markdown(ODD_VERDICT), verdicts.MARKER + "\n" + "a line\n" * 20_000):
+    for text in (formats.markdown(ODD_VERDICT), formats.MARKER + "\n" + "a line\n" * 20_000):
         path.write_text(text)
         comment.main()
     assert len(hub.comments) == 121

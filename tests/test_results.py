@@ -16,6 +16,7 @@ from compactgpt.config import load_params, load_section
 from compactgpt.errors import BadConfig
 from compactgpt.metrics import perplexity_ratio
 from compactgpt.results import across, documents_of, read_results, result_of
+from compactgpt.sizes import counts
 from compactgpt.storage import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,9 @@ def project(tmp_path):
 
 def save_run(project, **changes):
     found = record_like(4.5)
-    sizes = {"compact.parameters.all_tensors": 7_242_880, "compact.tokens_seen": 384_000} | changes
+    tokens = PARAMS.training.max_steps * PARAMS.training.tokens_per_step
+    sizes = {"compact.parameters.all_tensors": counts(PARAMS.model).all_tensors}
+    sizes |= {"compact.tokens_seen": tokens} | changes
     found["evidence"] += [item(name, value, known="computed") for name, value in sizes.items()]
     write_json(project / "reports/evidence.json", found)
     path = project / "data/evaluation/compact.parquet"
@@ -170,5 +173,5 @@ def test_a_run_that_is_not_the_experiment_is_refused(project):
 
 def test_reports_of_another_run_are_refused(project):
     save_run(project, **{"compact.tokens_seen": 1})
-    with pytest.raises(BadConfig, match=r"tokens_seen is 1 in reports/evidence\.json and 384000 by params"):
+    with pytest.raises(BadConfig, match=r"tokens_seen is 1 in reports/evidence\.json and \d+ by params"):
         recording.record("demo", project, ROOT / "conf")

@@ -9,7 +9,7 @@ from test_model import tiny, tokens_of
 from test_optim import recipe
 from torch.nn import functional as F
 
-from compactgpt.initial import start_at_unigram
+from compactgpt.initial import set_sinusoids, start_at_unigram
 from compactgpt.model import GPT, LinearCrossEntropy
 from compactgpt.optim import Optimizers
 from compactgpt.sampled_softmax import Sample, draw_sample, inclusion_probabilities, token_counts
@@ -196,10 +196,13 @@ def test_all_rows_are_the_dense_step_to_the_bit(optimizer):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form():
+@pytest.mark.parametrize("amplitude", [0.0, 0.1])
+def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form(amplitude):
     shape = tiny(n_embd=64, vocab_size=50)
     counts = (1000 / np.arange(1, 51)).astype(np.int64)
     plain, model = GPT(shape, seed=1), GPT(shape, seed=1)
+    if amplitude:
+        set_sinusoids(model, amplitude)
     start_at_unigram(model, counts, 4.0)
     generator = np.random.default_rng(0)
     p = (counts + 1) / (counts + 1).sum()
@@ -209,6 +212,26 @@ def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form():
     assert plain(tokens, targets).item() > math.log(64) - 0.05
     assert model(tokens, targets).item() == pytest.approx(entropy, abs=0.1)
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_sinusoids_turn_by_the_same_angles_from_one_position_to_the_next():
+    model = GPT(tiny(n_embd=16), seed=1)
+    set_sinusoids(model, 0.5)
+    waves = torch.view_as_complex(model.wpe.weight.detach().view(8, 8, 2))  # (T, C / 2)
+    torch.testing.assert_close(waves.abs(), torch.full((8, 8), 0.5))
+    turns = waves[1:] / waves[:-1]
+    torch.testing.assert_close(turns, turns[:1].expand(7, 8))
+    frequencies = 1000.0 ** (-torch.arange(8) / 8)
+    torch.testing.assert_close(turns[0].angle().abs(), frequencies)
+
+
+def test_position_embeddings_have_a_learning_rate_of_their_own():
+    model = GPT(tiny(), seed=1)
+    optimizers = Optimizers(model, recipe(position_learning_rate=3e-3, warmup_steps=0))
+    rates = {id(p): group["lr"] for group in optimizers.adamw.param_groups for p in group["params"]}
+    assert rates[id(model.wpe.weight)] == 3e-3
+    assert rates[id(model.wte.weight)] == 2e-2
+    assert len(rates) == len(list(model.parameters()))
 
 
 def test_positions_are_found_in_any_shape():

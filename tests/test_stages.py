@@ -105,9 +105,9 @@ def test_under_dvc_a_stage_keeps_dvc_lock_as_it_found_it(here, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "a")
     assert run(lambda stage: None).exit_code == 0
     Path("dvc.lock").write_text("")
-    assert CliRunner().invoke(commands, ["mend"]).output.startswith("dvc.lock was cut short")
+    assert CliRunner().invoke(commands, ["repair"]).output.startswith("dvc.lock was incomplete")
     assert Path("dvc.lock").read_text() == "schema: '2.0'\n"
-    assert CliRunner().invoke(commands, ["mend"]).output == ""
+    assert CliRunner().invoke(commands, ["mend"]).output == ""  # the old name
 
 
 def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):

@@ -11,6 +11,7 @@ from compactgpt import tasks
 from compactgpt.compact import compact, plain_codec
 from compactgpt.config import Source, load_params
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.export import save_hf
 from compactgpt.sources import fetch_source
 from compactgpt.storage import sha256_file
 from compactgpt.tasks import Item
@@ -162,3 +163,36 @@ def test_a_source_has_one_place(place):
 def test_a_model_without_a_tokenizer_can_not_be_asked(model):
     with pytest.raises(BadConfig, match="can't be asked"):
         tasks.ask(compact(model, 2), [Item("a", " b")])
+
+
+def test_lm_eval_on_the_export_gives_our_lambada(tmp_path, lambada, encoding, model):
+    """The command of docs/tutorial.md: lm_eval --model hf --model_args pretrained=FOLDER."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm-eval==0.4.13")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.task import ConfigurableTask
+
+    save_hf(model, tmp_path / "hf", tmp_path / "tokenizer")
+    task = ConfigurableTask(config=lambada_config(lambada))
+    found = simple_evaluate(
+        "hf", model_args=f"pretrained={tmp_path / 'hf'}", tasks=[task], device="cpu", bootstrap_iters=0
+    )["results"]["lambada_local"]
+    answers = tasks.ask(compact(model, 2, encoding), tasks.read_lambada(lambada))
+    assert found["acc,none"] == pytest.approx(answers.hits.mean())
+    assert found["perplexity,none"] == pytest.approx(float(np.exp(answers.nats.mean())), rel=1e-5)
+
+
+def lambada_config(path):
+    """lm_eval/tasks/lambada/lambada_openai.yaml with the file of a local folder."""
+    return {
+        "task": "lambada_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(path.parent / "cache")},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    }

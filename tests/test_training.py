@@ -518,6 +518,34 @@ def test_the_door_writes_model_curve_and_report_the_same_each_time(here):
     assert contents() == written
 
 
+def test_after_the_first_steps_the_time_left_is_announced_with_what_follows(here, monkeypatch):
+    monkeypatch.setattr("stages.training.MEASURED_STEPS", 2)
+    done = door()
+    assert done.exit_code == 0
+    assert done.output.count("left at the speed of this machine's first steps; then the evaluation") == 1
+    assert "the baselines (unigram" in done.output
+
+
+def test_the_curve_is_written_as_it_grows_and_from_its_first_row_after_a_stop(here, monkeypatch):
+    """Each validation leaves a complete file; the last one is what an uninterrupted run writes."""
+    from stages import training as stage
+
+    assert door().exit_code == 0
+    whole = Path("reports/loss.csv").read_text()
+    seen, write = [], stage.write_text
+
+    def watched(path, content):
+        write(path, content)
+        seen.append(path.read_text())
+
+    monkeypatch.setattr(stage, "write_text", watched)
+    Path("reports/loss.csv").unlink()
+    assert door().exit_code == 0
+    assert [text.count("\n") - 1 for text in seen] == [1, 2, 3, 4]
+    assert all(whole.startswith(text) for text in seen)
+    assert Path("reports/loss.csv").read_text() == whole
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

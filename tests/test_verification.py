@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.config import load_params
+from compactgpt.errors import CheckFailed
 from compactgpt.estimate import estimate
 from compactgpt.evaluation import figures, read_totals
 from compactgpt.ladder import read_ladder
@@ -290,7 +291,9 @@ def test_the_command_names_what_differs_and_fails(repository, files, monkeypatch
         repository / "reports/training.json", (at(repository / "reports/training.json", ": "), b"5")
     ):
         done = CliRunner().invoke(app, ["verify"])
-    assert done.exit_code == 1
+        as_json = CliRunner().invoke(app, ["verify", "--json"])
+    assert done.exit_code == as_json.exit_code == CheckFailed.exit_code == 3
+    assert len(json.loads(as_json.stdout)["differences"]) == done.output.count("differs: ")
     assert "differs: reports/training.json is not what dvc.lock says (md5)" in done.output
     assert "evidence[compact.tokens_seen].value is 409600, and 509600 is made of the inputs" in done.output
 
@@ -305,3 +308,15 @@ def test_differences_name_the_leaf():
         "c does not belong there",
     ]
     assert list(differences({"b": 1}, {"b": 1, "c": 2}, partly=True)) == []
+
+
+def test_a_readme_that_quotes_the_tables_of_another_run_is_a_note(repository, files, monkeypatch):
+    monkeypatch.setattr("compactgpt.verification.published_files", lambda *_: files)
+    monkeypatch.setattr("compactgpt.verification.check_lock", lambda *_: None)  # a README is in no lock
+    monkeypatch.chdir(repository)
+    readme = repository / "README.md"
+    readme.write_text("<!-- table 1 -->\nof another run\n<!-- end -->\n")
+    done = CliRunner().invoke(app, ["verify"])
+    readme.unlink()
+    assert done.exit_code == 0, done.output
+    assert "note: README.md quotes the tables of another run: `make readme` replaces them" in done.output

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from compactgpt import whatif
@@ -67,7 +68,9 @@ def test_the_table_tells_all_that_the_estimate_has():
 def test_a_corpus_whose_tokens_are_stated_has_epochs():
     hub = ["download.corpus=hub", "download.hub.name=openwebtext", "tokenization.val_fraction=0.0005"]
     found = whatif.answer(whatif.changed(ROOT / "params.yaml", hub), NO_LADDER)
-    assert found["epochs"] == pytest.approx(384_000 / (9_040_017_095 * 0.9995))
+    training = PARAMS.training
+    tokens = training.max_steps * training.tokens_per_step
+    assert found["epochs"] == pytest.approx(tokens / (9_040_017_095 * 0.9995))
     part = whatif.changed(ROOT / "params.yaml", [*hub, "download.max_documents=5"])
     assert whatif.answer(part, NO_LADDER)["epochs"] is None
 
@@ -103,3 +106,46 @@ def test_an_answer_loads_no_torch_and_takes_two_seconds_of_processor_at_most():
     done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set() True\n"
     assert time.monotonic() - begin < 60
+
+
+def finish(root, stage, seconds, status="FINISHED", start_ms=1000):
+    """Leave the journal of a stage that took so long."""
+    folder = root / ".state/tracking/done" / f"{stage}-{start_ms}"
+    folder.mkdir(parents=True)
+    lines = [
+        {"kind": "start", "stage": stage, "time_ms": start_ms},
+        {"kind": "end", "status": status, "time_ms": start_ms + 1000 * seconds},
+    ]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_before_a_run_its_time_on_this_machine_is_announced_and_that_of_the_neural_baselines(
+    tmp_path, monkeypatch
+):
+    params = whatif.changed(ROOT / "params.yaml", [])
+    monkeypatch.setattr(whatif, "measured_flops", lambda: 1e11)
+    training, baseline = whatif.announcement([params], tmp_path)
+    minutes = whatif.answer(params, tmp_path / "none")["flops"]["with_attention"] / (1e11 * 0.68) / 60
+    assert training.startswith(f"training: about {minutes:.3g} min at this machine's speed")
+    assert baseline.startswith("baseline smollm2-135m: not measured here yet")
+    twice, _ = whatif.announcement([params, params], tmp_path)
+    assert f"about {2 * minutes:.3g} min" in twice
+    finish(tmp_path, "baseline@smollm2-135m", 600)
+    finish(tmp_path, "baseline@smollm2-135m", 840, start_ms=2000)
+    finish(tmp_path, "baseline@smollm2-135m", 5, "KILLED", start_ms=3000)
+    finish(tmp_path, "training", 7)
+    assert "baseline smollm2-135m: 14 min when it last ran here" in whatif.announcement([params], tmp_path)[1]
+    quick = whatif.changed(ROOT / "params.yaml", ["baseline.names=[unigram, xz]"])
+    assert len(whatif.announcement([quick], tmp_path)) == 1
+
+
+def test_experiment_run_announces_the_time_before_dvc_starts(monkeypatch):
+    from compactgpt import experiments
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(experiments, "run", lambda *_: typer.echo("DVC runs") or ["one"])
+    done = CliRunner().invoke(app, ["experiment", "run", "shakespeare"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    starts = [line.partition(":")[0] for line in lines]
+    assert starts[:3] == ["training", "baseline smollm2-135m", "DVC runs"]

@@ -51,7 +51,7 @@ def test_pages_open_with_titles_and_lose_their_spacing():
 
 
 def test_the_spacing_undone_is_the_harnesss():
-    reason = "the harness is an extra: pip install lm-eval==0.4.13"
+    reason = "lm_eval is not installed: pip install lm-eval==0.4.13"
     theirs = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason=reason)
     for page in wikitext.pages(LINES):
         assert wikitext.detokenize(page) == theirs.wikitext_detokenizer({"page": page})

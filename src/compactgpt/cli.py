@@ -7,18 +7,22 @@ import json
 import shlex
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from compactgpt import __version__
 from compactgpt.console import echo, told_clearly
 from compactgpt.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("-S", metavar="KEY=VALUE", help="As of `dvc exp run`; may stand several times."),
+    typer.Option(
+        "-S", "--set-param", metavar="KEY=VALUE", help="As of `dvc exp run`; may stand several times."
+    ),
 ]
 
 
@@ -32,10 +36,13 @@ ExperimentName = Annotated[
 ModelFolder = Annotated[Path, typer.Option("--model", help="A model of ours.")]
 TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Its tokenizer: goes along.")]
 CardFile = Annotated[Path, typer.Option("--card", help="Its card, if it is of the same weights.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
+HELP = {"help_option_names": ["-h", "--help"]}  # of every command
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
     help="A compact GPT, measured against GPT-2: the pipeline itself is `dvc repro`.",
 )
@@ -45,8 +52,18 @@ experiment = typer.Typer(no_args_is_help=True, help="Named experiments: conf/exp
 app.add_typer(experiment, name="experiment")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"compactgpt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Commands of one project: run them from its root."""
 
 
@@ -125,12 +142,14 @@ def gate(
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
+    as_json: AsJson = False,
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
     with told_clearly():
-        from compactgpt import references, verdicts
+        from compactgpt import references
         from compactgpt.config import load_params
+        from compactgpt.gate import formats
 
         settings = load_params(params_file).regression
         if accept and not promote:
@@ -138,10 +157,15 @@ def gate(
             echo(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
         verdict = references.compare(against, Path(), settings, bench)
-        echo(verdicts.terminal(verdict))
-        verdicts.publish(verdict, markdown, junit)
-        if verdict.failures:
+        passed = not verdict.failures
+        if as_json:
+            echo(json.dumps({"passed": passed, **asdict(verdict)}, indent=2))
+        else:
+            echo(formats.terminal(verdict))
+        formats.publish(verdict, markdown, junit)
+        if not passed and not as_json:
             echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
+        if not passed:
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
             echo(f"champion: version {references.promote(Path(), accept)}")
@@ -153,7 +177,7 @@ def reproduce(
     check: Annotated[bool, typer.Option("--check", help="Only say what would be missing.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the data again too.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch work tree.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
     with told_clearly():
@@ -171,7 +195,7 @@ def reproduce(
 def diff(
     a: Annotated[str, typer.Argument(help="A run's id (or its beginning), a revision, or `workspace`.")],
     b: Annotated[str, typer.Argument(help="The other.")] = "workspace",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explain two runs: parameters, data, code, environment, figures with paired significance."""
     with told_clearly():
@@ -185,7 +209,7 @@ def diff(
 def estimate(
     settings: Settings = None,
     measure: Annotated[bool, typer.Option(help="Also the time here, by a second of products.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     params_file: ParamsFile = Path("params.yaml"),
     ladder: LadderFile = Path("results/ladder.json"),
 ) -> None:
@@ -230,13 +254,13 @@ def show(
 def apply_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
-    """Change params.yaml as an experiment says; `git checkout params.yaml` takes it back."""
+    """Change params.yaml as an experiment says; `git checkout HEAD -- params.yaml` undoes it."""
     with told_clearly():
         from compactgpt import experiments
 
         told = experiments.apply(name, params_file, settings or [])
         echo("\n".join(told) or f"{params_file} says so already")
-        echo(f"next: make repro; git checkout {params_file} takes it back")
+        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
 
 
 @experiment.command("run")
@@ -245,8 +269,10 @@ def run_experiment(
 ) -> None:
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
-        from compactgpt import experiments
+        from compactgpt import experiments, whatif
 
+        runs = experiments.configurations(name, params_file, settings or [])
+        echo("\n".join(whatif.announcement(runs, Path())))
         done = experiments.run(name, params_file, settings or [])
         echo("\n".join(done))
         echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
@@ -305,31 +331,34 @@ def check(params_file: ParamsFile = Path("params.yaml")) -> None:
 
 
 @app.command()
-def mend() -> None:
-    """Put dvc.lock back where DVC was killed as it wrote it: every `make repro` begins so."""
+def repair() -> None:
+    """Restore dvc.lock if DVC was killed while it wrote the file: every `make repro` begins so."""
     with told_clearly():
         from compactgpt.lineage import restore_lock
 
         if restore_lock(Path()):
-            echo("dvc.lock was cut short when dvc was killed: it is back as the last stage found it")
+            echo("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
+
+
+app.command("mend", hidden=True)(repair)  # its name until version 0.4
 
 
 @app.command()
-def verify() -> None:
-    """Is every file what dvc.lock says, and every number what the inputs give? Names what differs."""
+def verify(as_json: AsJson = False) -> None:
+    """Is every file what dvc.lock says, and every number what the inputs give? Exit code 3 if one differs."""
     with told_clearly():
         from compactgpt.verification import verify as look
 
         found = look(Path())
-        echo("\n".join(f"{what}: {number} checked" for what, number in found.checked.items()))
-        for path in found.unchecked:
-            echo(f"not checked, since it is not here (`dvc pull`): {path}")
-        echo("\n".join(f"differs: {line}" for line in found.differences) or "nothing differs")
-        raise typer.Exit(1 if found.differences else 0)
+        echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+        if found.differences:
+            raise typer.Exit(CheckFailed.exit_code)
 
 
 @app.command()
-def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")]) -> None:
+def trace(
+    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
+) -> None:
     """Where does a number come from? Report, stage, what it read, commit, MLflow run."""
     with told_clearly():
         from compactgpt.provenance import RECORD, find_value
@@ -340,4 +369,10 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
         record = read_json(RECORD)
         lines = chain(Path(), record, name)
         lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
-        echo("\n".join(f"{what:<12}{found}" for what, found in lines))
+        if as_json:
+            facts: dict[str, list[str]] = {}
+            for what, found in lines:  # a stage reads and writes several files
+                facts.setdefault(what, []).append(found)
+            echo(json.dumps({**facts, "evidence": find_value(record, name)}, indent=2))
+        else:
+            echo("\n".join(f"{what:<12}{found}" for what, found in lines))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from compactgpt.common.git import conflict_in
 from compactgpt.errors import BadConfig, MissingInput, printable
 
 Positive = Annotated[int, Field(gt=0)]
@@ -274,6 +275,8 @@ class Training(Section):
     sample_tokens: Positive = 4096
     sample_power: Share = 0.75
     init_unigram: NonNegative = 0.0
+    init_positions: NonNegative = 0.0
+    position_learning_rate: PositiveFloat | None = None
     launcher: Launcher = Launcher()
 
     @model_validator(mode="after")
@@ -282,8 +285,8 @@ class Training(Section):
             raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
         if self.head == "sampled" and self.launcher.mode == "fsdp":
             raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
-        if self.init_unigram and self.init_from != SCRATCH:
-            raise ValueError(f"init_unigram ({self.init_unigram}) must be 0 unless init_from is {SCRATCH}")
+        if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
+            raise ValueError(f"init_unigram and init_positions must be 0 unless init_from is {SCRATCH}")
         return self
 
     @model_validator(mode="after")
@@ -584,10 +587,13 @@ def read_yaml(path: Path) -> Any:
         MissingInput, BadConfig: see `load_section`.
     """
     try:
-        return copy.deepcopy(_parsed(path.read_bytes()))
+        content = path.read_bytes()
+        return copy.deepcopy(_parsed(content))
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     except NO_YAML as error:
+        if conflict := conflict_in(path.name, content):
+            raise BadConfig(conflict) from error
         what = " ".join(str(error).split()).replace('in "<byte string>",', "in")
         raise BadConfig(f"{path} is no valid YAML: {what}") from error
 

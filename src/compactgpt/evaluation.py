@@ -391,11 +391,8 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {
         name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")
     }
-    found |= {f"loss_{end}": report["loss"][end] for end in ("low", "high")}
     if cloze := report["tasks"].get("cloze", {}).get("accuracy"):
         found["cloze_accuracy"] = cloze["value"]
-    if repeated := report["text"]["statistics"].get("greedy", {}).get("seq_rep_4"):
-        found["repetition"] = repeated["value"]
     return found
 
 

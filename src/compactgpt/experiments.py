@@ -177,6 +177,23 @@ def changed(
     return parse_params(tree, f"params.yaml with {dict(point)}")
 
 
+def configurations(
+    name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
+) -> list[Params]:
+    """Return the configuration of each run that an experiment starts; nothing is written.
+
+    Raises:
+        BadConfig, MissingInput: one of them is impossible.
+    """
+    one = find(name, conf)
+    if one.sweep:
+        return [changed(params_file, one, point) for point in one.sweep]
+    tree = read_yaml(params_file)
+    lay_over(tree, patch(name, conf))
+    set_values(tree, settings)
+    return [parse_params(tree, f"params.yaml with {name}")]
+
+
 def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
     """Run an experiment as DVC runs experiments: one in this folder, a sweep in scratch folders.
 

@@ -17,10 +17,13 @@ from compactgpt.checkpoint import load_model
 from compactgpt.config import SCRATCH, Model, Training
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.export import load_hf
-from compactgpt.model import GPT, INIT_STD
+from compactgpt.model import GPT
 from compactgpt.sampled_softmax import SMOOTHING
 from compactgpt.storage import MANIFEST, json_bytes, sha256_file
 
+SINUSOID_BASE = (
+    1000.0  # the longest wave is about so many radians' positions: some times a context of 128 to 512
+)
 _WEIGHTS = "model.safetensors"
 _FILES = ("config.json", _WEIGHTS)
 
@@ -71,12 +74,31 @@ def initial_model(shape: Model, training: Training) -> GPT:
 
 
 @torch.no_grad()
+def set_sinusoids(model: GPT, amplitude: float) -> None:
+    """Replace the position embeddings by sinusoids (Vaswani et al. 2017, section 3.5).
+
+    Positions at a distance then differ by a rotation that is the same everywhere, so that attention to the
+    token before, or to the one a few before, is one linear map. Where all positions are drawn at random,
+    training has to find it for each.
+
+    Args:
+        model: with random weights.
+        amplitude: of each sinusoid.
+    """
+    positions, width = model.wpe.weight.shape  # (T, C)
+    pairs = torch.arange((width + 1) // 2)
+    angles = torch.arange(positions)[:, None] * SINUSOID_BASE ** (-pairs / len(pairs))  # (T, C / 2)
+    waves = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)[:, :width]  # (T, C)
+    model.wpe.weight.copy_(amplitude * waves)
+
+
+@torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
     """Change a model that was just drawn so that its first logits are the log frequencies of the tokens.
 
     GPT-2's form has no bias at its head. So one direction u of the residual stream carries a constant, which
     the position embeddings add, and each token's row gets a component along u. With a the length of the
-    constant and r that of the stream's random part, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of a.
+    constant and r that of the rest of the stream, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of a.
 
     Args:
         model: with random weights.
@@ -84,12 +106,13 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
         strength: a / r.
     """
     width = model.shape.n_embd
-    signs = torch.ones(width)
-    signs[1::2] = -1  # the norm subtracts the mean, so u must have none
-    u = signs / math.sqrt(width)  # (C,)
-    random_length = INIT_STD * math.sqrt(2 * width)  # of a token's and a position's embedding together
-    model.wpe.weight += strength * random_length * u
-    smooth = np.zeros(model.shape.padded_vocab_size) + SMOOTHING
+    u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(width // 4 + 1)[:width]  # (C,)
+    u = u - u.mean()  # the norm subtracts the mean, so u must have none
+    u /= u.norm()
+    squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
+    rest = math.sqrt(float(sum(squares)))
+    model.wpe.weight += strength * rest * u
+    smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())
     logs -= (logs * smooth).sum() / smooth.sum()  # the average token of the text is moved by nothing

@@ -23,7 +23,12 @@ from compactgpt.laws import Run
 
 CURVE_POINTS = 25
 # What runs were trained with before these settings existed: a ladder that does not name them.
-EARLIER_SETTINGS = {"training.head": "full", "training.init_unigram": 0.0}
+EARLIER_SETTINGS = {
+    "training.head": "full",
+    "training.init_unigram": 0.0,
+    "training.init_positions": 0.0,
+    "training.position_learning_rate": None,
+}
 
 FormName = Literal["floor", "sum", "product"]
 

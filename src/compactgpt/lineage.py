@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
+from compactgpt.common.git import conflict_in
 from compactgpt.config import NO_YAML
 from compactgpt.errors import BadData, MissingInput, UserError
 from compactgpt.storage import write_bytes
@@ -84,6 +85,8 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
     """
     from ruamel.yaml import YAML
 
+    if content and (conflict := conflict_in(name, content)):
+        raise BadData(conflict)
     try:
         tree = YAML(typ="safe").load(content.decode()) if content else None
     except NO_YAML as error:
@@ -197,14 +200,17 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path) -> bool:
-    """Put back the dvc.lock that DVC was killed over; whether that was needed.
+    """Restore the dvc.lock that DVC was writing when it was killed. Returns whether that was needed.
 
     Raises:
-        BadData: it was, and no stage has kept a copy.
+        BadData: it was, and no stage has kept a copy; or the file has conflict markers, which only the user
+            can resolve.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
-    if not lock.exists() or _is_lock(lock.read_bytes()):
+    if not lock.exists() or _is_lock(content := lock.read_bytes()):
         return False
+    if conflict := conflict_in(LOCK, content):
+        raise BadData(conflict)
     if not (copy.exists() and _is_lock(copy.read_bytes())):
         raise BadData(f"{LOCK} is not as DVC has it: `git checkout {LOCK}` restores it")
     write_bytes(lock, copy.read_bytes())

@@ -19,7 +19,8 @@ from torch.optim.adamw import adamw
 from compactgpt.config import Training
 from compactgpt.errors import BadData
 
-EMBEDDINGS = {"wte.weight", "wpe.weight"}
+POSITIONS = "wpe.weight"
+EMBEDDINGS = {"wte.weight", POSITIONS}
 
 ShareOut = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
 """Applies what works on a stack of matrices to several of one shape."""
@@ -166,12 +167,17 @@ class Optimizers:
     def _adamw_groups(self) -> list[dict[str, Any]]:
         """AdamW's parameters by what they need: embeddings, other matrices, vectors."""
         own = {name: p for name, p in self.parameters.items() if not self._is_muon(name)}
-        embeddings = [p for name, p in own.items() if name in EMBEDDINGS]
+        position_lr = self.training.position_learning_rate
+        positions = [self.parameters[POSITIONS]] if position_lr else []
+        embeddings = [
+            p for name, p in own.items() if name in EMBEDDINGS - ({POSITIONS} if positions else set())
+        ]
         matrices = [p for name, p in own.items() if name not in EMBEDDINGS and p.dim() >= 2]
         vectors = [p for p in own.values() if p.dim() < 2]
         lr, decay = self.training.learning_rate, self.training.weight_decay
         groups: list[dict[str, Any]] = [
             {"params": embeddings, "lr": self.training.embedding_learning_rate, "weight_decay": decay},
+            {"params": positions, "lr": position_lr, "weight_decay": decay},
             {"params": matrices, "lr": lr, "weight_decay": decay},
             {"params": vectors, "lr": lr, "weight_decay": 0.0},
         ]

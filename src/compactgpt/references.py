@@ -4,6 +4,7 @@ A reference is a small JSON file, made by the machine and reviewed like code: fi
 and the sums of every document (of many, a sample by hash), so that every later comparison is paired.
 """
 
+import csv
 import hashlib
 import json
 import tempfile
@@ -27,7 +28,7 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.regression import Documents, Snapshot
+from compactgpt.regression import Documents, Point, Snapshot
 from compactgpt.storage import json_bytes, read_json, sha256_file, write_bytes
 from compactgpt.tracking.journal import flatten
 
@@ -206,7 +207,18 @@ def _snapshot(name: str, place: Place, totals: Path) -> Snapshot:
             if "hits" in found
         },
         _documents(totals, evaluation),
+        curve=_curve(place.read("reports/loss.csv")),
     )
+
+
+def _curve(content: bytes | None) -> tuple[Point, ...]:
+    """Read the loss curve, which is only shown: without it there is no chart."""
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    rows = csv.DictReader((content or b"").decode().splitlines())
+    return tuple((int(row["step"]), number(row["train_loss"]), number(row["val_loss"])) for row in rows)
 
 
 def _ruler(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ parts: the documents (paired cluster bootstrap) and the runs themselves, since t
 in another order are two models (`regression.rerun_noise`). docs/decisions.md has both error rates.
 
 Guards come first: on another val split nothing can be compared, and where a baseline moved that nobody
-touched, the ruler moved. `compactgpt.references` fetches what to compare with, `compactgpt.verdicts` tells.
+touched, the ruler moved. `compactgpt.references` reads what to compare with, and `compactgpt.gate.formats`
+renders the verdict.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -23,12 +25,20 @@ from compactgpt import config
 from compactgpt.metrics import Interval, ratio_bootstrap
 
 Array = npt.NDArray[np.float64]
-Status = Literal["pass", "warn", "fail", "told"]
+Status = Literal["pass", "warn", "fail", "info"]
 
-# Keys of params.yaml that change no figure of a report.
-_IDLE = ("regression.", "comparison.", "runtime.num_workers", "runtime.log_interval", "runtime.sample_",
-         "tokenization.e", "baseline.names")  # fmt: skip
-_MOST_NAMED = 20  # parameters in one sentence
+Point = tuple[int, float | None, float | None]  # step, train loss, val loss
+
+# Parameters that change no figure that the gate compares: bounds, displays, limits, how fast something runs.
+_NO_EFFECT = ("regression.", "comparison.", "estimate.", "validation.", "inspection.", "runtime.num_workers",
+              "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
+              "training.init_from", "training.launcher.")  # fmt: skip
+# Parameters that act only where another one has this value.
+_ONLY_WITH = {
+    "training.muon_learning_rate": ("training.optimizer", "muon"),
+    "training.decay_share": ("training.schedule", "wsd"),
+}
+_MOST_NAMED = 5  # parameters in one sentence
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class Snapshot:
     tasks: Mapping[str, Mapping[str, str]]  # items_sha256 and hits
     documents: Documents
     reason: str = ""  # why it was accepted
+    curve: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,10 @@ class Verdict:
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
     watched: list[Check] = field(default_factory=list)
+    differences: list[str] = field(
+        default_factory=list
+    )  # of parameters and data, which explain other figures
+    curve: tuple[Point, ...] = ()  # of the state in question
 
     @property
     def checks(self) -> list[Check]:
@@ -111,8 +126,8 @@ def judge(
         settings: section `regression`.
         bench: what `bench/training.py --json` wrote, if throughput is to be judged.
     """
-    verdict = Verdict(then.name, then.reason)
     explained = _differences(then, now)
+    verdict = Verdict(then.name, then.reason, differences=explained, curve=now.curve)
     verdict.guards.append(_ruler(then, now))
     verdict.guards.append(_explanation(explained))
     verdict.guards.extend(_baselines(then, now, settings, bool(explained)))
@@ -122,7 +137,7 @@ def judge(
         verdict.metrics.extend(_metrics(then, now, settings))
     measured = {check.name for check in verdict.metrics}
     verdict.watched.extend(
-        Check(name, "told", "", then.figures.get(name), now.figures.get(name))
+        Check(name, "info", "", then.figures.get(name), now.figures.get(name))
         for name in sorted({*then.figures, *now.figures} - measured)
     )
     return verdict
@@ -146,18 +161,51 @@ def _ruler(then: Snapshot, now: Snapshot) -> Check:
 
 
 def _differences(then: Snapshot, now: Snapshot) -> list[str]:
-    """What explains other figures: parameters and data that are not the same."""
-    params = sorted({*then.params, *now.params})
+    """List what explains other figures: parameters that act, and data, which are not the same."""
+    before, after = acting_params(then), acting_params(now)
+    if then.data == now.data:  # then the parameters that make data change nothing
+        before, after = (
+            {
+                key: value
+                for key, value in params.items()
+                if not key.startswith(("download.", "tokenization."))
+            }
+            for params in (before, after)
+        )
     found = [
-        f"{key} {then.params.get(key)} -> {now.params.get(key)}"
-        for key in params
-        if not key.startswith(_IDLE) and then.params.get(key) != now.params.get(key)
+        f"{key} {before.get(key)} -> {after.get(key)}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
     ]
     return found + [
         f"{key} {_short(then.data.get(key))} -> {_short(now.data.get(key))}"
         for key in sorted({*then.data, *now.data})
         if then.data.get(key) != now.data.get(key)
     ]
+
+
+def acting_params(state: Snapshot) -> dict[str, Any]:
+    """Keep the parameters that act on the figures: of the models that ran and of the corpus that was read."""
+    params = state.params
+    return {
+        key: value for key, value in params.items() if not key.startswith(_NO_EFFECT) and _acts(key, params)
+    }
+
+
+def _acts(key: str, params: Mapping[str, Any]) -> bool:
+    section, _, rest = key.partition(".")
+    if key in _ONLY_WITH:
+        other, value = _ONLY_WITH[key]
+        return bool(params.get(other) == value)
+    if key.startswith("baseline.specs."):
+        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # a list, as JSON
+        return any(rest.startswith(f"specs.{name}.") for name in names)
+    if section == "download":
+        corpus, _, rest = rest.partition(".")
+        if corpus in ("docstrings", "files", "hub") and corpus != params.get("download.corpus"):
+            return False
+        return not rest.startswith("sets.") or rest.startswith(f"sets.{params.get('download.hub.name')}.")
+    return True
 
 
 def _explanation(differences: list[str]) -> Check:

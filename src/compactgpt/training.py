@@ -26,7 +26,7 @@ from compactgpt.config import Params, Training
 from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
 from compactgpt.distributed import Group, gathered, init_process_group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.initial import initial_model, start_at_unigram
+from compactgpt.initial import initial_model, set_sinusoids, start_at_unigram
 from compactgpt.launching import DistInfo
 from compactgpt.model import GPT, token_nats
 from compactgpt.optim import Optimizers, lr_multiplier
@@ -114,6 +114,9 @@ class Curve:
         return cls([Row(*row) for row in value["rows"]], list(value["waiting"]))
 
 
+OnCurve = Callable[[list[Row]], None]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a finished run leaves."""
@@ -154,6 +157,7 @@ def train(
     *,
     progress: Progress = silent,
     on_metrics: OnMetrics = lambda _step, _values: None,
+    on_curve: OnCurve = lambda _rows: None,
     watch: Watch = lambda _step, _model: None,
     tell: Callable[[str], None] = lambda _text: None,
     stopping: Callable[[], bool] = lambda: False,
@@ -167,6 +171,7 @@ def train(
         progress: told of every step.
         on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
             of val/loss where it is measured. On a GPU the news of several steps come together.
+        on_curve: given the curve so far, from its first row, whenever it has a new one.
         watch: shown the model after every step.
         tell: told what the user must know of this run, in a sentence.
         stopping: asked after every step.
@@ -188,10 +193,10 @@ def train(
         while run.step < params.training.max_steps:
             run.make_step()
             if run.looks_now():
-                _tell(run, clock, on_metrics)
+                _tell(run, clock, on_metrics, on_curve)
             stop = group.any_rank(stopping()) and run.step < params.training.max_steps
             if stop or run.step % params.training.checkpoint_interval == 0:
-                _tell(run, clock, on_metrics)
+                _tell(run, clock, on_metrics, on_curve)
                 run.save()
             progress(run.step, params.training.max_steps, clock.figures(params.training, run.step))
             watch(run.step, run.model)
@@ -203,7 +208,7 @@ def train(
         return Trained(run.full_model().eval(), run.curve.rows, run.val_tokens, resumed_from)
 
 
-def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics) -> None:
+def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics, on_curve: OnCurve) -> None:
     """Tell of the steps since the last time, and of a new row of the curve where one is due."""
     if losses := run.read_losses():
         speed = clock.tick(run.training, losses)
@@ -212,6 +217,7 @@ def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics) -> None:
             on_metrics(step, {"train/loss": loss, "train/learning_rate": rate, **speed})
         if run.row_is_due():
             on_metrics(run.step, {"val/loss": run.measure().val_loss})
+            on_curve(run.curve.rows)
 
 
 def _check_vocabulary(params: Params, splits: Splits) -> None:
@@ -263,6 +269,8 @@ class _Run:
     def _initial_model(self) -> GPT:
         """Return the whole model before its first step, on the CPU."""
         model = initial_model(self.shape, self.training)
+        if self.training.init_positions:
+            set_sinusoids(model, self.training.init_positions)
         if self.training.init_unigram:
             start_at_unigram(model, self._counts(), self.training.init_unigram)
         return model
@@ -585,6 +593,7 @@ def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
         "gradient_accumulation_steps": sequences // training.micro_batch_size,
         "train_split_tokens": splits.train.header.tokens,
         "epochs": tokens / splits.train.header.tokens,
+        "head": training.head,  # sampled: train_loss is an estimate; val_loss is always the full softmax's
         "train_loss": rows[-1].train_loss,
         "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of so many last steps
         "val_loss": rows[-1].val_loss,

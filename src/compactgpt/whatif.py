@@ -3,9 +3,11 @@
 Nothing is written, and no torch is loaded: an answer takes a second.
 """
 
+import json
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,51 @@ def answer(params: Params, ladder: Path, *, measure: bool = False) -> dict[str, 
             "minutes": own["flops"]["with_attention"] / (speed * share) / 60,
         }
     return own
+
+
+def announcement(runs: Sequence[Params], root: Path) -> list[str]:
+    """Return how long a run will take on this machine: its training, and each neural baseline.
+
+    Args:
+        runs: the configuration of each run, one after the other.
+        root: the project: the journals in it say how long a baseline took here the last time.
+    """
+    speed = measured_flops()
+    training = sum(
+        answer(params, root / "results/ladder.json")["flops"]["with_attention"]
+        / (speed * params.estimate.utilisation_of_products)
+        for params in runs
+    )
+    lines = [
+        f"training: about {_duration(training / 60)} at this machine's speed, measured just now; the "
+        "progress bar corrects it after the first steps"
+    ]
+    last = last_durations(root)
+    for name in dict.fromkeys(name for params in runs for name in params.baseline.names):
+        if runs[0].baseline.specs[name].kind not in ("gguf", "folder", "hub"):
+            continue  # a compressor takes seconds
+        took = (
+            f"{_duration(last[name] / 60)} when it last ran here" if name in last else "not measured here yet"
+        )
+        lines.append(
+            f"baseline {name}: {took}. It scores the val split too, and may take as long as the training; "
+            "baseline.names without it leaves it out"
+        )
+    return lines
+
+
+def last_durations(root: Path) -> dict[str, float]:
+    """Return the seconds that each baseline took when it last finished here, as the journals of runs say."""
+    found: dict[str, tuple[int, float]] = {}
+    for path in (root / ".state/tracking").rglob("journal.jsonl"):
+        lines = path.read_bytes().splitlines()
+        with suppress(ValueError, KeyError, IndexError, TypeError):  # a journal that a kill cut short
+            start, end = json.loads(lines[0]), json.loads(lines[-1])
+            stage, _, name = start["stage"].partition("@")
+            if stage == "baseline" and end["kind"] == "end" and end["status"] == "FINISHED":
+                took = (end["time_ms"] - start["time_ms"]) / 1000
+                found[name] = max(found.get(name, (0, 0.0)), (start["time_ms"], took))
+    return {name: took for name, (_, took) in found.items()}
 
 
 def measured_flops() -> float:

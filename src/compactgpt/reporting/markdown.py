@@ -50,7 +50,7 @@ _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTA
 
 
 def quote_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Renew the tables that a page quotes, so that nobody types them.
+    """Renew the tables that a page quotes, so that they need no typing.
 
     Args:
         page: text with pairs of lines `<!-- table NAME -->` and `<!-- end -->`.

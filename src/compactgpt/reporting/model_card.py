@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.errors import printable
-from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, Record, View
+from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, PUBLISHED_COLUMNS, Record, View
 from compactgpt.reporting.templating import markdown_environment
 from compactgpt.storage import MANIFEST, json_bytes, read_json
 
@@ -27,7 +27,12 @@ def model_card(record: Record) -> str:
     view = View(record)
     metadata = {key: Markup(_json(value)) for key, value in _metadata(view).items()}  # noqa: S704 (JSON in YAML)
     template = markdown_environment().get_template("model_card.md.j2")
-    return template.render(view=view, metadata=metadata, columns={"card": CARD_COLUMNS}).strip() + "\n"
+    return (
+        template.render(
+            view=view, metadata=metadata, columns={"card": CARD_COLUMNS, "published": PUBLISHED_COLUMNS}
+        ).strip()
+        + "\n"
+    )
 
 
 def _json(value: Any) -> str:
@@ -68,14 +73,14 @@ def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def card_for(model: Path, card: Path) -> tuple[str, str]:
-    """The card of one model, where the written one is of the same weights.
+    """Return the model card of a model, if the card names the weights of that model.
 
     Args:
         model: folder of a model of ours.
         card: reports/model_card.md.
 
     Returns:
-        The text and "", or "" and why there is none.
+        The text and "", or "" and the reason why there is no card.
     """
     if not card.is_file():
         return "", f"{card} is missing (`dvc repro comparison` makes it)"

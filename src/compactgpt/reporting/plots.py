@@ -60,7 +60,7 @@ _HEIGHTS = {
 
 
 def _loss(view: View, axes: Axes) -> None:
-    """The curve, and the interval of the final loss that was expected before, at its end."""
+    """Draw the loss curve, the interval expected before the run, and the final loss."""
     curve = view.record["curve"]
     last = curve[-1]["step"]
     for share, alpha in (("95", 0.55), ("80", 1.0)):
@@ -83,55 +83,55 @@ def _loss(view: View, axes: Axes) -> None:
 
 
 def _direct_labels(view: View, axes: Axes, curve: list[Mapping[str, float]]) -> None:
-    """Name the two lines where they are furthest apart; train lies above at first, its mean lags."""
+    """Name the two lines where they are furthest apart. Train is above at first, because its mean lags."""
     rows = [row for row in curve[1:] if row["train_loss"] is not None and row["val_loss"] is not None]
     if not rows:
         return
     row = max(rows, key=lambda one: abs(one["train_loss"] - one["val_loss"]))
     for key, colour in (("train_loss", MUTED), ("val_loss", DEMO)):
         above = row[key] == max(row["train_loss"], row["val_loss"])
-        place = (8, 4) if above else (-4, -14)
+        offset = (8, 4) if above else (-4, -14)
         axes.annotate(
             view.words[f"{key}_curve"],
             (row["step"], row[key]),
-            place,
+            offset,
             textcoords="offset points",
             color=colour,
         )
 
 
 def _rows(view: View, axes: Axes, items: list[Mapping[str, Any]], names: list[str], ours: list[int]) -> None:
-    """A dot with its interval in each row, the value written at the right edge."""
-    for place, item in enumerate(items):
-        colour = DEMO if place in ours else INK
+    """Draw one row for each item: a dot with its interval, and the value at the right edge."""
+    for row, item in enumerate(items):
+        colour = DEMO if row in ours else INK
         if item["low"] is not None:
-            axes.plot([item["low"], item["high"]], [place, place], color=colour, linewidth=2.2, alpha=0.45)
-        axes.plot([item["value"]], [place], "o", color=colour, markersize=6.5)
+            axes.plot([item["low"], item["high"]], [row, row], color=colour, linewidth=2.2, alpha=0.45)
+        axes.plot([item["value"]], [row], "o", color=colour, markersize=6.5)
         text = show(item["value"], item["unit"], view.language)
-        axes.text(1.02, place, text, color=colour, va="center", transform=axes.get_yaxis_transform())
+        axes.text(1.02, row, text, color=colour, va="center", transform=axes.get_yaxis_transform())
     axes.set_yticks(range(len(items)), [_label(name) for name in names], color=INK)
     axes.set_ylim(len(items) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
 
 
 def _label(name: str) -> str:
-    """Shorten a name to what the edge of a plot has room for."""
+    """Return a name, cut to LONGEST_LABEL characters."""
     name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
-    """Every measured model's bits per byte."""
+    """Draw the bits per byte of every measured model."""
     items = [view.evidence[f"{m['name']}.bits_per_byte"] for m in view.record["models"]["measured"]]
     items.sort(key=lambda item: float(item["value"]))
     names = [item["model"] for item in items]
     _rows(view, axes, items, names, [names.index("compact")])
     axes.set_xlim(left=0)
-    axes.set_xlabel(printable(f"{view.words['bits_per_byte']}, {items[0]['corpus']}"))
+    axes.set_xlabel(f"{view.words['bits_per_byte']}, {_label(items[0]['corpus'])}")
 
 
 def _ratio(view: View, axes: Axes) -> None:
-    """Perplexity of the compact model over each baseline's; 1 is a draw."""
+    """Draw the perplexity of the compact model over that of each baseline."""
     found = {name: view.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"] for name in view.baselines}
     names = sorted(found, key=lambda name: float(found[name]["value"]))
     items = [found[name] for name in names]
@@ -162,16 +162,16 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _positions(view: View, axes: Axes) -> None:
-    """Loss by place in the window; each model in its own tokens."""
+    """Draw the loss by position in the window, each model in its own tokens."""
     axes.set_xscale("log", base=2)
     last = 1
     ends: list[tuple[float, str, str, int]] = []
     for name, rows in view.record["positions"].items():
         colour, width = (DEMO, 2.2) if name == COMPACT else (INK, 1.4)
-        places = [row["last"] for row in rows]
-        last = max(last, *places)
+        positions = [row["last"] for row in rows]
+        last = max(last, *positions)
         axes.fill_between(
-            places,
+            positions,
             [row["loss"]["low"] for row in rows],
             [row["loss"]["high"] for row in rows],
             color=colour,
@@ -179,8 +179,8 @@ def _positions(view: View, axes: Axes) -> None:
             linewidth=0,
         )
         values = [row["loss"]["value"] for row in rows]
-        axes.plot(places, values, color=colour, linewidth=width, marker="o", markersize=4)
-        ends.append((values[-1], name, colour, places[-1]))
+        axes.plot(positions, values, color=colour, linewidth=width, marker="o", markersize=4)
+        ends.append((values[-1], name, colour, positions[-1]))
     _end_labels(axes, ends)
     exponents = range(last.bit_length())
     step = math.ceil(len(exponents) / MOST_TICKS)
@@ -206,45 +206,45 @@ def _end_labels(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Each run's intervals and what was found; below, runs of others that the same rule was tried on."""
+    """Draw the intervals of each run and what was found; then the runs that the same rule was tested on."""
     runs = [(COMPACT, f"{COMPACT}.loss")]
     names = [view.say("run_here", corpus=view.corpus)]
     if view.about_note:
         runs.append(("note", "reported.loss"))
         names.append(view.words["note_run"])
-    for place, (model, found) in enumerate(runs):
+    for row, (model, found) in enumerate(runs):
         intervals = [view.evidence[f"{model}.expected_loss_{share}"] for share in ("95", "80")]
-        _intervals(axes, place, [(item["low"], item["high"]) for item in intervals])
+        _intervals(axes, row, [(item["low"], item["high"]) for item in intervals])
         for name, item in view.evidence.items():
             if name.startswith(f"{model}.law."):
-                axes.plot([item["value"]], [place - 0.2], "|", color=MUTED, markersize=9)
+                axes.plot([item["value"]], [row - 0.2], "|", color=MUTED, markersize=9)
         if found in view.evidence:
             item = view.evidence[found]
-            _found(view, axes, place, item["value"], DEMO if model == COMPACT else INK, item["known"])
-    for place, check in enumerate(view.record["calibration"], len(runs)):
+            _found(view, axes, row, item["value"], DEMO if model == COMPACT else INK, item["known"])
+    for row, check in enumerate(view.record["calibration"], len(runs)):
         names.append(check["name"])
-        _intervals(axes, place, [(check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80")])
-        _found(view, axes, place, check["measured"], INK, "reported")
+        _intervals(axes, row, [(check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80")])
+        _found(view, axes, row, check["measured"], INK, "reported")
     axes.set_yticks(range(len(names)), [_label(name) for name in names], color=INK)
     axes.set_ylim(len(names) - 0.45, -0.75)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(view.words["loss_axis"])
 
 
-def _intervals(axes: Axes, place: int, wide_and_narrow: list[tuple[float, float]]) -> None:
+def _intervals(axes: Axes, row: int, wide_and_narrow: list[tuple[float, float]]) -> None:
     for ends, width in zip(wide_and_narrow, (2.0, 7.0), strict=True):
-        axes.plot(ends, [place, place], color=OTHER, linewidth=width, solid_capstyle="butt", alpha=0.6)
+        axes.plot(ends, [row, row], color=OTHER, linewidth=width, solid_capstyle="butt", alpha=0.6)
 
 
-def _found(view: View, axes: Axes, place: int, loss: float, colour: str, known: str) -> None:
+def _found(view: View, axes: Axes, row: int, loss: float, colour: str, known: str) -> None:
     face = colour if known == "measured" else PAPER
-    axes.plot([loss], [place], "o", color=colour, markerfacecolor=face, markersize=8)
+    axes.plot([loss], [row], "o", color=colour, markerfacecolor=face, markersize=8)
     text = show(loss, "nats per token", view.language)
-    axes.text(1.02, place, text, color=colour, va="center", transform=axes.get_yaxis_transform())
+    axes.text(1.02, row, text, color=colour, va="center", transform=axes.get_yaxis_transform())
 
 
 def _repetition(view: View, axes: Axes) -> None:
-    """Repeated 4-grams of what each model wrote, by way of writing, and of human text."""
+    """Draw the share of repeated 4-grams: of each model by decoding strategy, and of human text."""
     rows = []
     for name, item in view.evidence.items():
         model, _, figure = name.partition(".text.")
@@ -254,7 +254,9 @@ def _repetition(view: View, axes: Axes) -> None:
             rows.append((item, named))
     rows.sort(key=lambda row: float(row[0]["value"]))
     human = view.words["human"]
-    ours = [place for place, (item, named) in enumerate(rows) if item["model"] == COMPACT and named != human]
+    ours = [
+        number for number, (item, named) in enumerate(rows) if item["model"] == COMPACT and named != human
+    ]
     _rows(view, axes, [item for item, _ in rows], [named for _, named in rows], ours)
     axes.set_xlim(left=-0.02)
     axes.xaxis.set_major_formatter(lambda share, _: show(share, "share", view.language).replace(".0", ""))
@@ -306,17 +308,17 @@ def svg(record: Record, name: str, language: Language, label: str) -> str:
 
 
 def _localize(axis: Any, language: Language) -> None:
-    """Let a linear axis number its ticks with the marks of the language."""
+    """Write the ticks of a linear axis with the number marks of the language."""
     from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     own = axis.get_major_formatter()
     if isinstance(own, ScalarFormatter):
-        axis.set_major_formatter(FuncFormatter(lambda x, place: localized(own(x, place), language)))
+        axis.set_major_formatter(FuncFormatter(lambda x, tick: localized(own(x, tick), language)))
         axis.get_major_formatter().set_locs = own.set_locs  # the library asks it how many digits are needed
 
 
 def _height(record: Record, name: str) -> float:
-    """Inches; a row more for each run that the estimate was tried on."""
+    """Return the height in inches; calibration has one row for each run that the estimate was tested on."""
     return _HEIGHTS[name] + (0.22 * len(record["calibration"]) if name == "calibration" else 0)
 
 

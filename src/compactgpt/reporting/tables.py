@@ -1,4 +1,4 @@
-"""The comparison's record as rows of cells: for the templates, for CSV and for a terminal.
+"""The comparison's record as rows of cells: for the templates, the terminal and CSV.
 
 Nothing is computed here and nothing is read but the record: a number that a reader sees is one of its
 values, formatted by `show`. `View` is what the templates, the plots and the model card read it through.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compactgpt.claims import relate
-from compactgpt.errors import BadData, printable
+from compactgpt.errors import BadData
 from compactgpt.reporting.messages import Language, messages, translate, translate_phrase
 
 Record = Mapping[str, Any]
@@ -43,15 +43,6 @@ PUBLISHED_COLUMNS = (
     "source",
 )
 CARD_COLUMNS = ("model", "parameters_all", "seen_context", "val_loss", "val_perplexity", "bits_per_byte")
-TERMINAL_COLUMNS = (
-    "model",
-    "parameters_all",
-    "parameters_non_embedding",
-    "val_loss",
-    "val_perplexity",
-    "bits_per_byte",
-    "ratio",
-)
 # The row of the note's table -> the same quantity of the model that was trained here.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
@@ -260,11 +251,10 @@ class View:
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
-    def known_values(self, claim: Mapping[str, Any]) -> list[tuple[Item, str]]:
+    def known_items(self, claim: Mapping[str, Any]) -> list[Item]:
         """Return what is known about a claim: deciding evidence, then what is shown next to it."""
         names = [decision["source"] for decision in claim["decisions"]] + list(claim["beside"])
-        items = [self.evidence[name] for name in names if name in self.evidence]
-        return [(item, self.show(item)) for item in items]
+        return [self.evidence[name] for name in names if name in self.evidence]
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
         """Return the verdict, marked where a human read it."""
@@ -414,7 +404,7 @@ def csv_text(record: Record) -> str:
     for claim in record["claims"]:
         position = placed.get(claim["id"], ("claims", "", ""))
         about = [*position, claim["id"], claim["quote"], claim["verdict"]]
-        for item, _ in view.known_values(claim) or [({}, "")]:
+        for item in view.known_items(claim) or [{}]:
             writer.writerow(about + _csv_values(item))
     for model in [m["name"] for m in record["models"]["measured"]]:
         for name, item in view.evidence.items():
@@ -426,64 +416,3 @@ def csv_text(record: Record) -> str:
 
 def _csv_values(item: Item) -> list[Any]:
     return [item.get("id" if key == "evidence" else key) for key in CSV_HEAD[CSV_HEAD.index("evidence") :]]
-
-
-# --- terminal
-
-
-def terminal(record: Record, *, width: int, colour: bool, language: Language = "en") -> str:
-    """Render the tables for a terminal: the note's only where the record is about the note.
-
-    Args:
-        record: the comparison's.
-        width: of the terminal, in characters.
-        colour: whether it understands ANSI styles.
-        language: of the words.
-    """
-    from rich.console import Console
-    from rich.text import Text
-
-    view, buffer = View(record, language), io.StringIO()
-    console = Console(file=buffer, width=width, force_terminal=colour, no_color=not colour, highlight=False)
-    scores = view.measured_rows(TERMINAL_COLUMNS)
-    measured = [[cell.text.replace(" (", "\n(") for cell in row] for row in scores]
-    tables = [
-        (view.say("measured", corpus=view.corpus), view.head(TERMINAL_COLUMNS), measured),
-        (view.words["forecast"], view.forecast_head(), view.forecast_rows()),
-    ]
-    notes = [view.headline(), view.second_sentence()]
-    if view.about_note:
-        rows = [[title, *(_lines(view, claim) for claim in claims), *(view.known(item) + view.words["colon"]
-                + view.show(item) for item in here)] for title, claims, here in view.note_rows()]  # fmt: skip
-        console.print(_rich_table(view.words["table"], view.note_head(), rows, lined=True))
-        notes.append(view.say("table_note", corpus=view.corpus))
-    for title, head, rows in tables:
-        console.print(_rich_table(title, head, rows))
-    for note in filter(None, notes):
-        console.print(Text(printable(note)))
-    return buffer.getvalue()
-
-
-def _lines(view: View, claim: Mapping[str, Any]) -> str:
-    """Return a cell of the note's table as lines: the claim, what is known, the verdict."""
-    known = [f"{view.known(item)}{view.words['colon']}{text}" for item, text in view.known_values(claim)]
-    words = view.translation(claim) or claim["quote"]
-    quote = f"{view.words['quote_open']}{words}{view.words['quote_close']}"
-    return "\n".join([quote, *known, view.verdict(claim)])
-
-
-def _rich_table(title: str, head: Sequence[str], rows: list[list[str]], *, lined: bool = False) -> Any:
-    """Make a table whose numbers are neither cut nor broken."""
-    from rich.box import HEAVY_HEAD, SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    box = HEAVY_HEAD if lined else SIMPLE_HEAD
-    table = Table(title=Text(printable(title)), title_justify="left", show_lines=lined, box=box)
-    for name, cells in zip(head, zip(*rows, strict=True), strict=True):
-        longest = max((len(word) for cell in cells for word in cell.split()), default=0)
-        table.add_column(Text(printable(name)), min_width=longest, overflow="fold")
-    for row in rows:
-        # Text, because quotes hold brackets, which are no markup
-        table.add_row(*(Text(printable(cell, keep="\n")) for cell in row))
-    return table

@@ -24,10 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from compactgpt.common.git import DIFF, git_facts, uncommitted
+from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
 from compactgpt.errors import BadConfig
 from compactgpt.lineage import CHAIN, LOCK, PARAMS
-from compactgpt.storage import fsync_folder, make_folder, write_bytes, write_text
+from compactgpt.storage import fsync_folder, make_folder, write_text
 
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # relative to the repository, so that a copy of it has its own
@@ -212,7 +212,7 @@ class Journal:
             if (workspace / name).is_file():
                 shutil.copyfile(workspace / name, making / name)
         if git_facts(workspace).get("git.dirty") == "true":
-            write_bytes(making / DIFF, uncommitted(workspace))
+            write_private(making / DIFF, uncommitted(workspace))
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
@@ -272,7 +272,7 @@ class Journal:
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copyfile(path, target)
+            shutil.copy(path, target)  # with its mode: what is private stays so
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import git_facts
+from compactgpt.common.git import DIFF, git_facts
 from compactgpt.errors import Busy, MissingInput, UserError
 from compactgpt.lineage import (
     CHAIN,
@@ -127,8 +127,15 @@ class Logger:
         if params := parse_yaml(self.folder.before.read(PARAMS), PARAMS):
             mlflow.log_params(pipeline_run.tuned_params(params), run_id=run_id)
         if self.folder.before.root.exists():
-            mlflow.log_artifacts(str(self.folder.before.root), BEFORE, run_id)
+            self._log_folder(self.folder.before.root, BEFORE, run_id)
         return run_id
+
+    def _log_folder(self, folder: Path, target: str | None, run_id: str) -> None:
+        import mlflow
+
+        mlflow.log_artifacts(str(folder), target, run_id)
+        if (folder / DIFF).exists():  # once more by itself: `log_artifacts` drops the mode of files
+            mlflow.log_artifact(str(folder / DIFF), target, run_id)
 
     def _copy_journal(self, folder: Path) -> bool:
         """Copy one journal; whether it is copied and closed."""
@@ -155,8 +162,6 @@ class Logger:
 
     def _start_stage(self, folder: Path, start: Mapping[str, Any], copied: Copied) -> None:
         """Create a stage's run below the pipeline's, or resume the run that the journal continues."""
-        import mlflow
-
         parent = self.copied.run_id
         nested = {"mlflow.parentRunId": parent} if parent else {}
         if run_id := self.store.find("journal", first := start.get("continues", "")):
@@ -170,7 +175,7 @@ class Logger:
         tags = {**start["tags"], **nested, "stage": start["stage"], "mlflow.source.name": script}
         copied.run_id = self._create("journal", folder.name, start["stage"], start["time_ms"], tags)
         if not parent and self.folder.before.root.exists():
-            mlflow.log_artifacts(str(self.folder.before.root), BEFORE, copied.run_id)
+            self._log_folder(self.folder.before.root, BEFORE, copied.run_id)
 
     def _log(self, folder: Path, copied: Copied, lines: list[dict[str, Any]]) -> None:
         """Log journal lines; what a stage measured and read is also the pipeline's."""
@@ -223,12 +228,10 @@ class Logger:
 
     def _complete_pipeline(self) -> None:
         """Log what a `dvc` process left, and its model if it finished; close its run."""
-        import mlflow
-
         run_id, after = self.copied.run_id, self.folder.path / "after"
         found, start_ms = read_json(self.folder.path / "outcome.json"), self.folder.start["time_ms"]
         made_by = self._made_by(found)
-        mlflow.log_artifacts(str(after), None, run_id)
+        self._log_folder(after, None, run_id)
         skipped = pipeline_run.skipped_metrics(after, found)
         lines = [
             {"kind": "metrics", "time_ms": start_ms, "step": step, "values": new} for step, new in skipped

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import DIFF
+from compactgpt.common.git import DIFF, write_private
 from compactgpt.errors import UserError
 from compactgpt.lineage import (
     CHAIN,
@@ -198,10 +198,11 @@ def keep_files(place: Place, cache: Cache, before: Path, found: Mapping[str, Any
     dvc.lock as it is left; params.yaml, dvc.yaml, requirements.lock and uncommitted changes as they were
     at the start; the environment; reports and small tables of sums by document of stages that are valid.
     """
-    for name, source in [(LOCK, place), *((name, Folder(before)) for name in (PARAMS, CHAIN, LOCKED, DIFF))]:
-        content = source.read(name)
-        if content is not None:
+    for name, source in [(LOCK, place), *((name, Folder(before)) for name in (PARAMS, CHAIN, LOCKED))]:
+        if (content := source.read(name)) is not None:
             (target / name).write_bytes(content)
+    if (before / DIFF).exists():
+        write_private(target / DIFF, (before / DIFF).read_bytes())
     (target / "environment").mkdir()
     (target / "environment/packages.txt").write_text(packages())
     facts = {"python": platform.python_version(), "platform": platform.platform()}

@@ -1,25 +1,32 @@
-"""The gate's verdict, told: a table, Markdown for a pull request, JUnit XML, GitHub's annotations."""
+"""The gate's verdict as a table, as Markdown for a pull request, as JUnit XML and as GitHub's annotations."""
 
+import html
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from compactgpt.regression import Check, Verdict
+import numpy as np
+
+from compactgpt.regression import Check, Point, Verdict
 from compactgpt.storage import write_text
 
-MARKER = "<!-- compactgpt gate -->"  # by which the one comment on a pull request is found again
+MARKER = "<!-- compactgpt gate -->"  # the first line, by which .github/comment.py finds the comment again
 _ANNOTATED_FILE = "reports/evaluation.json"
 _MOST_ANNOTATIONS = 10  # of one kind in one step: GitHub drops the others
-_MARKS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "told": ""}
+_MOST_LINES = 5  # failures and warnings above the table: the comment fits one screen
+_MOST_POINTS = 40  # of a curve
+_MARKS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}
+_EMOJI = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 _NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, 2.2
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write what was asked for; inside GitHub Actions also annotations, and the step's summary."""
+    """Write the files that were asked for; inside GitHub Actions also annotations and the step's summary."""
     text = markdown(verdict)
     if markdown_file:
         write_text(markdown_file, text)
@@ -33,7 +40,7 @@ def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | Non
 
 
 def headline(verdict: Verdict) -> str:
-    """The verdict in one line."""
+    """Return the verdict in one line."""
     if failed := verdict.failures:
         return f"gate: failed ({', '.join(check.name for check in failed)})"
     warned = [check.name for check in verdict.checks if check.status == "warn"]
@@ -41,7 +48,7 @@ def headline(verdict: Verdict) -> str:
 
 
 def terminal(verdict: Verdict) -> str:
-    """A table of plain text."""
+    """Render a table of plain text."""
     rows = [_HEADER, *(_cells(check) for check in [*verdict.metrics, *verdict.watched])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_against(verdict), ""]
@@ -55,29 +62,48 @@ def terminal(verdict: Verdict) -> str:
 
 
 def markdown(verdict: Verdict) -> str:
-    """The same for a pull request; its first line is MARKER."""
-    lines = [MARKER, f"### {_plain(headline(verdict)).capitalize()}", "", _plain(_against(verdict)), ""]
-    if verdict.metrics:
-        lines += [*_table(verdict.metrics), ""]
-    lines += [
-        f"- {_bold(check)} {_plain(check.name)}: {_plain(check.says)}"
-        for check in verdict.checks
-        if check.says
-    ]
-    if verdict.watched:
-        lines += [
-            "",
-            "<details><summary>Watched: these cannot fail</summary>",
-            "",
-            *_table(verdict.watched),
-            "",
-            "</details>",
-        ]
-    return "\n".join(lines) + "\n"
+    """Render the comment on a pull request: verdict, metrics and loss curve, and the rest folded."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters["markdown"] = _plain
+    failed = verdict.failures
+    attention = failed + [check for check in verdict.checks if check.status == "warn"]
+    return environment.get_template("comment.md.j2").render(
+        marker=_markup(MARKER),
+        icon=_EMOJI[attention[0].status if attention else "pass"],
+        headline=headline(verdict).capitalize(),
+        against=_against(verdict),
+        attention=attention[:_MOST_LINES],
+        more=max(0, len(attention) - _MOST_LINES),
+        chart=_chart(verdict.curve),
+        marks=_EMOJI,
+        cells=_cells,
+        checks=verdict.checks,
+        **{name: getattr(verdict, name) for name in ("metrics", "watched", "differences")},
+    )
+
+
+def _chart(curve: Sequence[Point]) -> dict[str, Any] | None:
+    """Prepare a loss curve for Mermaid's xychart, whose points have equal distances."""
+    known = [(step, train, val) for step, train, val in curve if train is not None and val is not None]
+    if len(known) < 2:
+        return None
+    steps, train, val = np.array(known, np.float64).T
+    points = np.linspace(steps[0], steps[-1], min(len(known), _MOST_POINTS))
+    lines = {name: np.interp(points, steps, line) for name, line in (("train", train), ("val", val))}
+    both = np.concatenate([*lines.values()])
+    return {
+        "first": int(steps[0]),
+        "last": int(steps[-1]),
+        "low": round(float(both.min()) - 0.05, 2),
+        "high": round(float(both.max()) + 0.05, 2),
+        **{name: [round(value, 3) for value in line.tolist()] for name, line in lines.items()},
+    }
 
 
 def junit(verdict: Verdict) -> str:
-    """The same as JUnit XML: a test case a check (Jenkins' junit-10.xsd, which pytest's xunit2 follows)."""
+    """Render JUnit XML with a test case per check (Jenkins' junit-10.xsd, which pytest's xunit2 follows)."""
     counts = {"tests": str(len(verdict.checks)), "failures": str(len(verdict.failures)), "errors": "0"}
     suites = ElementTree.Element("testsuites", counts)
     suite = ElementTree.SubElement(
@@ -100,7 +126,7 @@ def junit(verdict: Verdict) -> str:
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """GitHub's workflow commands, one a line: an error for each failure, a warning for each warning."""
+    """Yield GitHub's workflow commands: an error for each failure, a warning for each warning."""
     for status, command in (("fail", "error"), ("warn", "warning")):
         found = [check for check in verdict.checks if check.status == status]
         for check in found[:_MOST_ANNOTATIONS]:
@@ -113,7 +139,7 @@ def _against(verdict: Verdict) -> str:
 
 
 def _sentence(check: Check) -> str:
-    """A check with its numbers, for places without a table."""
+    """Describe a check with its numbers, where there is no table."""
     then, now, change, chance, tolerance = _cells(check)[2:]
     parts = [f"{then or 'nothing'} -> {now or 'nothing'}"] if then or now else []
     if change:
@@ -133,22 +159,16 @@ def _cells(check: Check) -> tuple[str, ...]:
             chance, share(check.tolerance))  # fmt: skip
 
 
-def _table(checks: list[Check]) -> Iterator[str]:
-    yield "| " + " | ".join(_HEADER) + " |"
-    yield "| --- | --- |" + " ---: |" * (len(_HEADER) - 2)
-    for check in checks:
-        _, *cells = _cells(check)
-        yield "| " + " | ".join([_bold(check), *map(_plain, cells)]) + " |"
+def _plain(text: str) -> Any:
+    """Escape text so that Markdown and HTML leave it as it is, in a table too."""
+    safe = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(text.split())).replace("@", "@\u200b")
+    return _markup(html.escape(safe, quote=False))
 
 
-def _bold(check: Check) -> str:
-    mark = _MARKS[check.status]
-    return f"**{mark}**" if check.status == "fail" else mark
+def _markup(text: str) -> Any:
+    from markupsafe import Markup
 
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is, in a table too."""
-    return re.sub(r"([\\`*_\[\]|<>#])", r"\\\1", " ".join(text.split())).replace("@", "@\u200b")
+    return Markup(text)  # noqa: S704 (escaped above, or ours)
 
 
 def _xml(text: str) -> str:

@@ -1,0 +1,183 @@
+"""What a DVC user does by hand, on small projects with the real git and DVC."""
+
+import re
+import shutil
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from compactgpt.cli import app
+from compactgpt.errors import BadConfig, BadData
+from tests.support.dvc_projects import ROOT, dvc, git, git_repository, run
+
+COPY = {
+    "cmd": "echo ran >> ran; cp params.yaml data/out; cp data/out reports/n.yaml",
+    "params": ["n"],
+    "deps": ["input"],
+}
+STAGE = COPY | {"outs": ["data/out"], "metrics": [{"reports/n.yaml": {"cache": False}}]}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A committed project of one stage that copies params.yaml, run once."""
+    place = git_repository(tmp_path / "project", {"copy": STAGE})
+    (place / "input").write_text("1")
+    for name in ("data", "reports"):
+        (place / name).mkdir()
+    (place / ".dvc/config").write_bytes((ROOT / ".dvc/config").read_bytes())
+    (place / "params.yaml").write_text("n: 1\n")
+    (place / ".gitignore").write_text("/data/\n/ran\n")
+    dvc(place, "repro", "-q")
+    git(place, "add", ".")
+    git(place, "commit", "-q", "-m", "first")
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def conflict(project):
+    """The project while a merge of two different runs is not resolved."""
+    for branch, number in (("theirs", 22), ("main", 333)):  # of other sizes, for git
+        git(project, "checkout", "-q", *(["-b"] if branch == "theirs" else []), branch)
+        (project / "params.yaml").write_text(f"n: {number}\n")
+        dvc(project, "repro", "-q")
+        git(project, "commit", "-q", "-a", "-m", branch)
+    assert run(project, "git", "merge", "theirs", check=False).returncode == 1
+    return project
+
+
+def test_a_lock_with_conflict_markers_is_left_to_the_user_who_is_told_what_to_do(conflict):
+    lock = conflict / "dvc.lock"
+    shutil.copytree(conflict / ".dvc/tmp", conflict / ".dvc/tmp/compactgpt", dirs_exist_ok=True)
+    (conflict / ".dvc/tmp/compactgpt/dvc.lock").write_text("schema: '2.0'\nstages: {}\n")  # a stage's copy
+    before = lock.read_bytes()
+    assert b"<<<<<<< " in before
+    done = CliRunner().invoke(app, ["repair"])
+    assert done.exit_code == BadData.exit_code
+    assert "dvc.lock has conflict markers of an unresolved merge: keep one side" in done.output
+    assert lock.read_bytes() == before
+    # The advice, as it is written.
+    (conflict / "params.yaml").write_text("n: 333\n")
+    git(conflict, "add", "params.yaml", "reports")
+    git(conflict, "checkout", "--ours", "dvc.lock")
+    dvc(conflict, "repro", "-q")
+    git(conflict, "add", "dvc.lock", "params.yaml", "reports")
+    git(conflict, "commit", "-q", "-m", "merged")
+    assert "up to date" in dvc(conflict, "status")
+
+
+def test_params_with_conflict_markers_are_named(conflict):
+    done = CliRunner().invoke(app, ["estimate"])
+    assert done.exit_code == BadConfig.exit_code
+    assert "params.yaml has conflict markers of an unresolved merge: choose the lines" in done.output
+
+
+@pytest.mark.parametrize("way", ["repro", "exp run"])
+def test_the_tutorials_undo_goes_back_to_the_commit(project, way):
+    (undo,) = re.findall(r"`(git checkout .*&& dvc checkout)`", (ROOT / "docs/tutorial.md").read_text())
+    if way == "repro":  # which stages dvc.lock in git (core.autostage)
+        (project / "params.yaml").write_text("n: 2\n")
+        dvc(project, "repro", "-q")
+    else:
+        dvc(project, "exp", "run", "-q", "-S", "n=2")
+    assert (project / "data/out").read_text() == "n: 2\n"
+    run(project, "bash", "-c", undo)
+    assert git(project, "status", "--porcelain") == ""
+    for path in ("params.yaml", "data/out", "reports/n.yaml"):
+        assert (project / path).read_text() == "n: 1\n"
+    dvc(project, "repro", "-q")
+    assert (project / "ran").read_text().count("ran") == 2  # the commit's and the experiment's
+
+
+def repro_as_make_does(project):
+    """Run what `make repro` runs of DVC; `compactgpt check` wants the whole project."""
+    lines = [line for line in run(ROOT, "make", "-n", "repro").stdout.splitlines() if line.startswith("dvc ")]
+    assert [line.split()[1] for line in lines] == ["checkout", "repro"]
+    return run(project, "bash", "-eu", "-c", "\n".join(lines))
+
+
+def test_make_repro_after_make_clean_runs_no_stage(project):
+    assert re.search(
+        r"^clean:.*\n\t@rm -rf data models .state$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    shutil.rmtree(project / "data")
+    repro_as_make_does(project)
+    assert (project / "ran").read_text() == "ran\n"
+    assert (project / "data/out").read_text() == "n: 1\n"
+
+
+def test_make_repro_runs_a_stage_whose_outs_are_not_in_the_cache(project):
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / ".dvc/cache")
+    (project / "params.yaml").write_text("n: 4\n")
+    done = repro_as_make_does(project)
+    assert done.stderr == ""
+    assert (project / "data/out").read_text() == "n: 4\n"
+
+
+def test_dvc_commit_after_a_harmless_edit_runs_nothing(project):
+    (project / "input").write_text("1  # a comment")
+    assert "modified" in dvc(project, "status")
+    dvc(project, "commit", "-f", "copy")
+    dvc(project, "repro", "-q")
+    assert (project / "ran").read_text() == "ran\n"
+    assert "up to date" in dvc(project, "status")
+
+
+def test_a_corpus_may_be_imported_by_dvc(project, tmp_path):
+    """The corpus is a dep of `download` and not in git; only the .dvc files in it are."""
+    tree = YAML(typ="safe").load(project / "dvc.yaml")
+    tree["stages"]["copy"]["deps"] = ["corpus"]
+    YAML().dump(tree, project / "dvc.yaml")
+    (project / ".gitignore").write_text("/ran\n/data/\n" + (ROOT / ".gitignore").read_text())
+    (project / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+    (project / "corpus").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    dvc(project, "import-url", str(tmp_path / "text.txt"), "corpus/text.txt")
+    dvc(project, "repro", "-q")
+    tracked = git(project, "ls-files", "--others", "--cached", "--exclude-standard", "corpus").split()
+    assert tracked == ["corpus/text.txt.dvc"]
+    (tmp_path / "text.txt").write_text("other text")
+    dvc(project, "update", "corpus/text.txt.dvc")
+    assert (project / "corpus/text.txt").read_text() == "other text"
+    assert "corpus" in dvc(project, "status")
+
+
+def lines_of(target):
+    """What `make` would run for a target, from its second line on: the first adds the remote."""
+    shown = run(ROOT, "make", "-n", target).stdout
+    return shown[shown.index("test -z") :]
+
+
+@pytest.mark.parametrize(
+    ("remote", "package"), [("s3://bucket/x", "dvc[s3]"), ("gs://bucket/x", "dvc[gs]"), ("{}/remote", "")]
+)
+def test_make_push_installs_the_package_of_the_remotes_scheme(project, tmp_path, remote, package):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in {
+        "uv": f'echo "$@" > {tmp_path}/asked',
+        "python": "exit 1",
+    }.items():  # none is installed
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    address = remote.format(tmp_path)
+    script = f"PATH={programs}:$PATH DVC_REMOTE={address}; export DVC_REMOTE\n{lines_of('push')}"
+    done = run(project, "bash", "-c", script, check=False)
+    asked = tmp_path / "asked"
+    assert (asked.read_text().split()[-3] if asked.exists() else "") == package
+    assert (done.returncode == 0) == (not package)  # the folder took it
+    assert (tmp_path / "remote").exists() == (not package)
+
+
+def test_the_workflows_give_push_and_pull_their_secrets_and_keep_the_verdicts_of_main():
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml")}
+    for name, text in workflows.items():
+        for step in re.findall(r"run: make (?:push|pull).*\n((?: {8,}.*\n)*)", text):
+            assert "secrets.AWS_SECRET_ACCESS_KEY" in step, name
+        if "branches: [main]" in text:
+            group = YAML(typ="safe").load(text)["concurrency"]["group"]
+            assert group.endswith("github.event_name == 'pull_request' && github.ref || github.sha }}"), name

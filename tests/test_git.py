@@ -1,0 +1,92 @@
+"""Which uncommitted changes are logged: code and settings, 1 MB at most, once a pipeline, private."""
+
+import stat
+from pathlib import Path
+
+import pytest
+from compactgpt.syncing import Syncer
+
+from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
+from stages import door
+from tests.store import runs
+from tests.support.dvc_projects import ROOT, git
+
+PIPELINE = {"pid": 1, "created": 1.0, "command": "dvc repro"}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A repository with one commit, and params.yaml changed since."""
+    for path in ("params.yaml", "src/code.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / "params.yaml").read_bytes())
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        git(tmp_path, *words)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_new_files_are_logged_only_if_they_are_code_or_settings(project):
+    kept = {"src/new.py": "code", "conf/new.yaml": "a: 1", "src/page.j2": "x", "src/style.css": "x"}
+    dropped = {
+        "src/compactgpt/.env": "KEY=secret",
+        "src/.hidden/a.py": "x",
+        "src/id_rsa": "x",
+        "src/a.sqlite": "x",
+    }
+    for name, text in (kept | dropped).items():
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    (project / "src/link.py").symlink_to("/etc/passwd")
+    changes = uncommitted_changes(project)
+    assert all(f"+++ b/{name}".encode() in changes.diff for name in kept)
+    assert changes.diff.count(b"+++ b/") == len(kept)
+    assert {line.partition(" ")[0] for line in changes.left_out} == {*dropped, "src/link.py"}
+
+
+def test_more_than_a_megabyte_is_left_out_and_named(project):
+    (project / "src/big.txt").write_bytes(b"x" * 30_000_000)
+    (project / "src/small.py").write_text("1")
+    changes = uncommitted_changes(project)
+    assert changes.left_out == ["src/big.txt (30,000,000 bytes)"]
+    assert b"small.py" in changes.diff
+    assert len(changes.diff) < 1000
+    (project / "src/code.py").write_bytes(b"y\n" * 1_000_000)
+    changes = uncommitted_changes(project)
+    assert len(changes.diff) < 1000
+    assert changes.left_out[0].startswith("changes to tracked files (")
+    facts = git_facts(project)
+    assert facts["git.dirty"] == "true"
+    assert "src/big.txt (30,000,000 bytes)" in facts["git.left_out"]
+
+
+def test_a_file_of_keys_is_ignored_by_git():
+    assert git(ROOT, "check-ignore", ".env", "src/compactgpt/.env", ".env.local").count("\n") == 3
+
+
+def test_no_page_says_to_add_everything():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    assert len(pages) > 10
+    assert not [page for page in pages if "git add -A" in page.read_text() or "git add ." in page.read_text()]
+
+
+def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(project, empty_store, monkeypatch):
+    from compactgpt import syncing
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(syncing, "start_syncing", lambda root: None)
+    alone = syncing.process_facts()
+    monkeypatch.setattr(syncing, "process_facts", lambda: alone | {"pipeline": PIPELINE})
+    (project / "mlflow.db").write_bytes(empty_store)
+    (project / "src/code.py").write_text("changed\n")
+    for name in ("estimate", "validation"):
+        with door.open_stage(name, Path("params.yaml"), "mlflow"):
+            pass
+    logged = list((project / ".state").rglob(DIFF))
+    assert [path.parents[1].name.split("-")[1] for path in logged] == ["estimate"]
+    assert Syncer(project).sync()
+    (parent,) = [run for run in runs(project) if run.data.tags["stage"] == "pipeline"]
+    artifact = Path(parent.info.artifact_uri.removeprefix("file://")) / DIFF
+    assert b"+changed" in artifact.read_bytes()
+    for path in (artifact, *(project / ".state").rglob(DIFF)):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
