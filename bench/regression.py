@@ -13,6 +13,7 @@ import argparse
 import math
 import shutil
 import sys
+import tempfile
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def reruns(options: argparse.Namespace) -> None:
             return model
 
         training.initial_model = nearly  # type: ignore[attr-defined, assignment]
-        scratch = options.out / f"scratch-{run}"
+        options.out.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="bench-regression-", dir=options.out))
         trained = training.train(params, splits, scratch / "states")
         training.save_results(
             params, splits, trained, scratch / "states", scratch / "model", scratch / "loss.csv"

@@ -2,7 +2,7 @@
 
     python -m bench.tokenization                      # 100 MB
     python -m bench.tokenization --megabytes 1000
-    python -m bench.tokenization --document 200       # one document of 200 MB, our way alone
+    python -m bench.tokenization --document 30        # one document of 30 MB, our way alone
 
 nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written anew: the `datasets` library loads
 the documents into its cache, `map` encodes each with tiktoken in several processes, and the ids are copied
@@ -105,7 +105,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
         while made["bytes"] < wanted:
             for group in groups:
                 for document in read_row_group(group):
-                    text = vary(str(document.text), generator)  # the embedded corpus has no LongText
+                    text = vary(document.text, generator)
                     if made["bytes"] < wanted:
                         made["bytes"] += len(text.encode())
                         yield text
@@ -117,7 +117,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
             made["documents"] += 1
             yield new_document(text, f"bench/{made['documents']}")
 
-    with atomic_folder(folder, made) as temporary:
+    with atomic_folder(folder, made, kind="documents") as temporary:
         write_documents(temporary, documents())
 
 

@@ -2,12 +2,9 @@ import gc
 import os
 import shutil
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
-
-COUNTS = pytest.StashKey[Counter]()
 
 # Set before typer and rich are imported: their colours would split the words that tests look for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
@@ -42,7 +39,7 @@ TOGETHER = {
     "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verification"),
     "forks": ("distributed", "sharding", "training"),
     "mlflow": (
-        "network_faults", "pipelines", "provenance", "registry", "regression", "reproduction", "security",
+        "faulty_servers", "pipelines", "provenance", "registry", "regression", "reproduction", "security",
         "tracking",
     ),
     "great_expectations": ("inspection", "validation"),
@@ -51,7 +48,10 @@ TOGETHER = {
         "model",
     ),
 }  # fmt: skip
-LONGEST = ("forks", "mlflow", "transformers", "launching", "dvc", "faults", "great_expectations", "download")
+LONGEST = (
+    "forks", "mlflow", "transformers", "launching", "dvc", "interrupted_stages", "great_expectations",
+    "download",
+)  # fmt: skip
 
 
 def group_of(stem):
@@ -78,23 +78,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
 
 
-@pytest.fixture(scope="session")
-def counted(request):
-    """Counts of faults that were tried and survived: told in one line when all tests have ended."""
-    return request.config.stash.setdefault(COUNTS, Counter())
-
-
 def pytest_sessionfinish():
     """Collect once what is left over, where pytest would five times."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    counts = config.stash.get(COUNTS, {})
-    if counts:
-        told = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-        terminalreporter.write_line(f"tried, and survived: {told}")
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def rewrite(folder, change):
         json.loads((folder / "config.json").read_text()),
     )
     change(tensors, config)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, kind="model", overwrite=True) as temporary:
         save_file(tensors, temporary / "model.safetensors")
         (temporary / "config.json").write_text(json.dumps(config))
 

@@ -32,7 +32,6 @@ from compactgpt.download import download, write_corpus
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, Unreachable
 from compactgpt.parallel import ordered_map
-from compactgpt.parquetpages import column_chunks, page_sizes
 from compactgpt.storage import sha256_file, verified_manifest
 from stages.download import app
 from tests.light import square
@@ -358,7 +357,7 @@ def test_a_bad_parquet_file_is_refused_by_name(tmp_path):
         ({"body": ["x"]}, r"a\.parquet has columns \['body'\], none is 'text'"),
         ({"text": [1]}, r"a\.parquet: column 'text' is int64, text is wanted"),
         ({"text": ["x", None]}, r"a\.parquet, row 2: 'text' is null"),
-        ({"text": broken}, r"a\.parquet: a text in rows 1 to 256 is not UTF-8"),
+        ({"text": broken}, r"a\.parquet: a text in rows 1 to 16 is not UTF-8"),
     ]:
         parquet(path, **columns)
         with pytest.raises(BadData, match=says):
@@ -374,104 +373,35 @@ def written(path, table, **settings):
     return path
 
 
-def test_a_parquet_file_that_names_its_column_in_one_place_only_is_refused(tmp_path):
-    path = written(tmp_path / "a.parquet", pa.table({"text": ["a", "b"]}))
-    content = path.read_bytes()
-    place = content.rindex(b"text")  # of the columns of a group of rows; the schema stands before
-    path.write_bytes(content[:place] + b"texu" + content[place + 4 :])
-    with pytest.raises(BadData, match=r"a\.parquet is no readable parquet .*\(a group of rows has no 'text'"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
-
-
 def test_a_parquet_file_whose_statistics_contradict_its_schema_is_refused(tmp_path):
     path = written(tmp_path / "a.parquet", pa.table({"text": ["a", "b"]}))
     content = path.read_bytes()
     place = content.rindex(b"%\x02\x18\x04text")  # in the schema: there may be nulls
     path.write_bytes(content[: place + 1] + b"\0" + content[place + 2 :])
-    # pyarrow 25's own RowGroupMetaData.column ends the process here, with signal 6.
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file"):
         list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    "change",
     [
-        (lambda content: content[:-8] + b"\1\0\0\0PAR1", "the file's end is damaged"),
-        (lambda content: content.replace(b"\x26\x08", b"\x28\x08"), "the file's end is damaged"),
-        (lambda content: content.replace(b"\x26\x08", b"\x26\x07"), "the file's end names places beyond it"),
+        lambda content: content[:-8] + b"\1\0\0\0PAR1",
+        lambda content: content.replace(b"\x26\x08", b"\x28\x08"),
+        lambda content: content.replace(b"\x26\x08", b"\x26\x07"),
     ],
 )
-def test_a_parquet_files_end_that_is_damaged_is_refused(tmp_path, change, says):
+def test_a_parquet_file_with_a_damaged_end_is_refused(tmp_path, change):
     path = written(tmp_path / "a.parquet", pa.table({"text": ["a", "b" * 500]}), use_dictionary=False)
-    with pytest.raises(ValueError, match=says):
-        column_chunks(io.BytesIO(change(path.read_bytes())), "text")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file"):
+        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
 
 
-def test_a_dictionary_that_is_said_to_lie_at_byte_0_is_none(tmp_path):
-    content = written(tmp_path / "a.parquet", pa.table({"text": ["a", "a"]})).read_bytes()
-    data, dictionary = b"\x26\x32", b"\x26\x08"  # fields 9 and 11, at bytes 25 and 4
-    assert content.count(data + dictionary) == 1
-    none = content.replace(data + dictionary, data + b"\x26\x00")
-    assert column_chunks(io.BytesIO(content), "text")[0][0] == 4
-    assert column_chunks(io.BytesIO(none), "text")[0][0] == 25
-
-
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("dictionary", [True, False])
-def test_pages_are_known_before_they_are_read(tmp_path, version, dictionary):
-    texts = [f"row {n} " * (n % 70) for n in range(3000)]
-    table = pa.table({"n": list(range(3000)), "text": texts})
-    settings = {"data_page_version": version, "use_dictionary": dictionary, "write_page_checksum": True}
-    path = written(
-        tmp_path / "a.parquet",
-        table,
-        row_group_size=1100,
-        data_page_size=4000,
-        write_batch_size=64,
-        **settings,
-    )
-    chunks = [pq.read_metadata(path).row_group(n).column(1) for n in range(3)]
-    with open(path, "rb") as file:
-        places = column_chunks(file, "text")
-        pages = [list(page_sizes(file, *place)) for place in places]
-    assert [end - start for start, end in places] == [chunk.total_compressed_size for chunk in chunks]
-    assert [sum(rows for _, rows in each) for each in pages] == [1100, 1100, 800]
-    assert all(len(each) > 1 for each in pages)
-    assert dictionary == any(rows == 0 for each in pages for _, rows in each)
-    for chunk, each in zip(chunks, pages, strict=True):
-        headers = chunk.total_uncompressed_size - sum(size for size, _ in each)
-        assert 0 < headers < 2000 * len(each)  # with the least and the greatest text
-
-
-@pytest.mark.parametrize(
-    ("page", "says"),
-    [
-        (b"\x15\x00\x15\x02\x15\x09\x00", "the page at byte 0 has sizes below 0"),  # -5: it would come again
-        (b"\x15\x00\x18\x00\x15\x02\x00", "no page at byte 0"),  # the size unpacked is text
-        (b"\x1c" * 60_000, "no page at byte 0"),  # structs in structs
-        (b"\x15\x00", "no page at byte 0"),
-    ],
-)
-def test_a_page_header_that_is_none_is_refused(page, says):
-    with pytest.raises(ValueError, match=says):
-        list(page_sizes(io.BytesIO(page), 0, len(page)))
-
-
-def test_a_very_long_parquet_row_is_refused_before_it_is_read(tmp_path):
+def test_a_very_long_parquet_row_is_refused_by_its_number(tmp_path):
     rules = textfiles.Rules("text", 10**9, 1000, 10**9, 200, 0)
-    long = "x" * 200_000
-    for texts, settings, says in [
-        (
-            ["a", "b", long],
-            {"use_dictionary": False, "data_page_size": 1, "write_batch_size": 1},
-            r"a\.parquet, row 3 is longer than",
-        ),
-        (["a", "b", long], {}, r"a\.parquet: a page from row 1 on has 0 MB: a row of it is very long"),
-        ([long, "b"], {"use_dictionary": False, "row_group_size": 1}, r"a\.parquet, row 1 is longer than"),
-    ]:
-        written(tmp_path / "a.parquet", pa.table({"other": texts, "text": texts}), **settings)
-        with pytest.raises(BadData, match=says):
-            list(textfiles.read_texts(tmp_path, "a.parquet", rules))
+    parquet(tmp_path / "a.parquet", text=[*(["a"] * 40), "x" * 1001])
+    with pytest.raises(BadData, match=r"a\.parquet, row 41 is longer than 0 MB .*max_row_megabytes"):
+        list(textfiles.read_texts(tmp_path, "a.parquet", rules))
 
 
 def test_missing_files_are_named(tmp_path):
@@ -564,31 +494,17 @@ def test_unpacking_leaves_room_on_the_disk(tmp_path, monkeypatch, suffix):
         corpus(tmp_path, files(path))
 
 
-def test_a_long_file_is_read_in_parts_as_if_it_were_whole(tmp_path, monkeypatch):
-    content = "".join(f"Line {n} é 漢字 🙂\n" for n in range(900)).encode()
-    twin = tmp_path / "b.txt"
-    for name, packed in (("a.txt", b"\xef\xbb\xbf" + content), ("b.txt", content), ("c.md", b"short")):
-        (tmp_path / name).write_bytes(packed)
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(content + b"."))
-    made = []
-    for part_bytes in (2**22, 5000):
-        for room in ("textfiles", "documents"):
-            monkeypatch.setattr(f"compactgpt.{room}.PART_BYTES", part_bytes)
-        monkeypatch.setattr("compactgpt.textfiles._CHUNK_BYTES", 1001)  # within characters
-        report, documents = corpus(tmp_path, files("*.txt", "*.md", "*.txt.gz"))
-        made.append((report["left_out"], report["sources"], documents))
-    assert made[0] == made[1]
-    assert [each.source for each in documents] == ["a.txt", "c.md", "d.txt.gz"]
-    assert documents[0].text.encode() == content
-    assert report["left_out"]["duplicate"] == 1
-    for spoiled, says in [
-        (content + b"one \xff", r"b\.txt, line 901: byte 0xff is not UTF-8"),
-        (content + b"cut \xe6\xbc", r"b\.txt, line 901: byte 0xe6 is not UTF-8"),
-        (b" \n" * 4000, r"b\.txt holds only white space"),
-    ]:
-        twin.write_bytes(spoiled)
-        with pytest.raises(BadData, match=says):
-            corpus(tmp_path, files("*.txt"))
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.txt.zst"])
+def test_a_file_that_is_longer_than_a_document_may_be_is_refused(tmp_path, name):
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+    rules = textfiles.Rules("text", 1000, 1000, 10**9, 200, 0)
+    (tmp_path / name).write_bytes(pack(b"x" * 1000))
+    assert [len(text) for text, *_ in textfiles.read_texts(tmp_path, name, rules)] == [1000]
+    (tmp_path / name).write_bytes(pack(b"x" * 1001))
+    with pytest.raises(
+        BadData, match=r"is longer than 0 MB \(download\.max_document_megabytes\): cut it into"
+    ):
+        list(textfiles.read_texts(tmp_path, name, rules))
 
 
 LONG = """
@@ -614,30 +530,26 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
 def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path):
-    """100 MB of one line, 60 MB of memory: a text, a line of JSON, both as bombs, a cell of parquet."""
+    """100 MB of one line, 60 MB of memory: a text, a line of JSON, both as bombs."""
     size, chunk = 100, b"x" * 1_000_000
-    parquet(tmp_path / "a.parquet", text=["x" * 100_000_000])
     for name, start in (("a.txt", b""), ("a.jsonl", b'{"text": "')):
         (tmp_path / name).write_bytes(start + chunk * size)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(start) + gzip.compress(chunk) * size)
     code = LONG.format(src=str(ROOT / "src"), root=str(tmp_path))
-    names = ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.parquet"]
+    names = ["a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz"]
     done = subprocess.run(
         [sys.executable, "-c", code, *names], capture_output=True, text=True, check=False,
         env={**os.environ, "JE_ARROW_MALLOC_CONF": "background_thread:false"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for name, said in zip(names, done.stdout.splitlines(), strict=True):
-        if name == "a.parquet":
-            assert said.startswith("a.parquet: a page from row 1 on has 100 MB: a row of it is very long")
-        elif "json" in name:
+        if "json" in name:
             assert said.startswith(f"{name}, line 1 is longer than 3 MB (download.max_row_megabytes)")
         else:
             assert said.startswith(f"{name} is longer than 4 MB (download.max_document_megabytes)")
 
 
-def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("compactgpt.textfiles._NAMES_AT_ONCE", 3)  # so that sorting goes through the disk
+def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path):
     names = [
         "a.txt",
         "a/b.txt",
@@ -665,17 +577,21 @@ def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp
     assert [index for index, _ in both] == sorted(index for index, _ in both)
 
 
-def test_listing_many_files_takes_the_memory_of_a_part_of_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("compactgpt.textfiles._NAMES_AT_ONCE", 500)
+def test_listing_many_files_takes_the_memory_of_one_folder(tmp_path):
     for n in range(5000):
-        (tmp_path / f"{n:050d}.txt").touch()
-    section = files("*.txt").files
+        path = tmp_path / f"{n % 50}" / f"{n:050d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    section = files("**/*.txt").files
+    held, count = [], 0
     tracemalloc.start()
-    count = sum(1 for _ in textfiles.list_files(section, tmp_path))
-    peak = tracemalloc.get_traced_memory()[1]
+    for count, _ in enumerate(textfiles.list_files(section, tmp_path), 1):
+        if count % 1000 == 0:
+            ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/textfiles.py")])
+            held.append(sum(each.size for each in ours.statistics("filename")))
     tracemalloc.stop()
     assert count == 5000
-    assert peak < 400_000  # a list of all names takes 5000 x 105 bytes and more
+    assert 0 < max(held) < 50_000  # a list of all names takes 5000 x 105 bytes and more
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):

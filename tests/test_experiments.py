@@ -207,6 +207,8 @@ def test_running_hands_dvc_every_point_of_a_sweep(params_file, tmp_path, monkeyp
     folder = fake_dvc(tmp_path / "bin")
     monkeypatch.setattr("sys.executable", str(folder / "python"))
     monkeypatch.chdir(tmp_path)
+    git("init", "-q", ".")
+    git("commit", "-q", "--allow-empty", "-m", "x")
     conf = own_experiment(
         tmp_path / "conf",
         "params: {training: {eval_windows: 9}}\ntargets: [training]\n"
@@ -235,6 +237,8 @@ def test_a_failing_dvc_is_one_sentence(params_file, tmp_path, monkeypatch):
     folder = fake_dvc(tmp_path / "bin", code=255)
     monkeypatch.setattr("sys.executable", str(folder / "python"))
     monkeypatch.chdir(tmp_path)
+    git("init", "-q", ".")
+    git("commit", "-q", "--allow-empty", "-m", "x")
     with pytest.raises(CheckFailed, match="dvc exp run -n demo failed"):
         experiments.run("demo", params_file, conf=CONF)
 

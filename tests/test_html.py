@@ -121,10 +121,10 @@ def browser():
 def opened(browser, text, tmp_path):
     """Open the page in a window of its own; what it logged and asked for must be nothing."""
     path: Path = tmp_path / "index.html"
-    path.write_text(text, encoding="utf-8")
     told, asked, contexts = [], [], []
 
-    def see(width: int, scheme: str = "light", *, touch: bool = False):
+    def see(width: int, scheme: str = "light", *, touch: bool = False, page: str = text):
+        path.write_text(page, encoding="utf-8")
         size = {"width": width, "height": 800}
         contexts.append(
             browser.new_context(viewport=size, color_scheme=scheme, has_touch=touch, is_mobile=touch)
@@ -229,6 +229,23 @@ def test_the_language_is_switched_without_the_network(opened, record):
     assert french.text_content() == View(record, "fr").sums()
     window.locator("#in-fr").press("ArrowLeft")
     assert english.is_visible()
+
+
+@pytest.fixture(scope="module")
+def long_names(record):
+    """The page of a user's own corpus whose name and sources are long words."""
+    name = "corpus" * 16
+    parts = [{**record["data"]["sources"][0], "name": f"{name}.txt", "licence": name}]
+    return html.page(
+        {**record, "about_note": False, "data": {**record["data"], "name": name, "sources": parts}}
+    )
+
+
+def test_long_names_are_no_wider_than_a_phone(opened, long_names):
+    window = opened(390, page=long_names, touch=True)
+    for language in ("en", "fr"):
+        window.locator(f"#in-{language}").check(force=True)
+        assert window.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.parametrize("width", [390, 1280])

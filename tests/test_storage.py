@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and checked when they are read."""
 
+import ast
 import errno
 import hashlib
 import json
@@ -7,11 +8,12 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from compactgpt import storage
-from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput
+from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed
 
 
 @pytest.fixture
@@ -92,10 +94,11 @@ def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path):
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    (tmp_path / f".out.{ended.pid}.tmp").mkdir()
-    (tmp_path / f".out.{ended.pid}.old").mkdir()
-    (tmp_path / f".a.txt.{ended.pid}.tmp").write_text("half")
-    kept = [f".out.{os.getppid()}.tmp", f".b.txt.{ended.pid}.tmp", ".out.notes", ".a.txt.1.bak"]
+    (tmp_path / f".out.{ended.pid}.compactgpt-tmp").mkdir()
+    (tmp_path / f".out.{ended.pid}.compactgpt-old").mkdir()
+    (tmp_path / f".a.txt.{ended.pid}.compactgpt-tmp").write_text("half")
+    kept = [f".out.{os.getppid()}.compactgpt-tmp", f".b.txt.{ended.pid}.compactgpt-tmp", ".out.notes"]
+    kept += [".a.txt.1.bak", f".a.txt.{ended.pid}.old", f".a.txt.backup.{ended.pid}.compactgpt-old"]
     for name in kept:
         (tmp_path / name).write_text("somebody else's")
     with storage.atomic_folder(tmp_path / "out"):
@@ -112,6 +115,127 @@ def test_the_manifest_says_facts_sizes_and_hashes(tmp_path):
     manifest = storage.verified_manifest(tmp_path / "out")
     digest = hashlib.sha256("héllo".encode()).hexdigest()
     assert manifest == {"documents": 3, "files": {"sub/a.txt": {"bytes": 6, "sha256": digest}}}
+
+
+def make_output(folder, kind="tokens", content="new", **options):
+    with storage.atomic_folder(folder, kind=kind, **options) as temporary:
+        storage.write_text(temporary / "a.txt", content)
+
+
+def assert_refused(folder, says, **options):
+    """Nothing below the folder's parent changes."""
+    before = tree(folder.parent)
+    with pytest.raises(NotAllowed, match=says):
+        make_output(folder, **options)
+    assert tree(folder.parent) == before
+
+
+def tree(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else path.is_symlink()
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_folder_with_files_of_someone_else_is_refused(tmp_path):
+    (thesis := tmp_path / "papers/thesis.tex").parent.mkdir()
+    thesis.write_text("five years")
+    assert_refused(thesis.parent, r"papers has files that this command did not write")
+    assert_refused(thesis.parent, "did not write", overwrite=True)
+    assert_refused(thesis, "thesis.tex is a file")
+    (thesis.parent / "manifest.json").write_text('{"files": {}}')  # of another tool
+    assert_refused(thesis.parent, "did not write", overwrite=True)
+
+
+def test_an_earlier_output_of_the_same_kind_is_replaced_and_of_another_refused(tmp_path):
+    make_output(tmp_path / "out")
+    make_output(tmp_path / "out", content="newer")
+    assert (tmp_path / "out/a.txt").read_text() == "newer"
+    assert storage.verified_manifest(tmp_path / "out")["kind"] == "tokens"
+    assert_refused(tmp_path / "out", "did not write", kind="export", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    make_output(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "a.txt", "sub/link"])
+def test_an_earlier_output_that_was_changed_since_needs_overwrite(tmp_path, name):
+    make_output(tmp_path / "out")
+    (tmp_path / "out/sub").mkdir()
+    path = tmp_path / "out" / name
+    path.symlink_to("nowhere") if name == "sub/link" else path.write_text("new")
+    if name == "a.txt":
+        path.write_text("old")
+    assert_refused(tmp_path / "out", f"{name} was changed since")
+    make_output(tmp_path / "out", overwrite=True)
+    assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
+
+
+def test_what_is_written_into_the_folder_meanwhile_is_kept(tmp_path):
+    written = storage.atomic_folder(tmp_path / "out", kind="tokens")
+    written.__enter__()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("saved just now")
+    with pytest.raises(NotAllowed):
+        written.__exit__(None, None, None)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out/thesis.tex").read_text() == "saved just now"
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("here", "is the current folder"),
+        ("here/..", "a parent of the current folder"),
+        ("home", "a home folder"),
+        ("home/..", "a parent of"),
+        ("repository", "the root of a repository"),
+        ("data-repository", "the root of a repository"),
+        ("link", "is the current folder"),
+        ("link/link-to-home", "a home folder"),
+        ("loop", "leads nowhere"),
+    ],
+)
+def test_a_folder_that_must_stay_is_refused_also_behind_links(tmp_path, monkeypatch, where, says, private):
+    for name in ("here", "home", "repository/.git", "data-repository/.dvc"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("here")
+    (tmp_path / "here/link-to-home").symlink_to(tmp_path / "home")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert_refused(tmp_path / where, says, kind="", private=private)
+    make_output(tmp_path / "new")  # what is refused depends on the place alone
+
+
+@pytest.mark.parametrize("place", ["/", "/proc"])
+def test_the_root_and_a_mount_point_are_refused(place):
+    with pytest.raises(NotAllowed, match="which is never replaced"):
+        storage.replaceable(Path(place), lambda _: True)
+
+
+def test_a_link_to_an_earlier_output_stays_a_link(tmp_path):
+    make_output(tmp_path / "big disk/out")
+    (tmp_path / "out").symlink_to("big disk/out")
+    make_output(tmp_path / "out", content="newer")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "big disk/out/a.txt").read_text() == "newer"
+    assert names(tmp_path / "big disk") == ["out"]
+
+
+def test_state_of_our_own_is_replaced_though_it_is_damaged(tmp_path):
+    make_output(tmp_path / "state", kind="state")
+    (tmp_path / "state/manifest.json").write_bytes(b"")
+    make_output(tmp_path / "state", kind="state", private=True)
+    assert storage.verified_manifest(tmp_path / "state")["kind"] == "state"
+
+
+def test_every_writer_of_a_folder_names_its_kind():
+    root = Path(__file__).parents[1]
+    for path in [*root.glob("src/**/*.py"), *root.glob("stages/*.py"), root / "bench/tokenization.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "atomic_folder":
+                assert "kind" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from compactgpt import documents as documents_room
 from compactgpt import encoder, encoding, tokenization
 from compactgpt.config import Tokenization
 from compactgpt.data import open_tokens
-from compactgpt.documents import LongText, new_document, read_row_group, row_groups
+from compactgpt.documents import new_document, read_row_group, row_groups
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
@@ -58,7 +57,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def documents(tmp_path, monkeypatch):
     monkeypatch.setattr(documents_room, "ROW_GROUP_BYTES", 200)
-    return make_documents(tmp_path / "documents", TEXTS)
+    return make_documents(tmp_path / "documents", TEXTS, shard_bytes=500)  # five shards or more
 
 
 def test_a_hand_worked_text(tokenizer):
@@ -279,22 +278,29 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def made_pieces(monkeypatch):
+def made_groups(monkeypatch):
     """Note the row groups that are encoded from here on."""
     made = []
     encode_group = tokenization.encode_group
 
     def noting(task):
-        made.append(task.group.index)
+        made.append((task.group.path.stem, task.group.index))
         return encode_group(task)
 
     monkeypatch.setattr(tokenization, "encode_group", noting)
     return made
 
 
-@pytest.mark.parametrize("stop", [1, 3, 8])
-def test_a_stopped_run_goes_on_with_the_next_piece(tmp_path, monkeypatch, tokenizer, documents, stop):
+def names(groups):
+    return [(group.path.stem, group.index) for group in groups]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_a_stopped_run_goes_on_behind_the_last_finished_shard(
+    tmp_path, monkeypatch, tokenizer, documents, stop
+):
     tokenize(documents, tokenizer, tmp_path / "whole", HALF)
+    groups = row_groups(documents)
     calls = []
 
     def stopping(done, total, figures=None):
@@ -305,11 +311,15 @@ def test_a_stopped_run_goes_on_with_the_next_piece(tmp_path, monkeypatch, tokeni
     with pytest.raises(KeyboardInterrupt):
         tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=stopping)
     assert not (tmp_path / "tokens").exists()
-    made = made_pieces(monkeypatch)
+    made = made_groups(monkeypatch)
     notes = []
     tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=lambda *words: notes.append(words))
-    assert made == list(range(stop, len(row_groups(documents))))
-    assert notes[0][2] == {"note:": f"going on after {stop} pieces"}
+    finished = {group.path.stem for group in groups[:stop]} - {
+        group.path.stem for group in groups[stop - 1 :]
+    }
+    assert made == [each for each in names(groups) if each[0] not in finished]
+    said = f"{len(finished)} of 5 shards are finished already"
+    assert not finished or notes[0][2] == {"note:": said}
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
     assert list((tmp_path / "state").iterdir()) == []
 
@@ -321,7 +331,7 @@ from compactgpt import tokenization
 from compactgpt.config import Tokenization
 
 def progress(done, total, figures=None):
-    if done > total // 3:
+    if done > total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -341,7 +351,7 @@ def test_a_run_that_is_killed_goes_on_and_gives_the_same_bytes(tmp_path, monkeyp
     )
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "tokens").exists()
-    made = made_pieces(monkeypatch)
+    made = made_groups(monkeypatch)
     tokenize(documents, tokenizer, tmp_path / "tokens", HALF)
     assert 0 < len(made) < len(row_groups(documents))
     tokenize(documents, tokenizer, tmp_path / "whole", HALF)
@@ -358,7 +368,7 @@ def test_processes_and_the_reference_encoder_give_the_same_bytes(tmp_path, monke
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "slow")
 
 
-def test_a_piece_that_was_altered_while_waiting_is_named_and_made_again(tmp_path, tokenizer, documents):
+def test_a_chunk_that_was_altered_is_named_and_made_again(tmp_path, monkeypatch, tokenizer, documents):
     def stopping(done, total, figures=None):
         if done > total // 2:
             raise KeyboardInterrupt
@@ -366,17 +376,21 @@ def test_a_piece_that_was_altered_while_waiting_is_named_and_made_again(tmp_path
     with pytest.raises(KeyboardInterrupt):
         tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=stopping)
     (state,) = (tmp_path / "state").iterdir()
-    raw = bytearray((state / "train.tokens").read_bytes())
-    raw[1030] ^= 1
-    (state / "train.tokens").write_bytes(raw)
+    damaged = state / "documents-00001"
+    raw = bytearray((damaged / "train.tokens").read_bytes())
+    raw[3] ^= 1
+    (damaged / "train.tokens").write_bytes(raw)
     notes = []
+    made = made_groups(monkeypatch)
     tokenize(documents, tokenizer, tmp_path / "tokens", HALF, progress=lambda *words: notes.append(words))
-    assert re.fullmatch(r"piece \d in .* was altered: made again", notes[0][2]["note:"])
+    assert {"note:": f"{damaged} was altered: made again"} in [each[2] for each in notes if len(each) > 2]
+    assert "documents-00001" in dict(made)
+    assert "documents-00000" not in dict(made)
     tokenize(documents, tokenizer, tmp_path / "whole", HALF)
     assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
 
 
-def test_pieces_of_other_documents_or_another_split_are_never_used(tmp_path, tokenizer, documents):
+def test_chunks_of_other_documents_or_another_split_are_never_used(tmp_path, tokenizer, documents):
     def stopping(done, total, figures=None):
         raise KeyboardInterrupt
 
@@ -390,16 +404,13 @@ def test_pieces_of_other_documents_or_another_split_are_never_used(tmp_path, tok
     assert before != after
 
 
-def test_a_long_document_goes_in_parts_and_by_file(tmp_path, monkeypatch, tokenizer):
+def test_a_document_longer_than_a_span_gives_the_same_ids(tmp_path, monkeypatch, tokenizer):
     texts = ["hello wide world, hello\n" * 3000, "short", *(str(n) for n in range(30))]
     documents = make_documents(tmp_path / "documents", texts)
     tokenize(documents, tokenizer, tmp_path / "whole", HALF)
     monkeypatch.setattr(encoder, "SPAN_BYTES", 1000)
-    monkeypatch.setattr(tokenization, "FLUSH_TOKENS", 100)
-    monkeypatch.setattr(tokenization, "SPILL_BYTES", 500)
-    tokenize(documents, tokenizer, tmp_path / "parts", HALF)
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert not list(tmp_path.rglob("*.spill"))
+    tokenize(documents, tokenizer, tmp_path / "spans", HALF)
+    assert contents(tmp_path / "spans") == contents(tmp_path / "whole")
 
 
 def write_shards(folder, texts):
@@ -410,47 +421,7 @@ def write_shards(folder, texts):
     return folder
 
 
-def spooled(text):
-    made, raw = LongText(), text.encode()
-    for start in range(0, len(raw), 7):
-        made.add(raw[start : start + 7], len(raw[start : start + 7].decode("utf-8", "ignore")))
-    return made
-
-
-def test_a_long_document_lies_in_parts_and_its_ids_are_those_of_the_whole(tmp_path, monkeypatch, tokenizer):
-    long = [
-        "".join(f"hello {n} 漢字é wide\n" for n in range(400)),
-        "é" * 500,
-        "x" * 999,
-        "y" * 1000,
-        "z" * 1001,
-    ]
-    texts = [TEXTS[0], long[0], *TEXTS[1:9], *long[1:], *TEXTS[9:]]
-    tokenize(write_shards(tmp_path / "whole", texts), tokenizer, tmp_path / "tokens", HALF)
-    monkeypatch.setattr(documents_room, "PART_BYTES", 1000)
-    folder = write_shards(tmp_path / "parts", texts)
-    groups = row_groups(folder)
-    assert [group.parts for group in groups] == [1, 10, 1, 2, 1]
-    for group in groups:
-        for stored in documents_room.stream_row_group(group):
-            parts = [str(part, "utf-8") for part in stored.parts]  # characters are whole
-            assert all(997 <= len(part.encode()) <= 1000 for part in parts[:-1])
-            assert stored.id == new_document("".join(parts), "").id
-    assert [each.text for group in groups for each in read_row_group(group)] == texts
-    names = [name for group in groups for name in documents_room.read_names(group)]
-    assert names == [(new_document(text, "").id, f"t/{n}") for n, text in enumerate(texts)]
-    assert documents_room.read_ids(folder / "documents-00000.parquet") == [each for each, _ in names]
-    tokenize(folder, tokenizer, tmp_path / "of_parts", HALF)
-    assert contents(tmp_path / "of_parts") == contents(tmp_path / "tokens")
-    from_disk = [spooled(text) if text in long else text for text in texts]
-    assert contents(write_shards(tmp_path / "spooled", from_disk)) == contents(folder)
-    for text in from_disk:
-        if isinstance(text, LongText):
-            text.close()
-
-
 def test_a_run_without_an_end_is_refused_with_its_document_and_source(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(documents_room, "PART_BYTES", 1000)
     monkeypatch.setattr(encoder, "SPAN_BYTES", 500)
     monkeypatch.setattr(encoder, "LONGEST_RUN_BYTES", 4000)
     text = "words " * 1000 + "x" * 5000
@@ -467,6 +438,15 @@ def test_shards_of_another_version_are_refused_by_name(tmp_path, tokenizer):
         table = pa.table({"id": ["00" * 16], "text": ["x"], "source": ["x"]})
         pq.write_table(table, temporary / "documents-00000.parquet")
     with pytest.raises(BadData, match=r"documents-00000\.parquet has columns .*'source'\], .* are wanted"):
+        tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens", HALF)
+
+
+def test_shards_with_documents_in_parts_are_refused_by_name(tmp_path, tokenizer):
+    with atomic_folder(tmp_path / "documents", {"documents": 1, "bytes": 2}) as temporary:
+        ids, parts = ["00" * 16] * 2, pa.array([0, 1], pa.int32())
+        table = pa.table({"id": ids, "text": ["x", "y"], "source": ["a", "a"], "part": parts})
+        pq.write_table(table, temporary / "documents-00000.parquet")
+    with pytest.raises(BadData, match=r"documents-00000\.parquet has documents in parts"):
         tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens", HALF)
 
 
@@ -494,11 +474,11 @@ def test_text_that_is_not_utf8_is_refused_by_name(tmp_path, tokenizer):
 
 def test_a_shard_cut_short_is_refused_by_name_even_by_a_worker_alone(tmp_path, tokenizer, documents):
     facts = verified_manifest(tokenizer)
-    group = row_groups(documents)[3]
+    group = row_groups(documents)[1]
     raw = group.path.read_bytes()
-    task = tokenization.Task(group, tokenizer, facts["tokenizer_sha256"], "tiktoken", 0.5, None)
+    task = tokenization.Task(group, tokenizer, facts["tokenizer_sha256"], "tiktoken", 0.5)
     group.path.write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 3, is damaged"):
+    with pytest.raises(BadData, match=r"documents-00000\.parquet, row group 1, is damaged"):
         tokenization.encode_group(task)
 
 

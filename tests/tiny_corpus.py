@@ -6,7 +6,7 @@ The spelling of bytes is written down here a second time on purpose: it checks t
 import json
 from pathlib import Path
 
-from compactgpt.documents import new_document, write_documents
+from compactgpt.documents import SHARD_BYTES, new_document, write_documents
 from compactgpt.encoding import save_gpt2
 from compactgpt.storage import atomic_folder
 
@@ -31,8 +31,9 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_documents(folder: Path, texts: list[str]) -> Path:
+def make_documents(folder: Path, texts: list[str], shard_bytes: int = SHARD_BYTES) -> Path:
     facts = {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
     with atomic_folder(folder, facts) as temporary:
-        write_documents(temporary, (new_document(text, f"tiny/{n}") for n, text in enumerate(texts)))
+        documents = (new_document(text, f"tiny/{n}") for n, text in enumerate(texts))
+        write_documents(temporary, documents, shard_bytes)
     return folder

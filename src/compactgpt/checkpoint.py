@@ -25,27 +25,33 @@ from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
 from compactgpt.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
 
+STATE = "training state"  # kind of folder, in its manifest
 KEPT_STATES = 2
 KEPT_RUNS = 2  # unfinished runs beside the present one: whoever turns a number back goes on with its run
 _TYPES = {torch.float32: "F32"}  # of what we write, as safetensors calls them
 log = logging.getLogger(__name__)
 
 
-def save_model(model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None) -> None:
+def save_model(
+    model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None, *, private: bool = False
+) -> None:
     """Write a model: its tensors, its shape, and what else is worth knowing of it.
 
     Args:
         model: on any device.
-        folder: replaced as a whole.
+        folder: new, empty, or an earlier model, which is replaced as a whole.
         facts: JSON values, kept in config.json beside the shape.
         best: folder of another model of the same run, to be kept inside as `best`.
+        private: see `storage.atomic_folder`.
 
     Raises:
+        NotAllowed: the folder has other files.
         MissingInput, BadData: the other model is missing or was altered.
     """
     if best:
         verified_manifest(best)
-    with atomic_folder(folder, {"format": "compactgpt-model-1"}) as temporary:
+    made = atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", private=private)
+    with made as temporary:
         _write_tensors(temporary / "model.safetensors", model.state_dict())
         config = {"model": model.shape.model_dump(mode="json"), "facts": dict(facts)}
         write_json(temporary / "config.json", config)
@@ -87,7 +93,8 @@ def save_state(
         optimizers: their state now.
         progress: JSON values that training needs to go on.
     """
-    with atomic_folder(folder / f"step-{step:08d}", {"run_key": run_key, "step": step}) as temporary:
+    own = {"run_key": run_key, "step": step}
+    with atomic_folder(folder / f"step-{step:08d}", own, kind=STATE, private=True) as temporary:
         _write_tensors(temporary / "model.safetensors", model.state_dict())
         _write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors())
         write_json(temporary / "progress.json", progress)
@@ -123,7 +130,7 @@ def prune_runs(folder: Path, key: str) -> None:
         folder: holds a folder of states for each run, named by its key.
         key: of the present run, which stays.
     """
-    others = [run for run in folder.glob("*") if run.is_dir() and run.name != key]
+    others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
     for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
         log.info("the states of run %s are removed: it was left long ago", old.name)
         shutil.rmtree(old)
@@ -133,7 +140,8 @@ def checked_state(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
     """Step and progress of a state whose files are what was written, by this run."""
     try:
         manifest = verified_manifest(state)
-        own = manifest["run_key"] == run_key and state.name == f"step-{manifest['step']:08d}"
+        named = (manifest["kind"], manifest["run_key"], f"step-{manifest['step']:08d}")
+        own = named == (STATE, run_key, state.name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadData(f"{state}: its manifest was altered") from error
     if not own:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from compactgpt import __version__
-from compactgpt.console import echo, told_clearly
+from compactgpt.console import echo, report, told_clearly
 from compactgpt.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -73,15 +73,20 @@ def export(
     model: ModelFolder = Path("models/compact"),
     tokenizer: TokenizerFolder = Path("data/tokenizer"),
     card: CardFile = Path("reports/model_card.md"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export that was changed since.")
+    ] = False,
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
     with told_clearly():
-        _export(folder, model, tokenizer, card, params_file)
+        _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
         echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
-def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path) -> None:
+def _export(
+    folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path, *, overwrite: bool = False
+) -> None:
     from compactgpt.checkpoint import load_model
     from compactgpt.config import load_params
     from compactgpt.export import save_hf
@@ -91,7 +96,7 @@ def _export(folder: Path, model: Path, tokenizer: Path, card: Path, params_file:
     text, why_none = card_for(model, card)
     if text and params_file.exists():
         text = with_base_model(text, load_params(params_file).training.init_from)
-    save_hf(load_model(model), folder, tokenizer, text)
+    save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)
     if why_none:
         echo(f"without a model card: {why_none}")
 
@@ -177,13 +182,20 @@ def reproduce(
     check: Annotated[bool, typer.Option("--check", help="Only say what would be missing.")] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the data again too.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch work tree.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the code of a run or branch without being asked.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
     with told_clearly():
         from compactgpt import reproduction
 
-        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=echo)
+        def agree(plan: reproduction.Plan) -> bool:
+            report("\n".join(plan.lines()))
+            return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
+
+        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
         echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)

@@ -157,7 +157,7 @@ class Download(Section):
     max_documents: Positive | None
     max_bytes: Positive | None
     shard_megabytes: Positive
-    max_document_megabytes: Annotated[int, Field(gt=0, le=100_000)]
+    max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]
     max_row_megabytes: Annotated[int, Field(gt=0, le=1000)]
     docstrings: Docstrings
     files: Files

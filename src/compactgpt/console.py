@@ -91,7 +91,7 @@ def _misfortune(error: OSError) -> UserError | None:
     place = error.filename or Path.cwd()
     if error.errno == errno.EIO:
         return DiskFailed(f"the disk failed ({place}): see to it, then run again")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFull(f"no room left on the disk ({place}): free some space and run again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         why = f"{error.filename}: {error.strerror}"

@@ -18,11 +18,9 @@ from typing import Any, Protocol
 from compactgpt.documents import (
     Document,
     IdSet,
-    LongText,
     new_document,
     read_ids,
     shard_name,
-    text_bytes,
     write_shard,
 )
 from compactgpt.errors import BadData, UserError
@@ -57,7 +55,7 @@ class Origin:
 class Piece:
     """One text on its way into the corpus."""
 
-    text: str | LongText  # the latter is never blank
+    text: str
     where: str  # the source of the document
     part: int  # index in the reader's parts
 
@@ -176,7 +174,7 @@ def collect(reader: Reader, folder: Path, limits: Limits, *, state: Path, say: S
     kept = state / corpus_key(reader, limits)
     tally = Tally(reader.parts)
     facts: dict[str, Any] = {"corpus": reader.name}
-    with atomic_folder(folder, facts) as temporary:
+    with atomic_folder(folder, facts, kind="documents") as temporary:
         facts["shards"] = _make_shards(reader, kept, limits, tally, say)
         facts["sources"] = [part.facts() for part in tally.parts]
         facts["documents"], facts["bytes"] = tally.documents, tally.bytes
@@ -267,14 +265,14 @@ def _wanted(pieces: Iterator[Piece], lengths: range, limits: Limits, tally: Tall
         piece = next(pieces, None)
         if piece is None:
             return
-        if isinstance(piece.text, str) and not piece.text.strip():
+        if not piece.text.strip():
             tally.left_out["empty"] += 1
             continue
         if len(piece.text) not in lengths:
             tally.left_out["short" if len(piece.text) < lengths.start else "long"] += 1
             continue
         document = new_document(piece.text, piece.where)
-        size = text_bytes(piece.text)
+        size = len(piece.text.encode("utf-8"))
         if max_bytes is not None and tally.bytes + size > max_bytes:
             return
         if not tally.seen.add(document.id):

@@ -1,24 +1,20 @@
 """Documents on disk: zstd parquet shards of (id, text, source, part), cut by size, read by row group.
 
     id      first 16 bytes of the SHA-256 of the document's UTF-8 text, as 32 hex digits
-    text    the document, or PART_BYTES of it at most: a longer one is several rows, one after another
+    text    the document, whole
     source  where it came from, such as `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
-    part    0, and 1, 2, ... for the further parts of a long document
+    part    always 0
 
-Parts end between any two characters: who needs more of the text than a part, such as a whole word, carries
-the rest over. The unit of work of every reader is a few MiB of text or one long document, whose parts are
-row groups of their own: nobody has more of it in memory than one part.
-The folder is made by `storage.atomic_folder`, so that its manifest names each shard's size and SHA-256.
+A reader's unit of work is a row group: a few MiB of text, or one document where that is longer. The folder
+is made by `storage.atomic_folder`, so that its manifest names each shard's size and SHA-256.
 """
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -28,54 +24,8 @@ from compactgpt.storage import atomic_file
 
 SHARD_BYTES = 2**28  # of text, where params.yaml (download.shard_megabytes) says nothing else
 ROW_GROUP_BYTES = 2**21  # of text
-PART_BYTES = 2**22  # of text; reading a cell of parquet takes more than three times its size
 _COLUMNS = ("id", "text", "source", "part")
 _RECENT_IDS = 2**18
-
-
-class LongText:
-    """A text that is too long for memory, in a temporary file until it is closed."""
-
-    def __init__(self) -> None:
-        self._file = TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        self._hasher = hashlib.sha256()
-        self._characters = self.size = 0
-
-    def add(self, content: bytes, characters: int) -> None:
-        """Append UTF-8, which may end within a character."""
-        self._file.write(content)
-        self._hasher.update(content)
-        self.size += len(content)
-        self._characters += characters
-
-    def __len__(self) -> int:
-        """Length in characters."""
-        return self._characters
-
-    def close(self) -> None:
-        """Let the file go."""
-        self._file.close()
-
-    def sha256(self) -> str:
-        """Hash of the text."""
-        return self._hasher.hexdigest()
-
-    def parts(self) -> Iterator[bytes]:
-        """Yield the text from its start, in parts of PART_BYTES or a few bytes less."""
-        self._file.seek(0)
-        yield from _parts(self._file)
-
-
-def _parts(file: IO[bytes]) -> Iterator[bytes]:
-    """Cut UTF-8 between characters, so that the cuts depend on the text alone."""
-    block = file.read(PART_BYTES + 1)
-    while len(block) > PART_BYTES:
-        end = PART_BYTES
-        while block[end] & 0xC0 == 0x80:  # the middle of a character
-            end -= 1
-        yield block[:end]
-        block = block[end:] + file.read(PART_BYTES + 1 - len(block) + end)
-    yield block
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,48 +33,24 @@ class Document:
     """One text and where it came from."""
 
     id: str
-    text: str | LongText
+    text: str
     source: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A document of a shard."""
-
-    id: str
-    source: str
-    parts: Iterable[memoryview]  # UTF-8, cut between characters; read them before the next document
-
-
-class Counted:
-    """The parts of a text, and how many bytes of them were read."""
-
-    def __init__(self, parts: Iterable[memoryview]) -> None:
-        self._parts, self.size = parts, 0
-
-    def __iter__(self) -> Iterator[memoryview]:
-        for part in self._parts:
-            self.size += len(part)
-            yield part
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """One readable piece of a shard: a row group of whole documents, or those of one long document."""
+    """One readable unit of a shard: a row group of whole documents."""
 
     path: Path
     index: int
-    parts: int = 1  # row groups from `index` on
 
 
-def new_document(text: str | LongText, source: str) -> Document:
+def new_document(text: str, source: str) -> Document:
     """Name a text by its hash.
 
     Raises:
         BadData: the text holds a lone surrogate, which UTF-8 can't spell.
     """
-    if isinstance(text, LongText):
-        return Document(text.sha256()[:32], text, source)
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -133,11 +59,6 @@ def new_document(text: str | LongText, source: str) -> Document:
             f"(U+{ord(text[error.start]):04X}), which is no Unicode text: mend or remove the document"
         ) from error
     return Document(hashlib.sha256(content).hexdigest()[:32], text, source)
-
-
-def text_bytes(text: str | LongText) -> int:
-    """Length in UTF-8."""
-    return text.size if isinstance(text, LongText) else len(text.encode("utf-8"))
 
 
 # --- writing
@@ -173,37 +94,23 @@ def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> 
         return _write_groups(file, first, groups)
 
 
-Row = tuple[str, bytes, str, int]
-
-
-def _groups(documents: Iterator[Document], shard_bytes: int) -> Iterator[list[Row]]:
-    """The rows of one row group after another: ROW_GROUP_BYTES or a little more, long documents apart."""
-    rows: list[Row] = []
+def _groups(documents: Iterator[Document], shard_bytes: int) -> Iterator[list[Document]]:
+    """Yield the documents of one row group after another: of ROW_GROUP_BYTES of text or a little more."""
+    group: list[Document] = []
     total = waiting = 0
     while total < shard_bytes and (document := next(documents, None)) is not None:
-        size = text_bytes(document.text)
+        size = len(document.text.encode("utf-8"))
         total += size
         waiting += size
-        if size > PART_BYTES and rows:
-            yield rows
-            rows = []
-        for part, content in enumerate(_text_parts(document.text)):
-            rows.append((document.id, content, document.source, part))
-            if size > PART_BYTES:
-                yield rows
-                rows, waiting = [], 0
+        group.append(document)
         if waiting >= ROW_GROUP_BYTES:
-            yield rows
-            rows, waiting = [], 0
-    if rows:
-        yield rows
+            yield group
+            group, waiting = [], 0
+    if group:
+        yield group
 
 
-def _text_parts(text: str | LongText) -> Iterator[bytes]:
-    return text.parts() if isinstance(text, LongText) else _parts(io.BytesIO(text.encode("utf-8")))
-
-
-def _write_groups(file: IO[bytes], first: list[Row], groups: Iterator[list[Row]]) -> int:
+def _write_groups(file: IO[bytes], first: list[Document], groups: Iterator[list[Document]]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -213,11 +120,11 @@ def _write_groups(file: IO[bytes], first: list[Row], groups: Iterator[list[Row]]
     with pq.ParquetWriter(
         file, schema, compression="zstd", use_dictionary=["source"], write_page_checksum=True
     ) as writer:
-        for rows in chain([first], groups):
-            columns = zip(*rows, strict=True)
+        for group in chain([first], groups):
+            columns = zip(*((each.id, each.text, each.source, 0) for each in group), strict=True)
             arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
             writer.write_table(pa.table(arrays, schema=schema))
-            taken += sum(part == 0 for *_, part in rows)
+            taken += len(group)
     return taken
 
 
@@ -225,7 +132,7 @@ def _write_groups(file: IO[bytes], first: list[Row], groups: Iterator[list[Row]]
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
-    """List the pieces of a folder of shards, in the order of its documents.
+    """List the row groups of a folder of shards, in the order of its documents.
 
     Raises:
         BadData: a shard was made by another version of this program, or is damaged.
@@ -233,7 +140,7 @@ def row_groups(folder: Path) -> list[RowGroup]:
     return [group for path in sorted(folder.glob("documents-*.parquet")) for group in _row_groups(path)]
 
 
-def _row_groups(path: Path) -> Iterator[RowGroup]:
+def _row_groups(path: Path) -> list[RowGroup]:
     import pyarrow.parquet as pq
 
     with _named_damage(str(path)):
@@ -243,11 +150,12 @@ def _row_groups(path: Path) -> Iterator[RowGroup]:
         raise BadData(
             f"{path} has columns {list(names)}, {list(_COLUMNS)} are wanted: run `dvc repro -f download`"
         )
-    # Of the parts of a long document only the first has the number 0.
-    numbers = (metadata.row_group(n).column(3).statistics.min for n in range(metadata.num_row_groups))
-    starts = [n for n, number in enumerate(numbers) if number == 0]
-    for start, end in pairwise([*starts, metadata.num_row_groups]):
-        yield RowGroup(path, start, end - start)
+    numbers = range(metadata.num_row_groups)
+    if any(metadata.row_group(number).column(3).statistics.max for number in numbers):
+        raise BadData(
+            f"{path} has documents in parts, as an earlier version wrote them: run `dvc repro -f download`"
+        )
+    return [RowGroup(path, number) for number in numbers]
 
 
 @contextmanager
@@ -260,22 +168,42 @@ def _named_damage(what: str) -> Iterator[None]:
         raise BadData(f"{what} is damaged ({error}): run `dvc repro -f download`") from error
 
 
-def _read(group: RowGroup, part: int, columns: tuple[str, ...]) -> Any:
+def _read(group: RowGroup, columns: tuple[str, ...]) -> Any:
     import pyarrow.parquet as pq
 
-    index = group.index + part
     with (
-        _named_damage(f"{group.path}, row group {index},"),
+        _named_damage(f"{group.path}, row group {group.index},"),
         pq.ParquetFile(group.path, page_checksum_verification=True) as file,
     ):
-        table = file.read_row_group(index, columns=list(columns), use_threads=False)
+        table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
         table.validate(full=True)  # UTF-8, among others
     return table
 
 
-def _texts(table: Any) -> Iterator[memoryview]:
-    """The cells of the column `text`, without a Python string or a copy."""
-    for chunk in table.column("text").chunks:
+def read_row_group(group: RowGroup) -> list[Document]:
+    """Read the documents of a row group.
+
+    Raises:
+        BadData: the shard is damaged.
+    """
+    table = _read(group, ("id", "text", "source"))
+    columns = [table.column(name).to_pylist() for name in ("id", "text", "source")]
+    return [Document(*row) for row in zip(*columns, strict=True)]
+
+
+def read_texts(group: RowGroup) -> Iterator[tuple[str, str, memoryview]]:
+    """Yield (id, source, text in UTF-8) of the documents of a row group, without a Python string or a copy.
+
+    Raises:
+        BadData: the shard is damaged.
+    """
+    table = _read(group, ("id", "text", "source"))
+    ids, sources = (table.column(name).to_pylist() for name in ("id", "source"))
+    yield from zip(ids, sources, _cells(table.column("text")), strict=True)
+
+
+def _cells(column: Any) -> Iterator[memoryview]:
+    for chunk in column.chunks:
         _, offsets, content = chunk.buffers()
         ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
         view = memoryview(content if content is not None else b"")
@@ -283,46 +211,17 @@ def _texts(table: Any) -> Iterator[memoryview]:
             yield view[start:end]
 
 
-def stream_row_group(group: RowGroup) -> Iterator[Stored]:
-    """Yield the documents of one piece, in memory bounded whatever their length.
-
-    Raises:
-        BadData: the shard is damaged.
-    """
-    first = _read(group, 0, ("id", "text", "source"))
-    ids, sources = (first.column(name).to_pylist() for name in ("id", "source"))
-    if group.parts == 1:
-        for document_id, source, text in zip(ids, sources, _texts(first), strict=True):
-            yield Stored(document_id, source, (text,))
-        return
-    yield Stored(ids[0], sources[0], _long(group))
-
-
-def _long(group: RowGroup) -> Iterator[memoryview]:
-    for part in range(group.parts):
-        yield from _texts(_read(group, part, ("text",)))
-
-
-def read_row_group(group: RowGroup) -> list[Document]:
-    """Read the documents of one piece whole: for those that are known to be small."""
-    return [
-        Document(each.id, str(b"".join(each.parts), "utf-8"), each.source) for each in stream_row_group(group)
-    ]
-
-
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
-    """Read id and source of the documents of one piece, without their texts."""
-    table = _read(group, 0, ("id", "source"))
+    """Read id and source of the documents of a row group, without their texts."""
+    table = _read(group, ("id", "source"))
     return list(zip(*(table.column(name).to_pylist() for name in ("id", "source")), strict=True))
 
 
 def read_ids(path: Path) -> list[str]:
     """Read the ids of the documents of one shard, in order, without their texts."""
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["id", "part"])
-    return list(table.filter(pc.equal(table.column("part"), 0)).column("id").to_pylist())
+    return list(pq.read_table(path, columns=["id"]).column("id").to_pylist())
 
 
 class IdSet:

@@ -5,21 +5,18 @@ pattern 14 times as fast (docs/benchmarks.md), and is used where it is installed
 and digits are those of Unicode 17, tiktoken's those of Unicode 16: text with one of the code points in
 between goes through tiktoken. tests/test_encoder.py asks both for the class of every code point.
 
-Long text is cut where GPT-2's pattern
+Long text is cut before white space that follows another character, where GPT-2's pattern
 
     '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
 
-can't match across the cut, so that the ids of the parts are the ids of the whole. Matching at a place
-looks at nothing before it, so a cut must only be where a match ends, and what is left of it must match
-the same without what is right of it. That holds between a character that is no white space and one that
-is: no alternative runs on from the first to the second, and the left part's white space is all inside it,
-where `$` and `(?!\S)` see what they saw. For the same reason it holds between a letter and a digit, and
-between either and anything else that is no white space, but for an apostrophe before a letter ('s, 'll).
+can't match across the cut, so that the ids of the spans are the ids of the whole: no alternative runs on
+from another character to white space, and the left part's white space is all inside it, where `$` and
+`(?!\S)` see what they saw.
 """
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -32,7 +29,7 @@ from compactgpt.errors import BadData
 
 Ids = npt.NDArray[np.uint32]
 SPAN_BYTES = 2**20  # of text, encoded in one call
-LONGEST_RUN_BYTES = 2**22  # of text without a safe cut: encoding it takes twenty times its size in memory
+LONGEST_RUN_BYTES = 2**22  # of text without a safe cut: encoding takes seconds and twenty times its size
 CACHE_BYTES = 2**27  # gigatoken remembers every word that it met: beyond this it starts anew
 CHECK_EVERY_BYTES = 2**20  # of text
 CHECK_BYTES = 2**11  # of them are compared with tiktoken's
@@ -45,18 +42,10 @@ NEW_IN_UNICODE_17 = (
     (0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6E4, 0x1E6E5), (0x1E6E7, 0x1E6ED),
     (0x1E6F0, 0x1E6F4), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD), (0x323B0, 0x33479),
 )  # fmt: skip
-_WHITE = rb"[ \t\n\v\f\r]"
 _SAFE_CUT = re.compile(
-    # any character but white space (Unicode's beyond ASCII too), then white space
+    # Any character but white space (Unicode's beyond ASCII too), then white space.
     rb"(?<!\s)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe1\xa0\x8e)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])"
-    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=" + _WHITE + rb")"
-    rb"|(?<=[A-Za-z])(?=[!-@\[-`{-~])"  # letter, then digit or other
-    rb"|(?<=[0-9])(?=[!-/:-~])"  # digit, then letter or other
-    rb"|(?<=[!-/:-@\[-`{-~])(?=[0-9])"  # other, then digit
-    rb"|(?<=[!-&(-/:-@\[-`{-~])(?=[A-Za-z])"  # other but the apostrophe, then letter
-    # han (U+5000 to U+8FFF) or kana, then an ideographic space or one of their stops and commas
-    rb"|(?:(?<=[\xe5-\xe8][\x80-\xbf][\x80-\xbf])|(?<=\xe3\x81[\x81-\xbf])|(?<=\xe3\x82[\x80-\x94]))"
-    rb"(?=\xe3\x80[\x80-\x82]|\xef\xbc[\x81\x8c\x9f])"
+    rb"(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)(?=[ \t\n\v\f\r])"
 )
 
 
@@ -81,7 +70,7 @@ def _is_new(part: bytes) -> bool:
 
 
 class UnencodableText(BadData):
-    """A text that can't be cut: it says where in the text; who knows the document names it."""
+    """A text that can't be cut: the message says where in the text, the caller adds which document."""
 
 
 class Encoder(Protocol):
@@ -89,11 +78,8 @@ class Encoder(Protocol):
 
     encoding: tiktoken.Encoding
 
-    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text that comes in parts, in order. No special token is ever among them.
-
-        The ids are those of the whole text, wherever its parts end.
-        """
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, span by span. No special token is ever among them."""
 
 
 class TiktokenEncoder:
@@ -102,12 +88,10 @@ class TiktokenEncoder:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
 
-    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text that comes in parts, in order."""
-        if self.encoding._pat_str != GPT2_PATTERN:  # where another pattern may be cut, nobody has proven
-            yield self.encode_span(b"".join(parts))
-            return
-        yield from map(self.encode_span, spans(parts))
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, span by span."""
+        known = self.encoding._pat_str == GPT2_PATTERN  # another pattern may match across our cuts
+        yield from map(self.encode_span, spans(text) if known else [bytes(text)])
 
     def encode_span(self, span: bytes) -> Ids:
         """Encode as ordinary text, without a Python list in between."""
@@ -132,13 +116,13 @@ class GigatokenEncoder:
             self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
         self._allowance = _resident_bytes() + CACHE_BYTES
 
-    def encode(self, parts: Iterable[memoryview]) -> Iterator[Ids]:
-        """Yield the ids of UTF-8 text that comes in parts, in order.
+    def encode(self, text: memoryview) -> Iterator[Ids]:
+        """Yield the ids of UTF-8 text, span by span.
 
         Raises:
             BadData: the ids of a sample are not tiktoken's.
         """
-        for span in spans(parts):
+        for span in spans(text):
             yield self._reference.encode_span(span) if _is_new(span) else self._fast.encode(span)
             self._unchecked += len(span)
             if self._unchecked >= CHECK_EVERY_BYTES:
@@ -179,63 +163,29 @@ def _has_gigatoken() -> bool:
     return find_spec("gigatoken") is not None
 
 
-def spans(parts: Iterable[memoryview]) -> Iterator[bytes]:
+def spans(text: memoryview) -> Iterator[bytes]:
     """Cut text for GPT-2's pattern into spans whose ids, one after another, are the ids of the whole.
 
-    Args:
-        parts: UTF-8 that ends anywhere; what is behind a part's last safe cut waits for the next part.
-
     Yields:
-        About SPAN_BYTES each, never more than LONGEST_RUN_BYTES.
+        SPAN_BYTES each or a little more.
 
     Raises:
-        UnencodableText: a run of one kind of character, such as letters, is longer than that.
+        UnencodableText: there is no white space in LONGEST_RUN_BYTES.
     """
-    rest, done = b"", 0
-    for part in parts:
-        text = memoryview(rest + bytes(part)) if rest else part
-        start = 0
-        while len(text) - start > SPAN_BYTES and (end := _cut(text, start, done)):
-            yield bytes(text[start:end])
-            start = end
-        rest, done = bytes(text[start:]), done + start
-    if rest or not done:
-        yield rest
-
-
-def _cut(text: memoryview, start: int, done: int) -> int | None:
-    """Find where the span from `start` on may end; None where no safe cut is known yet."""
-    end = _last_cut(text, start, start + SPAN_BYTES) or _first_cut(text, start, start + SPAN_BYTES)
-    if end is None and len(text) - start > LONGEST_RUN_BYTES:
-        raise UnencodableText(
-            f"from byte {done + start + 1:,} on there are over {LONGEST_RUN_BYTES:,} bytes without a change "
-            "between letters, digits, signs and white space: that is no text; remove the document, or break "
-            "its lines"
-        )
-    return end
-
-
-def _last_cut(text: memoryview, start: int, end: int) -> int | None:
-    """Find the last safe cut of text[start:end], looking at ever longer ends of it."""
-    reach = 2**10
-    while reach < 2 * SPAN_BYTES:
-        first = max(start + 1, end - reach)
-        # Four bytes more for looking behind.
-        window = bytes(text[max(start, first - 4) : end])
-        skip = first - max(start, first - 4)
-        places = [match.start() for match in _SAFE_CUT.finditer(window, skip)]
-        if places:
-            return first - skip + places[-1]
-        reach *= 8
-    return None
-
-
-def _first_cut(text: memoryview, start: int, place: int) -> int | None:
-    """Find the first safe cut from `place` on, within the longest run that is allowed."""
-    first = place - 4
-    limit = start + LONGEST_RUN_BYTES
-    match = _SAFE_CUT.search(bytes(text[first : limit + 4]), 4)
-    return first + match.start() if match and first + match.start() <= limit else None
+    start = 0
+    while len(text) - start > SPAN_BYTES:
+        end = start + LONGEST_RUN_BYTES
+        if match := _SAFE_CUT.search(text, start + SPAN_BYTES, end):
+            yield bytes(text[start : match.start()])
+            start = match.start()
+        elif end < len(text):
+            raise UnencodableText(
+                f"from byte {start + SPAN_BYTES + 1:,} on there are {LONGEST_RUN_BYTES - SPAN_BYTES:,} bytes "
+                "without a change from text to white space: remove the document, or break its lines"
+            )
+        else:
+            break
+    yield bytes(text[start:])
 
 
 def _resident_bytes() -> int:

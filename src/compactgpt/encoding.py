@@ -75,7 +75,7 @@ def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes])
         "special_tokens": encoding._special_tokens,
         "tokenizer_sha256": encoding_sha256(encoding),
     }
-    with atomic_folder(folder, facts) as temporary:
+    with atomic_folder(folder, facts, kind="tokenizer") as temporary:
         for name, content in files.items():
             write_bytes(temporary / name, content)
     return facts

@@ -45,6 +45,10 @@ class BadData(UserError):
     exit_code = 65
 
 
+class OutsideFolder(BadData):
+    """A path from a lock file, a manifest or a diff leads out of the folder that it belongs to."""
+
+
 class MissingInput(UserError):
     """A file or folder that a stage reads is not there."""
 

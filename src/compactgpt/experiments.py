@@ -8,18 +8,19 @@ params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
 
 import difflib
 import io
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 from ruamel.yaml import YAML
 
+from compactgpt.common.git import require_repository, run_git
 from compactgpt.config import (
     Name,
     Params,
@@ -202,15 +203,16 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
 
     Raises:
         BadConfig: a configuration is impossible; then nothing ran.
-        MissingInput: DVC is not installed.
+        MissingInput: DVC is not installed, or this folder is not a git repository.
         CheckFailed: DVC failed; it has said why.
     """
     one = find(name, conf)
     _with_dvc()
+    require_repository(Path())
     check_dependencies(params_file.parent)
     if not one.sweep:
         apply(name, params_file, settings, conf)
-        _forget(name)
+        _rename_earlier(name)
         _dvc(["exp", "run", "-n", name, *one.targets])
         return [name]
     fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
@@ -220,7 +222,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
     for run_name, point in zip(names, one.sweep, strict=True):
         values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]
         options = [word for value in values for word in ("-S", value)]
-        _forget(run_name)
+        _rename_earlier(run_name)
         _dvc(["exp", "run", "--temp", "-n", run_name, *options, *one.targets])
     return names
 
@@ -233,11 +235,17 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _forget(run_name: str) -> None:
-    """Free the name that an earlier experiment has: `dvc exp run -f` would run every stage anew."""
-    with suppress(MissingInput):
-        experiment_ref(run_name)
-        _dvc(["exp", "remove", "-q", run_name])
+def _rename_earlier(run_name: str) -> None:
+    """Free a name by renaming the experiment that has it, so that its results stay.
+
+    (`dvc exp run -f` would replace it and run every stage again.) DVC keeps names by commit.
+    """
+    head = run_git(Path(), "rev-parse", "HEAD").decode().strip()
+    refs = run_git(Path(), "for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{head[:2]}/{head[2:]}")
+    taken = refs.decode().split()
+    if run_name in taken:
+        number = next(n for n in itertools.count(1) if f"{run_name}-old{n}" not in taken)
+        _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"])
 
 
 def _with_dvc() -> dict[str, str]:
@@ -257,8 +265,9 @@ def experiment_ref(run_name: str) -> str:
     """The newest git reference of a DVC experiment.
 
     Raises:
-        MissingInput: DVC has none of that name.
+        MissingInput: DVC has none of that name, or this folder is not a git repository.
     """
+    require_repository(Path())
     listing = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps"]
     done = subprocess.run(listing, check=False, capture_output=True, text=True)
     for ref in done.stdout.splitlines():

@@ -75,19 +75,24 @@ def to_generation_config(shape: Model) -> dict[str, Any]:
     return {**tokens, "max_length": shape.block_size}
 
 
-def save_hf(model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "") -> None:
+def save_hf(
+    model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "", *, overwrite: bool = False
+) -> None:
     """Write a folder that `from_pretrained` and `pipeline("text-generation")` load; its logits equal ours.
 
     Args:
         model: ours.
-        folder: replaced as a whole.
+        folder: new, empty, or an earlier export, which is replaced as a whole.
         tokenizer: folder of GPT-2's tokenizer as `download` keeps it, to go along; `AutoTokenizer` loads it.
         card: the model card, which becomes README.md.
+        overwrite: replace an earlier export also where its files have changed since.
 
     Raises:
+        NotAllowed: the folder has other files.
         MissingInput: the tokenizer's folder has no GPT-2 files.
     """
-    with atomic_folder(folder, {"format": "hugging-face-gpt2"}) as temporary:
+    facts = {"format": "hugging-face-gpt2"}
+    with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
         write_bytes(temporary / "model.safetensors", save(to_hf_state(model), metadata={"format": "pt"}))
         write_json(temporary / "config.json", to_hf_config(model.shape))
         write_json(temporary / "generation_config.json", to_generation_config(model.shape))

@@ -12,7 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from compactgpt.config import Params, load_params, parse_params
-from compactgpt.errors import BadData
+from compactgpt.errors import BadConfig, BadData, NotAllowed
 from compactgpt.estimate import configured_run
 from compactgpt.experiments import experiment_ref, file_of, find, run_names
 from compactgpt.ladder import (
@@ -24,6 +24,7 @@ from compactgpt.ladder import (
     corpus_of,
     ladder_report,
     predict,
+    read_ladder,
     settings_of,
 )
 from compactgpt.sizes import counts
@@ -128,12 +129,32 @@ def _bootstrap(
     return tuple(draws)
 
 
+def _check_output(folder: Path) -> None:
+    """Refuse a folder with files that no earlier fit wrote; results/ has those of experiments too."""
+    fit, plot = folder / "ladder.json", folder / "ladder.png"
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = names - {fit.name, plot.name} if folder.resolve() != Path("results").resolve() else set()
+    try:
+        own = not fit.exists() or read_ladder(fit) is not None
+    except BadConfig:
+        own = False
+    if others or not own or (plot.exists() and not fit.exists()):
+        raise NotAllowed(f"{folder} has files that this command did not write: name a new or an empty folder")
+
+
 def climb(name: str, folder: Path, params_file: Path) -> str:
     """Gather the runs of a sweep, fit the law, write it into `folder`, and say what came out.
 
+    Args:
+        name: the sweep.
+        folder: new, empty, the project's results/, or one with the two files of an earlier fit.
+        params_file: params.yaml.
+
     Raises:
+        NotAllowed: the folder has other files.
         MissingInput, BadData, BadConfig: see `gather`.
     """
+    _check_output(folder)
     found = gather(run_names(name, find(name)))
     params = load_params(params_file)
     run = configured_run(params)

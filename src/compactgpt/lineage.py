@@ -19,13 +19,14 @@ from pydantic import BaseModel, Field
 
 from compactgpt.common.git import conflict_in
 from compactgpt.config import NO_YAML
-from compactgpt.errors import BadData, MissingInput, UserError
-from compactgpt.storage import write_bytes
+from compactgpt.errors import BadData, MissingInput, OutsideFolder, UserError
+from compactgpt.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 Entry = dict[str, Any]  # of one stage in dvc.lock
 _LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # of each workspace its own
+_OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -45,7 +46,7 @@ class Folder:
     def read(self, path: str) -> bytes | None:
         """The content of a file, or None where there is none."""
         try:
-            return (self.root / path).read_bytes()
+            return inside(self.root, path, follow=False).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -131,7 +132,19 @@ def _tree(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str, 
         json.dumps(tree, default=str, sort_keys=True)  # no anchor within itself, names that have an order
     except (ValueError, TypeError, RecursionError) as error:
         raise BadData(f"{name} is not as DVC has it: `git checkout {name}` restores it") from error
+    for path in _paths(tree) if kind is _Lock else ():
+        try:
+            inside(Path(), path, follow=False)
+        except OutsideFolder as error:
+            raise OutsideFolder(f"{name}: {error}") from error
     return tree
+
+
+def _paths(lock: dict[str, Any]) -> Iterator[str]:
+    """Every path of a dvc.lock."""
+    for entry in lock.get("stages", {}).values():
+        for kind in ("deps", "outs"):
+            yield from (one["path"] for one in entry.get(kind, ()))
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,8 @@ def restore_lock(root: Path) -> bool:
 def _is_lock(content: bytes) -> bool:
     try:
         return "schema" in _tree(content, LOCK, _Lock)
+    except OutsideFolder:  # complete, and of someone else: a copy of ours would hide that
+        raise
     except BadData:
         return False
 
@@ -281,7 +296,13 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def file(self, md5: str) -> Path:
-        """Where an object lies, or would."""
+        """Where an object lies, or would.
+
+        Raises:
+            OutsideFolder: this is no name of an object; as a path, it would lead anywhere.
+        """
+        if not _OBJECT.fullmatch(md5):
+            raise OutsideFolder(f"dvc.lock names {md5!r}, which is no hash of DVC's cache")
         return self.folder / "files" / "md5" / md5[:2] / md5[2:]
 
     def files(self, md5: str) -> dict[str, Path]:
@@ -289,11 +310,23 @@ class Cache:
 
         Raises:
             MissingInput: the cache lacks one.
+            OutsideFolder: see `listed`.
         """
         if not md5.endswith(".dir"):
             return {"": self._present(md5)}
-        listing = json.loads(self._present(md5).read_bytes())
-        return {item["relpath"]: self._present(item["md5"]) for item in listing}
+        return {item["relpath"]: self._present(item["md5"]) for item in self.listed(md5)}
+
+    def listed(self, md5: str) -> list[dict[str, str]]:
+        """The files of a folder as its own object lists them: `relpath` and `md5` of each.
+
+        Raises:
+            MissingInput: the cache lacks that object.
+            OutsideFolder: it names a path outside of the folder.
+        """
+        listing: list[dict[str, str]] = json.loads(self._present(md5).read_bytes())
+        for item in listing:
+            inside(self.folder, item["relpath"], follow=False)
+        return listing
 
     def objects(self, md5: str) -> list[Path]:
         """Every object that an out is made of; the cache must have them."""
@@ -338,7 +371,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
         target.write_bytes(content)
         return True
     for name, source in cache.files(md5).items():
-        copy = target / name if name else target
+        copy = inside(target, name) if name else target
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
         if md5_file(copy) != source.parent.name + source.name:

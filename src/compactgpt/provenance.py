@@ -15,6 +15,7 @@ from typing import Any
 
 from compactgpt.config import read_yaml
 from compactgpt.errors import BadData, MissingInput
+from compactgpt.lineage import entries_of
 from compactgpt.storage import sha256_file
 
 RECORD = Path("reports/evidence.json")
@@ -157,6 +158,7 @@ def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, s
     value = find_value(record, name)
     if not (root / "dvc.lock").exists():
         raise MissingInput("dvc.lock is missing: run `dvc repro` to make it")
+    entries_of((root / "dvc.lock").read_bytes())  # paths out of the project are refused
     lock = read_yaml(root / "dvc.lock")
     entry = stage_entry(lock, value["stage"])
     lines = [

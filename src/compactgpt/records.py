@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import DIFF, git_facts, uncommitted
+from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.lineage import (
     LOCK,
@@ -25,6 +25,7 @@ from compactgpt.tracking.pipeline_run import packages
 
 HERE = "workspace"
 PACKAGES = "environment/packages.txt"
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _HEX = re.compile(r"[0-9a-f]{4,32}")
 
 
@@ -59,6 +60,7 @@ def find(root: Path, wanted: str, scratch: Path) -> Record:
         return _of_workspace(root)
     if _HEX.fullmatch(wanted) and (run := _run(root, wanted)):
         return _of_run(root, run, scratch)
+    require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(
             f"{wanted!r} is no run of MLflow (`make ui` shows their ids), no revision of git, no experiment "
@@ -104,7 +106,7 @@ def _of_run(root: Path, run: Any, scratch: Path) -> Record:
         name,
         place,
         read_chain(place),
-        tags.get("git.commit", ""),
+        commit if _COMMIT.fullmatch(commit := tags.get("git.commit", "")) else "",  # else an option of git's
         None if tags.get("git.dirty") == "true" and not diff else diff,
         stage,
         {key: tags[key] for key in machine_facts() if key in tags} | _arithmetic(tags),

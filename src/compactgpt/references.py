@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from compactgpt import config, regression
-from compactgpt.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.git import require_repository
+from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.evaluation import read_totals
 from compactgpt.lineage import (
     MODEL,
@@ -112,6 +113,7 @@ def reference(name: str, root: Path) -> Snapshot:
         return accepted(root / name)
     if name == CHAMPION:
         return _champion(root)
+    require_repository(root)
     if not (commit := commit_named(root, name)):
         raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name")
     return _from_lock(f"{name} ({commit[:9]})", Commit(root, commit), root)
@@ -266,9 +268,12 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 
     Raises:
         BadConfig: no reason.
+        NotAllowed: the file is no reference.
     """
     if not reason.strip():
         raise BadConfig("--accept wants a reason: what changed, and why these figures are right now")
+    if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
+        raise NotAllowed(f"{path} is not an accepted reference, so it is not replaced: name another file")
     documents = _sample(snapshot.documents, max_documents)
     metrics = sorted(documents.nats)
     columns = [

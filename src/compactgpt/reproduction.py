@@ -3,22 +3,34 @@
 The work tree has the run's commit, its uncommitted changes and its params.yaml; data that DVC's cache or
 remote has is taken from there (its hash is checked), everything else is made again, with the packages that
 are installed here. The project itself is only read.
+
+Such a version is code: anyone who writes to the MLflow store or pushes a branch decides what runs here. So a
+version that is not in the history of the present commit runs only after the user has seen it (`Plan`) and
+agreed. No path of it may lead out of the work tree, and DVC's settings and keys are not copied there.
 """
 
 import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import BadConfig, CheckFailed, MissingInput, UserError
+from compactgpt.common.git import require_repository
+from compactgpt.common.worktree import Scratch, scratch_worktree
+from compactgpt.errors import (
+    BadConfig,
+    BadData,
+    CheckFailed,
+    MissingInput,
+    NotAllowed,
+    UserError,
+    printable,
+)
 from compactgpt.lineage import (
     LOCK,
     PARAMS,
@@ -38,7 +50,7 @@ from compactgpt.lineage import (
     read_chain,
 )
 from compactgpt.records import HERE, Record, find, versions
-from compactgpt.storage import write_bytes, write_text
+from compactgpt.storage import inside, write_bytes, write_text
 from compactgpt.tracking.journal import machine_facts, numbers
 from compactgpt.tracking.pipeline_run import packages
 
@@ -47,6 +59,8 @@ IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # Another order of sums moved the demo's loss by 0.15 % (README, How exact); what does not round is not here.
 LOSS_TOLERANCE = 0.01
 _ARITHMETIC_PACKAGES = ("numpy", "torch")
+# Instead of those of the version and of this machine: no remote, and a cache of its own in the work tree.
+DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # of .state: never shared
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
@@ -124,21 +138,53 @@ class Checked:
         return [*told, f"{self.name} {can} be run again here"]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What would run: the user reads this before it does."""
+
+    name: str
+    commit: str  # hash, author, day and subject
+    changed: list[str]  # files that the uncommitted changes touch
+    commands: dict[str, str]  # by stage
+
+    def lines(self) -> list[str]:
+        """For people."""
+        width = max(map(len, self.commands), default=0)
+        lines = [
+            f"{self.name} runs code with your rights, and it is not in the history of your present commit:",
+            f"  commit   {self.commit}",
+            f"  changes  {', '.join(self.changed) or 'none'} (uncommitted, kept with the run)",
+            *(f"  {stage:{width}}  {command}" for stage, command in self.commands.items()),
+        ]
+        return list(map(printable, lines))
+
+
 def of(
-    wanted: str, root: Path, *, check: bool, rebuild: bool, keep: bool, say: Callable[[str], None]
+    wanted: str,
+    root: Path,
+    *,
+    check: bool,
+    rebuild: bool,
+    keep: bool,
+    say: Callable[[str], None],
+    agree: Callable[[Plan], bool] = lambda _: False,
 ) -> Result | Checked:
     """Reproduce, or only check, a version by its name: see `records.find` and `reproduce`.
 
     Raises:
-        BadConfig: the work tree is what lies here already.
+        BadConfig: the work tree is what is here already.
+        MissingInput: this folder is not a git repository.
     """
     if wanted == HERE:
         raise BadConfig(f"{HERE} is no run: name a run's id or a revision (`make ui` shows the runs)")
-    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        record = find(root, wanted, Path(scratch))
+    require_repository(root)
+    root = root.resolve()
+    with scratch_worktree(root, root / ".state" / "reproductions", keep=keep and not check) as scratch:
+        (scratch.folder / "artifacts").mkdir()
+        record = find(root, wanted, scratch.folder / "artifacts")
         if check:
             return Checked(record.name, gaps(record, root))
-        return reproduce(record, root.resolve(), rebuild=rebuild, keep=keep, say=say)
+        return reproduce(record, root, scratch, rebuild=rebuild, say=say, agree=agree)
 
 
 def gaps(record: Record, root: Path) -> list[Gap]:
@@ -186,8 +232,9 @@ def _data_gaps(record: Record, root: Path) -> Iterator[Gap]:
 
 
 def _installed(name: str) -> str:
+    """The version of a package without its local part: the corpus of torch 2.13.0+cpu is that of 2.13.0."""
     with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
+        return metadata.version(name).partition("+")[0]
     return ""
 
 
@@ -217,74 +264,138 @@ def _has_remote(root: Path) -> bool:
 def reproduce(
     record: Record,
     root: Path,
+    scratch: Scratch,
     *,
     rebuild: bool = False,
-    keep: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    agree: Callable[[Plan], bool] = lambda _: False,
 ) -> Result:
     """Run a record again and compare.
 
     Args:
         record: what was run.
         root: the repository.
+        scratch: a folder for the work tree.
         rebuild: make the data again even where it is at hand.
-        keep: leave the scratch work tree.
         say: told what is done.
+        agree: asked whether code may run that is not in the history of the present commit.
 
     Raises:
         MissingInput: something is missing that cannot be done without; see `gaps`.
+        OutsideFolder: a path leads out of the work tree.
+        NotAllowed: the user did not agree.
         CheckFailed: a stage failed.
     """
     fatal = [gap.message for gap in gaps(record, root) if gap.fatal]
     if fatal:
         raise MissingInput(f"{record.name} can't be run again: {'; '.join(fatal)}")
-    with _work_tree(record, root, keep) as tree:
-        say(f"{record.name}: commit {record.commit[:9]} in {tree}")
-        _restore(record, root, tree, rebuild=rebuild, say=say)
-        _repro(tree, record.stage)
-        made = Folder(tree)
-        return judge(record, read_chain(made), made)
+    plan = _check_out(record, root, scratch)
+    if not _is_known(record, root) and not agree(plan):
+        raise NotAllowed(f"{record.name} was not run: read what it is above, and run it with --trust")
+    say(f"{record.name}: commit {record.commit[:9]} in {scratch.tree}")
+    _restore(record, root, scratch.tree, rebuild=rebuild, say=say)
+    if _repro(scratch, record.stage):
+        raise CheckFailed("the run can't be made again: a stage failed (its message stands above)")
+    made = Folder(scratch.tree)
+    return judge(record, read_chain(made), made)
 
 
-@contextmanager
-def _work_tree(record: Record, root: Path, keep: bool) -> Iterator[Path]:
-    """The run's commit with its changes and parameters, in a folder of its own."""
-    tree = root / ".state" / "reproductions" / f"{record.name.split()[-1]}-{os.getpid()}"
-    tree.parent.mkdir(parents=True, exist_ok=True)
-    git(root, "worktree", "add", "--force", "--detach", str(tree), record.commit)
+def _is_known(record: Record, root: Path) -> bool:
+    """Whether all code and settings of a record are in the history of the present commit."""
+    if not isinstance(record.place, Commit):
+        return False
     try:
-        if record.diff:
-            patch = tree.with_suffix(".diff")
-            patch.write_bytes(record.diff)
-            git(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))
-            patch.unlink()
-        write_bytes(tree / PARAMS, record.place.read(PARAMS) or b"")
-        yield tree
-    finally:
-        if not keep:
-            git(root, "worktree", "remove", "--force", str(tree))
+        git(root, "merge-base", "--is-ancestor", record.commit, "HEAD")
+    except UserError:
+        return False
+    return True
+
+
+def _check_out(record: Record, root: Path, scratch: Scratch) -> Plan:
+    """Create the work tree: the commit with its changes and parameters, and our settings of DVC."""
+    tree = scratch.tree
+    hooks = ("-c", f"core.hooksPath={os.devnull}")
+    git(root, *hooks, "worktree", "add", "--force", "--detach", str(tree), record.commit)
+    changed = []
+    if record.diff:
+        (patch := scratch.folder / "changes.diff").write_bytes(record.diff)
+        git(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))  # refuses paths out of the tree
+        changed = git(tree, "apply", "--numstat", str(patch)).splitlines()
+    _refuse_links_out(tree)
+    write_bytes(inside(tree, PARAMS), record.place.read(PARAMS) or b"")
+    write_text(inside(tree, ".dvc/config"), DVC_SETTINGS)
+    inside(tree, ".dvc/config.local").unlink(missing_ok=True)
+    facts = git(root, "show", "--no-patch", "--format=%h by %an <%ae>, %as: %s", record.commit)
+    return Plan(record.name, facts, [line.split("\t")[-1] for line in changed], _commands(tree))
+
+
+def _refuse_links_out(tree: Path) -> None:
+    """Refuse a work tree with a symbolic link that leads out of it: a stage's output would be written there.
+
+    Raises:
+        OutsideFolder: it has one.
+    """
+    for folder, folders, files in os.walk(tree):
+        for name in (*folders, *files):
+            if (path := Path(folder) / name).is_symlink():
+                inside(tree, path.relative_to(tree).as_posix())
+
+
+def _commands(tree: Path) -> dict[str, str]:
+    """The command of each stage as DVC would run it, after checking the paths that DVC would write and read.
+
+    Raises:
+        OutsideFolder: a path leads out of the work tree.
+        BadData: DVC can't read dvc.yaml or dvc.lock.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(tree)) as repo:
+            for one in (*repo.index.outs, *repo.index.deps):
+                name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
+                inside(tree, name)
+            return {stage.addressing: str(stage.cmd) for stage in repo.index.stages if stage.cmd}
+    except (DvcException, ImportError) as error:  # ImportError: paths on a storage whose plugin is missing
+        raise BadData(f"DVC can't read this version: {error}") from error
 
 
 def _restore(record: Record, root: Path, tree: Path, *, rebuild: bool, say: Callable[[str], None]) -> None:
     """Bring the data, what it is made from, weights that were fetched before, and its part of dvc.lock."""
-    if (settings := root / ".dvc" / "config.local").exists():  # where remotes and their keys are
-        shutil.copyfile(settings, tree / ".dvc" / "config.local")
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
-            shutil.copytree(folder, tree / ".state" / folder.name, copy_function=_link)
+            shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
     entry = record.chain.entries.get(DATA, {})
     for path, md5 in deps(entry).items():
-        if not (tree / path).is_file() and md5_path(tree / path) != md5 and md5_path(root / path) == md5:
-            shutil.copytree(root / path, tree / path, dirs_exist_ok=True)
+        target = inside(tree, path)
+        if not target.is_file() and md5_path(target) != md5 and md5_path(root / path) == md5:
+            shutil.copytree(root / path, target, dirs_exist_ok=True)
     (tree / LOCK).unlink(missing_ok=True)  # every stage without an entry is run
     if not entry or rebuild:
         return
-    _save_lock(tree, {DATA: entry})
-    if _bring(record, entry, Cache(root), tree) or _pull(tree):
+    if not _restorable(record, entry, Cache(root)):
+        _fetch(root, outs(entry).values())
+    if _bring(record, entry, Cache(root), tree):
+        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
         say("the data comes from DVC's cache, by its hash")
+    else:
+        say("the data is made again")
+
+
+def _fetch(root: Path, hashes: Collection[str]) -> None:
+    """Ask the project's own remote for objects; the work tree never has its address or keys."""
+    if not _has_remote(root):
         return
-    say("the data is made again")
-    (tree / LOCK).unlink()
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    # What the remote lacks is made again. The list of a folder's files is an object like any other.
+    with suppress(DvcException, MissingInput), Repo(str(root)) as repo:
+        repo.cloud.pull([HashInfo("md5", md5) for md5 in hashes])
+        files = [file for md5 in hashes if md5.endswith(".dir") for file in Cache(root).listed(md5)]
+        repo.cloud.pull([HashInfo("md5", file["md5"]) for file in files])
 
 
 def _bring(record: Record, entry: Entry, cache: Cache, tree: Path) -> bool:
@@ -292,20 +403,16 @@ def _bring(record: Record, entry: Entry, cache: Cache, tree: Path) -> bool:
     if not _restorable(record, entry, cache):
         return False
     for path, md5 in outs(entry).items():
-        shutil.rmtree(tree / path, ignore_errors=True)
-        if not checkout(cache, record.place, path, md5, tree / path):
+        target = inside(tree, path)
+        shutil.rmtree(target, ignore_errors=True)
+        if not checkout(cache, record.place, path, md5, target):
             return False
-        if cache.has(md5):
-            for source in cache.objects(md5):
-                target = Cache(tree).file(source.parent.name + source.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    _link(source, target)
+        for source in cache.objects(md5) if cache.has(md5) else ():
+            kept = Cache(tree).file(source.parent.name + source.name)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if not kept.exists():
+                _link(source, kept)
     return True
-
-
-def _pull(tree: Path) -> bool:
-    return _has_remote(tree) and _dvc(tree, "pull", DATA).returncode == 0
 
 
 def _link(source: str | Path, target: str | Path) -> None:
@@ -316,26 +423,18 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _save_lock(tree: Path, entries: Mapping[str, Entry]) -> None:
-    write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": entries}))  # JSON is YAML
-
-
-def _dvc(tree: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+def _repro(scratch: Scratch, stage: str) -> int:
     """Run DVC there, with this Python, and the code of the work tree before any that is installed."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
-    env = {
+    environment = {
         **own,
         "COMPACTGPT_TRACKER": "none",
         "DVC_NO_ANALYTICS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
+        "PYTHONPATH": f"{scratch.tree / 'src'}{os.pathsep}{scratch.tree}",
     }
-    return subprocess.run([sys.executable, "-m", "dvc", *words], cwd=tree, env=env, check=False)
-
-
-def _repro(tree: Path, stage: str) -> None:
-    if _dvc(tree, "repro", *([stage] if stage else [])).returncode:
-        raise CheckFailed("the run can't be made again: a stage failed (its message stands above)")
+    words = [sys.executable, "-m", "dvc", "repro", *([stage] if stage else [])]
+    return scratch.run(words, environment)
 
 
 def judge(record: Record, made: Chain, place: Place) -> Result:

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from compactgpt.checkpoint import checked_state, drop_old, pass_over, swept_states
+from compactgpt.checkpoint import STATE, checked_state, drop_old, pass_over, swept_states
 from compactgpt.config import Model
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, MissingInput
@@ -149,7 +149,8 @@ def save_sharded_state(
         OSError: the disk of one of the processes refused.
     """
     with ExitStack() as opened:
-        state = atomic_folder(folder / f"step-{step:08d}", {"run_key": run_key, "step": step})
+        facts = {"run_key": run_key, "step": step}
+        state = atomic_folder(folder / f"step-{step:08d}", facts, kind=STATE, private=True)
         created = group.run_on_main(lambda: opened.enter_context(state))
         temporary = folder / group.broadcast_text(created.name if created else "")
         _check_shared(temporary, group)

@@ -3,6 +3,7 @@
 Every durable file of the project goes through here. A file is written beside its place, synced,
 and renamed; a folder is filled under a temporary name, closed with a manifest of the size and SHA-256
 of each of its files, and renamed as one. A reader of a folder checks it against its manifest first.
+A folder is replaced only if it is empty or an earlier output of the same kind: see `replaceable`.
 """
 
 import errno
@@ -11,17 +12,26 @@ import hashlib
 import json
 import math
 import os
+import pwd
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput
+from compactgpt.errors import (
+    BadData,
+    DiskFailed,
+    DiskFull,
+    MissingInput,
+    NotAllowed,
+    OutsideFolder,
+    UserError,
+)
 
 MANIFEST = "manifest.json"
-_LEFTOVER = re.compile(r"\.(\d+)\.(?:tmp|old)$")
+_LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -64,13 +74,14 @@ def make_folder(folder: Path) -> None:
 def _temporary(path: Path, kind: str = "tmp") -> Path:
     """Name the place beside `path` where this process works, after sweeping what killed ones left."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if not (match := _LEFTOVER.search(left.name)) or _is_alive(int(match[1])):
+        match = _LEFTOVER.fullmatch(left.name.removeprefix(f".{path.name}"))
+        if not match or _is_alive(int(match[1])):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    return path.with_name(f".{path.name}.{os.getpid()}.compactgpt-{kind}")
 
 
 def _is_alive(pid: int) -> bool:
@@ -184,35 +195,136 @@ def _files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
+def replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
+    """Return the folder with links resolved, after checking that no one else's files are deleted.
+
+    Args:
+        folder: the place of an output; it may be missing.
+        is_own: whether a folder that is not empty is an earlier output of the caller.
+
+    Raises:
+        NotAllowed: it is the current folder, a home folder, a mount point, the root of a repository, or a
+            parent of the first two; it is a file; or it is neither empty nor an earlier output.
+    """
+    advice = "name a new or an empty folder"
+    try:
+        found = folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that form a loop, before Python 3.13
+        raise NotAllowed(f"{folder} is a symbolic link that leads nowhere: {advice}") from error
+    if what := _protected(found):
+        raise NotAllowed(f"{folder} is {what}, which is never replaced: {advice}")
+    if found.exists() and not found.is_dir():
+        raise NotAllowed(f"{folder} is a file: {advice}")
+    if found.is_dir() and any(found.iterdir()) and not is_own(found):
+        raise NotAllowed(f"{folder} has files that this command did not write: {advice}")
+    return found
+
+
+def _protected(folder: Path) -> str:
+    """Say what a folder is that no output may replace; empty for any other."""
+    here, homes = Path.cwd(), {Path.home().resolve(), Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()}
+    if folder in (here, *here.parents):
+        return "the current folder" if folder == here else "a parent of the current folder"
+    if any(folder in (home, *home.parents) for home in homes):
+        return "a home folder" if folder in homes else "a parent of a home folder"
+    if any((folder / name).exists() for name in (".git", ".dvc")):
+        return "the root of a repository"
+    return "a mount point" if folder.is_mount() else ""
+
+
+def _is_earlier_output(folder: Path, kind: str, *, overwrite: bool) -> bool:
+    """Whether the manifest names this kind; a folder that has changed since needs `overwrite`."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        return False
+    if manifest.get("kind", "") != kind:
+        return False
+    if not overwrite and (changed := _changed_file(folder, manifest["files"])):
+        raise NotAllowed(
+            f"{changed} was changed since {folder} was written: save it elsewhere, then delete the folder "
+            "(`compactgpt export` also has --overwrite)"
+        )
+    return True
+
+
+def _changed_file(folder: Path, named: dict[str, Any]) -> Path | None:
+    """The first file that a manifest does not name, or names with other content."""
+    every = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    found = {path.relative_to(folder).as_posix(): path for path in every if path.name != MANIFEST}
+    for name in sorted(found.keys() | named.keys()):
+        path = found.get(name)
+        if path is None or name not in named or not path.is_file():
+            return folder / name
+        if path.stat().st_size != named[name]["bytes"] or sha256_file(path) != named[name]["sha256"]:
+            return path
+    return None
+
+
 @contextmanager
-def atomic_folder(folder: Path, facts: dict[str, Any] | None = None) -> Iterator[Path]:
+def atomic_folder(
+    folder: Path,
+    facts: dict[str, Any] | None = None,
+    *,
+    kind: str = "",
+    overwrite: bool = False,
+    private: bool = False,
+) -> Iterator[Path]:
     """Fill a temporary folder that takes its place at `folder` when the block ends well.
 
     Args:
-        folder: where the finished folder goes; one that stands there is replaced.
+        folder: where the finished folder goes; an earlier output of this kind that is there is replaced.
         facts: what the manifest says beside its list of files. The dict may be filled inside the block.
+        kind: names the kind of output in the manifest.
+        overwrite: replace an earlier output also where files in it have changed since.
+        private: `folder` is under .state, where no one else's files are: replace a damaged one too.
+
+    Raises:
+        NotAllowed: `folder` may hold files that the caller did not write; see `replaceable`.
     """
-    temporary = _temporary(folder)
+
+    def is_own(found: Path) -> bool:
+        return private or _is_earlier_output(found, kind, overwrite=overwrite)
+
+    target = replaceable(folder, is_own)
+    temporary = _temporary(target)
     try:
         with _disk_errors(folder):
-            make_folder(folder.parent)
+            make_folder(target.parent)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             yield temporary
-            files = {}
-            for path in _files_of(temporary):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-                files[path.relative_to(temporary).as_posix()] = {
-                    "bytes": path.stat().st_size,
-                    "sha256": sha256_file(path),
-                }
-            for inner in (path for path in temporary.rglob("*") if path.is_dir()):
-                fsync_folder(inner)
-            write_json(temporary / MANIFEST, {**(facts or {}), "files": files})  # syncs the names beside it
-            _replace_folder(temporary, folder)
+            about = {**(facts or {}), **({"kind": kind} if kind else {})}
+            _close_folder(temporary, about)
+            replaceable(folder, is_own)  # again: filling it may have taken hours
+            _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _close_folder(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a folder, and make all of it survive a power loss."""
+    files = {}
+    for path in _files_of(folder):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        fsync_folder(inner)
+    write_json(folder / MANIFEST, {**facts, "files": files})  # syncs the names beside it
+
+
+def clear_folder(folder: Path, own: Collection[str]) -> None:
+    """Delete a folder of pages or the like that an earlier run wrote, known by the names at its top.
+
+    Raises:
+        NotAllowed: it has other names, or must not be replaced; see `replaceable`.
+    """
+    found = replaceable(folder, lambda found: {path.name for path in found.iterdir()} <= set(own))
+    shutil.rmtree(found, ignore_errors=True)
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
@@ -229,6 +341,26 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
+    """Return the path of a file by its name in a folder, after checking that it is in that folder.
+
+    Args:
+        folder: any.
+        name: from a lock file, a manifest or the like, which someone else may have written.
+        follow: check where symbolic links lead, too. DVC itself may link outputs to its cache.
+
+    Raises:
+        OutsideFolder: the name is absolute or has `..`, or a symbolic link leads out of the folder.
+    """
+    path = folder / name
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+        raise OutsideFolder(f"the path {name!r} leads out of the project: nothing was read or written there")
+    if follow and not path.resolve().is_relative_to(folder.resolve()):
+        raise OutsideFolder(f"{path} is a symbolic link out of {folder}: nothing was read or written there")
+    return path
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

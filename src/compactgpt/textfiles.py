@@ -1,22 +1,20 @@
 """The user's own text: .txt and .md (one document a file), .jsonl and .parquet (one document a row).
 
 Each of them may be compressed, .gz or .zst. Text is taken as it is, but for a byte-order mark at the start
-of a file. Every mistake is named with its file and line. Files are listed and read one by one, so that
-neither their number nor their size matters. A file of one document is read in parts, whatever its size; a
-row is read whole, in several times its size of memory. Both have a limit in params.yaml.
+of a file. Every mistake is named with its file and line. Files are listed folder by folder and read one by
+one, row by row, so that memory holds one document and the names in one folder. A document has a limit in
+params.yaml, since it is read whole, in several times its size of memory.
 """
 
-import codecs
 import glob
 import hashlib
-import heapq
 import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +23,13 @@ from typing import IO, Any
 
 from compactgpt.config import Files
 from compactgpt.corpus import MEGABYTE, Origin, Piece
-from compactgpt.documents import PART_BYTES, LongText
 from compactgpt.errors import BadData, DiskFull, MissingInput, printable
 from compactgpt.inputs import regular_status, require_utf8
-from compactgpt.parquetpages import column_chunks, page_sizes
 from compactgpt.progress import Progress, silent
 
 _BOM = b"\xef\xbb\xbf"
-_ROWS = 256  # of a parquet file, read at a time
+_ROWS = 16  # of a parquet file, read at a time
 _CHUNK_BYTES = 2**20
-_PAGE_ROWS = 4
-_NAMES_AT_ONCE = 2**17  # of one folder that are sorted in memory; more are merged from disk
 _ANY_RATIO_BYTES = 2**24  # that a compressed file may hold at any ratio: a small file of blanks does no harm
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -50,11 +44,6 @@ class Rules:
     max_decompressed_bytes: int  # of one file
     max_decompression_ratio: int  # decompressed bytes for one of the file's
     free_disk_bytes: int  # that stay free when a file is unpacked on disk
-
-    @property
-    def first_bytes(self) -> int:
-        """Of a file of one document that are looked at before it is known to be a long one."""
-        return min(self.max_document_bytes, PART_BYTES) + 1
 
 
 class FileReader:
@@ -122,7 +111,7 @@ class FileReader:
 def list_files(files: Files, root: Path) -> Iterator[tuple[int, str]]:
     """Yield (index of the pattern, path relative to `root`): by pattern, then by name, each file once.
 
-    Memory holds the names of a part of one folder at most.
+    Memory holds the names in one folder, and in those above it.
 
     Raises:
         MissingInput: nothing matches, or a pattern without wildcards names a file that is not there.
@@ -200,23 +189,15 @@ def _walk(root: Path, start: str, depth: int | None, above: tuple[tuple[int, int
         raise BadData(f"{start or '.'} can't be read: its permissions forbid it") from error
 
 
-def _sorted_names(folder: Path) -> Iterator[str]:
+def _sorted_names(folder: Path) -> list[str]:
     """The names in a folder, a slash behind those of folders, so that their order is that of whole paths."""
-    with ExitStack() as stack:
-        runs: list[Iterator[str]] = []
-        names: list[str] = []
-        for entry in stack.enter_context(os.scandir(folder)):
-            if entry.name.startswith("."):
-                continue
-            require_utf8(folder / entry.name)
-            names.append(entry.name + "/" * _is_folder(entry))
-            if len(names) == _NAMES_AT_ONCE:
-                file = stack.enter_context(TemporaryFile("w+", encoding="ascii"))
-                file.writelines(json.dumps(name) + "\n" for name in sorted(names))
-                file.seek(0)
-                runs.append(map(json.loads, file))
-                names = []
-        yield from heapq.merge(*runs, sorted(names))
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                require_utf8(folder / entry.name)
+                names.append(entry.name + "/" * _is_folder(entry))
+    return sorted(names)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -229,8 +210,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 # --- what is in them
 
 
-Text = tuple[str | LongText, str, int]  # text, source, row
-Row = tuple[str | LongText, int]  # text, its number in the file from 1
+Text = tuple[str, str, int]  # text, source, row
+Row = tuple[str, int]  # text, its number in the file from 1
 
 
 def read_texts(root: Path, name: str, rules: Rules, done: int = 0) -> Iterator[Text]:
@@ -302,12 +283,12 @@ def _words(error: Exception) -> str:
 def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator[Row]:
     if done:
         return
-    content = file.read(rules.first_bytes)
-    if len(content) == rules.first_bytes:
-        with closing(LongText()) as long_text:
-            _fill(long_text, content, file, name, rules)
-            yield long_text, 1
-        return
+    content = file.read(rules.max_document_bytes + 1)
+    if len(content) > rules.max_document_bytes:
+        raise BadData(
+            f"{name} is longer than {rules.max_document_bytes // MEGABYTE:,} MB "
+            "(download.max_document_megabytes): cut it into documents, remove it, or raise the limit"
+        )
     content = content.removeprefix(_BOM)
     try:
         text = content.decode("utf-8")
@@ -319,29 +300,6 @@ def _read_whole(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterator
     yield text, 1
 
 
-def _fill(text: LongText, content: bytes, file: IO[bytes], name: str, rules: Rules) -> None:
-    """Read a file that begins with `content` to its end, in parts."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line, blank, content = 1, True, content.removeprefix(_BOM)
-    try:
-        while content:
-            if text.size + len(content) > rules.max_document_bytes:
-                raise BadData(
-                    f"{name} is longer than {rules.max_document_bytes // MEGABYTE:,} MB "
-                    "(download.max_document_megabytes): cut it into documents, remove it, or raise the limit"
-                )
-            decoded = decoder.decode(content)
-            text.add(content, len(decoded))
-            line, blank = line + content.count(b"\n"), blank and not decoded.strip()
-            content = file.read(_CHUNK_BYTES)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        raise BadData(_not_utf8(name, line, error)) from error
-    if blank:
-        raise BadData(f"{name} holds only white space: remove it from the corpus")
-
-
 def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
     return f"{name}, line {line:,}: byte 0x{byte:02x} is not UTF-8: convert the file (iconv) or remove it"
@@ -349,8 +307,8 @@ def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> str:
 
 def _long_row(where: str, limit: int) -> BadData:
     return BadData(
-        f"{where} is longer than {limit // MEGABYTE:,} MB (download.max_row_megabytes): put its text into "
-        "a .txt file of its own, which is read in parts, or raise the limit"
+        f"{where} is longer than {limit // MEGABYTE:,} MB (download.max_row_megabytes): cut it into "
+        "documents, remove it, or raise the limit"
     )
 
 
@@ -398,7 +356,6 @@ def _read_parquet(file: IO[bytes], name: str, rules: Rules, done: int) -> Iterat
             pq.ParquetFile(source, page_checksum_verification=True) as table,
         ):
             _check_column(table.schema_arrow, name, column)
-            _check_pages(source, name, rules)
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
@@ -430,22 +387,6 @@ def _seekable(file: IO[bytes], name: str, rules: Rules) -> Iterator[IO[bytes]]:
                 )
             unpacked.write(chunk)
         yield unpacked
-
-
-def _check_pages(file: IO[bytes], name: str, rules: Rules) -> None:
-    """Refuse pages of more than _PAGE_ROWS of the longest rows, since reading one takes thrice its size."""
-    row = 1
-    for chunk in column_chunks(file, rules.text_column):
-        for size, rows in page_sizes(file, *chunk):
-            if size > _PAGE_ROWS * rules.max_row_bytes and rows == 1:
-                raise _long_row(f"{name}, row {row:,}", rules.max_row_bytes)
-            if size > _PAGE_ROWS * rules.max_row_bytes:
-                raise BadData(
-                    f"{name}: a page from row {row:,} on has {size // MEGABYTE:,} MB: a row of it is very "
-                    "long, or too many rows lie in one page; write the file anew with pages of 1 MB, or "
-                    "raise download.max_row_megabytes"
-                )
-            row += rows
 
 
 def _check_column(schema: Any, name: str, column: str) -> None:

@@ -1,20 +1,30 @@
 """Documents -> the token files of data.py: train and val, split by document hash.
 
 The split looks at nothing but a document's id, so that growth of the corpus never moves a document. Text
-is encoded as ordinary text: a special token that is spelled in it becomes ordinary tokens. One row group
-of the documents is one piece of work, a pure function of files; pieces are appended in their order
-(ledger.py), so that the files are the same whatever the number of workers, the engine, and how often
-the run was killed. Memory is bounded: a few MiB of text are read at a time, also of a long document,
-whose tokens are kept in a file until they are appended. (On a Ray cluster they travel in memory: about
-0.45 bytes for a byte of text; and an encoding that is not GPT-2's takes a document whole.)
+is encoded as ordinary text: a special token that is spelled in it becomes ordinary tokens.
+
+Workers encode one row group of documents at a time, a pure function of files on disk. Their results are
+appended, in the order of the documents, to the chunk of their shard: a folder `<state>/<key>/<shard>` with
+these files for each split. A finished chunk has a manifest, so that a run that was killed skips it.
+
+    <split>.tokens      token ids, each document closed by end-of-text
+    <split>.lengths     int64, tokens of each document, end-of-text included
+    <split>.bytes       int64, length of its text in UTF-8
+    <split>.ids         16 bytes, its id
+
+At the end the chunks are joined. So the token files are the same whatever the number of workers, the engine,
+and how often the run was killed. Memory holds one row group a worker, and its tokens.
 """
 
 import hashlib
 import math
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -22,22 +32,39 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.config import Tokenization
-from compactgpt.data import TokenFile, open_tokens, token_dtype
-from compactgpt.documents import Counted, RowGroup, Stored, row_groups, stream_row_group
+from compactgpt.data import (
+    VERSION,
+    Header,
+    TokenFile,
+    encode_header,
+    index_path,
+    open_tokens,
+    token_dtype,
+)
+from compactgpt.documents import RowGroup, read_texts, row_groups
 from compactgpt.encoder import Encoder, UnencodableText, load_encoder
 from compactgpt.engine import run_tasks
-from compactgpt.errors import BadData
-from compactgpt.ledger import COLUMNS, SPLITS, Column, Ledger, Piece, open_ledger, piece_sha256
+from compactgpt.errors import BadData, UserError
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest
+from compactgpt.storage import (
+    MANIFEST,
+    atomic_file,
+    atomic_folder,
+    json_bytes,
+    read_json,
+    tensors_header,
+    verified_manifest,
+)
 
 __all__ = ["Task", "encode_group", "split_of", "tokenize"]
 
 Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+COLUMNS = ("tokens", "lengths", "bytes", "ids")
 WORKER_BYTES = 2**26  # of text; with less of it another process costs more than it brings
-FLUSH_TOKENS = 2**20  # tokens that wait to be packed
-SPILL_BYTES = 2**24  # of packed tokens; what is more goes to the parent by file
-STATE_VERSION = 2
+STATE_VERSION = 3
+_COPY_BYTES = 2**22  # a multiple of the 8 bytes of a number
+Columns = Mapping[str, Mapping[str, bytes]]  # by split, by name
 
 
 @dataclass(frozen=True)
@@ -49,7 +76,6 @@ class Task:
     tokenizer_sha256: str
     encoder: Literal["gigatoken", "tiktoken"]
     val_fraction: float
-    spill: Path | None  # folder for long columns, where worker and parent share one
 
 
 def split_of(document_id: str, val_fraction: float) -> Split:
@@ -75,7 +101,7 @@ def tokenize(
         folder: where train.tokens and val.tokens, each with its index, go; replaced as a whole.
         params: how to split, and by what means to encode.
         num_workers: processes; the result does not depend on it.
-        state: folder where a killed run's pieces wait; best on the disk of `folder`.
+        state: folder that keeps the finished chunks of a killed run.
         progress: told the bytes of text done.
 
     Returns:
@@ -87,12 +113,24 @@ def tokenize(
     manifest = verified_manifest(documents)
     facts = _tokenizer_facts(tokenizer, params)
     own = state / _key(manifest, facts, params)
-    _sweep(state, own)
-    with open_ledger(own) as ledger:
-        tasks = _tasks(documents, tokenizer, facts, params, own)[ledger.state.pieces :]
-        _make_pieces(ledger, tasks, params, num_workers, progress, manifest["bytes"])
-        with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}) as temporary:
-            _publish(ledger, temporary, facts, params, manifest["documents"])
+    for other in state.iterdir() if state.exists() else ():
+        if other != own and _KEY.fullmatch(other.name):  # of other inputs
+            shutil.rmtree(other, ignore_errors=True)
+    groups = row_groups(documents)
+    tasks = [
+        Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, params.val_fraction)
+        for group in groups
+    ]
+    _make_chunks(own, tasks, params, num_workers, progress, manifest["bytes"])
+    chunks = [own / name for name in dict.fromkeys(group.path.stem for group in groups)]
+    about = {**facts, "val_fraction": params.val_fraction}
+    with atomic_folder(folder, about, kind="tokens") as temporary:
+        for split in SPLITS:
+            if not _write_split(temporary, split, chunks, facts):
+                raise BadData(
+                    f"no document of {manifest['documents']:,} fell into {split}: change "
+                    f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
+                )
     shutil.rmtree(own, ignore_errors=True)
     return {"tokenizer": facts, **_reports(folder)}
 
@@ -109,152 +147,176 @@ def _tokenizer_facts(folder: Path, params: Tokenization) -> dict[str, Any]:
     }
 
 
+_KEY = re.compile("[0-9a-f]{16}")
+
+
 def _key(manifest: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
-    """Name the state by all that decides its bytes: pieces of other inputs are never gone on with."""
+    """Name the state by all that decides its bytes: chunks of other inputs are never used."""
     inputs = [STATE_VERSION, manifest["files"], facts, params.val_fraction, params.encoder]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
 
-def _sweep(state: Path, own: Path) -> None:
-    """Delete the state of other inputs, and what killed workers left in our own."""
-    for other in state.iterdir() if state.exists() else ():
-        if other != own:
-            shutil.rmtree(other, ignore_errors=True)
-    for left in own.glob("*.spill"):
-        left.unlink()
+# --- chunks
 
 
-def _tasks(
-    documents: Path, tokenizer: Path, facts: Mapping[str, Any], params: Tokenization, own: Path
-) -> list[Task]:
-    spill = own if params.engine == "local" else None
-    return [
-        Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, params.val_fraction, spill)
-        for group in row_groups(documents)
-    ]
-
-
-def _make_pieces(
-    ledger: Ledger,
+def _make_chunks(
+    folder: Path,
     tasks: Sequence[Task],
     params: Tokenization,
     num_workers: int,
     progress: Progress,
     total_bytes: int,
 ) -> None:
-    if ledger.state.pieces or ledger.damaged:
-        note = ledger.damaged or f"going on after {ledger.state.pieces:,} pieces"
-        progress(ledger.state.text_bytes, total_bytes, {"note:": note})
+    """Make the chunk of each shard that has none yet."""
+    finished = {task.group.path.stem: _finished_bytes(folder / task.group.path.stem) for task in tasks}
+    done = sum(filter(None, finished.values()))
+    todo = [task for task in tasks if finished[task.group.path.stem] is None]
+    if done:
+        number = sum(size is not None for size in finished.values())
+        progress(done, total_bytes, {"note:": f"{number:,} of {len(finished):,} shards are finished already"})
+    for name in [name for name, size in finished.items() if size is None and (folder / name).exists()]:
+        progress(done, total_bytes, {"note:": f"{folder / name} was altered: made again"})
     if params.engine == "local":
-        num_workers = min(num_workers, 1 + (total_bytes - ledger.state.text_bytes) // WORKER_BYTES)
-    for piece in run_tasks(params.engine, encode_group, tasks, num_workers):
-        ledger.add(piece)
-        progress(ledger.state.text_bytes, total_bytes, {"pieces": f"{ledger.state.pieces:,}"})
+        num_workers = min(num_workers, 1 + (total_bytes - done) // WORKER_BYTES)
+    # One stream of results for all shards, so that no worker waits where a shard ends.
+    results = zip(todo, run_tasks(params.engine, encode_group, todo, num_workers), strict=True)
+    for name, pieces in groupby(results, lambda result: result[0].group.path.stem):
+        chunk_facts = {"text_bytes": 0}
+        with (
+            atomic_folder(folder / name, chunk_facts, kind="token chunk", private=True) as temporary,
+            ExitStack() as stack,
+        ):
+            files: dict[tuple[str, str], IO[bytes]] = {
+                (split, column): stack.enter_context(open(temporary / f"{split}.{column}", "wb"))
+                for split in SPLITS
+                for column in COLUMNS
+            }
+            for _, columns in pieces:
+                size = _append(files, columns)
+                chunk_facts["text_bytes"] += size
+                done += size
+                progress(done, total_bytes)
+            stack.close()  # before the files are hashed
 
 
-def _publish(
-    ledger: Ledger, folder: Path, facts: Mapping[str, Any], params: Tokenization, documents: int
-) -> None:
-    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
-    for split in SPLITS:
-        if not ledger.publish(folder, split, settings).documents:
-            raise BadData(
-                f"no document of {documents:,} fell into {split}: change "
-                f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
-            )
+def _append(files: Mapping[tuple[str, str], IO[bytes]], columns: Columns) -> int:
+    """Append what one row group became; returns its bytes of text."""
+    for (split, column), file in files.items():
+        file.write(columns[split][column])
+    return sum(int(np.frombuffer(columns[split]["bytes"], "<i8").sum()) for split in SPLITS)
 
 
-def encode_group(task: Task) -> Piece:
-    """Encode the documents of one row group: a pure function of files on disk, for any process."""
+def _finished_bytes(chunk: Path) -> int | None:
+    """The bytes of text in a chunk of an earlier run; None where there is none, or where it is damaged."""
+    try:
+        return int(verified_manifest(chunk)["text_bytes"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def encode_group(task: Task) -> dict[str, dict[str, bytes]]:
+    """Encode the documents of one row group: a pure function of files on disk, for any process.
+
+    Returns:
+        The columns of the module's docstring, by split.
+    """
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
     below = math.ceil(task.val_fraction * 2**64)
-    places = {split: _spill_path(task, split) for split in SPLITS}
-    splits = {split: _Split(encoder, task.group, places[split]) for split in SPLITS}
-    text_bytes = 0
-    for document in stream_row_group(task.group):
-        split = "val" if int(document.id[:16], 16) < below else "train"
-        text_bytes += splits[split].add(document)
-    columns = {split: made.columns() for split, made in splits.items()}
-    return Piece(columns, piece_sha256(columns), text_bytes)
-
-
-def _spill_path(task: Task, split: str) -> Path | None:
-    if task.spill is None:
-        return None
-    return task.spill / f"{task.group.path.stem}-{task.group.index}-{split}.spill"
+    splits: dict[str, _Split] = {split: _Split(encoder, task.group) for split in SPLITS}
+    for document_id, source, text in read_texts(task.group):
+        split = "val" if int(document_id[:16], 16) < below else "train"
+        splits[split].add(document_id, source, text)
+    return {split: made.columns() for split, made in splits.items()}
 
 
 class _Split:
-    """Packs the documents of one split of one piece."""
+    """Packs the documents of one split of one row group."""
 
-    def __init__(self, encoder: Encoder, group: RowGroup, spill: Path | None) -> None:
-        self._encoder, self._group, self._spill = encoder, group, spill
-        self._vocab_size = encoder.encoding.n_vocab
-        self._dtype = token_dtype(self._vocab_size)
+    def __init__(self, encoder: Encoder, group: RowGroup) -> None:
+        self._encoder, self._group = encoder, group
         self._end_of_text = np.array([encoder.encoding.eot_token], np.uint32)
-        self._waiting: list[npt.NDArray[np.uint32]] = []
-        self._num_waiting = 0
-        self._packed = bytearray()
-        self._file: IO[bytes] | None = None
+        self._tokens: list[npt.NDArray[np.uint32]] = []
         self._lengths: list[int] = []
         self._byte_lengths: list[int] = []
         self._ids = bytearray()
 
-    def add(self, document: Stored) -> int:
-        """Encode a document; returns its bytes of text."""
-        length, parts = 0, Counted(document.parts)
+    def add(self, document_id: str, source: str, text: memoryview) -> None:
+        """Encode a document."""
+        length = 1  # end-of-text
         try:
-            for tokens in self._encoder.encode(parts):
-                self._wait(tokens)
+            for tokens in self._encoder.encode(text):
+                self._tokens.append(tokens)
                 length += len(tokens)
         except UnencodableText as error:
-            raise BadData(
-                f"{document.source} (document {document.id} in {self._group.path}): {error}"
-            ) from error
-        self._wait(self._end_of_text)
-        self._lengths.append(length + 1)
-        self._byte_lengths.append(parts.size)
-        self._ids += bytes.fromhex(document.id)
-        return parts.size
+            raise BadData(f"{source} (document {document_id} in {self._group.path}): {error}") from error
+        self._tokens.append(self._end_of_text)
+        self._lengths.append(length)
+        self._byte_lengths.append(len(text))
+        self._ids += bytes.fromhex(document_id)
 
-    def _wait(self, tokens: npt.NDArray[np.uint32]) -> None:
-        self._waiting.append(tokens)
-        self._num_waiting += len(tokens)
-        if self._num_waiting >= FLUSH_TOKENS:
-            self._pack()
-
-    def _pack(self) -> None:
-        if not self._num_waiting:
-            return
-        tokens = np.concatenate(self._waiting)
-        self._waiting, self._num_waiting = [], 0
-        if int(tokens.max()) >= self._vocab_size:
+    def columns(self) -> dict[str, bytes]:
+        """Return the columns, ids in the width that the vocabulary needs."""
+        vocab_size = self._encoder.encoding.n_vocab
+        tokens = np.concatenate(self._tokens) if self._tokens else np.empty(0, np.uint32)
+        if len(tokens) and int(tokens.max()) >= vocab_size:
             raise BadData(
                 f"{self._group.path}, row group {self._group.index}: "
-                f"a document has a token id not below {self._vocab_size}"
+                f"a document has a token id not below {vocab_size}"
             )
-        self._packed += tokens.astype(self._dtype).tobytes()
-        if self._spill and len(self._packed) >= SPILL_BYTES:
-            self._file = self._file or open(self._spill, "wb")  # noqa: SIM115 (closed by `columns`)
-            self._file.write(self._packed)
-            self._packed = bytearray()
-
-    def columns(self) -> dict[str, Column]:
-        """Finish, and give the columns of ledger.py."""
-        self._pack()
-        tokens: Column = bytes(self._packed)
-        if self._file and self._spill:
-            self._file.write(self._packed)
-            self._file.close()
-            tokens = self._spill
+        packed = tokens.astype(token_dtype(vocab_size)).tobytes()
         numbers = [np.array(each, "<i8").tobytes() for each in (self._lengths, self._byte_lengths)]
-        return dict(zip(COLUMNS, [tokens, *numbers, bytes(self._ids)], strict=True))
+        return dict(zip(COLUMNS, [packed, *numbers, bytes(self._ids)], strict=True))
 
 
 @lru_cache(maxsize=1)
 def _cached_encoder(tokenizer: Path, _sha256: str, choice: Literal["gigatoken", "tiktoken"]) -> Encoder:
     """Load the encoder once a process; the hash keeps another one in the same folder apart."""
     return load_encoder(tokenizer, choice)
+
+
+# --- token files
+
+
+def _write_split(folder: Path, split: Split, chunks: Sequence[Path], facts: Mapping[str, Any]) -> int:
+    """Join the chunks into `folder/<split>.tokens` and its index; returns the number of documents."""
+    parts = {column: [chunk / f"{split}.{column}" for chunk in chunks] for column in COLUMNS}
+    sizes = {column: sum(path.stat().st_size for path in paths) for column, paths in parts.items()}
+    dtype = token_dtype(facts["vocab_size"])
+    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
+    header = Header(VERSION, dtype.name, sizes["tokens"] // dtype.itemsize, sizes["bytes"] // 8, **settings)
+    target = folder / f"{split}.tokens"
+    with atomic_file(target) as file:
+        file.write(encode_header(header))
+        file.writelines(_blocks(parts["tokens"]))
+    _write_index(index_path(target), header.documents, parts)
+    return header.documents
+
+
+def _write_index(path: Path, documents: int, parts: Mapping[str, Sequence[Path]]) -> None:
+    """Write a document index (data.py) from its columns on disk, as safetensors' own writer would."""
+    header = tensors_header([
+        ("bytes", "I64", [documents], 8 * documents),
+        ("offsets", "I64", [documents + 1], 8 * (documents + 1)),
+        ("ids", "U8", [documents, 16], 16 * documents),
+    ])  # fmt: skip
+    with atomic_file(path) as file:
+        file.write(header)
+        file.writelines(_blocks(parts["bytes"]))
+        end = np.zeros(1, "<i8")
+        file.write(end.tobytes())
+        for block in _blocks(parts["lengths"]):
+            ends = end + np.cumsum(np.frombuffer(block, "<i8"))
+            file.write(ends.astype("<i8").tobytes())
+            end = ends[-1:]
+        file.writelines(_blocks(parts["ids"]))
+
+
+def _blocks(paths: Sequence[Path]) -> Iterator[bytes]:
+    """Yield the content of files, one after another, in bounded memory."""
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_COPY_BYTES):
+                yield block
 
 
 def _reports(folder: Path) -> dict[str, dict[str, Any]]:

@@ -455,7 +455,8 @@ class _Run:
         if self.group.any_rank(best and self.group.is_main_process):  # only it knows the whole curve
             model = self.full_model()
             if self.group.is_main_process:
-                save_model(model, self.folder / BEST, {"step": row.step, "val_loss": row.val_loss})
+                facts = {"step": row.step, "val_loss": row.val_loss}
+                save_model(model, self.folder / BEST, facts, private=True)
         return row
 
 

@@ -27,8 +27,10 @@ from compactgpt.config import Validation
 from compactgpt.documents import Document, IdSet, read_row_group, row_groups
 from compactgpt.errors import CheckFailed
 from compactgpt.progress import Progress, silent
-from compactgpt.storage import verified_manifest, write_text
+from compactgpt.storage import clear_folder, verified_manifest, write_text
 
+# What Great Expectations writes at the top of a folder of Data Docs.
+DATA_DOCS = {"expectations", "index.html", "static", "validations"}
 _EXCERPT_CHARACTERS = 80
 _EXAMPLES = 3
 _MEGABYTE = 1_000_000
@@ -222,7 +224,7 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
 
     # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    shutil.rmtree(docs, ignore_errors=True)
+    clear_folder(docs, DATA_DOCS)
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     context.variables.plugins_directory = str(_PLUGINS)

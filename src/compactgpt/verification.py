@@ -26,6 +26,7 @@ from compactgpt.errors import UserError
 from compactgpt.estimate import estimate
 from compactgpt.evaluation import figures, read_totals
 from compactgpt.ladder import read_ladder
+from compactgpt.lineage import entries_of
 from compactgpt.metrics import wilson
 from compactgpt.readings import COMPACT, read_sources
 from compactgpt.reporting.html import RECORD, published_files
@@ -104,6 +105,7 @@ def check_lock(root: Path, params: Params, found: Verification) -> None:
     """Compare dvc.lock with its own form, with dvc.yaml, with params.yaml, and with the files."""
     try:
         raw = (root / LOCK).read_text(encoding="utf-8")
+        entries_of(raw.encode())  # paths out of the project are refused
         lock = read_yaml(root / LOCK)
         stages: Mapping[str, Any] = lock["stages"]
     except (OSError, UnicodeDecodeError, UserError, KeyError, TypeError) as error:

@@ -2,9 +2,12 @@
 
 import os
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from compactgpt.errors import MissingInput
 
 DIFF = "uncommitted.diff"  # name of the artifact
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps: never a change of the user's
@@ -87,6 +90,22 @@ def _reason_to_leave_out(path: Path, name: Path, limit: int) -> str:
     if (size := path.stat().st_size) > limit:
         return f"{size:,} bytes"
     return ""
+
+
+def require_repository(root: Path) -> None:
+    """Check that a folder is in a git repository with a commit.
+
+    Raises:
+        MissingInput: it is not, or git is not installed.
+    """
+    if not shutil.which("git"):
+        raise MissingInput("git is not installed: install it, then run the same command again")
+    if run_git(root, "rev-parse", "--verify", "-q", "HEAD", allowed=(0, 1, 128)):
+        return
+    raise MissingInput(
+        "this folder is not a git repository with a commit (an unpacked ZIP has none): run "
+        '`git init && git add . && git commit -m "first commit"`, then the same command again'
+    )
 
 
 def conflict_in(name: str, content: bytes) -> str:

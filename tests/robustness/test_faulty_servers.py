@@ -4,15 +4,15 @@ A real server on the loopback, real clients (pip, the hub's, MLflow's) with thei
 """
 
 import hashlib
+import io
 import os
 import socket
 import threading
 import time
+import zipfile
 from contextlib import suppress
 
 import pytest
-from test_download import CONTENT, wheel_bytes
-from test_hub import SHA
 
 from compactgpt import hub, wheels
 from compactgpt.errors import BadData, Unreachable
@@ -20,19 +20,28 @@ from compactgpt.tracking.journal import journal_lines
 from compactgpt.tracking.mlflow_logger import sync
 from tests.store import journal, runs
 
-INFO = "tiny-1.0.dist-info"
-WHEEL = wheel_bytes(
-    {
-        "tiny/a.bin": b"content",
-        "tiny/pad.bin": os.urandom(50_000),
-        f"{INFO}/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-        f"{INFO}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{INFO}/RECORD": "",
-    }
-)
 FAULTS = ("stall", "cut", "mute", "refused", "nonsense")
-OF_PIP = FAULTS if "TEST_FAULTS" in os.environ else FAULTS[:2]  # it takes two seconds to start
+SLOW = [
+    pytest.param(fault, marks=pytest.mark.robustness) for fault in FAULTS[2:]
+]  # pip takes two seconds to start
 SECONDS = 25  # of a busy machine; pip alone takes two
+CONTENT = hashlib.sha256(b"content").hexdigest()
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def tiny_wheel():
+    """A wheel that pip accepts, large enough to be cut in half."""
+    info = "tiny-1.0.dist-info"
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        archive.writestr("tiny/a.bin", b"content")
+        archive.writestr("tiny/pad.bin", os.urandom(50_000))
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return buffer.getvalue()
+
+
+WHEEL = tiny_wheel()
 
 
 class Server:
@@ -105,7 +114,7 @@ def fetch(folder):
     return wheels.fetch_wheel_member("tiny==1.0", "tiny/a.bin", CONTENT, folder / "cache")
 
 
-@pytest.mark.parametrize("fault", OF_PIP)
+@pytest.mark.parametrize("fault", [*FAULTS[:2], *SLOW])
 def test_an_index_that_misbehaves_is_one_sentence_in_time_and_leaves_nothing(tmp_path, server, pip, fault):
     server.fault, begin = fault, time.monotonic()
     with pytest.raises((Unreachable, BadData), match=r"tiny==1\.0 .*run the same command again") as caught:

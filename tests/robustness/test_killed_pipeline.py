@@ -1,0 +1,186 @@
+"""`dvc repro` of the tiny chain, killed at random moments and asked to stop: it ends as if nothing happened.
+
+Real processes take minutes: `make test-robustness`. KILL_SEED says when they are killed; a failure names it.
+"""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tiny_chain import ROOT, make_place, params_tree, write_inputs
+
+pytestmark = pytest.mark.robustness
+
+KILLS = 4
+SEED = int(os.environ.get("KILL_SEED", "1"))
+STEPS = 600  # after the first state there is time to stop it, on a busy core too
+PYTHON = Path(sys.executable)
+
+
+def make_clone(target):
+    """What git would commit now, as a repository, with the tiny chain's parameters and inputs."""
+    named = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, named.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target / name)
+    subprocess.run(["git", "init", "-q"], cwd=target, check=True)
+    shutil.move(make_place(target / "inputs") / ".state", target / ".state")
+    shutil.rmtree(target / "inputs")
+    write_inputs(target, 1)
+    tree = params_tree(1)
+    tree["training"] |= {"max_steps": STEPS, "eval_interval": 50, "checkpoint_interval": 20}
+    (target / "params.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    return target
+
+
+class Repro:
+    """A `dvc repro` in a process group of its own, as a terminal starts it."""
+
+    def __init__(self, clone, *words, tracker="none"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        environment |= {
+            "PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": os.pathsep.join([str(clone / "src"), str(clone)]),
+            "COMPACTGPT_TRACKER": tracker,
+            "DVC_NO_ANALYTICS": "1",
+        }
+        self.clone, self.environment = clone, environment
+        self.run("mend")  # as `make repro` begins
+        self.states = set(clone.glob(".state/training/*/step-*"))
+        self.dvc = subprocess.Popen(
+            [PYTHON, "-m", "dvc", "repro", *words],
+            cwd=clone, env=environment, start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def run(self, command):
+        """Run a command of compactgpt."""
+        code = f"from compactgpt.cli import app; app(['{command}'])"
+        subprocess.run([PYTHON, "-c", code], cwd=self.clone, env=self.environment, check=True, timeout=600)
+
+    def stages(self):
+        """The processes of this clone that run a stage."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                stage = any(word.startswith("stages.") for word in process.cmdline())
+                if process.cwd() == str(self.clone) and stage:
+                    found.append(process)
+        return found
+
+    def kill(self, victim):
+        """SIGKILL the stage, dvc or both; dvc alone may not have started a stage yet."""
+        stages = self.stages()
+        for process in stages if victim in ("stage", "both") else []:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        if victim in ("dvc", "both") or not stages:
+            self.dvc.kill()
+
+    def wait_for_state(self):
+        """Wait until this training has saved a state. Returns its process."""
+        while not set(self.clone.glob(".state/training/*/step-*")) - self.states:
+            assert self.dvc.poll() is None, self.dvc.communicate()
+            time.sleep(0.01)
+        (trainer,) = self.stages()
+        return trainer
+
+    def printed(self):
+        """What it printed until its end; no stage may be left that still writes."""
+        text, _ = self.dvc.communicate(timeout=900)
+        _, alive = psutil.wait_procs(self.stages(), timeout=60)
+        assert not alive, "an orphan still works"
+        return text
+
+    def succeed(self):
+        """Wait for its success. Returns what it printed."""
+        text = self.printed()
+        assert self.dvc.returncode == 0, text
+        assert "error" not in text, text
+        return text
+
+
+def results(clone):
+    """All that git would keep of a run, and the model."""
+    files = (path for name in ("reports", "models") for path in (clone / name).rglob("*") if path.is_file())
+    return {path.relative_to(clone).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    return make_clone(tmp_path_factory.mktemp("a clone"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(clone):
+    """What the whole chain makes, and in how many seconds."""
+    begin = time.monotonic()
+    Repro(clone).succeed()
+    return results(clone), time.monotonic() - begin
+
+
+def test_a_chain_killed_at_random_moments_ends_with_the_same_results(clone, uninterrupted):
+    expected, seconds = uninterrupted
+    chance = random.Random(SEED)
+    shutil.rmtree(clone / ".dvc/cache", ignore_errors=True)
+    for name in ("data", "models", "dvc.lock"):
+        path = clone / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for _ in range(KILLS):
+        run = Repro(clone)
+        with suppress(subprocess.TimeoutExpired):
+            run.dvc.wait(chance.uniform(0.1, 0.5) * seconds)
+        if run.dvc.poll() is None:
+            run.kill(chance.choice(["stage", "dvc", "both"]))
+        run.printed()
+    Repro(clone).succeed()
+    assert results(clone) == expected, f"KILL_SEED={SEED}"
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the stage", "SIGTERM to dvc"])
+def test_a_training_that_is_asked_to_stop_saves_and_resumes(clone, uninterrupted, how):
+    run = Repro(clone, "-s", "training", "-f")
+    trainer = run.wait_for_state()
+    if how == "Ctrl-C":
+        os.killpg(run.dvc.pid, signal.SIGINT)
+    else:
+        (trainer if how == "SIGTERM to the stage" else run.dvc).terminate()
+    text = run.printed()
+    assert run.dvc.returncode != 0, text
+    assert text.count("error: stopped at step") == 1, text
+    assert "which is saved: run `dvc repro` again" in text
+    assert "Traceback" not in text
+    stopped_at = int(text.split("stopped at step ")[1].split()[0])
+    assert f"training: {stopped_at + 1} of {STEPS} steps" in Repro(clone, "-s", "training", "-f").succeed()
+    assert results(clone) == uninterrupted[0]
+
+
+def test_the_curve_of_a_run_that_was_killed_is_in_mlflow_once(clone, uninterrupted):
+    words = ("-s", "training", "-f")
+    run = Repro(clone, *words, tracker="mlflow")
+    run.wait_for_state().kill()
+    run.printed()
+    (run := Repro(clone, *words, tracker="mlflow")).succeed()
+    run.run("sync")
+    with closing(sqlite3.connect(clone / "mlflow.db")) as store:
+        ((run_id, status),) = store.execute("select run_uuid, status from runs where name = 'training'")
+        rows = store.execute("select key, step, value from metrics where run_uuid = ?", (run_id,)).fetchall()
+    assert status == "FINISHED"
+    assert sorted(step for key, step, _ in rows if key == "train/loss") == list(range(1, STEPS + 1))
+    with open(clone / "reports/loss.csv") as file:
+        curve = {int(row["step"]): float(row["val_loss"]) for row in csv.DictReader(file)}
+    assert {step: value for key, step, value in rows if key == "val/loss"} == curve

@@ -1,0 +1,137 @@
+"""No command deletes or replaces files that it did not write."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compactgpt import experiments, fitting
+from compactgpt.checkpoint import prune_runs, save_model
+from compactgpt.cli import app
+from compactgpt.errors import NotAllowed
+from compactgpt.references import accept
+from compactgpt.storage import verified_manifest
+from compactgpt.validation import check_expectations
+from tests import store
+from tests.tiny import tiny_gpt
+
+
+def export(folder, *options, model):
+    words = ["export", str(folder), "--model", str(model), "--tokenizer", str(model.parent / "tokenizer")]
+    return CliRunner().invoke(app, [*words, *options])
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A repository with a trained model; the current folder."""
+    root = tmp_path / "project"
+    save_model(tiny_gpt(40), root / "models/compact", {})
+    (root / "models/tokenizer").mkdir()
+    for name in ("encoder.json", "vocab.bpe"):
+        (root / "models/tokenizer" / name).write_text("{}")
+    store.git(root, "init", "-q")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    return root
+
+
+@pytest.fixture
+def thesis(tmp_path):
+    path = tmp_path / "papers/thesis.tex"
+    path.parent.mkdir()
+    path.write_text("five years")
+    return path
+
+
+def test_export_refuses_a_folder_with_other_files(project, thesis):
+    for options in ((), ("--overwrite",)):
+        done = export(thesis.parent, *options, model=project / "models/compact")
+        assert done.exit_code == NotAllowed.exit_code, done.output
+        assert done.output.startswith("error: ")
+        assert done.output.count("\n") == 1
+        assert thesis.read_text() == "five years"
+
+
+@pytest.mark.parametrize("where", [".", "..", "~", "../link"])
+def test_export_refuses_the_repository_its_parent_the_home_folder_and_links_to_them(project, where):
+    (project.parent / "link").symlink_to(project)
+    folder = Path(where).expanduser()
+    done = export(folder, "--overwrite", model=project / "models/compact")
+    assert done.exit_code == NotAllowed.exit_code, done.output
+    assert "never replaced" in done.output
+    assert (project / ".git/HEAD").exists()
+    assert (project / "models/compact/model.safetensors").exists()
+
+
+def test_export_replaces_an_earlier_export_and_keeps_a_file_that_was_added(project, tmp_path):
+    folder = tmp_path / "hf"
+    for _ in range(2):
+        assert export(folder, model=project / "models/compact").exit_code == 0
+    (folder / "notes.txt").write_text("mine")
+    done = export(folder, model=project / "models/compact")
+    assert done.exit_code == NotAllowed.exit_code
+    assert "notes.txt was changed since" in done.output
+    assert "--overwrite" in done.output
+    assert export(folder, "--overwrite", model=project / "models/compact").exit_code == 0
+    assert "notes.txt" not in verified_manifest(folder)["files"]
+
+
+def test_a_model_is_not_written_over_an_export(project, tmp_path):
+    export(tmp_path / "hf", model=project / "models/compact")
+    with pytest.raises(NotAllowed, match="did not write"):
+        save_model(tiny_gpt(40), tmp_path / "hf", {})
+
+
+def test_data_docs_refuse_a_folder_with_other_files(thesis):
+    with pytest.raises(NotAllowed, match="did not write"):
+        check_expectations("validation", [], thesis.parent)
+    assert thesis.read_text() == "five years"
+
+
+def test_ladder_refuses_a_folder_with_other_files(tmp_path, thesis):
+    params = tmp_path / "params.yaml"  # never read
+    with pytest.raises(NotAllowed, match="did not write"):
+        fitting.climb("ladder", thesis.parent, params)
+    for name in ("ladder.json", "ladder.png"):
+        (tmp_path / name.partition(".")[2]).mkdir()
+        (path := tmp_path / name.partition(".")[2] / name).write_text('{"steps": "to the roof"}')
+        with pytest.raises(NotAllowed, match="did not write"):
+            fitting.climb("ladder", path.parent, params)
+
+
+def test_a_file_that_is_no_reference_is_not_replaced_by_one(tmp_path, thesis):
+    (tmp_path / "data.json").write_text('{"measured": 1}')
+    for path in (thesis, tmp_path / "data.json"):
+        before = path.read_bytes()
+        with pytest.raises(NotAllowed, match="not an accepted reference"):
+            accept(None, "a reason", path, 10)
+        assert path.read_bytes() == before
+
+
+def test_only_folders_of_states_are_pruned(tmp_path):
+    for name in "abc":
+        (tmp_path / name / "step-00000001").mkdir(parents=True)
+    (tmp_path / "photos").mkdir()
+    os.utime(tmp_path / "photos", (1, 1))
+    prune_runs(tmp_path, "d")
+    assert max(path.name for path in tmp_path.iterdir()) == "photos"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_earlier_experiment_of_the_same_name_keeps_its_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store.git(tmp_path, "init", "-q")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    store.git(tmp_path, "add", ".")
+    store.git(tmp_path, "commit", "-qm", "x")
+    head = store.git(tmp_path, "rev-parse", "HEAD")
+    ref = f"refs/exps/{head[:2]}/{head[2:]}/demo"
+    for kept in (["demo-old1"], ["demo-old1", "demo-old2"]):
+        store.git(tmp_path, "update-ref", ref, "HEAD")
+        experiments._rename_earlier("demo")
+        refs = store.git(tmp_path, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps").split()
+        assert refs == kept
