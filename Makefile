@@ -65,9 +65,9 @@ repro: repository $(STAMP) ## run the whole pipeline (only what changed), print 
 	@# what the cache lacks is left to `dvc repro`, which also reports whatever else is wrong
 	@dvc checkout -q --allow-missing < /dev/null 2> /dev/null || true
 	@dvc repro
-	@compactgpt sync
 	@python -m stages.comparison --show
 	@echo
+	@compactgpt sync --warn
 	@echo "The page, to look at:       reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
@@ -83,8 +83,8 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv
 test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk, damage inputs (10 minutes)
 	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/test_launching.py
 
-test-server: $(STAMP) ## run the test that kills and restarts a real MLflow server
-	@TEST_SERVER=1 python -m pytest tests/test_server.py
+test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
+	@TEST_SERVER=1 python -m pytest tests/test_server.py tests/test_queue.py
 
 coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
 	@mkdir -p .state/coverage
@@ -145,8 +145,8 @@ readme: $(STAMP) ## renew the tables that README.md quotes from the last run, an
 ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \
 	  || { echo "port $(PORT) is in use here: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
-	@compactgpt sync
-	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?workflowType=machine_learning&compareRunsMode=CHART"
+	@compactgpt sync --warn
+	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?viewStateShareKey=pipelines&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
 	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"
 

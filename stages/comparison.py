@@ -66,7 +66,7 @@ def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
 
 
 def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path) -> None:
-    from compactgpt.comparison import compare, measured_values
+    from compactgpt.comparison import compare
     from compactgpt.readings import read_sources
     from compactgpt.reporting.html import published_files
     from compactgpt.storage import write_bytes
@@ -76,7 +76,6 @@ def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path
     for name, content in published_files(record, stage.params.comparison.language).items():
         write_bytes(reports / name, content)
         stage.tracker.artifact(reports / name, "reports")
-    stage.tracker.metrics(measured_values(record))
 
 
 if __name__ == "__main__":

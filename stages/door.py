@@ -20,25 +20,23 @@ from typing import Annotated, Any
 
 import typer
 
-from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
+from compactgpt.common.git import git_facts
 from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
 from compactgpt.console import Bar, report, told_clearly
 from compactgpt.errors import BadConfig, Busy
 from compactgpt.launching import dist_info, launch, under_torchrun
 from compactgpt.lineage import keep_lock
-from compactgpt.pipelines import token_files
 from compactgpt.progress import Progress, silent
 from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
-from compactgpt.tracking import (
+from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
     Tracker,
-    grouped,
-    journal_lines,
     machine_facts,
-    root,
+    process_facts,
     state_folder,
 )
+from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.
@@ -71,6 +69,7 @@ class Stage:
     params: Params
     tracker: Tracker
     leads: bool = True  # of several processes one writes, logs and shows progress
+    full_name: str = ""  # with the item of a matrix stage
 
     def progress(self, unit: str, what: str = "") -> Progress:
         """A progress bar that counts `unit`."""
@@ -91,7 +90,8 @@ class Stage:
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report, and log its numbers and the file."""
         write_json(path, value)
-        self.tracker.metrics(grouped(self.name, value))
+        if metrics := stage_metrics(self.full_name or self.name, value):
+            self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
@@ -132,10 +132,10 @@ def open_stage(
         with _only_one(full_name):
             if "DVC_STAGE" in os.environ:
                 keep_lock(Path.cwd())
-            run = _open_run(tracker, full_name, params_file, params, logged, held=held)
+            run = _open_run(tracker, full_name, params, logged, held=held)
             status = "FAILED"
             try:
-                yield Stage(name, params, run)
+                yield Stage(name, params, run, full_name=full_name)
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
                 status = "KILLED"
@@ -144,52 +144,26 @@ def open_stage(
                 run.end(status)
 
 
-def _open_run(
-    tracker: str, name: str, params_file: Path, params: Params, logged: tuple[str, ...], *, held: bool
-) -> Tracker:
+def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Tracker:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
         raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
-    from compactgpt.syncing import process_facts, start_syncing
+    from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
     tags = {**git_facts(here), **machine_facts(), **_data_facts(name)}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
-    facts = process_facts()
-    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **facts}, held=held)
+        tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
+    facts = {"tags": tags, "workspace": str(here), **process_facts()}
+    run = Journal(state_folder(), name, facts, held=held)
+    run.keep_before(here)
     sections = params.model_dump(mode="json")
-    run.params({key: sections[key] for key in logged})
+    run.params(tuned_params({key: sections[key] for key in logged}))
     run.inputs(_datasets(name))
-    _keep_beginning(run, params_file, tags, facts.get("pipeline"))
-    start_syncing(root())
+    start_logger(run.run_folder)
     return run
-
-
-def _keep_beginning(run: Tracker, params_file: Path, tags: Mapping[str, str], pipeline: Any) -> None:
-    """Log what the stage can be run again from: params.yaml, dvc.lock as it is found, uncommitted changes.
-
-    Of the stages of one `dvc` process only the first logs the changes: the run of the whole has them.
-    """
-    run.artifact(params_file)
-    if (lock := Path("dvc.lock")).exists():
-        run.artifact(lock, "before")
-    if tags.get("git.dirty") == "true" and not (pipeline and _has_logged_changes(pipeline)):
-        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            write_private(path := Path(scratch) / DIFF, uncommitted(Path.cwd()))
-            run.artifact(path)
-
-
-def _has_logged_changes(pipeline: Mapping[str, Any]) -> bool:
-    """Whether an earlier stage of this `dvc` process logged the uncommitted changes."""
-    folder = state_folder() / "tracking"
-    for diff in (*folder.glob(f"*/artifacts/{DIFF}"), *folder.glob(f"done/*/artifacts/{DIFF}")):
-        with open(diff.parents[1] / "journal.jsonl", "rb") as file:
-            start = journal_lines(file.readline())
-        if start and start[0].get("pipeline") == pipeline:
-            return True
-    return False
 
 
 def _data_facts(name: str) -> dict[str, str]:

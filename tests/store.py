@@ -9,15 +9,18 @@ from contextlib import closing
 from pathlib import Path
 
 from compactgpt.lineage import md5_of, md5_path
-from compactgpt.syncing import Syncer, process_facts
-from compactgpt.tracking import Journal
+from compactgpt.tracking.journal import Journal, process_facts
+from compactgpt.tracking.mlflow_logger import Logger
+from compactgpt.tracking.run_folder import run_folders
+from compactgpt.tracking.store import open_store
 
 IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
 def made_store(folder: Path) -> bytes:
     """Make a migrated, empty store: it takes seconds, copying it none."""
-    Syncer(folder).connect()
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    open_store(folder)
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         database.execute("pragma wal_checkpoint(truncate)")
     return (folder / "mlflow.db").read_bytes()
@@ -35,12 +38,24 @@ def git(root: Path, *words: str) -> str:
 
 
 def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
-    return Journal(root / ".state", stage, {"tags": {}, **process_facts(), **start}, held=held)
+    facts = {"tags": {}, "workspace": str(root), **process_facts(), **start}
+    run = Journal(root / ".state", stage, facts, held=held)
+    run.keep_before(Path(facts["workspace"]))
+    return run
+
+
+def copy(root: Path) -> bool:
+    """Copy every run folder to its store, as the child processes do; whether all are complete."""
+    done = []
+    for folder in run_folders(root):
+        folder.keep_after()
+        done.append(Logger(folder, open_store(root, folder.start["store"])).copy())
+    return all(done)
 
 
 def runs(root: Path):
-    client, experiment = Syncer(root).connect()
-    return client.search_runs([experiment], order_by=["attributes.start_time"])
+    store = open_store(root)
+    return store.client.search_runs([store.experiment], order_by=["attributes.start_time"])
 
 
 def cache_out(root: Path, path: str) -> str:
@@ -63,17 +78,24 @@ def cache_out(root: Path, path: str) -> str:
     return made
 
 
-def save_lock(root: Path, stages: dict[str, list[str]], **params) -> None:
+def save_lock(
+    root: Path, stages: dict[str, list[str]], deps: dict[str, list[str]] | None = None, **params
+) -> None:
     """Write a dvc.lock of stages with their outs, as they lie there."""
     entries = {
         stage: {
             "cmd": f"make {stage}",
             "params": {"params.yaml": params},
-            "outs": [{"path": path, "hash": "md5", "md5": md5_path(root / path)} for path in paths],
+            "deps": [named(root, path) for path in (deps or {}).get(stage, [])],
+            "outs": [named(root, path) for path in paths],
         }
         for stage, paths in stages.items()
     }
     (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": entries}))  # JSON is YAML
+
+
+def named(root: Path, path: str) -> dict[str, str]:
+    return {"path": path, "hash": "md5", "md5": md5_path(root / path)}
 
 
 def sha256(content: bytes) -> str:

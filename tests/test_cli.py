@@ -174,6 +174,7 @@ def told_in_a_read_only_folder(folder, code):
 
 
 def test_in_a_read_only_folder_sync_says_so_in_one_sentence(tmp_path):
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
     code, said = told_in_a_read_only_folder(tmp_path, "from compactgpt.cli import app; app(['sync'])")
     assert code == 77
     assert said.startswith("error: ")
@@ -183,9 +184,9 @@ def test_in_a_read_only_folder_sync_says_so_in_one_sentence(tmp_path):
 
 def test_in_a_read_only_folder_the_run_behind_a_number_is_not_looked_up(tmp_path):
     (tmp_path / "mlflow.db").touch()
-    look = "from pathlib import Path; from compactgpt.syncing import run_of_value; "
-    told = told_in_a_read_only_folder(tmp_path, f"{look}print(run_of_value(Path(), {{}}))")
-    assert told == (0, "not looked up: SQLite writes beside mlflow.db, and this folder is read-only\n")
+    look = "from pathlib import Path; from compactgpt.tracking.mlflow_logger import run_of_value; "
+    told = told_in_a_read_only_folder(tmp_path, f"{look}print(run_of_value(Path(), 'evaluation'))")
+    assert told == (0, "not looked up: SQLite writes next to mlflow.db, and this folder is read-only\n")
 
 
 @pytest.mark.parametrize(

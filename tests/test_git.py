@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
-from compactgpt.syncing import Syncer
 from stages import door
-from tests.store import runs
+from tests.store import copy, runs
 from tests.support.dvc_projects import ROOT, git
 
 PIPELINE = {"pid": 1, "created": 1.0, "command": "dvc repro"}
@@ -71,20 +70,21 @@ def test_no_page_says_to_add_everything():
 
 
 def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(project, empty_store, monkeypatch):
-    from compactgpt import syncing
+    from compactgpt.tracking import journal, mlflow_logger
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(syncing, "start_syncing", lambda root: None)
-    alone = syncing.process_facts()
-    monkeypatch.setattr(syncing, "process_facts", lambda: alone | {"pipeline": PIPELINE})
+    monkeypatch.setattr(mlflow_logger, "start_logger", lambda folder: None)
+    alone = journal.process_facts()
+    monkeypatch.setattr(door, "process_facts", lambda: alone | {"pipeline": PIPELINE})
     (project / "mlflow.db").write_bytes(empty_store)
     (project / "src/code.py").write_text("changed\n")
     for name in ("estimate", "validation"):
         with door.open_stage(name, Path("params.yaml"), "mlflow"):
             pass
     logged = list((project / ".state").rglob(DIFF))
-    assert [path.parents[1].name.split("-")[1] for path in logged] == ["estimate"]
-    assert Syncer(project).sync()
+    assert [path.parent.name for path in logged] == ["before"]
+    (project / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    assert copy(project)
     (parent,) = [run for run in runs(project) if run.data.tags["stage"] == "pipeline"]
     artifact = Path(parent.info.artifact_uri.removeprefix("file://")) / DIFF
     assert b"+changed" in artifact.read_bytes()

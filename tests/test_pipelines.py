@@ -1,20 +1,26 @@
-"""The run of a whole `dvc repro` tells what became of every stage, and keeps what runs it again."""
+"""The run of a whole `dvc repro`: what became of every stage, and what it has of its own stages only."""
 
 import json
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from compactgpt import registry
-from compactgpt.syncing import Syncer, drain
+from compactgpt.errors import Unreachable
+from compactgpt.storage import read_json
+from compactgpt.tracking import mlflow_logger, registry, run_folder
+from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.tracking.run_folder import run_folders
+from compactgpt.tracking.store import open_store
 from tests import store
-from tests.store import journal, runs
+from tests.store import copy, journal, runs
 
 STAGES = {"training": ["reports/training.json"], "evaluation": ["reports/evaluation.json", "data/evaluation"]}
+DEPS = {"evaluation": ["reports/training.json"]}
 
 
 @pytest.fixture
@@ -23,6 +29,7 @@ def root(tmp_path, empty_store, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = tmp_path / "a b"
     root.mkdir()
+    monkeypatch.chdir(root)
     (root / "mlflow.db").write_bytes(empty_store)
     (root / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
     (root / "params.yaml").write_text("model: {n_layer: 2}")
@@ -30,15 +37,15 @@ def root(tmp_path, empty_store, monkeypatch):
     return root
 
 
-def make(root: Path, loss: float) -> None:
+def make(root: Path, loss: float, steps: int = 20) -> None:
     """Both stages' outs, and what DVC writes of them."""
     (root / "data/evaluation").mkdir(parents=True, exist_ok=True)
     (root / "data/evaluation/compact.parquet").write_text(str(loss))
     (root / "reports").mkdir(exist_ok=True)
-    (root / "reports/training.json").write_text(json.dumps({"steps": 20}))
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": steps}))
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
     store.cache_out(root, "data/evaluation")
-    store.save_lock(root, STAGES)
+    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
 
 
 def dvc() -> dict:
@@ -51,7 +58,8 @@ def dvc() -> dict:
 
 def stage(root: Path, name: str, pipeline: dict, status: str = "FINISHED") -> None:
     run = journal(root, name, pipeline=pipeline, workspace=str(root))
-    run.artifact(root / "dvc.lock", "before")
+    if metrics := stage_metrics(name, read_json(root / f"reports/{name}.json")):
+        run.metrics(metrics)
     run.artifact(root / f"reports/{name}.json", "reports")
     run.end(status)
 
@@ -64,7 +72,7 @@ def wholes(root: Path) -> list:
     return [run for run in runs(root) if run.data.tags["stage"] == "pipeline"]
 
 
-def fates(run) -> dict[str, tuple[str, str]]:
+def statuses(run) -> dict[str, tuple[str, str]]:
     rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
     return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
 
@@ -73,53 +81,51 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     first = dvc()
     for name in STAGES:
         stage(root, name, first)
-    assert drain(root)
+    sync(root)
     before = named(root)
     assert before["pipeline"].info.status == "FINISHED"
-    assert {fate for fate, _ in fates(before["pipeline"]).values()} == {"ran (finished)"}
+    assert {fate for fate, _ in statuses(before["pipeline"]).values()} == {"ran (finished)"}
     journal_of_second = dvc()
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": 4.0}}))
     run = journal(root, "evaluation", pipeline=journal_of_second, workspace=str(root))
-    run.artifact(root / "dvc.lock", "before")
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
-    store.save_lock(root, STAGES)
-    assert drain(root)
+    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
+    sync(root)
     second = wholes(root)[-1]
     maker = before["training"].info.run_id
     link = f"[run {maker[:8]}](#/experiments/{second.info.experiment_id}/runs/{maker})"
-    assert fates(second)["training"] == ("skipped: unchanged", link)
-    assert fates(second)["evaluation"][0] == "ran (finished)"
+    assert statuses(second)["training"] == ("skipped: unchanged", link)
+    assert statuses(second)["evaluation"][0] == "ran (finished)"
 
 
-def test_what_comes_from_the_run_cache_is_told_apart_from_what_did_not_change(root):
+def test_what_comes_from_the_run_cache_differs_from_what_did_not_change(root):
     old = dvc()
     for name in STAGES:
         stage(root, name, old)
-    assert drain(root)
+    sync(root)
     lock = (root / "dvc.lock").read_bytes()
-    (root / "reports/training.json").write_text(json.dumps({"steps": 30}))
-    store.save_lock(root, STAGES)
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 30}))
+    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
     run = journal(root, "evaluation", pipeline=dvc(), workspace=str(root))
-    run.artifact(root / "dvc.lock", "before")
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
-    (root / "reports/training.json").write_text(json.dumps({"steps": 20}))
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 20}))
     (root / "dvc.lock").write_bytes(lock)  # as DVC does when its run cache has the stage
-    assert drain(root)
-    told = fates(wholes(root)[-1])
-    assert told["training"][0] == "skipped: from DVC's run cache"
-    assert "#/experiments/" in told["training"][1]
+    sync(root)
+    found = statuses(wholes(root)[-1])
+    assert found["training"][0] == "skipped: from the run cache of DVC"
+    assert "#/experiments/" in found["training"][1]
 
 
 def test_a_chain_that_breaks_says_where(root):
     pipeline = dvc()
     stage(root, "training", pipeline, "KILLED")
-    assert drain(root)
+    sync(root)
     parent = named(root)["pipeline"]
     assert parent.info.status == "KILLED"
-    assert fates(parent) == {
-        "training": ("ran (killed)", fates(parent)["training"][1]),
+    assert statuses(parent) == {
+        "training": ("ran (killed)", statuses(parent)["training"][1]),
         "evaluation": ("not reached", ""),
     }
 
@@ -127,91 +133,219 @@ def test_a_chain_that_breaks_says_where(root):
 def test_a_run_is_no_maker_of_outs_that_dvc_did_not_write_down(root):
     pipeline = dvc()
     stage(root, "training", pipeline)
-    (root / "reports/training.json").write_text(json.dumps({"steps": 10}))
-    store.save_lock(root, STAGES)  # of before: `dvc` was killed when the stage had ended
-    assert drain(root)
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 10}))
+    store.save_lock(
+        root, STAGES, DEPS, model={"n_layer": 2}
+    )  # of before: `dvc` was killed when the stage had ended
+    sync(root)
     assert "lock_entry" not in named(root)["training"].data.tags
 
 
 def test_the_run_of_the_whole_keeps_params_figures_and_files(root, tmp_path):
     stage(root, "evaluation", dvc())
     (root / "reports/training.json").write_text("of another run by now")
-    assert drain(root)
+    sync(root)
     parent = named(root)["pipeline"]
     assert parent.data.params == {"model.n_layer": "2"}
     assert parent.data.metrics == {"eval/loss": 4.5}
     assert parent.data.tags["command"] == "dvc repro"
     assert parent.data.tags["lock_sha256"] == store.sha256((root / "dvc.lock").read_bytes())
-    kept = Path(Syncer(root).connect()[0].download_artifacts(parent.info.run_id, "", str(tmp_path)))
+    kept = Path(open_store(root).client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
     assert (kept / "dvc.lock").read_bytes() == (root / "dvc.lock").read_bytes()
     assert (kept / "data/evaluation/compact.parquet").read_text() == "4.5"
     assert "mlflow==" in (kept / "environment/packages.txt").read_text()
     assert not (kept / "reports/training.json").exists()
 
 
-def test_a_repro_that_runs_nothing_is_told_once(root):
-    assert drain(root, record_unrun=True)
-    assert drain(root, record_unrun=True)
+def test_a_repro_that_runs_nothing_is_logged_once(root):
+    sync(root, record_unrun=True)
+    sync(root, record_unrun=True)
     (only,) = runs(root)
     assert only.info.status == "FINISHED"
-    assert fates(only)["training"] == ("skipped: unchanged", "no run known here")
+    assert statuses(only)["training"] == ("skipped: unchanged", "no run known here")
     make(root, 3.0)
-    assert drain(root, record_unrun=True)
+    sync(root, record_unrun=True)
     assert len(runs(root)) == 2
 
 
-def test_what_was_left_is_told_though_the_server_was_away_and_the_work_tree_went_on(root, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: nobody listens
+def test_a_dead_server_changes_nothing_of_what_is_logged_later(root, monkeypatch):
+    monkeypatch.setattr(mlflow_logger, "PATIENCE_SECONDS", 0.5)
     stage(root, "evaluation", dvc())
-    with pytest.raises(Exception, match=r"(?i)connection|retries"):
-        Syncer(root).sync()
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow_logger, "open_store", refuse)
+        mlflow_logger.follow(run_folders(root)[0])
     make(root, 3.0)  # the next run
     (root / "params.yaml").write_text("model: {n_layer: 3}")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert drain(root)
+    sync(root)
     (parent,) = wholes(root)
-    assert parent.data.metrics == {"eval/loss": 4.5}
+    assert parent.data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5}
     assert parent.data.params == {"model.n_layer": "2"}
 
 
-def test_a_lock_that_nobody_can_read_closes_the_run_all_the_same(root):
+def refuse(*_):
+    raise Unreachable("no server")
+
+
+def test_a_run_that_is_copied_late_reads_what_the_next_one_found(root):
     stage(root, "evaluation", dvc())
-    (root / "dvc.lock").write_text("stages: {evaluation: [")
-    assert drain(root)
+    time.sleep(1.1)  # names of run folders have seconds
+    make(root, 3.0)
+    stage(root, "evaluation", dvc())
+    first, second = run_folders(root)
+    assert first.keep_after()
+    kept = (first.path / "after/dvc.lock").read_bytes()
+    assert kept == (second.path / "before/dvc.lock").read_bytes()
+
+
+def test_an_empty_lock_is_read_again_and_then_reported(root, monkeypatch):
+    stage(root, "evaluation", dvc())
+    lock = (root / "dvc.lock").read_bytes()
+    (root / "dvc.lock").write_bytes(b"")  # DVC writes it in place
+    assert not copy(root)
+    assert wholes(root)[0].info.status == "RUNNING"
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", -1.0)
+    assert copy(root)
     (parent,) = wholes(root)
     assert parent.info.status == "FAILED"
-    assert "no valid YAML" in parent.data.tags["not_concluded"]
+    assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]
+    assert parent.data.metrics == {"eval/loss": 4.5}  # its own stage's
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", 30.0)
+    stage(root, "training", dvc())
+    (root / "dvc.lock").write_bytes(b"")
+    assert not copy(root)
+    (root / "dvc.lock").write_bytes(lock)
+    assert copy(root)
+    assert wholes(root)[-1].info.status == "FINISHED"
 
 
-def test_a_parent_whose_notes_were_deleted_is_closed(root):
-    stage(root, "training", {"pid": os.getpid(), "created": psutil.Process().create_time()})
-    assert not Syncer(root).sync()
-    parent = next((root / ".state/tracking/pipelines").iterdir())
-    (parent / "parent.json").unlink()
-    client, _ = Syncer(root).connect()
-    (run,) = wholes(root)
-    assert run.info.status == "RUNNING"  # this process lives
-    client.set_tag(run.info.run_id, "pipeline", "999999999-1.0")
-    Syncer(root).connect()
-    assert client.get_run(run.info.run_id).info.status == "KILLED"
+def test_a_lock_that_cannot_be_read_closes_the_run_all_the_same(root):
+    stage(root, "evaluation", dvc())
+    (root / "dvc.lock").write_text("stages: {evaluation: [")
+    sync(root)
+    (parent,) = wholes(root)
+    assert parent.info.status == "FAILED"
+    assert "no valid YAML" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
+    older = dvc()
+    for name in STAGES:
+        stage(root, name, older)
+    sync(root)
+    assert wholes(root)[0].data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5}
+    time.sleep(1.1)
+    (root / "params.yaml").write_text("model: {n_layer: 60}")
+    run = journal(root, "training", pipeline=dvc(), workspace=str(root))
+    run.metrics({"train/loss": 7.0}, 7)
+    run.end("KILLED")
+    sync(root)
+    stopped = wholes(root)[-1]
+    assert stopped.info.status == "KILLED"
+    assert stopped.data.params == {"model.n_layer": "60"}
+    assert stopped.data.metrics == {"train/loss": 7.0}
+    assert "weights_sha256" not in stopped.data.tags
+    assert statuses(stopped)["evaluation"] == ("not reached", "")
+
+
+def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
+    (root / "code.py").write_text("1")
+    store.save_lock(root, STAGES, {"evaluation": ["reports/training.json", "code.py"]}, model={"n_layer": 2})
+    stage(root, "training", dvc())
+    sync(root)
+    assert statuses(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
+    assert wholes(root)[-1].data.metrics["eval/loss"] == 4.5
+    for change in ("code.py", "params.yaml"):
+        before = (root / change).read_text()
+        (root / change).write_text("model: {n_layer: 3}")
+        time.sleep(1.1)
+        stage(root, "training", dvc())
+        sync(root)
+        (root / change).write_text(before)
+        assert statuses(wholes(root)[-1])["evaluation"][0] == "not reached", change
+        assert "eval/loss" not in wholes(root)[-1].data.metrics
+
+
+def test_a_resumed_training_gives_its_pipeline_the_whole_curve(root):
+    note = root / "state/journal"
+    first = journal(root, held=True, pipeline=dvc(), workspace=str(root))
+    first.begin(note)
+    first.metrics({"train/loss": 3.0}, 1)
+    first.end("KILLED")
+    sync(root)
+    time.sleep(1.1)
+    rest = journal(root, held=True, pipeline=dvc(), workspace=str(root))
+    rest.begin(note)
+    rest.metrics({"train/loss": 2.0}, 2)
+    rest.end("FINISHED")
+    sync(root)
+    killed, whole = wholes(root)
+    client = open_store(root).client
+    points = [
+        [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "train/loss")]
+        for run in (killed, whole)
+    ]
+    assert points == [[(1, 3.0)], [(1, 3.0), (2, 2.0)]]
+    assert named(root)["training"].data.tags["mlflow.parentRunId"] == whole.info.run_id
 
 
 def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
-    def refuse(*_):
-        raise OSError("no room")
+    def fail(*_):
+        raise ValueError("no space")
 
-    monkeypatch.setattr(registry.Shelf, "register", refuse)
+    monkeypatch.setattr(registry, "log_model", fail)
     (root / "models/compact").mkdir(parents=True)
     facts = {"files": {"model.safetensors": {"sha256": "0" * 64}}}
     (root / "models/compact/manifest.json").write_text(json.dumps(facts))
     store.cache_out(root, "models/compact")
-    store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]})
+    store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]}, DEPS)
     stage(root, "training", dvc())
-    for _ in range(2):
-        with pytest.raises(OSError, match="no room"):
-            Syncer(root).sync()
-    assert Syncer(root).sync()
+    for _ in range(mlflow_logger.MODEL_TRIES):
+        with pytest.raises(Unreachable, match="no space"):
+            sync(root)
+    sync(root)
     parent = named(root)["pipeline"]
     assert parent.info.status == "FINISHED"
-    assert "model: not logged: OSError" in parent.data.tags["mlflow.note.content"]
+    assert parent.data.tags["model"].startswith("not logged")
     assert parent.data.tags["weights_sha256"] == "0" * 64
+
+
+def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, monkeypatch):
+    """Its scratch folder is being removed; the commit comes some seconds after its process has ended."""
+    store.git(root, "init", "-q")
+    store.git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
+    store.git(root, "commit", "-qm", "x")
+    baseline = store.git(root, "rev-parse", "HEAD")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in ("dvc.yaml", "dvc.lock"):
+        (scratch / name).write_bytes((root / name).read_bytes())
+    (scratch / "params.yaml").write_text("model: {n_layer: 3}")
+    pipeline = {**dvc(), "command": "dvc exp exec-run --infofile x.run"}
+    tags = {"dvc.experiment": "wide", "dvc.baseline": baseline}
+    run = journal(root, "training", pipeline=pipeline, workspace=str(scratch), tags=tags)
+    run.end("FINISHED")
+    assert not copy(root)  # no commit yet
+    (root / "params.yaml").write_text("model: {n_layer: 3}")
+    (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 1.0}))
+    store.save_lock(root, STAGES, DEPS, model={"n_layer": 3})
+    store.git(root, "commit", "-qam", "wide")
+    store.git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
+    lock = (root / "dvc.lock").read_bytes()
+    make(root, 9.0)  # another experiment, in the workspace
+    sync(root)
+    (parent,) = wholes(root)
+    assert (parent.info.status, parent.info.run_name) == ("FINISHED", "wide")
+    assert parent.data.tags["lock_sha256"] == store.sha256(lock)
+    assert parent.data.tags["mlflow.source.name"] == "dvc exp run -n wide -S model.n_layer=3"
+
+
+def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
+    tags = {"dvc.experiment": "lost", "dvc.baseline": "0" * 40}
+    run = journal(root, "training", pipeline=dvc(), tags=tags)
+    run.end("FINISHED")
+    assert not copy(root)
+    monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", -1.0)
+    assert copy(root)
+    (parent,) = wholes(root)
+    assert parent.info.status == "FAILED"
+    assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]

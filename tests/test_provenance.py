@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.errors import MissingInput
+from compactgpt.lineage import Folder, entry_key, read_chain
 from compactgpt.provenance import code_hashes, find_value, locking_commit, rooms_of, trace, upstream
-from compactgpt.syncing import Syncer, run_of_value
+from compactgpt.tracking.mlflow_logger import run_of_value
+from compactgpt.tracking.store import open_store
 from tests.place import ROOT
 
 VALUE = {
@@ -122,19 +124,14 @@ def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
     assert not changed & {"download", "tokenization", "baseline", "comparison", "estimate"}
 
 
-def test_the_run_that_logged_the_number_is_found(place, monkeypatch):
+def test_the_run_that_made_what_the_lock_has_is_found(place, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert run_of_value(place, VALUE).startswith("no MLflow store here")
-    client, experiment = Syncer(place).connect()
-    runs = {}
-    for number, status in ((4.5, "FINISHED"), (4.6, "FINISHED"), (4.5, "FAILED")):
-        run = client.create_run(experiment, tags={"stage": "evaluation"}).info.run_id
-        client.log_metric(run, "loss.value", number)
-        client.set_terminated(run, status)
-        runs[number, status] = run
-    wanted = runs[4.5, "FINISHED"]
-    assert run_of_value(place, VALUE) == f"{wanted} (evaluation, metric loss.value)"
-    assert "no finished run of evaluation" in run_of_value(place, {**VALUE, "value": 7})
+    assert run_of_value(place, "evaluation").startswith("no MLflow store here")
+    opened = open_store(place)
+    entry = read_chain(Folder(place)).entries["evaluation"]
+    wanted = opened.client.create_run(opened.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
+    assert run_of_value(place, "evaluation") == f"{wanted} (evaluation)"
+    assert run_of_value(place, "training") == "no run in the store made what dvc.lock has of training"
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
@@ -142,3 +139,8 @@ def test_the_run_that_logged_the_number_is_found(place, monkeypatch):
     facts = json.loads(CliRunner().invoke(app, ["trace", "compact.loss", "--json"]).stdout)
     assert facts["evidence"]["id"] == "compact.loss"
     assert wanted in facts["MLflow run"][0]
+    (place / "mlflow.db").write_bytes(b"no database" * 400)
+    done = CliRunner().invoke(app, ["trace", "compact.loss"])
+    assert done.exit_code == 65
+    assert done.output.count("\n") == 1
+    assert "mlflow.db is damaged" in done.output

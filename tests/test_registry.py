@@ -1,115 +1,160 @@
-"""The model in MLflow: safetensors and code, once a set of weights; `champion` by word only."""
+"""The model in MLflow: logged once a set of weights, registered when the gate promotes it."""
 
-import json
 from pathlib import Path
 
-import pandas as pd
+import mlflow
 import pytest
 import torch
 
 from compactgpt.checkpoint import load_model, save_model
 from compactgpt.encoding import load_encoding
-from compactgpt.errors import MissingInput
-from compactgpt.lineage import Cache, Folder
-from compactgpt.pipelines import conclude
-from compactgpt.registry import NAME, Shelf, champion, promote
-from compactgpt.storage import sha256_file
-from compactgpt.syncing import Syncer
+from compactgpt.errors import CheckFailed, MissingInput
+from compactgpt.storage import sha256_file, write_json
+from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
+from compactgpt.tracking.store import open_store
 from tests import store
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.test_pipelines import dvc
+from tests.tiny import save_split, save_tokenizer, tiny_gpt
 
-SUFFIXES = {"", ".bpe", ".json", ".md", ".py", ".safetensors", ".txt", ".yaml"}
+SUFFIXES = {"", ".json", ".md", ".safetensors", ".txt", ".yaml"}
 
 
 @pytest.fixture
 def root(tmp_path, empty_store, monkeypatch):
     """A project with a trained model."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(empty_store)
     (tmp_path / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
+    (tmp_path / "params.yaml").write_text("{model: {n_layer: 2}, training: {max_steps: 9}, download: {a: 1}}")
     encoding = save_tokenizer(tmp_path / "data/tokenizer")
     save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
-    (tmp_path / "reports").mkdir()
-    bounds = {"value": 2.0, "low": 1.0, "high": 3.0}
-    (tmp_path / "reports/evaluation.json").write_text(json.dumps({"loss": bounds}))
-    for path in ("models/compact", "data/tokenizer"):
-        store.cache_out(tmp_path, path)
-    outs = {"training": ["models/compact", "data/tokenizer"], "evaluation": ["reports/evaluation.json"]}
-    store.save_lock(tmp_path, outs)
+    save_split(tmp_path / "data/tokens/val.tokens", encoding)
     return tmp_path
 
 
-def register(root) -> str:
-    client, experiment = Syncer(root).connect()
-    run_id = client.create_run(experiment, run_name="pipeline").info.run_id
-    place, cache = Folder(root), Cache(root)
-    version = Shelf(client, experiment, run_id, run_id).register(
-        conclude(place, cache, None, [], lambda _: ""), place, cache
-    )
-    client.set_tag(run_id, "model_version", version)
-    return run_id
+def register(root: Path) -> str:
+    """Log the model as the run of a pipeline that has ended; returns the id of the run."""
+    split = root / "data/tokens/val.tokens"
+    facts = {"val.tokens": {"sha256": sha256_file(split), "bytes": split.stat().st_size}}
+    write_json(root / "data/tokens/manifest.json", {"files": facts})
+    report = {"loss": {"value": 2.0, "low": 1.0, "high": 3.0}}
+    write_json(root / "reports/evaluation.json", report)
+    outs = {
+        "training": ["models/compact", "data/tokenizer", "data/tokens"],
+        "evaluation": ["reports/evaluation.json"],
+    }
+    for path in outs["training"]:
+        store.cache_out(root, path)
+    store.save_lock(root, outs)
+    pipeline = dvc()
+    store.journal(root, "training", pipeline=pipeline).end("FINISHED")
+    run = store.journal(root, "evaluation", pipeline=pipeline)
+    run.metrics(stage_metrics("evaluation", report))
+    run.artifact(root / "reports/evaluation.json", "reports")
+    run.end("FINISHED")
+    sync(root)
+    found = [one for one in store.runs(root) if one.data.tags["stage"] == "pipeline"]
+    return found[-1].info.run_id
 
 
-def test_a_logged_model_is_code_and_safetensors_and_answers(root):
-    import mlflow
+def weights(root: Path) -> str:
+    return sha256_file(root / "models/compact/model.safetensors")
 
+
+def retrain(root: Path, params: str, n_embd: int) -> None:
+    vocab_size = load_encoding(root / "data/tokenizer").n_vocab
+    save_model(tiny_gpt(vocab_size, n_embd=n_embd), root / "models/compact", {})
+    (root / "params.yaml").write_text(params)
     register(root)
-    client, _ = Syncer(root).connect()
-    (version,) = client.search_model_versions(f"name = '{NAME}'")
-    folder = Path(mlflow.artifacts.download_artifacts(version.source))
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == SUFFIXES
-    assert (folder / "code/compactgpt/model.py").exists()
-    assert "| Loss (nats per token) | 2.0000 |" in (folder / "README.md").read_text()
-    model = mlflow.pyfunc.load_model(str(folder))
-    frame = pd.DataFrame({"prompt": ["the cat", "", "in the"]})
-    first = model.predict(frame, params={"max_new_tokens": 3})
-    assert first.equals(model.predict(frame, params={"max_new_tokens": 3}))
-    assert list(first.columns) == ["text", "loss"]
-    assert first.loss[1] == 0.0
-    encoding = load_encoding(root / "data/tokenizer")
-    tokens = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary("the cat")]])
-    gpt = load_model(root / "models/compact")
-    logits = gpt.hidden(tokens[:, :-1])[0] @ gpt.wte.weight[: encoding.n_vocab].T
-    expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
-    assert first.loss[0] == pytest.approx(expected, rel=1e-5)
-    assert model.metadata.signature.inputs.input_names() == ["prompt"]
-    assert model.input_example.prompt[0].startswith("The future")
+
+
+def test_the_model_page_has_parameters_source_run_and_metrics_with_data_and_time(root):
+    run_id = register(root)
+    opened = open_store(root)
+    (model,) = opened.client.search_logged_models([opened.experiment])
+    training = opened.client.get_run(model.source_run_id)
+    assert training.data.tags["stage"] == "training"
+    assert [one.model_id for one in training.outputs.model_outputs] == [model.model_id]
+    pipeline = opened.client.get_run(run_id)
+    assert [one.model_id for one in pipeline.outputs.model_outputs] == [model.model_id]
+    assert model.params == {"model.n_layer": "2", "training.max_steps": "9"}
+    (metric,) = model.metrics
+    assert (metric.key, metric.value, metric.dataset_name) == ("eval/loss", 2.0, "val.tokens")
+    assert metric.dataset_digest == sha256_file(root / "data/tokens/val.tokens")[:36]
+    assert abs(metric.timestamp - pipeline.info.end_time) < 60_000
+    assert opened.client.search_registered_models() == []
+
+
+def test_a_logged_model_is_the_hugging_face_form_and_answers(root):
+    register(root)
+    (model,) = open_store(root).client.search_logged_models(["1"])
+    folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= SUFFIXES
+    assert weights(root) in (folder / "model_card.md").read_text()
+    loaded = mlflow.pyfunc.load_model(str(folder))
+    answers = loaded.predict(["the cat", "in the"], params={"do_sample": False})
+    assert answers == loaded.predict(["the cat", "in the"], params={"do_sample": False})
+    assert loaded.metadata.signature.params.to_dict()[0]["name"] == "do_sample"
+    assert loaded.input_example == ["The future of AI is"]
+    encoding, gpt = load_encoding(root / "data/tokenizer"), load_model(root / "models/compact")
+    tokens = encoding.encode_ordinary("the cat")
+    for _ in range(gpt.shape.block_size // 2):
+        logits = gpt.hidden(torch.tensor([tokens]))[0, -1] @ gpt.wte.weight[: encoding.n_vocab].T
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == encoding.eot_token:
+            break
+    expected = encoding.decode([one for one in tokens if one != encoding.eot_token])
+    assert "the cat" + answers[0] == expected
+
+
+def test_a_request_for_a_hundred_thousand_tokens_gets_an_answer_within_the_context(root):
+    register(root)
+    (model,) = open_store(root).client.search_logged_models(["1"])
+    loaded = mlflow.pyfunc.load_model(model.model_uri)
+    for prompt in ("the cat", "the cat" * 500):  # the second is longer than the context
+        (answer,) = loaded.predict([prompt], params={"max_new_tokens": 100_000})
+        tokens = load_encoding(root / "data/tokenizer").encode_ordinary(answer)
+        assert len(tokens) <= 4 * MAX_NEW_TOKENS
 
 
 def test_the_same_weights_are_logged_once(root):
     register(root)
+    second = register(root)
+    opened = open_store(root)
+    assert len(opened.client.get_run(second).inputs.model_inputs) == 1
+    assert len(opened.client.search_logged_models([opened.experiment])) == 1
+
+
+def test_a_model_that_was_cut_off_is_logged_again(root):
+    opened = open_store(root)
+    tags = {"weights_sha256": weights(root)}
+    opened.client.create_logged_model(opened.experiment, name="compact", tags=tags)
     register(root)
-    client, experiment = Syncer(root).connect()
-    assert len(client.search_model_versions(f"name = '{NAME}'")) == 1
-    assert len(client.search_logged_models([experiment])) == 1
-    save_model(tiny_gpt(30), root / "models/compact", {})
-    store.cache_out(root, "models/compact")
-    store.save_lock(root, {"training": ["models/compact", "data/tokenizer"]})
-    register(root)
-    assert {v.version for v in client.search_model_versions(f"name = '{NAME}'")} == {1, 2}
+    (model,) = opened.client.search_logged_models([opened.experiment])
+    assert model.status == "READY"
 
 
-def test_a_registration_that_was_cut_off_goes_on(root, monkeypatch):
-    client, _ = Syncer(root).connect()
-
-    def refuse(*_args, **_kwargs):
-        raise ConnectionError("the server was killed")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(type(client), "create_model_version", refuse)
-        with pytest.raises(ConnectionError):
-            register(root)
-    register(root)
-    assert len(client.search_model_versions(f"name = '{NAME}'")) == 1
-    assert len(client.search_logged_models([Syncer(root).connect()[1]])) == 1
-
-
-def test_only_promotion_makes_a_champion(root):
+def test_only_promotion_registers_and_another_configuration_needs_a_reason(root):
     run_id = register(root)
-    client, _ = Syncer(root).connect()
-    assert champion(client) is None
-    weights = sha256_file(root / "models/compact/model.safetensors")
-    assert promote(client, weights) == "1"
-    assert champion(client) == {"version": "1", "run_id": run_id, "weights_sha256": weights}
+    opened, first = open_store(root), weights(root)
+    assert champion(opened) is None
+    assert promote(opened, first) == "1"
+    assert promote(opened, first) == "1"
+    found = champion(opened)
+    assert (found["version"], found["run_id"], found["weights_sha256"]) == ("1", run_id, first)
     with pytest.raises(MissingInput, match="no model with these weights"):
-        promote(client, "0" * 64)
+        promote(opened, "0" * 64)
+    retrain(root, "{model: {n_layer: 2}, training: {max_steps: 30}}", 8)
+    with pytest.raises(CheckFailed, match=r"training.max_steps 9 -> 30.*--accept REASON"):
+        promote(opened, weights(root))
+    assert champion(opened)["version"] == "1"
+    assert promote(opened, weights(root), "a longer run") == "2"
+    version = opened.client.get_model_version(NAME, "2")
+    assert version.tags["accepted"] == "a longer run"
+    (root / "data/tokens/val.tokens").write_bytes(b"another split")
+    retrain(root, "{model: {n_layer: 2}, training: {max_steps: 30}, download: {}}", 4)
+    with pytest.raises(CheckFailed, match="val split"):
+        promote(opened, weights(root))

@@ -19,17 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from compactgpt import references, registry, regression
+from compactgpt import references, regression
 from compactgpt.checkpoint import save_model
 from compactgpt.config import load_params
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.evaluation import Totals, write_totals
 from compactgpt.gate import formats
-from compactgpt.lineage import Cache, Folder
-from compactgpt.pipelines import conclude, write_files
 from compactgpt.regression import Check, Documents, Snapshot, Verdict
 from compactgpt.storage import read_json, write_json
-from compactgpt.syncing import Syncer
+from compactgpt.tracking.mlflow_logger import sync
 from stages.regression import app
 from tests import store
 from tests.tiny import save_tokenizer, tiny_gpt
@@ -446,6 +444,7 @@ def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
 
 def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeypatch, empty_store):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(empty_store)
     with pytest.raises(MissingInput, match="no model is champion"):
         references.reference("champion", tmp_path)
@@ -462,26 +461,16 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     write_json(tmp_path / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x"}}})
     with pytest.raises(MissingInput, match="no model with these weights"):
         references.promote(tmp_path)
-    register(tmp_path)
+    sync(tmp_path, record_unrun=True)
     assert references.promote(tmp_path) == "1"
     shutil.rmtree(tmp_path / "data")
     champion = references.reference("champion", tmp_path)
     assert champion.name == "champion, version 1"
     assert len(champion.documents.ids) == 30
-
-
-def register(root):
-    """What `compactgpt.syncing` makes when a pipeline has ended, without the logged model."""
-    client, experiment = Syncer(root).connect()
-    run_id = client.create_run(experiment, run_name="pipeline").info.run_id
-    place, cache = Folder(root), Cache(root)
-    ending = conclude(place, cache, None, [], lambda _: "")
-    (root / "info").mkdir()
-    write_files(place, cache, root / "info")
-    client.log_artifacts(run_id, str(root / "info"))
-    tags = {"weights_sha256": ending.tags["weights_sha256"], registry._PIPELINE: run_id}
-    client.create_registered_model(registry.NAME)
-    client.create_model_version(registry.NAME, str(root / "models/compact"), run_id, tags=tags)
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 400)
+    done = run("--against", "champion", "--params", ROOT / "params.yaml")
+    assert done.exit_code == 65
+    assert "mlflow.db is damaged" in done.output
 
 
 # --- what is said ------------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from compactgpt.cli import app
 from compactgpt.common.worktree import scratch_worktree
 from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed, OutsideFolder, UserError
 from compactgpt.lineage import Cache, Chain, Commit, Folder, checkout, md5_path, read_chain
-from compactgpt.pipelines import packages
 from compactgpt.records import Record, find, versions
 from compactgpt.reproduction import DIFFERENT, IDENTICAL, ROUNDING, gaps, judge, reproduce
-from compactgpt.syncing import Syncer, drain
-from compactgpt.tracking import machine_facts
+from compactgpt.tracking.journal import machine_facts
+from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.pipeline_run import packages
+from compactgpt.tracking.store import open_store
 from tests import store
 
 CHAIN = """
@@ -88,13 +89,15 @@ def ran(tmp_path_factory, empty_store):
     dvc(root, "repro")
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert drain(root, record_unrun=True)
+        patched.chdir(root)
+        sync(root, record_unrun=True)
     return root
 
 
 @pytest.fixture
 def root(ran, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(ran)  # artifact paths are relative to the repository
     return ran
 
 
@@ -199,7 +202,8 @@ def test_other_parameters_are_named(tmp_path):
 def test_a_name_that_means_nothing_or_too_much_is_refused(root, tmp_path):
     with pytest.raises(BadConfig, match="no run of MLflow"):
         find(root, "nothing", tmp_path)
-    client, experiment = Syncer(root).connect()
+    store_of_root = open_store(root)
+    client, experiment = store_of_root.client, store_of_root.experiment
     bare = client.create_run(experiment, run_name="by hand").info.run_id
     with pytest.raises(MissingInput, match=r"keeps no dvc\.lock"):
         find(root, bare, tmp_path / "none")
@@ -350,7 +354,8 @@ def test_uncommitted_changes_of_a_run_stay_inside(root, record, tmp_path, diff):
 
 def test_a_commit_that_is_an_option_of_git_is_none(root, tmp_path, monkeypatch):
     """`git diff --stat --output=FILE` would write the file."""
-    client, experiment = Syncer(root).connect()
+    opened = open_store(root)
+    client, experiment = opened.client, opened.experiment
     (run,) = store.runs(root)
     tags = {**run.data.tags, "git.commit": f"--output={tmp_path}/written"}
     forged = client.create_run(experiment, tags={key: str(tags[key]) for key in ("stage", "git.commit")})

@@ -27,9 +27,10 @@ from compactgpt.errors import BadData, MissingInput, UserError
 from compactgpt.export import save_hf
 from compactgpt.optim import Optimizers
 from compactgpt.storage import sha256_file, write_json
-from compactgpt.syncing import Discreet, Syncer
+from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
+from compactgpt.tracking.store import open_store
 from stages import door
-from tests.store import git, runs
+from tests.store import copy, git, runs
 from tests.test_registry import register, root  # noqa: F401  the fixture of a project with a model
 from tests.tiny import save_tokenizer, tiny_gpt
 
@@ -110,10 +111,10 @@ def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(root):  # noqa: F81
     optimizers.update(1, torch.tensor(0.5))
     save_state(root / ".state/training", "key", 1, network, optimizers, {"rows": []})
     save_hf(network, root / "exported")
-    client, run_id = Syncer(root).connect()[0], register(root)
-    (version,) = client.search_model_versions(f"tags.weights_sha256 != '' and run_id = '{run_id}'")
+    register(root)
+    (model,) = open_store(root).client.search_logged_models(["1"])
     (root / "artifacts").mkdir()
-    mlflow.artifacts.download_artifacts(version.source, dst_path=str(root / "artifacts"))
+    mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(root / "artifacts"))
     files = [path for path in root.rglob("*") if path.is_file()]
     assert len([path for path in files if "artifacts" in path.parts]) > 10
     assert len([path for path in files if path.suffix == ".safetensors"]) > 4
@@ -331,9 +332,10 @@ def project(tmp_path, empty_store, monkeypatch):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda _: None)
+    monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda _: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
     (tmp_path / "src").mkdir()
     (tmp_path / "src/new.py").write_text("x = 1\n")
     git(tmp_path, "init", "-q")
@@ -354,14 +356,17 @@ def test_a_secret_is_told_nowhere(project, monkeypatch, capsys):
         stage.text("x.txt", "words", "texts")
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(Discreet("%(message)s"))
+    handler.setFormatter(PasswordFilter("%(message)s"))
     try:
-        Syncer(project).sync()
+        copy(project)
     except Exception:
         handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "not taken", (), sys.exc_info()))
     assert "127.0.0.1:9" in stream.getvalue()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert Syncer(project).sync()
+    with door.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
+        stage.report(Path("reports/training.json"), {"loss": 2.0})
+    with pytest.raises(UserError):
+        sync(project)  # the first run is meant for the server
     (run,) = runs(project)
     mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(project / "artifacts"))
     assert run.data.tags["git.dirty"] == "true"

@@ -111,15 +111,15 @@ def test_under_dvc_a_stage_keeps_dvc_lock_as_it_found_it(here, monkeypatch):
 
 
 def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):
-    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
-    run(lambda stage: stage.report(Path("x.json"), {"loss": 2.0}), tracker="mlflow")
-    (folder,) = (here / ".state/tracking").glob("*-training-*")
+    monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
+    run(lambda stage: stage.report(Path("x.json"), {"best_val_loss": 2.0}), tracker="mlflow")
+    (folder,) = (here / ".state/tracking").glob("*/*-training-*")
     lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    kinds = ["start", "params", "artifact", "metrics", "artifact", "end"]
+    kinds = ["start", "params", "metrics", "artifact", "end"]
     assert [line["kind"] for line in lines] == kinds
     assert lines[1]["values"]["model.n_layer"] > 0
-    assert lines[2]["path"] == "artifacts/params.yaml"
-    assert lines[3]["values"] == {"train/final/loss": 2.0}
+    assert lines[2]["values"] == {"val/best_loss": 2.0}
+    assert (folder.parent / "before/params.yaml").exists()
     assert lines[-1]["status"] == "FINISHED"
 
 
@@ -127,9 +127,9 @@ def test_the_journal_tells_params_metrics_and_the_end(here, monkeypatch):
     ("error", "status"), [(BadData("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Busy("x"), "KILLED")]
 )
 def test_the_journal_tells_how_a_run_failed(here, monkeypatch, error, status):
-    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
+    monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
     run(fail_with(error), tracker="mlflow")
-    (path,) = (here / ".state/tracking").glob("*/journal.jsonl")
+    (path,) = (here / ".state/tracking").glob("*/*/journal.jsonl")
     assert json.loads(path.read_text().splitlines()[-1])["status"] == status
 
 
@@ -210,12 +210,12 @@ def test_exit_from_a_stage_is_kept(here):
 
 @pytest.mark.parametrize(("name", "tagged"), [("training", True), ("baseline@xz", True), ("download", False)])
 def test_a_run_names_the_token_files_that_it_stands_on(here, monkeypatch, name, tagged):
-    monkeypatch.setattr("compactgpt.syncing.start_syncing", lambda root: None)
+    monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
     manifest = here / "data/tokens/manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text('{"files": {}}')
     with door.open_stage(name, Path("params.yaml"), "mlflow"):
         pass
-    (path,) = (here / ".state/tracking").glob("*/journal.jsonl")
+    (path,) = (here / ".state/tracking").glob("*/*/journal.jsonl")
     tags = json.loads(path.read_text().splitlines()[0])["tags"]
     assert tags.get("data_sha256") == (hashlib.sha256(manifest.read_bytes()).hexdigest() if tagged else None)

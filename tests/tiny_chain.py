@@ -113,14 +113,15 @@ def params_tree(generation: int) -> dict:
 
 def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     """Run a stage's door here, as `python -m stages.X` would: SystemExit tells how it ended."""
-    from compactgpt import documents, download, syncing
+    from compactgpt import documents, download
+    from compactgpt.tracking import mlflow_logger
 
     os.environ.pop("DVC_STAGE", None)
     os.environ.pop("DVC_ROOT", None)
     os.chdir(place)
     download.MEGABYTE = 1500  # several shards of the few texts,
     documents.ROW_GROUP_BYTES = 500  # and several pieces of each
-    syncing.start_syncing = lambda root: None  # a process of its own: tests/test_tracking.py
+    mlflow_logger.start_logger = lambda folder: None  # a process of its own: tests/test_tracking.py
     name, _, item = stage.partition("@")
     door = importlib.import_module(f"stages.{name}")
     door.app([*([item] if item else []), "--tracker", tracker], prog_name=name)

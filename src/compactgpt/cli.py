@@ -15,7 +15,7 @@ import typer
 
 from compactgpt import __version__
 from compactgpt.console import echo, report, told_clearly
-from compactgpt.errors import CheckFailed, Unreachable
+from compactgpt.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
@@ -133,13 +133,17 @@ def gate(
         str, typer.Option(help="An accepted reference (.json), any revision of git, or `champion`.")
     ] = "reports/accepted.json",
     accept: Annotated[
-        str, typer.Option(metavar="REASON", help="Record these reports as the new reference instead.")
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="Record these reports as the new reference; with --promote: accept another configuration.",
+        ),
     ] = "",
     bench: Annotated[
         Path | None, typer.Option(help="What `bench/training.py --json` wrote: throughput is judged too.")
     ] = None,
     promote: Annotated[
-        bool, typer.Option("--promote", help="If it passes, make its model MLflow's champion.")
+        bool, typer.Option("--promote", help="If it passes, register its model as MLflow's champion.")
     ] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
@@ -153,7 +157,7 @@ def gate(
         from compactgpt.gate import formats
 
         settings = load_params(params_file).regression
-        if accept:
+        if accept and not promote:
             references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
             echo(f"{against}: accepted; commit it, so that it is reviewed like code")
             return
@@ -169,7 +173,7 @@ def gate(
         if not passed:
             raise typer.Exit(CheckFailed.exit_code)
         if promote:
-            echo(f"champion: version {references.promote(Path())}")
+            echo(f"champion: version {references.promote(Path(), accept)}")
 
 
 @app.command()
@@ -311,13 +315,22 @@ def ladder(
 
 
 @app.command()
-def sync() -> None:
-    """Give MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
+def sync(
+    warn: Annotated[
+        bool, typer.Option("--warn", help="Only warn where MLflow fails: what `make repro` ends with.")
+    ] = False,
+) -> None:
+    """Copy to MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
     with told_clearly():
-        from compactgpt.syncing import drain
+        from compactgpt.tracking.mlflow_logger import sync as copy
 
-        if not drain(Path.cwd(), record_unrun=True):
-            raise Unreachable("MLflow has not taken everything yet: nothing is lost, run this again")
+        try:
+            copy(Path.cwd(), record_unrun=True)
+        except UserError as error:
+            if not warn:
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            return
         echo("MLflow has all of the runs that have ended here")
 
 
@@ -365,11 +378,11 @@ def trace(
         from compactgpt.provenance import RECORD, find_value
         from compactgpt.provenance import trace as chain
         from compactgpt.storage import read_json
-        from compactgpt.syncing import run_of_value
+        from compactgpt.tracking.mlflow_logger import run_of_value
 
         record = read_json(RECORD)
         lines = chain(Path(), record, name)
-        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name))))
+        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
         if as_json:
             facts: dict[str, list[str]] = {}
             for what, found in lines:  # a stage reads and writes several files

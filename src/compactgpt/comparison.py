@@ -91,11 +91,6 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
     }
 
 
-def measured_values(record: Mapping[str, Any]) -> dict[str, float]:
-    """The record's measured values by id, for the tracker."""
-    return {item["id"]: item["value"] for item in record["evidence"] if item["known"] == "measured"}
-
-
 def _models(sources: Sources, evidence: Mapping[str, Value]) -> dict[str, Any]:
     scores = [sources.compact, *sources.baselines]
     return {

@@ -16,7 +16,7 @@ from compactgpt.evaluation import Totals, read_totals
 from compactgpt.lineage import PARAMS, Cache, Commit, deps, git, outs, parse_yaml
 from compactgpt.metrics import perplexity_ratio
 from compactgpt.records import Record, find, read_table
-from compactgpt.tracking import flatten, numbers
+from compactgpt.tracking.journal import flatten, numbers
 
 RESAMPLES, SEED = 2000, 1  # params.yaml's evaluation.likelihood has the same; here both may differ
 _MEASURING = ("training", "evaluation", "baseline")

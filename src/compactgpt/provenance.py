@@ -21,7 +21,7 @@ from compactgpt.storage import sha256_file
 RECORD = Path("reports/evidence.json")
 # Rooms whose edit changes no output: they carry words, progress and records. What config.py reads is tracked
 # by DVC value by value, as params.
-UNTRACKED = {"__init__", "config", "console", "door", "errors", "progress", "syncing", "tracking", "watching"}
+UNTRACKED = {"__init__", "config", "console", "door", "errors", "progress", "tracking/journal", "watching"}
 
 
 def code_hashes(root: Path) -> dict[str, str]:

@@ -20,8 +20,8 @@ from compactgpt.lineage import (
     commit_named,
     read_chain,
 )
-from compactgpt.pipelines import LOCKED, packages
-from compactgpt.tracking import machine_facts
+from compactgpt.tracking.journal import LOCKED, machine_facts
+from compactgpt.tracking.pipeline_run import packages
 
 HERE = "workspace"
 PACKAGES = "environment/packages.txt"
@@ -72,12 +72,12 @@ def find(root: Path, wanted: str, scratch: Path) -> Record:
 
 def _run(root: Path, wanted: str) -> Any:
     """The one run whose id begins so, or None."""
-    from compactgpt.syncing import Syncer
+    from compactgpt.tracking.store import open_store
 
-    client, experiment = Syncer(root).connect()
+    store = open_store(root)
     found, token = [], None
     while True:
-        page = client.search_runs([experiment], max_results=1000, page_token=token)
+        page = store.client.search_runs([store.experiment], max_results=1000, page_token=token)
         found += [run for run in page if run.info.run_id.startswith(wanted)]
         if not (token := page.token):
             break
@@ -88,14 +88,13 @@ def _run(root: Path, wanted: str) -> Any:
 
 def _of_run(root: Path, run: Any, scratch: Path) -> Record:
     """A run of the pipeline, or of a stage: then its pipeline has the files."""
-    from compactgpt.syncing import Syncer
+    from compactgpt.tracking.store import open_store
 
     tags = run.data.tags
     stage = "" if tags.get("stage") == "pipeline" else tags.get("stage", "")
     name = f"{stage or 'pipeline'} run {run.info.run_id[:8]}"
     whole = tags.get("mlflow.parentRunId", run.info.run_id) if stage else run.info.run_id
-    client, _ = Syncer(root).connect()
-    client.download_artifacts(whole, "", str(scratch))
+    open_store(root).client.download_artifacts(whole, "", str(scratch))
     place = Folder(scratch)
     if place.read(LOCK) is None:
         raise MissingInput(

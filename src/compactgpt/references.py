@@ -31,7 +31,7 @@ from compactgpt.lineage import (
 )
 from compactgpt.regression import Documents, Point, Snapshot
 from compactgpt.storage import json_bytes, read_json, sha256_file, write_bytes
-from compactgpt.tracking import flatten
+from compactgpt.tracking.journal import flatten
 
 ACCEPTED = Path("reports/accepted.json")
 CHAMPION = "champion"
@@ -135,35 +135,40 @@ def _from_lock(name: str, place: Place, root: Path) -> Snapshot:
 
 def _champion(root: Path) -> Snapshot:
     """What MLflow keeps with the run that made the registered champion."""
-    from compactgpt.registry import champion
-    from compactgpt.syncing import Syncer
+    from compactgpt.tracking.registry import champion
+    from compactgpt.tracking.store import open_store
 
-    client, _ = Syncer(root).connect()
-    if not (found := champion(client)):
+    store = open_store(root)
+    if not (found := champion(store)):
         raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        client.download_artifacts(found["run_id"], "", scratch)
+        store.client.download_artifacts(found["run_id"], "", scratch)
         place = Path(scratch)
         return _take(f"champion, version {found['version']}", Folder(place), place / _DOCUMENTS / _TOTALS)
 
 
-def promote(root: Path) -> str:
-    """Make the model that the gate judged the registry's champion.
+def promote(root: Path, reason: str = "") -> str:
+    """Register the model that the gate judged, and make it the champion.
+
+    Args:
+        root: of the project.
+        reason: why a model of another configuration or val split is accepted.
 
     Returns:
         Its version.
 
     Raises:
         MissingInput: MLflow has no model with these weights.
+        CheckFailed: configuration or val split are not the champion's, and there is no reason.
     """
-    from compactgpt import registry
-    from compactgpt.syncing import Syncer
+    from compactgpt.tracking import registry
+    from compactgpt.tracking.store import open_store, store_errors
 
     path = root / MODEL / "model.safetensors"
     if not path.exists():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
-    client, _ = Syncer(root).connect()
-    return registry.promote(client, sha256_file(path))
+    with store_errors("MLFLOW_TRACKING_URI"):
+        return registry.promote(open_store(root), sha256_file(path), reason)
 
 
 def _take(name: str, place: Place, totals: Path) -> Snapshot:

@@ -49,10 +49,10 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.pipelines import packages
 from compactgpt.records import HERE, Record, find, versions
 from compactgpt.storage import inside, write_bytes, write_text
-from compactgpt.tracking import machine_facts, numbers
+from compactgpt.tracking.journal import machine_facts, numbers
+from compactgpt.tracking.pipeline_run import packages
 
 DATA = "download"  # the stage whose outs may be taken instead of made: they come from elsewhere
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"

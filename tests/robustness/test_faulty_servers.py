@@ -16,7 +16,8 @@ import pytest
 
 from compactgpt import hub, wheels
 from compactgpt.errors import BadData, Unreachable
-from compactgpt.syncing import drain
+from compactgpt.tracking.journal import journal_lines
+from compactgpt.tracking.mlflow_logger import sync
 from tests.store import journal, runs
 
 FAULTS = ("stall", "cut", "mute", "refused", "nonsense")
@@ -145,6 +146,7 @@ def test_a_tracking_server_that_misbehaves_is_left_in_time_and_loses_nothing(
     tmp_path, server, empty_store, monkeypatch, fault
 ):
     (tmp_path / "mlflow.db").write_bytes(empty_store)
+    (tmp_path / "dvc.yaml").write_text("stages: {}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url.replace("://", "://me:planted@"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     server.fault = fault
@@ -153,13 +155,12 @@ def test_a_tracking_server_that_misbehaves_is_left_in_time_and_loses_nothing(
     run.metrics({"loss": 3.0}, step=1)  # no stage waits for it
     run.end("FINISHED")
     assert time.monotonic() - begin < 1
-    with pytest.raises(Unreachable, match=r"^MLflow did not take it \(.+\): nothing is lost") as caught:
-        drain(tmp_path)
+    with pytest.raises(Unreachable, match=r"^MLflow at .+ failed \(.+\): no run is lost") as caught:
+        sync(tmp_path)
     assert "\n" not in str(caught.value)
     assert "planted" not in str(caught.value)
     assert time.monotonic() - begin < SECONDS
     assert server.asked
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert drain(tmp_path)
-    (found,) = runs(tmp_path)
-    assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 3.0})
+    assert runs(tmp_path) == []  # it is meant for the server, and kept for it
+    assert journal_lines((run.folder / "journal.jsonl").read_bytes())[-1]["status"] == "FINISHED"

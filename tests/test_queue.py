@@ -1,0 +1,106 @@
+"""Experiments of a real DVC: queued, two at once, in a scratch folder, applied: each has a whole run."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.run_folder import run_folders
+from tests import store
+from tests.store import runs
+from tests.test_pipelines import statuses
+
+STAGE = """
+import json, sys
+from pathlib import Path
+from ruamel.yaml import YAML
+from compactgpt.tracking.journal import Journal, process_facts, state_folder
+from compactgpt.tracking.mlflow_logger import start_logger
+import os
+name = sys.argv[1]
+tags = {"dvc.experiment": os.environ["DVC_EXP_NAME"], "dvc.baseline": os.environ["DVC_EXP_BASELINE_REV"]}
+run = Journal(state_folder(), name, {"tags": tags, "workspace": os.getcwd(), **process_facts()})
+run.keep_before(Path.cwd())
+start_logger(run.run_folder)
+loss = 1.0 / YAML(typ="safe").load(Path("params.yaml"))["training"]["steps"]
+Path("reports").mkdir(exist_ok=True)
+Path(f"reports/{name}.json").write_text(json.dumps({"loss": {"value": loss}}))
+run.metrics({"eval/loss" if name == "evaluation" else "train/loss": loss}, 1)
+run.artifact(Path(f"reports/{name}.json"), "reports")
+run.end("FINISHED")
+"""
+CHAIN = f"""
+stages:
+  training:
+    cmd: {sys.executable} stage.py training
+    deps: [stage.py]
+    params: [training]
+    outs: [reports/training.json: {{cache: false}}]
+  evaluation:
+    cmd: {sys.executable} stage.py evaluation
+    deps: [stage.py, reports/training.json]
+    outs: [reports/evaluation.json: {{cache: false}}]
+"""
+
+
+def dvc(root: Path, *words: str) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the queue's worker calls `dvc`
+    env = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path, **store.IDENTITY}
+    subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, env=env, check=True)
+
+
+@pytest.fixture
+def root(tmp_path, empty_store, monkeypatch):
+    """A committed project of two small stages."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    (tmp_path / "stage.py").write_text(STAGE)
+    (tmp_path / "dvc.yaml").write_text(CHAIN)
+    (tmp_path / "params.yaml").write_text("training:\n  steps: 1\n")
+    (tmp_path / ".gitignore").write_text("/.state/\nmlflow.db*\n/mlartifacts/\n")
+    store.git(tmp_path, "init", "-q")
+    dvc(tmp_path, "init", "-q")
+    store.git(tmp_path, "add", ".")
+    store.git(tmp_path, "commit", "-qm", "x")
+    return tmp_path
+
+
+@pytest.mark.skipif("TEST_SERVER" not in os.environ, reason="takes a minute: `make test-server`")
+def test_every_experiment_has_a_complete_pipeline_run(root):
+    for steps in (2, 3, 4):
+        dvc(root, "exp", "run", "-q", "--queue", "-n", f"queued-{steps}", "-S", f"training.steps={steps}")
+    dvc(root, "queue", "start", "-j", "2")
+    deadline = time.monotonic() + 150
+    while len([one for one in run_folders(root) if not one.alive and len(one.stages()) == 2]) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    dvc(root, "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "training.steps=5")
+    dvc(root, "exp", "run", "-q", "-n", "here", "-S", "training.steps=6")
+    sync(root)
+    found = {run.info.run_name: run for run in runs(root) if run.data.tags["stage"] == "pipeline"}
+    assert sorted(found) == ["here", "queued-2", "queued-3", "queued-4", "temporary"]
+    for steps, name in enumerate(["queued-2", "queued-3", "queued-4", "temporary", "here"], start=2):
+        run = found[name]
+        assert run.info.status == "FINISHED", run.data.tags["mlflow.note.content"]
+        assert run.data.params == {"training.steps": str(steps)}
+        assert run.data.metrics == {"eval/loss": 1.0 / steps, "train/loss": 1.0 / steps}
+        assert {what for what, _ in statuses(run).values()} == {"ran (finished)"}
+        lock = store.git(root, "show", f"{commit_of(root, name)}:dvc.lock") + "\n"
+        assert run.data.tags["lock_sha256"] == store.sha256(lock.encode())
+    assert found["queued-3"].data.tags["mlflow.source.name"] == "dvc exp run -n queued-3 -S training.steps=3"
+    assert (
+        found["here"].data.tags["mlflow.source.name"].startswith("dvc exp run -q -n here -S training.steps=6")
+    )
+    dvc(root, "exp", "apply", "-q", "queued-3")
+    sync(root, record_unrun=True)  # its dvc.lock has a run
+    assert len([run for run in runs(root) if run.data.tags["stage"] == "pipeline"]) == 5
+
+
+def commit_of(root: Path, name: str) -> str:
+    refs = store.git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    return next(ref for ref in refs if ref.endswith(f"/{name}"))
