@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import ROOT, save_tokenizer, tiny_gpt
 
 from compactgpt.config import ExpectedLoss, load_params
 from compactgpt.estimate import expected
 from compactgpt.model import GPT
 from compactgpt.watching import Band, Sampler, Utilisation, expected_band, peak_flops
+from tests.support.tiny_models import ROOT, save_tokenizer, tiny_gpt
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
 
