@@ -90,3 +90,15 @@ def empty_store(tmp_path_factory):
     from tests.support.tracking_store import made_store
 
     return made_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def trained_project(tmp_path, empty_store, monkeypatch):
+    """A project with a trained model and an empty MLflow store, as the current folder."""
+    from tests.support.trained_project import fill
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(empty_store)
+    fill(tmp_path)
+    return tmp_path

@@ -1,12 +1,9 @@
 """The run of a whole `dvc repro`: what became of every stage, and what it has of its own stages only."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from compactgpt.errors import Unreachable
@@ -17,7 +14,7 @@ from compactgpt.tracking.pipeline_run import stage_metrics
 from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
-from tests.support.tracking_store import copy, journal, runs
+from tests.support.tracking_store import copy, ended_dvc, journal, runs, stage_statuses
 
 STAGES = {"training": ["reports/training.json"], "evaluation": ["reports/evaluation.json", "data/evaluation"]}
 DEPS = {"evaluation": ["reports/training.json"]}
@@ -48,14 +45,6 @@ def make(root: Path, loss: float, steps: int = 20) -> None:
     tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
 
 
-def dvc() -> dict:
-    """A process that stands for `dvc`, and has ended when the journals are read."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": "dvc repro"}
-    child.communicate(b"\n")
-    return facts
-
-
 def stage(root: Path, name: str, pipeline: dict, status: str = "FINISHED") -> None:
     run = journal(root, name, pipeline=pipeline, workspace=str(root))
     if metrics := stage_metrics(name, read_json(root / f"reports/{name}.json")):
@@ -72,20 +61,15 @@ def wholes(root: Path) -> list:
     return [run for run in runs(root) if run.data.tags["stage"] == "pipeline"]
 
 
-def statuses(run) -> dict[str, tuple[str, str]]:
-    rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
-    return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
-
-
 def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
-    first = dvc()
+    first = ended_dvc()
     for name in STAGES:
         stage(root, name, first)
     sync(root)
     before = named(root)
     assert before["pipeline"].info.status == "FINISHED"
-    assert {fate for fate, _ in statuses(before["pipeline"]).values()} == {"ran (finished)"}
-    journal_of_second = dvc()
+    assert {fate for fate, _ in stage_statuses(before["pipeline"]).values()} == {"ran (finished)"}
+    journal_of_second = ended_dvc()
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": 4.0}}))
     run = journal(root, "evaluation", pipeline=journal_of_second, workspace=str(root))
     run.artifact(root / "reports/evaluation.json", "reports")
@@ -95,43 +79,43 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     second = wholes(root)[-1]
     maker = before["training"].info.run_id
     link = f"[run {maker[:8]}](#/experiments/{second.info.experiment_id}/runs/{maker})"
-    assert statuses(second)["training"] == ("skipped: unchanged", link)
-    assert statuses(second)["evaluation"][0] == "ran (finished)"
+    assert stage_statuses(second)["training"] == ("skipped: unchanged", link)
+    assert stage_statuses(second)["evaluation"][0] == "ran (finished)"
 
 
 def test_what_comes_from_the_run_cache_differs_from_what_did_not_change(root):
-    old = dvc()
+    old = ended_dvc()
     for name in STAGES:
         stage(root, name, old)
     sync(root)
     lock = (root / "dvc.lock").read_bytes()
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 30}))
     tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
-    run = journal(root, "evaluation", pipeline=dvc(), workspace=str(root))
+    run = journal(root, "evaluation", pipeline=ended_dvc(), workspace=str(root))
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 20}))
     (root / "dvc.lock").write_bytes(lock)  # as DVC does when its run cache has the stage
     sync(root)
-    found = statuses(wholes(root)[-1])
+    found = stage_statuses(wholes(root)[-1])
     assert found["training"][0] == "skipped: from the run cache of DVC"
     assert "#/experiments/" in found["training"][1]
 
 
 def test_a_chain_that_breaks_says_where(root):
-    pipeline = dvc()
+    pipeline = ended_dvc()
     stage(root, "training", pipeline, "KILLED")
     sync(root)
     parent = named(root)["pipeline"]
     assert parent.info.status == "KILLED"
-    assert statuses(parent) == {
-        "training": ("ran (killed)", statuses(parent)["training"][1]),
+    assert stage_statuses(parent) == {
+        "training": ("ran (killed)", stage_statuses(parent)["training"][1]),
         "evaluation": ("not reached", ""),
     }
 
 
 def test_a_run_is_no_maker_of_outs_that_dvc_did_not_write_down(root):
-    pipeline = dvc()
+    pipeline = ended_dvc()
     stage(root, "training", pipeline)
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 10}))
     tracking_store.save_lock(
@@ -142,7 +126,7 @@ def test_a_run_is_no_maker_of_outs_that_dvc_did_not_write_down(root):
 
 
 def test_the_run_of_the_whole_keeps_params_figures_and_files(root, tmp_path):
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     (root / "reports/training.json").write_text("of another run by now")
     sync(root)
     parent = named(root)["pipeline"]
@@ -162,7 +146,7 @@ def test_a_repro_that_runs_nothing_is_logged_once(root):
     sync(root, record_unrun=True)
     (only,) = runs(root)
     assert only.info.status == "FINISHED"
-    assert statuses(only)["training"] == ("skipped: unchanged", "no run known here")
+    assert stage_statuses(only)["training"] == ("skipped: unchanged", "no run known here")
     make(root, 3.0)
     sync(root, record_unrun=True)
     assert len(runs(root)) == 2
@@ -170,7 +154,7 @@ def test_a_repro_that_runs_nothing_is_logged_once(root):
 
 def test_a_dead_server_changes_nothing_of_what_is_logged_later(root, monkeypatch):
     monkeypatch.setattr(mlflow_logger, "PATIENCE_SECONDS", 0.5)
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     with monkeypatch.context() as patched:
         patched.setattr(mlflow_logger, "open_store", refuse)
         mlflow_logger.follow(run_folders(root)[0])
@@ -187,10 +171,10 @@ def refuse(*_):
 
 
 def test_a_run_that_is_copied_late_reads_what_the_next_one_found(root):
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     time.sleep(1.1)  # names of run folders have seconds
     make(root, 3.0)
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     first, second = run_folders(root)
     assert first.keep_after()
     kept = (first.path / "after/dvc.lock").read_bytes()
@@ -198,7 +182,7 @@ def test_a_run_that_is_copied_late_reads_what_the_next_one_found(root):
 
 
 def test_an_empty_lock_is_read_again_and_then_reported(root, monkeypatch):
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     lock = (root / "dvc.lock").read_bytes()
     (root / "dvc.lock").write_bytes(b"")  # DVC writes it in place
     assert not copy(root)
@@ -210,7 +194,7 @@ def test_an_empty_lock_is_read_again_and_then_reported(root, monkeypatch):
     assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]
     assert parent.data.metrics == {"eval/loss": 4.5}  # its own stage's
     monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", 30.0)
-    stage(root, "training", dvc())
+    stage(root, "training", ended_dvc())
     (root / "dvc.lock").write_bytes(b"")
     assert not copy(root)
     (root / "dvc.lock").write_bytes(lock)
@@ -219,7 +203,7 @@ def test_an_empty_lock_is_read_again_and_then_reported(root, monkeypatch):
 
 
 def test_a_lock_that_cannot_be_read_closes_the_run_all_the_same(root):
-    stage(root, "evaluation", dvc())
+    stage(root, "evaluation", ended_dvc())
     (root / "dvc.lock").write_text("stages: {evaluation: [")
     sync(root)
     (parent,) = wholes(root)
@@ -228,14 +212,14 @@ def test_a_lock_that_cannot_be_read_closes_the_run_all_the_same(root):
 
 
 def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
-    older = dvc()
+    older = ended_dvc()
     for name in STAGES:
         stage(root, name, older)
     sync(root)
     assert wholes(root)[0].data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5}
     time.sleep(1.1)
     (root / "params.yaml").write_text("model: {n_layer: 60}")
-    run = journal(root, "training", pipeline=dvc(), workspace=str(root))
+    run = journal(root, "training", pipeline=ended_dvc(), workspace=str(root))
     run.metrics({"train/loss": 7.0}, 7)
     run.end("KILLED")
     sync(root)
@@ -244,7 +228,7 @@ def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
     assert stopped.data.params == {"model.n_layer": "60"}
     assert stopped.data.metrics == {"train/loss": 7.0}
     assert "weights_sha256" not in stopped.data.tags
-    assert statuses(stopped)["evaluation"] == ("not reached", "")
+    assert stage_statuses(stopped)["evaluation"] == ("not reached", "")
 
 
 def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
@@ -252,30 +236,30 @@ def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
     tracking_store.save_lock(
         root, STAGES, {"evaluation": ["reports/training.json", "code.py"]}, model={"n_layer": 2}
     )
-    stage(root, "training", dvc())
+    stage(root, "training", ended_dvc())
     sync(root)
-    assert statuses(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
+    assert stage_statuses(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
     assert wholes(root)[-1].data.metrics["eval/loss"] == 4.5
     for change in ("code.py", "params.yaml"):
         before = (root / change).read_text()
         (root / change).write_text("model: {n_layer: 3}")
         time.sleep(1.1)
-        stage(root, "training", dvc())
+        stage(root, "training", ended_dvc())
         sync(root)
         (root / change).write_text(before)
-        assert statuses(wholes(root)[-1])["evaluation"][0] == "not reached", change
+        assert stage_statuses(wholes(root)[-1])["evaluation"][0] == "not reached", change
         assert "eval/loss" not in wholes(root)[-1].data.metrics
 
 
 def test_a_resumed_training_gives_its_pipeline_the_whole_curve(root):
     note = root / "state/journal"
-    first = journal(root, held=True, pipeline=dvc(), workspace=str(root))
+    first = journal(root, held=True, pipeline=ended_dvc(), workspace=str(root))
     first.begin(note)
     first.metrics({"train/loss": 3.0}, 1)
     first.end("KILLED")
     sync(root)
     time.sleep(1.1)
-    rest = journal(root, held=True, pipeline=dvc(), workspace=str(root))
+    rest = journal(root, held=True, pipeline=ended_dvc(), workspace=str(root))
     rest.begin(note)
     rest.metrics({"train/loss": 2.0}, 2)
     rest.end("FINISHED")
@@ -300,7 +284,7 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
     (root / "models/compact/manifest.json").write_text(json.dumps(facts))
     tracking_store.cache_out(root, "models/compact")
     tracking_store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]}, DEPS)
-    stage(root, "training", dvc())
+    stage(root, "training", ended_dvc())
     for _ in range(mlflow_logger.MODEL_TRIES):
         with pytest.raises(Unreachable, match="no space"):
             sync(root)
@@ -322,7 +306,7 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, mo
     for name in ("dvc.yaml", "dvc.lock"):
         (scratch / name).write_bytes((root / name).read_bytes())
     (scratch / "params.yaml").write_text("model: {n_layer: 3}")
-    pipeline = {**dvc(), "command": "dvc exp exec-run --infofile x.run"}
+    pipeline = {**ended_dvc(), "command": "dvc exp exec-run --infofile x.run"}
     tags = {"dvc.experiment": "wide", "dvc.baseline": baseline}
     run = journal(root, "training", pipeline=pipeline, workspace=str(scratch), tags=tags)
     run.end("FINISHED")
@@ -343,7 +327,7 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, mo
 
 def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
     tags = {"dvc.experiment": "lost", "dvc.baseline": "0" * 40}
-    run = journal(root, "training", pipeline=dvc(), tags=tags)
+    run = journal(root, "training", pipeline=ended_dvc(), tags=tags)
     run.end("FINISHED")
     assert not copy(root)
     monkeypatch.setattr(run_folder, "OUTCOME_SECONDS", -1.0)

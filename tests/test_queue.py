@@ -11,8 +11,7 @@ import pytest
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.run_folder import run_folders
 from tests.support import tracking_store
-from tests.support.tracking_store import runs
-from tests.test_pipelines import statuses
+from tests.support.tracking_store import runs, stage_statuses
 
 STAGE = """
 import json, sys
@@ -89,7 +88,7 @@ def test_every_experiment_has_a_complete_pipeline_run(root):
         assert run.info.status == "FINISHED", run.data.tags["mlflow.note.content"]
         assert run.data.params == {"training.steps": str(steps)}
         assert run.data.metrics == {"eval/loss": 1.0 / steps, "train/loss": 1.0 / steps}
-        assert {what for what, _ in statuses(run).values()} == {"ran (finished)"}
+        assert {what for what, _ in stage_statuses(run).values()} == {"ran (finished)"}
         lock = tracking_store.git(root, "show", f"{commit_of(root, name)}:dvc.lock") + "\n"
         assert run.data.tags["lock_sha256"] == tracking_store.sha256(lock.encode())
     assert found["queued-3"].data.tags["mlflow.source.name"] == "dvc exp run -n queued-3 -S training.steps=3"

@@ -9,59 +9,13 @@ import torch
 from compactgpt.checkpoint import load_model, save_model
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import CheckFailed, MissingInput
-from compactgpt.storage import sha256_file, write_json
-from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.storage import sha256_file
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
-from tests.support import tracking_store
-from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
-from tests.test_pipelines import dvc
+from tests.support.tiny_models import tiny_gpt
+from tests.support.trained_project import register, weights
 
 SUFFIXES = {"", ".json", ".md", ".safetensors", ".txt", ".yaml"}
-
-
-@pytest.fixture
-def root(tmp_path, empty_store, monkeypatch):
-    """A project with a trained model."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(empty_store)
-    (tmp_path / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
-    (tmp_path / "params.yaml").write_text("{model: {n_layer: 2}, training: {max_steps: 9}, download: {a: 1}}")
-    encoding = save_tokenizer(tmp_path / "data/tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
-    save_split(tmp_path / "data/tokens/val.tokens", encoding)
-    return tmp_path
-
-
-def register(root: Path) -> str:
-    """Log the model as the run of a pipeline that has ended; returns the id of the run."""
-    split = root / "data/tokens/val.tokens"
-    facts = {"val.tokens": {"sha256": sha256_file(split), "bytes": split.stat().st_size}}
-    write_json(root / "data/tokens/manifest.json", {"files": facts})
-    report = {"loss": {"value": 2.0, "low": 1.0, "high": 3.0}}
-    write_json(root / "reports/evaluation.json", report)
-    outs = {
-        "training": ["models/compact", "data/tokenizer", "data/tokens"],
-        "evaluation": ["reports/evaluation.json"],
-    }
-    for path in outs["training"]:
-        tracking_store.cache_out(root, path)
-    tracking_store.save_lock(root, outs)
-    pipeline = dvc()
-    tracking_store.journal(root, "training", pipeline=pipeline).end("FINISHED")
-    run = tracking_store.journal(root, "evaluation", pipeline=pipeline)
-    run.metrics(stage_metrics("evaluation", report))
-    run.artifact(root / "reports/evaluation.json", "reports")
-    run.end("FINISHED")
-    sync(root)
-    found = [one for one in tracking_store.runs(root) if one.data.tags["stage"] == "pipeline"]
-    return found[-1].info.run_id
-
-
-def weights(root: Path) -> str:
-    return sha256_file(root / "models/compact/model.safetensors")
 
 
 def retrain(root: Path, params: str, n_embd: int) -> None:
@@ -71,9 +25,9 @@ def retrain(root: Path, params: str, n_embd: int) -> None:
     register(root)
 
 
-def test_the_model_page_has_parameters_source_run_and_metrics_with_data_and_time(root):
-    run_id = register(root)
-    opened = open_store(root)
+def test_the_model_page_has_parameters_source_run_and_metrics_with_data_and_time(trained_project):
+    run_id = register(trained_project)
+    opened = open_store(trained_project)
     (model,) = opened.client.search_logged_models([opened.experiment])
     training = opened.client.get_run(model.source_run_id)
     assert training.data.tags["stage"] == "training"
@@ -83,23 +37,26 @@ def test_the_model_page_has_parameters_source_run_and_metrics_with_data_and_time
     assert model.params == {"model.n_layer": "2", "training.max_steps": "9"}
     (metric,) = model.metrics
     assert (metric.key, metric.value, metric.dataset_name) == ("eval/loss", 2.0, "val.tokens")
-    assert metric.dataset_digest == sha256_file(root / "data/tokens/val.tokens")[:36]
+    assert metric.dataset_digest == sha256_file(trained_project / "data/tokens/val.tokens")[:36]
     assert abs(metric.timestamp - pipeline.info.end_time) < 60_000
     assert opened.client.search_registered_models() == []
 
 
-def test_a_logged_model_is_the_hugging_face_form_and_answers(root):
-    register(root)
-    (model,) = open_store(root).client.search_logged_models(["1"])
+def test_a_logged_model_is_the_hugging_face_form_and_answers(trained_project):
+    register(trained_project)
+    (model,) = open_store(trained_project).client.search_logged_models(["1"])
     folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= SUFFIXES
-    assert weights(root) in (folder / "model_card.md").read_text()
+    assert weights(trained_project) in (folder / "model_card.md").read_text()
     loaded = mlflow.pyfunc.load_model(str(folder))
     answers = loaded.predict(["the cat", "in the"], params={"do_sample": False})
     assert answers == loaded.predict(["the cat", "in the"], params={"do_sample": False})
     assert loaded.metadata.signature.params.to_dict()[0]["name"] == "do_sample"
     assert loaded.input_example == ["The future of AI is"]
-    encoding, gpt = load_encoding(root / "data/tokenizer"), load_model(root / "models/compact")
+    encoding, gpt = (
+        load_encoding(trained_project / "data/tokenizer"),
+        load_model(trained_project / "models/compact"),
+    )
     tokens = encoding.encode_ordinary("the cat")
     for _ in range(gpt.shape.block_size // 2):
         logits = gpt.hidden(torch.tensor([tokens]))[0, -1] @ gpt.wte.weight[: encoding.n_vocab].T
@@ -110,36 +67,36 @@ def test_a_logged_model_is_the_hugging_face_form_and_answers(root):
     assert "the cat" + answers[0] == expected
 
 
-def test_a_request_for_a_hundred_thousand_tokens_gets_an_answer_within_the_context(root):
-    register(root)
-    (model,) = open_store(root).client.search_logged_models(["1"])
+def test_a_request_for_a_hundred_thousand_tokens_gets_an_answer_within_the_context(trained_project):
+    register(trained_project)
+    (model,) = open_store(trained_project).client.search_logged_models(["1"])
     loaded = mlflow.pyfunc.load_model(model.model_uri)
     for prompt in ("the cat", "the cat" * 500):  # the second is longer than the context
         (answer,) = loaded.predict([prompt], params={"max_new_tokens": 100_000})
-        tokens = load_encoding(root / "data/tokenizer").encode_ordinary(answer)
+        tokens = load_encoding(trained_project / "data/tokenizer").encode_ordinary(answer)
         assert len(tokens) <= 4 * MAX_NEW_TOKENS
 
 
-def test_the_same_weights_are_logged_once(root):
-    register(root)
-    second = register(root)
-    opened = open_store(root)
+def test_the_same_weights_are_logged_once(trained_project):
+    register(trained_project)
+    second = register(trained_project)
+    opened = open_store(trained_project)
     assert len(opened.client.get_run(second).inputs.model_inputs) == 1
     assert len(opened.client.search_logged_models([opened.experiment])) == 1
 
 
-def test_a_model_that_was_cut_off_is_logged_again(root):
-    opened = open_store(root)
-    tags = {"weights_sha256": weights(root)}
+def test_a_model_that_was_cut_off_is_logged_again(trained_project):
+    opened = open_store(trained_project)
+    tags = {"weights_sha256": weights(trained_project)}
     opened.client.create_logged_model(opened.experiment, name="compact", tags=tags)
-    register(root)
+    register(trained_project)
     (model,) = opened.client.search_logged_models([opened.experiment])
     assert model.status == "READY"
 
 
-def test_only_promotion_registers_and_another_configuration_needs_a_reason(root):
-    run_id = register(root)
-    opened, first = open_store(root), weights(root)
+def test_only_promotion_registers_and_another_configuration_needs_a_reason(trained_project):
+    run_id = register(trained_project)
+    opened, first = open_store(trained_project), weights(trained_project)
     assert champion(opened) is None
     assert promote(opened, first) == "1"
     assert promote(opened, first) == "1"
@@ -147,14 +104,14 @@ def test_only_promotion_registers_and_another_configuration_needs_a_reason(root)
     assert (found["version"], found["run_id"], found["weights_sha256"]) == ("1", run_id, first)
     with pytest.raises(MissingInput, match="no model with these weights"):
         promote(opened, "0" * 64)
-    retrain(root, "{model: {n_layer: 2}, training: {max_steps: 30}}", 8)
+    retrain(trained_project, "{model: {n_layer: 2}, training: {max_steps: 30}}", 8)
     with pytest.raises(CheckFailed, match=r"training.max_steps 9 -> 30.*--accept REASON"):
-        promote(opened, weights(root))
+        promote(opened, weights(trained_project))
     assert champion(opened)["version"] == "1"
-    assert promote(opened, weights(root), "a longer run") == "2"
+    assert promote(opened, weights(trained_project), "a longer run") == "2"
     version = opened.client.get_model_version(NAME, "2")
     assert version.tags["accepted"] == "a longer run"
-    (root / "data/tokens/val.tokens").write_bytes(b"another split")
-    retrain(root, "{model: {n_layer: 2}, training: {max_steps: 30}, download: {}}", 4)
+    (trained_project / "data/tokens/val.tokens").write_bytes(b"another split")
+    retrain(trained_project, "{model: {n_layer: 2}, training: {max_steps: 30}, download: {}}", 4)
     with pytest.raises(CheckFailed, match="val split"):
-        promote(opened, weights(root))
+        promote(opened, weights(trained_project))

@@ -32,7 +32,7 @@ from compactgpt.tracking.store import open_store
 from stages import door
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 from tests.support.tracking_store import copy, git, runs
-from tests.test_registry import register, root  # noqa: F401  the fixture of a project with a model
+from tests.support.trained_project import register
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -102,20 +102,20 @@ def test_no_source_reads_or_writes_pickle():
                     assert value is None or ast.literal_eval(value) is False, f"{path}: {flag}"
 
 
-def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(root):  # noqa: F811
+def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(trained_project):
     import mlflow
 
     network = tiny_gpt(40, n_layer=1)
     optimizers = Optimizers(network, PARAMS.training)
     sum(parameter.sum() for parameter in network.parameters()).backward()
     optimizers.update(1, torch.tensor(0.5))
-    save_state(root / ".state/training", "key", 1, network, optimizers, {"rows": []})
-    save_hf(network, root / "exported")
-    register(root)
-    (model,) = open_store(root).client.search_logged_models(["1"])
-    (root / "artifacts").mkdir()
-    mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(root / "artifacts"))
-    files = [path for path in root.rglob("*") if path.is_file()]
+    save_state(trained_project / ".state/training", "key", 1, network, optimizers, {"rows": []})
+    save_hf(network, trained_project / "exported")
+    register(trained_project)
+    (model,) = open_store(trained_project).client.search_logged_models(["1"])
+    (trained_project / "artifacts").mkdir()
+    mlflow.artifacts.download_artifacts(model.model_uri, dst_path=str(trained_project / "artifacts"))
+    files = [path for path in trained_project.rglob("*") if path.is_file()]
     assert len([path for path in files if "artifacts" in path.parts]) > 10
     assert len([path for path in files if path.suffix == ".safetensors"]) > 4
     assert [path for path in files if is_pickle(path.read_bytes())] == []

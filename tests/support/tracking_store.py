@@ -5,8 +5,11 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
+
+import psutil
 
 from compactgpt.lineage import md5_of, md5_path
 from compactgpt.tracking.journal import Journal, process_facts
@@ -100,3 +103,17 @@ def named(root: Path, path: str) -> dict[str, str]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def ended_dvc() -> dict:
+    """A process that stands for `dvc`, and has ended when the journals are read."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": "dvc repro"}
+    child.communicate(b"\n")
+    return facts
+
+
+def stage_statuses(run) -> dict[str, tuple[str, str]]:
+    """What the description of a pipeline run says of each stage: its status and the run that made its outs."""
+    rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
+    return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
