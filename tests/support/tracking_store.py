@@ -114,6 +114,6 @@ def ended_dvc() -> dict:
 
 
 def stage_statuses(run) -> dict[str, tuple[str, str]]:
-    """What the description of a pipeline run says of each stage: its status and the run that made its outs."""
+    """Return what a pipeline run says of each stage: its status and the run that made its outs."""
     rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
     return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
