@@ -282,9 +282,8 @@ def run_experiment(
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
         from compactgpt import experiments, whatif
-        from compactgpt.common.git import require_repository
 
-        require_repository(Path())
+        experiments.require_tools()
         runs = experiments.configurations(name, params_file, settings or [])
         echo("\n".join(whatif.announcement(runs, Path())))
         done = experiments.run(name, params_file, settings or [])

@@ -207,8 +207,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         CheckFailed: DVC failed; it has said why.
     """
     one = find(name, conf)
-    _with_dvc()
-    require_repository(Path())
+    require_tools()
     check_dependencies(params_file.parent)
     if not one.sweep:
         apply(name, params_file, settings, conf)
@@ -225,6 +224,16 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         _rename_earlier(run_name)
         _dvc(["exp", "run", "--temp", "-n", run_name, *options, *one.targets])
     return names
+
+
+def require_tools() -> None:
+    """Check for DVC and a git repository, which running an experiment needs.
+
+    Raises:
+        MissingInput: one of them is missing.
+    """
+    _with_dvc()
+    require_repository(Path())
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
