@@ -125,7 +125,8 @@ def test_before_a_run_its_time_on_this_machine_is_announced_and_that_of_the_neur
     params = whatif.changed(ROOT / "params.yaml", [])
     monkeypatch.setattr(whatif, "measured_flops", lambda: 1e11)
     training, baseline = whatif.announcement([params], tmp_path)
-    minutes = whatif.answer(params, tmp_path / "none")["flops"]["with_attention"] / (1e11 * 0.68) / 60
+    share = params.estimate.utilisation_of_products
+    minutes = whatif.answer(params, tmp_path / "none")["flops"]["with_attention"] / (1e11 * share) / 60
     assert training.startswith(f"training: about {minutes:.3g} min at this machine's speed")
     assert baseline.startswith("baseline smollm2-135m: not measured here yet")
     twice, _ = whatif.announcement([params, params], tmp_path)
