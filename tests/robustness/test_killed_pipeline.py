@@ -59,7 +59,7 @@ class Repro:
             "DVC_NO_ANALYTICS": "1",
         }
         self.clone, self.environment = clone, environment
-        self.run("mend")  # as `make repro` begins
+        self.run("repair")  # as `make repro` begins
         self.states = set(clone.glob(".state/training/*/step-*"))
         self.dvc = subprocess.Popen(
             [PYTHON, "-m", "dvc", "repro", *words],
