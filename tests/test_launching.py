@@ -21,7 +21,8 @@ STAGE = ["-m", "stages.training", "--tracker", "none"]
 
 def write_params(folder=Path(), **launcher):
     launcher = {"processes": 2, "max_restarts": 1, "timeout_seconds": 60, **launcher}
-    tree = tree_of(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher)
+    head = "full" if launcher.get("mode") == "fsdp" else "sampled"  # mode fsdp refuses the sampled head
+    tree = tree_of(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher, head=head)
     (folder / "params.yaml").write_text(json.dumps(tree))  # JSON is YAML
 
 
