@@ -39,7 +39,7 @@ from compactgpt.readings import read_sources
 from compactgpt.reporting.markdown import comparison
 from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest, write_json
 from compactgpt.textfiles import Rules, read_texts
-from compactgpt.tracking import journal_lines
+from compactgpt.tracking.journal import journal_lines
 from compactgpt.verification import Verification, check_numbers, looked_at
 from tests.support.comparison_inputs import LIKELIHOOD, PARAMS, ROOT, make_place
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
