@@ -190,7 +190,11 @@ class Journal:
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
         name = f"{_stamp(time.time())}-{stage}-{secrets.token_hex(3)}"
         pipeline = start.get("pipeline")
-        group = f"{_stamp(pipeline['created'])}-dvc-{pipeline['pid']}" if pipeline else name
+        if pipeline:
+            milliseconds = int(pipeline["created"] * 1000) % 1000
+            group = f"{_stamp(pipeline['created'])}.{milliseconds:03}-dvc-{pipeline['pid']}"
+        else:
+            group = name
         self.run_folder = state / "tracking" / group
         self.folder = self.run_folder / name
         make_folder(self.folder / "artifacts")
