@@ -14,7 +14,7 @@ from compactgpt.checkpoint import save_state
 from compactgpt.config import load_params
 from compactgpt.errors import DiskFailed
 from compactgpt.optim import Optimizers
-from compactgpt.tracking import Journal, journal_lines
+from compactgpt.tracking.journal import Journal, journal_lines
 from tests.tiny import ROOT, tiny_gpt
 
 
