@@ -481,7 +481,8 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         figures = result[worker.engine]
         print(f"seed {seed} {worker.engine:12} {count:5} steps, {spent:6.1f} s: val loss "
               f"{figures['val_loss']:.4f} nats per token, at position 2 {figures['position_2']:.3f}, at 33 "
-              f"to 64 {figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB")  # fmt: skip
+              f"to 64 {figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB",
+              flush=True)  # fmt: skip
     for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before")):
         share = result[name]["seconds"] / result[base]["seconds"]
         gain = result[base]["val_loss"] - result[name]["val_loss"]

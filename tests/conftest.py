@@ -87,6 +87,6 @@ def pytest_sessionfinish():
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """A migrated, empty MLflow store: making one takes seconds, copying it none."""
-    from tests.store import made_store
+    from tests.support.tracking_store import made_store
 
     return made_store(tmp_path_factory.mktemp("store"))

@@ -213,3 +213,19 @@ def test_the_links_of_a_page_lead_somewhere(page):
     links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
     gone = {link for link in links if not (path.parent / link).exists()}
     assert not gone
+
+
+def test_no_test_file_imports_another():
+    """What tests share is in tests/support."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        names += [alias.name for node in nodes for alias in node.names]
+        found = {name for name in names if name.rpartition(".")[2].startswith("test_")}
+        if path.name == "test_security.py":
+            found.discard("tests.test_registry")  # moves when the registry has its place
+        assert not found, path

@@ -21,7 +21,7 @@ from compactgpt.data import open_tokens
 from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.evaluation import evaluate
 from compactgpt.storage import read_json, sha256_file
-from tests.tiny import (
+from tests.support.tiny_models import (
     LIKELIHOOD,
     MERGES,
     TEXTS,

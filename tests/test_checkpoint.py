@@ -7,8 +7,6 @@ import tracemalloc
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from test_model import tiny, tokens_of
-from test_optim import recipe
 
 from compactgpt import checkpoint
 from compactgpt.checkpoint import load_model, load_newest_state, prune_runs, save_model, save_state
@@ -16,6 +14,8 @@ from compactgpt.errors import BadData, MissingInput
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
 from compactgpt.storage import atomic_folder
+from tests.support.tiny_gpt import tiny, tokens_of
+from tests.support.training_recipe import recipe
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ import compactgpt
 from compactgpt.checkpoint import save_model
 from compactgpt.cli import app
 from compactgpt.console import extra_with, told_clearly
-from tests import store
-from tests.place import ROOT
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.support import tracking_store
+from tests.support.comparison_inputs import ROOT
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 
 def run(*words):
@@ -50,8 +50,8 @@ def test_a_command_without_its_input_says_what_makes_it(tmp_path, monkeypatch):
 )
 def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    store.git(tmp_path, "init", "-q")
-    store.git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
+    tracking_store.git(tmp_path, "init", "-q")
+    tracking_store.git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
     done = run(*words)
     assert done.exit_code == 78
     assert done.output.startswith("error: ")

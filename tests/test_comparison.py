@@ -23,7 +23,7 @@ from compactgpt.reporting import tables
 from compactgpt.reporting.markdown import claims_in_english, comparison, quote_tables, quoted_tables
 from compactgpt.reporting.messages import messages
 from compactgpt.reporting.terminal import terminal
-from tests.place import (
+from tests.support.comparison_inputs import (
     DOCUMENTS,
     LIKELIHOOD,
     PARAMS,

@@ -8,7 +8,7 @@ import pytest
 from compactgpt import diffing, records
 from compactgpt.evaluation import Totals, write_totals
 from compactgpt.metrics import perplexity_ratio
-from tests import store
+from tests.support import tracking_store
 
 STAGES = {"evaluation": ["data/evaluation", "reports/evaluation.json"]}
 TOKENS = np.array([100, 200, 50, 150])
@@ -25,10 +25,10 @@ def make(root, nats, ids=("a", "b", "c", "d"), **params):
     loss = nats.sum() / TOKENS.sum()
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
     (root / "params.yaml").write_text(json.dumps({"training": {"steps": 1, **params}}))
-    store.cache_out(root, "data/evaluation")
-    store.save_lock(root, STAGES)
-    store.git(root, "add", "-A")
-    store.git(root, "commit", "-qm", "x")
+    tracking_store.cache_out(root, "data/evaluation")
+    tracking_store.save_lock(root, STAGES)
+    tracking_store.git(root, "add", "-A")
+    tracking_store.git(root, "commit", "-qm", "x")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def root(tmp_path):
     (tmp_path / "dvc.yaml").write_text("stages: {evaluation: {cmd: x}}")
     (tmp_path / ".gitignore").write_text("/data\n/.dvc\n")
     (tmp_path / "requirements.lock").write_text("numpy==1.0\ntorch==2.0 ; sys_platform == 'linux'\n")
-    store.git(tmp_path, "init", "-q")
+    tracking_store.git(tmp_path, "init", "-q")
     make(tmp_path, NATS)
     return tmp_path
 

@@ -1,81 +1,23 @@
 """Several processes train one model together: to the result of one process, within rounding."""
 
-import json
 import os
 import signal
 
 import pytest
 import torch
-from forks import together
-from safetensors.torch import load_file, save_file
-from test_training import make_tokens, params_of
 
 from compactgpt import training
 from compactgpt.distributed import Group
-from compactgpt.errors import BadConfig, Busy, PeerLost
+from compactgpt.errors import BadConfig
 from compactgpt.launching import DistInfo
-
-STEP = 64  # tokens: eight sequences, four micro-batches of two
+from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
+from tests.support.processes import together
+from tests.support.tiny_training import make_tokens, params_of
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     return make_tokens(tmp_path_factory.mktemp("data") / "tokens")
-
-
-def parameters(mode="fast", **changes):
-    return params_of(tokens_per_step=STEP, launcher={"mode": mode}, **changes)
-
-
-def train(tokens, folder, params, stop_at=0, kill=()):
-    """Train in this process; the one that leads leaves weights.safetensors and rows.json."""
-    rank = int(os.environ.get("RANK", "0"))
-    steps = []
-
-    def note(step, _values):
-        steps.append(step)
-        if (rank, step) == tuple(kill):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    trained = training.train(
-        params,
-        training.open_splits(tokens),
-        folder / "state",
-        on_metrics=note,
-        stopping=lambda: rank == 1 and steps[-1] == stop_at,  # one is asked, all stop
-    )
-    if rank == 0:
-        save_file(trained.model.state_dict(), folder / "weights.safetensors")
-        rows = [[row.step, row.train_loss, row.val_loss] for row in trained.rows]
-        (folder / "rows.json").write_text(json.dumps([trained.resumed_from, rows]))
-
-
-def stopped(*args):
-    with pytest.raises(Busy, match=r"stopped at step 3 of 6"):
-        train(*args)
-
-
-def bereft(*args):
-    with pytest.raises(PeerLost, match="died or fell silent"):
-        train(*args)
-
-
-def outcome(folder):
-    resumed_from, rows = json.loads((folder / "rows.json").read_text())
-    return load_file(folder / "weights.safetensors"), rows, resumed_from
-
-
-def assert_same_bits(a, b):
-    (weights, rows, _), (others, other_rows, _) = a, b
-    assert rows == other_rows
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, others[name]), name
-
-
-def run(folder, size, tokens, params, **changes):
-    folder.mkdir(exist_ok=True)
-    assert together(size, train, tokens, folder, params, *changes.values()) == [0] * size
-    return outcome(folder)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +41,12 @@ def assert_same_within_rounding(a, b):
 
 def test_two_processes_have_the_loss_curve_of_one_within_rounding(alone, two):
     assert_same_within_rounding(two, alone)
+
+
+def test_a_sampled_softmax_too_since_all_processes_draw_the_same_sample(tokens, tmp_path):
+    params = parameters(head="sampled", sample_tokens=12)
+    one = run(tmp_path / "1", 1, tokens, params)
+    assert_same_within_rounding(one, run(tmp_path / "2", 2, tokens, params))
 
 
 def test_dropout_too(tokens, tmp_path):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from compactgpt import experiments, whatif
 from compactgpt.cli import app
 from compactgpt.errors import BadConfig
-from tests.place import ROOT
+from tests.support.comparison_inputs import ROOT
 
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
 REAL_RUN = (ROOT / "docs/real-run.md").read_text()

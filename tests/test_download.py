@@ -34,8 +34,8 @@ from compactgpt.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, 
 from compactgpt.parallel import ordered_map
 from compactgpt.storage import sha256_file, verified_manifest
 from stages.download import app
-from tests.light import square
-from tests.tiny_corpus import tokenizer_files
+from tests.support.tiny_corpus import tokenizer_files
+from tests.support.worker_functions import square
 
 ROOT = Path(__file__).parents[1]
 TREE = read_yaml(ROOT / "params.yaml")

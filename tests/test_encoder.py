@@ -14,7 +14,7 @@ from compactgpt import encoder
 from compactgpt.encoder import GigatokenEncoder, TiktokenEncoder
 from compactgpt.encoding import GPT2_PATTERN, save_gpt2
 from compactgpt.errors import BadData
-from tests.tiny_corpus import make_tokenizer
+from tests.support.tiny_corpus import make_tokenizer
 
 WHEELS = Path(__file__).parents[1] / ".state" / "wheels"
 VOCAB_BPE = WHEELS / "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"

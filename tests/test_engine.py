@@ -15,7 +15,7 @@ from compactgpt.errors import BadConfig, BadData
 from compactgpt.progress import silent
 from compactgpt.storage import sha256_file
 from compactgpt.tokenization import tokenize
-from tests.tiny_corpus import make_documents, make_tokenizer
+from tests.support.tiny_corpus import make_documents, make_tokenizer
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make test-ray")
 

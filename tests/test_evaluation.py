@@ -26,7 +26,7 @@ from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.evaluation import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.metrics import ratio_bootstrap
 from compactgpt.storage import read_json, sha256_file
-from tests.tiny import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import os
 import subprocess
 
 import pytest
-from tiny import ROOT
 from typer.testing import CliRunner
 
 from compactgpt import experiments
@@ -13,6 +12,7 @@ from compactgpt.config import Params, lay_over, load_params, read_yaml, set_valu
 from compactgpt.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.estimate import configured_run
 from compactgpt.ladder import ladder_report, read_ladder
+from tests.support.tiny_models import ROOT
 
 CONF = ROOT / "conf"
 NAMED = experiments.experiments(CONF)
@@ -304,11 +304,11 @@ def test_the_finetuning_experiment_trains_from_a_gpt2_in_a_folder(params_file, t
     import warnings
 
     import torch
-    from test_training import make_tokens
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from compactgpt import training
     from compactgpt.initial import folder_sha256
+    from tests.support.tiny_training import make_tokens
 
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=50257, n_positions=16, n_embd=8, n_layer=1, n_head=1)

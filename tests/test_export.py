@@ -8,7 +8,7 @@ import torch
 from compactgpt import export
 from compactgpt.errors import BadConfig, BadData, MissingInput
 from compactgpt.storage import read_json
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 TOKENS = torch.arange(12)[None]
 

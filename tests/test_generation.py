@@ -14,7 +14,7 @@ from compactgpt.compact import compact
 from compactgpt.config import Text
 from compactgpt.errors import BadConfig
 from compactgpt.evaluation import Neural
-from tests.tiny import TEXTS, save_split, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import TEXTS, save_split, save_tokenizer, tiny_gpt
 
 TEXT = Text(
     prompts=("the", "in a"), documents=2, prompt_tokens=4, max_new_tokens=6, temperature=0.8, top_k=5,

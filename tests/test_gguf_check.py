@@ -7,7 +7,7 @@ import pytest
 from compactgpt import baseline, gguf_check
 from compactgpt.errors import BadData
 from compactgpt.gguf_check import check_gguf
-from tests.tiny import save_gguf
+from tests.support.tiny_models import save_gguf
 
 UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
 

@@ -7,8 +7,8 @@ import pytest
 
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
 from stages import door
-from tests.store import copy, runs
 from tests.support.dvc_projects import ROOT, git
+from tests.support.tracking_store import copy, runs
 
 PIPELINE = {"pid": 1, "created": 1.0, "command": "dvc repro"}
 

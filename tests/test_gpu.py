@@ -7,12 +7,12 @@ import importlib.util
 
 import pytest
 import torch
-from test_training import make_tokens, params_of, same_bits
 
 from compactgpt import training
 from compactgpt.errors import Busy
 from compactgpt.exponentials import CAP, exponentials
 from compactgpt.model import GPT
+from tests.support.tiny_training import make_tokens, params_of, same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no Nvidia GPU here")
 

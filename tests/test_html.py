@@ -11,7 +11,7 @@ import pytest
 from compactgpt.reporting import html
 from compactgpt.reporting.messages import TEMPLATES, messages
 from compactgpt.reporting.tables import COLUMNS, MEASURED_COLUMNS, PUBLISHED_COLUMNS, TRAINED_HERE, View
-from tests.place import edit, make_place, record_of
+from tests.support.comparison_inputs import edit, make_place, record_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

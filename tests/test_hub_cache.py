@@ -15,7 +15,7 @@ from compactgpt.checkpoint import save_model
 from compactgpt.errors import BadConfig, BadData, NotAllowed, Unreachable
 from compactgpt.export import save_hf
 from tests.fake_hub import REVISION, FakeHub
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 FILES = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
          "vocab.json"}  # fmt: skip

@@ -3,14 +3,14 @@ import warnings
 
 import pytest
 import torch
-from test_model import tiny, tokens_of
-from test_optim import recipe
 
 from compactgpt.checkpoint import save_model
 from compactgpt.errors import BadConfig, MissingInput
 from compactgpt.export import save_hf
 from compactgpt.initial import folder_sha256, initial_model
 from compactgpt.model import GPT
+from tests.support.tiny_gpt import tiny, tokens_of
+from tests.support.training_recipe import recipe
 
 
 def start_from(folder, shape, **changes):

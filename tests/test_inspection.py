@@ -20,7 +20,7 @@ from compactgpt.errors import BadConfig, BadData, CheckFailed
 from compactgpt.inspection import inspect, passed
 from compactgpt.storage import atomic_folder, sha256_file
 from stages.inspection import app
-from tests.pages import compiled_once  # noqa: F401
+from tests.support.data_docs import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]

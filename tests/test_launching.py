@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import together
-from test_training import contents, door, make_tokens, tree_of
 
 from compactgpt.launching import DistInfo, dist_info
+from tests.support.processes import together
+from tests.support.tiny_training import contents, door, make_tokens, tree_of
 
 ROOT = Path(__file__).parents[1]
 STEPS = 90

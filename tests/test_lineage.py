@@ -18,7 +18,7 @@ from compactgpt.lineage import (
     read_chain,
     restore_lock,
 )
-from tests import store
+from tests.support import tracking_store
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def root(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "b").write_text("2")
     (tmp_path / "x" / "a").write_text("1")
-    store.save_lock(tmp_path, {"a": ["x"], "b@one": []})
+    tracking_store.save_lock(tmp_path, {"a": ["x"], "b@one": []})
     return tmp_path
 
 
@@ -75,7 +75,7 @@ def test_a_matrix_that_names_nothing_has_no_items(root):
 
 
 def test_an_out_comes_from_the_cache_even_if_the_folder_has_another(root, tmp_path):
-    md5, target = store.cache_out(root, "x"), tmp_path / "copy"
+    md5, target = tracking_store.cache_out(root, "x"), tmp_path / "copy"
     (root / "x" / "a").write_text("another")
     assert checkout(Cache(root), Folder(root), "x", md5, target)
     assert md5_path(target) == md5
@@ -89,7 +89,7 @@ def test_an_out_that_is_not_to_be_had_is_not_made_up(root, tmp_path):
 
 
 def test_a_damaged_cache_is_noticed(root, tmp_path):
-    md5 = store.cache_out(root, "x")
+    md5 = tracking_store.cache_out(root, "x")
     Cache(root).files(md5)["a"].write_text("3")
     with pytest.raises(BadData, match="was altered"):
         checkout(Cache(root), Folder(root), "x", md5, tmp_path / "copy")
@@ -97,7 +97,7 @@ def test_a_damaged_cache_is_noticed(root, tmp_path):
 
 def test_a_commit_is_read_without_touching_the_work_tree(root):
     for words in [["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]]:
-        store.git(root, *words)
+        tracking_store.git(root, *words)
     (root / "params.yaml").write_text("changed")
     assert Commit(root, "HEAD").read("params.yaml") == b"b: {names: [one, two]}"
     assert Commit(root, "HEAD").read("absent") is None

@@ -10,7 +10,7 @@ from compactgpt.claims import Claims
 from compactgpt.config import load_section
 from compactgpt.estimate import estimate
 from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, messages, translate_phrase
-from tests.place import PARAMS, ROOT
+from tests.support.comparison_inputs import PARAMS, ROOT
 
 MODULES = sorted((ROOT / "src/compactgpt/reporting").glob("*.py"))
 

@@ -15,7 +15,7 @@ from compactgpt.data import open_tokens, write_tokens
 from compactgpt.evaluation import evaluate, figures
 from compactgpt.export import load_hf, save_hf
 from compactgpt.progress import silent
-from tests.tiny import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
 
 COMPRESSOR = {"kind": "compressor", "level": 9, "train_megabytes": 0}
 SPECS = {

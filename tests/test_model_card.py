@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compactgpt.reporting.model_card import card_for, model_card
-from tests.place import make_place, record_of
+from tests.support.comparison_inputs import make_place, record_of
 
 
 @pytest.fixture(scope="module")

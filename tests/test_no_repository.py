@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.errors import MissingInput
-from tests import store
+from tests.support import tracking_store
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -45,7 +45,7 @@ def test_a_command_that_needs_git_says_how_to_make_a_repository(unpacked, words,
         assert done.output.startswith("error: ")
         assert "`git init && git add . && git commit" in done.output
         assert done.output.count("\n") == 1
-        store.git(unpacked, "init", "-q")
+        tracking_store.git(unpacked, "init", "-q")
     assert (unpacked / "params.yaml").read_text() == before
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     assert "git is not installed" in CliRunner().invoke(app, words).output

@@ -5,39 +5,14 @@ import numpy as np
 import pytest
 import torch
 from ruamel.yaml import YAML
-from test_model import tiny, tokens_of
-from tiny import ROOT
 
-from compactgpt.config import Training, load_params
+from compactgpt.config import load_params
 from compactgpt.errors import BadData
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers, lr_multiplier, muon_step, orthogonal
-
-RECIPE = {
-    "seed": 1,
-    "max_steps": 100,
-    "tokens_per_step": 16,
-    "micro_batch_size": 2,
-    "optimizer": "adamw",
-    "learning_rate": 1e-2,
-    "embedding_learning_rate": 2e-2,
-    "muon_learning_rate": 5e-2,
-    "min_lr_ratio": 0.1,
-    "schedule": "cosine",
-    "warmup_steps": 10,
-    "decay_share": 0.2,
-    "weight_decay": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "grad_clip": 1.0,
-    "eval_interval": 10,
-    "eval_windows": 4,
-    "checkpoint_interval": 10,
-}
-
-
-def recipe(**changes):
-    return Training(**{**RECIPE, **changes})
+from tests.support.tiny_gpt import tiny, tokens_of
+from tests.support.tiny_models import ROOT
+from tests.support.training_recipe import recipe
 
 
 def nanogpt_lr(step, warmup, decay_steps, peak, floor):

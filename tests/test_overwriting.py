@@ -15,8 +15,8 @@ from compactgpt.errors import NotAllowed
 from compactgpt.references import accept
 from compactgpt.storage import verified_manifest
 from compactgpt.validation import check_expectations
-from tests import store
-from tests.tiny import tiny_gpt
+from tests.support import tracking_store
+from tests.support.tiny_models import tiny_gpt
 
 
 def export(folder, *options, model):
@@ -32,7 +32,7 @@ def project(tmp_path, monkeypatch):
     (root / "models/tokenizer").mkdir()
     for name in ("encoder.json", "vocab.bpe"):
         (root / "models/tokenizer" / name).write_text("{}")
-    store.git(root, "init", "-q")
+    tracking_store.git(root, "init", "-q")
     monkeypatch.chdir(root)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -124,14 +124,16 @@ def test_only_folders_of_states_are_pruned(tmp_path):
 
 def test_an_earlier_experiment_of_the_same_name_keeps_its_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    store.git(tmp_path, "init", "-q")
+    tracking_store.git(tmp_path, "init", "-q")
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
-    store.git(tmp_path, "add", ".")
-    store.git(tmp_path, "commit", "-qm", "x")
-    head = store.git(tmp_path, "rev-parse", "HEAD")
+    tracking_store.git(tmp_path, "add", ".")
+    tracking_store.git(tmp_path, "commit", "-qm", "x")
+    head = tracking_store.git(tmp_path, "rev-parse", "HEAD")
     ref = f"refs/exps/{head[:2]}/{head[2:]}/demo"
     for kept in (["demo-old1"], ["demo-old1", "demo-old2"]):
-        store.git(tmp_path, "update-ref", ref, "HEAD")
+        tracking_store.git(tmp_path, "update-ref", ref, "HEAD")
         experiments._rename_earlier("demo")
-        refs = store.git(tmp_path, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps").split()
+        refs = tracking_store.git(
+            tmp_path, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"
+        ).split()
         assert refs == kept

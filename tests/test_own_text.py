@@ -19,8 +19,8 @@ from compactgpt.reporting import html, plots, tables
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.model_card import model_card
 from compactgpt.reporting.terminal import terminal
-from tests import tiny_chain
-from tests.place import ROOT, edit, make_place, record_of
+from tests.support import tiny_pipeline
+from tests.support.comparison_inputs import ROOT, edit, make_place, record_of
 
 HOSTILE = "*Ham<script>let</script>* `x` [a](b) | $y$ \u202etxt.exe\x1b[31m"
 NAME = "Shakespeare's plays"
@@ -239,11 +239,11 @@ def test_a_corpus_has_a_name(corpus, files, name):
 RUN = """
 import os, sys
 from pathlib import Path
-from tests import tiny_chain
+from tests.support import tiny_pipeline
 place = Path(sys.argv[1])
-for stage in tiny_chain.STAGES:
+for stage in tiny_pipeline.STAGES:
     try:
-        tiny_chain.run_stage(stage, place, "none")
+        tiny_pipeline.run_stage(stage, place, "none")
     except SystemExit as ended:
         assert not ended.code, stage
 """
@@ -251,8 +251,8 @@ for stage in tiny_chain.STAGES:
 
 @pytest.mark.slow
 def test_a_real_chain_on_own_text_reports_on_that_text(tmp_path):
-    place = tiny_chain.make_place(tmp_path / "place")
-    tiny_chain.write_inputs(place, 1)
+    place = tiny_pipeline.make_place(tmp_path / "place")
+    tiny_pipeline.write_inputs(place, 1)
     params = json.loads((place / "params.yaml").read_text())
     params["download"]["files"]["name"] = NAME
     (place / "params.yaml").write_text(json.dumps(params))

@@ -16,8 +16,8 @@ from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics
 from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
-from tests import store
-from tests.store import copy, journal, runs
+from tests.support import tracking_store
+from tests.support.tracking_store import copy, journal, runs
 
 STAGES = {"training": ["reports/training.json"], "evaluation": ["reports/evaluation.json", "data/evaluation"]}
 DEPS = {"evaluation": ["reports/training.json"]}
@@ -44,8 +44,8 @@ def make(root: Path, loss: float, steps: int = 20) -> None:
     (root / "reports").mkdir(exist_ok=True)
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": steps}))
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
-    store.cache_out(root, "data/evaluation")
-    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
+    tracking_store.cache_out(root, "data/evaluation")
+    tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
 
 
 def dvc() -> dict:
@@ -90,7 +90,7 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     run = journal(root, "evaluation", pipeline=journal_of_second, workspace=str(root))
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
-    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
+    tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
     sync(root)
     second = wholes(root)[-1]
     maker = before["training"].info.run_id
@@ -106,7 +106,7 @@ def test_what_comes_from_the_run_cache_differs_from_what_did_not_change(root):
     sync(root)
     lock = (root / "dvc.lock").read_bytes()
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 30}))
-    store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
+    tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
     run = journal(root, "evaluation", pipeline=dvc(), workspace=str(root))
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
@@ -134,7 +134,7 @@ def test_a_run_is_no_maker_of_outs_that_dvc_did_not_write_down(root):
     pipeline = dvc()
     stage(root, "training", pipeline)
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 10}))
-    store.save_lock(
+    tracking_store.save_lock(
         root, STAGES, DEPS, model={"n_layer": 2}
     )  # of before: `dvc` was killed when the stage had ended
     sync(root)
@@ -149,7 +149,7 @@ def test_the_run_of_the_whole_keeps_params_figures_and_files(root, tmp_path):
     assert parent.data.params == {"model.n_layer": "2"}
     assert parent.data.metrics == {"eval/loss": 4.5}
     assert parent.data.tags["command"] == "dvc repro"
-    assert parent.data.tags["lock_sha256"] == store.sha256((root / "dvc.lock").read_bytes())
+    assert parent.data.tags["lock_sha256"] == tracking_store.sha256((root / "dvc.lock").read_bytes())
     kept = Path(open_store(root).client.download_artifacts(parent.info.run_id, "", str(tmp_path)))
     assert (kept / "dvc.lock").read_bytes() == (root / "dvc.lock").read_bytes()
     assert (kept / "data/evaluation/compact.parquet").read_text() == "4.5"
@@ -249,7 +249,9 @@ def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
 
 def test_figures_of_a_skipped_stage_need_the_same_params_code_and_inputs(root):
     (root / "code.py").write_text("1")
-    store.save_lock(root, STAGES, {"evaluation": ["reports/training.json", "code.py"]}, model={"n_layer": 2})
+    tracking_store.save_lock(
+        root, STAGES, {"evaluation": ["reports/training.json", "code.py"]}, model={"n_layer": 2}
+    )
     stage(root, "training", dvc())
     sync(root)
     assert statuses(wholes(root)[-1])["evaluation"][0] == "skipped: unchanged"
@@ -296,8 +298,8 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
     (root / "models/compact").mkdir(parents=True)
     facts = {"files": {"model.safetensors": {"sha256": "0" * 64}}}
     (root / "models/compact/manifest.json").write_text(json.dumps(facts))
-    store.cache_out(root, "models/compact")
-    store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]}, DEPS)
+    tracking_store.cache_out(root, "models/compact")
+    tracking_store.save_lock(root, {**STAGES, "training": ["models/compact", "reports/training.json"]}, DEPS)
     stage(root, "training", dvc())
     for _ in range(mlflow_logger.MODEL_TRIES):
         with pytest.raises(Unreachable, match="no space"):
@@ -311,10 +313,10 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_whole(root, monkeypatch):
 
 def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, monkeypatch):
     """Its scratch folder is being removed; the commit comes some seconds after its process has ended."""
-    store.git(root, "init", "-q")
-    store.git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
-    store.git(root, "commit", "-qm", "x")
-    baseline = store.git(root, "rev-parse", "HEAD")
+    tracking_store.git(root, "init", "-q")
+    tracking_store.git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
+    tracking_store.git(root, "commit", "-qm", "x")
+    baseline = tracking_store.git(root, "rev-parse", "HEAD")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     for name in ("dvc.yaml", "dvc.lock"):
@@ -327,15 +329,15 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path, mo
     assert not copy(root)  # no commit yet
     (root / "params.yaml").write_text("model: {n_layer: 3}")
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 1.0}))
-    store.save_lock(root, STAGES, DEPS, model={"n_layer": 3})
-    store.git(root, "commit", "-qam", "wide")
-    store.git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
+    tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 3})
+    tracking_store.git(root, "commit", "-qam", "wide")
+    tracking_store.git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
     lock = (root / "dvc.lock").read_bytes()
     make(root, 9.0)  # another experiment, in the workspace
     sync(root)
     (parent,) = wholes(root)
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "wide")
-    assert parent.data.tags["lock_sha256"] == store.sha256(lock)
+    assert parent.data.tags["lock_sha256"] == tracking_store.sha256(lock)
     assert parent.data.tags["mlflow.source.name"] == "dvc exp run -n wide -S model.n_layer=3"
 
 

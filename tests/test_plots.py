@@ -7,7 +7,7 @@ import pytest
 
 from compactgpt.reporting import plots
 from compactgpt.reporting.messages import messages
-from tests.place import make_place, record_of
+from tests.support.comparison_inputs import make_place, record_of
 
 
 @pytest.fixture(scope="module")

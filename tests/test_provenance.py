@@ -13,7 +13,7 @@ from compactgpt.lineage import Folder, entry_key, read_chain
 from compactgpt.provenance import code_hashes, find_value, locking_commit, rooms_of, trace, upstream
 from compactgpt.tracking.mlflow_logger import run_of_value
 from compactgpt.tracking.store import open_store
-from tests.place import ROOT
+from tests.support.comparison_inputs import ROOT
 
 VALUE = {
     "id": "compact.loss",

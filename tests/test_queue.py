@@ -10,8 +10,8 @@ import pytest
 
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.run_folder import run_folders
-from tests import store
-from tests.store import runs
+from tests.support import tracking_store
+from tests.support.tracking_store import runs
 from tests.test_pipelines import statuses
 
 STAGE = """
@@ -49,7 +49,7 @@ stages:
 
 def dvc(root: Path, *words: str) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the queue's worker calls `dvc`
-    env = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path, **store.IDENTITY}
+    env = {**os.environ, "DVC_NO_ANALYTICS": "1", "PATH": path, **tracking_store.IDENTITY}
     subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, env=env, check=True)
 
 
@@ -63,10 +63,10 @@ def root(tmp_path, empty_store, monkeypatch):
     (tmp_path / "dvc.yaml").write_text(CHAIN)
     (tmp_path / "params.yaml").write_text("training:\n  steps: 1\n")
     (tmp_path / ".gitignore").write_text("/.state/\nmlflow.db*\n/mlartifacts/\n")
-    store.git(tmp_path, "init", "-q")
+    tracking_store.git(tmp_path, "init", "-q")
     dvc(tmp_path, "init", "-q")
-    store.git(tmp_path, "add", ".")
-    store.git(tmp_path, "commit", "-qm", "x")
+    tracking_store.git(tmp_path, "add", ".")
+    tracking_store.git(tmp_path, "commit", "-qm", "x")
     return tmp_path
 
 
@@ -90,8 +90,8 @@ def test_every_experiment_has_a_complete_pipeline_run(root):
         assert run.data.params == {"training.steps": str(steps)}
         assert run.data.metrics == {"eval/loss": 1.0 / steps, "train/loss": 1.0 / steps}
         assert {what for what, _ in statuses(run).values()} == {"ran (finished)"}
-        lock = store.git(root, "show", f"{commit_of(root, name)}:dvc.lock") + "\n"
-        assert run.data.tags["lock_sha256"] == store.sha256(lock.encode())
+        lock = tracking_store.git(root, "show", f"{commit_of(root, name)}:dvc.lock") + "\n"
+        assert run.data.tags["lock_sha256"] == tracking_store.sha256(lock.encode())
     assert found["queued-3"].data.tags["mlflow.source.name"] == "dvc exp run -n queued-3 -S training.steps=3"
     assert (
         found["here"].data.tags["mlflow.source.name"].startswith("dvc exp run -q -n here -S training.steps=6")
@@ -102,5 +102,5 @@ def test_every_experiment_has_a_complete_pipeline_run(root):
 
 
 def commit_of(root: Path, name: str) -> str:
-    refs = store.git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    refs = tracking_store.git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
     return next(ref for ref in refs if ref.endswith(f"/{name}"))

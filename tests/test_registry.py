@@ -14,9 +14,9 @@ from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
-from tests import store
+from tests.support import tracking_store
+from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 from tests.test_pipelines import dvc
-from tests.tiny import save_split, save_tokenizer, tiny_gpt
 
 SUFFIXES = {"", ".json", ".md", ".safetensors", ".txt", ".yaml"}
 
@@ -47,16 +47,16 @@ def register(root: Path) -> str:
         "evaluation": ["reports/evaluation.json"],
     }
     for path in outs["training"]:
-        store.cache_out(root, path)
-    store.save_lock(root, outs)
+        tracking_store.cache_out(root, path)
+    tracking_store.save_lock(root, outs)
     pipeline = dvc()
-    store.journal(root, "training", pipeline=pipeline).end("FINISHED")
-    run = store.journal(root, "evaluation", pipeline=pipeline)
+    tracking_store.journal(root, "training", pipeline=pipeline).end("FINISHED")
+    run = tracking_store.journal(root, "evaluation", pipeline=pipeline)
     run.metrics(stage_metrics("evaluation", report))
     run.artifact(root / "reports/evaluation.json", "reports")
     run.end("FINISHED")
     sync(root)
-    found = [one for one in store.runs(root) if one.data.tags["stage"] == "pipeline"]
+    found = [one for one in tracking_store.runs(root) if one.data.tags["stage"] == "pipeline"]
     return found[-1].info.run_id
 
 

@@ -29,8 +29,8 @@ from compactgpt.regression import Check, Documents, Snapshot, Verdict
 from compactgpt.storage import read_json, write_json
 from compactgpt.tracking.mlflow_logger import sync
 from stages.regression import app
-from tests import store
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.support import tracking_store
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
@@ -422,8 +422,8 @@ def with_dvc(folder):
     """What DVC keeps of a project: its lock, and the sums by document in its cache, by hash."""
     outs = ["data/evaluation", "reports/evaluation.json", "reports/training.json"]
     for path in outs:
-        store.cache_out(folder, path)
-    store.save_lock(folder, {"evaluation": outs})
+        tracking_store.cache_out(folder, path)
+    tracking_store.save_lock(folder, {"evaluation": outs})
     write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", "outs": outs}}})
 
 
@@ -431,7 +431,7 @@ def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
     with_dvc(project(tmp_path))
     (tmp_path / ".gitignore").write_text("/data/\n/.dvc/\n")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
-        store.git(tmp_path, *words)
+        tracking_store.git(tmp_path, *words)
     project(tmp_path, loss=4.2)  # a later run, not committed
     verdict = regression.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
@@ -456,8 +456,8 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     outs = ["data/evaluation", "data/tokenizer", "models/compact"]
     outs += [str(path.relative_to(tmp_path)) for path in (tmp_path / "reports").rglob("*.json")]
     for path in outs:
-        store.cache_out(tmp_path, path)
-    store.save_lock(tmp_path, {"evaluation": outs})
+        tracking_store.cache_out(tmp_path, path)
+    tracking_store.save_lock(tmp_path, {"evaluation": outs})
     write_json(tmp_path / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x"}}})
     with pytest.raises(MissingInput, match="no model with these weights"):
         references.promote(tmp_path)

@@ -24,7 +24,7 @@ from compactgpt.tracking.journal import machine_facts
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import packages
 from compactgpt.tracking.store import open_store
-from tests import store
+from tests.support import tracking_store
 
 CHAIN = """
 stages:
@@ -81,10 +81,10 @@ def ran(tmp_path_factory, empty_store):
         (root / path).write_text(content)
     (root / "corpus/text").write_text("some text")
     (root / "mlflow.db").write_bytes(empty_store)
-    store.git(root, "init", "-q")
+    tracking_store.git(root, "init", "-q")
     dvc(root, "init")
-    store.git(root, "add", ".")
-    store.git(root, "commit", "-qm", "x")
+    tracking_store.git(root, "add", ".")
+    tracking_store.git(root, "commit", "-qm", "x")
     (root / "params.yaml").write_text("training:\n  steps: 4\n")
     dvc(root, "repro")
     with pytest.MonkeyPatch.context() as patched:
@@ -103,7 +103,7 @@ def root(ran, monkeypatch):
 
 @pytest.fixture
 def record(root, tmp_path):
-    (run,) = store.runs(root)
+    (run,) = tracking_store.runs(root)
     return find(root, run.info.run_id[:10], tmp_path)
 
 
@@ -113,14 +113,14 @@ def again(record, root, *, agree=lambda _: True, keep=False, **options):
 
 
 def test_a_dirty_run_is_run_again_from_its_record_and_a_tampered_one_is_different(root, record):
-    before = store.git(root, "status", "--porcelain")
+    before = tracking_store.git(root, "status", "--porcelain")
     assert gaps(record, root) == []
     told = []
     result = again(record, root, say=told.append)
     assert result.verdict == IDENTICAL
     assert told[-1] == "the data comes from DVC's cache, by its hash"
     assert [one.stage for one in result.stages] == ["download", "training"]
-    assert store.git(root, "status", "--porcelain") == before
+    assert tracking_store.git(root, "status", "--porcelain") == before
     assert list((root / ".state/reproductions").iterdir()) == []
     tampered = record.diff.replace(b"+  steps: 4", b"+  steps: 5")
     lock = record.place.read("dvc.lock").replace(md5_path(root / "models/compact").encode(), b"0" * 32)
@@ -161,7 +161,7 @@ def recorded(tmp_path, loss: float, **changes) -> Record:
     (tmp_path / "reports").mkdir(exist_ok=True)
     (tmp_path / "reports/training.json").write_text(json.dumps({"val_loss": loss}))
     (tmp_path / "dvc.yaml").write_text("stages: {training: {cmd: x}}")
-    store.save_lock(tmp_path, {"training": ["reports/training.json"]}, **changes)
+    tracking_store.save_lock(tmp_path, {"training": ["reports/training.json"]}, **changes)
     place, known = Folder(tmp_path), versions(packages())
     return Record("run", place, read_chain(place), machine=machine_facts(), packages=known)
 
@@ -233,7 +233,7 @@ def forged(root):
     def make(files):
         names.append(f"forged-{len(names)}-{os.getpid()}")
         tree = root.parent / names[-1]
-        store.git(root, "worktree", "add", "-q", "-b", names[-1], str(tree), "HEAD")
+        tracking_store.git(root, "worktree", "add", "-q", "-b", names[-1], str(tree), "HEAD")
         for path, content in {"dvc.lock": (root / "dvc.lock").read_text(), **files}.items():
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).unlink(missing_ok=True)
@@ -241,14 +241,14 @@ def forged(root):
                 (tree / path).symlink_to(content)
             else:
                 (tree / path).write_text(content)
-            store.git(tree, "add", "-f", path)
-        store.git(tree, "commit", "-qm", "\x1b[2Jof someone else")
-        store.git(root, "worktree", "remove", "--force", str(tree))
+            tracking_store.git(tree, "add", "-f", path)
+        tracking_store.git(tree, "commit", "-qm", "\x1b[2Jof someone else")
+        tracking_store.git(root, "worktree", "remove", "--force", str(tree))
         return names[-1]
 
     yield make
     for name in names:
-        store.git(root, "branch", "-D", "-q", name)
+        tracking_store.git(root, "branch", "-D", "-q", name)
 
 
 def run_version(root, name, *, agree=lambda _: True, **options):
@@ -284,7 +284,7 @@ def test_a_hash_that_is_a_path_is_refused(root, md5):
 
 
 def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(tmp_path, victim):
-    content = store.cache_out(tmp_path, "victim/documents/a")
+    content = tracking_store.cache_out(tmp_path, "victim/documents/a")
     for name in ("../victim/documents/a", str(victim)):
         listing = json.dumps([{"md5": content, "relpath": name}])
         (cached := tmp_path / ".dvc/cache/files/md5/00" / f"{'0' * 30}.dir").parent.mkdir(exist_ok=True)
@@ -295,7 +295,7 @@ def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(tmp_path, v
 
 def test_a_copy_through_a_link_in_the_target_is_refused(tmp_path, victim):
     (tmp_path / "new").write_text("theirs")
-    md5 = store.cache_out(tmp_path, "new")
+    md5 = tracking_store.cache_out(tmp_path, "new")
     listing = json.dumps([{"md5": md5, "relpath": "link/a"}])
     cached = tmp_path / ".dvc/cache/files/md5/00" / f"{'0' * 30}.dir"
     cached.parent.mkdir()
@@ -356,7 +356,7 @@ def test_a_commit_that_is_an_option_of_git_is_none(root, tmp_path, monkeypatch):
     """`git diff --stat --output=FILE` would write the file."""
     opened = open_store(root)
     client, experiment = opened.client, opened.experiment
-    (run,) = store.runs(root)
+    (run,) = tracking_store.runs(root)
     tags = {**run.data.tags, "git.commit": f"--output={tmp_path}/written"}
     forged = client.create_run(experiment, tags={key: str(tags[key]) for key in ("stage", "git.commit")})
     (tmp_path / "logged").mkdir()
@@ -393,7 +393,7 @@ def test_a_run_from_a_store_is_shown_and_runs_only_when_the_user_agrees(root, re
 
 def test_the_command_asks_only_for_what_is_not_in_the_history(root, forged, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
-    (run,) = store.runs(root)
+    (run,) = tracking_store.runs(root)
     cmd = f"touch {tmp_path}/ran"
     name = forged({"dvc.yaml": f"stages: {{evil: {{cmd: '{cmd}'}}}}"})
     for version in (run.info.run_id, name):
@@ -422,7 +422,7 @@ def test_on_a_terminal_the_user_is_asked(root, forged, tmp_path, answer, agreed)
 
 
 def test_a_commit_of_the_present_history_runs_without_a_question(root, tmp_path):
-    head = store.git(root, "rev-parse", "HEAD")
+    head = tracking_store.git(root, "rev-parse", "HEAD")
     known = Record("HEAD", Commit(root, head), Chain([], {}), head)
     assert reproduction._is_known(known, root)
     assert not reproduction._is_known(replace(known, place=Folder(tmp_path)), root)
@@ -516,7 +516,7 @@ def test_a_killed_reproduction_leaves_neither_processes_nor_a_work_tree(root, fo
         process.wait()
     wait_for(lambda: not any(is_running(int(path.read_text())) for path in pids))
     wait_for(lambda: not list((root / ".state/reproductions").iterdir()))
-    wait_for(lambda: len(store.git(root, "worktree", "list").splitlines()) == 1)
+    wait_for(lambda: len(tracking_store.git(root, "worktree", "list").splitlines()) == 1)
 
 
 def test_what_a_command_left_running_ends_with_it(root, tmp_path):
@@ -554,4 +554,4 @@ def test_what_a_killed_watchdog_left_is_removed_and_what_was_kept_stays(root, tm
     with scratch_worktree(root, folders):
         assert kept.folder.exists()
     assert set(folders.iterdir()) == {kept.folder, folders / "of-an-earlier-version"}
-    assert len(store.git(root, "worktree", "list").splitlines()) == 1
+    assert len(tracking_store.git(root, "worktree", "list").splitlines()) == 1

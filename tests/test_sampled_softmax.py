@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_model import tiny, tokens_of
-from test_optim import recipe
 from torch.nn import functional as F
 
 from compactgpt.initial import set_sinusoids, start_at_unigram
 from compactgpt.model import GPT, LinearCrossEntropy
 from compactgpt.optim import Optimizers
 from compactgpt.sampled_softmax import Sample, draw_sample, inclusion_probabilities, token_counts
+from tests.support.tiny_gpt import tiny, tokens_of
+from tests.support.training_recipe import recipe
 
 V, C, N = 60, 8, 12
 COUNTS = (1000 / np.arange(1, V + 1)).astype(np.int64)  # Zipf's law, as text has it

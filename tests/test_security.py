@@ -30,9 +30,9 @@ from compactgpt.storage import sha256_file, write_json
 from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
 from compactgpt.tracking.store import open_store
 from stages import door
-from tests.store import copy, git, runs
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
+from tests.support.tracking_store import copy, git, runs
 from tests.test_registry import register, root  # noqa: F401  the fixture of a project with a model
-from tests.tiny import save_tokenizer, tiny_gpt
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [

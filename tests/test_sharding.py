@@ -9,11 +9,8 @@ import signal
 
 import pytest
 import torch
-from forks import together
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_distributed import assert_same_bits, bereft, parameters, run, stopped, train
-from test_training import make_tokens, params_of
 
 from compactgpt.checkpoint import save_model
 from compactgpt.distributed import Group, init_process_group
@@ -23,6 +20,9 @@ from compactgpt.launching import DistInfo
 from compactgpt.model import GPT
 from compactgpt.optim import Optimizers
 from compactgpt.storage import sha256_file
+from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
+from tests.support.processes import together
+from tests.support.tiny_training import make_tokens, params_of
 
 CLIPPED = {"grad_clip": 0.05}  # far below the norm of these gradients, so that a wrong norm would show
 

@@ -15,7 +15,7 @@ from compactgpt.export import save_hf
 from compactgpt.sources import fetch_source
 from compactgpt.storage import sha256_file
 from compactgpt.tasks import Item
-from tests.tiny import LIKELIHOOD, ROOT, save_split, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import LIKELIHOOD, ROOT, save_split, save_tokenizer, tiny_gpt
 
 PASSAGES = ["the cat in the hat sat in the hat", "there is another weather in the other weather"]
 SETTINGS = load_params(ROOT / "params.yaml").evaluation.tasks

@@ -30,7 +30,7 @@ from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
 from compactgpt.tokenization import split_of
 from stages.tokenization import app
-from tests.tiny_corpus import EOT, make_documents, make_tokenizer, tokenizer_files
+from tests.support.tiny_corpus import EOT, make_documents, make_tokenizer, tokenizer_files
 
 ROOT = Path(__file__).parents[1]
 WHEELS = ROOT / ".state" / "wheels"

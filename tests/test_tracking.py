@@ -32,7 +32,7 @@ from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics, tuned_params
 from compactgpt.tracking.run_folder import RunFolder
 from compactgpt.tracking.store import open_store
-from tests.store import copy, git, journal, runs
+from tests.support.tracking_store import copy, git, journal, runs
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,15 +6,12 @@ import signal
 import time
 from pathlib import Path
 
-import forks
-import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from compactgpt import training, watching
 from compactgpt.checkpoint import load_model, save_model
-from compactgpt.config import ExpectedLoss, parse_params, read_yaml
+from compactgpt.config import ExpectedLoss, parse_params
 from compactgpt.data import open_tokens, write_tokens
 from compactgpt.distributed import Group
 from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
@@ -22,46 +19,11 @@ from compactgpt.export import save_hf
 from compactgpt.initial import folder_sha256, initial_model
 from compactgpt.launching import DistInfo
 from compactgpt.runtime import prepare_process, stop_requests
-from compactgpt.storage import atomic_folder, write_text
+from compactgpt.storage import write_text
+from tests.support import processes
+from tests.support.tiny_training import EOT, VOCAB, contents, door, make_tokens, params_of, same_bits, tree_of
 
 ROOT = Path(__file__).parents[1]
-VOCAB, EOT = 40, 39
-
-
-def tree_of(model=(), **changes):
-    """The project's params.yaml, made tiny."""
-    tree = read_yaml(ROOT / "params.yaml")
-    tree["runtime"].update(device="cpu", num_threads=1)
-    tree["model"].update(block_size=8, n_layer=2, n_head=2, n_embd=16, vocab_size=VOCAB)
-    tree["model"].update({"padded_vocab_size": 48, **dict(model)})
-    tree["training"].update(max_steps=6, tokens_per_step=32, micro_batch_size=2, warmup_steps=2)
-    tree["training"].update(eval_interval=2, eval_windows=5, checkpoint_interval=2)
-    tree["training"].update(changes)
-    tree["evaluation"]["likelihood"]["window"] = 8
-    return tree
-
-
-def params_of(**changes):
-    return parse_params(tree_of(**changes))
-
-
-def make_tokens(folder, vocab=VOCAB):
-    """Two small splits: every token is the one before it plus 1, 2 or 3."""
-    generator = np.random.default_rng(0)
-    with atomic_folder(folder) as temporary:
-        for name, count in (("train", 30), ("val", 7)):
-            documents = [
-                (bytes([n] * 16), 100, np.cumsum(generator.integers(1, 4, 5 + 7 * (n % 5))) % EOT)
-                for n in range(count)
-            ]
-            write_tokens(
-                temporary / f"{name}.tokens",
-                iter(documents),
-                vocab_size=vocab,
-                eot_token=EOT,
-                tokenizer_sha256="0" * 64,
-            )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +46,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def same_bits(a, b):
-    pairs = zip(a.model.state_dict().items(), b.model.state_dict().items(), strict=True)
-    return a.rows == b.rows and all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
 
 
 def test_training_learns(splits, tmp_path):
@@ -159,7 +116,7 @@ def _killed_at_fsync(number, tokens, state):
 def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_result(tmp_path):
     tokens = make_tokens(tmp_path / "tokens")
     # The best model takes seven, a state eight.
-    assert forks.run(_killed_at_fsync, 19, tokens, tmp_path / "state") == -signal.SIGKILL
+    assert processes.run(_killed_at_fsync, 19, tokens, tmp_path / "state") == -signal.SIGKILL
     left = sorted(
         path.name.split(".")[1 if path.name[0] == "." else 0] for path in (tmp_path / "state").iterdir()
     )
@@ -220,7 +177,7 @@ def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(spli
         ({"launcher": {"mode": "fsdp"}}, r"head \(sampled\) needs launcher.mode fast"),
         (
             {"init_unigram": 1.0, "init_from": "gpt2", "init_sha256": "0" * 64},
-            "init_unigram .* must be 0 unless",
+            "init_unigram and init_positions must be 0.0 unless",
         ),
     ],
 )
@@ -489,16 +446,6 @@ def here(tmp_path, monkeypatch):
     write_text(Path("params.yaml"), json.dumps(tree_of()))  # JSON is YAML
     make_tokens(Path("data/tokens"))
     return tmp_path
-
-
-def door():
-    from stages.training import app
-
-    return CliRunner().invoke(app, ["--tracker", "none"])
-
-
-def contents():
-    return {path: path.read_bytes() for name in ("models", "reports") for path in Path(name).rglob("*.*")}
 
 
 def test_the_door_writes_model_curve_and_report_the_same_each_time(here):

@@ -14,7 +14,7 @@ from compactgpt.progress import silent
 from compactgpt.storage import atomic_folder
 from compactgpt.validation import _read, document_row, require_success, validate
 from stages.validation import app
-from tests.pages import compiled_once  # noqa: F401
+from tests.support.data_docs import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]

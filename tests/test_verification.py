@@ -27,7 +27,7 @@ from compactgpt.verification import (
     check_renderings,
     differences,
 )
-from tests.place import PARAMS, ROOT, edit, make_place, run_door
+from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_door
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny import ROOT, save_tokenizer, tiny_gpt
 
 from compactgpt.config import ExpectedLoss, load_params
 from compactgpt.estimate import expected
 from compactgpt.model import GPT
 from compactgpt.watching import Band, Sampler, Utilisation, expected_band, peak_flops
+from tests.support.tiny_models import ROOT, save_tokenizer, tiny_gpt
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
 
@@ -41,12 +41,16 @@ def test_the_band_is_that_of_the_estimate():
     assert str(band) == f"{band.low:.2f}-{band.high:.2f} at the end"
 
 
-def test_utilisation_is_the_models_arithmetic_over_the_machines_own_speed(monkeypatch):
-    params = load_params(ROOT / "params.yaml")
+@pytest.mark.parametrize(("head", "rows"), [("full", 50_304), ("sampled", 1_000)])
+def test_utilisation_is_the_models_arithmetic_over_the_machines_own_speed(monkeypatch, head, rows):
+    shipped = load_params(ROOT / "params.yaml")
+    training = shipped.training.model_copy(update={"head": head, "sample_tokens": 1_000})
+    params = shipped.model_copy(update={"training": training})
     monkeypatch.setattr("compactgpt.watching.peak_flops", lambda *_: 2e9)
     used = Utilisation(params, 3)
     shape = params.model  # 6 N + 12 L H Q T, nanoGPT's estimate_mfu
-    flops = 6 * GPT(shape).num_params_nanogpt + 12 * shape.n_layer * shape.n_embd * shape.block_size
+    multiplied = GPT(shape).num_params_non_embedding + rows * shape.n_embd
+    flops = 6 * multiplied + 12 * shape.n_layer * shape.n_embd * shape.block_size
     told = used.added({"train/loss": 1.0, "train/tokens_per_second": 100.0})
     assert told == {
         "train/loss": 1.0,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compactgpt import wikitext
 from compactgpt.compact import compact
 from compactgpt.errors import BadConfig, BadData
-from tests.tiny import save_tokenizer, tiny_gpt
+from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 LINES = [
     "",

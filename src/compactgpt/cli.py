@@ -54,7 +54,7 @@ app.add_typer(experiment, name="experiment")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"compactgpt {__version__}")
+        echo(f"compactgpt {__version__}")
         raise typer.Exit
 
 
@@ -282,7 +282,9 @@ def run_experiment(
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
         from compactgpt import experiments, whatif
+        from compactgpt.common.git import require_repository
 
+        require_repository(Path())
         runs = experiments.configurations(name, params_file, settings or [])
         echo("\n".join(whatif.announcement(runs, Path())))
         done = experiments.run(name, params_file, settings or [])

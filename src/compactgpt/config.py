@@ -282,11 +282,11 @@ class Training(Section):
     @model_validator(mode="after")
     def _possible_head(self) -> Self:
         if self.head == "sampled" and self.dtype == "bfloat16":
-            raise ValueError("head (sampled) needs dtype float32 or tfloat32: it corrects logits in fp32")
+            raise ValueError("head (sampled) needs dtype float32 or tfloat32: for bfloat16 set head to full")
         if self.head == "sampled" and self.launcher.mode == "fsdp":
-            raise ValueError("head (sampled) needs launcher.mode fast: it trains rows of a whole embedding")
+            raise ValueError("head (sampled) needs launcher.mode fast: for fsdp set head to full")
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
-            raise ValueError(f"init_unigram and init_positions must be 0 unless init_from is {SCRATCH}")
+            raise ValueError(f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}")
         return self
 
     @model_validator(mode="after")

@@ -41,8 +41,8 @@ from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, v
 from compactgpt.textfiles import Rules, read_texts
 from compactgpt.tracking import journal_lines
 from compactgpt.verification import Verification, check_numbers, looked_at
-from tests.place import LIKELIHOOD, PARAMS, ROOT, make_place
-from tests.tiny import save_split, save_tokenizer, tiny_gpt
+from tests.support.comparison_inputs import LIKELIHOOD, PARAMS, ROOT, make_place
+from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 
 EXAMPLES = int(os.environ.get("BAD_INPUTS", "0"))
 MEMORY_BYTES = 2**30  # that one reader may take beside what the tests have

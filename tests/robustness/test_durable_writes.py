@@ -15,7 +15,7 @@ from compactgpt.config import load_params
 from compactgpt.errors import DiskFailed
 from compactgpt.optim import Optimizers
 from compactgpt.tracking.journal import Journal, journal_lines
-from tests.tiny import ROOT, tiny_gpt
+from tests.support.tiny_models import ROOT, tiny_gpt
 
 
 class Syncs:

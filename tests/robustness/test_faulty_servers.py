@@ -18,7 +18,7 @@ from compactgpt import hub, wheels
 from compactgpt.errors import BadData, Unreachable
 from compactgpt.tracking.journal import journal_lines
 from compactgpt.tracking.mlflow_logger import sync
-from tests.store import journal, runs
+from tests.support.tracking_store import journal, runs
 
 FAULTS = ("stall", "cut", "mute", "refused", "nonsense")
 SLOW = [

@@ -19,8 +19,16 @@ import time
 import pytest
 
 from compactgpt.errors import Busy, DiskFull
-from tests import forks
-from tests.tiny_chain import STAGES, make_place, outs_of, params_tree, run_stage, warm_up, write_inputs
+from tests.support import processes
+from tests.support.tiny_pipeline import (
+    STAGES,
+    make_place,
+    outs_of,
+    params_tree,
+    run_stage,
+    warm_up,
+    write_inputs,
+)
 
 QUICK = ("estimate", "download", "tokenization", "training", "baseline@unigram")
 WAYS = ("kill", "stop", "full disk")
@@ -99,7 +107,7 @@ class Chain:
     def __init__(self, folder, stages):
         self.folder, self.log = folder, folder / "log"
         self.before, self.after, self.changes = {}, {}, {}
-        self.zygote = forks.Zygote(warm_up, stages, seconds=300)
+        self.zygote = processes.Zygote(warm_up, stages, seconds=300)
         place = make_place(folder / "chain")
         for generation in range(2):
             write_inputs(place, generation)

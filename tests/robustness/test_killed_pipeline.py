@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiny_chain import ROOT, make_place, params_tree, write_inputs
+from tests.support.tiny_pipeline import ROOT, make_place, params_tree, write_inputs
 
 pytestmark = pytest.mark.robustness
 

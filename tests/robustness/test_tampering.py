@@ -14,9 +14,9 @@ from compactgpt.checkpoint import save_model
 from compactgpt.evaluation import Totals, write_totals
 from compactgpt.storage import atomic_folder
 from compactgpt.verification import Verification, check_lock, check_manifests
-from tests.place import PARAMS, ROOT
-from tests.tiny import save_split, save_tokenizer, tiny_gpt
-from tests.tiny_corpus import make_documents
+from tests.support.comparison_inputs import PARAMS, ROOT
+from tests.support.tiny_corpus import make_documents
+from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 
 FLIPS, OF_LOCK = 1000, 120
 DVC = "from dvc.repo import Repo; Repo.init(no_scm=True).commit(force=True)"

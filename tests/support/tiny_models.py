@@ -13,7 +13,7 @@ from compactgpt.data import TokenFile, open_tokens, write_tokens
 from compactgpt.encoding import load_encoding, save_gpt2, spelled_bytes
 from compactgpt.model import GPT
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ a", "e r"]
 TEXTS = [
     "the cat sat in the hat",

@@ -16,7 +16,7 @@ from compactgpt.estimate import estimate
 from compactgpt.readings import read_sources
 from stages.comparison import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 LIKELIHOOD = PARAMS.evaluation.likelihood.model_copy(update={"bootstrap_resamples": 200})
 NAMES = PARAMS.baseline.names

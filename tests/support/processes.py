@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
 # Optimizers import dynamo.
-_context.set_forkserver_preload(["test_training", "torch._dynamo", "compactgpt.sharding"])
+_context.set_forkserver_preload(["compactgpt.training", "torch._dynamo", "compactgpt.sharding"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "src")])
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from compactgpt.config import read_yaml
-from tests.tiny_corpus import tokenizer_files
+from tests.support.tiny_corpus import tokenizer_files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASELINES = ("unigram", "xz")
 STAGES = (
     "estimate", "download", "validation", "tokenization", "inspection", "training", "evaluation",
