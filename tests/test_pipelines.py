@@ -1,12 +1,9 @@
 """The run of a whole `dvc repro`: what became of every stage, and what it has of its own stages only."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from compactgpt.errors import Unreachable
@@ -17,7 +14,8 @@ from compactgpt.tracking.pipeline_run import stage_metrics
 from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
-from tests.support.tracking_store import copy, journal, runs
+from tests.support.tracking_store import copy, journal, runs, statuses
+from tests.support.tracking_store import ended_dvc as dvc
 
 STAGES = {"training": ["reports/training.json"], "evaluation": ["reports/evaluation.json", "data/evaluation"]}
 DEPS = {"evaluation": ["reports/training.json"]}
@@ -48,14 +46,6 @@ def make(root: Path, loss: float, steps: int = 20) -> None:
     tracking_store.save_lock(root, STAGES, DEPS, model={"n_layer": 2})
 
 
-def dvc() -> dict:
-    """A process that stands for `dvc`, and has ended when the journals are read."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": "dvc repro"}
-    child.communicate(b"\n")
-    return facts
-
-
 def stage(root: Path, name: str, pipeline: dict, status: str = "FINISHED") -> None:
     run = journal(root, name, pipeline=pipeline, workspace=str(root))
     if metrics := stage_metrics(name, read_json(root / f"reports/{name}.json")):
@@ -70,11 +60,6 @@ def named(root: Path) -> dict:
 
 def wholes(root: Path) -> list:
     return [run for run in runs(root) if run.data.tags["stage"] == "pipeline"]
-
-
-def statuses(run) -> dict[str, tuple[str, str]]:
-    rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
-    return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
 
 
 def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):

@@ -11,8 +11,7 @@ import pytest
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.run_folder import run_folders
 from tests.support import tracking_store
-from tests.support.tracking_store import runs
-from tests.test_pipelines import statuses
+from tests.support.tracking_store import runs, statuses
 
 STAGE = """
 import json, sys

@@ -9,14 +9,11 @@ import torch
 from compactgpt.checkpoint import load_model, save_model
 from compactgpt.encoding import load_encoding
 from compactgpt.errors import CheckFailed, MissingInput
-from compactgpt.storage import sha256_file, write_json
-from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.storage import sha256_file
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
-from tests.support import tracking_store
-from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
-from tests.test_pipelines import dvc
+from tests.support.tiny_models import tiny_gpt
+from tests.support.tracking_store import make_trained_project, register, weights
 
 SUFFIXES = {"", ".json", ".md", ".safetensors", ".txt", ".yaml"}
 
@@ -27,41 +24,8 @@ def root(tmp_path, empty_store, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(empty_store)
-    (tmp_path / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
-    (tmp_path / "params.yaml").write_text("{model: {n_layer: 2}, training: {max_steps: 9}, download: {a: 1}}")
-    encoding = save_tokenizer(tmp_path / "data/tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
-    save_split(tmp_path / "data/tokens/val.tokens", encoding)
+    make_trained_project(tmp_path)
     return tmp_path
-
-
-def register(root: Path) -> str:
-    """Log the model as the run of a pipeline that has ended; returns the id of the run."""
-    split = root / "data/tokens/val.tokens"
-    facts = {"val.tokens": {"sha256": sha256_file(split), "bytes": split.stat().st_size}}
-    write_json(root / "data/tokens/manifest.json", {"files": facts})
-    report = {"loss": {"value": 2.0, "low": 1.0, "high": 3.0}}
-    write_json(root / "reports/evaluation.json", report)
-    outs = {
-        "training": ["models/compact", "data/tokenizer", "data/tokens"],
-        "evaluation": ["reports/evaluation.json"],
-    }
-    for path in outs["training"]:
-        tracking_store.cache_out(root, path)
-    tracking_store.save_lock(root, outs)
-    pipeline = dvc()
-    tracking_store.journal(root, "training", pipeline=pipeline).end("FINISHED")
-    run = tracking_store.journal(root, "evaluation", pipeline=pipeline)
-    run.metrics(stage_metrics("evaluation", report))
-    run.artifact(root / "reports/evaluation.json", "reports")
-    run.end("FINISHED")
-    sync(root)
-    found = [one for one in tracking_store.runs(root) if one.data.tags["stage"] == "pipeline"]
-    return found[-1].info.run_id
-
-
-def weights(root: Path) -> str:
-    return sha256_file(root / "models/compact/model.safetensors")
 
 
 def retrain(root: Path, params: str, n_embd: int) -> None:

@@ -31,8 +31,7 @@ from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
 from compactgpt.tracking.store import open_store
 from stages import door
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
-from tests.support.tracking_store import copy, git, runs
-from tests.test_registry import register, root  # noqa: F401  the fixture of a project with a model
+from tests.support.tracking_store import copy, git, make_trained_project, register, runs
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -102,9 +101,13 @@ def test_no_source_reads_or_writes_pickle():
                     assert value is None or ast.literal_eval(value) is False, f"{path}: {flag}"
 
 
-def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(root):  # noqa: F811
+def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(tmp_path, empty_store, monkeypatch):
     import mlflow
 
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(root := tmp_path)
+    (root / "mlflow.db").write_bytes(empty_store)
+    make_trained_project(root)
     network = tiny_gpt(40, n_layer=1)
     optimizers = Optimizers(network, PARAMS.training)
     sum(parameter.sum() for parameter in network.parameters()).backward()

@@ -21,8 +21,7 @@ from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.registry import promote
 from compactgpt.tracking.store import open_store
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
-from tests.support.tracking_store import copy, journal, runs
-from tests.test_registry import register, weights
+from tests.support.tracking_store import copy, journal, register, runs, weights
 
 START_SECONDS = 300.0  # of a busy machine
 

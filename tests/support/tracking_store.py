@@ -5,14 +5,21 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
+import psutil
+
+from compactgpt.checkpoint import save_model
 from compactgpt.lineage import md5_of, md5_path
+from compactgpt.storage import sha256_file, write_json
 from compactgpt.tracking.journal import Journal, process_facts
-from compactgpt.tracking.mlflow_logger import Logger
+from compactgpt.tracking.mlflow_logger import Logger, sync
+from compactgpt.tracking.pipeline_run import stage_metrics
 from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
+from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 
 IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -100,3 +107,54 @@ def named(root: Path, path: str) -> dict[str, str]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def ended_dvc() -> dict:
+    """A process that stands for `dvc`, and has ended when the journals are read."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": "dvc repro"}
+    child.communicate(b"\n")
+    return facts
+
+
+def statuses(run) -> dict[str, tuple[str, str]]:
+    rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
+    return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}
+
+
+def make_trained_project(root: Path) -> None:
+    """Write a trained model, its tokenizer and a val split, and the files that DVC would read."""
+    (root / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
+    (root / "params.yaml").write_text("{model: {n_layer: 2}, training: {max_steps: 9}, download: {a: 1}}")
+    encoding = save_tokenizer(root / "data/tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), root / "models/compact", {})
+    save_split(root / "data/tokens/val.tokens", encoding)
+
+
+def register(root: Path) -> str:
+    """Log the model as the run of a pipeline that has ended; returns the id of the run."""
+    split = root / "data/tokens/val.tokens"
+    facts = {"val.tokens": {"sha256": sha256_file(split), "bytes": split.stat().st_size}}
+    write_json(root / "data/tokens/manifest.json", {"files": facts})
+    report = {"loss": {"value": 2.0, "low": 1.0, "high": 3.0}}
+    write_json(root / "reports/evaluation.json", report)
+    outs = {
+        "training": ["models/compact", "data/tokenizer", "data/tokens"],
+        "evaluation": ["reports/evaluation.json"],
+    }
+    for path in outs["training"]:
+        cache_out(root, path)
+    save_lock(root, outs)
+    pipeline = ended_dvc()
+    journal(root, "training", pipeline=pipeline).end("FINISHED")
+    run = journal(root, "evaluation", pipeline=pipeline)
+    run.metrics(stage_metrics("evaluation", report))
+    run.artifact(root / "reports/evaluation.json", "reports")
+    run.end("FINISHED")
+    sync(root)
+    found = [one for one in runs(root) if one.data.tags["stage"] == "pipeline"]
+    return found[-1].info.run_id
+
+
+def weights(root: Path) -> str:
+    return sha256_file(root / "models/compact/model.safetensors")
