@@ -1,0 +1,67 @@
+"""What a model gains from its context: the loss of the same tokens after 1, 2, 4 ... tokens before them.
+
+    python -m bench.context --model models/compact
+
+The report's loss by position compares different tokens, 272 of them at each position of the demo's val
+split, so its differences are uncertain by a quarter of a nat. Here every context length predicts the same
+targets, so that how hard a token is cancels out. The interval is the paired bootstrap over documents.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from compactgpt.checkpoint import load_model
+from compactgpt.compact import compact
+from compactgpt.data import TokenFile, Window, open_tokens
+from compactgpt.evaluation import Neural, document_streams, target_nats
+from compactgpt.metrics import ratio_bootstrap
+
+REFERENCE = 2  # tokens of context that the others are compared with
+
+
+def windows(split: TokenFile, length: int, longest: int, step: int) -> Iterator[Window]:
+    """Yield a window of `length` tokens before each `step`-th target that has `longest` tokens before it."""
+    for document, stream in document_streams(split):
+        for target in range(longest, len(stream), step):
+            yield Window(document, target - 1, stream[target - length : target], stream[target : target + 1])
+
+
+def sums(
+    model: Neural, split: TokenFile, length: int, longest: int, step: int
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Sum nats and count targets by document. (documents,), (documents,)."""
+    nats, targets = np.zeros(split.header.documents), np.zeros(split.header.documents)
+    for window, losses in target_nats(model, windows(split, length, longest, step)):
+        nats[window.document] += losses.sum()
+        targets[window.document] += len(losses)
+    return nats, targets
+
+
+def main() -> None:
+    """Print a line for each context length."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=Path("models/compact"))
+    parser.add_argument("--split", type=Path, default=Path("data/tokens/val.tokens"))
+    parser.add_argument("--step", type=int, default=8, help="tokens between two targets")
+    options = parser.parse_args()
+    split, model = open_tokens(options.split), compact(load_model(options.model, "cpu"), batch_size=64)
+    lengths = [2**power for power in range(8) if 2**power <= model.block_size]
+    by_length = {length: sums(model, split, length, lengths[-1], options.step) for length in lengths}
+    reference, targets = by_length[REFERENCE]
+    measured = targets > 0  # documents that are long enough
+    print(f"{int(targets.sum()):,} targets of {int(measured.sum())} documents, nats per token")
+    print(f"{'context':>8} {'loss':>7}  gain over {REFERENCE} tokens (95 %)")
+    for length, (nats, _) in by_length.items():
+        gain = ratio_bootstrap((reference - nats)[measured], targets[measured], resamples=2000, seed=1)
+        loss = nats.sum() / targets.sum()
+        print(f"{length:>8} {loss:>7.3f}  {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+
+
+if __name__ == "__main__":
+    main()
