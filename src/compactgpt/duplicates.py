@@ -128,7 +128,7 @@ def save_val_runs(folder: Path, groups: Iterable[RowGroup], val_ids: npt.NDArray
         held_out = _contains(wanted, id_array(bytes.fromhex(each.id) for each in documents))
         for row in np.flatnonzero(held_out).tolist():
             numbers.append(start + row)
-            runs = np.unique(run_hashes(word_hashes(str(documents[row].text)), length))
+            runs = np.unique(run_hashes(word_hashes(documents[row].text), length))
             hashes.append(runs[:RUNS_PER_DOCUMENT])
         start += len(documents)
     every = np.concatenate([*hashes, np.empty(0, np.uint64)])
@@ -172,7 +172,7 @@ def digest_group(task: Task) -> Digest:
     shingles: list[Hashes] = []
     found: list[Numbers] = []
     for document, held_out in zip(documents, in_val.tolist(), strict=True):
-        words = word_hashes(str(document.text))
+        words = word_hashes(document.text)
         # A document without words equals only itself.
         content = words.tobytes() or bytes.fromhex(document.id)
         wholes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
@@ -181,7 +181,7 @@ def digest_group(task: Task) -> Digest:
         found.append(_find(val_runs, words[:0] if held_out else run_hashes(words, params.overlap_words)))
     return Digest(
         ids,
-        np.array([len(str(each.text).encode()) for each in documents], np.int64),
+        np.array([len(each.text.encode()) for each in documents], np.int64),
         in_val,
         np.array(wholes, np.uint64),
         _signatures(shingles, params),

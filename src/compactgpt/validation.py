@@ -90,7 +90,7 @@ def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, in
     rows: list[dict[str, Any]] = []
     for group in row_groups(folder):
         for document in read_row_group(group):
-            text = str(document.text)
+            text = document.text
             content = text.encode()
             counts["documents"] += 1
             counts["bytes"] += len(content)
@@ -120,7 +120,7 @@ def document_row(document: Document) -> dict[str, Any]:
         characters); letter_share (letters among the characters that are not white space);
         replacement_share (U+FFFD among all characters).
     """
-    text = str(document.text)
+    text = document.text
     content, dense = text.encode(), "".join(text.split())
     excerpt = " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
     return {

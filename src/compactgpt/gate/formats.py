@@ -27,16 +27,15 @@ _NO_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]") 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
     """Write the files that were asked for; inside GitHub Actions also annotations and the step's summary."""
-    text = markdown(verdict)
     if markdown_file:
-        write_text(markdown_file, text)
+        write_text(markdown_file, markdown(verdict))
     if junit_file:
         write_text(junit_file, junit(verdict))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         sys.stdout.writelines(f"{line}\n" for line in annotations(verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(summary, "a", encoding="utf-8") as file:  # other steps' lines stay
-            file.write(text)
+            file.write(markdown(verdict))
 
 
 def headline(verdict: Verdict) -> str:
