@@ -19,7 +19,7 @@ BY_ID = {claim.id: claim for claim in CLAIMS.claims}
 
 def claim(low=80.0, high=120.0, name="A", **judged) -> Claim:
     judged = judged or {"by": "evidence", "ids": ("a",)}
-    about = {"quote": "q", "where": "w", "model": "m", "quantity": "x", "unit": "perplexity"}
+    about = {"quote": "q", "english": "q", "where": "w", "model": "m", "quantity": "x", "unit": "perplexity"}
     return Claim(id=name, low=low, high=high, judged=judged, **about)
 
 

@@ -92,6 +92,10 @@ def project(tmp_path):
     for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "repro", "-q", "estimate"]):
         done = run(tmp_path, *command)
         assert done.returncode == 0, done.stderr
+    (tmp_path / ".gitignore").write_text("data\nreports\n")
+    author = ["-c", "user.name=a", "-c", "user.email=a@localhost"]
+    for command in (["add", "-A"], [*author, "commit", "-qm", "all"]):
+        assert run(tmp_path, "git", *command).returncode == 0
     return tmp_path
 
 
@@ -120,14 +124,6 @@ def test_a_name_with_shell_syntax_runs_no_command(project):
 
 @pytest.mark.slow
 def test_an_experiment_with_such_a_name_runs_no_command(project):
-    (project / ".gitignore").write_text("data\nreports\n")
-    run(project, "git", "add", "-A")
-    assert (
-        run(
-            project, "git", "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "-qm", "all"
-        ).returncode
-        == 0
-    )
     names = json.dumps(HOSTILE[:3])
     done = run(project, "dvc", "exp", "run", "-S", f"baseline.names={names}")
     assert done.returncode

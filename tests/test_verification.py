@@ -315,7 +315,7 @@ def test_a_readme_that_quotes_the_tables_of_another_run_is_a_note(repository, fi
     monkeypatch.setattr("compactgpt.verification.check_lock", lambda *_: None)  # a README is in no lock
     monkeypatch.chdir(repository)
     readme = repository / "README.md"
-    readme.write_text("<!-- table 1 -->\nof another run\n<!-- end -->\n")
+    readme.write_text("<!-- table note -->\nof another run\n<!-- end -->\n")
     done = CliRunner().invoke(app, ["verify"])
     readme.unlink()
     assert done.exit_code == 0, done.output

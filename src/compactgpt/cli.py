@@ -328,7 +328,7 @@ def sync(
         except UserError as error:
             if not warn:
                 raise
-            print(f"warning: {error}", file=sys.stderr)
+            report(f"warning: {error}")
             return
         echo("MLflow has all of the runs that have ended here")
 
