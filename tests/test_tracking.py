@@ -307,6 +307,16 @@ def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_journal_of_a_version_that_named_no_store_is_left_out(root):
+    done = root / ".state/tracking/done/20261101T000000-training"
+    done.mkdir(parents=True)
+    line = {"kind": "start", "stage": "training", "pid": 1, "created": 1.0, "tags": {}}
+    (done / "journal.jsonl").write_text(json.dumps(line) + "\n")
+    journal(root).end("FINISHED")
+    sync(root)
+    assert [run.info.status for run in runs(root)] == ["FINISHED"]
+
+
 def test_the_child_process_copies_a_run_and_ends(root):
     run = journal(root)
     run.metrics({"train/loss": 3.0}, step=1)

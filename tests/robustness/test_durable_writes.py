@@ -53,7 +53,7 @@ class Syncs:
 
     def checked(self, real):
         def rename(source, target):
-            moved_aside = Path(target).name.endswith(".old") or Path(source).name.endswith(".old")
+            moved_aside = any(Path(path).name.endswith(".compactgpt-old") for path in (source, target))
             assert moved_aside or not self.unsafe(Path(source))
             real(source, target)
             self.renamed += 1

@@ -144,9 +144,12 @@ def experiment_commit(root: Path, name: str, baseline: str) -> str:
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return the run folders of a repository, oldest first; those without a journal are left out."""
+    """Return the run folders of a repository, oldest first; those without a journal are left out.
+
+    So are those of version 0.1, whose journals do not name their store.
+    """
     found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
-    return [folder for folder in found if folder.journals()]
+    return [folder for folder in found if folder.journals() and "store" in folder.start]
 
 
 def first_line(folder: Path) -> dict[str, Any]:
