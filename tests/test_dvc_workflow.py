@@ -148,7 +148,7 @@ def test_a_corpus_may_be_imported_by_dvc(project, tmp_path):
 
 def lines_of(target):
     """What `make` would run for a target, from its second line on: the first adds the remote."""
-    shown = run(ROOT, "make", "-n", target).stdout
+    shown = run(ROOT, "make", "-n", "--no-print-directory", target).stdout
     return shown[shown.index("test -z") :]
 
 

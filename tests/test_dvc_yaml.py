@@ -100,7 +100,7 @@ def test_make_experiments_shows_metrics_and_what_differs(project):
     git(project, "add", ".")
     git(project, "commit", "-q", "-m", "first")
     dvc(project, "exp", "run", "-q", "-n", "faster", "-S", "lr=3")
-    shown = run(ROOT, "make", "-n", "experiments").stdout.splitlines()
+    shown = run(ROOT, "make", "-n", "--no-print-directory", "experiments").stdout.splitlines()
     (line,) = [line for line in shown if line.startswith("dvc exp show")]
     table = list(csv.DictReader(run(project, "bash", "-c", f"{line} --csv").stdout.splitlines()))
     assert {(row["lr"], row["score"]) for row in table if row["Experiment"] == "faster"} == {("3", "3")}
