@@ -467,7 +467,7 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         ("ours-short", ours, int(SECONDS * options.share / seconds["ours"])),
         ("ours-before", before, before[0]["max_steps"]),
         ("ours", ours, ours[0]["max_steps"]),
-    ]
+    ][: 2 if options.short else 4]
     runs = [
         (Worker(name, options, {**training, "max_steps": count}, model), count)
         for name, (training, model), count in planned
@@ -483,7 +483,7 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
               f"{figures['val_loss']:.4f} nats per token, at position 2 {figures['position_2']:.3f}, at 33 "
               f"to 64 {figures['positions_33_to_64']:.3f}; {worker.peak / 1e6:.0f} MB",
               flush=True)  # fmt: skip
-    for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before")):
+    for name, base in (("ours-short", "nanogpt"), ("ours", "ours-before"))[: len(runs) // 2]:
         share = result[name]["seconds"] / result[base]["seconds"]
         gain = result[base]["val_loss"] - result[name]["val_loss"]
         print(
@@ -509,6 +509,9 @@ def main() -> None:
         "--to-loss", action="store_true", help=f"wall-clock to nanoGPT's loss after {SECONDS} s"
     )
     parser.add_argument("--share", type=float, default=1 / 8, help="of nanoGPT's time, for ours in --to-loss")
+    parser.add_argument(
+        "--short", action="store_true", help="--to-loss without the two whole recipes of ours"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="of the runs of --to-loss")
     parser.add_argument(
         "--json", type=Path, help="write the figures too: `compactgpt gate --bench` reads them"
