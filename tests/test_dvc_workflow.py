@@ -69,6 +69,19 @@ def test_a_lock_with_conflict_markers_is_left_to_the_user_who_is_told_what_to_do
     assert "up to date" in dvc(conflict, "status")
 
 
+@pytest.mark.parametrize(
+    "left", [b"=======\n>>>>>>> theirs\n", b"<<<<<<< HEAD\r\n=======\r\n>>>>>>> theirs\r\n"]
+)
+def test_a_lock_with_one_marker_left_or_lines_of_windows_is_kept(project, left):
+    lock = project / "dvc.lock"
+    (project / ".dvc/tmp/compactgpt").mkdir(parents=True)
+    shutil.copy(lock, project / ".dvc/tmp/compactgpt/dvc.lock")  # a stage's copy
+    lock.write_bytes(lock.read_bytes() + left)
+    done = CliRunner().invoke(app, ["repair"])
+    assert done.exit_code == BadData.exit_code
+    assert lock.read_bytes().endswith(left)
+
+
 def test_params_with_conflict_markers_are_named(conflict):
     done = CliRunner().invoke(app, ["estimate"])
     assert done.exit_code == BadConfig.exit_code

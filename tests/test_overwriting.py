@@ -13,7 +13,7 @@ from compactgpt.checkpoint import prune_runs, save_model
 from compactgpt.cli import app
 from compactgpt.errors import NotAllowed
 from compactgpt.references import accept
-from compactgpt.storage import verified_manifest
+from compactgpt.storage import atomic_folder, verified_manifest
 from compactgpt.validation import check_expectations
 from tests.support import tracking_store
 from tests.support.tiny_models import tiny_gpt
@@ -76,8 +76,47 @@ def test_export_replaces_an_earlier_export_and_keeps_a_file_that_was_added(proje
     assert done.exit_code == NotAllowed.exit_code
     assert "notes.txt was changed since" in done.output
     assert "--overwrite" in done.output
+    done = export(
+        folder, "--overwrite", model=project / "models/compact"
+    )  # replaces what changed, nothing else
+    assert done.exit_code == NotAllowed.exit_code
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (folder / "config.json").write_text("{}")
+    assert export(folder, model=project / "models/compact").exit_code == NotAllowed.exit_code
     assert export(folder, "--overwrite", model=project / "models/compact").exit_code == 0
-    assert "notes.txt" not in verified_manifest(folder)["files"]
+    verified_manifest(folder)
+
+
+def test_a_manifest_of_another_tool_and_an_empty_folder_inside_an_export_are_kept(project, tmp_path):
+    folder = tmp_path / "hf"
+    export(folder, model=project / "models/compact")
+    for name in ("webapp/manifest.json", "pictures/"):
+        added = folder / name
+        added.parent.mkdir(exist_ok=True)
+        added.mkdir() if name.endswith("/") else added.write_text("{}")
+        for options in ([], ["--overwrite"]):
+            done = export(folder, *options, model=project / "models/compact")
+            assert done.exit_code == NotAllowed.exit_code
+        assert added.exists()
+        added.rmdir() if added.is_dir() else (added.unlink(), added.parent.rmdir())
+
+
+def test_a_website_is_no_data_docs(tmp_path):
+    (tmp_path / "docs/static").mkdir(parents=True)
+    (tmp_path / "docs/index.html").write_text("my page")
+    with pytest.raises(NotAllowed, match="did not write"):
+        check_expectations("validation", [], tmp_path / "docs")
+    assert (tmp_path / "docs/index.html").read_text() == "my page"
+
+
+def test_a_user_without_a_name_and_a_home_may_write(tmp_path, monkeypatch):
+    """As in containers that run under a number."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    with atomic_folder(tmp_path / "out", kind="tokens") as temporary:
+        (temporary / "a.txt").write_text("a")
+    assert (tmp_path / "out/a.txt").exists()
 
 
 def test_a_model_is_not_written_over_an_export(project, tmp_path):

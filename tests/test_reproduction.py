@@ -28,9 +28,13 @@ from tests.support import tracking_store
 
 CHAIN = """
 stages:
+  estimate:
+    cmd: mkdir -p data && echo checked > data/inputs.json
+    deps: [stages/download.py]
+    outs: [data/inputs.json]
   download:
     cmd: python stages/download.py
-    deps: [corpus, stages/download.py]
+    deps: [corpus, data/inputs.json, stages/download.py]
     outs: [data/documents]
   training:
     cmd: python stages/training.py
@@ -119,7 +123,7 @@ def test_a_dirty_run_is_run_again_from_its_record_and_a_tampered_one_is_differen
     result = again(record, root, say=told.append)
     assert result.verdict == IDENTICAL
     assert told[-1] == "the data comes from DVC's cache, by its hash"
-    assert [one.stage for one in result.stages] == ["download", "training"]
+    assert [one.stage for one in result.stages] == ["estimate", "download", "training"]
     assert tracking_store.git(root, "status", "--porcelain") == before
     assert list((root / ".state/reproductions").iterdir()) == []
     tampered = record.diff.replace(b"+  steps: 4", b"+  steps: 5")

@@ -158,14 +158,21 @@ def test_an_earlier_output_of_the_same_kind_is_replaced_and_of_another_refused(t
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "a.txt", "sub/link"])
-def test_an_earlier_output_that_was_changed_since_needs_overwrite(tmp_path, name):
+def test_an_earlier_output_is_kept_where_something_was_added_and_needs_overwrite_where_changed(
+    tmp_path, name
+):
     make_output(tmp_path / "out")
-    (tmp_path / "out/sub").mkdir()
     path = tmp_path / "out" / name
+    path.parent.mkdir(exist_ok=True)
     path.symlink_to("nowhere") if name == "sub/link" else path.write_text("new")
     if name == "a.txt":
         path.write_text("old")
     assert_refused(tmp_path / "out", f"{name} was changed since")
+    if name != "a.txt":  # nobody's manifest names it
+        assert_refused(tmp_path / "out", f"{name} was changed since", overwrite=True)
+        path.unlink()
+        if path.parent != tmp_path / "out":
+            path.parent.rmdir()
     make_output(tmp_path / "out", overwrite=True)
     assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
 

@@ -506,16 +506,16 @@ def read_gguf(path: Path) -> Loaded:
     from gguf import GGUFReader
 
     check_gguf(path)
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
 
     def field(name: str) -> Any:
         found = reader.fields.get(name)
         return None if found is None else found.contents()
 
-    kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+    try:
+        reader = GGUFReader(path)
+        kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+    except (ValueError, LookupError, TypeError) as error:
+        raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
     if kind != ("llama", "gpt2", "smollm"):
         raise BadConfig(
             f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "

@@ -35,8 +35,9 @@ def check_inputs(root: Path, params_file: Path) -> None:
 
 def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on: see `check_files`."""
-    stages = read_yaml(root / "dvc.yaml")["stages"].values()
-    for name in sorted({dependency for stage in stages for dependency in stage["deps"]}):
+    stages = (read_yaml(root / "dvc.yaml").get("stages") or {}).values()
+    deps = [name for stage in stages for name in (stage.get("do") or stage).get("deps") or []]
+    for name in sorted({name for name in deps if isinstance(name, str) and "${" not in name}):
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -86,9 +87,10 @@ def regular_status(path: Path, name: str) -> os.stat_result:
     """
     try:
         status = path.stat()
-    except FileNotFoundError as error:
-        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            missing = f"{name} is missing: it is a link to nothing, or was just removed"
+            raise MissingInput(missing) from error
         if error.errno != errno.ELOOP:
             raise
         raise BadData(f"{name} is a loop of symbolic links: remove it") from error

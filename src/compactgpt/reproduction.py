@@ -217,8 +217,9 @@ def _data_gaps(record: Record, root: Path) -> Iterator[Gap]:
         yield Gap(
             "data", "DVC's cache lacks the data: it will be pulled from the remote, or made again", False
         )
+    made = _made_by_stages(record)
     for path, md5 in deps(entry).items():
-        if not path.startswith(("src/", "stages/")) and md5_path(root / path) != md5:
+        if path not in made and not path.startswith(("src/", "stages/")) and md5_path(root / path) != md5:
             yield Gap(path, f"DVC's cache lacks the data, and {path} is not what it was made from", True)
     download = parse_yaml(record.place.read(PARAMS), PARAMS).get("download", {})
     if download.get("corpus") == "hub":
@@ -229,6 +230,11 @@ def _data_gaps(record: Record, root: Path) -> Iterator[Gap]:
             if version and _installed(name) != str(version):
                 found = _installed(name) or "none"
                 yield Gap(name, f"the data is made from {name} {version}; installed is {found}", True)
+
+
+def _made_by_stages(record: Record) -> set[str]:
+    """Return the paths that stages of the pipeline write: `dvc repro` makes them again."""
+    return {path for entry in record.chain.entries.values() for path in outs(entry)}
 
 
 def _installed(name: str) -> str:
@@ -367,10 +373,16 @@ def _restore(record: Record, root: Path, tree: Path, *, rebuild: bool, say: Call
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
     entry = record.chain.entries.get(DATA, {})
+    made = _made_by_stages(record)
     for path, md5 in deps(entry).items():
         target = inside(tree, path)
-        if not target.is_file() and md5_path(target) != md5 and md5_path(root / path) == md5:
+        if path in made or target.is_file() or md5_path(target) == md5 or md5_path(root / path) != md5:
+            continue
+        if (root / path).is_dir():
             shutil.copytree(root / path, target, dirs_exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / path, target)
     (tree / LOCK).unlink(missing_ok=True)  # every stage without an entry is run
     if not entry or rebuild:
         return

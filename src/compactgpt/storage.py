@@ -222,7 +222,11 @@ def replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
 
 def _protected(folder: Path) -> str:
     """Say what a folder is that no output may replace; empty for any other."""
-    here, homes = Path.cwd(), {Path.home().resolve(), Path(pwd.getpwuid(os.getuid()).pw_dir).resolve()}
+    here, homes = Path.cwd(), set()
+    with suppress(RuntimeError):  # HOME is not set, and the user is not in the list of users (containers)
+        homes.add(Path.home().resolve())
+    with suppress(KeyError):
+        homes.add(Path(pwd.getpwuid(os.getuid()).pw_dir).resolve())
     if folder in (here, *here.parents):
         return "the current folder" if folder == here else "a parent of the current folder"
     if any(folder in (home, *home.parents) for home in homes):
@@ -240,21 +244,29 @@ def _is_earlier_output(folder: Path, kind: str, *, overwrite: bool) -> bool:
         return False
     if manifest.get("kind", "") != kind:
         return False
-    if not overwrite and (changed := _changed_file(folder, manifest["files"])):
+    if changed := _changed_file(folder, manifest["files"], overwrite=overwrite):
         raise NotAllowed(
             f"{changed} was changed since {folder} was written: save it elsewhere, then delete the folder "
-            "(`compactgpt export` also has --overwrite)"
+            "(`compactgpt export --overwrite` replaces changed files, not added ones)"
         )
     return True
 
 
-def _changed_file(folder: Path, named: dict[str, Any]) -> Path | None:
-    """The first file that a manifest does not name, or names with other content."""
-    every = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    found = {path.relative_to(folder).as_posix(): path for path in every if path.name != MANIFEST}
+def _changed_file(folder: Path, named: dict[str, Any], *, overwrite: bool) -> Path | None:
+    """Return the first path that a manifest does not name or, without `overwrite`, that has changed since."""
+    every = [
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
+    ]
+    found = {path.relative_to(folder).as_posix(): path for path in every if path != folder / MANIFEST}
     for name in sorted(found.keys() | named.keys()):
         path = found.get(name)
-        if path is None or name not in named or not path.is_file():
+        if path is not None and name not in named:
+            return path
+        if overwrite:
+            continue
+        if path is None or not path.is_file():
             return folder / name
         if path.stat().st_size != named[name]["bytes"] or sha256_file(path) != named[name]["sha256"]:
             return path
@@ -317,13 +329,22 @@ def _close_folder(folder: Path, facts: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {**facts, "files": files})  # syncs the names beside it
 
 
-def clear_folder(folder: Path, own: Collection[str]) -> None:
+def clear_folder(folder: Path, own: Collection[str], *, marker: str) -> None:
     """Delete a folder of pages or the like that an earlier run wrote, known by the names at its top.
+
+    Args:
+        folder: what is deleted, if it is there.
+        own: all names that may be in it.
+        marker: one of them, which must be.
 
     Raises:
         NotAllowed: it has other names, or must not be replaced; see `replaceable`.
     """
-    found = replaceable(folder, lambda found: {path.name for path in found.iterdir()} <= set(own))
+
+    def is_own(found: Path) -> bool:
+        return {marker} <= {path.name for path in found.iterdir()} <= set(own)
+
+    found = replaceable(folder, is_own)
     shutil.rmtree(found, ignore_errors=True)
 
 

@@ -31,6 +31,7 @@ from compactgpt.storage import clear_folder, verified_manifest, write_text
 
 # What Great Expectations writes at the top of a folder of Data Docs.
 DATA_DOCS = {"expectations", "index.html", "static", "validations"}
+_DOCS_MARKER = ".compactgpt-data-docs"  # an earlier output of ours, and not somebody's website
 _EXCERPT_CHARACTERS = 80
 _EXAMPLES = 3
 _MEGABYTE = 1_000_000
@@ -224,7 +225,8 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
 
     # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    clear_folder(docs, DATA_DOCS)
+    clear_folder(docs, DATA_DOCS | {_DOCS_MARKER}, marker=_DOCS_MARKER)
+    write_text(docs / _DOCS_MARKER, "")
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     context.variables.plugins_directory = str(_PLUGINS)

@@ -117,7 +117,17 @@ def _remove(root: Path, folder: Path) -> None:
     while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)
-    subprocess.run([*words, "prune"], check=False, capture_output=True)
+    _forget(root, folder / "tree")
+
+
+def _forget(root: Path, tree: Path) -> None:
+    """Delete git's record of a worktree that is gone; `git worktree prune` forgets the user's own too."""
+    words = ["git", "-C", str(root), "rev-parse", "--path-format=absolute", "--git-common-dir"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    with suppress(OSError):
+        for record in Path(done.stdout.strip()).glob("worktrees/*/gitdir"):
+            if not tree.exists() and Path(record.read_text().strip()) == tree.absolute() / ".git":
+                shutil.rmtree(record.parent, ignore_errors=True)
 
 
 def _watch(root: Path, folder: Path) -> None:
