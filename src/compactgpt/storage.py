@@ -329,23 +329,27 @@ def _close_folder(folder: Path, facts: dict[str, Any]) -> None:
     write_json(folder / MANIFEST, {**facts, "files": files})  # syncs the names beside it
 
 
-def clear_folder(folder: Path, own: Collection[str], *, marker: str) -> None:
+def clear_folder(folder: Path, own: Collection[str], marks: Collection[str]) -> None:
     """Delete a folder of pages or the like that an earlier run wrote, known by the names at its top.
 
     Args:
         folder: what is deleted, if it is there.
         own: all names that may be in it.
-        marker: one of them, which must be.
+        marks: some of them, one of which must be in it.
 
     Raises:
         NotAllowed: it has other names, or must not be replaced; see `replaceable`.
     """
 
     def is_own(found: Path) -> bool:
-        return {marker} <= {path.name for path in found.iterdir()} <= set(own)
+        names = {path.name for path in found.iterdir()}
+        return names <= set(own) and not names.isdisjoint(marks)
 
     found = replaceable(folder, is_own)
-    shutil.rmtree(found, ignore_errors=True)
+    if found.exists():
+        old = _temporary(found, "old")  # a kill in the middle of the deletion leaves no half of it
+        os.rename(found, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:

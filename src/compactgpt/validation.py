@@ -225,7 +225,7 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
 
     # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    clear_folder(docs, DATA_DOCS | {_DOCS_MARKER}, marker=_DOCS_MARKER)
+    clear_folder(docs, DATA_DOCS | {_DOCS_MARKER}, {_DOCS_MARKER, "validations"})
     write_text(docs / _DOCS_MARKER, "")
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
