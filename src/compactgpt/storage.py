@@ -259,7 +259,15 @@ def _changed_file(folder: Path, named: dict[str, Any], *, overwrite: bool) -> Pa
         for path in folder.rglob("*")
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir())
     ]
-    found = {path.relative_to(folder).as_posix(): path for path in every if path != folder / MANIFEST}
+    outputs = {
+        folder,
+        *((folder / name).parent for name in named),
+    }  # an output in an output has a manifest too
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for path in every
+        if not (path.name == MANIFEST and path.parent in outputs)
+    }
     for name in sorted(found.keys() | named.keys()):
         path = found.get(name)
         if path is not None and name not in named:
