@@ -331,8 +331,8 @@ def sync(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = Fal
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: dict[str, UserError] = {}
-    for wanted in [tracking_store(), *(folder.start["store"] for folder in run_folders(root))]:
-        key = json.dumps(wanted)
+    stores = [tracking_store(), *(folder.start["store"] for folder in run_folders(root))]
+    for key, wanted in {json.dumps(store): store for store in stores}.items():
         folders = [one for one in run_folders(root) if one.start["store"] == wanted and not one.alive]
         current = wanted == tracking_store()
         left = [one for one in folders if current or not Copied.load(one.path).complete]
@@ -340,7 +340,9 @@ def sync(root: Path, patience_seconds: float = 60.0, *, record_unrun: bool = Fal
             continue
         try:
             for one in left:
-                one.keep_after()
+                with one.locked() as is_ours:  # a child process that still copies keeps it itself
+                    if is_ours:
+                        one.keep_after()
             with store_errors(wanted["uri"]):
                 store = open_store(root, wanted)
                 for one in left:
