@@ -1,6 +1,5 @@
 """The gate's verdict as a table, as Markdown for a pull request, as JUnit XML and as GitHub's annotations."""
 
-import html
 import os
 import re
 import sys
@@ -11,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from compactgpt.common.escaping import markdown_text
 from compactgpt.regression import Check, Point, Verdict
 from compactgpt.storage import write_text
 
@@ -160,8 +160,7 @@ def _cells(check: Check) -> tuple[str, ...]:
 
 def _plain(text: str) -> Any:
     """Escape text so that Markdown and HTML leave it as it is, in a table too."""
-    safe = re.sub(r"([\\`*_\[\]|#])", r"\\\1", " ".join(text.split())).replace("@", "@\u200b")
-    return _markup(html.escape(safe, quote=False))
+    return _markup(markdown_text(" ".join(text.split())))
 
 
 def _markup(text: str) -> Any:
