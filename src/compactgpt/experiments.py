@@ -277,9 +277,8 @@ def experiment_ref(run_name: str) -> str:
         MissingInput: DVC has none of that name, or this folder is not a git repository.
     """
     require_repository(Path())
-    listing = ["git", "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps"]
-    done = subprocess.run(listing, check=False, capture_output=True, text=True)
-    for ref in done.stdout.splitlines():
+    refs = run_git(Path(), "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps")
+    for ref in refs.decode().splitlines():
         if ref.rsplit("/", 1)[-1] == run_name:
             return ref
     raise MissingInput(f"DVC has no experiment {run_name}: `compactgpt experiment run` makes it")
@@ -291,7 +290,7 @@ def file_of(ref: str, path: str) -> str:
     Raises:
         MissingInput: it left none.
     """
-    done = subprocess.run(["git", "show", f"{ref}:{path}"], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise MissingInput(f"{ref} has no {path}: run that experiment again")
-    return done.stdout
+    try:
+        return run_git(Path(), "show", f"{ref}:{path}").decode()
+    except subprocess.CalledProcessError as error:
+        raise MissingInput(f"{ref} has no {path}: run that experiment again") from error

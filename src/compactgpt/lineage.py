@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
-from compactgpt.common.git import conflict_in
+from compactgpt.common.git import conflict_in, run_git
 from compactgpt.config import NO_YAML
 from compactgpt.errors import BadData, MissingInput, OutsideFolder, UserError
 from compactgpt.storage import inside, write_bytes
@@ -60,10 +60,10 @@ class Commit:
 
     def read(self, path: str) -> bytes | None:
         """The content of a file, or None where there is none."""
-        done = subprocess.run(
-            ["git", "-C", str(self.root), "show", f"{self.revision}:{path}"], capture_output=True, check=False
-        )
-        return done.stdout if done.returncode == 0 else None
+        try:
+            return run_git(self.root, "show", f"{self.revision}:{path}")
+        except subprocess.CalledProcessError:
+            return None
 
 
 def git(root: Path, *words: str) -> str:
@@ -72,10 +72,11 @@ def git(root: Path, *words: str) -> str:
     Raises:
         UserError: git says no; the message is its own.
     """
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"git {words[0]} said: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout.strip()
+    try:
+        return run_git(root, *words).decode().strip()
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip() or error.stdout.strip()
+        raise UserError(f"git {words[0]} said: {reason.decode(errors='replace')}") from error
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.git import run_git
 from compactgpt.config import read_yaml
 from compactgpt.errors import BadData, MissingInput
 from compactgpt.lineage import entries_of
@@ -144,8 +145,10 @@ def _lock_block(text: str, stage: str) -> str:
 
 
 def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    try:
+        return run_git(root, *words).decode()
+    except subprocess.CalledProcessError:
+        return ""
 
 
 def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
