@@ -152,6 +152,13 @@ def test_a_repro_that_runs_nothing_is_logged_once(root):
     assert len(runs(root)) == 2
 
 
+def test_a_lock_that_does_not_belong_to_the_params_is_no_run(root):
+    """As after an experiment that failed, once params.yaml was taken back."""
+    (root / "params.yaml").write_text("model: {n_layer: 3}")
+    sync(root, record_unrun=True)
+    assert runs(root) == []
+
+
 def test_a_dead_server_changes_nothing_of_what_is_logged_later(root, monkeypatch):
     monkeypatch.setattr(mlflow_logger, "PATIENCE_SECONDS", 0.5)
     stage(root, "evaluation", ended_dvc())

@@ -373,6 +373,11 @@ def _record_unrun(root: Path, store: Store) -> None:
     made = store.find("lock_sha256", hashlib.sha256(lock).hexdigest(), " and attributes.status = 'FINISHED'")
     if made or not read_chain(Folder(root)).complete:
         return
+    stages = pipeline_run.outcome(Folder(root), root, [])["stages"]
+    if any(
+        what == pipeline_run.NOT_REACHED for what, _ in stages.values()
+    ):  # `dvc repro` has something to do
+        return
     pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
     tags = {**git_facts(root), **machine_facts()}
     facts = {**process_facts(), "pipeline": pipeline, "tags": tags, "workspace": str(root.resolve())}
