@@ -78,13 +78,13 @@ test: $(STAMP) ## run every test
 
 test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv, not into it)
 	@test -d .state/ray || uv pip install -q --python $(VENV)/bin/python --target .state/ray -c requirements.lock ray==2.60.0
-	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/test_engine.py
+	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/data/test_engines.py
 
 test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk, damage inputs (10 minutes)
-	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/test_launching.py
+	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/training/test_launching.py
 
 test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
-	@TEST_SERVER=1 python -m pytest tests/test_server.py tests/test_queue.py
+	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py tests/tracking/test_queue.py
 
 coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
 	@mkdir -p .state/coverage
@@ -120,7 +120,7 @@ gate: $(STAMP) ## has the model got worse than the accepted one? (docs/ci.md)
 	@compactgpt gate
 
 ci: repository $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and the gate on it
-	@.ci/chain
+	@scripts/tiny_pipeline
 
 push: repository $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
 	@$(FIND_REMOTE)

@@ -1,6 +1,6 @@
 """How the code reads: how long its functions are, how many have a docstring, how many comments there are.
 
-    python bench/code.py src/compactgpt stages
+    python benchmarks/code.py src/compactgpt stages
 
 A function's lines are all from `def` to its end, signature and docstring too; methods and nested ones count.
 """

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.checkpoint import load_model
-from compactgpt.compact import compact
-from compactgpt.data import TokenFile, Window, open_tokens
-from compactgpt.evaluation import Neural, document_streams, target_nats
-from compactgpt.metrics import ratio_bootstrap
+from compactgpt.data.token_files import TokenFile, Window, open_tokens
+from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.likelihood import Neural, document_streams, target_nats
+from compactgpt.evaluation.metrics import ratio_bootstrap
+from compactgpt.training.checkpoint import load_model
 
 REFERENCE = 2  # tokens of context that the others are compared with
 

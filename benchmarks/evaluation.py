@@ -56,12 +56,12 @@ def ours(windows: Windows) -> Callable[[], float]:
     import torch
     import transformers  # noqa: TID251
 
-    from compactgpt.compact import compact
-    from compactgpt.data import Window
-    from compactgpt.evaluation import target_nats
-    from compactgpt.export import from_hf_config, from_hf_state
-    from compactgpt.model import GPT
-    from compactgpt.runtime import prepare_heap
+    from compactgpt.common.device import prepare_heap
+    from compactgpt.data.token_files import Window
+    from compactgpt.evaluation.compact import compact
+    from compactgpt.evaluation.likelihood import target_nats
+    from compactgpt.model.gpt import GPT
+    from compactgpt.model.huggingface import from_hf_config, from_hf_state
 
     torch.manual_seed(SEED)
     theirs = transformers.GPT2LMHeadModel(shape())

@@ -1,8 +1,8 @@
 """How often the gate is wrong, both ways: what docs/decisions.md quotes.
 
-    python bench/regression.py                     # the table of both errors
-    python bench/regression.py reruns --out RUNS   # trains the demo anew from nearly the same first weights
-    python bench/regression.py noise RUNS/*.parquet data/evaluation/compact.parquet   # what runs differ by
+    python benchmarks/regression.py                     # the table of both errors
+    python benchmarks/regression.py reruns --out RUNS   # trains the demo again
+    python benchmarks/regression.py noise RUNS/*.parquet data/evaluation/compact.parquet   # spread
 
 The table's documents have lengths drawn from the val split's own (reports/accepted.json). A document's loss
 per token differs between two models by a shift that all share, plus its own part: normal, with the variance
@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from compactgpt.config import Regression, load_params  # noqa: E402
-from compactgpt.evaluation import read_totals  # noqa: E402
-from compactgpt.references import accepted  # noqa: E402
-from compactgpt.regression import decide, perplexity_rise  # noqa: E402
+from compactgpt.evaluation.likelihood import read_totals  # noqa: E402
+from compactgpt.gate.gate import decide, perplexity_rise  # noqa: E402
+from compactgpt.gate.references import accepted  # noqa: E402
 
 # Variance between documents of the difference of two models, OWN + TOKEN / tokens: `noise` found it between
 # runs that differ by rounding only (docs/decisions.md).
@@ -132,18 +132,18 @@ def reruns(options: argparse.Namespace) -> None:
     """Train the demo anew from first weights that differ in the seventh digit: rounding, and no more."""
     import torch
 
-    from compactgpt import training
-    from compactgpt.compact import load_compact
-    from compactgpt.data import open_tokens
-    from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import evaluate, write_totals
-    from compactgpt.initial import initial_model
-    from compactgpt.model import GPT
-    from compactgpt.runtime import prepare_process
+    from compactgpt.common.device import prepare_process
+    from compactgpt.data.encoding import load_encoding
+    from compactgpt.data.token_files import open_tokens
+    from compactgpt.evaluation.compact import load_compact
+    from compactgpt.evaluation.likelihood import evaluate, write_totals
+    from compactgpt.model.gpt import GPT
+    from compactgpt.training import trainer
+    from compactgpt.training.initialization import initial_model
 
     params, data = load_params(ROOT / "params.yaml"), ROOT / "data"
     prepare_process(params.runtime)
-    drawn, splits = initial_model, training.open_splits(data / "tokens")
+    drawn, splits = initial_model, trainer.open_splits(data / "tokens")
     encoding, split = load_encoding(data / "tokenizer"), open_tokens(data / "tokens/val.tokens")
     for run in range(1, options.count + 1):
 
@@ -154,11 +154,11 @@ def reruns(options: argparse.Namespace) -> None:
                     weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=generator))
             return model
 
-        training.initial_model = nearly  # type: ignore[attr-defined, assignment]
+        trainer.initial_model = nearly  # type: ignore[attr-defined, assignment]
         options.out.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="bench-regression-", dir=options.out))
-        trained = training.train(params, splits, scratch / "states")
-        training.save_results(
+        trained = trainer.train(params, splits, scratch / "states")
+        trainer.save_results(
             params, splits, trained, scratch / "states", scratch / "model", scratch / "loss.csv"
         )
         model = load_compact(scratch / "model", encoding, params.evaluation.likelihood.batch_size, "cpu")

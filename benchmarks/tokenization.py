@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 import psutil
 
+from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Tokenization
-from compactgpt.data import HEADER_BYTES
-from compactgpt.documents import Document, new_document, read_row_group, row_groups, write_documents
-from compactgpt.storage import atomic_folder
-from compactgpt.tokenization import tokenize
+from compactgpt.data.documents import Document, new_document, read_row_group, row_groups, write_documents
+from compactgpt.data.token_files import HEADER_BYTES
+from compactgpt.data.tokenization import tokenize
 
 NEW_WORD_EVERY = 100  # words
 
@@ -210,7 +210,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 def nanogpt(folder: Path, options: argparse.Namespace) -> None:
     from datasets import load_dataset
 
-    from compactgpt.encoding import load_encoding
+    from compactgpt.data.encoding import load_encoding
 
     encoding = load_encoding(Path(options.tokenizer))  # tiktoken's own, without a network
 

@@ -1,11 +1,11 @@
 """How fast training is beside nanoGPT's own code, on this machine, in one run.
 
     git clone https://github.com/karpathy/nanoGPT
-    python bench/training.py --nanogpt nanoGPT                    # the demo's shape
-    python bench/training.py --nanogpt nanoGPT --shape note --compiled
-    python bench/training.py --nanogpt nanoGPT --to-loss          # the loss of 3 minutes, in how long?
-    python bench/training.py --nanogpt nanoGPT --to-loss --seeds 1 2 3 --json to-loss.json
-    python bench/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
+    python benchmarks/training.py --nanogpt nanoGPT                    # the demo's shape
+    python benchmarks/training.py --nanogpt nanoGPT --shape note --compiled
+    python benchmarks/training.py --nanogpt nanoGPT --to-loss          # the loss of 3 minutes, in how long?
+    python benchmarks/training.py --nanogpt nanoGPT --to-loss --seeds 1 2 3 --json to-loss.json
+    python benchmarks/training.py --nanogpt nanoGPT --device cuda      # the note's steps, on a GPU
 
 Each engine is a process of its own with the same number of threads, the same initial weights and the same
 tokens. Steps are paired: all engines make step 0, then all make step 1 in the opposite order, and so on;
@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from compactgpt.config import Params, lay_over, load_params, parse_params, read_yaml  # noqa: E402
 from compactgpt.experiments import patch  # noqa: E402
-from compactgpt.sizes import flops_per_token  # noqa: E402
+from compactgpt.forecast.model_size import flops_per_token  # noqa: E402
 
 # What both run in the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
 ADAMW = {
@@ -75,12 +75,12 @@ class Ours:
     """compactgpt's training step, with the recipe that the parent names."""
 
     def __init__(self, order: dict[str, Any], params: Params) -> None:
-        from compactgpt import training
-        from compactgpt.distributed import Group
-        from compactgpt.launching import DistInfo
+        from compactgpt.training import trainer
+        from compactgpt.training.distributed import Group
+        from compactgpt.training.launching import DistInfo
 
-        splits = training.open_splits(Path(order["tokens"]))
-        self.run = training._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))
+        splits = trainer.open_splits(Path(order["tokens"]))
+        self.run = trainer._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))
 
     def steps(self, count: int) -> list[float]:
         """Make updates; their losses in nats per token."""
@@ -130,15 +130,15 @@ class NanoGPT:
     def __init__(self, order: dict[str, Any], params: Params) -> None:
         import torch
 
-        from compactgpt import model as our_models
-        from compactgpt import training
+        from compactgpt.model import gpt as our_models
+        from compactgpt.training import trainer
 
         sys.path.insert(0, order["nanogpt"])
         from model import GPT, GPTConfig  # type: ignore[import-not-found]  # nanoGPT's
 
         shape, self.training = params.model, params.training
         self.params, self.torch, self.made, self.device = params, torch, 0, params.runtime.device
-        self.splits = training.open_splits(Path(order["tokens"]))
+        self.splits = trainer.open_splits(Path(order["tokens"]))
         settings = GPTConfig(
             shape.block_size, shape.padded_vocab_size, shape.n_layer, shape.n_head, shape.n_embd,
             shape.dropout, shape.bias,
@@ -159,8 +159,8 @@ class NanoGPT:
         return [float(loss) for loss in [self._step() for _ in range(count)]]
 
     def _step(self) -> Any:
-        from compactgpt.data import training_batch
-        from compactgpt.optim import lr_multiplier
+        from compactgpt.data.token_files import training_batch
+        from compactgpt.training.optim import lr_multiplier
 
         settings, block = self.training, self.params.model.block_size
         sequences = settings.tokens_per_step // block
@@ -225,7 +225,7 @@ def work(order: dict[str, Any]) -> None:
     ours = order["engine"].startswith("ours") or order["engine"] == "products"
     os.environ["OMP_NUM_THREADS"] = str(params.runtime.num_threads)
     if ours:
-        from compactgpt.runtime import prepare_process
+        from compactgpt.common.device import prepare_process
 
         prepare_process(params.runtime)
     import torch
@@ -251,14 +251,14 @@ def validation(model: Any, splits: Any) -> dict[str, Any]:
     """The loss over the whole val split by the full softmax, and by the place of a target in its window."""
     import torch
 
-    from compactgpt import training
-    from compactgpt.data import evaluation_windows
+    from compactgpt.data.token_files import evaluation_windows
+    from compactgpt.training import trainer
 
     model.eval()
     by_place: dict[int, list[float]] = {}
     with torch.no_grad():
         for window in evaluation_windows(splits.val, model.shape.block_size):
-            for place, nats in enumerate(training._window_nats(model, [window]), start=1):
+            for place, nats in enumerate(trainer._window_nats(model, [window]), start=1):
                 by_place.setdefault(place, []).append(nats)
 
     def mean(first: int, last: int) -> float:

@@ -1,4 +1,4 @@
-"""One comment on a pull request, renewed in place: `python .github/comment.py gate.md`, with no package.
+"""One comment on a pull request, renewed in place: `python scripts/comment.py gate.md`, with no package.
 
 The comment is found again by the first line of the file. GITHUB_REPOSITORY and GITHUB_API_URL are set by
 GitHub, GITHUB_TOKEN and PULL_REQUEST by the workflow; on a keyboard all four are yours to set.

@@ -1,6 +1,6 @@
 """Renew what docs/tutorial.md shows of commands.
 
-`python .ci/tutorial.py`, after a run of the whole pipeline: each block that begins with `$ compactgpt ...` is
+`python scripts/update_tutorial.py`, after a run of the pipeline: each block of `$ compactgpt ...` is
 run; a line that it shows is replaced by the line of the same words that the command says now. Leaves with 1,
 and names them, if there are lines without one.
 """

@@ -20,14 +20,13 @@ from typing import Annotated, Any
 
 import typer
 
+from compactgpt.common.console import Bar, report, told_clearly
+from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import MANIFEST, read_manifest, sha256_file, write_json
 from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
-from compactgpt.console import Bar, report, told_clearly
-from compactgpt.errors import BadConfig, Busy
-from compactgpt.launching import dist_info, launch, under_torchrun
-from compactgpt.lineage import keep_lock
-from compactgpt.progress import Progress, silent
-from compactgpt.storage import MANIFEST, read_manifest, sha256_file, write_json
+from compactgpt.tracking.dvc_files import keep_lock
 from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
@@ -37,6 +36,7 @@ from compactgpt.tracking.journal import (
     state_folder,
 )
 from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
+from compactgpt.training.launching import dist_info, launch, under_torchrun
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.

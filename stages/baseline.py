@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, TrackerName, matrix_item, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, matrix_item, new_app, open_stage
 
 app = new_app()
 
@@ -25,12 +25,12 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Measure one baseline on the val split."""
-    from compactgpt.baseline import Surroundings, load_baseline
-    from compactgpt.data import open_tokens
-    from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import Neural, evaluate, summarize, write_totals
-    from compactgpt.generation import write_on_all
-    from compactgpt.tasks import run_tasks
+    from compactgpt.data.encoding import load_encoding
+    from compactgpt.data.token_files import open_tokens
+    from compactgpt.evaluation.baselines import Surroundings, load_baseline
+    from compactgpt.evaluation.generation import write_on_all
+    from compactgpt.evaluation.likelihood import Neural, evaluate, summarize, write_totals
+    from compactgpt.evaluation.tasks import run_tasks
 
     name = name or matrix_item()
     if not name:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.reporting.messages import Language
-from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -43,9 +43,9 @@ def main(
 
 
 def _show(reports: Path, language: Language) -> None:
+    from compactgpt.common.storage import read_json
     from compactgpt.reporting.html import RECORD
     from compactgpt.reporting.terminal import terminal
-    from compactgpt.storage import read_json
 
     width = max(shutil.get_terminal_size((120, 24)).columns, 80)
     colour = sys.stdout.isatty()
@@ -53,11 +53,11 @@ def _show(reports: Path, language: Language) -> None:
 
 
 def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
-    from compactgpt.claims import Claims
+    from compactgpt.common.storage import read_json, write_text
     from compactgpt.config import load_section
+    from compactgpt.reporting.claims import Claims
     from compactgpt.reporting.html import RECORD
     from compactgpt.reporting.markdown import claims_in_english, quote_tables, quoted_tables
-    from compactgpt.storage import read_json, write_text
 
     claims = load_section(inputs / "claims.yaml", Claims).claims
     tables = quoted_tables(read_json(reports / RECORD)) | {"claims": claims_in_english(claims)}
@@ -66,10 +66,10 @@ def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
 
 
 def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path) -> None:
-    from compactgpt.comparison import compare
-    from compactgpt.readings import read_sources
+    from compactgpt.common.storage import write_bytes
+    from compactgpt.reporting.evidence import compare
     from compactgpt.reporting.html import published_files
-    from compactgpt.storage import write_bytes
+    from compactgpt.reporting.schemas import read_sources
 
     sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)
     record = compare(sources, stage.params.evaluation.likelihood)

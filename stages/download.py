@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -24,7 +24,7 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Fetch the corpus and the tokenizer, as verified folders."""
-    from compactgpt.download import download
+    from compactgpt.data.download import download
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
         facts = download(

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.storage import write_json
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from compactgpt.common.storage import write_json
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -24,9 +24,9 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Check the inputs of the whole pipeline, and estimate what the run will be, before anything runs."""
-    from compactgpt.estimate import estimate
-    from compactgpt.inputs import check_dependencies
-    from compactgpt.ladder import read_ladder
+    from compactgpt.data.inputs import check_dependencies
+    from compactgpt.forecast.estimate import estimate
+    from compactgpt.forecast.sweep import read_ladder
 
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:

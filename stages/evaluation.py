@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -23,14 +23,14 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Measure our model on the val split, ask it, and let it write."""
-    from compactgpt.compact import load_compact
-    from compactgpt.data import open_tokens
-    from compactgpt.encoding import load_encoding
-    from compactgpt.evaluation import evaluate, headline, summarize, write_totals
-    from compactgpt.generation import samples_markdown, write_on_all
-    from compactgpt.runtime import prepare_process, resolve_device
-    from compactgpt.storage import write_json, write_text
-    from compactgpt.tasks import run_tasks
+    from compactgpt.common.device import prepare_process, resolve_device
+    from compactgpt.common.storage import write_json, write_text
+    from compactgpt.data.encoding import load_encoding
+    from compactgpt.data.token_files import open_tokens
+    from compactgpt.evaluation.compact import load_compact
+    from compactgpt.evaluation.generation import samples_markdown, write_on_all
+    from compactgpt.evaluation.likelihood import evaluate, headline, summarize, write_totals
+    from compactgpt.evaluation.tasks import run_tasks
 
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime

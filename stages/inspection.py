@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -21,9 +21,9 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Check the token files. The report is written before a failed expectation stops the pipeline."""
-    from compactgpt.inspection import inspect, passed
-    from compactgpt.storage import write_json
-    from compactgpt.validation import require_success
+    from compactgpt.common.storage import write_json
+    from compactgpt.data.inspection import inspect, passed
+    from compactgpt.data.validation import require_success
 
     with open_stage("inspection", params_file, tracker, ("inspection",)) as stage:
         facts = inspect(

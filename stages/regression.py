@@ -4,7 +4,7 @@ A gate inside the chain would never be locked when it fails, and would run again
 """
 
 from compactgpt.cli import gate
-from stages.door import new_app
+from stages._runner import new_app
 
 app = new_app()
 app.command()(gate)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -21,7 +21,7 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Turn the documents into train and val token files."""
-    from compactgpt.tokenization import tokenize
+    from compactgpt.data.tokenization import tokenize
 
     with open_stage("tokenization", params_file, tracker, ("tokenization",)) as stage:
         facts = tokenize(

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.launching import dist_info
-from compactgpt.runtime import prepare_process, stop_requests
-from compactgpt.storage import write_text
+from compactgpt.common.device import prepare_process, stop_requests
+from compactgpt.common.storage import write_text
 from compactgpt.tracking import state_folder
-from stages.door import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
+from compactgpt.training.launching import dist_info
+from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
 app = new_app()
 MEASURED_STEPS = 10  # before the time left is announced
@@ -33,29 +33,29 @@ def main(
     start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime)
-        from compactgpt import training
-        from compactgpt.checkpoint import drop_states, prune_runs
+        from compactgpt.training import trainer
+        from compactgpt.training.checkpoint import drop_states, prune_runs
 
-        splits = training.open_splits(tokens)
-        states = state_folder() / "training" / training.run_key(stage.params, splits)
+        splits = trainer.open_splits(tokens)
+        states = state_folder() / "training" / trainer.run_key(stage.params, splits)
         stage.tracker.begin(states / "journal")
         if stage.leads:
             prune_runs(states.parent, states.name)
         telling = _Telling(stage, tokenizer)
 
-        def write_curve(rows: list[training.Row]) -> None:
+        def write_curve(rows: list[trainer.Row]) -> None:
             """Keep the file that `dvc plots show` draws up to date: complete at any moment."""
             if stage.leads:
-                write_text(curve, training.loss_csv(rows))
+                write_text(curve, trainer.loss_csv(rows))
 
         with stop_requests() as stopping:
-            trained = training.train(
+            trained = trainer.train(
                 stage.params, splits, states, stopping=stopping,
                 progress=telling.progress, on_metrics=telling.metrics, on_curve=write_curve,
                 watch=telling.watch, tell=telling.news,
             )  # fmt: skip
         if stage.leads:
-            stage.report(report, training.save_results(stage.params, splits, trained, states, model, curve))
+            stage.report(report, trainer.save_results(stage.params, splits, trained, states, model, curve))
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
@@ -67,16 +67,16 @@ class _Telling:
     """What a training says while it runs, to the person who waits and to the tracker."""
 
     def __init__(self, stage: Stage, tokenizer: Path) -> None:
-        from compactgpt import training, watching
+        from compactgpt.training import callbacks, trainer
 
         self.stage, self.bar = stage, stage.progress("steps")
         self.first: int | None = None  # step of this process: a resumed run does not begin with 1
-        stage.say(budget := training.budget(stage.params, dist_info().world_size))
+        stage.say(budget := trainer.budget(stage.params, dist_info().world_size))
         stage.tracker.tags({"make_up_of_a_step": budget})
-        self.band = watching.expected_band(stage.params)
+        self.band = callbacks.expected_band(stage.params)
         stage.tracker.params(self.band.frozen())
-        self.used = watching.Utilisation(stage.params, dist_info().world_size) if stage.leads else None
-        self.watch = watching.Sampler(stage.params.runtime, tokenizer, self.sample)
+        self.used = callbacks.Utilisation(stage.params, dist_info().world_size) if stage.leads else None
+        self.watch = callbacks.Sampler(stage.params.runtime, tokenizer, self.sample)
 
     def progress(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         self.first = done if self.first is None else self.first

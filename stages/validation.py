@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stages.door import ParamsFile, TrackerName, new_app, open_stage
+from stages._runner import ParamsFile, TrackerName, new_app, open_stage
 
 app = new_app()
 
@@ -19,7 +19,7 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Check the documents. The report is written before a failed expectation stops the pipeline."""
-    from compactgpt.validation import require_success, validate
+    from compactgpt.data.validation import require_success, validate
 
     with open_stage("validation", params_file, tracker, ("validation",)) as stage:
         facts = validate(documents, docs, stage.params.validation, progress=stage.progress("documents"))

@@ -36,16 +36,16 @@ def same_environment():
 # What is heavy to import is imported by one worker of two, and what they fork from is made once. What takes
 # longest comes first, so that none is left alone with it at the end.
 TOGETHER = {
-    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verification"),
-    "forks": ("distributed", "sharding", "training"),
+    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verify"),
+    "forks": ("distributed", "fsdp", "trainer"),
     "mlflow": (
-        "faulty_servers", "pipelines", "provenance", "registry", "regression", "reproduction", "security",
+        "faulty_servers", "pipeline_run", "provenance", "registry", "gate", "reproduce", "security",
         "tracking",
     ),
     "great_expectations": ("inspection", "validation"),
     "transformers": (
-        "bad_input", "baseline", "cli", "experiments", "export", "generation", "initial", "metamorphic",
-        "model",
+        "bad_input", "baselines", "cli", "experiments", "huggingface", "generation", "initialization",
+        "metamorphic", "gpt",
     ),
 }  # fmt: skip
 LONGEST = (

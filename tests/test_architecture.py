@@ -1,4 +1,4 @@
-"""The structure of the code: imports go one way, and a stage's deps in dvc.yaml are what it reads."""
+"""Structure of the code: folders import downwards, and dvc.yaml lists the files that a stage reads."""
 
 import ast
 import graphlib
@@ -12,28 +12,24 @@ from pathlib import Path
 import pytest
 
 from compactgpt.config import Params, read_yaml
-from compactgpt.provenance import code_hashes, imported_modules, rooms_of
+from compactgpt.reporting.provenance import code_hashes, imported_modules, rooms_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src/compactgpt"
-# by name with dots: modules in folders too, such as `reporting.tables`
-ROOMS = {
+# By name with dots, such as `model.gpt`.
+MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
-    if path.parent == PACKAGE or path.stem != "__init__"
+    if path.stem != "__init__"
 }
-STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")} if (ROOT / "stages").exists() else {}
+STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")}
 PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
 
 
-def body(stage: str) -> dict:
-    return PIPELINE[stage]
-
-
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_a_stages_deps_are_the_files_that_it_reads_and_no_others(stage):
-    listed = {dep for dep in body(stage)["deps"] if dep.startswith(("src/", "stages"))}
+    listed = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("src/", "stages"))}
     used = {f"src/compactgpt/{name}.py" for name in rooms_of(ROOT, STAGES[stage])}
     if stage == "comparison":  # it hashes the code of every stage
         assert listed == {"src/compactgpt", "stages"}
@@ -46,17 +42,15 @@ def test_each_stage_has_a_hash_of_its_code():
 
 
 @pytest.mark.parametrize("stage", PIPELINE)
-def test_one_word_in_every_place(stage):
-    assert stage in ROOMS
+def test_a_stage_has_a_script_and_a_section_of_params_of_its_name(stage):
     assert stage in STAGES
     assert stage in Params.model_fields
-    assert (ROOT / "tests" / f"test_{stage}.py").exists()
-    assert body(stage)["cmd"].startswith(f"exec python -m stages.{stage}")
+    assert PIPELINE[stage]["cmd"].startswith(f"exec python -m stages.{stage}")
 
 
-def test_every_section_of_params_is_somebodys_param():
+def test_every_section_of_params_belongs_to_a_stage_or_the_gate():
     tracked = {param.split(".")[0] for stage in PIPELINE.values() for param in stage["params"]}
-    gate = {"regression"}  # judges what the stages made: other bounds run no stage again
+    gate = {"regression"}  # checks what the stages made: other bounds run no stage again
     assert not tracked & gate
     assert tracked | gate == set(Params.model_fields)
 
@@ -74,7 +68,7 @@ def test_every_tracked_param_exists():
 
 
 def loaded_by(modules: list[str], unwanted: list[str]) -> list[str]:
-    """Which unwanted libraries appear as the modules are imported one after the other, in a new process."""
+    """Import modules one after the other in a new process; return the line that names an unwanted library."""
     code = f"""
 import importlib, sys
 for name in {modules}:
@@ -87,22 +81,23 @@ for name in {modules}:
     return done.stderr.splitlines()
 
 
-def test_importing_the_rooms_loads_no_heavy_library():
-    # exponentials_kernel needs Triton, which comes with torch for Nvidia's GPUs only.
-    others = {"__init__", "cli", "exponentials_kernel"}
-    rooms = [f"compactgpt.{name}" for name in sorted(set(ROOMS) - others)]
+def test_importing_the_modules_loads_no_heavy_library():
+    # cross_entropy_triton needs Triton, which comes with torch for Nvidia's GPUs only.
+    names = [f"compactgpt.{name}" for name in sorted(set(MODULES) - {"cli", "model.cross_entropy_triton"})]
     assert loaded_by(["compactgpt"], [*HEAVY, "torch", "numpy"]) == []
-    assert loaded_by(rooms, HEAVY) == []
+    assert loaded_by(names, HEAVY) == []
 
 
-def test_asking_a_door_for_help_loads_no_heavy_library():
-    doors = [f"stages.{name}" for name in sorted(set(STAGES) - {"__init__"})]
-    assert loaded_by(["compactgpt.cli", *doors], [*set(HEAVY) - {"typer"}, "torch"]) == []
-    assert loaded_by(["compactgpt.metrics"], ["numpy"]) == ["compactgpt.metrics loads ['numpy']"]
+def test_the_help_of_a_stage_loads_no_heavy_library():
+    stages = [f"stages.{name}" for name in sorted(set(STAGES) - {"__init__"})]
+    assert loaded_by(["compactgpt.cli", *stages], [*set(HEAVY) - {"typer"}, "torch"]) == []
+    metrics = "compactgpt.evaluation.metrics"
+    assert loaded_by([metrics], ["numpy"]) == [f"{metrics} loads ['numpy']"]
 
 
 @cache
-def heavy_imports(path: Path) -> set[str]:
+def libraries(path: Path) -> set[str]:
+    """The packages that a file imports, at its top or inside its functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -113,90 +108,85 @@ def heavy_imports(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("library", "rooms"),
+    ("library", "allowed"),
     [
-        ("datasets", {"hubtexts"}),
-        ("great_expectations", {"validation"}),
-        ("mlflow", {f"tracking.{name}" for name in ("mlflow_logger", "registry", "store", "system_metrics")}),
-        ("transformers", {"baseline", "tracking.registry"}),
+        ("datasets", {"data.hub_texts"}),
+        ("great_expectations", {"data.validation"}),
+        ("transformers", {"evaluation.baselines", "tracking.registry"}),
+        ("typer", {"cli"}),
+        ("stages", set()),
     ],
 )
-def test_a_heavy_library_has_its_room(library, rooms):
-    assert {name for name, path in ROOMS.items() if library in heavy_imports(path)} == rooms
+def test_only_these_modules_import_a_library(library, allowed):
+    assert {name for name, path in MODULES.items() if library in libraries(path)} == allowed
 
 
-def test_each_library_that_a_room_imports_is_asked_for_by_the_package():
+@pytest.mark.parametrize("library", ["mlflow", "dvc"])
+def test_only_the_tracking_folder_imports(library):
+    assert {name.split(".")[0] for name, path in MODULES.items() if library in libraries(path)} == {
+        "tracking"
+    }
+
+
+def test_each_library_that_a_module_imports_is_a_dependency_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {"core": project["dependencies"], **project["optional-dependencies"]}
     names = {re.split(r"[<>=\[ ]", line)[0].replace("-", "_") for lines in asked.values() for line in lines}
     names.add("dvc_data")  # comes with DVC, whose API takes its types
     names.add("triton")  # comes with torch for Nvidia's GPUs, and is asked for there only
-    for name, path in ROOMS.items():
-        imported = {"ruamel.yaml" if found == "ruamel" else found for found in heavy_imports(path)}
+    for name, path in MODULES.items():
+        imported = {"ruamel.yaml" if found == "ruamel" else found for found in libraries(path)}
         assert imported - set(sys.stdlib_module_names) - {"compactgpt"} <= names, name
 
 
-def test_rooms_never_look_out_of_the_door():
-    for name, path in ROOMS.items():
-        allowed = {"cli": {"typer"}, "reproduction": {"dvc"}}.get(name, set())
-        assert not heavy_imports(path) & {"stages", "typer", "dvc"} - allowed, name
-
-
-# The folders of src/compactgpt, lowest first, with the modules that are still flat. A module imports from its
-# own folder and from lower ones.
-FOLDERS = {
-    "common": "errors storage console progress parallel runtime",
-    "config": "config",
-    "data": "inputs download sources corpus documents docstrings textfiles parquetpages hubtexts hub wheels "
-    "gguf_check encoding encoder tokenization ledger engine data validation inspection duplicates",
-    "model": "model exponentials exponentials_kernel sampled_softmax export",
-    "forecast": "sizes laws calibration ladder fitting estimate whatif",
-    "training": "training optim checkpoint initial distributed launching sharding watching",
-    "evaluation": "evaluation metrics compact generation text tasks wikitext harness baseline",
-    "tracking": "tracking syncing gauges lineage pipelines records registry reproduction diffing served",
-    "reporting": "claims comparison provenance readings recording results verification",
-    "gate": "regression references verdicts",
-    "cli": "cli experiments",
+# Lowest first. A module imports from its own folder and from those on lower lines only.
+LEVELS = [
+    {"common"},
+    {"config"},
+    {"data"},
+    {"model", "forecast"},
+    {"training"},
+    {"evaluation"},
+    {"tracking"},
+    {"reporting"},
+    {"gate"},
+    {"experiments"},
+    {"cli"},
+]
+LEVEL = {folder: number for number, folders in enumerate(LEVELS) for folder in folders}
+UPWARDS = {  # still to be moved
+    ("common.console", "training.launching"),
+    ("common.device", "config"),
+    ("forecast.fitting", "experiments"),
+    ("model.huggingface", "training.checkpoint"),
+    ("reporting.recording", "experiments"),
 }
-UPWARDS = {  # to be moved, with what is imported
-    ("console", "launching"), ("runtime", "config"), ("export", "checkpoint"), ("fitting", "experiments"),
-    ("recording", "experiments"),
-}  # fmt: skip
-FOLDER_OF = {module: folder for folder, modules in FOLDERS.items() for module in modules.split()}
-
-
-def folder_of(module: str) -> str:
-    folder, dot, _ = module.partition(".")
-    return folder if dot else FOLDER_OF[module]
-
-
-def test_every_module_has_a_folder():
-    modules = set(ROOMS) - {"__init__"}
-    assert not {module for module in modules if "." not in module} - set(FOLDER_OF), "FOLDERS lacks a module"
-    assert {folder_of(module) for module in modules} <= set(FOLDERS)
-
-
-def test_folders_import_downwards_only():
-    levels = {folder: number for number, folder in enumerate(FOLDERS)}
-    upwards = {
-        (module, imported)
-        for module in set(ROOMS) - {"__init__"}
-        for imported in rooms_imported(module)
-        if levels[folder_of(imported)] > levels[folder_of(module)]
-    }
-    assert upwards <= UPWARDS
 
 
 @cache
-def rooms_imported(room: str) -> set[str]:
-    """The rooms that a room imports, anywhere in it."""
-    return {name.replace("/", ".") for name in imported_modules(ROOT, ROOMS[room])}
+def imports_of(module: str) -> set[str]:
+    return {name.replace("/", ".") for name in imported_modules(ROOT, MODULES[module])}
 
 
-def test_no_rooms_import_each_other_in_a_circle():
+def test_every_module_has_a_level():
+    assert {module.split(".")[0] for module in MODULES} == set(LEVEL)
+
+
+def test_folders_import_downwards_only():
+    upwards = set()
+    for module in MODULES:
+        folder = module.split(".")[0]
+        for imported in imports_of(module):
+            other = imported.split(".")[0]
+            if other != folder and LEVEL[other] >= LEVEL[folder]:
+                upwards.add((module, imported))
+    assert upwards == UPWARDS
+
+
+def test_no_modules_import_each_other_in_a_circle():
     with pytest.raises(graphlib.CycleError):
         graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
-    graphlib.TopologicalSorter({room: rooms_imported(room) for room in ROOMS}).prepare()
+    graphlib.TopologicalSorter({module: imports_of(module) for module in MODULES}).prepare()
 
 
 PAGES = [
@@ -207,25 +197,19 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_links_of_a_page_lead_somewhere(page):
+def test_the_links_of_a_page_exist(page):
     path = ROOT / page
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     links = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text))
-    gone = {link for link in links if not (path.parent / link).exists()}
-    assert not gone
+    assert not {link for link in links if not (path.parent / link).exists()}
 
 
 def test_no_test_file_imports_another():
     """What tests share is in tests/support."""
     for path in (ROOT / "tests").rglob("*.py"):
         nodes = [
-            node
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Import | ast.ImportFrom)
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)
         ]
-        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-        names += [alias.name for node in nodes for alias in node.names]
-        found = {name for name in names if name.rpartition(".")[2].startswith("test_")}
-        if path.name == "test_security.py":
-            found.discard("tests.test_registry")  # moves when the registry has its place
-        assert not found, path
+        names = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+        names += [alias.name for n in nodes for alias in n.names]
+        assert not {name for name in names if name.rpartition(".")[2].startswith("test_")}, path

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.config import Params, load_params, parse_params, read_yaml
-from compactgpt.errors import BadConfig, MissingInput
 
 ROOT = Path(__file__).parents[1]
 TREE = read_yaml(ROOT / "params.yaml")

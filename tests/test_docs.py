@@ -5,9 +5,10 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt import experiments, whatif
+from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.errors import BadConfig
+from compactgpt.common.errors import BadConfig
+from compactgpt.forecast import whatif
 from tests.support.comparison_inputs import ROOT
 
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()

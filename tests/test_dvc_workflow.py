@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.errors import BadConfig, BadData
+from compactgpt.common.errors import BadConfig, BadData
 from tests.support.dvc_projects import ROOT, dvc, git, git_repository, run
 
 COPY = {

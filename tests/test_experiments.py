@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 
 from compactgpt import experiments
 from compactgpt.cli import app
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.config import Params, lay_over, load_params, read_yaml, set_values
-from compactgpt.errors import BadConfig, CheckFailed, MissingInput
-from compactgpt.estimate import configured_run
-from compactgpt.ladder import ladder_report, read_ladder
+from compactgpt.forecast.estimate import configured_run
+from compactgpt.forecast.sweep import ladder_report, read_ladder
 from tests.support.tiny_models import ROOT
 
 CONF = ROOT / "conf"
@@ -306,8 +306,8 @@ def test_the_finetuning_experiment_trains_from_a_gpt2_in_a_folder(params_file, t
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from compactgpt import training
-    from compactgpt.initial import folder_sha256
+    from compactgpt.training import trainer
+    from compactgpt.training.initialization import folder_sha256
     from tests.support.tiny_training import make_tokens
 
     torch.manual_seed(0)
@@ -319,11 +319,11 @@ def test_the_finetuning_experiment_trains_from_a_gpt2_in_a_folder(params_file, t
     few = ["training.max_steps=3", "training.tokens_per_step=16", "evaluation.likelihood.window=8"]
     start = [f"training.init_from={tmp_path / 'gpt2'}", "runtime.num_threads=1"]
     apply(params_file, "finetune", *small, *few, *start)
-    splits = training.open_splits(make_tokens(tmp_path / "tokens"))
+    splits = trainer.open_splits(make_tokens(tmp_path / "tokens"))
     sha256 = folder_sha256(tmp_path / "gpt2")
     with pytest.raises(BadConfig, match=sha256):  # the stage tells the hash to write
-        training.train(load_params(params_file), splits, tmp_path / "state")
+        trainer.train(load_params(params_file), splits, tmp_path / "state")
     apply(params_file, "finetune", *small, *few, *start, f"training.init_sha256={sha256}")
-    trained = training.train(load_params(params_file), splits, tmp_path / "state")
+    trained = trainer.train(load_params(params_file), splits, tmp_path / "state")
     assert len(trained.rows) == 2
     assert trained.model.shape.bias

@@ -20,23 +20,24 @@ import numpy as np
 import pytest
 import torch
 
-from compactgpt import baseline, hub, wheels
-from compactgpt.checkpoint import save_state
+from compactgpt.common.errors import BadData, MissingInput, UserError
+from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.config import load_params, read_yaml
-from compactgpt.errors import BadData, MissingInput, UserError
-from compactgpt.export import save_hf
-from compactgpt.optim import Optimizers
-from compactgpt.storage import sha256_file, write_json
+from compactgpt.data import hub, wheels
+from compactgpt.evaluation import baselines
+from compactgpt.model.huggingface import save_hf
 from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
 from compactgpt.tracking.store import open_store
-from stages import door
+from compactgpt.training.checkpoint import save_state
+from compactgpt.training.optim import Optimizers
+from stages import _runner
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 from tests.support.tracking_store import copy, git, runs
 from tests.support.trained_project import register
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
-    path for folder in ("src", "stages", ".github", ".ci", "bench") for path in (ROOT / folder).rglob("*.py")
+    path for folder in ("src", "stages", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
 ]
 SECRET = "planted-7f3a9c"
 PARAMS = load_params(ROOT / "params.yaml")
@@ -145,10 +146,10 @@ def offered(tmp_path):
 
 def test_pickled_weights_are_never_opened(offered):
     folder, ran = offered
-    assert baseline.read_folder(folder).model is not None  # by its safetensors
+    assert baselines.read_folder(folder).model is not None  # by its safetensors
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match="no \\*\\.safetensors"):
-        baseline.read_folder(folder)
+        baselines.read_folder(folder)
     assert not ran.exists()
 
 
@@ -158,7 +159,7 @@ def test_code_that_comes_with_a_model_is_never_run(offered):
     classes = {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"}
     write_json(folder / "config.json", {**facts, "model_type": "x", "auto_map": classes})
     with pytest.raises(BadData, match="can't be read as a causal language model"):
-        baseline.read_folder(folder)
+        baselines.read_folder(folder)
     assert not ran.exists()
 
 
@@ -281,7 +282,7 @@ def test_temporary_files_are_private(tmp_path, monkeypatch):
         def artifact(self, path, folder):
             seen.append(stat.S_IMODE(path.parent.stat().st_mode))
 
-    door.Stage("training", PARAMS, Seen()).text("x.txt", "words", "")
+    _runner.Stage("training", PARAMS, Seen()).text("x.txt", "words", "")
     assert seen == [0o700]
     found = []
     monkeypatch.setattr(
@@ -351,7 +352,7 @@ def test_a_secret_is_told_nowhere(project, monkeypatch, capsys):
     import mlflow
 
     """A door tells its facts, the journal is copied to MLflow, a server refuses: it is in no file of them."""
-    with door.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
+    with _runner.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
         stage.report(Path("reports/training.json"), {"loss": 2.0})
         stage.text("x.txt", "words", "texts")
     stream = io.StringIO()
@@ -363,7 +364,7 @@ def test_a_secret_is_told_nowhere(project, monkeypatch, capsys):
         handler.emit(logging.LogRecord("x", logging.ERROR, "", 0, "not taken", (), sys.exc_info()))
     assert "127.0.0.1:9" in stream.getvalue()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with door.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
+    with _runner.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
         stage.report(Path("reports/training.json"), {"loss": 2.0})
     with pytest.raises(UserError):
         sync(project)  # the first run is meant for the server

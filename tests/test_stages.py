@@ -15,9 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from compactgpt.cli import app as commands
-from compactgpt.console import Bar
-from compactgpt.errors import BadData, Busy, UserError
-from stages import door
+from compactgpt.common.console import Bar
+from compactgpt.common.errors import BadData, Busy, UserError
+from stages import _runner
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,11 +33,11 @@ def here(tmp_path, monkeypatch):
 
 
 def run(work, params: Path = Path("params.yaml"), tracker: str = "none"):
-    app = door.new_app()
+    app = _runner.new_app()
 
     @app.command()
     def main() -> None:
-        with door.open_stage("training", params, tracker, ("model",)) as stage:
+        with _runner.open_stage("training", params, tracker, ("model",)) as stage:
             work(stage)
 
     return CliRunner().invoke(app)
@@ -91,7 +91,7 @@ def test_a_report_is_stable_json(here):
 
 
 def test_a_second_run_of_a_stage_is_told_who_works(here):
-    with door._only_one("training"):
+    with _runner._only_one("training"):
         result = run(lambda stage: None)
     assert result.exit_code == Busy.exit_code
     assert f"process {os.getpid()}" in result.output
@@ -137,8 +137,8 @@ def test_sigterm_ends_a_stage_and_frees_its_lock(here):
     code = """
 import sys, time
 from pathlib import Path
-from stages import door
-with door.open_stage("training", Path("params.yaml"), "none"):
+from stages import _runner
+with _runner.open_stage("training", Path("params.yaml"), "none"):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -151,17 +151,17 @@ with door.open_stage("training", Path("params.yaml"), "none"):
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=20)
     assert child.returncode == 143
-    with door._only_one("training"):
+    with _runner._only_one("training"):
         pass
 
 
 def test_a_sigterm_as_the_interpreter_leaves_changes_neither_exit_code_nor_words(here):
     code = (
         "import atexit, os, signal, sys; from pathlib import Path; "
-        f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT)!r}]; from stages import door; "
-        "from compactgpt.errors import Busy; "
+        f"sys.path[:0] = [{str(ROOT / 'src')!r}, {str(ROOT)!r}]; from stages import _runner; "
+        "from compactgpt.common.errors import Busy; "
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        "with door.open_stage('training', Path('params.yaml'), 'none'):\n"
+        "with _runner.open_stage('training', Path('params.yaml'), 'none'):\n"
         "    raise Busy('stopped at step 3')"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
@@ -214,7 +214,7 @@ def test_a_run_names_the_token_files_that_it_stands_on(here, monkeypatch, name, 
     manifest = here / "data/tokens/manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text('{"files": {}}')
-    with door.open_stage(name, Path("params.yaml"), "mlflow"):
+    with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
         pass
     (path,) = (here / ".state/tracking").glob("*/*/journal.jsonl")
     tags = json.loads(path.read_text().splitlines()[0])["tags"]

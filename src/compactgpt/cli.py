@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 
 from compactgpt import __version__
-from compactgpt.console import echo, report, told_clearly
-from compactgpt.errors import CheckFailed, UserError
+from compactgpt.common.console import echo, report, told_clearly
+from compactgpt.common.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 Settings = Annotated[
@@ -87,11 +87,11 @@ def export(
 def _export(
     folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path, *, overwrite: bool = False
 ) -> None:
-    from compactgpt.checkpoint import load_model
     from compactgpt.config import load_params
-    from compactgpt.export import save_hf
-    from compactgpt.hub import with_base_model
+    from compactgpt.data.hub import with_base_model
+    from compactgpt.model.huggingface import save_hf
     from compactgpt.reporting.model_card import card_for
+    from compactgpt.training.checkpoint import load_model
 
     text, why_none = card_for(model, card)
     if text and params_file.exists():
@@ -113,8 +113,8 @@ def push_to_hub(
 ) -> None:
     """Export a trained model and upload it to the Hugging Face hub (needs HF_TOKEN or `hf auth login`)."""
     with told_clearly(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        from compactgpt.hub import push_folder
-        from compactgpt.storage import MANIFEST
+        from compactgpt.common.storage import MANIFEST
+        from compactgpt.data.hub import push_folder
 
         folder = Path(scratch) / "model"
         _export(folder, model, tokenizer, card, params_file)
@@ -140,7 +140,8 @@ def gate(
         ),
     ] = "",
     bench: Annotated[
-        Path | None, typer.Option(help="What `bench/training.py --json` wrote: throughput is judged too.")
+        Path | None,
+        typer.Option(help="What `benchmarks/training.py --json` wrote: throughput is judged too."),
     ] = None,
     promote: Annotated[
         bool, typer.Option("--promote", help="If it passes, register its model as MLflow's champion.")
@@ -152,9 +153,8 @@ def gate(
 ) -> None:
     """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
     with told_clearly():
-        from compactgpt import references
         from compactgpt.config import load_params
-        from compactgpt.gate import formats
+        from compactgpt.gate import formats, references
 
         settings = load_params(params_file).regression
         if accept and not promote:
@@ -189,13 +189,13 @@ def reproduce(
 ) -> None:
     """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
     with told_clearly():
-        from compactgpt import reproduction
+        from compactgpt.tracking import reproduce
 
-        def agree(plan: reproduction.Plan) -> bool:
+        def agree(plan: reproduce.Plan) -> bool:
             report("\n".join(plan.lines()))
             return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
 
-        found = reproduction.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
+        found = reproduce.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
         echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
         if found.exit_code:
             raise typer.Exit(found.exit_code)
@@ -211,10 +211,10 @@ def diff(
 ) -> None:
     """Explain two runs: parameters, data, code, environment, figures with paired significance."""
     with told_clearly():
-        from compactgpt import diffing
+        from compactgpt.tracking import compare_runs
 
-        found = diffing.of(a, b, Path())
-        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(diffing.lines(found)))
+        found = compare_runs.of(a, b, Path())
+        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(compare_runs.lines(found)))
 
 
 @app.command()
@@ -227,7 +227,7 @@ def estimate(
 ) -> None:
     """What would a run be? Size, time, memory and loss, before anything runs; nothing is written."""
     with told_clearly():
-        from compactgpt import whatif
+        from compactgpt.forecast import whatif
 
         found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
         if as_json:
@@ -281,7 +281,8 @@ def run_experiment(
 ) -> None:
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with told_clearly():
-        from compactgpt import experiments, whatif
+        from compactgpt import experiments
+        from compactgpt.forecast import whatif
 
         experiments.require_tools()
         runs = experiments.configurations(name, params_file, settings or [])
@@ -295,7 +296,7 @@ def run_experiment(
 def record_experiment(name: ExperimentName) -> None:
     """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
     with told_clearly():
-        from compactgpt.recording import record
+        from compactgpt.reporting.recording import record
 
         echo(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
 
@@ -308,7 +309,7 @@ def ladder(
 ) -> None:
     """Gather the runs of a sweep, fit a scaling law to them, and extrapolate to params.yaml."""
     with told_clearly():
-        from compactgpt import fitting
+        from compactgpt.forecast import fitting
 
         echo(fitting.climb(name, folder, params_file))
 
@@ -337,7 +338,7 @@ def sync(
 def check(params_file: ParamsFile = Path("params.yaml")) -> None:
     """Check params.yaml and the files that DVC is about to read: every `make repro` begins so."""
     with told_clearly():
-        from compactgpt.inputs import check_inputs
+        from compactgpt.data.inputs import check_inputs
 
         check_inputs(Path(), params_file)
         echo("params.yaml is valid, and DVC can read every dependency")
@@ -347,7 +348,7 @@ def check(params_file: ParamsFile = Path("params.yaml")) -> None:
 def repair() -> None:
     """Restore dvc.lock if DVC was killed while it wrote the file: every `make repro` begins so."""
     with told_clearly():
-        from compactgpt.lineage import restore_lock
+        from compactgpt.tracking.dvc_files import restore_lock
 
         if restore_lock(Path()):
             echo("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
@@ -360,7 +361,7 @@ app.command("mend", hidden=True)(repair)  # its name until version 0.4
 def verify(as_json: AsJson = False) -> None:
     """Is every file what dvc.lock says, and every number what the inputs give? Exit code 3 if one differs."""
     with told_clearly():
-        from compactgpt.verification import verify as look
+        from compactgpt.reporting.verify import verify as look
 
         found = look(Path())
         echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
@@ -374,9 +375,9 @@ def trace(
 ) -> None:
     """Where does a number come from? Report, stage, what it read, commit, MLflow run."""
     with told_clearly():
-        from compactgpt.provenance import RECORD, find_value
-        from compactgpt.provenance import trace as chain
-        from compactgpt.storage import read_json
+        from compactgpt.common.storage import read_json
+        from compactgpt.reporting.provenance import RECORD, find_value
+        from compactgpt.reporting.provenance import trace as chain
         from compactgpt.tracking.mlflow_logger import run_of_value
 
         record = read_json(RECORD)

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from compactgpt.common.errors import BadConfig, MissingInput, printable
 from compactgpt.common.git import conflict_in
-from compactgpt.errors import BadConfig, MissingInput, printable
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]

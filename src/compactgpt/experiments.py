@@ -20,7 +20,9 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML
 
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.common.git import require_repository, run_git
+from compactgpt.common.storage import write_text
 from compactgpt.config import (
     Name,
     Params,
@@ -32,9 +34,7 @@ from compactgpt.config import (
     read_yaml,
     set_values,
 )
-from compactgpt.errors import BadConfig, CheckFailed, MissingInput
-from compactgpt.inputs import check_dependencies
-from compactgpt.storage import write_text
+from compactgpt.data.inputs import check_dependencies
 
 CONF = Path("conf")
 DEMO = "demo"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = 64 << 20
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SCRIPT = """
 import re, resource, sys
 sys.path.insert(0, {source!r})
-from compactgpt.runtime import prepare_heap
+from compactgpt.common.device import prepare_heap
 if {limit}:
     resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
 def said(path, key):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from compactgpt.common.errors import printable
 from compactgpt.common.escaping import markdown_block, markdown_code, markdown_text
-from compactgpt.errors import printable
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 HOSTILE = [

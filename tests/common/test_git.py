@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
-from stages import door
+from stages import _runner
 from tests.support.dvc_projects import ROOT, git
 from tests.support.tracking_store import copy, runs
 
@@ -75,11 +75,11 @@ def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(proje
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(mlflow_logger, "start_logger", lambda folder: None)
     alone = journal.process_facts()
-    monkeypatch.setattr(door, "process_facts", lambda: alone | {"pipeline": PIPELINE})
+    monkeypatch.setattr(_runner, "process_facts", lambda: alone | {"pipeline": PIPELINE})
     (project / "mlflow.db").write_bytes(empty_store)
     (project / "src/code.py").write_text("changed\n")
     for name in ("estimate", "validation"):
-        with door.open_stage(name, Path("params.yaml"), "mlflow"):
+        with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
             pass
     logged = list((project / ".state").rglob(DIFF))
     assert [path.parent.name for path in logged] == ["before"]

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt import experiments, fitting
-from compactgpt.checkpoint import prune_runs, save_model
+from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.errors import NotAllowed
-from compactgpt.references import accept
-from compactgpt.storage import atomic_folder, verified_manifest
-from compactgpt.validation import check_expectations
+from compactgpt.common.errors import NotAllowed
+from compactgpt.common.storage import atomic_folder, verified_manifest
+from compactgpt.data.validation import check_expectations
+from compactgpt.forecast import fitting
+from compactgpt.gate.references import accept
+from compactgpt.training.checkpoint import prune_runs, save_model
 from tests.support import tracking_store
 from tests.support.tiny_models import tiny_gpt
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt import storage
-from compactgpt.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed
+from compactgpt.common import storage
+from compactgpt.common.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed
 
 
 @pytest.fixture
@@ -238,8 +238,8 @@ def test_state_of_our_own_is_replaced_though_it_is_damaged(tmp_path):
 
 
 def test_every_writer_of_a_folder_names_its_kind():
-    root = Path(__file__).parents[1]
-    for path in [*root.glob("src/**/*.py"), *root.glob("stages/*.py"), root / "bench/tokenization.py"]:
+    root = Path(__file__).parents[2]
+    for path in [*root.glob("src/**/*.py"), *root.glob("stages/*.py"), root / "benchmarks/tokenization.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "atomic_folder":
                 assert "kind" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"

@@ -25,21 +25,21 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt import docstrings, textfiles, wheels
+from compactgpt.common.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, Unreachable
+from compactgpt.common.storage import sha256_file, verified_manifest
+from compactgpt.common.workers import ordered_map
 from compactgpt.config import Download, parse_params, read_yaml
-from compactgpt.documents import new_document, read_row_group, row_groups
-from compactgpt.download import download, write_corpus
-from compactgpt.encoding import load_encoding
-from compactgpt.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, Unreachable
-from compactgpt.parallel import ordered_map
-from compactgpt.storage import sha256_file, verified_manifest
+from compactgpt.data import docstrings, text_files, wheels
+from compactgpt.data.documents import new_document, read_row_group, row_groups
+from compactgpt.data.download import download, write_corpus
+from compactgpt.data.encoding import load_encoding
 from stages.download import app
 from tests.support.tiny_corpus import tokenizer_files
 from tests.support.worker_functions import square
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREE = read_yaml(ROOT / "params.yaml")
-RULES = textfiles.Rules("text", 10**6, 10**6, 10**6, 200, 0)
+RULES = text_files.Rules("text", 10**6, 10**6, 10**6, 200, 0)
 
 
 def params(**changes) -> Download:
@@ -379,7 +379,7 @@ def test_a_parquet_file_whose_statistics_contradict_its_schema_is_refused(tmp_pa
     place = content.rindex(b"%\x02\x18\x04text")  # in the schema: there may be nulls
     path.write_bytes(content[: place + 1] + b"\0" + content[place + 2 :])
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
+        list(text_files.read_texts(tmp_path, "a.parquet", RULES))
 
 
 @pytest.mark.parametrize(
@@ -394,14 +394,14 @@ def test_a_parquet_file_with_a_damaged_end_is_refused(tmp_path, change):
     path = written(tmp_path / "a.parquet", pa.table({"text": ["a", "b" * 500]}), use_dictionary=False)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(BadData, match=r"a\.parquet is no readable parquet file"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", RULES))
+        list(text_files.read_texts(tmp_path, "a.parquet", RULES))
 
 
 def test_a_very_long_parquet_row_is_refused_by_its_number(tmp_path):
-    rules = textfiles.Rules("text", 10**9, 1000, 10**9, 200, 0)
+    rules = text_files.Rules("text", 10**9, 1000, 10**9, 200, 0)
     parquet(tmp_path / "a.parquet", text=[*(["a"] * 40), "x" * 1001])
     with pytest.raises(BadData, match=r"a\.parquet, row 41 is longer than 0 MB .*max_row_megabytes"):
-        list(textfiles.read_texts(tmp_path, "a.parquet", rules))
+        list(text_files.read_texts(tmp_path, "a.parquet", rules))
 
 
 def test_missing_files_are_named(tmp_path):
@@ -476,7 +476,7 @@ def test_a_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, name,
     says = rf"{name}\.{suffix} holds more than 16 MB decompressed .*max_decompression_ratio"
     with pytest.raises(BadData, match=says):
         corpus(tmp_path, files(bomb.name))
-    assert len(written) * textfiles._CHUNK_BYTES <= 2**24
+    assert len(written) * text_files._CHUNK_BYTES <= 2**24
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -497,22 +497,22 @@ def test_unpacking_leaves_room_on_the_disk(tmp_path, monkeypatch, suffix):
 @pytest.mark.parametrize("name", ["a.txt", "a.md", "a.txt.gz", "a.txt.zst"])
 def test_a_file_that_is_longer_than_a_document_may_be_is_refused(tmp_path, name):
     pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
-    rules = textfiles.Rules("text", 1000, 1000, 10**9, 200, 0)
+    rules = text_files.Rules("text", 1000, 1000, 10**9, 200, 0)
     (tmp_path / name).write_bytes(pack(b"x" * 1000))
-    assert [len(text) for text, *_ in textfiles.read_texts(tmp_path, name, rules)] == [1000]
+    assert [len(text) for text, *_ in text_files.read_texts(tmp_path, name, rules)] == [1000]
     (tmp_path / name).write_bytes(pack(b"x" * 1001))
     with pytest.raises(
         BadData, match=r"is longer than 0 MB \(download\.max_document_megabytes\): cut it into"
     ):
-        list(textfiles.read_texts(tmp_path, name, rules))
+        list(text_files.read_texts(tmp_path, name, rules))
 
 
 LONG = """
 import os, re, resource, sys
 from pathlib import Path
 sys.path.insert(0, {src!r})
-from compactgpt.errors import BadData
-from compactgpt.textfiles import Rules, read_texts
+from compactgpt.common.errors import BadData
+from compactgpt.data.text_files import Rules, read_texts
 import pyarrow.parquet
 for name in sys.argv[1:]:
     if os.fork():
@@ -569,10 +569,10 @@ def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp
     (tmp_path / "far.txt").symlink_to(tmp_path / "a/b.txt")
     patterns = ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "many/00*.txt", "many/0[0-3][!5]*.txt"]
     for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md"]:
-        listed = [name for _, name in textfiles.list_files(files(pattern).files, tmp_path)]
+        listed = [name for _, name in text_files.list_files(files(pattern).files, tmp_path)]
         expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
         assert listed == sorted(name for name in expected if "loop" not in name), pattern
-    both = list(textfiles.list_files(files("a/*.txt", "**/*.txt", "b/*.md").files, tmp_path))
+    both = list(text_files.list_files(files("a/*.txt", "**/*.txt", "b/*.md").files, tmp_path))
     assert len({name for _, name in both}) == len(both)
     assert [index for index, _ in both] == sorted(index for index, _ in both)
 
@@ -585,7 +585,7 @@ def test_listing_many_files_takes_the_memory_of_one_folder(tmp_path):
     section = files("**/*.txt").files
     held, count = [], 0
     tracemalloc.start()
-    for count, _ in enumerate(textfiles.list_files(section, tmp_path), 1):
+    for count, _ in enumerate(text_files.list_files(section, tmp_path), 1):
         if count % 1000 == 0:
             ours = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, "*/textfiles.py")])
             held.append(sum(each.size for each in ours.statistics("filename")))

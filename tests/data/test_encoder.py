@@ -10,13 +10,13 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactgpt import encoder
-from compactgpt.encoder import GigatokenEncoder, TiktokenEncoder
-from compactgpt.encoding import GPT2_PATTERN, save_gpt2
-from compactgpt.errors import BadData
+from compactgpt.common.errors import BadData
+from compactgpt.data import encoder
+from compactgpt.data.encoder import GigatokenEncoder, TiktokenEncoder
+from compactgpt.data.encoding import GPT2_PATTERN, save_gpt2
 from tests.support.tiny_corpus import make_tokenizer
 
-WHEELS = Path(__file__).parents[1] / ".state" / "wheels"
+WHEELS = Path(__file__).parents[2] / ".state" / "wheels"
 VOCAB_BPE = WHEELS / "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON = WHEELS / "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 NEW = {code for first, last in encoder.NEW_IN_UNICODE_17 for code in range(first, last + 1)}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt import documents as documents_room
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.progress import silent
+from compactgpt.common.storage import sha256_file
 from compactgpt.config import Tokenization
-from compactgpt.engine import run_tasks
-from compactgpt.errors import BadConfig, BadData
-from compactgpt.progress import silent
-from compactgpt.storage import sha256_file
-from compactgpt.tokenization import tokenize
+from compactgpt.data import documents as documents_room
+from compactgpt.data.engines import run_tasks
+from compactgpt.data.tokenization import tokenize
 from tests.support.tiny_corpus import make_documents, make_tokenizer
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make test-ray")
@@ -55,7 +55,7 @@ def test_ray_that_is_not_installed_is_one_sentence():
 @pytest.fixture(scope="module")
 def cluster():
     ray = pytest.importorskip("ray")
-    places = [str(Path(__file__).parents[1] / part) for part in ("src", ".", "tests")]
+    places = [str(Path(__file__).parents[2] / part) for part in ("src", ".", "tests")]
     path = os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
     ray.init(
         address="local",

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compactgpt import hub
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.config import HubCorpus, parse_params, read_yaml
-from compactgpt.corpus import Limits, collect
-from compactgpt.documents import read_row_group, row_groups
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.hubtexts import HubReader
+from compactgpt.data import hub
+from compactgpt.data.documents import read_row_group, row_groups
+from compactgpt.data.hub_texts import HubReader
+from compactgpt.data.sources import Limits, collect
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREE = read_yaml(ROOT / "params.yaml")
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SET = {

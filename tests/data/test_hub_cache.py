@@ -10,11 +10,12 @@ import pytest
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from compactgpt import cli, hub
-from compactgpt.checkpoint import save_model
-from compactgpt.errors import BadConfig, BadData, NotAllowed, Unreachable
-from compactgpt.export import save_hf
-from tests.fake_hub import REVISION, FakeHub
+from compactgpt import cli
+from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
+from compactgpt.data import hub
+from compactgpt.model.huggingface import save_hf
+from compactgpt.training.checkpoint import save_model
+from tests.support.fake_hub import REVISION, FakeHub
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 FILES = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",

@@ -14,16 +14,16 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
+from compactgpt.common.storage import read_json
 from compactgpt.config import load_params, read_yaml
-from compactgpt.encoding import save_gpt2
-from compactgpt.errors import BadConfig, BadData, MissingInput, printable
-from compactgpt.inputs import check_dependencies, check_files
-from compactgpt.storage import read_json
-from compactgpt.tasks import read_lambada
-from compactgpt.textfiles import FileReader
-from compactgpt.wikitext import read_lines
+from compactgpt.data.encoding import save_gpt2
+from compactgpt.data.inputs import check_dependencies, check_files
+from compactgpt.data.text_files import FileReader
+from compactgpt.evaluation.tasks import read_lambada
+from compactgpt.evaluation.wikitext import read_lines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 HOSTILE = [
     "unigram$(touch X)",
@@ -246,7 +246,7 @@ def test_a_file_name_with_terminal_escapes_is_shown_escaped(corpus):
 
 
 def test_messages_and_results_are_printed_by_one_function(capsys):
-    from compactgpt import console
+    from compactgpt.common import console
 
     console.say("\x1b[2J")
     console.report("\x1b]0;title\x07")
@@ -269,7 +269,7 @@ def test_nothing_is_printed_past_that_function():
         printed = [call for call in calls if call in PRINTING]
         if printed and len(printed) > allowed.get(path.name, 0):
             found[path.name] = printed
-    assert not found, "print with compactgpt.console.echo or report"
+    assert not found, "print with compactgpt.common.console.echo or report"
 
 
 # --- JSON nested beyond what Python reads

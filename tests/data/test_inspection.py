@@ -12,18 +12,26 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from compactgpt.common.errors import BadConfig, BadData, CheckFailed
+from compactgpt.common.storage import atomic_folder, sha256_file
 from compactgpt.config import Inspection, parse_params, read_yaml
-from compactgpt.data import write_tokens
-from compactgpt.documents import new_document, row_groups, write_documents
-from compactgpt.duplicates import Scan, Task, digest_group, id_array, run_hashes, save_val_runs, word_hashes
-from compactgpt.errors import BadConfig, BadData, CheckFailed
-from compactgpt.inspection import inspect, passed
-from compactgpt.storage import atomic_folder, sha256_file
+from compactgpt.data.documents import new_document, row_groups, write_documents
+from compactgpt.data.duplicates import (
+    Scan,
+    Task,
+    digest_group,
+    id_array,
+    run_hashes,
+    save_val_runs,
+    word_hashes,
+)
+from compactgpt.data.inspection import inspect, passed
+from compactgpt.data.token_files import write_tokens
 from stages.inspection import app
 from tests.support.data_docs import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TREE = read_yaml(ROOT / "params.yaml")
 PARAMS = Inspection.model_validate(
     TREE["inspection"] | {"min_val_documents": 2, "max_leaked_share": 0.0, "max_repeated_share": 0.0}
@@ -294,7 +302,7 @@ def test_similarity_is_jaccards_of_the_runs_within_four_standard_errors(tmp_path
 
 
 def test_of_a_val_document_with_very_many_runs_a_sample_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("compactgpt.duplicates.RUNS_PER_DOCUMENT", 500)
+    monkeypatch.setattr("compactgpt.data.duplicates.RUNS_PER_DOCUMENT", 500)
     base = sentence(random.Random(7), 2500)
     documents = [new_document(text, "x") for text in (base, changed(base, 3))]
     with atomic_folder(tmp_path / "documents") as temporary:

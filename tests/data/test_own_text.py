@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
+from compactgpt.common.errors import printable
 from compactgpt.config import load_params
-from compactgpt.download import corpus_name
-from compactgpt.errors import printable
+from compactgpt.data.download import corpus_name
 from compactgpt.reporting import html, plots, tables
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.model_card import model_card

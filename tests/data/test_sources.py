@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.corpus import Limits, Origin, Piece, collect
-from compactgpt.documents import IdSet, read_row_group, row_groups
-from compactgpt.storage import MANIFEST, verified_manifest
+from compactgpt.common.storage import MANIFEST, verified_manifest
+from compactgpt.data.documents import IdSet, read_row_group, row_groups
+from compactgpt.data.sources import Limits, Origin, Piece, collect
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits(shard_bytes=300)
 TEXTS = [f"Text {n} of a corpus, some words long." * (n % 3) for n in range(60)]
 TEXTS[20:20] = TEXTS[1:5]  # repeated within and across shards
@@ -137,8 +137,8 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{root!r}, {src!r}]
 from pathlib import Path
-from tests.test_corpus import LIMITS, Numbered
-from compactgpt.corpus import collect
+from tests.data.test_sources import LIMITS, Numbered
+from compactgpt.data.sources import collect
 class Dying(Numbered):
     def place(self):
         if self.done > 30:

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactgpt import data
-from compactgpt.errors import BadData, MissingInput
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.data import token_files
 
 IDS = [bytes([n]) * 16 for n in range(3)]
 DOCUMENTS = [(IDS[0], 5, np.array([1, 2, 3])), (IDS[1], 0, np.array([], int)), (IDS[2], 9, np.array([4]))]
 
 
 def write(path, documents=DOCUMENTS, vocab_size=300, eot_token=299):
-    return data.write_tokens(
+    return token_files.write_tokens(
         path, documents, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256="ab" * 32
     )
 
@@ -31,8 +31,8 @@ def test_the_bytes_on_disk_are_the_documented_ones(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path):
     header = write(tmp_path / "val.tokens")
-    split = data.open_tokens(tmp_path / "val.tokens")
-    assert split.header == header == data.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
+    split = token_files.open_tokens(tmp_path / "val.tokens")
+    assert split.header == header == token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
     assert [split.document(n).tolist() for n in range(3)] == [[1, 2, 3], [], [4]]
     assert split.byte_lengths.tolist() == [5, 0, 9]
     assert split.document_ids == ["00" * 16, "01" * 16, "02" * 16]
@@ -42,7 +42,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_the_smallest_type_that_holds_every_id_is_used(tmp_path, vocab_size, dtype):
     top = vocab_size - 1
     write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([top]))], vocab_size, top)
-    split = data.open_tokens(tmp_path / "a.tokens")
+    split = token_files.open_tokens(tmp_path / "a.tokens")
     assert split.header.dtype == dtype
     assert split.tokens.tolist() == [top, top]
 
@@ -55,13 +55,13 @@ def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path
 
 def test_an_empty_split_can_be_read(tmp_path):
     write(tmp_path / "a.tokens", [])
-    assert len(data.open_tokens(tmp_path / "a.tokens").tokens) == 0
+    assert len(token_files.open_tokens(tmp_path / "a.tokens").tokens) == 0
 
 
 def rewrite_header(path, **changes):
     raw = path.read_bytes()
-    header = data.Header(**(json.loads(raw[8:1024]) | changes))
-    path.write_bytes(data.encode_header(header) + raw[1024:])
+    header = token_files.Header(**(json.loads(raw[8:1024]) | changes))
+    path.write_bytes(token_files.encode_header(header) + raw[1024:])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def rewrite_header(path, **changes):
         (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
         (lambda path: rewrite_header(path, version=2), "has version 2, this program reads 1"),
         (lambda path: rewrite_header(path, documents=2), "does not fit"),
-        (lambda path: data.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
+        (lambda path: token_files.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path, damage, says):
@@ -82,21 +82,21 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, says):
     write(path)
     damage(path)
     with pytest.raises(BadData, match=f"val.*{says}"):
-        data.open_tokens(path)
+        token_files.open_tokens(path)
 
 
 def test_a_missing_file_says_what_makes_it(tmp_path):
     with pytest.raises(MissingInput, match="dvc repro tokenization"):
-        data.open_tokens(tmp_path / "a.tokens")
+        token_files.open_tokens(tmp_path / "a.tokens")
     write(tmp_path / "a.tokens")
-    data.index_path(tmp_path / "a.tokens").unlink()
+    token_files.index_path(tmp_path / "a.tokens").unlink()
     with pytest.raises(MissingInput, match=r"a\.index\.safetensors"):
-        data.open_tokens(tmp_path / "a.tokens")
+        token_files.open_tokens(tmp_path / "a.tokens")
 
 
 def batch(step, seed=1, tokens=None):
     tokens = np.arange(100) if tokens is None else tokens
-    return data.training_batch(tokens, seed=seed, step=step, sequences=8, block_size=5)
+    return token_files.training_batch(tokens, seed=seed, step=step, sequences=8, block_size=5)
 
 
 def test_targets_are_the_tokens_one_place_further():
@@ -127,7 +127,7 @@ def test_a_stream_shorter_than_a_sequence_is_refused():
 
 def test_windows_of_a_hand_worked_document(tmp_path):
     write(tmp_path / "a.tokens", [(IDS[0], 9, np.array([10, 11, 12, 13, 14]))])
-    windows = list(data.evaluation_windows(data.open_tokens(tmp_path / "a.tokens"), 2))
+    windows = list(token_files.evaluation_windows(token_files.open_tokens(tmp_path / "a.tokens"), 2))
     assert [(w.start, w.tokens.tolist(), w.targets.tolist()) for w in windows] == [
         (0, [299, 10], [10, 11]),
         (2, [11, 12], [12, 13]),
@@ -141,7 +141,7 @@ def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, window):
     path = tmp_path_factory.mktemp("tokens") / "a.tokens"
     write(path, [(bytes(16), 1, np.array(text, int)) for text in texts])
     scored = [[] for _ in texts]
-    for each in data.evaluation_windows(data.open_tokens(path), window):
+    for each in token_files.evaluation_windows(token_files.open_tokens(path), window):
         assert len(each.tokens) == len(each.targets) <= window
         assert each.start == len(scored[each.document])
         scored[each.document] += each.targets.tolist()
@@ -149,7 +149,7 @@ def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, window):
 
 
 def test_a_header_names_each_of_its_fields():
-    header = data.Header(1, "uint16", 7, 3, 300, 299, "ab")
-    raw = data.encode_header(header)
-    assert len(raw) == data.HEADER_BYTES
+    header = token_files.Header(1, "uint16", 7, 3, 300, 299, "ab")
+    raw = token_files.encode_header(header)
+    assert len(raw) == token_files.HEADER_BYTES
     assert json.loads(raw[8:]) == dataclasses.asdict(header)

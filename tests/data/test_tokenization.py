@@ -20,19 +20,19 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 from typer.testing import CliRunner
 
-from compactgpt import documents as documents_room
-from compactgpt import encoder, encoding, tokenization
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.storage import atomic_folder, sha256_file, verified_manifest
 from compactgpt.config import Tokenization
-from compactgpt.data import open_tokens
-from compactgpt.documents import new_document, read_row_group, row_groups
-from compactgpt.encoding import load_encoding
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.storage import atomic_folder, sha256_file, verified_manifest
-from compactgpt.tokenization import split_of
+from compactgpt.data import documents as documents_room
+from compactgpt.data import encoder, encoding, tokenization
+from compactgpt.data.documents import new_document, read_row_group, row_groups
+from compactgpt.data.encoding import load_encoding
+from compactgpt.data.token_files import open_tokens
+from compactgpt.data.tokenization import split_of
 from stages.tokenization import app
 from tests.support.tiny_corpus import EOT, make_documents, make_tokenizer, tokenizer_files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / ".state" / "wheels"
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -327,7 +327,7 @@ def test_a_stopped_run_goes_on_behind_the_last_finished_shard(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from compactgpt import tokenization
+from compactgpt.data.token_files import tokenization
 from compactgpt.config import Tokenization
 
 def progress(done, total, figures=None):

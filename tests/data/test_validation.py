@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from compactgpt.common.errors import BadData, CheckFailed
+from compactgpt.common.progress import silent
+from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Validation
-from compactgpt.documents import Document, new_document, write_documents
-from compactgpt.errors import BadData, CheckFailed
-from compactgpt.progress import silent
-from compactgpt.storage import atomic_folder
-from compactgpt.validation import _read, document_row, require_success, validate
+from compactgpt.data.documents import Document, new_document, write_documents
+from compactgpt.data.validation import _read, document_row, require_success, validate
 from stages.validation import app
 from tests.support.data_docs import compiled_once  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BOUNDS = Validation(
     min_documents=10,
     min_characters=20,

@@ -14,13 +14,14 @@ from huggingface_hub.errors import RevisionNotFoundError
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from compactgpt import baseline, config
-from compactgpt.baseline import Surroundings, load_baseline
-from compactgpt.compact import compact
-from compactgpt.data import open_tokens
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.evaluation import evaluate
-from compactgpt.storage import read_json, sha256_file
+from compactgpt import config
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.storage import read_json, sha256_file
+from compactgpt.data.token_files import open_tokens
+from compactgpt.evaluation import baselines
+from compactgpt.evaluation.baselines import Surroundings, load_baseline
+from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.likelihood import evaluate
 from tests.support.tiny_models import (
     LIKELIHOOD,
     MERGES,
@@ -55,7 +56,7 @@ def around(tmp_path, encoding):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    baseline._quiet()
+    baselines._quiet()
 
 
 def load(around, **spec):
@@ -80,7 +81,7 @@ def test_unigram_is_laplaces_rule_worked_by_hand(around, split):
 def test_unigram_probabilities_sum_to_one_and_counting_in_parts_changes_nothing(around, monkeypatch):
     whole = load(around, kind="unigram").log_probabilities
     assert np.exp(whole).sum() == pytest.approx(1, rel=1e-12)
-    monkeypatch.setattr(baseline, "_COUNTED_AT_ONCE", 7)
+    monkeypatch.setattr(baselines, "_COUNTED_AT_ONCE", 7)
     np.testing.assert_array_equal(load(around, kind="unigram").log_probabilities, whole)
 
 
@@ -108,8 +109,8 @@ def test_a_compressors_nats_are_the_bits_of_something_that_can_be_undone(around,
 def test_no_container_is_counted():
     """An .xz file carries 60 bytes or so, a zstd frame its magic number: none of it spells text."""
     text = b"the container is not the text"
-    assert len(baseline._xz(9)(text)) < len(lzma.compress(text)) - 40
-    assert len(baseline._zstd(19, b"")(text)) <= len(zstandard.compress(text, 19)) - 4
+    assert len(baselines._xz(9)(text)) < len(lzma.compress(text)) - 40
+    assert len(baselines._zstd(19, b"")(text)) <= len(zstandard.compress(text, 19)) - 4
 
 
 def test_a_primed_compressor_knows_the_train_split(around, split):
@@ -123,7 +124,7 @@ def test_a_primed_compressor_knows_the_train_split(around, split):
 def test_the_first_text_is_a_prefix_of_the_train_split(around):
     train = open_tokens(around.train)
     whole = b"".join(text.encode() + b"\n" for text in TEXTS[:2])
-    assert [baseline._first_text(train, around.encoding, size) for size in (0, 5, 30, 999)] == [
+    assert [baselines._first_text(train, around.encoding, size) for size in (0, 5, 30, 999)] == [
         b"",
         whole[:5],
         whole[:30],
@@ -134,7 +135,7 @@ def test_the_first_text_is_a_prefix_of_the_train_split(around):
 def test_text_that_another_tokenizer_made_is_refused(tmp_path, encoding, split):
     split.byte_lengths[1] += 1
     with pytest.raises(BadData, match="dvc repro -f download tokenization"):
-        baseline.document_text(split, encoding, 1)
+        baselines.document_text(split, encoding, 1)
 
 
 # -- spans of text -----------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_text_that_another_tokenizer_made_is_refused(tmp_path, encoding, split):
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 100])
 def test_every_byte_is_in_exactly_one_span(split, encoding, window):
     for document, text in enumerate(TEXTS):
-        spans = baseline.text_spans(split, encoding, document, window)
+        spans = baselines.text_spans(split, encoding, document, window)
         assert "".join(spans) == text
         assert all(spans)
         assert len(spans) <= -(-len(split.document(document)) // window)
@@ -153,8 +154,8 @@ def test_a_span_never_ends_inside_a_character_worked_by_hand(tmp_path, encoding)
     """a | e with acute (2 tokens) | bc: windows of two tokens end inside the accented letter, then move."""
     split = save_split(tmp_path / "x.tokens", encoding, texts=["aébc"])
     assert len(split.document(0)) == 5
-    assert baseline.text_spans(split, encoding, 0, 2) == ["aé", "b", "c"]
-    assert baseline.text_spans(split, encoding, 0, 1) == ["a", "é", "b", "c"]
+    assert baselines.text_spans(split, encoding, 0, 2) == ["aé", "b", "c"]
+    assert baselines.text_spans(split, encoding, 0, 1) == ["a", "é", "b", "c"]
 
 
 def byte_tokenizer(words=()):
@@ -170,10 +171,10 @@ def byte_tokenizer(words=()):
 
 def test_own_windows_are_the_spans_each_after_one_token(split, encoding):
     tokenizer = byte_tokenizer()
-    windows = list(baseline.OwnTokens(tokenizer, encoding, 0)(split, 3))
+    windows = list(baselines.OwnTokens(tokenizer, encoding, 0)(split, 3))
     for document, text in enumerate(TEXTS):
         mine = [one for one in windows if one.document == document]
-        spans = baseline.text_spans(split, encoding, document, 3)
+        spans = baselines.text_spans(split, encoding, document, 3)
         assert [tokenizer.decode(one.targets.tolist()) for one in mine] == spans
         stream = [0, *tokenizer.encode(text).ids]
         for one in mine:
@@ -185,15 +186,15 @@ def test_a_tokenizer_that_loses_text_is_refused(split, encoding):
     tokenizer = byte_tokenizer()
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     with pytest.raises(BadData, match="does not spell document"):
-        list(baseline.OwnTokens(tokenizer, encoding, 0)(split, 3))
+        list(baselines.OwnTokens(tokenizer, encoding, 0)(split, 3))
 
 
 def test_the_name_of_a_special_token_in_a_document_is_text(split, encoding):
     tokenizer = byte_tokenizer(["<|endoftext|>"])
     special = tokenizer.token_to_id("<|endoftext|>")
     assert special in tokenizer.encode(TEXTS[3]).ids  # what it does unasked
-    plain = baseline.plain_tokenizer(tokenizer)
-    for one in baseline.OwnTokens(plain, encoding, 0)(split, 3):
+    plain = baselines.plain_tokenizer(tokenizer)
+    for one in baselines.OwnTokens(plain, encoding, 0)(split, 3):
         assert special not in one.targets
 
 
@@ -202,7 +203,7 @@ def test_the_name_of_a_special_token_in_a_document_is_text(split, encoding):
     [({"<|endoftext|>": 7}, 1, 2, 7), ({}, 1, 2, 1), ({}, None, 2, 2), ({}, None, None, None)],
 )
 def test_documents_open_with_end_of_text_else_bos_else_eos(names, bos, eos, expected):
-    assert baseline.opener(names, bos, eos) == expected
+    assert baselines.opener(names, bos, eos) == expected
 
 
 # -- models of transformers --------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, around, s
     expected = []
     for document in range(len(TEXTS)):
         total, before = 0.0, 0  # <s>
-        for span in baseline.text_spans(split, around.encoding, document, 8):
+        for span in baselines.text_spans(split, around.encoding, document, 8):
             ids = tokenizer.encode(span).ids
             with torch.no_grad():
                 logits = reference(torch.tensor([[before, *ids[:-1]]])).logits[0].double()
@@ -375,11 +376,11 @@ def test_damaged_weights_are_one_sentence(tmp_path, around):
 def test_another_vocabulary_of_the_same_size_is_not_gpt2s(encoding):
     names = vocabulary()
     same = tokenizers.Tokenizer(tokenizers.models.BPE(names, []))
-    assert baseline.same_vocabulary(same, encoding)
+    assert baselines.same_vocabulary(same, encoding)
     swapped = {**names, "a": names["b"], "b": names["a"]}
-    assert not baseline.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(swapped, [])), encoding)
+    assert not baselines.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(swapped, [])), encoding)
     foreign = {("▁x" if name == "er" else name): rank for name, rank in names.items()}
-    assert not baseline.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(foreign, [])), encoding)
+    assert not baselines.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(foreign, [])), encoding)
 
 
 # -- the hub -----------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_a_gguf_is_read_as_transformers_own_loader_reads_it(tmp_path):
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32
     )
-    loaded = baseline.read_gguf(path)
+    loaded = baselines.read_gguf(path)
     expected = reference.state_dict()
     found = loaded.model.state_dict()
     assert expected.keys() == found.keys()
@@ -431,7 +432,7 @@ def test_a_gguf_is_read_as_transformers_own_loader_reads_it(tmp_path):
 
 
 def test_smollms_tokenizer_keeps_digits_apart():
-    tokenizer = baseline._gguf_tokenizer([*vocabulary(), "12", "Ġ1"], [*MERGES, "1 2", "Ġ 1"])
+    tokenizer = baselines._gguf_tokenizer([*vocabulary(), "12", "Ġ1"], [*MERGES, "1 2", "Ġ 1"])
     assert tokenizer.encode("the 12").tokens == ["the", "Ġ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("é 12").ids) == "é 12"
 
@@ -439,7 +440,7 @@ def test_smollms_tokenizer_keeps_digits_apart():
 @pytest.mark.parametrize("changes", [{"pre": "qwen2"}, {"architecture": "falcon"}])
 def test_a_gguf_of_another_kind_is_refused(tmp_path, changes):
     with pytest.raises(BadConfig, match="only \\('llama', 'gpt2', 'smollm'\\) can be read"):
-        baseline.read_gguf(save_gguf(tmp_path / "x.gguf", **changes))
+        baselines.read_gguf(save_gguf(tmp_path / "x.gguf", **changes))
 
 
 @pytest.fixture

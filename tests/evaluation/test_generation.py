@@ -8,12 +8,12 @@ import torch
 from markdown_it import MarkdownIt
 from torch.nn import functional as F
 
-from compactgpt import generation
-from compactgpt.baseline import _decoder
-from compactgpt.compact import compact
+from compactgpt.common.errors import BadConfig
 from compactgpt.config import Text
-from compactgpt.errors import BadConfig
-from compactgpt.evaluation import Neural
+from compactgpt.evaluation import generation
+from compactgpt.evaluation.baselines import _decoder
+from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.likelihood import Neural
 from tests.support.tiny_models import TEXTS, save_split, save_tokenizer, tiny_gpt
 
 TEXT = Text(

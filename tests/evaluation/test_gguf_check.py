@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
-from compactgpt import baseline, gguf_check
-from compactgpt.errors import BadData
-from compactgpt.gguf_check import check_gguf
+from compactgpt.common.errors import BadData
+from compactgpt.evaluation import baselines, gguf_check
+from compactgpt.evaluation.gguf_check import check_gguf
 from tests.support.tiny_models import save_gguf
 
 UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
@@ -42,7 +42,7 @@ def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path, what):
     """The library is busy with these for ever, or for minutes."""
     (tmp_path / "x.gguf").write_bytes(LIARS[what])
     with pytest.raises(BadData, match=r"x\.gguf is no whole GGUF file \(byte .* delete it and run again"):
-        baseline.read_gguf(tmp_path / "x.gguf")
+        baselines.read_gguf(tmp_path / "x.gguf")
 
 
 def test_the_file_of_49_bytes_is_among_them():
@@ -58,7 +58,7 @@ def test_arrays_in_arrays_are_refused_by_their_depth(tmp_path):
             check_gguf(path)
             continue
         with pytest.raises(BadData, match="arrays nested more than 4 deep"):
-            baseline.read_gguf(path)
+            baselines.read_gguf(path)
 
 
 def test_items_are_bounded_though_the_file_holds_them(tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_items_are_bounded_though_the_file_holds_them(tmp_path, monkeypatch):
 def test_what_is_no_gguf_is_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(BadData, match="no whole GGUF file"):
-        baseline.read_gguf(tmp_path / "x.gguf")
+        baselines.read_gguf(tmp_path / "x.gguf")
 
 
 def test_a_whole_file_passes_and_every_beginning_of_its_header_is_refused(tmp_path):
@@ -96,4 +96,4 @@ def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path):
     content[place : place + 4] = struct.pack("<I", 10**9)
     path.write_bytes(content)
     with pytest.raises(BadData, match="1,000,000,000 layers of"):
-        baseline.read_gguf(path)
+        baselines.read_gguf(path)

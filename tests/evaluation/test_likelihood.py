@@ -18,14 +18,14 @@ from pyarrow import parquet
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from compactgpt import evaluation
-from compactgpt.checkpoint import save_model
-from compactgpt.compact import compact
-from compactgpt.data import Window, open_tokens, write_tokens
-from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.evaluation import Nats, Positions, Totals, evaluate, target_nats
-from compactgpt.metrics import ratio_bootstrap
-from compactgpt.storage import read_json, sha256_file
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
+from compactgpt.common.storage import read_json, sha256_file
+from compactgpt.data.token_files import Window, open_tokens, write_tokens
+from compactgpt.evaluation import likelihood
+from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.likelihood import Nats, Positions, Totals, evaluate, target_nats
+from compactgpt.evaluation.metrics import ratio_bootstrap
+from compactgpt.training.checkpoint import save_model
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
 
 
@@ -65,7 +65,7 @@ def plain_nats(model, split, window):
 
 @pytest.mark.parametrize("window", [1, 3, 8, 16])
 def test_every_token_is_a_target_once_and_sees_only_its_window(split, model, window):
-    found = list(target_nats(compact(model, 4), evaluation.evaluation_windows(split, window)))
+    found = list(target_nats(compact(model, 4), likelihood.evaluation_windows(split, window)))
     for document in range(split.header.documents):
         mine = sorted((w for w, _ in found if w.document == document), key=lambda w: w.start)
         tokens = split.document(document)
@@ -94,8 +94,8 @@ def test_every_target_is_scored_once_in_every_view_with_the_context_promised(len
     stride = min(stride, context)
     streams = [(document, np.arange(length + 1)) for document, length in enumerate(lengths)]
     views = {
-        "own": (evaluation.own_windows(streams, context), 1),
-        "strided": (evaluation.strided_windows(streams, context, stride), context - stride + 1),
+        "own": (likelihood.own_windows(streams, context), 1),
+        "strided": (likelihood.strided_windows(streams, context, stride), context - stride + 1),
     }
     for windows, least_context in views.values():
         scored = [[] for _ in lengths]
@@ -114,8 +114,8 @@ def test_the_own_view_is_the_matched_one_where_contexts_are_equal(split):
     def plain(windows):
         return [(w.document, w.start, w.tokens.tolist(), w.targets.tolist()) for w in windows]
 
-    streams = evaluation.document_streams(split)
-    assert plain(evaluation.own_windows(streams, 8)) == plain(evaluation.evaluation_windows(split, 8))
+    streams = likelihood.document_streams(split)
+    assert plain(likelihood.own_windows(streams, 8)) == plain(likelihood.evaluation_windows(split, 8))
 
 
 def test_the_strided_view_equals_one_window_for_each_token(encoding, split, model):
@@ -141,7 +141,7 @@ def test_the_own_view_has_the_models_context_or_the_one_that_is_asked_for(
     likelihood = LIKELIHOOD.model_copy(update={"own_context": own_context})
     found = evaluate(compact(model, 3), split, encoding, likelihood, views=["own", "strided"])
     np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
-    report = evaluation.summarize("m", compact(model, 3), found, split, likelihood)
+    report = likelihood.summarize("m", compact(model, 3), found, split, likelihood)
     assert list(report["views"]) == ["own", "strided"]
     sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
     assert sizes == {"own": (context, context), "strided": (context, max(1, round(context / 4)))}
@@ -156,7 +156,7 @@ def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, mo
     assert found.positions.nats.shape == (5, 5)  # a context of 16: 1, 2, 3 to 4, 5 to 8, 9 to 16
     rows = summary(compact(model, 3), split, encoding)["by_position"]
     assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]
-    windows = list(target_nats(compact(model, 1), evaluation.evaluation_windows(split, 8)))
+    windows = list(target_nats(compact(model, 1), likelihood.evaluation_windows(split, 8)))
     for row in rows:
         values = np.concatenate([nats[row["first"] - 1 : row["last"]] for _, nats in windows])
         assert row["tokens"] == len(values)
@@ -166,7 +166,7 @@ def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, mo
 def test_places_that_no_window_reaches_have_no_row():
     tokens = np.array([[1, 0, 2, 0], [1, 0, 0, 0]])
     nats = np.array([[3.0, 0.0, 8.0, 0.0], [5.0, 0.0, 0.0, 0.0]])
-    first, third = evaluation.by_position(Positions(nats, tokens), LIKELIHOOD)
+    first, third = likelihood.by_position(Positions(nats, tokens), LIKELIHOOD)
     assert (first["first"], first["last"], first["tokens"], first["loss"]["value"]) == (1, 1, 2, 4.0)
     assert third == {
         "first": 3, "last": 4, "tokens": 2, "loss": {"value": 4.0, "low": 4.0, "high": 4.0},
@@ -177,8 +177,8 @@ def test_places_that_no_window_reaches_have_no_row():
     ("place", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (4, 3), (7, 3), (8, 4), (1023, 10), (1024, 11)]
 )
 def test_a_places_bucket_is_the_next_power_of_two(place, bucket):
-    assert evaluation.position_buckets(place, place + 1).tolist() == [bucket]
-    assert evaluation.position_buckets(0, place + 1).tolist()[-1] == bucket
+    assert likelihood.position_buckets(place, place + 1).tolist() == [bucket]
+    assert likelihood.position_buckets(0, place + 1).tolist()[-1] == bucket
 
 
 def test_the_headline_is_a_few_figures_of_the_report():
@@ -189,10 +189,10 @@ def test_the_headline_is_a_few_figures_of_the_report():
         "text": {"statistics": {"greedy": {"seq_rep_4": {"value": 0.5}, "x": 1}, "human": {}}},
     }  # fmt: skip
     plain = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 0.8}
-    assert evaluation.headline(report) == {**plain, "cloze_accuracy": 0.25}
+    assert likelihood.headline(report) == {**plain, "cloze_accuracy": 0.25}
     for tasks, statistics in (({}, {}), ({"cloze": {}}, {"greedy": {}})):
         few = {**report, "tasks": tasks, "text": {"statistics": statistics}}
-        assert evaluation.headline(few) == plain
+        assert likelihood.headline(few) == plain
 
 
 def test_words_are_what_white_space_parts(encoding, split, model):
@@ -224,7 +224,7 @@ def test_results_do_not_depend_on_the_batch_size(encoding, split, model, batch_s
 
 def test_results_do_not_depend_on_how_many_windows_are_sorted_together(encoding, split, model, monkeypatch):
     expected = evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats
-    monkeypatch.setattr(evaluation, "SORTED_WINDOWS", 2)
+    monkeypatch.setattr(likelihood, "SORTED_WINDOWS", 2)
     np.testing.assert_allclose(
         evaluate(compact(model, 3), split, encoding, LIKELIHOOD).nats, expected, rtol=1e-6
     )
@@ -234,7 +234,7 @@ def test_results_do_not_depend_on_how_many_tokens_the_trunk_takes_at_once(
     encoding, split, model, monkeypatch
 ):
     expected = evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats
-    monkeypatch.setattr(evaluation, "CPU_TOKENS", 1)
+    monkeypatch.setattr(likelihood, "CPU_TOKENS", 1)
     np.testing.assert_allclose(
         evaluate(compact(model, 9), split, encoding, LIKELIHOOD).nats, expected, rtol=1e-6
     )
@@ -249,8 +249,8 @@ def test_long_windows_go_first_and_few_enough_together(split, model, monkeypatch
         seen.append(tuple(tokens.shape))
         return model.hidden(tokens)
 
-    monkeypatch.setattr(evaluation, "CPU_TOKENS", tokens_at_once)
-    windows = list(evaluation.evaluation_windows(split, 8))
+    monkeypatch.setattr(likelihood, "CPU_TOKENS", tokens_at_once)
+    windows = list(likelihood.evaluation_windows(split, 8))
     found = list(target_nats(replace(neural, hidden=hidden), iter(windows)))
     lengths = [len(window.tokens) for window, _ in found]
     assert lengths == sorted((len(window.tokens) for window in windows), reverse=True)
@@ -261,8 +261,8 @@ def test_long_windows_go_first_and_few_enough_together(split, model, monkeypatch
 
 def test_windows_are_drawn_as_they_are_needed(split, model, monkeypatch):
     """Of a corpus larger than memory no more than SORTED_WINDOWS are held."""
-    monkeypatch.setattr(evaluation, "SORTED_WINDOWS", 4)
-    windows, drawn = list(evaluation.evaluation_windows(split, 8)), []
+    monkeypatch.setattr(likelihood, "SORTED_WINDOWS", 4)
+    windows, drawn = list(likelihood.evaluation_windows(split, 8)), []
 
     def given():
         for window in windows:
@@ -278,7 +278,7 @@ def test_windows_are_drawn_as_they_are_needed(split, model, monkeypatch):
 def test_who_waits_is_told_how_many_windows_are_done(split, model):
     told = []
     compact(model, 3).score(split, 8, lambda done, total, figures=None: told.append((done, total, figures)))
-    count = len(list(evaluation.evaluation_windows(split, 8)))
+    count = len(list(likelihood.evaluation_windows(split, 8)))
     assert [(done, total) for done, total, _ in told] == [(done, count) for done in range(3, count, 3)] + [
         (count, count)
     ]
@@ -296,9 +296,9 @@ def test_logits_never_exist_for_more_than_a_chunk_of_places(encoding, split, mod
         seen.append(len(logits))
         return F.cross_entropy(logits, targets, reduction="none")
 
-    monkeypatch.setattr(evaluation, "HEAD_ROWS", 5)
+    monkeypatch.setattr(likelihood, "HEAD_ROWS", 5)
     windows = list(neural.windows(split, LIKELIHOOD.window))
-    nats = sum(values.sum() for _, values in evaluation.score_targets(neural, windows, score))
+    nats = sum(values.sum() for _, values in likelihood.score_targets(neural, windows, score))
     assert nats == pytest.approx(evaluate(neural, split, encoding, LIKELIHOOD).nats.sum(), rel=1e-6)
     assert max(seen) == 5
     assert sum(seen) == sum(len(window.targets) for window in windows)
@@ -388,7 +388,7 @@ def test_a_split_of_another_tokenizer_is_refused(tmp_path, encoding, model):
 
 def summary(model, split, encoding):
     found = evaluate(model, split, encoding, LIKELIHOOD)
-    return evaluation.summarize("m", model, found, split, LIKELIHOOD)
+    return likelihood.summarize("m", model, found, split, LIKELIHOOD)
 
 
 def test_the_report_divides_sums_worked_by_hand(split):
@@ -398,7 +398,7 @@ def test_the_report_divides_sums_worked_by_hand(split):
     class Plain:
         facts = MappingProxyType({"kind": "k", "num_params": None})
 
-    report = evaluation.summarize("x", Plain(), totals, split, LIKELIHOOD)
+    report = likelihood.summarize("x", Plain(), totals, split, LIKELIHOOD)
     assert report["model"] == {"name": "x", "kind": "k", "num_params": None}
     assert report["validation"] == {
         "sha256": sha256_file(split.path),
@@ -439,9 +439,9 @@ def test_sums_by_document_come_back_and_have_one_byte_form(tmp_path, counts):
     views = {"strided": np.array([1.0, 0.25])}
     totals = Totals(["aa", "bb"], own_tokens=counts, words=counts, views=views, **columns)
     for name in ("one", "two"):
-        evaluation.write_totals(tmp_path / name, totals)
+        likelihood.write_totals(tmp_path / name, totals)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    found = evaluation.read_totals(tmp_path / "one")
+    found = likelihood.read_totals(tmp_path / "one")
     assert found.ids == totals.ids
     for column, expected in columns.items():
         np.testing.assert_array_equal(getattr(found, column), expected)
@@ -460,7 +460,7 @@ def test_sums_are_compressed_columns_of_plain_types(tmp_path):
     views = {"strided": np.array([1.0, 0.25])}
     counts = {name: np.array(GOOD[name]) for name in ("bytes", "tokens", "own_tokens", "words")}
     totals = Totals(GOOD["id"], **counts, nats=np.array(GOOD["nats"]), views=views)
-    evaluation.write_totals(tmp_path / "x.parquet", totals)
+    likelihood.write_totals(tmp_path / "x.parquet", totals)
     file = parquet.ParquetFile(tmp_path / "x.parquet")
     assert file.read().to_pydict() == GOOD
     types = {field.name: str(field.type) for field in file.schema_arrow}
@@ -473,7 +473,7 @@ def test_sums_are_compressed_columns_of_plain_types(tmp_path):
 def test_sums_of_before_had_no_words(tmp_path):
     columns = {name: values for name, values in GOOD.items() if name != "words"}
     parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
-    found = evaluation.read_totals(tmp_path / "x.parquet")
+    found = likelihood.read_totals(tmp_path / "x.parquet")
     assert found.words is None
     assert found.own_tokens.tolist() == [4, 6]
 
@@ -496,7 +496,7 @@ def test_sums_of_other_types_and_signs_are_refused(tmp_path, change):
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.table({n: values for n, values in table.items() if values is not None}), path)
     with pytest.raises(BadData, match=f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"):
-        evaluation.read_totals(path)
+        likelihood.read_totals(path)
 
 
 def test_no_documents_and_zeros_are_sums_too(tmp_path):
@@ -506,7 +506,7 @@ def test_no_documents_and_zeros_are_sums_too(tmp_path):
         }
         schema = [(n, "string" if n == "id" else "double" if n.startswith("nats") else "int64") for n in GOOD]
         parquet.write_table(pyarrow.table(columns, pyarrow.schema(schema)), tmp_path / "x.parquet")
-        assert evaluation.read_totals(tmp_path / "x.parquet").tokens.tolist() == [0] * rows
+        assert likelihood.read_totals(tmp_path / "x.parquet").tokens.tolist() == [0] * rows
 
 
 def test_missing_and_damaged_sums_are_named(tmp_path):
@@ -514,16 +514,16 @@ def test_missing_and_damaged_sums_are_named(tmp_path):
     with pytest.raises(
         MissingInput, match=f"^{re.escape(str(path))} is missing: run `dvc repro` to make it$"
     ):
-        evaluation.read_totals(path)
+        likelihood.read_totals(path)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"bad\.parquet is damaged"):
-        evaluation.read_totals(tmp_path / "bad.parquet")
+        likelihood.read_totals(tmp_path / "bad.parquet")
 
 
 def test_the_room_waits_for_no_torch_and_knows_no_transformers():
     """A compressor's stage must not pay for them."""
     code = (
-        "import sys, compactgpt.evaluation, compactgpt.baseline\n"
+        "import sys, compactgpt.evaluation.likelihood, compactgpt.baseline\n"
         "print({'torch', 'transformers', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

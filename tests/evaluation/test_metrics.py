@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy
 
-from compactgpt.metrics import (
+from compactgpt.evaluation.metrics import (
     Interval,
     bits_per_byte,
     mcnemar,

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from compactgpt import tasks
-from compactgpt.compact import compact, plain_codec
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.storage import sha256_file
 from compactgpt.config import Source, load_params
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.export import save_hf
-from compactgpt.sources import fetch_source
-from compactgpt.storage import sha256_file
-from compactgpt.tasks import Item
+from compactgpt.evaluation import tasks
+from compactgpt.evaluation.compact import compact, plain_codec
+from compactgpt.evaluation.task_sources import fetch_source
+from compactgpt.evaluation.tasks import Item
+from compactgpt.model.huggingface import save_hf
 from tests.support.tiny_models import LIKELIHOOD, ROOT, save_split, save_tokenizer, tiny_gpt
 
 PASSAGES = ["the cat in the hat sat in the hat", "there is another weather in the other weather"]

@@ -5,21 +5,21 @@ import math
 import numpy as np
 import pytest
 
-from compactgpt import text
+from compactgpt.evaluation import text_metrics
 
 
 def test_distinct_n_worked_by_hand():
     texts = [[1, 2, 1, 2], [1, 2, 3]]
-    assert text.distinct_n(texts, 1) == pytest.approx(3 / 7)
-    assert text.distinct_n(texts, 2) == pytest.approx(3 / 5)  # 12 21 12 | 12 23
-    assert text.distinct_n([[1], []], 2) is None
+    assert text_metrics.distinct_n(texts, 1) == pytest.approx(3 / 7)
+    assert text_metrics.distinct_n(texts, 2) == pytest.approx(3 / 5)  # 12 21 12 | 12 23
+    assert text_metrics.distinct_n([[1], []], 2) is None
 
 
 def test_seq_rep_4_sees_each_text_by_itself():
     once, looped = [1, 2, 3, 4, 5], [1, 2, 1, 2, 1, 2]  # 2 4-grams, both new; 3, of which one repeats
-    assert text.seq_rep_4([once, looped]) == pytest.approx(1 / 5)
-    assert text.seq_rep_4([once, once]) == 0
-    assert text.seq_rep_4([[1, 2, 3]]) is None
+    assert text_metrics.seq_rep_4([once, looped]) == pytest.approx(1 / 5)
+    assert text_metrics.seq_rep_4([once, once]) == 0
+    assert text_metrics.seq_rep_4([[1, 2, 3]]) is None
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,18 @@ def test_seq_rep_4_sees_each_text_by_itself():
     ],
 )
 def test_loops_worked_by_hand(tokens, loops):
-    assert text.ends_in_a_loop(tokens) is loops
+    assert text_metrics.ends_in_a_loop(tokens) is loops
 
 
 def test_zipf_of_a_zipfian_text():
     tokens = [token for token in range(1, 101) for _ in range(round(10_000 / token))]
-    assert text.zipf([tokens]) == pytest.approx(1.0, abs=0.01)
-    assert text.zipf([[3, 3]]) is None
+    assert text_metrics.zipf([tokens]) == pytest.approx(1.0, abs=0.01)
+    assert text_metrics.zipf([[3, 3]]) is None
 
 
 def test_the_jackknife_of_a_mean_is_the_textbooks_standard_error():
     lengths = np.random.default_rng(0).integers(5, 30, 12)
-    found = text.jackknife([[0] * n for n in lengths], lambda some: sum(map(len, some)) / len(some))
+    found = text_metrics.jackknife([[0] * n for n in lengths], lambda some: sum(map(len, some)) / len(some))
     error = lengths.std(ddof=1) / math.sqrt(12)
     assert found.value == pytest.approx(lengths.mean())
     assert found.high - found.value == pytest.approx(1.96 * error)
@@ -55,16 +55,17 @@ def test_the_interval_of_distinct_n_covers_the_truth_about_as_often_as_it_says()
     """Truth: the mean of distinct-2 over many corpora of the same size; a bootstrap would sit below it."""
     generator = np.random.default_rng(5)
     corpora = [generator.zipf(1.7, (16, 48)) for _ in range(250)]
-    truth = np.mean([text.distinct_n(corpus.tolist(), 2) for corpus in corpora])
+    truth = np.mean([text_metrics.distinct_n(corpus.tolist(), 2) for corpus in corpora])
     found = [
-        text.jackknife(corpus.tolist(), lambda some: text.distinct_n(some, 2)) for corpus in corpora[:80]
+        text_metrics.jackknife(corpus.tolist(), lambda some: text_metrics.distinct_n(some, 2))
+        for corpus in corpora[:80]
     ]
     assert 0.85 <= np.mean([one.low <= truth <= one.high for one in found]) <= 1
 
 
 def test_statistics_of_text_that_was_cut_have_no_end():
-    found = text.statistics([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], None)
+    found = text_metrics.statistics([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], None)
     assert "ended" not in found
     assert found["tokens"] == {"value": 5.0, "low": 5.0, "high": 5.0}
-    assert text.statistics([[1, 2], []], [False, True])["ended"]["value"] == 0.5
-    assert text.statistics([[], []], [True, True])["distinct_1"] is None
+    assert text_metrics.statistics([[1, 2], []], [False, True])["ended"]["value"] == 0.5
+    assert text_metrics.statistics([[], []], [True, True])["distinct_1"] is None

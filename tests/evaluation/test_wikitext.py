@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt import wikitext
-from compactgpt.compact import compact
-from compactgpt.errors import BadConfig, BadData
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.evaluation import wikitext
+from compactgpt.evaluation.compact import compact
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 LINES = [

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.calibration import Calibration, Check, calibrate
 from compactgpt.config import load_params
-from compactgpt.estimate import expected
-from compactgpt.laws import expect, run_of
+from compactgpt.forecast.calibration import Calibration, Check, calibrate
+from compactgpt.forecast.estimate import expected
+from compactgpt.forecast.scaling_laws import expect, run_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 ANCHORS = PARAMS.estimate.anchors
 VOCABULARY = 50257

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from compactgpt import config
 from compactgpt.config import load_params
-from compactgpt.estimate import estimate, forecast
-from compactgpt.laws import LAWS, Run, expect, kaplan, through
-from compactgpt.sizes import counts, flops_per_token
+from compactgpt.forecast.estimate import estimate, forecast
+from compactgpt.forecast.model_size import counts, flops_per_token
+from compactgpt.forecast.scaling_laws import LAWS, Run, expect, kaplan, through
 from stages.estimate import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 NOTE = PARAMS.estimate.note
 LAW = {law.name: law for law in LAWS}
@@ -51,7 +51,7 @@ def test_gpt2s_sizes_are_counted_exactly(layers, width, heads, all_tensors, nano
 @pytest.mark.parametrize("bias", [True, False])
 def test_counts_are_the_models_own(bias):
     """The same three numbers as the built model's, tensor by tensor."""
-    from compactgpt.model import GPT
+    from compactgpt.model.gpt import GPT
 
     small = shape(2, 16, 4, bias=bias, block_size=8, vocab_size=61, padded_vocab_size=64)
     model = GPT(small)
@@ -81,7 +81,7 @@ def test_a_layer_keeps_what_the_memory_says():
     """Counted as autograd keeps it: the difference that two more layers make."""
     import torch
 
-    from compactgpt.model import GPT
+    from compactgpt.model.gpt import GPT
 
     kept = {}
     for layers in (1, 3):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from compactgpt.config import load_params
-from compactgpt.laws import LAWS, Run, run_of
+from compactgpt.forecast.scaling_laws import LAWS, Run, run_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAW = {law.name: law for law in LAWS}
 
 

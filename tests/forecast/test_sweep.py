@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compactgpt import fitting
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.storage import write_json
 from compactgpt.config import load_params
-from compactgpt.errors import BadConfig, BadData
-from compactgpt.estimate import configured_run, estimate
-from compactgpt.fitting import draw
-from compactgpt.ladder import (
+from compactgpt.forecast import fitting
+from compactgpt.forecast.estimate import configured_run, estimate
+from compactgpt.forecast.fitting import draw
+from compactgpt.forecast.sweep import (
     FORMS,
     Fit,
     Ladder,
@@ -22,9 +23,8 @@ from compactgpt.ladder import (
     read_ladder,
     settings_of,
 )
-from compactgpt.storage import write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 SIZES, BUDGETS = (1_000_000, 2_000_000, 4_000_000), (100, 200, 400)
 

@@ -11,13 +11,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from compactgpt import whatif
 from compactgpt.cli import app
+from compactgpt.common.errors import BadConfig
 from compactgpt.config import load_params
-from compactgpt.errors import BadConfig
-from compactgpt.estimate import estimate
+from compactgpt.forecast import whatif
+from compactgpt.forecast.estimate import estimate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 NO_LADDER = Path("none.json")
 

@@ -19,20 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from compactgpt import references, regression
-from compactgpt.checkpoint import save_model
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import load_params
-from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.evaluation import Totals, write_totals
-from compactgpt.gate import formats
-from compactgpt.regression import Check, Documents, Snapshot, Verdict
-from compactgpt.storage import read_json, write_json
+from compactgpt.evaluation.likelihood import Totals, write_totals
+from compactgpt.gate import formats, gate, references
+from compactgpt.gate.gate import Check, Documents, Snapshot, Verdict
 from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.training.checkpoint import save_model
 from stages.regression import app
 from tests.support import tracking_store
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
     update={"resamples": 500, "tolerances": {"perplexity": 0.01, "accuracy.cloze": 0.02}}
 )
@@ -71,7 +70,7 @@ def statuses(verdict):
 
 
 def test_a_state_passes_against_itself():
-    verdict = regression.judge(snapshot(), snapshot(), SETTINGS)
+    verdict = gate.judge(snapshot(), snapshot(), SETTINGS)
     assert verdict.guards == [
         Check("validation", "pass", "the same val split, aaaaaaaaaaaa, in the same windows"),
         Check("parameters", "pass", "the same parameters and data: only code and chance can differ"),
@@ -83,7 +82,7 @@ def test_a_state_passes_against_itself():
 
 def test_a_verdict_names_what_it_is_against_and_tells_what_is_not_judged():
     then, now = snapshot(reason="a better recipe"), snapshot(figures={"loss": 4.5, "bits": 1.0})
-    verdict = regression.judge(then, now, SETTINGS)
+    verdict = gate.judge(then, now, SETTINGS)
     assert (verdict.against, verdict.reason) == ("then", "a better recipe")
     assert verdict.watched == [Check("bits", "info", "", None, 1.0), Check("loss", "info", "", 4.0, 4.5)]
     assert verdict.checks == [*verdict.guards, *verdict.metrics]
@@ -91,8 +90,8 @@ def test_a_verdict_names_what_it_is_against_and_tells_what_is_not_judged():
 
 
 def test_a_real_loss_fails_and_a_gain_passes():
-    assert statuses(regression.judge(snapshot(), worse(snapshot(), 1.1), SETTINGS))["perplexity"] == "fail"
-    assert statuses(regression.judge(snapshot(), worse(snapshot(), 0.9), SETTINGS))["perplexity"] == "pass"
+    assert statuses(gate.judge(snapshot(), worse(snapshot(), 1.1), SETTINGS))["perplexity"] == "fail"
+    assert statuses(gate.judge(snapshot(), worse(snapshot(), 0.9), SETTINGS))["perplexity"] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -107,13 +106,13 @@ def test_a_real_loss_fails_and_a_gain_passes():
     ],
 )
 def test_worse_must_be_more_than_tolerated_and_more_than_chance(low, value, status):
-    assert regression.decide(regression.Interval(value, low, 0.5), 0.01) == status
+    assert gate.decide(gate.Interval(value, low, 0.5), 0.01) == status
 
 
 def test_the_noise_of_runs_widens_the_interval_however_many_documents_there_are():
     tokens, nats = np.full(200, 100.0), np.full(200, 400.0)
     noisy = SETTINGS.model_copy(update={"rerun_noise": 0.01})
-    found = regression.perplexity_rise(nats * 1.005, nats, tokens, noisy, 0.005)
+    found = gate.perplexity_rise(nats * 1.005, nats, tokens, noisy, 0.005)
     distance = 0.01 * scipy.stats.norm.ppf(0.995)  # every document rose alike: only the runs' noise is left
     assert found.value == pytest.approx(math.exp(0.02) - 1)
     assert found.low == pytest.approx(math.exp(0.02 - distance) - 1)
@@ -125,7 +124,7 @@ def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
     tokens = np.array([0.0, 1.0, 300.0, 110.0, 40.0, 75.0])
     change = np.array([5.0, 0.3, 9.0, 1.1, 3.2, -1.5])
     judged = SETTINGS.model_copy(update={"rerun_noise": 0.01, "resamples": 400, "seed": 9})
-    found = regression.perplexity_rise(change + 7, np.full(6, 7.0), tokens, judged, 0.2)
+    found = gate.perplexity_rise(change + 7, np.full(6, 7.0), tokens, judged, 0.2)
     drawn = np.random.Generator(np.random.PCG64(9)).integers(1, 6, (400, 5))
     low, high = np.quantile(change[drawn].sum(1) / tokens[drawn].sum(1), [0.2, 0.8])
     value, noise = change[1:].sum() / tokens.sum(), 0.01 * scipy.stats.norm.ppf(0.8)
@@ -144,7 +143,7 @@ def test_the_chance_of_a_false_alarm_is_shared_out(count):
         update={"tolerances": tolerances, "false_alarms": 0.04, "rerun_noise": 0.01, "resamples": 50}
     )
     now = worse(snapshot(figures={"perplexity": 55.7}), math.exp(0.02), spread=0.0)
-    check = regression.judge(snapshot(), now, judged).metrics[0]
+    check = gate.judge(snapshot(), now, judged).metrics[0]
     distance = 0.01 * scipy.stats.norm.ppf(1 - 0.04 / count)
     assert check.bounds == pytest.approx((math.exp(0.02 - distance) - 1, math.exp(0.02 + distance) - 1))
     expected = Check("perplexity", "warn" if distance > 0.02 else "fail", "30 documents", 54.6, 55.7)
@@ -156,7 +155,7 @@ def test_the_interval_is_of_paired_documents():
     """Losses spread by 0.3 nats between documents: unpaired, 30 of them could never show 2 %."""
     rose = worse(snapshot(), 1.02, spread=0.005)
     quiet = SETTINGS.model_copy(update={"rerun_noise": 0.0})
-    found = regression.judge(snapshot(), rose, quiet).metrics[0]
+    found = gate.judge(snapshot(), rose, quiet).metrics[0]
     assert found.status == "fail"
     assert found.bounds[0] > 0.015
     assert found.bounds[1] < 0.025
@@ -167,7 +166,7 @@ def test_the_interval_is_of_paired_documents():
 def test_lost_answers_are_judged_as_by_scipy(lost, won):
     flips = lost + won
     expected = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue if flips else 1.0
-    assert regression.flips_by_chance(lost, won) == pytest.approx(expected)
+    assert gate.flips_by_chance(lost, won) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
     judged = SETTINGS.model_copy(
         update={"tolerances": {"accuracy.wikitext.2": tolerance}, "false_alarms": 2**-7}
     )
-    (check,) = regression.judge(snapshot(tasks=then), snapshot(tasks=now), judged).metrics
+    (check,) = gate.judge(snapshot(tasks=then), snapshot(tasks=now), judged).metrics
     flips = lost + won
     chance = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue
     says = f"of 100 items {lost} lost, {won} won; by chance with p = {chance:.2g}"
@@ -210,13 +209,13 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
 @pytest.mark.parametrize("other", [{"items_sha256": "d"}, {"hits": "1100" * 24}])
 def test_answers_to_other_items_are_not_compared(other):
     now = snapshot(tasks={"cloze": {"items_sha256": "c", "hits": "1100" * 25, **other}})
-    found = regression.judge(snapshot(), now, SETTINGS).metrics[1]
+    found = gate.judge(snapshot(), now, SETTINGS).metrics[1]
     assert found == Check("accuracy.cloze", "fail", "not comparable: other items are asked")
 
 
 def test_another_val_split_is_not_compared():
     now = snapshot(ruler={"val": "f" * 64, "window": 9, "strided": "y" * 13})
-    verdict = regression.judge(snapshot(), now, SETTINGS)
+    verdict = gate.judge(snapshot(), now, SETTINGS)
     says = "not comparable: strided None -> yyyyyyyyyyyyy, val aaaaaaaaaaaa -> ffffffffffff, window 8 -> 9"
     mend = ". Restore it, or accept these reports as the new reference"
     assert verdict.failures == [Check("validation", "fail", says + mend)]
@@ -226,7 +225,7 @@ def test_another_val_split_is_not_compared():
 def test_documents_that_are_missing_now_are_not_compared():
     held = documents()
     now = snapshot(documents=held.rows(held.ids[1:]))
-    verdict = regression.judge(snapshot(), now, SETTINGS)
+    verdict = gate.judge(snapshot(), now, SETTINGS)
     says = "not comparable: the reference has documents that are missing now"
     assert verdict.failures == [Check("validation", "fail", says)]
     assert not verdict.metrics
@@ -235,13 +234,13 @@ def test_documents_that_are_missing_now_are_not_compared():
 def test_other_parameters_are_named_and_those_that_change_nothing_are_not():
     now = snapshot(params={"training.seed": 2, "comparison.language": "fr"}, data={"train": "e" * 64})
     says = "other figures are explained by: training.seed 1 -> 2; train bbbbbbbbbbbb -> eeeeeeeeeeee"
-    assert regression.judge(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
+    assert gate.judge(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
 
 
 @pytest.mark.parametrize(("count", "end"), [(5, "p04 0 -> 1"), (6, "; and 1 more"), (30, "; and 25 more")])
 def test_of_many_parameters_five_are_named_and_all_are_kept(count, end):
     then, now = ({f"p{row:02}": value for row in range(count)} for value in (0, 1))
-    verdict = regression.judge(snapshot(params=then), snapshot(params=now), SETTINGS)
+    verdict = gate.judge(snapshot(params=then), snapshot(params=now), SETTINGS)
     assert verdict.guards[1].says.count(" -> ") == 5
     assert verdict.guards[1].says.endswith(end)
     assert len(verdict.differences) == count
@@ -266,19 +265,19 @@ def test_only_parameters_of_what_ran_are_compared():
     then = snapshot(params=names | IN_USE | NOT_IN_USE, data={"train": "e" * 64})
     for key, value in (IN_USE | NOT_IN_USE).items():
         now = snapshot(params={**then.params, key: value * 2})
-        named = [line.split()[0] for line in regression.judge(then, now, SETTINGS).differences]
+        named = [line.split()[0] for line in gate.judge(then, now, SETTINGS).differences]
         assert (key in named) == (key in IN_USE), key
     adamw = {**IN_USE, "training.optimizer": "adamw", "training.schedule": "cosine"}
     other = {"training.muon_learning_rate": 0.1, "training.decay_share": 0.9}
-    assert not regression.judge(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
+    assert not gate.judge(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
 
 
 def test_parameters_that_made_the_same_data_explain_nothing():
     then = snapshot(params={"download.corpus": "files", "tokenization.val_fraction": 0.1})
     now = snapshot(params={"download.corpus": "hub", "tokenization.val_fraction": 0.2})
-    assert not regression.judge(then, now, SETTINGS).differences
+    assert not gate.judge(then, now, SETTINGS).differences
     other = replace(now, data={"train": "e" * 64})
-    assert len(regression.judge(then, other, SETTINGS).differences) == 3
+    assert len(gate.judge(then, other, SETTINGS).differences) == 3
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
@@ -287,24 +286,22 @@ def test_a_baseline_that_moved_fails_unless_something_explains_it():
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.125})
     says = "a baseline moved: the measuring changed, or what it is measured on"
     for other, status in (({}, "fail"), ({"data": {"train": "e" * 64}}, "warn")):
-        guards = regression.judge(then, snapshot(baselines=moved, **other), judged).guards
+        guards = gate.judge(then, snapshot(baselines=moved, **other), judged).guards
         assert guards[2:] == [Check("baseline.unigram", status, says, 6.0, 6.25)]
 
 
 def test_a_baseline_may_move_by_what_is_tolerated():
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.25})
-    guards = regression.judge(snapshot(), snapshot(baselines={"unigram": 6.25}), judged).guards
+    guards = gate.judge(snapshot(), snapshot(baselines={"unigram": 6.25}), judged).guards
     assert [check.status for check in guards] == ["pass", "pass", "pass"]
-    none = regression.judge(snapshot(), snapshot(baselines={"xz": 1.0}), judged).guards
+    none = gate.judge(snapshot(), snapshot(baselines={"xz": 1.0}), judged).guards
     assert [check.name for check in none] == ["validation", "parameters"]  # none is measured by both
 
 
 def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
     without = snapshot(tasks={}, figures={"accuracy.cloze": 0.4})
     having = snapshot(figures={"accuracy.cloze": 0.5})
-    lost, new = (
-        regression.judge(*pair, SETTINGS).metrics[1] for pair in ((having, without), (without, having))
-    )
+    lost, new = (gate.judge(*pair, SETTINGS).metrics[1] for pair in ((having, without), (without, having)))
     assert lost == Check("accuracy.cloze", "fail", "no longer measured", 0.5)
     assert new == Check("accuracy.cloze", "warn", "not in the reference", None, 0.5)
 
@@ -313,23 +310,23 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
 def test_throughput_is_judged_as_a_ratio(ratio, status):
     bench = {"engines": {"ours": {"ratio": ratio}}}
     judged = SETTINGS.model_copy(update={"min_throughput_ratio": 1.2})
-    found = regression.judge(snapshot(), snapshot(), judged, bench).guards[-1]
+    found = gate.judge(snapshot(), snapshot(), judged, bench).guards[-1]
     says = f"training makes {ratio:.2f} times nanoGPT's tokens a second, wanted 1.20"
     assert found == Check("throughput", status, says, 1.2, ratio)
 
 
 def failing_share(rise, noise, trials=1000):
-    """Of runs on 27 documents whose perplexity truly rose: as bench/regression.py, in small."""
+    """Of runs on 27 documents whose perplexity truly rose: as benchmarks/regression.py, in small."""
     judged = SETTINGS.model_copy(update={"resamples": 1000})
     generator, failed = np.random.default_rng(5), 0
     for trial in range(trials):
         tokens = generator.integers(90, 3000, 27).astype(float)
         shift = math.log1p(rise) + noise * generator.standard_normal()
         change = shift + np.sqrt(4e-4 + 0.14 / tokens) * generator.standard_normal(27)
-        found = regression.perplexity_rise(
+        found = gate.perplexity_rise(
             change * tokens, np.zeros(27), tokens, judged.model_copy(update={"seed": trial}), 0.01 / 3
         )
-        failed += regression.decide(found, 0.01) == "fail"
+        failed += gate.decide(found, 0.01) == "fail"
     return failed / trials
 
 
@@ -379,7 +376,7 @@ def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
     assert then.documents.ids == now.documents.ids
     for metric, nats in now.documents.nats.items():
         assert np.array_equal(then.documents.nats[metric], nats)
-    assert not regression.judge(then, now, SETTINGS).failures
+    assert not gate.judge(then, now, SETTINGS).failures
 
 
 def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path):
@@ -390,7 +387,7 @@ def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path)
     one, other = (references.accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
     assert len(one.documents.ids) == 10
     assert set(one.documents.ids) == set(other.documents.ids)
-    verdict = regression.judge(one, now, SETTINGS)
+    verdict = gate.judge(one, now, SETTINGS)
     assert not verdict.failures
     assert verdict.metrics[0].says == "10 documents of 30"
 
@@ -433,7 +430,7 @@ def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
         tracking_store.git(tmp_path, *words)
     project(tmp_path, loss=4.2)  # a later run, not committed
-    verdict = regression.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
+    verdict = gate.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
     with pytest.raises(BadConfig, match="no commit"):
         references.reference("nothing-of-that-name", tmp_path)
@@ -553,7 +550,7 @@ def test_the_comment_leads_with_the_verdict_and_fits_one_screen():
     )
     now = replace(then, params={}, baselines={"unigram": 7.0}, curve=curve)
     judged = SETTINGS.model_copy(update={"tolerances": {"perplexity": 0.01, **metrics}})
-    text = formats.markdown(regression.judge(then, now, judged))
+    text = formats.markdown(gate.judge(then, now, judged))
     lines = text.splitlines()
     assert lines[:2] == [formats.MARKER, "### ⚠️ Gate: passed, with warnings (parameters, baseline.unigram)"]
     shown, folded = text.split("<details>")
@@ -668,7 +665,7 @@ def hub(monkeypatch):
 
 
 def test_a_pull_request_has_one_comment_that_is_renewed(hub, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("comment", ROOT / ".github/comment.py")
+    spec = importlib.util.spec_from_file_location("comment", ROOT / "scripts/comment.py")
     comment = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(comment)
     path = tmp_path / "gate.md"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.model import GPT, LOSS_ROWS, LinearCrossEntropy, token_nats
+from compactgpt.model.gpt import GPT, LOSS_ROWS, LinearCrossEntropy, token_nats
 from tests.support.tiny_gpt import tiny, tokens_of
 
 

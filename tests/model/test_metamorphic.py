@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from compactgpt import config
-from compactgpt.baseline import Surroundings, load_baseline
-from compactgpt.compact import compact
-from compactgpt.data import open_tokens, write_tokens
-from compactgpt.evaluation import evaluate, figures
-from compactgpt.export import load_hf, save_hf
-from compactgpt.progress import silent
+from compactgpt.common.progress import silent
+from compactgpt.data.token_files import open_tokens, write_tokens
+from compactgpt.evaluation.baselines import Surroundings, load_baseline
+from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.likelihood import evaluate, figures
+from compactgpt.model.huggingface import load_hf, save_hf
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
 
 COMPRESSOR = {"kind": "compressor", "level": 9, "train_megabytes": 0}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.initial import set_sinusoids, start_at_unigram
-from compactgpt.model import GPT, LinearCrossEntropy
-from compactgpt.optim import Optimizers
-from compactgpt.sampled_softmax import Sample, draw_sample, inclusion_probabilities, token_counts
+from compactgpt.model.gpt import GPT, LinearCrossEntropy
+from compactgpt.model.sampled_softmax import Sample, draw_sample, inclusion_probabilities, token_counts
+from compactgpt.training.initialization import set_sinusoids, start_at_unigram
+from compactgpt.training.optim import Optimizers
 from tests.support.tiny_gpt import tiny, tokens_of
 from tests.support.training_recipe import recipe
 
@@ -60,7 +60,7 @@ def test_the_expected_sample_has_the_size_asked_for_and_frequent_tokens_always()
 
 
 def test_tokens_are_counted_in_pieces_of_the_split(monkeypatch):
-    monkeypatch.setattr("compactgpt.sampled_softmax.COUNTED_AT_ONCE", 3)
+    monkeypatch.setattr("compactgpt.model.sampled_softmax.COUNTED_AT_ONCE", 3)
     assert token_counts(np.array([1, 1, 4, 0, 1, 4, 4], np.uint16), 6).tolist() == [1, 3, 0, 0, 3, 0]
 
 

@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from compactgpt import experiments
-from compactgpt.claims import Claim, Claims, Decision, Evidence, Judgement, Published, judge, relate
+from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.config import load_section
-from compactgpt.errors import BadConfig, MissingInput
+from compactgpt.reporting.claims import Claim, Claims, Decision, Evidence, Judgement, Published, judge, relate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLAIMS = load_section(ROOT / "claims.yaml", Claims)
 BY_ID = {claim.id: claim for claim in CLAIMS.claims}
 

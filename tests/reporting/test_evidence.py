@@ -13,15 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compactgpt.claims import Claims, Known, Verdict
-from compactgpt.comparison import compare
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import load_section
-from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.estimate import estimate
-from compactgpt.provenance import code_hashes
+from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting import tables
+from compactgpt.reporting.claims import Claims, Known, Verdict
+from compactgpt.reporting.evidence import compare
 from compactgpt.reporting.markdown import claims_in_english, comparison, quote_tables, quoted_tables
 from compactgpt.reporting.messages import messages
+from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.terminal import terminal
 from tests.support.comparison_inputs import (
     DOCUMENTS,

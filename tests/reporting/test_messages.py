@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.claims import Claims
 from compactgpt.config import load_section
-from compactgpt.estimate import estimate
+from compactgpt.forecast.estimate import estimate
+from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, messages, translate_phrase
 from tests.support.comparison_inputs import PARAMS, ROOT
 

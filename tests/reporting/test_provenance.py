@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.errors import MissingInput
-from compactgpt.lineage import Folder, entry_key, read_chain
-from compactgpt.provenance import code_hashes, find_value, locking_commit, rooms_of, trace, upstream
+from compactgpt.common.errors import MissingInput
+from compactgpt.reporting.provenance import code_hashes, find_value, locking_commit, rooms_of, trace, upstream
+from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.mlflow_logger import run_of_value
 from compactgpt.tracking.store import open_store
 from tests.support.comparison_inputs import ROOT
@@ -116,7 +116,7 @@ def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
     before = code_hashes(tmp_path)
     assert before == code_hashes(ROOT)
     assert "reporting/html" in rooms_of(ROOT, ROOT / "stages/comparison.py")
-    with open(tmp_path / "src/compactgpt/optim.py", "a") as file:
+    with open(tmp_path / "src/compactgpt/training/optim.py", "a") as file:
         file.write("# another line\n")
     after = code_hashes(tmp_path)
     changed = {stage for stage in before if before[stage] != after[stage]}

@@ -9,17 +9,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compactgpt import recording
-from compactgpt.claims import Claims, judge
-from compactgpt.comparison import Value
+from compactgpt.common.errors import BadConfig
+from compactgpt.common.storage import write_json
 from compactgpt.config import load_params, load_section
-from compactgpt.errors import BadConfig
-from compactgpt.metrics import perplexity_ratio
-from compactgpt.results import across, documents_of, read_results, result_of
-from compactgpt.sizes import counts
-from compactgpt.storage import write_json
+from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.forecast.model_size import counts
+from compactgpt.reporting import recording
+from compactgpt.reporting.claims import Claims, judge
+from compactgpt.reporting.evidence import Value
+from compactgpt.reporting.results import across, documents_of, read_results, result_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
 TOKENS = [10, 0, 30, 40]
 

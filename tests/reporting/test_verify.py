@@ -11,14 +11,14 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
+from compactgpt.common.errors import CheckFailed
+from compactgpt.common.storage import atomic_folder, json_bytes
 from compactgpt.config import load_params
-from compactgpt.errors import CheckFailed
-from compactgpt.estimate import estimate
-from compactgpt.evaluation import figures, read_totals
-from compactgpt.ladder import read_ladder
+from compactgpt.evaluation.likelihood import figures, read_totals
+from compactgpt.forecast.estimate import estimate
+from compactgpt.forecast.sweep import read_ladder
 from compactgpt.reporting.html import published_files
-from compactgpt.storage import atomic_folder, json_bytes
-from compactgpt.verification import (
+from compactgpt.reporting.verify import (
     Verification,
     check_estimate,
     check_lock,
@@ -161,7 +161,7 @@ def test_any_byte_of_data_weights_code_and_lock_is_found(repository):
         "models/compact/model.safetensors",
         "data/evaluation/compact.parquet",
         "claims.yaml",
-        "src/compactgpt/metrics.py",
+        "src/compactgpt/evaluation/metrics.py",
         "reports/loss.png",
     ]
     changed = []
@@ -222,7 +222,7 @@ def files(repository):
         return drawn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compactgpt.verification.published_files", kept)
+        patch.setattr("compactgpt.reporting.verify.published_files", kept)
         assert look(repository, check_renderings).differences == []
     return drawn
 
@@ -242,7 +242,7 @@ def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, f
 
 
 def test_a_cell_of_a_rendering_is_named(repository, files, monkeypatch):
-    monkeypatch.setattr("compactgpt.verification.published_files", lambda *_: files)
+    monkeypatch.setattr("compactgpt.reporting.verify.published_files", lambda *_: files)
     reports = repository / "reports"
     places = {
         "evidence.json": at(reports / "evidence.json", '"id": "xz.loss"', 30),
@@ -285,7 +285,7 @@ def test_the_command_names_what_differs_and_fails(repository, files, monkeypatch
     def made(record, _language):
         return files | {"evidence.json": json_bytes(record)}
 
-    monkeypatch.setattr("compactgpt.verification.published_files", made)  # drawing takes seconds
+    monkeypatch.setattr("compactgpt.reporting.verify.published_files", made)  # drawing takes seconds
     monkeypatch.chdir(repository)
     with Altered(
         repository / "reports/training.json", (at(repository / "reports/training.json", ": "), b"5")
@@ -311,8 +311,8 @@ def test_differences_name_the_leaf():
 
 
 def test_a_readme_that_quotes_the_tables_of_another_run_is_a_note(repository, files, monkeypatch):
-    monkeypatch.setattr("compactgpt.verification.published_files", lambda *_: files)
-    monkeypatch.setattr("compactgpt.verification.check_lock", lambda *_: None)  # a README is in no lock
+    monkeypatch.setattr("compactgpt.reporting.verify.published_files", lambda *_: files)
+    monkeypatch.setattr("compactgpt.reporting.verify.check_lock", lambda *_: None)  # a README is in no lock
     monkeypatch.chdir(repository)
     readme = repository / "README.md"
     readme.write_text("<!-- table note -->\nof another run\n<!-- end -->\n")

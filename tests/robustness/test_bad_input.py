@@ -24,23 +24,32 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from compactgpt import baseline, references, regression, wheels
-from compactgpt.checkpoint import load_model, load_newest_state, save_model, save_state
-from compactgpt.claims import Claims, judge
-from compactgpt.comparison import compare
+from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.storage import (
+    MANIFEST,
+    atomic_folder,
+    json_bytes,
+    read_json,
+    verified_manifest,
+    write_json,
+)
 from compactgpt.config import Training, load_params, load_section, parse_params, read_yaml
-from compactgpt.data import evaluation_windows, open_tokens
-from compactgpt.encoding import load_encoding
-from compactgpt.errors import BadData, UserError
-from compactgpt.export import load_hf, save_hf
-from compactgpt.lineage import entries_of, outs
-from compactgpt.optim import Optimizers
-from compactgpt.readings import read_sources
+from compactgpt.data import wheels
+from compactgpt.data.encoding import load_encoding
+from compactgpt.data.text_files import Rules, read_texts
+from compactgpt.data.token_files import evaluation_windows, open_tokens
+from compactgpt.evaluation import baselines
+from compactgpt.gate import gate, references
+from compactgpt.model.huggingface import load_hf, save_hf
+from compactgpt.reporting.claims import Claims, judge
+from compactgpt.reporting.evidence import compare
 from compactgpt.reporting.markdown import comparison
-from compactgpt.storage import MANIFEST, atomic_folder, json_bytes, read_json, verified_manifest, write_json
-from compactgpt.textfiles import Rules, read_texts
+from compactgpt.reporting.schemas import read_sources
+from compactgpt.reporting.verify import Verification, check_numbers, looked_at
+from compactgpt.tracking.dvc_files import entries_of, outs
 from compactgpt.tracking.journal import journal_lines
-from compactgpt.verification import Verification, check_numbers, looked_at
+from compactgpt.training.checkpoint import load_model, load_newest_state, save_model, save_state
+from compactgpt.training.optim import Optimizers
 from tests.support.comparison_inputs import LIKELIHOOD, PARAMS, ROOT, make_place
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 
@@ -450,7 +459,7 @@ def foreign(tokenizer, folder):
     tokenizer.with_damage("vocab.bpe", [])
     network = tiny_gpt(load_encoding(folder / "tokenizer").n_vocab, n_layer=1, n_embd=4)
     save_hf(network, folder / "foreign", folder / "tokenizer")
-    baseline.read_folder(folder / "foreign")  # what it imports is no part of what a reader may take
+    baselines.read_folder(folder / "foreign")  # what it imports is no part of what a reader may take
     return Folder(folder / "foreign")
 
 
@@ -464,7 +473,7 @@ FOREIGN = st.sampled_from(
 def test_folders_of_other_peoples_models(foreign, name, damage):
     """What transformers makes of it, and what our own reader of GPT-2 makes of it."""
     foreign.with_damage(name, damage)
-    is_refused(lambda: baseline.read_folder(foreign.place))
+    is_refused(lambda: baselines.read_folder(foreign.place))
     is_refused(lambda: load_hf(foreign.place))
 
 
@@ -476,13 +485,13 @@ def test_the_config_of_other_peoples_models(foreign, changes):
         json.dumps(changed(json.loads(foreign.files["config.json"]), changes))
     )
     is_refused(lambda: load_hf(foreign.place))
-    is_refused(lambda: baseline.read_folder(foreign.place))
+    is_refused(lambda: baselines.read_folder(foreign.place))
 
 
 def test_a_model_of_more_layers_than_it_has_tensors_is_refused_before_it_is_built(foreign):
     foreign.with_damage("config.json", [])
     write_json(foreign.place / "config.json", read_json(foreign.place / "config.json") | {"n_layer": 10**12})
-    read = partial(baseline.read_folder, foreign.place)
+    read = partial(baselines.read_folder, foreign.place)
     assert is_refused(read)
     with pytest.raises(BadData, match="has 1,000,000,000,000 layers, the files 16 tensors"):
         read()
@@ -587,4 +596,4 @@ SETTINGS = PARAMS.regression.model_copy(update={"resamples": 20})
 def test_references_given_to_the_gate(folder, changes):
     now = references.accepted(ROOT / "reports/accepted.json")
     (folder / "accepted.json").write_text(json.dumps(changed(ACCEPTED, changes)))
-    is_refused(lambda: regression.judge(references.reference("accepted.json", folder), now, SETTINGS))
+    is_refused(lambda: gate.judge(references.reference("accepted.json", folder), now, SETTINGS))

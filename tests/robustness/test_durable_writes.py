@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt import storage
-from compactgpt.checkpoint import save_state
+from compactgpt.common import storage
+from compactgpt.common.errors import DiskFailed
 from compactgpt.config import load_params
-from compactgpt.errors import DiskFailed
-from compactgpt.optim import Optimizers
 from compactgpt.tracking.journal import Journal, journal_lines
+from compactgpt.training.checkpoint import save_state
+from compactgpt.training.optim import Optimizers
 from tests.support.tiny_models import ROOT, tiny_gpt
 
 

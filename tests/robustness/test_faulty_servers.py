@@ -14,8 +14,8 @@ from contextlib import suppress
 
 import pytest
 
-from compactgpt import hub, wheels
-from compactgpt.errors import BadData, Unreachable
+from compactgpt.common.errors import BadData, Unreachable
+from compactgpt.data import hub, wheels
 from compactgpt.tracking.journal import journal_lines
 from compactgpt.tracking.mlflow_logger import sync
 from tests.support.tracking_store import journal, runs

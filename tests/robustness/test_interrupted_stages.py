@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-from compactgpt.errors import Busy, DiskFull
+from compactgpt.common.errors import Busy, DiskFull
 from tests.support import processes
 from tests.support.tiny_pipeline import (
     STAGES,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compactgpt.checkpoint import save_model
-from compactgpt.evaluation import Totals, write_totals
-from compactgpt.storage import atomic_folder
-from compactgpt.verification import Verification, check_lock, check_manifests
+from compactgpt.common.storage import atomic_folder
+from compactgpt.evaluation.likelihood import Totals, write_totals
+from compactgpt.reporting.verify import Verification, check_lock, check_manifests
+from compactgpt.training.checkpoint import save_model
 from tests.support.comparison_inputs import PARAMS, ROOT
 from tests.support.tiny_corpus import make_documents
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 from typer.testing import CliRunner
 
-from compactgpt.comparison import compare
 from compactgpt.config import load_params
-from compactgpt.estimate import estimate
-from compactgpt.readings import read_sources
+from compactgpt.forecast.estimate import estimate
+from compactgpt.reporting.evidence import compare
+from compactgpt.reporting.schemas import read_sources
 from stages.comparison import app
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compactgpt import training
-from compactgpt.errors import Busy, PeerLost
+from compactgpt.common.errors import Busy, PeerLost
+from compactgpt.training import trainer
 from tests.support.processes import together
 from tests.support.tiny_training import params_of
 
@@ -32,9 +32,9 @@ def train(tokens, folder, params, stop_at=0, kill=()):
         if (rank, step) == tuple(kill):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trained = training.train(
+    trained = trainer.train(
         params,
-        training.open_splits(tokens),
+        trainer.open_splits(tokens),
         folder / "state",
         on_metrics=note,
         stopping=lambda: rank == 1 and steps[-1] == stop_at,  # one is asked, all stop

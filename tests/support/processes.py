@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
 # Optimizers import dynamo.
-_context.set_forkserver_preload(["compactgpt.training", "torch._dynamo", "compactgpt.sharding"])
+_context.set_forkserver_preload(["compactgpt.training.trainer", "torch._dynamo", "compactgpt.training.fsdp"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "src")])
 
 

@@ -6,9 +6,9 @@ The spelling of bytes is written down here a second time on purpose: it checks t
 import json
 from pathlib import Path
 
-from compactgpt.documents import SHARD_BYTES, new_document, write_documents
-from compactgpt.encoding import save_gpt2
-from compactgpt.storage import atomic_folder
+from compactgpt.common.storage import atomic_folder
+from compactgpt.data.documents import SHARD_BYTES, new_document, write_documents
+from compactgpt.data.encoding import save_gpt2
 
 # As bytes_to_unicode of openai/gpt-2 puts it: printable bytes first, then the others from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]

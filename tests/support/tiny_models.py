@@ -9,9 +9,9 @@ import torch
 from ruamel.yaml import YAML
 
 from compactgpt.config import Likelihood, Model
-from compactgpt.data import TokenFile, open_tokens, write_tokens
-from compactgpt.encoding import load_encoding, save_gpt2, spelled_bytes
-from compactgpt.model import GPT
+from compactgpt.data.encoding import load_encoding, save_gpt2, spelled_bytes
+from compactgpt.data.token_files import TokenFile, open_tokens, write_tokens
+from compactgpt.model.gpt import GPT
 
 ROOT = Path(__file__).parents[2]
 MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ a", "e r"]

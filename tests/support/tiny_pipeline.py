@@ -113,7 +113,7 @@ def params_tree(generation: int) -> dict:
 
 def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     """Run a stage's door here, as `python -m stages.X` would: SystemExit tells how it ended."""
-    from compactgpt import documents, download
+    from compactgpt.data import documents, download
     from compactgpt.tracking import mlflow_logger
 
     os.environ.pop("DVC_STAGE", None)
@@ -121,7 +121,7 @@ def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     os.chdir(place)
     download.MEGABYTE = 1500  # several shards of the few texts,
     documents.ROW_GROUP_BYTES = 500  # and several pieces of each
-    mlflow_logger.start_logger = lambda folder: None  # a process of its own: tests/test_tracking.py
+    mlflow_logger.start_logger = lambda folder: None  # a process of its own: tests/tracking/test_tracking.py
     name, _, item = stage.partition("@")
     door = importlib.import_module(f"stages.{name}")
     door.app([*([item] if item else []), "--tracker", tracker], prog_name=name)
@@ -147,8 +147,11 @@ def outs_of(stage: str) -> list[str]:
 
 def warm_up(stages: tuple[str, ...] = STAGES) -> None:
     """Import what stages import as they run (pyarrow, say, pandas), and nothing that starts a thread."""
-    names = {path.stem for path in (ROOT / "src/compactgpt").glob("[a-z]*.py")}
-    rooms = [f"compactgpt.{name}" for name in sorted(names - {"exponentials_kernel"})]  # which needs Triton
-    doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z]*.py")]
+    package = ROOT / "src"
+    paths = [
+        path for path in package.rglob("*.py") if path.stem not in ("__init__", "cross_entropy_triton")
+    ]  # needs Triton
+    rooms = sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in paths)
+    doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z_]*.py")]
     for name in ["pandas", *rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
         importlib.import_module(name)

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from typer.testing import CliRunner
 
+from compactgpt.common.storage import atomic_folder
 from compactgpt.config import parse_params, read_yaml
-from compactgpt.data import write_tokens
-from compactgpt.storage import atomic_folder
+from compactgpt.data.token_files import write_tokens
 
 ROOT = Path(__file__).parents[2]
 

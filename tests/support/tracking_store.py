@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from compactgpt.lineage import md5_of, md5_path
+from compactgpt.tracking.dvc_files import md5_of, md5_path
 from compactgpt.tracking.journal import Journal, process_facts
 from compactgpt.tracking.mlflow_logger import Logger
 from compactgpt.tracking.run_folder import run_folders

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from compactgpt.checkpoint import save_model
-from compactgpt.storage import sha256_file, write_json
+from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics
+from compactgpt.training.checkpoint import save_model
 from tests.support import tracking_store
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 

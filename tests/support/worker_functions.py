@@ -2,7 +2,7 @@
 
 import os
 
-from compactgpt.errors import BadData
+from compactgpt.common.errors import BadData
 
 
 def square(number: int) -> int:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.errors import BadData, UserError
-from compactgpt.lineage import (
+from compactgpt.common.errors import BadData, UserError
+from compactgpt.tracking.dvc_files import (
     Cache,
     Commit,
     Folder,
@@ -20,7 +20,7 @@ from compactgpt.lineage import (
 )
 from tests.support import tracking_store
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CHAIN = """
 stages:

@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.errors import MissingInput
+from compactgpt.common.errors import MissingInput
 from tests.support import tracking_store
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = [
     ["reproduce", "HEAD"],
     ["reproduce", "HEAD", "--check"],

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.errors import Unreachable
-from compactgpt.storage import read_json
+from compactgpt.common.errors import Unreachable
+from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger, registry, run_folder
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics

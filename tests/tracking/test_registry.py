@@ -6,12 +6,12 @@ import mlflow
 import pytest
 import torch
 
-from compactgpt.checkpoint import load_model, save_model
-from compactgpt.encoding import load_encoding
-from compactgpt.errors import CheckFailed, MissingInput
-from compactgpt.storage import sha256_file
+from compactgpt.common.errors import CheckFailed, MissingInput
+from compactgpt.common.storage import sha256_file
+from compactgpt.data.encoding import load_encoding
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
+from compactgpt.training.checkpoint import load_model, save_model
 from tests.support.tiny_models import tiny_gpt
 from tests.support.trained_project import register, weights
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt import reproduction
 from compactgpt.cli import app
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, OutsideFolder, UserError
 from compactgpt.common.worktree import scratch_worktree
-from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed, OutsideFolder, UserError
-from compactgpt.lineage import Cache, Chain, Commit, Folder, checkout, md5_path, read_chain
-from compactgpt.records import Record, find, versions
-from compactgpt.reproduction import DIFFERENT, IDENTICAL, ROUNDING, gaps, judge, reproduce
+from compactgpt.tracking import reproduce as reproduction
+from compactgpt.tracking.dvc_files import Cache, Chain, Commit, Folder, checkout, md5_path, read_chain
 from compactgpt.tracking.journal import machine_facts
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import packages
+from compactgpt.tracking.records import Record, find, versions
+from compactgpt.tracking.reproduce import DIFFERENT, IDENTICAL, ROUNDING, gaps, judge, reproduce
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
 
@@ -151,7 +151,7 @@ def test_missing_things_are_named_before_anything_runs(root, record):
 
 
 def test_data_that_is_neither_cached_nor_can_be_made_is_missing(root, record, monkeypatch):
-    monkeypatch.setattr("compactgpt.lineage.Cache.has", lambda *_: False)
+    monkeypatch.setattr("compactgpt.tracking.dvc_files.Cache.has", lambda *_: False)
     assert [gap.what for gap in gaps(record, root)] == []
     text = root / "corpus/text"
     content = text.read_text()
@@ -462,7 +462,7 @@ def test_data_comes_from_the_projects_own_remote(root, record, tmp_path):
 
 def test_the_corpus_of_a_build_of_torch_is_that_of_its_version(root, record, monkeypatch):
     """A fresh clone: no cache; installed is 2.13.0+cpu where params.yaml names 2.13.0."""
-    monkeypatch.setattr("compactgpt.lineage.Cache.has", lambda *_: False)
+    monkeypatch.setattr("compactgpt.tracking.dvc_files.Cache.has", lambda *_: False)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "2.13.0+cpu")
     corpus = {"corpus": "docstrings", "docstrings": {"distributions": {"torch": "2.13.0"}}}
     (record.place.root / "params.yaml").write_text(json.dumps({"download": corpus}))

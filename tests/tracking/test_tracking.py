@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.git import git_facts, uncommitted
+from compactgpt.common.storage import read_json
 from compactgpt.config import read_yaml
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.storage import read_json
 from compactgpt.tracking import mlflow_logger
 from compactgpt.tracking.journal import (
     NullTracker,
@@ -34,7 +34,7 @@ from compactgpt.tracking.run_folder import RunFolder
 from compactgpt.tracking.store import open_store
 from tests.support.tracking_store import copy, git, journal, runs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

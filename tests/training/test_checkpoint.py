@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from compactgpt import checkpoint
-from compactgpt.checkpoint import load_model, load_newest_state, prune_runs, save_model, save_state
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.model import GPT
-from compactgpt.optim import Optimizers
-from compactgpt.storage import atomic_folder
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import atomic_folder
+from compactgpt.model.gpt import GPT
+from compactgpt.training import checkpoint
+from compactgpt.training.checkpoint import load_model, load_newest_state, prune_runs, save_model, save_state
+from compactgpt.training.optim import Optimizers
 from tests.support.tiny_gpt import tiny, tokens_of
 from tests.support.training_recipe import recipe
 

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from compactgpt import training
-from compactgpt.distributed import Group
-from compactgpt.errors import BadConfig
-from compactgpt.launching import DistInfo
+from compactgpt.common.errors import BadConfig
+from compactgpt.training import trainer
+from compactgpt.training.distributed import Group
+from compactgpt.training.launching import DistInfo
 from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
 from tests.support.processes import together
 from tests.support.tiny_training import make_tokens, params_of
@@ -69,7 +69,7 @@ def test_a_run_resumes_with_another_number_of_processes(tokens, tmp_path, alone,
 def test_a_run_resumed_with_another_number_of_processes_warns_that_bits_differ(tokens, tmp_path):
     assert together(2, stopped, tokens, tmp_path, parameters(), 3) == [0, 0]
     warnings = []
-    training.train(parameters(), training.open_splits(tokens), tmp_path / "state", tell=warnings.append)
+    trainer.train(parameters(), trainer.open_splits(tokens), tmp_path / "state", tell=warnings.append)
     assert ["had 2 of training.launcher.processes, from here on 1" in text for text in warnings] == [True]
 
 

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compactgpt.checkpoint import save_model
-from compactgpt.distributed import Group, init_process_group
-from compactgpt.errors import BadConfig, DiskFull
-from compactgpt.initial import folder_sha256
-from compactgpt.launching import DistInfo
-from compactgpt.model import GPT
-from compactgpt.optim import Optimizers
-from compactgpt.storage import sha256_file
+from compactgpt.common.errors import BadConfig, DiskFull
+from compactgpt.common.storage import sha256_file
+from compactgpt.model.gpt import GPT
+from compactgpt.training.checkpoint import save_model
+from compactgpt.training.distributed import Group, init_process_group
+from compactgpt.training.initialization import folder_sha256
+from compactgpt.training.launching import DistInfo
+from compactgpt.training.optim import Optimizers
 from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
 from tests.support.processes import together
 from tests.support.tiny_training import make_tokens, params_of
@@ -160,7 +160,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(state_of_two, tmp_p
 
 def loaded(folder, key=None, **changes):
     """What one process finds in a folder of states, and the tensors that it filled."""
-    from compactgpt.sharding import load_newest_sharded_state
+    from compactgpt.training.fsdp import load_newest_sharded_state
 
     params = parameters("fsdp", **CLIPPED, **changes)
     model = GPT(params.model)
@@ -202,17 +202,17 @@ def test_a_disk_that_refuses_one_process_is_one_sentence_and_leaves_the_state_be
 
 def _refused(tokens, folder, params):
     """The disk of process 1 is full from the second state on."""
-    from compactgpt import sharding
+    from compactgpt.training import fsdp
 
     leads, times = os.environ["RANK"] == "0", iter(range(10))
-    real = sharding.HuggingFaceStorageWriter.write_data
+    real = fsdp.HuggingFaceStorageWriter.write_data
 
     def write(self, plan, planner):
         if not leads and next(times):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, plan, planner)
 
-    sharding.HuggingFaceStorageWriter.write_data = write
+    fsdp.HuggingFaceStorageWriter.write_data = write
     with pytest.raises(DiskFull if leads else SystemExit, match="no room left" if leads else "0"):
         train(tokens, folder, params)
 
@@ -252,7 +252,7 @@ def _compared(folder):
     """Three processes, so that rows do not divide; weights, gradients and updates held against whole ones."""
     from torch.distributed.tensor import distribute_tensor
 
-    from compactgpt.sharding import full_model, orthogonalise_sharded, shard_model
+    from compactgpt.training.fsdp import full_model, orthogonalise_sharded, shard_model
 
     params = params_of(tokens_per_step=48)
     with init_process_group(params.training.launcher, "cpu") as group:

@@ -1,6 +1,6 @@
 """What only a GPU can show; each file's test that a CPU can make stands beside its room.
 
-python -m pytest tests/test_gpu.py        # on a machine with an Nvidia GPU (docs/benchmarks.md has the last)
+python -m pytest tests/training/test_gpu.py   # needs an Nvidia GPU (docs/benchmarks.md)
 """
 
 import importlib.util
@@ -8,10 +8,10 @@ import importlib.util
 import pytest
 import torch
 
-from compactgpt import training
-from compactgpt.errors import Busy
-from compactgpt.exponentials import CAP, exponentials
-from compactgpt.model import GPT
+from compactgpt.common.errors import Busy
+from compactgpt.model.cross_entropy import CAP, exponentials
+from compactgpt.model.gpt import GPT
+from compactgpt.training import trainer
 from tests.support.tiny_training import make_tokens, params_of, same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no Nvidia GPU here")
@@ -59,21 +59,21 @@ def test_loss_and_gradients_in_bfloat16_are_near_those_of_float32():
 def test_a_gpu_gives_the_same_bits_twice_and_after_a_stop(tmp_path, compiles):
     if compiles and not importlib.util.find_spec("triton"):
         pytest.skip("nothing compiles for a GPU here without Triton")
-    splits = training.open_splits(make_tokens(tmp_path / "tokens"))
+    splits = trainer.open_splits(make_tokens(tmp_path / "tokens"))
     params = params_of(
         model=NOTE, dtype="bfloat16", compile=compiles, optimizer="adamw",
         max_steps=9, tokens_per_step=8192, micro_batch_size=16, eval_interval=3, checkpoint_interval=3,
     )  # fmt: skip
     runtime = params.runtime.model_copy(update={"device": "cuda", "log_interval": 2})
     params = params.model_copy(update={"runtime": runtime})
-    whole = training.train(params, splits, tmp_path / "whole")
-    assert same_bits(whole, training.train(params, splits, tmp_path / "again"))
+    whole = trainer.train(params, splits, tmp_path / "whole")
+    assert same_bits(whole, trainer.train(params, splits, tmp_path / "again"))
     steps = []
     with pytest.raises(Busy, match="step 4 of 9"):
-        training.train(
+        trainer.train(
             params, splits, tmp_path / "stopped",
             watch=lambda step, _model: steps.append(step), stopping=lambda: steps[-1:] == [3],
         )  # fmt: skip
-    rest = training.train(params, splits, tmp_path / "stopped")
+    rest = trainer.train(params, splits, tmp_path / "stopped")
     assert rest.resumed_from == 4
     assert same_bits(whole, rest)

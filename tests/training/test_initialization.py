@@ -4,11 +4,11 @@ import warnings
 import pytest
 import torch
 
-from compactgpt.checkpoint import save_model
-from compactgpt.errors import BadConfig, MissingInput
-from compactgpt.export import save_hf
-from compactgpt.initial import folder_sha256, initial_model
-from compactgpt.model import GPT
+from compactgpt.common.errors import BadConfig, MissingInput
+from compactgpt.model.gpt import GPT
+from compactgpt.model.huggingface import save_hf
+from compactgpt.training.checkpoint import save_model
+from compactgpt.training.initialization import folder_sha256, initial_model
 from tests.support.tiny_gpt import tiny, tokens_of
 from tests.support.training_recipe import recipe
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compactgpt.launching import DistInfo, dist_info
+from compactgpt.training.launching import DistInfo, dist_info
 from tests.support.processes import together
 from tests.support.tiny_training import contents, door, make_tokens, tree_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 90
 STAGE = ["-m", "stages.training", "--tracker", "none"]
 

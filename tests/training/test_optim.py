@@ -6,10 +6,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from compactgpt.common.errors import BadData
 from compactgpt.config import load_params
-from compactgpt.errors import BadData
-from compactgpt.model import GPT
-from compactgpt.optim import Optimizers, lr_multiplier, muon_step, orthogonal
+from compactgpt.model.gpt import GPT
+from compactgpt.training.optim import Optimizers, lr_multiplier, muon_step, orthogonal
 from tests.support.tiny_gpt import tiny, tokens_of
 from tests.support.tiny_models import ROOT
 from tests.support.training_recipe import recipe

@@ -9,26 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from compactgpt import training, watching
-from compactgpt.checkpoint import load_model, save_model
+from compactgpt.common.device import prepare_process, stop_requests
+from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.common.storage import write_text
 from compactgpt.config import ExpectedLoss, parse_params
-from compactgpt.data import open_tokens, write_tokens
-from compactgpt.distributed import Group
-from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.export import save_hf
-from compactgpt.initial import folder_sha256, initial_model
-from compactgpt.launching import DistInfo
-from compactgpt.runtime import prepare_process, stop_requests
-from compactgpt.storage import write_text
+from compactgpt.data.token_files import open_tokens, write_tokens
+from compactgpt.model.huggingface import save_hf
+from compactgpt.training import callbacks, trainer
+from compactgpt.training.checkpoint import load_model, save_model
+from compactgpt.training.distributed import Group
+from compactgpt.training.initialization import folder_sha256, initial_model
+from compactgpt.training.launching import DistInfo
 from tests.support import processes
 from tests.support.tiny_training import EOT, VOCAB, contents, door, make_tokens, params_of, same_bits, tree_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    return training.open_splits(make_tokens(tmp_path_factory.mktemp("data") / "tokens"))
+    return trainer.open_splits(make_tokens(tmp_path_factory.mktemp("data") / "tokens"))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def one_thread():
 
 def test_training_learns(splits, tmp_path):
     params = params_of(max_steps=150, eval_interval=50, checkpoint_interval=50)
-    rows = training.train(params, splits, tmp_path).rows
+    rows = trainer.train(params, splits, tmp_path).rows
     assert [row.step for row in rows] == [1, 50, 100, 150]
     assert rows[0].val_loss > 3.5
     assert rows[-1].val_loss < 2.5
@@ -67,20 +67,20 @@ def test_training_learns(splits, tmp_path):
 )
 def test_a_run_stopped_after_any_step_ends_with_the_bits_of_one_never_stopped(splits, tmp_path, changes):
     params = params_of(**changes)
-    whole = training.train(params, splits, tmp_path / "whole")
-    assert same_bits(whole, training.train(params, splits, tmp_path / "again"))
+    whole = trainer.train(params, splits, tmp_path / "whole")
+    assert same_bits(whole, trainer.train(params, splits, tmp_path / "again"))
     for last in (1, 2, 3, 5):
         state = tmp_path / str(last)
         steps = []
         with pytest.raises(Busy, match=f"step {last} of 6"):
-            training.train(
+            trainer.train(
                 params,
                 splits,
                 state,
                 on_metrics=lambda step, _, steps=steps: steps.append(step),
                 stopping=lambda steps=steps, last=last: steps[-1] == last,
             )
-        resumed = training.train(params, splits, state)
+        resumed = trainer.train(params, splits, state)
         assert resumed.resumed_from == last
         assert same_bits(whole, resumed)
 
@@ -92,10 +92,10 @@ def test_a_run_that_failed_between_checkpoints_goes_on_from_the_last_one(splits,
 
     params = params_of()
     with pytest.raises(ZeroDivisionError):
-        training.train(params, splits, tmp_path / "broken", progress=fail)
-    resumed = training.train(params, splits, tmp_path / "broken")
+        trainer.train(params, splits, tmp_path / "broken", progress=fail)
+    resumed = trainer.train(params, splits, tmp_path / "broken")
     assert resumed.resumed_from == 4
-    assert same_bits(resumed, training.train(params, splits, tmp_path / "whole"))
+    assert same_bits(resumed, trainer.train(params, splits, tmp_path / "whole"))
 
 
 def _killed_at_fsync(number, tokens, state):
@@ -110,7 +110,7 @@ def _killed_at_fsync(number, tokens, state):
 
     os.fsync = fsync
     prepare_process(params_of().runtime)
-    training.train(params_of(eval_interval=6), training.open_splits(tokens), state)
+    trainer.train(params_of(eval_interval=6), trainer.open_splits(tokens), state)
 
 
 def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_result(tmp_path):
@@ -122,10 +122,10 @@ def test_sigkill_in_the_middle_of_writing_a_checkpoint_changes_no_bit_of_the_res
     )
     assert left == ["best", "step-00000002", "step-00000004"]
     assert not (tmp_path / "state" / "step-00000004").exists()
-    splits = training.open_splits(tokens)
-    resumed = training.train(params_of(eval_interval=6), splits, tmp_path / "state")
+    splits = trainer.open_splits(tokens)
+    resumed = trainer.train(params_of(eval_interval=6), splits, tmp_path / "state")
     assert resumed.resumed_from == 2
-    assert same_bits(resumed, training.train(params_of(eval_interval=6), splits, tmp_path / "whole"))
+    assert same_bits(resumed, trainer.train(params_of(eval_interval=6), splits, tmp_path / "whole"))
 
 
 def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(splits, tmp_path):
@@ -135,9 +135,9 @@ def test_sigterm_ends_the_step_saves_and_says_how_to_go_on(splits, tmp_path):
 
     before = signal.getsignal(signal.SIGTERM)
     with stop_requests() as stopping, pytest.raises(Busy, match=r"step 4 of 6.*dvc repro"):
-        training.train(params_of(), splits, tmp_path, progress=terminate, stopping=stopping)
+        trainer.train(params_of(), splits, tmp_path, progress=terminate, stopping=stopping)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert training.train(params_of(), splits, tmp_path).resumed_from == 4
+    assert trainer.train(params_of(), splits, tmp_path).resumed_from == 4
 
 
 def test_the_second_ctrl_c_acts_at_once_unless_it_is_the_first_ones_echo(default_ctrl_c):
@@ -154,9 +154,9 @@ def test_the_second_ctrl_c_acts_at_once_unless_it_is_the_first_ones_echo(default
 def test_a_sampled_softmax_learns_without_the_padding_and_what_the_full_one_learns(splits, tmp_path):
     """The validation loss is always the full softmax's; rows of the padding are never touched."""
     budget = {"max_steps": 150, "eval_interval": 50, "checkpoint_interval": 50}
-    full = training.train(params_of(**budget, head="full", init_unigram=0.0), splits, tmp_path / "full")
+    full = trainer.train(params_of(**budget, head="full", init_unigram=0.0), splits, tmp_path / "full")
     params = params_of(**budget, head="sampled", sample_tokens=12, init_unigram=0.0)
-    sampled = training.train(params, splits, tmp_path / "sampled")
+    sampled = trainer.train(params, splits, tmp_path / "sampled")
     assert sampled.rows[-1].val_loss == pytest.approx(full.rows[-1].val_loss, abs=0.2)
     drawn = initial_model(params.model, params.training)
     assert torch.equal(sampled.model.wte.weight[VOCAB:], drawn.wte.weight[VOCAB:])
@@ -165,8 +165,8 @@ def test_a_sampled_softmax_learns_without_the_padding_and_what_the_full_one_lear
 
 def test_a_sample_is_of_the_whole_step_however_it_is_cut_into_micro_batches(splits, tmp_path):
     sampled = {"head": "sampled", "sample_tokens": 12, "eval_interval": 6}
-    small = training.train(params_of(micro_batch_size=1, **sampled), splits, tmp_path / "a")
-    large = training.train(params_of(micro_batch_size=4, **sampled), splits, tmp_path / "b")
+    small = trainer.train(params_of(micro_batch_size=1, **sampled), splits, tmp_path / "a")
+    large = trainer.train(params_of(micro_batch_size=4, **sampled), splits, tmp_path / "b")
     assert small.rows[-1].val_loss == pytest.approx(large.rows[-1].val_loss, abs=1e-4)
 
 
@@ -187,21 +187,21 @@ def test_what_a_sampled_softmax_cannot_be_combined_with_is_refused(changes, mess
 
 
 def test_how_often_is_measured_never_changes_the_model(splits, tmp_path):
-    often = training.train(params_of(eval_interval=1, eval_windows=2), splits, tmp_path / "a")
-    seldom = training.train(params_of(eval_interval=6, checkpoint_interval=1), splits, tmp_path / "b")
+    often = trainer.train(params_of(eval_interval=1, eval_windows=2), splits, tmp_path / "a")
+    seldom = trainer.train(params_of(eval_interval=6, checkpoint_interval=1), splits, tmp_path / "b")
     assert torch.equal(often.model.wte.weight, seldom.model.wte.weight)
 
 
 def test_micro_batches_are_a_matter_of_memory_only(splits, tmp_path):
-    small = training.train(params_of(micro_batch_size=1), splits, tmp_path / "a")
-    large = training.train(params_of(micro_batch_size=4), splits, tmp_path / "b")
+    small = trainer.train(params_of(micro_batch_size=1), splits, tmp_path / "a")
+    large = trainer.train(params_of(micro_batch_size=4), splits, tmp_path / "b")
     assert small.rows[-1].val_loss == pytest.approx(large.rows[-1].val_loss, abs=1e-4)
 
 
 def test_validation_loss_is_the_mean_over_the_tokens_of_every_document(splits, tmp_path):
     """Window by window, all logits in float64, padding rows left out."""
-    model = training.train(params_of(), splits, tmp_path).model
-    windows = training._chosen_windows(splits.val, 8, 10**6)
+    model = trainer.train(params_of(), splits, tmp_path).model
+    windows = trainer._chosen_windows(splits.val, 8, 10**6)
     nats, scored = 0.0, 0
     for window in windows:
         x = model.hidden(torch.from_numpy(window.tokens)[None])[0]
@@ -210,19 +210,19 @@ def test_validation_loss_is_the_mean_over_the_tokens_of_every_document(splits, t
         scored += len(window.targets)
     assert scored == splits.val.header.tokens - splits.val.header.documents
     for batch_size in (1, 3):
-        assert training.validation_loss(model, windows, batch_size) == pytest.approx(nats / scored, abs=1e-6)
+        assert trainer.validation_loss(model, windows, batch_size) == pytest.approx(nats / scored, abs=1e-6)
 
 
 def test_fewer_windows_are_spread_over_the_whole_split(splits):
-    every = training._chosen_windows(splits.val, 8, 10**6)
-    some = training._chosen_windows(splits.val, 8, 3)
+    every = trainer._chosen_windows(splits.val, 8, 10**6)
+    some = trainer._chosen_windows(splits.val, 8, 3)
     assert [some[0].document, some[-1].document] == [every[0].document, every[-1].document]
     assert len(some) == 3
 
 
 def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(splits, tmp_path):
     losses = {}
-    trained = training.train(
+    trained = trainer.train(
         params_of(eval_interval=4),
         splits,
         tmp_path,
@@ -235,8 +235,8 @@ def test_a_row_holds_the_mean_loss_of_the_steps_since_the_row_before(splits, tmp
 def test_a_loss_that_explodes_stops_the_run_before_its_step_is_kept(splits, tmp_path):
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant")
     with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is .*lower training.learning_rate"):
-        training.train(params, splits, tmp_path)
-    run = training._Run(params, splits, tmp_path, Group(DistInfo(), "fast"))
+        trainer.train(params, splits, tmp_path)
+    run = trainer._Run(params, splits, tmp_path, Group(DistInfo(), "fast"))
     weights = []
 
     def go_on_for_ever():
@@ -254,8 +254,8 @@ def test_a_gradient_that_is_not_finite_stops_with_step_batch_and_way_and_leaves_
 ):
     """The loss is good, a number of its gradient is not; the next run, without that, goes on."""
     params = params_of(eval_interval=1)
-    whole = training.train(params, splits, tmp_path / "whole")
-    real = training._Run._gradient
+    whole = trainer.train(params, splits, tmp_path / "whole")
+    real = trainer._Run._gradient
 
     def poisoned(run, *batch):
         loss = real(run, *batch)
@@ -264,20 +264,20 @@ def test_a_gradient_that_is_not_finite_stops_with_step_batch_and_way_and_leaves_
         return loss
 
     with monkeypatch.context() as broken:
-        broken.setattr(training._Run, "_gradient", poisoned)
+        broken.setattr(trainer._Run, "_gradient", poisoned)
         with pytest.raises(NotFinite) as caught:
-            training.train(params, splits, tmp_path / "s")
+            trainer.train(params, splits, tmp_path / "s")
     told = str(caught.value)
     assert told.startswith("step 5 of 6: the training loss is ")
     assert "norm of its gradient is inf" in told
     assert "batch (seed 1337, step 4 from 0)" in told
     assert "lower training.learning_rate" in told
     assert "run `dvc repro`" in told
-    best = training.best_row(whole.rows[:4])
+    best = trainer.best_row(whole.rows[:4])
     facts = json.loads((tmp_path / "s/best/config.json").read_text())["facts"]
     assert facts == {"step": best.step, "val_loss": best.val_loss}
     load_model(tmp_path / "s/best")
-    resumed = training.train(params, splits, tmp_path / "s")
+    resumed = trainer.train(params, splits, tmp_path / "s")
     assert resumed.resumed_from == 4
     assert same_bits(whole, resumed)
 
@@ -285,17 +285,17 @@ def test_a_gradient_that_is_not_finite_stops_with_step_batch_and_way_and_leaves_
 def test_a_gpu_that_works_behind_us_gives_the_same_run_and_news_of_every_step(splits, tmp_path, monkeypatch):
     """On the CPU, told to defer: losses are looked at now and then, and nothing else changes."""
     news, late = [], []
-    whole = training.train(params_of(), splits, tmp_path / "a", on_metrics=lambda *told: news.append(told))
-    make = training._Run.__init__
+    whole = trainer.train(params_of(), splits, tmp_path / "a", on_metrics=lambda *told: news.append(told))
+    make = trainer._Run.__init__
 
     def defer(run, *args):
         make(run, *args)
         run.defers = True
 
-    monkeypatch.setattr(training._Run, "__init__", defer)
+    monkeypatch.setattr(trainer._Run, "__init__", defer)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     params = params_of(eval_interval=2)
-    run = training.train(params, splits, tmp_path / "b", on_metrics=lambda *told: late.append(told))
+    run = trainer.train(params, splits, tmp_path / "b", on_metrics=lambda *told: late.append(told))
     assert same_bits(whole, run)
     losses = [
         [(step, values["train/loss"]) for step, values in told if "train/loss" in values]
@@ -304,34 +304,34 @@ def test_a_gpu_that_works_behind_us_gives_the_same_run_and_news_of_every_step(sp
     assert losses[0] == losses[1]
     params = params_of(learning_rate=1e38, embedding_learning_rate=1e38, schedule="constant", eval_interval=6)
     with pytest.raises(NotFinite, match=r"step \d of 6: the .* loss is"):
-        training.train(params, splits, tmp_path / "c")
+        trainer.train(params, splits, tmp_path / "c")
 
 
 def test_bfloat16_learns_what_float32_learns_and_keeps_its_weights_in_float32(splits, tmp_path):
     budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
-    exact = training.train(params_of(**budget), splits, tmp_path / "a")
+    exact = trainer.train(params_of(**budget), splits, tmp_path / "a")
     short = params_of(**budget, dtype="bfloat16")
-    rounded = training.train(short, splits, tmp_path / "b")
+    rounded = trainer.train(short, splits, tmp_path / "b")
     assert rounded.model.wte.weight.dtype == torch.float32
     assert not same_bits(exact, rounded)
     assert rounded.rows[-1].val_loss == pytest.approx(exact.rows[-1].val_loss, abs=0.1)
-    assert same_bits(rounded, training.train(short, splits, tmp_path / "c"))
+    assert same_bits(rounded, trainer.train(short, splits, tmp_path / "c"))
 
 
 def test_the_best_model_is_kept_when_the_last_is_worse(splits, tmp_path, monkeypatch):
     """The validation loss falls to step 4 and rises after it."""
     params = params_of()
     told = {1: 5.0, 2: 4.0, 4: 3.0, 6: 3.5}
-    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
     losses, weights = iter(told.values()), {}
     states = tmp_path / "states"
-    trained = training.train(
+    trained = trainer.train(
         params,
         splits,
         states,
         watch=lambda step, model: weights.update({step: model.wte.weight.detach().clone()}),
     )
-    facts = training.save_results(
+    facts = trainer.save_results(
         params, splits, trained, states, tmp_path / "models/compact", tmp_path / "loss.csv"
     )
     assert (facts["best_val_step"], facts["best_val_loss"], facts["val_loss"]) == (4, 3.0, 3.5)
@@ -340,37 +340,37 @@ def test_the_best_model_is_kept_when_the_last_is_worse(splits, tmp_path, monkeyp
 
 
 def test_a_last_model_that_is_the_best_is_kept_once(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(losses))
     losses = iter([5.0, 4.0, 3.0, 2.0])
-    trained = training.train(params_of(), splits, tmp_path / "states")
-    training.save_results(
+    trained = trainer.train(params_of(), splits, tmp_path / "states")
+    trainer.save_results(
         params_of(), splits, trained, tmp_path / "states", tmp_path / "compact", tmp_path / "c"
     )
     assert not (tmp_path / "compact/best").exists()
 
 
 def test_a_step_is_said_in_sequences_tokens_micro_batches_and_processes():
-    said = training.budget(params_of(tokens_per_step=64, micro_batch_size=2), 2)
+    said = trainer.budget(params_of(tokens_per_step=64, micro_batch_size=2), 2)
     assert said == (
         "tokens_per_step 64 = 2 sequences x 8 tokens x 2 micro-batches x 2 processes; 6 steps, 384 tokens"
     )
     with pytest.raises(BadConfig, match=r"8 sequences can't be shared out .* among 3 processes"):
-        training.budget(params_of(tokens_per_step=64, micro_batch_size=2), 3)
+        trainer.budget(params_of(tokens_per_step=64, micro_batch_size=2), 3)
 
 
 def test_training_goes_on_from_a_model_of_ours(splits, tmp_path):
-    first = training.train(params_of(), splits, tmp_path / "a")
+    first = trainer.train(params_of(), splits, tmp_path / "a")
     save_model(first.model, tmp_path / "base", {})
     again = params_of(init_from=str(tmp_path / "base"), init_sha256=folder_sha256(tmp_path / "base"))
-    assert training.train(again, splits, tmp_path / "b").rows[0].val_loss < first.rows[0].val_loss
-    assert training.run_key(again, splits) != training.run_key(params_of(), splits)
+    assert trainer.train(again, splits, tmp_path / "b").rows[0].val_loss < first.rows[0].val_loss
+    assert trainer.run_key(again, splits) != trainer.run_key(params_of(), splits)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own making
 def test_a_compiled_trunk_learns_the_same_within_rounding(splits, tmp_path):
-    plain = training.train(params_of(model={"n_layer": 1}), splits, tmp_path / "a")
-    compiled = training.train(params_of(compile=True, model={"n_layer": 1}), splits, tmp_path / "b")
+    plain = trainer.train(params_of(model={"n_layer": 1}), splits, tmp_path / "a")
+    compiled = trainer.train(params_of(compile=True, model={"n_layer": 1}), splits, tmp_path / "b")
     for mine, theirs in zip(plain.rows, compiled.rows, strict=True):
         assert (mine.train_loss, mine.val_loss) == pytest.approx(
             (theirs.train_loss, theirs.val_loss), abs=1e-4
@@ -378,9 +378,9 @@ def test_a_compiled_trunk_learns_the_same_within_rounding(splits, tmp_path):
 
 
 def test_no_memory_says_which_number_to_lower(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(training._Run, "_gradient", lambda *_: torch.empty(2**58))
+    monkeypatch.setattr(trainer._Run, "_gradient", lambda *_: torch.empty(2**58))
     with pytest.raises(OutOfMemory, match="micro_batch_size"):
-        training.train(params_of(), splits, tmp_path)
+        trainer.train(params_of(), splits, tmp_path)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), MemoryError()])
@@ -388,44 +388,44 @@ def test_no_memory_on_a_gpu_or_for_python_says_the_same(splits, tmp_path, monkey
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(training._Run, "_gradient", fail)
+    monkeypatch.setattr(trainer._Run, "_gradient", fail)
     with pytest.raises(OutOfMemory, match=r"halve training\.micro_batch_size in params\.yaml"):
-        training.train(params_of(), splits, tmp_path)
+        trainer.train(params_of(), splits, tmp_path)
 
 
 def test_other_runtime_errors_stay_what_they_are(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(training._Run, "_gradient", lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(trainer._Run, "_gradient", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        training.train(params_of(), splits, tmp_path)
+        trainer.train(params_of(), splits, tmp_path)
 
 
 def test_tokens_of_a_larger_vocabulary_are_refused(splits, tmp_path):
     with pytest.raises(BadConfig, match=r"model.vocab_size: found 30, .* 40"):
-        training.train(params_of(model={"vocab_size": 30}), splits, tmp_path)
+        trainer.train(params_of(model={"vocab_size": 30}), splits, tmp_path)
 
 
 def test_an_empty_val_split_is_refused(splits, tmp_path):
     write_tokens(tmp_path / "val.tokens", iter([]), vocab_size=40, eot_token=EOT, tokenizer_sha256="")
-    empty = training.Splits(splits.train, open_tokens(tmp_path / "val.tokens"), "")
+    empty = trainer.Splits(splits.train, open_tokens(tmp_path / "val.tokens"), "")
     with pytest.raises(BadData, match="val_fraction"):
-        training.train(params_of(), empty, tmp_path / "state")
+        trainer.train(params_of(), empty, tmp_path / "state")
 
 
 def test_the_run_key_names_what_the_result_depends_on(splits):
-    key = training.run_key(params_of(), splits)
-    other_data = training.Splits(splits.train, splits.val, "f" * 64)
-    assert key == training.run_key(params_of(), splits)
-    assert key != training.run_key(params_of(seed=2), splits)
-    assert key != training.run_key(params_of(model={"bias": True}), splits)
-    assert key != training.run_key(params_of(), other_data)
-    assert key != training.run_key(params_of(compile=True), splits)
-    assert key != training.run_key(params_of(dtype="bfloat16"), splits)
+    key = trainer.run_key(params_of(), splits)
+    other_data = trainer.Splits(splits.train, splits.val, "f" * 64)
+    assert key == trainer.run_key(params_of(), splits)
+    assert key != trainer.run_key(params_of(seed=2), splits)
+    assert key != trainer.run_key(params_of(model={"bias": True}), splits)
+    assert key != trainer.run_key(params_of(), other_data)
+    assert key != trainer.run_key(params_of(compile=True), splits)
+    assert key != trainer.run_key(params_of(dtype="bfloat16"), splits)
     threads = tree_of()
     threads["runtime"]["num_threads"] = 2
-    assert key != training.run_key(parse_params(threads), splits)
+    assert key != trainer.run_key(parse_params(threads), splits)
     unrelated = tree_of()
     unrelated["evaluation"]["likelihood"]["window"] = 4
-    assert key == training.run_key(parse_params(unrelated), splits)
+    assert key == trainer.run_key(parse_params(unrelated), splits)
 
 
 def test_altered_tokens_are_refused(tmp_path):
@@ -434,7 +434,7 @@ def test_altered_tokens_are_refused(tmp_path):
     content[-1] ^= 1
     (folder / "train.tokens").write_bytes(content)
     with pytest.raises(BadData, match=r"train\.tokens was altered"):
-        training.open_splits(folder)
+        trainer.open_splits(folder)
 
 
 @pytest.fixture
@@ -513,7 +513,7 @@ def test_who_waits_sees_step_loss_speed_use_time_left_and_whether_the_curve_leav
     here, monkeypatch
 ):
     told = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
-    monkeypatch.setattr(watching, "expected_band", lambda _: watching.Band(told, 100))
+    monkeypatch.setattr(callbacks, "expected_band", lambda _: callbacks.Band(told, 100))
     tree = tree_of(max_steps=100, eval_interval=20, checkpoint_interval=50)
     write_text(Path("params.yaml"), json.dumps(tree))
     lines = door().output.splitlines()
@@ -531,7 +531,7 @@ def test_fine_tuning_a_gpt2_in_hugging_faces_form_through_the_door(here, splits)
     """Refused until its hash is told, then better from the first row on than from scratch."""
     shape = {"bias": True, "gelu": "tanh"}
     budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
-    base = training.train(params_of(**budget, model=shape), splits, here / "base")
+    base = trainer.train(params_of(**budget, model=shape), splits, here / "base")
     save_hf(base.model, here / "gpt2")
     tuned = {"init_from": "gpt2", "init_sha256": "0" * 64, "model": shape}
     write_text(Path("params.yaml"), json.dumps(tree_of(**tuned)))

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import (
+from compactgpt.common.errors import (
     BadData,
     DiskFailed,
     DiskFull,
@@ -63,7 +63,7 @@ def told_clearly(stopped: str = "stopped") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from compactgpt.launching import dist_info, under_torchrun  # reads all of config
+        from compactgpt.training.launching import dist_info, under_torchrun  # reads all of config
 
         # What every process meets at the same step is told once.
         if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):

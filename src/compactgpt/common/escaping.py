@@ -2,7 +2,7 @@
 
 import re
 
-from compactgpt.errors import printable
+from compactgpt.common.errors import printable
 
 # What Markdown (CommonMark and GitHub's extensions) would take for markup. Underscores inside a word and
 # single signs inside a line are text already, and stay readable.

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compactgpt.errors import MissingInput
+from compactgpt.common.errors import MissingInput
 
 DIFF = "uncommitted.diff"  # name of the artifact
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps: never a change of the user's

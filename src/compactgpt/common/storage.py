@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from compactgpt.errors import (
+from compactgpt.common.errors import (
     BadData,
     DiskFailed,
     DiskFull,

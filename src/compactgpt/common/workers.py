@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TypeVar
 
-from compactgpt.errors import Busy
+from compactgpt.common.errors import Busy
 
 T = TypeVar("T")
 R = TypeVar("R")

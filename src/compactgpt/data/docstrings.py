@@ -15,11 +15,11 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
-from compactgpt.corpus import Origin, Piece
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.parallel import ordered_map
-from compactgpt.progress import Progress, silent
+from compactgpt.data.sources import Origin, Piece
 
 _SHORT_LICENCE = 40  # characters: a longer field holds the licence's whole text
 _MEND = "delete .venv and run `make setup`"

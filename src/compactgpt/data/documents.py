@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from compactgpt.errors import BadData
-from compactgpt.storage import atomic_file
+from compactgpt.common.errors import BadData
+from compactgpt.common.storage import atomic_file
 
 SHARD_BYTES = 2**28  # of text, where params.yaml (download.shard_megabytes) says nothing else
 ROW_GROUP_BYTES = 2**21  # of text

@@ -8,13 +8,13 @@ manifest that says of each source how much was kept and what it hashes to (corpu
 from pathlib import Path, PurePath
 from typing import Any
 
-from compactgpt import encoding, wheels
+from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Download, Tokenizer
-from compactgpt.corpus import MEGABYTE, Limits, Reader, Say, collect, quiet
-from compactgpt.docstrings import DocstringReader
-from compactgpt.hubtexts import HubReader
-from compactgpt.progress import Progress, silent
-from compactgpt.textfiles import FileReader
+from compactgpt.data import encoding, wheels
+from compactgpt.data.docstrings import DocstringReader
+from compactgpt.data.hub_texts import HubReader
+from compactgpt.data.sources import MEGABYTE, Limits, Reader, Say, collect, quiet
+from compactgpt.data.text_files import FileReader
 
 
 def download(

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.workers import ordered_map
 from compactgpt.config import Inspection
-from compactgpt.documents import RowGroup, read_row_group
-from compactgpt.parallel import ordered_map
-from compactgpt.progress import Progress, silent
+from compactgpt.data.documents import RowGroup, read_row_group
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]

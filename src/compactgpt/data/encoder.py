@@ -3,7 +3,7 @@ r"""UTF-8 bytes -> token ids: exactly tiktoken's, an order of magnitude faster, 
 Two ways give the same ids. tiktoken is the reference and reads every encoding. gigatoken reads GPT-2's
 pattern 14 times as fast (docs/benchmarks.md), and is used where it is installed. Its tables of letters
 and digits are those of Unicode 17, tiktoken's those of Unicode 16: text with one of the code points in
-between goes through tiktoken. tests/test_encoder.py asks both for the class of every code point.
+between goes through tiktoken. tests/data/test_encoder.py asks both for the class of every code point.
 
 Long text is cut before white space that follows another character, where GPT-2's pattern
 
@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from compactgpt.encoding import GPT2_PATTERN, _ranks_bytes, load_encoding
-from compactgpt.errors import BadData
+from compactgpt.common.errors import BadData
+from compactgpt.data.encoding import GPT2_PATTERN, _ranks_bytes, load_encoding
 
 Ids = npt.NDArray[np.uint32]
 SPAN_BYTES = 2**20  # of text, encoded in one call

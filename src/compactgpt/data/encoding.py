@@ -15,8 +15,8 @@ from typing import Any
 
 import tiktoken
 
-from compactgpt.errors import BadConfig, BadData, Unreachable
-from compactgpt.storage import atomic_folder, verified_manifest, write_bytes
+from compactgpt.common.errors import BadConfig, BadData, Unreachable
+from compactgpt.common.storage import atomic_folder, verified_manifest, write_bytes
 
 VOCAB_BPE = "vocab.bpe"
 ENCODER_JSON = "encoder.json"

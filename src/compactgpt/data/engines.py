@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from compactgpt.errors import BadConfig, Busy, Unreachable, UserError
-from compactgpt.parallel import ordered_map
+from compactgpt.common.errors import BadConfig, Busy, Unreachable, UserError
+from compactgpt.common.workers import ordered_map
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ def _cluster(num_workers: int) -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         # A cluster of our own is told where this package lies, installed or not.
-        places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        places = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         local = {"num_cpus": num_workers, "include_dashboard": False}
         try:
             ray.init(

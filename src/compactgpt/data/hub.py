@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from compactgpt.errors import BadConfig, BadData, NotAllowed, Unreachable
-from compactgpt.storage import sha256_file
+from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
+from compactgpt.common.storage import sha256_file
 
 _TIMEOUT_SECONDS = 5
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]

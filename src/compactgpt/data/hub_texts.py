@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.progress import Progress, silent
 from compactgpt.config import HubCorpus, HubSet
-from compactgpt.corpus import MEGABYTE, Origin, Piece
-from compactgpt.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.hub import one_line, require_on_hub
-from compactgpt.inputs import check_files
-from compactgpt.progress import Progress, silent
+from compactgpt.data.hub import one_line, require_on_hub
+from compactgpt.data.inputs import check_files
+from compactgpt.data.sources import MEGABYTE, Origin, Piece
 
 _PROGRESS_ROWS = 1000
 

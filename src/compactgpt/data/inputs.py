@@ -9,8 +9,8 @@ import os
 import stat
 from pathlib import Path
 
+from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.config import load_params, read_yaml
-from compactgpt.errors import BadData, MissingInput
 
 # Words for what is not a regular file.
 _KINDS = {

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.errors import BadData
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import sha256_file, verified_manifest
 from compactgpt.config import Inspection
-from compactgpt.data import TokenFile, open_tokens
-from compactgpt.documents import RowGroup, read_names, row_groups
-from compactgpt.duplicates import Digest, Scan, id_array
-from compactgpt.errors import BadData
-from compactgpt.progress import Progress, silent
-from compactgpt.storage import sha256_file, verified_manifest
-from compactgpt.validation import Table, at_least, at_most, check_expectations
+from compactgpt.data.documents import RowGroup, read_names, row_groups
+from compactgpt.data.duplicates import Digest, Scan, id_array
+from compactgpt.data.token_files import TokenFile, open_tokens
+from compactgpt.data.validation import Table, at_least, at_most, check_expectations
 
 _TOKENS_AT_ONCE = 2**24
 _DOCUMENTS_AT_ONCE = 2**20

@@ -15,22 +15,22 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from compactgpt.documents import (
-    Document,
-    IdSet,
-    new_document,
-    read_ids,
-    shard_name,
-    write_shard,
-)
-from compactgpt.errors import BadData, UserError
-from compactgpt.storage import (
+from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.storage import (
     atomic_folder,
     json_bytes,
     read_json,
     sha256_file,
     verify_file,
     write_json,
+)
+from compactgpt.data.documents import (
+    Document,
+    IdSet,
+    new_document,
+    read_ids,
+    shard_name,
+    write_shard,
 )
 
 VERSION = 2  # of finished shards and the notes beside them

@@ -21,11 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
+from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Files
-from compactgpt.corpus import MEGABYTE, Origin, Piece
-from compactgpt.errors import BadData, DiskFull, MissingInput, printable
-from compactgpt.inputs import regular_status, require_utf8
-from compactgpt.progress import Progress, silent
+from compactgpt.data.inputs import regular_status, require_utf8
+from compactgpt.data.sources import MEGABYTE, Origin, Piece
 
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 16  # of a parquet file, read at a time

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
 
 MAGIC = b"CGPTTOK\n"
 VERSION = 1

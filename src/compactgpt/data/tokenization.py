@@ -31,22 +31,9 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.config import Tokenization
-from compactgpt.data import (
-    VERSION,
-    Header,
-    TokenFile,
-    encode_header,
-    index_path,
-    open_tokens,
-    token_dtype,
-)
-from compactgpt.documents import RowGroup, read_texts, row_groups
-from compactgpt.encoder import Encoder, UnencodableText, load_encoder
-from compactgpt.engine import run_tasks
-from compactgpt.errors import BadData, UserError
-from compactgpt.progress import Progress, silent
-from compactgpt.storage import (
+from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import (
     MANIFEST,
     atomic_file,
     atomic_folder,
@@ -54,6 +41,19 @@ from compactgpt.storage import (
     read_json,
     tensors_header,
     verified_manifest,
+)
+from compactgpt.config import Tokenization
+from compactgpt.data.documents import RowGroup, read_texts, row_groups
+from compactgpt.data.encoder import Encoder, UnencodableText, load_encoder
+from compactgpt.data.engines import run_tasks
+from compactgpt.data.token_files import (
+    VERSION,
+    Header,
+    TokenFile,
+    encode_header,
+    index_path,
+    open_tokens,
+    token_dtype,
 )
 
 __all__ = ["Task", "encode_group", "split_of", "tokenize"]

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.errors import CheckFailed
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import clear_folder, verified_manifest, write_text
 from compactgpt.config import Validation
-from compactgpt.documents import Document, IdSet, read_row_group, row_groups
-from compactgpt.errors import CheckFailed
-from compactgpt.progress import Progress, silent
-from compactgpt.storage import clear_folder, verified_manifest, write_text
+from compactgpt.data.documents import Document, IdSet, read_row_group, row_groups
 
 # What Great Expectations writes at the top of a folder of Data Docs.
 DATA_DOCS = {"expectations", "index.html", "static", "validations"}

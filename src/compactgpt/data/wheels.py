@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compactgpt.errors import BadData, MissingInput, Unreachable
-from compactgpt.storage import atomic_file, sha256_file
+from compactgpt.common.errors import BadData, MissingInput, Unreachable
+from compactgpt.common.storage import atomic_file, sha256_file
 
 _CHUNK_BYTES = 2**20
 _MAX_BYTES = 2**27  # of a member; those of the tokenizer have one million

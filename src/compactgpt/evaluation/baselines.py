@@ -28,10 +28,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compactgpt import config
-from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens
-from compactgpt.encoding import END_OF_TEXT, spelled_bytes
-from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.evaluation import (
+from compactgpt.common.device import prepare_process, resolve_device
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.progress import Progress
+from compactgpt.common.storage import sha256_file
+from compactgpt.data.encoding import END_OF_TEXT, spelled_bytes
+from compactgpt.data.hub import fetch_model, one_line
+from compactgpt.data.inputs import check_files
+from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens
+from compactgpt.data.wheels import fetch_wheel_member
+from compactgpt.evaluation.gguf_check import check_gguf
+from compactgpt.evaluation.likelihood import (
     IN_WINDOW,
     Codec,
     Floats,
@@ -43,13 +50,6 @@ from compactgpt.evaluation import (
     document_streams,
     document_text,
 )
-from compactgpt.gguf_check import check_gguf
-from compactgpt.hub import fetch_model, one_line
-from compactgpt.inputs import check_files
-from compactgpt.progress import Progress
-from compactgpt.runtime import prepare_process, resolve_device
-from compactgpt.storage import sha256_file
-from compactgpt.wheels import fetch_wheel_member
 
 if TYPE_CHECKING:
     import tiktoken

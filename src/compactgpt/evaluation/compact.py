@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compactgpt.checkpoint import load_model
-from compactgpt.evaluation import IN_WINDOW, Codec, Neural
-from compactgpt.model import GPT, Attention, Block
+from compactgpt.evaluation.likelihood import IN_WINDOW, Codec, Neural
+from compactgpt.model.gpt import GPT, Attention, Block
+from compactgpt.training.checkpoint import load_model
 
 
 def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> Neural:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compactgpt.common.errors import BadConfig
 from compactgpt.common.escaping import markdown_block, markdown_text
+from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Text
-from compactgpt.data import TokenFile
-from compactgpt.errors import BadConfig
-from compactgpt.evaluation import Floats, Neural, Step
-from compactgpt.progress import Progress, silent
-from compactgpt.text import SOURCES, statistics
+from compactgpt.data.token_files import TokenFile
+from compactgpt.evaluation.likelihood import Floats, Neural, Step
+from compactgpt.evaluation.text_metrics import SOURCES, statistics
 
 if TYPE_CHECKING:
     import tiktoken

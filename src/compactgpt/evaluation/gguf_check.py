@@ -8,7 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from compactgpt.errors import BadData
+from compactgpt.common.errors import BadData
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

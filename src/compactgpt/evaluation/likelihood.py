@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import sha256_file, write_bytes
 from compactgpt.config import Likelihood, View
-from compactgpt.data import TokenFile, Window, evaluation_windows
-from compactgpt.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.metrics import Interval, bits_per_byte, perplexity, ratio_bootstrap
-from compactgpt.progress import Progress, silent
-from compactgpt.storage import sha256_file, write_bytes
+from compactgpt.data.token_files import TokenFile, Window, evaluation_windows
+from compactgpt.evaluation.metrics import Interval, bits_per_byte, perplexity, ratio_bootstrap
 
 if TYPE_CHECKING:
     import tiktoken

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import sha256_file
 from compactgpt.config import Source
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.hub import fetch_file
-from compactgpt.storage import sha256_file
+from compactgpt.data.hub import fetch_file
 
 
 def fetch_source(source: Source) -> Path:

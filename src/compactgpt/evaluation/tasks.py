@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Likelihood
 from compactgpt.config import Tasks as Settings
-from compactgpt.data import TokenFile, Window
-from compactgpt.errors import BadConfig, BadData
-from compactgpt.evaluation import Codec, Floats, Neural, document_text, score_targets
-from compactgpt.metrics import perplexity, ratio_bootstrap, wilson
-from compactgpt.progress import Progress, silent
-from compactgpt.sources import fetch_source
-from compactgpt.wikitext import read_lines, score_wikitext
+from compactgpt.data.token_files import TokenFile, Window
+from compactgpt.evaluation.likelihood import Codec, Floats, Neural, document_text, score_targets
+from compactgpt.evaluation.metrics import perplexity, ratio_bootstrap, wilson
+from compactgpt.evaluation.task_sources import fetch_source
+from compactgpt.evaluation.wikitext import read_lines, score_wikitext
 
 if TYPE_CHECKING:
     import tiktoken

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from compactgpt.metrics import Interval, wilson
+from compactgpt.evaluation.metrics import Interval, wilson
 
 Tokens = Sequence[int]
 SOURCES = {

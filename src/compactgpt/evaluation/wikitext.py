@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from compactgpt.data import Window
-from compactgpt.errors import BadConfig, BadData
-from compactgpt.evaluation import Neural, Stream, strided_windows, target_nats
-from compactgpt.metrics import bits_per_byte, perplexity
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.data.token_files import Window
+from compactgpt.evaluation.likelihood import Neural, Stream, strided_windows, target_nats
+from compactgpt.evaluation.metrics import bits_per_byte, perplexity
 
 
 def read_lines(path: Path) -> list[str]:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compactgpt.config import Anchor, ExpectedLoss
-from compactgpt.ladder import Rung
-from compactgpt.laws import Run, expect, run_of
+from compactgpt.forecast.scaling_laws import Run, expect, run_of
+from compactgpt.forecast.sweep import Rung
 
 
 @dataclass(frozen=True)

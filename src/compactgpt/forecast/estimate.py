@@ -9,11 +9,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from compactgpt.calibration import calibrate
 from compactgpt.config import Estimate, ExpectedLoss, Machine, Model, Params, Training
-from compactgpt.ladder import Ladder, corpus_of, ladder_report
-from compactgpt.laws import LAWS, Law, Run, expect
-from compactgpt.sizes import counts, flops_per_token
+from compactgpt.forecast.calibration import calibrate
+from compactgpt.forecast.model_size import counts, flops_per_token
+from compactgpt.forecast.scaling_laws import LAWS, Law, Run, expect
+from compactgpt.forecast.sweep import Ladder, corpus_of, ladder_report
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2

@@ -11,11 +11,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from compactgpt.common.errors import BadConfig, BadData, NotAllowed
+from compactgpt.common.storage import json_bytes, write_bytes, write_json
 from compactgpt.config import Params, load_params, parse_params
-from compactgpt.errors import BadConfig, BadData, NotAllowed
-from compactgpt.estimate import configured_run
 from compactgpt.experiments import experiment_ref, file_of, find, run_names
-from compactgpt.ladder import (
+from compactgpt.forecast.estimate import configured_run
+from compactgpt.forecast.model_size import counts
+from compactgpt.forecast.sweep import (
     FORMS,
     Fit,
     Form,
@@ -27,8 +29,6 @@ from compactgpt.ladder import (
     read_ladder,
     settings_of,
 )
-from compactgpt.sizes import counts
-from compactgpt.storage import json_bytes, write_bytes, write_json
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400

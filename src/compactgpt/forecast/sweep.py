@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compactgpt.config import ExpectedLoss, Params, Section, load_section
-from compactgpt.laws import Run
+from compactgpt.forecast.scaling_laws import Run
 
 CURVE_POINTS = 25
 # What runs were trained with before these settings existed: a ladder that does not name them.

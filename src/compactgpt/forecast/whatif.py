@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.config import Params, parse_params, read_yaml, set_values
-from compactgpt.estimate import estimate
-from compactgpt.ladder import read_ladder
+from compactgpt.forecast.estimate import estimate
+from compactgpt.forecast.sweep import read_ladder
 
 GEMM_SIZE = 1536  # rows and columns: large enough for full speed, small enough for a slow core
 GEMM_SECONDS = 1.0

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from compactgpt.common.escaping import markdown_text
-from compactgpt.regression import Check, Point, Verdict
-from compactgpt.storage import write_text
+from compactgpt.common.storage import write_text
+from compactgpt.gate.gate import Check, Point, Verdict
 
-MARKER = "<!-- compactgpt gate -->"  # the first line, by which .github/comment.py finds the comment again
+MARKER = "<!-- compactgpt gate -->"  # the first line, by which scripts/comment.py finds the comment again
 _ANNOTATED_FILE = "reports/evaluation.json"
 _MOST_ANNOTATIONS = 10  # of one kind in one step: GitHub drops the others
 _MOST_LINES = 5  # failures and warnings above the table: the comment fits one screen

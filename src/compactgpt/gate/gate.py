@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt import config
-from compactgpt.metrics import Interval, ratio_bootstrap
+from compactgpt.evaluation.metrics import Interval, ratio_bootstrap
 
 Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
@@ -124,7 +124,7 @@ def judge(
         then: the accepted one.
         now: the one in question.
         settings: section `regression`.
-        bench: what `bench/training.py --json` wrote, if throughput is to be judged.
+        bench: what `benchmarks/training.py --json` wrote, if throughput is to be judged.
     """
     explained = _differences(then, now)
     verdict = Verdict(then.name, then.reason, differences=explained, curve=now.curve)

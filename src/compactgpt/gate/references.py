@@ -15,11 +15,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from compactgpt import config, regression
+from compactgpt import config
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.common.git import require_repository
-from compactgpt.errors import BadConfig, BadData, MissingInput, NotAllowed
-from compactgpt.evaluation import read_totals
-from compactgpt.lineage import (
+from compactgpt.common.storage import json_bytes, read_json, sha256_file, write_bytes
+from compactgpt.evaluation.likelihood import read_totals
+from compactgpt.gate import gate
+from compactgpt.gate.gate import Documents, Point, Snapshot
+from compactgpt.tracking.dvc_files import (
     MODEL,
     Cache,
     Commit,
@@ -29,8 +32,6 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.regression import Documents, Point, Snapshot
-from compactgpt.storage import json_bytes, read_json, sha256_file, write_bytes
 from compactgpt.tracking.journal import flatten
 
 ACCEPTED = Path("reports/accepted.json")
@@ -77,24 +78,24 @@ def present(root: Path) -> Snapshot:
     return _take("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
-def compare(
-    against: str, root: Path, settings: config.Regression, bench: Path | None = None
-) -> regression.Verdict:
+def compare(against: str, root: Path, settings: config.Regression, bench: Path | None = None) -> gate.Verdict:
     """Judge the project as it lies in a folder against a reference.
 
     Args:
         against: see `reference`.
         root: of the project.
         settings: section `regression`.
-        bench: a file that `bench/training.py --json` wrote.
+        bench: a file that `benchmarks/training.py --json` wrote.
     """
     speed = None if bench is None else read_json(bench)
     try:
         if speed is not None:
             float(speed["engines"]["ours"]["ratio"])
     except (LookupError, TypeError, ValueError) as error:
-        raise BadData(f"{bench} has no engines.ours.ratio: `bench/training.py --json` writes it") from error
-    return regression.judge(reference(against, root), present(root), settings, speed)
+        raise BadData(
+            f"{bench} has no engines.ours.ratio: `benchmarks/training.py --json` writes it"
+        ) from error
+    return gate.judge(reference(against, root), present(root), settings, speed)
 
 
 def reference(name: str, root: Path) -> Snapshot:

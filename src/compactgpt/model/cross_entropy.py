@@ -3,7 +3,7 @@
 With z the logits of a row and t its target, e_j = exp(z_j - z_t) and s = sum of e: the token costs log(s)
 nats, and the gradient of its logits is (e_j - s [j = t]) / s. So nothing lies between the product that makes
 the logits and the two that take the gradient on: the first one's epilogue subtracts, exponentiates, sums up
-in fp32 and rounds to bfloat16. On Nvidia's Hopper that is one kernel (room `exponentials_kernel`), elsewhere
+in fp32 and rounds to bfloat16. On Nvidia's Hopper that is one kernel (`cross_entropy_triton`), elsewhere
 a product and a pass.
 """
 
@@ -31,7 +31,7 @@ def exponentials(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> Tenso
         (R,) fp32
     """
     if x.is_cuda and importlib.util.find_spec("triton"):
-        from compactgpt.exponentials_kernel import fits, launch
+        from compactgpt.model.cross_entropy_triton import fits, launch
 
         if fits(x, weight):
             return launch(x, weight, shift, out, CAP)

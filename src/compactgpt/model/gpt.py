@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compactgpt import config
-from compactgpt.exponentials import add_wide_product, exponentials, wide_product
+from compactgpt.model.cross_entropy import add_wide_product, exponentials, wide_product
 
 # Rows of logits that exist at once: 512 x 50,304 in fp32 are 103 MB. A GPU wants more work in one go: 8,192
 # rows in bfloat16 are 0.8 GB.

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from compactgpt.checkpoint import check_size
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.storage import atomic_folder, read_json, write_bytes, write_json, write_text
 from compactgpt.config import Model
-from compactgpt.encoding import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
-from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.model import GPT
-from compactgpt.storage import atomic_folder, read_json, write_bytes, write_json, write_text
+from compactgpt.data.encoding import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
+from compactgpt.model.gpt import GPT
+from compactgpt.training.checkpoint import check_size
 
 # Conv1D of transformers (pytorch_utils.py) multiplies x @ W where Linear multiplies x @ W.T.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from compactgpt.claims import Claim, Evidence, Judgement, Published, judge
+from compactgpt.common.errors import BadConfig
 from compactgpt.config import ExpectedLoss, Likelihood, Model
-from compactgpt.errors import BadConfig
-from compactgpt.metrics import (
+from compactgpt.evaluation.metrics import (
     Interval,
     bits_per_byte,
     mcnemar,
@@ -23,9 +22,10 @@ from compactgpt.metrics import (
     perplexity_ratio,
     ratio_bootstrap,
 )
-from compactgpt.readings import COMPACT, Bounds, Forecast, Measured, Sources
-from compactgpt.results import across
-from compactgpt.sizes import counts, flops_per_token
+from compactgpt.forecast.model_size import counts, flops_per_token
+from compactgpt.reporting.claims import Claim, Evidence, Judgement, Published, judge
+from compactgpt.reporting.results import across
+from compactgpt.reporting.schemas import COMPACT, Bounds, Forecast, Measured, Sources
 
 NOTE = "note"
 NATS = "nats per token"

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from compactgpt.common.storage import json_bytes
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.messages import LANGUAGES, Language
 from compactgpt.reporting.model_card import model_card
@@ -23,7 +24,6 @@ from compactgpt.reporting.tables import (
     csv_text,
 )
 from compactgpt.reporting.templating import html_environment
-from compactgpt.storage import json_bytes
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compactgpt.claims import ByHand, Claim
+from compactgpt.reporting.claims import ByHand, Claim
 from compactgpt.reporting.messages import Language
 from compactgpt.reporting.tables import MEASURED_COLUMNS, PUBLISHED_COLUMNS, Record, View, show_interval
 from compactgpt.reporting.templating import markdown_environment

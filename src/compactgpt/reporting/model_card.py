@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import printable
+from compactgpt.common.errors import printable
+from compactgpt.common.storage import MANIFEST, json_bytes, read_json
 from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, PUBLISHED_COLUMNS, Record, View
 from compactgpt.reporting.templating import markdown_environment
-from compactgpt.storage import MANIFEST, json_bytes, read_json
 
 _METRICS = {
     "loss": "loss (nats per GPT-2 token)",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from compactgpt.errors import printable
+from compactgpt.common.errors import printable
 from compactgpt.reporting.messages import Language
 from compactgpt.reporting.tables import COMPACT, Record, View, localized, show
 

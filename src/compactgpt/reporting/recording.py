@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from compactgpt import experiments
+from compactgpt.common.errors import BadConfig
+from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import Params, load_params
-from compactgpt.errors import BadConfig
-from compactgpt.evaluation import read_totals
-from compactgpt.results import FOLDER, documents_of, result_of
-from compactgpt.storage import read_json, write_json
+from compactgpt.evaluation.likelihood import read_totals
+from compactgpt.reporting.results import FOLDER, documents_of, result_of
 
 # Where a run may differ from its experiment and still be it: machine, models beside it, the user's own paths.
 FREE = (
@@ -48,7 +48,7 @@ def record(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Pat
 
 def _check_made_from(params: Params, values: dict[str, float]) -> None:
     """Refuse reports of another run than that of params.yaml."""
-    from compactgpt.sizes import counts
+    from compactgpt.forecast.model_size import counts
 
     wanted = {
         "compact.parameters.all_tensors": counts(params.model).all_tensors,

@@ -145,7 +145,7 @@ def across(results: Sequence[Result], resamples: int, seed: int) -> Iterator[dic
     """Ratios of the perplexities of two experiments, paired by document."""
     import numpy as np
 
-    from compactgpt.metrics import perplexity_ratio
+    from compactgpt.evaluation.metrics import perplexity_ratio
 
     by_name = {result.experiment: result for result in results}
     for name, (ours, theirs) in PAIRS.items():

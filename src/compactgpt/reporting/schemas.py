@@ -11,14 +11,14 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from compactgpt.claims import Claims, Published
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import MANIFEST, read_json
 from compactgpt.config import ExpectedLoss, load_section
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.evaluation import Totals, read_totals
-from compactgpt.generation import WAYS
-from compactgpt.provenance import code_hashes
-from compactgpt.results import Result, read_results
-from compactgpt.storage import MANIFEST, read_json
+from compactgpt.evaluation.generation import WAYS
+from compactgpt.evaluation.likelihood import Totals, read_totals
+from compactgpt.reporting.claims import Claims, Published
+from compactgpt.reporting.provenance import code_hashes
+from compactgpt.reporting.results import Result, read_results
 
 COMPACT = "compact"
 

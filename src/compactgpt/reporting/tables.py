@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compactgpt.claims import relate
-from compactgpt.errors import BadData
+from compactgpt.common.errors import BadData
+from compactgpt.reporting.claims import relate
 from compactgpt.reporting.messages import Language, messages, translate, translate_phrase
 
 Record = Mapping[str, Any]

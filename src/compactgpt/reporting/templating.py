@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from compactgpt.common.errors import printable
 from compactgpt.common.escaping import markdown_block, markdown_code, markdown_text
-from compactgpt.errors import printable
 from compactgpt.reporting.messages import TEMPLATES, Language, messages
 
 if TYPE_CHECKING:

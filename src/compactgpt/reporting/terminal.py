@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compactgpt.errors import printable
+from compactgpt.common.errors import printable
 from compactgpt.reporting.messages import Language
 from compactgpt.reporting.tables import Item, Record, View
 

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.comparison import compare
+from compactgpt.common.errors import UserError
+from compactgpt.common.storage import MANIFEST, json_bytes, read_json, verified_manifest
 from compactgpt.config import Params, load_params, read_yaml
-from compactgpt.errors import UserError
-from compactgpt.estimate import estimate
-from compactgpt.evaluation import figures, read_totals
-from compactgpt.ladder import read_ladder
-from compactgpt.lineage import entries_of
-from compactgpt.metrics import wilson
-from compactgpt.readings import COMPACT, read_sources
+from compactgpt.evaluation.likelihood import figures, read_totals
+from compactgpt.evaluation.metrics import wilson
+from compactgpt.forecast.estimate import estimate
+from compactgpt.forecast.sweep import read_ladder
+from compactgpt.reporting.evidence import compare
 from compactgpt.reporting.html import RECORD, published_files
 from compactgpt.reporting.markdown import quote_tables, quoted_tables
-from compactgpt.storage import MANIFEST, json_bytes, read_json, verified_manifest
+from compactgpt.reporting.schemas import COMPACT, read_sources
+from compactgpt.tracking.dvc_files import entries_of
 
 LOCK = "dvc.lock"
 _SHOWN = 5  # differences of one file that are told

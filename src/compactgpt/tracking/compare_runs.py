@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import UserError
-from compactgpt.evaluation import Totals, read_totals
-from compactgpt.lineage import PARAMS, Cache, Commit, deps, git, outs, parse_yaml
-from compactgpt.metrics import perplexity_ratio
-from compactgpt.records import Record, find, read_table
+from compactgpt.common.errors import UserError
+from compactgpt.evaluation.likelihood import Totals, read_totals
+from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.tracking.dvc_files import PARAMS, Cache, Commit, deps, git, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
+from compactgpt.tracking.records import Record, find, read_table
 
 RESAMPLES, SEED = 2000, 1  # params.yaml's evaluation.likelihood has the same; here both may differ
 _MEASURING = ("training", "evaluation", "baseline")

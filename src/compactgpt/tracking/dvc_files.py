@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
+from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
 from compactgpt.common.git import conflict_in, run_git
+from compactgpt.common.storage import inside, write_bytes
 from compactgpt.config import NO_YAML
-from compactgpt.errors import BadData, MissingInput, OutsideFolder, UserError
-from compactgpt.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"

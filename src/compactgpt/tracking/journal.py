@@ -24,10 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from compactgpt.common.errors import BadConfig
 from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
-from compactgpt.errors import BadConfig
-from compactgpt.lineage import CHAIN, LOCK, PARAMS
-from compactgpt.storage import fsync_folder, make_folder, write_text
+from compactgpt.common.storage import fsync_folder, make_folder, write_text
+from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS
 
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # relative to the repository, so that a copy of it has its own

@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.errors import Busy, MissingInput, UserError
 from compactgpt.common.git import DIFF, git_facts
-from compactgpt.errors import Busy, MissingInput, UserError
-from compactgpt.lineage import (
+from compactgpt.common.storage import read_json
+from compactgpt.tracking import pipeline_run
+from compactgpt.tracking.dvc_files import (
     CHAIN,
     LOCK,
     PARAMS,
@@ -31,8 +33,6 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.storage import read_json
-from compactgpt.tracking import pipeline_run
 from compactgpt.tracking.journal import (
     BEFORE,
     DEFAULT_URI,

@@ -19,9 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.errors import UserError
 from compactgpt.common.git import DIFF, write_private
-from compactgpt.errors import UserError
-from compactgpt.lineage import (
+from compactgpt.common.storage import MANIFEST, read_json, write_json
+from compactgpt.tracking.dvc_files import (
     CHAIN,
     LOCK,
     MODEL,
@@ -43,7 +44,6 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.storage import MANIFEST, read_json, write_json
 from compactgpt.tracking.journal import LOCKED, flatten, numbers
 
 MAX_TOTALS = 20_000_000  # bytes of one table of sums by document that is kept with a run

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted
-from compactgpt.errors import BadConfig, MissingInput
-from compactgpt.lineage import (
+from compactgpt.tracking.dvc_files import (
     LOCK,
     Cache,
     Chain,

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import CheckFailed, MissingInput
-from compactgpt.lineage import MODEL, PARAMS, TOKENIZER, Cache, Chain, Folder, checkout, parse_yaml
+from compactgpt.common.errors import CheckFailed, MissingInput
+from compactgpt.tracking.dvc_files import MODEL, PARAMS, TOKENIZER, Cache, Chain, Folder, checkout, parse_yaml
 from compactgpt.tracking.pipeline_run import tuned_params
 from compactgpt.tracking.store import Store
 
@@ -100,8 +100,8 @@ def _log(trained: Trained, val_sha256: str) -> str:
         from huggingface_hub import ModelCard
         from transformers import pipeline
 
-        from compactgpt.checkpoint import load_model
-        from compactgpt.export import save_hf
+        from compactgpt.model.huggingface import save_hf
+        from compactgpt.training.checkpoint import load_model
 
         model, text = load_model(folder / MODEL), Folder(trained.after).read("reports/model_card.md")
         card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"

@@ -20,9 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.git import require_repository
-from compactgpt.common.worktree import Scratch, scratch_worktree
-from compactgpt.errors import (
+from compactgpt.common.errors import (
     BadConfig,
     BadData,
     CheckFailed,
@@ -31,7 +29,10 @@ from compactgpt.errors import (
     UserError,
     printable,
 )
-from compactgpt.lineage import (
+from compactgpt.common.git import require_repository
+from compactgpt.common.storage import inside, write_bytes, write_text
+from compactgpt.common.worktree import Scratch, scratch_worktree
+from compactgpt.tracking.dvc_files import (
     LOCK,
     PARAMS,
     Cache,
@@ -49,10 +50,9 @@ from compactgpt.lineage import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.records import HERE, Record, find, versions
-from compactgpt.storage import inside, write_bytes, write_text
 from compactgpt.tracking.journal import machine_facts, numbers
 from compactgpt.tracking.pipeline_run import packages
+from compactgpt.tracking.records import HERE, Record, find, versions
 
 DATA = "download"  # the stage whose outs may be taken instead of made: they come from elsewhere
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"

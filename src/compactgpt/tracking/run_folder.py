@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compactgpt.errors import UserError
-from compactgpt.lineage import LOCK, PARAMS, Cache, Commit, Folder, Place, git, parse_yaml
-from compactgpt.storage import read_json, write_json
+from compactgpt.common.errors import UserError
+from compactgpt.common.storage import read_json, write_json
 from compactgpt.tracking import pipeline_run
+from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Commit, Folder, Place, git, parse_yaml
 from compactgpt.tracking.journal import BEFORE, flatten, journal_lines, tracking_folder
 from compactgpt.tracking.pipeline_run import StageRun
 

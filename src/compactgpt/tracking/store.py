@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from compactgpt.errors import BadData, Unreachable, UserError
+from compactgpt.common.errors import BadData, Unreachable, UserError
 from compactgpt.tracking.journal import tracking_folder, tracking_store, without_password
 
 TIMEOUT_SECONDS = 5

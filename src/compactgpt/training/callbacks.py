@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from tiktoken import Encoding
 
+from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.config import ExpectedLoss, Params, Runtime
-from compactgpt.distributed import gathered
-from compactgpt.encoding import load_encoding
-from compactgpt.estimate import expected
-from compactgpt.model import GPT
-from compactgpt.runtime import resolve_device, set_precision
-from compactgpt.sizes import flops_per_token
+from compactgpt.data.encoding import load_encoding
+from compactgpt.forecast.estimate import expected
+from compactgpt.forecast.model_size import flops_per_token
+from compactgpt.model.gpt import GPT
+from compactgpt.training.distributed import gathered
 
 SAMPLE_TOKENS = 40
 

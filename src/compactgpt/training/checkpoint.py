@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
 from compactgpt.config import Model
-from compactgpt.errors import BadData, MissingInput
-from compactgpt.model import GPT
-from compactgpt.optim import Optimizers
-from compactgpt.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
+from compactgpt.model.gpt import GPT
+from compactgpt.training.optim import Optimizers
 
 STATE = "training state"  # kind of folder, in its manifest
 KEPT_STATES = 2

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compactgpt.common.errors import BadConfig, PeerLost, UserError
 from compactgpt.config import Launcher
-from compactgpt.errors import BadConfig, PeerLost, UserError
-from compactgpt.launching import INIT_METHOD, DistInfo, dist_info
+from compactgpt.training.launching import INIT_METHOD, DistInfo, dist_info
 
 T = TypeVar("T")
 

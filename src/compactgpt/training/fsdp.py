@@ -30,12 +30,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from compactgpt.checkpoint import STATE, checked_state, drop_old, pass_over, swept_states
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.storage import atomic_folder, write_json
 from compactgpt.config import Model
-from compactgpt.distributed import Group
-from compactgpt.errors import BadConfig, BadData, MissingInput
-from compactgpt.model import GPT
-from compactgpt.storage import atomic_folder, write_json
+from compactgpt.model.gpt import GPT
+from compactgpt.training.checkpoint import STATE, checked_state, drop_old, pass_over, swept_states
+from compactgpt.training.distributed import Group
 
 
 def shard_model(source: GPT | None, shape: Model, device: str, *, compiles: bool = False) -> GPT:

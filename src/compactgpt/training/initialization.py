@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compactgpt.checkpoint import load_model
+from compactgpt.common.errors import BadConfig, MissingInput
+from compactgpt.common.storage import MANIFEST, json_bytes, sha256_file
 from compactgpt.config import SCRATCH, Model, Training
-from compactgpt.errors import BadConfig, MissingInput
-from compactgpt.export import load_hf
-from compactgpt.model import GPT
-from compactgpt.sampled_softmax import SMOOTHING
-from compactgpt.storage import MANIFEST, json_bytes, sha256_file
+from compactgpt.model.gpt import GPT
+from compactgpt.model.huggingface import load_hf
+from compactgpt.model.sampled_softmax import SMOOTHING
+from compactgpt.training.checkpoint import load_model
 
 SINUSOID_BASE = (
     1000.0  # the longest wave is about so many radians' positions: some times a context of 128 to 512

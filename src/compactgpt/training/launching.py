@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from compactgpt.common.errors import Busy, PeerLost
 from compactgpt.config import Launcher
-from compactgpt.errors import Busy, PeerLost
 
 INIT_METHOD = "COMPACTGPT_INIT_METHOD"  # where the processes of `launch` meet; without it: MASTER_ADDR
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.adamw import adamw
 
+from compactgpt.common.errors import BadData
 from compactgpt.config import Training
-from compactgpt.errors import BadData
 
 POSITIONS = "wpe.weight"
 EMBEDDINGS = {"wte.weight", POSITIONS}

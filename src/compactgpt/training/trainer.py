@@ -21,34 +21,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compactgpt.checkpoint import load_newest_state, save_model, save_state
+from compactgpt.common.device import resolve_device, set_precision
+from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.common.progress import Progress, silent
+from compactgpt.common.storage import json_bytes, sha256_file, verified_manifest, write_text
 from compactgpt.config import Params, Training
-from compactgpt.data import TokenFile, Window, evaluation_windows, open_tokens, training_batch
-from compactgpt.distributed import Group, gathered, init_process_group
-from compactgpt.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.initial import initial_model, set_sinusoids, start_at_unigram
-from compactgpt.launching import DistInfo
-from compactgpt.model import GPT, token_nats
-from compactgpt.optim import Optimizers, lr_multiplier
-from compactgpt.progress import Progress, silent
-from compactgpt.runtime import resolve_device, set_precision
-from compactgpt.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
-from compactgpt.storage import json_bytes, sha256_file, verified_manifest, write_text
+from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens, training_batch
+from compactgpt.model.gpt import GPT, token_nats
+from compactgpt.model.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
+from compactgpt.training.checkpoint import load_newest_state, save_model, save_state
+from compactgpt.training.distributed import Group, gathered, init_process_group
+from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
+from compactgpt.training.launching import DistInfo
+from compactgpt.training.optim import Optimizers, lr_multiplier
 
 # What a training state was computed by: another version of one of them never goes on from it.
 SOURCES = (
-    "checkpoint.py",
-    "data.py",
-    "distributed.py",
-    "exponentials.py",
-    "exponentials_kernel.py",
-    "export.py",
-    "initial.py",
-    "model.py",
-    "optim.py",
-    "sampled_softmax.py",
-    "sharding.py",
-    "training.py",
+    "data/token_files.py",
+    "model/cross_entropy.py",
+    "model/cross_entropy_triton.py",
+    "model/gpt.py",
+    "model/huggingface.py",
+    "model/sampled_softmax.py",
+    "training/checkpoint.py",
+    "training/distributed.py",
+    "training/fsdp.py",
+    "training/initialization.py",
+    "training/optim.py",
+    "training/trainer.py",
 )
 # Where the best model waits beside the training states, until the run ends.
 BEST = "best"
@@ -132,7 +132,7 @@ def run_key(params: Params, splits: Splits) -> str:
 
     So a run of two processes can resume with one, though not to the same bits.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     launcher = {"processes", "max_restarts", "timeout_seconds"}
     identity = {
         "training": params.training.model_dump(
@@ -256,7 +256,7 @@ class _Run:
     def _begun(self) -> tuple[GPT, Optimizers]:
         """The model before its first step, whole or this process's part of it, and its optimizers."""
         if self.group.is_sharded:
-            from compactgpt.sharding import orthogonalise_sharded, shard_model
+            from compactgpt.training.fsdp import orthogonalise_sharded, shard_model
 
             source = self.group.run_on_main(self._initial_model)
             model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
@@ -291,7 +291,7 @@ class _Run:
         """Return the model; a sharded one is gathered in the main process, which writes files."""
         if not self.group.is_sharded:
             return self.model
-        from compactgpt.sharding import full_model
+        from compactgpt.training.fsdp import full_model
 
         return full_model(self.model, self.group.is_main_process)
 
@@ -302,7 +302,7 @@ class _Run:
         all read, each its part, whether one process wrote it or several.
         """
         if self.group.mode == "fsdp":
-            from compactgpt.sharding import load_newest_sharded_state
+            from compactgpt.training.fsdp import load_newest_sharded_state
 
             tensors = {**self.model.state_dict(), **self.optimizers.zero_state()}
             if loaded := load_newest_sharded_state(self.folder, self.key, tensors, self.group):
@@ -343,7 +343,7 @@ class _Run:
         """Write a training state."""
         progress = {**self.curve.to_json(), "processes": self.group.world_size}
         if self.group.is_sharded:
-            from compactgpt.sharding import save_sharded_state
+            from compactgpt.training.fsdp import save_sharded_state
 
             tensors = {**self.model.state_dict(), **self.optimizers.state_tensors()}
             save_sharded_state(self.folder, self.key, self.step, tensors, progress, self.group)

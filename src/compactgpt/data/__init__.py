@@ -1,0 +1,1 @@
+"""Text from anywhere: documents, checked, and token files made of them."""

@@ -1,0 +1,1 @@
+"""Scores of any language model by document, tasks, generated text, and the baselines."""
