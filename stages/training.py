@@ -67,7 +67,8 @@ class _Telling:
     """What a training says while it runs, to the person who waits and to the tracker."""
 
     def __init__(self, stage: Stage, tokenizer: Path) -> None:
-        from compactgpt.training import callbacks, trainer
+        from compactgpt.tracking import training_callbacks as callbacks
+        from compactgpt.training import trainer
 
         self.stage, self.bar = stage, stage.progress("steps")
         self.first: int | None = None  # step of this process: a resumed run does not begin with 1

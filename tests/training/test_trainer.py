@@ -15,7 +15,8 @@ from compactgpt.common.storage import write_text
 from compactgpt.config import ExpectedLoss, parse_params
 from compactgpt.data.token_files import open_tokens, write_tokens
 from compactgpt.model.huggingface import save_hf
-from compactgpt.training import callbacks, trainer
+from compactgpt.tracking import training_callbacks as callbacks
+from compactgpt.training import trainer
 from compactgpt.training.checkpoint import load_model, save_model
 from compactgpt.training.distributed import Group
 from compactgpt.training.initialization import folder_sha256, initial_model

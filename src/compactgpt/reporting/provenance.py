@@ -20,11 +20,16 @@ from compactgpt.config import read_yaml
 from compactgpt.tracking.dvc_files import entries_of
 
 RECORD = Path("reports/evidence.json")
-# Rooms whose edit changes no output: they carry words, progress and records. What config.py reads is tracked
-# by DVC value by value, as params.
+# Modules whose edit changes no output of a stage: they hold messages, progress and what MLflow logs.
+# DVC tracks what config.py reads value by value, as params.
 UNTRACKED = {
-    "common/console", "common/errors", "common/progress", "config", "tracking/journal", "training/callbacks",
-}  # fmt: skip
+    "common/console",
+    "common/errors",
+    "common/progress",
+    "config",
+    "tracking/journal",
+    "tracking/training_callbacks",
+}
 
 
 def code_hashes(root: Path) -> dict[str, str]:

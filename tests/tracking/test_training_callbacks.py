@@ -4,7 +4,7 @@ import torch
 from compactgpt.config import ExpectedLoss, load_params
 from compactgpt.forecast.estimate import expected
 from compactgpt.model.gpt import GPT
-from compactgpt.training.callbacks import Band, Sampler, Utilisation, expected_band, peak_flops
+from compactgpt.tracking.training_callbacks import Band, Sampler, Utilisation, expected_band, peak_flops
 from tests.support.tiny_models import ROOT, save_tokenizer, tiny_gpt
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")
@@ -46,7 +46,7 @@ def test_utilisation_is_the_models_arithmetic_over_the_machines_own_speed(monkey
     shipped = load_params(ROOT / "params.yaml")
     training = shipped.training.model_copy(update={"head": head, "sample_tokens": 1_000})
     params = shipped.model_copy(update={"training": training})
-    monkeypatch.setattr("compactgpt.training.callbacks.peak_flops", lambda *_: 2e9)
+    monkeypatch.setattr("compactgpt.tracking.training_callbacks.peak_flops", lambda *_: 2e9)
     used = Utilisation(params, 3)
     shape = params.model  # 6 N + 12 L H Q T, nanoGPT's estimate_mfu
     multiplied = GPT(shape).num_params_non_embedding + rows * shape.n_embd
