@@ -9,7 +9,14 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
-from compactgpt.reporting.provenance import code_hashes, find_value, locking_commit, rooms_of, trace, upstream
+from compactgpt.reporting.provenance import (
+    code_hashes,
+    find_value,
+    locking_commit,
+    stage_modules,
+    trace,
+    upstream,
+)
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.mlflow_logger import run_of_value
 from compactgpt.tracking.store import open_store
@@ -115,7 +122,7 @@ def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
     before = code_hashes(tmp_path)
     assert before == code_hashes(ROOT)
-    assert "reporting/html" in rooms_of(ROOT, ROOT / "stages/comparison.py")
+    assert "reporting/html" in stage_modules(ROOT, ROOT / "stages/comparison.py")
     with open(tmp_path / "src/compactgpt/training/optim.py", "a") as file:
         file.write("# another line\n")
     after = code_hashes(tmp_path)

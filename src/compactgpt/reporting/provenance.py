@@ -44,13 +44,13 @@ def code_hashes(root: Path) -> dict[str, str]:
     for door in sorted((root / "stages").glob("*.py")):
         if door.stem.startswith("_"):
             continue
-        files = [f"stages/{door.name}", *(f"src/compactgpt/{name}.py" for name in rooms_of(root, door))]
+        files = [f"stages/{door.name}", *(f"src/compactgpt/{name}.py" for name in stage_modules(root, door))]
         lines = [f"{sha256_file(root / path)}  {path}\n" for path in sorted(files)]
         hashes[door.stem] = hashlib.sha256("".join(lines).encode()).hexdigest()
     return hashes
 
 
-def rooms_of(root: Path, door: Path) -> set[str]:
+def stage_modules(root: Path, door: Path) -> set[str]:
     """Modules that a stage script uses, directly or through other modules, such as `common/escaping`."""
     seen: set[str] = set()
     todo = imported_modules(root, door) - UNTRACKED
