@@ -142,7 +142,7 @@ def reruns(options: argparse.Namespace) -> None:
     from compactgpt.training.initialization import initial_model
 
     params, data = load_params(ROOT / "params.yaml"), ROOT / "data"
-    prepare_process(params.runtime)
+    prepare_process(params.runtime.num_threads)
     drawn, splits = initial_model, trainer.open_splits(data / "tokens")
     encoding, split = load_encoding(data / "tokenizer"), open_tokens(data / "tokens/val.tokens")
     for run in range(1, options.count + 1):

@@ -227,7 +227,7 @@ def work(order: dict[str, Any]) -> None:
     if ours:
         from compactgpt.common.device import prepare_process
 
-        prepare_process(params.runtime)
+        prepare_process(params.runtime.num_threads)
     import torch
 
     torch.set_num_threads(params.runtime.num_threads)

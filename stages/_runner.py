@@ -20,10 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from compactgpt.common.console import Bar, report, told_clearly
+from compactgpt.common.console import Progress, ProgressBar, handle_user_errors, report, silent
 from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import MANIFEST, read_manifest, sha256_file, write_json
 from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
 from compactgpt.tracking.dvc_files import keep_lock
@@ -73,7 +72,7 @@ class Stage:
 
     def progress(self, unit: str, what: str = "") -> Progress:
         """A progress bar that counts `unit`."""
-        return Bar(what or self.name, unit) if self.leads else silent
+        return ProgressBar(what or self.name, unit) if self.leads else silent
 
     def say(self, message: str) -> None:
         """Tell the person who waits something, once, on stderr."""
@@ -121,7 +120,7 @@ def open_stage(
         held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
-    with _stoppable(), told_clearly("stopped; `dvc repro` goes on from here"):
+    with _stoppable(), handle_user_errors("stopped; `dvc repro` goes on from here"):
         _die_with_parent()
         params = load_params(params_file)
         if item and not re.fullmatch(NAME_PATTERN, item):
@@ -200,7 +199,7 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
         params_file: params.yaml.
         options: of the stage script, by name.
     """
-    with told_clearly():
+    with handle_user_errors():
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return

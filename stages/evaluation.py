@@ -35,7 +35,7 @@ def main(
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime
         likelihood = settings.likelihood
-        prepare_process(runtime)
+        prepare_process(runtime.num_threads)
         split, encoding = open_tokens(tokens / "val.tokens"), load_encoding(tokenizer)
         compact = load_compact(model, encoding, likelihood.batch_size, resolve_device(runtime.device))
         windows, asked, prompts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))

@@ -32,7 +32,7 @@ def main(
     paths = {"tokens": tokens, "model": model, "report": report, "curve": curve, "tokenizer": tokenizer}
     start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
-        prepare_process(stage.params.runtime)
+        prepare_process(stage.params.runtime.num_threads)
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import drop_states, prune_runs
 

@@ -145,22 +145,19 @@ LEVELS = [
     {"common"},
     {"config"},
     {"data"},
+    {"experiments"},
     {"model", "forecast"},
     {"training"},
     {"evaluation"},
     {"tracking"},
     {"reporting"},
     {"gate"},
-    {"experiments"},
     {"cli"},
 ]
 LEVEL = {folder: number for number, folders in enumerate(LEVELS) for folder in folders}
 UPWARDS = {  # still to be moved
     ("common.console", "training.launching"),
-    ("common.device", "config"),
-    ("forecast.fitting", "experiments"),
     ("model.huggingface", "training.checkpoint"),
-    ("reporting.recording", "experiments"),
 }
 
 

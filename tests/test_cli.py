@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import compactgpt
 from compactgpt.cli import app
-from compactgpt.common.console import extra_with, told_clearly
+from compactgpt.common.console import extra_with, handle_user_errors
 from compactgpt.training.checkpoint import save_model
 from tests.support import tracking_store
 from tests.support.comparison_inputs import ROOT
@@ -61,7 +61,7 @@ def test_a_version_that_is_none_is_refused_in_one_sentence(tmp_path, monkeypatch
 @pytest.mark.parametrize(("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub")])
 def test_what_is_not_installed_is_said_with_its_extra(module, extra, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)  # as Python says that there is none
-    with pytest.raises(SystemExit, match="66"), told_clearly():
+    with pytest.raises(SystemExit, match="66"), handle_user_errors():
         __import__(module)
     assert f"pip install 'compactgpt[{extra}]'" in capsys.readouterr().err
     assert extra_with(f"{module}.part") == extra
@@ -69,7 +69,7 @@ def test_what_is_not_installed_is_said_with_its_extra(module, extra, monkeypatch
 
 def test_a_module_that_no_extra_brings_is_a_bug_of_ours():
     assert extra_with("no_such_module") == ""
-    with pytest.raises(ModuleNotFoundError), told_clearly():
+    with pytest.raises(ModuleNotFoundError), handle_user_errors():
         import no_such_module  # noqa: F401
 
 
@@ -150,7 +150,7 @@ for door in sorted(path.stem for path in pathlib.Path("stages").glob("[a-z]*.py"
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_may_not_be_written_is_one_sentence(number, capsys):
-    with pytest.raises(SystemExit, match="77"), told_clearly():
+    with pytest.raises(SystemExit, match="77"), handle_user_errors():
         raise OSError(number, os.strerror(number), "params.yaml")
     said = capsys.readouterr().err
     assert said.startswith(f"error: params.yaml: {os.strerror(number)}: run in a folder")

@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from compactgpt.cli import app as commands
-from compactgpt.common.console import Bar
+from compactgpt.common.console import ProgressBar
 from compactgpt.common.errors import BadData, Busy, UserError
 from stages import _runner
 
@@ -170,7 +170,7 @@ def test_a_sigterm_as_the_interpreter_leaves_changes_neither_exit_code_nor_words
 
 
 def test_a_bar_prints_plain_lines_where_there_is_no_terminal(capsys):
-    bar = Bar("training", "tokens")
+    bar = ProgressBar("training", "tokens")
     bar(1000, 2000, {"loss": "5.1"})
     bar(1500, 2000)
     bar(2000, 2000)
@@ -188,7 +188,7 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_a_bar_is_drawn_in_place_and_begins_anew_with_the_next_work(monkeypatch):
     monkeypatch.setattr("sys.stderr", shown := Terminal())
-    bar = Bar("training", "tokens")
+    bar = ProgressBar("training", "tokens")
     for done in (500, 2000):
         bar(done, 2000, {"loss": "5.1"})
     assert "training: 100%" in shown.getvalue()

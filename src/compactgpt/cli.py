@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from compactgpt import __version__
-from compactgpt.common.console import echo, report, told_clearly
+from compactgpt.common.console import echo, handle_user_errors, report
 from compactgpt.common.errors import CheckFailed, UserError
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
@@ -79,7 +79,7 @@ def export(
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
-    with told_clearly():
+    with handle_user_errors():
         _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
         echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
@@ -112,7 +112,7 @@ def push_to_hub(
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Export a trained model and upload it to the Hugging Face hub (needs HF_TOKEN or `hf auth login`)."""
-    with told_clearly(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+    with handle_user_errors(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         from compactgpt.common.storage import MANIFEST
         from compactgpt.data.hub import push_folder
 
@@ -152,7 +152,7 @@ def gate(
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.config import load_params
         from compactgpt.gate import formats, references
 
@@ -188,7 +188,7 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.tracking import reproduce
 
         def agree(plan: reproduce.Plan) -> bool:
@@ -210,7 +210,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Explain two runs: parameters, data, code, environment, figures with paired significance."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.tracking import compare_runs
 
         found = compare_runs.of(a, b, Path())
@@ -226,7 +226,7 @@ def estimate(
     ladder: LadderFile = Path("results/ladder.json"),
 ) -> None:
     """What would a run be? Size, time, memory and loss, before anything runs; nothing is written."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.forecast import whatif
 
         found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
@@ -242,7 +242,7 @@ def estimate(
 @experiment.command("list")
 def list_experiments() -> None:
     """The named experiments: what each is for, and what it needs."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.experiments import experiments
 
         for name, one in experiments().items():
@@ -255,7 +255,7 @@ def show(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
     """What an experiment would change in params.yaml."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt import experiments
 
         echo("\n".join(experiments.shown(name, params_file, settings or [])))
@@ -267,7 +267,7 @@ def apply_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
     """Change params.yaml as an experiment says; `git checkout HEAD -- params.yaml` undoes it."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt import experiments
 
         told = experiments.apply(name, params_file, settings or [])
@@ -280,7 +280,7 @@ def run_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
 ) -> None:
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt import experiments
         from compactgpt.forecast import whatif
 
@@ -295,7 +295,7 @@ def run_experiment(
 @experiment.command("record")
 def record_experiment(name: ExperimentName) -> None:
     """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.reporting.recording import record
 
         echo(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
@@ -308,7 +308,7 @@ def ladder(
     params_file: ParamsFile = Path("params.yaml"),
 ) -> None:
     """Gather the runs of a sweep, fit a scaling law to them, and extrapolate to params.yaml."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.forecast import fitting
 
         echo(fitting.climb(name, folder, params_file))
@@ -321,7 +321,7 @@ def sync(
     ] = False,
 ) -> None:
     """Copy to MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.tracking.mlflow_logger import sync as copy
 
         try:
@@ -337,7 +337,7 @@ def sync(
 @app.command()
 def check(params_file: ParamsFile = Path("params.yaml")) -> None:
     """Check params.yaml and the files that DVC is about to read: every `make repro` begins so."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.data.inputs import check_inputs
 
         check_inputs(Path(), params_file)
@@ -347,7 +347,7 @@ def check(params_file: ParamsFile = Path("params.yaml")) -> None:
 @app.command()
 def repair() -> None:
     """Restore dvc.lock if DVC was killed while it wrote the file: every `make repro` begins so."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.tracking.dvc_files import restore_lock
 
         if restore_lock(Path()):
@@ -360,7 +360,7 @@ app.command("mend", hidden=True)(repair)  # its name until version 0.4
 @app.command()
 def verify(as_json: AsJson = False) -> None:
     """Is every file what dvc.lock says, and every number what the inputs give? Exit code 3 if one differs."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.reporting.verify import verify as look
 
         found = look(Path())
@@ -374,7 +374,7 @@ def trace(
     name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
 ) -> None:
     """Where does a number come from? Report, stage, what it read, commit, MLflow run."""
-    with told_clearly():
+    with handle_user_errors():
         from compactgpt.common.storage import read_json
         from compactgpt.reporting.provenance import RECORD, find_value
         from compactgpt.reporting.provenance import trace as chain

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData
-from compactgpt.common.progress import silent
 from compactgpt.common.storage import sha256_file
 from compactgpt.config import Tokenization
 from compactgpt.data import documents as documents_room

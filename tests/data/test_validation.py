@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from compactgpt.common.console import silent
 from compactgpt.common.errors import BadData, CheckFailed
-from compactgpt.common.progress import silent
 from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_documents

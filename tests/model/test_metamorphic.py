@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compactgpt import config
-from compactgpt.common.progress import silent
+from compactgpt.common.console import silent
 from compactgpt.data.token_files import open_tokens, write_tokens
 from compactgpt.evaluation.baselines import Surroundings, load_baseline
 from compactgpt.evaluation.compact import compact

@@ -110,7 +110,7 @@ def _killed_at_fsync(number, tokens, state):
         real(handle)
 
     os.fsync = fsync
-    prepare_process(params_of().runtime)
+    prepare_process(params_of().runtime.num_threads)
     trainer.train(params_of(eval_interval=6), trainer.open_splits(tokens), state)
 
 

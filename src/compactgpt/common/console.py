@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compactgpt.common.errors import (
     BadData,
@@ -22,7 +22,18 @@ from compactgpt.common.errors import (
 )
 
 
-class Bar:
+class Progress(Protocol):
+    """Called now and then during long work: `done` units of `total`, and a few formatted figures."""
+
+    def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+        """Show that `done` of `total` units are finished."""
+
+
+def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
+    """Show nothing: the default `progress` of every function that has one."""
+
+
+class ProgressBar:
     """Progress on stderr: a live bar on a terminal, now and then a plain line elsewhere."""
 
     def __init__(self, name: str, unit: str) -> None:
@@ -54,7 +65,7 @@ class Bar:
 
 
 @contextmanager
-def told_clearly(stopped: str = "stopped") -> Iterator[None]:
+def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
     """Turn a mistake into one sentence and an exit code.
 
     Args:

@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.sources import Origin, Piece

@@ -8,7 +8,7 @@ manifest that says of each source how much was kept and what it hashes to (corpu
 from pathlib import Path, PurePath
 from typing import Any
 
-from compactgpt.common.progress import Progress, silent
+from compactgpt.common.console import Progress, silent
 from compactgpt.config import Download, Tokenizer
 from compactgpt.data import encoding, wheels
 from compactgpt.data.docstrings import DocstringReader

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.common.progress import Progress, silent
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_row_group

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.common.progress import Progress, silent
 from compactgpt.config import HubCorpus, HubSet
 from compactgpt.data.hub import one_line, require_on_hub
 from compactgpt.data.inputs import check_files

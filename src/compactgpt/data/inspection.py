@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import sha256_file, verified_manifest
 from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_names, row_groups

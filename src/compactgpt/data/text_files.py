@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
-from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Files
 from compactgpt.data.inputs import regular_status, require_utf8
 from compactgpt.data.sources import MEGABYTE, Origin, Piece

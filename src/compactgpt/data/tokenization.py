@@ -31,8 +31,8 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, UserError
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import (
     MANIFEST,
     atomic_file,

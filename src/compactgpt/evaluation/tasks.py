@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, BadData
-from compactgpt.common.progress import Progress, silent
 from compactgpt.config import Likelihood
 from compactgpt.config import Tasks as Settings
 from compactgpt.data.token_files import TokenFile, Window

@@ -25,7 +25,6 @@ RECORD = Path("reports/evidence.json")
 UNTRACKED = {
     "common/console",
     "common/errors",
-    "common/progress",
     "config",
     "tracking/journal",
     "tracking/training_callbacks",

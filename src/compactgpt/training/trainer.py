@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from compactgpt.common.console import Progress, silent
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
-from compactgpt.common.progress import Progress, silent
 from compactgpt.common.storage import json_bytes, sha256_file, verified_manifest, write_text
 from compactgpt.config import Params, Training
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens, training_batch
