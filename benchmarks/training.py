@@ -75,9 +75,9 @@ class Ours:
     """compactgpt's training step, with the recipe that the parent names."""
 
     def __init__(self, order: dict[str, Any], params: Params) -> None:
+        from compactgpt.common.torchrun import DistInfo
         from compactgpt.training import trainer
         from compactgpt.training.distributed import Group
-        from compactgpt.training.launching import DistInfo
 
         splits = trainer.open_splits(Path(order["tokens"]))
         self.run = trainer._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))

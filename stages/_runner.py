@@ -24,6 +24,7 @@ from compactgpt.common.console import Progress, ProgressBar, handle_user_errors,
 from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
 from compactgpt.common.storage import MANIFEST, read_manifest, sha256_file, write_json
+from compactgpt.common.torchrun import dist_info, under_torchrun
 from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
 from compactgpt.tracking.dvc_files import keep_lock
 from compactgpt.tracking.journal import (
@@ -35,7 +36,7 @@ from compactgpt.tracking.journal import (
     state_folder,
 )
 from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
-from compactgpt.training.launching import dist_info, launch, under_torchrun
+from compactgpt.training.launching import launch
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.

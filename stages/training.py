@@ -8,8 +8,8 @@ import typer
 
 from compactgpt.common.device import prepare_process, stop_requests
 from compactgpt.common.storage import write_text
+from compactgpt.common.torchrun import dist_info
 from compactgpt.tracking import state_folder
-from compactgpt.training.launching import dist_info
 from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage, start_processes
 
 app = new_app()

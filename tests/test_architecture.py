@@ -156,7 +156,6 @@ LEVELS = [
 ]
 LEVEL = {folder: number for number, folders in enumerate(LEVELS) for folder in folders}
 UPWARDS = {  # still to be moved
-    ("common.console", "training.launching"),
     ("model.huggingface", "training.checkpoint"),
 }
 

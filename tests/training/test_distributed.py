@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from compactgpt.common.errors import BadConfig
+from compactgpt.common.torchrun import DistInfo
 from compactgpt.training import trainer
 from compactgpt.training.distributed import Group
-from compactgpt.training.launching import DistInfo
 from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
 from tests.support.processes import together
 from tests.support.tiny_training import make_tokens, params_of

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from compactgpt.common.errors import BadConfig, DiskFull
 from compactgpt.common.storage import sha256_file
+from compactgpt.common.torchrun import DistInfo
 from compactgpt.model.gpt import GPT
 from compactgpt.training.checkpoint import save_model
 from compactgpt.training.distributed import Group, init_process_group
 from compactgpt.training.initialization import folder_sha256
-from compactgpt.training.launching import DistInfo
 from compactgpt.training.optim import Optimizers
 from tests.support.distributed_training import assert_same_bits, bereft, parameters, run, stopped, train
 from tests.support.processes import together

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compactgpt.training.launching import DistInfo, dist_info
+from compactgpt.common.torchrun import DistInfo, dist_info
 from tests.support.processes import together
 from tests.support.tiny_training import contents, door, make_tokens, tree_of
 

@@ -12,6 +12,7 @@ import torch
 from compactgpt.common.device import prepare_process, stop_requests
 from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.common.storage import write_text
+from compactgpt.common.torchrun import DistInfo
 from compactgpt.config import ExpectedLoss, parse_params
 from compactgpt.data.token_files import open_tokens, write_tokens
 from compactgpt.model.huggingface import save_hf
@@ -20,7 +21,6 @@ from compactgpt.training import trainer
 from compactgpt.training.checkpoint import load_model, save_model
 from compactgpt.training.distributed import Group
 from compactgpt.training.initialization import folder_sha256, initial_model
-from compactgpt.training.launching import DistInfo
 from tests.support import processes
 from tests.support.tiny_training import EOT, VOCAB, contents, door, make_tokens, params_of, same_bits, tree_of
 

@@ -20,6 +20,7 @@ from compactgpt.common.errors import (
     UserError,
     printable,
 )
+from compactgpt.common.torchrun import dist_info, under_torchrun
 
 
 class Progress(Protocol):
@@ -74,8 +75,6 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        from compactgpt.training.launching import dist_info, under_torchrun  # reads all of config
-
         # What every process meets at the same step is told once.
         if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             say(str(error))

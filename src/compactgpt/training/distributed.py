@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from compactgpt.common.errors import BadConfig, PeerLost, UserError
+from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
-from compactgpt.training.launching import INIT_METHOD, DistInfo, dist_info
+from compactgpt.training.launching import INIT_METHOD
 
 T = TypeVar("T")
 

@@ -1,49 +1,16 @@
-"""Starts several training processes on this machine with torchrun's agent, and reads what torchrun says.
-
-torchrun gives each process its rank in the environment (RANK, WORLD_SIZE, LOCAL_RANK), whether `launch` or
-the user's own `torchrun` command started it. Torch is imported only to launch.
-"""
+"""Starts several training processes on this machine with torchrun's agent. Torch is imported only then."""
 
 import logging
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from compactgpt.common.errors import Busy, PeerLost
 from compactgpt.config import Launcher
 
 INIT_METHOD = "COMPACTGPT_INIT_METHOD"  # where the processes of `launch` meet; without it: MASTER_ADDR
-
-
-@dataclass(frozen=True)
-class DistInfo:
-    """Which of the processes that train one model together this process is."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0  # among the processes of this machine
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process writes files, logs and shows progress."""
-        return self.rank == 0
-
-
-def dist_info() -> DistInfo:
-    """Read the environment that torchrun sets; without torchrun there is one process."""
-    if not under_torchrun():
-        return DistInfo()
-    return DistInfo(
-        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    )
-
-
-def under_torchrun() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:

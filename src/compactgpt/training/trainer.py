@@ -25,6 +25,7 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.common.storage import json_bytes, sha256_file, verified_manifest, write_text
+from compactgpt.common.torchrun import DistInfo
 from compactgpt.config import Params, Training
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens, training_batch
 from compactgpt.model.gpt import GPT, token_nats
@@ -32,7 +33,6 @@ from compactgpt.model.sampled_softmax import draw_sample, inclusion_probabilitie
 from compactgpt.training.checkpoint import load_newest_state, save_model, save_state
 from compactgpt.training.distributed import Group, gathered, init_process_group
 from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
-from compactgpt.training.launching import DistInfo
 from compactgpt.training.optim import Optimizers, lr_multiplier
 
 # What a training state was computed by: another version of one of them never goes on from it.
