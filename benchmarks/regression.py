@@ -1,4 +1,4 @@
-"""How often the gate is wrong, both ways: what docs/decisions.md quotes.
+"""How often the gate is wrong, both ways: what docs/decisions/15-gate.md quotes.
 
     python benchmarks/regression.py                     # the table of both errors
     python benchmarks/regression.py reruns --out RUNS   # trains the demo again
@@ -29,7 +29,7 @@ from compactgpt.gate.gate import decide, perplexity_rise  # noqa: E402
 from compactgpt.gate.references import accepted  # noqa: E402
 
 # Variance between documents of the difference of two models, OWN + TOKEN / tokens: `noise` found it between
-# runs that differ by rounding only (docs/decisions.md).
+# runs that differ by rounding only (docs/decisions/15-gate.md).
 OWN, TOKEN = 2.1e-4, 0.17
 
 

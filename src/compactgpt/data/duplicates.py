@@ -12,7 +12,7 @@ run of words a polynomial of these hashes.
                     length, and lm-evaluation-harness' (docs/decontamination.md)
 
 Memory: 12 bytes per document and one band of the signatures, which are on disk with 4 bytes per value. The
-index of rensa would need 1.3 KB per document (docs/decisions.md). The runs of val are in memory: val is a
+index of rensa would need 1.3 KB per document (docs/decisions). The runs of val are in memory: val is a
 small share, and of a document with more than RUNS_PER_DOCUMENT runs only those with the lowest hashes are
 kept. V documents of val, G runs in them, N documents in all.
 """

@@ -4,7 +4,7 @@ Both are measured on the same documents, so that how hard a document is cancels 
 is worse by more than its tolerance *and* the interval of the change leaves out "no change": the tolerance
 says what matters, the interval what is known; one of the two alone is a warning. The interval has two
 parts: the documents (paired cluster bootstrap) and the runs themselves, since two trainings that only sum
-in another order are two models (`regression.rerun_noise`). docs/decisions.md has both error rates.
+in another order are two models (`regression.rerun_noise`). docs/decisions/15-gate.md has both error rates.
 
 Guards come first: on another val split nothing can be compared, and where a baseline moved that nobody
 touched, the ruler moved. `compactgpt.references` reads what to compare with, and `compactgpt.gate.formats`
