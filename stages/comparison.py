@@ -67,12 +67,12 @@ def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
 
 def _compare(stage: Stage, inputs: Path, reports: Path, data: Path, models: Path) -> None:
     from compactgpt.common.storage import write_bytes
-    from compactgpt.reporting.evidence import compare
+    from compactgpt.reporting.evidence import build_record
     from compactgpt.reporting.html import published_files
     from compactgpt.reporting.schemas import read_sources
 
     sources = read_sources(inputs, reports, data, models, stage.params.baseline.names)
-    record = compare(sources, stage.params.evaluation.likelihood)
+    record = build_record(sources, stage.params.evaluation.likelihood)
     for name, content in published_files(record, stage.params.comparison.language).items():
         write_bytes(reports / name, content)
         stage.tracker.artifact(reports / name, "reports")

@@ -296,9 +296,10 @@ def run_experiment(
 def record_experiment(name: ExperimentName) -> None:
     """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
     with handle_user_errors():
-        from compactgpt.reporting.recording import record
+        from compactgpt.reporting.results import record_result
 
-        echo(f"{record(name)}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+        path = record_result(name)
+        echo(f"{path}: commit it, then `dvc repro comparison` judges the claims that wait for it")
 
 
 @app.command()

@@ -10,7 +10,16 @@ from pydantic import ValidationError
 from compactgpt import experiments
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.config import load_section
-from compactgpt.reporting.claims import Claim, Claims, Decision, Evidence, Judgement, Published, judge, relate
+from compactgpt.reporting.claims import (
+    Claim,
+    Claims,
+    Decision,
+    Evidence,
+    Judgement,
+    Published,
+    judge_claims,
+    relate,
+)
 
 ROOT = Path(__file__).parents[2]
 CLAIMS = load_section(ROOT / "claims.yaml", Claims)
@@ -28,7 +37,7 @@ def value(number, low=None, high=None, known="measured", exact=False, name="a") 
 
 
 def verdict_of(one: Claim, *evidence: Evidence) -> str:
-    return judge([one], {item.id: item for item in evidence})[0].verdict
+    return judge_claims([one], {item.id: item for item in evidence})[0].verdict
 
 
 @pytest.mark.parametrize(
@@ -79,8 +88,8 @@ def test_readings_that_disagree_mislead():
 
 
 def test_the_numbers_that_decided_are_kept():
-    found = judge([claim()], {"a": value(100, 90, 110)})[0]
-    assert found == Judgement("A", "supported", False, "", (Decision("a", 90, 110, "inside"),))
+    found = judge_claims([claim()], {"a": value(100, 90, 110)})[0]
+    assert found == Judgement("supported", (Decision("a", 90, 110, "inside"),))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,7 @@ def test_the_numbers_that_decided_are_kept():
 def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
     claims = [claim(*perplexity), claim(*loss, name="B")]
     both = claim(None, None, "C", by="agreement", through="logarithm", of=("A", "B"))
-    judged = judge([*claims, both], {})[2]
+    judged = judge_claims([*claims, both], {})[2]
     (decision,) = judged.decisions
     assert (judged.verdict, judged.by_hand, judged.reason) == (verdict, False, "")
     low, high = math.log(perplexity[0]), math.log(perplexity[1])
@@ -106,16 +115,16 @@ def test_a_ratio_must_agree_with_its_two_perplexities():
     claims = [claim(80, 120), claim(35, 45, "B"), claim(2, 3, "C"), claim(4, 5, "D")]
     for last, verdict in (("C", "confirmed"), ("D", "self-inconsistent")):
         ratio = claim(None, None, "R", by="agreement", through="ratio", of=("A", "B", last))
-        judged = judge([*claims, ratio], {})[-1]
+        judged = judge_claims([*claims, ratio], {})[-1]
         assert judged.verdict == verdict
         assert judged.decisions[0].low == pytest.approx(80 / 45)
         assert judged.decisions[0].high == pytest.approx(120 / 35)
 
 
 def test_a_reading_by_hand_says_so():
-    judged = judge([claim(by="hand", verdict="unverifiable", reason="because")], {"a": value(100)})[0]
-    assert judged == Judgement("A", "unverifiable", True, "because", ())
-    assert not judge([claim()], {"a": value(100)})[0].by_hand
+    judged = judge_claims([claim(by="hand", verdict="unverifiable", reason="because")], {"a": value(100)})[0]
+    assert judged == Judgement("unverifiable", by_hand=True, reason="because")
+    assert not judge_claims([claim()], {"a": value(100)})[0].by_hand
 
 
 def test_an_agreement_needs_bounds_above_zero():
@@ -179,8 +188,7 @@ EXPECTED = {
 
 def test_the_notes_verdicts():
     published = {
-        v.id: Evidence(**v.model_dump(exclude={"context", "stride", "tokenizer"}))
-        for v in load_section(ROOT / "published.yaml", Published).values
+        v.id: Evidence(**v.model_dump()) for v in load_section(ROOT / "published.yaml", Published).values
     }
     counted = {
         "note.parameters.nanogpt": 29_938_560,
@@ -194,7 +202,8 @@ def test_the_notes_verdicts():
         "ratio.note_to_gpt2.flops_per_token": 0.2266,
     }
     known = published | {name: value(number, exact=True, name=name) for name, number in counted.items()}
-    verdicts = {judged.claim: judged.verdict for judged in judge(CLAIMS.claims, known)}
+    judged = judge_claims(CLAIMS.claims, known)
+    verdicts = {claim.id: one.verdict for claim, one in zip(CLAIMS.claims, judged, strict=True)}
     assert {name: verdicts[name] for name in EXPECTED} == EXPECTED
 
 
@@ -225,7 +234,7 @@ def test_every_recommendation_is_an_experiment():
     ],
 )
 def test_a_recommendations_row_fills_when_its_experiment_has_run(name, evidence, ratio, verdict):
-    found = judge([BY_ID[name]], {evidence: value(*ratio, name=evidence)})[0]
+    found = judge_claims([BY_ID[name]], {evidence: value(*ratio, name=evidence)})[0]
     assert (found.verdict, found.by_hand) == (verdict, False)
 
 
@@ -233,7 +242,7 @@ def test_verdicts_move_with_the_numbers():
     """No verdict that numbers can give is written down: another number, another verdict."""
     for number, verdict in ((1.5e9, "confirmed"), (655_360_000, "contradicted")):
         known = {"note.tokens": value(number, exact=True, name="note.tokens")}
-        assert judge([BY_ID["P8"]], known)[0].verdict == verdict
+        assert judge_claims([BY_ID["P8"]], known)[0].verdict == verdict
 
 
 def write(tmp_path: Path, old: str, new: str) -> Path:

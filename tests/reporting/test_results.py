@@ -14,10 +14,14 @@ from compactgpt.common.storage import write_json
 from compactgpt.config import load_params, load_section
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.forecast.model_size import counts
-from compactgpt.reporting import recording
-from compactgpt.reporting.claims import Claims, judge
-from compactgpt.reporting.evidence import Value
-from compactgpt.reporting.results import across, documents_of, read_results, result_of
+from compactgpt.reporting.claims import Claims, Evidence, judge_claims
+from compactgpt.reporting.results import (
+    compare_results,
+    document_sums,
+    make_result,
+    read_results,
+    record_result,
+)
 
 ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -57,8 +61,8 @@ def record_like(loss):
 
 
 def result(name, loss):
-    documents = documents_of("abcd", [loss * t for t in TOKENS], TOKENS)
-    return result_of(name, record_like(loss), PARAMS, documents)
+    documents = document_sums("abcd", [loss * t for t in TOKENS], TOKENS)
+    return make_result(name, record_like(loss), PARAMS, documents)
 
 
 def test_values_are_kept_under_the_experiments_name():
@@ -90,7 +94,7 @@ def test_the_forecast_is_kept_with_its_score():
 
 def test_two_experiments_are_compared_in_pairs():
     note, longer = result("note", 4.15), result("context-1024", 4.05)
-    (ratio,) = across([note, longer], 100, 1)
+    (ratio,) = compare_results([note, longer], 100, 1)
     expected = perplexity_ratio(
         np.array([4.15 * t for t in (10, 30, 40)]),
         np.array([4.05 * t for t in (10, 30, 40)]),
@@ -105,18 +109,19 @@ def test_two_experiments_are_compared_in_pairs():
 
 def test_experiments_on_other_text_are_not_compared():
     note, longer = result("note", 4.15), result("long", 4.05)
-    other = longer.model_copy(update={"documents": documents_of("abce", [1.0] * 4, TOKENS)})
-    assert list(across([note, other], 100, 1)) == []
-    assert [one["id"] for one in across([note, longer], 100, 1)] == ["ratio.long_to_note.perplexity"]
+    other = longer.model_copy(update={"documents": document_sums("abce", [1.0] * 4, TOKENS)})
+    assert list(compare_results([note, other], 100, 1)) == []
+    assert [one["id"] for one in compare_results([note, longer], 100, 1)] == ["ratio.long_to_note.perplexity"]
 
 
 def test_a_kept_result_fills_the_rows_that_wait(tmp_path):
     write_json(tmp_path / "note.json", result("note", 4.15).model_dump(mode="json"))
     write_json(tmp_path / "ladder.json", {})  # is something else
     kept = read_results(tmp_path)
-    evidence = {one["id"]: Value(**one) for found in kept for one in found.evidence}
+    evidence = {one["id"]: Evidence(**one) for found in kept for one in found.evidence}
     claims = load_section(ROOT / "claims.yaml", Claims).claims
-    verdicts = {judged.claim: judged.verdict for judged in judge(claims, evidence)}
+    judged = judge_claims(claims, evidence)
+    verdicts = {claim.id: one.verdict for claim, one in zip(claims, judged, strict=True)}
     assert verdicts["L1"] == "contradicted"  # exp(4.15) is 63
     assert verdicts["C7"] == "supported"
     assert verdicts["L12"] != "not yet measured"
@@ -154,10 +159,10 @@ def save_run(project, **changes):
 
 def test_a_run_is_recorded_from_its_reports(project):
     save_run(project)
-    path = recording.record("demo", project, ROOT / "conf")
+    path = record_result("demo", project, ROOT / "conf")
     (kept,) = read_results(project / "results")
     assert path == project / "results/demo.json"
-    assert kept.documents == documents_of("abcd", [float(t) for t in TOKENS], TOKENS)
+    assert kept.documents == document_sums("abcd", [float(t) for t in TOKENS], TOKENS)
     assert kept.params["model"] == PARAMS.model.model_dump()
     assert "demo.loss" in {one["id"] for one in kept.evidence}
 
@@ -166,12 +171,12 @@ def test_a_run_that_is_not_the_experiment_is_refused(project):
     with pytest.raises(
         BadConfig, match=r"not the experiment note, which has[\s\S]*model\.n_embd: 128 -> 384"
     ):
-        recording.record("note", project, ROOT / "conf")
+        record_result("note", project, ROOT / "conf")
     with pytest.raises(BadConfig, match="ladder is a sweep"):
-        recording.record("ladder", project, ROOT / "conf")
+        record_result("ladder", project, ROOT / "conf")
 
 
 def test_reports_of_another_run_are_refused(project):
     save_run(project, **{"compact.tokens_seen": 1})
     with pytest.raises(BadConfig, match=r"tokens_seen is 1 in reports/evidence\.json and \d+ by params"):
-        recording.record("demo", project, ROOT / "conf")
+        record_result("demo", project, ROOT / "conf")

@@ -41,8 +41,8 @@ from compactgpt.data.token_files import evaluation_windows, open_tokens
 from compactgpt.evaluation import baselines
 from compactgpt.gate import gate, references
 from compactgpt.model.huggingface import load_hf, save_hf
-from compactgpt.reporting.claims import Claims, judge
-from compactgpt.reporting.evidence import compare
+from compactgpt.reporting.claims import Claims, judge_claims
+from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.markdown import comparison
 from compactgpt.reporting.schemas import read_sources
 from compactgpt.reporting.verify import Verification, check_numbers, looked_at
@@ -221,7 +221,7 @@ CLAIMS = read_yaml(ROOT / "claims.yaml")
 def test_claims_with_other_keys_and_types(changes):
     from compactgpt.config import _parse
 
-    is_refused(lambda: judge(_parse(changed(CLAIMS, changes), Claims, "claims.yaml").claims, {}))
+    is_refused(lambda: judge_claims(_parse(changed(CLAIMS, changes), Claims, "claims.yaml").claims, {}))
 
 
 # --- files of the user's corpus, wheels, dvc.lock, journals
@@ -533,7 +533,7 @@ def test_reports_given_to_the_comparison(place, name, changes):
     path = place / f"reports/{name}.json"
 
     def read():
-        comparison(json.loads(json.dumps(compare(sources(place), LIKELIHOOD))))
+        comparison(json.loads(json.dumps(build_record(sources(place), LIKELIHOOD))))
 
     with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
         is_refused(read)

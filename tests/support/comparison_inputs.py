@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from compactgpt.config import load_params
 from compactgpt.forecast.estimate import estimate
-from compactgpt.reporting.evidence import compare
+from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.schemas import read_sources
 from stages.comparison import app
 
@@ -101,7 +101,8 @@ def make_place(folder: Path) -> Path:
     splits = {"train": {**SPLIT, "sha256": "b" * 64}, "val": {**SPLIT, "sha256": "a" * 64}}
     tokenizer = {"encoding": "gpt2", "tokenizer_sha256": "c" * 64}
     write(reports / "tokenization.json", {"tokenizer": tokenizer, **splits})
-    write(folder / "models/compact/manifest.json", {"files": {"model.safetensors": {"sha256": "d" * 64}}})
+    weights = {"sha256": "d" * 64, "bytes": 9}
+    write(folder / "models/compact/manifest.json", {"files": {"model.safetensors": weights}})
     add_measurements(folder)
     return folder
 
@@ -119,7 +120,7 @@ def sources_of(place: Path, names=NAMES):
 
 def record_of(place: Path) -> dict:
     """The comparison's record of a place, as it is read back from JSON."""
-    return json.loads(json.dumps(compare(sources_of(place), LIKELIHOOD)))
+    return json.loads(json.dumps(build_record(sources_of(place), LIKELIHOOD)))
 
 
 def run_door(place: Path, *more: str):

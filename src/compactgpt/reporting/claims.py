@@ -1,8 +1,8 @@
-"""The note's claims and what is known -> verdicts, with the numbers that decided.
+"""The claims of the note *Performance de NanoGPT Compact contre GPT-2*, the evidence, and the verdicts.
 
-A claim is an interval; so is a piece of evidence (a point where its uncertainty is unknown or none). The
-interval rule: evidence inside the claim supports it, disjoint from it contradicts it, anything else
-decides nothing. Evidence that is only reported or estimated stands beside a claim and never decides.
+A claim is an interval, and so is a piece of evidence (a point, where it has no uncertainty). Evidence inside
+the claimed interval supports the claim, evidence disjoint from it contradicts the claim, and anything else
+decides nothing. Evidence that is only reported or estimated is shown with a claim and never decides.
 """
 
 import math
@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 from compactgpt.config import Model, Name, Section
 
 Verdict = Literal[
-    "confirmed",  # a count or plain arithmetic says so
-    "supported",  # a measurement or a publication says so
+    "confirmed",  # by a count or by arithmetic
+    "supported",  # by a measurement or a publication
     "contradicted",
-    "inconclusive",  # the intervals overlap, neither inside
+    "inconclusive",  # the intervals overlap, and the evidence is not inside the claim
     "self-inconsistent",  # with another claim of the note
     "misleading",  # true in one reading, false in another
     "unverifiable",
@@ -51,7 +51,7 @@ class ByAgreement(Section):
 
 
 class ByHand(Section):
-    """A human reading."""
+    """Judged by a person who read the claim and its source."""
 
     by: Literal["hand"]
     verdict: Verdict
@@ -68,10 +68,10 @@ class Claim(Section):
     model: str
     quantity: str
     unit: str
-    low: float | None = None
+    low: float | None = None  # None: no lower limit
     high: float | None = None
-    beside: tuple[str, ...] = ()
-    experiment: Name | None = None  # whose run decides it
+    beside: tuple[str, ...] = ()  # ids of values that are shown with the claim and decide nothing
+    experiment: Name | None = None  # whose run decides the claim
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
     @model_validator(mode="after")
@@ -84,15 +84,12 @@ class Claim(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What the note says, an open side being infinite."""
-        return (
-            -math.inf if self.low is None else self.low,
-            math.inf if self.high is None else self.high,
-        )
+        """The claimed interval; a side without a limit is infinite."""
+        return (-math.inf if self.low is None else self.low, math.inf if self.high is None else self.high)
 
 
 class Row(Section):
-    """A row of the note's table: the claim in each of its columns."""
+    """A row of the note's table: the id of the claim in each column."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name
@@ -109,22 +106,23 @@ class Claims(Section):
     @model_validator(mode="after")
     def _linked(self) -> Self:
         known = [claim.id for claim in self.claims]
-        if len(set(known)) != len(known):
-            raise ValueError(f"ids repeat themselves: {sorted({i for i in known if known.count(i) > 1})}")
+        if repeated := sorted({name for name in known if known.count(name) > 1}):
+            raise ValueError(f"ids repeat themselves: {repeated}")
         named = [name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)]
-        bounded = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
+        # Ratios divide by the bounds of a claim, and logarithms are taken of them.
+        positive = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
         for claim in self.claims:
             if isinstance(claim.judged, ByAgreement):
                 named += claim.judged.of
-                if open_ended := sorted(set(claim.judged.of) - bounded):
-                    raise ValueError(f"{claim.id}: agreement of {open_ended} needs low (above 0) and high")
+                if unusable := sorted(set(claim.judged.of) - positive):
+                    raise ValueError(f"{claim.id}: agreement of {unusable} needs low (above 0) and high")
         if unknown := sorted(set(named) - set(known)):
             raise ValueError(f"no such claims: {unknown}")
         return self
 
 
 class PublishedValue(Section):
-    """A number that somebody else made known."""
+    """A number that others made public; the fields are those of Evidence."""
 
     id: str
     model: str
@@ -136,8 +134,8 @@ class PublishedValue(Section):
     corpus: str
     known: Literal["published", "reported"]
     source: str
-    context: int | None = None  # most tokens that the model could see
-    stride: int | None = None  # tokens between the starts of two windows
+    context: int | None = None
+    stride: int | None = None
     tokenizer: str = ""
 
 
@@ -158,7 +156,7 @@ class Published(Section):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One value of the record, with all that a reader needs to trust it or not."""
+    """One value of the record, with its source, its interval and what it was made from."""
 
     id: str
     value: float
@@ -170,26 +168,29 @@ class Evidence:
     low: float | None = None
     high: float | None = None
     exact: bool = False  # a count: no uncertainty
+    stage: str = "comparison"  # that made it
+    report: str = ""  # the file that it was read from
+    context: int | None = None  # most tokens that the model could see
+    stride: int | None = None  # tokens between the starts of two windows
+    tokenizer: str = ""  # the model's own
+    data_sha256: str = ""  # of the token file that was measured
+    weights_sha256: str = ""
+    code_sha256: str = ""  # of the stage's code, see provenance.py
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The interval, or the point where none is known."""
+        """The interval, or the point where no interval is known."""
         return (
             self.value if self.low is None else self.low,
             self.value if self.high is None else self.high,
         )
 
-    @property
-    def decides(self) -> bool:
-        """Whether a verdict may rest on it."""
-        return self.known in ("measured", "computed", "published")
-
 
 @dataclass(frozen=True)
 class Decision:
-    """One number that was held against a claim."""
+    """One number that was compared with a claim."""
 
-    source: str  # id of the evidence, or of the claims that were compared
+    source: str  # id of the evidence, or ids of the claims
     low: float
     high: float
     relation: Relation
@@ -197,48 +198,39 @@ class Decision:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim's verdict and what it rests on."""
+    """A claim's verdict and the numbers behind it."""
 
-    claim: str
     verdict: Verdict
-    by_hand: bool
-    reason: str  # of a reading by hand
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision, ...] = ()
+    by_hand: bool = False
+    reason: str = ""  # of a verdict by hand
 
 
-def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Where an interval lies with respect to a claimed one; touching ends count as shared."""
-    if claim_low <= low and high <= claim_high:
-        return "inside"
-    return "outside" if high < claim_low or low > claim_high else "overlaps"
-
-
-def judge(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> list[Judgement]:
-    """Judge every claim with the evidence at hand, in the order of the claims."""
+def judge_claims(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> list[Judgement]:
+    """Return the judgement of each claim, in the order of the claims."""
     by_id = {claim.id: claim for claim in claims}
-    return [_judge_one(claim, by_id, evidence) for claim in claims]
+    return [_judge(claim, by_id, evidence) for claim in claims]
 
 
-def _judge_one(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evidence]) -> Judgement:
+def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evidence]) -> Judgement:
     judged = claim.judged
     if isinstance(judged, ByHand):
-        return Judgement(claim.id, judged.verdict, True, judged.reason, ())
+        return Judgement(judged.verdict, by_hand=True, reason=judged.reason)
     if isinstance(judged, ByAgreement):
-        decision = _agreement(judged, claims)
-        agree: dict[Relation, Verdict] = {
-            "inside": "confirmed",
-            "outside": "self-inconsistent",
-            "overlaps": "inconclusive",
-        }
-        return Judgement(claim.id, agree[decision.relation], False, "", (decision,))
-    found = [evidence[name] for name in judged.ids if name in evidence and evidence[name].decides]
-    decisions = tuple(Decision(e.id, *e.bounds, relate(*e.bounds, *claim.bounds)) for e in found)
-    complete = len(found) == len(judged.ids)
-    verdict = _verdict(decisions, all(e.exact for e in found)) if complete else None
-    return Judgement(claim.id, verdict or "not yet measured", False, "", decisions)
+        decision = _compare_claims(judged, claims)
+        verdicts: dict[Relation, Verdict] = {
+            "inside": "confirmed", "outside": "self-inconsistent", "overlaps": "inconclusive",
+        }  # fmt: skip
+        return Judgement(verdicts[decision.relation], (decision,))
+    found = [evidence[name] for name in judged.ids if name in evidence]
+    found = [item for item in found if item.known in ("measured", "computed", "published")]
+    decisions = tuple(Decision(item.id, *item.bounds, relate(*item.bounds, *claim.bounds)) for item in found)
+    if len(found) < len(judged.ids):
+        return Judgement("not yet measured", decisions)
+    return Judgement(_combine(decisions, exact=all(item.exact for item in found)), decisions)
 
 
-def _verdict(decisions: Sequence[Decision], exact: bool) -> Verdict:
+def _combine(decisions: Sequence[Decision], *, exact: bool) -> Verdict:
     relations = {decision.relation for decision in decisions}
     if relations == {"inside"}:
         return "confirmed" if exact else "supported"
@@ -247,14 +239,21 @@ def _verdict(decisions: Sequence[Decision], exact: bool) -> Verdict:
     return "misleading" if {"inside", "outside"} <= relations else "inconclusive"
 
 
-def _agreement(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Turn the first claim (or the ratio of the first two) into the last one's unit and compare."""
+def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
+    """Convert the first claim (or the ratio of the first two) to the unit of the last one, and compare."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])
     else:
         low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    relation = relate(low, high, *last)
-    if relate(*last, low, high) == "inside":
-        relation = "inside"  # the wider statement holds the narrower one, whichever it is
+    # The two agree when either interval contains the other.
+    contains_last = relate(*last, low, high) == "inside"
+    relation = "inside" if contains_last else relate(low, high, *last)
     return Decision(" and ".join(judged.of), low, high, relation)
+
+
+def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
+    """Return where an interval lies relative to a claimed one; intervals that touch share a point."""
+    if claim_low <= low and high <= claim_high:
+        return "inside"
+    return "outside" if high < claim_low or low > claim_high else "overlaps"

@@ -1,21 +1,22 @@
-"""Reports, claims and published values -> one record, from which every table, picture and page is made.
+"""Reports, claims and published values -> the record of evidence, from which all tables and charts are made.
 
-`gather` turns all that is known into values; `compare` judges the claims with them and returns the record,
-plain JSON (reports/evidence.json). The modules of `reporting` see nothing but that record, so no reader can
-meet a number that it lacks. Ids: `<model>.<quantity>`, where `note` is the note's model,
-`compact` the one trained here; published results on another corpus carry its name, `gpt2.openwebtext.loss`.
+`collect_evidence` turns everything that is known into values; `build_record` judges the claims with them
+and returns the record, plain JSON (reports/evidence.json). The other modules of `reporting` read only that
+record, so they can't show a number that it lacks. Ids are `<model>.<quantity>`: `note` is the note's model,
+`compact` the one trained here. Published results on another corpus carry its name: `gpt2.openwebtext.loss`.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
+
+import numpy as np
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.config import ExpectedLoss, Likelihood, Model
 from compactgpt.evaluation.metrics import (
-    Interval,
     bits_per_byte,
     mcnemar,
     perplexity,
@@ -23,45 +24,33 @@ from compactgpt.evaluation.metrics import (
     ratio_bootstrap,
 )
 from compactgpt.forecast.model_size import counts, flops_per_token
-from compactgpt.reporting.claims import Claim, Evidence, Judgement, Published, judge
-from compactgpt.reporting.results import across
-from compactgpt.reporting.schemas import COMPACT, Bounds, Forecast, Measured, Sources
+from compactgpt.reporting.claims import Evidence, Published, judge_claims
+from compactgpt.reporting.results import compare_results
+from compactgpt.reporting.schemas import COMPACT, Forecast, Measured, Sources
 
 NOTE = "note"
 NATS = "nats per token"
 # Kind and name of the corpora whose reports are about the note: the embedded demo's, and the note's own.
 # On any other corpus a report is about the model that was trained there.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
-_PUBLISHED = "published.yaml"
-_ESTIMATE = "reports/estimate.json"
+PUBLISHED = "published.yaml"
+ESTIMATE = "reports/estimate.json"
+SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # any other figure of written text is a share
 
 
-@dataclass(frozen=True)
-class Value(Evidence):
-    """A value with all that it was made from, as far as it has it."""
-
-    stage: str = "comparison"  # that made it
-    report: str = ""  # the file that it was read from
-    context: int | None = None  # most tokens that the model could see
-    stride: int | None = None  # tokens between the starts of two windows
-    tokenizer: str = ""  # the model's own
-    data_sha256: str = ""  # of the token file that it is about
-    weights_sha256: str = ""
-    code_sha256: str = ""  # of the stage's code, see provenance.py
-
-
-def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
-    """Judge the claims and lay out the tables: the record, plain JSON.
+def build_record(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
+    """Judge the claims and return the record, plain JSON.
 
     Args:
-        sources: see `readings.read_sources`.
+        sources: see `schemas.read_sources`.
         likelihood: resamples and seed of the paired bootstrap.
 
     Raises:
-        BadConfig: two values have the same name.
+        BadConfig: two values have the same id.
     """
-    evidence: dict[str, Value] = {}
-    for item in gather(sources, likelihood):
+    evidence: dict[str, Evidence] = {}
+    for item in collect_evidence(sources, likelihood):
         if item.id in evidence:
             raise BadConfig(
                 f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
@@ -69,52 +58,47 @@ def compare(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
             )
         code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
         evidence[item.id] = replace(item, code_sha256=code)
-    judgements = judge(sources.claims.claims, evidence)
-    validation = sources.compact.score.validation.model_dump()
+    judgements = judge_claims(sources.claims.claims, evidence)
+    claims = [
+        claim.model_dump(exclude={"judged"}, mode="json") | asdict(judgement)
+        for claim, judgement in zip(sources.claims.claims, judgements, strict=True)
+    ]
+    scores = [sources.compact, *sources.baselines]
     return {
         "evidence": [asdict(item) for item in evidence.values()],
         "about_note": (sources.download.corpus, sources.download.name) in NOTE_CORPORA,
-        "claims": [_claim_record(*pair) for pair in zip(sources.claims.claims, judgements, strict=True)],
+        "claims": claims,
         "tally": [list(pair) for pair in Counter(j.verdict for j in judgements).most_common()],
         "table": [row.model_dump() for row in sources.claims.table],
-        "models": _models(sources, evidence),
-        "forecast": _forecast_check(evidence),
+        "models": {
+            "measured": [
+                {"name": one.name, "kind": one.score.model.kind, "context": one.score.model.context}
+                for one in scores
+            ],
+            "published": [n for n in sources.published.models if f"{n}.openwebtext.loss" in evidence],
+            "shape": sources.estimate.compact.model.model_dump(),
+        },
+        "forecast": _check_forecast(evidence),
         "notes": sources.estimate.compact.notes,
-        "calibration": [check.model_dump() for check in sources.estimate.calibration.checks],
-        "validation": validation | {"window": sources.compact.score.window},
+        "calibration": [check.model_dump() for check in sources.estimate.checks],
+        "validation": sources.compact.score.validation.model_dump()
+        | {"window": sources.compact.score.window},
         "curve": sources.curve,
-        "positions": _positions(sources),
-        "samples": _samples(sources),
+        # by position in the window, in nats per token of each model's own tokenizer
+        "positions": {
+            one.name: [row.model_dump() for row in one.score.by_position]
+            for one in scores
+            if one.score.by_position
+        },
+        "samples": _align_samples(sources),
         "flagged": len(sources.flagged & set(sources.compact.totals.ids)),
-        "data": _data(sources),
+        "data": _describe_data(sources),
         "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
 
 
-def _models(sources: Sources, evidence: Mapping[str, Value]) -> dict[str, Any]:
-    scores = [sources.compact, *sources.baselines]
-    return {
-        "measured": [
-            {"name": scored.name, "kind": scored.score.model.kind, "context": scored.score.model.context}
-            for scored in scores
-        ],
-        "published": [name for name in sources.published.models if f"{name}.openwebtext.loss" in evidence],
-        "shape": sources.estimate.compact.model.model_dump(),
-    }
-
-
-def _claim_record(claim: Claim, judgement: Judgement) -> dict[str, Any]:
-    return {
-        **claim.model_dump(exclude={"judged"}, mode="json"),
-        "verdict": judgement.verdict,
-        "by_hand": judgement.by_hand,
-        "reason": judgement.reason,
-        "decisions": [asdict(decision) for decision in judgement.decisions],
-    }
-
-
-def _forecast_check(evidence: Mapping[str, Evidence]) -> dict[str, Any]:
-    """Whether the measured loss fell into the intervals that were written down before the training."""
+def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
+    """Return whether the measured loss is in each of the intervals that were written before training."""
     measured = evidence[f"{COMPACT}.loss"].value
     inside = {}
     for share in ("80", "95"):
@@ -123,342 +107,276 @@ def _forecast_check(evidence: Mapping[str, Evidence]) -> dict[str, Any]:
     return inside
 
 
-def _positions(sources: Sources) -> dict[str, list[dict[str, Any]]]:
-    """Loss by place in the window, in nats per token of the model's own, of every model that has it."""
-    scores = (sources.compact, *sources.baselines)
-    return {
-        scored.name: [row.model_dump() for row in scored.score.by_position]
-        for scored in scores
-        if scored.score.by_position
-    }
-
-
-def _samples(sources: Sources) -> list[dict[str, Any]]:
-    """What every model wrote behind each of the note's prompts, side by side."""
+def _align_samples(sources: Sources) -> list[dict[str, Any]]:
+    """Return, for each of the note's prompts, what every model wrote after it."""
     written = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
     prompts: dict[str, dict[str, Any]] = {}
     for model, samples in written.items():
         for sample in samples:
-            if sample["document"] is None:
-                ways = {way: one["text"] for way, one in sample.items() if isinstance(one, dict)}
-                prompts.setdefault(sample["prompt"], {})[model] = ways
+            if sample["document"] is None:  # not the beginning of a val document
+                texts = {way: one["text"] for way, one in sample.items() if isinstance(one, dict)}
+                prompts.setdefault(sample["prompt"], {})[model] = texts
     return [{"prompt": prompt, "models": models} for prompt, models in prompts.items()]
 
 
-def _data(sources: Sources) -> dict[str, Any]:
-    """What the data card says: the corpus, its parts, its splits, and how its inspections went."""
-    checks = {
-        stage: {"passed": sum(one.success for one in found.expectations), "of": len(found.expectations)}
-        for stage, found in sources.inspections.items()
-    }
+def _describe_data(sources: Sources) -> dict[str, Any]:
+    """Return what the page says of the data: the corpus, its parts, its splits, its inspections."""
     tokenized = sources.tokenization
     return {
         **sources.download.model_dump(),
         "tokenizer": tokenized.tokenizer.model_dump(),
-        "splits": {name: getattr(tokenized, name).model_dump() for name in ("train", "val")},
-        "checks": checks,
+        "splits": {"train": tokenized.train.model_dump(), "val": tokenized.val.model_dump()},
+        "checks": {
+            stage: {"passed": sum(one.success for one in found.expectations), "of": len(found.expectations)}
+            for stage, found in sources.inspections.items()
+        },
     }
 
 
-def gather(sources: Sources, likelihood: Likelihood) -> Iterator[Value]:
-    """Everything that is known, one value at a time, ids unique."""
+def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+    """Yield everything that is known, one value at a time."""
     yield from _estimated(NOTE, sources.estimate.note)
     yield from _estimated(COMPACT, sources.estimate.compact)
     for name, shape in sources.published.models.items():
-        yield from _shape_facts(name, shape)
+        yield from _counted(name, shape)
     yield from _size_ratios(sources)
     yield from _published(sources.published)
-    yield from _trained(sources)
-    corpus = f"{sources.download.name} val"
+    yield Evidence(
+        f"{COMPACT}.tokens_seen", sources.training.tokens, "tokens", "measured", COMPACT,
+        "reports/training.json", f"{sources.download.name} train", exact=True, stage="training",
+        report="reports/training.json", data_sha256=sources.tokenization.train.sha256,
+        weights_sha256=sources.weights_sha256,
+    )  # fmt: skip
     for measured in (sources.compact, *sources.baselines):
-        made = _made(measured, sources, corpus)
-        yield from _scored(measured, made)
-        yield from _asked(measured, made)
-        yield from _written(measured, made)
-        yield from _apart(measured, sources.flagged, likelihood, made)
-    ours = _made(sources.compact, sources, corpus)
+        yield from _likelihood(measured, sources)
+        yield from _task_scores(measured, sources)
+        yield from _text_figures(measured, sources)
+        yield from _flagged_and_clean(measured, sources, likelihood)
     for baseline in sources.baselines:
-        yield _paired_ratio(sources.compact, baseline, likelihood, ours)
-        yield from _paired_tasks(sources.compact, baseline, ours)
-    yield from _recorded(sources, likelihood)
-
-
-def _recorded(sources: Sources, likelihood: Likelihood) -> Iterator[Value]:
-    """What earlier experiments measured, as it was kept, and their paired ratios."""
+        yield _perplexity_ratio(baseline, sources, likelihood)
+        yield from _task_p_values(baseline, sources)
     for result in sources.results:
-        yield from (Value(**item) for item in result.evidence)
+        yield from (Evidence(**item) for item in result.evidence)
     resamples, seed = likelihood.bootstrap_resamples, likelihood.bootstrap_seed
-    yield from (Value(**item) for item in across(sources.results, resamples, seed))
+    yield from (Evidence(**item) for item in compare_results(sources.results, resamples, seed))
 
 
-def _estimated(model: str, forecast: Forecast) -> Iterator[Value]:
-    """Size, budget and expected loss of one of the two estimated runs."""
-    source = f"params.yaml, {_ESTIMATE}"
+# --- estimated, counted and published values
 
-    def count(quantity: str, value: float, unit: str) -> Value:
-        return Value(
-            f"{model}.{quantity}",
-            value,
-            unit,
-            "computed",
-            model,
-            source,
-            exact=True,
-            stage="estimate",
-            report=_ESTIMATE,
-        )
 
-    for convention, number in forecast.parameters.model_dump().items():
-        yield count(f"parameters.{convention}", number, "parameters")
-    yield count("context", forecast.model.block_size, "tokens")
-    yield count("sequences_per_step", forecast.sequences_per_step, "sequences")
-    yield count("tokens_per_step", forecast.tokens_per_step, "tokens")
-    yield count("tokens", forecast.tokens, "tokens")
+def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
+    """Yield size, budget and expected loss of one of the two estimated runs."""
+    source = f"params.yaml, {ESTIMATE}"
+    about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
+    parameters = forecast.parameters.model_dump()
+    found = {f"parameters.{convention}": (n, "parameters") for convention, n in parameters.items()}
+    found["context"] = (forecast.model.block_size, "tokens")
+    found["sequences_per_step"] = (forecast.sequences_per_step, "sequences")
+    found["tokens_per_step"] = (forecast.tokens_per_step, "tokens")
+    found["tokens"] = (forecast.tokens, "tokens")
+    for quantity, (value, unit) in found.items():
+        yield Evidence(f"{model}.{quantity}", value, unit, "computed", source=source, exact=True, **about)
     if forecast.epochs is not None:
-        yield count("epochs", forecast.epochs, "share")
-    yield from _expected(model, forecast.expected_loss, source, forecast.model.block_size)
-    yield from _laws(model, forecast)
-
-
-def _expected(model: str, expected: ExpectedLoss, source: str, context: int) -> Iterator[Value]:
-    """The loss expected with each of its intervals, 95 % where the name has none; perplexity likewise."""
-    about: dict[str, Any] = {"known": "estimated", "model": model, "source": f"{source}: {expected.basis}"}
-    about |= {"stage": "estimate", "report": _ESTIMATE, "context": context, "stride": context}
-    eighty, ninety_five = (expected.low_80, expected.high_80), (expected.low_95, expected.high_95)
-    for name, (low, high) in {"": ninety_five, "_95": ninety_five, "_80": eighty}.items():
-        yield Value(f"{model}.expected_loss{name}", expected.value, NATS, low=low, high=high, **about)
-    value, low, high = (perplexity(loss) for loss in (expected.value, *ninety_five))
-    yield Value(f"{model}.expected_perplexity", value, "perplexity", low=low, high=high, **about)
-
-
-def _laws(model: str, forecast: Forecast) -> Iterator[Value]:
-    """What each published scaling law says as it stands; where it is worse than guessing, nothing."""
-    for name, law in forecast.laws.items():
-        if law.better_than_guessing:
-            source = f"{_ESTIMATE}: the law {name} as published, not calibrated"
-            yield Value(
-                f"{model}.law.{name}.loss",
-                law.loss,
-                NATS,
-                "estimated",
-                model,
-                source,
-                stage="estimate",
-                report=_ESTIMATE,
+        name = f"{model}.epochs"
+        yield Evidence(name, forecast.epochs, "share", "computed", source=source, exact=True, **about)
+    yield from _expected(model, forecast.expected_loss, forecast.model.block_size, about)
+    for law, found_by_law in forecast.laws.items():
+        if found_by_law.better_than_guessing:
+            name, source = (
+                f"{model}.law.{law}.loss",
+                f"{ESTIMATE}: the law {law} as published, not calibrated",
             )
+            yield Evidence(name, found_by_law.loss, NATS, "estimated", source=source, **about)
 
 
-def _shape_facts(name: str, shape: Model) -> Iterator[Value]:
-    source = f"{_PUBLISHED}: counted from the architecture"
-    about: dict[str, Any] = {"model": name, "source": source, "exact": True, "report": _PUBLISHED}
+def _expected(
+    model: str, expected: ExpectedLoss, context: int, about: Mapping[str, Any]
+) -> Iterator[Evidence]:
+    """Yield the expected loss with each of its intervals (95 % where the id names none), and perplexity."""
+    about = {**about, "source": f"params.yaml, {ESTIMATE}: {expected.basis}", "known": "estimated"}
+    about |= {"context": context, "stride": context}
+    bounds_95 = (expected.low_95, expected.high_95)
+    intervals = {"": bounds_95, "_95": bounds_95, "_80": (expected.low_80, expected.high_80)}
+    for suffix, (low, high) in intervals.items():
+        yield Evidence(f"{model}.expected_loss{suffix}", expected.value, NATS, low=low, high=high, **about)
+    value, low, high = (perplexity(loss) for loss in (expected.value, *bounds_95))
+    yield Evidence(f"{model}.expected_perplexity", value, "perplexity", low=low, high=high, **about)
+
+
+def _counted(name: str, shape: Model) -> Iterator[Evidence]:
+    """Yield parameters and context of a published architecture."""
+    source = f"{PUBLISHED}: counted from the architecture"
+    about: dict[str, Any] = {"model": name, "source": source, "exact": True, "report": PUBLISHED}
     for convention, number in asdict(counts(shape)).items():
-        yield Value(f"{name}.parameters.{convention}", number, "parameters", "computed", **about)
-    yield Value(f"{name}.context", shape.block_size, "tokens", "published", **about)
+        yield Evidence(f"{name}.parameters.{convention}", number, "parameters", "computed", **about)
+    yield Evidence(f"{name}.context", shape.block_size, "tokens", "published", **about)
 
 
-def _size_ratios(sources: Sources) -> Iterator[Value]:
-    """The note's model against GPT-2 small: parameters, and arithmetic of a token at each one's context."""
+def _size_ratios(sources: Sources) -> Iterator[Evidence]:
+    """Yield the note's model over GPT-2 small: parameters, and arithmetic per token at each one's context."""
     note, gpt2 = sources.estimate.note, sources.published.models["gpt2"]
     sizes = note.parameters.model_dump()
-    shares = {f"parameters.{key}": sizes[key] / number for key, number in asdict(counts(gpt2)).items()}
+    ratios = {f"parameters.{key}": sizes[key] / number for key, number in asdict(counts(gpt2)).items()}
     flops = flops_per_token(gpt2)["with_attention"]
-    shares["flops_per_token"] = note.flops_per_token.with_attention / flops
-    for quantity, share in shares.items():
+    ratios["flops_per_token"] = note.flops_with_attention / flops
+    for quantity, ratio in ratios.items():
         name, source = f"ratio.note_to_gpt2.{quantity}", "ratio of the two counts"
-        yield Value(name, share, "share", "computed", NOTE, source, exact=True, report=_ESTIMATE)
+        yield Evidence(name, ratio, "share", "computed", NOTE, source, exact=True, report=ESTIMATE)
 
 
-def _published(published: Published) -> Iterator[Value]:
-    """Published values, and what follows from a published loss: perplexity and bits per byte."""
+def _published(published: Published) -> Iterator[Evidence]:
+    """Yield published values, and what follows from a published loss: perplexity and bits per byte."""
     values = {value.id: value for value in published.values}
     bytes_per_token = values["openwebtext.bytes_per_token"].value
     for value in published.values:
-        yield Value(**value.model_dump(), report=_PUBLISHED)
+        yield Evidence(**value.model_dump(), report=PUBLISHED)
         if not value.id.endswith(".loss"):
             continue
         stem = value.id.removesuffix(".loss")
         about = value.model_dump(include={"known", "model", "corpus", "context", "stride", "tokenizer"})
-        about["report"] = _PUBLISHED
+        about["report"] = PUBLISHED
         source = f"from {value.id}: {value.source}"
-        yield Value(
-            f"{stem}.perplexity", perplexity(value.value), "perplexity", source=f"exp, {source}", **about
-        )
+        number = perplexity(value.value)
+        yield Evidence(f"{stem}.perplexity", number, "perplexity", source=f"exp, {source}", **about)
         if stem.endswith(".openwebtext"):
             bits = bits_per_byte(value.value, 1) / bytes_per_token
-            spread = f"at {bytes_per_token} bytes per token, {source}"
-            yield Value(f"{stem}.bits_per_byte", bits, "bits per byte", source=spread, **about)
-    gap = math.exp(values["gpt2.openwebtext.loss"].value - values["gpt2-tuned.openwebtext.loss"].value)
-    yield Value(
-        "ratio.gpt2_to_gpt2-tuned.perplexity",
-        gap,
-        "ratio",
-        "published",
-        "gpt2",
-        "from gpt2.openwebtext.loss and gpt2-tuned.openwebtext.loss",
-        "OpenWebText val",
-        report=_PUBLISHED,
-    )
+            source = f"at {bytes_per_token} bytes per token, {source}"
+            yield Evidence(f"{stem}.bits_per_byte", bits, "bits per byte", source=source, **about)
+    ratio = math.exp(values["gpt2.openwebtext.loss"].value - values["gpt2-tuned.openwebtext.loss"].value)
+    source = "from gpt2.openwebtext.loss and gpt2-tuned.openwebtext.loss"
+    name, corpus = "ratio.gpt2_to_gpt2-tuned.perplexity", "OpenWebText val"
+    yield Evidence(name, ratio, "ratio", "published", "gpt2", source, corpus, report=PUBLISHED)
 
 
-def _trained(sources: Sources) -> Iterator[Value]:
-    """Tokens that our training really saw."""
-    report, trained = "reports/training.json", sources.training
-    yield Value(
-        f"{COMPACT}.tokens_seen",
-        trained.tokens,
-        "tokens",
-        "measured",
-        COMPACT,
-        report,
-        f"{sources.download.name} train",
-        exact=True,
-        stage="training",
-        report=report,
-        data_sha256=sources.tokenization.train.sha256,
-        weights_sha256=sources.weights_sha256,
-    )
+# --- measured values
 
 
-def _made(measured: Measured, sources: Sources, corpus: str) -> dict[str, Any]:
-    """What all values of one model's report have in common."""
+def _common(measured: Measured, sources: Sources, *, windows: bool = False) -> dict[str, Any]:
+    """Return what all values of one model's report have in common.
+
+    Args:
+        measured: the model and its report.
+        sources: see `build_record`.
+        windows: the values are of the shared windows, so that context and stride belong to them. A
+            compressor has no window, and reads the document before.
+    """
     score, ours = measured.score, measured.name == COMPACT
     model = score.model
+    window = score.window if windows and model.kind != "compressor" else None
     return {
         "known": "measured",
         "model": measured.name,
         "source": measured.source,
-        "corpus": corpus,
+        "corpus": f"{sources.download.name} val",
         "stage": "evaluation" if ours else f"baseline@{measured.name}",
         "report": measured.source,
         "tokenizer": sources.tokenization.tokenizer.encoding if ours else model.tokenizer,
         "data_sha256": score.validation.sha256,
         "weights_sha256": sources.weights_sha256 if ours else model.sha256 or model.weights_sha256,
+        "context": window,
+        "stride": window,
     }
 
 
-def _interval(name: str, bounds: Interval | Bounds, unit: str, made: Mapping[str, Any]) -> Value:
-    return Value(name, bounds.value, unit, low=bounds.low, high=bounds.high, **made)
+def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Evidence:
+    return Evidence(name, bounds.value, unit, low=bounds.low, high=bounds.high, **about)
 
 
-def _windows(measured: Measured) -> dict[str, int]:
-    """Context and stride of the matched windows; a compressor has none, and sees the document before."""
-    cut = measured.score.model.kind != "compressor"
-    return {"context": measured.score.window, "stride": measured.score.window} if cut else {}
-
-
-def _scored(measured: Measured, made: Mapping[str, Any]) -> Iterator[Value]:
-    """Loss, perplexity and bits per byte of one measured model, and its size where it has one."""
+def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield loss, perplexity and bits per byte of one measured model, and its size where it has one."""
     name, score = measured.name, measured.score
-    made = {**made, **_windows(measured)}
-    for quantity, unit in {
-        "loss": NATS,
-        "perplexity": "perplexity",
-        "bits_per_byte": "bits per byte",
-    }.items():
-        yield _interval(f"{name}.{quantity}", getattr(score, quantity), unit, made)
+    about = _common(measured, sources, windows=True)
+    for quantity, unit in SCORE_UNITS.items():
+        yield _interval(f"{name}.{quantity}", getattr(score, quantity), unit, about)
     if name == COMPACT:  # its size is counted from params.yaml, in all three conventions
         return
+    about |= {"corpus": "", "context": None, "stride": None, "data_sha256": ""}
     sizes = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
     for convention, size in sizes.items():
         if size is not None:
-            about = {**made, "corpus": "", "context": None, "stride": None, "data_sha256": ""}
-            yield Value(f"{name}.num_params.{convention}", size, "parameters", **about, exact=True)
+            yield Evidence(f"{name}.num_params.{convention}", size, "parameters", **about, exact=True)
 
 
-def _asked(measured: Measured, made: Mapping[str, Any]) -> Iterator[Value]:
-    """Word perplexity, the loss in other views and the accuracy of each task of one model."""
+def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield word perplexity, the loss in other views and the accuracy of each task of one model."""
     name, score = measured.name, measured.score
     if score.word_perplexity is not None:
-        about = {**made, **_windows(measured)}
+        about = _common(measured, sources, windows=True)
         yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", about)
+    about = _common(measured, sources)
     for view, found in score.views.items():
-        about = {**made, "context": found.context, "stride": found.stride}
-        yield _interval(f"{name}.{view}.loss", found.loss, NATS, about)
+        sizes = {"context": found.context, "stride": found.stride}
+        yield _interval(f"{name}.{view}.loss", found.loss, NATS, about | sizes)
     for task, answers in score.tasks.items():
         if answers.accuracy is not None:
-            own = task == "cloze"
-            about = {**made, "corpus": made["corpus"] if own else "LAMBADA"}
-            about["data_sha256"] = answers.items_sha256
-            yield _interval(f"{name}.{task}.accuracy", answers.accuracy, "share", about)
+            corpus = about["corpus"] if task == "cloze" else "LAMBADA"
+            items = {"corpus": corpus, "data_sha256": answers.items_sha256}
+            yield _interval(f"{name}.{task}.accuracy", answers.accuracy, "share", about | items)
         for protocol in ("no_overlap", "strided", "per_word"):
-            if found := getattr(answers, protocol):
-                about = {**made, "corpus": "WikiText", "context": found.context, "stride": found.stride}
-                quantity = "perplexity" if found.word_perplexity is None else "word_perplexity"
-                value, about["data_sha256"] = getattr(found, quantity), answers.sha256
-                yield Value(f"{name}.{task}.{protocol}.{quantity}", value, "perplexity", **about)
+            if result := getattr(answers, protocol):
+                quantity = "perplexity" if result.word_perplexity is None else "word_perplexity"
+                value_id, value = f"{name}.{task}.{protocol}.{quantity}", getattr(result, quantity)
+                text = {"corpus": "WikiText", "data_sha256": answers.sha256}
+                text |= {"context": result.context, "stride": result.stride}
+                yield Evidence(value_id, value, "perplexity", **about | text)
 
 
-_TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
-
-
-def _written(measured: Measured, made: Mapping[str, Any]) -> Iterator[Value]:
-    """Figures of what a model wrote; of human text once, in our own model's report."""
+def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield the figures of what a model wrote; those of human text only once, from our own model's report."""
+    about = _common(measured, sources)
     for way, figures in measured.score.text.statistics.items():
         if way == "human" and measured.name != COMPACT:
             continue
         for figure, bounds in figures.items():
             if bounds is not None:
                 name = f"{measured.name}.text.{way}.{figure}"
-                yield _interval(name, bounds, _TEXT_UNITS.get(figure, "share"), made)
+                yield _interval(name, bounds, TEXT_UNITS.get(figure, "share"), about)
 
 
-def _apart(
-    measured: Measured, flagged: frozenset[str], likelihood: Likelihood, made: Mapping[str, Any]
-) -> Iterator[Value]:
-    """Loss on documents that are flagged as leaked or duplicated, and on the clean ones."""
+def _flagged_and_clean(measured: Measured, sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+    """Yield the loss on documents that are flagged as leaked or duplicated, and on the clean ones."""
     totals = measured.totals
-    held = {"flagged": [name in flagged for name in totals.ids]}
-    held["clean"] = [not one for one in held["flagged"]]
-    for part, chosen in held.items():
-        rows = [place for place, one in enumerate(chosen) if one and totals.tokens[place] > 0]
-        if flagged and rows:
-            loss = ratio_bootstrap(
-                totals.nats[rows],
-                totals.tokens[rows].astype(float),
-                resamples=likelihood.bootstrap_resamples,
-                seed=likelihood.bootstrap_seed,
-            )
-            corpus = f"{made['corpus']}, {len(rows)} {part} documents"
-            about = {**made, **_windows(measured), "corpus": corpus, "stage": "comparison"}
-            about["source"] = f"{_totals_path(measured)}, reports/inspection.json"
-            yield _interval(f"{measured.name}.{part}.loss", loss, NATS, about)
+    if not sources.flagged:
+        return
+    flagged = np.isin(totals.ids, list(sources.flagged))
+    for part, chosen in {"flagged": flagged, "clean": ~flagged}.items():
+        rows = np.flatnonzero(chosen & (totals.tokens > 0))
+        if not len(rows):
+            continue
+        loss = ratio_bootstrap(
+            totals.nats[rows], totals.tokens[rows].astype(float),
+            resamples=likelihood.bootstrap_resamples, seed=likelihood.bootstrap_seed,
+        )  # fmt: skip
+        about = _common(measured, sources, windows=True) | {"stage": "comparison"}
+        about["corpus"] = f"{about['corpus']}, {len(rows)} {part} documents"
+        about["source"] = f"{measured.totals_path}, reports/inspection.json"
+        yield _interval(f"{measured.name}.{part}.loss", loss, NATS, about)
 
 
-def _totals_path(measured: Measured) -> str:
-    folder = "evaluation" if measured.name == COMPACT else "baseline"
-    return f"data/{folder}/{measured.name}.parquet"
-
-
-def _paired_ratio(
-    compact: Measured, baseline: Measured, likelihood: Likelihood, ours: Mapping[str, Any]
-) -> Value:
-    """The compact model's perplexity over a baseline's, document by document."""
-    scored = compact.totals.tokens > 0
-    ratio: Interval = perplexity_ratio(
-        compact.totals.nats[scored],
-        baseline.totals.nats[scored],
-        compact.totals.tokens[scored].astype(float),
-        resamples=likelihood.bootstrap_resamples,
-        seed=likelihood.bootstrap_seed,
-    )
-    source = f"paired bootstrap over documents, {_totals_path(compact)} and {_totals_path(baseline)}"
-    about = {**ours, **_windows(compact), "stage": "comparison", "source": source}
+def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likelihood) -> Evidence:
+    """Return our model's perplexity over a baseline's, paired by document."""
+    compact = sources.compact
+    ours, theirs = compact.totals, baseline.totals
+    scored = ours.tokens > 0
+    ratio = perplexity_ratio(
+        ours.nats[scored], theirs.nats[scored], ours.tokens[scored].astype(float),
+        resamples=likelihood.bootstrap_resamples, seed=likelihood.bootstrap_seed,
+    )  # fmt: skip
+    source = f"paired bootstrap over documents, {compact.totals_path} and {baseline.totals_path}"
+    about = _common(compact, sources, windows=True) | {"stage": "comparison", "source": source}
     return _interval(f"ratio.{COMPACT}_to_{baseline.name}.perplexity", ratio, "ratio", about)
 
 
-def _paired_tasks(compact: Measured, baseline: Measured, ours: Mapping[str, Any]) -> Iterator[Value]:
-    """McNemar's p-value for each task that both were asked, on the same items."""
-    for task, answers in compact.score.tasks.items():
+def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield McNemar's p-value of each task that our model and the baseline did on the same items."""
+    compact = sources.compact
+    about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
+    about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"
+    for task, ours in compact.score.tasks.items():
         theirs = baseline.score.tasks.get(task)
-        if theirs is None or answers.accuracy is None or theirs.items_sha256 != answers.items_sha256:
+        if theirs is None or ours.accuracy is None or theirs.items_sha256 != ours.items_sha256:
             continue
-        pairs = Counter(zip(answers.hits, theirs.hits, strict=True))
-        source = f"exact McNemar test on the items of {compact.source} and {baseline.source}"
-        about = {**ours, "corpus": "", "stage": "comparison", "source": source}
-        about["data_sha256"] = answers.items_sha256
-        yield Value(
-            f"ratio.{COMPACT}_to_{baseline.name}.{task}.p_value",
-            mcnemar(pairs["1", "0"], pairs["0", "1"]),
-            "probability",
-            **about,
-        )
+        pairs = Counter(zip(ours.hits, theirs.hits, strict=True))
+        p_value = mcnemar(pairs["1", "0"], pairs["0", "1"])
+        name = f"ratio.{COMPACT}_to_{baseline.name}.{task}.p_value"
+        yield Evidence(name, p_value, "probability", **about | {"data_sha256": ours.items_sha256})

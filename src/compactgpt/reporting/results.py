@@ -1,10 +1,10 @@
-"""What finished experiments measured, kept: results/<experiment>.json, small, in git, written by a command.
+"""The results store: what finished experiments measured, results/<experiment>.json, small and in git.
 
 params.yaml and reports/ hold one run at a time. `compactgpt experiment record NAME` keeps what the reports
 say of an experiment's run under the experiment's name: `compact.loss` of the experiment `note` becomes
-`note.loss`, GPT-2 measured beside it `gpt2.note.loss`. The comparison takes these values into its record,
-where the note's claims wait for them. Sums by document are kept too, so that two experiments on the same text
-can be compared in pairs.
+`note.loss`, and GPT-2 measured in the same run `gpt2.note.loss`. The comparison takes these values into its
+record, where the note's claims wait for them. Sums by document are kept too, so that two experiments on the
+same text can be compared in pairs.
 """
 
 import hashlib
@@ -12,17 +12,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compactgpt.config import ExpectedLoss, Name, Params, Section, Sha256, load_section
+import numpy as np
+
+from compactgpt import experiments
+from compactgpt.common.errors import BadConfig
+from compactgpt.common.storage import read_json, write_json
+from compactgpt.config import ExpectedLoss, Name, Params, Section, Sha256, load_params, load_section
+from compactgpt.evaluation.likelihood import read_totals
+from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.forecast.model_size import counts
 
 FOLDER = Path("results")
 COMPACT = "compact"
-LADDER = "ladder"  # a sweep: its file is another, see compactgpt.ladder
-# id of the ratio of two experiments' perplexities, on the same text
+SWEEP_FILE = "ladder"  # results of a sweep: has another form, see compactgpt.forecast.sweep
+# id of the ratio of two experiments' perplexities on the same text -> the two experiments
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
+# Where a run may differ from its experiment: machine, baselines, start, the user's own paths.
+NOT_COMPARED = (
+    "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
+    "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
+)  # fmt: skip
+# Figures of greedy text that claims compare with GPT-2's: name in the ratio's id -> name of the figure.
+COMPARED_TEXT = {"repetition": "seq_rep_4", "distinct_2": "distinct_2", "length": "tokens"}
 
 
 class Documents(Section):
@@ -34,7 +49,7 @@ class Documents(Section):
 
 
 class Forecast(Section):
-    """What was written down before the run, and whether it held."""
+    """The loss expected before the run, and whether the measured loss was in its intervals."""
 
     expected_loss: ExpectedLoss
     inside_80: bool
@@ -53,122 +68,144 @@ class Result(Section):
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read what is kept, by name; nothing where there is no folder.
+    """Read the results of a folder, by name; return nothing where there is no folder.
 
     Raises:
         BadConfig: one of the files is damaged.
     """
-    paths = sorted(path for path in folder.glob("*.json") if path.stem != LADDER)
+    paths = sorted(path for path in folder.glob("*.json") if path.stem != SWEEP_FILE)
     return tuple(load_section(path, Result) for path in paths)
 
 
-def result_of(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Rename what a record says of our model and of those beside it.
+def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
+    """Write what reports/ says of the run of an experiment as results/NAME.json, and return the path.
+
+    Raises:
+        BadConfig: params.yaml is not that experiment, or the reports are of another run.
+        MissingInput: a report is missing.
+    """
+    params = _check_experiment(name, root / "params.yaml", conf)
+    record = read_json(root / "reports" / "evidence.json")
+    values = {item["id"]: item["value"] for item in record["evidence"]}
+    expected = {
+        f"{COMPACT}.parameters.all_tensors": counts(params.model).all_tensors,
+        f"{COMPACT}.tokens_seen": params.training.max_steps * params.training.tokens_per_step,
+    }
+    for value_id, number in expected.items():
+        if values.get(value_id) != number:
+            raise BadConfig(
+                f"{value_id} is {values.get(value_id)} in reports/evidence.json and {number} by params.yaml: "
+                "run `dvc repro` first"
+            )
+    totals = read_totals(root / "data" / "evaluation" / "compact.parquet")
+    documents = document_sums(totals.ids, totals.nats.tolist(), totals.tokens.tolist())
+    path = root / FOLDER / f"{name}.json"
+    write_json(path, make_result(name, record, params, documents).model_dump(mode="json"))
+    return path
+
+
+def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
+    """Return the parameters, which must be those of the experiment."""
+    if experiments.find(name, conf).sweep:
+        raise BadConfig(f"{name} is a sweep: `compactgpt ladder {name}` keeps its runs")
+    changes = experiments.apply(name, params_file, conf=conf, write=False)
+    if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
+        raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
+    return load_params(params_file)
+
+
+def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
+    """Return the sums by document, in the val split's order; nats are rounded to a millionth."""
+    digest = hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
+    return Documents(ids_sha256=digest, nats=tuple(round(n, 6) for n in nats), tokens=tuple(tokens))
+
+
+def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
+    """Return the measured values of a record under the name of an experiment.
 
     Args:
-        name: the experiment that the record is of.
+        name: the experiment.
         record: reports/evidence.json.
-        params: what it was made from.
+        params: what the record was made from.
         documents: our model's sums.
     """
-    values = [item for item in record["evidence"] if item["known"] == "measured"]
-    others = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
-    kept = [item | _renamed(item, name, others) for item in values]
-    expected = {item["id"]: item for item in record["evidence"]}[f"{COMPACT}.expected_loss_95"]
-    eighty = {item["id"]: item for item in record["evidence"]}[f"{COMPACT}.expected_loss_80"]
+    by_id = {item["id"]: item for item in record["evidence"]}
+    baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
+    kept = [_rename(item, name, baselines) for item in by_id.values() if item["known"] == "measured"]
+    at_95, at_80 = (by_id[f"{COMPACT}.expected_loss_{share}"] for share in ("95", "80"))
+    expected = ExpectedLoss(
+        value=at_95["value"], low_80=at_80["low"], high_80=at_80["high"],
+        low_95=at_95["low"], high_95=at_95["high"], basis=at_95["source"],
+    )  # fmt: skip
+    sections: dict[str, Any] = {"model": True, "training": True, "download": {"corpus"}}
     return Result(
         experiment=name,
-        params=params.model_dump(
-            mode="json", include={"model": True, "training": True, "download": {"corpus"}}
-        ),
+        params=params.model_dump(mode="json", include=sections),
         data_sha256=record["validation"]["sha256"],
-        forecast=Forecast(
-            expected_loss=ExpectedLoss(
-                value=expected["value"],
-                low_80=eighty["low"],
-                high_80=eighty["high"],
-                low_95=expected["low"],
-                high_95=expected["high"],
-                basis=expected["source"],
-            ),
-            **record["forecast"],
-        ),
+        forecast=Forecast(expected_loss=expected, **record["forecast"]),
         documents=documents,
-        evidence=(*kept, *_derived(name, kept, record["curve"])),
+        evidence=(*kept, *_derive(name, kept, record["curve"])),
     )
 
 
-def _renamed(item: Mapping[str, Any], name: str, others: Sequence[str]) -> dict[str, Any]:
-    """The id and model of a value under the experiment's name."""
+def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
+    """Return a value with the id and the model that it has under the experiment's name."""
     first, _, rest = item["id"].partition(".")
-    kept = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
+    renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
-        return kept | {"id": f"{name}.{rest}", "model": name}
-    if first == "ratio":
-        return kept | {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
-    other = next(o for o in sorted(others, key=len, reverse=True) if item["id"].startswith(f"{o}."))
-    return kept | {"id": f"{other}.{name}.{item['id'].removeprefix(f'{other}.')}"}
+        renamed |= {"id": f"{name}.{rest}", "model": name}
+    elif first == "ratio":
+        renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
+    else:
+        # A name may be the beginning of another one, with a dot: the longest is meant.
+        owners = [other for other in baselines if item["id"].startswith(f"{other}.")]
+        owner = max(owners, key=len)
+        renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
+    return {**item, **renamed}
 
 
-def _derived(
+def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """What claims ask for and no stage reports: the gap of val and train, text beside GPT-2's."""
+    """Yield what claims ask for and no stage reports: the gap of val and train, and text against GPT-2's."""
     by_id = {item["id"]: item for item in kept}
-    base = by_id[f"{name}.loss"]
     last = curve[-1]
     if last["val_loss"] is not None and last["train_loss"] is not None:
         yield {
-            **base,
+            **by_id[f"{name}.loss"],
             "id": f"{name}.generalisation_gap",
             "value": last["val_loss"] - last["train_loss"],
             "low": None,
             "high": None,
             "source": f"experiment {name}: last row of reports/loss.csv, val less train",
         }
-    figures = {"repetition": "seq_rep_4", "distinct_2": "distinct_2", "length": "tokens"}
-    for quantity, figure in figures.items():
-        ours, theirs = (by_id.get(f"{who}.text.greedy.{figure}") for who in (name, f"gpt2.{name}"))
+    for quantity, figure in COMPARED_TEXT.items():
+        ours, theirs = (by_id.get(f"{model}.text.greedy.{figure}") for model in (name, f"gpt2.{name}"))
         if ours and theirs and theirs["low"] > 0:
             yield {
                 **ours,
                 "id": f"ratio.{name}_to_gpt2.{quantity}",
                 "unit": "ratio",
                 "value": ours["value"] / theirs["value"],
-                "low": max(ours["low"], 0.0) / theirs["high"],  # the two intervals at their worst
+                # the widest ratio that the two intervals allow
+                "low": max(ours["low"], 0.0) / theirs["high"],
                 "high": ours["high"] / theirs["low"],
                 "source": f"{ours['id']} over {theirs['id']}",
             }
 
 
-def across(results: Sequence[Result], resamples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Ratios of the perplexities of two experiments, paired by document."""
-    import numpy as np
-
-    from compactgpt.evaluation.metrics import perplexity_ratio
-
+def compare_results(results: Sequence[Result], resamples: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the ratios of the perplexities of two experiments on the same text, paired by document."""
     by_name = {result.experiment: result for result in results}
-    for name, (ours, theirs) in PAIRS.items():
+    for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)
         if not one or not other or one.documents.ids_sha256 != other.documents.ids_sha256:
             continue
-        tokens = np.array(one.documents.tokens, float)
+        tokens = np.array(one.documents.tokens, float)  # (documents,)
         scored = tokens > 0
         a, b = (np.array(result.documents.nats)[scored] for result in (one, other))
         ratio = perplexity_ratio(a, b, tokens[scored], resamples=resamples, seed=seed)
-        base = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
-        yield {
-            **base,
-            "id": name,
-            "unit": "ratio",
-            "value": ratio.value,
-            "low": ratio.low,
-            "high": ratio.high,
-            "source": f"paired bootstrap over documents, results/{ours}.json and results/{theirs}.json",
-        }
-
-
-def documents_of(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
-    """Sums by document, in the val split's order; nats to a millionth."""
-    digest = hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
-    return Documents(ids_sha256=digest, nats=tuple(round(n, 6) for n in nats), tokens=tuple(tokens))
+        loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
+        source = f"paired bootstrap over documents, results/{ours}.json and results/{theirs}.json"
+        about = {"id": value_id, "unit": "ratio", "source": source}
+        yield {**loss, **about, "value": ratio.value, "low": ratio.low, "high": ratio.high}

@@ -1,6 +1,6 @@
-"""Other stages' reports, read strictly: only what the comparison needs of each, with its types.
+"""What the comparison and the gate read of other stages' reports, with types, and the reader of all of it.
 
-A report that lacks something, or scores of different text, are refused here with the command that mends it.
+A report that lacks a field, or that scores other text, is refused with the command that repairs it.
 """
 
 import csv
@@ -9,10 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.common.storage import MANIFEST, read_json
+from compactgpt.common.storage import read_json, read_manifest
 from compactgpt.config import ExpectedLoss, load_section
 from compactgpt.evaluation.generation import WAYS
 from compactgpt.evaluation.likelihood import Totals, read_totals
@@ -23,33 +31,13 @@ from compactgpt.reporting.results import Result, read_results
 COMPACT = "compact"
 
 
-class _Report(BaseModel):
-    """What is read of another stage's report; the rest of it is no concern of ours."""
+class Report(BaseModel):
+    """The fields that are read of a report; its other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
-class _ScoredModel(_Report):
-    name: str
-    kind: str
-    context: str
-    num_params: int | None
-    num_params_non_embedding: int | None = None
-    tokenizer: str = ""
-    # whichever its kind has: a file's hash, a folder's, a commit of the hub
-    sha256: str = ""
-    weights_sha256: str = ""
-    revision: str = ""
-
-
-class _Validation(_Report):
-    sha256: str
-    documents: int
-    tokens: int
-    bytes: int
-
-
-class Bounds(_Report):
+class Bounds(Report):
     """A value and its interval."""
 
     value: float
@@ -63,97 +51,111 @@ class Bounds(_Report):
         return self
 
 
-class _View(_Report):
-    context: int
-    stride: int
-    loss: Bounds
+class _Model(Report):
+    kind: str
+    context: str
+    num_params: int | None
+    num_params_non_embedding: int | None = None
+    tokenizer: str = ""
+    # the hash of a file or of a folder, whichever the model's kind has
+    sha256: str = ""
+    weights_sha256: str = ""
 
 
-class _Position(_Report):
-    """Loss at some places of the window, counted from 1."""
-
-    first: int
-    last: int
-    tokens: int
-    loss: Bounds
-
-
-class _Protocol(_Report):
-    """WikiText by one of its protocols."""
-
-    context: int
-    stride: int | None = None
-    perplexity: float | None = None
-    word_perplexity: float | None = None
-
-
-class _Task(_Report):
-    """Questions with one right answer each, or WikiText by its protocols."""
-
-    items_sha256: str = ""
-    accuracy: Bounds | None = None
-    hits: str = ""
-    sha256: str = ""  # of WikiText's file
-    no_overlap: _Protocol | None = None
-    strided: _Protocol | None = None
-    per_word: _Protocol | None = None
-
-
-def _whole_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(sample.get("prompt"), str) or "document" not in sample:
-        raise ValueError("a sample lacks its prompt or its document")
-    ways = {way: one for way, one in sample.items() if isinstance(one, dict)}
-    if unknown := sorted(ways.keys() - set(WAYS)):
-        raise ValueError(f"a sample was written in an unknown way, {unknown[0]!r}")
-    if not all(isinstance(one.get("text"), str) for one in ways.values()):
-        raise ValueError("a sample lacks its text")
-    return sample
-
-
-Sample = Annotated[dict[str, Any], AfterValidator(_whole_sample)]
-
-
-class _Text(_Report):
-    """What a model wrote: figures by way, and the samples where they stand beside them."""
-
-    statistics: dict[str, dict[str, Bounds | None]] = {}
-    samples: list[Sample] = []
-
-
-class _Samples(_Report):
-    """reports/samples.json."""
-
-    samples: list[Sample] = []
-
-
-class _Flag(_Report):
-    id: str
-
-
-class _Expectation(_Report):
-    success: bool
-
-
-class Inspection(_Report):
-    """reports/inspection.json, and of reports/validation.json what is the same there."""
-
-    flagged: list[_Flag] = []
-    expectations: list[_Expectation] = []
-
-
-class _Split(_Report):
+class _Split(Report):
     documents: int
     tokens: int
     bytes: int
     sha256: str
 
 
-class _Tokenizer(_Report):
+class _View(Report):
+    context: int
+    stride: int
+    loss: Bounds
+
+
+class _Position(Report):
+    first: int  # positions of the window from `first` to `last`, counted from 1
+    last: int
+    tokens: int
+    loss: Bounds
+
+
+class _WikiText(Report):
+    context: int
+    stride: int | None = None
+    perplexity: float | None = None
+    word_perplexity: float | None = None
+
+
+class Task(Report):
+    """Questions with one right answer each, or WikiText by its protocols."""
+
+    items_sha256: str = ""
+    accuracy: Bounds | None = None
+    hits: str = ""  # a 1 for each right answer, a 0 for each wrong one
+    sha256: str = ""  # of WikiText's file
+    no_overlap: _WikiText | None = None
+    strided: _WikiText | None = None
+    per_word: _WikiText | None = None
+
+
+def _check_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(sample.get("prompt"), str) or "document" not in sample:
+        raise ValueError("a sample lacks its prompt or its document")
+    written = {way: one for way, one in sample.items() if isinstance(one, dict)}
+    if unknown := sorted(written.keys() - set(WAYS)):
+        raise ValueError(f"a sample was written in an unknown way, {unknown[0]!r}")
+    if not all(isinstance(one.get("text"), str) for one in written.values()):
+        raise ValueError("a sample lacks its text")
+    return sample
+
+
+class Text(Report):
+    """What a model wrote: figures by decoding strategy, and samples. Also reports/samples.json."""
+
+    statistics: dict[str, dict[str, Bounds | None]] = {}
+    samples: list[Annotated[dict[str, Any], AfterValidator(_check_sample)]] = []
+
+
+class Score(Report):
+    """reports/evaluation.json and reports/baseline/<name>.json."""
+
+    model: _Model
+    validation: _Split
+    window: int
+    loss: Bounds
+    perplexity: Bounds
+    bits_per_byte: Bounds
+    word_perplexity: Bounds | None = None
+    by_position: list[_Position] = []
+    views: dict[str, _View] = {}
+    tasks: dict[str, Task] = {}
+    text: Text = Text()
+
+
+class _Flag(Report):
+    id: str
+
+
+class _Expectation(Report):
+    success: bool
+
+
+class Inspection(Report):
+    """reports/inspection.json and reports/validation.json, which flags no documents."""
+
+    flagged: list[_Flag] = []
+    expectations: list[_Expectation] = []
+
+
+class _Tokenizer(Report):
     encoding: str
     tokenizer_sha256: str
 
 
-class Tokenized(_Report):
+class Tokenized(Report):
     """reports/tokenization.json."""
 
     tokenizer: _Tokenizer
@@ -161,15 +163,15 @@ class Tokenized(_Report):
     val: _Split
 
 
-class _CorpusPart(_Report):
+class _CorpusPart(Report):
     name: str
-    version: str | None = None  # files have none
+    version: str | None = None  # a user's file has no version and no licence
     licence: str | None = None
     documents: int | None = None
     bytes: int | None = None
 
 
-class Downloaded(_Report):
+class Downloaded(Report):
     """reports/download.json."""
 
     corpus: str
@@ -180,53 +182,31 @@ class Downloaded(_Report):
     sources: list[_CorpusPart] = []
 
 
-class _File(_Report):
-    sha256: str
+class Trained(Report):
+    """reports/training.json."""
+
+    tokens: int
 
 
-class _Manifest(_Report):
-    files: dict[str, _File]
-
-
-class Score(_Report):
-    """reports/evaluation.json and reports/baseline/<name>.json."""
-
-    model: _ScoredModel
-    validation: _Validation
-    window: int
-    loss: Bounds
-    perplexity: Bounds
-    bits_per_byte: Bounds
-    word_perplexity: Bounds | None = None
-    by_position: list[_Position] = []
-    views: dict[str, _View] = {}
-    tasks: dict[str, _Task] = {}
-    text: _Text = _Text()
-
-
-class _Sizes(_Report):
+class _Sizes(Report):
     all_tensors: int
     nanogpt: int
     non_embedding: int
 
 
-class _Flops(_Report):
-    with_attention: int
-
-
-class _Law(_Report):
+class _Law(Report):
     loss: float
     better_than_guessing: bool
 
 
-class _Shape(_Report):
+class _Shape(Report):
     block_size: int
     n_layer: int
     n_head: int
     n_embd: int
 
 
-class Forecast(_Report):
+class Forecast(Report):
     """One of the two runs of reports/estimate.json."""
 
     parameters: _Sizes
@@ -235,49 +215,31 @@ class Forecast(_Report):
     tokens_per_step: int
     tokens: int
     epochs: float | None
-    flops_per_token: _Flops
+    flops_with_attention: int = Field(validation_alias=AliasPath("flops_per_token", "with_attention"))
     laws: dict[str, _Law] = {}
     expected_loss: ExpectedLoss
 
 
-class OwnForecast(Forecast):
-    """The run of params.yaml."""
-
-    corpus: str
+class _OwnForecast(Forecast):
     notes: list[str]
 
 
-class _Check(_Report):
-    """A run that somebody measured, and what the rule says of it from the others."""
-
-    name: str
+class _Check(Report):
+    name: str  # of a published run
     measured: float
-    value: float
+    value: float  # what the rule predicts for this run from the others
     low_80: float
     high_80: float
     low_95: float
     high_95: float
 
 
-class _Calibration(_Report):
-    checks: list[_Check] = []
-
-
-class Estimates(_Report):
+class Estimates(Report):
     """reports/estimate.json."""
 
-    compact: OwnForecast
+    compact: _OwnForecast  # the run of params.yaml
     note: Forecast
-    calibration: _Calibration = _Calibration()
-
-
-class Trained(_Report):
-    """reports/training.json."""
-
-    tokens: int
-
-
-Kind = TypeVar("Kind", bound=_Report)
+    checks: list[_Check] = Field([], validation_alias=AliasPath("calibration", "checks"))
 
 
 @dataclass(frozen=True)
@@ -285,14 +247,23 @@ class Measured:
     """One model's score, and the sums by document that it was made from."""
 
     name: str
-    source: str  # the report's path, for the reader
     score: Score
     totals: Totals
+
+    @property
+    def source(self) -> str:
+        """Path of the report."""
+        return f"reports/{_report_name(self.name)}"
+
+    @property
+    def totals_path(self) -> str:
+        """Path of the sums by document."""
+        return f"data/{_totals_name(self.name)}"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """All that a comparison is made from."""
+    """Everything that the record is made from."""
 
     claims: Claims
     published: Published
@@ -315,42 +286,45 @@ class Sources:
         return frozenset(flag.id for flag in self.inspections["inspection"].flagged)
 
 
+Kind = TypeVar("Kind", bound=Report)
+
+
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read what we need of another stage's report.
+    """Read the fields that we use of another stage's report.
 
     Raises:
         MissingInput: there is no such report.
-        BadData: it lacks something.
+        BadData: it lacks a field.
     """
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadData(f"{path}: {where}: {first['msg']}; delete it and run `dvc repro`") from error
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadData(f"{path}: {field}: {first['msg']}; delete it and run `dvc repro`") from error
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Read the loss curve; what was not measured at a step is null there.
+    """Read the loss curve; a value that was not measured at a step is None.
 
     Raises:
         MissingInput: there is no such file.
-        BadData: it is no loss curve.
+        BadData: it is not a loss curve.
     """
+    keys = ("step", "train_loss", "val_loss")
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return [
-                {key: float(row[key]) if row[key] else None for key in ("step", "train_loss", "val_loss")}
-                for row in csv.DictReader(file)
+                {key: float(row[key]) if row[key] else None for key in keys} for row in csv.DictReader(file)
             ]
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro training` to make it") from error
     except (KeyError, ValueError) as error:
-        raise BadData(f"{path} is no loss curve ({error}): delete it and run `dvc repro`") from error
+        raise BadData(f"{path} is not a loss curve ({error}): delete it and run `dvc repro`") from error
 
 
 def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Iterable[str]) -> Sources:
-    """Read everything that a comparison is made from.
+    """Read everything that the record is made from.
 
     Args:
         root: folder of claims.yaml, published.yaml, results and the code.
@@ -360,16 +334,20 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         names: the baselines that ran.
 
     Raises:
-        MissingInput: one of the files is not there; the message has the command that makes it.
+        MissingInput: one of the files is missing; the message has the command that makes it.
         BadData, BadConfig: one of them is damaged, or they are of different val splits.
     """
-    compact = _read_measured(COMPACT, "evaluation", reports, data / "evaluation" / "compact.parquet")
-    baselines = [
-        _read_measured(name, f"baseline/{name}", reports, data / "baseline" / f"{name}.parquet")
-        for name in names
-    ]
+
+    def measured(name: str) -> Measured:
+        score = read_report(reports / _report_name(name), Score)
+        return Measured(name, score, read_totals(data / _totals_name(name)))
+
+    compact, baselines = measured(COMPACT), [measured(name) for name in names]
     for baseline in baselines:
         _check_same_text(compact, baseline)
+    weights = read_manifest(models / COMPACT)["files"].get("model.safetensors")
+    if weights is None:
+        raise BadData(f"{models / COMPACT} has no model.safetensors: run `dvc repro training`")
     return Sources(
         load_section(root / "claims.yaml", Claims),
         load_section(root / "published.yaml", Published),
@@ -378,39 +356,42 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         read_curve(reports / "loss.csv"),
         compact,
         baselines,
-        read_report(reports / "samples.json", _Samples).samples,
+        read_report(reports / "samples.json", Text).samples,
         read_report(reports / "download.json", Downloaded),
         read_report(reports / "tokenization.json", Tokenized),
         {name: read_report(reports / f"{name}.json", Inspection) for name in ("validation", "inspection")},
-        read_report(models / COMPACT / MANIFEST, _Manifest).files["model.safetensors"].sha256,
+        weights["sha256"],
         code_hashes(root),
         read_results(root / "results"),
     )
 
 
-def _read_measured(name: str, report: str, reports: Path, totals: Path) -> Measured:
-    score = read_report(reports / f"{report}.json", Score)
-    return Measured(name, f"reports/{report}.json", score, read_totals(totals))
+def _report_name(model: str) -> str:
+    return "evaluation.json" if model == COMPACT else f"baseline/{model}.json"
+
+
+def _totals_name(model: str) -> str:
+    return f"{'evaluation' if model == COMPACT else 'baseline'}/{model}.parquet"
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
     """Refuse to compare scores of different text or of different windows."""
     ours, theirs = compact.score, other.score
-    mend = f"run `dvc repro -s evaluation baseline@{other.name}`"
+    remedy = f"run `dvc repro -s evaluation baseline@{other.name}`"
     if ours.validation.sha256 != theirs.validation.sha256:
         raise BadData(
             f"{other.source} and {compact.source} were measured on different val splits (SHA-256 "
-            f"{theirs.validation.sha256} and {ours.validation.sha256}) and can't be compared: {mend}"
+            f"{theirs.validation.sha256} and {ours.validation.sha256}) and can't be compared: {remedy}"
         )
     if ours.window != theirs.window:
         raise BadData(
             f"{other.source} was measured in windows of {theirs.window} tokens and {compact.source} of "
-            f"{ours.window}: they can't be compared; {mend}"
+            f"{ours.window}: they can't be compared; {remedy}"
         )
     a, b = compact.totals, other.totals
     if a.ids != b.ids or (a.tokens != b.tokens).any() or (a.bytes != b.bytes).any():
-        raise BadData(f"the documents of {other.name} and {compact.name} differ: {mend}")
+        raise BadData(f"the documents of {other.name} and {compact.name} differ: {remedy}")
     for task in ours.tasks.keys() & theirs.tasks.keys():
-        asked, there = ours.tasks[task], theirs.tasks[task]
-        if asked.items_sha256 == there.items_sha256 and len(asked.hits) != len(there.hits):
-            raise BadData(f"{other.source} and {compact.source} answer {task} in different numbers: {mend}")
+        one, two = ours.tasks[task], theirs.tasks[task]
+        if one.items_sha256 == two.items_sha256 and len(one.hits) != len(two.hits):
+            raise BadData(f"{other.source} and {compact.source} answer {task} in different numbers: {remedy}")

@@ -27,7 +27,7 @@ from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.evaluation.metrics import wilson
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_ladder
-from compactgpt.reporting.evidence import compare
+from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, published_files
 from compactgpt.reporting.markdown import quote_tables, quoted_tables
 from compactgpt.reporting.schemas import COMPACT, read_sources
@@ -312,7 +312,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
         sources = read_sources(root, reports, root / "data", root / "models", params.baseline.names)
-        record = json.loads(json_bytes(compare(sources, params.evaluation.likelihood)))
+        record = json.loads(json_bytes(build_record(sources, params.evaluation.likelihood)))
     else:
         found.unchecked.append(f"reports/{RECORD} from the reports (only what is shown of it)")
         record = read_json(reports / RECORD)
