@@ -28,8 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from compactgpt.config import Params, lay_over, load_params, parse_params, read_yaml  # noqa: E402
-from compactgpt.experiments import patch  # noqa: E402
+from compactgpt.common.sections import read_yaml  # noqa: E402
+from compactgpt.config import Params, load_params, parse_params  # noqa: E402
+from compactgpt.experiments import set_experiment  # noqa: E402
 from compactgpt.forecast.model_size import flops_per_token  # noqa: E402
 
 # What both run in the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
@@ -458,7 +459,7 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """All runs of one seed, each with its schedule to the end."""
     tree = read_yaml(ROOT / "params.yaml")
     ours = recipe_of(tree, seed)
-    lay_over(tree, patch(FULL_SOFTMAX, ROOT / "conf"))
+    set_experiment(tree, FULL_SOFTMAX, ROOT / "conf")
     before = recipe_of(tree, seed)
     nanogpt = {**SMALL, "seed": seed}, ours[1]
     seconds = seconds_a_step(options, {"nanogpt": nanogpt, "ours": ours})

@@ -23,9 +23,10 @@ import typer
 from compactgpt.common.console import Progress, ProgressBar, handle_user_errors, report, silent
 from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
+from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, sha256_file, write_json
 from compactgpt.common.torchrun import dist_info, under_torchrun
-from compactgpt.config import NAME_PATTERN, NAME_RULE, Params, load_params
+from compactgpt.config import Params, load_params
 from compactgpt.tracking.dvc_files import keep_lock
 from compactgpt.tracking.journal import (
     Journal,

@@ -53,8 +53,8 @@ def _show(reports: Path, language: Language) -> None:
 
 
 def _renew(pages: list[Path], inputs: Path, reports: Path) -> None:
+    from compactgpt.common.sections import load_section
     from compactgpt.common.storage import read_json, write_text
-    from compactgpt.config import load_section
     from compactgpt.reporting.claims import Claims
     from compactgpt.reporting.html import RECORD
     from compactgpt.reporting.markdown import claims_in_english, quote_tables, quoted_tables

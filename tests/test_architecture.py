@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.config import Params, read_yaml
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import Params
 from compactgpt.reporting.provenance import code_hashes, imported_modules, stage_modules
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from compactgpt.config import read_yaml
+from compactgpt.common.sections import read_yaml
 
 ROOT = Path(__file__).parents[1]
 COMMAND = """#!/bin/sh

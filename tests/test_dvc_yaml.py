@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from compactgpt.config import read_yaml
+from compactgpt.common.sections import read_yaml
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, dvc, git, git_repository, run
 
 TREE = read_yaml(ROOT / "dvc.yaml")

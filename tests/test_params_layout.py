@@ -5,7 +5,7 @@ import difflib
 import pytest
 
 from compactgpt import experiments
-from compactgpt.config import read_yaml
+from compactgpt.common.sections import read_yaml
 from tests.support.dvc_projects import ROOT, dvc, git, git_repository
 
 TEXT = (ROOT / "params.yaml").read_text()

@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from compactgpt.common.errors import BadData, MissingInput, UserError
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import sha256_file, write_json
-from compactgpt.config import load_params, read_yaml
+from compactgpt.config import load_params
 from compactgpt.data import hub, wheels
 from compactgpt.evaluation import baselines
 from compactgpt.model.huggingface import save_hf

@@ -243,9 +243,9 @@ def estimate(
 def list_experiments() -> None:
     """The named experiments: what each is for, and what it needs."""
     with handle_user_errors():
-        from compactgpt.experiments import experiments
+        from compactgpt.experiments import load_experiments
 
-        for name, one in experiments().items():
+        for name, one in load_experiments().items():
             echo(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
         echo("next: compactgpt experiment show NAME")
 
@@ -258,7 +258,7 @@ def show(
     with handle_user_errors():
         from compactgpt import experiments
 
-        echo("\n".join(experiments.shown(name, params_file, settings or [])))
+        echo("\n".join(experiments.describe(name, params_file, settings or [])))
         echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
 
 
@@ -284,7 +284,6 @@ def run_experiment(
         from compactgpt import experiments
         from compactgpt.forecast import whatif
 
-        experiments.require_tools()
         runs = experiments.configurations(name, params_file, settings or [])
         echo("\n".join(whatif.announcement(runs, Path())))
         done = experiments.run(name, params_file, settings or [])

@@ -1,11 +1,12 @@
-"""Named experiments: small files laid over params.yaml, which stays the one thing that DVC reads.
+"""Named experiments: small files of settings that are applied to params.yaml, the only file that DVC reads.
 
-`conf/experiments/<name>.yaml` says what the experiment is for, what it needs and which values it sets;
-`conf/parts/` holds what several of them share (a recipe, a machine). An experiment is laid over the shipped
-demo, so that it is the same whatever was applied before it. One with a `sweep` is many runs instead, over
-params.yaml as it is: each a DVC experiment of its own, in a scratch folder.
+`conf/experiments/<name>.yaml` states what an experiment is for, what it needs and which values it sets;
+`conf/parts/` holds settings that several of them share (a recipe, a machine). An experiment is applied on top
+of the shipped demo, so that the result does not depend on what was applied before. An experiment with a
+`sweep` is many runs instead, each a DVC experiment in a scratch folder, with params.yaml as it is.
 """
 
+import copy
 import difflib
 import io
 import itertools
@@ -22,18 +23,9 @@ from ruamel.yaml import YAML
 
 from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.common.git import require_repository, run_git
+from compactgpt.common.sections import YAML_ERRORS, Name, Section, load_section, parse_yaml, read_yaml
 from compactgpt.common.storage import write_text
-from compactgpt.config import (
-    Name,
-    Params,
-    Section,
-    lay_over,
-    load_params,
-    load_section,
-    parse_params,
-    read_yaml,
-    set_values,
-)
+from compactgpt.config import Params, parse_params
 from compactgpt.data.inputs import check_dependencies
 
 CONF = Path("conf")
@@ -54,30 +46,30 @@ class Experiment(Part):
     needs: Line
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
-    sweep: tuple[dict[str, int | float | str], ...] = ()  # of each run, its values by dotted key
-    targets: tuple[Name, ...] = ()  # stages to run; all, where it names none
+    sweep: tuple[dict[str, int | float | str], ...] = ()  # for each run, its values by dotted key
+    targets: tuple[Name, ...] = ()  # stages to run; all of them if empty
 
 
-def experiments(conf: Path = CONF) -> dict[str, Experiment]:
-    """All named experiments, by name.
+def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
+    """Return all named experiments, by name.
 
     Raises:
-        MissingInput: there is no such folder here.
-        BadConfig: one of the files can't be used.
+        MissingInput: the folder does not exist.
+        BadConfig: one of the files is not valid.
     """
-    if not (folder := conf / "experiments").is_dir():
+    folder = conf / "experiments"
+    if not folder.is_dir():
         raise MissingInput(f"{folder} is missing: run from the repository folder")
-    files = sorted(folder.glob("*.yaml"))
-    return {path.stem: load_section(path, Experiment) for path in files}
+    return {path.stem: load_section(path, Experiment) for path in sorted(folder.glob("*.yaml"))}
 
 
-def find(name: str, conf: Path = CONF) -> Experiment:
-    """One experiment by its name.
+def find_experiment(name: str, conf: Path = CONF) -> Experiment:
+    """Return one experiment by its name.
 
     Raises:
-        MissingInput, BadConfig: there is none of that name.
+        MissingInput, BadConfig: see `load_experiments`; or no experiment has that name.
     """
-    known = experiments(conf)
+    known = load_experiments(conf)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -87,95 +79,117 @@ def find(name: str, conf: Path = CONF) -> Experiment:
     return known[name]
 
 
-def patch(name: str, conf: Path = CONF) -> dict[str, Any]:
-    """What an experiment lays over params.yaml: the demo, its parts, its own values, in this order.
+def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF) -> None:
+    """Change a tree of params in place: set the values of the demo, of the experiment's parts, its own.
 
     Raises:
-        BadConfig, MissingInput: it names a part that is not there.
+        BadConfig, MissingInput: the experiment, or a part that it names, does not exist.
     """
-    one = find(name, conf)
-    layers = [find(DEMO, conf).params]
-    layers += [load_section(conf / "parts" / f"{part}.yaml", Part).params for part in one.parts]
-    merged: dict[str, Any] = {}
-    for layer in [*layers, one.params]:
-        merged = _merged(merged, layer)
-    return merged
+    experiment = find_experiment(name, conf)
+    merge_patch(tree, find_experiment(DEMO, conf).params)
+    for part in experiment.parts:
+        merge_patch(tree, load_section(conf / "parts" / f"{part}.yaml", Part).params)
+    merge_patch(tree, experiment.params)
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """One merge patch for two; a null stays, since it takes a key away from what they are laid over."""
-    both = dict(below)
-    for key, value in above.items():
-        under = both.get(key)
-        both[key] = _merged(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
-    return both
+def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
+    """Change a tree in place by JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
+    for key, value in patch.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            merge_patch(tree[key], value)
+        elif value is None:
+            if tree.get(key) is not None:  # a key that is null already keeps its line and comment
+                del tree[key]
+        elif tree.get(key) != value:  # an equal value keeps its form, such as 2.0e-3
+            tree[key] = copy.deepcopy(value)
+
+
+def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
+
+    Raises:
+        BadConfig: a setting has no `=` or no valid YAML after it, or names a key that the tree lacks.
+    """
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise BadConfig(f"-S {setting}: give key=value, such as training.max_steps=1600")
+        try:
+            value = copy.deepcopy(parse_yaml(text))
+        except YAML_ERRORS as error:
+            raise BadConfig(f"-S {setting}: {text!r} is not a valid YAML value") from error
+        keys = path.split(".")
+        node: Any = tree
+        for depth, key in enumerate(keys, 1):
+            if not isinstance(node, dict) or key not in node:
+                known = sorted(map(str, node)) if isinstance(node, dict) else []
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+                raise BadConfig(f"-S {setting}: params.yaml has no key {'.'.join(keys[:depth])}; {hint}")
+            parent, node = node, node[key]
+        if node != value:
+            parent[keys[-1]] = value
+
+
+def list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return a line for each value that differs between two trees."""
+    lines = []
+    for key in dict.fromkeys([*after, *before]):
+        path = f"{prefix}{key}"
+        old, new = before.get(key), after.get(key)
+        if key not in after:
+            lines.append(f"{path}: {old!r} removed")
+        elif key not in before:
+            lines.append(f"{path}: {new!r} added")
+        elif isinstance(old, dict) and isinstance(new, dict):
+            lines += list_changes(old, new, f"{path}.")
+        elif old != new:
+            lines.append(f"{path}: {old!r} -> {new!r}")
+    return lines
 
 
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Lay an experiment over params.yaml; its comments stay.
+    """Apply an experiment to params.yaml, and then `key=value` settings; comments and layout stay.
 
-    Args:
-        name: the experiment.
-        params_file: params.yaml.
-        settings: `key=value`, set after it.
-        conf: folder of named settings.
-        write: or only say what would change.
+    Without `write` the file is not changed.
 
     Returns:
-        A line for each value that changed.
+        A line for each value that changes.
 
     Raises:
-        MissingInput, BadConfig: params.yaml would not be valid after it; nothing was changed.
+        MissingInput, BadConfig: params.yaml is not valid before or after the change; it was not changed.
     """
-    load_params(params_file)
-    yaml = _round_trip()
+    before = read_yaml(params_file)
+    yaml = YAML()  # the reader and writer of `dvc exp run -S`
+    yaml.default_flow_style = False
     tree = yaml.load(params_file)
-    told = lay_over(tree, patch(name, conf))
-    told += set_values(tree, settings)
+    set_experiment(tree, name, conf)
+    set_values(tree, settings)
     content = io.StringIO()
     yaml.dump(tree, content)
-    parse_params(YAML(typ="safe", pure=True).load(content.getvalue()), f"params.yaml with {name}")
-    if told and write:
+    after = parse_yaml(content.getvalue())
+    parse_params(after, f"params.yaml with {name}")
+    changes = list_changes(before, after)
+    if changes and write:
         write_text(params_file, content.getvalue())
-    return told
+    return changes
 
 
-def shown(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
-    """What an experiment is and would change, line by line."""
-    one = find(name, conf)
-    told = [one.purpose, f"needs {one.needs}"]
-    if one.sweep:
-        runs = zip(run_names(name, one), one.sweep, strict=True)
-        return [*told, *(f"{run_name}: {point}" for run_name, point in runs)]
-    return [*told, *apply(name, params_file, settings, conf, write=False)]
+def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
+    """Return what an experiment is for, what it needs, and what it would change, line by line."""
+    experiment = find_experiment(name, conf)
+    lines = [experiment.purpose, f"needs {experiment.needs}"]
+    if experiment.sweep:
+        runs = zip(run_names(name, experiment), experiment.sweep, strict=True)
+        return [*lines, *(f"{run_name}: {point}" for run_name, point in runs)]
+    return [*lines, *apply(name, params_file, settings, conf, write=False)]
 
 
-def _round_trip() -> YAML:
-    """The YAML reader and writer that `dvc exp run -S` uses: it keeps the layout that params.yaml has."""
-    yaml = YAML()
-    yaml.default_flow_style = False
-    return yaml
-
-
-def run_names(name: str, one: Experiment) -> list[str]:
-    """What DVC calls each run of a sweep: `ladder-32-100`."""
-    return ["-".join([name, *map(str, point.values())]) for point in one.sweep]
-
-
-def changed(
-    params_file: Path, one: Experiment, point: Mapping[str, Any], settings: Sequence[str] = ()
-) -> Params:
-    """The whole configuration of one run of a sweep.
-
-    Raises:
-        BadConfig: it is impossible.
-    """
-    tree = read_yaml(params_file)
-    lay_over(tree, one.params)
-    set_values(tree, [*(f"{key}={value}" for key, value in point.items()), *settings])
-    return parse_params(tree, f"params.yaml with {dict(point)}")
+def run_names(name: str, experiment: Experiment) -> list[str]:
+    """Return the name of each run of a sweep as a DVC experiment, such as `ladder-32-100`."""
+    return ["-".join([name, *map(str, point.values())]) for point in experiment.sweep]
 
 
 def configurations(
@@ -184,111 +198,106 @@ def configurations(
     """Return the configuration of each run that an experiment starts; nothing is written.
 
     Raises:
-        BadConfig, MissingInput: one of them is impossible.
+        BadConfig, MissingInput: one of them is not valid.
     """
-    one = find(name, conf)
-    if one.sweep:
-        return [changed(params_file, one, point) for point in one.sweep]
-    tree = read_yaml(params_file)
-    lay_over(tree, patch(name, conf))
-    set_values(tree, settings)
-    return [parse_params(tree, f"params.yaml with {name}")]
+    experiment = find_experiment(name, conf)
+    found = []
+    for point in experiment.sweep or [{}]:
+        tree = read_yaml(params_file)
+        if experiment.sweep:
+            merge_patch(tree, experiment.params)
+        else:
+            set_experiment(tree, name, conf)
+        set_values(tree, [*_as_settings(point), *settings])
+        found.append(parse_params(tree, " ".join([f"params.yaml with {name}", *_as_settings(point)])))
+    return found
 
 
 def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
-    """Run an experiment as DVC runs experiments: one in this folder, a sweep in scratch folders.
+    """Run an experiment with `dvc exp run`: a single one in this folder, a sweep in scratch folders.
 
     Returns:
         The names of the DVC experiments.
 
     Raises:
-        BadConfig: a configuration is impossible; then nothing ran.
+        BadConfig: a configuration is not valid; nothing ran.
         MissingInput: DVC is not installed, or this folder is not a git repository.
-        CheckFailed: DVC failed; it has said why.
+        CheckFailed: DVC failed, after printing why.
     """
-    one = find(name, conf)
-    require_tools()
-    check_dependencies(params_file.parent)
-    if not one.sweep:
-        apply(name, params_file, settings, conf)
-        _rename_earlier(name)
-        _dvc(["exp", "run", "-n", name, *one.targets])
-        return [name]
-    fixed = [f"{key}={value}" for key, value in _dotted(one.params).items()]
-    for point in one.sweep:
-        changed(params_file, one, point, settings)
-    names = run_names(name, one)
-    for run_name, point in zip(names, one.sweep, strict=True):
-        values = [*fixed, *(f"{key}={value}" for key, value in point.items()), *settings]
-        options = [word for value in values for word in ("-S", value)]
-        _rename_earlier(run_name)
-        _dvc(["exp", "run", "--temp", "-n", run_name, *options, *one.targets])
-    return names
-
-
-def require_tools() -> None:
-    """Check for DVC and a git repository, which running an experiment needs.
-
-    Raises:
-        MissingInput: one of them is missing.
-    """
-    _with_dvc()
+    experiment = find_experiment(name, conf)
+    environment = _dvc_environment()
     require_repository(Path())
+    check_dependencies(params_file.parent)
+    configurations(name, params_file, settings, conf)
+    runs: dict[str, list[str]] = {}
+    if experiment.sweep:
+        fixed = _as_settings(experiment.params)
+        for run_name, point in zip(run_names(name, experiment), experiment.sweep, strict=True):
+            values = [*fixed, *_as_settings(point), *settings]
+            runs[run_name] = ["--temp", *(word for value in values for word in ("-S", value))]
+    else:
+        apply(name, params_file, settings, conf)
+        runs[name] = []
+    for run_name, options in runs.items():
+        _rename_earlier(run_name, environment)
+        _dvc(["exp", "run", "-n", run_name, *options, *experiment.targets], environment)
+    return list(runs)
 
 
-def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _as_settings(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the values of a tree as `path.to.key=value`."""
+    settings = []
     for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(_dotted(value, f"{path}.") if isinstance(value, dict) else {path: value})
-    return flat
+        nested = isinstance(value, dict)
+        settings += _as_settings(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}={value}"]
+    return settings
 
 
-def _rename_earlier(run_name: str) -> None:
-    """Free a name by renaming the experiment that has it, so that its results stay.
+def _rename_earlier(run_name: str, environment: dict[str, str]) -> None:
+    """Rename the DVC experiment that has a name already, so that its results stay.
 
-    (`dvc exp run -f` would replace it and run every stage again.) DVC keeps names by commit.
+    `dvc exp run -f` would replace it and run every stage again. DVC keeps names by commit.
     """
     head = run_git(Path(), "rev-parse", "HEAD").decode().strip()
     refs = run_git(Path(), "for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{head[:2]}/{head[2:]}")
     taken = refs.decode().split()
     if run_name in taken:
         number = next(n for n in itertools.count(1) if f"{run_name}-old{n}" not in taken)
-        _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"])
+        _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"], environment)
 
 
-def _with_dvc() -> dict[str, str]:
-    """The environment, with this Python's programs before others."""
+def _dvc_environment() -> dict[str, str]:
+    """Return the environment with this Python's programs first on the PATH, after checking for DVC."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
         raise MissingInput("this needs DVC, which is not installed: pip install 'compactgpt[pipeline]'")
     return {**os.environ, "PATH": path}
 
 
-def _dvc(words: list[str]) -> None:
-    if subprocess.run(["dvc", *words], check=False, env=_with_dvc()).returncode:
-        raise CheckFailed(f"dvc {' '.join(words)} failed: mend what it says above and run the same again")
+def _dvc(words: list[str], environment: dict[str, str]) -> None:
+    if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
+        raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")
 
 
 def experiment_ref(run_name: str) -> str:
-    """The newest git reference of a DVC experiment.
+    """Return the newest git reference of a DVC experiment.
 
     Raises:
-        MissingInput: DVC has none of that name, or this folder is not a git repository.
+        MissingInput: DVC has no experiment of that name, or this folder is not a git repository.
     """
     require_repository(Path())
     refs = run_git(Path(), "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps")
     for ref in refs.decode().splitlines():
         if ref.rsplit("/", 1)[-1] == run_name:
             return ref
-    raise MissingInput(f"DVC has no experiment {run_name}: `compactgpt experiment run` makes it")
+    raise MissingInput(f"DVC has no experiment {run_name}: `compactgpt experiment run` creates it")
 
 
-def file_of(ref: str, path: str) -> str:
-    """A file as an experiment left it.
+def read_experiment_file(ref: str, path: str) -> str:
+    """Return a file as it is in the commit of an experiment.
 
     Raises:
-        MissingInput: it left none.
+        MissingInput: the commit does not have it.
     """
     try:
         return run_git(Path(), "show", f"{ref}:{path}").decode()

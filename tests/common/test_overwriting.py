@@ -1,14 +1,11 @@
 """No command deletes or replaces files that it did not write."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt import experiments
 from compactgpt.cli import app
 from compactgpt.common.errors import NotAllowed
 from compactgpt.common.storage import atomic_folder, verified_manifest
@@ -160,20 +157,3 @@ def test_only_folders_of_states_are_pruned(tmp_path):
     prune_runs(tmp_path, "d")
     assert max(path.name for path in tmp_path.iterdir()) == "photos"
     assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_an_earlier_experiment_of_the_same_name_keeps_its_results(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tracking_store.git(tmp_path, "init", "-q")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
-    tracking_store.git(tmp_path, "add", ".")
-    tracking_store.git(tmp_path, "commit", "-qm", "x")
-    head = tracking_store.git(tmp_path, "rev-parse", "HEAD")
-    ref = f"refs/exps/{head[:2]}/{head[2:]}/demo"
-    for kept in (["demo-old1"], ["demo-old1", "demo-old2"]):
-        tracking_store.git(tmp_path, "update-ref", ref, "HEAD")
-        experiments._rename_earlier("demo")
-        refs = tracking_store.git(
-            tmp_path, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps"
-        ).split()
-        assert refs == kept

@@ -26,9 +26,10 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, Busy, DiskFull, MissingInput, Unreachable
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import sha256_file, verified_manifest
 from compactgpt.common.workers import ordered_map
-from compactgpt.config import Download, parse_params, read_yaml
+from compactgpt.config import Download, parse_params
 from compactgpt.data import docstrings, text_files, wheels
 from compactgpt.data.documents import new_document, read_row_group, row_groups
 from compactgpt.data.download import download, write_corpus

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.config import HubCorpus, parse_params, read_yaml
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import HubCorpus, parse_params
 from compactgpt.data import hub
 from compactgpt.data.documents import read_row_group, row_groups
 from compactgpt.data.hub_texts import HubReader

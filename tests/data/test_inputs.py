@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
-from compactgpt.config import load_params, read_yaml
+from compactgpt.config import load_params
 from compactgpt.data.encoding import save_gpt2
 from compactgpt.data.inputs import check_dependencies, check_files
 from compactgpt.data.text_files import FileReader

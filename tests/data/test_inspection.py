@@ -13,8 +13,9 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, CheckFailed
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
-from compactgpt.config import Inspection, parse_params, read_yaml
+from compactgpt.config import Inspection, parse_params
 from compactgpt.data.documents import new_document, row_groups, write_documents
 from compactgpt.data.duplicates import (
     Scan,

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compactgpt import experiments
 from compactgpt.common.errors import BadConfig, MissingInput
-from compactgpt.config import load_section
+from compactgpt.common.sections import load_section
 from compactgpt.reporting.claims import (
     Claim,
     Claims,
@@ -213,7 +213,7 @@ def test_a_claim_that_waits_names_the_experiment_that_decides_it():
         ids = getattr(one.judged, "ids", ())
         waits = [name for name in ids if name.startswith(MADE_BY_EXPERIMENTS)]
         assert bool(waits) == bool(one.experiment), one.id
-        assert one.experiment is None or one.experiment in experiments.experiments(ROOT / "conf")
+        assert one.experiment is None or one.experiment in experiments.load_experiments(ROOT / "conf")
 
 
 def test_every_recommendation_is_an_experiment():

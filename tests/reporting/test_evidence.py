@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.config import load_section
+from compactgpt.common.sections import load_section
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting import tables
 from compactgpt.reporting.claims import Claims, Known, Verdict

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.config import load_section
+from compactgpt.common.sections import load_section
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, messages, translate_phrase

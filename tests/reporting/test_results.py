@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 
 from compactgpt.common.errors import BadConfig
+from compactgpt.common.sections import load_section
 from compactgpt.common.storage import write_json
-from compactgpt.config import load_params, load_section
+from compactgpt.config import load_params
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.forecast.model_size import counts
 from compactgpt.reporting.claims import Claims, Evidence, judge_claims
@@ -131,7 +132,7 @@ def test_a_kept_result_fills_the_rows_that_wait(tmp_path):
 
 def test_a_damaged_result_is_named(tmp_path):
     (tmp_path / "note.json").write_text("{}")
-    with pytest.raises(BadConfig, match=r"note\.json can't be used"):
+    with pytest.raises(BadConfig, match=r"note\.json is not valid"):
         read_results(tmp_path)
 
 

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.sections import load_section, read_yaml
 from compactgpt.common.storage import (
     MANIFEST,
     atomic_folder,
@@ -33,7 +34,7 @@ from compactgpt.common.storage import (
     verified_manifest,
     write_json,
 )
-from compactgpt.config import Training, load_params, load_section, parse_params, read_yaml
+from compactgpt.config import Training, load_params, parse_params
 from compactgpt.data import wheels
 from compactgpt.data.encoding import load_encoding
 from compactgpt.data.text_files import Rules, read_texts

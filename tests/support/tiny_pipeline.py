@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from compactgpt.config import read_yaml
+from compactgpt.common.sections import read_yaml
 from tests.support.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from typer.testing import CliRunner
 
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder
-from compactgpt.config import parse_params, read_yaml
+from compactgpt.config import parse_params
 from compactgpt.data.token_files import write_tokens
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,8 @@ import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.git import git_facts, uncommitted
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
-from compactgpt.config import read_yaml
 from compactgpt.tracking import mlflow_logger
 from compactgpt.tracking.journal import (
     NullTracker,

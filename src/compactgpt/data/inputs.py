@@ -10,7 +10,8 @@ import stat
 from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.config import load_params, read_yaml
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import load_params
 
 # Words for what is not a regular file.
 _KINDS = {

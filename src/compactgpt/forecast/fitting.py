@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from compactgpt.common.errors import BadConfig, BadData, NotAllowed
 from compactgpt.common.storage import json_bytes, write_bytes, write_json
 from compactgpt.config import Params, load_params, parse_params
-from compactgpt.experiments import experiment_ref, file_of, find, run_names
+from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
 from compactgpt.forecast.estimate import configured_run
 from compactgpt.forecast.model_size import counts
 from compactgpt.forecast.sweep import (
@@ -155,7 +155,7 @@ def climb(name: str, folder: Path, params_file: Path) -> str:
         MissingInput, BadData, BadConfig: see `gather`.
     """
     _check_output(folder)
-    found = gather(run_names(name, find(name)))
+    found = gather(run_names(name, find_experiment(name)))
     params = load_params(params_file)
     run = configured_run(params)
     write_json(folder / "ladder.json", found.model_dump(mode="json"))
@@ -182,10 +182,10 @@ def gather(names: Sequence[str]) -> Ladder:
     rungs, facts = [], []
     for name in names:
         ref = experiment_ref(name)
-        params = parse_params(_yaml(file_of(ref, "params.yaml")), f"params.yaml of {name}")
-        report = _yaml(file_of(ref, "reports/training.json"))
-        split = _yaml(file_of(ref, "reports/tokenization.json"))
-        rungs.append(_rung(name, params, report, _yaml(file_of(ref, "dvc.lock"))))
+        params = parse_params(_yaml(read_experiment_file(ref, "params.yaml")), f"params.yaml of {name}")
+        report = _yaml(read_experiment_file(ref, "reports/training.json"))
+        split = _yaml(read_experiment_file(ref, "reports/tokenization.json"))
+        rungs.append(_rung(name, params, report, _yaml(read_experiment_file(ref, "dvc.lock"))))
         facts.append(
             {
                 "corpus": corpus_of(params),

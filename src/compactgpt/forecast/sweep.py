@@ -18,7 +18,8 @@ from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
-from compactgpt.config import ExpectedLoss, Params, Section, load_section
+from compactgpt.common.sections import Section, load_section
+from compactgpt.config import ExpectedLoss, Params
 from compactgpt.forecast.scaling_laws import Run
 
 CURVE_POINTS = 25

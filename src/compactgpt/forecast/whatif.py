@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from compactgpt.config import Params, parse_params, read_yaml, set_values
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import Params, parse_params
+from compactgpt.experiments import set_values
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_ladder
 

@@ -18,6 +18,7 @@ from pydantic import Field
 from compactgpt import config
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.common.git import require_repository
+from compactgpt.common.sections import Section
 from compactgpt.common.storage import json_bytes, read_json, sha256_file, write_bytes
 from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.gate import gate
@@ -43,18 +44,18 @@ _SAME_SUM = 1e-9  # nats per token: the same numbers, added in another order
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 
-class _Rows(config.Section):
+class _Rows(Section):
     columns: tuple[str, ...]
     of: int
     rows: tuple[str, ...]
 
 
-class _Hits(config.Section):
+class _Hits(Section):
     items_sha256: str
     hits: Annotated[str, Field(pattern="^[01]+$")]
 
 
-class _Record(config.Section):
+class _Record(Section):
     """The file that `accept` writes."""
 
     version: Literal[1]

@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compactgpt.config import Model, Name, Section
+from compactgpt.common.sections import Name, Section
+from compactgpt.config import Model
 
 Verdict = Literal[
     "confirmed",  # by a count or by arithmetic

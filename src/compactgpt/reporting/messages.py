@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from compactgpt.config import read_yaml
+from compactgpt.common.sections import read_yaml
 
 Language = Literal["en", "fr"]
 Section = Literal["text", "verdicts", "known", "units", "phrases"]

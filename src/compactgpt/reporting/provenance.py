@@ -15,8 +15,8 @@ from typing import Any
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.git import run_git
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import sha256_file
-from compactgpt.config import read_yaml
 from compactgpt.tracking.dvc_files import entries_of
 
 RECORD = Path("reports/evidence.json")
@@ -25,6 +25,7 @@ RECORD = Path("reports/evidence.json")
 UNTRACKED = {
     "common/console",
     "common/errors",
+    "common/sections",
     "config",
     "tracking/journal",
     "tracking/training_callbacks",

@@ -16,8 +16,9 @@ import numpy as np
 
 from compactgpt import experiments
 from compactgpt.common.errors import BadConfig
+from compactgpt.common.sections import Name, Section, load_section
 from compactgpt.common.storage import read_json, write_json
-from compactgpt.config import ExpectedLoss, Name, Params, Section, Sha256, load_params, load_section
+from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
 from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.forecast.model_size import counts
@@ -106,7 +107,7 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
     """Return the parameters, which must be those of the experiment."""
-    if experiments.find(name, conf).sweep:
+    if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt ladder {name}` keeps its runs")
     changes = experiments.apply(name, params_file, conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:

@@ -20,8 +20,9 @@ from pydantic import (
 )  # fmt: skip
 
 from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.sections import load_section
 from compactgpt.common.storage import read_json, read_manifest
-from compactgpt.config import ExpectedLoss, load_section
+from compactgpt.config import ExpectedLoss
 from compactgpt.evaluation.generation import WAYS
 from compactgpt.evaluation.likelihood import Totals, read_totals
 from compactgpt.reporting.claims import Claims, Published

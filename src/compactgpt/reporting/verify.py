@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import UserError
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import MANIFEST, json_bytes, read_json, verified_manifest
-from compactgpt.config import Params, load_params, read_yaml
+from compactgpt.config import Params, load_params
 from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.evaluation.metrics import wilson
 from compactgpt.forecast.estimate import estimate

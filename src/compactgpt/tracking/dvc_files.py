@@ -19,8 +19,8 @@ from pydantic import BaseModel, Field
 
 from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
 from compactgpt.common.git import conflict_in, run_git
+from compactgpt.common.sections import YAML_ERRORS
 from compactgpt.common.storage import inside, write_bytes
-from compactgpt.config import NO_YAML
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
@@ -91,7 +91,7 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
         raise BadData(conflict)
     try:
         tree = YAML(typ="safe").load(content.decode()) if content else None
-    except NO_YAML as error:
+    except YAML_ERRORS as error:
         raise BadData(f"{name} is no valid YAML: `git checkout {name}` restores it") from error
     if not isinstance(tree, dict | None):
         raise BadData(f"{name} holds no keys with values: `git checkout {name}` restores it")

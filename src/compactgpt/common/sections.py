@@ -1,0 +1,143 @@
+"""Strict sections of YAML files: what is in a file is checked once, before any work.
+
+An unknown key, a wrong type or an impossible value is refused with the key's path, what was found and what is
+allowed. YAML is read with DVC's own reader.
+"""
+
+import copy
+import difflib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from compactgpt.common.errors import BadConfig, MissingInput, printable
+from compactgpt.common.git import conflict_in
+
+# A name becomes part of paths, of DVC's stage names and of MLflow's runs: no character may have a meaning
+# there. (DVC reads a dot as a step into a mapping.)
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Section(BaseModel):
+    """One section of a YAML file: immutable, with no key but the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def _mistakes(self) -> Iterator[str]:
+        """Yield a message for each rule between several keys that does not hold."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        if found := list(self._mistakes()):
+            raise ValueError("; ".join(found))
+        return self
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_section(path: Path, section: type[SectionType]) -> SectionType:
+    """Read a YAML file and check it as a section.
+
+    Raises:
+        MissingInput: there is no such file.
+        BadConfig: it is not valid YAML, or a key is unknown, missing, of the wrong type or impossible; the
+            message names every such key.
+    """
+    return check_section(read_yaml(path), section, str(path))
+
+
+# Besides its own error, ruamel.yaml raises these for impossible dates, numbers, tags and depths.
+YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file as DVC does.
+
+    Raises:
+        MissingInput, BadConfig: see `load_section`.
+    """
+    try:
+        content = path.read_bytes()
+        return copy.deepcopy(parse_yaml(content))
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
+    except YAML_ERRORS as error:
+        if conflict := conflict_in(path.name, content):
+            raise BadConfig(conflict) from error
+        reason = " ".join(str(error).split()).replace('in "<byte string>",', "in")
+        raise BadConfig(f"{path} is not valid YAML: {reason}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def parse_yaml(content: bytes | str) -> Any:
+    """Parse YAML 1.2, as DVC does; callers must not change the result.
+
+    Cached, since params.yaml takes a tenth of a second and a process may read it ten times.
+    """
+    return YAML(typ="safe", pure=True).load(content)
+
+
+def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
+    """Check parsed YAML as a section: see `load_section`."""
+    try:
+        # In pydantic's strict mode only JSON may give a list for a tuple.
+        return section.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
+        raise BadConfig(f"{source} is not valid:\n" + "\n".join(lines)) from error
+    except (TypeError, ValueError, RecursionError) as error:  # from dumps
+        raise BadConfig(f"{source}: keys must be text, and nothing may contain itself ({error})") from error
+
+
+def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
+    """Describe one mistake in one line: the key's path, what was found, what is allowed."""
+    path, node = [], json.loads(json.dumps(tree, default=str))
+    for part in detail["loc"]:
+        try:
+            node = node[part]
+        except (LookupError, TypeError):
+            # pydantic adds words of its own, such as the `kind` that selects one section of several.
+            if detail["type"] != "missing" or part != detail["loc"][-1]:
+                continue
+        path.append(str(part))
+    shown = printable(".".join(path)) or "the file"
+    if detail["type"] == "missing":
+        return f"{shown}: missing key"
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(section, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
+        return f"{shown}: unknown key; {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail.get("ctx", {}).get("pattern") == NAME_PATTERN:
+        message = NAME_RULE
+    if isinstance(detail["input"], dict | list):
+        return f"{shown}: {message}" if path else message
+    return f"{shown}: found {json.dumps(detail['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(section: type[Section], path: list[str]) -> list[str]:
+    """Return the keys that are allowed at a path below a section."""
+    sections = [section]
+    for part in path:
+        fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
+        if fields:  # otherwise `part` is a free name, or a place in a list
+            sections = [found for field in fields for found in _sections_in(field)]
+    return sorted({key for each in sections for key in each.model_fields})
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections inside a type such as `dict[Name, HubSet] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
