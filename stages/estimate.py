@@ -26,14 +26,14 @@ def main(
     """Check the inputs of the whole pipeline, and estimate what the run will be, before anything runs."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
-    from compactgpt.forecast.sweep import read_ladder
+    from compactgpt.forecast.sweep import read_sweep
 
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:
         check_dependencies(Path())
         # Every other stage waits for this file, so its bytes are always the same.
         write_json(checked, {"checked": ["params.yaml", "files of the dependencies"]})
-        stage.report(report, estimate(stage.params, read_ladder(ladder)))
+        stage.report(report, estimate(stage.params, read_sweep(ladder)))
 
 
 if __name__ == "__main__":

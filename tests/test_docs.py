@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.forecast import whatif
+from compactgpt.experiments import load_changed_params
+from compactgpt.forecast.estimate import estimate_configuration
 from tests.support.comparison_inputs import ROOT
 
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
@@ -32,13 +33,14 @@ def test_the_real_run_quotes_the_estimate(tmp_path):
     params_file = tmp_path / "params.yaml"
     params_file.write_text((ROOT / "params.yaml").read_text())
     experiments.apply("note", params_file, [], ROOT / "conf")
-    note = whatif.answer(whatif.changed(params_file, []), ROOT / "results/ladder.json")
+    note = estimate_configuration(load_changed_params(params_file, []), ROOT / "results/ladder.json")
     loss, minutes = note["expected_loss"], note["minutes"]
     bounds = f"{loss['low_95']:.2f} to {loss['high_95']:.2f}"
     assert f"{loss['value']:.2f} nats per token expected (95 %: {bounds})" in REAL_RUN
     assert f"{minutes['h100']:.3g} min of an H100, {minutes['a100']:.3g} of an A100 (estimated)" in REAL_RUN
     experiments.apply("gpt2-124m", params_file, ["training.launcher.processes=8"], ROOT / "conf")
-    minutes = whatif.answer(whatif.changed(params_file, []), ROOT / "results/ladder.json")["minutes"]
+    params = load_changed_params(params_file, [])
+    minutes = estimate_configuration(params, ROOT / "results/ladder.json")["minutes"]
     assert f"{minutes['h100'] / 60 / 24:.1f} H100-days in all (estimated)" in REAL_RUN
 
 

@@ -9,8 +9,7 @@ from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.common.sections import read_yaml
 from compactgpt.config import load_params
 from compactgpt.experiments import merge_patch, set_values
-from compactgpt.forecast.estimate import configured_run
-from compactgpt.forecast.sweep import ladder_report, read_ladder
+from compactgpt.forecast.sweep import read_sweep, sweep_report
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, dvc, git, git_repository
 
 CONF = ROOT / "conf"
@@ -72,13 +71,12 @@ def test_the_experiment_note_is_the_run_that_the_note_describes(params_file):
 
 def test_full_softmax_is_the_recipe_of_the_runs_in_results_ladder(params_file):
     """So that the gain of the sampled softmax is measured against those runs."""
-    ladder = read_ladder(ROOT / "results/ladder.json")
-    run = configured_run(SHIPPED)
-    shipped = ladder_report(ladder, SHIPPED, run)
+    ladder = read_sweep(ROOT / "results/ladder.json")
+    shipped = sweep_report(ladder, SHIPPED)
     assert {"training.head", "training.tokens_per_step"} <= set(shipped["differs"])
     assert shipped["expected_loss"] is None
     apply(params_file, "full-softmax")
-    assert ladder_report(ladder, load_params(params_file), run)["differs"] == []
+    assert sweep_report(ladder, load_params(params_file))["differs"] == []
 
 
 def test_comments_and_all_other_lines_stay(params_file, tmp_path):

@@ -227,14 +227,16 @@ def estimate(
 ) -> None:
     """What would a run be? Size, time, memory and loss, before anything runs; nothing is written."""
     with handle_user_errors():
-        from compactgpt.forecast import whatif
+        from compactgpt.experiments import load_changed_params
+        from compactgpt.forecast.estimate import estimate_configuration, format_estimate
 
-        found = whatif.answer(whatif.changed(params_file, settings or []), ladder, measure=measure)
+        params = load_changed_params(params_file, settings or [])
+        found = estimate_configuration(params, ladder, measure=measure)
         if as_json:
             echo(json.dumps(found, indent=2))
             return
         changes = [word for setting in settings or [] for word in ("-S", setting)]
-        echo(whatif.table(found))
+        echo(format_estimate(found))
         if params_file == Path("params.yaml"):
             echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 
@@ -282,10 +284,10 @@ def run_experiment(
     """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
     with handle_user_errors():
         from compactgpt import experiments
-        from compactgpt.forecast import whatif
+        from compactgpt.forecast.estimate import announce_times
 
         runs = experiments.configurations(name, params_file, settings or [])
-        echo("\n".join(whatif.announcement(runs, Path())))
+        echo("\n".join(announce_times(runs, Path())))
         done = experiments.run(name, params_file, settings or [])
         echo("\n".join(done))
         echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
@@ -309,9 +311,13 @@ def ladder(
 ) -> None:
     """Gather the runs of a sweep, fit a scaling law to them, and extrapolate to params.yaml."""
     with handle_user_errors():
-        from compactgpt.forecast import fitting
+        from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
+        from compactgpt.forecast.sweep import fit_sweep
 
-        echo(fitting.climb(name, folder, params_file))
+        def read_file(run: str, path: str) -> str:
+            return read_experiment_file(experiment_ref(run), path)
+
+        echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder, params_file))
 
 
 @app.command()

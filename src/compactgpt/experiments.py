@@ -131,6 +131,17 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             parent[keys[-1]] = value
 
 
+def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
+    """Return the configuration of params.yaml with `key=value` settings; nothing is written.
+
+    Raises:
+        MissingInput, BadConfig: a setting names an unknown key, or the result is not valid.
+    """
+    tree = read_yaml(params_file)
+    set_values(tree, settings)
+    return parse_params(tree, " ".join([str(params_file), *(f"-S {setting}" for setting in settings)]))
+
+
 def list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return a line for each value that differs between two trees."""
     lines = []

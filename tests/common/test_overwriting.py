@@ -10,7 +10,7 @@ from compactgpt.cli import app
 from compactgpt.common.errors import NotAllowed
 from compactgpt.common.storage import atomic_folder, verified_manifest
 from compactgpt.data.validation import check_expectations
-from compactgpt.forecast import fitting
+from compactgpt.forecast.sweep import fit_sweep
 from compactgpt.gate.references import accept
 from compactgpt.training.checkpoint import prune_runs, save_model
 from tests.support import tracking_store
@@ -129,15 +129,11 @@ def test_data_docs_refuse_a_folder_with_other_files(thesis):
     assert thesis.read_text() == "five years"
 
 
-def test_ladder_refuses_a_folder_with_other_files(tmp_path, thesis):
-    params = tmp_path / "params.yaml"  # never read
+@pytest.mark.parametrize("name", ["ladder.json", "ladder.png"])
+def test_ladder_refuses_to_replace_the_users_own_files(tmp_path, name):
+    (tmp_path / name).write_text('{"steps": "to the roof"}')
     with pytest.raises(NotAllowed, match="did not write"):
-        fitting.climb("ladder", thesis.parent, params)
-    for name in ("ladder.json", "ladder.png"):
-        (tmp_path / name.partition(".")[2]).mkdir()
-        (path := tmp_path / name.partition(".")[2] / name).write_text('{"steps": "to the roof"}')
-        with pytest.raises(NotAllowed, match="did not write"):
-            fitting.climb("ladder", path.parent, params)
+        fit_sweep(["ladder-1"], lambda *_: pytest.fail("read"), tmp_path, tmp_path / "params.yaml")
 
 
 def test_a_file_that_is_no_reference_is_not_replaced_by_one(tmp_path, thesis):

@@ -1,37 +1,149 @@
-"""Laws say what they were fitted on; golden numbers and the frozen rule are in test_estimate."""
+"""Parameter counts, scaling laws and the rule made from them, by golden numbers of the papers and nanoGPT."""
 
-from pathlib import Path
+import math
 
 import pytest
+import torch
 
-from compactgpt.config import load_params
-from compactgpt.forecast.scaling_laws import LAWS, Run, run_of
+from compactgpt import config
+from compactgpt.forecast.estimate import estimate, estimate_run
+from compactgpt.forecast.model_size import count_parameters, flops_per_token
+from compactgpt.forecast.scaling_laws import LAWS, Run, expect_loss, kaplan_loss, reference_run
+from compactgpt.model.gpt import GPT
+from tests.support.comparison_inputs import PARAMS
 
-ROOT = Path(__file__).parents[2]
+NOTE = PARAMS.estimate.note
+NOTE_RUN = Run(29_938_560, 10_621_824, 20_000, 32_768)
+ANCHORS = PARAMS.estimate.anchors
 LAW = {law.name: law for law in LAWS}
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
-def test_a_parametric_law_is_its_stated_constants(law):
-    run = Run(10**8, 8 * 10**7, 10_000, 500_000)
-    c = law.constants
-    if law.formula.startswith("E"):
-        expected = c["E"] + c["A"] / 1e8 ** c["alpha"] + c["B"] / 5e9 ** c["beta"]
-        assert law.loss(run) == pytest.approx(expected, rel=1e-12)
-    else:  # infinite batches and steps leave the size alone
-        endless = Run(10**8, 8 * 10**7, 10**12, 10**12)
-        assert law.loss(endless) == pytest.approx((c["Nc"] / 8e7) ** c["aN"], rel=1e-6)
+def shape(n_layer, n_embd, n_head, **changes):
+    tree = {"block_size": 1024, "vocab_size": 50257, "padded_vocab_size": 50257, "bias": True, "dropout": 0.0}
+    return config.Model(**{**tree, "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, **changes})
 
 
-def test_a_run_is_inside_a_laws_range_or_not():
-    note = Run(29_938_560, 10_621_824, 20_000, 32_768)
-    assert LAW["kaplan-2020"].inside(note)
-    assert not LAW["hoffmann-2022"].inside(note)  # fewer parameters and tokens
-    assert LAW["hoffmann-2022"].inside(Run(7 * 10**7, 1, 10_000, 500_000))
-    assert not LAW["hoffmann-2022"].inside(Run(7 * 10**7, 1, 10_000, 499_999))
-    assert not LAW["kaplan-2020"].inside(Run(10**10, 767, 10_000, 500_000))
+def test_the_notes_model_has_the_notes_parameters():
+    sizes = count_parameters(NOTE)
+    assert (sizes.all_tensors, sizes.nanogpt, sizes.non_embedding) == (30_135_168, 29_938_560, 10_621_824)
 
 
-def test_an_anchor_is_a_run():
-    anchor = load_params(ROOT / "params.yaml").estimate.anchors[0]
-    assert run_of(anchor).tokens == anchor.max_steps * anchor.tokens_per_step
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "all_tensors", "nanogpt"),
+    [
+        (12, 768, 12, 124_439_808, 123_653_376),
+        (24, 1024, 16, 354_823_168, 353_774_592),
+        (36, 1280, 20, 774_030_080, 772_719_360),
+        (48, 1600, 25, 1_557_611_200, 1_555_972_800),
+    ],
+)
+def test_gpt2s_sizes_are_counted_exactly(layers, width, heads, all_tensors, nanogpt):
+    sizes = count_parameters(shape(layers, width, heads))
+    assert (sizes.all_tensors, sizes.nanogpt) == (all_tensors, nanogpt)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_counts_are_those_of_the_built_model(bias):
+    small = shape(2, 16, 4, bias=bias, block_size=8, vocab_size=61, padded_vocab_size=64)
+    model, sizes = GPT(small), count_parameters(small)
+    assert sizes.all_tensors == sum(tensor.numel() for tensor in model.parameters())
+    assert sizes.nanogpt == model.num_params_nanogpt
+    assert sizes.non_embedding == model.num_params_non_embedding
+
+
+def test_arithmetic_of_the_notes_run():
+    assert flops_per_token(NOTE)["six_n"] == 6 * 29_938_560
+    assert flops_per_token(NOTE)["with_attention"] == pytest.approx(193.8e6, rel=1e-3)
+    note = estimate(PARAMS)["note"]
+    assert (note["tokens"], note["sequences_per_step"]) == (655_360_000, 64)
+    assert note["epochs"] == pytest.approx(0.0725, abs=5e-5)
+    assert note["flops"]["with_attention"] == pytest.approx(1.27e17, rel=1e-3)
+    # 1.27e17 FLOPs at the share of 989 TFLOP/s that was measured: 1.872M tokens/s
+    assert note["minutes"]["h100"] == pytest.approx(655.36 / 1.872 / 60, abs=0.05)
+    memory = note["memory_bytes"]
+    assert memory["logits_if_held_at_once"] / 2**30 == pytest.approx(1.5, abs=0.05)
+    assert memory["weights"] == memory["gradients"] == memory["optimizer"] / 2 == 4 * 30_135_168
+
+
+def test_activation_memory_is_what_autograd_keeps_for_two_more_layers():
+    kept, estimated = {}, {}
+    for layers in (1, 3):
+        small = shape(layers, 64, 4, bias=False, block_size=128, vocab_size=61, padded_vocab_size=64)
+        model, saved = GPT(small), []
+        weights = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            model.hidden(torch.zeros(2, 128, dtype=torch.int64))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        kept[layers] = sum(size for pointer, size in storages.items() if pointer not in weights)
+        found = estimate_run(small, Run(1, 1, 1, 256), 2, None, NOTE.expected_loss, PARAMS.estimate)
+        estimated[layers] = found["memory_bytes"]["activations"]
+    assert kept[3] - kept[1] == pytest.approx(estimated[3] - estimated[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("law", "loss", "tolerance"),
+    [
+        ("kaplan-2020", 4.20, 0.0055),
+        ("hoffmann-2022", 4.253, 0.0005),
+        ("hoffmann-2022-exact", 4.140, 0.0005),
+        ("besiroglu-2024", 4.269, 0.0005),
+    ],
+)
+def test_laws_at_the_notes_run(law, loss, tolerance):
+    assert LAW[law].loss(NOTE_RUN) == pytest.approx(loss, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("law", "steps", "loss"),
+    [
+        ("kaplan-2020", 600_000, 2.876),  # nanoGPT's own number of steps
+        ("hoffmann-2022", 610_352, 2.661),  # 300B tokens
+        ("besiroglu-2024", 610_352, 2.688),
+    ],
+)
+def test_laws_at_nanogpts_gpt2_which_measured_285(law, steps, loss):
+    assert LAW[law].loss(Run(123_653_376, 85_056_000, steps, 491_520)) == pytest.approx(loss, abs=0.0009)
+
+
+@pytest.mark.parametrize("steps", [1, 20_000, 10_000_000])
+def test_kaplans_loss_solves_its_own_equation(steps):
+    loss = kaplan_loss(Run(1, 10_621_824, steps, 32_768))
+    smallest_steps = steps / (1 + 2.1e8 / loss ** (1 / 0.21) / 32_768)
+    assert loss == pytest.approx((6.5e13 / 10_621_824) ** 0.077 + (2.1e3 / smallest_steps) ** 0.76, rel=1e-9)
+
+
+def test_a_law_covers_the_sizes_and_budgets_that_it_was_fitted_on():
+    assert LAW["kaplan-2020"].covers(NOTE_RUN)
+    assert not LAW["hoffmann-2022"].covers(NOTE_RUN)  # fewer parameters and tokens
+    assert LAW["hoffmann-2022"].covers(Run(7 * 10**7, 1, 10_000, 500_000))
+    assert not LAW["hoffmann-2022"].covers(Run(7 * 10**7, 1, 10_000, 499_999))
+    assert not LAW["kaplan-2020"].covers(Run(10**10, 767, 10_000, 500_000))
+
+
+def test_the_nearest_reference_run_is_taken_and_the_optimizer_breaks_a_tie():
+    adamw = ANCHORS[0].model_copy(update={"name": "a", "optimizer": "adamw", "loss": 5.5})
+    muon = ANCHORS[0].model_copy(update={"name": "m", "optimizer": "muon", "loss": 4.5})
+    near, far = reference_run(muon), reference_run(ANCHORS[2])
+    assert expect_loss(near, "muon", 50257, (adamw, muon, ANCHORS[2])).value == pytest.approx(4.5)
+    assert expect_loss(near, "adamw", 50257, (muon, adamw, ANCHORS[2])).value == pytest.approx(5.5)
+    assert expect_loss(far, "muon", 50257, (muon, adamw, ANCHORS[2])).value == pytest.approx(2.85)
+
+
+def test_the_interval_is_the_laws_spread_widened_by_their_miss():
+    anchor = ANCHORS[2]
+    here = reference_run(anchor)  # where all laws meet, so that the width is the miss alone
+    miss = max(abs(law.loss(here) - 2.85) for law in LAWS)
+    found = expect_loss(here, "adamw", 50257, [anchor])
+    assert (found.low_80, found.high_80) == pytest.approx((2.85 - miss, 2.85 + miss))
+    assert (found.low_95, found.high_95) == pytest.approx((2.85 - 2 * miss, 2.85 + 2 * miss))
+    # A hundred times the tokens: two decades away, twice the miss beside the spread.
+    further = Run(here.num_params, here.num_params_non_embedding, here.max_steps * 100, here.tokens_per_step)
+    losses = [law.loss_through(anchor, further) for law in LAWS]
+    wide = expect_loss(further, "adamw", 50257, [anchor])
+    assert (wide.low_80, wide.high_80) == pytest.approx((min(losses) - 2 * miss, max(losses) + 2 * miss))
+
+
+@pytest.mark.parametrize("steps", [1, 10**9])
+def test_no_bound_is_above_guessing_or_below_zero(steps):
+    found = expect_loss(Run(100, 50, steps, 512), "muon", 50257, ANCHORS)
+    assert 0 < found.low_95 < found.low_80 < found.value <= found.high_80 <= found.high_95 <= math.log(50257)

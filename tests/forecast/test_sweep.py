@@ -1,56 +1,33 @@
-"""A ladder of runs that obey a law gives that law back, and tells other runs of it within its interval."""
+"""A sweep of runs that follow a law gives that law back, and predicts other runs within its interval."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from compactgpt.common.errors import BadConfig, BadData
-from compactgpt.common.storage import write_json
+from compactgpt.common.storage import json_bytes, write_json
 from compactgpt.config import load_params
-from compactgpt.forecast import fitting
-from compactgpt.forecast.estimate import configured_run, estimate
-from compactgpt.forecast.fitting import draw
-from compactgpt.forecast.sweep import (
-    FORMS,
-    Fit,
-    Ladder,
-    Rung,
-    corpus_of,
-    ladder_report,
-    predict,
-    read_ladder,
-    settings_of,
-)
+from compactgpt.forecast import sweep
+from compactgpt.forecast.estimate import estimate
+from compactgpt.forecast.scaling_laws import Run, configured_run
+from compactgpt.forecast.sweep import FORMS, Sweep, SweepRun, fit_runs, predict_loss, sweep_report
+from tests.support.comparison_inputs import PARAMS, ROOT
 
-ROOT = Path(__file__).parents[2]
-PARAMS = load_params(ROOT / "params.yaml")
 SIZES, BUDGETS = (1_000_000, 2_000_000, 4_000_000), (100, 200, 400)
 
 
-def fit(rungs, resamples=4):
-    return fitting.fit(rungs, resamples)
+def make_run(size, steps, loss):
+    return SweepRun(
+        name=f"{size}-{steps}", num_params=size, num_params_non_embedding=size // 10, max_steps=steps,
+        tokens_per_step=512, optimizer="muon", loss=loss, params_sha256="0" * 64, model_md5="0" * 32,
+    )  # fmt: skip
 
 
-def rung(size, steps, loss):
-    return Rung(
-        name=f"{size}-{steps}",
-        num_params=size,
-        num_params_non_embedding=size // 10,
-        max_steps=steps,
-        tokens_per_step=512,
-        optimizer="muon",
-        loss=loss,
-        params_sha256="0" * 64,
-        model_md5="0" * 32,
-    )
-
-
-def rungs_of(law, noise=0.0):
+def runs_of(law, noise=0.0):
     generator = np.random.default_rng(0)
     return [
-        rung(n, s, law(n, 512 * s) * math.exp(noise * generator.normal())) for n in SIZES for s in BUDGETS
+        make_run(n, s, law(n, 512 * s) * math.exp(noise * generator.normal())) for n in SIZES for s in BUDGETS
     ]
 
 
@@ -59,21 +36,16 @@ def product(n, d):
 
 
 @pytest.fixture(scope="module")
-def found():
-    return fit(rungs_of(product, 0.01), 16)
+def fit():
+    return fit_runs(runs_of(product, 0.01), 16)
 
 
-def ladder(found, **changes):
-    about = {
-        "corpus": corpus_of(PARAMS),
-        "settings": settings_of(PARAMS),
-        "data_sha256": "0" * 64,
-        "train_tokens": 1_000_000,
-        "val_tokens": 10_000,
-        "rungs": tuple(rungs_of(product)),
-        "fit": found,
-    }
-    return Ladder(**{**about, **changes})
+@pytest.fixture
+def finished(fit):
+    return Sweep(
+        corpus=sweep.corpus_settings(PARAMS), settings=sweep.shared_settings(PARAMS), data_sha256="0" * 64,
+        train_tokens=1_000_000, val_tokens=10_000, rungs=tuple(runs_of(product)), fit=fit,  # wording: quoted
+    )  # fmt: skip
 
 
 def test_forms_are_their_formulas():
@@ -82,109 +54,155 @@ def test_forms_are_their_formulas():
     expected = 1.7 + 400 / 1e6**0.34 + 410 / 1e5**0.28
     assert math.exp(FORMS["floor"].log_loss(c, n, d)) == pytest.approx(expected)
     assert math.exp(FORMS["sum"].log_loss(c[1:], n, d)) == pytest.approx(expected - 1.7)
-    assert math.exp(FORMS["product"].log_loss((2.0, 0.1, 0.2), n, d)) == pytest.approx(
-        math.exp(2) / 1e6**0.1 / 1e5**0.2
-    )
+    alone = FORMS["product"].log_loss((2.0, 0.1, 0.2), n, d)
+    assert math.exp(alone) == pytest.approx(math.exp(2) / 1e6**0.1 / 1e5**0.2)
 
 
-def test_exact_runs_give_their_law_back():
-    exact = fit(rungs_of(product))
-    assert exact.constants == pytest.approx((math.log(60), 0.05, 0.15), rel=1e-5)
+def test_exact_runs_give_their_law_back_and_one_outlier_hardly_moves_it():
+    runs = runs_of(product)
+    exact = fit_runs(runs, 4)
     assert exact.form == "product"
+    assert exact.constants == pytest.approx((math.log(60), 0.05, 0.15), rel=1e-5)
+    runs[4] = make_run(SIZES[1], BUDGETS[1], runs[4].loss * 1.5)
+    assert fit_runs(runs, 4).constants == pytest.approx((math.log(60), 0.05, 0.15), rel=0.05)
 
 
-def test_a_law_with_a_floor_is_seen_where_the_runs_carry_it():
-    """With five budgets and sizes, and no noise, the product can't pass for the sum of three."""
-
+def test_a_floor_of_the_loss_is_found_where_the_runs_show_it():
     def law(n, d):
         return 2.0 + 30 / n**0.25 + 200 / d**0.4
 
-    runs = [
-        rung(n, s, law(n, 512 * s)) for n in (10**5, 10**6, 10**7, 10**8) for s in (10, 100, 1000, 10_000)
-    ]
-    found = fit(runs)
+    sizes, budgets = (10**5, 10**6, 10**7, 10**8), (10, 100, 1000, 10_000)
+    found = fit_runs([make_run(n, s, law(n, 512 * s)) for n in sizes for s in budgets], 4)
     assert found.form == "floor"
-    assert predict(found, 10**9, 512 * 100_000).value == pytest.approx(law(1e9, 512e5), rel=1e-3)
+    assert predict_loss(found, 10**9, 512 * 100_000).value == pytest.approx(law(1e9, 512e5), rel=1e-3)
 
 
-def test_another_run_of_the_law_lies_in_the_interval(found):
-    told = predict(found, 7_000_000, 384_000)
-    truth = product(7e6, 384_000)
-    assert told.low_95 < truth < told.high_95
-    assert told.low_95 < told.low_80 < told.value < told.high_80 < told.high_95
-    assert told.high_95 - told.low_95 < 0.6
-
-
-def test_a_runaway_run_does_not_drag_the_law(found):
-    runs = rungs_of(product)
-    runs[4] = rung(SIZES[1], BUDGETS[1], runs[4].loss * 1.5)
-    assert fit(runs).constants == pytest.approx((math.log(60), 0.05, 0.15), rel=0.05)
-
-
-def test_fitting_twice_gives_the_same_bytes(found):
-    assert fit(rungs_of(product, 0.01), 16) == found
-
-
-def test_too_few_runs_are_refused():
-    with pytest.raises(BadData, match="2 runs carry no scaling law"):
-        fit([rung(1, 1, 5.0), rung(2, 2, 4.0)])
-
-
-def test_the_quantiles_are_numpys(found):
-    told = predict(found, 7_000_000, 384_000)
-    form, n, d = FORMS[found.form], math.log(7e6), math.log(384_000)
-    losses = [math.exp(form.log_loss(c, n, d) + miss) for c in found.draws for miss in found.misses]
+def test_another_run_of_the_law_lies_in_the_interval_whose_bounds_are_quantiles(fit):
+    found = predict_loss(fit, 7_000_000, 384_000)
+    assert found.low_95 < product(7e6, 384_000) < found.high_95
+    assert found.high_95 - found.low_95 < 0.6
+    log_losses = [FORMS[fit.form].log_loss(c, math.log(7e6), math.log(384_000)) for c in fit.draws]
+    losses = [math.exp(loss + miss) for loss in log_losses for miss in fit.misses]
     bounds = np.quantile(losses, [0.025, 0.1, 0.5, 0.9, 0.975])
-    assert [told.low_95, told.low_80, told.value, told.high_80, told.high_95] == pytest.approx(
+    assert [found.low_95, found.low_80, found.value, found.high_80, found.high_95] == pytest.approx(
         bounds, rel=1e-5
     )
 
 
-def test_the_report_tells_the_configured_run_and_what_to_draw(found):
+def test_fitting_twice_gives_the_same_constants(fit):
+    assert fit_runs(runs_of(product, 0.01), 16) == fit
+
+
+def test_the_shipped_fit_predicts_the_losses_of_its_own_runs():
+    shipped = sweep.read_sweep(ROOT / "results/ladder.json")
+    again = fit_runs(shipped.runs, 4)
+    assert (again.form, again.constants, again.misses) == (
+        shipped.fit.form,
+        shipped.fit.constants,
+        shipped.fit.misses,
+    )
+    for run in shipped.runs:
+        predicted = predict_loss(shipped.fit, run.num_params, run.tokens).value
+        assert predicted == pytest.approx(run.loss, rel=0.01)
+
+
+def test_too_few_runs_are_refused():
+    with pytest.raises(BadData, match="2 runs are too few for a scaling law"):
+        fit_runs([make_run(1, 1, 5.0), make_run(2, 2, 4.0)])
+
+
+def test_the_report_predicts_the_configured_run_and_has_curves_to_draw(finished, fit):
     run = configured_run(PARAMS)
-    report = ladder_report(ladder(found), PARAMS, run)
+    report = sweep_report(finished, PARAMS)
     assert report["differs"] == []
-    assert report["expected_loss"] == predict(found, run.num_params, run.tokens).model_dump()
+    assert report["expected_loss"] == predict_loss(fit, run.num_params, run.tokens).model_dump()
     assert {curve["num_params"] for curve in report["curves"]} == {*SIZES, run.num_params}
     assert report["curves"][-1]["loss"][-1] == report["expected_loss"]["value"]
-    assert estimate(PARAMS, ladder(found))["compact"]["epochs"] == run.tokens / 1_000_000
+    assert estimate(PARAMS, finished)["compact"]["epochs"] == run.tokens / 1_000_000
 
 
 @pytest.mark.parametrize(
-    ("changes", "differs"),
-    [
-        ({"corpus": {"corpus": "files"}}, ["corpus"]),
-        ({"settings": settings_of(PARAMS) | {"training.optimizer": "adamw"}}, ["training.optimizer"]),
-    ],
+    ("change", "differs"),
+    [({"corpus": {"corpus": "files"}}, ["corpus"]), ({"settings": {}}, None)],
 )
-def test_a_ladder_of_other_text_or_settings_tells_nothing(found, changes, differs):
-    report = ladder_report(ladder(found, **changes), PARAMS, configured_run(PARAMS))
-    assert (report["expected_loss"], report["differs"], report["curves"]) == (None, differs, [])
+def test_a_sweep_of_other_text_or_settings_predicts_nothing(finished, change, differs):
+    report = sweep_report(finished.model_copy(update=change), PARAMS)
+    assert report["expected_loss"] is None
+    assert report["curves"] == []
+    if differs:
+        assert report["differs"] == differs
+    else:
+        assert "training.optimizer" in report["differs"]
 
 
 def test_size_budget_and_chance_are_no_difference():
-    other = PARAMS.model_copy(
-        update={
-            "model": PARAMS.model.model_copy(update={"n_embd": 64, "n_layer": 9}),
-            "training": PARAMS.training.model_copy(update={"max_steps": 9, "seed": 9, "eval_windows": 9}),
-        }
-    )
-    assert settings_of(other) == settings_of(PARAMS)
+    model = PARAMS.model.model_copy(update={"n_embd": 64, "n_layer": 9})
+    training = PARAMS.training.model_copy(update={"max_steps": 9, "seed": 9, "eval_windows": 9})
+    other = PARAMS.model_copy(update={"model": model, "training": training})
+    assert sweep.shared_settings(other) == sweep.shared_settings(PARAMS)
 
 
-def test_a_ladder_is_read_back_or_absent(found, tmp_path):
-    assert read_ladder(tmp_path / "ladder.json") is None
-    write_json(tmp_path / "ladder.json", ladder(found).model_dump(mode="json"))
-    assert read_ladder(tmp_path / "ladder.json") == ladder(found)
-    (tmp_path / "ladder.json").write_text("{}")
-    with pytest.raises(BadConfig, match="rungs: missing key"):
-        read_ladder(tmp_path / "ladder.json")
+def test_a_sweep_is_read_back_or_absent(finished, tmp_path):
+    path = tmp_path / "ladder.json"
+    assert sweep.read_sweep(path) is None
+    write_json(path, finished.model_dump(mode="json", by_alias=True))
+    assert sweep.read_sweep(path) == finished
+    path.write_text("{}")
+    with pytest.raises(BadConfig, match="rungs: missing key"):  # wording: quoted
+        sweep.read_sweep(path)
 
 
-def test_the_picture_is_a_png(found, tmp_path):
-    draw(ladder(found), tmp_path / "a.png", [(7_000_000, 384_000)])
-    draw(ladder(found), tmp_path / "b.png", [(7_000_000, 384_000)])
-    content = (tmp_path / "a.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert content == (tmp_path / "b.png").read_bytes()
-    assert isinstance(found, Fit)
+@pytest.fixture
+def experiments():
+    """The files of DVC experiments, by name and path."""
+    files = {}
+    for n, size in enumerate((32, 64, 96)):
+        for steps in BUDGETS:
+            tree = load_params(ROOT / "params.yaml").model_dump(mode="json", exclude_defaults=True)
+            tree["model"]["n_embd"], tree["training"]["max_steps"] = size, steps
+            files[f"ladder-{size}-{steps}"] = {
+                "params.yaml": tree,
+                "reports/training.json": {
+                    "val_loss": product(10 ** (6 + n), 512 * steps), "val_loss_tokens": 90,
+                    "data_sha256": "0" * 64, "train_split_tokens": 1000,
+                },
+                "reports/tokenization.json": {"val": {"tokens": 100, "documents": 10}},
+                "dvc.lock": {"stages": {"training": {"outs": [{"path": "models/compact", "md5": "0" * 32}]}}},
+            }  # fmt: skip
+    return files
+
+
+def fit_files(files, folder):
+    def read_file(name, path):
+        return json_bytes(files[name][path]).decode()
+
+    return sweep.fit_sweep(list(files), read_file, folder, ROOT / "params.yaml")
+
+
+def test_the_command_writes_the_fit_and_a_picture_twice_the_same(experiments, tmp_path):
+    printed = [fit_files(experiments, tmp_path / name) for name in ("a", "b")]
+    assert printed[0].splitlines()[0].startswith("ladder-32-100: 5.9124, fitted 5.91")
+    assert "the configured run: " in printed[0].splitlines()[-1]
+    assert len(sweep.read_sweep(tmp_path / "a/ladder.json").runs) == len(experiments)
+    assert (tmp_path / "a/ladder.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("ladder.json", "ladder.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("reports/training.json", "val_loss_tokens", 80, "its loss is of 80 of 90 val tokens"),
+        ("reports/training.json", "data_sha256", "1" * 64, "and ladder-32-100 differ in data_sha256"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(experiments, tmp_path, file, key, value, message):
+    experiments["ladder-96-400"][file][key] = value
+    with pytest.raises(BadData, match=message):
+        fit_files(experiments, tmp_path)
+
+
+def test_the_picture_marks_the_predicted_run(finished, tmp_path):
+    for name, run in (("a", None), ("b", Run(7_000_000, 1, 750, 512))):
+        sweep.draw_sweep(finished, tmp_path / name, run)
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()

@@ -14,7 +14,7 @@ from compactgpt.common.sections import load_section
 from compactgpt.common.storage import write_json
 from compactgpt.config import load_params
 from compactgpt.evaluation.metrics import perplexity_ratio
-from compactgpt.forecast.model_size import counts
+from compactgpt.forecast.model_size import count_parameters
 from compactgpt.reporting.claims import Claims, Evidence, judge_claims
 from compactgpt.reporting.results import (
     compare_results,
@@ -147,7 +147,7 @@ def project(tmp_path):
 def save_run(project, **changes):
     found = record_like(4.5)
     tokens = PARAMS.training.max_steps * PARAMS.training.tokens_per_step
-    sizes = {"compact.parameters.all_tensors": counts(PARAMS.model).all_tensors}
+    sizes = {"compact.parameters.all_tensors": count_parameters(PARAMS.model).all_tensors}
     sizes |= {"compact.tokens_seen": tokens} | changes
     found["evidence"] += [item(name, value, known="computed") for name, value in sizes.items()]
     write_json(project / "reports/evidence.json", found)

@@ -16,7 +16,7 @@ from compactgpt.common.storage import atomic_folder, json_bytes
 from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.forecast.estimate import estimate
-from compactgpt.forecast.sweep import read_ladder
+from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.html import published_files
 from compactgpt.reporting.verify import (
     Verification,
@@ -46,7 +46,7 @@ def repository(tmp_path_factory):
             (temporary / "model.safetensors").write_bytes(bytes(range(256)))
     fill(place)
     params = load_params(place / "params.yaml")
-    made = estimate(params, read_ladder(place / "results/ladder.json"))
+    made = estimate(params, read_sweep(place / "results/ladder.json"))
     (place / "reports/estimate.json").write_bytes(json_bytes(made))
     for report, sums in reports_of(place).items():
         made = figures((totals := read_totals(sums)).nats, totals, params.evaluation.likelihood)

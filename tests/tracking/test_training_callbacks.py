@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from compactgpt.config import ExpectedLoss, load_params
-from compactgpt.forecast.estimate import expected
+from compactgpt.forecast.estimate import expected_loss
 from compactgpt.model.gpt import GPT
 from compactgpt.tracking.training_callbacks import Band, Sampler, Utilisation, expected_band, peak_flops
 from tests.support.tiny_models import ROOT, save_tokenizer, tiny_gpt
@@ -35,7 +35,7 @@ def test_the_end_is_scored_against_what_was_written_down(loss, inside):
 
 def test_the_band_is_that_of_the_estimate():
     params = load_params(ROOT / "params.yaml")
-    told = expected(params)
+    told = expected_loss(params)
     band = expected_band(params)
     assert (band.low, band.high) == (told.low_95, told.high_95)
     assert str(band) == f"{band.low:.2f}-{band.high:.2f} at the end"

@@ -1,108 +1,95 @@
-"""How often the rule of compactgpt.laws would have held: each measured run, told by all the others.
+"""Count how often the rule of `forecast.scaling_laws` holds, and widen its interval accordingly.
 
-The runs are the anchors of params.yaml and the rungs of our ladder. Each is left out in turn, the rule makes
-its two intervals from what is left, and the measured loss lies inside or not. GPT-2's own budget was never
-published: those runs are checked at an assumed one and tell nothing about others.
+The measured runs are the reference runs of params.yaml and the runs of our sweep. Each is left out in turn,
+the rule predicts it from the others, and the measured loss lies inside the interval or not. The budget of
+GPT-2's own training was never published: those runs are checked at an assumed one and predict no others.
 
-The calibrated interval is the rule's with all these runs at hand, widened by the factor that would have
-held the stated share of them (split conformal prediction, Papadopoulos et al. 2002: the k-th smallest of
-the n factors, k = ceil(share (n + 1)); where n is too small for that, the largest).
+The calibrated interval is the rule's, from all these runs, times the factor that would have held the stated
+share of them (split conformal prediction, Papadopoulos et al. 2002): the k-th smallest of the n factors with
+k = ceil(share (n + 1)), or the largest where n is too small.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from compactgpt.config import Anchor, ExpectedLoss
-from compactgpt.forecast.scaling_laws import Run, expect, run_of
-from compactgpt.forecast.sweep import Rung
-
-
-@dataclass(frozen=True)
-class Check:
-    """One measured run and what the rule said of it without knowing it."""
-
-    name: str
-    corpus: str
-    optimizer: str
-    tokens: int
-    num_params: int
-    assumed_budget: bool
-    measured: float
-    value: float
-    low_80: float
-    high_80: float
-    low_95: float
-    high_95: float
-    inside_80: bool
-    inside_95: bool
-    factor: float  # by which the 80 % interval, about its middle, would just have held
+from compactgpt.forecast.scaling_laws import Run, expect_loss, reference_run
+from compactgpt.forecast.sweep import SweepRun
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """All checks, and the runs that they were made from."""
+    """One check for each measured run, and the reference runs that the predictions were made from."""
 
     anchors: tuple[Anchor, ...]
-    checks: tuple[Check, ...]
+    checks: tuple[dict[str, Any], ...]  # as reports/estimate.json has them
 
     def factor(self, share: float) -> float:
-        """What the 80 % interval must be multiplied by to hold a share of the checked runs."""
-        ordered = sorted(check.factor for check in self.checks)
-        return ordered[min(math.ceil(share * (len(ordered) + 1)), len(ordered)) - 1]
+        """Return what the 80 % interval must be multiplied by to hold this share of the measured runs."""
+        ordered = sorted(check["factor"] for check in self.checks)
+        rank = math.ceil(share * (len(ordered) + 1))
+        return float(ordered[min(rank, len(ordered)) - 1])
 
-    def widened(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """The calibrated interval of a run: see the module."""
-        told = expect(run, optimizer, vocab_size, self.anchors)
-        middle, half = (told.low_80 + told.high_80) / 2, (told.high_80 - told.low_80) / 2
-        guessing = math.log(vocab_size)
-        near, far = (half * self.factor(share) for share in (0.80, 0.95))
-        far = max(near, far)
+    def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
+        """Return the loss expected of a run with the calibrated interval."""
+        rule = expect_loss(run, optimizer, vocab_size, self.anchors)
+        middle, half = _middle_and_half(rule)
+        half_80 = half * self.factor(0.80)
+        half_95 = max(half_80, half * self.factor(0.95))
+        guess = math.log(vocab_size)
         return ExpectedLoss(
             value=middle,
-            low_80=max(middle - near, 0.01),
-            high_80=max(min(middle + near, guessing), middle),
-            low_95=max(middle - far, 0.01),
-            high_95=max(min(middle + far, guessing), middle),
-            basis=f"{told.basis}; calibrated on {len(self.checks)} measured runs, each told by the others",
+            low_80=max(middle - half_80, 0.01),
+            high_80=max(min(middle + half_80, guess), middle),
+            low_95=max(middle - half_95, 0.01),
+            high_95=max(min(middle + half_95, guess), middle),
+            basis=f"{rule.basis}; calibrated on {len(self.checks)} measured runs, each predicted from the "
+            "others",
         )
 
     def report(self) -> dict[str, Any]:
-        """Render for reports/estimate.json."""
+        """Return the calibration as reports/estimate.json has it."""
         return {
-            "checks": [asdict(check) for check in self.checks],
+            "checks": list(self.checks),
             "of": len(self.checks),
-            "held_80": sum(check.inside_80 for check in self.checks),
-            "held_95": sum(check.inside_95 for check in self.checks),
+            "held_80": sum(check["inside_80"] for check in self.checks),
+            "held_95": sum(check["inside_95"] for check in self.checks),
             "factor_80": self.factor(0.80),
             "factor_95": self.factor(0.95),
-            "enough_for_95": len(self.checks) >= 19,  # fewer, and the largest factor stands in
+            "enough_for_95": len(self.checks) >= 19,  # with fewer runs k is above n
         }
 
 
-def calibrate(anchors: Sequence[Anchor], rungs: Sequence[Rung], vocab_size: int) -> Calibration:
+def calibrate(anchors: Sequence[Anchor], runs: Sequence[SweepRun], vocab_size: int) -> Calibration:
     """Check the rule on every measured run, each left out in turn."""
-    measured = [*anchors, *map(_anchor, rungs)]
+    measured = [*anchors, *map(_anchor_of, runs)]
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     return Calibration(known, tuple(_check(anchor, known, vocab_size) for anchor in measured))
 
 
-def _anchor(rung: Rung) -> Anchor:
-    shared = set(Anchor.model_fields) & set(Rung.model_fields)
-    return Anchor(**rung.model_dump(include=shared), corpus="ours", source="results/ladder.json")
+def _anchor_of(run: SweepRun) -> Anchor:
+    shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
+    return Anchor(**run.model_dump(include=shared), corpus="ours", source="results/ladder.json")
 
 
-def _check(anchor: Anchor, known: Sequence[Anchor], vocab_size: int) -> Check:
-    others = tuple(other for other in known if other.name != anchor.name)
-    told = expect(run_of(anchor), anchor.optimizer, vocab_size, others)
-    middle, half = (told.low_80 + told.high_80) / 2, (told.high_80 - told.low_80) / 2
-    return Check(
+def _check(anchor: Anchor, known: Sequence[Anchor], vocab_size: int) -> dict[str, Any]:
+    """Predict one measured run from the others; `factor` times the 80 % interval would just have held it."""
+    others = [other for other in known if other.name != anchor.name]
+    rule = expect_loss(reference_run(anchor), anchor.optimizer, vocab_size, others)
+    middle, half = _middle_and_half(rule)
+    return {
         **anchor.model_dump(include={"name", "corpus", "optimizer", "num_params", "assumed_budget"}),
-        tokens=run_of(anchor).tokens,
-        measured=anchor.loss,
-        **told.model_dump(exclude={"basis"}),
-        inside_80=told.low_80 <= anchor.loss <= told.high_80,
-        inside_95=told.low_95 <= anchor.loss <= told.high_95,
-        factor=abs(anchor.loss - middle) / half,
-    )
+        "tokens": reference_run(anchor).tokens,
+        "measured": anchor.loss,
+        **rule.model_dump(exclude={"basis"}),
+        "inside_80": rule.low_80 <= anchor.loss <= rule.high_80,
+        "inside_95": rule.low_95 <= anchor.loss <= rule.high_95,
+        "factor": abs(anchor.loss - middle) / half,
+    }
+
+
+def _middle_and_half(rule: ExpectedLoss) -> tuple[float, float]:
+    """Return the middle and half the width of the 80 % interval."""
+    return (rule.low_80 + rule.high_80) / 2, (rule.high_80 - rule.low_80) / 2

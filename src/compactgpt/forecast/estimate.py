@@ -1,94 +1,89 @@
-"""What a run will be, from params.yaml alone: size, tokens, arithmetic, memory, time, and the loss expected.
+"""Estimate a run from params.yaml alone: size, tokens, arithmetic, memory, time and expected loss.
 
-Nothing here has seen data, and nothing imports torch: the numbers are written down before the training
-that they are judged by. Beside the frozen rule's expectation stand two others that learn from finished runs:
-the same rule calibrated (compactgpt.calibration) and our own law (compactgpt.ladder).
+Nothing here reads the corpus or imports torch: `estimate` writes its numbers down before the training whose
+result they are compared with. Beside the fixed rule's expectation are two that learn from finished runs: the
+rule calibrated (`forecast.calibration`) and the law of our own sweep (`forecast.sweep`).
 """
 
+import json
 import math
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from compactgpt.config import Estimate, ExpectedLoss, Machine, Model, Params, Training
+from compactgpt.config import Estimate, ExpectedLoss, Model, Params, Training
 from compactgpt.forecast.calibration import calibrate
-from compactgpt.forecast.model_size import counts, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Law, Run, expect
-from compactgpt.forecast.sweep import Ladder, corpus_of, ladder_report
+from compactgpt.forecast.model_size import count_parameters, flops_per_token
+from compactgpt.forecast.scaling_laws import LAWS, Law, Run, configured_run, expect_loss
+from compactgpt.forecast.sweep import Sweep, corpus_settings, read_sweep, sweep_report
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# Values of width C that a block keeps for the backward pass, a token: what goes into its norms (2), out of
-# them (2), queries, keys and values (3), what attention gives (1), and 4 C before and behind the GELU (8).
-# The matrix of attention is not kept.
+# Values of width C that a block keeps for the backward pass, a token: inputs and outputs of both norms (4),
+# queries, keys and values (3), the output of attention (1), 4 C before and after the GELU (8).
 KEPT_WIDTHS = 16
+MATRIX_SIZE = 1536  # rows and columns: large enough for full speed, small enough for a slow core
+MEASURE_SECONDS = 1.0
 
 
-def estimate(params: Params, ladder: Ladder | None = None) -> dict[str, Any]:
-    """Estimate the run of params.yaml and the note's.
+def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
+    """Return reports/estimate.json: the estimate of the configured run and of the note's.
 
-    Args:
-        params: all of params.yaml.
-        ladder: the finished small runs, where there are any.
-
-    Returns:
-        The report: `compact` and `note`, each as `forecast` makes it; the laws; `calibration`, how often
-        the rule held; `ladder`, our own law, null without one.
+    `calibration` says how often the rule held; `ladder` is our own law, null without a `sweep`.
     """
-    training, note, settings = params.training, params.estimate.note, params.estimate
-    run = configured_run(params)
-    seen, size = corpus_tokens(params, ladder), training.micro_batch_size
-    own = forecast(params.model, run, size, seen, expected(params), settings, training)
-    note_run = _run(note, note.max_steps, note.tokens_per_step)
-    theirs = forecast(note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, settings)
-    checks = calibrate(settings.anchors, ladder.rungs if ladder else (), params.model.vocab_size)
-    calibrated = checks.widened(run, training.optimizer, params.model.vocab_size)
+    training, settings, note = params.training, params.estimate, params.estimate.note
+    run, vocab_size = configured_run(params), params.model.vocab_size
+    train_tokens, size = _train_tokens(params, sweep), training.micro_batch_size
+    calibration = calibrate(settings.anchors, sweep.runs if sweep else (), vocab_size)
+    compact = estimate_run(
+        params.model, run, size, train_tokens, expected_loss(params), settings, training=training
+    )
+    compact |= {
+        "calibrated_loss": calibration.calibrated_loss(run, training.optimizer, vocab_size).model_dump(),
+        "corpus": params.download.corpus,
+        "notes": _notes(params),
+    }
+    sizes = count_parameters(note)
+    note_run = Run(sizes.nanogpt, sizes.non_embedding, note.max_steps, note.tokens_per_step)
     return {
-        "compact": own
-        | {
-            "calibrated_loss": calibrated.model_dump(),
-            "corpus": params.download.corpus,
-            "notes": _notes(params),
-        },
-        "note": theirs,
-        "laws": {law.name: _published(law) for law in LAWS},
+        "compact": compact,
+        "note": estimate_run(
+            note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, settings
+        ),
+        "laws": {law.name: _law_source(law) for law in LAWS},
         "machines": {name: machine.model_dump() for name, machine in settings.machines.items()},
-        "calibration": checks.report(),
-        "ladder": ladder_report(ladder, params, run) if ladder else None,
+        "calibration": calibration.report(),
+        "ladder": sweep_report(sweep, params) if sweep else None,
     }
 
 
-def configured_run(params: Params) -> Run:
-    """The run of params.yaml as the laws see it."""
-    return _run(params.model, params.training.max_steps, params.training.tokens_per_step)
+def expected_loss(params: Params) -> ExpectedLoss:
+    """Return the loss that the fixed rule expects of the configured run."""
+    anchors = [anchor for anchor in params.estimate.anchors if not anchor.assumed_budget]
+    return expect_loss(configured_run(params), params.training.optimizer, params.model.vocab_size, anchors)
 
 
-def expected(params: Params) -> ExpectedLoss:
-    """The loss expected of the run of params.yaml by the frozen rule."""
-    anchors = tuple(anchor for anchor in params.estimate.anchors if not anchor.assumed_budget)
-    return expect(configured_run(params), params.training.optimizer, params.model.vocab_size, anchors)
-
-
-def _run(model: Model, max_steps: int, tokens_per_step: int) -> Run:
-    sizes = counts(model)
-    return Run(sizes.nanogpt, sizes.non_embedding, max_steps, tokens_per_step)
-
-
-def corpus_tokens(params: Params, ladder: Ladder | None) -> int | None:
-    """Tokens of the training split, where somebody has counted them: a ladder, or the stated set's maker."""
-    if ladder and ladder.corpus == corpus_of(params):
-        return ladder.train_tokens
+def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
+    """Return the tokens of the training split, if a sweep counted them or the data set's maker did."""
+    if sweep and sweep.corpus == corpus_settings(params):
+        return sweep.train_tokens
     download = params.download
-    whole = download.max_documents is None and download.max_bytes is None
+    if download.max_documents is not None or download.max_bytes is not None:
+        return None
     name = download.hub.name if download.corpus == "hub" else download.corpus
-    stated = params.estimate.corpus_tokens.get(name) if whole else None
+    stated = params.estimate.corpus_tokens.get(name)
     return round(stated * (1 - params.tokenization.val_fraction)) if stated else None
 
 
 def _notes(params: Params) -> list[str]:
-    """What a reader of the demo's estimate must know."""
-    notes = ["the laws are extrapolated far below the sizes and budgets that they were fitted on"]
-    if all(law.inside(configured_run(params)) for law in LAWS):
-        notes = []
+    """Return what limits the worth of the configured run's estimate."""
+    notes = []
+    if not all(law.covers(configured_run(params)) for law in LAWS):
+        notes.append("the laws are extrapolated far below the sizes and budgets that they were fitted on")
     if params.download.corpus == "docstrings":
         notes.append("the corpus is docstrings, for which no law is calibrated")
     elif params.download.corpus == "files":
@@ -96,52 +91,53 @@ def _notes(params: Params) -> list[str]:
     return notes
 
 
-def forecast(
+def estimate_run(
     model: Model,
     run: Run,
     micro_batch_size: int,
     train_tokens: int | None,
-    expected_loss: ExpectedLoss,
+    loss: ExpectedLoss,
     settings: Estimate,
+    *,
     training: Training | None = None,
 ) -> dict[str, Any]:
-    """One run's estimate.
+    """Return the estimate of one run; keys carry the units.
 
     Args:
         model: the shape.
-        run: the budget.
+        run: its size and budget.
         micro_batch_size: sequences in one forward pass.
-        train_tokens: tokens of the training split, where known.
-        expected_loss: the loss expected.
+        train_tokens: tokens of the training split; `epochs` is null where they are not known.
+        loss: the loss expected.
         settings: of the stage, for its machines.
-        training: the recipe, where its softmax may be sampled.
-
-    Returns:
-        Numbers with their units in the keys; `epochs` is null where the corpus' size is not known.
+        training: where its softmax may be sampled.
     """
-    each = flops_per_token(model, training)
-    flops = {key: value * run.tokens for key, value in each.items()}
-    machines = settings.machines.items()
+    flops_each = flops_per_token(model, training)
+    flops = {key: value * run.tokens for key, value in flops_each.items()}
+    minutes = {
+        name: flops["with_attention"] / (machine.peak_teraflops * 1e12 * machine.utilisation) / 60
+        for name, machine in settings.machines.items()
+    }
     return {
         "model": model.model_dump(include=set(Model.model_fields)),
-        "parameters": asdict(counts(model)),
+        "parameters": asdict(count_parameters(model)),
         "steps": run.max_steps,
         "tokens_per_step": run.tokens_per_step,
         "sequences_per_step": run.tokens_per_step // model.block_size,
         "tokens": run.tokens,
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
-        "flops_per_token": each,
+        "flops_per_token": flops_each,
         "flops": flops,
         "memory_bytes": _memory(model, micro_batch_size),
-        "minutes": {name: _minutes(flops["with_attention"], machine) for name, machine in machines},
-        "laws": {law.name: _law_facts(law, run, model.vocab_size) for law in LAWS},
-        "expected_loss": expected_loss.model_dump(),
+        "minutes": minutes,
+        "laws": {law.name: _law_loss(law, run, model.vocab_size) for law in LAWS},
+        "expected_loss": loss.model_dump(),
     }
 
 
 def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
-    """fp32 bytes that training holds; the logits as if all were held at once, which ours never are."""
-    weights = counts(model).all_tensors * FP32_BYTES
+    """Return the fp32 bytes that training holds, and those of all logits at once, which ours never holds."""
+    weights = count_parameters(model).all_tensors * FP32_BYTES
     tokens = micro_batch_size * model.block_size
     return {
         "weights": weights,
@@ -152,29 +148,177 @@ def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
     }
 
 
-def _minutes(flops: int, machine: Machine) -> float:
-    return flops / (machine.peak_teraflops * 1e12 * machine.utilisation) / 60
+def _law_loss(law: Law, run: Run, vocab_size: int) -> dict[str, Any]:
+    """Return a law's unscaled loss, beside ln(vocab_size), the loss of a uniform guess."""
+    loss, guess = law.loss(run), math.log(vocab_size)
+    return {"loss": loss, "better_than_guessing": loss < guess, "inside_validity": law.covers(run)}
 
 
-def _law_facts(law: Law, run: Run, vocab_size: int) -> dict[str, Any]:
-    """A law's raw loss, and whether it is usable: a model that only guesses has ln(vocabulary)."""
-    loss = law.loss(run)
-    return {
-        "loss": loss,
-        "better_than_guessing": loss < math.log(vocab_size),
-        "inside_validity": law.inside(run),
-    }
-
-
-def _published(law: Law) -> dict[str, Any]:
+def _law_source(law: Law) -> dict[str, Any]:
     return {
         "source": law.source,
         "validity": law.validity,
         "formula": law.formula,
         "constants": dict(law.constants),
         "counted": law.counts,
-        "parameters_from": law.fitted.parameters[0],
-        "parameters_to": law.fitted.parameters[1],
-        "tokens_from": law.fitted.tokens[0],
-        "tokens_to": law.fitted.tokens[1],
+        "parameters_from": law.parameters[0],
+        "parameters_to": law.parameters[1],
+        "tokens_from": law.tokens[0],
+        "tokens_to": law.tokens[1],
     }
+
+
+# -- the command `compactgpt estimate` -----------------------------------------------------------------
+
+
+def estimate_configuration(params: Params, ladder: Path, *, measure: bool = False) -> dict[str, Any]:
+    """Estimate one configuration; with `measure`, also the minutes on this machine by its own speed."""
+    report = estimate(params, read_sweep(ladder))
+    found: dict[str, Any] = {**report["compact"], "ladder": report["ladder"]}
+    found |= {key: report[key] for key in ("machines", "calibration")}
+    found["laws"] = {name: facts | report["laws"][name] for name, facts in found["laws"].items()}
+    if measure:
+        speed, share = measure_flops(), params.estimate.utilisation_of_products
+        found["measured_here"] = {
+            "products_flops_per_second": speed,
+            "utilisation": share,
+            "minutes": found["flops"]["with_attention"] / (speed * share) / 60,
+        }
+    return found
+
+
+def measure_flops() -> float:
+    """Return the FLOP/s of this machine's products of float32 matrices (numpy's BLAS)."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    a, b = (generator.standard_normal((MATRIX_SIZE, MATRIX_SIZE), np.float32) for _ in range(2))
+    product = a @ b
+    quickest, end = float("inf"), time.monotonic() + MEASURE_SECONDS
+    while time.monotonic() < end:
+        begin = time.monotonic()
+        np.matmul(a, b, out=product)
+        quickest = min(quickest, time.monotonic() - begin)
+    return float(2 * MATRIX_SIZE**3 / quickest)
+
+
+def announce_times(runs: Sequence[Params], root: Path) -> list[str]:
+    """Return how long runs will take on this machine: their training, and each neural baseline.
+
+    A baseline's time is the one it last took here, by the journals of the project in `root`.
+    """
+    speed = measure_flops()
+    minutes = 0.0
+    for params in runs:
+        flops_each = flops_per_token(params.model, params.training)["with_attention"]
+        flops = flops_each * configured_run(params).tokens
+        minutes += flops / (speed * params.estimate.utilisation_of_products) / 60
+    lines = [
+        f"training: about {_duration(minutes)} at this machine's speed, measured just now; the progress bar "
+        "corrects it after the first steps"
+    ]
+    last = _last_baseline_seconds(root)
+    for name in dict.fromkeys(name for params in runs for name in params.baseline.names):
+        if runs[0].baseline.specs[name].kind not in ("gguf", "folder", "hub"):
+            continue  # a compressor takes seconds
+        took = "not measured here yet"
+        if name in last:
+            took = f"{_duration(last[name] / 60)} when it last ran here"
+        lines.append(
+            f"baseline {name}: {took}. It scores the val split too, and may take as long as the training; "
+            "baseline.names without it leaves it out"
+        )
+    return lines
+
+
+def _last_baseline_seconds(root: Path) -> dict[str, float]:
+    """Return the seconds that each baseline took when it last finished here."""
+    found: dict[str, tuple[int, float]] = {}
+    for path in (root / ".state/tracking").rglob("journal.jsonl"):
+        lines = path.read_bytes().splitlines()
+        with suppress(ValueError, KeyError, IndexError, TypeError):  # a journal that a kill cut short
+            start, end = json.loads(lines[0]), json.loads(lines[-1])
+            stage, _, name = start["stage"].partition("@")
+            if stage == "baseline" and end["kind"] == "end" and end["status"] == "FINISHED":
+                seconds = (end["time_ms"] - start["time_ms"]) / 1000
+                found[name] = max(found.get(name, (0, 0.0)), (start["time_ms"], seconds))
+    return {name: seconds for name, (_, seconds) in found.items()}
+
+
+def format_estimate(found: Mapping[str, Any]) -> str:
+    """Return the result of `estimate_configuration` as a table for a terminal."""
+    rows = [*_size_rows(found), *_time_rows(found), *_loss_rows(found)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
+
+
+def _size_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    sizes, memory, epochs = found["parameters"], found["memory_bytes"], found["epochs"]
+    state = memory["weights"] + memory["gradients"] + memory["optimizer"]
+    yield "parameters", ""
+    yield "  all tensors", f"{sizes['all_tensors']:,}"
+    yield "  nanoGPT's convention", f"{sizes['nanogpt']:,}  (without the position embedding)"
+    yield "  non-embedding", f"{sizes['non_embedding']:,}"
+    yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
+    yield "tokens", f"{found['tokens']:,}"
+    yield (
+        "epochs",
+        f"{found['corpus']}: size unknown before it is read" if epochs is None else f"{epochs:.4g}",
+    )
+    yield "FLOPs", "{six_n:.3g} (6 N), {with_attention:.3g} with attention".format(**found["flops"])
+    yield "memory, float32", ""
+    yield "  weights, gradients, optimizer", _mebibytes(state)
+    yield "  kept for the backward pass", f"{_mebibytes(memory['activations'])} of one micro-batch"
+    yield "  logits, were they held at once", _mebibytes(memory["logits_if_held_at_once"])
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _time_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "time", ""
+    for name, minutes in found["minutes"].items():
+        machine = found["machines"][name]
+        rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
+        yield f"  {name}", f"{_duration(minutes)}  ({rate})"
+    if here := found.get("measured_here"):
+        rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        yield "  this machine", f"{_duration(here['minutes'])}  ({rate}, measured just now: no report has it)"
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 1:
+        return f"{minutes * 60:.3g} s"
+    if minutes < 120:
+        return f"{minutes:.3g} min"
+    hours = minutes / 60
+    return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def _loss_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "loss by each law, unscaled", "nats per token"
+    for name, law in found["laws"].items():
+        where = "inside" if law["inside_validity"] else "outside"
+        worth = "" if law["better_than_guessing"] else "worse than guessing, "
+        yield f"  {name}", f"{law['loss']:.3f}  ({worth}{where} its range)"
+        yield "", f"       {law['source']}: {law['formula']}"
+        constants = ", ".join(f"{key} {value:g}" for key, value in law["constants"].items())
+        yield "", f"       {constants}; fitted on {law['validity']}"
+    checks, sweep = found["calibration"], found["ladder"]
+    held = f"80 % held {checks['held_80']} of {checks['of']}, 95 % held {checks['held_95']}"
+    yield "loss expected", "nats per token"
+    yield from _interval_rows("the frozen rule", found["expected_loss"])
+    yield "", f"       of measured runs, each predicted from the others: {held}"
+    yield from _interval_rows("the rule calibrated", found["calibrated_loss"])
+    if sweep and sweep["expected_loss"]:
+        yield from _interval_rows("our ladder's law", sweep["expected_loss"])
+    elif sweep:
+        yield "  our ladder's law", f"does not apply here: other {', '.join(sweep['differs'])}"
+
+
+def _interval_rows(name: str, loss: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    bounds = "80 %: {low_80:.2f} to {high_80:.2f}, 95 %: {low_95:.2f} to {high_95:.2f}".format(**loss)
+    yield f"  {name}", f"{loss['value']:.2f}  ({bounds})"
+    for line in textwrap.wrap(loss["basis"], 84):
+        yield "", f"      {line}"

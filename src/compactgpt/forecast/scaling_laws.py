@@ -1,23 +1,22 @@
-"""Scaling laws, and the loss that is expected of a run before it is made.
+"""Published scaling laws, and the loss that a rule made from them expects of a run.
 
-Each law is published, with its constants, its source and the range it was fitted in. `expect` makes of
-them, and of the measured run nearest to ours, one loss with two intervals: a rule that was frozen before the
-demo was trained and stays as it was. How often it holds is counted in compactgpt.calibration.
+The rule, `expect_loss`, was fixed before the demo was trained and has not changed since;
+`forecast.calibration` counts how often it holds. A reference run is a finished run whose loss was measured:
+`estimate.anchors` of params.yaml.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from compactgpt.config import Anchor, ExpectedLoss
-
-SOLVER_STEPS = 200
+from compactgpt.config import Anchor, ExpectedLoss, Params
+from compactgpt.forecast.model_size import count_parameters
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as the scaling laws see it."""
+    """The size and the budget of a training run."""
 
     num_params: int  # nanoGPT's convention
     num_params_non_embedding: int
@@ -29,19 +28,21 @@ class Run:
         """Tokens trained on, repeats included."""
         return self.max_steps * self.tokens_per_step
 
+    @property
+    def flops(self) -> int:
+        """6 N D, by which runs are compared."""
+        return 6 * self.num_params * self.tokens
 
-@dataclass(frozen=True)
-class Range:
-    """What a law was fitted on; sizes are counted as the law counts them."""
 
-    parameters: tuple[float, float]
-    tokens: tuple[float, float]
-    text: str
+def configured_run(params: Params) -> Run:
+    """Return the run that params.yaml describes."""
+    sizes, training = count_parameters(params.model), params.training
+    return Run(sizes.nanogpt, sizes.non_embedding, training.max_steps, training.tokens_per_step)
 
-    def holds(self, num_params: int, tokens: int) -> bool:
-        """Whether a run lies inside."""
-        (least, most), (fewest, largest) = self.parameters, self.tokens
-        return least <= num_params <= most and fewest <= tokens <= largest
+
+def reference_run(anchor: Anchor) -> Run:
+    """Return the size and the budget of a reference run."""
+    return Run(anchor.num_params, anchor.num_params_non_embedding, anchor.max_steps, anchor.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,35 @@ class Law:
     loss: Callable[[Run], float]
     irreducible: float  # nats per token that no size and no data remove
     source: str
-    validity: str
     formula: str
     constants: Mapping[str, float]
     counts: Literal["nanogpt", "non_embedding"]  # which parameters N is
-    fitted: Range
+    validity: str  # what the law was fitted on, in words and in the two ranges below
+    parameters: tuple[float, float]
+    tokens: tuple[float, float]
 
-    def size(self, run: Run) -> int:
-        """The run's N as this law counts it."""
-        return run.num_params if self.counts == "nanogpt" else run.num_params_non_embedding
+    def covers(self, run: Run) -> bool:
+        """Whether the law was fitted on runs of this size and budget."""
+        size = run.num_params if self.counts == "nanogpt" else run.num_params_non_embedding
+        inside_sizes = self.parameters[0] <= size <= self.parameters[1]
+        return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
-    def inside(self, run: Run) -> bool:
-        """Whether the run lies where the law was fitted."""
-        return self.fitted.holds(self.size(run), run.tokens)
+    def loss_through(self, anchor: Anchor, run: Run) -> float:
+        """Return the loss of `run` by this law, its reducible part scaled to meet a reference run."""
+        reducible = self.loss(reference_run(anchor)) - self.irreducible
+        scale = (anchor.loss - self.irreducible) / reducible
+        return self.irreducible + scale * (self.loss(run) - self.irreducible)
 
 
 KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "aB": 0.21}
 
 
-def kaplan(run: Run) -> float:
-    """L(N, S) of Kaplan et al. 2020, equation 1.6, with the critical batch size of equation 1.4."""
+def kaplan_loss(run: Run) -> float:
+    """Return L(N, S) of Kaplan et al. 2020: equation 1.6, with the critical batch size of equation 1.4."""
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
-    for _ in range(SOLVER_STEPS):  # the critical batch depends on the loss itself: a damped fixed point
+    for _ in range(200):  # the critical batch size depends on the loss: iterate, damped, to the fixed point
         critical_batch = k["Bstar"] / loss ** (1 / k["aB"])  # tokens
         smallest_steps = run.max_steps / (1 + critical_batch / run.tokens_per_step)
         loss = 0.5 * loss + 0.5 * (size_term + (k["Sc"] / smallest_steps) ** k["aS"])
@@ -83,32 +89,34 @@ def kaplan(run: Run) -> float:
 
 
 def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta: Hoffmann et al. 2022, equation 2."""
+    """Make a law of the form of Hoffmann et al. 2022, equation 2."""
     c = constants
     return Law(
         name,
         lambda run: c["E"] + c["A"] / run.num_params ** c["alpha"] + c["B"] / run.tokens ** c["beta"],
         c["E"],
         source,
-        "7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
         "E + A / N^alpha + B / D^beta",
         constants,
         "nanogpt",
-        Range((7e7, 1.6e10), (5e9, 5e11), "MassiveText, another tokenizer"),
+        "7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
+        (7e7, 1.6e10),
+        (5e9, 5e11),
     )
 
 
 LAWS = (
     Law(
         "kaplan-2020",
-        kaplan,
+        kaplan_loss,
         0.0,
         "Kaplan et al. 2020, arXiv 2001.08361, L(N, S)",
-        "768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
         "(Nc / N)^aN + (Sc / Smin)^aS, Smin = S / (1 + Bcrit / B), Bcrit = Bstar / L^(1 / aB)",
         KAPLAN,
         "non_embedding",
-        Range((768, 1.5e9), (2.2e7, 2.3e10), "WebText2, GPT-2's tokenizer"),
+        "768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
+        (768, 1.5e9),
+        (2.2e7, 2.3e10),
     ),
     _hoffmann(
         "hoffmann-2022",
@@ -128,55 +136,39 @@ LAWS = (
 )
 
 
-def through(law: Law, anchor: Anchor, run: Run) -> float:
-    """The law's loss for `run` once its reducible part is scaled to pass through a measured run."""
-    scale = (anchor.loss - law.irreducible) / (law.loss(run_of(anchor)) - law.irreducible)
-    return law.irreducible + scale * (law.loss(run) - law.irreducible)
+def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
+    """Return the loss expected of a run, with intervals.
 
-
-def expect(run: Run, optimizer: str, vocab_size: int, anchors: tuple[Anchor, ...]) -> ExpectedLoss:
-    """The loss expected of a run, with intervals.
-
-    The rule: take the measured run nearest in compute (6 N D; the same optimizer where two are equally
-    near), let every law pass through it, and read the laws at our run. The 80 % interval is their spread
-    widened on both sides by the laws' largest miss, unscaled, at the largest anchor, once for every
-    decade of compute between anchor and run (at least once); the 95 % interval is widened by twice that.
-    No law's loss and no bound lies above ln(vocabulary), the loss of guessing.
+    Every law is scaled to meet the reference run nearest in compute (of equally near ones, one with the same
+    optimizer) and read at `run`. The 80 % interval is the spread of the laws, widened on both sides by their
+    largest unscaled miss at the largest reference run, once for every decade of compute between the
+    reference run and `run` (at least once); the 95 % interval is widened by twice that. No loss and no bound
+    lies above ln(vocab_size), the loss of a uniform guess.
     """
-    decades = {anchor.name: _decades(run, anchor) for anchor in anchors}
-    anchor = min(anchors, key=lambda a: (decades[a.name], a.optimizer != optimizer))
-    guessing = math.log(vocab_size)
-    losses = [min(through(law, anchor, run), guessing) for law in LAWS]
-    known = max(anchors, key=lambda a: _flops(run_of(a)))
-    miss = max(abs(law.loss(run_of(known)) - known.loss) for law in LAWS)
-    width = miss * max(1.0, decades[anchor.name])
+    distances = {anchor.name: _decades_apart(run, reference_run(anchor)) for anchor in anchors}
+    nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
+    guess = math.log(vocab_size)
+    losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
+    largest = max(anchors, key=lambda anchor: reference_run(anchor).flops)
+    miss = max(abs(law.loss(reference_run(largest)) - largest.loss) for law in LAWS)
+    width = miss * max(1.0, distances[nearest.name])
+
+    def bound(loss: float) -> float:
+        return min(max(loss, 0.01), guess)
+
     return ExpectedLoss(
         value=(low + high) / 2,
-        low_80=_between(low - width, guessing),
-        high_80=_between(high + width, guessing),
-        low_95=_between(low - 2 * width, guessing),
-        high_95=_between(high + 2 * width, guessing),
-        basis=f"the laws through {anchor.name} ({anchor.corpus}, {anchor.loss} nats per token, "
-        f"{decades[anchor.name]:.2f} decades of compute away): their spread, widened by {width:.3f} "
-        f"nats (80 %) or twice that (95 %), the laws' largest miss at {known.name}",
+        low_80=bound(low - width),
+        high_80=bound(high + width),
+        low_95=bound(low - 2 * width),
+        high_95=bound(high + 2 * width),
+        basis=f"the laws through {nearest.name} ({nearest.corpus}, {nearest.loss} nats per token, "
+        f"{distances[nearest.name]:.2f} decades of compute away): their spread, widened by {width:.3f} "
+        f"nats (80 %) or twice that (95 %), the laws' largest miss at {largest.name}",
     )
 
 
-def _between(loss: float, guessing: float) -> float:
-    """Keep a bound between almost nothing and the loss of guessing."""
-    return min(max(loss, 0.01), guessing)
-
-
-def run_of(anchor: Anchor) -> Run:
-    """The run that an anchor measured."""
-    return Run(anchor.num_params, anchor.num_params_non_embedding, anchor.max_steps, anchor.tokens_per_step)
-
-
-def _flops(run: Run) -> int:
-    return 6 * run.num_params * run.tokens
-
-
-def _decades(run: Run, anchor: Anchor) -> float:
-    """Powers of ten between the compute of two runs; rounded, so that equal means equal."""
-    return round(abs(math.log10(_flops(run) / _flops(run_of(anchor)))), 9)
+def _decades_apart(run: Run, other: Run) -> float:
+    """Return the powers of ten between two runs' compute, rounded so that equal distances compare equal."""
+    return round(abs(math.log10(run.flops / other.flops)), 9)

@@ -1,29 +1,43 @@
-"""A scaling law for our own corpus: fitted to several finished small runs, asked for the configured one.
+"""A scaling law for our own corpus, fitted to a sweep of small runs: `compactgpt ladder`.
 
 The law is that of Hoffmann et al. 2022 (equation 2), L(N, D) = E + A / N^a + B / D^b, in nats per token,
-N being parameters in nanoGPT's convention and D tokens trained on. A ladder of small runs carries few
-constants, so three forms of it stand for choice. The one is taken that extrapolates best: fitted without the
-runs of the largest budget, and without the widest models, it is asked for those. Fitting is Hoffmann's
-(appendix D.2): Huber's loss of the difference of logarithms. The interval of a prediction is made of the
-constants of runs drawn anew (bootstrap), each times every miss of those extrapolations.
-
-Fitting (compactgpt.fitting) is done once, by `compactgpt ladder`, which writes results/ladder.json; reading a
-prediction off it needs neither numpy nor scipy.
+with N parameters in nanoGPT's convention and D tokens trained on. A few small runs determine few constants,
+so there are two shorter forms of it. The form is chosen that extrapolates best: it is fitted without the runs
+of the largest budget, then without the widest models, and predicts what was left out. The fit minimizes
+Huber's loss of the difference of logarithms (Hoffmann, appendix D.2). The interval of a prediction comes from
+constants fitted to resampled runs (bootstrap), each combined with every error of those extrapolations.
 """
 
+import hashlib
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import mul
 from pathlib import Path
 from typing import Any, Literal
 
-from compactgpt.common.sections import Section, load_section
-from compactgpt.config import ExpectedLoss, Params
-from compactgpt.forecast.scaling_laws import Run
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from ruamel.yaml import YAML
 
+from compactgpt.common.errors import BadConfig, BadData, NotAllowed
+from compactgpt.common.sections import Section, load_section
+from compactgpt.common.storage import json_bytes, write_bytes, write_json
+from compactgpt.config import ExpectedLoss, Params, load_params, parse_params
+from compactgpt.forecast.model_size import count_parameters
+from compactgpt.forecast.scaling_laws import Run, configured_run
+
+Floats = npt.NDArray[np.float64]
+FormName = Literal["floor", "sum", "product"]
+ReadFile = Callable[[str, str], str]
+
+HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
+RESAMPLES = 400
+SEED = 1337
+DIGITS = 9  # of a constant that is written: processors differ in the digits after these
 CURVE_POINTS = 25
-# What runs were trained with before these settings existed: a ladder that does not name them.
+# What runs were trained with before these settings existed.
 EARLIER_SETTINGS = {
     "training.head": "full",
     "training.init_unigram": 0.0,
@@ -31,11 +45,9 @@ EARLIER_SETTINGS = {
     "training.position_learning_rate": None,
 }
 
-FormName = Literal["floor", "sum", "product"]
 
-
-class Rung(Section):
-    """One finished run."""
+class SweepRun(Section):
+    """One finished run of a sweep."""
 
     name: str
     num_params: int  # nanoGPT's convention
@@ -54,111 +66,165 @@ class Rung(Section):
 
 
 class Fit(Section):
-    """The chosen form with its constants, those of the bootstrap, and how each form did."""
+    """The chosen form with its constants, those of the bootstrap, and how each form extrapolated."""
 
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]
-    misses: tuple[float, ...]  # log of measured over told, of runs beyond those that were fitted
+    misses: tuple[float, ...]  # log of measured over predicted loss, of the extrapolated runs
     errors: dict[FormName, float]  # root mean square of such misses, by form
 
 
-class Ladder(Section):
-    """All of results/ladder.json."""
+class Sweep(Section):
+    """The content of results/ladder.json."""
 
     corpus: dict[str, Any]  # the settings that decide the text
     settings: dict[str, Any]  # what else the runs have in common
     data_sha256: str
     train_tokens: int
     val_tokens: int
-    rungs: tuple[Rung, ...]
+    runs: tuple[SweepRun, ...] = Field(alias="rungs")  # wording: quoted
     fit: Fit
 
 
 @dataclass(frozen=True)
 class Form:
-    """A shape of the law: the loss is a sum of terms, each exp(a constant) / N^(another) / D^(another)."""
+    """A form of the law: the loss is a sum of terms, and a term's logarithm is linear in the constants."""
 
     formula: str
-    terms: tuple[
-        tuple[tuple[int, Literal["1", "N", "D"]], ...], ...
-    ]  # places of constants, and what each is of
-    starts: tuple[tuple[float, ...], ...]
+    design: Callable[[float, float], list[list[float]]]  # log N, log D -> (terms, constants)
+    starts: tuple[tuple[float, ...], ...]  # of the fit
 
-    def design(self, log_n: float, log_d: float) -> list[list[float]]:
-        """What each constant is multiplied by in the logarithm of each term. (terms, constants)."""
-        factors = {"1": 1.0, "N": -log_n, "D": -log_d}
-        rows = [[0.0] * len(self.starts[0]) for _ in self.terms]
-        for row, term in zip(rows, self.terms, strict=True):
-            for place, of in term:
-                row[place] = factors[of]
-        return rows
-
-    def log_loss(self, constants: Sequence[float], log_n: float, log_d: float) -> float:
-        """The logarithm of the loss."""
-        logs = [sum(map(mul, row, constants)) for row in self.design(log_n, log_d)]
-        top = max(logs)
-        return float(top + math.log(sum(math.exp(term - top) for term in logs)))
+    def log_loss(self, constants: Any, log_n: float, log_d: float) -> Floats:
+        """Return the logarithm of the loss. (..., constants) -> (...)."""
+        terms = np.asarray(constants) @ np.array(self.design(log_n, log_d)).T  # (..., terms)
+        log_sums: Floats = np.logaddexp.reduce(terms, axis=-1)
+        return log_sums
 
 
 FORMS: dict[FormName, Form] = {
     "floor": Form(  # Hoffmann's own parameters: log E, log A, a, log B, b
         "E + A / N^a + B / D^b",
-        (((0, "1"),), ((1, "1"), (2, "N")), ((3, "1"), (4, "D"))),
+        lambda n, d: [[1, 0, 0, 0, 0], [0, 1, -n, 0, 0], [0, 0, 0, 1, -d]],
         ((0.5, 5.0, 0.34, 5.0, 0.28), (1.0, 3.0, 0.2, 8.0, 0.7), (1.3, 1.0, 0.1, 10.0, 1.0)),
     ),
-    "sum": Form(
+    "sum": Form(  # log A, a, log B, b
         "A / N^a + B / D^b",
-        (((0, "1"), (1, "N")), ((2, "1"), (3, "D"))),
+        lambda n, d: [[1, -n, 0, 0], [0, 0, 1, -d]],
         ((3.0, 0.1, 5.0, 0.4), (6.0, 0.34, 6.0, 0.28)),
     ),
-    "product": Form("A / (N^a D^b)", (((0, "1"), (1, "N"), (2, "D")),), ((3.0, 0.05, 0.1),)),
+    "product": Form("A / (N^a D^b)", lambda n, d: [[1, -n, -d]], ((3.0, 0.05, 0.1),)),  # log A, a, b
 }
 
 
-def predict(found: Fit, num_params: int, tokens: int) -> ExpectedLoss:
-    """The loss that a fit tells, with intervals: see the module."""
-    form, n, d = FORMS[found.form], math.log(num_params), math.log(tokens)
-    told = [form.log_loss(draw, n, d) for draw in found.draws]
-    losses = sorted(math.exp(loss + miss) for loss in told for miss in found.misses)
+def fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Return the constants of a form that fit best, from several starts."""
+    from scipy.optimize import least_squares
+    from scipy.special import softmax
+
+    designs = [form.design(math.log(run.num_params), math.log(run.tokens)) for run in runs]
+    design = np.array(designs)  # (runs, terms, constants)
+    measured = np.log([run.loss for run in runs])
+
+    def residuals(constants: Floats) -> Any:
+        return np.logaddexp.reduce(design @ constants, axis=1) - measured  # (runs,)
+
+    def jacobian(constants: Floats) -> Any:
+        return np.einsum("rt,rtc->rc", softmax(design @ constants, axis=1), design)  # (runs, constants)
+
+    fits = [least_squares(residuals, start, jacobian, loss="huber", f_scale=HUBER_DELTA) for start in starts]
+    best = min(fits, key=lambda found: float(found.cost))
+    return tuple(_rounded(constant, DIGITS) for constant in best.x)
+
+
+def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
+    """Choose a form by its extrapolations, and fit it.
+
+    Raises:
+        BadData: the runs are too few, or all of one size or budget.
+    """
+    misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
+    if not misses:
+        raise BadData(
+            f"{len(runs)} runs are too few for a scaling law: it needs about three sizes and three budgets"
+        )
+    errors: dict[FormName, float] = {}
+    for name, values in misses.items():
+        mean_square = math.fsum(value * value for value in values) / len(values)
+        errors[name] = _rounded(math.sqrt(mean_square), DIGITS)
+    chosen = min(errors, key=lambda name: errors[name])
+    form = FORMS[chosen]
+    constants = fit_form(form, runs, form.starts)
+    draws = [fit_form(form, drawn, [constants]) for drawn in _resampled(runs, len(constants), resamples)]
+    return Fit(
+        form=chosen, constants=constants, draws=tuple(draws), misses=tuple(misses[chosen]), errors=errors
+    )
+
+
+def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
+    """Return log(measured / predicted) of the largest budget, then of the widest models.
+
+    Each group is predicted by a fit to all other runs; empty where those are too few for the constants.
+    """
+    misses = []
+    for attribute in ("tokens", "num_params"):
+        largest = max(getattr(run, attribute) for run in runs)
+        known = [run for run in runs if getattr(run, attribute) < largest]
+        if len(known) <= len(form.starts[0]) or len({getattr(run, attribute) for run in known}) < 2:
+            return []
+        constants = fit_form(form, known, form.starts)
+        for run in runs:
+            if getattr(run, attribute) == largest:
+                predicted = form.log_loss(constants, math.log(run.num_params), math.log(run.tokens))
+                misses.append(_rounded(math.log(run.loss) - float(predicted), DIGITS))
+    return misses
+
+
+def _resampled(runs: Sequence[SweepRun], constants: int, resamples: int) -> Iterator[list[SweepRun]]:
+    """Draw the runs with replacement; a draw of too few sizes, budgets or runs is drawn again."""
+    generator, drawn = np.random.default_rng(SEED), 0
+    while drawn < resamples:
+        sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
+        sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
+        if len({run.name for run in sample}) > constants and min(len(sizes), len(budgets)) > 1:
+            drawn += 1
+            yield sample
+
+
+def _rounded(value: float, digits: int = 6) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
+    """Return the loss of a run by a fitted law, with intervals; see the module."""
+    form = FORMS[fit.form]
+    log_losses = form.log_loss(fit.draws, math.log(num_params), math.log(tokens))  # (draws,)
+    losses = np.exp(log_losses[:, None] + np.array(fit.misses))  # (draws, misses)
     shares = {"low_95": 0.025, "low_80": 0.1, "value": 0.5, "high_80": 0.9, "high_95": 0.975}
+    quantiles = np.quantile(losses, list(shares.values()))
     return ExpectedLoss(
-        **{name: _rounded(_quantile(losses, share)) for name, share in shares.items()},
+        **dict(zip(shares, map(_rounded, quantiles), strict=True)),
         basis=f"{form.formula}, fitted to a ladder of small runs on the same text",
     )
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """numpy's `linear` quantile of values in order."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def _rounded(loss: float) -> float:
-    return float(f"{loss:.6g}")
-
-
-def read_ladder(path: Path) -> Ladder | None:
-    """The finished small runs, or None where there are none.
+def read_sweep(path: Path) -> Sweep | None:
+    """Read results/ladder.json; None where there is no such file.
 
     Raises:
         BadConfig: the file is damaged.
     """
-    return load_section(path, Ladder) if path.exists() else None
+    return load_section(path, Sweep) if path.exists() else None
 
 
-def corpus_of(params: Params) -> dict[str, Any]:
-    """The settings that decide which text is trained and measured on."""
+def corpus_settings(params: Params) -> dict[str, Any]:
+    """Return the settings that decide which text is trained and evaluated on."""
     download = params.download
-    reader: Section = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}[
-        download.corpus
-    ]
-    no_text = {"mirror"} if download.corpus == "hub" else {"name"}  # of files: for reports only
+    readers = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}
+    not_text = {"mirror"} if download.corpus == "hub" else {"name"}  # of files: for reports only
     return {
         "corpus": download.corpus,
-        "settings": reader.model_dump(mode="json", exclude=no_text),
+        "settings": readers[download.corpus].model_dump(mode="json", exclude=not_text),
         "max_documents": download.max_documents,
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
@@ -166,8 +232,8 @@ def corpus_of(params: Params) -> dict[str, Any]:
     }
 
 
-def settings_of(params: Params) -> dict[str, Any]:
-    """What decides a loss beside text, size, budget and chance."""
+def shared_settings(params: Params) -> dict[str, Any]:
+    """Return what decides a loss beside text, size, budget and chance."""
     shape = params.model.model_dump(mode="json", exclude={"n_layer", "n_head", "n_embd"})
     free = {"seed", "max_steps", "eval_interval", "eval_windows", "checkpoint_interval", "launcher"}
     free |= {"micro_batch_size", "compile", "init_from"}
@@ -179,51 +245,167 @@ def settings_of(params: Params) -> dict[str, Any]:
     }
 
 
-def ladder_report(ladder: Ladder, params: Params, run: Run) -> dict[str, Any]:
-    """What the ladder tells of a run, or why it tells nothing; and the fit, to be drawn."""
-    form, found = FORMS[ladder.fit.form], ladder.fit
-    ours = settings_of(params)
-    theirs = EARLIER_SETTINGS | ladder.settings
+def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
+    """Return the part `ladder` of reports/estimate.json: the fit, and its prediction for the configured run.
+
+    Where text or settings of the sweep are others, `differs` names them and `expected_loss` is null.
+    """
+    fit, run = sweep.fit, configured_run(params)
+    ours, theirs = shared_settings(params), EARLIER_SETTINGS | sweep.settings
     differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
-    if ladder.corpus != corpus_of(params):
+    if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
-    told = None if differs else predict(found, run.num_params, run.tokens).model_dump()
+
+    def fitted_loss(done: SweepRun) -> float:
+        log_loss = FORMS[fit.form].log_loss(fit.constants, math.log(done.num_params), math.log(done.tokens))
+        return _rounded(math.exp(log_loss))
+
+    runs = [
+        done.model_dump() | {"tokens": done.tokens, "told": fitted_loss(done)}  # wording: quoted
+        for done in sweep.runs
+    ]
     return {
-        "expected_loss": told,
-        "differs": differs,  # between the ladder and the configured run: then nothing is told
-        "formula": form.formula,
-        "form": found.form,
-        "constants": list(found.constants),
-        "errors": dict(found.errors),
-        "data_sha256": ladder.data_sha256,
-        "rungs": [
-            rung.model_dump() | {"tokens": rung.tokens, "told": _told(found, rung.num_params, rung.tokens)}
-            for rung in ladder.rungs
-        ],
-        "curves": [] if differs else _curves(ladder, run),
+        "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
+        "differs": differs,
+        "formula": FORMS[fit.form].formula,
+        "form": fit.form,
+        "constants": list(fit.constants),
+        "errors": dict(fit.errors),
+        "data_sha256": sweep.data_sha256,
+        "rungs": runs,  # wording: quoted
+        "curves": [] if differs else _curves(sweep, run),
     }
 
 
-def _told(found: Fit, num_params: float, tokens: float) -> float:
-    log_loss = FORMS[found.form].log_loss
-    return _rounded(math.exp(log_loss(found.constants, math.log(num_params), math.log(tokens))))
-
-
-def _curves(ladder: Ladder, run: Run) -> list[dict[str, Any]]:
-    """For each size of model, and for ours, the loss that the fit tells over tokens."""
-    budgets = [rung.tokens for rung in ladder.rungs] + [run.tokens]
+def _curves(sweep: Sweep, run: Run) -> list[dict[str, Any]]:
+    """Return the predicted loss over tokens for each size in the sweep and for the configured one."""
+    budgets = [done.tokens for done in sweep.runs] + [run.tokens]
     low, high = math.log(min(budgets)), math.log(max(budgets))
-    tokens = [math.exp(low + (high - low) * step / (CURVE_POINTS - 1)) for step in range(CURVE_POINTS)]
+    steps = range(CURVE_POINTS)
+    tokens = [round(math.exp(low + (high - low) * step / (CURVE_POINTS - 1))) for step in steps]
     curves = []
-    for size in sorted({rung.num_params for rung in ladder.rungs} | {run.num_params}):
-        points = [predict(ladder.fit, size, round(budget)) for budget in tokens]
-        curves.append(
+    for size in sorted({done.num_params for done in sweep.runs} | {run.num_params}):
+        points = [predict_loss(sweep.fit, size, budget) for budget in tokens]
+        curve = {"num_params": size, "tokens": tokens, "loss": [point.value for point in points]}
+        bounds = {key: [getattr(point, key) for point in points] for key in ("low_95", "high_95")}
+        curves.append(curve | bounds)
+    return curves
+
+
+def fit_sweep(names: Sequence[str], read_file: ReadFile, folder: Path, params_file: Path) -> str:
+    """Fit the law to the finished runs of a sweep; write ladder.json and ladder.png; return what to print.
+
+    Args:
+        names: of the DVC experiments.
+        read_file: returns a file of one of them, by the experiment's name and the file's path.
+        folder: where the two files go.
+        params_file: params.yaml, whose run is predicted.
+
+    Raises:
+        NotAllowed: the folder has a file of one of the two names that this command did not write.
+        BadData: the runs differ in text or settings, or a loss is not of the whole val split.
+    """
+    _check_output(folder)
+    sweep, params = read_sweep_runs(names, read_file), load_params(params_file)
+    write_json(folder / "ladder.json", sweep.model_dump(mode="json", by_alias=True))
+    report = sweep_report(sweep, params)
+    loss = report["expected_loss"]
+    draw_sweep(sweep, folder / "ladder.png", configured_run(params) if loss else None)
+    lines = [
+        f"{done['name']}: {done['loss']:.4f}, fitted {done['told']:.4f}"  # wording: quoted
+        for done in report["rungs"]  # wording: quoted
+    ]
+    lines.append(f"{report['formula']}, constants {', '.join(f'{c:.4g}' for c in sweep.fit.constants)}")
+    lines.append(
+        f"the configured run: {loss['value']:.3f} ({loss['low_95']:.3f} to {loss['high_95']:.3f}, 95 %)"
+        if loss
+        else f"no prediction for the configured run, which has another {', '.join(report['differs'])}"
+    )
+    return "\n".join(lines)
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse to replace a ladder.json or ladder.png of the user's own."""
+    fit, plot = folder / "ladder.json", folder / "ladder.png"
+    try:
+        is_own = read_sweep(fit) is not None or not plot.exists()
+    except BadConfig:
+        is_own = False
+    if not is_own:
+        raise NotAllowed(f"{folder} has files that this command did not write: name a new or an empty folder")
+
+
+def read_sweep_runs(names: Sequence[str], read_file: ReadFile) -> Sweep:
+    """Read the finished runs of a sweep, and fit the law; see `fit_sweep`."""
+    runs, facts = [], []
+    for name in names:
+        paths = ("params.yaml", "reports/training.json", "reports/tokenization.json", "dvc.lock")
+        tree, report, split, lock = (
+            YAML(typ="safe", pure=True).load(read_file(name, path))
+            for path in paths  # JSON is YAML
+        )
+        params = parse_params(tree, f"params.yaml of {name}")
+        scored = split["val"]["tokens"] - split["val"]["documents"]  # end-of-text is not scored
+        if report["val_loss_tokens"] != scored:
+            raise BadData(
+                f"{name}: its loss is of {report['val_loss_tokens']:,} of {scored:,} val tokens: raise "
+                "training.eval_windows to all of them"
+            )
+        runs.append(_sweep_run(name, params, report["val_loss"], lock))
+        facts.append(
             {
-                "num_params": size,
-                "tokens": [round(budget) for budget in tokens],
-                "loss": [point.value for point in points],
-                "low_95": [point.low_95 for point in points],
-                "high_95": [point.high_95 for point in points],
+                "corpus": corpus_settings(params),
+                "settings": shared_settings(params),
+                "data_sha256": report["data_sha256"],
+                "train_tokens": report["train_split_tokens"],
+                "val_tokens": report["val_loss_tokens"],
             }
         )
-    return curves
+    for name, fact in zip(names, facts, strict=True):
+        if differing := [key for key in fact if fact[key] != facts[0][key]]:
+            raise BadData(f"{name} and {names[0]} differ in {', '.join(differing)}: run the sweep again")
+    return Sweep(**facts[0], rungs=tuple(runs), fit=fit_runs(runs))  # wording: quoted
+
+
+def _sweep_run(name: str, params: Params, loss: float, lock: Any) -> SweepRun:
+    sizes, training = count_parameters(params.model), params.training
+    (model,) = (out for out in lock["stages"]["training"]["outs"] if out["path"] == "models/compact")
+    identity = params.model_dump(mode="json", include={"model", "training"})
+    return SweepRun(
+        name=name,
+        num_params=sizes.nanogpt,
+        num_params_non_embedding=sizes.non_embedding,
+        max_steps=training.max_steps,
+        tokens_per_step=training.tokens_per_step,
+        optimizer=training.optimizer,
+        loss=loss,
+        params_sha256=hashlib.sha256(json_bytes(identity)).hexdigest(),
+        model_md5=model["md5"].removesuffix(".dir"),
+    )
+
+
+def draw_sweep(sweep: Sweep, path: Path, predicted: Run | None) -> None:
+    """Draw the runs, the law through them, and the predicted run with its interval, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    budgets = [run.tokens for run in [*sweep.runs, predicted] if run]
+    tokens = np.geomspace(min(budgets), max(budgets), 41)
+    for number, size in enumerate(sorted({run.num_params for run in sweep.runs})):
+        curve = [predict_loss(sweep.fit, size, round(budget)).value for budget in tokens]
+        axes.plot(tokens, curve, f"C{number}", lw=1)
+        runs = [run for run in sweep.runs if run.num_params == size]
+        losses = [run.loss for run in runs]
+        axes.plot([run.tokens for run in runs], losses, f"C{number}o", label=f"{size / 1e6:.2f}M")
+    if predicted:
+        loss = predict_loss(sweep.fit, predicted.num_params, predicted.tokens)
+        errors = [[loss.value - loss.low_95], [loss.high_95 - loss.value]]
+        label = f"{predicted.num_params / 1e6:.2f}M, predicted (95 %)"
+        axes.errorbar([predicted.tokens], [loss.value], errors, fmt="kD", capsize=4, label=label)
+    axes.set(xscale="log", xlabel="tokens trained on", ylabel="val loss, nats per token")
+    axes.set_title(f"Sweep of small runs: {FORMS[sweep.fit.form].formula}", fontsize=10)
+    axes.legend(title="parameters", fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue())

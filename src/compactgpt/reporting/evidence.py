@@ -23,7 +23,7 @@ from compactgpt.evaluation.metrics import (
     perplexity_ratio,
     ratio_bootstrap,
 )
-from compactgpt.forecast.model_size import counts, flops_per_token
+from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results
 from compactgpt.reporting.schemas import COMPACT, Forecast, Measured, Sources
@@ -207,7 +207,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
     """Yield parameters and context of a published architecture."""
     source = f"{PUBLISHED}: counted from the architecture"
     about: dict[str, Any] = {"model": name, "source": source, "exact": True, "report": PUBLISHED}
-    for convention, number in asdict(counts(shape)).items():
+    for convention, number in asdict(count_parameters(shape)).items():
         yield Evidence(f"{name}.parameters.{convention}", number, "parameters", "computed", **about)
     yield Evidence(f"{name}.context", shape.block_size, "tokens", "published", **about)
 
@@ -216,7 +216,9 @@ def _size_ratios(sources: Sources) -> Iterator[Evidence]:
     """Yield the note's model over GPT-2 small: parameters, and arithmetic per token at each one's context."""
     note, gpt2 = sources.estimate.note, sources.published.models["gpt2"]
     sizes = note.parameters.model_dump()
-    ratios = {f"parameters.{key}": sizes[key] / number for key, number in asdict(counts(gpt2)).items()}
+    ratios = {
+        f"parameters.{key}": sizes[key] / number for key, number in asdict(count_parameters(gpt2)).items()
+    }
     flops = flops_per_token(gpt2)["with_attention"]
     ratios["flops_per_token"] = note.flops_with_attention / flops
     for quantity, ratio in ratios.items():

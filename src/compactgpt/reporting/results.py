@@ -21,7 +21,7 @@ from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
 from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
-from compactgpt.forecast.model_size import counts
+from compactgpt.forecast.model_size import count_parameters
 
 FOLDER = Path("results")
 COMPACT = "compact"
@@ -89,7 +89,7 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
     record = read_json(root / "reports" / "evidence.json")
     values = {item["id"]: item["value"] for item in record["evidence"]}
     expected = {
-        f"{COMPACT}.parameters.all_tensors": counts(params.model).all_tensors,
+        f"{COMPACT}.parameters.all_tensors": count_parameters(params.model).all_tensors,
         f"{COMPACT}.tokens_seen": params.training.max_steps * params.training.tokens_per_step,
     }
     for value_id, number in expected.items():

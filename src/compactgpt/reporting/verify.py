@@ -27,7 +27,7 @@ from compactgpt.config import Params, load_params
 from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.evaluation.metrics import wilson
 from compactgpt.forecast.estimate import estimate
-from compactgpt.forecast.sweep import read_ladder
+from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, published_files
 from compactgpt.reporting.markdown import quote_tables, quoted_tables
@@ -264,7 +264,7 @@ def check_manifests(root: Path, _params: Params, found: Verification) -> None:
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
     """Make the estimate anew: it follows from params.yaml and the ladder alone."""
     path = "reports/estimate.json"
-    made = estimate(params, read_ladder(root / "results/ladder.json"))
+    made = estimate(params, read_sweep(root / "results/ladder.json"))
     found.differ(path, differences(json.loads(json_bytes(made)), read_json(root / path)))
     found.count("estimates")
 

@@ -14,7 +14,7 @@ from tiktoken import Encoding
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.config import ExpectedLoss, Params, Runtime
 from compactgpt.data.encoding import load_encoding
-from compactgpt.forecast.estimate import expected
+from compactgpt.forecast.estimate import expected_loss
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
@@ -71,7 +71,7 @@ class Band:
 
 def expected_band(params: Params) -> Band:
     """The band that reports/estimate.json has, made from the same params.yaml."""
-    return Band(expected(params), params.training.max_steps)
+    return Band(expected_loss(params), params.training.max_steps)
 
 
 def peak_flops(device: str, dtype: str) -> float:
