@@ -133,8 +133,8 @@ def reruns(options: argparse.Namespace) -> None:
     import torch
 
     from compactgpt.common.device import prepare_process
-    from compactgpt.data.encoding import load_encoding
     from compactgpt.data.token_files import open_tokens
+    from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.compact import load_compact
     from compactgpt.evaluation.likelihood import evaluate, write_totals
     from compactgpt.model.gpt import GPT

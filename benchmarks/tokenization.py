@@ -210,7 +210,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 def nanogpt(folder: Path, options: argparse.Namespace) -> None:
     from datasets import load_dataset
 
-    from compactgpt.data.encoding import load_encoding
+    from compactgpt.data.tokenizer import load_encoding
 
     encoding = load_encoding(Path(options.tokenizer))  # tiktoken's own, without a network
 

@@ -25,8 +25,8 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Measure one baseline on the val split."""
-    from compactgpt.data.encoding import load_encoding
     from compactgpt.data.token_files import open_tokens
+    from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import Surroundings, load_baseline
     from compactgpt.evaluation.generation import write_on_all
     from compactgpt.evaluation.likelihood import Neural, evaluate, summarize, write_totals

@@ -25,8 +25,8 @@ def main(
     """Measure our model on the val split, ask it, and let it write."""
     from compactgpt.common.device import prepare_process, resolve_device
     from compactgpt.common.storage import write_json, write_text
-    from compactgpt.data.encoding import load_encoding
     from compactgpt.data.token_files import open_tokens
+    from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.compact import load_compact
     from compactgpt.evaluation.generation import samples_markdown, write_on_all
     from compactgpt.evaluation.likelihood import evaluate, headline, summarize, write_totals

@@ -33,7 +33,7 @@ from compactgpt.config import Download, parse_params
 from compactgpt.data import docstrings, text_files, wheels
 from compactgpt.data.documents import new_document, read_row_group, row_groups
 from compactgpt.data.download import download, write_corpus
-from compactgpt.data.encoding import load_encoding
+from compactgpt.data.tokenizer import load_encoding
 from stages.download import app
 from tests.support.tiny_corpus import tokenizer_files
 from tests.support.worker_functions import square

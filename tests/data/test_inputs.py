@@ -18,9 +18,9 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
 from compactgpt.config import load_params
-from compactgpt.data.encoding import save_gpt2
 from compactgpt.data.inputs import check_dependencies, check_files
 from compactgpt.data.text_files import FileReader
+from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.evaluation.tasks import read_lambada
 from compactgpt.evaluation.wikitext import read_lines
 

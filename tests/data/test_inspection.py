@@ -27,9 +27,9 @@ from compactgpt.data.duplicates import (
     word_hashes,
 )
 from compactgpt.data.inspection import inspect, passed
-from compactgpt.data.token_files import write_tokens
 from stages.inspection import app
 from tests.support.data_docs import compiled_once  # noqa: F401
+from tests.support.tiny_corpus import write_token_file
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def make(folder, train, val, spoil=None):
             ]
             if spoil:
                 spoil(name, rows)
-            write_tokens(
+            write_token_file(
                 temporary / f"{name}.tokens",
                 rows,
                 vocab_size=EOT + 1,

@@ -1,4 +1,4 @@
-"""The token file, training batches and evaluation windows, against hand-laid bytes and plain loops."""
+"""Token files, training batches and evaluation windows, compared with bytes and loops written by hand."""
 
 import dataclasses
 import json
@@ -9,14 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.storage import atomic_folder
 from compactgpt.data import token_files
+from tests.support.tiny_corpus import write_token_file
 
 IDS = [bytes([n]) * 16 for n in range(3)]
 DOCUMENTS = [(IDS[0], 5, np.array([1, 2, 3])), (IDS[1], 0, np.array([], int)), (IDS[2], 9, np.array([4]))]
 
 
 def write(path, documents=DOCUMENTS, vocab_size=300, eot_token=299):
-    return token_files.write_tokens(
+    return write_token_file(
         path, documents, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256="ab" * 32
     )
 
@@ -25,14 +27,15 @@ def test_the_bytes_on_disk_are_the_documented_ones(tmp_path):
     write(tmp_path / "val.tokens")
     raw = (tmp_path / "val.tokens").read_bytes()
     assert raw.startswith(b"CGPTTOK\n")
-    assert json.loads(raw[8:1024])["tokens"] == 7
+    header = token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
+    assert json.loads(raw[8:1024]) == dataclasses.asdict(header)
     assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 3, 299, 299, 4, 299]
 
 
 def test_what_is_written_is_read_back(tmp_path):
     header = write(tmp_path / "val.tokens")
     split = token_files.open_tokens(tmp_path / "val.tokens")
-    assert split.header == header == token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
+    assert split.header == header
     assert [split.document(n).tolist() for n in range(3)] == [[1, 2, 3], [], [4]]
     assert split.byte_lengths.tolist() == [5, 0, 9]
     assert split.document_ids == ["00" * 16, "01" * 16, "02" * 16]
@@ -48,7 +51,7 @@ def test_the_smallest_type_that_holds_every_id_is_used(tmp_path, vocab_size, dty
 
 
 def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(BadData, match="not below 300"):
+    with pytest.raises(BadData, match="token id 300, which is not below 300"):
         write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([300]))])
     assert list(tmp_path.iterdir()) == []
 
@@ -69,8 +72,8 @@ def rewrite_header(path, **changes):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short or altered"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "cut short or altered"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is no token file"),
-        (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is no token file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is not a token file"),
+        (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is not a token file"),
         (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
         (lambda path: rewrite_header(path, version=2), "has version 2, this program reads 1"),
         (lambda path: rewrite_header(path, documents=2), "does not fit"),
@@ -85,7 +88,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage, says):
         token_files.open_tokens(path)
 
 
-def test_a_missing_file_says_what_makes_it(tmp_path):
+def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(MissingInput, match="dvc repro tokenization"):
         token_files.open_tokens(tmp_path / "a.tokens")
     write(tmp_path / "a.tokens")
@@ -94,12 +97,24 @@ def test_a_missing_file_says_what_makes_it(tmp_path):
         token_files.open_tokens(tmp_path / "a.tokens")
 
 
+def test_a_file_that_differs_from_its_manifest_is_refused_by_name(tmp_path):
+    with atomic_folder(tmp_path / "tokens") as temporary:
+        write(temporary / "val.tokens")
+    for name in ("val.tokens", "val.index.safetensors"):
+        path = tmp_path / "tokens" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BadData, match=rf"{name} was altered"):
+            token_files.open_tokens(tmp_path / "tokens/val.tokens")
+        path.write_bytes(content)
+
+
 def batch(step, seed=1, tokens=None):
     tokens = np.arange(100) if tokens is None else tokens
     return token_files.training_batch(tokens, seed=seed, step=step, sequences=8, block_size=5)
 
 
-def test_targets_are_the_tokens_one_place_further():
+def test_targets_are_the_tokens_one_position_further():
     tokens, targets = batch(step=3)
     assert tokens.shape == targets.shape == (8, 5)
     assert tokens.dtype == targets.dtype == np.int64
@@ -115,7 +130,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     assert not np.array_equal(first, batch(step=3, seed=2)[0])
 
 
-def test_every_place_of_the_stream_can_be_drawn():
+def test_a_sequence_can_start_at_every_position_of_the_stream():
     starts = {int(row[0]) for step in range(200) for row in batch(step, tokens=np.arange(10))[0]}
     assert starts == {0, 1, 2, 3, 4}
 
@@ -146,10 +161,3 @@ def test_every_token_is_scored_once_in_order(tmp_path_factory, texts, window):
         assert each.start == len(scored[each.document])
         scored[each.document] += each.targets.tolist()
     assert scored == texts
-
-
-def test_a_header_names_each_of_its_fields():
-    header = token_files.Header(1, "uint16", 7, 3, 300, 299, "ab")
-    raw = token_files.encode_header(header)
-    assert len(raw) == token_files.HEADER_BYTES
-    assert json.loads(raw[8:]) == dataclasses.asdict(header)

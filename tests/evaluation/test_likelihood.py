@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.common.storage import read_json, sha256_file
-from compactgpt.data.token_files import Window, open_tokens, write_tokens
+from compactgpt.data.token_files import Window, open_tokens
 from compactgpt.evaluation import likelihood
 from compactgpt.evaluation.compact import compact
 from compactgpt.evaluation.likelihood import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.evaluation.metrics import ratio_bootstrap
 from compactgpt.training.checkpoint import save_model
+from tests.support.tiny_corpus import write_token_file
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
 
 
@@ -377,7 +378,7 @@ def test_a_split_of_another_tokenizer_is_refused(tmp_path, encoding, model):
     """A document whose ids spell 3 bytes where 4 were tokenized."""
     documents = [(bytes(16), 4, np.array(encoding.encode_ordinary("the"), np.int64))]
     about = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "tokenizer_sha256": "0" * 64}
-    write_tokens(tmp_path / "x.tokens", iter(documents), **about)
+    write_token_file(tmp_path / "x.tokens", iter(documents), **about)
     told = (
         f"document {'0' * 32} of {tmp_path / 'x.tokens'} has 3 bytes where 4 were tokenized: "
         "run `dvc repro -f download tokenization`"

@@ -10,11 +10,12 @@ import torch
 
 from compactgpt import config
 from compactgpt.common.console import silent
-from compactgpt.data.token_files import open_tokens, write_tokens
+from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation.baselines import Surroundings, load_baseline
 from compactgpt.evaluation.compact import compact
 from compactgpt.evaluation.likelihood import evaluate, figures
 from compactgpt.model.huggingface import load_hf, save_hf
+from tests.support.tiny_corpus import write_token_file
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
 
 COMPRESSOR = {"kind": "compressor", "level": 9, "train_megabytes": 0}
@@ -115,7 +116,7 @@ def test_uniform_logits_score_the_logarithm_of_gpt2s_vocabulary(tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     documents = [(bytes(16), 40, np.arange(20) * 2500), (bytes(16), 9, np.array([50_255]))]
-    write_tokens(
+    write_token_file(
         tmp_path / "val.tokens", documents, vocab_size=50_257, eot_token=50_256, tokenizer_sha256="0" * 64
     )
     found = compact(model, 2).score(open_tokens(tmp_path / "val.tokens"), 8, silent)

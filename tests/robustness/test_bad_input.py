@@ -36,9 +36,9 @@ from compactgpt.common.storage import (
 )
 from compactgpt.config import Training, load_params, parse_params
 from compactgpt.data import wheels
-from compactgpt.data.encoding import load_encoding
 from compactgpt.data.text_files import Rules, read_texts
 from compactgpt.data.token_files import evaluation_windows, open_tokens
+from compactgpt.data.tokenizer import load_encoding
 from compactgpt.evaluation import baselines
 from compactgpt.gate import gate, references
 from compactgpt.model.huggingface import load_hf, save_hf

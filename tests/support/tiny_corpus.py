@@ -1,4 +1,4 @@
-"""A hand-made byte-level tokenizer and small corpora, for the tests of the data rooms.
+"""A hand-made byte-level tokenizer and small corpora, for the tests of compactgpt.data.
 
 The spelling of bytes is written down here a second time on purpose: it checks the one of the project.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from compactgpt.common.storage import atomic_folder
 from compactgpt.data.documents import SHARD_BYTES, new_document, write_documents
-from compactgpt.data.encoding import save_gpt2
+from compactgpt.data.token_files import Header, pack_documents, write_tokens
+from compactgpt.data.tokenizer import save_gpt2
 
 # As bytes_to_unicode of openai/gpt-2 puts it: printable bytes first, then the others from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -37,3 +38,15 @@ def make_documents(folder: Path, texts: list[str], shard_bytes: int = SHARD_BYTE
         documents = (new_document(text, f"tiny/{n}") for n, text in enumerate(texts))
         write_documents(temporary, documents, shard_bytes)
     return folder
+
+
+def write_token_file(path: Path, documents, **settings) -> Header:
+    """Write one split from (16-byte id, length in UTF-8 bytes, token ids) of each document.
+
+    Args:
+        path: of the token file.
+        documents: any iterable.
+        settings: vocab_size, eot_token, tokenizer_sha256.
+    """
+    sizes = {key: settings[key] for key in ("vocab_size", "eot_token")}
+    return write_tokens(path, [pack_documents(documents, **sizes)], **settings)

@@ -9,9 +9,10 @@ import torch
 from ruamel.yaml import YAML
 
 from compactgpt.config import Likelihood, Model
-from compactgpt.data.encoding import load_encoding, save_gpt2, spelled_bytes
-from compactgpt.data.token_files import TokenFile, open_tokens, write_tokens
+from compactgpt.data.token_files import TokenFile, open_tokens
+from compactgpt.data.tokenizer import load_encoding, save_gpt2, unicode_to_bytes
 from compactgpt.model.gpt import GPT
+from tests.support.tiny_corpus import write_token_file
 
 ROOT = Path(__file__).parents[2]
 MERGES = ["t h", "th e", "Ġ the", "i n", "Ġ a", "e r"]
@@ -29,7 +30,7 @@ LIKELIHOOD = Likelihood(
 
 def vocabulary() -> dict[str, int]:
     """GPT-2's way: 256 bytes, then merges in order, then end-of-text."""
-    words = [*spelled_bytes(), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>"]
+    words = [*unicode_to_bytes(), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>"]
     return {word: rank for rank, word in enumerate(words)}
 
 
@@ -49,7 +50,7 @@ def save_split(path: Path, encoding, texts=TEXTS) -> TokenFile:
         )
         for text in texts
     )
-    write_tokens(
+    write_token_file(
         path,
         documents,
         vocab_size=encoding.n_vocab,

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder
 from compactgpt.config import parse_params
-from compactgpt.data.token_files import write_tokens
+from tests.support.tiny_corpus import write_token_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def make_tokens(folder, vocab=VOCAB):
                 (bytes([n] * 16), 100, np.cumsum(generator.integers(1, 4, 5 + 7 * (n % 5))) % EOT)
                 for n in range(count)
             ]
-            write_tokens(
+            write_token_file(
                 temporary / f"{name}.tokens",
                 iter(documents),
                 vocab_size=vocab,

@@ -8,7 +8,7 @@ import torch
 
 from compactgpt.common.errors import CheckFailed, MissingInput
 from compactgpt.common.storage import sha256_file
-from compactgpt.data.encoding import load_encoding
+from compactgpt.data.tokenizer import load_encoding
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
 from compactgpt.training.checkpoint import load_model, save_model

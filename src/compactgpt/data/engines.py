@@ -1,14 +1,13 @@
-"""Where the pieces of a stage are made: processes of this machine, or a Ray cluster.
+"""Where tokenization runs its tasks: processes of this machine, or a Ray cluster.
 
-Both call the same function on the same tasks and give the results in the order of the tasks, so that
-what comes out is the same. Ray is an extra (`pip install compactgpt[ray]`). A cluster's nodes must have
-this package installed and see the same folders, since tasks name files.
+Both call the same function on the same tasks and yield the results in the order of the tasks, so that the
+outputs are the same. Ray is an extra (`pip install compactgpt[ray]`). The nodes of a cluster need this
+package installed and the same folders mounted, since tasks name files.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,36 +25,20 @@ def run_tasks(
     """Yield `function(task)` for each task, in the order of the tasks.
 
     Args:
-        engine: local processes, or the Ray cluster at RAY_ADDRESS (a local one where that is not set).
-        function: importable by name; what it takes and returns can be serialized.
-        tasks: taken one by one; a bounded number of them is under way.
+        engine: local processes, or the Ray cluster at RAY_ADDRESS (a local one if that is not set).
+        function: importable by name; its argument and result can be serialized.
+        tasks: taken one by one; a bounded number of them run or wait.
         num_workers: processes of the local engine, or of the local Ray cluster.
 
     Raises:
-        BadConfig: Ray is asked for and not installed.
+        BadConfig: Ray is not installed.
         Unreachable: there is no cluster at RAY_ADDRESS.
-        Busy: workers were killed, more often than is worth trying.
+        Busy: the worker of a task was killed too often.
         Exception: whatever `function` raises, for the first task that raises.
     """
     if engine == "local":
-        return ordered_map(function, tasks, num_workers)
-    return _ray_map(function, tasks, num_workers)
-
-
-def _ray_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
-    with _cluster(num_workers) as ray:
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
-        running: deque[Any] = deque()
-        for task in tasks:
-            running.append(remote.remote(task))
-            if len(running) >= 2 * _processors(ray):
-                yield _result(ray, running.popleft())
-        while running:
-            yield _result(ray, running.popleft())
-
-
-@contextmanager
-def _cluster(num_workers: int) -> Iterator[Any]:
+        yield from ordered_map(function, tasks, num_workers)
+        return
     try:
         import ray
     except ImportError as error:
@@ -63,35 +46,48 @@ def _cluster(num_workers: int) -> Iterator[Any]:
             "tokenization.engine is ray, which is not installed: "
             "pip install 'compactgpt[ray]', or set it to local in params.yaml"
         ) from error
-    address = os.environ.get("RAY_ADDRESS")
-    ours = not ray.is_initialized()
-    if ours:
-        # A cluster of our own is told where this package lies, installed or not.
-        places = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        local = {"num_cpus": num_workers, "include_dashboard": False}
-        try:
-            ray.init(
-                address=address or "local",
-                runtime_env=None if address else {"env_vars": {"PYTHONPATH": places.rstrip(os.pathsep)}},
-                log_to_driver=False,
-                logging_level="error",
-                **({} if address else local),
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise Unreachable(
-                f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
-                "check RAY_ADDRESS, or set tokenization.engine to local in params.yaml"
-            ) from error
+    if ray.is_initialized():  # by the caller, who also shuts it down
+        yield from _ray_map(ray, function, tasks)
+        return
+    _connect(ray, num_workers)
     try:
-        yield ray
+        yield from _ray_map(ray, function, tasks)
     finally:
-        if ours:
-            ray.shutdown()
+        ray.shutdown()
 
 
-def _processors(ray: Any) -> int:
-    """Ask anew each time: nodes come and go."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+def _connect(ray: Any, num_workers: int) -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        # The workers of a local cluster find this package by its path, installed or not.
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        options = {
+            "address": "local",
+            "num_cpus": num_workers,
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": variables},
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level="error", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unreachable(
+            f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
+            "check RAY_ADDRESS, or set tokenization.engine to local in params.yaml"
+        ) from error
+
+
+def _ray_map(ray: Any, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    running: deque[Any] = deque()
+    for task in tasks:
+        running.append(remote.remote(task))
+        # The limit is asked for each time, since nodes join and leave.
+        if len(running) >= 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
+            yield _result(ray, running.popleft())
+    while running:
+        yield _result(ray, running.popleft())
 
 
 def _result(ray: Any, reference: Any) -> Any:
@@ -103,6 +99,6 @@ def _result(ray: Any, reference: Any) -> Any:
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise Busy(
-            f"a piece's Ray worker died {RETRIES + 1} times, most often for want of memory: "
-            "give the workers more, and run the same command again"
+            f"the Ray worker of a task died {RETRIES + 1} times, most often because memory ran out: "
+            "give the workers more memory, and run the same command again"
         ) from error

@@ -32,10 +32,10 @@ from compactgpt.common.console import Progress
 from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import sha256_file
-from compactgpt.data.encoding import END_OF_TEXT, spelled_bytes
 from compactgpt.data.hub import fetch_model, one_line
 from compactgpt.data.inputs import check_files
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens
+from compactgpt.data.tokenizer import END_OF_TEXT, unicode_to_bytes
 from compactgpt.data.wheels import fetch_wheel_member
 from compactgpt.evaluation.gguf_check import check_gguf
 from compactgpt.evaluation.likelihood import (
@@ -383,7 +383,7 @@ def same_vocabulary(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encod
     vocabulary = tokenizer.get_vocab()
     if len(vocabulary) != encoding.n_vocab:
         return False
-    spelled = spelled_bytes()
+    spelled = unicode_to_bytes()
     for token, rank in vocabulary.items():
         if rank == encoding.eot_token:
             continue

@@ -13,7 +13,7 @@ from tiktoken import Encoding
 
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.config import ExpectedLoss, Params, Runtime
-from compactgpt.data.encoding import load_encoding
+from compactgpt.data.tokenizer import load_encoding
 from compactgpt.forecast.estimate import expected_loss
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT

@@ -1,0 +1,256 @@
+"""The tokenizer: a tiktoken encoding saved in a folder, loaded without network, and its fast encoder.
+
+GPT-2's encoding is saved as its two published files, `vocab.bpe` (the merges) and `encoder.json` (the
+ids); any other as `ranks.tiktoken`, tiktoken's own format. The manifest of the folder has what these files
+lack: the name, the pattern that splits text into words, the special tokens, and a hash of all of it.
+
+`load_encoder` returns the encoder of a folder. tiktoken is the reference and handles every encoding.
+gigatoken gives the same ids 14 times as fast (docs/benchmarks.md), for GPT-2's pattern only.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from compactgpt.common.errors import BadConfig, BadData, Unreachable
+from compactgpt.common.storage import atomic_folder, verified_manifest, write_bytes
+
+VOCAB_BPE = "vocab.bpe"
+ENCODER_JSON = "encoder.json"
+RANKS = "ranks.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's own pattern (openai/gpt-2, src/encoder.py) in the possessive form of tiktoken_ext/openai_public.py.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+CHECK_EVERY_BYTES = 2**20  # how often gigatoken is compared with tiktoken, in bytes of text
+CHECK_BYTES = 2**11  # how much of the text is compared
+# gigatoken keeps every word that it has seen: 0.3 MB per MB of documentation, 9 MB per MB of random words.
+RESTART_EVERY_BYTES = 2**28
+
+Ranks = Mapping[bytes, int]
+TokenIds = npt.NDArray[np.uint32]
+
+
+# --- the folder
+
+
+def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
+    """Save GPT-2's two files as a tokenizer folder.
+
+    Returns:
+        What the manifest says about the tokenizer.
+
+    Raises:
+        BadData: the two files are damaged or do not agree.
+    """
+    ranks = _gpt2_ranks(vocab_bpe, encoder_json)
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+    return _save(folder, encoding, {VOCAB_BPE: vocab_bpe, ENCODER_JSON: encoder_json})
+
+
+def save_named(folder: Path, name: str) -> dict[str, Any]:
+    """Let tiktoken fetch one of its encodings, and save it as a tokenizer folder.
+
+    Raises:
+        BadConfig: tiktoken has no such encoding, or the encoding has no end-of-text token.
+        Unreachable: tiktoken can't fetch its files.
+    """
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise BadConfig(f"download.tokenizer.encoding: found {name!r}; allowed: {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise Unreachable(
+            f"tiktoken can't fetch the encoding {name} ({type(error).__name__}): check the network, "
+            "set TIKTOKEN_CACHE_DIR to a folder that has its files, or use gpt2"
+        ) from error
+    if END_OF_TEXT not in encoding._special_tokens:
+        raise BadConfig(f"download.tokenizer.encoding: {name} has no {END_OF_TEXT}, which closes documents")
+    return _save(folder, encoding, {RANKS: _format_ranks(encoding._mergeable_ranks)})
+
+
+def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes]) -> dict[str, Any]:
+    facts = {
+        "encoding": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "eot_token": encoding.eot_token,
+        "pattern": encoding._pat_str,
+        "special_tokens": encoding._special_tokens,
+        "tokenizer_sha256": encoding_sha256(encoding),
+    }
+    with atomic_folder(folder, facts, kind="tokenizer") as temporary:
+        for name, content in files.items():
+            write_bytes(temporary / name, content)
+    return facts
+
+
+def load_encoding(folder: Path) -> tiktoken.Encoding:
+    """Load the encoding of a tokenizer folder, without network.
+
+    Raises:
+        MissingInput: there is no such folder.
+        BadData: a file was altered or cut short, or the encoding is not the one that was saved.
+    """
+    manifest = verified_manifest(folder)
+    if RANKS in manifest["files"]:
+        lines = (folder / RANKS).read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    else:
+        ranks = _gpt2_ranks((folder / VOCAB_BPE).read_bytes(), (folder / ENCODER_JSON).read_bytes())
+    facts: list[Any] = [manifest.get(key) for key in ("encoding", "pattern", "special_tokens")]
+    name, pattern, special_tokens = facts
+    is_same = _sha256(ranks, pattern, special_tokens) == manifest.get("tokenizer_sha256")
+    if not is_same or not isinstance(name, str):
+        raise BadData(f"{folder} is not the tokenizer that was saved: delete it and run `dvc repro download`")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+def encoding_sha256(encoding: tiktoken.Encoding) -> str:
+    """Hash everything that decides the ids: tokens with their ranks, pattern, special tokens."""
+    return _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+
+
+def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
+    settings = json.dumps([pattern, special_tokens], sort_keys=True)
+    return hashlib.sha256(_format_ranks(ranks) + settings.encode()).hexdigest()
+
+
+def _format_ranks(ranks: Ranks) -> bytes:
+    """Write ranks in tiktoken's format: one line per token, base64 of its bytes, a space, its id."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
+
+
+def unicode_to_bytes() -> dict[str, int]:
+    """Return the byte that each character of GPT-2's files stands for, in the order of the bytes' ids.
+
+    Printable bytes stand for themselves; the others are written as the characters from U+0100 on
+    (the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py).
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + position): byte for position, byte in enumerate(others)})
+    return table
+
+
+def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
+    """Turn GPT-2's two files into tiktoken's ranks: single bytes first, then merges in their order."""
+    table = unicode_to_bytes()
+
+    def to_bytes(word: str) -> bytes:
+        return bytes(table[character] for character in word)
+
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(table.values())}
+    try:
+        for line in vocab_bpe.decode("utf-8").split("\n")[1:-1]:  # the first line is a version
+            first, second = line.split()
+            ranks[to_bytes(first) + to_bytes(second)] = len(ranks)
+        ids = json.loads(encoder_json)
+        end_of_text = ids.pop(END_OF_TEXT, len(ranks))
+        ids_agree = {to_bytes(word): rank for word, rank in ids.items()} == ranks
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadData(f"{VOCAB_BPE} or {ENCODER_JSON} is not a GPT-2 tokenizer file ({error!r})") from error
+    if not ids_agree or end_of_text != len(ranks):
+        raise BadData(f"{VOCAB_BPE} and {ENCODER_JSON} do not agree: they must come from one tokenizer")
+    return ranks
+
+
+# --- encoding
+
+
+class TiktokenEncoder:
+    """The reference encoder."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+
+    def encode(self, text: bytes) -> TokenIds:
+        """Encode UTF-8 text. A special token that is spelled in it becomes ordinary tokens. (tokens,)"""
+        # To numpy directly: a Python list of ids takes 10 times the memory.
+        return self.encoding.encode_to_numpy(str(text, "utf-8"), disallowed_special=())
+
+
+# gigatoken has the letters and digits of Unicode 17, tiktoken those of Unicode 16. Characters that are new
+# in Unicode 17 begin with one of these bytes in UTF-8, as some older ones do (Telugu, Kannada, rare scripts).
+_MAY_BE_NEW = re.compile(
+    rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]",
+)
+
+
+def _may_be_new(text: bytes) -> bool:
+    return not text.isascii() and _MAY_BE_NEW.search(text) is not None
+
+
+class GigatokenEncoder(TiktokenEncoder):
+    """The fast encoder, for GPT-2's pattern; samples of its ids are compared with the reference."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        super().__init__(encoding)
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # the first text is compared
+        self._start()
+
+    def _start(self) -> None:
+        """Load gigatoken's tokenizer, without the words that an earlier one has kept."""
+        from gigatoken.gigatoken_rs import BPETokenizer
+
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.write(_format_ranks(self.encoding._mergeable_ranks))
+            file.flush()
+            self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
+        self._bytes_since_start = 0
+
+    def encode(self, text: bytes) -> TokenIds:
+        """Encode UTF-8 text. (tokens,)
+
+        Raises:
+            BadData: the ids of a sample differ from tiktoken's.
+        """
+        if _may_be_new(text):
+            return super().encode(text)
+        tokens: TokenIds = self._fast.encode(text)
+        self._unchecked_bytes += len(text)
+        self._bytes_since_start += len(text)
+        if self._unchecked_bytes >= CHECK_EVERY_BYTES:
+            self._unchecked_bytes = 0
+            self._compare_with_reference(text)
+        if self._bytes_since_start >= RESTART_EVERY_BYTES:
+            self._start()
+        return tokens
+
+    def _compare_with_reference(self, text: bytes) -> None:
+        sample = text[:CHECK_BYTES].decode("utf-8", "ignore")  # the cut may be inside a character
+        content = sample.encode()
+        if not np.array_equal(self._fast.encode(content), super().encode(content)):
+            raise BadData(
+                "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in "
+                f"params.yaml, and report the text, which begins {sample[:80]!r}"
+            )
+
+
+def load_encoder(folder: Path, choice: Literal["gigatoken", "tiktoken"]) -> TiktokenEncoder:
+    """Load the encoder of a tokenizer folder.
+
+    Args:
+        folder: of the tokenizer.
+        choice: gigatoken is replaced by tiktoken where it isn't installed or the pattern isn't GPT-2's.
+
+    Raises:
+        MissingInput, BadData: the folder is missing or damaged.
+    """
+    encoding = load_encoding(folder)
+    can_be_fast = encoding._pat_str == GPT2_PATTERN and find_spec("gigatoken") is not None
+    return GigatokenEncoder(encoding) if choice == "gigatoken" and can_be_fast else TiktokenEncoder(encoding)

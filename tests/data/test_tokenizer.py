@@ -1,0 +1,218 @@
+"""The tokenizer's folder is checked when it is loaded, and both encoders give tiktoken's ids."""
+
+import base64
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+from tiktoken_ext import openai_public
+
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.data import tokenizer
+from compactgpt.data.tokenizer import (
+    GPT2_PATTERN,
+    GigatokenEncoder,
+    TiktokenEncoder,
+    load_encoder,
+    load_encoding,
+    save_gpt2,
+    save_named,
+)
+from tests.support.tiny_corpus import EOT, make_tokenizer, tokenizer_files
+
+WHEELS = Path(__file__).parents[2] / ".state" / "wheels"
+VOCAB_BPE = WHEELS / "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON = WHEELS / "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# What the pattern treats in a special way: apostrophes, all kinds of white space, letters beyond ASCII.
+ODD = [
+    *"'sdmtlverSLax09!-~_\\`@[{ \t\n\r\v\f\0\x1c\x1f\x7f\x85\xa0",
+    *"\u1680\u180e\u2003\u2028\u202f\u205f\u3000\u200b\ufeff\u0301\u0e33\u0661\u0967\u00b2\u2160\u3007",
+    *"日本語です。、,\uff01\uff1fㄱ한글éßДא😀🇫\U0001d7ce\U0010ffff\ufffd\u0378\u088f\ua7ce\U000323b0\U0001e6c0",
+    *["'s", "'ll", "'ve", "'re", "  ", "\n\n", " '", "<|endoftext|>", "''", "'S"],
+]
+odd_text = st.one_of(st.lists(st.sampled_from(ODD), max_size=60).map("".join), st.text(max_size=60))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tiny") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    if not VOCAB_BPE.exists():
+        pytest.skip("GPT-2's files are not fetched")
+    folder = tmp_path_factory.mktemp("gpt2") / "tokenizer"
+    save_gpt2(folder, VOCAB_BPE.read_bytes(), ENCODER_JSON.read_bytes())
+    return folder
+
+
+# --- the folder
+
+
+def test_a_hand_worked_text(tiny):
+    h, e, hell, hello, space_w = ord("h") - 33, ord("e") - 33, 258, 259, 260
+    found = load_encoding(tiny)
+    assert found.encode_ordinary("hello") == [hello]
+    assert found.encode_ordinary("hell") == [hell]
+    assert found.encode_ordinary("eh") == [e, h]
+    assert found.encode_ordinary("hello wh") == [hello, space_w, h]
+    assert found.eot_token == EOT == 261
+    assert found.n_vocab == 262
+
+
+def test_ranks_and_pattern_are_those_of_tiktoken(tiny, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    expected = data_gym_to_mergeable_bpe_ranks(str(tiny / "vocab.bpe"), str(tiny / "encoder.json"))
+    assert load_encoding(tiny)._mergeable_ranks == expected
+    assert openai_public.r50k_pat_str == GPT2_PATTERN
+
+
+def test_known_ids_of_gpt2(gpt2):
+    found = load_encoding(gpt2)
+    assert (found.n_vocab, found.eot_token) == (50257, 50256)
+    assert found.encode_ordinary("hello world") == [31373, 995]
+    assert ids(load_encoder(gpt2, "gigatoken"), "The future of AI is") == [464, 2003, 286, 9552, 318]
+
+
+def test_a_named_encoding_is_saved_with_pattern_and_special_tokens(tmp_path, monkeypatch):
+    ranks = {bytes([n]): n for n in range(256)} | {b"ab": 256}
+    special = {"<|endoftext|>": 257, "<|other|>": 300}
+    named = tiktoken.Encoding(
+        "cl100k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _name: named)
+    facts = save_named(tmp_path / "tokenizer", "cl100k_base")
+    found = load_encoding(tmp_path / "tokenizer")
+    assert facts["vocab_size"] == found.n_vocab == 301
+    first_line = base64.b64encode(b"\0") + b" 0\n"
+    assert (tmp_path / "tokenizer" / "ranks.tiktoken").read_bytes().startswith(first_line)
+    assert found.encode_ordinary("ab c") == named.encode_ordinary("ab c") == [256, 32, 99]
+    assert found.encode("<|other|>", allowed_special="all") == [300]
+
+
+def test_an_encoding_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(_name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(BadConfig, match=r"encoding: found 'gpt22'; allowed: .*cl100k_base"):
+        save_named(tmp_path / "tokenizer", "gpt22")
+    with pytest.raises(Unreachable, match=r"can't fetch the encoding cl100k_base .* or use gpt2"):
+        save_named(tmp_path / "tokenizer", "cl100k_base")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    vocab_bpe, encoder_json = tokenizer_files()
+    swapped = json.loads(encoder_json)
+    swapped["hello"], swapped["ll"] = swapped["ll"], swapped["hello"]
+    for files in [(vocab_bpe, json.dumps(swapped).encode()), (vocab_bpe[:-8], encoder_json)]:
+        with pytest.raises(BadData, match="do not agree"):
+            save_gpt2(tmp_path / "tokenizer", *files)
+    for files in [(b"#version\n\xff\n", encoder_json), (vocab_bpe, b"<html>"), (vocab_bpe, b"[]")]:
+        with pytest.raises(BadData, match="not a GPT-2 tokenizer file"):
+            save_gpt2(tmp_path / "tokenizer", *files)
+
+
+def test_an_altered_tokenizer_is_refused(tmp_path):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"pattern": "."}))
+    with pytest.raises(BadData, match="not the tokenizer that was saved"):
+        load_encoding(folder)
+    (folder / "vocab.bpe").write_bytes((folder / "vocab.bpe").read_bytes().replace(b"l l", b"l o"))
+    with pytest.raises(BadData, match=r"vocab\.bpe was altered"):
+        load_encoding(folder)
+    with pytest.raises(MissingInput, match="dvc repro"):
+        load_encoding(tmp_path / "nothing")
+
+
+# --- encoding
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """An encoder with a token for every two bytes: each cut of the pattern shows in the ids.
+
+    The tokens that join a probe (a, 1 or !) and the next character's first byte have the lowest ranks.
+    """
+    every = [bytes([first, second]) for first in range(256) for second in range(256)]
+    random.Random(1).shuffle(every)
+    every.sort(key=lambda pair: pair[0] not in b"a1!" or pair[1] < 128)
+    tokens = [bytes([byte]) for byte in range(256)] + every
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special = {"<|endoftext|>": len(ranks)}
+    encoding = tiktoken.Encoding("pairs", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return GigatokenEncoder(encoding)
+
+
+def ids(encoder, text: str) -> list[int]:
+    return encoder.encode(text.encode()).tolist()
+
+
+@pytest.mark.slow
+def test_both_libraries_agree_on_every_character_that_goes_to_gigatoken(pairs):
+    """They know different versions of Unicode: what is new in one must go to tiktoken."""
+    reference = TiktokenEncoder(pairs.encoding)
+    characters = [
+        chr(code)
+        for code in range(0x110000)  # planes 4 to 13 have no character: one in 997 will do
+        if not 0xD800 <= code < 0xE000 and (code < 0x40000 or 0xE0000 <= code < 0xE1000 or code % 997 == 0)
+    ]
+    fast = [each for each in characters if not tokenizer._may_be_new(each.encode())]
+    assert len(fast) > 0.8 * len(characters)
+    for probe in ("a", "1", "!"):
+        for start in range(0, len(fast), 8192):
+            text = "\n".join(probe + each for each in fast[start : start + 8192]).encode()
+            np.testing.assert_array_equal(pairs._fast.encode(text), reference.encode(text))
+
+
+@given(text=odd_text)
+@settings(max_examples=400, deadline=None)
+def test_ids_are_tiktokens_whatever_the_text(pairs, text):
+    expected = pairs.encoding.encode_ordinary(text)
+    assert ids(pairs, text) == ids(TiktokenEncoder(pairs.encoding), text) == expected
+    assert pairs.encoding.decode(expected) == text
+
+
+def test_special_tokens_in_text_are_ordinary(pairs):
+    assert pairs.encoding.eot_token not in ids(pairs, "a <|endoftext|> b<|endoftext|>")
+
+
+def test_a_restart_of_gigatoken_changes_no_id(pairs, monkeypatch):
+    monkeypatch.setattr(tokenizer, "RESTART_EVERY_BYTES", 1)
+    encoder = GigatokenEncoder(pairs.encoding)
+    first = encoder._fast
+    for _ in range(2):
+        assert ids(encoder, "hello wide world") == pairs.encoding.encode_ordinary("hello wide world")
+    assert encoder._fast is not first
+
+
+def test_ids_that_differ_from_tiktokens_stop_the_stage(pairs):
+    encoder = GigatokenEncoder(pairs.encoding)
+
+    class Wrong:
+        def encode(self, text):
+            return np.zeros(len(text), np.uint32)
+
+    encoder._fast = Wrong()
+    with pytest.raises(BadData, match=r"tokenization\.encoder to tiktoken .* begins 'hello"):
+        ids(encoder, "hello wide world")
+
+
+def test_tiktoken_is_used_where_gigatoken_cannot_be(tiny, tmp_path, monkeypatch):
+    assert type(load_encoder(tiny, "gigatoken")) is GigatokenEncoder
+    assert type(load_encoder(tiny, "tiktoken")) is TiktokenEncoder
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    other = tiktoken.Encoding("o", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+    tokenizer._save(tmp_path / "other", other, {"ranks.tiktoken": tokenizer._format_ranks(ranks)})
+    assert type(load_encoder(tmp_path / "other", "gigatoken")) is TiktokenEncoder
+    monkeypatch.setattr(tokenizer, "find_spec", lambda _name: None)
+    assert type(load_encoder(tiny, "gigatoken")) is TiktokenEncoder
