@@ -90,10 +90,10 @@ def _export(
     from compactgpt.config import load_params
     from compactgpt.data.hub import with_base_model
     from compactgpt.model.huggingface import save_hf
-    from compactgpt.reporting.model_card import card_for
+    from compactgpt.reporting.model_card import read_card
     from compactgpt.training.checkpoint import load_model
 
-    text, why_none = card_for(model, card)
+    text, why_none = read_card(model, card)
     if text and params_file.exists():
         text = with_base_model(text, load_params(params_file).training.init_from)
     save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)

@@ -16,11 +16,10 @@ from compactgpt.common.errors import printable
 from compactgpt.config import load_params
 from compactgpt.data.download import corpus_name
 from compactgpt.reporting import html, plots, tables
-from compactgpt.reporting.markdown import comparison
-from compactgpt.reporting.model_card import model_card
-from compactgpt.reporting.terminal import terminal
+from compactgpt.reporting.markdown import render_comparison
+from compactgpt.reporting.model_card import render_model_card
 from tests.support import tiny_pipeline
-from tests.support.comparison_inputs import ROOT, edit, make_place, record_of
+from tests.support.comparison_inputs import ROOT, edit, make_place, print_to_text, record_of
 
 HOSTILE = "*Ham<script>let</script>* `x` [a](b) | $y$ \u202etxt.exe\x1b[31m"
 NAME = "Shakespeare's plays"
@@ -49,13 +48,13 @@ def test_the_record_knows_what_it_is_about(record, tmp_path):
 
 @pytest.mark.parametrize("language", ["en", "fr"])
 def test_the_reports_begin_with_the_users_text_and_no_score_of_it_is_in_the_notes_table(record, language):
-    view, text = tables.View(record, language), comparison(record, language)
+    view, text = tables.View(record, language), render_comparison(record, language)
     assert text.startswith(f"# {view.say('own_title', corpus=NAME)}\n\n{view.headline()}")
     assert view.value("compact.perplexity") in view.headline()
     sections = text.split("\n## ")
     titles = [section.splitlines()[0] for section in sections]
     assert titles[1] == view.say("measured", corpus=NAME)
-    note = sections[titles.index(view.words["table"])]
+    note = sections[titles.index(view.words["table_own"])]
     claims = sections[titles.index(view.words["claims"])]
     for name in ("loss", "perplexity", "tokens_seen"):
         assert view.value(f"compact.{name}") in sections[1]
@@ -67,17 +66,17 @@ def test_the_reports_begin_with_the_users_text_and_no_score_of_it_is_in_the_note
 
 
 def test_the_page_and_the_terminal_begin_with_the_users_text(record):
-    page = html.page(record)
+    page = html.render_page(record)
     headline = tables.View(record).headline()
     assert f"<h1>{entities.escape(headline, quote=True)}</h1>".replace("&#x27;", "&#39;") in page
     first = page[page.index('<article lang="en">') : page.index('<article lang="fr">')]
     assert first.index('id="en-demo"') < first.index('id="en-table"') < first.index('id="en-claims"')
     assert 'class="here"' not in first
-    shown = terminal(record, width=120, colour=False)
+    shown = print_to_text(record)
     assert NAME in shown
     assert "The note's table" not in shown
     assert "35-45" not in shown
-    rows = list(csv.DictReader(io.StringIO(tables.csv_text(record))))
+    rows = list(csv.DictReader(io.StringIO(tables.render_csv(record))))
     assert not {row["evidence"] for row in rows if row["claim"]} & {"compact.loss", "compact.perplexity"}
 
 
@@ -114,12 +113,9 @@ def test_a_wide_axis_has_few_ticks(low, high):
 def boxes(record, name):
     """The boxes of a plot's texts, in pixels, drawn as for PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    figure = Figure(figsize=(5.6, plots._height(record, name)), layout="constrained")
-    axes = figure.subplots()
-    plots.PLOTS[name](tables.View(record), axes)
+    figure = plots.make_figure(tables.View(record), name)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
@@ -159,7 +155,7 @@ def hostile(tmp_path_factory):
     return record_of(place)
 
 
-@pytest.mark.parametrize("render", [comparison, model_card])
+@pytest.mark.parametrize("render", [render_comparison, render_model_card])
 def test_hostile_names_stay_text_in_markdown(hostile, render):
     text = render(hostile)
     body = re.sub(r"^---\n.*?\n---\n", "", text, flags=re.DOTALL)
@@ -177,13 +173,13 @@ def test_hostile_names_stay_text_in_markdown(hostile, render):
 def test_hostile_metadata_is_one_value_of_the_card(hostile):
     from huggingface_hub import ModelCard
 
-    card = ModelCard(model_card(hostile))
+    card = ModelCard(render_model_card(hostile))
     (name,) = {result.dataset_name for result in card.data.eval_results}
     assert name == f"{printable(HOSTILE)}, held-out documents"
 
 
 def test_hostile_names_stay_text_in_the_page(hostile):
-    page = html.page(hostile)
+    page = html.render_page(hostile)
 
     class Seen(HTMLParser):
         tags, text = frozenset(), ""
@@ -202,18 +198,18 @@ def test_hostile_names_stay_text_in_the_page(hostile):
 
 
 def test_hostile_names_stay_text_in_plots_and_terminal(hostile):
-    picture = plots.svg(hostile, "bits_per_byte", "en", HOSTILE)
+    picture = plots.draw_svg(hostile, "bits_per_byte", "en", HOSTILE)
     assert "<script" not in picture
-    assert "\u202e" not in plots.svg(hostile, "calibration", "en", "")
+    assert "\u202e" not in plots.draw_svg(hostile, "calibration", "en", "")
     assert printable(HOSTILE)[:20] in entities.unescape(picture)
-    shown = terminal(hostile, width=200, colour=False)
+    shown = print_to_text(hostile, width=200)
     assert "\x1b" not in shown
     assert "\u202e" not in shown
 
 
 def test_a_dollar_sign_in_a_plot_is_no_formula(tmp_path):
     record = record_of(own(make_place(tmp_path), r"$x$ and $\frac$"))
-    assert r">Bits per byte, $x$ and $\frac$ val<" in plots.svg(record, "bits_per_byte", "en", "")
+    assert r">Bits per byte, $x$ and $\frac$ val<" in plots.draw_svg(record, "bits_per_byte", "en", "")
 
 
 # --- where the name comes from

@@ -19,10 +19,14 @@ from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting import tables
 from compactgpt.reporting.claims import Claims, Known, Verdict
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.markdown import claims_in_english, comparison, quote_tables, quoted_tables
-from compactgpt.reporting.messages import messages
+from compactgpt.reporting.markdown import (
+    render_claims,
+    render_comparison,
+    render_quoted_tables,
+    replace_tables,
+)
+from compactgpt.reporting.messages import load_messages
 from compactgpt.reporting.provenance import code_hashes
-from compactgpt.reporting.terminal import terminal
 from tests.support.comparison_inputs import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -32,8 +36,9 @@ from tests.support.comparison_inputs import (
     edit,
     make_place,
     nats_of,
+    print_to_text,
     record_of,
-    run_door,
+    run_comparison,
     sources_of,
 )
 
@@ -94,7 +99,7 @@ def test_a_measured_value_names_its_window_data_weights_and_code(place):
         (["contradicted", "misleading"], "Of the note's 2 claims, 2 do not."),
         (
             ["supported", "misleading", "not yet measured"],
-            "Of the note's 3 claims, 1 holds, 1 does not and 1 still waits for its experiment.",
+            "Of the note's 3 claims, 1 holds, 1 does not and 1 waits for an experiment.",
         ),
     ],
 )
@@ -106,33 +111,37 @@ def test_the_verdict_is_a_sentence_made_by_rule(place, verdicts, sentence):
 
 
 def test_every_verdict_has_a_group_and_a_word_in_french():
-    french = messages("fr")
+    french = load_messages("fr")
     assert sorted(v for group in tables.GROUPS.values() for v in group) == sorted(french["verdicts"])
     assert set(french["verdicts"]) == set(get_args(Verdict))
     assert set(french["known"]) == set(get_args(Known))
 
 
-def test_what_became_of_the_central_guess_follows_the_evidence(place):
+def test_the_headline_says_what_is_claimed_known_and_measured(place):
     record = record_of(place)
-    view = tables.View(record)
-    assert "has not been measured" in view.central()
-    assert view.value("note.expected_perplexity") in view.central()
-    assert view.central().endswith("lies wholly below it.")
-    item = evidence_of(record)["note.expected_perplexity"]
-    for low, high, said in ((90, 95, "inside"), (130, 140, "above"), (70, 90, "overlaps")):
-        item.update(low=low, high=high)
-        assert said in tables.View(record).central()
-    record["claims"][[c["id"] for c in record["claims"]].index("L1")].update(
-        verdict="contradicted",
-        decisions=[{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}],
-    )
-    assert "is contradicted: 655,360,000" in tables.View(record).central()
+    headline, french = tables.View(record).headline(), tables.View(record, "fr").headline()
+    measured = tables.show(evidence_of(record)["compact.perplexity"]["value"], "perplexity")
+    for words in (
+        "Performance de NanoGPT Compact contre GPT-2",
+        "80-120",
+        "35-45",
+        "22.65",
+        "docstrings",
+        measured,
+    ):
+        assert words in headline
+        assert words.replace(".", ",") in french
+    expected = tables.show(evidence_of(record)["note.expected_perplexity"]["value"], "perplexity")
+    assert f"the small GPT is expected at {expected} but is not trained yet" in headline
+    claim = next(claim for claim in record["claims"] if claim["id"] == "L1")
+    claim["decisions"] = [{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}]
+    assert "was measured at 655,360,000" in tables.View(record).headline()
 
 
 def test_numbers_in_french_have_french_marks(place):
     assert tables.show(1234567.5, "perplexity", "fr") == "1\u202f234\u202f567,50"
     assert tables.show(0.256, "share", "fr") == "25,6\u202f%"
-    page = comparison(record_of(place), "fr")
+    page = render_comparison(record_of(place), "fr")
     assert "655\u202f360\u202f000" in page
     assert "contredit" in page
     assert "contradicted" not in page
@@ -226,9 +235,9 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
     before = record_of(place)
     edit(place / "reports" / report, change)
     after = record_of(place)
-    for render in (comparison, tables.csv_text):
+    for render in (render_comparison, tables.render_csv):
         assert render(before) != render(after)
-    texts = (comparison, lambda r: terminal(r, width=200, colour=False))
+    texts = (render_comparison, lambda r: print_to_text(r, 200))
     for render in texts:
         assert shown not in render(before)
         assert shown in render(after)
@@ -252,8 +261,8 @@ def test_every_number_of_the_markdown_tables_is_in_the_record(place):
     texts += [name for model in record["models"]["measured"] for name in (model["name"], model["context"])]
     texts += [item["source"] for item in record["evidence"] if item["known"] == "published"]
     texts += [*record["models"]["published"], *(str(number) for _, number in record["tally"])]
-    allowed = set().union(*(numbers_in(text) for text in [*texts, *messages("en")["text"].values()]))
-    rows = [line for line in comparison(record).splitlines() if line.startswith("|")]
+    allowed = set().union(*(numbers_in(text) for text in [*texts, *load_messages("en")["text"].values()]))
+    rows = [line for line in render_comparison(record).splitlines() if line.startswith("|")]
     assert len(rows) > 60
     assert numbers_in("\n".join(rows)) <= allowed
 
@@ -261,7 +270,7 @@ def test_every_number_of_the_markdown_tables_is_in_the_record(place):
 def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
     record = record_of(place)
     claims = {claim["id"]: claim for claim in record["claims"]}
-    text, lines = comparison(record), list(csv.DictReader(io.StringIO(tables.csv_text(record))))
+    text, lines = render_comparison(record), list(csv.DictReader(io.StringIO(tables.render_csv(record))))
     for row in record["table"]:
         for column in tables.COLUMNS:
             claim = claims[row[column]]
@@ -274,7 +283,7 @@ def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
 def test_csv_values_are_the_records_to_the_last_digit(place):
     record = record_of(place)
     known = evidence_of(record)
-    lines = [line for line in csv.DictReader(io.StringIO(tables.csv_text(record))) if line["evidence"]]
+    lines = [line for line in csv.DictReader(io.StringIO(tables.render_csv(record))) if line["evidence"]]
     assert {line["evidence"] for line in lines} >= {"xz.loss", "note.tokens", "compact.bits_per_byte"}
     for line in lines:
         assert float(line["value"]) == known[line["evidence"]]["value"]
@@ -292,7 +301,9 @@ def test_published_results_on_other_text_have_a_table_of_their_own_and_no_ratio(
 
 def test_markdown_tables_have_one_width(place):
     width = 0
-    text = re.sub(r"^```text\n.*?^```$", "", comparison(record_of(place)), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^```text\n.*?^```$", "", render_comparison(record_of(place)), flags=re.DOTALL | re.MULTILINE
+    )
     for line in text.splitlines():
         bars = line.count("|") - line.count("\\|") if line.startswith("|") else 0
         assert bars == width or not bars or not width, line
@@ -300,7 +311,7 @@ def test_markdown_tables_have_one_width(place):
 
 
 def test_the_terminal_never_breaks_a_number(place):
-    text = terminal(record_of(place), width=120, colour=False)
+    text = print_to_text(record_of(place))
     for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "published: 12.68"):
         assert word in text
     assert max(len(line) for line in text.splitlines()) <= 120
@@ -309,7 +320,7 @@ def test_the_terminal_never_breaks_a_number(place):
 def test_brackets_in_a_quote_reach_the_terminal(place):
     record = record_of(place)
     record["claims"][0]["english"] = "29 […] [bold]M[/bold]"
-    assert "29 […] [bold]M[/bold]" in terminal(record, width=200, colour=False)
+    assert "29 […] [bold]M[/bold]" in print_to_text(record, 200)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +385,7 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(place, name):
 def test_the_door_says_what_is_missing(place, monkeypatch):
     monkeypatch.chdir(place)
     (place / "reports/baseline/xz.json").unlink()
-    done = run_door(place)
+    done = run_comparison(place)
     assert done.exit_code == MissingInput.exit_code
     assert "xz.json is missing: run `dvc repro`" in done.output
     assert not (place / "reports/evidence.json").exists()
@@ -385,13 +396,13 @@ def test_the_readme_quotes_the_committed_tables():
         (ROOT / "README.md").read_text(),
         json.loads((ROOT / "reports/evidence.json").read_text()),
     )
-    assert quote_tables(readme, quoted_tables(record)) == readme
+    assert replace_tables(readme, render_quoted_tables(record)) == readme
     assert readme.count("\n| ") > 10
 
 
 def test_quoting_replaces_what_is_between_the_marks():
     page = "a\n<!-- table b -->\nold\n<!-- end -->\nb\n<!-- table other -->\nkept\n<!-- end -->\n"
-    assert quote_tables(page, {"b": "| yes |", "c": "| no |"}) == page.replace("old", "| yes |")
+    assert replace_tables(page, {"b": "| yes |", "c": "| no |"}) == page.replace("old", "| yes |")
 
 
 def test_tasks_text_and_flagged_documents_stand_beside(place):
@@ -405,7 +416,7 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert known["xz.flagged.loss"]["value"] == pytest.approx(nats[7] / TOKENS[7])
     assert known["xz.clean.loss"]["value"] == pytest.approx(nats[clean].sum() / TOKENS[clean].sum())
     assert record["flagged"] == 1
-    page = comparison(record)
+    page = render_comparison(record)
     assert "compact, greedy:\n\n```text\n| is\n| here\n```" in page
     assert "smollm2-135m, greedy:" in page
     assert "| smollm2-135m | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
@@ -431,7 +442,7 @@ def test_wikitext_stands_beside_by_each_of_its_protocols(place):
     strided = evidence_of(record)["smollm2-135m.wikitext-2.strided.perplexity"]
     assert (strided["value"], strided["context"], strided["stride"]) == (25.17, 1024, 512)
     assert (strided["corpus"], strided["data_sha256"]) == ("WikiText", "f" * 64)
-    page = comparison(record)
+    page = render_comparison(record)
     for quantity in ("no_overlap.perplexity | 29.41", "per_word.word_perplexity | 37.37"):
         assert f"| smollm2-135m | wikitext-2.{quantity} | - |" in page
 
@@ -454,7 +465,7 @@ def test_a_translation_has_the_numbers_of_its_quote_with_english_marks(claim):
 
 def test_the_page_of_the_note_shows_the_claims_of_claims_yaml():
     page = (ROOT / "docs/note.md").read_text()
-    assert quote_tables(page, {"claims": claims_in_english(CLAIMS)}) == page
+    assert replace_tables(page, {"claims": render_claims(CLAIMS)}) == page
     assert page.count("\n| ") == len(CLAIMS) + 2
 
 
@@ -462,17 +473,17 @@ def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- table measured -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->\n")
     (place / "reports/evidence.json").write_text(json.dumps(record_of(place)))
-    done = run_door(place, "--quote", page)
+    done = run_comparison(place, "--quote", page)
     assert done.exit_code == 0, done.output
     record = json.loads((place / "reports/evidence.json").read_text())
-    assert quoted_tables(record)["measured"] in page.read_text()
-    assert claims_in_english(CLAIMS) in page.read_text()
+    assert render_quoted_tables(record)["measured"] in page.read_text()
+    assert render_claims(CLAIMS) in page.read_text()
 
 
 def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):
     record = record_of(place)
     del record["about_note"]
     (place / "reports/evidence.json").write_text(json.dumps(record))
-    done = run_door(place, "--show")
+    done = run_comparison(place, "--show")
     assert done.exit_code == BadData.exit_code
     assert "evidence.json is of an older version of compactgpt: run `dvc repro`" in done.output

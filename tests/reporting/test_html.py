@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compactgpt.reporting import html
-from compactgpt.reporting.messages import TEMPLATES, messages
+from compactgpt.reporting.messages import TEMPLATES, load_messages
 from compactgpt.reporting.tables import COLUMNS, MEASURED_COLUMNS, PUBLISHED_COLUMNS, TRAINED_HERE, View
 from tests.support.comparison_inputs import edit, make_place, record_of
 
@@ -36,7 +36,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(record):
-    return html.page(record)
+    return html.render_page(record)
 
 
 class Tags(HTMLParser):
@@ -97,13 +97,13 @@ def test_words_stand_out_from_the_paper_in_light_and_dark():
 
 
 def test_it_is_the_same_to_the_byte_and_small(record, text):
-    assert html.page(record) == text
+    assert html.render_page(record) == text
     assert len(text.encode()) < 1_500_000
 
 
 def test_it_begins_in_the_language_asked_for(record, monkeypatch):
-    monkeypatch.setattr(html, "svg", lambda *_: "")  # drawing takes seconds
-    assert html.page(record, "fr") != html.page(record, "en")
+    monkeypatch.setattr(html, "draw_svg", lambda *_: "")  # drawing takes seconds
+    assert html.render_page(record, "fr") != html.render_page(record, "en")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def opened(browser, text, tmp_path):
 
 def test_the_browsers_cells_are_the_records(opened, record):
     window = opened(1280)
-    assert window.title() == messages("en")["text"]["title"]
+    assert window.title() == load_messages("en")["text"]["title"]
     view = View(record)
     known = {item["id"]: item for item in record["evidence"]}
     shown = window.eval_on_selector_all(
@@ -208,7 +208,7 @@ def test_on_a_phone_a_tap_opens_the_source_where_the_number_is(opened):
 
 def test_on_a_phone_every_column_of_the_models_is_in_sight(opened, record):
     window = opened(390, touch=True)
-    names = [messages("en")["text"][key] for key in (*MEASURED_COLUMNS[1:], *PUBLISHED_COLUMNS[1:])]
+    names = [load_messages("en")["text"][key] for key in (*MEASURED_COLUMNS[1:], *PUBLISHED_COLUMNS[1:])]
     cells = window.eval_on_selector_all(
         "article[lang=en] table.models td",
         """all => all.map(td => [td.dataset.label, getComputedStyle(td, '::before').content,
@@ -226,7 +226,7 @@ def test_the_language_is_switched_without_the_network(opened, record):
     window.get_by_text("Français", exact=True).click()
     assert french.is_visible()
     assert not english.is_visible()
-    assert french.text_content() == View(record, "fr").sums()
+    assert french.text_content() == View(record, "fr").headline()
     window.locator("#in-fr").press("ArrowLeft")
     assert english.is_visible()
 
@@ -236,7 +236,7 @@ def long_names(record):
     """The page of a user's own corpus whose name and sources are long words."""
     name = "corpus" * 16
     parts = [{**record["data"]["sources"][0], "name": f"{name}.txt", "licence": name}]
-    return html.page(
+    return html.render_page(
         {**record, "about_note": False, "data": {**record["data"], "name": name, "sources": parts}}
     )
 

@@ -9,7 +9,7 @@ import pytest
 from compactgpt.common.sections import load_section
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.claims import Claims
-from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, messages, translate_phrase
+from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, load_messages, translate_phrase
 from tests.support.comparison_inputs import PARAMS, ROOT
 
 RENDERING = ("html", "markdown", "messages", "model_card", "plots", "tables", "templating", "terminal")
@@ -17,16 +17,16 @@ MODULES = [ROOT / f"src/compactgpt/reporting/{name}.py" for name in RENDERING]
 
 
 def test_both_languages_have_the_same_keys_in_the_same_order():
-    english, french = messages("en"), messages("fr")
+    english, french = load_messages("en"), load_messages("fr")
     assert list(english) == list(french)
     for section in english:
         assert list(english[section]) == list(french[section]), section
 
 
 def test_both_languages_have_the_same_placeholders():
-    for section in messages("en"):
-        for key, english in messages("en")[section].items():
-            french = messages("fr")[section][key]
+    for section in load_messages("en"):
+        for key, english in load_messages("en")[section].items():
+            french = load_messages("fr")[section][key]
             assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", french)), key
 
 
@@ -36,7 +36,7 @@ def test_every_message_is_used():
     built = r"known_|relation_|own_(better|worse|level)|(holds|fails|open|waits)(_1)?$|page_\w+_note$|\w+_of$"
     built += r"|(greedy|top_k|nucleus)$|(train|val)_loss_curve$|page_(table|data|samples|claims|sources)$"
     built += r"|page_(curve|ratio|bits|positions|calibration|repetition)$"
-    words = [key for key in messages("en")["text"] if not re.match(built, key)]
+    words = [key for key in load_messages("en")["text"] if not re.match(built, key)]
     assert [key for key in words if not re.search(rf"\b{key}\b", source)] == []
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from compactgpt.reporting.model_card import card_for, model_card
+from compactgpt.reporting.model_card import read_card, render_model_card
 from tests.support.comparison_inputs import make_place, record_of
 
 
@@ -15,7 +15,7 @@ def record(tmp_path_factory):
 
 
 def test_the_hubs_own_reader_finds_the_results(record):
-    card = ModelCard(model_card(record))
+    card = ModelCard(render_model_card(record))
     known = {item["id"]: item for item in record["evidence"]}
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
@@ -28,24 +28,24 @@ def test_the_hubs_own_reader_finds_the_results(record):
 
 
 def test_a_card_names_the_data_sets_of_the_hub(record):
-    assert ModelCard(model_card(record)).data.datasets is None  # docstrings are no data set of the hub
+    assert ModelCard(render_model_card(record)).data.datasets is None  # docstrings are no data set of the hub
     source = {**record["data"]["sources"][0], "name": "Salesforce/wikitext/train"}
     data = {
         **record["data"],
         "corpus": "hub",
         "sources": [source, {**source, "name": "Salesforce/wikitext/test"}],
     }
-    assert ModelCard(model_card({**record, "data": data})).data.datasets == ["Salesforce/wikitext"]
+    assert ModelCard(render_model_card({**record, "data": data})).data.datasets == ["Salesforce/wikitext"]
 
 
 def test_a_card_goes_only_with_its_own_weights(record, tmp_path):
     (tmp_path / "model").mkdir()
     path = tmp_path / "card.md"
-    assert card_for(tmp_path / "model", path) == ("", f"{path} is missing (`dvc repro comparison` makes it)")
-    path.write_text(model_card(record))
+    assert read_card(tmp_path / "model", path) == ("", f"{path} is missing (`dvc repro comparison` makes it)")
+    path.write_text(render_model_card(record))
     for digit, fits in (("d", True), ("e", False)):
-        files = {"files": {"model.safetensors": {"sha256": digit * 64}}}
+        files = {"files": {"model.safetensors": {"sha256": digit * 64, "bytes": 9}}}
         (tmp_path / "model/manifest.json").write_text(json.dumps(files))
-        text, why_none = card_for(tmp_path / "model", path)
+        text, why_none = read_card(tmp_path / "model", path)
         assert (text == path.read_text()) is fits
         assert bool(why_none) is not fits

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from compactgpt.reporting import plots
-from compactgpt.reporting.messages import messages
+from compactgpt.reporting.messages import load_messages
 from tests.support.comparison_inputs import make_place, record_of
 
 
@@ -17,7 +17,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(record):
-    return {name: plots.png(record, name) for name in plots.PLOTS}
+    return {name: plots.draw_png(record, name) for name in plots.PLOTS}
 
 
 def evidence_of(record: dict) -> dict:
@@ -39,24 +39,24 @@ def test_a_chart_changes_with_its_value(record, pictures, name, value):
     kept = dict(item)
     for bound in ("value", "low", "high"):
         item[bound] *= 1.1
-    assert plots.png(record, name) != pictures[name]
+    assert plots.draw_png(record, name) != pictures[name]
     item.update(kept)
-    assert plots.png(record, name) == pictures[name]
+    assert plots.draw_png(record, name) == pictures[name]
 
 
 def test_the_curve_and_the_places_in_the_window_are_drawn(record, pictures):
     kept = record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"]
     record["curve"][1]["val_loss"] = record["positions"]["compact"][0]["loss"]["value"] = 7.0
     for name in ("loss", "positions"):
-        assert plots.png(record, name) != pictures[name]
+        assert plots.draw_png(record, name) != pictures[name]
     record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"] = kept
 
 
 def test_runs_that_the_estimate_was_tried_on_are_drawn(record, pictures):
     bounds = {"low_80": 3.0, "high_80": 4.0, "low_95": 2.0, "high_95": 5.0}
     record["calibration"].append({"name": "another run", "measured": 3.5, **bounds})
-    assert plots.png(record, "calibration") != pictures["calibration"]
-    assert ">another run<" in plots.svg(record, "calibration", "en", "")
+    assert plots.draw_png(record, "calibration") != pictures["calibration"]
+    assert ">another run<" in plots.draw_svg(record, "calibration", "en", "")
     record["calibration"].pop()
 
 
@@ -64,20 +64,20 @@ def test_an_interval_beside_its_value_is_still_drawn(record):
     """A percentile interval of few documents may miss the value itself."""
     item = evidence_of(record)["xz.bits_per_byte"]
     kept, item["low"] = item["low"], item["value"] + 0.01
-    assert plots.png(record, "bits_per_byte").startswith(b"\x89PNG")
+    assert plots.draw_png(record, "bits_per_byte").startswith(b"\x89PNG")
     item["low"] = kept
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
-    text = plots.svg(record, name, "fr", 'what "it" shows')
+    text = plots.draw_svg(record, name, "fr", 'what "it" shows')
     root = ET.fromstring(text.replace("xlink:href", "href"))
     assert root.get("role") == "img"
     assert root.get("aria-label") == 'what "it" shows'
     assert list(root.iter("text"))
     assert "style" not in {element.tag for element in root.iter()}
     assert not re.search(r"#[0-9a-f]{6}\b|font-family|http", text)
-    assert set(re.findall(r"var\((--\w+)\)", text)) <= set(plots.VARIABLES.values())
+    assert set(re.findall(r"var\((--\w+)\)", text)) <= {f"--{name}" for name in plots.COLOURS}
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(set(ids)) == len(ids)
     assert all(one.startswith(f"fr-{name}-") for one in ids)
@@ -86,19 +86,19 @@ def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
 
 
 def test_ticks_have_the_marks_of_the_language(record):
-    assert re.search(r">\d\.\d+<", plots.svg(record, "bits_per_byte", "en", ""))
-    french = plots.svg(record, "bits_per_byte", "fr", "")
+    assert re.search(r">\d\.\d+<", plots.draw_svg(record, "bits_per_byte", "en", ""))
+    french = plots.draw_svg(record, "bits_per_byte", "fr", "")
     assert re.search(r">\d,\d+<", french)
     assert not re.search(r">\d+\.\d+<", french)
 
 
 def test_a_curve_that_was_validated_at_its_start_alone_has_no_place_for_names(record):
-    word = f">{messages('en')['text']['val_loss_curve']}<"
-    assert word in plots.svg(record, "loss", "en", "")
+    word = f">{load_messages('en')['text']['val_loss_curve']}<"
+    assert word in plots.draw_svg(record, "loss", "en", "")
     later = record["curve"][1:]
     kept = [row["val_loss"] for row in later]
     for row in later:
         row["val_loss"] = None
-    assert word not in plots.svg(record, "loss", "en", "")
+    assert word not in plots.draw_svg(record, "loss", "en", "")
     for row, loss in zip(later, kept, strict=True):
         row["val_loss"] = loss

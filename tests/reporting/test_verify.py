@@ -17,7 +17,7 @@ from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
-from compactgpt.reporting.html import published_files
+from compactgpt.reporting.html import render_files
 from compactgpt.reporting.verify import (
     Verification,
     check_estimate,
@@ -27,7 +27,7 @@ from compactgpt.reporting.verify import (
     check_renderings,
     differences,
 )
-from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_door
+from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_comparison
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def repository(tmp_path_factory):
         edit(report, lambda r, made=made: r.update(made))
         edit(report, lambda r: r.get("tasks", {}).pop("cloze", None))
     with contextlib.chdir(place):
-        done = run_door(place)
+        done = run_comparison(place)
         assert done.exit_code == 0, done.output
         Repo.init(no_scm=True).commit(force=True)
     return place
@@ -218,11 +218,11 @@ def files(repository):
 
     def kept(record, language):
         assert record == json.loads((repository / "reports/evidence.json").read_text())
-        drawn.update(published_files(record, language))
+        drawn.update(render_files(record, language))
         return drawn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("compactgpt.reporting.verify.published_files", kept)
+        patch.setattr("compactgpt.reporting.verify.render_files", kept)
         assert look(repository, check_renderings).differences == []
     return drawn
 
@@ -235,14 +235,14 @@ def test_the_door_writes_all_renderings_of_one_record_and_shows_it(repository, f
     assert {f"reports/{name}" for name in files} == {path for out in listed for path in out}
     monkeypatch.chdir(repository)
     shutil.move(repository / "data", tmp_path / "data")
-    shown = run_door(repository, "--show")
+    shown = run_comparison(repository, "--show")
     shutil.move(tmp_path / "data", repository / "data")
     assert shown.exit_code == 0
     assert "655,360,000" in shown.output
 
 
 def test_a_cell_of_a_rendering_is_named(repository, files, monkeypatch):
-    monkeypatch.setattr("compactgpt.reporting.verify.published_files", lambda *_: files)
+    monkeypatch.setattr("compactgpt.reporting.verify.render_files", lambda *_: files)
     reports = repository / "reports"
     places = {
         "evidence.json": at(reports / "evidence.json", '"id": "xz.loss"', 30),
@@ -285,7 +285,7 @@ def test_the_command_names_what_differs_and_fails(repository, files, monkeypatch
     def made(record, _language):
         return files | {"evidence.json": json_bytes(record)}
 
-    monkeypatch.setattr("compactgpt.reporting.verify.published_files", made)  # drawing takes seconds
+    monkeypatch.setattr("compactgpt.reporting.verify.render_files", made)  # drawing takes seconds
     monkeypatch.chdir(repository)
     with Altered(
         repository / "reports/training.json", (at(repository / "reports/training.json", ": "), b"5")
@@ -311,7 +311,7 @@ def test_differences_name_the_leaf():
 
 
 def test_a_readme_that_quotes_the_tables_of_another_run_is_a_note(repository, files, monkeypatch):
-    monkeypatch.setattr("compactgpt.reporting.verify.published_files", lambda *_: files)
+    monkeypatch.setattr("compactgpt.reporting.verify.render_files", lambda *_: files)
     monkeypatch.setattr("compactgpt.reporting.verify.check_lock", lambda *_: None)  # a README is in no lock
     monkeypatch.chdir(repository)
     readme = repository / "README.md"

@@ -44,7 +44,7 @@ from compactgpt.gate import gate, references
 from compactgpt.model.huggingface import load_hf, save_hf
 from compactgpt.reporting.claims import Claims, judge_claims
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.markdown import comparison
+from compactgpt.reporting.markdown import render_comparison
 from compactgpt.reporting.schemas import read_sources
 from compactgpt.reporting.verify import Verification, check_numbers, looked_at
 from compactgpt.tracking.dvc_files import entries_of, outs
@@ -534,7 +534,7 @@ def test_reports_given_to_the_comparison(place, name, changes):
     path = place / f"reports/{name}.json"
 
     def read():
-        comparison(json.loads(json.dumps(build_record(sources(place), LIKELIHOOD))))
+        render_comparison(json.loads(json.dumps(build_record(sources(place), LIKELIHOOD))))
 
     with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
         is_refused(read)

@@ -1,5 +1,7 @@
 """What the other stages leave for the comparison, small and made up: shared by the tests of its readers."""
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -8,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from rich.console import Console
 from typer.testing import CliRunner
 
 from compactgpt.config import load_params
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.schemas import read_sources
+from compactgpt.reporting.terminal import print_tables
 from stages.comparison import app
 
 ROOT = Path(__file__).parents[2]
@@ -123,11 +127,17 @@ def record_of(place: Path) -> dict:
     return json.loads(json.dumps(build_record(sources_of(place), LIKELIHOOD)))
 
 
-def run_door(place: Path, *more: str):
-    """Run the comparison's door."""
-    paths = ["--params", place / "params.yaml", "--inputs", place, "--reports", place / "reports"]
-    words = [*paths, "--data", place / "data", "--models", place / "models", "--tracker", "none", *more]
-    return CliRunner().invoke(app, [str(word) for word in words])
+def print_to_text(record: dict, width: int = 120) -> str:
+    """Return what the terminal shows of a record."""
+    console = Console(file=io.StringIO(), width=width)
+    print_tables(record, console)
+    return console.file.getvalue()
+
+
+def run_comparison(place: Path, *more: str):
+    """Run the stage script in a place."""
+    with contextlib.chdir(place):
+        return CliRunner().invoke(app, ["--tracker", "none", *map(str, more)])
 
 
 def edit(path: Path, change) -> None:

@@ -9,20 +9,19 @@ from compactgpt.reporting.messages import Language
 from compactgpt.reporting.tables import MEASURED_COLUMNS, PUBLISHED_COLUMNS, Record, View, show_interval
 from compactgpt.reporting.templating import markdown_environment
 
-COLUMNS = {"measured": MEASURED_COLUMNS, "published": PUBLISHED_COLUMNS}
+_QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 
 
-def comparison(record: Record, language: Language = "en") -> str:
+def render_comparison(record: Record, language: Language = "en") -> str:
     """Render the record as reports/comparison.md."""
     template = markdown_environment().get_template("comparison.md.j2")
-    return template.render(view=View(record, language), columns=COLUMNS).strip() + "\n"
+    columns = {"measured": MEASURED_COLUMNS, "published": PUBLISHED_COLUMNS}
+    return template.render(view=View(record, language), columns=columns).strip() + "\n"
 
 
-def quoted_tables(record: Record) -> dict[str, str]:
+def render_quoted_tables(record: Record) -> dict[str, str]:
     """Return the tables that README.md quotes, by name, in English."""
-    macros: Any = (
-        markdown_environment().get_template("macros.md.j2").make_module({"view": View(record, "en")})
-    )
+    macros: Any = markdown_environment().get_template("macros.md.j2").make_module({"view": View(record)})
     tables = {
         "note": macros.note_table(),
         "measured": macros.measured_table(MEASURED_COLUMNS),
@@ -31,33 +30,31 @@ def quoted_tables(record: Record) -> dict[str, str]:
     return {name: str(table).strip() for name, table in tables.items()}
 
 
-def claims_in_english(claims: Sequence[Claim]) -> str:
+def render_claims(claims: Sequence[Claim]) -> str:
     """Return the table of docs/note.md: each claim with its quote, its translation and its range."""
+    rows = []
+    for claim in claims:
+        decided = "a human reading" if isinstance(claim.judged, ByHand) else claim.judged.by
+        rows.append(
+            {
+                **claim.model_dump(include={"id", "quote", "english", "where", "quantity"}),
+                "range": show_interval(claim.low, claim.high, claim.unit) or "-",
+                "decided_by": f"experiment {claim.experiment}" if claim.experiment else decided,
+            }
+        )
     macros: Any = markdown_environment().get_template("macros.md.j2").make_module({"view": None})
-    return str(macros.english_claims([_claim_row(claim) for claim in claims])).strip()
+    return str(macros.english_claims(rows)).strip()
 
 
-def _claim_row(claim: Claim) -> dict[str, str]:
-    decided = "a human reading" if isinstance(claim.judged, ByHand) else claim.judged.by
-    return {
-        **{key: getattr(claim, key) for key in ("id", "quote", "english", "where", "quantity")},
-        "range": show_interval(claim.low, claim.high, claim.unit) or "-",
-        "decided_by": f"experiment {claim.experiment}" if claim.experiment else decided,
-    }
-
-
-_QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
-
-
-def quote_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Renew the tables that a page quotes, so that they need no typing.
+def replace_tables(page: str, tables: Mapping[str, str]) -> str:
+    """Return a page with the tables that it quotes replaced.
 
     Args:
         page: text with pairs of lines `<!-- table NAME -->` and `<!-- end -->`.
-        tables: Markdown by name; a table of any other name stays.
+        tables: Markdown by name; a table of any other name is left as it is.
     """
 
-    def renewed(found: re.Match[str]) -> str:
+    def replace(found: re.Match[str]) -> str:
         return f"{found[1]}\n{tables[found[2]]}\n{found[3]}" if found[2] in tables else found[0]
 
-    return _QUOTED.sub(renewed, page)
+    return _QUOTED.sub(replace, page)

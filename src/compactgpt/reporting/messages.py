@@ -15,32 +15,17 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @lru_cache
-def messages(language: Language) -> Mapping[Section, Mapping[str, str]]:
-    """Read the words of a language, by section and key."""
+def load_messages(language: Language) -> Mapping[Section, Mapping[str, str]]:
+    """Return the words of a language, by section and key."""
     sections: Mapping[Section, Mapping[str, str]] = read_yaml(TEMPLATES / f"{language}.yaml")
     return sections
 
 
-def translate(language: Language, section: Section, word: str) -> str:
-    """Return a word of the record in a language; an unknown word stays as it is."""
-    return messages(language)[section].get(word, word)
-
-
 def translate_phrase(language: Language, sentence: str) -> str:
-    """Return an English sentence of the record in a language; an unknown sentence stays as it is."""
-    if language == "en":
-        return sentence
-    for key, pattern in _phrase_patterns():
-        if found := pattern.fullmatch(sentence):
-            return messages(language)["phrases"][key].format(**found.groupdict())
-    return sentence
-
-
-@lru_cache
-def _phrase_patterns() -> list[tuple[str, re.Pattern[str]]]:
-    """The English sentences as patterns: a placeholder `{name}` matches any text."""
-    patterns = []
-    for key, english in messages("en")["phrases"].items():
+    """Return an English sentence of the record in a language; an unknown sentence is returned unchanged."""
+    for key, english in load_messages("en")["phrases"].items():
+        # A placeholder `{name}` of the English sentence matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
-        patterns.append((key, re.compile(pattern)))
-    return patterns
+        if found := re.fullmatch(pattern, sentence):
+            return load_messages(language)["phrases"][key].format(**found.groupdict())
+    return sentence

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import printable
-from compactgpt.common.storage import MANIFEST, json_bytes, read_json
+from compactgpt.common.storage import json_bytes, read_manifest
 from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, PUBLISHED_COLUMNS, Record, View
 from compactgpt.reporting.templating import markdown_environment
 
@@ -17,7 +17,7 @@ _METRICS = {
 }
 
 
-def model_card(record: Record) -> str:
+def render_model_card(record: Record) -> str:
     """Render the record as the README.md of a model of ours, in English.
 
     The metadata follows huggingface.co/docs/hub/model-cards: JSON is YAML, so each key is one line of it.
@@ -25,18 +25,13 @@ def model_card(record: Record) -> str:
     from markupsafe import Markup
 
     view = View(record)
-    metadata = {key: Markup(_json(value)) for key, value in _metadata(view).items()}  # noqa: S704 (JSON in YAML)
+    metadata = {
+        key: Markup(value if isinstance(value, str) else json_bytes(value).decode().strip())  # noqa: S704 (JSON)
+        for key, value in _metadata(view).items()
+    }
     template = markdown_environment().get_template("model_card.md.j2")
-    return (
-        template.render(
-            view=view, metadata=metadata, columns={"card": CARD_COLUMNS, "published": PUBLISHED_COLUMNS}
-        ).strip()
-        + "\n"
-    )
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json_bytes(value).decode().strip()
+    columns = {"card": CARD_COLUMNS, "published": PUBLISHED_COLUMNS}
+    return template.render(view=view, metadata=metadata, columns=columns).strip() + "\n"
 
 
 def _metadata(view: View) -> dict[str, Any]:
@@ -45,15 +40,13 @@ def _metadata(view: View) -> dict[str, Any]:
         {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
         for metric, name in _METRICS.items()
     ]
-    result = {
-        "task": {"type": "text-generation", "name": "Language modeling"},
-        "dataset": {
-            "type": re.sub(r"[^\w.-]+", "-", corpus),
-            "name": f"{corpus}, held-out documents",
-            "split": "val",
-        },
-        "metrics": metrics,
+    dataset = {
+        "type": re.sub(r"[^\w.-]+", "-", corpus),
+        "name": f"{corpus}, held-out documents",
+        "split": "val",
     }
+    task = {"type": "text-generation", "name": "Language modeling"}
+    result = {"task": task, "dataset": dataset, "metrics": metrics}
     return {
         "language": "en",
         "license": "mit",
@@ -66,27 +59,26 @@ def _metadata(view: View) -> dict[str, Any]:
 
 
 def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Name the data sets of the hub that the corpus was made from; its sources are `owner/name/split`."""
+    """Return the data sets of the hub that the corpus was made from; its sources are `owner/name/split`."""
     if data["corpus"] != "hub":
         return {}
     return {"datasets": sorted({printable(one["name"].rpartition("/")[0]) for one in data["sources"]})}
 
 
-def card_for(model: Path, card: Path) -> tuple[str, str]:
-    """Return the model card of a model, if the card names the weights of that model.
+def read_card(model: Path, card: Path) -> tuple[str, str]:
+    """Read the model card of a model, if the card names the weights of that model.
 
     Args:
         model: folder of a model of ours.
         card: reports/model_card.md.
 
     Returns:
-        The text and "", or "" and the reason why there is no card.
+        The text and "", or "" and the reason why the model has no card.
     """
     if not card.is_file():
         return "", f"{card} is missing (`dvc repro comparison` makes it)"
     text = card.read_text(encoding="utf-8")
-    files: Mapping[str, Any] = read_json(model / MANIFEST)["files"]
     named = re.search(r"SHA-256 of the weights as trained: `([0-9a-f]{64})`", text)
-    if named is None or named[1] != files["model.safetensors"]["sha256"]:
+    if named is None or named[1] != read_manifest(model)["files"]["model.safetensors"]["sha256"]:
         return "", f"{card} is of other weights than {model}"
     return text, ""

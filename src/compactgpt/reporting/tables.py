@@ -1,7 +1,7 @@
-"""The comparison's record as rows of cells: for the templates, the terminal and CSV.
+"""The record as rows of cells, for the templates, the terminal and CSV.
 
-Nothing is computed here and nothing is read but the record: a number that a reader sees is one of its
-values, formatted by `show`. `View` is what the templates, the plots and the model card read it through.
+Nothing is computed here, and only the record is read: each number is one of its values, formatted by
+`show`. The templates, the plots and the model card read the record through a `View`.
 """
 
 import csv
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compactgpt.common.errors import BadData
-from compactgpt.reporting.claims import relate
-from compactgpt.reporting.messages import Language, messages, translate, translate_phrase
+from compactgpt.reporting.messages import Language, Section, load_messages, translate_phrase
 
 Record = Mapping[str, Any]
 Item = Mapping[str, Any]  # a value of the record's evidence
@@ -20,29 +19,11 @@ Item = Mapping[str, Any]  # a value of the record's evidence
 COMPACT = "compact"
 COLUMNS = ("compact", "gpt2", "gpt2_xl")  # of the note's table
 CLAIMS_COLUMNS = ("claim", "says", "range", "verdict", "because")
-MEASURED_COLUMNS = (
-    "model",
-    "parameters_all",
-    "parameters_non_embedding",
-    "tokens_seen",
-    "seen_context",
-    "val_loss",
-    "val_perplexity",
-    "bits_per_byte",
-    "ratio",
-)
-PUBLISHED_COLUMNS = (
-    "model",
-    "parameters_all",
-    "parameters_non_embedding",
-    "seen_context",
-    "published_text",
-    "val_loss",
-    "val_perplexity",
-    "bits_per_byte",
-    "source",
-)
-CARD_COLUMNS = ("model", "parameters_all", "seen_context", "val_loss", "val_perplexity", "bits_per_byte")
+SIZE_COLUMNS = ("parameters_all", "parameters_non_embedding")
+SCORE_COLUMNS = ("val_loss", "val_perplexity", "bits_per_byte")
+MEASURED_COLUMNS = ("model", *SIZE_COLUMNS, "tokens_seen", "seen_context", *SCORE_COLUMNS, "ratio")
+PUBLISHED_COLUMNS = ("model", *SIZE_COLUMNS, "seen_context", "published_text", *SCORE_COLUMNS, "source")
+CARD_COLUMNS = ("model", "parameters_all", "seen_context", *SCORE_COLUMNS)
 # The row of the note's table -> the same quantity of the model that was trained here.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
@@ -57,7 +38,6 @@ GROUPS: dict[str, tuple[str, ...]] = {  # of verdicts, for the sentence that sum
     "open": ("inconclusive", "unverifiable"),
     "waits": ("not yet measured",),
 }
-GROUP_OF = {verdict: group for group, verdicts in GROUPS.items() for verdict in verdicts}
 FORMATS = {
     "parameters": "{:,.0f}",
     "tokens": "{:,.0f}",
@@ -70,36 +50,40 @@ FORMATS = {
     "coefficient": "{:.2f}",
     "probability": "{:.2g}",
 }
-SMALL_RATIO = 0.1  # below it, three decimals say little or nothing: three significant digits do
+SMALL_RATIO = 0.1  # below it, three decimals would show few digits or none: three significant digits instead
 _FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ","})  # a narrow space that does not break
+CSV_VALUE = (
+    "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
+    "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
+)  # fmt: skip
+CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *CSV_VALUE[1:])
 
 
 def show(value: float, unit: str, language: Language = "en") -> str:
-    """Format one value of the record for readers."""
+    """Format one value of the record."""
     if unit == "ratio" and abs(value) < SMALL_RATIO:
         return localized(f"{value:.3g}", language)
     return localized(FORMATS.get(unit, "{:g}").format(value), language)
 
 
 def localized(number: str, language: Language) -> str:
-    """Write a formatted number with the marks of a language."""
+    """Return a formatted number with the marks of a language."""
     return number.translate(_FRENCH_MARKS).replace("%", "\u202f%") if language == "fr" else number
 
 
 def show_interval(low: float | None, high: float | None, unit: str, language: Language = "en") -> str:
-    """Format a range, which may be open on one side."""
-    words = messages(language)["text"]
-    if low is None and high is None:
-        return ""
-    if low is None or high is None:
-        word, bound = (words["at_most"], high) if low is None else (words["at_least"], low)
-        return f"{word} {show(bound, unit, language)}" if bound is not None else ""
-    ends = (show(low, unit, language), show(high, unit, language))
-    return ends[0] if low == high else f"{ends[0]} {words['to']} {ends[1]}"
+    """Format an interval; None is a side without a limit."""
+    words = load_messages(language)["text"]
+    if low is not None and high is not None:
+        ends = (show(low, unit, language), show(high, unit, language))
+        return ends[0] if low == high else f"{ends[0]} {words['to']} {ends[1]}"
+    if high is not None:
+        return f"{words['at_most']} {show(high, unit, language)}"
+    return "" if low is None else f"{words['at_least']} {show(low, unit, language)}"
 
 
 def show_evidence(item: Item, language: Language = "en") -> str:
-    """Format a value of the record with its interval where it has one."""
+    """Format a value of the record with its interval, if it has one."""
     text = show(item["value"], item["unit"], language)
     bounds = show_interval(item["low"], item["high"], item["unit"], language)
     return f"{text} ({bounds})" if bounds else text
@@ -107,14 +91,14 @@ def show_evidence(item: Item, language: Language = "en") -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a reader sees, and the id of the value behind it where it is one."""
+    """A text, and the id of the value that it shows, if it shows one."""
 
     text: str
     id: str = ""
 
 
 class View:
-    """A record, indexed, and seen in a language.
+    """A record, indexed by id, in a language.
 
     Raises:
         BadData: an older version of compactgpt made the record.
@@ -126,21 +110,26 @@ class View:
                 "reports/evidence.json is of an older version of compactgpt: run `dvc repro` to make it"
             )
         self.record, self.language = record, language
-        self.words = messages(language)["text"]
+        self.words = load_messages(language)["text"]
         self.evidence: dict[str, Item] = {item["id"]: item for item in record["evidence"]}
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
-        self.about_note: bool = record["about_note"]  # or about a corpus of the user's own
-        self.baselines = [m["name"] for m in record["models"]["measured"] if m["name"] != COMPACT]
+        self.about_note: bool = record["about_note"]  # False: about a corpus of the user's own
+        self.models: list[str] = [model["name"] for model in record["models"]["measured"]]
+        self.baselines = [name for name in self.models if name != COMPACT]
 
     # --- words and numbers
 
     def say(self, key: str, **values: Any) -> str:
-        """Return a message as plain text, filled."""
-        return self.words[key].format(**values)
+        """Return a message as plain text, with its values."""
+        return self.words[key].replace("*", "").format(**values)
+
+    def word(self, section: Section, key: str) -> str:
+        """Return a unit, a verdict or how a value is known, in the reader's language."""
+        return load_messages(self.language)[section].get(key, key)
 
     def phrase(self, sentence: str) -> str:
-        """Return a sentence of the record in the reader's language, if there is one for it."""
+        """Return a sentence of the record in the reader's language, if it is translated."""
         return translate_phrase(self.language, sentence)
 
     def show(self, item: Item) -> str:
@@ -148,27 +137,23 @@ class View:
         return show_evidence(item, self.language)
 
     def number(self, count: float | None) -> str:
-        """Format a count, or a dash."""
+        """Format a count, or return a dash."""
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format a value by its id, or a dash."""
+        """Format the value of an id, or return a dash."""
         return self.show(self.evidence[name]) if name in self.evidence else self.words["none"]
 
-    def cell_of(self, name: str) -> Cell:
-        """Return the cell of a value, or of a dash."""
+    def cell(self, name: str) -> Cell:
+        """Return the cell of the value of an id, or of a dash."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known(self, item: Item) -> str:
-        """Say how a value is known."""
-        return translate(self.language, "known", item["known"])
-
-    def unit(self, item: Item) -> str:
-        """Return the unit of a value."""
-        return translate(self.language, "units", item["unit"])
+        """Return how a value is known."""
+        return self.word("known", item["known"])
 
     def conditions(self, item: Item) -> str:
-        """Return corpus, context, stride and tokenizer of a value, those that it has, or a dash."""
+        """Return the corpus, context, stride and tokenizer that a value has, or a dash."""
         parts = [item["corpus"]] if item["corpus"] else []
         present = [key for key in ("context", "stride") if item[key]]
         parts += [f"{self.words[f'{key}_of']} {self.number(item[key])}" for key in present]
@@ -183,22 +168,42 @@ class View:
     # --- sentences
 
     def title(self) -> str:
-        """Return the title: the audit of the note, or the model on the user's own text."""
-        return self.words["title"] if self.about_note else self.say("own_title", corpus=self.corpus)
+        """Return the title: of the check of the note, or of the model on the user's own text."""
+        return self.say("title") if self.about_note else self.say("own_title", corpus=self.corpus)
 
     def headline(self) -> str:
-        """Return the result in one sentence: the verdicts on the note, or the scores on the user's text."""
+        """Return the result in one sentence: about the note, or the scores on the user's own text."""
         if self.about_note:
-            return self.sums()
+            return self.say("answer", **self.answer())
         figures = {key: self.value(f"{COMPACT}.{key}") for key in ("loss", "perplexity", "bits_per_byte")}
         return self.say("own_headline", corpus=self.corpus, **figures)
 
-    def second_sentence(self) -> str:
-        """Return what became of the note's central guess, or how the model compares with the baselines."""
-        return self.central() if self.about_note else self.ranking()
+    def answer(self) -> dict[str, str]:
+        """Return the values of the message `answer`: perplexities that are claimed, known and measured."""
+        row = next(row for row in self.record["table"] if row["id"] == "perplexity")
+        small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
+
+        def figure(item: Item) -> str:
+            return show(item["value"], item["unit"], self.language)
+
+        decided = [self.evidence[d["source"]] for d in small["decisions"] if d["source"] in self.evidence]
+        known = decided or [self.evidence["note.expected_perplexity"]]
+        published = [figure(item) for item in self.known_items(gpt2)] or [self.words["none"]]
+        return {
+            "claimed": self.quoted(small),
+            "claimed_gpt2": self.quoted(gpt2),
+            "published": ", ".join(published),
+            "small": self.say("answer_measured" if decided else "answer_expected", found=figure(known[0])),
+            "found": figure(self.evidence[f"{COMPACT}.perplexity"]),
+            "corpus": self.corpus,
+        }
+
+    def summary(self) -> str:
+        """Return the second sentence: the verdicts on the note, or how the model compares with baselines."""
+        return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
     def ranking(self) -> str:
-        """Say which baselines the model is better or worse than, by the interval of the paired ratio."""
+        """Return which baselines the model is better or worse than, by the interval of the paired ratio."""
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
             ratio = self.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"]
@@ -208,82 +213,71 @@ class View:
         return self.say("own_ranking", parts="; ".join(parts)) if parts else ""
 
     def tally(self) -> str:
-        """Say how many claims got which verdict."""
-        counts = ", ".join(
-            f"{number} {self.verdict_word(verdict)}" for verdict, number in self.record["tally"]
-        )
-        return self.say("tally", number=len(self.record["claims"]), counts=counts)
+        """Return how many claims have which verdict."""
+        counts = [f"{number} {self.word('verdicts', verdict)}" for verdict, number in self.record["tally"]]
+        return self.say("tally", number=len(self.record["claims"]), counts=", ".join(counts))
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return each group of verdicts that occurs: its name, how many claims, and which verdicts."""
+        """Return the groups of verdicts that occur: name, number of claims, and the verdicts."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
-            names = ", ".join(f"{tally[verdict]} {self.verdict_word(verdict)}" for verdict in present)
+            names = ", ".join(f"{tally[verdict]} {self.word('verdicts', verdict)}" for verdict in present)
             if present:
                 found.append((group, sum(tally[verdict] for verdict in present), names))
         return found
 
     def sums(self) -> str:
-        """Return the verdict on the note in one sentence, built from the tally by rule."""
+        """Return in one sentence how many claims hold, fail, can't be decided and wait."""
         parts = [self.say(f"{group}_1" if n == 1 else group, n=n) for group, n, _ in self.groups()]
         joined = f" {self.words['and']} ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0]
         return self.say("sums", number=len(self.record["claims"]), parts=joined)
 
-    def central(self) -> str:
-        """Say what became of the note's perplexity for its own model, in one sentence."""
-        row = next(row for row in self.record["table"] if row["id"] == "perplexity")
-        claim = self.claims[row["compact"]]
-        deciding = [self.evidence[d["source"]] for d in claim["decisions"] if d["source"] in self.evidence]
-        expected = self.evidence["note.expected_perplexity"]
-        if deciding:
-            found = "; ".join(self.show(item) for item in deciding)
-            verdict = self.say("central_decided", verdict=self.verdict_word(claim["verdict"]), found=found)
-        else:
-            relation = self.say(f"relation_{_side(expected, claim)}")
-            verdict = self.say("central_estimate", found=self.show(expected), relation=relation)
-        return self.say("central", quote=self.translation(claim) or claim["quote"], verdict=verdict)
-
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in the reader's language and number format; nothing if the quote is that."""
+        """Return the claim in English for an English reader, if the quote differs from it; else nothing."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
+    def quoted(self, claim: Mapping[str, Any]) -> str:
+        """Return the claim in the reader's language, between quotation marks."""
+        text = self.translation(claim) or claim["quote"]
+        return f"{self.words['quote_open']}{text}{self.words['quote_close']}"
+
     def known_items(self, claim: Mapping[str, Any]) -> list[Item]:
-        """Return what is known about a claim: deciding evidence, then what is shown next to it."""
+        """Return the values that decide a claim, then those that are only shown with it."""
         names = [decision["source"] for decision in claim["decisions"]] + list(claim["beside"])
         return [self.evidence[name] for name in names if name in self.evidence]
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
-        """Return the verdict, marked where a human read it."""
-        word = self.verdict_word(claim["verdict"])
+        """Return the verdict, marked if a person decided it."""
+        word = self.word("verdicts", claim["verdict"])
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
-    def verdict_word(self, verdict: str) -> str:
-        """Return a verdict in the reader's language."""
-        return translate(self.language, "verdicts", verdict)
-
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Say why a human read a claim so, or what its own numbers come to."""
+        """Return the reason of a verdict by hand, and what the note's own numbers come to."""
         reasons = [self.phrase(claim["reason"])] if claim["reason"] else []
         for decision in claim["decisions"]:
-            if decision["source"] in self.evidence:
-                continue
-            bounds = show_interval(decision["low"], decision["high"], claim["unit"], self.language)
-            reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
+            if decision["source"] not in self.evidence:  # it names other claims
+                bounds = show_interval(decision["low"], decision["high"], claim["unit"], self.language)
+                reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
-        """Format the claim's range, or a dash."""
+        """Format the claimed interval, or return a dash."""
         bounds = show_interval(claim["low"], claim["high"], claim["unit"], self.language)
         return bounds or self.words["none"]
 
     # --- tables
 
+    def note_head(self) -> list[str]:
+        """Return the heads of the note's table."""
+        trained_here = [self.say("trained_here", corpus=self.corpus)] if self.about_note else []
+        return ["", *self.head(COLUMNS), *trained_here]
+
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the note's rows: a title, the claim of each column, the values of the model trained here."""
+        """Return the note's rows: title, claim of each column, values of the model that was trained here."""
         rows = []
         for row in self.record["table"]:
             name = f"{COMPACT}.{TRAINED_HERE[row['id']]}"
@@ -291,66 +285,61 @@ class View:
             rows.append((self.words[row["id"]], [self.claims[row[column]] for column in COLUMNS], here))
         return rows
 
-    def note_head(self) -> list[str]:
-        """Return the heads of the note's table."""
-        trained_here = [self.say("trained_here", corpus=self.corpus)] if self.about_note else []
-        return ["", *(self.words[column] for column in COLUMNS), *trained_here]
-
     def measured_rows(self, columns: Sequence[str] = MEASURED_COLUMNS) -> list[list[Cell]]:
         """Return one row for each model that was measured on the val split."""
         rows = []
         for model in self.record["models"]["measured"]:
             name = model["name"]
-            cells = self._sizes(name) | self._scores(name) | {"model": Cell(name)}
-            cells["tokens_seen"] = self.cell_of(f"{name}.tokens_seen")
+            cells = self._sizes_and_scores(name, name)
+            cells["tokens_seen"] = self.cell(f"{name}.tokens_seen")
             cells["seen_context"] = Cell(self.phrase(model["context"]))
-            cells["ratio"] = self.cell_of(f"ratio.{COMPACT}_to_{name}.perplexity")
+            cells["ratio"] = self.cell(f"ratio.{COMPACT}_to_{name}.perplexity")
             rows.append([cells[column] for column in columns])
         return rows
 
     def published_rows(self, columns: Sequence[str] = PUBLISHED_COLUMNS) -> list[list[Cell]]:
-        """Return one row for each model whose score others published, on other text."""
+        """Return one row for each model with a published score, on other text."""
         rows = []
         for name in self.record["models"]["published"]:
             loss = self.evidence[f"{name}.openwebtext.loss"]
-            cells = self._sizes(name) | self._scores(f"{name}.openwebtext") | {"model": Cell(name)}
-            cells["seen_context"] = self.cell_of(f"{name}.context")
+            cells = self._sizes_and_scores(name, f"{name}.openwebtext")
+            cells["seen_context"] = self.cell(f"{name}.context")
             cells |= {"published_text": Cell(loss["corpus"]), "source": Cell(loss["source"])}
             rows.append([cells[column] for column in columns])
         return rows
 
-    def _sizes(self, name: str) -> dict[str, Cell]:
+    def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
         # counted from an architecture, or by the model that ran
         counted = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
-        conventions = {"parameters_all": "all_tensors", "parameters_non_embedding": "non_embedding"}
-        return {column: self.cell_of(f"{name}.{counted}.{kind}") for column, kind in conventions.items()}
-
-    def _scores(self, name: str) -> dict[str, Cell]:
-        quantities = {"val_loss": "loss", "val_perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
-        return {column: self.cell_of(f"{name}.{quantity}") for column, quantity in quantities.items()}
+        return {
+            "model": Cell(name),
+            "parameters_all": self.cell(f"{name}.{counted}.all_tensors"),
+            "parameters_non_embedding": self.cell(f"{name}.{counted}.non_embedding"),
+            "val_loss": self.cell(f"{scores}.loss"),
+            "val_perplexity": self.cell(f"{scores}.perplexity"),
+            "bits_per_byte": self.cell(f"{scores}.bits_per_byte"),
+        }
 
     def counted(self) -> dict[str, str]:
-        """Return how much text was measured, for sentences."""
+        """Return how much text was measured."""
         validation = self.record["validation"]
         return {key: self.number(validation[key]) for key in ("documents", "tokens", "bytes", "window")}
 
     def task_rows(self) -> list[list[str]]:
         """Return one row for each model and accuracy, other view, or part of the val split."""
+        endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         rows = []
-        for model in (m["name"] for m in self.record["models"]["measured"]):
+        for model in self.models:
             for name in self.evidence:
                 quantity = name.removeprefix(f"{model}.")
-                if name == quantity or not quantity.endswith(
-                    (".accuracy", ".loss", "word_perplexity", ".perplexity")
-                ):
-                    continue
-                task = quantity.removesuffix(".accuracy")
-                p = self.value(f"ratio.{COMPACT}_to_{model}.{task}.p_value")
-                rows.append([model, quantity, self.value(name), p])
+                if name != quantity and quantity.endswith(endings):
+                    task = quantity.removesuffix(".accuracy")
+                    p_value = self.value(f"ratio.{COMPACT}_to_{model}.{task}.p_value")
+                    rows.append([model, quantity, self.value(name), p_value])
         return rows
 
     def text_rows(self) -> list[list[str]]:
-        """Return one row for each model, way of writing and figure."""
+        """Return one row for each model, decoding strategy and figure of the written text."""
         rows = []
         for name in self.evidence:
             model, _, figure = name.partition(".text.")
@@ -361,12 +350,12 @@ class View:
         return rows
 
     def forecast_head(self) -> list[str]:
-        """Return the heads of the forecast's table, the measured loss among them."""
+        """Return the heads of the forecast's table, with the measured loss."""
         found = f"{self.words['found']}{self.words['colon']}{self.value(f'{COMPACT}.loss')}"
         return ["", self.words["expected"], found]
 
     def forecast_rows(self) -> list[list[str]]:
-        """Return the two intervals of the expected loss, each with whether the measured loss is in it."""
+        """Return the two intervals of the expected loss, and whether the measured loss is in them."""
         rows = []
         for share in ("80", "95"):
             where = "inside" if self.record["forecast"][f"inside_{share}"] else "outside"
@@ -380,39 +369,20 @@ class View:
         return [basis, *map(self.phrase, self.record["notes"])]
 
 
-def _side(item: Item, claim: Mapping[str, Any]) -> str:
-    """Say where an interval lies with respect to a claimed range."""
-    relation = relate(item["low"], item["high"], claim["low"], claim["high"])
-    if relation != "outside":
-        return relation
-    return "below" if item["high"] < claim["low"] else "above"
-
-
-# --- CSV
-
-CSV_HEAD = ["table", "row", "column", "claim", "note", "verdict", "evidence", "value", "low", "high", "unit"]
-CSV_HEAD = [*CSV_HEAD, "known", "corpus", "source", "context", "stride", "tokenizer", "stage", "report"]
-CSV_HEAD += ["data_sha256", "weights_sha256", "code_sha256"]
-
-
-def csv_text(record: Record) -> str:
+def render_csv(record: Record) -> str:
     """Render the record as reports/comparison.csv: one line for each value, with the cell that shows it."""
     view, buffer = View(record), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_HEAD)
-    placed = {row[c]: ("note", row["id"], c) for row in record["table"] for c in COLUMNS}
+    cells = {row[column]: ("note", row["id"], column) for row in record["table"] for column in COLUMNS}
     for claim in record["claims"]:
-        position = placed.get(claim["id"], ("claims", "", ""))
-        about = [*position, claim["id"], claim["quote"], claim["verdict"]]
+        cell = cells.get(claim["id"], ("claims", "", ""))
         for item in view.known_items(claim) or [{}]:
-            writer.writerow(about + _csv_values(item))
-    for model in [m["name"] for m in record["models"]["measured"]]:
+            values = [item.get(key) for key in CSV_VALUE]
+            writer.writerow([*cell, claim["id"], claim["quote"], claim["verdict"], *values])
+    for model in view.models:
         for name, item in view.evidence.items():
             if name.startswith(f"{model}.") or name == f"ratio.{COMPACT}_to_{model}.perplexity":
-                quantity = name.removeprefix(f"{model}.")
-                writer.writerow(["measured", model, quantity, "", "", "", *_csv_values(item)])
+                quantity, values = name.removeprefix(f"{model}."), [item[key] for key in CSV_VALUE]
+                writer.writerow(["measured", model, quantity, "", "", "", *values])
     return buffer.getvalue()
-
-
-def _csv_values(item: Item) -> list[Any]:
-    return [item.get("id" if key == "evidence" else key) for key in CSV_HEAD[CSV_HEAD.index("evidence") :]]

@@ -1,4 +1,4 @@
-"""Jinja2 environments for HTML and for Markdown. Every value is escaped; only messages of ours are markup."""
+"""Jinja2 environments for HTML and for Markdown. All values are escaped; only our own messages are markup."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -6,36 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 from compactgpt.common.errors import printable
 from compactgpt.common.escaping import markdown_block, markdown_code, markdown_text
-from compactgpt.reporting.messages import TEMPLATES, Language, messages
+from compactgpt.reporting.messages import TEMPLATES, Language, load_messages
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-_MARKS = (("**", "strong"), ("*", "em"), ("`", "code"))
+MARKS = {"**": "strong", "*": "em", "`": "code"}  # of messages, and the HTML elements that they become
 
 
 @lru_cache
 def html_environment() -> "Environment":
-    """Return the environment of the HTML templates: text is escaped, invisible characters are shown."""
+    """Return the environment of the HTML templates."""
     from markupsafe import escape
 
-    def escape_html(text: str) -> "Markup":
-        return escape(printable(text, keep="\n\t"))
-
-    environment = _environment(escape_html)
-    environment.filters |= {"marked": _html_marks}
+    environment = _environment(lambda text: escape(printable(text, keep="\n\t")))
+    environment.filters["marked"] = _marks_to_html
     return environment
 
 
 @lru_cache
 def markdown_environment() -> "Environment":
-    """Return the environment of the Markdown templates: text is escaped for Markdown, HTML included."""
+    """Return the environment of the Markdown templates: Markdown and HTML in values are escaped."""
     from markupsafe import Markup
 
     environment = _environment(lambda text: Markup(markdown_text(text)))  # noqa: S704 (escaped right there)
     environment.filters |= {
-        "marked": Markup,  # a message of ours is Markdown already
+        "marked": Markup,  # messages are Markdown already
         "code": lambda text: Markup(markdown_code(text)),  # noqa: S704
         "block": lambda text: Markup(markdown_block(text)),  # noqa: S704
     }
@@ -43,10 +40,10 @@ def markdown_environment() -> "Environment":
 
 
 def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
-    """Make an environment.
+    """Create an environment.
 
-    Autoescaping alone would escape Markdown as HTML, so `finalize` gets each value first and marks what it
-    escaped; what is marked already (a macro's output, a message) passes.
+    Autoescaping alone would escape Markdown as HTML. So `finalize` gets each value first and marks what it
+    escaped; values that are marked already (a macro's output, a message) are not escaped again.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -55,10 +52,10 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
         return value if isinstance(value, Markup) else escape(str(value))
 
     def message(language: Language, key: str, **values: Any) -> Markup:
-        """One message of a language, as markup, with its values escaped."""
-        template = environment.filters["marked"](messages(language)["text"][key])
+        """Return a message as markup, with its values escaped."""
+        template = str(environment.filters["marked"](load_messages(language)["text"][key]))
         escaped = {name: str(finalize(value)) for name, value in values.items()}
-        return Markup(str(template).format(**escaped))  # noqa: S704 (the values are escaped above)
+        return Markup(template.format(**escaped))  # noqa: S704 (the values are escaped above)
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -69,19 +66,18 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"message": message}
+    environment.globals["message"] = message
     return environment
 
 
-def _html_marks(text: str) -> "Markup":
-    """Escape a message, then set what stands between backticks, stars or pairs of stars."""
+def _marks_to_html(text: str) -> "Markup":
+    """Escape a message, then put the text between two equal marks into an element."""
     from markupsafe import Markup, escape
 
     html = str(escape(text))
-    for mark, tag in _MARKS:
+    for mark, tag in MARKS.items():
         parts = html.split(mark)
-        html = "".join(
-            f"<{tag}>{part}</{tag}>" if number % 2 and number < len(parts) - 1 else part
-            for number, part in enumerate(parts)
-        )
+        for inside in range(1, len(parts) - 1, 2):  # every second part is between two marks
+            parts[inside] = f"<{tag}>{parts[inside]}</{tag}>"
+        html = "".join(parts)
     return Markup(html)  # noqa: S704 (escaped above)

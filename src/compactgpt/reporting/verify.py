@@ -29,8 +29,8 @@ from compactgpt.evaluation.metrics import wilson
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.html import RECORD, published_files
-from compactgpt.reporting.markdown import quote_tables, quoted_tables
+from compactgpt.reporting.html import RECORD, render_files
+from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
 from compactgpt.reporting.schemas import COMPACT, read_sources
 from compactgpt.tracking.dvc_files import entries_of
 
@@ -317,7 +317,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     else:
         found.unchecked.append(f"reports/{RECORD} from the reports (only what is shown of it)")
         record = read_json(reports / RECORD)
-    for name, content in published_files(record, params.comparison.language).items():
+    for name, content in render_files(record, params.comparison.language).items():
         path = reports / name
         now = path.read_bytes() if path.exists() else b""
         if now != content:
@@ -327,7 +327,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        if quote_tables(text, quoted_tables(record)) != text:
+        if replace_tables(text, render_quoted_tables(record)) != text:
             # Every run of a user has other tables. test_comparison.py compares the committed README.md.
             found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
