@@ -60,7 +60,7 @@ def test_a_users_mistake_is_one_sentence_and_its_exit_code(here, kind):
 def test_a_full_disk_is_one_sentence(here):
     result = run(fail_with(OSError(errno.ENOSPC, "No space left on device", "data/x")))
     assert result.exit_code == 73
-    assert result.output == "error: no room left on the disk (data/x): free some space and run again\n"
+    assert result.output == "error: no space left on the disk (data/x): free some space and run again\n"
 
 
 def test_a_bug_of_ours_is_not_hidden(here):

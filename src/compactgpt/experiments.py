@@ -7,7 +7,6 @@ of the shipped demo, so that the result does not depend on what was applied befo
 """
 
 import copy
-import difflib
 import io
 import itertools
 import os
@@ -71,11 +70,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
     """
     known = load_experiments(conf)
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise BadConfig(
-            f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}{hint}"
-        )
+        raise BadConfig(f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}")
     return known[name]
 
 
@@ -107,8 +102,10 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
     """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
 
+    An unknown key is set, too: `check_section` refuses it later.
+
     Raises:
-        BadConfig: a setting has no `=` or no valid YAML after it, or names a key that the tree lacks.
+        BadConfig: a setting has no `=`, or no valid YAML after it.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -118,17 +115,14 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             value = copy.deepcopy(parse_yaml(text))
         except YAML_ERRORS as error:
             raise BadConfig(f"-S {setting}: {text!r} is not a valid YAML value") from error
-        keys = path.split(".")
-        node: Any = tree
-        for depth, key in enumerate(keys, 1):
-            if not isinstance(node, dict) or key not in node:
-                known = sorted(map(str, node)) if isinstance(node, dict) else []
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"allowed: {', '.join(known)}"
-                raise BadConfig(f"-S {setting}: params.yaml has no key {'.'.join(keys[:depth])}; {hint}")
-            parent, node = node, node[key]
-        if node != value:
-            parent[keys[-1]] = value
+        *parents, key = path.split(".")
+        node = tree
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        if key not in node or node[key] != value:  # an equal value keeps its form
+            node[key] = value
 
 
 def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:

@@ -1,9 +1,8 @@
-"""Files are written whole or not at all, and checked when they are read."""
+"""Files are written complete or not at all, checked when they are read, and replace no files of the user."""
 
 import ast
 import errno
 import hashlib
-import json
 import os
 import resource
 import subprocess
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common import storage
-from compactgpt.common.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed
+from compactgpt.common.errors import BadData, DiskFailed, DiskFull, MissingInput, NotAllowed, OutsideFolder
+from tests.support.dvc_projects import ROOT
 
 
 @pytest.fixture
@@ -25,109 +25,9 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def write_half(write):
-    write(b"half")
-    raise KeyError
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_file_that_fails_midway_leaves_the_old_one(tmp_path):
-    path = tmp_path / "a.txt"
-    storage.write_text(path, "old")
-    with pytest.raises(KeyError), storage.atomic_file(path) as file:
-        write_half(file.write)
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt"]
-
-
-def test_a_full_disk_is_one_sentence_and_changes_nothing(tmp_path, small_disk):
-    path = tmp_path / "a.bin"
-    storage.write_bytes(path, b"old")
-    with pytest.raises(DiskFull, match=r"no room left .*a\.bin.*run the same command again"):
-        storage.write_bytes(path, bytes(2**17))
-    assert path.read_bytes() == b"old"
-    assert names(tmp_path) == ["a.bin"]
-
-
-def test_a_full_disk_leaves_the_old_folder(tmp_path, small_disk):
-    with storage.atomic_folder(tmp_path / "out") as folder:
-        storage.write_text(folder / "a.txt", "old")
-    with pytest.raises(DiskFull, match="no room left"), storage.atomic_folder(tmp_path / "out") as folder:
-        (folder / "a.txt").write_bytes(bytes(2**17))
-    assert (tmp_path / "out" / "a.txt").read_text() == "old"
-    assert names(tmp_path) == ["out"]
-
-
-def test_other_errors_of_the_disk_are_not_called_full(tmp_path, monkeypatch):
-    def refuse(_handle):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    number = errno.EIO
-    with pytest.raises(DiskFailed, match=r"disk failed while writing .*a\.txt: nothing was changed"):
-        storage.write_text(tmp_path / "a.txt", "x")
-    number = errno.EROFS
-    with pytest.raises(OSError, match="Read-only"):
-        storage.write_text(tmp_path / "a.txt", "x")
-
-
-def test_a_folder_is_replaced_as_one(tmp_path):
-    for content in ("first", "second"):
-        with storage.atomic_folder(tmp_path / "out") as folder:
-            storage.write_text(folder / f"{content}.txt", content)
-    assert names(tmp_path / "out") == ["manifest.json", "second.txt"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_folder_that_fails_midway_leaves_the_old_one(tmp_path):
-    with storage.atomic_folder(tmp_path / "out") as folder:
-        storage.write_text(folder / "a.txt", "old")
-    with pytest.raises(KeyError), storage.atomic_folder(tmp_path / "out") as folder:
-        write_half((folder / "b.txt").write_bytes)
-    assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / f".out.{ended.pid}.compactgpt-tmp").mkdir()
-    (tmp_path / f".out.{ended.pid}.compactgpt-old").mkdir()
-    (tmp_path / f".a.txt.{ended.pid}.compactgpt-tmp").write_text("half")
-    kept = [f".out.{os.getppid()}.compactgpt-tmp", f".b.txt.{ended.pid}.compactgpt-tmp", ".out.notes"]
-    kept += [".a.txt.1.bak", f".a.txt.{ended.pid}.old", f".a.txt.backup.{ended.pid}.compactgpt-old"]
-    for name in kept:
-        (tmp_path / name).write_text("somebody else's")
-    with storage.atomic_folder(tmp_path / "out"):
-        pass
-    storage.write_text(tmp_path / "a.txt", "whole")
-    assert names(tmp_path) == sorted([*kept, "out", "a.txt"])
-
-
-def test_the_manifest_says_facts_sizes_and_hashes(tmp_path):
-    facts = {"documents": 0}
-    with storage.atomic_folder(tmp_path / "out", facts) as folder:
-        storage.write_text(folder / "sub" / "a.txt", "héllo")
-        facts["documents"] = 3
-    manifest = storage.verified_manifest(tmp_path / "out")
-    digest = hashlib.sha256("héllo".encode()).hexdigest()
-    assert manifest == {"documents": 3, "files": {"sub/a.txt": {"bytes": 6, "sha256": digest}}}
-
-
-def make_output(folder, kind="tokens", content="new", **options):
+def write_output(folder, kind="tokens", content="new", **options):
     with storage.atomic_folder(folder, kind=kind, **options) as temporary:
         storage.write_text(temporary / "a.txt", content)
-
-
-def assert_refused(folder, says, **options):
-    """Nothing below the folder's parent changes."""
-    before = tree(folder.parent)
-    with pytest.raises(NotAllowed, match=says):
-        make_output(folder, **options)
-    assert tree(folder.parent) == before
 
 
 def tree(folder):
@@ -137,60 +37,169 @@ def tree(folder):
     }
 
 
-def test_a_folder_with_files_of_someone_else_is_refused(tmp_path):
-    (thesis := tmp_path / "papers/thesis.tex").parent.mkdir()
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_refused(folder, message, **options):
+    """Writing an output there is refused, and nothing below the folder's parent changes."""
+    before = tree(folder.parent)
+    with pytest.raises(NotAllowed, match=message):
+        write_output(folder, **options)
+    assert tree(folder.parent) == before
+
+
+def test_an_error_in_the_middle_leaves_the_old_file_and_folder(tmp_path):
+    storage.write_text(tmp_path / "a.txt", "old")
+    write_output(tmp_path / "out", content="old")
+    before = tree(tmp_path)
+    for writer in (
+        storage.atomic_file(tmp_path / "a.txt"),
+        storage.atomic_folder(tmp_path / "out", kind="tokens"),
+    ):
+        half = writer.__enter__()
+        half.write(b"half") if hasattr(half, "write") else (half / "b.txt").write_bytes(b"half")
+        assert not writer.__exit__(KeyError, KeyError(), None)  # the error is raised again
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_leaves_the_old_file_and_folder(tmp_path, small_disk):
+    storage.write_bytes(tmp_path / "a.bin", b"old")
+    write_output(tmp_path / "out", content="old")
+    before = tree(tmp_path)
+    with pytest.raises(DiskFull, match=r"no space left on the disk .*a\.bin.*free some space"):
+        storage.write_bytes(tmp_path / "a.bin", bytes(2**17))
+    with pytest.raises(DiskFull), storage.atomic_folder(tmp_path / "out", kind="tokens") as folder:
+        (folder / "a.txt").write_bytes(bytes(2**17))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.EIO, DiskFailed), (errno.EROFS, NotAllowed)])
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch, number, error):
+    def refuse(_handle):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(error, match=r"a\.txt"):
+        storage.write_text(tmp_path / "a.txt", "x")
+
+
+def test_leftovers_of_killed_processes_are_deleted_and_no_other_files(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".out.{ended.pid}.compactgpt-tmp").mkdir()
+    (tmp_path / f".out.{ended.pid}.compactgpt-old").mkdir()
+    (tmp_path / f".a.txt.{ended.pid}.compactgpt-tmp").write_text("half")
+    kept = [f".out.{os.getppid()}.compactgpt-tmp", f".b.txt.{ended.pid}.compactgpt-tmp", ".out.notes"]
+    kept += [".a.txt.1.bak", f".a.txt.{ended.pid}.old", f".a.txt.backup.{ended.pid}.compactgpt-old"]
+    for name in kept:
+        (tmp_path / name).write_text("not ours")
+    write_output(tmp_path / "out")
+    storage.write_text(tmp_path / "a.txt", "complete")
+    assert names(tmp_path) == sorted([*kept, "out", "a.txt"])
+
+
+def test_the_manifest_has_facts_sizes_and_hashes(tmp_path):
+    facts = {"documents": 0}
+    with storage.atomic_folder(tmp_path / "out", facts) as folder:
+        storage.write_text(folder / "sub" / "a.txt", "héllo")
+        facts["documents"] = 3
+    digest = hashlib.sha256("héllo".encode()).hexdigest()
+    assert storage.verified_manifest(tmp_path / "out") == {
+        "documents": 3,
+        "files": {"sub/a.txt": {"bytes": 6, "sha256": digest}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "a.txt").write_text("nex"), r"a\.txt was altered"),
+        (lambda folder: (folder / "a.txt").write_text("ne"), r"a\.txt has 2 bytes where 3 were written"),
+        (lambda folder: (folder / "a.txt").unlink(), r"a\.txt is missing"),
+        (lambda folder: (folder / "c.txt").write_text("c"), r"c\.txt is not in the manifest"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), r"manifest\.json does not list files"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
+        (lambda folder: (folder / "manifest.json").write_text('{"a": NaN}'), "NaN is not a JSON number"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_name_of_the_file(tmp_path, damage, message):
+    with pytest.raises(MissingInput, match="dvc repro"):
+        storage.verified_manifest(tmp_path / "out")
+    write_output(tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(BadData, match=message):
+        storage.verified_manifest(tmp_path / "out")
+
+
+def test_json_has_one_form_and_finite_numbers_only():
+    assert storage.json_bytes({"b": 1, "a": "é"}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
+    with pytest.raises(ValueError, match="JSON"):
+        storage.json_bytes({"loss": float("inf")})
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a", "a/../../b", "", "a\0b", "link/a"])
+def test_a_path_outside_of_its_folder_is_refused(tmp_path, name):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/link").symlink_to("..")
+    with pytest.raises(OutsideFolder):
+        storage.inside(tmp_path / "project", name)
+    assert storage.inside(tmp_path / "project", "link/a", follow=False)
+
+
+def test_an_earlier_output_is_replaced_only_by_one_of_the_same_kind(tmp_path):
+    for content in ("old", "newer"):
+        write_output(tmp_path / "out", content=content)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out/a.txt").read_text() == "newer"
+    assert_refused(tmp_path / "out", "did not write", kind="export", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    write_output(tmp_path / "empty")
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    thesis = tmp_path / "papers/thesis.tex"
+    thesis.parent.mkdir()
     thesis.write_text("five years")
-    assert_refused(thesis.parent, r"papers has files that this command did not write")
-    assert_refused(thesis.parent, "did not write", overwrite=True)
+    assert_refused(thesis.parent, r"papers has files that this command did not write", overwrite=True)
     assert_refused(thesis, "thesis.tex is a file")
     (thesis.parent / "manifest.json").write_text('{"files": {}}')  # of another tool
     assert_refused(thesis.parent, "did not write", overwrite=True)
 
 
-def test_an_earlier_output_of_the_same_kind_is_replaced_and_of_another_refused(tmp_path):
-    make_output(tmp_path / "out")
-    make_output(tmp_path / "out", content="newer")
-    assert (tmp_path / "out/a.txt").read_text() == "newer"
-    assert storage.verified_manifest(tmp_path / "out")["kind"] == "tokens"
-    assert_refused(tmp_path / "out", "did not write", kind="export", overwrite=True)
-    (tmp_path / "empty").mkdir()
-    make_output(tmp_path / "empty")
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "a.txt", "sub/link"])
-def test_an_earlier_output_is_kept_where_something_was_added_and_needs_overwrite_where_changed(
-    tmp_path, name
-):
-    make_output(tmp_path / "out")
+@pytest.mark.parametrize("name", ["a.txt", "notes.txt", "sub/link", "web/manifest.json", "empty/"])
+def test_changed_files_need_overwrite_and_added_ones_are_never_deleted(tmp_path, name):
+    write_output(tmp_path / "out")
     path = tmp_path / "out" / name
     path.parent.mkdir(exist_ok=True)
-    path.symlink_to("nowhere") if name == "sub/link" else path.write_text("new")
-    if name == "a.txt":
+    if name == "sub/link":
+        path.symlink_to("nowhere")
+    elif name == "empty/":
+        path.mkdir()
+    else:
         path.write_text("old")
-    assert_refused(tmp_path / "out", f"{name} was changed since")
-    if name != "a.txt":  # nobody's manifest names it
-        assert_refused(tmp_path / "out", f"{name} was changed since", overwrite=True)
-        path.unlink()
-        if path.parent != tmp_path / "out":
-            path.parent.rmdir()
-    make_output(tmp_path / "out", overwrite=True)
-    assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
+    assert_refused(tmp_path / "out", f"{name.rstrip('/')} .*changed since")
+    if name == "a.txt":
+        write_output(tmp_path / "out", overwrite=True)
+        storage.verified_manifest(tmp_path / "out")
+    else:
+        assert_refused(tmp_path / "out", "is not in the manifest.*changed since", overwrite=True)
 
 
-def test_what_is_written_into_the_folder_meanwhile_is_kept(tmp_path):
-    written = storage.atomic_folder(tmp_path / "out", kind="tokens")
-    written.__enter__()
+def test_files_that_appear_in_the_folder_meanwhile_are_kept(tmp_path):
+    writing = storage.atomic_folder(tmp_path / "out", kind="tokens")
+    writing.__enter__()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("saved just now")
     with pytest.raises(NotAllowed):
-        written.__exit__(None, None, None)
+        writing.__exit__(None, None, None)
     assert names(tmp_path) == ["out"]
-    assert (tmp_path / "out/thesis.tex").read_text() == "saved just now"
+    assert names(tmp_path / "out") == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize(
-    ("where", "says"),
+    ("where", "message"),
     [
         ("here", "is the current folder"),
         ("here/..", "a parent of the current folder"),
@@ -200,10 +209,10 @@ def test_what_is_written_into_the_folder_meanwhile_is_kept(tmp_path):
         ("data-repository", "the root of a repository"),
         ("link", "is the current folder"),
         ("link/link-to-home", "a home folder"),
-        ("loop", "leads nowhere"),
+        ("loop", "a loop of links"),
     ],
 )
-def test_a_folder_that_must_stay_is_refused_also_behind_links(tmp_path, monkeypatch, where, says, private):
+def test_a_protected_folder_is_refused_also_through_links(tmp_path, monkeypatch, where, message, private):
     for name in ("here", "home", "repository/.git", "data-repository/.dvc"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "link").symlink_to("here")
@@ -211,82 +220,38 @@ def test_a_folder_that_must_stay_is_refused_also_behind_links(tmp_path, monkeypa
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert_refused(tmp_path / where, says, kind="", private=private)
-    make_output(tmp_path / "new")  # what is refused depends on the place alone
-
-
-@pytest.mark.parametrize("place", ["/", "/proc"])
-def test_the_root_and_a_mount_point_are_refused(place):
+    assert_refused(tmp_path / where, message, kind="", private=private)
+    write_output(tmp_path / "new")
     with pytest.raises(NotAllowed, match="which is never replaced"):
-        storage.replaceable(Path(place), lambda _: True)
+        storage.check_replaceable(Path("/proc"), lambda _: True)
+
+
+def test_a_user_without_a_name_and_a_home_may_write(tmp_path, monkeypatch):
+    """As in containers that run under a number."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    write_output(tmp_path / "out")
+    assert names(tmp_path / "out") == ["a.txt", "manifest.json"]
 
 
 def test_a_link_to_an_earlier_output_stays_a_link(tmp_path):
-    make_output(tmp_path / "big disk/out")
+    write_output(tmp_path / "big disk/out")
     (tmp_path / "out").symlink_to("big disk/out")
-    make_output(tmp_path / "out", content="newer")
+    write_output(tmp_path / "out", content="newer")
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "big disk/out/a.txt").read_text() == "newer"
     assert names(tmp_path / "big disk") == ["out"]
 
 
-def test_state_of_our_own_is_replaced_though_it_is_damaged(tmp_path):
-    make_output(tmp_path / "state", kind="state")
+def test_a_damaged_folder_under_state_is_replaced(tmp_path):
+    write_output(tmp_path / "state", kind="state")
     (tmp_path / "state/manifest.json").write_bytes(b"")
-    make_output(tmp_path / "state", kind="state", private=True)
+    write_output(tmp_path / "state", kind="state", private=True)
     assert storage.verified_manifest(tmp_path / "state")["kind"] == "state"
 
 
 def test_every_writer_of_a_folder_names_its_kind():
-    root = Path(__file__).parents[2]
-    for path in [*root.glob("src/**/*.py"), *root.glob("stages/*.py"), root / "benchmarks/tokenization.py"]:
+    for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("stages/*.py"), ROOT / "benchmarks/tokenization.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "atomic_folder":
                 assert "kind" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    with storage.atomic_folder(tmp_path / "out") as temporary:
-        storage.write_text(temporary / "a.txt", "aaaa")
-        storage.write_text(temporary / "b.txt", "bbbb")
-    return tmp_path / "out"
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda folder: (folder / "a.txt").write_text("aaab"), r"a\.txt was altered"),
-        (lambda folder: (folder / "a.txt").write_text("aaa"), r"a\.txt has 3 bytes where 4 were written"),
-        (lambda folder: (folder / "a.txt").unlink(), r"a\.txt is missing"),
-        (lambda folder: (folder / "c.txt").write_text("c"), r"c\.txt is not in the manifest"),
-        (lambda folder: (folder / "manifest.json").write_text("{}"), r"manifest\.json names no files"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json is no valid JSON"),
-    ],
-)
-def test_a_damaged_folder_is_refused_by_name(folder, damage, says):
-    damage(folder)
-    with pytest.raises(BadData, match=says):
-        storage.verified_manifest(folder)
-
-
-def test_a_missing_folder_says_what_makes_it(tmp_path):
-    with pytest.raises(MissingInput, match="dvc repro"):
-        storage.verified_manifest(tmp_path / "nothing")
-    with pytest.raises(MissingInput, match="dvc repro"):
-        storage.verify_file(tmp_path / "nothing", "00")
-
-
-def test_json_is_one_text_for_one_value():
-    assert storage.json_bytes({"b": 1, "a": "é"}) == '{\n  "a": "é",\n  "b": 1\n}\n'.encode()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_json_of_ours_holds_what_is_no_number(value, tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        storage.json_bytes({"loss": value})
-    (tmp_path / "a.json").write_text(json.dumps({"loss": value}))
-    with pytest.raises(BadData, match="is no valid JSON"):
-        storage.read_json(tmp_path / "a.json")
-    assert not storage.all_finite({"a": [1.0, (value,)]})
-    assert storage.all_finite({"a": [1.0, 2, "x", None]})

@@ -213,7 +213,7 @@ def _refused(tokens, folder, params):
         return real(self, plan, planner)
 
     fsdp.HuggingFaceStorageWriter.write_data = write
-    with pytest.raises(DiskFull if leads else SystemExit, match="no room left" if leads else "0"):
+    with pytest.raises(DiskFull if leads else SystemExit, match="no space left" if leads else "0"):
         train(tokens, folder, params)
 
 

@@ -1,6 +1,5 @@
-"""What a person at the keyboard sees: progress, and a mistake as one sentence and an exit code."""
+"""What a user sees in the terminal: progress, results, and a mistake as one sentence with an exit code."""
 
-import errno
 import re
 import signal
 import sys
@@ -12,13 +11,12 @@ from typing import Any, Protocol
 
 from compactgpt.common.errors import (
     BadData,
-    DiskFailed,
     DiskFull,
     MissingInput,
-    NotAllowed,
     OutOfMemory,
     UserError,
     printable,
+    user_error_of,
 )
 from compactgpt.common.torchrun import dist_info, under_torchrun
 
@@ -35,7 +33,7 @@ def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> N
 
 
 class ProgressBar:
-    """Progress on stderr: a live bar on a terminal, now and then a plain line elsewhere."""
+    """Progress on stderr: a live bar on a terminal, a plain line every 15 seconds elsewhere."""
 
     def __init__(self, name: str, unit: str) -> None:
         self.name, self.unit = name, unit
@@ -67,50 +65,39 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Turn a mistake into one sentence and an exit code.
+    """Print a user's mistake as one sentence on stderr, and exit with its code.
 
     Args:
-        stopped: what ctrl-C is answered with.
+        stopped: the message for Ctrl-C.
     """
     try:
         yield
     except UserError as error:
-        # What every process meets at the same step is told once.
+        # Of several processes that meet the same mistake at the same step, one prints it.
         if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
-            say(str(error))
-        if under_torchrun():  # it ends who is left: already on the way
+            report(f"error: {error}")
+        if under_torchrun():  # it sends SIGTERM to the others, and to this process on its way out
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(error.exit_code) from error
-    except OSError as error:  # of what is not written through compactgpt.storage, such as journals
-        if not (told := _misfortune(error)):
+    except OSError as error:  # from files that are not written through common.storage, such as journals
+        user_error = user_error_of(error, Path.cwd())
+        if user_error is None:
             raise
-        say(str(told))
-        raise SystemExit(told.exit_code) from error
+        report(f"error: {user_error}")
+        raise SystemExit(user_error.exit_code) from error
     except ModuleNotFoundError as error:
-        if not (extra := extra_with(error.name or "")):
+        extra = extra_with(error.name or "")
+        if not extra:
             raise
-        say(f"this needs {error.name}, which is not installed: pip install 'compactgpt[{extra}]'")
+        report(f"error: this needs {error.name}, which is not installed: pip install 'compactgpt[{extra}]'")
         raise SystemExit(MissingInput.exit_code) from error
     except KeyboardInterrupt as error:
-        say(stopped)
+        report(f"error: {stopped}")
         raise SystemExit(130) from error
 
 
-def _misfortune(error: OSError) -> UserError | None:
-    """What a person can mend of what the system refused."""
-    place = error.filename or Path.cwd()
-    if error.errno == errno.EIO:
-        return DiskFailed(f"the disk failed ({place}): see to it, then run again")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFull(f"no room left on the disk ({place}): free some space and run again")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
-        why = f"{error.filename}: {error.strerror}"
-        return NotAllowed(f"{why}: run in a folder where you may read and write, or mend its permissions")
-    return None
-
-
 def extra_with(module: str) -> str:
-    """The extra of this package that brings a module, as its own metadata says; empty if none does."""
+    """Return the extra of this package that installs a module, from the package's metadata; empty if none."""
     from importlib.metadata import PackageNotFoundError, requires  # 50 ms: only when something is missing
 
     wanted = module.partition(".")[0].replace("_", "-")
@@ -121,11 +108,6 @@ def extra_with(module: str) -> str:
             if name and extra and name[0].replace("_", "-") == wanted:
                 return extra[1]
     return ""
-
-
-def say(message: str) -> None:
-    """Print a mistake to stderr."""
-    report(f"error: {message}")
 
 
 def report(message: str) -> None:
