@@ -72,7 +72,7 @@ def test_the_command_estimates_the_changed_configuration():
 def test_a_wrong_key_is_refused_with_its_path():
     done = run_command("-S", "training.max_stps=1")
     assert done.exit_code == 78
-    assert "no key training.max_stps; did you mean max_steps?" in done.output
+    assert "training.max_stps: unknown key; did you mean max_steps?" in done.output
     with pytest.raises(BadConfig, match="n_embd"):
         load_changed_params(ROOT / "params.yaml", ["model.n_head=3"])
 
