@@ -1,4 +1,4 @@
-"""Door of compactgpt.download: params.yaml -> data/documents/, data/tokenizer/, reports/download.json."""
+"""Stage `download`: params.yaml -> data/documents/, data/tokenizer/, reports/download.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Fetch the corpus and the tokenizer, as verified folders."""
-    from compactgpt.data.download import download
+    from compactgpt.data.sources import download
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
         facts = download(
@@ -35,7 +35,7 @@ def main(
             state=state_folder(),
             num_workers=stage.params.runtime.num_workers,
             progress=stage.progress("texts" if stage.params.download.corpus == "hub" else "files"),
-            say=stage.say,
+            log=stage.say,
         )
         stage.report(report, facts)
 

@@ -1,7 +1,7 @@
 """The embedded corpus: docstrings of installed distributions, read from their source, never imported.
 
 A document is one module: each of its docstrings in source order, under its qualified name. The text
-depends on the distributions alone: not on the platform, not on the version of Python.
+depends on the distributions alone, not on the platform or the version of Python.
 """
 
 import ast
@@ -10,88 +10,67 @@ import gc
 import importlib.metadata
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from compactgpt.common.console import Progress, silent
+from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
-from compactgpt.data.sources import Origin, Piece
+from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # characters: a longer field holds the licence's whole text
-_MEND = "delete .venv and run `make setup`"
+_SHORT_LICENCE = 40  # characters: a longer field holds the licence's complete text
+_REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
-_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a syntax tree that hold statements
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """One source file of a distribution."""
 
-    name: str  # dotted
+    name: str  # such as `scipy.stats`
     path: Path
     source: str  # distribution/name
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """What its own metadata say of an installed distribution."""
+def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -> Corpus:
+    """Return the docstrings of the distributions in params.yaml as a corpus.
 
-    name: str
-    version: str
-    licence: str
-    modules: tuple[Module, ...]
+    Raises:
+        MissingInput: a distribution is not installed, or in another version; see `find_modules`.
+    """
+    parts: list[Part] = []
+    modules: list[tuple[int, Module]] = []  # with the index of the part
+    for name, version in sorted(params.distributions.items()):
+        part, found = find_modules(name, version, params.exclude)
+        modules += [(len(parts), module) for module in found]
+        parts.append(part)
 
+    def read(position: Any) -> Iterator[Text]:
+        done = position or 0  # modules
+        left = [module for _, module in modules[done:]]
+        tasks = [left[start : start + _MODULES_PER_TASK] for start in range(0, len(left), _MODULES_PER_TASK)]
+        texts = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
+        for number, text in enumerate(texts, done + 1):
+            part, module = modules[number - 1]
+            yield Text(text, module.source, part, number)
+            progress(number, len(modules))
 
-class DocstringReader:
-    """The docstrings of pinned distributions, as a corpus: see compactgpt.corpus.Reader."""
-
-    name = "docstrings"
-
-    def __init__(self, params: Docstrings, num_workers: int, progress: Progress = silent) -> None:
-        self._found = [
-            find_distribution(name, version, params.exclude)
-            for name, version in sorted(params.distributions.items())
-        ]
-        self._num_workers, self._progress = num_workers, progress
-        self._done = 0
-        self.identity = params.model_dump(mode="json")
-        self.lengths = range(params.min_characters, params.max_characters + 1)
-        self.parts = [Origin(each.name, each.version, each.licence) for each in self._found]
-
-    def place(self) -> Any:
-        """How many modules are done."""
-        return self._done
-
-    def read(self, place: Any) -> Iterator[Piece]:
-        """Yield a document for each module behind a place."""
-        owned = [(module, part) for part, each in enumerate(self._found) for module in each.modules]
-        done = place or 0
-        modules = [module for module, _ in owned[done:]]
-        tasks = [
-            modules[start : start + _MODULES_PER_TASK] for start in range(0, len(modules), _MODULES_PER_TASK)
-        ]
-        results = chain.from_iterable(ordered_map(read_modules, tasks, self._num_workers))
-        for self._done, ((module, part), text) in enumerate(
-            zip(owned[done:], results, strict=True), done + 1
-        ):
-            yield Piece(text, module.source, part)
-            self._progress(self._done, len(owned))
+    lengths = range(params.min_characters, params.max_characters + 1)
+    return Corpus("docstrings", params.model_dump(mode="json"), parts, read, lengths)
 
 
-def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distribution:
-    """List the modules of an installed distribution, sorted by path.
+def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part, list[Module]]:
+    """Return an installed distribution and its modules, sorted by path.
 
     Args:
         name: of the distribution.
-        version: the one that must be installed; a local part such as `+cpu` is not compared.
+        version: that must be installed; a local part such as `+cpu` is not compared.
         exclude: names of folders and modules that are left out.
 
     Raises:
-        MissingInput: it is not installed, in another version, or does not list its files.
+        MissingInput: the distribution is not installed, has another version, or has no list of files.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -101,112 +80,88 @@ def find_distribution(name: str, version: str, exclude: Sequence[str]) -> Distri
         ) from error
     if found.version.split("+")[0] != version:
         raise MissingInput(
-            f"{name} {found.version} is installed where params.yaml (download.docstrings.distributions) "
+            f"{name} {found.version} is installed, params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or change one of the two"
         )
+    # `found.files` would leave out files that are missing, from Python 3.12 on.
+    record = csv.reader((found.read_text("RECORD") or "").splitlines())
+    files = sorted(PurePosixPath(row[0]) for row in record if row)
+    modules = []
     left_out = {*exclude, ".."}
-    # Not `found.files`, which leaves out what is missing from Python 3.12 on.
-    listed = csv.reader((found.read_text("RECORD") or "").splitlines())
-    paths = sorted(
-        file
-        for file in (PurePosixPath(row[0]) for row in listed if row)
-        if file.suffix == ".py" and not left_out.intersection([*file.parts[:-1], file.stem])
-    )
-    if not paths:
-        raise MissingInput(f"{name} {version} is installed without a list of its modules: {_MEND}")
-    modules = tuple(
-        Module(module, Path(str(found.locate_file(path))), f"{name}/{module}")
-        for path, module in ((path, _dotted(path)) for path in paths)
-    )
-    return Distribution(name, version, short_licence(found.metadata), modules)
-
-
-def _dotted(path: PurePosixPath) -> str:
-    parts = path.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+    for file in files:
+        if file.suffix == ".py" and left_out.isdisjoint([*file.parts[:-1], file.stem]):
+            dotted = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+            modules.append(Module(dotted, Path(str(found.locate_file(file))), f"{name}/{dotted}"))
+    if not modules:
+        raise MissingInput(f"{name} {version} is installed without a list of its modules: {_REPAIR}")
+    return Part(name, version, short_licence(found.metadata)), modules
 
 
 def short_licence(metadata: Any) -> str:
-    """Name a licence in a few words: the SPDX expression, the short field, or the classifier.
+    """Return the name of a licence: the SPDX expression, the field License if it is short, or the classifier.
 
     Args:
-        metadata: core metadata (packaging.python.org, Core metadata specifications): License-Expression,
-            License, Classifier.
+        metadata: core metadata (packaging.python.org, Core metadata specifications).
     """
     expression = (metadata.get("License-Expression") or "").strip()
-    named = (metadata.get("License") or "").strip()
+    licence = (metadata.get("License") or "").strip()
     if expression:
         return str(expression)
-    if named and len(named) <= _SHORT_LICENCE and "\n" not in named:
-        return str(named)
-    names = [
-        classifier.rsplit(" :: ", 1)[-1]
-        for classifier in metadata.get_all("Classifier") or []
-        if classifier.startswith("License :: ")
-    ]
+    if licence and len(licence) <= _SHORT_LICENCE and "\n" not in licence:
+        return str(licence)
+    classifiers = metadata.get_all("Classifier") or []
+    names = [each.rsplit(" :: ", 1)[-1] for each in classifiers if each.startswith("License :: ")]
     return ", ".join(names) or "unknown"
 
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
-    """Return the document of each module; see `read_module`.
-
-    Without the cyclic garbage collector, which costs a third of the time here: syntax trees are many
-    objects and hold no cycles.
-    """
-    collecting = gc.isenabled()
+    """Return the document of each module; see `read_module`."""
+    # Syntax trees are many objects without cycles: searching them for cycles takes a third of the time.
     gc.disable()
     try:
         return [read_module(module) for module in modules]
     finally:
-        if collecting:
-            gc.enable()
+        gc.enable()
 
 
 def read_module(module: Module) -> str:
-    """Return the document of one module; empty where it has no docstring.
+    """Return the document of one module; empty if the module has no docstring.
 
     Raises:
-        MissingInput: the file is not there.
-        BadData: it is not UTF-8, or no Python that this interpreter can read.
+        MissingInput: the file is missing.
+        BadData: the file is not Python source in UTF-8.
     """
     try:
         content = module.path.read_bytes()
-        content.decode("utf-8")
+        content.decode("utf-8")  # a file may name another encoding in its first line
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            warnings.simplefilter("ignore")  # such as invalid escapes
             tree = ast.parse(content)
     except FileNotFoundError as error:
-        raise MissingInput(f"{module.path} is missing: {_MEND}") from error
-    except UnicodeDecodeError as error:
-        raise BadData(f"{module.path} is not UTF-8 (byte {error.start:,}): {_MEND}") from error
+        raise MissingInput(f"{module.path} is missing: {_REPAIR}") from error
     except (SyntaxError, ValueError) as error:
-        raise BadData(f"{module.path} is no Python source ({error}): {_MEND}") from error
+        raise BadData(f"{module.path} is not Python source in UTF-8 ({error}): {_REPAIR}") from error
     return "\n\n".join(f"{name}\n{text}" for name, text in _docstrings(tree, module.name))
 
 
 def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Walk statements only: expressions hold no docstrings and most of a tree's nodes."""
-    raw = ast.get_docstring(node, clean=False)
-    if raw is not None and (text := clean_docstring(raw)):
-        yield name, text
-    yield from _inside(node, name)
-
-
-def _inside(node: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yield (qualified name, docstring) of a node and of the definitions inside it."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = clean_docstring(ast.get_docstring(node, clean=False) or "")
+        if text:
+            yield name, text
+    # Only statements can hold docstrings; expressions are most of a tree's nodes.
     for block in _BLOCKS:
-        statements = getattr(node, block, ())
-        for statement in statements:
+        for statement in getattr(node, block, ()):
             if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield from _docstrings(statement, f"{name}.{statement.name}")
             else:
-                yield from _inside(statement, name)
+                yield from _docstrings(statement, name)
 
 
 def clean_docstring(raw: str) -> str:
-    """Strip the indentation that a docstring owes to its place (PEP 257), and blanks at line ends.
-
-    Not inspect.cleandoc, whose result depends on the version of Python.
-    """
+    """Remove the common indentation of a docstring (PEP 257), and white space at the ends of lines."""
+    # Not inspect.cleandoc: its result depends on the version of Python.
     first, *rest = raw.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
     return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()

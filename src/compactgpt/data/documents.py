@@ -1,36 +1,73 @@
-"""Documents on disk: zstd parquet shards of (id, text, source, part), cut by size, read by row group.
+"""Documents: where they come from, and how they are stored.
+
+A `Corpus` yields texts. The `download` stage stores them as zstd parquet shards with these columns:
 
     id      first 16 bytes of the SHA-256 of the document's UTF-8 text, as 32 hex digits
-    text    the document, whole
+    text    the complete document
     source  where it came from, such as `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
     part    always 0
 
-A reader's unit of work is a row group: a few MiB of text, or one document where that is longer. The folder
-is made by `storage.atomic_folder`, so that its manifest names each shard's size and SHA-256.
+Readers take one row group at a time: a few MiB of text, or one document if that is longer.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from compactgpt.common.errors import BadData
 from compactgpt.common.storage import atomic_file
 
-SHARD_BYTES = 2**28  # of text, where params.yaml (download.shard_megabytes) says nothing else
+MEGABYTE = 1_000_000
+SHARD_BYTES = 2**28  # of text
 ROW_GROUP_BYTES = 2**21  # of text
-_COLUMNS = ("id", "text", "source", "part")
 _RECENT_IDS = 2**18
+
+
+class Part(NamedTuple):
+    """A part of a corpus, as reports name it: a distribution, a file pattern or a split."""
+
+    name: str
+    version: str | None = None
+    licence: str | None = None
+
+
+class Text(NamedTuple):
+    """One text of a corpus, before short, long and repeated ones are left out."""
+
+    text: str
+    source: str
+    part: int  # index in `Corpus.parts`
+    position: Any  # JSON value; `Corpus.read(position)` resumes right after this text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts from one kind of source, which can be read from any position.
+
+    Attributes:
+        name: as params.yaml spells it.
+        identity: JSON value that changes when the texts may have changed.
+        parts: read one after another, in this order.
+        read: yields the texts after a position; all texts after None.
+        lengths: allowed lengths of a text, in characters.
+    """
+
+    name: str
+    identity: Any
+    parts: Sequence[Part]
+    read: Callable[[Any], Iterator[Text]]
+    lengths: range = range(1, 2**62)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text and where it came from."""
+    """One stored text."""
 
     id: str
     text: str
@@ -39,24 +76,24 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """One readable unit of a shard: a row group of whole documents."""
+    """One row group of a shard: the unit that readers take."""
 
     path: Path
     index: int
 
 
 def new_document(text: str, source: str) -> Document:
-    """Name a text by its hash.
+    """Return the document of a text, with the hash of the text as its id.
 
     Raises:
-        BadData: the text holds a lone surrogate, which UTF-8 can't spell.
+        BadData: the text has a lone surrogate, which UTF-8 can't encode.
     """
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadData(
             f"{source}: character {error.start + 1:,} of the text is a lone surrogate "
-            f"(U+{ord(text[error.start]):04X}), which is no Unicode text: mend or remove the document"
+            f"(U+{ord(text[error.start]):04X}), which is not valid Unicode: correct or remove the document"
         ) from error
     return Document(hashlib.sha256(content).hexdigest()[:32], text, source)
 
@@ -65,101 +102,75 @@ def new_document(text: str, source: str) -> Document:
 
 
 def shard_name(number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"documents-{number:05d}.parquet"
 
 
 def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write shards `documents-00000.parquet`, ... into `folder`, in memory bounded by a row group.
-
-    The cuts depend on the documents alone.
-    """
+    """Write documents as shards into `folder`, with one row group in memory at a time."""
     stream = iter(documents)
     for number in count():
         if not write_shard(folder / shard_name(number), stream, shard_bytes):
             return
 
 
-def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> int:
-    """Take documents until they have `shard_bytes` of text, and not one more, and write them as a shard.
+def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> bool:
+    """Write one shard of at least `shard_bytes` of text, or of all documents that are left.
+
+    The shard depends on the documents alone, and no document after its last one is taken.
 
     Returns:
-        How many were taken; where none was left there is no file.
+        Whether a shard was written: False if no document was left.
     """
-    groups = _groups(documents, shard_bytes)
+    groups = _row_groups_to_write(documents, shard_bytes)
     first = next(groups, None)
     if first is None:
-        return 0
+        return False
     with atomic_file(path) as file:
-        return _write_groups(file, first, groups)
+        _write_row_groups(file, chain([first], groups))
+    return True
 
 
-def _groups(documents: Iterator[Document], shard_bytes: int) -> Iterator[list[Document]]:
-    """Yield the documents of one row group after another: of ROW_GROUP_BYTES of text or a little more."""
+def _row_groups_to_write(documents: Iterator[Document], shard_bytes: int) -> Iterator[list[Document]]:
     group: list[Document] = []
-    total = waiting = 0
-    while total < shard_bytes and (document := next(documents, None)) is not None:
+    shard_size = group_size = 0
+    # `next` stands behind the test of the size: a full shard takes no further document.
+    while shard_size < shard_bytes and (document := next(documents, None)) is not None:
         size = len(document.text.encode("utf-8"))
-        total += size
-        waiting += size
+        shard_size += size
+        group_size += size
         group.append(document)
-        if waiting >= ROW_GROUP_BYTES:
+        if group_size >= ROW_GROUP_BYTES:
             yield group
-            group, waiting = [], 0
+            group, group_size = [], 0
     if group:
         yield group
 
 
-def _write_groups(file: IO[bytes], first: list[Document], groups: Iterator[list[Document]]) -> int:
+def _write_row_groups(file: IO[bytes], groups: Iterable[list[Document]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = dict.fromkeys(_COLUMNS, pa.string()) | {"part": pa.int32()}
+    types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-    taken = 0
-    with pq.ParquetWriter(
-        file, schema, compression="zstd", use_dictionary=["source"], write_page_checksum=True
-    ) as writer:
-        for group in chain([first], groups):
-            columns = zip(*((each.id, each.text, each.source, 0) for each in group), strict=True)
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, types.values(), strict=True)]
-            writer.write_table(pa.table(arrays, schema=schema))
-            taken += len(group)
-    return taken
+    # Ids and texts do not repeat, so a dictionary would only add to them.
+    options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
+    with pq.ParquetWriter(file, schema, **options) as writer:
+        for group in groups:
+            columns: list[list[Any]] = [
+                [document.id for document in group],
+                [document.text for document in group],
+                [document.source for document in group],
+                [0] * len(group),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 # --- reading
 
 
-def row_groups(folder: Path) -> list[RowGroup]:
-    """List the row groups of a folder of shards, in the order of its documents.
-
-    Raises:
-        BadData: a shard was made by another version of this program, or is damaged.
-    """
-    return [group for path in sorted(folder.glob("documents-*.parquet")) for group in _row_groups(path)]
-
-
-def _row_groups(path: Path) -> list[RowGroup]:
-    import pyarrow.parquet as pq
-
-    with _named_damage(str(path)):
-        metadata = pq.read_metadata(path)
-    names = tuple(metadata.schema.names)
-    if names != _COLUMNS:
-        raise BadData(
-            f"{path} has columns {list(names)}, {list(_COLUMNS)} are wanted: run `dvc repro -f download`"
-        )
-    numbers = range(metadata.num_row_groups)
-    if any(metadata.row_group(number).column(3).statistics.max for number in numbers):
-        raise BadData(
-            f"{path} has documents in parts, as an earlier version wrote them: run `dvc repro -f download`"
-        )
-    return [RowGroup(path, number) for number in numbers]
-
-
 @contextmanager
-def _named_damage(what: str) -> Iterator[None]:
+def _damage_as_bad_data(what: str) -> Iterator[None]:
     import pyarrow as pa
 
     try:
@@ -168,16 +179,32 @@ def _named_damage(what: str) -> Iterator[None]:
         raise BadData(f"{what} is damaged ({error}): run `dvc repro -f download`") from error
 
 
-def _read(group: RowGroup, columns: tuple[str, ...]) -> Any:
+def row_groups(folder: Path) -> list[RowGroup]:
+    """List the row groups of a folder of shards, in the order of its documents.
+
+    Raises:
+        BadData: a shard is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    groups = []
+    for path in sorted(folder.glob("documents-*.parquet")):
+        with _damage_as_bad_data(str(path)):
+            number = pq.read_metadata(path).num_row_groups
+        groups += [RowGroup(path, index) for index in range(number)]
+    return groups
+
+
+def _read(group: RowGroup, *columns: str) -> Any:
     import pyarrow.parquet as pq
 
     with (
-        _named_damage(f"{group.path}, row group {group.index},"),
+        _damage_as_bad_data(f"{group.path}, row group {group.index},"),
         pq.ParquetFile(group.path, page_checksum_verification=True) as file,
     ):
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
-        table.validate(full=True)  # UTF-8, among others
-    return table
+        table.validate(full=True)  # checks that texts are UTF-8, among others
+    return table.select(columns)
 
 
 def read_row_group(group: RowGroup) -> list[Document]:
@@ -186,68 +213,67 @@ def read_row_group(group: RowGroup) -> list[Document]:
     Raises:
         BadData: the shard is damaged.
     """
-    table = _read(group, ("id", "text", "source"))
-    columns = [table.column(name).to_pylist() for name in ("id", "text", "source")]
+    columns = [column.to_pylist() for column in _read(group, "id", "text", "source").columns]
     return [Document(*row) for row in zip(*columns, strict=True)]
 
 
 def read_texts(group: RowGroup) -> Iterator[tuple[str, str, memoryview]]:
-    """Yield (id, source, text in UTF-8) of the documents of a row group, without a Python string or a copy.
+    """Yield (id, source, text in UTF-8) of each document, without copying the text.
 
     Raises:
         BadData: the shard is damaged.
     """
-    table = _read(group, ("id", "text", "source"))
-    ids, sources = (table.column(name).to_pylist() for name in ("id", "source"))
-    yield from zip(ids, sources, _cells(table.column("text")), strict=True)
+    ids, sources, texts = _read(group, "id", "source", "text").columns
+    yield from zip(ids.to_pylist(), sources.to_pylist(), _cells(texts), strict=True)
 
 
 def _cells(column: Any) -> Iterator[memoryview]:
+    # Arrow's layout of a string array: text i is content[offsets[i] : offsets[i + 1]].
     for chunk in column.chunks:
         _, offsets, content = chunk.buffers()
-        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
+        bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
         view = memoryview(content if content is not None else b"")
-        for start, end in pairwise(ends):
+        for start, end in pairwise(bounds):
             yield view[start:end]
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
-    """Read id and source of the documents of a row group, without their texts."""
-    table = _read(group, ("id", "source"))
-    return list(zip(*(table.column(name).to_pylist() for name in ("id", "source")), strict=True))
+    """Read (id, source) of each document of a row group, without the texts."""
+    ids, sources = _read(group, "id", "source").columns
+    return list(zip(ids.to_pylist(), sources.to_pylist(), strict=True))
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read the ids of the documents of one shard, in order, without their texts."""
+    """Read the ids of the documents of a shard, in order, without the texts."""
     import pyarrow.parquet as pq
 
     return list(pq.read_table(path, columns=["id"]).column("id").to_pylist())
 
 
 class IdSet:
-    """Which ids were met before: exact, in 16 bytes a document (a Python set takes a hundred).
+    """A set of document ids in 16 bytes each; a Python set takes a hundred.
 
-    The newest ids are in a set; when that is full it is merged into one sorted array. Merging holds the
-    array twice for a moment: 8 million documents are 128 MB, 256 MB then.
+    New ids go into a Python set. When it is full, it is merged into a sorted array, for which the array is
+    in memory twice for a moment.
     """
 
     def __init__(self, recent: int = _RECENT_IDS) -> None:
         self._limit = recent
         self._recent: set[bytes] = set()
-        # numpy compares these as if padded with zero bytes to 16, and strips such bytes from what it gives.
         self._sorted = np.empty(0, "S16")
 
     def add(self, document_id: str) -> bool:
-        """Take an id (32 hex digits); tell whether it is new."""
+        """Add an id of 32 hex digits; return whether it is new."""
         key = bytes.fromhex(document_id)
         if key in self._recent:
             return False
-        place = int(np.searchsorted(self._sorted, np.array(key, "S16")))
-        if place < len(self._sorted) and self._sorted[place] == key.rstrip(b"\0"):
+        index = int(np.searchsorted(self._sorted, np.array(key, "S16")))
+        # numpy strips trailing zero bytes from the values that it returns.
+        if index < len(self._sorted) and self._sorted[index] == key.rstrip(b"\0"):
             return False
         self._recent.add(key)
         if len(self._recent) == self._limit:
-            both = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
-            both.sort(kind="stable")  # two sorted runs
-            self._sorted, self._recent = both, set()
+            merged = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
+            merged.sort(kind="stable")  # fast for two sorted runs
+            self._sorted, self._recent = merged, set()
         return True

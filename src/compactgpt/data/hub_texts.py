@@ -1,197 +1,180 @@
-"""A data set of the Hugging Face hub as a corpus: streamed at a pinned commit, row by row, in its order.
+"""A data set of the Hugging Face hub as a corpus: streamed by `datasets` at a pinned commit, in its order.
 
-Nothing is copied to the library's own cache: what has been read lies in our shards only. A small set that
-has no commit is pinned by the hash of its text, for which it is read twice.
+Nothing is copied to the library's cache: what has been read is in our shards only. A small set without a
+commit is pinned by the hash of its text, for which it is read twice.
 """
 
 import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.config import HubCorpus, HubSet
-from compactgpt.data.hub import one_line, require_on_hub
+from compactgpt.common.console import Progress
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.config import Download, HubSet
+from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
+from compactgpt.data.hub import hub_errors, one_line, require_on_hub
 from compactgpt.data.inputs import check_files
-from compactgpt.data.sources import MEGABYTE, Origin, Piece
 
 _PROGRESS_ROWS = 1000
 
 
-class HubReader:
-    """One data set: see compactgpt.corpus.Reader. Opened before the first row is read."""
+def hub_corpus(params: Download, progress: Progress) -> Corpus:
+    """Return the data set that `download.hub.name` names as a corpus; it is opened when it is first read."""
+    data = params.hub.sets[params.hub.name]
+    mirror = None if params.hub.mirror is None else Path(params.hub.mirror)
+    paths = [] if mirror is None else sorted(path for path in mirror.rglob("*") if path.is_file())
+    files = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    parts = [Part(f"{data.repo}/{split}", data.revision, data.licence) for split in data.splits]
+    reader = _Reader(data, f"download.hub.sets.{params.hub.name}", mirror, params.max_row_megabytes)
+    identity = [data.model_dump(mode="json"), params.max_row_megabytes, files]
+    return Corpus("hub", identity, parts, partial(reader.read, progress))
 
-    name = "hub"
-    lengths = range(1, 2**62)
 
-    def __init__(self, params: HubCorpus, max_row_bytes: int, progress: Progress = silent) -> None:
-        self._set: HubSet = params.sets[params.name]
-        self._key = f"download.hub.sets.{params.name}"
-        self._folder = None if params.mirror is None else Path(params.mirror)
-        self._max_row_bytes, self._progress = max_row_bytes, progress
-        self.parts = [
-            Origin(f"{self._set.repo}/{split}", self._set.revision, self._set.licence)
-            for split in self._set.splits
-        ]
-        self._place: dict[str, Any] = {}
+class _Reader:
+    """Reads the documents of one data set.
 
-    @property
-    def identity(self) -> Any:
-        """The data set at its commit; of a mirror also its files by name, size and time."""
-        files = []
-        if self._folder is not None:
-            for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
-                status = path.stat()
-                files.append([path.as_posix(), status.st_size, status.st_mtime_ns])
-        return [self._set.model_dump(mode="json"), self._max_row_bytes, files]
+    A position is a dict: `split` (index), `row` (rows of the split before the current one), `state` (that of
+    the library before the current row; None at the beginning), `texts` (of the current row that were read).
+    """
 
-    def place(self) -> Any:
-        """The split, its rows that are done, and the library's own note of where they end."""
-        return dict(self._place)
+    def __init__(self, data: HubSet, key: str, mirror: Path | None, max_row_megabytes: int) -> None:
+        self._set, self._key, self._mirror = data, key, mirror  # `key`: in params.yaml, for messages
+        self._max_row_megabytes = max_row_megabytes
 
-    def read(self, place: Any) -> Iterator[Piece]:
-        """Yield the texts behind a place.
+    def read(self, progress: Progress, position: Any) -> Iterator[Text]:
+        """Yield the texts after a position.
 
         Raises:
-            Unreachable: the hub does not answer; said at once.
-            BadConfig: the set has no commit, or the hub has no such set, commit, part or column.
-            BadData: a file of it is damaged, a text is too long, or the text is not the one by hash.
+            Unreachable: the hub does not answer.
+            BadConfig: the set has no commit, or the hub has no such set, commit, split or column.
+            BadData: a file is damaged, a text is too long, or the hash of the text differs.
+            MissingInput: the folder of the mirror is missing.
         """
-        self._require()
-        self._verify()
-        place = place or _start(0)
-        for number in range(place["split"], len(self._set.splits)):
-            for text, row in self._documents(place if number == place["split"] else _start(number)):
+        self._check_source()
+        self._check_hash()
+        position = position or _start(0)
+        for split in range(position["split"], len(self._set.splits)):
+            start = position if split == position["split"] else _start(split)
+            for text, row, after in self._documents(start):
                 if row % _PROGRESS_ROWS == 0:
-                    self._progress(row, 0)
-                yield Piece(text, f"{self.parts[number].name}:{row}", number)
+                    progress(row, 0)
+                yield Text(text, f"{self._set.repo}/{self._set.splits[split]}:{row}", split, after)
 
-    def _require(self) -> None:
-        if self._folder is not None:
-            if not self._folder.is_dir():
-                raise MissingInput(f"download.hub.mirror: there is no folder {self._folder}")
-            check_files(self._folder)
+    def _check_source(self) -> None:
+        if self._mirror is not None:
+            if not self._mirror.is_dir():
+                raise MissingInput(f"download.hub.mirror: there is no folder {self._mirror}")
+            check_files(self._mirror)
             return
         if self._set.revision is None:
             raise BadConfig(
                 f"{self._key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` "
                 "shows it for the data set's repository; a branch moves, a commit does not"
             )
-        mend = f"mend {self._key}, or name a copy of the repository in download.hub.mirror"
-        require_on_hub("dataset", self._set.repo, self._set.revision, mend)
+        require_on_hub("dataset", self._set.repo, self._set.revision, self._advice)
 
-    def _verify(self) -> None:
+    @property
+    def _advice(self) -> str:
+        return f"correct {self._key}, or name a copy of the repository in download.hub.mirror"
+
+    def _check_hash(self) -> None:
         if self._set.sha256 is None:
             return
-        digest = hashlib.sha256()
-        for number in range(len(self._set.splits)):
-            for text, *_ in self._rows(_start(number)):
-                digest.update(text.encode("utf-8"))
-        if digest.hexdigest() != self._set.sha256:
+        hasher = hashlib.sha256()
+        for split in range(len(self._set.splits)):
+            for text, _, _ in self._rows(_start(split)):
+                hasher.update(text.encode("utf-8"))
+        if hasher.hexdigest() != self._set.sha256:
             raise BadData(
-                f"the text of {self._set.repo} has SHA-256 {digest.hexdigest()}, {self._key}.sha256 expects "
-                f"{self._set.sha256}: it is not the text that was meant, or mend the hash"
+                f"the text of {self._set.repo} has SHA-256 {hasher.hexdigest()}, {self._key}.sha256 expects "
+                f"{self._set.sha256}: use the expected data set, or correct the hash"
             )
 
-    def _documents(self, place: dict[str, Any]) -> Iterator[tuple[str, int]]:
-        """Yield (document, its first row): rows as they are, cut, or joined, as the set says."""
+    def _documents(self, start: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Yield (document, its first row, position after it): rows as they are, split, or joined."""
         if self._set.opens_document is not None:
-            yield from self._joined(place, re.compile(self._set.opens_document))
+            yield from self._joined_rows(start, re.compile(self._set.opens_document))
             return
-        skip = place["pieces"]
-        for text, row, before, after in self._rows(place):
-            pieces = [text] if self._set.separator is None else text.split(self._set.separator)
-            for done, piece in enumerate(pieces[skip:], skip + 1):
-                self._place = (
-                    {**place, "rows": row, "state": after, "pieces": 0}
-                    if done == len(pieces)
-                    else {**place, "rows": row - 1, "state": before, "pieces": done}
-                )
-                yield piece, row
-            skip = 0
+        for text, row, state in self._rows(start):
+            texts = [text] if self._set.separator is None else text.split(self._set.separator)
+            # A resumed run reads the row again that it stopped in, and skips what was read of it.
+            skipped = start["texts"] if row == start["row"] + 1 else 0
+            for number, each in enumerate(texts[skipped:], skipped + 1):
+                yield each, row, {**start, "row": row - 1, "state": state, "texts": number}
 
-    def _joined(self, place: dict[str, Any], opens: re.Pattern[str]) -> Iterator[tuple[str, int]]:
+    def _joined_rows(
+        self, start: dict[str, Any], opens: re.Pattern[str]
+    ) -> Iterator[tuple[str, int, dict[str, Any]]]:
         joined: list[str] = []
         first = size = 0
-        for text, row, before, _ in self._rows(place):
+        for text, row, state in self._rows(start):
             if joined and opens.fullmatch(text):
-                # The row that opens the next document is read already: stand before it.
-                self._place = {**place, "rows": row - 1, "state": before}
-                yield "".join(joined), first
+                # This row belongs to the next document: resume before it.
+                yield "".join(joined), first, {**start, "row": row - 1, "state": state}
                 joined, size = [], 0
             first = first if joined else row
             joined.append(text)
             size += len(text)
-            self._require_short(size, place["split"], first)
+            self._check_length(size, start["split"], first)
         if joined:
-            self._place = _start(place["split"] + 1)
-            yield "".join(joined), first
+            yield "".join(joined), first, _start(start["split"] + 1)
 
-    def _rows(self, place: dict[str, Any]) -> Iterator[tuple[str, int, Any, Any]]:
-        """Yield (text, row from 1, where the library stood before it and stands after it)."""
-        column, number, state = self._set.text_column, place["split"], place["state"]
-        with self._clear_errors():
-            data = self._open(self._set.splits[number])
-            if state is not None:
-                data.load_state_dict(state)
-            before = state or data.state_dict()
-            for row, values in enumerate(data, place["rows"] + 1):
-                after = data.state_dict()
+    def _rows(self, start: dict[str, Any]) -> Iterator[tuple[str, int, Any]]:
+        """Yield (text, row from 1, state of the library before the row)."""
+        column, split = self._set.text_column, start["split"]
+        with self._errors():
+            data = self._open(self._set.splits[split])
+            if start["state"] is not None:
+                data.load_state_dict(start["state"])
+            state = start["state"] or data.state_dict()
+            for row, values in enumerate(data, start["row"] + 1):
                 text = values.get(column)
                 if not isinstance(text, str):
                     found = f"columns {sorted(values)}" if column not in values else type(text).__name__
                     raise BadData(
-                        f"{self.parts[number].name}, row {row:,}: found {found} where text in "
-                        f"{self._key}.text_column ({column!r}) is wanted"
+                        f"{self._set.repo}/{self._set.splits[split]}, row {row:,}: found {found}, "
+                        f"expected text in {self._key}.text_column ({column!r})"
                     )
-                self._require_short(len(text), number, row)
-                yield text, row, before, after
-                before = after
+                self._check_length(len(text), split, row)
+                yield text, row, state
+                state = data.state_dict()
 
-    def _require_short(self, size: int, number: int, row: int) -> None:
-        if size > self._max_row_bytes:
+    def _check_length(self, size: int, split: int, row: int) -> None:
+        if size > self._max_row_megabytes * MEGABYTE:
             raise BadData(
-                f"{self.parts[number].name}:{row} is longer than {self._max_row_bytes // MEGABYTE:,} MB "
-                "(download.max_row_megabytes): raise the limit"
+                f"{self._set.repo}/{self._set.splits[split]}:{row} is longer than "
+                f"{self._max_row_megabytes:,} MB (download.max_row_megabytes): raise the limit"
             )
 
     def _open(self, split: str) -> Any:
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # what fails is said once, by us
-        if self._folder is not None:
-            return datasets.load_dataset(
-                str(self._folder.resolve()), self._set.config, split=split, streaming=True
-            )
-        return datasets.load_dataset(
-            self._set.repo, self._set.config, split=split, revision=self._set.revision, streaming=True
-        )
+        datasets.logging.set_verbosity(logging.CRITICAL)  # errors become messages of our own
+        if self._mirror is not None:
+            source, options = str(self._mirror.resolve()), {}
+        else:
+            source, options = self._set.repo, {"revision": self._set.revision}
+        return datasets.load_dataset(source, self._set.config, split=split, streaming=True, **options)
 
     @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        import httpx2
+    def _errors(self) -> Iterator[None]:
         import pyarrow as pa
 
-        where = self._set.repo if self._folder is None else str(self._folder)
+        where = self._set.repo if self._mirror is None else str(self._mirror)
         try:
-            yield
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+            with hub_errors(where, self._advice) if self._mirror is None else nullcontext():
+                yield
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise BadData(f"a file of {where} is damaged, or was cut short ({one_line(error)})") from error
         except (ValueError, RuntimeError) as error:
             raise BadConfig(f"{where} can't be read as {self._key} says: {one_line(error)}") from error
-        except (httpx2.HTTPError, OSError) as error:
-            if self._folder is not None:
-                raise BadData(f"a file of {where} can't be read ({one_line(error)})") from error
-            raise Unreachable(
-                f"the hub stopped answering for {where} ({one_line(error)}): run the same command again, it "
-                "goes on from the last finished shard"
-            ) from error
 
 
 def _start(split: int) -> dict[str, Any]:
-    return {"split": split, "rows": 0, "state": None, "pieces": 0}
+    return {"split": split, "row": 0, "state": None, "texts": 0}

