@@ -19,10 +19,10 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
 from compactgpt.config import load_params
 from compactgpt.data.inputs import check_dependencies, check_files
-from compactgpt.data.text_files import FileReader
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.evaluation.tasks import read_lambada
 from compactgpt.evaluation.wikitext import read_lines
+from tests.support.corpora import download_params, write_corpus
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -38,6 +38,7 @@ HOSTILE = [
     "../../unigram",
 ]
 PRINTING = {"print", "typer.echo", "sys.stdout.write", "sys.stdout.writelines", "sys.stderr.write"}
+FILES = download_params(corpus="files")
 SOME = ("estimate", "baseline")  # stages of the real dvc.yaml that the project has
 
 
@@ -180,19 +181,17 @@ def test_a_file_that_dvc_can_not_read_is_refused_by_its_kind(corpus, kind):
     for check in (check_files, lambda folder: check_dependencies(folder.parent)):
         with pytest.raises((BadData, MissingInput), match=rf"corpus/odd\.txt is .*{kind}"):
             check(corpus)
-    files = load_params(ROOT / "params.yaml").download.files
     with pytest.raises((BadData, MissingInput), match=rf"^corpus/odd\.txt is .*{kind}"):
-        list(FileReader(files, corpus.parent, 10**6, 10**6).read(None))
+        write_corpus(corpus.parent, FILES)
 
 
 def test_links_that_dvc_follows_or_passes_over_are_allowed(corpus):
-    (corpus / "b.txt").symlink_to("a.txt")
+    (corpus / ".other").write_text("another text")
+    (corpus / "b.txt").symlink_to(".other")
     (corpus / "up").symlink_to("..")
     (corpus / "self").symlink_to(".")
     check_files(corpus)
-    files = load_params(ROOT / "params.yaml").download.files
-    read = list(FileReader(files, corpus.parent, 10**6, 10**6).read(None))
-    assert [piece.where for piece in read] == ["corpus/a.txt", "corpus/b.txt"]
+    assert [each.source for each in write_corpus(corpus.parent, FILES)[1]] == ["corpus/a.txt", "corpus/b.txt"]
 
 
 def test_a_name_that_is_not_utf8_is_refused(corpus):
@@ -240,9 +239,8 @@ def test_control_characters_are_shown_escaped():
 
 def test_a_file_name_with_terminal_escapes_is_shown_escaped(corpus):
     (corpus / "\x1b[2J\nerror: b.txt").write_bytes(b"\xff")
-    files = load_params(ROOT / "params.yaml").download.files
     with pytest.raises(BadData) as caught:
-        list(FileReader(files, corpus.parent, 10**6, 10**6).read(None))
+        write_corpus(corpus.parent, FILES)
     assert str(caught.value).startswith("corpus/\\x1b[2J\\nerror: b.txt, line 1: byte 0xff is not UTF-8")
 
 
@@ -279,9 +277,8 @@ def test_nothing_is_printed_past_that_function():
 def test_json_that_is_nested_too_deep_is_refused(tmp_path):
     nested = '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}"
     (tmp_path / "a.jsonl").write_text(nested)
-    files = load_params(ROOT / "params.yaml").download.files.model_copy(update={"patterns": ("a.jsonl",)})
     for read in (
-        lambda: list(FileReader(files, tmp_path, 10**6, 10**6).read(None)),
+        lambda: write_corpus(tmp_path, download_params(corpus="files", files={"patterns": ["a.jsonl"]})),
         lambda: read_lambada(tmp_path / "a.jsonl"),
         lambda: read_lines(tmp_path / "a.jsonl"),
         lambda: save_gpt2(tmp_path / "tokenizer", b"#version\n", nested.encode()),

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from compactgpt.common.errors import printable
 from compactgpt.config import load_params
-from compactgpt.data.download import corpus_name
+from compactgpt.data.sources import corpus_name
 from compactgpt.reporting import html, plots, tables
 from compactgpt.reporting.markdown import render_comparison
 from compactgpt.reporting.model_card import render_model_card

