@@ -175,7 +175,7 @@ def _damage_as_bad_data(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
         raise BadData(f"{what} is damaged ({error}): run `dvc repro -f download`") from error
 
 
@@ -204,7 +204,7 @@ def _read(group: RowGroup, *columns: str) -> Any:
     ):
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
         table.validate(full=True)  # checks that texts are UTF-8, among others
-    return table.select(columns)
+        return table.select(columns)
 
 
 def read_row_group(group: RowGroup) -> list[Document]:

@@ -288,7 +288,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
 
 
 def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download) -> IO[bytes]:
-    """Return the file; if it is compressed, `temporary` with its content, since parquet is read from its end."""
+    """Return the file or, since parquet is read from its end, `temporary` with its decompressed content."""
     if file.seekable():
         return file
     free_megabytes = params.files.min_free_disk_megabytes
