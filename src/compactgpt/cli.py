@@ -1,6 +1,7 @@
-"""The command `compactgpt`: what is asked of a project beside `dvc repro`.
+"""The command `compactgpt`: what a user does with the project besides `dvc repro`.
 
-Each command reads its options and makes one call into a room, which is imported only then: `--help` is quick.
+Each command reads its options and calls one function of the library. It imports that function only then, so
+that `--help` is quick.
 """
 
 import json
@@ -9,46 +10,50 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from compactgpt import __version__
 from compactgpt.common.console import echo, handle_user_errors, report
 from compactgpt.common.errors import CheckFailed, UserError
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-S", "--set-param", metavar="KEY=VALUE", help="As of `dvc exp run`; may stand several times."
-    ),
-]
+PARAMS = Path("params.yaml")
 
 
-def _names() -> list[str]:
+class Commands(TyperGroup):
+    """A group of commands that prints a user's mistake as one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the user gave."""
+        with handle_user_errors():
+            return super().invoke(ctx)
+
+
+def _experiment_names() -> list[str]:
     return sorted(path.stem for path in Path("conf/experiments").glob("*.yaml"))
 
 
-ExperimentName = Annotated[
-    str, typer.Argument(metavar="NAME", autocompletion=_names, help="One of `compactgpt experiment list`.")
+ParamsFile = Annotated[Path, typer.Option("--params", help="The file of parameters.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="Change a parameter; may be given again."),
 ]
-ModelFolder = Annotated[Path, typer.Option("--model", help="A model of ours.")]
-TokenizerFolder = Annotated[Path, typer.Option("--tokenizer", help="Its tokenizer: goes along.")]
-CardFile = Annotated[Path, typer.Option("--card", help="Its card, if it is of the same weights.")]
+ExperimentName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", autocompletion=_experiment_names, help="See `compactgpt experiment list`."
+    ),
+]
+Model = Annotated[Path, typer.Option("--model", help="The trained model.")]
+Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="The tokenizer of the model.")]
+Card = Annotated[Path, typer.Option("--card", help="The model card; left out if it is of another model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-LadderFile = Annotated[Path, typer.Option(help="The finished small runs.")]
 
-HELP = {"help_option_names": ["-h", "--help"]}  # of every command
-app = typer.Typer(
-    no_args_is_help=True,
-    context_settings=HELP,
-    pretty_exceptions_enable=False,
-    help="A compact GPT, measured against GPT-2: the pipeline itself is `dvc repro`.",
-)
-
-
-experiment = typer.Typer(no_args_is_help=True, help="Named experiments: conf/experiments.")
+HELP = {"help_option_names": ["-h", "--help"]}  # for every command
+app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
+experiment = typer.Typer(no_args_is_help=True, help="List, show, apply, run and record named experiments.")
 app.add_typer(experiment, name="experiment")
 
 
@@ -64,24 +69,223 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Commands of one project: run them from its root."""
+    """Train a compact GPT, compare it with GPT-2, and show where every number comes from.
+
+    `dvc repro` or `make repro` runs the pipeline; run these commands in the project's root folder.
+    """
+
+
+@app.command()
+def check(params_file: ParamsFile = PARAMS) -> None:
+    """Check params.yaml and the files that DVC reads, before a run.
+
+    Prints one line. Writes nothing. `make repro` starts with it.
+
+    Example: compactgpt check
+    """
+    from compactgpt.data.inputs import check_inputs
+
+    check_inputs(Path(), params_file)
+    echo("params.yaml is valid, and DVC can read every dependency")
+
+
+@app.command()
+def estimate(
+    settings: Settings = None,
+    measure: Annotated[bool, typer.Option(help="Also measure this machine's speed, for a second.")] = False,
+    as_json: AsJson = False,
+    params_file: ParamsFile = PARAMS,
+    ladder: Annotated[Path, typer.Option(help="The runs of a sweep.")] = Path("results/ladder.json"),
+) -> None:
+    """Estimate a run before it starts: size, time, memory and loss.
+
+    Prints a table. Writes nothing.
+
+    Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
+    """
+    from compactgpt.experiments import load_changed_params
+    from compactgpt.forecast.estimate import estimate_configuration, format_estimate
+
+    params = load_changed_params(params_file, settings or [])
+    found = estimate_configuration(params, ladder, measure=measure)
+    if as_json:
+        echo(json.dumps(found, indent=2))
+        return
+    changes = [word for setting in settings or [] for word in ("-S", setting)]
+    echo(format_estimate(found))
+    if params_file == PARAMS:
+        echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+
+
+@app.command()
+def gate(
+    against: Annotated[
+        str, typer.Option(help="An accepted reference (.json), a git revision, or `champion`.")
+    ] = "reports/accepted.json",
+    accept: Annotated[
+        str,
+        typer.Option(
+            metavar="REASON",
+            help="Write these reports as the new reference; with --promote: allow another configuration.",
+        ),
+    ] = "",
+    bench: Annotated[
+        Path | None,
+        typer.Option(help="Also check the throughput in this file of benchmarks/training.py --json."),
+    ] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="If the gate passes, register the model as MLflow's champion.")
+    ] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML here.")] = None,
+    as_json: AsJson = False,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Check that the model has not become worse than an accepted one.
+
+    Prints a line per metric. Writes the file of --against with --accept, and those of --markdown and
+    --junit. Exit code 3 if a metric is worse by more than its tolerance, and by more than chance.
+
+    Example: compactgpt gate --against HEAD~1
+    """
+    from compactgpt.config import load_params
+    from compactgpt.gate import formats, references
+
+    settings = load_params(params_file).regression
+    if accept and not promote:
+        references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
+        echo(f"{against}: accepted; commit it, so that it is reviewed like code")
+        return
+    verdict = references.compare(against, Path(), settings, bench)
+    passed = not verdict.failures
+    echo(
+        json.dumps({"passed": passed, **asdict(verdict)}, indent=2) if as_json else formats.terminal(verdict)
+    )
+    formats.publish(verdict, markdown, junit)
+    if not passed:
+        if not as_json:
+            echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is intended")
+        raise typer.Exit(CheckFailed.exit_code)
+    if promote:
+        echo(f"champion: version {references.promote(Path(), accept)}")
+
+
+@app.command()
+def verify(as_json: AsJson = False) -> None:
+    """Verify every file against dvc.lock, and compute every reported number again.
+
+    Prints what differs. Writes nothing. Exit code 3 if anything differs.
+
+    Example: compactgpt verify
+    """
+    from compactgpt.reporting.verify import verify as verify_project
+
+    found = verify_project(Path())
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    if found.differences:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
+def trace(
+    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
+) -> None:
+    """Show where a number comes from.
+
+    Prints its report and stage, what the stage read and wrote, the commit and the MLflow run. Writes nothing.
+
+    Example: compactgpt trace compact.loss
+    """
+    from compactgpt.common.storage import read_json
+    from compactgpt.reporting.provenance import RECORD, find_value
+    from compactgpt.reporting.provenance import trace as trace_value
+    from compactgpt.tracking.mlflow_logger import run_of_value
+
+    record = read_json(RECORD)
+    lines = trace_value(Path(), record, name)
+    lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
+    if as_json:
+        facts: dict[str, list[str]] = {}
+        for what, found in lines:  # a stage reads and writes several files
+            facts.setdefault(what, []).append(found)
+        echo(json.dumps({**facts, "evidence": find_value(record, name)}, indent=2))
+    else:
+        echo("\n".join(f"{what:<12}{found}" for what, found in lines))
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A run's id or its beginning, a git revision, or `workspace`.")],
+    b: Annotated[str, typer.Argument(help="The other version.")] = "workspace",
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs or versions: parameters, data, code, environment, metrics.
+
+    Prints what differs, and for metrics whether chance explains it. Writes nothing.
+
+    Example: compactgpt diff HEAD~1 workspace
+    """
+    from compactgpt.tracking import compare_runs
+
+    found = compare_runs.of(a, b, Path())
+    echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(compare_runs.lines(found)))
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help="A run's id or its beginning, or a git revision.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Only list what is missing to reproduce it.")
+    ] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Also run the stages that make the data.")
+    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary work tree.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run the code of that version without asking.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a version again in a temporary git work tree, and compare the hash of every output.
+
+    Prints the comparison. Writes nothing here, unless with --keep. Exit code 0 if all hashes are equal, 3 if
+    one differs, 66 if it can't run.
+
+    Example: compactgpt reproduce HEAD --check
+    """
+    from compactgpt.tracking import reproduce
+
+    def agree(plan: reproduce.Plan) -> bool:
+        report("\n".join(plan.lines()))
+        return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
+
+    found = reproduce.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
+    echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+    if check and not as_json:
+        echo(f"next: compactgpt reproduce {run}")
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where the Hugging Face form goes.")],
-    model: ModelFolder = Path("models/compact"),
-    tokenizer: TokenizerFolder = Path("data/tokenizer"),
-    card: CardFile = Path("reports/model_card.md"),
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Model = Path("models/compact"),
+    tokenizer: Tokenizer = Path("data/tokenizer"),
+    card: Card = Path("reports/model_card.md"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier export that was changed since.")
+        bool, typer.Option("--overwrite", help="Replace an earlier export whose files have changed.")
     ] = False,
-    params_file: ParamsFile = Path("params.yaml"),
+    params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Write a trained model and its card as transformers loads it (AutoModelForCausalLM.from_pretrained)."""
-    with handle_user_errors():
-        _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
-        echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    """Export the trained model for transformers, with its tokenizer and model card.
+
+    Prints how to load it. Writes the folder, complete or not at all.
+
+    Example: compactgpt export exported
+    """
+    _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
+    echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
 
 
 def _export(
@@ -106,293 +310,170 @@ def push_to_hub(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub: owner/name.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    model: ModelFolder = Path("models/compact"),
-    tokenizer: TokenizerFolder = Path("data/tokenizer"),
-    card: CardFile = Path("reports/model_card.md"),
-    params_file: ParamsFile = Path("params.yaml"),
+    model: Model = Path("models/compact"),
+    tokenizer: Tokenizer = Path("data/tokenizer"),
+    card: Card = Path("reports/model_card.md"),
+    params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Export a trained model and upload it to the Hugging Face hub (needs HF_TOKEN or `hf auth login`)."""
-    with handle_user_errors(), tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        from compactgpt.common.storage import MANIFEST
-        from compactgpt.data.hub import push_folder
+    """Export the trained model and upload it to the Hugging Face hub.
 
+    Needs HF_TOKEN or `hf auth login`. Prints the files and the address. Writes nothing here.
+
+    Example: compactgpt push-to-hub me/compact-gpt --dry-run
+    """
+    from compactgpt.common.storage import MANIFEST
+    from compactgpt.data.hub import push_folder
+
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         folder = Path(scratch) / "model"
         _export(folder, model, tokenizer, card, params_file)
-        (folder / MANIFEST).unlink()  # ours, not Hugging Face's
+        (folder / MANIFEST).unlink()  # only this project reads it
         for path in sorted(folder.iterdir()):
             echo(f"{path.stat().st_size:>12,}  {path.name}")
         if dry_run:
             echo(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
-            return
-        echo(push_folder(folder, repo, private=private))
-
-
-@app.command()
-def gate(
-    against: Annotated[
-        str, typer.Option(help="An accepted reference (.json), any revision of git, or `champion`.")
-    ] = "reports/accepted.json",
-    accept: Annotated[
-        str,
-        typer.Option(
-            metavar="REASON",
-            help="Record these reports as the new reference; with --promote: accept another configuration.",
-        ),
-    ] = "",
-    bench: Annotated[
-        Path | None,
-        typer.Option(help="What `benchmarks/training.py --json` wrote: throughput is judged too."),
-    ] = None,
-    promote: Annotated[
-        bool, typer.Option("--promote", help="If it passes, register its model as MLflow's champion.")
-    ] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML.")] = None,
-    as_json: AsJson = False,
-    params_file: ParamsFile = Path("params.yaml"),
-) -> None:
-    """Has the model got worse than an accepted one? Exit code 3 says yes (docs/ci.md)."""
-    with handle_user_errors():
-        from compactgpt.config import load_params
-        from compactgpt.gate import formats, references
-
-        settings = load_params(params_file).regression
-        if accept and not promote:
-            references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
-            echo(f"{against}: accepted; commit it, so that it is reviewed like code")
-            return
-        verdict = references.compare(against, Path(), settings, bench)
-        passed = not verdict.failures
-        if as_json:
-            echo(json.dumps({"passed": passed, **asdict(verdict)}, indent=2))
         else:
-            echo(formats.terminal(verdict))
-        formats.publish(verdict, markdown, junit)
-        if not passed and not as_json:
-            echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is meant")
-        if not passed:
-            raise typer.Exit(CheckFailed.exit_code)
-        if promote:
-            echo(f"champion: version {references.promote(Path(), accept)}")
-
-
-@app.command()
-def reproduce(
-    run: Annotated[str, typer.Argument(help="A run's id (or its beginning), a revision of git.")],
-    check: Annotated[bool, typer.Option("--check", help="Only say what would be missing.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the data again too.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the scratch work tree.")] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Run the code of a run or branch without being asked.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run a run again in a scratch work tree, compare every hash. Exit: 0 alike, 3 different, 66 can't."""
-    with handle_user_errors():
-        from compactgpt.tracking import reproduce
-
-        def agree(plan: reproduce.Plan) -> bool:
-            report("\n".join(plan.lines()))
-            return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
-
-        found = reproduce.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
-        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
-        if found.exit_code:
-            raise typer.Exit(found.exit_code)
-        if check and not as_json:
-            echo(f"next: compactgpt reproduce {run}")
-
-
-@app.command()
-def diff(
-    a: Annotated[str, typer.Argument(help="A run's id (or its beginning), a revision, or `workspace`.")],
-    b: Annotated[str, typer.Argument(help="The other.")] = "workspace",
-    as_json: AsJson = False,
-) -> None:
-    """Explain two runs: parameters, data, code, environment, figures with paired significance."""
-    with handle_user_errors():
-        from compactgpt.tracking import compare_runs
-
-        found = compare_runs.of(a, b, Path())
-        echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(compare_runs.lines(found)))
-
-
-@app.command()
-def estimate(
-    settings: Settings = None,
-    measure: Annotated[bool, typer.Option(help="Also the time here, by a second of products.")] = False,
-    as_json: AsJson = False,
-    params_file: ParamsFile = Path("params.yaml"),
-    ladder: LadderFile = Path("results/ladder.json"),
-) -> None:
-    """What would a run be? Size, time, memory and loss, before anything runs; nothing is written."""
-    with handle_user_errors():
-        from compactgpt.experiments import load_changed_params
-        from compactgpt.forecast.estimate import estimate_configuration, format_estimate
-
-        params = load_changed_params(params_file, settings or [])
-        found = estimate_configuration(params, ladder, measure=measure)
-        if as_json:
-            echo(json.dumps(found, indent=2))
-            return
-        changes = [word for setting in settings or [] for word in ("-S", setting)]
-        echo(format_estimate(found))
-        if params_file == Path("params.yaml"):
-            echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
-
-
-@experiment.command("list")
-def list_experiments() -> None:
-    """The named experiments: what each is for, and what it needs."""
-    with handle_user_errors():
-        from compactgpt.experiments import load_experiments
-
-        for name, one in load_experiments().items():
-            echo(f"{name:<14}{one.purpose}\n{'':<14}needs {one.needs}")
-        echo("next: compactgpt experiment show NAME")
-
-
-@experiment.command()
-def show(
-    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
-) -> None:
-    """What an experiment would change in params.yaml."""
-    with handle_user_errors():
-        from compactgpt import experiments
-
-        echo("\n".join(experiments.describe(name, params_file, settings or [])))
-        echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
-
-
-@experiment.command("apply")
-def apply_experiment(
-    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
-) -> None:
-    """Change params.yaml as an experiment says; `git checkout HEAD -- params.yaml` undoes it."""
-    with handle_user_errors():
-        from compactgpt import experiments
-
-        told = experiments.apply(name, params_file, settings or [])
-        echo("\n".join(told) or f"{params_file} says so already")
-        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
-
-
-@experiment.command("run")
-def run_experiment(
-    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = Path("params.yaml")
-) -> None:
-    """Apply an experiment and run it as DVC runs experiments; a sweep runs in scratch folders."""
-    with handle_user_errors():
-        from compactgpt import experiments
-        from compactgpt.forecast.estimate import announce_times
-
-        runs = experiments.configurations(name, params_file, settings or [])
-        echo("\n".join(announce_times(runs, Path())))
-        done = experiments.run(name, params_file, settings or [])
-        echo("\n".join(done))
-        echo(f"next: compactgpt {'ladder' if len(done) > 1 else 'experiment record'} {name}")
-
-
-@experiment.command("record")
-def record_experiment(name: ExperimentName) -> None:
-    """Keep what reports/ says of an experiment's run: results/NAME.json, read by the comparison."""
-    with handle_user_errors():
-        from compactgpt.reporting.results import record_result
-
-        path = record_result(name)
-        echo(f"{path}: commit it, then `dvc repro comparison` judges the claims that wait for it")
-
-
-@app.command()
-def ladder(
-    name: Annotated[str, typer.Argument(help="The sweep whose runs are the rungs.")] = "ladder",
-    folder: Annotated[Path, typer.Option(help="Where ladder.json and ladder.png go.")] = Path("results"),
-    params_file: ParamsFile = Path("params.yaml"),
-) -> None:
-    """Gather the runs of a sweep, fit a scaling law to them, and extrapolate to params.yaml."""
-    with handle_user_errors():
-        from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
-        from compactgpt.forecast.sweep import fit_sweep
-
-        def read_file(run: str, path: str) -> str:
-            return read_experiment_file(experiment_ref(run), path)
-
-        echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder, params_file))
+            echo(push_folder(folder, repo, private=private))
 
 
 @app.command()
 def sync(
-    warn: Annotated[
-        bool, typer.Option("--warn", help="Only warn where MLflow fails: what `make repro` ends with.")
-    ] = False,
+    warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, print a warning only.")] = False,
 ) -> None:
-    """Copy to MLflow what it lacks of the runs that have ended here: every `make repro` ends so."""
-    with handle_user_errors():
-        from compactgpt.tracking.mlflow_logger import sync as copy
+    """Copy to MLflow what it lacks of the runs that have ended here.
 
-        try:
-            copy(Path.cwd(), record_unrun=True)
-        except UserError as error:
-            if not warn:
-                raise
-            report(f"warning: {error}")
-            return
-        echo("MLflow has all of the runs that have ended here")
+    Prints one line. Writes to the MLflow tracking server or mlflow.db. `make repro` ends with it.
 
+    Example: compactgpt sync
+    """
+    from compactgpt.tracking.mlflow_logger import sync as sync_runs
 
-@app.command()
-def check(params_file: ParamsFile = Path("params.yaml")) -> None:
-    """Check params.yaml and the files that DVC is about to read: every `make repro` begins so."""
-    with handle_user_errors():
-        from compactgpt.data.inputs import check_inputs
-
-        check_inputs(Path(), params_file)
-        echo("params.yaml is valid, and DVC can read every dependency")
+    try:
+        sync_runs(Path.cwd(), record_unrun=True)
+    except UserError as error:
+        if not warn:
+            raise
+        report(f"warning: {error}")
+        return
+    echo("MLflow has all of the runs that have ended here")
 
 
 @app.command()
 def repair() -> None:
-    """Restore dvc.lock if DVC was killed while it wrote the file: every `make repro` begins so."""
-    with handle_user_errors():
-        from compactgpt.tracking.dvc_files import restore_lock
+    """Repair dvc.lock if DVC was killed while it wrote the file.
 
-        if restore_lock(Path()):
-            echo("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
+    Prints a line if there was something to repair. Writes dvc.lock. `make repro` starts with it.
 
+    Example: compactgpt repair
+    """
+    from compactgpt.tracking.dvc_files import restore_lock
 
-app.command("mend", hidden=True)(repair)  # its name until version 0.4
-
-
-@app.command()
-def verify(as_json: AsJson = False) -> None:
-    """Is every file what dvc.lock says, and every number what the inputs give? Exit code 3 if one differs."""
-    with handle_user_errors():
-        from compactgpt.reporting.verify import verify as look
-
-        found = look(Path())
-        echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
-        if found.differences:
-            raise typer.Exit(CheckFailed.exit_code)
+    if restore_lock(Path()):
+        echo("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
 
 
-@app.command()
-def trace(
-    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
+@experiment.command("list")
+def list_experiments() -> None:
+    """List the named experiments: what each is for, and what it needs.
+
+    Prints the files of conf/experiments. Writes nothing.
+
+    Example: compactgpt experiment list
+    """
+    from compactgpt.experiments import load_experiments
+
+    for name, found in load_experiments().items():
+        echo(f"{name:<14}{found.purpose}\n{'':<14}needs {found.needs}")
+    echo("next: compactgpt experiment show NAME")
+
+
+@experiment.command("show")
+def show_experiment(
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
 ) -> None:
-    """Where does a number come from? Report, stage, what it read, commit, MLflow run."""
-    with handle_user_errors():
-        from compactgpt.common.storage import read_json
-        from compactgpt.reporting.provenance import RECORD, find_value
-        from compactgpt.reporting.provenance import trace as chain
-        from compactgpt.tracking.mlflow_logger import run_of_value
+    """Show what an experiment would change in params.yaml.
 
-        record = read_json(RECORD)
-        lines = chain(Path(), record, name)
-        lines.append(("MLflow run", run_of_value(Path.cwd(), find_value(record, name)["stage"])))
-        if as_json:
-            facts: dict[str, list[str]] = {}
-            for what, found in lines:  # a stage reads and writes several files
-                facts.setdefault(what, []).append(found)
-            echo(json.dumps({**facts, "evidence": find_value(record, name)}, indent=2))
-        else:
-            echo("\n".join(f"{what:<12}{found}" for what, found in lines))
+    Prints a line per parameter. Writes nothing.
+
+    Example: compactgpt experiment show note
+    """
+    from compactgpt import experiments
+
+    echo("\n".join(experiments.describe(name, params_file, settings or [])))
+    echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
+
+
+@experiment.command("apply")
+def apply_experiment(
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
+) -> None:
+    """Change params.yaml to the values of an experiment.
+
+    Prints a line per parameter. Writes params.yaml; its comments stay.
+
+    Example: compactgpt experiment apply note -S training.max_steps=1000
+    """
+    from compactgpt import experiments
+
+    changes = experiments.apply(name, params_file, settings or [])
+    echo("\n".join(changes) or f"{params_file} has these values already")
+    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
+
+
+@experiment.command("run")
+def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
+    """Run an experiment with `dvc exp run`.
+
+    Prints how long it may take, then what DVC prints. Writes params.yaml and the outputs of the pipeline; the
+    runs of a sweep write DVC experiments only.
+
+    Example: compactgpt experiment run shakespeare-quick
+    """
+    from compactgpt import experiments
+    from compactgpt.forecast.estimate import announce_times
+
+    runs = experiments.configurations(name, params_file, settings or [])
+    echo("\n".join(announce_times(runs, Path())))
+    done = experiments.run(name, params_file, settings or [])
+    echo("\n".join(done))
+    echo(f"next: compactgpt experiment {'fit' if len(done) > 1 else 'record'} {name}")
+
+
+@experiment.command("record")
+def record_experiment(name: ExperimentName) -> None:
+    """Record the metrics of an experiment that has run, for the comparison.
+
+    Prints the file. Writes results/NAME.json.
+
+    Example: compactgpt experiment record note
+    """
+    from compactgpt.reporting.results import record_result
+
+    path = record_result(name)
+    echo(f"{path}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+
+
+@experiment.command("fit")
+def fit_experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep that has run.")] = "ladder",
+    folder: Annotated[Path, typer.Option(help="The folder of ladder.json and ladder.png.")] = Path("results"),
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
+
+    Prints the law and the prediction. Writes ladder.json and ladder.png.
+
+    Example: compactgpt experiment fit ladder
+    """
+    from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
+    from compactgpt.forecast.sweep import fit_sweep
+
+    def read_file(run: str, path: str) -> str:
+        return read_experiment_file(experiment_ref(run), path)
+
+    echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder, params_file))
+
+
+# The names until version 0.2.
+app.command("mend", hidden=True)(repair)
+app.command("ladder", hidden=True)(fit_experiment)

@@ -1,4 +1,4 @@
-"""A scaling law for our own corpus, fitted to a sweep of small runs: `compactgpt ladder`.
+"""A scaling law for our own corpus, fitted to a sweep of small runs: `compactgpt experiment fit`.
 
 The law is that of Hoffmann et al. 2022 (equation 2), L(N, D) = E + A / N^a + B / D^b, in nats per token,
 with N parameters in nanoGPT's convention and D tokens trained on. A few small runs determine few constants,

@@ -108,7 +108,7 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
     """Return the parameters, which must be those of the experiment."""
     if experiments.find_experiment(name, conf).sweep:
-        raise BadConfig(f"{name} is a sweep: `compactgpt ladder {name}` keeps its runs")
+        raise BadConfig(f"{name} is a sweep: `compactgpt experiment fit {name}` keeps its runs")
     changes = experiments.apply(name, params_file, conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
         raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
