@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from compactgpt.config import Regression, load_params  # noqa: E402
 from compactgpt.evaluation.likelihood import read_totals  # noqa: E402
 from compactgpt.gate.gate import decide, perplexity_rise  # noqa: E402
-from compactgpt.gate.references import accepted  # noqa: E402
+from compactgpt.gate.references import read_accepted  # noqa: E402
 
 # Variance between documents of the difference of two models, OWN + TOKEN / tokens: `noise` found it between
 # runs that differ by rounding only (docs/decisions/15-gate.md).
@@ -67,7 +67,7 @@ def simulate(options: argparse.Namespace) -> None:
     """Print the table."""
     settings = load_params(ROOT / "params.yaml").regression
     settings = settings.model_copy(update={"resamples": options.resamples})
-    lengths = accepted(ROOT / "reports/accepted.json").documents.tokens
+    lengths = read_accepted(ROOT / "reports/accepted.json").documents.tokens
     print(f"{options.trials} trials each, 8 times as many of rare failures where that is quick; 3 metrics,")
     print(
         f"tolerance {settings.tolerances['perplexity']:.0%}, false alarms {settings.false_alarms:.1%}, "

@@ -1,6 +1,6 @@
-"""Door of compactgpt.regression, the same as `compactgpt gate`. No stage of DVC.
+"""The gate, the same as `compactgpt gate`. Not a stage of DVC.
 
-A gate inside the chain would never be locked when it fails, and would run again every time.
+DVC would not lock a gate that fails, and would run it again every time.
 """
 
 from compactgpt.cli import gate

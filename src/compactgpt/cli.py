@@ -153,13 +153,13 @@ def gate(
 
     settings = load_params(params_file).regression
     if accept and not promote:
-        references.accept(references.present(Path()), accept, Path(against), settings.max_documents)
+        references.accept(references.read_present(Path()), accept, Path(against), settings.max_documents)
         echo(f"{against}: accepted; commit it, so that it is reviewed like code")
         return
     verdict = references.compare(against, Path(), settings, bench)
     passed = not verdict.failures
     echo(
-        json.dumps({"passed": passed, **asdict(verdict)}, indent=2) if as_json else formats.terminal(verdict)
+        json.dumps({"passed": passed, **asdict(verdict)}, indent=2) if as_json else formats.render_terminal(verdict)
     )
     formats.publish(verdict, markdown, junit)
     if not passed:

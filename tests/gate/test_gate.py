@@ -41,7 +41,7 @@ def documents(count=30, loss=4.0, spread=0.3, seed=0):
     generator = np.random.default_rng(seed)
     tokens = generator.integers(50, 2000, count).astype(float)
     nats = tokens * (loss + spread * generator.standard_normal(count))
-    return Documents(tuple(f"{row:032x}" for row in range(count)), tokens, {"perplexity": nats})
+    return Documents(tuple(f"{row:032x}" for row in range(count)), tokens, {"perplexity": nats}, count)
 
 
 def snapshot(**changes):
@@ -70,7 +70,7 @@ def statuses(verdict):
 
 
 def test_a_state_passes_against_itself():
-    verdict = gate.judge(snapshot(), snapshot(), SETTINGS)
+    verdict = gate.run_gate(snapshot(), snapshot(), SETTINGS)
     assert verdict.guards == [
         Check("validation", "pass", "the same val split, aaaaaaaaaaaa, in the same windows"),
         Check("parameters", "pass", "the same parameters and data: only code and chance can differ"),
@@ -82,7 +82,7 @@ def test_a_state_passes_against_itself():
 
 def test_a_verdict_names_what_it_is_against_and_tells_what_is_not_judged():
     then, now = snapshot(reason="a better recipe"), snapshot(figures={"loss": 4.5, "bits": 1.0})
-    verdict = gate.judge(then, now, SETTINGS)
+    verdict = gate.run_gate(then, now, SETTINGS)
     assert (verdict.against, verdict.reason) == ("then", "a better recipe")
     assert verdict.watched == [Check("bits", "info", "", None, 1.0), Check("loss", "info", "", 4.0, 4.5)]
     assert verdict.checks == [*verdict.guards, *verdict.metrics]
@@ -90,8 +90,8 @@ def test_a_verdict_names_what_it_is_against_and_tells_what_is_not_judged():
 
 
 def test_a_real_loss_fails_and_a_gain_passes():
-    assert statuses(gate.judge(snapshot(), worse(snapshot(), 1.1), SETTINGS))["perplexity"] == "fail"
-    assert statuses(gate.judge(snapshot(), worse(snapshot(), 0.9), SETTINGS))["perplexity"] == "pass"
+    assert statuses(gate.run_gate(snapshot(), worse(snapshot(), 1.1), SETTINGS))["perplexity"] == "fail"
+    assert statuses(gate.run_gate(snapshot(), worse(snapshot(), 0.9), SETTINGS))["perplexity"] == "pass"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_the_chance_of_a_false_alarm_is_shared_out(count):
         update={"tolerances": tolerances, "false_alarms": 0.04, "rerun_noise": 0.01, "resamples": 50}
     )
     now = worse(snapshot(figures={"perplexity": 55.7}), math.exp(0.02), spread=0.0)
-    check = gate.judge(snapshot(), now, judged).metrics[0]
+    check = gate.run_gate(snapshot(), now, judged).metrics[0]
     distance = 0.01 * scipy.stats.norm.ppf(1 - 0.04 / count)
     assert check.bounds == pytest.approx((math.exp(0.02 - distance) - 1, math.exp(0.02 + distance) - 1))
     expected = Check("perplexity", "warn" if distance > 0.02 else "fail", "30 documents", 54.6, 55.7)
@@ -155,7 +155,7 @@ def test_the_interval_is_of_paired_documents():
     """Losses spread by 0.3 nats between documents: unpaired, 30 of them could never show 2 %."""
     rose = worse(snapshot(), 1.02, spread=0.005)
     quiet = SETTINGS.model_copy(update={"rerun_noise": 0.0})
-    found = gate.judge(snapshot(), rose, quiet).metrics[0]
+    found = gate.run_gate(snapshot(), rose, quiet).metrics[0]
     assert found.status == "fail"
     assert found.bounds[0] > 0.015
     assert found.bounds[1] < 0.025
@@ -166,7 +166,7 @@ def test_the_interval_is_of_paired_documents():
 def test_lost_answers_are_judged_as_by_scipy(lost, won):
     flips = lost + won
     expected = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue if flips else 1.0
-    assert gate.flips_by_chance(lost, won) == pytest.approx(expected)
+    assert gate.mcnemar_one_sided(lost, won) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
     judged = SETTINGS.model_copy(
         update={"tolerances": {"accuracy.wikitext.2": tolerance}, "false_alarms": 2**-7}
     )
-    (check,) = gate.judge(snapshot(tasks=then), snapshot(tasks=now), judged).metrics
+    (check,) = gate.run_gate(snapshot(tasks=then), snapshot(tasks=now), judged).metrics
     flips = lost + won
     chance = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue
     says = f"of 100 items {lost} lost, {won} won; by chance with p = {chance:.2g}"
@@ -209,13 +209,13 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
 @pytest.mark.parametrize("other", [{"items_sha256": "d"}, {"hits": "1100" * 24}])
 def test_answers_to_other_items_are_not_compared(other):
     now = snapshot(tasks={"cloze": {"items_sha256": "c", "hits": "1100" * 25, **other}})
-    found = gate.judge(snapshot(), now, SETTINGS).metrics[1]
+    found = gate.run_gate(snapshot(), now, SETTINGS).metrics[1]
     assert found == Check("accuracy.cloze", "fail", "not comparable: other items are asked")
 
 
 def test_another_val_split_is_not_compared():
-    now = snapshot(ruler={"val": "f" * 64, "window": 9, "strided": "y" * 13})
-    verdict = gate.judge(snapshot(), now, SETTINGS)
+    now = snapshot(fingerprint={"val": "f" * 64, "window": 9, "strided": "y" * 13})
+    verdict = gate.run_gate(snapshot(), now, SETTINGS)
     says = "not comparable: strided None -> yyyyyyyyyyyyy, val aaaaaaaaaaaa -> ffffffffffff, window 8 -> 9"
     mend = ". Restore it, or accept these reports as the new reference"
     assert verdict.failures == [Check("validation", "fail", says + mend)]
@@ -224,8 +224,8 @@ def test_another_val_split_is_not_compared():
 
 def test_documents_that_are_missing_now_are_not_compared():
     held = documents()
-    now = snapshot(documents=held.rows(held.ids[1:]))
-    verdict = gate.judge(snapshot(), now, SETTINGS)
+    now = snapshot(documents=held.select(held.ids[1:]))
+    verdict = gate.run_gate(snapshot(), now, SETTINGS)
     says = "not comparable: the reference has documents that are missing now"
     assert verdict.failures == [Check("validation", "fail", says)]
     assert not verdict.metrics
@@ -234,13 +234,13 @@ def test_documents_that_are_missing_now_are_not_compared():
 def test_other_parameters_are_named_and_those_that_change_nothing_are_not():
     now = snapshot(params={"training.seed": 2, "comparison.language": "fr"}, data={"train": "e" * 64})
     says = "other figures are explained by: training.seed 1 -> 2; train bbbbbbbbbbbb -> eeeeeeeeeeee"
-    assert gate.judge(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
+    assert gate.run_gate(snapshot(), now, SETTINGS).guards[1] == Check("parameters", "warn", says)
 
 
 @pytest.mark.parametrize(("count", "end"), [(5, "p04 0 -> 1"), (6, "; and 1 more"), (30, "; and 25 more")])
 def test_of_many_parameters_five_are_named_and_all_are_kept(count, end):
     then, now = ({f"p{row:02}": value for row in range(count)} for value in (0, 1))
-    verdict = gate.judge(snapshot(params=then), snapshot(params=now), SETTINGS)
+    verdict = gate.run_gate(snapshot(params=then), snapshot(params=now), SETTINGS)
     assert verdict.guards[1].says.count(" -> ") == 5
     assert verdict.guards[1].says.endswith(end)
     assert len(verdict.differences) == count
@@ -265,43 +265,43 @@ def test_only_parameters_of_what_ran_are_compared():
     then = snapshot(params=names | IN_USE | NOT_IN_USE, data={"train": "e" * 64})
     for key, value in (IN_USE | NOT_IN_USE).items():
         now = snapshot(params={**then.params, key: value * 2})
-        named = [line.split()[0] for line in gate.judge(then, now, SETTINGS).differences]
+        named = [line.split()[0] for line in gate.run_gate(then, now, SETTINGS).differences]
         assert (key in named) == (key in IN_USE), key
     adamw = {**IN_USE, "training.optimizer": "adamw", "training.schedule": "cosine"}
     other = {"training.muon_learning_rate": 0.1, "training.decay_share": 0.9}
-    assert not gate.judge(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
+    assert not gate.run_gate(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
 
 
 def test_parameters_that_made_the_same_data_explain_nothing():
     then = snapshot(params={"download.corpus": "files", "tokenization.val_fraction": 0.1})
     now = snapshot(params={"download.corpus": "hub", "tokenization.val_fraction": 0.2})
-    assert not gate.judge(then, now, SETTINGS).differences
+    assert not gate.run_gate(then, now, SETTINGS).differences
     other = replace(now, data={"train": "e" * 64})
-    assert len(gate.judge(then, other, SETTINGS).differences) == 3
+    assert len(gate.run_gate(then, other, SETTINGS).differences) == 3
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
     then = snapshot(baselines={"gone": 1.0, "unigram": 6.0, "xz": 5.0})
     moved = {"new": 2.0, "unigram": 6.25, "xz": 5.0}
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.125})
-    says = "a baseline moved: the measuring changed, or what it is measured on"
+    says = "a baseline moved: the evaluation changed, or the text that it measures on"
     for other, status in (({}, "fail"), ({"data": {"train": "e" * 64}}, "warn")):
-        guards = gate.judge(then, snapshot(baselines=moved, **other), judged).guards
+        guards = gate.run_gate(then, snapshot(baselines=moved, **other), judged).guards
         assert guards[2:] == [Check("baseline.unigram", status, says, 6.0, 6.25)]
 
 
 def test_a_baseline_may_move_by_what_is_tolerated():
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.25})
-    guards = gate.judge(snapshot(), snapshot(baselines={"unigram": 6.25}), judged).guards
+    guards = gate.run_gate(snapshot(), snapshot(baselines={"unigram": 6.25}), judged).guards
     assert [check.status for check in guards] == ["pass", "pass", "pass"]
-    none = gate.judge(snapshot(), snapshot(baselines={"xz": 1.0}), judged).guards
+    none = gate.run_gate(snapshot(), snapshot(baselines={"xz": 1.0}), judged).guards
     assert [check.name for check in none] == ["validation", "parameters"]  # none is measured by both
 
 
 def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
     without = snapshot(tasks={}, figures={"accuracy.cloze": 0.4})
     having = snapshot(figures={"accuracy.cloze": 0.5})
-    lost, new = (gate.judge(*pair, SETTINGS).metrics[1] for pair in ((having, without), (without, having)))
+    lost, new = (gate.run_gate(*pair, SETTINGS).metrics[1] for pair in ((having, without), (without, having)))
     assert lost == Check("accuracy.cloze", "fail", "no longer measured", 0.5)
     assert new == Check("accuracy.cloze", "warn", "not in the reference", None, 0.5)
 
@@ -310,7 +310,7 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
 def test_throughput_is_judged_as_a_ratio(ratio, status):
     bench = {"engines": {"ours": {"ratio": ratio}}}
     judged = SETTINGS.model_copy(update={"min_throughput_ratio": 1.2})
-    found = gate.judge(snapshot(), snapshot(), judged, bench).guards[-1]
+    found = gate.run_gate(snapshot(), snapshot(), judged, bench).guards[-1]
     says = f"training makes {ratio:.2f} times nanoGPT's tokens a second, wanted 1.20"
     assert found == Check("throughput", status, says, 1.2, ratio)
 
@@ -349,61 +349,64 @@ def project(folder, loss=4.0):
         Totals(list(held.ids), tokens * 3, tokens, tokens, nats, None, {"strided": nats * 0.99}),
     )
     figure = {"value": value, "low": value, "high": value}
+    split = {"sha256": "a" * 64, "documents": 30, "tokens": 9, "bytes": 9}
+    model = {"kind": "compact", "context": "all", "num_params": 9}
     evaluation = {
-        "validation": {"sha256": "a" * 64}, "window": 8, "loss": figure, "bits_per_byte": figure,
+        "model": model, "validation": split, "window": 8, "loss": figure, "bits_per_byte": figure,
         "word_perplexity": None, "perplexity": {**figure, "value": math.exp(value)},
-        "views": {"strided": {"context": 8, "stride": 4, "perplexity": figure}},
+        "views": {"strided": {"context": 8, "stride": 4, "loss": figure, "perplexity": figure}},
         "tasks": {"cloze": {"accuracy": figure, "items_sha256": "c", "hits": "10" * 9}, "wikitext": {}},
         "text": {"statistics": {"greedy": {"loop_rate": figure}}},
     }  # fmt: skip
     write_json(folder / "reports/evaluation.json", evaluation)
-    write_json(folder / "reports/training.json", {"train_loss": value, "val_loss": value})
-    hashes = {"train": {"sha256": "b" * 64}, "tokenizer": {"tokenizer_sha256": "c" * 64}}
+    write_json(folder / "reports/training.json", {"tokens": 9, "train_loss": value, "val_loss": value})
+    tokenizer = {"encoding": "gpt2", "tokenizer_sha256": "c" * 64}
+    hashes = {"train": {**split, "sha256": "b" * 64}, "val": split, "tokenizer": tokenizer}
     write_json(folder / "reports/tokenization.json", hashes)
     for name in load_params(ROOT / "params.yaml").baseline.names:
-        write_json(folder / f"reports/baseline/{name}.json", {"loss": figure})
+        write_json(folder / f"reports/baseline/{name}.json", {**evaluation, "views": {}, "tasks": {}})
     (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     return folder
 
 
 def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
-    now = references.present(project(tmp_path))
+    now = references.read_present(project(tmp_path))
     references.accept(now, " a better recipe ", tmp_path / references.ACCEPTED, 2000)
-    then = references.reference("reports/accepted.json", tmp_path)
+    then = references.read_reference("reports/accepted.json", tmp_path)
     assert then.reason == "a better recipe"
-    for key in ("ruler", "data", "params", "figures", "baselines", "tasks"):
+    for key in ("fingerprint", "data", "params", "figures", "baselines", "tasks"):
         assert getattr(then, key) == getattr(now, key)
     assert then.documents.ids == now.documents.ids
     for metric, nats in now.documents.nats.items():
         assert np.array_equal(then.documents.nats[metric], nats)
-    assert not gate.judge(then, now, SETTINGS).failures
+    assert not gate.run_gate(then, now, SETTINGS).failures
 
 
 def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path):
-    now = references.present(project(tmp_path))
-    backwards = replace(now, documents=now.documents.rows(now.documents.ids[::-1]))
+    now = references.read_present(project(tmp_path))
+    backwards = replace(now, documents=now.documents.select(now.documents.ids[::-1]))
     for name, state in (("one", now), ("other", backwards)):
         references.accept(state, "why", tmp_path / f"{name}.json", 10)
-    one, other = (references.accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
+    one, other = (references.read_accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
     assert len(one.documents.ids) == 10
     assert set(one.documents.ids) == set(other.documents.ids)
-    verdict = gate.judge(one, now, SETTINGS)
+    verdict = gate.run_gate(one, now, SETTINGS)
     assert not verdict.failures
     assert verdict.metrics[0].says == "10 documents of 30"
 
 
 def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path):
     path = tmp_path / "accepted.json"
-    now = references.present(project(tmp_path))
+    now = references.read_present(project(tmp_path))
     with pytest.raises(BadConfig, match="reason"):
         references.accept(now, "  ", path, 10)
     with pytest.raises(MissingInput, match="--accept"):
-        references.accepted(path)
+        references.read_accepted(path)
     references.accept(now, "why", path, 10)
     for damage in ({"documents": {"rows": ["a b"]}}, {"version": 9}, {"ruler": None, "documents": []}):
         write_json(path, {**read_json(path), **damage})
         with pytest.raises(BadData, match="git checkout"):
-            references.accepted(path)
+            references.read_accepted(path)
         references.accept(now, "why", path, 10)
 
 
@@ -412,7 +415,7 @@ def test_a_report_and_sums_of_two_runs_are_refused(tmp_path):
     other = project(tmp_path / "other", loss=4.1)
     os.replace(other / "reports/evaluation.json", tmp_path / "one/reports/evaluation.json")
     with pytest.raises(BadData, match="different runs"):
-        references.present(tmp_path / "one")
+        references.read_present(tmp_path / "one")
 
 
 def with_dvc(folder):
@@ -430,13 +433,15 @@ def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
         tracking_store.git(tmp_path, *words)
     project(tmp_path, loss=4.2)  # a later run, not committed
-    verdict = gate.judge(references.reference("HEAD", tmp_path), references.present(tmp_path), SETTINGS)
+    verdict = gate.run_gate(
+        references.read_reference("HEAD", tmp_path), references.read_present(tmp_path), SETTINGS
+    )
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
     with pytest.raises(BadConfig, match="no commit"):
-        references.reference("nothing-of-that-name", tmp_path)
+        references.read_reference("nothing-of-that-name", tmp_path)
     shutil.rmtree(tmp_path / ".dvc/cache")
     with pytest.raises(MissingInput, match="dvc fetch"):
-        references.reference("HEAD", tmp_path)
+        references.read_reference("HEAD", tmp_path)
 
 
 def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeypatch, empty_store):
@@ -444,7 +449,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(empty_store)
     with pytest.raises(MissingInput, match="no model is champion"):
-        references.reference("champion", tmp_path)
+        references.read_reference("champion", tmp_path)
     with pytest.raises(MissingInput, match="models/compact"):
         references.promote(tmp_path)
     project(tmp_path)
@@ -461,7 +466,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     sync(tmp_path, record_unrun=True)
     assert references.promote(tmp_path) == "1"
     shutil.rmtree(tmp_path / "data")
-    champion = references.reference("champion", tmp_path)
+    champion = references.read_reference("champion", tmp_path)
     assert champion.name == "champion, version 1"
     assert len(champion.documents.ids) == 30
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 400)
@@ -496,7 +501,7 @@ JUNIT = {
 
 
 def test_junit_is_as_its_schema_wants_it():
-    tree = ElementTree.fromstring(formats.junit(ODD_VERDICT).encode())
+    tree = ElementTree.fromstring(formats.render_junit(ODD_VERDICT).encode())
     for element in tree.iter():
         attributes, children = JUNIT[element.tag]
         assert set(element.attrib) <= attributes
@@ -532,7 +537,7 @@ def test_annotations_are_one_line_and_say_what_was_meant(name, says):
 
 
 def test_markdown_survives_odd_text():
-    text = formats.markdown(ODD_VERDICT)
+    text = formats.render_markdown(ODD_VERDICT)
     assert text.splitlines()[0] == formats.MARKER
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
@@ -550,7 +555,7 @@ def test_the_comment_leads_with_the_verdict_and_fits_one_screen():
     )
     now = replace(then, params={}, baselines={"unigram": 7.0}, curve=curve)
     judged = SETTINGS.model_copy(update={"tolerances": {"perplexity": 0.01, **metrics}})
-    text = formats.markdown(gate.judge(then, now, judged))
+    text = formats.render_markdown(gate.run_gate(then, now, judged))
     lines = text.splitlines()
     assert lines[:2] == [formats.MARKER, "### ⚠️ Gate: passed, with warnings (parameters, baseline.unigram)"]
     shown, folded = text.split("<details>")
@@ -564,15 +569,15 @@ def test_the_comment_leads_with_the_verdict_and_fits_one_screen():
 
 def test_the_chart_has_the_curves_points_at_equal_distances():
     curve = ((1, 10.0, 9.0), (2, 9.5, None), (11, 8.0, 8.0), (41, 5.0, 6.0))
-    chart = formats._chart(curve)
+    chart = formats._make_chart(curve)
     assert (chart["first"], chart["last"]) == (1, 41)
     assert chart["train"] == [10.0, 7.0, 5.0]  # at steps 1, 21, 41
     assert chart["val"] == [9.0, 7.333, 6.0]
-    text = formats.markdown(replace(ODD_VERDICT, curve=curve))
+    text = formats.render_markdown(replace(ODD_VERDICT, curve=curve))
     assert "  line [9.0, 7.333, 6.0]\n" in text
     assert 'x-axis "step" 1 --> 41\n  y-axis 4.95 --> 10.05\n' in text
-    assert formats._chart(curve[:2]) is None
-    assert "mermaid" not in formats.markdown(ODD_VERDICT)
+    assert formats._make_chart(curve[:2]) is None
+    assert "mermaid" not in formats.render_markdown(ODD_VERDICT)
 
 
 def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, monkeypatch, capsys):
@@ -670,7 +675,7 @@ def test_a_pull_request_has_one_comment_that_is_renewed(hub, tmp_path, monkeypat
     spec.loader.exec_module(comment)
     path = tmp_path / "gate.md"
     monkeypatch.setattr("sys.argv", ["comment.py", str(path)])
-    for text in (formats.markdown(ODD_VERDICT), formats.MARKER + "\n" + "a line\n" * 20_000):
+    for text in (formats.render_markdown(ODD_VERDICT), formats.MARKER + "\n" + "a line\n" * 20_000):
         path.write_text(text)
         comment.main()
     assert len(hub.comments) == 121

@@ -588,6 +588,6 @@ SETTINGS = PARAMS.regression.model_copy(update={"resamples": 20})
 @few(80)
 @given(changes=CHANGES)
 def test_references_given_to_the_gate(folder, changes):
-    now = references.accepted(ROOT / "reports/accepted.json")
+    now = references.read_accepted(ROOT / "reports/accepted.json")
     (folder / "accepted.json").write_text(json.dumps(changed(ACCEPTED, changes)))
-    is_refused(lambda: gate.judge(references.reference("accepted.json", folder), now, SETTINGS))
+    is_refused(lambda: gate.run_gate(references.read_reference("accepted.json", folder), now, SETTINGS))

@@ -21,7 +21,7 @@ from pydantic import (
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import load_section
-from compactgpt.common.storage import read_json, read_manifest
+from compactgpt.common.storage import read_manifest
 from compactgpt.config import ExpectedLoss
 from compactgpt.evaluation.generation import WAYS
 from compactgpt.evaluation.likelihood import Totals, read_totals
@@ -74,6 +74,7 @@ class _View(Report):
     context: int
     stride: int
     loss: Bounds
+    perplexity: Bounds
 
 
 class _Position(Report):
@@ -187,6 +188,8 @@ class Trained(Report):
     """reports/training.json."""
 
     tokens: int
+    train_loss: float
+    val_loss: float
 
 
 class _Sizes(Report):
@@ -298,11 +301,23 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
         BadData: it lacks a field.
     """
     try:
-        return kind.model_validate(read_json(path))
+        return parse_report(path.read_bytes(), str(path), kind)
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
+
+
+def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
+    """Parse the fields that we use of a report.
+
+    Raises:
+        BadData: it is not JSON, or it lacks a field; the message has `name`, the path of the report.
+    """
+    try:
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BadData(f"{path}: {field}: {first['msg']}; delete it and run `dvc repro`") from error
+        field = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise BadData(f"{name}: {field}{first['msg']}; delete it and run `dvc repro`") from error
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
