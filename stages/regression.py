@@ -3,12 +3,9 @@
 DVC would not lock a gate that fails, and would run it again every time.
 """
 
-from compactgpt.cli import gate
-from stages._runner import new_app
+import sys
 
-app = new_app()
-app.command()(gate)
-
+from compactgpt.cli import app
 
 if __name__ == "__main__":
-    app()
+    app(["gate", *sys.argv[1:]])

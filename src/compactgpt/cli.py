@@ -158,9 +158,10 @@ def gate(
         return
     verdict = references.compare(against, Path(), settings, bench)
     passed = not verdict.failures
-    echo(
-        json.dumps({"passed": passed, **asdict(verdict)}, indent=2) if as_json else formats.render_terminal(verdict)
-    )
+    if as_json:
+        echo(json.dumps({"passed": passed, **asdict(verdict)}, indent=2))
+    else:
+        echo(formats.render_terminal(verdict))
     formats.publish(verdict, markdown, junit)
     if not passed:
         if not as_json:

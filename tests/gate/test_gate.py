@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import load_params
@@ -27,7 +28,6 @@ from compactgpt.gate import formats, gate, references
 from compactgpt.gate.gate import Check, Documents, Snapshot, Verdict
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.training.checkpoint import save_model
-from stages.regression import app
 from tests.support import tracking_store
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
@@ -592,7 +592,7 @@ def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, mo
 
 
 def run(*words):
-    return CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    return CliRunner().invoke(app, ["gate", *map(str, words)], catch_exceptions=False)
 
 
 def test_the_door_accepts_passes_and_stops(tmp_path, monkeypatch):
