@@ -1,29 +1,28 @@
-"""Documents that say the same: equal and nearly equal ones, and val text that is also in train.
+"""Documents that repeat others, and text of val that is also in train.
 
-All three look at words: runs of letters, digits and underscores, lower-cased, as in appendix C of the GPT-3
-paper (Brown et al. 2020), which ignores punctuation, white space and case. A word is its 64-bit hash, and a
-run of words a polynomial of these hashes.
+All three questions look at words: runs of letters, digits and underscores, lower-cased, as in appendix C of
+the GPT-3 paper (Brown et al. 2020), which ignores punctuation, white space and case. A word is represented
+by a 64-bit hash, and n words in a row by a polynomial of their hashes.
 
-    same words      two documents with the same hash of all their words
-    near duplicate  MinHash (Broder 1997; rensa computes it) of runs of 5 words, found by locality-sensitive
+    same words      two documents with the same words in the same order
+    near duplicate  MinHash (Broder 1997; computed by rensa) of 5 words in a row, found by locality-sensitive
                     hashing in bands; similarity is the share of equal signature values, an estimate of the
                     Jaccard similarity
-    overlap         the share of a val document's runs of 13 words that some train document has; 13 is GPT-3's
-                    length, and lm-evaluation-harness' (docs/decontamination.md)
+    overlap         the share of a val document's runs of 13 words that some train document has; 13 is the
+                    length of GPT-3 and of lm-evaluation-harness (docs/decontamination.md)
 
-Memory: 12 bytes per document and one band of the signatures, which are on disk with 4 bytes per value. The
-index of rensa would need 1.3 KB per document (docs/decisions). The runs of val are in memory: val is a
-small share, and of a document with more than RUNS_PER_DOCUMENT runs only those with the lowest hashes are
-kept. V documents of val, G runs in them, N documents in all.
+The bands are compared here and not by rensa's LSH: that needs 1.3 KB of memory per document, and returns
+candidates only for signature objects, which can't be made from the signatures that workers send. Here the
+signatures take 4 bytes per value. Shapes: N documents, V of them in val, G different runs of words in val.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -32,64 +31,17 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_row_group
+from compactgpt.data.tokenization import split_of
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Similarities = npt.NDArray[np.float64]
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication is a bijection
-_NEIGHBOURS = 8  # of a bucket, in the order of documents, that a document is compared with
-_PAIRS_AT_ONCE = 2**16
-RUNS_PER_DOCUMENT = 2**18
-_POSTINGS = 10  # train documents that are kept for one run of val
-
-
-@dataclass(frozen=True)
-class Task:
-    """One row group, and what to look for in it."""
-
-    group: RowGroup
-    params: Inspection
-    val: Path  # folder of the arrays that `save_val_runs` wrote
-
-
-@dataclass(frozen=True)
-class Digest:
-    """What is kept of the n documents of one row group."""
-
-    ids: npt.NDArray[Any]  # (n,) S16
-    byte_lengths: Numbers  # (n,)
-    in_val: Flags  # (n,)
-    words: Hashes  # (n,) of all words
-    signatures: npt.NDArray[np.uint32]  # (n, permutations)
-    runs: Numbers  # (hits,) indices of val's runs that a train document has, ...
-    owners: Numbers  # (hits,) ... and which one of the n
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How much of val is in train."""
-
-    documents: Numbers  # (V,) numbers of val's documents in the corpus
-    runs: Numbers  # (V,) distinct runs of each
-    seen: Numbers  # (V,) of these, in train
-    twins: Numbers  # (V,) number of the train document that has most of them, -1 for none
-
-
-@dataclass(frozen=True)
-class Twins:
-    """The nearest near duplicate of every document."""
-
-    similarity: npt.NDArray[np.float32]  # (N,) 0 for none
-    twin: Numbers  # (N,) -1 for none
-    similarity_across: npt.NDArray[np.float32]  # (N,) the same, of those in the other split
-    twin_across: Numbers  # (N,)
-
-
-def id_array(ids: Iterable[bytes]) -> npt.NDArray[Any]:
-    """Return 16-byte ids as an array that sorts and compares. (n,)"""
-    return np.array(list(ids), "S16")
+_NEIGHBOURS = 8  # documents of a bucket that each document is compared with
+_OWNERS_PER_RUN = 10  # train documents that are kept for one run of val
 
 
 def word_hashes(text: str) -> Hashes:
@@ -99,8 +51,11 @@ def word_hashes(text: str) -> Hashes:
 
 @lru_cache(maxsize=2**19)  # nearly every word of a text occurred before
 def _word_hash(word: str) -> int:
-    # A lone surrogate can't come here: documents.py refuses it.
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+    return _hash(word.encode())
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
@@ -108,85 +63,76 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
-        hashes = hashes * _FACTOR + words[offset : offset + count]
+        hashes = hashes * _FACTOR + words[offset : offset + count]  # wraps around at 2^64
     return hashes
 
 
-def save_val_runs(folder: Path, groups: Iterable[RowGroup], val_ids: npt.NDArray[Any], length: int) -> None:
-    """Find val's documents, and write their distinct runs: arrays `ids`, `runs` and the pairs between them.
+# --- reading the documents
 
-    Writes:
-        ids (V,) S16 sorted; documents (V,) their numbers in the corpus, in its order; runs (G,) sorted;
-        pair_runs and pair_documents (pairs,): val document k, in the order of the corpus, has run g.
-    """
-    wanted = np.sort(val_ids)
-    numbers: list[int] = []
-    hashes: list[Hashes] = []
-    start = 0
+
+@dataclass(frozen=True)
+class Digest:
+    """What is kept of n documents: those of a row group, or all N."""
+
+    ids: npt.NDArray[np.uint8]  # (n, 16)
+    byte_lengths: Numbers  # (n,)
+    in_val: Flags  # (n,)
+    words: Hashes  # (n,) of all words of a document
+    signatures: npt.NDArray[np.uint32]  # (n, permutations)
+    hit_runs: Numbers  # (hits,) index of a run of val that a document has, ...
+    hit_documents: Numbers  # (hits,) ... and which of the n documents it is
+
+
+def val_runs(groups: Iterable[RowGroup], val_fraction: float, length: int) -> Hashes:
+    """Read val's documents, and return the hashes of their runs of words, sorted. (G,)"""
+    hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
-        held_out = _contains(wanted, id_array(bytes.fromhex(each.id) for each in documents))
-        for row in np.flatnonzero(held_out).tolist():
-            numbers.append(start + row)
-            runs = np.unique(run_hashes(word_hashes(documents[row].text), length))
-            hashes.append(runs[:RUNS_PER_DOCUMENT])
-        start += len(documents)
-    every = np.concatenate([*hashes, np.empty(0, np.uint64)])
-    runs, pair_runs = np.unique(every, return_inverse=True)
-    np.save(folder / "ids.npy", wanted)
-    np.save(folder / "documents.npy", np.array(numbers, np.int64))
-    np.save(folder / "runs.npy", runs)
-    np.save(folder / "pair_runs.npy", pair_runs.astype(np.int64))
-    np.save(folder / "pair_documents.npy", np.repeat(np.arange(len(hashes)), [len(h) for h in hashes]))
+        texts = [each.text for each in documents if split_of(each.id, val_fraction) == "val"]
+        hashes += [np.unique(run_hashes(word_hashes(text), length)) for text in texts]
+    return np.unique(np.concatenate(hashes))
 
 
 @lru_cache(maxsize=1)
-def _val_arrays(folder: Path) -> tuple[npt.NDArray[Any], Hashes]:
-    """Load what a worker needs of val, once per process."""
-    return np.load(folder / "ids.npy"), np.load(folder / "runs.npy")
+def _load_runs(path: Path) -> Hashes:
+    """Map the runs of val once per process; all workers share the memory."""
+    runs: Hashes = np.load(path, mmap_mode="r")
+    return runs
 
 
-def _contains(ordered: npt.NDArray[Any], values: npt.NDArray[Any]) -> Flags:
-    """Return which values are in a sorted array. (values,)"""
-    if not len(ordered):
-        return np.zeros(len(values), np.bool_)
-    positions = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
-    found: Flags = ordered[positions] == values
-    return found
+def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_file: Path) -> Digest:
+    """Digest the documents of one row group: a pure function of files on disk, for any process.
 
-
-def _find(val_runs: Hashes, runs: Hashes) -> Numbers:
-    """Return the indices of the runs of val that are among these. (hits,)"""
-    hits: Numbers = np.searchsorted(val_runs, np.unique(runs[_contains(val_runs, runs)]))
-    return hits
-
-
-def digest_group(task: Task) -> Digest:
-    """Digest the documents of one row group: a pure function of files on disk, for any process."""
-    params = task.params
-    val_ids, val_runs = _val_arrays(task.val)
-    documents = read_row_group(task.group)
-    ids = id_array(bytes.fromhex(each.id) for each in documents)
-    in_val = _contains(val_ids, ids)
-    wholes: list[int] = []
+    Args:
+        group: the row group.
+        params: what to look for.
+        val_fraction: decides which documents are in val.
+        runs_file: has the runs of val.
+    """
+    wanted = _load_runs(runs_file)
+    documents = read_row_group(group)
+    word_digests: list[int] = []
     shingles: list[Hashes] = []
-    found: list[Numbers] = []
-    for document, held_out in zip(documents, in_val.tolist(), strict=True):
+    hits: list[Numbers] = []
+    for document in documents:
         words = word_hashes(document.text)
         # A document without words equals only itself.
-        content = words.tobytes() or bytes.fromhex(document.id)
-        wholes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-        own = run_hashes(words, params.shingle_words)
-        shingles.append(own if len(own) else np.array(wholes[-1:], np.uint64))
-        found.append(_find(val_runs, words[:0] if held_out else run_hashes(words, params.overlap_words)))
+        word_digests.append(_hash(words.tobytes() or bytes.fromhex(document.id)))
+        runs = run_hashes(words, params.shingle_words)
+        shingles.append(runs if len(runs) else np.array(word_digests[-1:], np.uint64))
+        runs = run_hashes(words, params.overlap_words)
+        positions = np.searchsorted(wanted, runs)
+        positions[positions == len(wanted)] = 0  # greater than all of them: not equal to the first
+        is_hit = wanted[positions] == runs if len(wanted) else np.zeros(len(runs), np.bool_)
+        hits.append(np.unique(positions[is_hit]))
     return Digest(
-        ids,
+        np.frombuffer(bytes.fromhex("".join(each.id for each in documents)), np.uint8).reshape(-1, 16),
         np.array([len(each.text.encode()) for each in documents], np.int64),
-        in_val,
-        np.array(wholes, np.uint64),
+        np.array([split_of(each.id, val_fraction) == "val" for each in documents], np.bool_),
+        np.array(word_digests, np.uint64),
         _signatures(shingles, params),
-        np.concatenate([np.empty(0, np.int64), *found]),
-        np.repeat(np.arange(len(found)), [len(each) for each in found]),
+        np.concatenate([np.empty(0, np.int64), *hits]),
+        np.repeat(np.arange(len(hits)), [len(each) for each in hits]),
     )
 
 
@@ -201,147 +147,164 @@ def _signatures(shingles: list[Hashes], params: Inspection) -> npt.NDArray[np.ui
     return np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations)
 
 
-class Scan:
-    """One pass over a corpus that collects what the three questions need, and answers them.
+def digest_documents(
+    groups: list[RowGroup],
+    params: Inspection,
+    val_fraction: float,
+    *,
+    num_workers: int,
+    total: int,
+    progress: Progress = silent,
+) -> Digest:
+    """Digest all documents, in one pass over the corpus after one that finds the runs of val.
 
     Args:
+        groups: row groups of the corpus.
         params: what to look for.
-        scratch: an empty folder for the signatures and val's runs.
+        val_fraction: decides which documents are in val.
+        num_workers: processes; the result does not depend on it.
+        total: number of documents.
+        progress: called with the number of documents read.
     """
-
-    def __init__(self, params: Inspection, scratch: Path) -> None:
-        self._params, self._scratch = params, scratch
-        self._words: list[Hashes] = []
-        self._in_val: list[Flags] = []
-        self._postings: list[Numbers] = []  # (2, pairs) run of val, number of the train document
-        self.documents = 0
-
-    def read(
-        self,
-        groups: list[RowGroup],
-        val_ids: npt.NDArray[Any],
-        total: int,
-        num_workers: int,
-        progress: Progress = silent,
-    ) -> Iterator[Digest]:
-        """Digest each row group, and yield the digests for other checks."""
-        save_val_runs(self._scratch, groups, val_ids, self._params.overlap_words)
-        self._num_owners = np.zeros(len(np.load(self._scratch / "runs.npy", mmap_mode="r")), np.int32)
-        tasks = (Task(group, self._params, self._scratch) for group in groups)
-        with open(self._scratch / "signatures", "wb") as file:
-            for digest in ordered_map(digest_group, tasks, num_workers):
-                file.write(digest.signatures.tobytes())
-                self._collect(digest)
-                progress(self.documents, total)
-                yield digest
-        self.words, self.in_val = np.concatenate(self._words), np.concatenate(self._in_val)
-
-    def _collect(self, digest: Digest) -> None:
-        self._words.append(digest.words)
-        self._in_val.append(digest.in_val)
-        new = self._num_owners[digest.runs] < _POSTINGS
-        self._postings.append(np.stack([digest.runs[new], digest.owners[new] + self.documents]))
-        np.add.at(self._num_owners, digest.runs, 1)
-        self.documents += len(digest.ids)
-
-    def overlap(self) -> Overlap:
-        """Measure how much of each val document is in train, and in which document most of it is."""
-        documents, pair_runs, pair_documents = (
-            np.load(self._scratch / f"{name}.npy") for name in ("documents", "pair_runs", "pair_documents")
-        )
-        size = len(documents)
-        seen = np.bincount(pair_documents, weights=self._num_owners[pair_runs] > 0, minlength=size)
-        twins = np.full(size, -1, np.int64)
-        runs, owners = np.concatenate([*self._postings, np.empty((2, 0), np.int64)], axis=1)
-        order = np.argsort(runs, kind="stable")
-        runs, owners = runs[order], owners[order]
-        starts = np.searchsorted(pair_documents, np.arange(size + 1))
-        for number in range(size):
-            own = np.unique(pair_runs[starts[number] : starts[number + 1]])
-            low, high = np.searchsorted(runs, own), np.searchsorted(runs, own, side="right")
-            if (high - low).sum():
-                found = np.concatenate([owners[a:b] for a, b in zip(low, high, strict=True)])
-                names, counts = np.unique(found, return_counts=True)
-                twins[number] = names[counts.argmax()]
-        return Overlap(documents, np.bincount(pair_documents, minlength=size), seen.astype(np.int64), twins)
-
-    def same_words(self) -> Numbers:
-        """Find for each document the first other one with the same words, in the other split if there is one.
-
-        Returns:
-            Its number, -1 for none. (N,)
-        """
-        order = np.argsort(self.words, kind="stable")
-        words, twins = self.words[order], np.full(self.documents, -1, np.int64)
-        edges = np.flatnonzero(np.r_[True, words[1:] != words[:-1], True])
-        for group in np.flatnonzero(np.diff(edges) > 1).tolist():
-            members = order[edges[group] : edges[group + 1]]
-            held_out = self.in_val[members]
-            for split in (False, True):
-                own, other = members[held_out == split], members[held_out != split]
-                if len(other):
-                    twins[own] = other[0]
-                elif len(own) > 1:
-                    twins[own], twins[own[0]] = own[0], own[1]
-        return twins
-
-    def near_duplicates(self) -> Twins:
-        """Find the nearest near duplicate of each document, band by band."""
-        rows = np.memmap(
-            self._scratch / "signatures", np.uint32, "r", shape=(self.documents, self._params.permutations)
-        )
-        twins = Twins(
-            np.zeros(self.documents, np.float32),
-            np.full(self.documents, -1, np.int64),
-            np.zeros(self.documents, np.float32),
-            np.full(self.documents, -1, np.int64),
-        )
-        width = self._params.permutations // self._params.bands
-        for band in range(self._params.bands):
-            keys = np.zeros(self.documents, np.uint64)
-            for column in range(band * width, (band + 1) * width):
-                keys = keys * _FACTOR + rows[:, column].astype(np.uint64)
-            for first, second in _candidates(keys):
-                self._compare(rows, first, second, twins)
-        return twins
-
-    def _compare(self, rows: Any, first: Numbers, second: Numbers, twins: Twins) -> None:
-        for start in range(0, len(first), _PAIRS_AT_ONCE):
-            a, b = first[start : start + _PAIRS_AT_ONCE], second[start : start + _PAIRS_AT_ONCE]
-            equal = np.count_nonzero(rows[a] == rows[b], axis=1)
-            similarity: npt.NDArray[np.float32] = (equal / rows.shape[1]).astype(np.float32)
-            near = similarity >= self._params.similarity
-            a, b, similarity = a[near], b[near], similarity[near]
-            across = self.in_val[a] != self.in_val[b]
-            for one, other in ((a, b), (b, a)):
-                _keep_best(twins.similarity, twins.twin, one, other, similarity)
-                _keep_best(
-                    twins.similarity_across,
-                    twins.twin_across,
-                    one[across],
-                    other[across],
-                    similarity[across],
-                )
+    runs = val_runs(groups, val_fraction, params.overlap_words)
+    num_owners = np.zeros(len(runs), np.int32)
+    signatures = np.empty((total, params.permutations), np.uint32)  # filled in place: the largest array
+    parts: list[Digest] = []
+    documents = 0
+    with TemporaryDirectory() as scratch:
+        runs_file = Path(scratch) / "runs.npy"
+        np.save(runs_file, runs)
+        digest = partial(digest_group, params=params, val_fraction=val_fraction, runs_file=runs_file)
+        for part in ordered_map(digest, groups, num_workers):
+            signatures[documents : documents + len(part.ids)] = part.signatures
+            # A run that is everywhere, such as a licence, keeps its first owners in train only.
+            of_val = part.in_val[part.hit_documents]
+            is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
+            np.add.at(num_owners, part.hit_runs[~of_val], 1)
+            kept = replace(
+                part,
+                signatures=signatures[:0],
+                hit_runs=part.hit_runs[is_kept],
+                hit_documents=part.hit_documents[is_kept] + documents,
+            )
+            parts.append(kept)
+            documents += len(part.ids)
+            progress(documents, total)
+    names = [field.name for field in fields(Digest) if field.name != "signatures"]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return Digest(signatures=signatures, **columns)
 
 
-def _candidates(keys: Hashes) -> Iterator[tuple[Numbers, Numbers]]:
-    """Yield pairs of documents in one bucket: each with its next neighbours, and with the bucket's first."""
-    order = np.argsort(keys, kind="stable")
+# --- twins: documents that are equal or nearly so
+
+
+@dataclass(frozen=True)
+class Twins:
+    """The most similar document of every document."""
+
+    twin: Numbers  # (N,) its number, -1 for none
+    similarity: Similarities  # (N,) 0 for none
+
+
+def find_same_words(corpus: Digest) -> tuple[Twins, Twins]:
+    """Find for each document one with the same words: the first of all, and the first in the other split."""
+    first, second = _candidates(corpus.words, corpus.in_val)
+    return _find_twins(corpus, first, second, np.ones(len(first)))
+
+
+def find_near_duplicates(corpus: Digest, params: Inspection) -> tuple[Twins, Twins]:
+    """Find the nearest near duplicate of each document: of all, and of those in the other split."""
+    width = params.permutations // params.bands
+    found = []  # pairs; one that agrees in several bands is in it several times
+    for band in range(params.bands):
+        keys = np.zeros(len(corpus.words), np.uint64)
+        for column in range(band * width, (band + 1) * width):
+            keys = keys * _FACTOR + corpus.signatures[:, column]
+        first, second = _candidates(keys, corpus.in_val)
+        equal = np.zeros(len(first), np.int64)
+        for values in corpus.signatures.T:  # one column at a time: all values of all pairs are too many
+            equal += values[first] == values[second]
+        similarity = equal / params.permutations
+        is_near = similarity >= params.similarity
+        found.append((first[is_near], second[is_near], similarity[is_near]))
+    first, second, similarity = map(np.concatenate, zip(*found, strict=True))
+    return _find_twins(corpus, first, second, similarity)
+
+
+def _candidates(keys: Hashes, in_val: Flags) -> tuple[Numbers, Numbers]:
+    """Pair documents with equal keys (a bucket): each with its next neighbours, and with the bucket's first.
+
+    All pairs would be too many: a text that is in the corpus 100,000 times has 5 billion. Documents of
+    train come first in a bucket, so that each document of val is paired with one of train if there is any.
+    """
+    order = np.lexsort((in_val, keys))  # stable: in the order of the corpus otherwise
     ordered = keys[order]
+    bucket_starts = np.searchsorted(ordered, ordered)
+    repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
+    first, second = [bucket_starts[repeats]], [repeats]  # positions in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
-        if not len(same):
-            return
-        yield order[same], order[same + distance]
-    starts = np.searchsorted(ordered, ordered)
-    far = np.flatnonzero(np.arange(len(keys)) - starts > _NEIGHBOURS)
-    yield order[starts[far]], order[far]
+        first.append(same)
+        second.append(same + distance)
+    return order[np.concatenate(first)], order[np.concatenate(second)]
 
 
-def _keep_best(
-    best: npt.NDArray[np.float32], twin: Numbers, one: Numbers, other: Numbers, similarity: Any
-) -> None:
-    """Keep the better twin; of equally good ones the first in the corpus."""
-    for document, candidate, value in zip(one.tolist(), other.tolist(), similarity.tolist(), strict=True):
-        if value > best[document] or (value == best[document] and candidate < twin[document]):
-            best[document], twin[document] = value, candidate
+def _find_twins(
+    corpus: Digest, first: Numbers, second: Numbers, similarity: Similarities
+) -> tuple[Twins, Twins]:
+    """Find the most similar twin of each document among pairs: of all, and of those in the other split."""
+    across = corpus.in_val[first] != corpus.in_val[second]
+    size = len(corpus.words)
+    nearest = _nearest(size, first, second, similarity)
+    return nearest, _nearest(size, first[across], second[across], similarity[across])
+
+
+def _nearest(size: int, first: Numbers, second: Numbers, similarity: Similarities) -> Twins:
+    """Keep the most similar twin of each document; of equally similar ones the first in the corpus."""
+    document, other = np.concatenate([first, second]), np.concatenate([second, first])
+    both = np.concatenate([similarity, similarity])
+    order = np.lexsort((other, -both, document))
+    documents, positions = np.unique(document[order], return_index=True)
+    best = order[positions]
+    twins = Twins(np.full(size, -1, np.int64), np.zeros(size))
+    twins.twin[documents], twins.similarity[documents] = other[best], both[best]
+    return twins
+
+
+# --- overlap
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of each of the V documents of val is in train."""
+
+    documents: Numbers  # (V,) numbers in the corpus
+    runs: Numbers  # (V,) different runs
+    seen: Numbers  # (V,) of these, in train
+    twins: Numbers  # (V,) number of the train document that has most of them, -1 for none
+
+    @property
+    def share(self) -> Similarities:
+        """Share of a document's runs that are in train. (V,)"""
+        return self.seen / np.maximum(self.runs, 1)
+
+
+def find_overlap(corpus: Digest) -> Overlap:
+    """Count the runs of each val document that are in train; find the train document with most of them."""
+    of_val = corpus.in_val[corpus.hit_documents]
+    holders, holder_runs = corpus.hit_documents[of_val], corpus.hit_runs[of_val]  # sorted by document
+    by_run = np.argsort(corpus.hit_runs[~of_val], kind="stable")
+    owners, owner_runs = corpus.hit_documents[~of_val][by_run], corpus.hit_runs[~of_val][by_run]
+    # owners[low[hit] : high[hit]] are the documents of train that have the run of a hit.
+    low = np.searchsorted(owner_runs, holder_runs)
+    high = np.searchsorted(owner_runs, holder_runs, side="right")
+    documents, size = np.flatnonzero(corpus.in_val), len(corpus.in_val)
+    runs = np.bincount(holders, minlength=size)[documents]
+    seen = np.bincount(holders[high > low], minlength=size)[documents]
+    twins = np.full(len(documents), -1, np.int64)
+    for row in np.flatnonzero(seen).tolist():
+        start, end = np.searchsorted(holders, [documents[row], documents[row] + 1])
+        found = [owners[low[hit] : high[hit]] for hit in range(start, end)]
+        names, counts = np.unique(np.concatenate(found), return_counts=True)
+        twins[row] = names[counts.argmax()]
+    return Overlap(documents, runs, seen, twins)

@@ -1,16 +1,16 @@
-"""Great Expectations on the documents: is this text fit to train on?
+"""Check documents with Great Expectations (GX): is this text fit to train on?
 
 Two tables are checked:
 
-    corpus     one row for the whole corpus: documents, bytes, ids that occur twice, ids that are not the
-               hash of their text. Exact: counted while the shards are read, in 16 bytes per document.
-    documents  one row per document (`document_row`). Of a corpus of more than `validation.max_rows`
+    corpus     one row for all documents: their number and bytes, ids that occur twice, ids that are not the
+               hash of their text
+    documents  one row per document (`document_row`). If the corpus has more than `validation.max_rows`
                documents, a sample of about that many: those whose normalised text has a hash below a bound.
-               It is the same sample on every machine, and it has both or none of two documents that differ
-               only in case and spacing.
+               The sample is the same on every machine, and two documents that differ only in case and
+               spacing are both in it or both not.
 
-The texts are read row group by row group and are never in memory together. `check_expectations` runs a
-checkpoint per table and leaves Data Docs; inspection uses it too.
+Texts are read row group by row group; memory holds 16 bytes per document and the rows.
+`check_expectations` runs a checkpoint per table and writes Data Docs; inspection uses it too.
 """
 
 import hashlib
@@ -23,20 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import CheckFailed
-from compactgpt.common.storage import clear_folder, verified_manifest, write_text
+from compactgpt.common.storage import atomic_folder, verified_manifest
 from compactgpt.config import Validation
-from compactgpt.data.documents import Document, IdSet, read_row_group, row_groups
+from compactgpt.data.documents import Document, read_row_group, row_groups
 
-# What Great Expectations writes at the top of a folder of Data Docs.
-DATA_DOCS = {"expectations", "index.html", "static", "validations"}
-_DOCS_MARKER = ".compactgpt-data-docs"  # an earlier output of ours, and not somebody's website
 _EXCERPT_CHARACTERS = 80
-_EXAMPLES = 3
+_EXAMPLES = 3  # documents that a failed expectation names
 _MEGABYTE = 1_000_000
 _PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
-# What a page loads from another server. Without a network it would wait for it, and its scripts would fail.
+# What a page loads from another server. Without network the page would wait for it, and its scripts fail.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
 )
@@ -44,7 +43,7 @@ _REMOTE = re.compile(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, each with `id` and `source`, and the expectations of them."""
+    """Rows, each with `id` and `source`, and their expectations."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -58,7 +57,7 @@ def validate(
 
     Args:
         documents: folder of document shards.
-        docs: folder for Data Docs, replaced. They carry the time, so no DVC output may depend on them.
+        docs: folder for Data Docs, replaced. They contain the time, so no DVC output may depend on them.
         params: bounds of the expectations.
         progress: called with the number of documents read.
 
@@ -75,32 +74,29 @@ def validate(
         Table("documents", rows, document_expectations(params)),
     ]
     results = check_expectations("validation", tables, docs)
-    return {
-        "success": all(result["success"] for result in results),
-        **counts,
-        "rows": len(rows),
-        "expectations": results,
-    }
+    success = all(result["success"] for result in results)
+    return {"success": success, **counts, "rows": len(rows), "expectations": results}
 
 
 def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Count the whole corpus; describe its documents, or a sample of them."""
     total = verified_manifest(folder)["documents"]
-    counts = {"documents": 0, "bytes": 0, "repeated_ids": 0, "wrong_ids": 0}
-    seen = IdSet()
+    counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
+    ids = bytearray()  # 16 bytes of each; hashed, since a damaged id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(folder):
         for document in read_row_group(group):
-            text = document.text
-            content = text.encode()
+            content = document.text.encode()
             counts["documents"] += 1
             counts["bytes"] += len(content)
             counts["wrong_ids"] += _hash(content) != document.id
-            counts["repeated_ids"] += not seen.add(_hash(document.id.encode()))
-            if total <= max_rows or int(_normalised(text)[:16], 16) * total < 2**64 * max_rows:
+            ids += bytes.fromhex(_hash(document.id.encode()))
+            hash_bound = 2**64 * max_rows  # compared in whole numbers: the same sample everywhere
+            if total <= max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
-    return counts, rows
+    different = len(np.unique(np.frombuffer(ids, "S16")))
+    return {**counts, "repeated_ids": counts["documents"] - different}, rows
 
 
 def _hash(content: bytes) -> str:
@@ -210,7 +206,7 @@ def document_expectations(params: Validation) -> list[Any]:
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Run one checkpoint per table and write Data Docs, which need no network.
+    """Run one checkpoint per table and write Data Docs that need no network.
 
     Args:
         run_name: name of the validation run in Data Docs.
@@ -220,32 +216,31 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
     Returns:
         A dict per expectation: its description and arguments, the observed value or the number of rows that
         break it, and the first of these rows.
+
+    Raises:
+        NotAllowed: `docs` has files that are not Data Docs of an earlier run.
     """
     import great_expectations as gx
 
     # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    clear_folder(docs, DATA_DOCS | {_DOCS_MARKER}, {_DOCS_MARKER, "validations"})
-    write_text(docs / _DOCS_MARKER, "")
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
-    context.variables.plugins_directory = str(_PLUGINS)
-    context.add_data_docs_site("data_docs", _site(docs))
-    results = [result for table in tables for result in _run_checkpoint(context, run_name, table)]
-    _make_offline(docs, results)
+    if (docs / ".compactgpt-data-docs").exists():  # written before version 0.2, without a manifest
+        shutil.rmtree(docs)
+    with atomic_folder(docs, kind="data docs") as temporary:
+        context = gx.get_context(mode="ephemeral")
+        context.variables.progress_bars = {"globally": False}
+        context.variables.plugins_directory = str(_PLUGINS)
+        store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(temporary)}
+        site = {
+            "class_name": "SiteBuilder",
+            "show_how_to_buttons": False,
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+            "store_backend": store,
+        }
+        context.add_data_docs_site("data_docs", site)
+        results = [result for table in tables for result in _run_checkpoint(context, run_name, table)]
+        _make_offline(temporary, results)
     return results
-
-
-def _site(docs: Path) -> dict[str, Any]:
-    return {
-        "class_name": "SiteBuilder",
-        "show_how_to_buttons": False,
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {
-            "class_name": "TupleFilesystemStoreBackend",
-            "base_directory": str(docs.resolve()),
-        },
-    }
 
 
 def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str, Any]]:
@@ -269,21 +264,16 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
             "partial_unexpected_count": _EXAMPLES,
         },
     )
-    # GX writes values into its pages as they are, so that text of a corpus would become markup.
-    rows = [{key: _escape(value) for key, value in row.items()} for row in table.rows]
+    # GX writes values into its pages as they are: text of a corpus would become markup.
+    rows = [
+        {key: html.escape(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in table.rows
+    ]
     run = context.checkpoints.add(checkpoint).run(
         batch_parameters={"dataframe": pd.DataFrame(rows)}, run_id=RunIdentifier(run_name=run_name)
     )
-    (found,) = run.run_results.values()
-    return [_result(table.name, len(rows), each) for each in found.to_json_dict()["results"]]
-
-
-def _escape(value: Any) -> Any:
-    return html.escape(value) if isinstance(value, str) else value
-
-
-def _unescape(value: Any) -> Any:
-    return html.unescape(value) if isinstance(value, str) else value
+    (validation,) = run.run_results.values()
+    return [_result(table.name, len(rows), each) for each in validation.to_json_dict()["results"]]
 
 
 def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -291,42 +281,47 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not evaluate {config['type']}: {result['exception_info']}")
-    arguments = {key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")}
-    column = config["kwargs"].get("column")
+    column = config["kwargs"]["column"]
+    examples = [
+        {"id": row["id"], "source": row["source"], "value": row[column]}
+        for row in found.get("partial_unexpected_index_list", [])
+    ]
+    for example in examples:
+        for key, value in example.items():
+            example[key] = html.unescape(value) if isinstance(value, str) else value
     return {
         "table": table,
         "rows": rows,
         "expectation": config["type"],
         "description": config["description"],
         "column": column,
-        "arguments": arguments,
+        "arguments": {
+            key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")
+        },
         "success": result["success"],
         **(config.get("meta") or {}),
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
-        "examples": [
-            {"id": _unescape(row["id"]), "source": _unescape(row["source"]), "value": _unescape(row[column])}
-            for row in found.get("partial_unexpected_index_list", [])
-        ],
+        "examples": examples,
     }
 
 
 def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Make the pages readable without a network: our style sheet is in them, remote files and scripts go."""
+    """Remove what pages load from other servers, and write an index page that needs no script."""
     from jinja2 import Environment, FileSystemLoader
 
     for page in docs.rglob("*.html"):
-        write_text(page, _REMOTE.sub("", page.read_text(encoding="utf-8")))
+        page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.rmtree(docs / "static", ignore_errors=True)  # fonts, logos and tutorial films
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):
-        table = page.relative_to(docs / "validations").parts[0]
-        own = [result for result in results if result["table"] == table]
-        failed = [result["description"] for result in own if not result["success"]]
-        pages.append({"name": table, "path": page.relative_to(docs), "of": len(own), "failed": failed})
+        path = page.relative_to(docs)  # validations/<table>/<run>/...
+        of_table = [result for result in results if result["table"] == path.parts[1]]
+        failed = [result["description"] for result in of_table if not result["success"]]
+        pages.append({"name": path.parts[1], "path": path, "of": len(of_table), "failed": failed})
     template = Environment(loader=FileSystemLoader(_PLUGINS), autoescape=True).get_template("index.html.j2")
     style = (_PLUGINS / "custom_data_docs/styles/data_docs_custom_styles.css").read_text()
-    write_text(docs / "index.html", template.render(pages=pages, style=style))
+    (docs / "index.html").write_text(template.render(pages=pages, style=style), encoding="utf-8")
 
 
 def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
