@@ -228,8 +228,8 @@ def diff(
     """
     from compactgpt.tracking import compare_runs
 
-    found = compare_runs.of(a, b, Path())
-    echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(compare_runs.lines(found)))
+    found = compare_runs.compare(a, b, Path())
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
 
 
 @app.command()
@@ -241,27 +241,29 @@ def reproduce(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Also run the stages that make the data.")
     ] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary work tree.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary checkout.")] = False,
     trust: Annotated[
         bool, typer.Option("--trust", help="Run the code of that version without asking.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a version again in a temporary git work tree, and compare the hash of every output.
+    """Run a version again in a temporary checkout, and compare the hash of every output.
 
     Prints the comparison. Writes nothing here, unless with --keep. Exit code 0 if all hashes are equal, 3 if
     one differs, 66 if it can't run.
 
     Example: compactgpt reproduce HEAD --check
     """
-    from compactgpt.tracking import reproduce
+    from compactgpt.tracking import reproduce as tracking
 
-    def agree(plan: reproduce.Plan) -> bool:
-        report("\n".join(plan.lines()))
+    def confirm(plan: str) -> bool:
+        report(plan)
         return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
 
-    found = reproduce.of(run, Path(), check=check, rebuild=rebuild, keep=keep, say=report, agree=agree)
-    echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()))
+    found = tracking.reproduce(
+        run, Path(), check=check, rebuild=rebuild, keep=keep, log=report, confirm=confirm
+    )
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
     if found.exit_code:
         raise typer.Exit(found.exit_code)
     if check and not as_json:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, UserError
 from compactgpt.common.git import require_repository, run_git
 from compactgpt.common.sections import YAML_ERRORS, Name, Section, load_section, parse_yaml, read_yaml
 from compactgpt.common.storage import write_text
@@ -306,5 +306,5 @@ def read_experiment_file(ref: str, path: str) -> str:
     """
     try:
         return run_git(Path(), "show", f"{ref}:{path}").decode()
-    except subprocess.CalledProcessError as error:
+    except UserError as error:
         raise MissingInput(f"{ref} has no {path}: run that experiment again") from error

@@ -11,11 +11,10 @@ from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
 from compactgpt.reporting.provenance import (
     code_hashes,
+    find_lock_commit,
     find_value,
-    locking_commit,
     stage_modules,
     trace,
-    upstream,
 )
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.mlflow_logger import run_of_value
@@ -62,6 +61,17 @@ stages:
       md5: ccc
 """
 
+PIPELINE = """
+stages:
+  evaluation:
+    cmd: exec python -m stages.evaluation
+    deps: [data/tokens, models/compact]
+    outs: [reports/evaluation.json]
+  tokenization: {cmd: exec python -m stages.tokenization, outs: [data/tokens]}
+  training: {cmd: exec python -m stages.training, deps: [data/tokens], outs: [models/compact]}
+  other: {cmd: exec python -m stages.other, outs: [data/other]}
+"""
+
 
 def git(place, *words):
     who = ["-c", "user.name=n", "-c", "user.email=e"]
@@ -77,6 +87,8 @@ def place(tmp_path):
         (tmp_path / "dvc.lock").write_text(text)
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-qm", subject)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "dvc.yaml").write_text(PIPELINE)
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/evidence.json").write_text(json.dumps(RECORD))
     return tmp_path
@@ -86,7 +98,7 @@ def test_the_chain_of_a_value(place):
     lines = trace(place, RECORD, "compact.loss")
     told = dict(lines)
     assert told["value"] == "4.5 nats per token, measured"
-    assert told["stands on"] == "tokenization -> training"
+    assert told["needs"] == "tokenization -> training"
     read = [found for what, found in lines if what == "read"]
     assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
     assert told["wrote"] == "reports/evaluation.json  md5 eee"
@@ -95,25 +107,14 @@ def test_the_chain_of_a_value(place):
 
 def test_an_entry_that_git_does_not_have_says_so(place):
     (place / "dvc.lock").write_text(LOCK)
-    assert locking_commit(place, "evaluation") == "not committed yet"
+    assert find_lock_commit(place, "evaluation") == "not committed yet"
     shutil.rmtree(place / ".git")
-    assert locking_commit(place, "evaluation") == "not under git"
+    assert find_lock_commit(place, "evaluation") == "not under git"
 
 
 def test_an_unknown_value_is_answered_with_those_alike():
     with pytest.raises(MissingInput, match=r"compact\.los; there are compact\.loss"):
         find_value(RECORD, "compact.los")
-
-
-def test_stages_upstream_are_named_once_and_in_order():
-    lock = {
-        "stages": {
-            "c": {"deps": [{"path": "y"}, {"path": "x/part"}], "outs": [{"path": "z"}]},
-            "a": {"outs": [{"path": "x"}]},
-            "b": {"deps": [{"path": "x"}], "outs": [{"path": "y"}]},
-        }
-    }
-    assert upstream(lock, "c") == ["a", "b"]
 
 
 def test_code_is_hashed_by_what_a_stage_uses(tmp_path):

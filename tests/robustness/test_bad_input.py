@@ -45,7 +45,7 @@ from compactgpt.reporting.claims import Claims, judge_claims
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.markdown import render_comparison
 from compactgpt.reporting.schemas import read_sources
-from compactgpt.reporting.verify import Verification, check_numbers, looked_at
+from compactgpt.reporting.verify import Verification, check_numbers, run_check
 from compactgpt.tracking.dvc_files import entries_of, outs
 from compactgpt.tracking.journal import journal_lines
 from compactgpt.training.checkpoint import load_model, load_newest_state, save_model, save_state
@@ -577,7 +577,7 @@ def test_reports_given_to_verify(place, name, changes):
         update={"evaluation": params.evaluation.model_copy(update={"likelihood": LIKELIHOOD})}
     )
     with replaced(path, json.dumps(changed(read_json(path), changes)).encode()):
-        assert not is_refused(lambda: looked_at(check_numbers, place, params, found))
+        assert not is_refused(lambda: run_check(check_numbers, place, params, found))
     assert found.differences
 
 

@@ -1,6 +1,7 @@
 """Two versions explained: what is other, what is not, and whether the figures really are."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_two_revisions_are_explained_by_what_is_other(root):
     (root / "requirements.lock").write_text("numpy==1.1 \\\n    --hash=sha256:0a\ntorch==2.0\n")
     better = NATS * [0.9, 0.88, 0.91, 0.9]
     make(root, better, steps=2)
-    found = compare_runs.of("HEAD~1", "HEAD", root)
+    found = compare_runs.compare("HEAD~1", "HEAD", root)
     assert found.params == {"training.steps": (1, 2)}
     assert found.packages == {"numpy": ("1.0", "1.1")}
     assert list(found.data) == ["data/evaluation"]
@@ -56,35 +57,36 @@ def test_two_revisions_are_explained_by_what_is_other(root):
     expected = perplexity_ratio(better, NATS, TOKENS.astype(float), resamples=2000, seed=1)
     assert (ratio.value, ratio.low, ratio.high) == (expected.value, expected.low, expected.high)
     assert ratio.significant
-    told = "\n".join(compare_runs.lines(found))
+    told = "\n".join(found.lines())
     assert "training.steps  1 -> 2" in told
     assert f"compact: {expected.value:.4f}" in told
-    assert json.loads(json.dumps(found.as_json()))["ratios"][0]["significant"] is True
+    assert json.loads(json.dumps(asdict(found)))["ratios"][0]["significant"] is True
 
 
 def test_equal_versions_differ_in_nothing(root):
-    found = compare_runs.of("HEAD", "HEAD", root)
+    found = compare_runs.compare("HEAD", "HEAD", root)
     assert (found.params, found.data, found.code, found.metrics) == ({}, {}, "", {})
-    assert "1.0000 (1.0000 to 1.0000), 4 documents: equal" in "\n".join(compare_runs.lines(found))
+    assert "1.0000 (1.0000 to 1.0000), 4 documents: equal" in "\n".join(found.lines())
 
 
 def test_noise_is_not_called_a_difference(root):
     make(root, NATS * [1.02, 0.99, 0.98, 1.005])
-    (ratio,) = compare_runs.of("HEAD~1", "HEAD", root).ratios
+    (ratio,) = compare_runs.compare("HEAD~1", "HEAD", root).ratios
     assert ratio.low < 1.0 < ratio.high
     assert not ratio.significant
 
 
 def test_other_documents_are_not_paired(root):
     make(root, NATS, ids=("a", "b", "c", "e"))
-    found = compare_runs.of("HEAD~1", "HEAD", root)
+    found = compare_runs.compare("HEAD~1", "HEAD", root)
     assert found.ratios == []
     assert found.unpaired == ["compact: the documents of the val split are not the same"]
 
 
 def test_uncommitted_changes_are_named(root):
     (root / "dvc.yaml").write_text("stages: {evaluation: {cmd: other}}")
-    assert compare_runs.of("HEAD", "workspace", root).code == "workspace had uncommitted changes: dvc.yaml"
+    found = compare_runs.compare("HEAD", "workspace", root)
+    assert found.code == "workspace had uncommitted changes: dvc.yaml"
 
 
 def test_the_packages_of_a_lock_are_those_of_this_python():
@@ -95,4 +97,4 @@ def test_the_packages_of_a_lock_are_those_of_this_python():
         "c==1 ; sys_platform == 'none'",
         "B_b==3",
     ]
-    assert records.versions("\n".join(lines)) == {"a": "2", "b-b": "3"}
+    assert records.parse_versions("\n".join(lines)) == {"a": "2", "b-b": "3"}

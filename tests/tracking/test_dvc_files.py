@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.errors import BadData
 from compactgpt.tracking.dvc_files import (
     Cache,
     Commit,
     Folder,
     checkout,
     entry_key,
-    git,
     keep_lock,
     md5_path,
     read_chain,
@@ -70,7 +69,7 @@ def test_a_matrix_that_names_nothing_has_no_items(root):
         (root / "params.yaml").write_text(params)
         assert read_chain(Folder(root)).stages == ["a"]
     (root / "dvc.yaml").write_text("stages: {b: {matrix: {x: [1], y: [2]}}}")
-    with pytest.raises(BadData, match=r"^dvc\.yaml is not as DVC has it"):
+    with pytest.raises(BadData, match=r"^dvc\.yaml is not as DVC reads it"):
         read_chain(Folder(root))
 
 
@@ -101,11 +100,6 @@ def test_a_commit_is_read_without_touching_the_work_tree(root):
     (root / "params.yaml").write_text("changed")
     assert Commit(root, "HEAD").read("params.yaml") == b"b: {names: [one, two]}"
     assert Commit(root, "HEAD").read("absent") is None
-
-
-def test_git_says_no_in_its_own_words(tmp_path):
-    with pytest.raises(UserError, match="not a git repository"):
-        git(tmp_path, "rev-parse", "HEAD")
 
 
 def test_the_key_of_an_entry_is_of_all_that_it_says(root):

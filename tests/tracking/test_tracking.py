@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.common.git import git_facts, uncommitted
+from compactgpt.common.git import git_facts, uncommitted_changes
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger
@@ -373,7 +373,7 @@ def test_the_uncommitted_changes_make_the_work_tree_out_of_the_commit(committed,
     (committed / "src/new.py").write_text("new")
     (committed / "src/secret").write_text("ignored by git")
     (committed / "notes.txt").write_text("somebody's own")
-    (committed / "patch").write_bytes(uncommitted(committed))
+    (committed / "patch").write_bytes(uncommitted_changes(committed).diff)
     git(committed, "worktree", "add", "-q", "--detach", str(tmp_path / "tree"), "HEAD")
     git(tmp_path / "tree", "apply", "--binary", str(committed / "patch"))
     assert (tmp_path / "tree/src/code.py").read_bytes() == b"changed\x00\xff\r\n"

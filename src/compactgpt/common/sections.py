@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compactgpt.common.errors import BadConfig, MissingInput, printable
-from compactgpt.common.git import conflict_in
+from compactgpt.common.git import find_conflict
 
 # A name becomes part of paths, of DVC's stage names and of MLflow's runs: no character may have a meaning
 # there. (DVC reads a dot as a step into a mapping.)
@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run from the repository folder, or give its path") from error
     except YAML_ERRORS as error:
-        if conflict := conflict_in(path.name, content):
+        if conflict := find_conflict(path.name, content):
             raise BadConfig(conflict) from error
         reason = " ".join(str(error).split()).replace('in "<byte string>",', "in")
         raise BadConfig(f"{path} is not valid YAML: {reason}") from error

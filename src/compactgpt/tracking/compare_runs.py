@@ -1,237 +1,197 @@
-"""Two versions of the project explained: parameters, data, code, environment, and figures with significance.
+"""The differences of two versions: parameters, data, code, environment, and figures with their significance.
 
-Where both have sums by document of the same documents, figures are compared in pairs: the perplexity ratio
-with its 95 % interval, by `metrics.perplexity_ratio`.
+Where both versions have sums by document of the same documents, the figures are compared in pairs: the ratio
+of perplexities with its 95 % interval, by `metrics.perplexity_ratio`.
 """
 
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import UserError
+from compactgpt.common.git import git_text
 from compactgpt.evaluation.likelihood import Totals, read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
-from compactgpt.tracking.dvc_files import PARAMS, Cache, Commit, deps, git, outs, parse_yaml
+from compactgpt.tracking.dvc_files import PARAMS, Cache, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
-from compactgpt.tracking.records import Record, find, read_table
+from compactgpt.tracking.records import (
+    Pair,
+    Version,
+    changed_machine,
+    changed_packages,
+    differing,
+    find_version,
+)
 
-RESAMPLES, SEED = 2000, 1  # params.yaml's evaluation.likelihood has the same; here both may differ
-_MEASURING = ("training", "evaluation", "baseline")
-_SHOWN = ("loss.value", "perplexity.value", "bits_per_byte.value")
-Pair = tuple[Any, Any]
+RESAMPLES, SEED = 2000, 1  # as params.yaml's evaluation.likelihood, which may differ in the two versions
+_STAGES = ("training", "evaluation", "baseline")  # whose figures are compared
+_FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
+_LOSSES = ("train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One model's perplexity in B over that in A, on the documents of both."""
+    """The perplexity of a model in B divided by that in A, on the documents of both."""
 
     model: str
     documents: int
     value: float
     low: float
     high: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes that nothing changed."""
-        return not self.low <= 1.0 <= self.high
+    significant: bool  # the interval excludes 1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is other in B than in A; equal things are left out."""
+    """What differs between A and B; equal things are left out."""
 
     a: str
     b: str
-    params: dict[str, Pair] = field(default_factory=dict)
-    data: dict[str, Pair] = field(default_factory=dict)  # outs by path, hashes
-    code: str = ""  # git diff --stat
-    packages: dict[str, Pair] = field(default_factory=dict)
-    machine: dict[str, Pair] = field(default_factory=dict)
-    metrics: dict[str, Pair] = field(default_factory=dict)
-    ratios: list[Ratio] = field(default_factory=list)
-    unpaired: list[str] = field(default_factory=list)  # models whose documents are not the same, and why
+    params: dict[str, Pair]
+    data: dict[str, Pair]  # hashes by path
+    code: str  # git diff --stat
+    packages: dict[str, Pair]
+    machine: dict[str, Pair]
+    metrics: dict[str, Pair]
+    ratios: list[Ratio]
+    unpaired: list[str]  # models that can't be compared in pairs, and why
 
-    def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        found = asdict(self)
-        found["ratios"] = [{**asdict(one), "significant": one.significant} for one in self.ratios]
-        return found
+    def lines(self) -> list[str]:
+        """Return the difference as lines for the terminal."""
+        text = [f"A  {self.a}", f"B  {self.b}"]
+        hashes = {path: tuple(md5 and md5[:9] for md5 in pair) for path, pair in self.data.items()}
+        figures = {key: tuple(v and f"{v:.6g}" for v in pair) for key, pair in self.metrics.items()}
+        for title, pairs in [
+            ("parameters", self.params),
+            ("data and models", hashes),
+            ("packages", self.packages),
+            ("machine", self.machine),
+            ("figures", figures),
+        ]:
+            text += ["", f"{title}:" if pairs else f"{title}: the same"]
+            width = max(map(len, pairs), default=0)
+            for key, pair in pairs.items():
+                old, new = ("-" if value is None else value for value in pair)
+                text.append(f"  {key:{width}}  {old} -> {new}")
+        code = self.code.splitlines()
+        text += ["", "code:" if code else "code: the same", *(f"  {line}" for line in code)]
+        text += ["", "perplexity of B over A, paired over documents (95 %):"]
+        for one in self.ratios:
+            verdict = "significant" if one.significant else "no significant difference"
+            if one.low == one.high == 1.0:
+                verdict = "equal"
+            interval = f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
+            text.append(f"  {one.model}: {interval}, {one.documents:,} documents: {verdict}")
+        return [*text, *(f"  {line}" for line in self.unpaired)]
 
 
-def of(a: str, b: str, root: Path) -> Difference:
-    """Compare two versions by their names: see `records.find`."""
-    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        folders = [Path(scratch) / name for name in "ab"]
-        for folder in folders:
-            folder.mkdir()
-        first, second = (find(root, name, folder) for name, folder in zip((a, b), folders, strict=True))
-        return explain(first, second, root)
-
-
-def explain(a: Record, b: Record, root: Path) -> Difference:
-    """Compare two records.
+def compare(first: str, second: str, root: Path) -> Difference:
+    """Compare two versions of the project.
 
     Args:
-        a: the earlier, by convention.
-        b: the other.
+        first: a name, see `records.find_version`; by convention the earlier version.
+        second: the other.
         root: the repository, for git and DVC's cache.
     """
-    ratios, unpaired = _ratios(a, b, Cache(root))
-    return Difference(
-        a.name,
-        b.name,
-        params=_differing(_params(a), _params(b)),
-        data=_differing(_outs(a), _outs(b)),
-        code=_code(a, b, root),
-        packages=_packages(a, b),
-        machine=_differing(a.machine, b.machine) if a.machine and b.machine else {},
-        metrics=_differing(_metrics(a), _metrics(b)),
-        ratios=ratios,
-        unpaired=unpaired,
-    )
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        versions = []
+        for label, name in (("a", first), ("b", second)):
+            (folder := Path(scratch) / label).mkdir()
+            versions.append(find_version(root, name, folder))
+        a, b = versions
+        ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
+        return Difference(
+            a.name,
+            b.name,
+            params=differing(*(flatten(parse_yaml(one.place.read(PARAMS), PARAMS)) for one in versions)),
+            data=differing(_data_hashes(a), _data_hashes(b)),
+            code=_changed_code(a, b, root),
+            packages=changed_packages(a, b),
+            machine=changed_machine(a, b),
+            metrics=differing(_figures(a), _figures(b)),
+            ratios=ratios,
+            unpaired=unpaired,
+        )
 
 
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Keys with other values; None stands for a key that one lacks."""
-    return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
-
-
-def _packages(a: Record, b: Record) -> dict[str, Pair]:
-    """Other versions. A revision only asks for packages: then those that both name, by public version."""
-    if not a.packages or not b.packages:
-        return {}
-    if not isinstance(a.place, Commit) and not isinstance(b.place, Commit):
-        return _differing(a.packages, b.packages)
-    common = a.packages.keys() & b.packages.keys()
-    one, other = (
-        {name: version.partition("+")[0] for name, version in record.packages.items() if name in common}
-        for record in (a, b)
-    )
-    return _differing(one, other)
-
-
-def _params(record: Record) -> dict[str, Any]:
-    return dict(flatten(parse_yaml(record.place.read(PARAMS), PARAMS)))
-
-
-def _outs(record: Record) -> dict[str, str]:
-    """Hashes of data and models, and of the corpus that they come from: what is neither report nor code."""
+def _data_hashes(version: Version) -> dict[str, str]:
+    """Return hashes of data and models, and of the corpus that they come from."""
     found: dict[str, str] = {}
-    for entry in (record.chain.entries.get(stage, {}) for stage in record.chain.stages):
+    for entry in version.chain.entries.values():
         found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}
         found |= {path: md5 for path, md5 in deps(entry).items() if path == "corpus"}
     return found
 
 
-def _metrics(record: Record) -> dict[str, float]:
-    """Headline figures of every model, and the training's losses."""
+def _figures(version: Version) -> dict[str, Any]:
+    """Return the headline figures of every model, and the losses of the training."""
     found = {}
-    for stage in record.chain.stages:
-        for path in outs(record.chain.entries.get(stage, {})):
-            content = record.place.read(path) if path.endswith(".json") else None
-            if content is None or stage.partition("@")[0] not in _MEASURING:
-                continue
-            name = stage.rpartition("@")[2]
-            for key, value in numbers(json.loads(content)).items():
-                if key in _SHOWN or key.endswith(("train_loss", "val_loss")):
-                    found[f"{name}: {key.removesuffix('.value')}"] = value
+    for stage, entry in version.chain.entries.items():
+        name, _, item = stage.partition("@")
+        for path in outs(entry) if name in _STAGES else ():
+            content = version.place.read(path) if path.endswith(".json") else None
+            for key, value in numbers(json.loads(content or "{}")).items():
+                if key in _FIGURES or key.endswith(_LOSSES):
+                    found[f"{item or name}: {key.removesuffix('.value')}"] = value
     return found
 
 
-def _code(a: Record, b: Record, root: Path) -> str:
-    """What git says of the two commits, and whether there were changes beside."""
+def _changed_code(a: Version, b: Version, root: Path) -> str:
+    """Return `git diff --stat` of the two commits, and the files of uncommitted changes."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
+        paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
         try:
-            wanted = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
-            lines.append(git(root, "diff", "--stat", a.commit, b.commit, *wanted))
+            lines.append(git_text(root, "diff", "--stat", a.commit, b.commit, *paths))
         except UserError as error:
             lines.append(f"{a.commit[:9]}..{b.commit[:9]}: {error}")
-    for record in (a, b):
-        if record.diff is None:
-            lines.append(f"{record.name} had uncommitted changes that were not kept")
-        elif record.diff and a.diff != b.diff:
-            text = record.diff.decode(errors="replace").splitlines()
+    for version in (a, b):
+        if version.diff is None:
+            lines.append(f"{version.name} had uncommitted changes that were not kept")
+        elif version.diff and a.diff != b.diff:
+            text = version.diff.decode(errors="replace").splitlines()
             names = [line.split(" b/")[-1] for line in text if line.startswith("diff --git")]
-            lines.append(f"{record.name} had uncommitted changes: {', '.join(names)}")
+            lines.append(f"{version.name} had uncommitted changes: {', '.join(names)}")
     return "\n".join(line for line in lines if line)
 
 
-def _ratios(a: Record, b: Record, cache: Cache) -> tuple[list[Ratio], list[str]]:
-    """Every model that both have, on the same documents."""
+def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio], list[str]]:
+    """Compare every model that both versions scored on the same documents."""
     ratios, unpaired = [], []
-    for path in (path for path in _tables(a) if path in _tables(b)):
-        name = Path(path).stem
-        first, second = _totals(a, cache, path), _totals(b, cache, path)
+    tables = _table_paths(b)
+    for path in (path for path in _table_paths(a) if path in tables):
+        model = Path(path).stem
+        first, second = _read_table(a, cache, path), _read_table(b, cache, path)
         if first is None or second is None:
-            unpaired.append(f"{name}: its sums by document are not at hand")
+            unpaired.append(f"{model}: its sums by document are neither kept with the run nor in DVC's cache")
         elif first.ids != second.ids or list(first.tokens) != list(second.tokens):
-            unpaired.append(f"{name}: the documents of the val split are not the same")
+            unpaired.append(f"{model}: the documents of the val split are not the same")
         else:
-            found = perplexity_ratio(
-                second.nats, first.nats, second.tokens.astype(float), resamples=RESAMPLES, seed=SEED
-            )
-            ratios.append(Ratio(name, len(first.ids), found.value, found.low, found.high))
+            weights = second.tokens.astype(float)
+            found = perplexity_ratio(second.nats, first.nats, weights, resamples=RESAMPLES, seed=SEED)
+            significant = not found.low <= 1.0 <= found.high
+            ratios.append(Ratio(model, len(first.ids), found.value, found.low, found.high, significant))
     return ratios, unpaired
 
 
-def _tables(record: Record) -> list[str]:
-    """Paths of the tables of sums by document that a chain made."""
-    found = []
-    for entry in (record.chain.entries.get(stage, {}) for stage in record.chain.stages):
-        for path in outs(entry):
-            if path.startswith("data/baseline/"):
-                found.append(path)
-            elif path == "data/evaluation":
-                found.append(f"{path}/compact.parquet")
-    return found
+def _table_paths(version: Version) -> list[str]:
+    """Return the paths of the tables of sums by document."""
+    paths = [path for entry in version.chain.entries.values() for path in outs(entry)]
+    tables = [path for path in paths if path.startswith("data/baseline/")]
+    return tables + (["data/evaluation/compact.parquet"] if "data/evaluation" in paths else [])
 
 
-def _totals(record: Record, cache: Cache, path: str) -> Totals | None:
-    content = read_table(record, cache, path)
+def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
+    """Read a table of sums by document from the files of a version or DVC's cache; None if both lack it."""
+    content = version.place.read(path)
+    for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):
+        md5 = version.chain.out(out)
+        if content is None and md5 and cache.has(md5):
+            content = cache.files(md5)[name].read_bytes()
     if content is None:
         return None
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         (file := Path(scratch) / "totals.parquet").write_bytes(content)
         return read_totals(file)
-
-
-def lines(found: Difference) -> list[str]:
-    """The difference as people read it."""
-    text = [f"A  {found.a}", f"B  {found.b}"]
-    for title, pairs in [
-        ("parameters", found.params),
-        ("data and models", {key: (_short(one), _short(other)) for key, (one, other) in found.data.items()}),
-        ("packages", found.packages),
-        ("machine", found.machine),
-        ("figures", {key: (_figure(one), _figure(other)) for key, (one, other) in found.metrics.items()}),
-    ]:
-        text += ["", f"{title}:" if pairs else f"{title}: the same"]
-        width = max((len(key) for key in pairs), default=0)
-        text += [f"  {key:{width}}  {_told(one)} -> {_told(other)}" for key, (one, other) in pairs.items()]
-    code = found.code.splitlines()
-    text += ["", "code:" if code else "code: the same", *(f"  {line}" for line in code)]
-    text += ["", "perplexity of B over A, paired over documents (95 %):"]
-    for one in found.ratios:
-        sure = "significant" if one.significant else "no significant difference"
-        text.append(
-            f"  {one.model}: {one.value:.4f} ({one.low:.4f} to {one.high:.4f}), "
-            f"{one.documents:,} documents: {'equal' if one.low == one.high == 1.0 else sure}"
-        )
-    return [*text, *(f"  {line}" for line in found.unpaired)]
-
-
-def _told(value: Any) -> str:
-    return "-" if value is None else str(value)
-
-
-def _short(md5: str | None) -> str | None:
-    return md5[:9] if md5 else None
-
-
-def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:.6g}"

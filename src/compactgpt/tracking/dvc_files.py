@@ -1,7 +1,7 @@
-"""What DVC knows, read from its files: the chain, the entries of dvc.lock, and the bytes that they name.
+"""What DVC's files say of a version of the project: stages, entries of dvc.lock, and content by its hash.
 
-DVC itself is never imported: dvc.yaml and dvc.lock are YAML, and its cache is a folder of files named by
-their MD5. Everything is read from a `Place`, which is a folder or a commit of git.
+A version is read from a `Place`: a folder, such as the files of an MLflow run, or a commit of git. DVC's own
+API answers questions about the work tree; it is imported only then, because that takes half a second.
 """
 
 import configparser
@@ -9,23 +9,24 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
-from compactgpt.common.git import conflict_in, run_git
+from compactgpt.common.git import find_conflict, git_text, run_git
 from compactgpt.common.sections import YAML_ERRORS
 from compactgpt.common.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 Entry = dict[str, Any]  # of one stage in dvc.lock
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # of each workspace its own
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # of each work tree its own
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -34,17 +35,17 @@ class Place(Protocol):
     """Where a version of the project is read."""
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """Return the content of a file; None if there is no such file."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The project as it lies in a folder."""
+    """The project as it is in a folder."""
 
     root: Path
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """Return the content of a file; None if there is no such file."""
         try:
             return inside(self.root, path, follow=False).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -59,115 +60,93 @@ class Commit:
     revision: str
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
-        try:
+        """Return the content of a file; None if there is no such file."""
+        with suppress(UserError):
             return run_git(self.root, "show", f"{self.revision}:{path}")
-        except subprocess.CalledProcessError:
-            return None
+        return None
 
 
-def git(root: Path, *words: str) -> str:
-    """Ask git.
-
-    Raises:
-        UserError: git says no; the message is its own.
-    """
-    try:
-        return run_git(root, *words).decode().strip()
-    except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip() or error.stdout.strip()
-        raise UserError(f"git {words[0]} said: {reason.decode(errors='replace')}") from error
+def commit_named(root: Path, name: str) -> str:
+    """Return the commit of a revision of git or of a DVC experiment; empty if there is none of that name."""
+    with suppress(UserError):
+        experiments = git_text(root, "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}").split()
+        revision = f"{experiments[0] if name and experiments else name}^{{commit}}"
+        return git_text(root, "rev-parse", "--verify", "--quiet", "--end-of-options", revision)
+    return ""
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse a YAML file of DVC's; an absent one is empty.
+    """Parse dvc.yaml, dvc.lock or params.yaml; an absent or empty file is an empty mapping.
 
     Raises:
-        BadData: it is no YAML, or no mapping.
+        BadData: it is not a YAML mapping, or it has the markers of an unresolved merge.
     """
     from ruamel.yaml import YAML
 
-    if content and (conflict := conflict_in(name, content)):
+    if content and (conflict := find_conflict(name, content)):
         raise BadData(conflict)
     try:
         tree = YAML(typ="safe").load(content.decode()) if content else None
     except YAML_ERRORS as error:
-        raise BadData(f"{name} is no valid YAML: `git checkout {name}` restores it") from error
+        raise BadData(f"{name} is not valid YAML: `git checkout {name}` restores it") from error
     if not isinstance(tree, dict | None):
-        raise BadData(f"{name} holds no keys with values: `git checkout {name}` restores it")
+        raise BadData(f"{name} is not a YAML mapping: `git checkout {name}` restores it")
     return tree or {}
 
 
-class _File(BaseModel):
+class _Path(BaseModel):
     path: str
-    md5: object
+    md5: str
 
 
 class _Entry(BaseModel):
-    outs: list[_File] = []
-    deps: list[_File] = []
-    params: dict[str, dict[str, Any]] = {}
+    cmd: str | list[str] = ""
+    outs: list[_Path] = []
+    deps: list[_Path] = []
+    params: dict[str, dict[str, JsonValue]] = {}
 
 
 class _Lock(BaseModel):
     stages: dict[str, _Entry] = {}
 
 
-class _Stage(BaseModel):
-    matrix: dict[str, Any] = Field({}, max_length=1)
-
-
-class _Chain(BaseModel):
-    stages: dict[str, _Stage] = {}
-
-
-def _tree(content: bytes | None, name: str, kind: type[BaseModel]) -> dict[str, Any]:
-    """dvc.yaml or dvc.lock, of the shape that we read.
+def entries_of(lock: bytes | None) -> dict[str, Entry]:
+    """Parse a dvc.lock and return its entries by stage.
 
     Raises:
-        BadData: they are not.
+        BadData: it is not a dvc.lock.
+        OutsideFolder: it names a path outside of the project.
     """
-    tree = parse_yaml(content, name)
+    stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
-        kind.model_validate(tree)
-        json.dumps(tree, default=str, sort_keys=True)  # no anchor within itself, names that have an order
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BadData(f"{name} is not as DVC has it: `git checkout {name}` restores it") from error
-    for path in _paths(tree) if kind is _Lock else ():
-        try:
-            inside(Path(), path, follow=False)
-        except OutsideFolder as error:
-            raise OutsideFolder(f"{name}: {error}") from error
-    return tree
-
-
-def _paths(lock: dict[str, Any]) -> Iterator[str]:
-    """Every path of a dvc.lock."""
-    for entry in lock.get("stages", {}).values():
-        for kind in ("deps", "outs"):
-            yield from (one["path"] for one in entry.get(kind, ()))
+        checked = _Lock.model_validate({"stages": stages}).stages
+    except (ValidationError, RecursionError) as error:
+        raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it") from error
+    for entry in checked.values():
+        for one in (*entry.deps, *entry.outs):
+            try:
+                inside(Path(), one.path, follow=False)
+            except OutsideFolder as error:
+                raise OutsideFolder(f"{LOCK}: {error}") from error
+    return stages
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of dvc.yaml in their order, and what dvc.lock says of each."""
+    """The stages of dvc.yaml in their order, and the entries of dvc.lock."""
 
-    stages: list[str]  # those of a matrix by their full names
+    stages: list[str]  # a matrix stage as its items: `baseline@xz`
     entries: dict[str, Entry]
     lock: bytes = b""
 
     @property
     def complete(self) -> bool:
-        """Whether every stage has been made."""
+        """Whether every stage has an entry."""
         return bool(self.stages) and all(stage in self.entries for stage in self.stages)
 
     def out(self, path: str) -> str:
-        """MD5 of an out, or nothing where no stage has made it."""
-        for stage in self.stages:
-            for found, md5 in outs(self.entries.get(stage, {})).items():
-                if found == path:
-                    return md5
-        return ""
+        """Return the MD5 of an out; empty if no stage has written it."""
+        return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")
 
 
 def read_chain(place: Place) -> Chain:
@@ -176,35 +155,26 @@ def read_chain(place: Place) -> Chain:
     Raises:
         BadData: one of them is not as DVC has it.
     """
-    bodies = _tree(place.read(CHAIN), CHAIN, _Chain).get("stages", {})
+    bodies = parse_yaml(place.read(CHAIN), CHAIN).get("stages", {})
     params = parse_yaml(place.read(PARAMS), PARAMS)
+    try:
+        stages = [full for name, body in bodies.items() for full in _full_names(name, body, params)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
     lock = place.read(LOCK) or b""
-    stages = [full for name, body in bodies.items() for full in _full_names(name, body, params)]
     return Chain(stages, entries_of(lock), lock)
 
 
-def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """The stages of a dvc.lock.
-
-    Raises:
-        BadData: it is none.
-    """
-    stages: dict[str, Entry] = _tree(lock, LOCK, _Lock).get("stages", {})
-    return stages
-
-
-def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[str]:
-    """A stage's name, or the names of its items where it is a matrix of one variable."""
-    matrix = body.get("matrix")
-    if not matrix:
-        yield name
-        return
+def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """Return a stage's name, or the names of its items if it is a matrix of one variable."""
+    if not (matrix := body.get("matrix")):
+        return [name]
     (values,) = matrix.values()
     if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
+        values = params
         for part in reference[1].split("."):
-            params = params.get(part, {}) if isinstance(params, Mapping) else {}
-        values = params if isinstance(params, list) else []
-    yield from (f"{name}@{value}" for value in values)
+            values = values.get(part) if isinstance(values, Mapping) else None
+    return [f"{name}@{value}" for value in values] if isinstance(values, list) else []
 
 
 def keep_lock(root: Path) -> None:
@@ -221,69 +191,70 @@ def restore_lock(root: Path) -> bool:
             can resolve.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
-    if not lock.exists() or _is_lock(content := lock.read_bytes()):
+    if not lock.exists() or _is_complete(content := lock.read_bytes()):
         return False
-    if conflict := conflict_in(LOCK, content):
+    if conflict := find_conflict(LOCK, content):
         raise BadData(conflict)
-    if not (copy.exists() and _is_lock(copy.read_bytes())):
-        raise BadData(f"{LOCK} is not as DVC has it: `git checkout {LOCK}` restores it")
+    if not (copy.exists() and _is_complete(copy.read_bytes())):
+        raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it")
     write_bytes(lock, copy.read_bytes())
     return True
 
 
-def _is_lock(content: bytes) -> bool:
+def _is_complete(lock: bytes) -> bool:
     try:
-        return "schema" in _tree(content, LOCK, _Lock)
-    except OutsideFolder:  # complete, and of someone else: a copy of ours would hide that
+        entries_of(lock)
+        return "schema" in parse_yaml(lock, LOCK)  # a part of a file may be valid YAML
+    except OutsideFolder:  # complete, and from someone else: to restore our copy would hide that
         raise
     except BadData:
         return False
 
 
 def entry_key(entry: Entry) -> str:
-    """One hash for all that dvc.lock says of a stage: command, code, data, parameters, outs."""
+    """Return one hash of all that dvc.lock has of a stage: command, code, data, parameters, outs."""
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """MD5 of each out by its path; a folder's ends in `.dir`."""
-    return {out["path"]: str(out["md5"]) for out in entry.get("outs", [])}
+    """Return the MD5 of each out by its path; a folder's ends in `.dir`."""
+    return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """MD5 of each dep by its path."""
-    return {dep["path"]: str(dep["md5"]) for dep in entry.get("deps", [])}
+    """Return the MD5 of each dependency by its path."""
+    return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
 def entry_params(entry: Entry) -> dict[str, Any]:
-    """The parameters that a stage was made with."""
+    """Return the parameters that a stage ran with."""
     return dict(entry.get("params", {}).get(PARAMS, {}))
 
 
 def md5_of(content: bytes) -> str:
-    """The hash that DVC names content by: identity, no defence."""
+    """Return the hash by which DVC names content; it is no protection against forgery."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def md5_file(path: Path) -> str:
-    """What `md5_of` says of a file's bytes, in bounded memory."""
+    """Return the MD5 of a file, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def md5_path(path: Path) -> str:
-    """What DVC calls a file or a folder; nothing where there is none."""
+    """Return DVC's hash of a file or a folder; empty if there is none."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():
         return ""
-    files = sorted(
-        (found.relative_to(path).as_posix(), found)
+    files = {
+        found.relative_to(path).as_posix(): found
         for found in path.rglob("*")
-        if found.is_file() and "__pycache__" not in found.parts
-    )
-    listing = [{"md5": md5_file(found), "relpath": name} for name, found in files]
+        if found.is_file() and "__pycache__" not in found.parts  # as .dvcignore has it
+    }
+    listing = [{"md5": md5_file(files[name]), "relpath": name} for name in sorted(files)]
     return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
 
 
@@ -296,73 +267,44 @@ class Cache:
         folder = settings.get("cache", "dir", fallback="cache").strip()
         self.folder = (root / ".dvc" / folder).resolve()
 
-    def file(self, md5: str) -> Path:
-        """Where an object lies, or would.
-
-        Raises:
-            OutsideFolder: this is no name of an object; as a path, it would lead anywhere.
-        """
-        if not _OBJECT.fullmatch(md5):
-            raise OutsideFolder(f"dvc.lock names {md5!r}, which is no hash of DVC's cache")
-        return self.folder / "files" / "md5" / md5[:2] / md5[2:]
-
     def files(self, md5: str) -> dict[str, Path]:
-        """The files of an out by their path in it, `` for a file.
+        """Return the files of an out by their path in it; the path of a single file is empty.
 
         Raises:
             MissingInput: the cache lacks one.
-            OutsideFolder: see `listed`.
+            OutsideFolder: the out is a folder whose list of files names a path outside of it.
         """
         if not md5.endswith(".dir"):
-            return {"": self._present(md5)}
-        return {item["relpath"]: self._present(item["md5"]) for item in self.listed(md5)}
-
-    def listed(self, md5: str) -> list[dict[str, str]]:
-        """The files of a folder as its own object lists them: `relpath` and `md5` of each.
-
-        Raises:
-            MissingInput: the cache lacks that object.
-            OutsideFolder: it names a path outside of the folder.
-        """
-        listing: list[dict[str, str]] = json.loads(self._present(md5).read_bytes())
+            return {"": self._object(md5)}
+        listing = json.loads(self._object(md5).read_bytes())
         for item in listing:
             inside(self.folder, item["relpath"], follow=False)
-        return listing
-
-    def objects(self, md5: str) -> list[Path]:
-        """Every object that an out is made of; the cache must have them."""
-        found = list(self.files(md5).values())
-        return [*found, self.file(md5)] if md5.endswith(".dir") else found
+        return {item["relpath"]: self._object(item["md5"]) for item in listing}
 
     def has(self, md5: str) -> bool:
-        """Whether the whole of an out is there."""
+        """Whether all files of an out are in the cache."""
         try:
             return bool(self.files(md5)) or md5.endswith(".dir")
         except (MissingInput, ValueError):
             return False
 
-    def _present(self, md5: str) -> Path:
-        path = self.file(md5)
+    def _object(self, md5: str) -> Path:
+        if not _OBJECT.fullmatch(md5):  # as a path it could lead anywhere
+            raise OutsideFolder(f"dvc.lock names {md5!r}, which is not a hash of DVC's cache")
+        path = self.folder / "files" / "md5" / md5[:2] / md5[2:]
         if not path.is_file():
-            raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` fetches it where a remote has it")
+            raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` fetches it if a remote has it")
         return path
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy an out as dvc.lock names it to `target`: from the cache, else from the place itself.
-
-    Args:
-        cache: of the project.
-        place: where an out that the cache lacks may lie.
-        path: of the out.
-        md5: what dvc.lock calls it.
-        target: a place for the copy.
+    """Copy the out with this hash to `target`, from the cache or else from the place at `path`.
 
     Returns:
-        Whether it was to be had: what lies at `path` may be of another run by now.
+        Whether it was found: the file at `path` may belong to another run by now.
 
     Raises:
-        BadData: the cache holds other bytes than it says.
+        BadData: a file of the cache does not have the hash that is its name.
     """
     if not cache.has(md5):
         content = None if md5.endswith(".dir") else place.read(path)
@@ -376,23 +318,70 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
         if md5_file(copy) != source.parent.name + source.name:
-            raise BadData(f"{source} was altered: `dvc repro -f` or `dvc pull` makes it again")
+            raise BadData(f"{source} was altered: `dvc repro -f` or `dvc pull` writes it again")
     return True
 
 
-def experiment_commit(root: Path, name: str) -> str:
-    """The commit that DVC keeps of a named experiment; nothing where there is none."""
+@contextmanager
+def open_repo(root: Path) -> Iterator[Any]:
+    """Open a folder with DVC's own API, without git; hashes that earlier commands stored are not used.
+
+    Raises:
+        BadData: DVC can't read dvc.yaml or dvc.lock.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc_data.hashfile.state import State
+
     try:
-        refs = git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
-    except UserError:
-        return ""
-    return next((ref for ref in refs if name and ref.endswith(f"/{name}")), "")
+        with (
+            tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch,
+            Repo(str(root), config={"core": {"no_scm": True}}) as repo,
+        ):
+            # DVC takes a file of the same time and size for the same. A damaged disk changes neither.
+            repo.state.close()
+            repo.state = State(repo.root_dir, scratch, repo.dvcignore)
+            yield repo
+    except (DvcException, ImportError) as error:  # ImportError: paths on a storage whose plugin is missing
+        raise BadData(f"DVC can't read this version: {error}") from error
 
 
-def commit_named(root: Path, name: str) -> str:
-    """The commit that git or DVC (its experiments) calls so; nothing where there is none."""
-    revision = experiment_commit(root, name) or name
-    try:
-        return git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-    except UserError:
-        return ""
+def changed_paths(root: Path) -> Iterator[tuple[str, str, str]]:
+    """Compare the work tree with dvc.lock as `dvc status` does, but read every file.
+
+    Yields:
+        Stage; path, key of params.yaml, or `cmd` for the command; `same`, `modified`, `deleted` or `new`.
+    """
+    with open_repo(root) as repo:
+        for stage in repo.index.stages:
+            if not stage.cmd:  # a .dvc file
+                continue
+            yield stage.name, "cmd", "modified" if stage.cmd_changed else "same"
+            for item in (*stage.deps, *stage.outs):
+                status = item.workspace_status() or {item.def_path: "same"}
+                for path, state in status.items():
+                    by_key = state if isinstance(state, dict) else {path: state}  # a dict for params.yaml
+                    yield from ((stage.name, key, one) for key, one in by_key.items())
+
+
+def changed_files(root: Path, path: str) -> list[str]:
+    """Return the files of a folder that are not as dvc.lock has them, if DVC's cache lists the folder."""
+    md5 = read_chain(Folder(root)).out(path)
+    with suppress(MissingInput):
+        files = Cache(root).files(md5) if md5.endswith(".dir") else {}
+        found = {name: root / path / name for name in files}
+        return [
+            f"{path}/{name}"
+            for name, file in found.items()
+            if md5_path(file) != files[name].parent.name + files[name].name
+        ]
+    return []
+
+
+def stages_before(root: Path, name: str) -> list[str]:
+    """Return the stages whose outs a stage needs, in the order in which DVC runs them."""
+    from dvc.repo.reproduce import plan_repro
+
+    with open_repo(root) as repo:
+        wanted = [stage for stage in repo.index.stages if stage.name == name]
+        return [stage.name for stage in plan_repro(repo.index.graph, wanted) if stage.name != name]

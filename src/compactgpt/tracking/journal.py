@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compactgpt.common.errors import BadConfig
-from compactgpt.common.git import DIFF, git_facts, uncommitted, write_private
+from compactgpt.common.git import DIFF, git_facts, uncommitted_changes, write_private
 from compactgpt.common.storage import fsync_folder, make_folder, write_text
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS
 
@@ -216,7 +216,7 @@ class Journal:
             if (workspace / name).is_file():
                 shutil.copyfile(workspace / name, making / name)
         if git_facts(workspace).get("git.dirty") == "true":
-            write_private(making / DIFF, uncommitted(workspace))
+            write_private(making / DIFF, uncommitted_changes(workspace).diff)
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:

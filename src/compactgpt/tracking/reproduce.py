@@ -1,35 +1,32 @@
-"""Run again what a run did, in a scratch work tree, and compare every hash and every number.
+"""Run a version of the project again in a temporary checkout, and compare every hash and every loss.
 
-The work tree has the run's commit, its uncommitted changes and its params.yaml; data that DVC's cache or
-remote has is taken from there (its hash is checked), everything else is made again, with the packages that
-are installed here. The project itself is only read.
+The checkout has the version's commit, its uncommitted changes and its params.yaml. Its data comes from DVC's
+cache or remote, by hash; the other stages run with the packages that are installed here. The project itself
+is only read.
 
-Such a version is code: anyone who writes to the MLflow store or pushes a branch decides what runs here. So a
-version that is not in the history of the present commit runs only after the user has seen it (`Plan`) and
-agreed. No path of it may lead out of the work tree, and DVC's settings and keys are not copied there.
+A version is code: anyone who writes to the MLflow store or pushes a branch decides what runs here. So a
+version that is not in the history of the present commit runs only after the user has read what it would run,
+and confirmed. No path of it may lead out of the checkout, and DVC's settings and keys are not copied there.
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compactgpt.common.errors import (
     BadConfig,
-    BadData,
     CheckFailed,
     MissingInput,
     NotAllowed,
     UserError,
     printable,
 )
-from compactgpt.common.git import require_repository
+from compactgpt.common.git import git_text, require_repository
 from compactgpt.common.storage import inside, write_bytes, write_text
 from compactgpt.common.worktree import Scratch, scratch_worktree
 from compactgpt.tracking.dvc_files import (
@@ -41,305 +38,267 @@ from compactgpt.tracking.dvc_files import (
     Entry,
     Folder,
     Place,
-    checkout,
     deps,
     entry_params,
-    git,
+    md5_of,
     md5_path,
+    open_repo,
     outs,
-    parse_yaml,
     read_chain,
 )
-from compactgpt.tracking.journal import machine_facts, numbers
-from compactgpt.tracking.pipeline_run import packages
-from compactgpt.tracking.records import HERE, Record, find, versions
+from compactgpt.tracking.journal import numbers
+from compactgpt.tracking.records import (
+    WORKSPACE,
+    Pair,
+    Version,
+    changed_machine,
+    changed_packages,
+    find_version,
+)
 
-DATA = "download"  # the stage whose outs may be taken instead of made: they come from elsewhere
+DATA = "download"  # the stage whose outs are taken from the cache: its inputs may no longer be available
+CODE = ("src/", "stages/")
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# Another order of sums moved the demo's loss by 0.15 % (README, How exact); what does not round is not here.
+# Another order of sums moved the demo's loss by 0.15 % (README, How exact).
 LOSS_TOLERANCE = 0.01
-_ARITHMETIC_PACKAGES = ("numpy", "torch")
-# Instead of those of the version and of this machine: no remote, and a cache of its own in the work tree.
+_ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # what rounds sums in another way
+# Instead of those of the version and of this machine: no remote, and a cache in the checkout.
 DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # of .state: never shared
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
-class Gap:
-    """Something that the run had, and this machine has not."""
+class Check:
+    """The result of `--check`: what this machine lacks, and what it has in another version."""
 
-    what: str
-    message: str
-    fatal: bool  # it cannot be run again without
+    name: str
+    missing: list[str]  # the version can't run without it
+    notes: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the version can run here."""
+        return MissingInput.exit_code if self.missing else 0
+
+    def lines(self) -> list[str]:
+        """Return the result as lines for the terminal."""
+        found = [f"  missing: {line}" for line in self.missing] + [f"  note: {line}" for line in self.notes]
+        return [*found, f"{self.name} {'cannot' if self.missing else 'can'} be run again here"]
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """One stage, recorded and made again."""
+    """One stage, as it was recorded and as it ran again."""
 
     stage: str
-    verdict: str  # identical, or what differs first in it: code, params, inputs, outs
+    verdict: str  # identical, or what differs first: code, params, inputs, outs
     files: list[str]  # outs of other content
-    largest: float  # relative difference among the numbers of its reports
-    where: str  # the number that differs most
+    largest: float  # relative difference of the loss that differs most
+    where: str  # the name of that loss
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of running again."""
+    """The comparison of a version with its second run."""
 
     name: str
     verdict: str
-    first: str  # stage that differs first; nothing where all are alike
+    first: str  # the stage that differs first; empty if all are identical
     why: str
-    stages: list[StageResult] = field(default_factory=list)
+    stages: list[StageResult]
 
     @property
     def exit_code(self) -> int:
-        """0 where it is the same, or rounding explains it."""
+        """0 if all is identical, or rounding explains the difference."""
         return CheckFailed.exit_code if self.verdict == DIFFERENT else 0
 
-    def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the result as lines for the terminal."""
         width = max((len(one.stage) for one in self.stages), default=0)
-        told = []
+        found = []
         for one in self.stages:
             what = IDENTICAL if one.verdict == IDENTICAL else f"other {one.verdict}: {', '.join(one.files)}"
-            told.append(f"  {one.stage:{width}}  {what}")
+            found.append(f"  {one.stage:{width}}  {what}")
         first = f", first in {self.first}" if self.first else ""
-        return [*told, f"{self.name}: {self.verdict}{first}: {self.why}"]
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What `--check` found."""
-
-    name: str
-    gaps: list[Gap]
-
-    @property
-    def exit_code(self) -> int:
-        """0 where it can be run again."""
-        return MissingInput.exit_code if any(gap.fatal for gap in self.gaps) else 0
-
-    def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        told = [f"  {'missing' if gap.fatal else 'note'}: {gap.message}" for gap in self.gaps]
-        can = "can't" if self.exit_code else "can"
-        return [*told, f"{self.name} {can} be run again here"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What would run: the user reads this before it does."""
-
-    name: str
-    commit: str  # hash, author, day and subject
-    changed: list[str]  # files that the uncommitted changes touch
-    commands: dict[str, str]  # by stage
-
-    def lines(self) -> list[str]:
-        """For people."""
-        width = max(map(len, self.commands), default=0)
-        lines = [
-            f"{self.name} runs code with your rights, and it is not in the history of your present commit:",
-            f"  commit   {self.commit}",
-            f"  changes  {', '.join(self.changed) or 'none'} (uncommitted, kept with the run)",
-            *(f"  {stage:{width}}  {command}" for stage, command in self.commands.items()),
-        ]
-        return list(map(printable, lines))
-
-
-def of(
-    wanted: str,
-    root: Path,
-    *,
-    check: bool,
-    rebuild: bool,
-    keep: bool,
-    say: Callable[[str], None],
-    agree: Callable[[Plan], bool] = lambda _: False,
-) -> Result | Checked:
-    """Reproduce, or only check, a version by its name: see `records.find` and `reproduce`.
-
-    Raises:
-        BadConfig: the work tree is what is here already.
-        MissingInput: this folder is not a git repository.
-    """
-    if wanted == HERE:
-        raise BadConfig(f"{HERE} is no run: name a run's id or a revision (`make ui` shows the runs)")
-    require_repository(root)
-    root = root.resolve()
-    with scratch_worktree(root, root / ".state" / "reproductions", keep=keep and not check) as scratch:
-        (scratch.folder / "artifacts").mkdir()
-        record = find(root, wanted, scratch.folder / "artifacts")
-        if check:
-            return Checked(record.name, gaps(record, root))
-        return reproduce(record, root, scratch, rebuild=rebuild, say=say, agree=agree)
-
-
-def gaps(record: Record, root: Path) -> list[Gap]:
-    """Say beforehand what would be missing, or be another."""
-    return [*_code_gaps(record, root), *_data_gaps(record, root), *_environment_gaps(record)]
-
-
-def _code_gaps(record: Record, root: Path) -> Iterator[Gap]:
-    if not record.commit:
-        yield Gap("commit", "the run names no commit: it was made outside of git", True)
-        return
-    try:
-        git(root, "cat-file", "-e", f"{record.commit}^{{commit}}")
-    except UserError:
-        yield Gap("commit", f"git lacks commit {record.commit[:9]}: `git fetch --all` may have it", True)
-        return
-    if record.diff is None:
-        yield Gap("changes", "the run had uncommitted changes, and they were not kept", True)
-    for name in (PARAMS, LOCK):
-        if record.place.read(name) is None:
-            yield Gap(name, f"the run keeps no {name}", True)
-
-
-def _data_gaps(record: Record, root: Path) -> Iterator[Gap]:
-    """What the data would be made from, where the cache lacks it."""
-    entry = record.chain.entries.get(DATA)
-    if entry is None or _restorable(record, entry, Cache(root)):
-        return
-    if _has_remote(root):
-        yield Gap(
-            "data", "DVC's cache lacks the data: it will be pulled from the remote, or made again", False
-        )
-    made = _made_by_stages(record)
-    for path, md5 in deps(entry).items():
-        if path not in made and not path.startswith(("src/", "stages/")) and md5_path(root / path) != md5:
-            yield Gap(path, f"DVC's cache lacks the data, and {path} is not what it was made from", True)
-    download = parse_yaml(record.place.read(PARAMS), PARAMS).get("download", {})
-    if download.get("corpus") == "hub":
-        yield Gap("hub", "DVC's cache lacks the data: it will be fetched from the hub again", False)
-    if download.get("corpus") == "docstrings":
-        wanted = download.get("docstrings", {}).get("distributions", {})
-        for name, version in wanted.items():
-            if version and _installed(name) != str(version):
-                found = _installed(name) or "none"
-                yield Gap(name, f"the data is made from {name} {version}; installed is {found}", True)
-
-
-def _made_by_stages(record: Record) -> set[str]:
-    """Return the paths that stages of the pipeline write: `dvc repro` makes them again."""
-    return {path for entry in record.chain.entries.values() for path in outs(entry)}
-
-
-def _installed(name: str) -> str:
-    """The version of a package without its local part: the corpus of torch 2.13.0+cpu is that of 2.13.0."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name).partition("+")[0]
-    return ""
-
-
-def _environment_gaps(record: Record) -> Iterator[Gap]:
-    here = versions(packages())
-    for name, version in sorted(record.packages.items()):
-        found = here.get(name, "")
-        if isinstance(record.place, Commit):  # asks for 2.13.0, and 2.13.0+cpu is one
-            found = found.partition("+")[0]
-        if found != version:
-            yield Gap(name, f"{name} was {version}, here it is {here.get(name, 'not installed')}", False)
-    for name, value in machine_facts().items():
-        if record.machine and record.machine.get(name, "") != value:
-            yield Gap(name, f"{name} was {record.machine.get(name) or 'another'}, here it is {value}", False)
-
-
-def _restorable(record: Record, entry: Entry, cache: Cache) -> bool:
-    """Whether every out of a stage is in the cache, or kept with the run."""
-    return all(cache.has(md5) or record.place.read(path) is not None for path, md5 in outs(entry).items())
-
-
-def _has_remote(root: Path) -> bool:
-    settings = [root / ".dvc" / name for name in ("config", "config.local")]
-    return any("remote" in path.read_text() for path in settings if path.exists())
+        return [*found, f"{self.name}: {self.verdict}{first}: {self.why}"]
 
 
 def reproduce(
-    record: Record,
+    wanted: str,
+    root: Path,
+    *,
+    check: bool = False,
+    rebuild: bool = False,
+    keep: bool = False,
+    log: Callable[[str], None] = lambda _: None,
+    confirm: Callable[[str], bool] = lambda _: False,
+) -> Result | Check:
+    """Find a version by its name, run it again and compare; see `run_again`.
+
+    Args:
+        wanted: see `records.find_version`.
+        root: the repository.
+        check: only find what is missing.
+        keep: leave the checkout.
+        rebuild: see `run_again`.
+        log: see `run_again`.
+        confirm: see `run_again`.
+
+    Raises:
+        BadConfig: the version is the work tree itself.
+        MissingInput: this folder is not a git repository.
+    """
+    if wanted == WORKSPACE:
+        raise BadConfig(f"{WORKSPACE} is not a run: name a run's id or a revision (`make ui` shows the runs)")
+    require_repository(root)
+    root = root.resolve()
+    with scratch_worktree(root / ".state" / "reproductions", keep=keep and not check) as scratch:
+        (scratch.folder / "artifacts").mkdir()
+        version = find_version(root, wanted, scratch.folder / "artifacts")
+        if check:
+            notes = _describe(changed_environment(version, root))
+            return Check(version.name, find_missing(version, root), notes)
+        return run_again(version, root, scratch, rebuild=rebuild, log=log, confirm=confirm)
+
+
+def run_again(
+    version: Version,
     root: Path,
     scratch: Scratch,
     *,
     rebuild: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-    agree: Callable[[Plan], bool] = lambda _: False,
+    log: Callable[[str], None] = lambda _: None,
+    confirm: Callable[[str], bool] = lambda _: False,
 ) -> Result:
-    """Run a record again and compare.
+    """Run a version again in a checkout, and compare.
 
     Args:
-        record: what was run.
+        version: what was recorded.
         root: the repository.
-        scratch: a folder for the work tree.
-        rebuild: make the data again even where it is at hand.
-        say: told what is done.
-        agree: asked whether code may run that is not in the history of the present commit.
+        scratch: a folder for the checkout.
+        rebuild: run the download stage too, even if its outs are in the cache.
+        log: prints progress.
+        confirm: shows what would run and returns whether it may; called for code that is not in the history
+            of the present commit.
 
     Raises:
-        MissingInput: something is missing that cannot be done without; see `gaps`.
-        OutsideFolder: a path leads out of the work tree.
-        NotAllowed: the user did not agree.
+        MissingInput: something is missing that the version needs.
+        OutsideFolder: a path leads out of the checkout.
+        NotAllowed: the user did not confirm.
         CheckFailed: a stage failed.
     """
-    fatal = [gap.message for gap in gaps(record, root) if gap.fatal]
-    if fatal:
-        raise MissingInput(f"{record.name} can't be run again: {'; '.join(fatal)}")
-    plan = _check_out(record, root, scratch)
-    if not _is_known(record, root) and not agree(plan):
-        raise NotAllowed(f"{record.name} was not run: read what it is above, and run it with --trust")
-    say(f"{record.name}: commit {record.commit[:9]} in {scratch.tree}")
-    _restore(record, root, scratch.tree, rebuild=rebuild, say=say)
-    if _repro(scratch, record.stage):
-        raise CheckFailed("the run can't be made again: a stage failed (its message stands above)")
-    made = Folder(scratch.tree)
-    return judge(record, read_chain(made), made)
+    if missing := find_missing(version, root):
+        raise MissingInput(f"{version.name} can't be run again: {'; '.join(missing)}")
+    plan = _check_out(version, root, scratch)
+    if not (_is_in_history(version, root) or confirm("\n".join(plan))):
+        raise NotAllowed(
+            f"{version.name} was not run: `compactgpt reproduce` asks on a terminal; without a terminal it "
+            "needs `--trust`, after you have read what it would run (above)"
+        )
+    log(f"{version.name}: commit {version.commit[:9]} in {scratch.tree}")
+    _copy_inputs(version, root, scratch.tree)
+    from_cache = _restore_data(version, root, scratch.tree, rebuild=rebuild)
+    log("the data comes from DVC's cache, by its hash" if from_cache else "the download stage runs again")
+    if _run_dvc(scratch, version.stage):
+        raise CheckFailed("the version can't be run again: a stage failed (its message is above)")
+    place = Folder(scratch.tree)
+    return compare_hashes(version, read_chain(place), place, changed_environment(version, root))
 
 
-def _is_known(record: Record, root: Path) -> bool:
-    """Whether all code and settings of a record are in the history of the present commit."""
-    if not isinstance(record.place, Commit):
+# --- what is missing
+
+
+def find_missing(version: Version, root: Path) -> list[str]:
+    """Return what the version needs to run again and this machine lacks."""
+    if not version.commit:
+        return ["the run names no commit: it ran outside of git"]
+    try:
+        git_text(root, "cat-file", "-e", f"{version.commit}^{{commit}}")
+    except UserError:
+        return [f"git lacks commit {version.commit[:9]}: `git fetch --all` may fetch it"]
+    missing = ["the run had uncommitted changes that were not kept"] if version.diff is None else []
+    missing += [f"the run has no {name}" for name in (PARAMS, LOCK) if version.place.read(name) is None]
+    data, cache = outs(version.chain.entries.get(DATA, {})), Cache(root)
+    if all(cache.has(md5) or version.place.read(path) is not None for path, md5 in data.items()):
+        return missing
+    changed = [path for path, md5 in _external_deps(version) if md5_path(root / path) != md5]
+    return missing + [
+        f"DVC's cache lacks the data, and {path} is not what it was made from" for path in changed
+    ]
+
+
+def _external_deps(version: Version) -> list[tuple[str, str]]:
+    """Return path and hash of what the download stage read, but for code and what other stages write."""
+    written = {path for entry in version.chain.entries.values() for path in outs(entry)}
+    read = deps(version.chain.entries.get(DATA, {}))
+    return [(path, md5) for path, md5 in read.items() if path not in written and not path.startswith(CODE)]
+
+
+def changed_environment(version: Version, root: Path) -> dict[str, Pair]:
+    """Return what of processor, settings and packages is another here: values then and now, by name."""
+    here = find_version(root, WORKSPACE, root)
+    return changed_machine(version, here) | changed_packages(version, here)
+
+
+def _describe(environment: dict[str, Pair]) -> list[str]:
+    return [
+        f"{name} was {old or 'not there'}, here it is {new or 'not there'}"
+        for name, (old, new) in environment.items()
+    ]
+
+
+# --- the checkout
+
+
+def _is_in_history(version: Version, root: Path) -> bool:
+    """Whether all code and settings of a version are in the history of the present commit."""
+    if not isinstance(version.place, Commit):
         return False
     try:
-        git(root, "merge-base", "--is-ancestor", record.commit, "HEAD")
+        git_text(root, "merge-base", "--is-ancestor", version.commit, "HEAD")
     except UserError:
         return False
     return True
 
 
-def _check_out(record: Record, root: Path, scratch: Scratch) -> Plan:
-    """Create the work tree: the commit with its changes and parameters, and our settings of DVC."""
+def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
+    """Check out the commit with its changes and parameters; return what would run, as lines."""
     tree = scratch.tree
+    # A repository of its own, which reads the objects of this one: code that runs there can't change ours.
+    git_text(scratch.folder, "init", "--quiet", "--template=", str(tree))
+    objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
+    write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
     hooks = ("-c", f"core.hooksPath={os.devnull}")
-    git(root, *hooks, "worktree", "add", "--force", "--detach", str(tree), record.commit)
+    git_text(tree, *hooks, "checkout", "--quiet", "--detach", version.commit)
     changed = []
-    if record.diff:
-        (patch := scratch.folder / "changes.diff").write_bytes(record.diff)
-        git(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))  # refuses paths out of the tree
-        changed = git(tree, "apply", "--numstat", str(patch)).splitlines()
+    if version.diff:
+        (patch := scratch.folder / "changes.diff").write_bytes(version.diff)
+        git_text(
+            tree, "apply", "--binary", "--whitespace=nowarn", str(patch)
+        )  # refuses paths out of the tree
+        changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
     _refuse_links_out(tree)
-    write_bytes(inside(tree, PARAMS), record.place.read(PARAMS) or b"")
+    write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
     write_text(inside(tree, ".dvc/config"), DVC_SETTINGS)
     inside(tree, ".dvc/config.local").unlink(missing_ok=True)
-    facts = git(root, "show", "--no-patch", "--format=%h by %an <%ae>, %as: %s", record.commit)
-    return Plan(record.name, facts, [line.split("\t")[-1] for line in changed], _commands(tree))
+    commands = _stage_commands(tree)
+    width = max(map(len, commands), default=0)
+    names = ", ".join(line.split()[-1] for line in changed) or "none"
+    lines = [
+        f"{version.name} runs code with your rights, and it is not in the history of your present commit:",
+        "  commit   " + git_text(root, "show", "-s", "--format=%h by %an <%ae>, %as: %s", version.commit),
+        f"  changes  {names} (uncommitted, kept with the run)",
+        *(f"  {stage:{width}}  {command}" for stage, command in commands.items()),
+    ]
+    return [printable(line) for line in lines]
 
 
 def _refuse_links_out(tree: Path) -> None:
-    """Refuse a work tree with a symbolic link that leads out of it: a stage's output would be written there.
+    """Check that no symbolic link leads out of a checkout: a stage's output would be written there.
 
     Raises:
-        OutsideFolder: it has one.
+        OutsideFolder: a link does.
     """
     for folder, folders, files in os.walk(tree):
         for name in (*folders, *files):
@@ -347,193 +306,168 @@ def _refuse_links_out(tree: Path) -> None:
                 inside(tree, path.relative_to(tree).as_posix())
 
 
-def _commands(tree: Path) -> dict[str, str]:
-    """The command of each stage as DVC would run it, after checking the paths that DVC would write and read.
+def _stage_commands(tree: Path) -> dict[str, str]:
+    """Return the command of each stage as DVC would run it, after checking all paths of dvc.yaml.
 
     Raises:
-        OutsideFolder: a path leads out of the work tree.
+        OutsideFolder: a path leads out of the checkout.
         BadData: DVC can't read dvc.yaml or dvc.lock.
     """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(tree)) as repo:
-            for one in (*repo.index.outs, *repo.index.deps):
-                name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
-                inside(tree, name)
-            return {stage.addressing: str(stage.cmd) for stage in repo.index.stages if stage.cmd}
-    except (DvcException, ImportError) as error:  # ImportError: paths on a storage whose plugin is missing
-        raise BadData(f"DVC can't read this version: {error}") from error
+    with open_repo(tree) as repo:
+        for one in (*repo.index.outs, *repo.index.deps):
+            name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
+            inside(tree, name)
+        return {stage.name: str(stage.cmd) for stage in repo.index.stages if stage.cmd}
 
 
-def _restore(record: Record, root: Path, tree: Path, *, rebuild: bool, say: Callable[[str], None]) -> None:
-    """Bring the data, what it is made from, weights that were fetched before, and its part of dvc.lock."""
+def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
+    """Copy downloads of earlier runs, and what the data was made from if it is here unchanged."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
-    entry = record.chain.entries.get(DATA, {})
-    made = _made_by_stages(record)
-    for path, md5 in deps(entry).items():
-        target = inside(tree, path)
-        if path in made or target.is_file() or md5_path(target) == md5 or md5_path(root / path) != md5:
+    for path, md5 in _external_deps(version):
+        source, target = root / path, inside(tree, path)
+        if md5_path(target) == md5 or md5_path(source) != md5:
             continue
-        if (root / path).is_dir():
-            shutil.copytree(root / path, target, dirs_exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(root / path, target)
-    (tree / LOCK).unlink(missing_ok=True)  # every stage without an entry is run
-    if not entry or rebuild:
-        return
-    if not _restorable(record, entry, Cache(root)):
-        _fetch(root, outs(entry).values())
-    if _bring(record, entry, Cache(root), tree):
-        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
-        say("the data comes from DVC's cache, by its hash")
-    else:
-        say("the data is made again")
+            shutil.copyfile(source, target)
 
 
-def _fetch(root: Path, hashes: Collection[str]) -> None:
-    """Ask the project's own remote for objects; the work tree never has its address or keys."""
-    if not _has_remote(root):
-        return
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc_data.hashfile.hash_info import HashInfo
-
-    # What the remote lacks is made again. The list of a folder's files is an object like any other.
-    with suppress(DvcException, MissingInput), Repo(str(root)) as repo:
-        repo.cloud.pull([HashInfo("md5", md5) for md5 in hashes])
-        files = [file for md5 in hashes if md5.endswith(".dir") for file in Cache(root).listed(md5)]
-        repo.cloud.pull([HashInfo("md5", file["md5"]) for file in files])
-
-
-def _bring(record: Record, entry: Entry, cache: Cache, tree: Path) -> bool:
-    """Put every out of a stage at its place; the scratch cache gets what DVC looks up."""
-    if not _restorable(record, entry, cache):
-        return False
-    for path, md5 in outs(entry).items():
-        target = inside(tree, path)
-        shutil.rmtree(target, ignore_errors=True)
-        if not checkout(cache, record.place, path, md5, target):
-            return False
-        for source in cache.objects(md5) if cache.has(md5) else ():
-            kept = Cache(tree).file(source.parent.name + source.name)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            if not kept.exists():
-                _link(source, kept)
-    return True
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """Share a file that nobody writes into; copy it where links do not reach."""
+def _link(source: str, target: str) -> None:
+    """Share a file that no stage changes; copy it to another file system."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def _repro(scratch: Scratch, stage: str) -> int:
-    """Run DVC there, with this Python, and the code of the work tree before any that is installed."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+def _restore_data(version: Version, root: Path, tree: Path, *, rebuild: bool) -> bool:
+    """Restore the outs of the download stage from the project's cache or remote, so that DVC skips the stage.
+
+    Returns:
+        Whether that worked. If not, the stage runs again.
+    """
+    from dvc.exceptions import DvcException
+    from dvc_data.hashfile.hash_info import HashInfo
+    from dvc_data.hashfile.transfer import transfer
+
+    (tree / LOCK).unlink(missing_ok=True)  # a stage without an entry runs
+    entry = version.chain.entries.get(DATA, {})
+    if rebuild or not entry:
+        return False
+    for path, md5 in outs(entry).items():
+        content = version.place.read(path)
+        if content is not None and md5_of(content) == md5:  # a small report
+            write_bytes(inside(tree, path), content)
+    with open_repo(root) as project, open_repo(tree) as repo:
+        sources = [project.cache.local]
+        with suppress(DvcException):  # the project has no remote
+            sources.append(project.cloud.get_remote_odb())
+        hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
+        for source in sources:
+            # `shallow=False` copies the files of folders, too; `verify` refuses files of another hash.
+            with suppress(OSError, DvcException):
+                transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
+        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
+        try:
+            repo.checkout([DATA], force=True)
+        except DvcException:
+            (tree / LOCK).unlink()
+            return False
+    return True
+
+
+def _run_dvc(scratch: Scratch, stage: str) -> int:
+    """Run DVC in the checkout, with this Python, and the checkout's code before any that is installed."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
-        **own,
+        **kept,
         "COMPACTGPT_TRACKER": "none",
         "DVC_NO_ANALYTICS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": f"{scratch.tree / 'src'}{os.pathsep}{scratch.tree}",
     }
-    words = [sys.executable, "-m", "dvc", "repro", *([stage] if stage else [])]
-    return scratch.run(words, environment)
+    return scratch.run([sys.executable, "-m", "dvc", "repro", *([stage] if stage else [])], environment)
 
 
-def judge(record: Record, made: Chain, place: Place) -> Result:
-    """Compare what was recorded with what was made.
+# --- the comparison
 
-    Identical is a chain whose every out has the same hash. It is within rounding where only figures differ,
-    code, parameters and data are the same, the arithmetic is known to be another (processor, threads,
-    libraries), and every loss is within LOSS_TOLERANCE. Everything else is different.
+
+def compare_hashes(version: Version, rebuilt: Chain, place: Place, environment: dict[str, Pair]) -> Result:
+    """Compare the recorded dvc.lock with that of the second run.
+
+    Identical: every out has the same hash. Within rounding: only figures differ, code, parameters and data
+    are the same, the arithmetic is known to be another (processor, threads, libraries), and every loss is
+    within LOSS_TOLERANCE. Everything else is different.
+
+    Args:
+        version: what was recorded.
+        rebuilt: the chain of the second run.
+        place: the files of the second run.
+        environment: see `changed_environment`.
     """
-    scope = [
-        stage for stage in record.chain.stages if stage in made.entries and stage in record.chain.entries
-    ]
-    lost = [
-        stage for stage in record.chain.stages if stage in record.chain.entries and stage not in made.entries
-    ]
-    results = [_stage_result(stage, record, made, place) for stage in scope]
-    changed = [one for one in results if one.verdict != IDENTICAL]
-    if lost and not record.stage:
-        return Result(record.name, DIFFERENT, lost[0], f"{lost[0]} was not made", results)
+    recorded = [stage for stage in version.chain.stages if stage in version.chain.entries]
+    missing = [stage for stage in recorded if stage not in rebuilt.entries]
+    stages = [_compare_stage(stage, version, rebuilt, place) for stage in recorded if stage not in missing]
+    changed = [one for one in stages if one.verdict != IDENTICAL]
+    if missing and not version.stage:
+        return Result(version.name, DIFFERENT, missing[0], f"{missing[0]} did not run", stages)
     if not changed:
-        return Result(
-            record.name, IDENTICAL, "", f"every out of {len(results)} stages has the recorded hash", results
-        )
-    first = changed[0]
-    causes = _other_arithmetic(record)
-    if any(one.verdict in ("code", "params") for one in changed):
-        what = next(one for one in changed if one.verdict in ("code", "params"))
-        return Result(record.name, DIFFERENT, first.stage, f"{what.stage} has other {what.verdict}", results)
-    far = max(changed, key=lambda one: one.largest)
-    if causes and far.largest <= LOSS_TOLERANCE:
-        why = f"losses differ by at most {far.largest:.2%}; {'; '.join(causes)}"
-        return Result(record.name, ROUNDING, first.stage, why, results)
-    why = f"{', '.join(first.files)} of {first.stage} has another hash"
-    if far.largest:
-        why += f"; {far.where} differs by {far.largest:.2%}"
-    return Result(
-        record.name, DIFFERENT, first.stage, why if not causes else f"{why}, more than rounding", results
-    )
+        why = f"every out of {len(stages)} stages has the recorded hash"
+        return Result(version.name, IDENTICAL, "", why, stages)
+    causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
+    verdict, why = _explain_change(changed, causes)
+    return Result(version.name, verdict, changed[0].stage, why, stages)
 
 
-def _other_arithmetic(record: Record) -> list[str]:
-    """What is known to round sums in another way here."""
-    here = machine_facts()
-    names = ("arithmetic", "cpu.vectors", "machine")
-    found = [
-        f"{name}: {record.machine.get(name) or 'none'} then, {here.get(name) or 'none'} now"
-        for name in names
-        if record.machine and record.machine.get(name, "") != here.get(name, "")
+def _explain_change(changed: list[StageResult], causes: list[str]) -> tuple[str, str]:
+    """Return the verdict on stages that changed, and the reason; `causes` are those of other rounding."""
+    for one in changed:
+        if one.verdict in ("code", "params"):
+            return DIFFERENT, f"{one.stage} has other {one.verdict}"
+    farthest = max(changed, key=lambda one: one.largest)
+    if causes and farthest.largest <= LOSS_TOLERANCE:
+        return ROUNDING, f"losses differ by at most {farthest.largest:.2%}; {'; '.join(causes)}"
+    why = f"{', '.join(changed[0].files)} of {changed[0].stage} has another hash"
+    if farthest.largest:
+        why += f"; {farthest.where} differs by {farthest.largest:.2%}"
+    return DIFFERENT, f"{why}, more than rounding" if causes else why
+
+
+def _compare_stage(stage: str, version: Version, rebuilt: Chain, place: Place) -> StageResult:
+    old, new = version.chain.entries[stage], rebuilt.entries[stage]
+    files = [path for path, md5 in outs(old).items() if outs(new).get(path) != md5]
+    reports = [path for path in files if path.endswith(".json")]
+    differences = [
+        (difference, f"{path}: {key}")
+        for path in reports
+        for key, difference in _loss_differences(version.place.read(path), place.read(path))
     ]
-    installed = versions(packages())
-    return found + [
-        f"{name} {record.packages[name]} then, {installed.get(name)} now"
-        for name in _ARITHMETIC_PACKAGES
-        if name in record.packages and record.packages[name] != installed.get(name)
-    ]
+    largest, where = max(differences, default=(0.0, ""))
+    return StageResult(stage, _first_change(old, new), files, largest, where)
 
 
-def _stage_result(stage: str, record: Record, made: Chain, place: Place) -> StageResult:
-    then, now = record.chain.entries[stage], made.entries[stage]
-    files = [path for path, md5 in outs(then).items() if outs(now).get(path) != md5]
-    largest, where = 0.0, ""
-    for path in files:
-        if path.endswith(".json"):
-            for key, gap in _loss_gaps(record.place.read(path), place.read(path)):
-                if gap > largest:
-                    largest, where = gap, f"{path}: {key}"
-    return StageResult(stage, _first_cause(then, now), files, largest, where)
-
-
-def _first_cause(then: Entry, now: Entry) -> str:
-    """What of a stage differs first: its code, its parameters, its inputs, or only what it made."""
-    if outs(then) == outs(now):
+def _first_change(old: Entry, new: Entry) -> str:
+    """Return what of a stage differs first: code, params, inputs, or only its outs."""
+    if outs(old) == outs(new):
         return IDENTICAL
-    if entry_params(then) != entry_params(now):
+    if entry_params(old) != entry_params(new):
         return "params"
-    changed = [path for path, md5 in deps(then).items() if deps(now).get(path) != md5]
-    if any(path.startswith(("src/", "stages/")) for path in changed) or then.get("cmd") != now.get("cmd"):
+    changed = [path for path, md5 in deps(old).items() if deps(new).get(path) != md5]
+    if any(path.startswith(CODE) for path in changed) or old.get("cmd") != new.get("cmd"):
         return "code"
     return "inputs" if changed else "outs"
 
 
-def _loss_gaps(then: bytes | None, now: bytes | None) -> Iterator[tuple[str, float]]:
-    """Relative differences of the losses of two reports; a report that is gone is as far as can be."""
-    if then is None or now is None:
+def _loss_differences(old: bytes | None, new: bytes | None) -> Iterator[tuple[str, float]]:
+    """Yield relative differences of the losses of two reports; 1.0 if a report is missing."""
+    if old is None or new is None:
         yield "the report", 1.0
         return
-    before, after = numbers(json.loads(then)), numbers(json.loads(now))
+    before, after = numbers(json.loads(old)), numbers(json.loads(new))
     for key, value in before.items():
         if key.endswith(_LOSSES):
             yield key, abs(after.get(key, 0.0) - value) / max(abs(value), 1e-12)

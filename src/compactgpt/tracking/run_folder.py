@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import UserError
+from compactgpt.common.git import git_text
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.tracking import pipeline_run
-from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Commit, Folder, Place, git, parse_yaml
+from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Commit, Folder, Place, parse_yaml
 from compactgpt.tracking.journal import BEFORE, flatten, journal_lines, tracking_folder
 from compactgpt.tracking.pipeline_run import StageRun
 
@@ -137,7 +138,7 @@ class RunFolder:
 def experiment_commit(root: Path, name: str, baseline: str) -> str:
     """Return the commit that DVC keeps of an experiment on a commit; nothing without one."""
     with suppress(UserError):
-        return git(
+        return git_text(
             root, "rev-parse", "--verify", "--quiet", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
         )
     return ""
