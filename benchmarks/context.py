@@ -18,7 +18,7 @@ from compactgpt.data.token_files import TokenFile, Window, open_tokens
 from compactgpt.evaluation.compact import compact
 from compactgpt.evaluation.likelihood import Neural, document_streams, target_nats
 from compactgpt.evaluation.metrics import ratio_bootstrap
-from compactgpt.training.checkpoint import load_model
+from compactgpt.model.weights import load_model
 
 REFERENCE = 2  # tokens of context that the others are compared with
 

@@ -76,12 +76,11 @@ class Ours:
     """compactgpt's training step, with the recipe that the parent names."""
 
     def __init__(self, order: dict[str, Any], params: Params) -> None:
-        from compactgpt.common.torchrun import DistInfo
         from compactgpt.training import trainer
         from compactgpt.training.distributed import Group
 
         splits = trainer.open_splits(Path(order["tokens"]))
-        self.run = trainer._Run(params, splits, Path("unused"), Group(DistInfo(), "fast"))
+        self.run = trainer.Trainer(params, splits, Path("unused"), Group())
 
     def steps(self, count: int) -> list[float]:
         """Make updates; their losses in nats per token."""
@@ -259,7 +258,7 @@ def validation(model: Any, splits: Any) -> dict[str, Any]:
     by_place: dict[int, list[float]] = {}
     with torch.no_grad():
         for window in evaluation_windows(splits.val, model.shape.block_size):
-            for place, nats in enumerate(trainer._window_nats(model, [window]), start=1):
+            for place, nats in enumerate(trainer.window_nats(model, [window]), start=1):
                 by_place.setdefault(place, []).append(nats)
 
     def mean(first: int, last: int) -> float:

@@ -37,7 +37,6 @@ from compactgpt.tracking.journal import (
     state_folder,
 )
 from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
-from compactgpt.training.launching import launch
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.
@@ -205,6 +204,8 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
+        from compactgpt.training.distributed import launch  # imports torch
+
         _die_with_parent()
         words = [f"--{name}={value}" for name, value in options.items()]
         with _stoppable():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import compactgpt
 from compactgpt.cli import app
 from compactgpt.common.console import extra_with, handle_user_errors
-from compactgpt.training.checkpoint import save_model
+from compactgpt.model.weights import save_model
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, git
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 

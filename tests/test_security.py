@@ -111,7 +111,8 @@ def test_no_checkpoint_and_no_artifact_of_mlflow_is_a_pickle(trained_project):
     optimizers = Optimizers(network, PARAMS.training)
     sum(parameter.sum() for parameter in network.parameters()).backward()
     optimizers.update(1, torch.tensor(0.5))
-    save_state(trained_project / ".state/training", "key", 1, network, optimizers, {"rows": []})
+    tensors = {**network.state_dict(), **optimizers.state}
+    save_state(trained_project / ".state/training", "key", 1, tensors, {"rows": []})
     save_hf(network, trained_project / "exported")
     register(trained_project)
     (model,) = open_store(trained_project).client.search_logged_models(["1"])

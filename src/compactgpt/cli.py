@@ -297,8 +297,8 @@ def _export(
     from compactgpt.config import load_params
     from compactgpt.data.hub import with_base_model
     from compactgpt.model.huggingface import save_hf
+    from compactgpt.model.weights import load_model
     from compactgpt.reporting.model_card import read_card
-    from compactgpt.training.checkpoint import load_model
 
     text, why_none = read_card(model, card)
     if text and params_file.exists():

@@ -12,7 +12,8 @@ from compactgpt.common.storage import verified_manifest
 from compactgpt.data.validation import check_expectations
 from compactgpt.forecast.sweep import fit_sweep
 from compactgpt.gate.references import accept
-from compactgpt.training.checkpoint import prune_runs, save_model
+from compactgpt.model.weights import save_model
+from compactgpt.training.checkpoint import prune_runs
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 

@@ -14,7 +14,7 @@ from compactgpt import cli
 from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
 from compactgpt.data import hub
 from compactgpt.model.huggingface import save_hf
-from compactgpt.training.checkpoint import save_model
+from compactgpt.model.weights import save_model
 from tests.support.fake_hub import REVISION, FakeHub
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 

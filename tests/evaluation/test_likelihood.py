@@ -25,7 +25,7 @@ from compactgpt.evaluation import likelihood
 from compactgpt.evaluation.compact import compact
 from compactgpt.evaluation.likelihood import Nats, Positions, Totals, evaluate, target_nats
 from compactgpt.evaluation.metrics import ratio_bootstrap
-from compactgpt.training.checkpoint import save_model
+from compactgpt.model.weights import save_model
 from tests.support.tiny_corpus import write_token_file
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
 

@@ -26,8 +26,8 @@ from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import Totals, write_totals
 from compactgpt.gate import formats, gate, references
 from compactgpt.gate.gate import Check, Documents, Snapshot, Verdict
+from compactgpt.model.weights import save_model
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.training.checkpoint import save_model
 from tests.support import tracking_store
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 

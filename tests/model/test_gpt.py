@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.model.gpt import GPT, LOSS_ROWS, LinearCrossEntropy, token_nats
-from tests.support.tiny_gpt import tiny, tokens_of
+from compactgpt.model.cross_entropy import LOSS_ROWS, LinearCrossEntropy, token_nats
+from compactgpt.model.gpt import GPT
+from tests.support.tiny_training import random_batch, tiny_shape
 
 
 def test_the_notes_configuration_counts_as_nanogpt_counts_it():
-    shape = tiny(block_size=512, n_layer=6, n_head=6, n_embd=384, vocab_size=50257, padded_vocab_size=50304)
+    shape = tiny_shape(
+        block_size=512, n_layer=6, n_head=6, n_embd=384, vocab_size=50257, padded_vocab_size=50304
+    )
     model = GPT(shape)
     assert model.num_params == 30_135_168
     assert model.num_params_nanogpt == 29_938_560
@@ -50,14 +53,14 @@ def transformers_twin(model):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
 def test_loss_and_gradients_are_those_of_transformers_gpt2(bias, gelu):
-    model = GPT(tiny(bias=bias, gelu=gelu), seed=1)
+    model = GPT(tiny_shape(bias=bias, gelu=gelu), seed=1)
     with torch.no_grad():  # large weights, so that the two GELUs differ
         for parameter in model.parameters():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         twin = transformers_twin(model)
-    tokens, targets = tokens_of(3, 8)
+    tokens, targets = random_batch(3, 8)
     expected = F.cross_entropy(twin(tokens).logits.flatten(0, 1), targets.flatten())
     loss = model(tokens, targets)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -82,8 +85,8 @@ def test_chunked_loss_equals_the_plain_one_with_its_gradients(rows):
 
 
 def test_the_embeddings_gradient_is_added_to_the_heads_without_a_copy_of_it():
-    model = GPT(tiny())
-    tokens, targets = tokens_of(2, 6)
+    model = GPT(tiny_shape())
+    tokens, targets = random_batch(2, 6)
     loss = model(tokens, targets)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         loss.backward()
@@ -120,7 +123,7 @@ def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan(dtype, cap):
 
 
 def test_weights_are_drawn_as_nanogpt_draws_them():
-    model = GPT(tiny(n_embd=128, padded_vocab_size=512, bias=True), seed=5)
+    model = GPT(tiny_shape(n_embd=128, padded_vocab_size=512, bias=True), seed=5)
     stds = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
     for name, std in stds.items():
         expected = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
@@ -131,16 +134,16 @@ def test_weights_are_drawn_as_nanogpt_draws_them():
 
 def test_the_seed_alone_decides_the_weights():
     torch.manual_seed(1)
-    first = GPT(tiny(), seed=7)
+    first = GPT(tiny_shape(), seed=7)
     torch.manual_seed(2)
-    second, other = GPT(tiny(), seed=7), GPT(tiny(), seed=8)
+    second, other = GPT(tiny_shape(), seed=7), GPT(tiny_shape(), seed=8)
     assert torch.equal(first.wte.weight, second.wte.weight)
     assert not torch.equal(first.wte.weight, other.wte.weight)
 
 
 def test_no_place_sees_what_comes_after_it():
-    model = GPT(tiny(), seed=1).eval()
-    tokens, _ = tokens_of(2, 8)
+    model = GPT(tiny_shape(), seed=1).eval()
+    tokens, _ = random_batch(2, 8)
     changed = tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 50
     before, after = model.hidden(tokens), model.hidden(changed)
@@ -149,15 +152,15 @@ def test_no_place_sees_what_comes_after_it():
 
 
 def test_a_model_that_knows_nothing_pays_ln_v_per_token():
-    model = GPT(tiny())
+    model = GPT(tiny_shape())
     with torch.no_grad():
         model.wte.weight.zero_()
-    assert model(*tokens_of(2, 8)).item() == pytest.approx(math.log(64), abs=1e-6)
+    assert model(*random_batch(2, 8)).item() == pytest.approx(math.log(64), abs=1e-6)
 
 
 def test_dropout_acts_in_training_only():
-    model = GPT(tiny(dropout=0.5), seed=1)
-    tokens, targets = tokens_of(2, 8)
+    model = GPT(tiny_shape(dropout=0.5), seed=1)
+    tokens, targets = random_batch(2, 8)
     assert model(tokens, targets) != model(tokens, targets)
     model.eval()
     assert model(tokens, targets) == model(tokens, targets)
@@ -165,7 +168,7 @@ def test_dropout_acts_in_training_only():
 
 def test_more_tokens_than_the_model_attends_to_are_refused():
     with pytest.raises(ValueError, match=r"got 9 tokens.*at most 8"):
-        GPT(tiny()).hidden(torch.zeros(1, 9, dtype=torch.int64))
+        GPT(tiny_shape()).hidden(torch.zeros(1, 9, dtype=torch.int64))
 
 
 def test_token_nats_are_minus_log_softmax_over_the_rows_given():

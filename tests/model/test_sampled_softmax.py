@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.model.gpt import GPT, LinearCrossEntropy
+from compactgpt.model.cross_entropy import LinearCrossEntropy
+from compactgpt.model.gpt import GPT
 from compactgpt.model.sampled_softmax import Sample, draw_sample, inclusion_probabilities, token_counts
 from compactgpt.training.initialization import set_sinusoids, start_at_unigram
 from compactgpt.training.optim import Optimizers
-from tests.support.tiny_gpt import tiny, tokens_of
-from tests.support.training_recipe import recipe
+from tests.support.tiny_training import random_batch, recipe, tiny_shape
 
 V, C, N = 60, 8, 12
 COUNTS = (1000 / np.arange(1, V + 1)).astype(np.int64)  # Zipf's law, as text has it
@@ -141,7 +141,7 @@ def test_the_loss_is_too_low_by_half_the_relative_variance_and_the_bias_falls_wi
 def test_rows_left_out_keep_weights_and_moments_and_those_taken_get_adamws_step():
     """Against torch's dense AdamW with the same gradient, row by row."""
     training = recipe(schedule="constant", warmup_steps=0, grad_clip=0.5)
-    model = GPT(tiny(), seed=1)
+    model = GPT(tiny_shape(), seed=1)
     optimizers = Optimizers(model, training)
     wte = model.wte.weight
     ids = torch.tensor([3, 7, 11, 40])
@@ -179,11 +179,11 @@ def test_rows_left_out_keep_weights_and_moments_and_those_taken_get_adamws_step(
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_all_rows_are_the_dense_step_to_the_bit(optimizer):
     training = recipe(optimizer=optimizer, schedule="constant", warmup_steps=0)
-    shape = tiny(vocab_size=64)
+    shape = tiny_shape(vocab_size=64)
     models = [GPT(shape, seed=1) for _ in range(2)]
     dense, lazy = (Optimizers(model, training) for model in models)
     for step in range(3):
-        batch = tokens_of(2, 8, seed=step)
+        batch = random_batch(2, 8, seed=step)
         models[0](*batch).backward()
         table = lazy.select_rows(torch.arange(64))
         models[1](*batch, table).backward()
@@ -191,14 +191,14 @@ def test_all_rows_are_the_dense_step_to_the_bit(optimizer):
             each.update(step, each.grad_norm())
     pairs = zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    states = dense.state_tensors(), lazy.state_tensors()
+    states = dense.state, lazy.state
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 @pytest.mark.parametrize("amplitude", [0.0, 0.1])
 def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form(amplitude):
-    shape = tiny(n_embd=64, vocab_size=50)
+    shape = tiny_shape(n_embd=64, vocab_size=50)
     counts = (1000 / np.arange(1, 51)).astype(np.int64)
     plain, model = GPT(shape, seed=1), GPT(shape, seed=1)
     if amplitude:
@@ -215,7 +215,7 @@ def test_a_model_begins_at_the_log_frequencies_and_stays_gpt2s_form(amplitude):
 
 
 def test_sinusoids_turn_by_the_same_angles_from_one_position_to_the_next():
-    model = GPT(tiny(n_embd=16), seed=1)
+    model = GPT(tiny_shape(n_embd=16), seed=1)
     set_sinusoids(model, 0.5)
     waves = torch.view_as_complex(model.wpe.weight.detach().view(8, 8, 2))  # (T, C / 2)
     torch.testing.assert_close(waves.abs(), torch.full((8, 8), 0.5))
@@ -226,7 +226,7 @@ def test_sinusoids_turn_by_the_same_angles_from_one_position_to_the_next():
 
 
 def test_position_embeddings_have_a_learning_rate_of_their_own():
-    model = GPT(tiny(), seed=1)
+    model = GPT(tiny_shape(), seed=1)
     optimizers = Optimizers(model, recipe(position_learning_rate=3e-3, warmup_steps=0))
     rates = {id(p): group["lr"] for group in optimizers.adamw.param_groups for p in group["params"]}
     assert rates[id(model.wpe.weight)] == 3e-3

@@ -13,8 +13,8 @@ import pytest
 
 from compactgpt.common.storage import atomic_folder
 from compactgpt.evaluation.likelihood import Totals, write_totals
+from compactgpt.model.weights import save_model
 from compactgpt.reporting.verify import Verification, check_lock, check_manifests, run_check
-from compactgpt.training.checkpoint import save_model
 from tests.support.comparison_inputs import PARAMS, ROOT
 from tests.support.tiny_corpus import make_documents
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt

@@ -39,8 +39,8 @@ def wait(process: multiprocessing.Process, seconds: float = 60) -> int:
     return process.exitcode
 
 
-def together(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
-    """Run `function(*args)` in `size` processes, each told its place as torchrun tells it."""
+def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
+    """Run `function(*args)` in `size` processes, each with the environment that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

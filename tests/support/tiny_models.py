@@ -80,6 +80,21 @@ def tiny_gpt(vocab_size: int, **changes) -> GPT:
     return model
 
 
+def save_random_gpt2(folder: Path, **changes):
+    """Save a GPT-2 of transformers with large random weights, and return it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    shape = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = GPT2Config(**{**shape, "bos_token_id": 39, "eos_token_id": 39, **changes})
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases, too
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model
+
+
 def save_params(path: Path, change) -> None:
     """Write the project's params.yaml with `change` made to its tree."""
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from compactgpt.common.storage import sha256_file, write_json
+from compactgpt.model.weights import save_model
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import stage_metrics
-from compactgpt.training.checkpoint import save_model
 from tests.support import tracking_store
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 

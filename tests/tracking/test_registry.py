@@ -9,9 +9,9 @@ import torch
 from compactgpt.common.errors import CheckFailed, MissingInput
 from compactgpt.common.storage import sha256_file
 from compactgpt.data.tokenizer import load_encoding
+from compactgpt.model.weights import load_model, save_model
 from compactgpt.tracking.registry import MAX_NEW_TOKENS, NAME, champion, promote
 from compactgpt.tracking.store import open_store
-from compactgpt.training.checkpoint import load_model, save_model
 from tests.support.tiny_models import tiny_gpt
 from tests.support.trained_project import register, weights
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.errors import Unreachable
+from compactgpt.model.weights import save_model
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.registry import promote
 from compactgpt.tracking.store import open_store
-from compactgpt.training.checkpoint import save_model
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 from tests.support.tracking_store import copy, journal, runs
 from tests.support.trained_project import register, weights

@@ -12,7 +12,7 @@ from compactgpt.common.errors import Busy
 from compactgpt.model.cross_entropy import CAP, exponentials
 from compactgpt.model.gpt import GPT
 from compactgpt.training import trainer
-from tests.support.tiny_training import make_tokens, params_of, same_bits
+from tests.support.tiny_training import assert_same_bits, make_tokens, params_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no Nvidia GPU here")
 
@@ -67,13 +67,13 @@ def test_a_gpu_gives_the_same_bits_twice_and_after_a_stop(tmp_path, compiles):
     runtime = params.runtime.model_copy(update={"device": "cuda", "log_interval": 2})
     params = params.model_copy(update={"runtime": runtime})
     whole = trainer.train(params, splits, tmp_path / "whole")
-    assert same_bits(whole, trainer.train(params, splits, tmp_path / "again"))
+    assert_same_bits(whole, trainer.train(params, splits, tmp_path / "again"))
     steps = []
     with pytest.raises(Busy, match="step 4 of 9"):
         trainer.train(
             params, splits, tmp_path / "stopped",
-            watch=lambda step, _model: steps.append(step), stopping=lambda: steps[-1:] == [3],
+            watch=lambda step, _model: steps.append(step), should_stop=lambda: steps[-1:] == [3],
         )  # fmt: skip
     rest = trainer.train(params, splits, tmp_path / "stopped")
     assert rest.resumed_from == 4
-    assert same_bits(whole, rest)
+    assert_same_bits(whole, rest)

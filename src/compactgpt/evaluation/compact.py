@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compactgpt.evaluation.likelihood import IN_WINDOW, Codec, Neural
 from compactgpt.model.gpt import GPT, Attention, Block
-from compactgpt.training.checkpoint import load_model
+from compactgpt.model.weights import load_model
 
 
 def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> Neural:

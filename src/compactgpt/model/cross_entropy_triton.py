@@ -1,8 +1,8 @@
-"""The kernel of the room `exponentials`, in Triton for Nvidia's Hopper: a product, then the exponential.
+"""The kernel of `cross_entropy.exponentials` in Triton, for Nvidia's Hopper: a product, then exponentials.
 
-A persistent program a multiprocessor: tiles come in by the bulk copy engine, go through the tensor cores into
-fp32, and leave as exponentials in two halves while the next tile's copies are under way. R rows, V columns,
-C inner; m, n number the tiles. Measured against other shapes of tile in docs/benchmarks.md.
+One persistent program per multiprocessor: tiles are loaded by the bulk copy engine, multiplied by the tensor
+cores into fp32, and stored as exponentials in two halves while the next tile is loaded. R rows, V columns,
+C inner channels; m and n number the tiles. docs/benchmarks.md compares other tile shapes.
 """
 
 import torch
@@ -12,7 +12,7 @@ from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROWS, COLUMNS, INNER = 128, 256, 64  # of a tile
-GROUP = 64  # rows of tiles that are worked on together: they and a column of tiles stay in the L2 cache
+GROUP = 64  # rows of tiles that are computed together: they and a column of tiles fit into the L2 cache
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,7 +31,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             acc = tl.dot(x.load([m * BM, k]), weight.load([n * BN, k]).T, acc)
         rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         exponent = acc - tl.load(shift + rows % R)[:, None]
-        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN is not above, and stays
+        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN is not above CAP: it stays NaN
         e = tl.where(columns[None, :] < V, e, 0.0)
         tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
         left, right = tl.split(tl.permute(tl.reshape(e, (BM, 2, BN // 2)), (0, 2, 1)))
@@ -39,17 +39,17 @@ def _kernel(  # type: ignore[no-untyped-def]
         out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the kernel can be used: on Hopper, the only kind it was tried on, with aligned rows."""
+def is_supported(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel works here: on Hopper, the only kind of GPU it was tested on, with aligned rows."""
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 
 
-def launch(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
-    """Do what `exponentials.exponentials` says."""
+def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
+    """Write exponentials, at most exp(cap), and return their sums, as `exponentials` describes."""
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # of each tile, added up in one order
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # by tile, added in a fixed order
     blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
     a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
     _kernel[(programs,)](

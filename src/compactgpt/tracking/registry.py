@@ -101,7 +101,7 @@ def _log(trained: Trained, val_sha256: str) -> str:
         from transformers import pipeline
 
         from compactgpt.model.huggingface import save_hf
-        from compactgpt.training.checkpoint import load_model
+        from compactgpt.model.weights import load_model
 
         model, text = load_model(folder / MODEL), Folder(trained.after).read("reports/model_card.md")
         card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"

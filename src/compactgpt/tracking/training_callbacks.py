@@ -1,10 +1,7 @@
-"""What the person who waits for a training sees beside its numbers: loss expected, utilisation, sample text.
-
-Nothing here changes what training makes, so an edit reruns nothing.
-"""
+"""What a user sees and MLflow logs while a model trains. No result depends on it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,132 +9,185 @@ import torch
 from tiktoken import Encoding
 
 from compactgpt.common.device import resolve_device, set_precision
-from compactgpt.config import ExpectedLoss, Params, Runtime
+from compactgpt.common.storage import write_text
+from compactgpt.common.torchrun import dist_info
+from compactgpt.config import ExpectedLoss, Params
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.forecast.estimate import expected_loss
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
+from compactgpt.training.optim import lr_multiplier
+from compactgpt.training.trainer import Row, loss_csv
 
+MEASURED_STEPS = 10  # before the time left is printed
 SAMPLE_TOKENS = 40
 
 
-class Band:
-    """The interval in which the *final* validation loss is expected, held against the curve.
+class TrainingCallbacks:
+    """Reports the progress of one training to the user and to the tracker; every process has one.
 
-    An earlier loss above it says nothing yet. One below it says that the end will lie below too, if
-    training goes on to learn.
+    Args:
+        stage: the open stage (stages._runner.Stage).
+        tokenizer: folder of the tokenizer, for samples.
+        curve: file of the loss curve, complete after every validation so that `dvc plots show` can draw it.
     """
 
-    def __init__(self, expected: ExpectedLoss, max_steps: int) -> None:
-        self.expected = expected
-        self.low, self.high, self.max_steps = expected.low_95, expected.high_95, max_steps
-        self._told = False
+    def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
+        self.stage, self.params, self.curve = stage, stage.params, curve
+        self.is_main_process = dist_info().is_main_process
+        processes = dist_info().world_size
+        self.progress_bar = stage.progress("steps")
+        self.first_step: int | None = None  # of this process: a resumed run does not start with 1
+        self.first_step_at = 0.0
+        self.reported_at: float | None = None
+        self.loss = self.utilization = "-"
+        self.warned = False
+        runtime, training = self.params.runtime, self.params.training
+        self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
+        self.expected: ExpectedLoss = expected_loss(self.params)  # written down before the first step
+        stage.tracker.params({"expected_loss": self.expected.model_dump()})
+        batch = describe_batch(self.params, processes)
+        stage.say(batch)
+        stage.tracker.tags({"make_up_of_a_step": batch})
+        self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
+        # Each process is taken to be as fast as the main one.
+        device = resolve_device(runtime.device)
+        self.peak = processes * peak_flops(device, training.dtype) if self.is_main_process else 0.0
 
-    def __str__(self) -> str:
-        return f"{self.low:.2f}-{self.high:.2f} at the end"
+    def on_losses(self, losses: list[tuple[int, float]]) -> None:
+        """Log training loss, learning rate and speed of steps."""
+        now, training, speed = time.monotonic(), self.params.training, {}
+        if self.reported_at is not None:
+            seconds = max(1e-9, now - self.reported_at)
+            tokens_per_second = len(losses) * training.tokens_per_step / seconds
+            speed["train/tokens_per_second"] = tokens_per_second
+            if self.peak:
+                speed["train/utilisation"] = tokens_per_second * self.flops_per_token / self.peak
+                self.utilization = f"{speed['train/utilisation']:.0%}"
+        self.reported_at, self.loss = now, f"{losses[-1][1]:.3f}"
+        for step, loss in losses:
+            rate = training.learning_rate * lr_multiplier(training, step - 1)
+            self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
-    def judge(self, step: int, val_loss: float) -> str | None:
-        """Say, once, that the curve ends outside; None while there is nothing to say."""
-        below, above = val_loss < self.low, val_loss > self.high and step == self.max_steps
-        if self._told or not (below or above):
-            return None
-        self._told = True
-        where = f"val loss {val_loss:.3f} at step {step:,} of {self.max_steps:,}"
-        interval = f"the 95 % interval expected of the final loss, {self.low:.3f} to {self.high:.3f}"
-        if below:
-            return (
-                f"{where} is already below {interval}: better than any run that the estimate knows, or text "
-                "of val among the training text"
+    def on_row(self, rows: list[Row]) -> None:
+        """Log the validation loss, write the loss curve, and warn once if it leaves its interval."""
+        row = rows[-1]
+        self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
+        if self.is_main_process:
+            write_text(self.curve, loss_csv(rows))
+        warning = expected_loss_warning(self.expected, row, self.params.training.max_steps)
+        if warning and not self.warned:
+            self.warned = True
+            self.stage.say(warning)
+            self.stage.tracker.tags({"outside_expected_band": warning})
+
+    def on_step(self, step: int, model: GPT) -> None:
+        """Move the progress bar, print the time left once, and write a sample when it is due."""
+        max_steps, runtime = self.params.training.max_steps, self.params.runtime
+        if self.first_step is None:
+            self.first_step, self.first_step_at = step, time.monotonic()
+        figures = {"loss": self.loss, **self._speed(step), "of peak": self.utilization}
+        figures["expected"] = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
+        if step == self.first_step + MEASURED_STEPS:
+            names = ", ".join(self.params.baseline.names)
+            self.stage.say(
+                f"{figures['left']} left at the speed of this machine's first steps; then the evaluation and "
+                f"the baselines ({names})"
             )
+        self.progress_bar(step, max_steps, figures)
+        if self.encoding and step % runtime.sample_interval == 0:
+            text = sample_text(model, self.encoding, runtime.sample_prompt)
+            self.stage.text(f"step-{step:08d}.txt", text, "samples")
+
+    def _speed(self, step: int) -> dict[str, str]:
+        """Return tokens per second since this process's first step, and the time left."""
+        assert self.first_step is not None
+        if step == self.first_step:
+            return {"tokens/s": "-", "left": "-"}
+        training = self.params.training
+        seconds_per_step = (time.monotonic() - self.first_step_at) / (step - self.first_step)
+        left = round(seconds_per_step * (training.max_steps - step))
+        tokens_per_second = training.tokens_per_step / max(1e-9, seconds_per_step)
+        return {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
+
+    def on_warning(self, message: str) -> None:
+        """Print and log that the number of processes has changed."""
+        self.stage.say(message)
+        self.stage.tracker.tags({"number_of_processes": message})
+
+
+def describe_batch(params: Params, processes: int) -> str:
+    """Return how the tokens of a step are divided, so that a change of processes or micro-batches shows."""
+    training, block_size = params.training, params.model.block_size
+    micro_batches = training.tokens_per_step // block_size // training.micro_batch_size // processes
+    named = "process" if processes == 1 else "processes"
+    return (
+        f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x "
+        f"{block_size} tokens x {micro_batches} micro-batches x {processes} {named}; "
+        f"{training.max_steps:,} steps, {training.max_steps * training.tokens_per_step:,} tokens"
+    )
+
+
+def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> str | None:
+    """Return a warning if the curve ends outside the 95 % interval that is expected of the final loss.
+
+    An earlier loss above the interval says nothing yet. One below it says that the end will be below, too.
+    """
+    where = f"val loss {row.val_loss:.3f} at step {row.step:,} of {max_steps:,}"
+    interval = (
+        f"the 95 % interval expected of the final loss, {expected.low_95:.3f} to {expected.high_95:.3f}"
+    )
+    if row.val_loss < expected.low_95:
+        return (
+            f"{where} is already below {interval}: better than any run that the estimate knows, or text "
+            "of val among the training text"
+        )
+    if row.val_loss > expected.high_95 and row.step == max_steps:
         return (
             f"{where} is above {interval}: compare learning rates and data with the runs that "
             "estimate.anchors names"
         )
-
-    def frozen(self) -> dict[str, Any]:
-        """What the run's record keeps of it, written before the first step."""
-        return {"expected_loss": self.expected.model_dump()}
-
-    def score(self, val_loss: float) -> dict[str, str]:
-        """Whether the last loss of the curve lies in each interval: tags of the run."""
-        told = self.expected
-        inside = {
-            "80": told.low_80 <= val_loss <= told.high_80,
-            "95": told.low_95 <= val_loss <= told.high_95,
-        }
-        return {f"expected_loss.inside_{share}": str(held).lower() for share, held in inside.items()}
+    return None
 
 
-def expected_band(params: Params) -> Band:
-    """The band that reports/estimate.json has, made from the same params.yaml."""
-    return Band(expected_loss(params), params.training.max_steps)
+def expected_loss_tags(expected: ExpectedLoss, val_loss: float) -> Mapping[str, str]:
+    """Return tags that say whether the final loss is in each interval that was expected."""
+    inside_80 = expected.low_80 <= val_loss <= expected.high_80
+    inside_95 = expected.low_95 <= val_loss <= expected.high_95
+    return {
+        "expected_loss.inside_80": str(inside_80).lower(),
+        "expected_loss.inside_95": str(inside_95).lower(),
+    }
 
 
 def peak_flops(device: str, dtype: str) -> float:
-    """Floating-point operations a second that this machine makes in large products, measured in 0.2 s."""
+    """Return the floating-point operations per second of large matrix products here, measured for 0.2 s."""
     size = 8192 if device == "cuda" else 1024
     set_precision(dtype)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     matrix = torch.full((size, size), 0.5, dtype=kind, device=device)
     seconds = []
     for _ in range(8):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         product = matrix @ matrix
         product[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
-class Utilisation:
-    """The share of that speed which training reaches: FLOPs of the model, forward and backward (PaLM's MFU).
-
-    Args:
-        params: of the run.
-        processes: that train together; each is taken to be as fast as this one.
-    """
-
-    def __init__(self, params: Params, processes: int) -> None:
-        self.flops_per_token = flops_per_token(params.model, params.training)["with_attention"]
-        self.peak = processes * peak_flops(resolve_device(params.runtime.device), params.training.dtype)
-        self.share = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.share:.0%}"
-
-    def added(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """Add train/utilisation to what training tells of a step, where it tells its speed."""
-        if speed := values.get("train/tokens_per_second"):
-            self.share = speed * self.flops_per_token / self.peak
-            return {**values, "train/utilisation": self.share}
-        return values
-
-
 @torch.no_grad()
-def continued(model: GPT, encoding: Encoding, prompt: str) -> str:
-    """Let a model in training go on from a prompt, greedily: no random stream is touched."""
+def sample_text(model: GPT, encoding: Encoding, prompt: str) -> str:
+    """Continue a prompt with the most likely tokens; changes no random state."""
     model.eval()
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
-    begin, kept = len(tokens), model.shape.block_size
+    start, block_size = len(tokens), model.shape.block_size
     with gathered(model):
-        head = model.wte.weight[: model.shape.vocab_size]
-        while len(tokens) < begin + SAMPLE_TOKENS:
-            fed = torch.tensor([tokens[-kept:]], device=head.device)  # (1, T)
-            token = int((head @ model.hidden(fed)[0, -1]).argmax())  # (V, C) @ (C,)
+        head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
+        while len(tokens) < start + SAMPLE_TOKENS:
+            context = torch.tensor([tokens[-block_size:]], device=head.device)  # (1, T)
+            token = int((head @ model.hidden(context)[0, -1]).argmax())  # (vocab_size, C) @ (C,)
             if token == encoding.eot_token:
                 break
             tokens.append(token)
-    return prompt + encoding.decode(tokens[begin:])
-
-
-class Sampler:
-    """Writes a text every `sample_interval` steps; made by the door, given to training as its `watch`."""
-
-    def __init__(self, runtime: Runtime, tokenizer: Path, tell: Callable[[int, str], None]) -> None:
-        self.interval, self.prompt, self.tell = runtime.sample_interval, runtime.sample_prompt, tell
-        self.encoding = load_encoding(tokenizer) if self.interval else None
-
-    def __call__(self, step: int, model: GPT) -> None:
-        """Tell the step and the text, where one is due."""
-        if self.encoding and step % self.interval == 0:
-            self.tell(step, continued(model, self.encoding, self.prompt))
+    return prompt + encoding.decode(tokens[start:])

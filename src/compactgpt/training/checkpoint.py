@@ -1,230 +1,161 @@
-"""Models and training states on disk: safetensors and JSON, complete or absent, verified when read.
+"""Training states on disk: safetensors and JSON, complete or absent, verified when read.
 
-A model is a folder with `model.safetensors` and `config.json`. A training state is a folder
-`step-00000200` with `model.safetensors`, `optimizer.safetensors` and `progress.json`; all states of one
-run lie in one folder, named by the run's key. Both are made by storage.atomic_folder. The state of a model
-that is spread over processes has a safetensors file of each instead of the two (the room `sharding`).
+A state is a folder `step-00000200` with `progress.json` and the tensors of model and optimizers: in
+`state.safetensors`, or in mode fsdp in a file of each process. The states of one run are in one folder, named
+by the run's key.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.common.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
-from compactgpt.config import Model
-from compactgpt.model.gpt import GPT
-from compactgpt.training.optim import Optimizers
+from compactgpt.common.storage import atomic_folder, read_json, verified_manifest, write_json
+from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
+from compactgpt.training.distributed import Group
 
-STATE = "training state"  # kind of folder, in its manifest
+STATE_KIND = "training state"  # in a state's manifest
 KEPT_STATES = 2
-KEPT_RUNS = 2  # unfinished runs beside the present one: whoever turns a number back goes on with its run
-_TYPES = {torch.float32: "F32"}  # of what we write, as safetensors calls them
+KEPT_RUNS = 2  # unfinished runs besides the current one: a user who restores an old setting resumes its run
+TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
 
 
-def save_model(
-    model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None, *, private: bool = False
-) -> None:
-    """Write a model: its tensors, its shape, and what else is worth knowing of it.
-
-    Args:
-        model: on any device.
-        folder: new, empty, or an earlier model, which is replaced as a whole.
-        facts: JSON values, kept in config.json beside the shape.
-        best: folder of another model of the same run, to be kept inside as `best`.
-        private: see `storage.atomic_folder`.
-
-    Raises:
-        NotAllowed: the folder has other files.
-        MissingInput, BadData: the other model is missing or was altered.
-    """
-    if best:
-        verified_manifest(best)
-    made = atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", private=private)
-    with made as temporary:
-        _write_tensors(temporary / "model.safetensors", model.state_dict())
-        config = {"model": model.shape.model_dump(mode="json"), "facts": dict(facts)}
-        write_json(temporary / "config.json", config)
-        if best:
-            shutil.copytree(best, temporary / "best")
-
-
-def load_model(folder: Path, device: str = "cpu") -> GPT:
-    """Read a model that `save_model` wrote, ready for evaluation.
-
-    Raises:
-        MissingInput: there is none.
-        BadData: a file was altered, the shape is impossible, or a tensor is missing, unknown, of another
-            shape or type, or not finite.
-    """
-    verified_manifest(folder)
-    try:
-        shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
-    except (KeyError, TypeError, ValidationError) as error:
-        raise BadData(f"{folder / 'config.json'} describes no model: run `dvc repro -f training`") from error
-    check_size(shape, folder / "model.safetensors")
-    model = GPT(shape)
-    tensors = _read_tensors(folder / "model.safetensors")
-    _check_like(tensors, model.state_dict(), folder / "model.safetensors")
-    model.load_state_dict(tensors)
-    return model.to(device).eval()
-
-
 def save_state(
-    folder: Path, run_key: str, step: int, model: GPT, optimizers: Optimizers, progress: Mapping[str, Any]
+    folder: Path,
+    run_key: str,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    group: Group = Group(),  # noqa: B008  it never changes
 ) -> None:
-    """Write the state after `step` updates, then drop all but the newest KEPT_STATES.
+    """Write the training state after `step` updates, then remove all but the newest KEPT_STATES.
+
+    All processes call this. The main process writes; in mode fsdp each process writes its part.
 
     Args:
         folder: of the run's states.
-        run_key: what the run is a function of.
+        run_key: hash of all that the run depends on.
         step: updates made, at least one.
-        model: its weights now.
-        optimizers: their state now.
-        progress: JSON values that training needs to go on.
+        tensors: of model and optimizers, by distinct names.
+        progress: JSON values that training needs to resume.
+        group: the processes.
     """
-    own = {"run_key": run_key, "step": step}
-    with atomic_folder(folder / f"step-{step:08d}", own, kind=STATE, private=True) as temporary:
-        _write_tensors(temporary / "model.safetensors", model.state_dict())
-        _write_tensors(temporary / "optimizer.safetensors", optimizers.state_tensors())
-        write_json(temporary / "progress.json", progress)
-    drop_old(folder)
+    facts = {"run_key": run_key, "step": step}
+    state = atomic_folder(folder / f"step-{step:08d}", facts, kind=STATE_KIND, private=True)
+    with ExitStack() as stack:
+        temporary = folder / group.run_on_main(lambda: stack.enter_context(state).name)
+        if group.mode == "fsdp":
+            from compactgpt.training.fsdp import write_shards
+
+            write_shards(temporary, tensors, group)
+        else:
+            group.run_on_main(lambda: write_tensors(temporary / TENSORS, tensors))
+        group.run_on_main(lambda: write_json(temporary / PROGRESS, progress))
+        group.run_on_main(stack.close)  # the state is complete and gets its name
+    group.run_on_main(lambda: _remove_old_states(folder))
 
 
 def load_newest_state(
-    folder: Path, run_key: str, model: GPT, optimizers: Optimizers
+    folder: Path,
+    run_key: str,
+    tensors: Mapping[str, Tensor],
+    group: Group = Group(),  # noqa: B008  it never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Restore the newest state that is whole; name those that are not in the log and go past them.
+    """Fill tensors from the newest valid state, however many processes wrote it; log those that are damaged.
+
+    All processes call this. The main process reads and sends the tensors to the others, which may not see the
+    folder; in mode fsdp each process reads its part.
 
     Returns:
-        The updates made so far and what `save_state` was given as progress; None where there is no state,
-        and then model and optimizers are as they were.
+        The number of updates and the progress that `save_state` wrote; None if there is no state, and then
+        the tensors are unchanged.
     """
-    for state in swept_states(folder):
+    found = group.run_on_main(lambda: _find_newest_state(folder, run_key, tensors, group.mode))
+    if found is None:
+        return None
+    step, progress = found
+    if group.mode == "fsdp":
+        from compactgpt.training.fsdp import read_shards
+
+        read_shards(folder / f"step-{step:08d}", tensors, group)
+    else:
+        group.broadcast(list(tensors.values()))
+    return step, progress
+
+
+def _find_newest_state(
+    folder: Path, run_key: str, tensors: Mapping[str, Tensor], mode: str
+) -> tuple[int, dict[str, Any]] | None:
+    """Return step and progress of the newest valid state; fill tensors that are not sharded from it."""
+    for unfinished in folder.glob(".step-*"):  # a killed process left it
+        shutil.rmtree(unfinished)
+    for state in _states(folder)[::-1]:
         try:
-            return _load_state(state, run_key, model, optimizers)
+            found = _check_manifest(state, run_key)
+            if mode == "fsdp":
+                from compactgpt.training.fsdp import check_shards
+
+                check_shards(state, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            else:
+                _fill_tensors(tensors, state / TENSORS)
         except (BadData, MissingInput) as error:
-            pass_over(state, error)
+            log.warning("training state %s is skipped: %s", state.name, error)
+        else:
+            return found
     return None
 
 
-def drop_states(folder: Path) -> None:
-    """Remove a run's states, once its model is safe."""
+def _check_manifest(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
+    """Return step and progress of a state, after checking that its files are unchanged and of this run."""
+    try:
+        manifest = verified_manifest(state)
+        names = (manifest["kind"], manifest["run_key"], f"step-{manifest['step']:08d}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadData(f"{state}: its manifest was changed") from error
+    if names != (STATE_KIND, run_key, state.name):
+        raise BadData(f"{state} belongs to another run")
+    return manifest["step"], read_json(state / PROGRESS)
+
+
+@torch.no_grad()
+def _fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Read a file into tensors. All are checked before the first is changed."""
+    found = read_tensors(path)
+    check_tensors(found, tensors, path)
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+
+
+def remove_states(folder: Path) -> None:
+    """Remove a run's states, once its model is saved."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune_runs(folder: Path, key: str) -> None:
-    """Remove the states of other runs, but for the KEPT_RUNS that were written last.
+    """Remove the states of other runs, except for the KEPT_RUNS that were written last.
 
     Args:
-        folder: holds a folder of states for each run, named by its key.
-        key: of the present run, which stays.
+        folder: has a folder of states for each run, named by its key.
+        key: of the current run, which is kept.
     """
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
     for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
-        log.info("the states of run %s are removed: it was left long ago", old.name)
+        log.info("the states of run %s are removed: it was not resumed for long", old.name)
         shutil.rmtree(old)
-
-
-def checked_state(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
-    """Step and progress of a state whose files are what was written, by this run."""
-    try:
-        manifest = verified_manifest(state)
-        named = (manifest["kind"], manifest["run_key"], f"step-{manifest['step']:08d}")
-        own = named == (STATE, run_key, state.name)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadData(f"{state}: its manifest was altered") from error
-    if not own:
-        raise BadData(f"{state} belongs to another run")
-    return manifest["step"], read_json(state / "progress.json")
-
-
-def _load_state(state: Path, run_key: str, model: GPT, optimizers: Optimizers) -> tuple[int, dict[str, Any]]:
-    """Check everything, then restore: a state that is refused changes nothing."""
-    step, progress = checked_state(state, run_key)
-    tensors = _read_tensors(state / "model.safetensors")
-    _check_like(tensors, model.state_dict(), state / "model.safetensors")
-    optimizers.load_state_tensors(_read_tensors(state / "optimizer.safetensors"))
-    model.load_state_dict(tensors)
-    return step, progress
 
 
 def _states(folder: Path) -> list[Path]:
-    """The states of a run, oldest first."""
+    """Return the states of a run, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def swept_states(folder: Path) -> list[Path]:
-    """The states of a run, newest first, after sweeping what a killed process left half-written."""
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    return _states(folder)[::-1]
-
-
-def drop_old(folder: Path) -> None:
-    """Remove all but the newest KEPT_STATES."""
+def _remove_old_states(folder: Path) -> None:
     for old in _states(folder)[:-KEPT_STATES]:
         shutil.rmtree(old)
-
-
-def pass_over(state: Path, error: Exception) -> None:
-    """Name a state that is not whole."""
-    log.warning("training state %s is passed over: %s", state.name, error)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, one tensor after the other.
-
-    The library's `save` holds all of it in memory, twice; its `save_file` meets a full disk with an error
-    of its own, where an OSError is what storage turns into a sentence.
-    """
-    ordered = [(name, tensors[name].detach()) for name in sorted(tensors)]
-    header = tensors_header((name, _TYPES[each.dtype], each.shape, each.nbytes) for name, each in ordered)
-    with open(path, "wb") as file:
-        file.write(header)
-        file.writelines(each.cpu().contiguous().numpy().data for _, each in ordered)
-
-
-def check_size(shape: Model, path: Path) -> None:
-    """See that a file has a byte for each number of a shape, before memory is taken for them.
-
-    Raises:
-        BadData: it is too small, or missing.
-    """
-    rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
-    if not path.is_file() or path.stat().st_size < rows * shape.n_embd:
-        raise BadData(f"{path} is missing, or too small for the shape that config.json beside it describes")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read tensors and see that every one is finite."""
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise BadData(f"{path} is no safetensors file of ours: {error}") from error
-    for name in broken:
-        raise BadData(f"{path}: {name} holds numbers that are not finite")
-    return tensors
-
-
-def _check_like(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """See that names, shapes and types are those expected."""
-    for name in sorted(found.keys() | expected.keys()):
-        if name not in found:
-            raise BadData(f"{path}: {name} is missing")
-        if name not in expected:
-            raise BadData(f"{path}: {name} is unknown to this model")
-        a, b = found[name], expected[name]
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            raise BadData(f"{path}: {name} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")

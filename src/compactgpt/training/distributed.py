@@ -1,59 +1,69 @@
-"""Several processes train one model together: the batch slice of each, summed gradients, decisions of all.
+"""Several processes train one model together, with torch's collectives and torchrun's agent.
 
 Every process draws the whole batch of a step, a pure function of (seed, step), and takes its slice, so that
-tokens_per_step does not change with the number of processes. Two modes sum the gradients. Each is repeatable
-for one number of processes, which orders the sums.
+tokens_per_step does not depend on the number of processes. Two modes sum the gradients. Each is repeatable
+for one number of processes, which decides the order of the sums.
 
 fast    data parallel: one all-reduce of the whole gradient after the last micro-batch.
-fsdp    FSDP2 shards the model over the processes (module `sharding`) and sums gradients after every
-        micro-batch.
+fsdp    FSDP2 shards the model over the processes (module `fsdp`) and sums gradients after each micro-batch.
 """
 
 import datetime
-import hashlib
+import logging
 import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from compactgpt.common.errors import BadConfig, PeerLost, UserError
+from compactgpt.common.errors import BadConfig, Busy, PeerLost
 from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
-from compactgpt.training.launching import INIT_METHOD
 
+INIT_METHOD = "COMPACTGPT_INIT_METHOD"  # where the processes of `launch` meet; otherwise at MASTER_ADDR
 T = TypeVar("T")
 
 
 class Group:
-    """The processes that train one model together, as `init_process_group` opens them."""
+    """The processes that train one model together; one process alone by default."""
 
-    def __init__(self, info: DistInfo, mode: str) -> None:
+    def __init__(self, info: DistInfo = DistInfo(), mode: str = "fast") -> None:  # noqa: B008  it is frozen
         self.rank, self.world_size, self.is_main_process = info.rank, info.world_size, info.is_main_process
         self.mode = mode
         self.is_sharded = mode == "fsdp" and info.world_size > 1
 
     def batch_slice(self, sequences: int, micro_batch_size: int) -> slice:
-        """Return which rows of a step's batch this process takes.
+        """Return which sequences of a step's batch this process takes.
 
         Raises:
-            BadConfig: the rows can't be divided evenly.
+            BadConfig: the batch can't be divided evenly.
         """
         micro_batches = sequences // micro_batch_size
         if sequences % micro_batch_size or micro_batches % self.world_size:
             raise BadConfig(
-                f"training.tokens_per_step: {sequences} sequences can't be shared out evenly "
-                f"in micro-batches of {micro_batch_size} (training.micro_batch_size) among {self.world_size} "
-                "processes: change one of the three"
+                f"training.tokens_per_step: {sequences} sequences can't be divided evenly "
+                f"into micro-batches of {micro_batch_size} (training.micro_batch_size) among "
+                f"{self.world_size} processes: change one of the three"
             )
         own = sequences // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each process's gradients by their sum, and return the sum of the losses. ()."""
+        """Replace each process's gradients by their sum over all processes, and return the sum of the losses.
+
+        Args:
+            parameters: with their gradients.
+            loss: this process's part. ()
+
+        Returns:
+            ()
+        """
         if self.world_size == 1:
             return loss
         if self.is_sharded:  # FSDP2 has summed the gradients
@@ -61,83 +71,49 @@ class Group:
             return loss
         grads = [cast(Tensor, parameter.grad) for parameter in parameters]
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
-        with _peer_errors():
-            dist.all_reduce(flat)
-        parts = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Back into the tensors of autograd: kernels may round by where a tensor begins in memory.
-        for grad, part in zip(grads, parts, strict=True):
-            grad.copy_(part.view_as(grad))
+        dist.all_reduce(flat)
+        sums = torch.split(flat[1:], [grad.numel() for grad in grads])
+        # Copied into autograd's own tensors: how a kernel rounds may depend on a tensor's address.
+        for grad, summed in zip(grads, sums, strict=True):
+            grad.copy_(summed.view_as(grad))
         return flat[0]
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of a sharded model as every process's ordinary tensor."""
-        return cast(Tensor, tensor.full_tensor()) if self.is_sharded else tensor  # type: ignore[attr-defined]
-
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag of any process is set: they all stop after the same step, or none does."""
+        """Return whether the flag of any process is set, so that all processes decide alike."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag))  # on the CPU: nothing waits for a GPU
-        with _peer_errors():
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
+        votes = torch.tensor(float(flag))  # on the CPU, so that nothing waits for a GPU
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
         """Compare a value of all processes.
 
         Raises:
-            BadConfig: a process has another one.
+            BadConfig: a process has another one than process 0.
         """
-        if self.world_size == 1:
-            return
-        digest = hashlib.sha256(value.encode()).digest()[:8]
-        own = torch.tensor([int.from_bytes(digest, "big", signed=True)])
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        with _peer_errors():
-            dist.all_gather(found, own)
-        others = [rank for rank, theirs in enumerate(found) if theirs.item() != found[0].item()]
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise BadConfig(f"processes {others} have another {what} than process 0: give all nodes the same")
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors by those of the main process."""
         if self.world_size > 1:
-            with _peer_errors():
-                for tensor in tensors:
-                    dist.broadcast(tensor, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
-    def broadcast_number(self, number: int) -> int:
-        """Return the main process's number."""
-        tensor = torch.tensor(number)
-        self.broadcast([tensor])
-        return int(tensor.item())
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Call `work` in the main process only, and return its result in every process.
 
-    def broadcast_text(self, text: str) -> str:
-        """Return the main process's text. torch's own way serialises objects, which runs code."""
-        tensor = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        tensor.resize_(self.broadcast_number(len(tensor)))
-        self.broadcast([tensor])
-        return bytes(tensor.tolist()).decode()
-
-    def run_on_main(self, work: Callable[[], T]) -> T | None:
-        """Call `work` in the main process alone. Returns its result there, None elsewhere.
-
-        Raises:
-            UserError, OSError: in the main process. The others exit without a message: it is shown once.
+        When it raises, the main process leaves the group, and the others stop with PeerLost.
         """
-        result: T | None = None
-        failure: Exception | None = None
-        if self.is_main_process:
-            try:
-                result = work()
-            except (UserError, OSError) as error:
-                failure = error
-        failed = self.any_rank(failure is not None)
-        if failure:
-            raise failure
-        if failed:
-            raise SystemExit(0)
-        return result
+        result = [work() if self.is_main_process else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(result)
+        return cast(T, result[0])
 
 
 @contextmanager
@@ -146,7 +122,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not hasattr(model, "unshard"):
         yield
         return
-    sharded: Any = model  # torch's FSDPModule, which only mode fsdp loads
+    sharded: Any = model  # torch's FSDPModule, which only mode fsdp imports
     sharded.unshard()
     try:
         yield
@@ -155,27 +131,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _peer_errors(*, all_errors: bool = True) -> Iterator[None]:
-    """Turn the loss of another process, for which torch raises RuntimeErrors, into PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not (all_errors or isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        message = str(error).splitlines()[0][:160]
-        raise PeerLost(
-            "another process of this training died or fell silent: torchrun starts all of them again "
-            f"from the last checkpoint; without it, run the same command again ({message})"
-        ) from error
-
-
-@contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
     """Join the processes that torchrun started; one process alone needs no torchrun.
 
     Args:
-        launcher: of params.yaml; the number of processes is what torchrun says.
+        launcher: of params.yaml; torchrun decides the number of processes.
         device: `cpu`, `cuda` or `mps`.
+
+    Raises:
+        PeerLost: another process ended, or did not answer for launcher.timeout_seconds.
     """
     info = dist_info()
     if info.world_size == 1:
@@ -183,7 +147,7 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
         return
     if device == "cuda":
         torch.cuda.set_device(info.local_rank)
-    with _peer_errors():
+    try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             init_method=os.environ.get(INIT_METHOD),
@@ -191,12 +155,82 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
             world_size=info.world_size,
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),
         )
-    try:
-        with _peer_errors(all_errors=False):  # a sharded model communicates in every layer
-            yield Group(info, launcher.mode)
-    except PeerLost:  # destroying a broken group may hang, and the process ends anyway
-        raise
+        yield Group(info, launcher.mode)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            dist.destroy_process_group()
+            raise
+        # Destroying a broken group may hang, and the process ends anyway.
+        message = str(error).splitlines()[0][:160]
+        raise PeerLost(
+            "another process of this training ended or did not answer: torchrun starts all of them again "
+            f"from the last checkpoint; without it, run the same command again ({message})"
+        ) from error
     except BaseException:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
+    """Run `python -m module arguments` in `launcher.processes` processes on this machine.
+
+    When a process is lost, all are started again, at most `launcher.max_restarts` times. A process that ends
+    with any other exit code is not started again: torchrun's own restarts would repeat a user's mistake.
+
+    Returns:
+        The exit code: 0, or that of a process that failed.
+    """
+    exit_codes: list[int] = []
+    for _attempt in range(launcher.max_restarts + 1):
+        exit_codes = _run_processes(module, arguments, launcher)
+        if not exit_codes:
+            return 0
+        # A negative exit code is the signal that ended the process.
+        mistakes = [code for code in exit_codes if code > 0 and code != PeerLost.exit_code]
+        if mistakes:
+            return mistakes[0]
+    return PeerLost.exit_code if PeerLost.exit_code in exit_codes else 1
+
+
+def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) -> list[int]:
+    """Run the processes once, and return the exit codes of those that failed.
+
+    Raises:
+        SystemExit: a signal asked this process to stop.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # A store over TCP listens on all interfaces without a password, and the agent runs code that it reads
+    # there. So agent and processes meet in files of a private folder, and no second store is opened.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=launcher.processes,
+            logs_specs=DefaultLogsSpecs(folder),
+            run_id="training",
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(Path(folder) / "agent"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="localhost",
+            max_restarts=0,
+            shutdown_timeout=launcher.timeout_seconds,
+        )
+        os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        logging.disable(logging.CRITICAL)  # torchrun logs tracebacks
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+        except SignalException:  # the agent passed SIGTERM on, and the processes saved their state
+            raise SystemExit(Busy.exit_code) from None
+        except ChildFailedError as error:
+            return [failure.exitcode for failure in error.failures.values()]
+        finally:
+            del os.environ[INIT_METHOD]
+            logging.disable(logging.NOTSET)
+    return []

@@ -1,67 +1,47 @@
 """The training loop: a pure function of (configuration, data, machine), however often it is interrupted.
 
-The batch of a step depends on (seed, step) alone, dropout on (seed, step, micro-step), validation reads
-fixed windows: nothing that is random is kept between steps. So a state on disk is model, optimizers and
-loss curve, and a run that goes on from one ends with the bits of a run that was never stopped.
+The batch of a step depends on (seed, step) alone, dropout on (seed, step, micro-batch), and validation reads
+fixed windows: no random state is kept between steps. So a training state on disk is model, optimizers and
+loss curve, and a run that resumes from one ends with the same bits as a run that never stopped.
 
-A GPU works behind the program, which never waits for it between two looks at the losses (log_interval).
+A GPU works behind the program, which waits for it only where losses are read (every log_interval steps).
 """
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compactgpt.common.console import Progress, silent
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
 from compactgpt.common.storage import json_bytes, sha256_file, verified_manifest, write_text
-from compactgpt.common.torchrun import DistInfo
-from compactgpt.config import Params, Training
+from compactgpt.config import Params
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens, training_batch
-from compactgpt.model.gpt import GPT, token_nats
+from compactgpt.model.cross_entropy import token_nats
+from compactgpt.model.gpt import GPT
 from compactgpt.model.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
-from compactgpt.training.checkpoint import load_newest_state, save_model, save_state
+from compactgpt.model.weights import save_model
+from compactgpt.training.checkpoint import load_newest_state, save_state
 from compactgpt.training.distributed import Group, gathered, init_process_group
 from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
-from compactgpt.training.optim import Optimizers, lr_multiplier
+from compactgpt.training.optim import Optimizers
 
-# What a training state was computed by: another version of one of them never goes on from it.
-SOURCES = (
-    "data/token_files.py",
-    "model/cross_entropy.py",
-    "model/cross_entropy_triton.py",
-    "model/gpt.py",
-    "model/huggingface.py",
-    "model/sampled_softmax.py",
-    "training/checkpoint.py",
-    "training/distributed.py",
-    "training/fsdp.py",
-    "training/initialization.py",
-    "training/optim.py",
-    "training/trainer.py",
-)
-# Where the best model waits beside the training states, until the run ends.
-BEST = "best"
-
-OnMetrics = Callable[[int, Mapping[str, float]], None]
-"""Called with a step and what was measured at it."""
-Watch = Callable[[int, GPT], None]
-"""Called after every step with the model, to look at and not to change."""
+# The code that computes a training state: no other version of it resumes from that state.
+SOURCES = ("data/token_files.py", "model/*.py", "training/*.py")
+BEST = "best"  # folder of the best model so far, next to the training states
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The two token files, and the hash of their folder's list of files."""
+    """The token files to train and to validate on, and the hash of their manifest."""
 
     train: TokenFile
     val: TokenFile
@@ -69,70 +49,45 @@ class Splits:
 
 
 def open_splits(folder: Path) -> Splits:
-    """Verify and open what the stage `tokenization` made.
+    """Open what the stage `tokenization` wrote.
 
     Raises:
-        MissingInput, BadData: a file is missing, altered or damaged.
+        MissingInput, BadData: a file is missing, changed or damaged.
     """
     files = verified_manifest(folder)["files"]
     digest = hashlib.sha256(json_bytes(files)).hexdigest()
     return Splits(open_tokens(folder / "train.tokens"), open_tokens(folder / "val.tokens"), digest)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One point of the loss curve."""
 
     step: int  # updates made
-    train_loss: float  # nats per token, over the steps since the row before
+    train_loss: float  # nats per token, over the steps since the last row
     val_loss: float  # nats per token, after this step
 
 
-@dataclass
-class Curve:
-    """The loss curve so far, and the training losses that wait for their row."""
-
-    rows: list[Row] = field(default_factory=list)
-    waiting: list[float] = field(default_factory=list)
-
-    def close_row(self, step: int, val_loss: float) -> Row:
-        """Turn the waiting losses into a row; every step has the same number of tokens."""
-        self.rows.append(Row(step, math.fsum(self.waiting) / len(self.waiting), val_loss))
-        self.waiting = []
-        return self.rows[-1]
-
-    def to_json(self) -> dict[str, Any]:
-        """Render for a training state."""
-        return {
-            "rows": [[row.step, row.train_loss, row.val_loss] for row in self.rows],
-            "waiting": self.waiting,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Curve":
-        """Read what `to_json` made."""
-        return cls([Row(*row) for row in value["rows"]], list(value["waiting"]))
-
-
-OnCurve = Callable[[list[Row]], None]
+OnLosses = Callable[[list[tuple[int, float]]], None]
+OnRow = Callable[[list[Row]], None]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run leaves."""
+    """The result of a finished run."""
 
     model: GPT
     rows: list[Row]
-    val_tokens: int  # scored in each estimate of val_loss
-    resumed_from: int  # step of the training state that this process began with, or 0
+    val_tokens: int  # in each estimate of val_loss
+    resumed_from: int  # step of the training state that this process started from, or 0
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Hash everything that the bits of the result depend on, but for the number of processes.
+    """Hash everything that the bits of the result depend on, except for the number of processes.
 
-    So a run of two processes can resume with one, though not to the same bits.
+    So one process can resume a run of two, though not to the same bits.
     """
-    here = Path(__file__).parents[1]
+    package = Path(__file__).parents[1]
+    sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
     launcher = {"processes", "max_restarts", "timeout_seconds"}
     identity = {
         "training": params.training.model_dump(
@@ -145,7 +100,7 @@ def run_key(params: Params, splits: Splits) -> str:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "sources": {name: sha256_file(here / name) for name in SOURCES},
+        "sources": {str(path.relative_to(package)): sha256_file(path) for path in sources},
     }
     return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
 
@@ -153,139 +108,131 @@ def run_key(params: Params, splits: Splits) -> str:
 def train(
     params: Params,
     splits: Splits,
-    state: Path,
+    folder: Path,
     *,
-    progress: Progress = silent,
-    on_metrics: OnMetrics = lambda _step, _values: None,
-    on_curve: OnCurve = lambda _rows: None,
-    watch: Watch = lambda _step, _model: None,
-    tell: Callable[[str], None] = lambda _text: None,
-    stopping: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int, GPT], None] = lambda _step, _model: None,
+    on_losses: OnLosses = lambda _losses: None,
+    on_row: OnRow = lambda _rows: None,
+    on_warning: Callable[[str], None] = lambda _message: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train the model of params.yaml, from the newest training state in `state` where there is one.
+    """Train the model of params.yaml, from the newest training state in `folder` if there is one.
 
     Args:
         params: all of params.yaml; `model`, `training` and `runtime` are used.
         splits: the data.
-        state: folder of this run's training states, named by `run_key(params, splits)`.
-        progress: told of every step.
-        on_metrics: told of every step's train/loss, train/learning_rate, train/tokens_per_second, and
-            of val/loss where it is measured. On a GPU the news of several steps come together.
-        on_curve: given the curve so far, from its first row, whenever it has a new one.
-        watch: shown the model after every step.
-        tell: told what the user must know of this run, in a sentence.
-        stopping: asked after every step.
+        folder: of this run's training states, named by `run_key(params, splits)`.
+        on_step: called after every step with its number, from 1, and the model, which it must not change.
+        on_losses: called with steps and training losses that were not reported yet; on a GPU several at once.
+        on_row: called with the loss curve when it has a new row.
+        on_warning: called with what the user must know about this run.
+        should_stop: asked after every step.
 
     Raises:
-        Busy: `stopping` said yes; the state was saved, and the next call goes on from it.
-        NotFinite: a loss or gradient is NaN or infinite; nothing of that step was kept.
-        OutOfMemory: says which number to lower.
+        Busy: `should_stop` returned True; the state is saved, and the next call resumes from it.
+        NotFinite: a loss or gradient is NaN or infinite; nothing of that step is kept.
+        OutOfMemory: the message says which number to lower.
         BadConfig, BadData: the tokens don't fit the model.
     """
-    _check_vocabulary(params, splits)
     device = resolve_device(params.runtime.device)
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
-        run = _Run(params, splits, state, group)
-        resumed_from = run.resume()
-        if warning := run.determinism_warning():
-            tell(warning)
-        clock = _Clock(run.step)
-        while run.step < params.training.max_steps:
-            run.make_step()
-            if run.looks_now():
-                _tell(run, clock, on_metrics, on_curve)
-            stop = group.any_rank(stopping()) and run.step < params.training.max_steps
-            if stop or run.step % params.training.checkpoint_interval == 0:
-                _tell(run, clock, on_metrics, on_curve)
-                run.save()
-            progress(run.step, params.training.max_steps, clock.figures(params.training, run.step))
-            watch(run.step, run.model)
-            if stop:
+        trainer = Trainer(params, splits, folder, group)
+        max_steps = params.training.max_steps
+        resumed_from = trainer.resume()
+        if warning := trainer.determinism_warning():
+            on_warning(warning)
+        while trainer.step < max_steps:
+            trainer.make_step()
+            if trainer.is_report_due():
+                _report(trainer, on_losses, on_row)
+            stops = group.any_rank(should_stop()) and trainer.step < max_steps
+            if stops or trainer.step % params.training.checkpoint_interval == 0:
+                _report(trainer, on_losses, on_row)  # a state holds read losses only
+                trainer.save()
+            on_step(trainer.step, trainer.model)
+            if stops:
                 raise Busy(
-                    f"stopped at step {run.step} of {params.training.max_steps}, which is saved: "
-                    "run `dvc repro` again, it goes on from there"
+                    f"stopped at step {trainer.step} of {max_steps}, which is saved: "
+                    "run `dvc repro` again, it resumes from there"
                 )
-        return Trained(run.full_model().eval(), run.curve.rows, run.val_tokens, resumed_from)
+        return Trained(trainer.full_model().eval(), trainer.rows, trainer.val_tokens, resumed_from)
 
 
-def _tell(run: "_Run", clock: "_Clock", on_metrics: OnMetrics, on_curve: OnCurve) -> None:
-    """Tell of the steps since the last time, and of a new row of the curve where one is due."""
-    if losses := run.read_losses():
-        speed = clock.tick(run.training, losses)
-        for step, loss in losses:
-            rate = run.training.learning_rate * lr_multiplier(run.training, step - 1)
-            on_metrics(step, {"train/loss": loss, "train/learning_rate": rate, **speed})
-        if run.row_is_due():
-            on_metrics(run.step, {"val/loss": run.measure().val_loss})
-            on_curve(run.curve.rows)
+def _report(trainer: "Trainer", on_losses: OnLosses, on_row: OnRow) -> None:
+    """Report the losses since the last report, and a new row of the loss curve if one is due."""
+    if losses := trainer.read_losses():
+        on_losses(losses)
+        if trainer.is_row_due():
+            trainer.add_row()
+            on_row(trainer.rows)
 
 
-def _check_vocabulary(params: Params, splits: Splits) -> None:
-    for split in (splits.train, splits.val):
-        if split.header.vocab_size > params.model.vocab_size:
-            raise BadConfig(
-                f"model.vocab_size: found {params.model.vocab_size}, but {split.path} was made with "
-                f"{split.header.vocab_size} kinds of tokens; it must be at least that"
-            )
-
-
-class _Run:
-    """What changes while training runs: model, optimizers, curve and the number of updates made."""
+class Trainer:
+    """What changes while training runs: model, optimizers, loss curve and the number of updates."""
 
     def __init__(self, params: Params, splits: Splits, folder: Path, group: Group) -> None:
         self.training, self.shape, self.group = params.training, params.model, group
         self.splits, self.folder = splits, folder
-        self.key = run_key(params, splits)
-        sequences = self.training.tokens_per_step // self.shape.block_size
-        self.rows = group.batch_slice(sequences, self.training.micro_batch_size)
-        group.assert_same_on_all_ranks("params.yaml, data or program", self.key)
+        self._check_vocabulary()
+        self.run_key = run_key(params, splits)
+        self.sequences = self.training.tokens_per_step // self.shape.block_size
+        self.batch_slice = group.batch_slice(self.sequences, self.training.micro_batch_size)
+        group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
-        self.windows = _chosen_windows(splits.val, self.shape.block_size, self.training.eval_windows)
+        self.log_interval = params.runtime.log_interval
+        # A GPU works behind this program: a loss stays on it until it is reported.
+        self.defers_losses = self.device == "cuda"
+        self.windows = _select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
         set_precision(self.training.dtype)
-        self.model, self.optimizers = self._begun()
-        self.curve = Curve()
-        self.step = 0
-        self.begun_by = group.world_size  # processes that made the steps before
-        self.inclusion = self._inclusion()
-        self.defers = self.device == "cuda"  # a GPU works behind us, and asking for a number waits for it
-        self.log_interval = params.runtime.log_interval
-        self.unread: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient's norm, on device
-        self.news: list[tuple[int, float]] = []  # step from 1 and loss, of the steps that nobody was told of
+        self.model, self.optimizers = self._build_model()
+        self.inclusion = self._inclusion_probabilities()
+        self.step = 0  # updates made
+        self.rows: list[Row] = []
+        self.unreported: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient norm
+        self.losses: list[float] = []  # since the last row
+        self.previous_processes = group.world_size  # that made the steps before this process started
 
-    def _begun(self) -> tuple[GPT, Optimizers]:
-        """The model before its first step, whole or this process's part of it, and its optimizers."""
+    def _check_vocabulary(self) -> None:
+        for split in (self.splits.train, self.splits.val):
+            if split.header.vocab_size > self.shape.vocab_size:
+                raise BadConfig(
+                    f"model.vocab_size: found {self.shape.vocab_size}, but {split.path} has a vocabulary of "
+                    f"{split.header.vocab_size} tokens; it must be at least that"
+                )
+
+    def _build_model(self) -> tuple[GPT, Optimizers]:
+        """Return the model before its first step, or this process's shards of it, and its optimizers."""
         if self.group.is_sharded:
-            from compactgpt.training.fsdp import orthogonalise_sharded, shard_model
+            from compactgpt.training.fsdp import orthogonalize_sharded, shard_model
 
-            source = self.group.run_on_main(self._initial_model)
+            source = self._initial_model() if self.group.is_main_process else None
             model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
-            return model, Optimizers(model, self.training, orthogonalise_sharded)
+            return model, Optimizers(model, self.training, orthogonalize_sharded)
         model = self._initial_model().to(self.device)
         if self.training.compile:
             model.compiled = torch.compile(model.blocks)
         return model, Optimizers(model, self.training)
 
     def _initial_model(self) -> GPT:
-        """Return the whole model before its first step, on the CPU."""
+        """Return the full model before its first step, on the CPU."""
         model = initial_model(self.shape, self.training)
         if self.training.init_positions:
             set_sinusoids(model, self.training.init_positions)
         if self.training.init_unigram:
-            start_at_unigram(model, self._counts(), self.training.init_unigram)
+            start_at_unigram(model, self._token_counts(), self.training.init_unigram)
         return model
 
-    def _counts(self) -> npt.NDArray[np.int64]:
+    def _token_counts(self) -> npt.NDArray[np.int64]:
         """Count each token of the training split. (vocab_size,)."""
         return token_counts(self.splits.train.tokens, self.shape.vocab_size)
 
-    def _inclusion(self) -> npt.NDArray[np.float64] | None:
-        """Each token's probability of being in a step's sample, None for a full softmax. (vocab_size,)."""
+    def _inclusion_probabilities(self) -> npt.NDArray[np.float64] | None:
+        """Return the probability of each token to be sampled, (vocab_size,); None for a full softmax."""
         if self.training.head == "full":
             return None
-        return inclusion_probabilities(
-            self._counts(), self.training.sample_tokens, self.training.sample_power
-        )
+        training = self.training
+        return inclusion_probabilities(self._token_counts(), training.sample_tokens, training.sample_power)
 
     def full_model(self) -> GPT:
         """Return the model; a sharded one is gathered in the main process, which writes files."""
@@ -295,127 +242,90 @@ class _Run:
 
         return full_model(self.model, self.group.is_main_process)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all tensors of a training state; changing them changes model and optimizers."""
+        return {**self.model.state_dict(), **self.optimizers.state}
+
     def resume(self) -> int:
-        """Go on from the newest whole training state; say from which step, 0 if there is none.
-
-        One process reads it and tells the others, whose machines may not see the folder. In mode fsdp
-        all read, each its part, whether one process wrote it or several.
-        """
-        if self.group.mode == "fsdp":
-            from compactgpt.training.fsdp import load_newest_sharded_state
-
-            tensors = {**self.model.state_dict(), **self.optimizers.zero_state()}
-            if loaded := load_newest_sharded_state(self.folder, self.key, tensors, self.group):
-                self.optimizers.load_state_tensors(
-                    {name: tensors[name] for name in self.optimizers.zero_state()}
-                )
-                self._take_progress(*loaded)
-            return self.step
-        if self.group.is_main_process:
-            loaded = load_newest_state(self.folder, self.key, self.model, self.optimizers)
-            if loaded:
-                self._take_progress(*loaded)
-        self.step = self.group.broadcast_number(self.step)
-        self.group.broadcast(list(self.model.state_dict().values()))
-        if self.step:
-            if not self.group.is_main_process:
-                self.optimizers.load_state_tensors(self.optimizers.zero_state())
-            self.group.broadcast(list(self.optimizers.state_tensors().values()))
+        """Continue from the newest valid training state, and return its step; 0 if there is none."""
+        if found := load_newest_state(self.folder, self.run_key, self._tensors(), self.group):
+            self.step, progress = found
+            self.rows = [Row(*row) for row in progress["rows"]]
+            self.losses = list(progress["waiting"])
+            self.previous_processes = progress["processes"]
         return self.step
 
-    def _take_progress(self, step: int, progress: Mapping[str, Any]) -> None:
-        """Go on from what a state says, in mode fsdp in every process, which has the step alone."""
-        self.step = step
-        if self.group.is_main_process:
-            self.curve = Curve.from_json(progress)
-            self.begun_by = progress["processes"]
-
     def determinism_warning(self) -> str | None:
-        """Return a warning, in the main process, if bits will differ from those of an uninterrupted run."""
-        if self.begun_by == self.group.world_size:
+        """Return a warning if bits will differ from those of an uninterrupted run."""
+        if self.previous_processes == self.group.world_size:
             return None
         return (
-            f"up to step {self.step} this run had {self.begun_by} of training.launcher.processes, from here "
-            f"on {self.group.world_size}: the result equals that of an uninterrupted run within rounding only"
+            f"up to step {self.step} this run had {self.previous_processes} of training.launcher.processes, "
+            f"from here on {self.group.world_size}: the result equals that of an uninterrupted run within "
+            "rounding only"
         )
 
     def save(self) -> None:
         """Write a training state."""
-        progress = {**self.curve.to_json(), "processes": self.group.world_size}
-        if self.group.is_sharded:
-            from compactgpt.training.fsdp import save_sharded_state
-
-            tensors = {**self.model.state_dict(), **self.optimizers.state_tensors()}
-            save_sharded_state(self.folder, self.key, self.step, tensors, progress, self.group)
-        elif self.group.is_main_process:
-            save_state(self.folder, self.key, self.step, self.model, self.optimizers, progress)
+        processes = self.group.world_size
+        progress = {"rows": self.rows, "waiting": self.losses, "processes": processes}
+        save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
 
     def make_step(self) -> None:
-        """Make one update. The tokens of a step are what the user states; how many micro-batches follows."""
-        loss = self._gradient(*self._batch())
-        grad_norm = self.group.full_tensor(self.optimizers.grad_norm())
-        self.unread.append((self.step, loss, grad_norm))
-        if not self.defers:
-            self._read()
+        """Make one update."""
+        tokens, targets, *head = self._batch()
+        loss = self._accumulate_gradient(tokens, targets, *head)
+        grad_norm = self.optimizers.grad_norm()
+        if not self.defers_losses:  # a CPU knows before the update whether the step is good
+            self._check_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
+        self.unreported.append((self.step, loss, grad_norm))
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """This process's rows of the step's batch on the device: tokens and targets, 2 x (rows, T).
+        """Return this process's slice of the step's batch: tokens and targets, 2 x (rows, T).
 
         With a sampled softmax both are positions in the sample, and two more arguments of the model follow:
         the sample's rows of the tied matrix, (K, C), and the correction of their logits, (K,).
         """
-        arrays = training_batch(
+        seed = self.training.seed
+        tokens, targets = training_batch(
             self.splits.train.tokens,
-            seed=self.training.seed,
+            seed=seed,
             step=self.step,
-            sequences=self.training.tokens_per_step // self.shape.block_size,
+            sequences=self.sequences,
             block_size=self.shape.block_size,
-        )
+        )  # 2 x (B, T), of all processes
         head: tuple[Tensor, ...] = ()
         if self.inclusion is not None:
-            seed = self.training.seed
-            sample = draw_sample(self.inclusion, np.stack(arrays), seed=seed, step=self.step)
-            arrays = sample.positions(arrays[0]), sample.positions(arrays[1])
+            sample = draw_sample(self.inclusion, np.stack([tokens, targets]), seed=seed, step=self.step)
+            tokens, targets = sample.positions(tokens), sample.positions(targets)
             table = self.optimizers.select_rows(torch.from_numpy(sample.ids).to(self.device))
             head = table, torch.from_numpy(-sample.log_inclusion).to(self.device)
-        tokens, targets = (torch.from_numpy(array[self.rows]) for array in arrays)
-        if self.defers:  # from pinned memory the copy goes on while we draw the next batch
-            tokens, targets = tokens.pin_memory(), targets.pin_memory()
-        return (
-            tokens.to(self.device, non_blocking=True),
-            targets.to(self.device, non_blocking=True),
-            *head,
-        )
+        return self._to_device(tokens[self.batch_slice]), self._to_device(targets[self.batch_slice]), *head
 
-    def read_losses(self) -> list[tuple[int, float]]:
-        """Steps, counted from 1, and their losses in nats per token, since the last call.
+    def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        # From pinned memory a GPU copies while this program draws the next batch.
+        tensor = tensor.pin_memory() if self.defers_losses else tensor
+        return tensor.to(self.device, non_blocking=True)
 
-        Raises:
-            NotFinite: one of them went wrong; a step on a CPU says so before its update.
+    def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
+        """Add up the gradient of the mean loss over micro-batches and processes, and return the loss.
+
+        Args:
+            tokens: (rows, T)
+            targets: (rows, T)
+            head: table and correction of a sampled softmax. (K, C), (K,)
+
+        Returns:
+            ()
         """
-        self._read()
-        news, self.news = self.news, []
-        return news
-
-    def _read(self) -> None:
-        """Look at the losses and norms that the device has, waiting for them, and judge them in order."""
-        if not self.unread:
-            return
-        numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.unread]).tolist()
-        steps, self.unread = [step for step, _, _ in self.unread], []
-        for step, (loss, norm) in zip(steps, numbers, strict=True):
-            self._refuse_non_finite(step, {"training loss": loss, "norm of its gradient": norm})
-            self.curve.waiting.append(loss)
-            self.news.append((step + 1, loss))
-
-    def _gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Leave the gradient of the mean loss in what is trained; return the loss. Takes a `_batch`. ()."""
         self.model.train()
         size = self.training.micro_batch_size
-        own, first = len(tokens) // size, self.rows.start // size
-        micro_batches = own * self.group.world_size  # of all processes
+        own = len(tokens) // size
+        first = self.batch_slice.start // size  # micro-batches of the processes before this one
+        micro_batches = own * self.group.world_size
         losses: list[Tensor] = []
         for number in range(own):
             if self.shape.dropout:
@@ -425,12 +335,29 @@ class _Run:
                 loss: Tensor = self.model(tokens[rows], targets[rows], *head) / micro_batches
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        return self.group.sum_gradients(self.optimizers.trained(), torch.stack(losses).sum())
+        return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
-    def _refuse_non_finite(self, step: int, numbers: Mapping[str, float]) -> None:
+    def read_losses(self) -> list[tuple[int, float]]:
+        """Return steps, from 1, and losses in nats per token since the last call; waits for a GPU.
+
+        Raises:
+            NotFinite: a loss or the norm of a gradient is not finite.
+        """
+        if not self.unreported:
+            return []
+        numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.unreported]).tolist()
+        losses = []
+        for (step, *_), (loss, norm) in zip(self.unreported, numbers, strict=True):
+            self._check_finite(step, {"training loss": loss, "norm of its gradient": norm})
+            losses.append((step + 1, loss))
+        self.unreported = []
+        self.losses += [loss for _, loss in losses]
+        return losses
+
+    def _check_finite(self, step: int, numbers: Mapping[str, float | Tensor]) -> None:
         if all(math.isfinite(number) for number in numbers.values()):
             return
-        found = " and the ".join(f"{name} is {number}" for name, number in numbers.items())
+        found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
         raise NotFinite(
             f"step {step + 1} of {self.training.max_steps}: the {found}; nothing of it was kept, and its "
             f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: lower "
@@ -438,40 +365,43 @@ class _Run:
             "training.warmup_steps, in params.yaml, then run `dvc repro`"
         )
 
-    def looks_now(self) -> bool:
-        """Tell whether to look at the losses after this step: a GPU is seldom waited for."""
-        return not self.defers or self.row_is_due() or self.step % self.log_interval == 0
+    def is_report_due(self) -> bool:
+        """Whether to read losses after this step: on a GPU seldom, since reading waits for it."""
+        return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
-    def row_is_due(self) -> bool:
-        """Tell whether the curve has a row at this step: the first, every eval_interval, the last."""
+    def is_row_due(self) -> bool:
+        """Whether the curve has a row at this step: the first, every eval_interval, the last."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
-    def measure(self) -> Row:
-        """Add a row to the curve, and keep the model if it is the best so far."""
+    def add_row(self) -> None:
+        """Validate, add a row to the loss curve, and save the model if it is the best so far."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
-        self._refuse_non_finite(self.step - 1, {"validation loss": val_loss})
-        row = self.curve.close_row(self.step, val_loss)
-        best = row is best_row(self.curve.rows) and self.step < self.training.max_steps
-        if self.group.any_rank(best and self.group.is_main_process):  # only it knows the whole curve
+        self._check_finite(self.step - 1, {"validation loss": val_loss})
+        # Every step has the same number of tokens, so the mean over steps is the mean over tokens.
+        row = Row(self.step, math.fsum(self.losses) / len(self.losses), val_loss)
+        self.rows.append(row)
+        self.losses = []
+        is_best = row is best_row(self.rows) and self.step < self.training.max_steps
+        # Other machines may round otherwise: the main process decides for all.
+        if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
                 facts = {"step": row.step, "val_loss": row.val_loss}
                 save_model(model, self.folder / BEST, facts, private=True)
-        return row
 
 
 def best_row(rows: list[Row]) -> Row:
-    """The row of the lowest validation loss; the earliest of equals."""
+    """Return the row of the lowest validation loss; the earliest of equal ones."""
     return min(rows, key=lambda row: row.val_loss)
 
 
-def _dropout_seed(seed: int, step: int, micro_step: int) -> int:
-    digest = hashlib.sha256(f"dropout {seed} {step} {micro_step}".encode()).digest()
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    digest = hashlib.sha256(f"dropout {seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
-def _chosen_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Take `count` evaluation windows, evenly spread over the whole split: always the same.
+def _select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
+    """Return `count` evaluation windows, evenly spread over the split: always the same.
 
     Raises:
         BadData: the split has none.
@@ -481,76 +411,46 @@ def _chosen_windows(val: TokenFile, block_size: int, count: int) -> list[Window]
         raise BadData(
             f"{val.path} has no tokens to validate on: raise tokenization.val_fraction, or add text"
         )
-    places = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
-    return [windows[place] for place in places]
+    positions = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return [windows[position] for position in positions]
 
 
 @torch.no_grad()
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Loss over windows in nats per token, padding rows of the vocabulary masked. Sums, then one division.
+    """Return the loss over windows in nats per token, without the vocabulary's padding rows.
 
-    An estimate for the curve; what the table quotes is measured by the stage `evaluation`.
+    An estimate for the curve; the comparison quotes what the stage `evaluation` measures.
     """
     model.eval()
     nats: list[float] = []
     with gathered(model):
-        for batch in _batches(windows, batch_size):
-            nats += _window_nats(model, batch)
+        for start in range(0, len(windows), batch_size):
+            nats += window_nats(model, windows[start : start + batch_size])
     return math.fsum(nats) / len(nats)
 
 
-def _window_nats(model: GPT, batch: list[Window]) -> list[float]:
-    """Nats of every target of some windows."""
-    head = model.wte.weight[: model.shape.vocab_size]
-    T = max(len(window.tokens) for window in batch)
-    tokens = torch.zeros(len(batch), T, dtype=torch.int64)
-    for row, window in enumerate(batch):  # causal: what pads the end changes nothing before it
+def window_nats(model: GPT, windows: list[Window]) -> list[float]:
+    """Return the cross-entropy of every target of some windows, in nats."""
+    head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
+    T = max(len(window.tokens) for window in windows)
+    tokens = torch.zeros(len(windows), T, dtype=torch.int64)
+    for row, window in enumerate(windows):  # attention is causal: the padding at the end changes nothing
         tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
     x = model.hidden(tokens.to(head.device))  # (B, T, C)
-    kept = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(batch)])  # (N, C)
-    targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(head.device)  # (N,)
-    nats: list[float] = token_nats(kept, head, targets).tolist()
+    unpadded = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(windows)])  # (N, C)
+    targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(head.device)  # (N,)
+    nats: list[float] = token_nats(unpadded, head, targets).tolist()
     return nats
-
-
-def _batches(windows: list[Window], size: int) -> Iterator[list[Window]]:
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
-
-
-class _Clock:
-    """Speed and time left, for people only."""
-
-    def __init__(self, step: int) -> None:
-        self.first_step = step
-        self.begin = self.last = time.monotonic()
-        self.loss = math.nan
-
-    def tick(self, training: Training, losses: list[tuple[int, float]]) -> dict[str, float]:
-        """Tokens a second over the steps since the last call."""
-        before, self.last, self.loss = self.last, time.monotonic(), losses[-1][1]
-        tokens = len(losses) * training.tokens_per_step
-        return {"train/tokens_per_second": tokens / max(1e-9, self.last - before)}
-
-    def figures(self, training: Training, step: int) -> dict[str, str]:
-        """Render for a progress bar."""
-        seconds_a_step = (time.monotonic() - self.begin) / (step - self.first_step)
-        left = round(seconds_a_step * (training.max_steps - step))
-        return {
-            "loss": "-" if math.isnan(self.loss) else f"{self.loss:.3f}",
-            "tokens/s": f"{training.tokens_per_step / max(1e-9, seconds_a_step):,.0f}",
-            "left": f"{left // 60}:{left % 60:02d}",
-        }
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Say which number to lower; torch tells a full CPU memory by the text of a RuntimeError only."""
+    """Name the number to lower when memory runs out; on a CPU, torch raises a RuntimeError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        cuda = isinstance(error, torch.OutOfMemoryError)
-        if not (cuda or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+        is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory_error and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(
             "no memory left: halve training.micro_batch_size in params.yaml (tokens_per_step stays as it "
@@ -558,33 +458,20 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def budget(params: Params, processes: int) -> str:
-    """Say what a step is: nobody's batch shrinks in silence when a micro-batch or a machine is lost.
+def save_results(
+    params: Params, splits: Splits, trained: Trained, states: Path, model: Path, curve: Path
+) -> dict[str, Any]:
+    """Write the trained model and its curve, and return the content of reports/training.json.
 
-    Raises:
-        BadConfig: the step can't be shared out.
+    `model` gets the last weights. If an earlier validation loss was lower, `model`/best gets those.
     """
-    training, block = params.training, params.model.block_size
-    sequences = training.tokens_per_step // block
-    group = Group(DistInfo(world_size=processes), training.launcher.mode)
-    own = group.batch_slice(sequences, training.micro_batch_size)
-    accumulation = (own.stop - own.start) // training.micro_batch_size
-    named = "process" if processes == 1 else "processes"
-    return (
-        f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x {block} "
-        f"tokens x {accumulation} micro-batches x {processes} {named}; "
-        f"{training.max_steps:,} steps, {training.max_steps * training.tokens_per_step:,} tokens"
-    )
-
-
-def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
-    """Render what reports/training.json says: nothing that differs between two identical runs."""
     training, rows = params.training, trained.rows
     best = best_row(rows)
     sequences = training.tokens_per_step // params.model.block_size
     tokens = training.max_steps * training.tokens_per_step
+    train_split_tokens = splits.train.header.tokens
     before_last = rows[-2].step if len(rows) > 1 else 0
-    return {
+    report = {
         "num_params": trained.model.num_params,
         "num_params_nanogpt": trained.model.num_params_nanogpt,
         "num_params_non_embedding": trained.model.num_params_non_embedding,
@@ -592,35 +479,23 @@ def report(params: Params, splits: Splits, trained: Trained) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_step": training.tokens_per_step,
         "gradient_accumulation_steps": sequences // training.micro_batch_size,
-        "train_split_tokens": splits.train.header.tokens,
-        "epochs": tokens / splits.train.header.tokens,
+        "train_split_tokens": train_split_tokens,
+        "epochs": tokens / train_split_tokens,
         "head": training.head,  # sampled: train_loss is an estimate; val_loss is always the full softmax's
         "train_loss": rows[-1].train_loss,
-        "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of so many last steps
+        "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of these last steps
         "val_loss": rows[-1].val_loss,
         "val_loss_tokens": trained.val_tokens,
         "best_val_loss": best.val_loss,
         "best_val_step": best.step,
         "data_sha256": splits.sha256,
     }
-
-
-def save_results(
-    params: Params, splits: Splits, trained: Trained, states: Path, model: Path, curve: Path
-) -> dict[str, Any]:
-    """Write the trained model and its curve; return the report.
-
-    `model` holds the last weights. Where an earlier validation loss was lower, `model`/best holds those.
-    """
-    facts = report(params, splits, trained)
-    save_model(
-        trained.model, model, facts, states / BEST if facts["best_val_step"] < facts["steps"] else None
-    )
-    write_text(curve, loss_csv(trained.rows))
-    return facts
+    save_model(trained.model, model, report, states / BEST if best.step < training.max_steps else None)
+    write_text(curve, loss_csv(rows))
+    return report
 
 
 def loss_csv(rows: list[Row]) -> str:
-    """Render the loss curve, nats per token."""
+    """Return the loss curve as CSV, in nats per token."""
     lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
     return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"

@@ -1,0 +1,103 @@
+"""The stage script `training`: what it writes, what it prints, and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from compactgpt.common.storage import write_text
+from compactgpt.config import ExpectedLoss
+from compactgpt.model.huggingface import save_hf
+from compactgpt.model.weights import load_model
+from compactgpt.tracking import training_callbacks
+from compactgpt.training import trainer
+from compactgpt.training.initialization import folder_sha256
+from tests.support.tiny_training import make_tokens, outputs, params_of, params_tree, run_stage
+
+
+def write_params(**changes):
+    write_text(Path("params.yaml"), json.dumps(params_tree(**changes)))  # JSON is YAML
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """The current folder, with params.yaml and tokens, not under DVC."""
+    for name in ("DVC_ROOT", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_params()
+    make_tokens(Path("data/tokens"))
+    return tmp_path
+
+
+def test_the_stage_writes_model_curve_and_report_the_same_each_time(monkeypatch):
+    """The curve's file is complete after each validation, and only ever grows."""
+    curves, write = [], training_callbacks.write_text
+
+    def watch(path, content):
+        write(path, content)
+        curves.append(path.read_text())
+
+    monkeypatch.setattr(training_callbacks, "write_text", watch)
+    first = run_stage()
+    assert (first.exit_code, first.exception) == (0, None)
+    written = outputs()
+    report = json.loads(Path("reports/training.json").read_text())
+    found = [report[key] for key in ("tokens", "gradient_accumulation_steps", "train_loss_steps")]
+    assert found == [6 * 32, 2, 2]
+    curve = Path("reports/loss.csv").read_text()
+    lines = curve.splitlines()
+    assert lines[0] == "step,train_loss,val_loss"
+    assert lines[-1] == f"6,{report['train_loss']!r},{report['val_loss']!r}"
+    assert [int(line.split(",")[0]) for line in lines[1:]] == [1, 2, 4, 6]
+    assert [text.count("\n") - 1 for text in curves] == [1, 2, 3, 4]
+    assert all(curve.startswith(text) for text in curves)
+    assert not list(Path(".state/training").iterdir())
+    assert run_stage().exit_code == 0
+    assert outputs() == written
+
+
+def test_a_user_sees_batch_progress_time_left_and_a_loss_outside_the_expected_interval(monkeypatch):
+    expected = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
+    monkeypatch.setattr(training_callbacks, "expected_loss", lambda _: expected)
+    write_params(max_steps=100, eval_interval=20, checkpoint_interval=50)
+    lines = run_stage().output.splitlines()
+    assert lines[0] == (
+        "training: tokens_per_step 32 = 2 sequences x 8 tokens x 2 micro-batches x 1 process; "
+        "100 steps, 3,200 tokens"
+    )
+    assert re.fullmatch(
+        r"training: 100 of 100 steps, loss \d\.\d+, tokens/s [\d,]+, left 0:00, of peak \d+%, "
+        r"expected 3\.00-3\.40 at the end",
+        lines[-1],
+    )
+    (left,) = [line for line in lines if "left at the speed of this machine's first steps" in line]
+    assert "then the evaluation and the baselines (unigram" in left
+    (warning,) = [line for line in lines if "95 % interval" in line]
+    assert re.match(r"training: val loss 2\.\d+ at step \d+ of 100 is already below the 95 %", warning)
+
+
+def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(project):
+    shape = {"bias": True, "gelu": "tanh"}
+    budget = {"max_steps": 60, "eval_interval": 30, "checkpoint_interval": 30}
+    splits = trainer.open_splits(project / "data/tokens")
+    base = trainer.train(params_of(**budget, model=shape), splits, project / "base")
+    save_hf(base.model, project / "gpt2")
+    write_params(init_from="gpt2", init_sha256="0" * 64, model=shape)
+    refused = run_stage()
+    assert refused.exit_code == 78
+    sha256 = folder_sha256(Path("gpt2"))
+    assert sha256 in refused.output
+    write_params(init_from="gpt2", init_sha256=sha256, model=shape)
+    assert run_stage().exit_code == 0
+    first = float(Path("reports/loss.csv").read_text().splitlines()[1].split(",")[2])
+    assert abs(first - base.rows[-1].val_loss) < 0.3 < base.rows[0].val_loss - first
+    assert load_model(Path("models/compact")).shape.bias
+
+
+def test_missing_tokens_are_one_sentence():
+    Path("data/tokens/manifest.json").unlink()
+    result = run_stage()
+    assert result.exit_code == 66
+    assert result.output.startswith("error: data/tokens/manifest.json is missing")
