@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.reporting.messages import Language
 from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
+SHOWN_SECTIONS = 5
+LEAST_WIDTH = 140  # columns; in fewer, rich would cut numbers
 
 
 @app.command()
@@ -26,7 +27,7 @@ def main(
     tracker = "none" if show or quote else tracker
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:
-            _show(stage.params.comparison.language)
+            _show()
         elif quote:
             _replace_tables(quote)
         else:
@@ -46,15 +47,14 @@ def _compare(stage: Stage) -> None:
         stage.tracker.artifact(REPORTS / name, "reports")
 
 
-def _show(language: Language) -> None:
+def _show() -> None:
+    """Print the beginning of reports/comparison.md: the answer, and the tables before those of all claims."""
     from rich.console import Console
+    from rich.markdown import Markdown
 
-    from compactgpt.common.storage import read_json
-    from compactgpt.reporting.html import RECORD
-    from compactgpt.reporting.terminal import print_tables
-
-    width = max(shutil.get_terminal_size((120, 24)).columns, 80)  # narrower tables would break numbers
-    print_tables(read_json(REPORTS / RECORD), Console(width=width, highlight=False), language)
+    sections = (REPORTS / "comparison.md").read_text("utf-8").split("\n## ")
+    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich leaves out HTML
+    Console(width=max(shutil.get_terminal_size().columns, LEAST_WIDTH)).print(Markdown(text))
 
 
 def _replace_tables(pages: list[Path]) -> None:

@@ -12,7 +12,7 @@ from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, load_messages, translate_phrase
 from tests.support.comparison_inputs import PARAMS, ROOT
 
-RENDERING = ("html", "markdown", "messages", "model_card", "plots", "tables", "templating", "terminal")
+RENDERING = ("html", "markdown", "messages", "model_card", "plots", "tables", "templating")
 MODULES = [ROOT / f"src/compactgpt/reporting/{name}.py" for name in RENDERING]
 
 

@@ -1,7 +1,6 @@
 """What the other stages leave for the comparison, small and made up: shared by the tests of its readers."""
 
 import contextlib
-import io
 import json
 import math
 import shutil
@@ -10,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from rich.console import Console
 from typer.testing import CliRunner
 
 from compactgpt.config import load_params
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.schemas import read_sources
-from compactgpt.reporting.terminal import print_tables
 from stages.comparison import app
 
 ROOT = Path(__file__).parents[2]
@@ -125,13 +122,6 @@ def sources_of(place: Path, names=NAMES):
 def record_of(place: Path) -> dict:
     """The comparison's record of a place, as it is read back from JSON."""
     return json.loads(json.dumps(build_record(sources_of(place), LIKELIHOOD)))
-
-
-def print_to_text(record: dict, width: int = 120) -> str:
-    """Return what the terminal shows of a record."""
-    console = Console(file=io.StringIO(), width=width)
-    print_tables(record, console)
-    return console.file.getvalue()
 
 
 def run_comparison(place: Path, *more: str):

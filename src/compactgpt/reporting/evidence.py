@@ -113,9 +113,10 @@ def _align_samples(sources: Sources) -> list[dict[str, Any]]:
     prompts: dict[str, dict[str, Any]] = {}
     for model, samples in written.items():
         for sample in samples:
-            if sample["document"] is None:  # not the beginning of a val document
-                texts = {way: one["text"] for way, one in sample.items() if isinstance(one, dict)}
-                prompts.setdefault(sample["prompt"], {})[model] = texts
+            if sample.document is None:  # the prompt is not the beginning of a val document
+                continuations = {"greedy": sample.greedy, "top_k": sample.top_k, "nucleus": sample.nucleus}
+                texts = {way: written.text for way, written in continuations.items() if written}
+                prompts.setdefault(sample.prompt, {})[model] = texts
     return [{"prompt": prompt, "models": models} for prompt, models in prompts.items()]
 
 

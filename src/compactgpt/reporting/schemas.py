@@ -7,23 +7,14 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    AliasPath,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)  # fmt: skip
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import load_section
 from compactgpt.common.storage import read_manifest
 from compactgpt.config import ExpectedLoss
-from compactgpt.evaluation.generation import WAYS
 from compactgpt.evaluation.likelihood import Totals, read_totals
 from compactgpt.reporting.claims import Claims, Published
 from compactgpt.reporting.provenance import code_hashes
@@ -103,22 +94,23 @@ class Task(Report):
     per_word: _WikiText | None = None
 
 
-def _check_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(sample.get("prompt"), str) or "document" not in sample:
-        raise ValueError("a sample lacks its prompt or its document")
-    written = {way: one for way, one in sample.items() if isinstance(one, dict)}
-    if unknown := sorted(written.keys() - set(WAYS)):
-        raise ValueError(f"a sample was written in an unknown way, {unknown[0]!r}")
-    if not all(isinstance(one.get("text"), str) for one in written.values()):
-        raise ValueError("a sample lacks its text")
-    return sample
+class _Written(Report):
+    text: str
+
+
+class _Sample(Report):
+    prompt: str
+    document: str | None  # id of the document that begins with the prompt, if one does
+    greedy: _Written | None = None
+    top_k: _Written | None = None
+    nucleus: _Written | None = None
 
 
 class Text(Report):
     """What a model wrote: figures by decoding strategy, and samples. Also reports/samples.json."""
 
     statistics: dict[str, dict[str, Bounds | None]] = {}
-    samples: list[Annotated[dict[str, Any], AfterValidator(_check_sample)]] = []
+    samples: list[_Sample] = []
 
 
 class Score(Report):
@@ -248,21 +240,13 @@ class Estimates(Report):
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's score, and the sums by document that it was made from."""
+    """One model's score, and the sums by document that it was made from, each with its path."""
 
     name: str
+    source: str
     score: Score
+    totals_path: str
     totals: Totals
-
-    @property
-    def source(self) -> str:
-        """Path of the report."""
-        return f"reports/{_report_name(self.name)}"
-
-    @property
-    def totals_path(self) -> str:
-        """Path of the sums by document."""
-        return f"data/{_totals_name(self.name)}"
 
 
 @dataclass(frozen=True)
@@ -276,7 +260,7 @@ class Sources:
     curve: list[dict[str, float | None]]
     compact: Measured
     baselines: list[Measured]
-    samples: list[dict[str, Any]]  # of our model
+    samples: list[_Sample]  # of our model
     download: Downloaded
     tokenization: Tokenized
     inspections: dict[str, Inspection]  # of the documents and of the token files, by stage
@@ -354,11 +338,12 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         BadData, BadConfig: one of them is damaged, or they are of different val splits.
     """
 
-    def measured(name: str) -> Measured:
-        score = read_report(reports / _report_name(name), Score)
-        return Measured(name, score, read_totals(data / _totals_name(name)))
+    def measured(name: str, report: str, totals: str) -> Measured:
+        score = read_report(reports / report, Score)
+        return Measured(name, f"reports/{report}", score, f"data/{totals}", read_totals(data / totals))
 
-    compact, baselines = measured(COMPACT), [measured(name) for name in names]
+    compact = measured(COMPACT, "evaluation.json", "evaluation/compact.parquet")
+    baselines = [measured(name, f"baseline/{name}.json", f"baseline/{name}.parquet") for name in names]
     for baseline in baselines:
         _check_same_text(compact, baseline)
     weights = read_manifest(models / COMPACT)["files"].get("model.safetensors")
@@ -382,32 +367,23 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
     )
 
 
-def _report_name(model: str) -> str:
-    return "evaluation.json" if model == COMPACT else f"baseline/{model}.json"
-
-
-def _totals_name(model: str) -> str:
-    return f"{'evaluation' if model == COMPACT else 'baseline'}/{model}.parquet"
-
-
 def _check_same_text(compact: Measured, other: Measured) -> None:
     """Refuse to compare scores of different text or of different windows."""
     ours, theirs = compact.score, other.score
-    remedy = f"run `dvc repro -s evaluation baseline@{other.name}`"
-    if ours.validation.sha256 != theirs.validation.sha256:
-        raise BadData(
-            f"{other.source} and {compact.source} were measured on different val splits (SHA-256 "
-            f"{theirs.validation.sha256} and {ours.validation.sha256}) and can't be compared: {remedy}"
-        )
-    if ours.window != theirs.window:
-        raise BadData(
-            f"{other.source} was measured in windows of {theirs.window} tokens and {compact.source} of "
-            f"{ours.window}: they can't be compared; {remedy}"
-        )
     a, b = compact.totals, other.totals
-    if a.ids != b.ids or (a.tokens != b.tokens).any() or (a.bytes != b.bytes).any():
-        raise BadData(f"the documents of {other.name} and {compact.name} differ: {remedy}")
+    different = []
+    if ours.validation.sha256 != theirs.validation.sha256:
+        different.append("val splits")
+    elif a.ids != b.ids or (a.tokens != b.tokens).any() or (a.bytes != b.bytes).any():
+        different.append("documents")
+    if ours.window != theirs.window:
+        different.append(f"windows ({theirs.window} and {ours.window} tokens)")
     for task in ours.tasks.keys() & theirs.tasks.keys():
         one, two = ours.tasks[task], theirs.tasks[task]
         if one.items_sha256 == two.items_sha256 and len(one.hits) != len(two.hits):
-            raise BadData(f"{other.source} and {compact.source} answer {task} in different numbers: {remedy}")
+            different.append(f"numbers of items of {task}")
+    if different:
+        raise BadData(
+            f"{other.source} and {compact.source} can't be compared, they have different "
+            f"{', '.join(different)}: run `dvc repro -s evaluation baseline@{other.name}`"
+        )
