@@ -247,7 +247,7 @@ def test_a_file_name_with_terminal_escapes_is_shown_escaped(corpus):
 def test_messages_and_results_are_printed_by_one_function(capsys):
     from compactgpt.common import console
 
-    console.say("\x1b[2J")
+    console.report("\x1b[2J")
     console.report("\x1b]0;title\x07")
     console.echo("\x9b31m")
     printed = capsys.readouterr()

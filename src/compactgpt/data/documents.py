@@ -14,9 +14,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, pairwise
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def shard_name(number: int) -> str:
 
 
 def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write documents as shards into `folder`, with one row group in memory at a time."""
+    """Write documents as shards into `folder`; see `write_shard`."""
     stream = iter(documents)
     for number in count():
         if not write_shard(folder / shard_name(number), stream, shard_bytes):
@@ -117,53 +117,39 @@ def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: in
 def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> bool:
     """Write one shard of at least `shard_bytes` of text, or of all documents that are left.
 
-    The shard depends on the documents alone, and no document after its last one is taken.
+    No document after the last one of the shard is taken. Memory holds one row group.
 
     Returns:
         Whether a shard was written: False if no document was left.
     """
-    groups = _row_groups_to_write(documents, shard_bytes)
-    first = next(groups, None)
-    if first is None:
-        return False
-    with atomic_file(path) as file:
-        _write_row_groups(file, chain([first], groups))
-    return True
-
-
-def _row_groups_to_write(documents: Iterator[Document], shard_bytes: int) -> Iterator[list[Document]]:
-    group: list[Document] = []
-    shard_size = group_size = 0
-    # `next` stands behind the test of the size: a full shard takes no further document.
-    while shard_size < shard_bytes and (document := next(documents, None)) is not None:
-        size = len(document.text.encode("utf-8"))
-        shard_size += size
-        group_size += size
-        group.append(document)
-        if group_size >= ROW_GROUP_BYTES:
-            yield group
-            group, group_size = [], 0
-    if group:
-        yield group
-
-
-def _write_row_groups(file: IO[bytes], groups: Iterable[list[Document]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
+    if not group:
+        return False
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
     # Ids and texts do not repeat, so a dictionary would only add to them.
     options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
-    with pq.ParquetWriter(file, schema, **options) as writer:
-        for group in groups:
-            columns: list[list[Any]] = [
-                [document.id for document in group],
-                [document.text for document in group],
-                [document.source for document in group],
-                [0] * len(group),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+        while group:
+            rows = [{"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            shard_bytes -= size
+            group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
+    return True
+
+
+def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
+    """Take documents until they have `min_bytes` of text; return them and the bytes of their text."""
+    group: list[Document] = []
+    size = 0
+    # The size is tested before `next`: a full group takes no further document.
+    while size < min_bytes and (document := next(documents, None)) is not None:
+        group.append(document)
+        size += len(document.text.encode("utf-8"))
+    return group, size
 
 
 # --- reading
@@ -224,17 +210,8 @@ def read_texts(group: RowGroup) -> Iterator[tuple[str, str, memoryview]]:
         BadData: the shard is damaged.
     """
     ids, sources, texts = _read(group, "id", "source", "text").columns
-    yield from zip(ids.to_pylist(), sources.to_pylist(), _cells(texts), strict=True)
-
-
-def _cells(column: Any) -> Iterator[memoryview]:
-    # Arrow's layout of a string array: text i is content[offsets[i] : offsets[i + 1]].
-    for chunk in column.chunks:
-        _, offsets, content = chunk.buffers()
-        bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].tolist()
-        view = memoryview(content if content is not None else b"")
-        for start, end in pairwise(bounds):
-            yield view[start:end]
+    for document_id, source, text in zip(ids.to_pylist(), sources.to_pylist(), texts, strict=True):
+        yield document_id, source, memoryview(text.as_buffer())
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:

@@ -27,7 +27,6 @@ from compactgpt.common.storage import (
     write_json,
 )
 from compactgpt.config import Download, Tokenizer
-from compactgpt.data import wheels
 from compactgpt.data.docstrings import docstring_corpus
 from compactgpt.data.documents import (
     MEGABYTE,
@@ -43,6 +42,7 @@ from compactgpt.data.documents import (
 from compactgpt.data.hub_texts import hub_corpus
 from compactgpt.data.text_files import file_corpus
 from compactgpt.data.tokenizer import ENCODER_JSON, VOCAB_BPE, save_gpt2, save_named
+from compactgpt.data.wheels import fetch_wheel_member
 
 VERSION = 3  # of finished shards and their notes
 Log = Callable[[str], None]
@@ -77,12 +77,12 @@ def download(
     progress: Progress,
     log: Log,
 ) -> dict[str, Any]:
-    """Write the folders `documents` and `tokenizer`.
+    """Write the folders `documents` and `tokenizer`, each replaced as a whole.
 
     Args:
         params: section `download` of params.yaml.
-        documents: folder of document shards, replaced as a whole.
-        tokenizer: folder of the tokenizer's files, replaced as a whole.
+        documents: folder of document shards.
+        tokenizer: folder of the tokenizer's files.
         root: folder that the patterns of `files` are relative to.
         state: folder for files of wheels, and for the shards of a run that was stopped.
         num_workers: processes; the result does not depend on it.
@@ -90,8 +90,7 @@ def download(
         log: called with a message for each shard of an earlier run.
 
     Returns:
-        The report: the facts of both manifests, the name of the corpus, and how many texts were left out,
-        by reason.
+        The report: the facts of both manifests, the name of the corpus, and the texts left out, by reason.
 
     Raises:
         BadData: an input is damaged, or no document is left.
@@ -132,25 +131,16 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
     """Write the folder of an encoding, GPT-2's from a wheel; return the facts of its manifest."""
     if params.encoding != "gpt2":
         return save_named(folder, params.encoding)
-    vocab_bpe, encoder_json = (
-        wheels.fetch_wheel_member(params.wheel, f"{params.wheel_folder}/{name}", sha256, cache).read_bytes()
-        for name, sha256 in [
-            (VOCAB_BPE, params.vocab_bpe_sha256),
-            (ENCODER_JSON, params.encoder_json_sha256),
-        ]
+    vocab_bpe, encoder_json = (f"{params.wheel_folder}/{name}" for name in (VOCAB_BPE, ENCODER_JSON))
+    return save_gpt2(
+        folder,
+        fetch_wheel_member(params.wheel, vocab_bpe, params.vocab_bpe_sha256, cache).read_bytes(),
+        fetch_wheel_member(params.wheel, encoder_json, params.encoder_json_sha256, cache).read_bytes(),
     )
-    return save_gpt2(folder, vocab_bpe, encoder_json)
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards.
-
-    Args:
-        corpus: the texts.
-        folder: replaced as a whole.
-        limits: how much is taken, and the size of shards.
-        state: keeps the shards of a run that was stopped; deleted at the end.
-        log: called with a message for each shard of an earlier run.
+    """Write a corpus as a folder of document shards; `state` is deleted at the end.
 
     Returns:
         The facts of the folder's manifest, and `left_out`: how many texts were left out, by reason.

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
@@ -34,10 +34,7 @@ def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
         MissingInput, BadData: see `list_files` and `regular_status`.
     """
     names = list_files(params.files.patterns, root)
-    files = []
-    for part, name in names:
-        status = regular_status(root / name, printable(name))
-        files.append([part, name, status.st_size, status.st_mtime_ns])
+    stats = [regular_status(root / name, printable(name)) for _, name in names]
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of a file, and how many of its texts were read
@@ -49,7 +46,8 @@ def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
-    return Corpus("files", [rules, files], [Part(pattern) for pattern in params.files.patterns], read)
+    identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
+    return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
 
 
 # --- which files there are
@@ -60,10 +58,9 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
 
     Raises:
         MissingInput: nothing matches, or a pattern without wildcards names a file that is missing.
-        BadData: a folder can't be read, or a name is not UTF-8.
+        BadData: a name is not UTF-8.
     """
-    # With dicts as sets that keep their order.
-    found: dict[str, int] = {}
+    found: dict[str, int] = {}  # in the order in which the files are read
     for index, pattern in enumerate(patterns):
         names = sorted(_matching_files(root, pattern))
         if not names and not has_magic(pattern):
@@ -79,19 +76,22 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
 
 
 def _matching_files(root: Path, pattern: str) -> Iterator[str]:
-    if not has_magic(pattern):
+    """Yield what `glob.glob` would, which never ends where a link leads to a folder above it."""
+    parts = pattern.split("/")
+    fixed = 0  # parts without wildcards: the walk starts below them
+    while fixed < len(parts) and not has_magic(parts[fixed]):
+        fixed += 1
+    if fixed == len(parts):
         if os.path.lexists(root / pattern):
             yield pattern
         return
-    parts = pattern.split("/")
-    fixed = next(number for number, part in enumerate(parts) if has_magic(part))
     start = root.joinpath(*parts[:fixed])
-    for parent, folders, names in os.walk(start, onerror=_refuse_folder, followlinks=True):
+    for parent, folders, names in os.walk(start, onerror=_raise_if_forbidden, followlinks=True):
         # Names with a dot in front match no wildcard, as in a shell.
         folders[:] = [name for name in folders if name[0] != "." and not _is_loop(Path(parent, name))]
         above = Path(parent).relative_to(start).parts
-        if "**" not in parts and len(above) >= len(parts) - fixed - 1:
-            folders.clear()
+        if "**" not in parts and len(above) == len(parts) - fixed - 1:
+            folders.clear()  # no match is deeper
         for name in names:
             path = Path(parent, name)
             if name[0] != "." and _matches([*above, name], parts[fixed:]):
@@ -99,21 +99,19 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
                 yield path.relative_to(root).as_posix()
 
 
-def _refuse_folder(error: OSError) -> None:
+def _raise_if_forbidden(error: OSError) -> None:
     if isinstance(error, PermissionError):
-        raise BadData(f"{error.filename} can't be read: its permissions forbid it") from error
+        raise error
 
 
 def _is_loop(folder: Path) -> bool:
-    """Return whether a folder is a link to a folder that contains it: following it would never end."""
     return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents)
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether a path matches a pattern as `glob.glob(recursive=True)` would; both are split at /."""
     if not names or not parts:
         return not names and not parts
-    if parts[0] == "**":
+    if parts[0] == "**":  # any number of folders
         return any(_matches(names[skipped:], parts[1:]) for skipped in range(len(names)))
     return fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
@@ -122,34 +120,21 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str]]:
-    """Yield (text, source) of each document of one file.
-
-    Args:
-        root: the folder that `name` is relative to.
-        name: path of the file.
-        params: `files` and the limits of one document's size are used.
+    """Yield (text, source) of each document of the file `name`, which is relative to `root`.
 
     Raises:
         MissingInput: the file is missing.
-        BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the limits.
+        BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the limits in `params`.
         DiskFull: there is no room to decompress a parquet file.
     """
     path, shown = root / name, printable(name)
     if not regular_status(path, shown).st_size:
         raise BadData(f"{shown} is empty: remove it from the corpus")
-    kind = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-    try:
-        with _open(path, shown, params) as file:
-            if kind == ".jsonl":
-                for line, text in _read_jsonl(file, shown, params):
-                    yield text, f"{name}:{line}"
-            elif kind == ".parquet":
-                for row, text in _read_parquet(file, shown, params):
-                    yield text, f"{name}:{row}"
-            else:
-                yield _read_document(file, shown, params), name
-    except PermissionError as error:
-        raise BadData(f"{shown} can't be read: its permissions forbid it") from error
+    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
+    read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_document)
+    with _open(path, shown, params) as file:
+        for row, text in read(file, shown, params):
+            yield text, f"{name}:{row}" if row else name
 
 
 def _open(path: Path, name: str, params: Download) -> IO[bytes]:
@@ -159,7 +144,7 @@ def _open(path: Path, name: str, params: Download) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file, which raises BadData if it is damaged or holds too much."""
+    """The content of a compressed file; reading raises BadData if it is damaged or holds too much."""
 
     def __init__(self, path: Path, name: str, params: Download) -> None:
         import pyarrow as pa
@@ -196,47 +181,48 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _decode(content: bytes, name: str, first_line: int = 1) -> str:
+def _decode(content: bytes, name: str, line: int = 1) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        byte = content[error.start]
+        line += content.count(b"\n", 0, error.start)
+        byte = f"byte 0x{content[error.start]:02x}"
         raise BadData(
-            f"{name}, line {line:,}: byte 0x{byte:02x} is not UTF-8: convert the file (iconv) or remove it"
+            f"{name}, line {line:,}: {byte} is not UTF-8: convert the file (iconv) or remove it"
         ) from error
 
 
-def _refuse_long(what: str, key: str, megabytes: int) -> NoReturn:
-    raise BadData(
-        f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
-        "raise the limit"
-    )
+def _check_size(size: int, what: str, key: str, params: Download) -> None:
+    megabytes = getattr(params, key)
+    if size > megabytes * MEGABYTE:
+        raise BadData(
+            f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
+            "raise the limit"
+        )
 
 
-def _read_document(file: IO[bytes], name: str, params: Download) -> str:
-    limit = params.max_document_megabytes * MEGABYTE
-    content = file.read(limit + 1)
-    if len(content) > limit:
-        _refuse_long(name, "max_document_megabytes", params.max_document_megabytes)
+# The readers yield (row from 1, text); the row is 0 for a file of one document.
+
+
+def _read_document(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
+    content = file.read(params.max_document_megabytes * MEGABYTE + 1)
+    _check_size(len(content), name, "max_document_megabytes", params)
     text = _decode(content.removeprefix(_BOM), name)
     if not text.strip():
         raise BadData(f"{name} holds only white space: remove it from the corpus")
-    return text
+    yield 0, text
 
 
 def _read_jsonl(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    limit = params.max_row_megabytes * MEGABYTE
     line = 0
-    while content := file.readline(limit + 1):
+    while content := file.readline(params.max_row_megabytes * MEGABYTE + 1):
         line += 1
-        if len(content) > limit:
-            _refuse_long(f"{name}, line {line:,}", "max_row_megabytes", params.max_row_megabytes)
+        _check_size(len(content), f"{name}, line {line:,}", "max_row_megabytes", params)
         if line == 1:
             content = content.removeprefix(_BOM)
         if content.strip():
             yield line, _text_of_json(content, name, line, params.files.text_column)
-    if not line:
+    if not line:  # a compressed file of nothing
         raise BadData(f"{name} is empty: remove it from the corpus")
 
 
@@ -277,14 +263,13 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
                     row += 1
                     if text is None:
                         raise BadData(f"{name}, row {row:,}: {column!r} is null: correct or remove the row")
-                    if len(text) > params.max_row_megabytes * MEGABYTE:
-                        what = f"{name}, row {row:,}"
-                        _refuse_long(what, "max_row_megabytes", params.max_row_megabytes)
+                    _check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", params)
                     yield row, text
     except UnicodeDecodeError as error:
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise BadData(f"{name} is not a valid parquet file, or was cut short ({_one_line(error)})") from error
+        problem = f"is not a valid parquet file, or was cut short ({_one_line(error)})"
+        raise BadData(f"{name} {problem}") from error
 
 
 def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download) -> IO[bytes]:

