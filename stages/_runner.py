@@ -1,7 +1,7 @@
-"""What every door does around its one call.
+"""What every stage script does around its one call.
 
-Read params.yaml, take the stage's lock, open a run, show progress, write the report, and turn a mistake
-into one sentence and an exit code.
+Read params.yaml, lock the stage, open a run, show progress, write the report, and turn a user's mistake into
+one sentence and an exit code.
 """
 
 import ctypes
@@ -24,37 +24,38 @@ from compactgpt.common.console import Progress, ProgressBar, handle_user_errors,
 from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
 from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
-from compactgpt.common.storage import MANIFEST, read_manifest, sha256_file, write_json
+from compactgpt.common.storage import MANIFEST, read_manifest, write_json
 from compactgpt.common.torchrun import dist_info, under_torchrun
 from compactgpt.config import Params, load_params
-from compactgpt.tracking.dvc_files import keep_lock
+from compactgpt.tracking.dvc_files import TOKENS, keep_lock
 from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
-    Tracker,
     machine_facts,
     process_facts,
+    stage_metrics,
     state_folder,
+    token_files,
+    tuned_params,
 )
-from compactgpt.tracking.pipeline_run import stage_metrics, token_files, tuned_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
+TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
 # Which splits of the token files a stage reads, and what for, in MLflow's words.
 ON_TOKENS: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
-TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
 
 
 def new_app() -> typer.Typer:
-    """A typer app with the project's settings."""
+    """Return a typer app with the project's settings."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def matrix_item() -> str:
-    """Return which one of a matrix stage DVC runs: what follows the `@` in the stage's name.
+    """Return the item of a matrix stage that DVC runs: what follows the `@` in the stage's name.
 
     DVC passes it in the environment, so that no text of params.yaml becomes part of a shell command.
     """
@@ -63,22 +64,21 @@ def matrix_item() -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a door hands to its one call."""
+    """What a stage script needs for its one call."""
 
-    name: str
+    name: str  # with the item of a matrix stage
     params: Params
-    tracker: Tracker
+    tracker: Journal
     leads: bool = True  # of several processes one writes, logs and shows progress
-    full_name: str = ""  # with the item of a matrix stage
 
     def progress(self, unit: str, what: str = "") -> Progress:
-        """A progress bar that counts `unit`."""
-        return ProgressBar(what or self.name, unit) if self.leads else silent
+        """Return a progress bar that counts `unit`."""
+        return ProgressBar(what or self.name.partition("@")[0], unit) if self.leads else silent
 
     def say(self, message: str) -> None:
-        """Tell the person who waits something, once, on stderr."""
+        """Print a message on stderr."""
         if self.leads:
-            report(f"{self.name}: {message}")
+            report(f"{self.name.partition('@')[0]}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
         """Log a short text as a file."""
@@ -88,14 +88,14 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write the stage's report, and log its numbers and the file."""
+        """Write the stage's report, and log its metrics and the file."""
         write_json(path, value)
-        if metrics := stage_metrics(self.full_name or self.name, value):
+        if metrics := stage_metrics(self.name, value):
             self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
-        """Log Great Expectations' pages, and print where they are."""
+        """Log Great Expectations' pages, and print their path."""
         self.tracker.artifact(folder, "data_docs")
         self.say(f"Data Docs: {folder / 'index.html'}")
 
@@ -117,17 +117,17 @@ def open_stage(
         params_file: params.yaml.
         tracker: `mlflow` or `none`.
         logged: sections of params.yaml to log, as the stage's `params` in dvc.yaml.
-        item: which one of a matrix stage.
+        item: of a matrix stage.
         held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
-    with _stoppable(), handle_user_errors("stopped; `dvc repro` goes on from here"):
+    with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
         _die_with_parent()
         params = load_params(params_file)
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
         if not dist_info().is_main_process:
-            yield Stage(name, params, NullTracker(), leads=False)
+            yield Stage(full_name, params, NullTracker(), leads=False)
             return
         with _only_one(full_name):
             if "DVC_STAGE" in os.environ:
@@ -135,7 +135,7 @@ def open_stage(
             run = _open_run(tracker, full_name, params, logged, held=held)
             status = "FAILED"
             try:
-                yield Stage(name, params, run, full_name=full_name)
+                yield Stage(full_name, params, run)
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
                 status = "KILLED"
@@ -144,7 +144,7 @@ def open_stage(
                 run.end(status)
 
 
-def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Tracker:
+def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Journal:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
@@ -152,42 +152,19 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], 
     from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
-    tags = {**git_facts(here), **machine_facts(), **_data_facts(name)}
+    tags = {**git_facts(here), **machine_facts()}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
         tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
-    facts = {"tags": tags, "workspace": str(here), **process_facts()}
-    run = Journal(state_folder(), name, facts, held=held)
+    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
     run.keep_before(here)
     sections = params.model_dump(mode="json")
     run.params(tuned_params({key: sections[key] for key in logged}))
-    run.inputs(_datasets(name))
+    contexts = ON_TOKENS.get(name.partition("@")[0], {})
+    if contexts and Path(TOKENS, MANIFEST).exists():
+        run.inputs(token_files(read_manifest(Path(TOKENS))["files"], contexts))
     start_logger(run.run_folder)
     return run
-
-
-def _data_facts(name: str) -> dict[str, str]:
-    """Name by hash what a stage stands on, once it is made: the token files, the weights."""
-    kind = name.partition("@")[0]
-    facts = {}
-    if (
-        kind in (*ON_TOKENS, "inspection", "comparison")
-        and (manifest := Path("data/tokens") / MANIFEST).exists()
-    ):
-        facts["data_sha256"] = sha256_file(manifest)
-    if kind in ("evaluation", "comparison") and (manifest := Path("models/compact") / MANIFEST).exists():
-        files = read_manifest(manifest.parent)["files"]
-        facts["weights_sha256"] = files.get("model.safetensors", {}).get("sha256", "")
-    return facts
-
-
-def _datasets(name: str) -> list[dict[str, str]]:
-    """The token files that a stage reads, with their hashes, as their manifest has them."""
-    folder = Path("data/tokens")
-    contexts = ON_TOKENS.get(name.partition("@")[0], {})
-    if not contexts or not (folder / MANIFEST).exists():
-        return []
-    return token_files(read_manifest(folder)["files"], contexts)
 
 
 def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
@@ -228,7 +205,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, end when `dvc` or torchrun is killed: an orphan would train beside its successor."""
+    """On Linux, end when `dvc` or torchrun is killed: an orphan would train next to its successor."""
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)

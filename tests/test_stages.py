@@ -1,7 +1,6 @@
 """Doors: a mistake is one sentence and an exit code, never a traceback; two never do one stage's work."""
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 from compactgpt.cli import app as commands
 from compactgpt.common.console import ProgressBar
 from compactgpt.common.errors import BadData, Busy, UserError
+from compactgpt.common.storage import write_json
 from stages import _runner
 
 ROOT = Path(__file__).parents[1]
@@ -201,21 +201,20 @@ def test_on_a_terminal_a_bar_is_drawn_in_place_and_begins_anew_with_the_next_wor
 
 def test_ctrl_c_says_how_to_go_on(here):
     result = run(fail_with(KeyboardInterrupt()))
-    assert (result.exit_code, result.output) == (130, "error: stopped; `dvc repro` goes on from here\n")
+    assert (result.exit_code, result.output) == (130, "error: stopped; `dvc repro` resumes from here\n")
 
 
 def test_exit_from_a_stage_is_kept(here):
     assert run(fail_with(typer.Exit(5))).exit_code == 5
 
 
-@pytest.mark.parametrize(("name", "tagged"), [("training", True), ("baseline@xz", True), ("download", False)])
-def test_a_run_names_the_token_files_that_it_stands_on(here, monkeypatch, name, tagged):
+@pytest.mark.parametrize(("name", "splits"), [("training", 2), ("baseline@xz", 1), ("download", 0)])
+def test_a_run_names_the_token_files_that_it_reads(here, monkeypatch, name, splits):
     monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
-    manifest = here / "data/tokens/manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text('{"files": {}}')
+    files = {f"{split}.tokens": {"sha256": "a" * 64, "bytes": 9} for split in ("train", "val")}
+    write_json(here / "data/tokens/manifest.json", {"files": files})
     with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
         pass
     (path,) = (here / ".state/tracking").glob("*/*/journal.jsonl")
-    tags = json.loads(path.read_text().splitlines()[0])["tags"]
-    assert tags.get("data_sha256") == (hashlib.sha256(manifest.read_bytes()).hexdigest() if tagged else None)
+    inputs = [line for line in map(json.loads, path.read_text().splitlines()) if line["kind"] == "inputs"]
+    assert [len(line["datasets"]) for line in inputs] == [splits] * bool(splits)

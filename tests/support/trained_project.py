@@ -4,8 +4,8 @@ from pathlib import Path
 
 from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.model.weights import save_model
+from compactgpt.tracking.journal import stage_metrics
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.pipeline_run import stage_metrics
 from tests.support import tracking_store
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 

@@ -17,9 +17,8 @@ from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, OutsideFolder, UserError
 from compactgpt.common.worktree import scratch_worktree
 from compactgpt.tracking.dvc_files import Cache, Chain, Commit, Folder, checkout, md5_path, read_chain
-from compactgpt.tracking.journal import machine_facts
+from compactgpt.tracking.journal import machine_facts, packages
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.pipeline_run import packages
 from compactgpt.tracking.records import Version, find_version, parse_versions
 from compactgpt.tracking.reproduce import (
     DIFFERENT,

@@ -27,9 +27,10 @@ from compactgpt.tracking.journal import (
     journal_lines,
     machine_facts,
     numbers,
+    stage_metrics,
+    tuned_params,
 )
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.pipeline_run import stage_metrics, tuned_params
 from compactgpt.tracking.run_folder import RunFolder
 from compactgpt.tracking.store import open_store
 from tests.support.tracking_store import copy, git, journal, runs

@@ -134,16 +134,16 @@ def read_reference(name: str, root: Path) -> Snapshot:
 
 def _read_champion(root: Path) -> Snapshot:
     """Read the files that MLflow keeps with the run that made the registered champion."""
-    from compactgpt.tracking.registry import champion
+    from compactgpt.tracking.registry import PIPELINE_RUN, champion
     from compactgpt.tracking.store import open_store
 
     store = open_store(root)
     if not (found := champion(store)):
         raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        store.client.download_artifacts(found["run_id"], "", scratch)
+        store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
         folder = Path(scratch)
-        label = f"champion, version {found['version']}"
+        label = f"champion, version {found.version}"
         return _read_state(label, Folder(folder), folder / _DOCUMENTS / _TOTALS)
 
 

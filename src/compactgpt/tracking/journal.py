@@ -10,6 +10,7 @@ A journal has one JSON object a line; `kind` is start, params, tags, metrics, in
 first line names the tracking store that the run is meant for.
 """
 
+import functools
 import json
 import os
 import platform
@@ -22,33 +23,43 @@ from contextlib import suppress
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes, write_private
 from compactgpt.common.storage import fsync_folder, make_folder, write_text
-from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS
+from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, TOKENS
 
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # relative to the repository, so that a copy of it has its own
 EXPERIMENT = "compactgpt"
 BEFORE = "before"
 LOCKED = "requirements.lock"
+MAX_DIGEST = 36  # characters of a data set's digest: MLflow's limit
+_TAIL = 65_536  # bytes that hold the last line of a journal
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^/\s]+@")
 # Of a processor, and of the environment: what changes the order or the width of sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-
-
-def root() -> Path:
-    """Return the repository: under DVC the original one, even if the experiment runs in a scratch folder."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd())
+# Sections of params.yaml, what people tune first; the others change no model.
+_SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
+             "validation", "runtime")  # fmt: skip
+# Figures of a report by their dotted key, and the names of their metrics.
+_METRICS = [
+    (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
+    (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
+    (r"views\.(.+)\.perplexity\.value", r"perplexity_\1"),
+    (r"text\.statistics\.greedy\.(loop_rate|seq_rep_4)\.value", r"\1"),
+]
 
 
 def state_folder() -> Path:
-    """Return the folder of resumable state and journals: ignored by git, unknown to DVC."""
-    return root() / ".state"
+    """Return the folder of resumable state and journals: ignored by git, unknown to DVC.
+
+    Under DVC it is in the original repository, even if the experiment runs in a scratch folder.
+    """
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
 def tracking_folder(root: Path) -> Path:
@@ -79,75 +90,70 @@ def tracking_store() -> dict[str, str]:
     return {"uri": without_password(uri), "experiment": name, "experiment_id": experiment_id}
 
 
-class Tracker(Protocol):
-    """The few methods that a stage needs."""
-
-    def begin(self, note: Path) -> None:
-        """Resume the run that an interrupted process noted in the file `note`; note this run if none did."""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters; nested mappings are flattened with dots."""
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log finite numbers at a step."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Log tags, by which the run can be searched."""
-
-    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log the data that the run reads: `name`, `digest`, `source`, `context`, `bytes`."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a small file or folder as it is now."""
-
-    def end(self, status: str) -> None:
-        """Close the run: FINISHED, FAILED or KILLED."""
-
-
-class NullTracker:
-    """Tracks nothing: for tests, and for `--tracker none`."""
-
-    def begin(self, note: Path) -> None:
-        """Do nothing."""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Do nothing."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Do nothing."""
-
-    def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Do nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Do nothing."""
-
-    def end(self, status: str) -> None:
-        """Do nothing."""
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
-    """Turn nested mappings into dotted keys; lists become JSON text."""
+def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) -> dict[str, Scalar]:
+    """Turn nested mappings into dotted keys; lists, and mappings below `max_depth`, become JSON text."""
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        elif isinstance(value, list | tuple):
-            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, Mapping) and max_depth > 1:
+            flat |= flatten(value, f"{prefix}{key}.", max_depth - 1)
+        elif isinstance(value, Mapping | list | tuple):
+            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False, sort_keys=True)
         else:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Keep the numbers of a nested report, under dotted keys."""
-    flat = flatten(report)
-    return {
-        key: float(v) for key, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)
-    }
+    """Return the numbers of a nested report, under dotted keys."""
+    found = {key: value for key, value in flatten(report).items() if not isinstance(value, bool)}
+    return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
+
+
+def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return the parameters that MLflow gets, those that people tune first.
+
+    A key has at most three parts: what is deeper, such as 30 versions of packages, is one parameter.
+    """
+    params: dict[str, Scalar] = {}
+    for section in _SECTIONS:
+        if isinstance(values := tree.get(section), Mapping):
+            params |= flatten(values, f"{section}.", max_depth=2)
+    return params
+
+
+def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a stage's report, grouped as MLflow's charts are: about ten, no sizes or counts.
+
+    Args:
+        stage: its full name, such as `baseline@xz`.
+        report: what it wrote as JSON.
+    """
+    name, _, item = stage.partition("@")
+    if name == "training":
+        return {"val/best_loss": report["best_val_loss"]} if "best_val_loss" in report else {}
+    if name not in ("evaluation", "baseline"):
+        return {}
+    group, metrics = "eval" if name == "evaluation" else f"baselines/{item}", {}
+    for key, value in numbers(report).items():
+        for pattern, named in _METRICS:
+            if match := re.fullmatch(pattern, key):
+                metrics[f"{group}/{match.expand(named)}"] = value
+    return metrics
+
+
+def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the token files of a manifest as `Tracker.inputs` takes them.
+
+    Args:
+        files: of the manifest, by name.
+        contexts: what each split is used for, in MLflow's words.
+    """
+    found = []
+    for split, context in contexts.items():
+        if file := files.get(name := f"{split}.tokens"):
+            facts = {"digest": file["sha256"], "bytes": str(file["bytes"])}
+            found.append({"name": name, "source": f"{TOKENS}/{name}", "context": context, **facts})
+    return found
 
 
 def now_ms() -> int:
@@ -165,13 +171,12 @@ def process_facts() -> dict[str, Any]:
     own = psutil.Process()
     facts = {"host": platform.node(), "pid": own.pid, "created": own.create_time()}
     for parent in own.parents():
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, ValueError):
             words = parent.cmdline()
-            position = next((i for i, word in enumerate(words[:3]) if Path(word).name == "dvc"), None)
-            if position is not None:
-                command = " ".join(["dvc", *words[position + 1 :]])
-                pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
-                return {**facts, "pipeline": pipeline}
+            position = [Path(word).name for word in words[:3]].index("dvc")  # of `python .../dvc repro`
+            command = " ".join(["dvc", *words[position + 1 :]])
+            pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
+            return {**facts, "pipeline": pipeline}
     return facts
 
 
@@ -189,12 +194,10 @@ class Journal:
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
         name = f"{_stamp(time.time())}-{stage}-{secrets.token_hex(3)}"
-        pipeline = start.get("pipeline")
-        if pipeline:
+        group = name
+        if pipeline := start.get("pipeline"):
             milliseconds = int(pipeline["created"] * 1000) % 1000
             group = f"{_stamp(pipeline['created'])}.{milliseconds:03}-dvc-{pipeline['pid']}"
-        else:
-            group = name
         self.run_folder = state / "tracking" / group
         self.folder = self.run_folder / name
         make_folder(self.folder / "artifacts")
@@ -242,7 +245,7 @@ class Journal:
             self._append(line["kind"], line)
 
     def begin(self, note: Path) -> None:
-        """Resume the run that an interrupted process noted in the file `note`; note this run if none did."""
+        """Resume the run that an interrupted process named in the file `note`; name this run if none did."""
         first = note.read_text().strip() if note.exists() else ""
         if first:
             self._logged = _last_steps(self.run_folder.parent, first)
@@ -265,7 +268,7 @@ class Journal:
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log the data that the run reads: `name`, `digest`, `source`, `context`, `bytes`."""
+        """Log the data that the run reads, as `token_files` returns it."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
@@ -287,8 +290,27 @@ class Journal:
         os.close(self._file)
 
 
+class NullTracker(Journal):
+    """Logs nothing: for `--tracker none`, and for processes that are not the main one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin(self, note: Path) -> None:
+        """Do nothing."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Do nothing."""
+
+    def end(self, status: str) -> None:
+        """Do nothing."""
+
+    def _append(self, kind: str, content: Mapping[str, Any]) -> None:
+        pass
+
+
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
-    """Return the whole lines of a journal; torn and damaged ones are left out."""
+    """Return the complete lines of a journal; torn and damaged ones are left out."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
@@ -296,22 +318,70 @@ def journal_lines(raw: bytes) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict) and "kind" in line]
 
 
-def run_journals(tracking: Path, first: str) -> list[Path]:
-    """Return the folders of one run's journals, of which the first has this name, oldest first."""
-    found = []
-    for path in tracking.glob("*/*/journal.jsonl"):
-        with open(path, "rb") as file:
-            start = journal_lines(file.readline())
-        if start and first in (path.parent.name, start[0].get("continues")):
-            found.append(path.parent)
-    return sorted(found, key=lambda folder: folder.name)
+class JournalFile:
+    """A journal on disk, to which its process may still append."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "journal.jsonl"
+
+    @functools.cached_property
+    def start(self) -> dict[str, Any]:
+        """The first line; empty where the stage has not begun, or after a power loss."""
+        with open(self.path, "rb") as file:
+            lines = journal_lines(file.readline())
+        return lines[0] if lines else {}
+
+    @property
+    def first(self) -> str:
+        """The name of the run's first journal."""
+        return str(self.start.get("continues", self.folder.name))
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last complete line."""
+        lines, _ = self.read(max(0, self.path.stat().st_size - _TAIL))
+        return lines[-1] if lines else self.start
+
+    @property
+    def status(self) -> str:
+        """MLflow's status of the stage; empty while its process runs."""
+        alive = is_alive(self.start)  # asked first: a living process writes on
+        last = self.last
+        return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
+
+    def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """Return the complete lines from an offset on, and the offset of what follows them."""
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            raw = file.read()
+        return journal_lines(raw), offset + raw.rfind(b"\n") + 1
+
+
+def run_journals(tracking: Path, first: str) -> list[JournalFile]:
+    """Return one run's journals, of which the first has this name, oldest first."""
+    journals = [JournalFile(path.parent) for path in tracking.glob("*/*/journal.jsonl")]
+    found = [journal for journal in journals if journal.start and journal.first == first]
+    return sorted(found, key=lambda journal: int(journal.start["time_ms"]))
+
+
+def is_alive(process: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine still runs, by its `pid` and the time when it was `created`."""
+    import psutil
+
+    try:
+        found = psutil.Process(process["pid"])
+        return bool(
+            found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["created"]) < 1
+        )
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _last_steps(tracking: Path, first: str) -> dict[str, int]:
     """Return the last step of each metric in the journals of one run, copied to MLflow or not."""
     last: dict[str, int] = {}
-    for folder in run_journals(tracking, first):
-        for line in journal_lines((folder / "journal.jsonl").read_bytes()):
+    for journal in run_journals(tracking, first):
+        for line in journal.read()[0]:
             if line["kind"] == "metrics":
                 last.update({key: max(line["step"], last.get(key, 0)) for key in line["values"]})
     return last
@@ -319,7 +389,9 @@ def _last_steps(tracking: Path, first: str) -> dict[str, int]:
 
 def machine_facts() -> dict[str, str]:
     """Return what decides how sums are rounded, next to params.yaml: the processor and the libraries."""
-    facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": _version("torch")}
+    facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": ""}
+    with suppress(metadata.PackageNotFoundError):
+        facts["torch"] = metadata.version("torch")
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         lines = dict(line.split(":", 1) for line in islice(file, 40) if ":" in line)
         cpu = {key.strip(): value.strip() for key, value in lines.items()}
@@ -329,8 +401,9 @@ def machine_facts() -> dict[str, str]:
     return facts | ({"arithmetic": json.dumps(chosen, sort_keys=True)} if chosen else {})
 
 
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
+@functools.cache
+def packages() -> str:
+    """Return everything that is installed, a line a distribution."""
+    named = [one for one in metadata.distributions() if one.name]
+    found = {(one.name.lower().replace("_", "-"), one.version) for one in named}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found))

@@ -9,8 +9,7 @@ from typing import Any
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted_changes
 from compactgpt.tracking.dvc_files import LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
-from compactgpt.tracking.journal import LOCKED, machine_facts
-from compactgpt.tracking.pipeline_run import packages
+from compactgpt.tracking.journal import LOCKED, machine_facts, packages
 
 WORKSPACE = "workspace"
 PACKAGES = "environment/packages.txt"

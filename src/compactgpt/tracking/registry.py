@@ -3,37 +3,33 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import CheckFailed, MissingInput
-from compactgpt.tracking.dvc_files import MODEL, PARAMS, TOKENIZER, Cache, Chain, Folder, checkout, parse_yaml
-from compactgpt.tracking.pipeline_run import tuned_params
+from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Chain, Folder, checkout
+from compactgpt.tracking.journal import MAX_DIGEST
 from compactgpt.tracking.store import Store
 
 NAME = "compactgpt"
 CHAMPION = "champion"
 EXAMPLE = "The future of AI is"
 MAX_NEW_TOKENS = 64  # of an answer, or half of a shorter context: a request can't ask for more
-_NEEDED = ("torch", "transformers")
-_COMPARED = ("model.", "training.")  # parameters by which two models are of one configuration
-_RUN = "pipeline_run"  # tag of a model and of its version
+PIPELINE_RUN = "pipeline_run"  # tag of a registered version: the run with its reports and dvc.lock
 
 
 @dataclass(frozen=True)
 class Trained:
     """A model that a pipeline made."""
 
+    run_id: str  # of the pipeline
     chain: Chain
     cache: Cache
     after: Path  # the files that the pipeline left
     weights: str  # SHA-256
-    datasets: list[dict[str, str]]  # as Tracker.inputs takes them
-    source_run: str  # that trained it
-    pipeline: str  # run
+    datasets: list[dict[str, str]]  # as Journal.inputs takes them
 
 
 def log_model(store: Store, trained: Trained) -> str:
@@ -45,36 +41,24 @@ def log_model(store: Store, trained: Trained) -> str:
     Raises:
         MissingInput: DVC's cache lacks the model or the tokenizer.
     """
-    from mlflow.entities import Metric
+    from mlflow.entities import LoggedModelInput, Metric
 
-    validation = next((one for one in trained.datasets if one["name"] == "val.tokens"), None)
-    known = _logged(store, trained.weights)
-    model_id = known or _log(trained, validation["digest"] if validation else "")
-    _link(store, trained.pipeline, model_id, is_output=not known)
-    data = (validation["name"], validation["digest"][:36]) if validation else (None, None)
+    val_sha256 = next((one["digest"] for one in trained.datasets if one["name"] == "val.tokens"), "")
+    model_id = _logged(store, trained.weights) or _log(trained, val_sha256)
+    run = store.client.get_run(trained.run_id)
+    linked = [*run.inputs.model_inputs, *(run.outputs.model_outputs if run.outputs else [])]
+    if model_id not in [one.model_id for one in linked]:  # MLflow refuses to link a model twice
+        store.client.log_inputs(trained.run_id, models=[LoggedModelInput(model_id)])
+    data = ("val.tokens", val_sha256[:MAX_DIGEST]) if val_sha256 else (None, None)
     metrics = [
-        Metric(one.key, one.value, one.timestamp, one.step, model_id, *data, trained.pipeline)
-        for key in store.client.get_run(trained.pipeline).data.metrics
+        Metric(one.key, one.value, one.timestamp, one.step, model_id, *data, trained.run_id)
+        for key in run.data.metrics
         if key.startswith("eval/")
-        for one in store.client.get_metric_history(trained.pipeline, key)
+        for one in store.client.get_metric_history(trained.run_id, key)
         if one.model_id is None
     ]
-    store.client.log_batch(trained.pipeline, metrics=metrics)
+    store.client.log_batch(trained.run_id, metrics)
     return model_id
-
-
-def _link(store: Store, run_id: str, model_id: str, *, is_output: bool) -> None:
-    """Show a model on the page of a run, which MLflow refuses to do twice."""
-    from mlflow.entities import LoggedModelInput, LoggedModelOutput
-
-    run = store.client.get_run(run_id)
-    linked = [*run.inputs.model_inputs, *(run.outputs.model_outputs if run.outputs else [])]
-    if model_id in (one.model_id for one in linked):
-        return
-    if is_output:
-        store.client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
-    else:
-        store.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
 
 
 def _logged(store: Store, weights: str) -> str:
@@ -88,7 +72,7 @@ def _logged(store: Store, weights: str) -> str:
 
 
 def _log(trained: Trained, val_sha256: str) -> str:
-    """Export a model to the form of Hugging Face, and log that."""
+    """Export a model to the form of Hugging Face, and log that with the parameters of its run."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: nothing is asked of the hub
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,12 +90,12 @@ def _log(trained: Trained, val_sha256: str) -> str:
         model, text = load_model(folder / MODEL), Folder(trained.after).read("reports/model_card.md")
         card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
-        params = tuned_params(parse_yaml(Folder(trained.after).read(PARAMS), PARAMS))
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),
+            pipeline("text-generation", model=str(folder / NAME)),  # a path fails with transformers 5.23
             name="compact",
             task="text-generation",
-            run_id=trained.source_run,
+            run_id=trained.run_id,
+            step=-1,  # at step 0 MLflow would link the metrics of all models, without their data set
             signature=_signature(),
             input_example=[EXAMPLE],
             model_config={
@@ -121,26 +105,23 @@ def _log(trained: Trained, val_sha256: str) -> str:
             },
             model_card=ModelCard(card, ignore_metadata_errors=True),
             model_type="gpt2",
-            params={key: value for key, value in params.items() if key.startswith(_COMPARED)},
-            tags={"weights_sha256": trained.weights, "val_sha256": val_sha256, _RUN: trained.pipeline},
-            pip_requirements=[f"{name}=={metadata.version(name).partition('+')[0]}" for name in _NEEDED],
+            tags={"weights_sha256": trained.weights, "val_sha256": val_sha256},
+            pip_requirements=[
+                f"{name}=={metadata.version(name).partition('+')[0]}" for name in ("torch", "transformers")
+            ],
         )
         return str(logged.model_id)
 
 
 def _signature() -> Any:
-    """Return what the model takes and gives. How many tokens it writes is not for a request to say."""
+    """Return what the model takes and gives. A request can't choose how many tokens the model writes."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    options = [
-        ParamSpec("do_sample", "boolean", True),
-        ParamSpec("temperature", "double", 0.8),
-        ParamSpec("top_k", "long", 40),
-        ParamSpec("top_p", "double", 0.95),
-    ]
+    options = [("do_sample", "boolean", True), ("temperature", "double", 0.8), ("top_k", "long", 40),
+               ("top_p", "double", 0.95)]  # fmt: skip
     text = Schema([ColSpec("string")])
-    return ModelSignature(text, text, ParamSchema(options))
+    return ModelSignature(text, text, ParamSchema([ParamSpec(*option) for option in options]))
 
 
 def promote(store: Store, weights: str, reason: str = "") -> str:
@@ -152,7 +133,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         reason: why a model of another configuration or val split is accepted.
 
     Returns:
-        The version that carries the alias now.
+        The version that has the alias now.
 
     Raises:
         MissingInput: no logged model has them.
@@ -164,22 +145,22 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs what it made")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        _refuse_other_configuration(model, store.client.get_logged_model(present["model_id"]))
-    version = _version_of(store, weights)
+        present_id = present.source.removeprefix("models:/")  # its model_id is not set in a SQLite store
+        _refuse_other_configuration(model, store.client.get_logged_model(present_id))
+    known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
+    version = max((str(one.version) for one in known), key=int, default="")
     if not version:
-        tags = {"weights_sha256": weights, _RUN: model.tags.get(_RUN, ""), "accepted": reason}
+        tags = {"weights_sha256": weights, PIPELINE_RUN: model.source_run_id, "accepted": reason}
         version = str(mlflow.register_model(f"models:/{model_id}", NAME, tags=tags).version)
     store.client.set_registered_model_alias(NAME, CHAMPION, version)
     return version
 
 
 def _refuse_other_configuration(model: Any, present: Any) -> None:
-    was, now = present.params, model.params
-    keys = sorted(key for key in {*was, *now} if key.startswith(_COMPARED))
-    other = [f"{key} {was.get(key)} -> {now.get(key)}" for key in keys if was.get(key) != now.get(key)]
-    if was_split := present.tags.get("val_sha256"):
-        now_split = model.tags.get("val_sha256", "")
-        other += [f"val split {was_split[:12]} -> {now_split[:12]}"] if was_split != now_split else []
+    """Raise CheckFailed where a model's parameters or val split are not the champion's."""
+    old, new = ({**one.params, "val split": one.tags.get("val_sha256", "")[:12]} for one in (present, model))
+    keys = sorted(key for key in old.keys() | new.keys() if key.startswith(("model.", "training.", "val ")))
+    other = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if other:
         raise CheckFailed(
             f"not promoted: the champion is of another configuration ({', '.join(other[:8])}); "
@@ -187,26 +168,9 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
         )
 
 
-def _version_of(store: Store, weights: str) -> str:
-    """Return the newest version with these weights, or nothing."""
-    found = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
-    return max((str(one.version) for one in found), key=int, default="")
-
-
-def champion(store: Store) -> Mapping[str, str] | None:
-    """Return the version that passed the gate last, or None.
-
-    Returns:
-        `version`, `weights_sha256`, `model_id`, and as `run_id` the run of the pipeline that has its reports,
-        lock and sums by document as artifacts.
-    """
+def champion(store: Store) -> Any:
+    """Return MLflow's version of the model that passed the gate last, or None; see PIPELINE_RUN."""
     found = store.client.search_registered_models(f"name = '{NAME}'")
     if not found or CHAMPION not in found[0].aliases:
         return None
-    version = store.client.get_model_version_by_alias(NAME, CHAMPION)
-    return {
-        "version": str(version.version),
-        "run_id": version.tags.get(_RUN, ""),
-        "weights_sha256": version.tags.get("weights_sha256", ""),
-        "model_id": str(version.model_id or version.source.removeprefix("models:/")),
-    }
+    return store.client.get_model_version_by_alias(NAME, CHAMPION)

@@ -1,24 +1,24 @@
 """The tracking store of MLflow: opened, checked, and every failure of it in one sentence."""
 
+import concurrent.futures as futures
 import fcntl
 import json
 import logging
 import os
-import re
 import sqlite3
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TextIO
 
 from compactgpt.common.errors import BadData, Unreachable, UserError
 from compactgpt.tracking.journal import tracking_folder, tracking_store, without_password
 
-TIMEOUT_SECONDS = 5
+REQUEST_SECONDS = 5  # for one answer of a server
+OPEN_SECONDS = 12.0  # for all answers until a store is open; for a database on a server, too
 ARTIFACTS = "mlartifacts"
 _SQLITE = "sqlite:///"
 _SETTINGS = {
@@ -26,35 +26,29 @@ _SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # A request that was taken but not answered is not sent again unseen: the logger looks first.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(TIMEOUT_SECONDS),
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS),
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _ABOUT = (
     "A run is one `dvc repro` or `dvc exp run`; its child runs are the stages that ran in it. "
     "The charts of pipelines: add `?viewStateShareKey=pipelines` to the address of this experiment."
 )
-# What the address with `viewStateShareKey=pipelines` opens: pipelines only, the loss curves first.
-_GROUPS = ("train", "val", "eval")  # MLflow appends the others
 _CURVES = ("train/loss", "val/loss")
+# What the address with `viewStateShareKey=pipelines` opens: pipelines only, the loss curves first. MLflow
+# appends the other sections and charts.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
     "isAccordionReordered": True,
     "compareRunSections": [
-        {
-            "uuid": group, "name": group, "display": True, "isReordered": True, "deleted": False,
-            "isGenerated": True,
-        }
-        for group in _GROUPS
+        {"uuid": name, "name": name, "display": True, "isReordered": True, "isGenerated": True}
+        for name in ("train", "val", "eval")
     ],
     "compareRunCharts": [
-        {
-            "type": "LINE", "uuid": key, "metricKey": key, "selectedMetricKeys": [key],
-            "metricSectionId": key.partition("/")[0], "displayName": key, "isGenerated": True,
-            "deleted": False, "xAxisKey": "step", "xAxisScaleType": "linear", "scaleType": "linear",
-            "lineSmoothness": 0,
-            "range": {}, "useGlobalLineSmoothing": True, "useGlobalXaxisKey": True,
-        }
+        {"type": "LINE", "uuid": key, "metricKey": key, "selectedMetricKeys": [key], "displayName": key,
+         "metricSectionId": key.partition("/")[0], "isGenerated": True, "xAxisKey": "step",
+         "xAxisScaleType": "linear", "scaleType": "linear", "lineSmoothness": 0, "range": {},
+         "useGlobalLineSmoothing": True, "useGlobalXaxisKey": True}
         for key in _CURVES
     ],
 }  # fmt: skip
@@ -71,16 +65,12 @@ class Store:
 
     client: Any  # MLflow's
     experiment: str  # id
-    identity: str  # another one once the store was deleted and made again
+    identity: str  # another one once the store was deleted and created again
 
     def find(self, tag: str, value: str, further: str = "") -> str:
         """Return the id of the newest run with a tag, or nothing."""
         wanted, newest = f"tags.`{tag}` = '{value}'{further}", ["attributes.start_time DESC"]
-        found = (
-            self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
-            if value
-            else ()
-        )
+        found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
 
@@ -99,48 +89,71 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.pop("MLFLOW_RUN_ID", None)  # all runs would be logged to this one
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = _address(root, wanted["uri"])
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
-    lock_file = tracking_folder(root) / "store.lock"
-    with store_errors(wanted["uri"]), _environment_kept(), open(lock_file, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not create one database
-        database = Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
-        if database:
-            _check_database(database)
-        elif uri.startswith("http"):
-            _check_server(uri)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        import mlflow
+    with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
+        import mlflow  # seconds, which are not the store's
 
+        _wait_for(lock)  # two processes must not create one database
+        environment = dict(os.environ)
         mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        client = mlflow.MlflowClient()
-        name = wanted["experiment"]
-        if name and not client.get_experiment_by_name(name):
-            client.create_experiment(name, str(database.parent / ARTIFACTS) if database else None)
-        if database and database.parent == root.resolve():
-            _keep_artifacts_here(database)
-        experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
-        for key in EXPERIMENT_TAGS.keys() - experiment.tags:
-            client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
-        return Store(
-            client, experiment.experiment_id, f"{experiment.experiment_id}@{experiment.creation_time}"
-        )
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Undo what MLflow's setters write to the environment: a journal would take it for the user's."""
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_ID")
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
+        try:
+            if uri.startswith(_SQLITE):
+                database = Path(uri.removeprefix(_SQLITE))
+                _check_database(database)
+                experiment = _set_experiment(wanted, str(database.parent / ARTIFACTS))
+                if database.parent == root.resolve():
+                    _keep_artifacts_here(database)
             else:
-                os.environ[name] = value
+                experiment = _within(OPEN_SECONDS, lambda: _set_experiment(wanted, None))
+        finally:  # MLflow's setters write to the environment: a journal would take that for the user's
+            os.environ.clear()
+            os.environ.update(environment)
+    identity = f"{experiment.experiment_id}@{experiment.creation_time}"
+    return Store(mlflow.MlflowClient(uri, uri), experiment.experiment_id, identity)
+
+
+def _set_experiment(wanted: Mapping[str, str], artifacts: str | None) -> Any:
+    """Make an experiment MLflow's active one; create it where it is named and missing."""
+    import mlflow
+
+    client, name = mlflow.MlflowClient(), wanted["experiment"]
+    if name and not client.get_experiment_by_name(name):
+        client.create_experiment(name, artifacts)
+    experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
+    for key in EXPERIMENT_TAGS.keys() - experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
+    return experiment
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return what a function returns; leave it to itself, and raise TimeoutError, where that takes longer.
+
+    A driver of a database can wait for minutes in C, where no signal reaches it.
+    """
+    future: futures.Future[Any] = futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 (of the caller)
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not futures.wait([future], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:.0f} seconds")
+    return future.result()
+
+
+def _wait_for(lock: TextIO) -> None:
+    """Lock a file, or raise a TimeoutError after OPEN_SECONDS."""
+    deadline = time.monotonic() + OPEN_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.1)
+    raise TimeoutError(f"another process holds {lock.name}")
 
 
 def _address(root: Path, uri: str) -> str:
@@ -161,49 +174,32 @@ def store_errors(uri: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:  # of this disk
             raise
-        reason = str(getattr(error, "reason", "") or error).strip().partition("\n")[0][:300]
-        why = without_password(reason) or type(error).__name__
+        first: BaseException = error
+        while first.__context__:  # MLflow and its libraries wrap the reason several times
+            first = first.__context__
+        found = (first.strerror or first) if isinstance(first, OSError) else error
+        reason = str(found).strip().partition("\n")[0][:300]
+        if type(first) is sqlite3.DatabaseError:  # its subclasses, such as a locked database, are no damage
+            name = uri.removeprefix(_SQLITE)
+            raise BadData(
+                f"{name} is damaged ({reason}): move it away (`mv {name} {name}.damaged`), then "
+                "`compactgpt sync` copies the runs again from the journals in .state/tracking"
+            ) from error
         raise Unreachable(
-            f"MLflow at {without_password(uri)} failed ({why}): no run is lost, `compactgpt sync` copies "
-            "them from .state/tracking once it answers"
+            f"MLflow at {without_password(uri)} failed ({without_password(reason) or type(error).__name__}): "
+            "no run is lost, `compactgpt sync` copies them from .state/tracking once it answers"
         ) from error
 
 
-def _check_server(uri: str) -> None:
-    """Raise an OSError without errno where no server answers within TIMEOUT_SECONDS."""
-    parts = urlsplit(uri)
-    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}/health"
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS):  # noqa: S310 (http)
-            pass
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ConnectionError(getattr(reason, "strerror", None) or str(reason)) from error
-
-
 def _check_database(path: Path) -> None:
-    """Raise BadData where a SQLite file is damaged; create an empty one if it is missing."""
-    if not path.exists():
-        with closing(sqlite3.connect(path)) as made:
-            made.execute("pragma journal_mode=wal")  # readers and the writer do not wait for each other
-        return
-    try:
-        with closing(sqlite3.connect(path)) as database:
-            (found,) = database.execute("pragma quick_check(1)").fetchone()
-    except sqlite3.OperationalError as error:
-        if re.search("locked|readonly|unable to open", str(error)):
-            return  # no damage
-        found = str(error)
-    except sqlite3.DatabaseError as error:
-        found = str(error)
+    """Raise sqlite3.DatabaseError where a file is damaged; create an empty one if it is missing."""
+    is_new = not path.exists()
+    with closing(sqlite3.connect(path)) as database:
+        if is_new:
+            database.execute("pragma journal_mode=wal")  # readers and the writer do not wait for each other
+        (found,) = database.execute("pragma quick_check(1)").fetchone()
     if found != "ok":
-        raise BadData(
-            f"{path.name} is damaged ({' '.join(str(found).split())[:200]}): move it away "
-            f"(`mv {path.name} {path.name}.damaged`), then `compactgpt sync` copies the runs again from the "
-            "journals in .state/tracking"
-        )
+        raise sqlite3.DatabaseError(" ".join(found.split()))
 
 
 def _keep_artifacts_here(database: Path) -> None:
@@ -213,10 +209,8 @@ def _keep_artifacts_here(database: Path) -> None:
     that was created through `make ui` has `mlflow-artifacts:`, which only clients of a server can write.
     """
     columns = {
-        "experiments": "artifact_location",
-        "runs": "artifact_uri",
-        "logged_models": "artifact_location",
-    }
+        "experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location",
+    }  # fmt: skip
     with closing(sqlite3.connect(database, timeout=20)) as store, store:
         for table, column in columns.items():
             place = f"instr({column} || '/', '/{ARTIFACTS}/')"
