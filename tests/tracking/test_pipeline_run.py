@@ -215,7 +215,7 @@ def test_a_lock_that_cannot_be_read_closes_the_run_all_the_same(root):
     sync(root)
     (parent,) = wholes(root)
     assert parent.info.status == "FAILED"
-    assert "no valid YAML" in parent.data.tags["mlflow.note.content"]
+    assert "not valid YAML" in parent.data.tags["mlflow.note.content"]
 
 
 def test_a_stopped_run_has_its_own_params_and_no_figure_of_an_older_model(root):
