@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.data.token_files import TokenFile, Window, open_tokens
-from compactgpt.evaluation.compact import compact
-from compactgpt.evaluation.likelihood import Neural, document_streams, target_nats
+from compactgpt.evaluation.compact import as_neural_model
+from compactgpt.evaluation.likelihood import NeuralModel, document_streams, target_nats
 from compactgpt.evaluation.metrics import ratio_bootstrap
 from compactgpt.model.weights import load_model
 
@@ -31,7 +31,7 @@ def windows(split: TokenFile, length: int, longest: int, step: int) -> Iterator[
 
 
 def sums(
-    model: Neural, split: TokenFile, length: int, longest: int, step: int
+    model: NeuralModel, split: TokenFile, length: int, longest: int, step: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Sum nats and count targets by document. (documents,), (documents,)."""
     nats, targets = np.zeros(split.header.documents), np.zeros(split.header.documents)
@@ -50,7 +50,10 @@ def main() -> None:
     parser.add_argument("--split", type=Path, default=Path("data/tokens/val.tokens"))
     parser.add_argument("--step", type=int, default=8, help="tokens between two targets")
     options = parser.parse_args()
-    split, model = open_tokens(options.split), compact(load_model(options.model, "cpu"), batch_size=64)
+    split, model = (
+        open_tokens(options.split),
+        as_neural_model(load_model(options.model, "cpu"), batch_size=64),
+    )
     lengths = [2**power for power in range(8) if 2**power <= model.block_size]
     by_length = {length: sums(model, split, length, lengths[-1], options.step) for length in lengths}
     reference, targets = by_length[REFERENCE]

@@ -1,6 +1,6 @@
 """Likelihood of windows: ours beside transformers' usual loop, on one GPT-2 of 124M random weights.
 
-    python -m bench.evaluation --windows 4 --rounds 3
+    python -m benchmarks.evaluation --windows 4 --rounds 3
 
 The usual loop (transformers, perplexity.md): `model(input_ids, labels=...).loss` of a batch, all its logits
 in memory. Both score the same windows in the same batches with the same weights, by turns, each in a process
@@ -58,7 +58,7 @@ def ours(windows: Windows) -> Callable[[], float]:
 
     from compactgpt.common.device import prepare_heap
     from compactgpt.data.token_files import Window
-    from compactgpt.evaluation.compact import compact
+    from compactgpt.evaluation.compact import as_neural_model
     from compactgpt.evaluation.likelihood import target_nats
     from compactgpt.model.gpt import GPT
     from compactgpt.model.huggingface import from_hf_config, from_hf_state
@@ -70,7 +70,7 @@ def ours(windows: Windows) -> Callable[[], float]:
     del theirs
     ctypes.CDLL(None).malloc_trim(0)  # what the loading left must not count
     prepare_heap()
-    neural = compact(model, BATCH_SIZE)
+    neural = as_neural_model(model, BATCH_SIZE)
 
     def run() -> float:
         cut = [Window(place, 0, tokens[:-1], tokens[1:]) for place, tokens in enumerate(windows)]
@@ -105,7 +105,7 @@ def main() -> None:
     if given.serve:
         serve(given.serve, given.windows)
         return
-    command = [sys.executable, "-m", "bench.evaluation", "--windows", str(given.windows), "--serve"]
+    command = [sys.executable, "-m", "benchmarks.evaluation", "--windows", str(given.windows), "--serve"]
     children = {
         which: subprocess.Popen(
             [*command, which], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1

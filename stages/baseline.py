@@ -1,4 +1,4 @@
-"""Door of compactgpt.baseline: data/tokens/ -> the val figures of one model that others made."""
+"""Stage script: data/tokens/ -> the figures of one model by others on the val split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +13,7 @@ app = new_app()
 
 @app.command()
 def main(
-    name: Annotated[
-        str,
-        typer.Argument(help="One of baseline.specs in params.yaml; under DVC the one of the stage's name."),
-    ] = "",
+    name: Annotated[str, typer.Argument(help="One of baseline.specs in params.yaml; set by DVC.")] = "",
     tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     totals: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data/baseline"),
@@ -24,36 +21,30 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Measure one baseline on the val split."""
+    """Score one baseline on the val split; a neural one also generates texts and runs the tasks."""
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
-    from compactgpt.evaluation.baselines import Surroundings, load_baseline
-    from compactgpt.evaluation.generation import write_on_all
-    from compactgpt.evaluation.likelihood import Neural, evaluate, summarize, write_totals
+    from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+    from compactgpt.evaluation.generation import generate_texts
+    from compactgpt.evaluation.likelihood import NeuralModel, evaluate, summarize, write_totals
     from compactgpt.evaluation.tasks import run_tasks
 
     name = name or matrix_item()
     if not name:
         raise typer.BadParameter("name one of baseline.specs in params.yaml", param_hint="NAME")
     with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
-        settings = stage.params.evaluation
+        params, settings = stage.params, stage.params.evaluation
         likelihood, encoding = settings.likelihood, load_encoding(tokenizer)
-        around = Surroundings(
-            train=tokens / "train.tokens",
-            encoding=encoding,
-            batch_size=likelihood.batch_size,
-            runtime=stage.params.runtime,
-            state=state_folder(),
-        )
-        model = load_baseline(name, stage.params.baseline, around)
-        views = getattr(stage.params.baseline.specs[name], "views", ())
-        split = open_tokens(tokens / "val.tokens")
+        train, split = tokens / "train.tokens", open_tokens(tokens / "val.tokens")
+        inputs = BaselineInputs(train, encoding, likelihood.batch_size, params.runtime, state_folder())
+        model = load_baseline(name, params.baseline, inputs)
+        views = getattr(params.baseline.specs[name], "views", ())
         progress = stage.progress("done", name)
         found = evaluate(model, split, encoding, likelihood, views=views, progress=progress)
         write_totals(totals / f"{name}.parquet", found)
         report = summarize(name, model, found, split, likelihood)
-        if isinstance(model, Neural):
-            report["text"] = write_on_all(model, split, encoding, settings.text, progress)
+        if isinstance(model, NeuralModel):
+            report["text"] = generate_texts(model, split, encoding, settings.text, progress)
             report["tasks"] = run_tasks(model, split, encoding, settings.tasks, likelihood, progress)
         stage.report(reports / f"{name}.json", report)
 

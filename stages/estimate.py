@@ -1,4 +1,4 @@
-"""Entry point of compactgpt.estimate: params.yaml -> reports/estimate.json, data/inputs.json."""
+"""Stage script: params.yaml -> reports/estimate.json, data/inputs.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +14,16 @@ app = new_app()
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    ladder: Annotated[Path, typer.Option(help="Finished small runs, if there are any.")] = Path(
+    ladder: Annotated[Path, typer.Option(help="Fit of a sweep, if there is one.")] = Path(
         "results/ladder.json"
     ),
-    report: Annotated[Path, typer.Option(help="What is written.")] = Path("reports/estimate.json"),
-    checked: Annotated[Path, typer.Option(help="Says that the inputs were checked.")] = Path(
+    report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/estimate.json"),
+    checked: Annotated[Path, typer.Option(help="File that states that the inputs were checked.")] = Path(
         "data/inputs.json"
     ),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the inputs of the whole pipeline, and estimate what the run will be, before anything runs."""
+    """Check the inputs of the whole pipeline, and estimate the run before anything runs."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
     from compactgpt.forecast.sweep import read_sweep

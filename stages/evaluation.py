@@ -1,4 +1,4 @@
-"""Door of compactgpt.evaluation: models/compact/, data/tokens/ -> our model's val figures and samples."""
+"""Stage script: models/compact/, data/tokens/ -> our model's figures on the val split, and its texts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,13 +22,13 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Measure our model on the val split, ask it, and let it write."""
+    """Score our model on the val split, generate texts and run the tasks."""
     from compactgpt.common.device import prepare_process, resolve_device
     from compactgpt.common.storage import write_json, write_text
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.compact import load_compact
-    from compactgpt.evaluation.generation import samples_markdown, write_on_all
+    from compactgpt.evaluation.generation import generate_texts, samples_markdown
     from compactgpt.evaluation.likelihood import evaluate, headline, summarize, write_totals
     from compactgpt.evaluation.tasks import run_tasks
 
@@ -38,15 +38,15 @@ def main(
         prepare_process(runtime.num_threads)
         split, encoding = open_tokens(tokens / "val.tokens"), load_encoding(tokenizer)
         compact = load_compact(model, encoding, likelihood.batch_size, resolve_device(runtime.device))
-        windows, asked, prompts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
+        windows, tasks, texts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
         found = evaluate(compact, split, encoding, likelihood, views=settings.views, progress=windows)
         write_totals(totals, found)
-        text = write_on_all(compact, split, encoding, settings.text, prompts)
-        samples = {key: text.pop(key) for key in ("settings", "samples")}
+        text = generate_texts(compact, split, encoding, settings.text, texts)
+        samples = {key: text.pop(key) for key in ("settings", "samples")}  # reports of their own
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}
-        report["tasks"] = run_tasks(compact, split, encoding, settings.tasks, likelihood, asked)
+        report["tasks"] = run_tasks(compact, split, encoding, settings.tasks, likelihood, tasks)
         stage.report(reports / "evaluation.json", report)
         write_json(reports / "metrics.json", headline(report))
 

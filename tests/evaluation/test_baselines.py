@@ -19,8 +19,8 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import baselines
-from compactgpt.evaluation.baselines import Surroundings, load_baseline
-from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import evaluate
 from tests.support.tiny_models import (
     LIKELIHOOD,
@@ -29,7 +29,6 @@ from tests.support.tiny_models import (
     save_gguf,
     save_params,
     save_split,
-    save_tokenizer,
     tiny_gpt,
     vocabulary,
 )
@@ -38,51 +37,34 @@ REVISION = "a" * 40
 
 
 @pytest.fixture
-def encoding(tmp_path):
-    return save_tokenizer(tmp_path / "tokenizer")
-
-
-@pytest.fixture
-def split(tmp_path, encoding):
-    return save_split(tmp_path / "val.tokens", encoding)
-
-
-@pytest.fixture
-def around(tmp_path, encoding):
+def inputs(tmp_path, encoding):
     save_split(tmp_path / "train.tokens", encoding, texts=TEXTS[:2])
     runtime = config.Runtime(device="cpu", num_threads=2, num_workers=1)
-    return Surroundings(tmp_path / "train.tokens", encoding, 3, runtime, tmp_path / ".state")
+    return BaselineInputs(tmp_path / "train.tokens", encoding, 3, runtime, tmp_path / ".state")
 
 
 @pytest.fixture(autouse=True)
 def quiet():
-    baselines._quiet()
+    baselines._silence_transformers()
 
 
-def load(around, **spec):
+def load(inputs, **spec):
     names = {"names": ["it"], "specs": {"it": spec}}
-    return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), around)
+    return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
 
 
 # -- models without a network ------------------------------------------------------------------------
 
 
-def test_unigram_is_laplaces_rule_worked_by_hand(around, split):
-    found = evaluate(load(around, kind="unigram"), split, around.encoding, LIKELIHOOD)
-    train, V = open_tokens(around.train), around.encoding.n_vocab
+def test_unigram_is_laplaces_rule_worked_by_hand(inputs, split):
+    found = evaluate(load(inputs, kind="unigram"), split, inputs.encoding, LIKELIHOOD)
+    train, V = open_tokens(inputs.train), inputs.encoding.n_vocab
     stream = train.tokens.tolist()
     assert stream.count(V - 1) == 2  # end-of-text is counted, one a document
     for document, nats in enumerate(found.nats):
         tokens = split.document(document).tolist()
         expected = sum(-math.log((stream.count(token) + 1) / (len(stream) + V)) for token in tokens)
         assert nats == pytest.approx(expected, rel=1e-12)
-
-
-def test_unigram_probabilities_sum_to_one_and_counting_in_parts_changes_nothing(around, monkeypatch):
-    whole = load(around, kind="unigram").log_probabilities
-    assert np.exp(whole).sum() == pytest.approx(1, rel=1e-12)
-    monkeypatch.setattr(baselines, "_COUNTED_AT_ONCE", 7)
-    np.testing.assert_array_equal(load(around, kind="unigram").log_probabilities, whole)
 
 
 def undo_xz(content):
@@ -94,14 +76,16 @@ def undo_zstd(content):
     return frames.decompress(content, max_output_size=2**20)
 
 
-@pytest.mark.parametrize(("codec", "undo"), [("xz", undo_xz), ("zstd", undo_zstd)])
-def test_a_compressors_nats_are_the_bits_of_something_that_can_be_undone(around, split, codec, undo):
-    model = load(around, kind="compressor", codec=codec, level=9, train_megabytes=0)
-    found = evaluate(model, split, around.encoding, LIKELIHOOD)
+@pytest.mark.parametrize(
+    ("codec", "compress", "undo"),
+    [("xz", baselines._xz(9), undo_xz), ("zstd", baselines._zstd(9, b""), undo_zstd)],
+)
+def test_a_compressors_nats_are_bits_that_can_be_undone(inputs, split, codec, compress, undo):
+    model = load(inputs, kind="compressor", codec=codec, level=9, train_megabytes=0)
+    found = evaluate(model, split, inputs.encoding, LIKELIHOOD)
     for text, nats in zip(TEXTS, found.nats, strict=True):
-        compressed = model.compress(text.encode())
-        assert undo(compressed) == text.encode()
-        assert nats == pytest.approx(len(compressed) * 8 * math.log(2))
+        assert undo(compress(text.encode())) == text.encode()
+        assert nats == pytest.approx(len(compress(text.encode())) * 8 * math.log(2))
     assert found.own_tokens is None
     assert model.facts["num_params"] is None
 
@@ -113,29 +97,12 @@ def test_no_container_is_counted():
     assert len(baselines._zstd(19, b"")(text)) <= len(zstandard.compress(text, 19)) - 4
 
 
-def test_a_primed_compressor_knows_the_train_split(around, split):
+def test_a_primed_compressor_knows_the_train_split(inputs, split):
     spec = {"kind": "compressor", "codec": "zstd", "level": 19}
-    alone = evaluate(load(around, **spec, train_megabytes=0), split, around.encoding, LIKELIHOOD)
-    primed = evaluate(load(around, **spec, train_megabytes=1), split, around.encoding, LIKELIHOOD)
+    alone = evaluate(load(inputs, **spec, train_megabytes=0), split, inputs.encoding, LIKELIHOOD)
+    primed = evaluate(load(inputs, **spec, train_megabytes=1), split, inputs.encoding, LIKELIHOOD)
     assert (primed.nats[:2] < 0.6 * alone.nats[:2]).all()  # these two documents are the train split
     assert abs(primed.nats[4] - alone.nats[4]) <= 8 * 8 * math.log(2)  # "then" has little to gain
-
-
-def test_the_first_text_is_a_prefix_of_the_train_split(around):
-    train = open_tokens(around.train)
-    whole = b"".join(text.encode() + b"\n" for text in TEXTS[:2])
-    assert [baselines._first_text(train, around.encoding, size) for size in (0, 5, 30, 999)] == [
-        b"",
-        whole[:5],
-        whole[:30],
-        whole,
-    ]
-
-
-def test_text_that_another_tokenizer_made_is_refused(tmp_path, encoding, split):
-    split.byte_lengths[1] += 1
-    with pytest.raises(BadData, match="dvc repro -f download tokenization"):
-        baselines.document_text(split, encoding, 1)
 
 
 # -- spans of text -----------------------------------------------------------------------------------
@@ -171,7 +138,7 @@ def byte_tokenizer(words=()):
 
 def test_own_windows_are_the_spans_each_after_one_token(split, encoding):
     tokenizer = byte_tokenizer()
-    windows = list(baselines.OwnTokens(tokenizer, encoding, 0)(split, 3))
+    windows = list(baselines.OwnTokens(tokenizer, encoding, 0).windows(split, 3))
     for document, text in enumerate(TEXTS):
         mine = [one for one in windows if one.document == document]
         spans = baselines.text_spans(split, encoding, document, 3)
@@ -186,7 +153,7 @@ def test_a_tokenizer_that_loses_text_is_refused(split, encoding):
     tokenizer = byte_tokenizer()
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     with pytest.raises(BadData, match="does not spell document"):
-        list(baselines.OwnTokens(tokenizer, encoding, 0)(split, 3))
+        list(baselines.OwnTokens(tokenizer, encoding, 0).windows(split, 3))
 
 
 def test_the_name_of_a_special_token_in_a_document_is_text(split, encoding):
@@ -194,16 +161,18 @@ def test_the_name_of_a_special_token_in_a_document_is_text(split, encoding):
     special = tokenizer.token_to_id("<|endoftext|>")
     assert special in tokenizer.encode(TEXTS[3]).ids  # what it does unasked
     plain = baselines.plain_tokenizer(tokenizer)
-    for one in baselines.OwnTokens(plain, encoding, 0)(split, 3):
+    for one in baselines.OwnTokens(plain, encoding, 0).windows(split, 3):
         assert special not in one.targets
 
 
 @pytest.mark.parametrize(
     ("names", "bos", "eos", "expected"),
-    [({"<|endoftext|>": 7}, 1, 2, 7), ({}, 1, 2, 1), ({}, None, 2, 2), ({}, None, None, None)],
+    [({"<|endoftext|>": 7}, 1, 2, 7), ({}, 1, 2, 1), ({}, None, 2, 2)],
 )
 def test_documents_open_with_end_of_text_else_bos_else_eos(names, bos, eos, expected):
-    assert baselines.opener(names, bos, eos) == expected
+    assert baselines.first_token_of(names, bos, eos) == expected
+    with pytest.raises(ValueError, match="neither a beginning nor an end of text"):
+        baselines.first_token_of({}, None, None)
 
 
 # -- models of transformers --------------------------------------------------------------------------
@@ -257,10 +226,10 @@ def plain_nats(model, streams, window):
     return np.array(nats)
 
 
-def test_a_gpt2_folder_reads_the_gpt2_windows_themselves(tmp_path, around, split):
+def test_a_gpt2_folder_reads_the_gpt2_windows_themselves(tmp_path, inputs, split):
     reference = save_gpt2_folder(tmp_path / "gpt2")
-    model = load(around, kind="folder", path=str(tmp_path / "gpt2"))
-    found = evaluate(model, split, around.encoding, LIKELIHOOD)
+    model = load(inputs, kind="folder", path=str(tmp_path / "gpt2"))
+    found = evaluate(model, split, inputs.encoding, LIKELIHOOD)
     eot = split.header.eot_token
     streams = [[eot, *split.document(index).tolist()] for index in range(len(TEXTS))]
     np.testing.assert_allclose(found.nats, plain_nats(reference, streams, 8), rtol=1e-5)
@@ -269,7 +238,7 @@ def test_a_gpt2_folder_reads_the_gpt2_windows_themselves(tmp_path, around, split
     assert model.facts["num_params"] == sum(p.numel() for p in reference.parameters())
 
 
-def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, around, split):
+def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, inputs, split):
     """The cross-check: transformers' GPT-2 and our GPT are one architecture."""
     reference = save_gpt2_folder(tmp_path / "gpt2")
     size = reference.config.vocab_size
@@ -283,9 +252,9 @@ def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, around
             own.hidden(tokens) @ own.wte.weight.T, reference(tokens).logits, atol=1e-4, rtol=1e-5
         )
     theirs = evaluate(
-        load(around, kind="folder", path=str(tmp_path / "gpt2")), split, around.encoding, LIKELIHOOD
+        load(inputs, kind="folder", path=str(tmp_path / "gpt2")), split, inputs.encoding, LIKELIHOOD
     )
-    ours = evaluate(compact(own, 3), split, around.encoding, LIKELIHOOD)
+    ours = evaluate(as_neural_model(own, 3), split, inputs.encoding, LIKELIHOOD)
     np.testing.assert_allclose(ours.nats, theirs.nats, rtol=1e-5)
 
 
@@ -315,16 +284,16 @@ def save_llama_folder(folder, kind="LlamaForCausalLM", **changes):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, around, split, batch_size):
+def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, inputs, split, batch_size):
     reference, tokenizer = save_llama_folder(tmp_path / "llama")
-    around = Surroundings(**{**vars(around), "batch_size": batch_size})
+    inputs = BaselineInputs(**{**vars(inputs), "batch_size": batch_size})
     found = evaluate(
-        load(around, kind="folder", path=str(tmp_path / "llama")), split, around.encoding, LIKELIHOOD
+        load(inputs, kind="folder", path=str(tmp_path / "llama")), split, inputs.encoding, LIKELIHOOD
     )
     expected = []
     for document in range(len(TEXTS)):
         total, before = 0.0, 0  # <s>
-        for span in baselines.text_spans(split, around.encoding, document, 8):
+        for span in baselines.text_spans(split, inputs.encoding, document, 8):
             ids = tokenizer.encode(span).ids
             with torch.no_grad():
                 logits = reference(torch.tensor([[before, *ids[:-1]]])).logits[0].double()
@@ -337,10 +306,10 @@ def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, around, s
     assert found.tokens.sum() < found.own_tokens.sum()
 
 
-def test_a_model_whose_logits_are_scaled_is_refused(tmp_path, around):
+def test_a_model_whose_logits_are_scaled_is_refused(tmp_path, inputs):
     save_llama_folder(tmp_path / "granite", "GraniteForCausalLM", logits_scaling=2.0)
     with pytest.raises(BadConfig, match="GraniteForCausalLM can't be measured"):
-        load(around, kind="folder", path=str(tmp_path / "granite"))
+        load(inputs, kind="folder", path=str(tmp_path / "granite"))
 
 
 @pytest.mark.parametrize(
@@ -351,62 +320,62 @@ def test_a_model_whose_logits_are_scaled_is_refused(tmp_path, around):
         (["model.safetensors"], r"gpt2 has no \*\.safetensors"),
     ],
 )
-def test_a_folder_that_lacks_a_file_is_named(tmp_path, around, gone, named):
+def test_a_folder_that_lacks_a_file_is_named(tmp_path, inputs, gone, named):
     folder = tmp_path / "gpt2"
     save_gpt2_folder(folder)
     for name in gone:
         (folder / name).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle is never read")
     with pytest.raises(MissingInput, match=named):
-        load(around, kind="folder", path=str(folder))
+        load(inputs, kind="folder", path=str(folder))
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path, around):
+def test_a_folder_that_is_not_there_is_named(tmp_path, inputs):
     with pytest.raises(MissingInput, match="nowhere has no config"):
-        load(around, kind="folder", path=str(tmp_path / "nowhere"))
+        load(inputs, kind="folder", path=str(tmp_path / "nowhere"))
 
 
-def test_damaged_weights_are_one_sentence(tmp_path, around):
+def test_damaged_weights_are_one_sentence(tmp_path, inputs):
     save_gpt2_folder(tmp_path / "gpt2")
     (tmp_path / "gpt2/model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(BadData, match="can't be read as a causal language model"):
-        load(around, kind="folder", path=str(tmp_path / "gpt2"))
+        load(inputs, kind="folder", path=str(tmp_path / "gpt2"))
 
 
 def test_another_vocabulary_of_the_same_size_is_not_gpt2s(encoding):
     names = vocabulary()
     same = tokenizers.Tokenizer(tokenizers.models.BPE(names, []))
-    assert baselines.same_vocabulary(same, encoding)
+    assert baselines.has_vocabulary_of(same, encoding)
     swapped = {**names, "a": names["b"], "b": names["a"]}
-    assert not baselines.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(swapped, [])), encoding)
+    assert not baselines.has_vocabulary_of(tokenizers.Tokenizer(tokenizers.models.BPE(swapped, [])), encoding)
     foreign = {("▁x" if name == "er" else name): rank for name, rank in names.items()}
-    assert not baselines.same_vocabulary(tokenizers.Tokenizer(tokenizers.models.BPE(foreign, [])), encoding)
+    assert not baselines.has_vocabulary_of(tokenizers.Tokenizer(tokenizers.models.BPE(foreign, [])), encoding)
 
 
 # -- the hub -----------------------------------------------------------------------------------------
 
 
-def test_an_unreachable_hub_is_said_at_once(around):
+def test_an_unreachable_hub_is_said_at_once(inputs):
     """conftest sets HF_HUB_OFFLINE, so that the hub's own client refuses."""
     with pytest.raises(Unreachable, match="the hub can't be reached for some/model"):
-        load(around, kind="hub", repo="some/model", revision=REVISION)
+        load(inputs, kind="hub", repo="some/model", revision=REVISION)
 
 
-def test_a_model_of_the_hub_is_measured_from_its_standard_cache(tmp_path, around, split, monkeypatch):
+def test_a_model_of_the_hub_is_measured_from_its_standard_cache(tmp_path, inputs, split, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     save_gpt2_folder(tmp_path / f"cache/models--some--model/snapshots/{REVISION}")
-    found = load(around, kind="hub", repo="some/model", revision=REVISION)
+    found = load(inputs, kind="hub", repo="some/model", revision=REVISION)
     assert found.facts["repo"] == "some/model"
-    assert evaluate(found, split, around.encoding, LIKELIHOOD).nats.sum() > 0
+    assert evaluate(found, split, inputs.encoding, LIKELIHOOD).nats.sum() > 0
 
 
-def test_a_revision_that_the_hub_lacks_is_a_mistake_in_params(around, monkeypatch):
+def test_a_revision_that_the_hub_lacks_is_a_mistake_in_params(inputs, monkeypatch):
     def lacking(*_args, **_kwargs):
         raise RevisionNotFoundError.__new__(RevisionNotFoundError)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lacking)
-    with pytest.raises(BadConfig, match="the hub gives no some/model at aaaa"):
-        load(around, kind="hub", repo="some/model", revision=REVISION)
+    with pytest.raises(BadConfig, match="the hub does not have some/model at aaaa"):
+        load(inputs, kind="hub", repo="some/model", revision=REVISION)
 
 
 # -- GGUF --------------------------------------------------------------------------------------------
@@ -432,7 +401,7 @@ def test_a_gguf_is_read_as_transformers_own_loader_reads_it(tmp_path):
 
 
 def test_smollms_tokenizer_keeps_digits_apart():
-    tokenizer = baselines._gguf_tokenizer([*vocabulary(), "12", "Ġ1"], [*MERGES, "1 2", "Ġ 1"])
+    tokenizer = baselines._smollm_tokenizer([*vocabulary(), "12", "Ġ1"], [*MERGES, "1 2", "Ġ 1"])
     assert tokenizer.encode("the 12").tokens == ["the", "Ġ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("é 12").ids) == "é 12"
 
@@ -444,7 +413,7 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path, changes):
 
 
 @pytest.fixture
-def door(tmp_path, around, split, monkeypatch):
+def door(tmp_path, inputs, split, monkeypatch):
     """Run the door in a folder with tokens, a tokenizer and the tiny GGUF as fetched from its wheel."""
     from stages.baseline import app
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from compactgpt.common.errors import BadConfig
 from compactgpt.config import Text
 from compactgpt.evaluation import generation
-from compactgpt.evaluation.baselines import _decoder
-from compactgpt.evaluation.compact import compact
-from compactgpt.evaluation.likelihood import Neural
-from tests.support.tiny_models import TEXTS, save_split, save_tokenizer, tiny_gpt
+from compactgpt.evaluation.baselines import make_decoder
+from compactgpt.evaluation.compact import as_neural_model
+from compactgpt.evaluation.likelihood import NeuralModel
+from tests.support.tiny_models import TEXTS, save_split
 
 TEXT = Text(
     prompts=("the", "in a"), documents=2, prompt_tokens=4, max_new_tokens=6, temperature=0.8, top_k=5,
@@ -22,37 +22,22 @@ TEXT = Text(
 )  # fmt: skip
 
 
-@pytest.fixture
-def encoding(tmp_path):
-    return save_tokenizer(tmp_path / "tokenizer")
-
-
-@pytest.fixture
-def split(tmp_path, encoding):
-    return save_split(tmp_path / "val.tokens", encoding)
-
-
-@pytest.fixture
-def model(encoding):
-    return tiny_gpt(encoding.n_vocab)
-
-
 def greedy(logits):
     return int(logits.argmax())
 
 
 def write(model, prompts, max_new_tokens, end, choose=greedy):
-    return generation.write_on(model, prompts, [choose] * len(prompts), max_new_tokens, end)
+    return generation.continue_prompts(model, prompts, [choose] * len(prompts), max_new_tokens, end)
 
 
-def successor(vocab_size: int, block_size: int = 4) -> Neural:
+def successor(vocab_size: int, block_size: int = 4) -> NeuralModel:
     """A model that always expects the id after the last one it was fed, and counts what it is fed."""
 
     def hidden(tokens):
         assert tokens.shape[1] <= block_size
         return F.one_hot((tokens + 1) % vocab_size, vocab_size).float()
 
-    return Neural({}, hidden, 10 * torch.eye(vocab_size), block_size, 1)
+    return NeuralModel({}, hidden, 10 * torch.eye(vocab_size), block_size, 1)
 
 
 def test_greedy_text_follows_the_model_and_stops_at_end_of_text():
@@ -68,7 +53,7 @@ PROMPTS = [[3, 250, 17], [40], [60, 61, 62, 63, 64, 65, 66]]
 @pytest.mark.parametrize("choose", [greedy, lambda logits: int(np.argsort(logits)[-2])])
 def test_a_cached_and_an_uncached_continuation_are_equal(model, choose):
     """Prompts of different lengths at once; the reference reads everything anew, one text at a time."""
-    neural = compact(model, 1)
+    neural = as_neural_model(model, 1)
     found = write(neural, PROMPTS, 9, END, choose)
     for prompt, one in zip(PROMPTS, found, strict=True):
         tokens = list(prompt)
@@ -78,7 +63,7 @@ def test_a_cached_and_an_uncached_continuation_are_equal(model, choose):
             tokens.append(choose(logits.numpy()))
         expected = tokens[len(prompt) :]
         assert one.tokens == expected[: expected.index(END) if END in expected else None]
-    plain = Neural(neural.facts, neural.hidden, neural.head, neural.block_size, 1)
+    plain = NeuralModel(neural.facts, neural.hidden, neural.head, neural.block_size, 1)
     assert write(plain, PROMPTS, 9, END, choose) == found
 
 
@@ -86,7 +71,7 @@ def test_hidden_states_with_a_cache_equal_those_without(model):
     """However the text is parted, and whatever padding stands before it."""
     tokens = torch.arange(20, 32)[None].repeat(2, 1)
     tokens[1, :3] = 0
-    step = compact(model, 1).decoder(torch.tensor([0, 3]))
+    step = as_neural_model(model, 1).decoder(torch.tensor([0, 3]))
     for part in torch.split(tokens, [5, 1, 4, 2], 1):
         last = step(part)
     for row, start in ((0, 0), (1, 3)):
@@ -118,8 +103,8 @@ def test_models_of_transformers_write_the_same_with_their_cache(kind):
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
     head = model.get_output_embeddings().weight.detach()
-    plain = Neural({}, hidden, head, 32, 1)
-    cached = Neural({}, hidden, head, 32, 1, decoder=_decoder(model))
+    plain = NeuralModel({}, hidden, head, 32, 1)
+    cached = NeuralModel({}, hidden, head, 32, 1, decoder=make_decoder(model))
     prompts = [[3, 4, 5], [6], [7, 8, 9, 10]]
     assert write(cached, prompts, 12, END) == write(plain, prompts, 12, END)
 
@@ -131,7 +116,7 @@ def test_beyond_its_context_a_model_sees_the_last_tokens(model):
         with torch.no_grad():
             logits = model.eval().hidden(torch.tensor([tokens[-16:]]))[0, -1] @ model.wte.weight.T
         tokens.append(int(logits[: model.shape.vocab_size].argmax()))
-    assert write(compact(model, 1), [PROMPTS[2]], 12, END)[0].tokens == tokens[7:]
+    assert write(as_neural_model(model, 1), [PROMPTS[2]], 12, END)[0].tokens == tokens[7:]
 
 
 def test_top_k_worked_by_hand():
@@ -165,15 +150,16 @@ def test_draws_follow_the_probabilities():
 
 
 def texts_of(report):
+    samples = report["samples"]
     return {
-        sample["prompt"]: [sample[way]["text"] for way in generation.WAYS] for sample in report["samples"]
+        each["prompt"]: [each[strategy]["text"] for strategy in generation.STRATEGIES] for each in samples
     }
 
 
 def test_a_prompts_text_depends_on_seed_and_prompt_only(model, encoding, split):
     def written(**changes):
-        neural = compact(model, 1, encoding)
-        return texts_of(generation.write_on_all(neural, split, encoding, TEXT.model_copy(update=changes)))
+        neural = as_neural_model(model, 1, encoding)
+        return texts_of(generation.generate_texts(neural, split, encoding, TEXT.model_copy(update=changes)))
 
     alone = written(prompts=("in a",))
     assert written()["in a"] == alone["in a"]
@@ -190,7 +176,7 @@ def test_documents_are_continued_beside_their_own_human_text(model, encoding, sp
         document = split.document_ids.index(prompt.document)
         assert TEXTS[document].startswith(prompt.text)
         assert list(prompt.human) == split.document(document)[4:10].tolist()
-    report = generation.write_on_all(compact(model, 1, encoding), split, encoding, TEXT)
+    report = generation.generate_texts(as_neural_model(model, 1, encoding), split, encoding, TEXT)
     assert len(report["samples"]) == 4
     assert report["statistics"]["human"]["tokens"]["value"] == 6
     assert report["statistics"]["greedy"]["loop_rate"]["high"] <= 1
@@ -199,11 +185,11 @@ def test_documents_are_continued_beside_their_own_human_text(model, encoding, sp
 def test_a_split_of_short_documents_is_refused(tmp_path, model, encoding):
     short = save_split(tmp_path / "short.tokens", encoding, texts=["a", "b"])
     with pytest.raises(BadConfig, match="has 0 documents of 10 tokens"):
-        generation.write_on_all(compact(model, 1, encoding), short, encoding, TEXT)
+        generation.generate_texts(as_neural_model(model, 1, encoding), short, encoding, TEXT)
 
 
 def test_samples_are_readable_with_their_settings(model, encoding, split):
-    report = generation.write_on_all(compact(model, 1, encoding), split, encoding, TEXT)
+    report = generation.generate_texts(as_neural_model(model, 1, encoding), split, encoding, TEXT)
     page = generation.samples_markdown(report)
     assert "top-k 5 at temperature 0.8, *nucleus* is top-p 0.9, seed 3" in page
     assert page.count("```") == 12
@@ -212,7 +198,7 @@ def test_samples_are_readable_with_their_settings(model, encoding, split):
 
 def test_samples_keep_hostile_text_as_text():
     hostile = {"text": "```\n<b>\u202e\x1b[31m\n# no heading\n", "tokens": 3}
-    sample = {"prompt": "*a*\n<script>", "document": None, **dict.fromkeys(generation.WAYS, hostile)}
+    sample = {"prompt": "*a*\n<script>", "document": None, **dict.fromkeys(generation.STRATEGIES, hostile)}
     settings = {"max_new_tokens": 3, "top_k": 5, "temperature": 0.8, "top_p": 0.9, "seed": 3}
     page = generation.samples_markdown({"settings": settings, "samples": [sample]})
     rendered = MarkdownIt("commonmark").render(page)

@@ -12,16 +12,16 @@ from tests.support.tiny_models import save_gguf
 UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
 
 
-def header(tensors, entries, order="<"):
-    return b"GGUF" + struct.pack(f"{order}IQQ", 3, tensors, entries)
+def header(tensors, entries):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, entries)
 
 
-def text(content, order="<"):
-    return struct.pack(f"{order}Q", len(content)) + content
+def text(content):
+    return struct.pack("<Q", len(content)) + content
 
 
-def array(kind, count, order="<"):
-    return struct.pack(f"{order}IQ", kind, count)
+def array(kind, count):
+    return struct.pack("<IQ", kind, count)
 
 
 KEY = text(b"k")
@@ -32,7 +32,6 @@ LIARS = {
     "tensors": header(2**40, 0),
     "a key": header(0, 1) + struct.pack("<Q", 2**40),
     "a string": header(0, 1) + KEY + struct.pack("<IQ", STRING, 2**63),
-    "the other order of bytes": header(2**40, 0, ">"),
     "dimensions": header(1, 0) + text(b"t" * 20) + struct.pack("<I", 2**31),
 }
 
@@ -41,12 +40,8 @@ LIARS = {
 def test_a_file_that_claims_more_than_it_holds_is_refused(tmp_path, what):
     """The library is busy with these for ever, or for minutes."""
     (tmp_path / "x.gguf").write_bytes(LIARS[what])
-    with pytest.raises(BadData, match=r"x\.gguf is no whole GGUF file \(byte .* delete it and run again"):
+    with pytest.raises(BadData, match=r"x\.gguf is not a complete GGUF file \(byte .* delete it"):
         baselines.read_gguf(tmp_path / "x.gguf")
-
-
-def test_the_file_of_49_bytes_is_among_them():
-    assert len(LIARS["items"]) == 49
 
 
 def test_arrays_in_arrays_are_refused_by_their_depth(tmp_path):
@@ -74,7 +69,7 @@ def test_items_are_bounded_though_the_file_holds_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 9, b"GGUF" + bytes(20), header(0, 1)])
 def test_what_is_no_gguf_is_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(BadData, match="no whole GGUF file"):
+    with pytest.raises(BadData, match="not a complete GGUF file"):
         baselines.read_gguf(tmp_path / "x.gguf")
 
 
@@ -84,7 +79,7 @@ def test_a_whole_file_passes_and_every_beginning_of_its_header_is_refused(tmp_pa
     content = path.read_bytes()
     for length in range(0, 600, 7):
         path.write_bytes(content[:length])
-        with pytest.raises(BadData, match=r"tiny\.gguf is no whole GGUF file"):
+        with pytest.raises(BadData, match=r"tiny\.gguf is not a complete GGUF file"):
             check_gguf(path)
 
 

@@ -34,7 +34,7 @@ def test_seq_rep_4_sees_each_text_by_itself():
     ],
 )
 def test_loops_worked_by_hand(tokens, loops):
-    assert text_metrics.ends_in_a_loop(tokens) is loops
+    assert text_metrics.ends_in_loop(tokens) is loops
 
 
 def test_zipf_of_a_zipfian_text():

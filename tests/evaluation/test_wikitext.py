@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.evaluation import wikitext
-from compactgpt.evaluation.compact import compact
-from tests.support.tiny_models import save_tokenizer, tiny_gpt
+from compactgpt.evaluation.compact import as_neural_model
+from tests.support.tiny_models import tiny_gpt
 
 LINES = [
     "",
@@ -25,11 +25,6 @@ LINES = [
 ]
 
 
-@pytest.fixture
-def encoding(tmp_path):
-    return save_tokenizer(tmp_path / "tokenizer")
-
-
 def test_every_form_gives_the_same_lines(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": LINES}), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
@@ -37,12 +32,12 @@ def test_every_form_gives_the_same_lines(tmp_path):
     for name in ("a.parquet", "a.jsonl", "a.raw"):
         assert wikitext.read_lines(tmp_path / name) == LINES
     (tmp_path / "b.jsonl").write_text('{"words": 1}')
-    with pytest.raises(BadData, match="is no WikiText"):
+    with pytest.raises(BadData, match="is not WikiText"):
         wikitext.read_lines(tmp_path / "b.jsonl")
 
 
 def test_pages_open_with_titles_and_lose_their_spacing():
-    first, second = wikitext.pages(LINES)
+    first, second = wikitext.split_pages(LINES)
     assert first.startswith(" = The Hat = \n\n the cat")
     assert second == " = A = \n in it "
     assert wikitext.detokenize(first) == " = The Hat =\n\nthe cat, in the (other) hat.\n== Then == "
@@ -53,7 +48,7 @@ def test_pages_open_with_titles_and_lose_their_spacing():
 def test_the_spacing_undone_is_the_harnesss():
     reason = "lm_eval is not installed: pip install lm-eval==0.4.13"
     theirs = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason=reason)
-    for page in wikitext.pages(LINES):
+    for page in wikitext.split_pages(LINES):
         assert wikitext.detokenize(page) == theirs.wikitext_detokenizer({"page": page})
 
 
@@ -86,13 +81,13 @@ def test_three_protocols_equal_plain_computations(encoding):
         block = ids[start : start + 12]
         if len(block) > 1:
             total, count = total + nats(block[:-1], block[1:]), count + len(block) - 1
-    texts, page_nats = wikitext.pages(LINES), 0.0
+    texts, page_nats = wikitext.split_pages(LINES), 0.0
     for text in texts:
         stream = [encoding.eot_token, *encoding.encode_ordinary(wikitext.detokenize(text))]
         for place in range(0, len(stream) - 1, 12):
             end = min(place + 12, len(stream) - 1)
             page_nats += nats(stream[max(0, end - 12) : end], stream[place + 1 : end + 1])
-    found = wikitext.score_wikitext(compact(model.float(), 3, encoding), LINES, 12, 5)
+    found = wikitext.score_wikitext(as_neural_model(model.float(), 3, encoding), LINES, 12, 5)
     assert found["no_overlap"]["own_tokens"] == count
     assert found["no_overlap"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found["strided"]["own_tokens"] == len(ids) - 1
@@ -103,4 +98,4 @@ def test_three_protocols_equal_plain_computations(encoding):
     )
     assert 0 < found["per_word"]["words"] <= words
     with pytest.raises(BadConfig, match="is above the context"):
-        wikitext.score_wikitext(compact(model, 3, encoding), LINES, 12, 13)
+        wikitext.score_wikitext(as_neural_model(model, 3, encoding), LINES, 12, 13)

@@ -11,8 +11,8 @@ import torch
 from compactgpt import config
 from compactgpt.common.console import silent
 from compactgpt.data.token_files import open_tokens
-from compactgpt.evaluation.baselines import Surroundings, load_baseline
-from compactgpt.evaluation.compact import compact
+from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import evaluate, figures
 from compactgpt.model.huggingface import load_hf, save_hf
 from tests.support.tiny_corpus import write_token_file
@@ -38,7 +38,7 @@ def encoding(tmp_path):
 def around(tmp_path, encoding):
     save_split(tmp_path / "train.tokens", encoding, texts=TEXTS[:3])
     runtime = config.Runtime(device="cpu", num_threads=1, num_workers=1)
-    return Surroundings(tmp_path / "train.tokens", encoding, 3, runtime, tmp_path / ".state")
+    return BaselineInputs(tmp_path / "train.tokens", encoding, 3, runtime, tmp_path / ".state")
 
 
 def load(around, spec):
@@ -48,7 +48,7 @@ def load(around, spec):
 
 def model_of(name, around):
     if name == "compact":
-        return compact(tiny_gpt(around.encoding.n_vocab), 3)
+        return as_neural_model(tiny_gpt(around.encoding.n_vocab), 3)
     return load(around, SPECS[name])
 
 
@@ -119,7 +119,7 @@ def test_uniform_logits_score_the_logarithm_of_gpt2s_vocabulary(tmp_path):
     write_token_file(
         tmp_path / "val.tokens", documents, vocab_size=50_257, eot_token=50_256, tokenizer_sha256="0" * 64
     )
-    found = compact(model, 2).score(open_tokens(tmp_path / "val.tokens"), 8, silent)
+    found = as_neural_model(model, 2).score(open_tokens(tmp_path / "val.tokens"), 8, silent)
     assert found.nats.sum() / 21 == pytest.approx(math.log(50_257), rel=1e-7)
 
 
@@ -131,7 +131,7 @@ def test_weights_that_are_copied_to_transformers_and_back_leave_every_number(tmp
     back = load_hf(tmp_path / "theirs")
     before, copied, again = (
         evaluate(model, split, around.encoding, LIKELIHOOD, views=["own", "strided"])
-        for model in (compact(ours, 3), theirs, compact(back, 3))
+        for model in (as_neural_model(ours, 3), theirs, as_neural_model(back, 3))
     )
     assert again.nats.tobytes() == before.nats.tobytes()
     assert copied.own_tokens.tolist() == before.own_tokens.tolist()
@@ -142,9 +142,10 @@ def test_weights_that_are_copied_to_transformers_and_back_leave_every_number(tmp
 
 
 def test_the_order_of_what_was_counted_is_nothing_to_the_unigram(tmp_path, around):
-    before = load(around, SPECS["unigram"]).log_probabilities
+    split = save_split(tmp_path / "val.tokens", around.encoding)
+    before = load(around, SPECS["unigram"]).score(split, 8, silent).nats
     save_split(around.train, around.encoding, texts=TEXTS[:3][::-1])
-    np.testing.assert_array_equal(load(around, SPECS["unigram"]).log_probabilities, before)
+    np.testing.assert_array_equal(load(around, SPECS["unigram"]).score(split, 8, silent).nats, before)
 
 
 def test_a_compressor_that_has_read_the_text_pays_less_for_it(tmp_path, around):

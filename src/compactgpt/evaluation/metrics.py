@@ -1,7 +1,7 @@
-"""From summed nats to the numbers that people quote. Sums first, then one division.
+"""Turn summed nats and counts into the numbers that people quote. Sums first, then one division.
 
-Definitions follow EleutherAI's lm-evaluation-harness (word, byte and token perplexity are different
-things) and nanochat's loss_eval.py (bits per byte from summed nats and summed bytes).
+Definitions follow EleutherAI's lm-evaluation-harness (word, byte and token perplexity are different things)
+and nanochat's loss_eval.py (bits per byte from summed nats and summed bytes).
 """
 
 import math
@@ -23,25 +23,22 @@ class Interval:
     high: float
 
     def map(self, increasing: Callable[[float], float]) -> "Interval":
-        """The interval of an increasing function of the estimate: percentiles follow such a function."""
+        """Return the interval of an increasing function of the estimate, which moves percentiles with it."""
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp of the mean cross-entropy in nats per token: the effective number of choices."""
+    """Return exp of the mean cross-entropy in nats per token: the effective number of choices."""
     return math.exp(nats_per_token)
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Bits that the model needs for one byte of UTF-8 text; comparable across tokenizers.
-
-    nats / (ln 2 x bytes), Gao et al. 2020, The Pile, section 3.1.
-    """
+    """Return nats / (ln 2 x bytes), comparable across tokenizers (Gao et al. 2020, The Pile, section 3.1)."""
     return total_nats / (math.log(2) * total_bytes)
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Share of successes with its 95 % score interval, sound for small numbers and near 0 and 1.
+    """Return the share of successes with its 95 % score interval, sound for few trials and near 0 and 1.
 
     Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
     """
@@ -50,18 +47,15 @@ def wilson(successes: int, trials: int) -> Interval:
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # the bounds that rounding would put beyond the estimate
+    # Rounding could put a bound on the wrong side of the estimate.
     return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Two-sided exact p-value that two models are right equally often on the same items.
+    """Return the two-sided exact p-value that two models are right equally often (McNemar 1947).
 
-    Args:
-        only_one: items that the first model alone got right.
-        only_other: items that the second model alone got right.
-
-    McNemar 1947; the items on which the two agree tell nothing, the others are a fair coin's flips.
+    Takes the number of items that only the first, and only the second model got right: if the models are
+    equally good, these are the flips of a fair coin. Items on which they agree carry no information.
     """
     flips = only_one + only_other
     tail = sum(math.comb(flips, k) for k in range(min(only_one, only_other) + 1))
@@ -71,17 +65,10 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def ratio_bootstrap(
     numerator: Array, denominator: Array, *, resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:
-    """Percentile bootstrap of sum(numerator) / sum(denominator), resampling documents.
+    """Return sum(numerator) / sum(denominator) with its percentile bootstrap interval.
 
-    The document is the unit: tokens of one document are not independent. Efron and Tibshirani,
-    An Introduction to the Bootstrap (1993), chapter 13.
-
-    Args:
-        numerator: one sum a document, such as nats. (documents,)
-        denominator: one sum a document, such as tokens. (documents,)
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
-        confidence: share of the bootstrap distribution between the bounds.
+    Both are sums by document, (documents,), such as nats and tokens. Documents are resampled, since the
+    tokens of one document are not independent (Efron and Tibshirani 1993, chapter 13).
 
     Raises:
         ValueError: no documents, arrays of different length, or a denominator that is not positive.
@@ -90,26 +77,25 @@ def ratio_bootstrap(
         raise ValueError(f"need two equal, non-empty vectors, got {numerator.shape} and {denominator.shape}")
     if denominator.min() <= 0:
         raise ValueError(f"every denominator must be positive, found {denominator.min()}")
-    samples = _resampled_ratios(numerator, denominator, resamples, seed)
-    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    generator = np.random.Generator(np.random.PCG64(seed))
+    n = len(numerator)
+    chunk = max(1, 4_000_000 // n)  # resamples at once, so that memory stays bounded
+    ratios = []
+    for start in range(0, resamples, chunk):
+        drawn = generator.integers(0, n, (min(chunk, resamples - start), n))  # (chunk, documents)
+        ratios.append(numerator[drawn].sum(1) / denominator[drawn].sum(1))  # (chunk,)
+    low, high = np.quantile(np.concatenate(ratios), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
 
 
 def perplexity_ratio(
     nats: Array, other_nats: Array, tokens: Array, *, resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:
-    """Perplexity of a model over that of another on the same documents, with a paired interval.
+    """Return the perplexity of a model over that of another, with a paired bootstrap interval.
 
-    The ratio is exp of the difference of the two losses, so its interval is exp of that difference's; each
-    resample draws the same documents for both models, which takes out how hard the documents are.
-
-    Args:
-        nats: of the model, one sum a document. (documents,)
-        other_nats: of the other model, in the same order. (documents,)
-        tokens: scored, counted the same way for both. (documents,)
-        resamples: number of bootstrap samples.
-        seed: of the resampling.
-        confidence: share of the bootstrap distribution between the bounds.
+    All three are sums over the same documents in the same order, (documents,). The ratio is exp of the
+    difference of the two losses. Each resample draws the same documents for both models, which cancels how
+    difficult the documents are.
 
     Raises:
         ValueError: see `ratio_bootstrap`.
@@ -120,15 +106,3 @@ def perplexity_ratio(
         nats - other_nats, tokens, resamples=resamples, seed=seed, confidence=confidence
     )
     return difference.map(math.exp)
-
-
-def _resampled_ratios(numerator: Array, denominator: Array, resamples: int, seed: int) -> Array:
-    """Ratio of sums for each resample; chunked so that memory stays bounded. (resamples,)"""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    n = len(numerator)
-    chunk = max(1, 4_000_000 // n)
-    ratios = []
-    for start in range(0, resamples, chunk):
-        drawn = generator.integers(0, n, (min(chunk, resamples - start), n))
-        ratios.append(numerator[drawn].sum(1) / denominator[drawn].sum(1))
-    return np.concatenate(ratios)

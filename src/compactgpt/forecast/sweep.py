@@ -36,7 +36,6 @@ HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
 SEED = 1337
 DIGITS = 9  # of a constant that is written: processors differ in the digits after these
-CURVE_POINTS = 25
 # What runs were trained with before these settings existed.
 EARLIER_SETTINGS = {
     "training.head": "full",
@@ -273,23 +272,7 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
         "errors": dict(fit.errors),
         "data_sha256": sweep.data_sha256,
         "rungs": runs,  # wording: quoted
-        "curves": [] if differs else _curves(sweep, run),
     }
-
-
-def _curves(sweep: Sweep, run: Run) -> list[dict[str, Any]]:
-    """Return the predicted loss over tokens for each size in the sweep and for the configured one."""
-    budgets = [done.tokens for done in sweep.runs] + [run.tokens]
-    low, high = math.log(min(budgets)), math.log(max(budgets))
-    steps = range(CURVE_POINTS)
-    tokens = [round(math.exp(low + (high - low) * step / (CURVE_POINTS - 1))) for step in steps]
-    curves = []
-    for size in sorted({done.num_params for done in sweep.runs} | {run.num_params}):
-        points = [predict_loss(sweep.fit, size, budget) for budget in tokens]
-        curve = {"num_params": size, "tokens": tokens, "loss": [point.value for point in points]}
-        bounds = {key: [getattr(point, key) for point in points] for key in ("low_95", "high_95")}
-        curves.append(curve | bounds)
-    return curves
 
 
 def fit_sweep(names: Sequence[str], read_file: ReadFile, folder: Path, params_file: Path) -> str:
