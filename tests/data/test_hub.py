@@ -1,13 +1,13 @@
-"""The hub's standard cache is used without a network; what is missing is fetched; models are pushed."""
+"""The hub's standard cache is used without a network; what is missing is downloaded; models are pushed."""
 
-import io
 import json
+import shutil
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from compactgpt import cli
@@ -18,47 +18,51 @@ from compactgpt.model.weights import save_model
 from tests.support.fake_hub import REVISION, FakeHub
 from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
-FILES = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer_config.json",
-         "vocab.json"}  # fmt: skip
+FILES = {
+    *("config.json", "generation_config.json", "merges.txt"),
+    *("model.safetensors", "tokenizer_config.json", "vocab.json"),
+}
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty standard cache."""
+    """An empty standard cache; tests/conftest.py sets HF_HUB_OFFLINE."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-@pytest.fixture
-def exported(tmp_path):
-    encoding = save_tokenizer(tmp_path / "tokenizer")
-    save_hf(tiny_gpt(encoding.n_vocab), tmp_path / "exported", tmp_path / "tokenizer")
-    return tmp_path / "exported"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained model with its card, and the same model in Hugging Face form."""
+    folder = tmp_path_factory.mktemp("trained")
+    encoding = save_tokenizer(folder / "tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), folder / "model", {})
+    manifest = json.loads((folder / "model/manifest.json").read_text())
+    digest = manifest["files"]["model.safetensors"]["sha256"]
+    card = f"---\nlanguage: en\n---\n# A model\n\nSHA-256 of the weights as trained: `{digest}`.\n"
+    (folder / "card.md").write_text(card)
+    save_hf(tiny_gpt(encoding.n_vocab), folder / "exported", folder / "tokenizer")
+    return folder
 
 
 @pytest.fixture
-def server(exported, monkeypatch):
-    """The hub as huggingface_hub finds it, with the exported model."""
-    made = FakeHub(files={path.name: path.read_bytes() for path in exported.iterdir()})
+def server(trained, monkeypatch):
+    """A hub with the exported model, where huggingface_hub looks for it."""
+    server = FakeHub({path.name: path.read_bytes() for path in (trained / "exported").iterdir()})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", made.url)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                        made.url + "/{repo_id}/resolve/{revision}/{filename}")  # fmt: skip
-    yield made
-    made.close()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield server
+    server.close()
 
 
-def test_a_filled_cache_is_used_offline_and_loads_what_from_pretrained_loads(cache, exported):
-    """As `from_pretrained` fills it: no listing of the repository. conftest sets HF_HUB_OFFLINE."""
-    from transformers import AutoModelForCausalLM
-
+def test_a_cache_that_from_pretrained_filled_is_used_offline(cache, trained):
+    """It has no listing of the repository."""
     snapshot = cache / f"models--some--model/snapshots/{REVISION}"
-    snapshot.parent.mkdir(parents=True)
-    exported.rename(snapshot)
+    shutil.copytree(trained / "exported", snapshot)
     assert AutoModelForCausalLM.from_pretrained("some/model", revision=REVISION).config.n_embd
-    start = time.monotonic()
     assert hub.fetch_model("some/model", REVISION, "advice") == snapshot
-    assert time.monotonic() - start < 1
     (snapshot / "model.safetensors").unlink()
     with pytest.raises(Unreachable, match=r"the hub can't be reached for some/model .*, or advice"):
         hub.fetch_model("some/model", REVISION, "advice")
@@ -73,7 +77,7 @@ def test_a_cached_file_of_a_data_set_is_used_offline(cache):
         hub.fetch_file("some/set", "data/b.jsonl", REVISION, "advice")
 
 
-def test_a_model_is_fetched_into_the_standard_cache_once_and_checked(cache, server):
+def test_a_model_is_downloaded_into_the_standard_cache_once_and_checked(cache, server):
     folder = hub.fetch_model("some/model", REVISION, "advice")
     assert folder == cache / f"models--some--model/snapshots/{REVISION}"
     assert {path.name for path in folder.iterdir()} == FILES | {"manifest.json"}
@@ -86,62 +90,48 @@ def test_a_model_is_fetched_into_the_standard_cache_once_and_checked(cache, serv
     blob.write_bytes(content)
     with pytest.raises(BadData, match=r"model\.safetensors was altered or damaged: delete"):
         hub.fetch_model("some/model", REVISION, "advice")
+    with pytest.raises(BadConfig, match=r"the hub does not have other/model at a+: advice"):
+        hub.fetch_model("other/model", REVISION, "advice")
 
 
 # --- upload
 
 
-def push(tmp_path, *words):
-    paths = {"--model": "model", "--tokenizer": "tokenizer", "--card": "card.md", "--params": "params.yaml"}
-    options = [f"{key}={tmp_path / value}" for key, value in paths.items()]
+def push(trained, *words):
+    names = {"--model": "model", "--tokenizer": "tokenizer", "--card": "card.md", "--params": "params.yaml"}
+    options = [f"{key}={trained / name}" for key, name in names.items()]
     return CliRunner().invoke(cli.app, ["push-to-hub", "some/model", *options, *words])
 
 
-@pytest.fixture
-def model(tmp_path):
-    encoding = save_tokenizer(tmp_path / "tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "model", {})
-    digest = json.loads((tmp_path / "model/manifest.json").read_text())["files"]["model.safetensors"][
-        "sha256"
-    ]
-    (tmp_path / "card.md").write_text(
-        f"---\nlanguage: en\n---\n# A model\n\nSHA-256 of the weights as trained: `{digest}`.\n"
-    )
-    return tmp_path
-
-
-def test_a_dry_run_lists_the_files_and_needs_no_network(model):
-    done = push(model, "--dry-run")
+def test_a_dry_run_lists_the_files_and_needs_no_network(trained):
+    done = push(trained, "--dry-run")
     assert done.exit_code == 0, done.output
     assert {line.split()[1] for line in done.output.splitlines()[:-1]} == FILES | {"README.md"}
     assert "nothing was uploaded" in done.output
 
 
-def test_a_model_is_pushed_as_the_hub_takes_it(model, server, monkeypatch):
+def test_a_model_is_pushed_as_the_hub_takes_it(trained, server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    done = push(model)
+    done = push(trained)
     assert done.exit_code == 0, done.output
     assert f"{server.url}/some/model/commit/{REVISION}" in done.output
     assert set(server.uploaded) == FILES | {"README.md"}
-    assert server.uploaded["README.md"].decode() == (model / "card.md").read_text()
+    assert server.uploaded["README.md"].decode() == (trained / "card.md").read_text()
 
 
-def test_a_push_that_cannot_work_is_one_sentence(model, server, monkeypatch):
+def test_a_push_that_cannot_work_is_one_message(trained, server, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
-    done = push(model)
+    done = push(trained)
     assert (done.exit_code, "hf auth login" in done.output) == (NotAllowed.exit_code, True), done.output
     server.close()
     start = time.monotonic()
-    done = push(model)
+    done = push(trained)
     assert (done.exit_code, "can't be reached" in done.output) == (Unreachable.exit_code, True), done.output
     assert time.monotonic() - start < 10
-    with redirect_stdout(io.StringIO()), pytest.raises(BadConfig, match="is not a repository name"):
-        hub.push_folder(model / "model", "a b", private=False)
-
-
-# --- the card
+    with pytest.raises(BadConfig, match="is not a repository name"):
+        hub.push_folder(trained / "model", "a b", private=False)
 
 
 def test_a_card_names_the_model_that_the_training_started_from():

@@ -7,17 +7,17 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-REVISION = "a" * 40
+REPO, REVISION = "some/model", "a" * 40
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`files` are those of `repo`; `asked` lists the requests, `uploaded` what was pushed."""
+    """Serves `files` of one model; `asked` lists the requests, `uploaded` holds what was pushed."""
 
     daemon_threads = True
 
-    def __init__(self, repo="some/model", files=None):
+    def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repo, self.files, self.asked, self.uploaded = repo, files or {}, [], {}
+        self.files, self.asked, self.uploaded = files, [], {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, content=b"", status=200, **headers):
+    def answer(self, content, status=200, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for key, value in headers.items():
@@ -46,21 +46,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)
-        repo = self.server.repo
-        if path.startswith(f"/api/models/{repo}/tree/"):
-            self.answer(
-                [
-                    {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                    for name, content in self.server.files.items()
-                ]
-            )
-        elif path.startswith(f"/api/models/{repo}"):
-            siblings = [{"rfilename": name} for name in self.server.files]
-            self.answer(
-                {"id": repo, "modelId": repo, "sha": REVISION, "siblings": siblings, "private": False}
-            )
-        elif path.startswith(f"/{repo}/resolve/{REVISION}/"):
-            content = self.server.files[path.split(f"/{REVISION}/")[1]]
+        files = self.server.files
+        if path.startswith(f"/api/models/{REPO}/tree/"):
+            file = {"type": "file", "oid": "0" * 40}
+            self.answer([{**file, "path": name, "size": len(files[name])} for name in files])
+        elif path.startswith(f"/api/models/{REPO}"):
+            siblings = [{"rfilename": name} for name in files]
+            self.answer({"id": REPO, "sha": REVISION, "siblings": siblings, "private": False})
+        elif path.startswith(f"/{REPO}/resolve/{REVISION}/"):
+            content = files[path.split(f"/{REVISION}/")[1]]
             etag = hashlib.sha256(content).hexdigest()
             self.answer(content, X_Repo_Commit=REVISION, ETag=f'"{etag}"')
         else:
@@ -69,22 +63,20 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
-        self.server.asked.append(path)
         if "Authorization" not in self.headers:
             self.answer({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
-            self.answer({"url": f"{self.server.url}/{self.server.repo}", "name": self.server.repo})
+            self.answer({"url": f"{self.server.url}/{REPO}", "name": REPO})
         elif "/preupload/" in path:
-            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for one in json.loads(body)["files"]]  # fmt: skip
-            self.answer({"files": files})
+            files = json.loads(body)["files"]
+            modes = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
+            self.answer({"files": modes})
         elif "/commit/" in path:
-            for line in body.splitlines():
-                operation = json.loads(line)
+            for operation in map(json.loads, body.splitlines()):
                 if operation["key"] == "file":
-                    content = base64.b64decode(operation["value"]["content"])
-                    self.server.uploaded[operation["value"]["path"]] = content
-            address = f"{self.server.url}/{self.server.repo}/commit/{REVISION}"
+                    value = operation["value"]
+                    self.server.uploaded[value["path"]] = base64.b64decode(value["content"])
+            address = f"{self.server.url}/{REPO}/commit/{REVISION}"
             self.answer({"commitUrl": address, "commitOid": REVISION, "success": True})
         else:
             self.answer(b"{}")
