@@ -436,7 +436,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     from compactgpt.forecast.estimate import announce_times
 
     runs = experiments.configurations(name, params_file, settings or [])
-    echo("\n".join(announce_times(runs, Path())))
+    echo("\n".join(announce_times(runs)))
     done = experiments.run(name, params_file, settings or [])
     echo("\n".join(done))
     echo(f"next: compactgpt experiment {'fit' if len(done) > 1 else 'record'} {name}")
@@ -459,12 +459,12 @@ def record_experiment(name: ExperimentName) -> None:
 @experiment.command("fit")
 def fit_experiment(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep that has run.")] = "ladder",
-    folder: Annotated[Path, typer.Option(help="The folder of ladder.json and ladder.png.")] = Path("results"),
+    folder: Annotated[Path, typer.Option(help="The folder of ladder.json.")] = Path("results"),
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
 
-    Prints the law and the prediction. Writes ladder.json and ladder.png.
+    Prints the law and the prediction. Writes ladder.json.
 
     Example: compactgpt experiment fit ladder
     """
@@ -474,7 +474,7 @@ def fit_experiment(
     def read_file(run: str, path: str) -> str:
         return read_experiment_file(experiment_ref(run), path)
 
-    echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder, params_file))
+    echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder / "ladder.json", params_file))
 
 
 # The names until version 0.2.

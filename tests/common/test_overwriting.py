@@ -73,12 +73,9 @@ def test_data_docs_and_sweeps_refuse_folders_with_other_files(tmp_path, thesis):
         with pytest.raises(NotAllowed, match="did not write"):
             check_expectations("validation", [], folder)
     assert (tmp_path / "docs/index.html").read_text() == "my page"
-    params = tmp_path / "params.yaml"  # never read
-    for name in ("json/ladder.json", "png/ladder.png"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text('{"steps": "to the roof"}')
-        with pytest.raises(NotAllowed, match="did not write"):
-            fit_sweep([], None, (tmp_path / name).parent, params)
+    (tmp_path / "ladder.json").write_text('{"steps": "to the roof"}')
+    with pytest.raises(NotAllowed, match="did not write"):
+        fit_sweep([], None, tmp_path / "ladder.json", tmp_path / "params.yaml")  # which is never read
 
 
 def test_a_file_that_is_not_a_reference_of_the_gate_is_not_replaced(tmp_path, thesis):

@@ -134,32 +134,16 @@ def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most()
     assert done.stdout == "set() True\n"
 
 
-def write_journal(root, stage, seconds, status="FINISHED", start_ms=1000):
-    """Write the journal of a stage that took so long."""
-    folder = root / ".state/tracking/done" / f"{stage}-{start_ms}"
-    folder.mkdir(parents=True)
-    lines = [
-        {"kind": "start", "stage": stage, "time_ms": start_ms},
-        {"kind": "end", "status": status, "time_ms": start_ms + 1000 * seconds},
-    ]
-    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_before_a_run_the_times_of_training_and_of_each_neural_baseline_are_announced(tmp_path, monkeypatch):
+def test_the_times_of_training_and_of_each_neural_baseline_are_announced(monkeypatch):
     monkeypatch.setattr(module, "measure_flops", lambda: 1e11)
-    training, baseline = announce_times([PARAMS], tmp_path)
+    training, baseline = announce_times([PARAMS])
     speed = 1e11 * PARAMS.estimate.utilisation_of_products
     minutes = estimate(PARAMS)["compact"]["flops"]["with_attention"] / speed / 60
     assert training.startswith(f"training: about {minutes:.3g} min at this machine's speed")
-    assert baseline.startswith("baseline smollm2-135m: not measured here yet")
-    assert f"about {2 * minutes:.3g} min" in announce_times([PARAMS, PARAMS], tmp_path)[0]
-    write_journal(tmp_path, "baseline@smollm2-135m", 600)
-    write_journal(tmp_path, "baseline@smollm2-135m", 840, start_ms=2000)
-    write_journal(tmp_path, "baseline@smollm2-135m", 5, "KILLED", start_ms=3000)
-    write_journal(tmp_path, "training", 7)
-    assert "baseline smollm2-135m: 14 min when it last ran here" in announce_times([PARAMS], tmp_path)[1]
+    assert baseline.startswith("baseline smollm2-135m: scores the val split too")
+    assert f"about {2 * minutes:.3g} min" in announce_times([PARAMS, PARAMS])[0]
     quick = load_changed_params(ROOT / "params.yaml", ["baseline.names=[unigram, xz]"])
-    assert len(announce_times([quick], tmp_path)) == 1
+    assert len(announce_times([quick])) == 1
 
 
 def test_experiment_run_announces_the_times_before_dvc_starts(monkeypatch):

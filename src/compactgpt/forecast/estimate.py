@@ -5,12 +5,10 @@ result they are compared with. Beside the fixed rule's expectation are two that 
 rule calibrated (`forecast.calibration`) and the law of our own sweep (`forecast.sweep`).
 """
 
-import json
 import math
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -202,47 +200,26 @@ def measure_flops() -> float:
     return float(2 * MATRIX_SIZE**3 / quickest)
 
 
-def announce_times(runs: Sequence[Params], root: Path) -> list[str]:
-    """Return how long runs will take on this machine: their training, and each neural baseline.
-
-    A baseline's time is the one it last took here, by the journals of the project in `root`.
-    """
+def announce_times(runs: Sequence[Params]) -> list[str]:
+    """Return how long the training of these runs takes on this machine, and which baselines take long."""
     speed = measure_flops()
     minutes = 0.0
     for params in runs:
         flops_each = flops_per_token(params.model, params.training)["with_attention"]
         flops = flops_each * configured_run(params).tokens
         minutes += flops / (speed * params.estimate.utilisation_of_products) / 60
-    lines = [
+    names = dict.fromkeys(name for params in runs for name in params.baseline.names)
+    specs = runs[0].baseline.specs
+    return [
         f"training: about {_duration(minutes)} at this machine's speed, measured just now; the progress bar "
-        "corrects it after the first steps"
-    ]
-    last = _last_baseline_seconds(root)
-    for name in dict.fromkeys(name for params in runs for name in params.baseline.names):
-        if runs[0].baseline.specs[name].kind not in ("gguf", "folder", "hub"):
-            continue  # a compressor takes seconds
-        took = "not measured here yet"
-        if name in last:
-            took = f"{_duration(last[name] / 60)} when it last ran here"
-        lines.append(
-            f"baseline {name}: {took}. It scores the val split too, and may take as long as the training; "
+        "corrects it after the first steps",
+        *(
+            f"baseline {name}: scores the val split too, and may take as long as the training; "
             "baseline.names without it leaves it out"
-        )
-    return lines
-
-
-def _last_baseline_seconds(root: Path) -> dict[str, float]:
-    """Return the seconds that each baseline took when it last finished here."""
-    found: dict[str, tuple[int, float]] = {}
-    for path in (root / ".state/tracking").rglob("journal.jsonl"):
-        lines = path.read_bytes().splitlines()
-        with suppress(ValueError, KeyError, IndexError, TypeError):  # a journal that a kill cut short
-            start, end = json.loads(lines[0]), json.loads(lines[-1])
-            stage, _, name = start["stage"].partition("@")
-            if stage == "baseline" and end["kind"] == "end" and end["status"] == "FINISHED":
-                seconds = (end["time_ms"] - start["time_ms"]) / 1000
-                found[name] = max(found.get(name, (0, 0.0)), (start["time_ms"], seconds))
-    return {name: seconds for name, (_, seconds) in found.items()}
+            for name in names
+            if specs[name].kind in ("gguf", "folder", "hub")  # a compressor takes seconds
+        ),
+    ]
 
 
 def format_estimate(found: Mapping[str, Any]) -> str:

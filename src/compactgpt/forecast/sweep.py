@@ -9,7 +9,6 @@ constants fitted to resampled runs (bootstrap), each combined with every error o
 """
 
 import hashlib
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from ruamel.yaml import YAML
 
 from compactgpt.common.errors import BadConfig, BadData, NotAllowed
 from compactgpt.common.sections import Section, load_section
-from compactgpt.common.storage import json_bytes, write_bytes, write_json
+from compactgpt.common.storage import json_bytes, write_json
 from compactgpt.config import ExpectedLoss, Params, load_params, parse_params
 from compactgpt.forecast.model_size import count_parameters
-from compactgpt.forecast.scaling_laws import Run, configured_run
+from compactgpt.forecast.scaling_laws import configured_run
 
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
@@ -94,9 +93,10 @@ class Form:
     design: Callable[[float, float], list[list[float]]]  # log N, log D -> (terms, constants)
     starts: tuple[tuple[float, ...], ...]  # of the fit
 
-    def log_loss(self, constants: Any, log_n: float, log_d: float) -> Floats:
+    def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
         """Return the logarithm of the loss. (..., constants) -> (...)."""
-        terms = np.asarray(constants) @ np.array(self.design(log_n, log_d)).T  # (..., terms)
+        design = np.array(self.design(math.log(num_params), math.log(tokens)))
+        terms = np.asarray(constants) @ design.T  # (..., terms)
         log_sums: Floats = np.logaddexp.reduce(terms, axis=-1)
         return log_sums
 
@@ -174,7 +174,7 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
         constants = fit_form(form, known, form.starts)
         for run in runs:
             if getattr(run, attribute) == largest:
-                predicted = form.log_loss(constants, math.log(run.num_params), math.log(run.tokens))
+                predicted = form.log_loss(constants, run.num_params, run.tokens)
                 misses.append(_rounded(math.log(run.loss) - float(predicted), DIGITS))
     return misses
 
@@ -197,7 +197,7 @@ def _rounded(value: float, digits: int = 6) -> float:
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """Return the loss of a run by a fitted law, with intervals; see the module."""
     form = FORMS[fit.form]
-    log_losses = form.log_loss(fit.draws, math.log(num_params), math.log(tokens))  # (draws,)
+    log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
     losses = np.exp(log_losses[:, None] + np.array(fit.misses))  # (draws, misses)
     shares = {"low_95": 0.025, "low_80": 0.1, "value": 0.5, "high_80": 0.9, "high_95": 0.975}
     quantiles = np.quantile(losses, list(shares.values()))
@@ -254,15 +254,11 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
-
-    def fitted_loss(done: SweepRun) -> float:
-        log_loss = FORMS[fit.form].log_loss(fit.constants, math.log(done.num_params), math.log(done.tokens))
-        return _rounded(math.exp(log_loss))
-
-    runs = [
-        done.model_dump() | {"tokens": done.tokens, "told": fitted_loss(done)}  # wording: quoted
-        for done in sweep.runs
-    ]
+    runs = []
+    for done in sweep.runs:
+        log_loss = FORMS[fit.form].log_loss(fit.constants, done.num_params, done.tokens)
+        fitted = {"tokens": done.tokens, "told": _rounded(math.exp(log_loss))}  # wording: quoted
+        runs.append(done.model_dump() | fitted)
     return {
         "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
         "differs": differs,
@@ -275,25 +271,27 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     }
 
 
-def fit_sweep(names: Sequence[str], read_file: ReadFile, folder: Path, params_file: Path) -> str:
-    """Fit the law to the finished runs of a sweep; write ladder.json and ladder.png; return what to print.
+def fit_sweep(names: Sequence[str], read_file: ReadFile, path: Path, params_file: Path) -> str:
+    """Fit the law to the finished runs of a sweep, write it to `path`, and return what to print.
 
     Args:
         names: of the DVC experiments.
         read_file: returns a file of one of them, by the experiment's name and the file's path.
-        folder: where the two files go.
+        path: of the new ladder.json.
         params_file: params.yaml, whose run is predicted.
 
     Raises:
-        NotAllowed: the folder has a file of one of the two names that this command did not write.
+        NotAllowed: `path` is a file that this command did not write.
         BadData: the runs differ in text or settings, or a loss is not of the whole val split.
     """
-    _check_output(folder)
+    try:
+        read_sweep(path)
+    except BadConfig as error:
+        raise NotAllowed(f"this command did not write {path}: name a new or an empty folder") from error
     sweep, params = read_sweep_runs(names, read_file), load_params(params_file)
-    write_json(folder / "ladder.json", sweep.model_dump(mode="json", by_alias=True))
+    write_json(path, sweep.model_dump(mode="json", by_alias=True))
     report = sweep_report(sweep, params)
     loss = report["expected_loss"]
-    draw_sweep(sweep, folder / "ladder.png", configured_run(params) if loss else None)
     lines = [
         f"{done['name']}: {done['loss']:.4f}, fitted {done['told']:.4f}"  # wording: quoted
         for done in report["rungs"]  # wording: quoted
@@ -307,26 +305,13 @@ def fit_sweep(names: Sequence[str], read_file: ReadFile, folder: Path, params_fi
     return "\n".join(lines)
 
 
-def _check_output(folder: Path) -> None:
-    """Refuse to replace a ladder.json or ladder.png of the user's own."""
-    fit, plot = folder / "ladder.json", folder / "ladder.png"
-    try:
-        is_own = read_sweep(fit) is not None or not plot.exists()
-    except BadConfig:
-        is_own = False
-    if not is_own:
-        raise NotAllowed(f"{folder} has files that this command did not write: name a new or an empty folder")
-
-
 def read_sweep_runs(names: Sequence[str], read_file: ReadFile) -> Sweep:
     """Read the finished runs of a sweep, and fit the law; see `fit_sweep`."""
     runs, facts = [], []
     for name in names:
         paths = ("params.yaml", "reports/training.json", "reports/tokenization.json", "dvc.lock")
-        tree, report, split, lock = (
-            YAML(typ="safe", pure=True).load(read_file(name, path))
-            for path in paths  # JSON is YAML
-        )
+        yaml = YAML(typ="safe", pure=True)  # JSON is YAML
+        tree, report, split, lock = (yaml.load(read_file(name, path)) for path in paths)
         params = parse_params(tree, f"params.yaml of {name}")
         scored = split["val"]["tokens"] - split["val"]["documents"]  # end-of-text is not scored
         if report["val_loss_tokens"] != scored:
@@ -365,30 +350,3 @@ def _sweep_run(name: str, params: Params, loss: float, lock: Any) -> SweepRun:
         params_sha256=hashlib.sha256(json_bytes(identity)).hexdigest(),
         model_md5=model["md5"].removesuffix(".dir"),
     )
-
-
-def draw_sweep(sweep: Sweep, path: Path, predicted: Run | None) -> None:
-    """Draw the runs, the law through them, and the predicted run with its interval, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    budgets = [run.tokens for run in [*sweep.runs, predicted] if run]
-    tokens = np.geomspace(min(budgets), max(budgets), 41)
-    for number, size in enumerate(sorted({run.num_params for run in sweep.runs})):
-        curve = [predict_loss(sweep.fit, size, round(budget)).value for budget in tokens]
-        axes.plot(tokens, curve, f"C{number}", lw=1)
-        runs = [run for run in sweep.runs if run.num_params == size]
-        losses = [run.loss for run in runs]
-        axes.plot([run.tokens for run in runs], losses, f"C{number}o", label=f"{size / 1e6:.2f}M")
-    if predicted:
-        loss = predict_loss(sweep.fit, predicted.num_params, predicted.tokens)
-        errors = [[loss.value - loss.low_95], [loss.high_95 - loss.value]]
-        label = f"{predicted.num_params / 1e6:.2f}M, predicted (95 %)"
-        axes.errorbar([predicted.tokens], [loss.value], errors, fmt="kD", capsize=4, label=label)
-    axes.set(xscale="log", xlabel="tokens trained on", ylabel="val loss, nats per token")
-    axes.set_title(f"Sweep of small runs: {FORMS[sweep.fit.form].formula}", fontsize=10)
-    axes.legend(title="parameters", fontsize=8)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    write_bytes(path, content.getvalue())
