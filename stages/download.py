@@ -13,12 +13,8 @@ app = new_app()
 
 @app.command()
 def main(
-    documents: Annotated[Path, typer.Option(help="Folder of document shards to make.")] = Path(
-        "data/documents"
-    ),
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer to make.")] = Path(
-        "data/tokenizer"
-    ),
+    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/download.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",

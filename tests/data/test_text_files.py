@@ -170,11 +170,11 @@ def test_a_decompression_bomb_is_refused_before_it_fills_the_disk(tmp_path, monk
     assert len(chunks) * text_files._CHUNK_BYTES <= 2**24
 
 
-def test_decompressing_leaves_room_on_the_disk(tmp_path, monkeypatch):
+def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet_bytes(text=["a text"])))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
     with pytest.raises(
-        DiskFull, match=r"needs more room .*2,000 MB must stay free .*min_free_disk_megabytes"
+        DiskFull, match=r"needs more space .*2,000 MB must stay free .*min_free_disk_megabytes"
     ):
         write_corpus(tmp_path, files("a.parquet.gz"))
 

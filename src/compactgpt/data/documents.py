@@ -18,15 +18,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from compactgpt.common.errors import BadData
 from compactgpt.common.storage import atomic_file
 
 MEGABYTE = 1_000_000
 SHARD_BYTES = 2**28  # of text
 ROW_GROUP_BYTES = 2**21  # of text
-_RECENT_IDS = 2**18
 
 
 class Part(NamedTuple):
@@ -220,37 +217,8 @@ def read_names(group: RowGroup) -> list[tuple[str, str]]:
     return list(zip(ids.to_pylist(), sources.to_pylist(), strict=True))
 
 
-def read_ids(path: Path) -> list[str]:
-    """Read the ids of the documents of a shard, in order, without the texts."""
+def read_ids(path: Path) -> list[bytes]:
+    """Read the ids of the documents of a shard, 16 bytes each, in order, without the texts."""
     import pyarrow.parquet as pq
 
-    return list(pq.read_table(path, columns=["id"]).column("id").to_pylist())
-
-
-class IdSet:
-    """A set of document ids in 16 bytes each; a Python set takes a hundred.
-
-    New ids go into a Python set. When it is full, it is merged into a sorted array, for which the array is
-    in memory twice for a moment.
-    """
-
-    def __init__(self, recent: int = _RECENT_IDS) -> None:
-        self._limit = recent
-        self._recent: set[bytes] = set()
-        self._sorted = np.empty(0, "S16")
-
-    def add(self, document_id: str) -> bool:
-        """Add an id of 32 hex digits; return whether it is new."""
-        key = bytes.fromhex(document_id)
-        if key in self._recent:
-            return False
-        index = int(np.searchsorted(self._sorted, np.array(key, "S16")))
-        # numpy strips trailing zero bytes from the values that it returns.
-        if index < len(self._sorted) and self._sorted[index] == key.rstrip(b"\0"):
-            return False
-        self._recent.add(key)
-        if len(self._recent) == self._limit:
-            merged = np.concatenate([self._sorted, np.array(sorted(self._recent), "S16")])
-            merged.sort(kind="stable")  # fast for two sorted runs
-            self._sorted, self._recent = merged, set()
-        return True
+    return [bytes.fromhex(each) for each in pq.read_table(path, columns=["id"]).column("id").to_pylist()]

@@ -125,7 +125,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
     Raises:
         MissingInput: the file is missing.
         BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the limits in `params`.
-        DiskFull: there is no room to decompress a parquet file.
+        DiskFull: there is not enough space to decompress a parquet file.
     """
     path, shown = root / name, printable(name)
     if not regular_status(path, shown).st_size:
@@ -280,7 +280,7 @@ def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download
     while chunk := file.read(_CHUNK_BYTES):
         if shutil.disk_usage(temporary.fileno()).free - len(chunk) < free_megabytes * MEGABYTE:
             raise DiskFull(
-                f"{name} needs more room to be decompressed than the folder of temporary files has, where "
+                f"{name} needs more space to be decompressed than the folder of temporary files has, where "
                 f"{free_megabytes:,} MB must stay free (download.files.min_free_disk_megabytes): "
                 "free some space, or set TMPDIR to another disk"
             )
