@@ -145,7 +145,7 @@ def run_python(code, folder=ROOT, prefix=(), **environment):
     [
         ("from compactgpt.cli import app; app(['sync'])", 77, "error: "),
         (
-            "from pathlib import Path; from compactgpt.tracking.mlflow_logger import run_of_value\n"
+            "from pathlib import Path; from compactgpt.tracking.store import run_of_value\n"
             "print(run_of_value(Path(), 'evaluation'))",
             0,
             "not looked up: SQLite writes next to mlflow.db, and this folder is read-only",

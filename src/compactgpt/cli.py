@@ -200,7 +200,7 @@ def trace(
     from compactgpt.common.storage import read_json
     from compactgpt.reporting.provenance import RECORD, find_value
     from compactgpt.reporting.provenance import trace as trace_value
-    from compactgpt.tracking.mlflow_logger import run_of_value
+    from compactgpt.tracking.store import run_of_value
 
     record = read_json(RECORD)
     lines = trace_value(Path(), record, name)

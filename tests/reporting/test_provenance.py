@@ -17,8 +17,7 @@ from compactgpt.reporting.provenance import (
     trace,
 )
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
-from compactgpt.tracking.mlflow_logger import run_of_value
-from compactgpt.tracking.store import open_store
+from compactgpt.tracking.store import open_store, run_of_value
 from tests.support.comparison_inputs import ROOT
 
 VALUE = {

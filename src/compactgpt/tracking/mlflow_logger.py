@@ -10,16 +10,14 @@ time and step. Runs go to the store that the journal names, and to no other.
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import Busy, MissingInput, UserError
-from compactgpt.common.git import DIFF, git_facts
+from compactgpt.common.git import git_facts
 from compactgpt.tracking import journal, pipeline_run
 from compactgpt.tracking.dvc_files import (
     CHAIN,
@@ -27,11 +25,9 @@ from compactgpt.tracking.dvc_files import (
     PARAMS,
     Cache,
     Folder,
-    entry_key,
     parse_yaml,
-    read_chain,
 )
-from compactgpt.tracking.journal import BEFORE, DEFAULT_URI, MAX_DIGEST, JournalFile, tracking_store
+from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_store
 from compactgpt.tracking.run_folder import PIPELINE, Copied, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 from compactgpt.tracking.system_metrics import SystemMetrics
@@ -80,15 +76,6 @@ class Logger:
         self.copied.save(self.folder.path)
         return True
 
-    def _create(self, tag: str, key: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the run with a tag; create it as `mlflow.start_run` does, which takes no start time."""
-        from mlflow.tracking.context.registry import resolve_tags
-
-        if run_id := self.store.find(tag, key):
-            return run_id
-        tags = resolve_tags({**tags, tag: key, "mlflow.runName": name})  # user, source type, commit
-        return str(self.client.create_run(self.store.experiment, time_ms, tags, name).info.run_id)
-
     def _start_pipeline(self) -> str:
         """Create the parent run with what is known at the start: parameters and command."""
         start, command = self.folder.start, self.folder.command
@@ -98,9 +85,9 @@ class Logger:
         }  # fmt: skip
         named = time.strftime("pipeline %m-%d %H:%M:%S", time.localtime(start["time_ms"] / 1000))
         name = start["tags"].get("dvc.experiment", named)
-        run_id = self._create("pipeline", self.folder.path.name, name, start["time_ms"], tags)
+        run_id = self.store.create("pipeline", self.folder.path.name, name, start["time_ms"], tags)
         params = parse_yaml(self.folder.before.read(PARAMS), PARAMS)
-        self._log(run_id, [{"kind": "params", "values": journal.tuned_params(params)}])
+        self.store.log(run_id, [{"kind": "params", "values": journal.tuned_params(params)}])
         return run_id
 
     def _copy_journal(self, file: JournalFile) -> bool:
@@ -115,7 +102,7 @@ class Logger:
             copied.run_id = self._start_stage(file, journals)
         if not status:
             monitor = self._monitors.setdefault(file.folder, SystemMetrics(file.start["pid"]))
-            self._log(copied.run_id, monitor.sample())
+            self.store.log(copied.run_id, monitor.sample())
         self._log_stage(file, copied.run_id, lines)
         if status and file.folder == journals[-1].folder:  # else a later process has resumed the run
             self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
@@ -131,64 +118,40 @@ class Logger:
         parent = {"mlflow.parentRunId": self.copied.run_id} if self.copied.run_id else {}
         script = f"stages/{file.start['stage'].partition('@')[0]}.py"
         tags = {**file.start["tags"], **parent, "stage": file.start["stage"], "mlflow.source.name": script}
-        run_id = self._create("journal", file.first, file.start["stage"], journals[0].start["time_ms"], tags)
+        run_id = self.store.create(
+            "journal", file.first, file.start["stage"], journals[0].start["time_ms"], tags
+        )
         for earlier in journals:
             if earlier.start["time_ms"] < file.start["time_ms"]:
                 self._log_stage(earlier, run_id, earlier.read()[0])
         if "continues" in file.start and file.folder == journals[-1].folder:
-            self._log(run_id, [{"kind": "tags", "values": parent}])
+            self.store.log(run_id, [{"kind": "tags", "values": parent}])
             self.client.update_run(run_id, status="RUNNING")
         if not parent and self.folder.before.root.exists():
-            self._log_folder(self.folder.before.root, BEFORE, run_id)
+            self.store.log_folder(run_id, self.folder.before.root, BEFORE)
         return run_id
 
     def _log_stage(self, file: JournalFile, run_id: str, lines: list[dict[str, Any]]) -> None:
         """Log lines of a journal; what a stage measured and read is also the pipeline's."""
         skipped = "params" if "continues" in file.start else ""  # the run has those of its first journal
-        self._log(run_id, [line for line in lines if line["kind"] != skipped])
+        self.store.log(run_id, [line for line in lines if line["kind"] != skipped])
         if self.copied.run_id:
-            self._log(self.copied.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
+            self.store.log(
+                self.copied.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")]
+            )
         for line in lines:
             if line["kind"] == "artifact" and (path := file.folder / line["path"]).is_dir():
                 self.client.log_artifacts(run_id, str(path), f"{line['folder']}/{path.name}".lstrip("/"))
             elif line["kind"] == "artifact" and path.exists():
                 self.client.log_artifact(run_id, str(path), line["folder"] or None)
 
-    def _log_folder(self, folder: Path, target: str | None, run_id: str) -> None:
-        self.client.log_artifacts(run_id, str(folder), target)
-        if (folder / DIFF).exists():  # once more by itself: `log_artifacts` drops the mode of files
-            self.client.log_artifact(run_id, str(folder / DIFF), target)
-
-    def _log(self, run_id: str, lines: list[dict[str, Any]]) -> None:
-        """Log the parameters, metrics, tags and data sets of journal lines to a run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-
-        params, metrics, tags = [], [], []
-        for line in lines:
-            values = line.get("values", {}).items()
-            if line["kind"] == "params":
-                params += [Param(key, str(value)) for key, value in values]
-            elif line["kind"] == "metrics":
-                metrics += [Metric(key, value, line["time_ms"], line["step"]) for key, value in values]
-            elif line["kind"] == "tags":
-                tags += [RunTag(key, str(value)) for key, value in values]
-        self.client.log_batch(run_id, metrics, params, tags)
-        inputs = []
-        for one in (one for line in lines if line["kind"] == "inputs" for one in line["datasets"]):
-            source = json.dumps({"uri": one["source"]})
-            profile = json.dumps({"sha256": one["digest"], "bytes": one.get("bytes", "")})
-            dataset = Dataset(one["name"], one["digest"][:MAX_DIGEST], "local", source, profile=profile)
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])]))
-        if inputs:
-            self.client.log_inputs(run_id, inputs)
-
     def _complete_pipeline(self) -> None:
         """Log what a `dvc` process left, close its run, and log its model if it finished."""
         run_id, after, found = self.copied.run_id, self.folder.path / "after", self.folder.outcome()
         assert found is not None  # keep_after wrote it
-        self._log_folder(after, None, run_id)
-        chain, cache = pipeline_run.kept_chain(Folder(after), found), Cache(self.folder.root)
-        tags, datasets = pipeline_run.hashes(after, cache, found.outs(chain))
+        self.store.log_folder(run_id, after)
+        outs, cache = pipeline_run.outs(Folder(after), found), Cache(self.folder.root)
+        tags, datasets = pipeline_run.hashes(after, cache, outs)
         links, files = {}, {file.start["stage"]: file for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in files:
@@ -204,13 +167,14 @@ class Logger:
         start_ms = self.folder.start["time_ms"]
         for step, values in pipeline_run.skipped_metrics(after, found):
             lines.append({"kind": "metrics", "time_ms": start_ms, "step": step, "values": values})
-        self._log(run_id, lines)
+        self.store.log(run_id, lines)
         end_ms = max(file.last["time_ms"] for file in self.folder.journals())
         self.client.set_terminated(run_id, found.status, end_ms)
         if found.status == "FINISHED" and "weights_sha256" in tags:
             from compactgpt.tracking import registry
 
-            trained = registry.Trained(run_id, chain, cache, after, tags["weights_sha256"], datasets)
+            val = next((one["digest"] for one in datasets if one["name"] == "val.tokens"), "")
+            trained = registry.Trained(run_id, outs, cache, after, tags["weights_sha256"], val)
             self.client.set_tag(run_id, "model_id", registry.log_model(self.store, trained))
 
 
@@ -239,89 +203,73 @@ def follow(folder: RunFolder) -> None:
 def sync(root: Path, *, record_unrun: bool = False) -> None:
     """Copy what the stores lack of the runs that have ended, after the child processes that already do so.
 
-    Runs that the store of the environment once had are copied again if that was deleted. What fails does
-    not keep other runs from being copied.
+    Runs that the store of the environment once had are copied again if that was deleted.
 
     Args:
         root: the repository.
         record_unrun: log a dvc.lock that no run has made, such as that of a fresh clone.
 
     Raises:
-        MissingInput: this is not the folder of a repository.
-        BadData: the store is damaged.
-        Unreachable: a store does not answer, or refuses.
-        Busy: DVC has not written its files yet.
+        UserError: what failed first; it keeps no other run from being copied.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
+    for folder in ended:
+        with folder.locked() as is_ours:  # a child process that still copies keeps it itself
+            if is_ours:
+                folder.keep_after()
     stores = [current, *(folder.start["store"] for folder in ended)]
     for wanted in {json.dumps(store): store for store in stores}.values():
         folders = [one for one in ended if one.start["store"] == wanted]
         if wanted != current:
             folders = [one for one in folders if not Copied.load(one.path).complete]
-        try:
-            _sync_store(root, wanted, folders, problems)
-            if wanted == current and record_unrun:
-                _record_unrun(root, open_store(root))
-        except UserError as problem:
-            problems.append(problem)
+        problems += _sync_store(root, wanted, folders, record_unrun=record_unrun and wanted == current)
     if problems:
         raise problems[0]
 
 
 def _sync_store(
-    root: Path, wanted: Mapping[str, str], folders: list[RunFolder], problems: list[UserError]
-) -> None:
-    """Copy run folders to their store, and add what fails to `problems`."""
-    for folder in folders:
-        with folder.locked() as is_ours:  # a child process that still copies keeps it itself
-            if is_ours:
-                folder.keep_after()
-    store = open_store(root, wanted) if folders else None
-    for folder in folders:
-        store = store or open_store(root, wanted)
-        try:
-            with store_errors(wanted["uri"]), folder.locked(wait=True):
-                if not Logger(folder, store).copy():
-                    raise Busy("DVC has not written its files yet: run `compactgpt sync` again later")
-        except UserError as problem:
-            problems.append(problem)
-            store = None  # opened again for the next folder: it may have died
+    root: Path, wanted: dict[str, str], folders: list[RunFolder], *, record_unrun: bool
+) -> list[UserError]:
+    """Copy run folders to their store, and return what failed."""
+    store, problems = None, []
+    try:
+        for folder in folders:
+            store = store or open_store(root, wanted)  # again after a failure: it may not answer any more
+            try:
+                with store_errors(wanted["uri"]), folder.locked(wait=True):
+                    if not Logger(folder, store).copy():
+                        raise Busy("DVC has not written its files yet: run `compactgpt sync` again later")
+            except UserError as problem:
+                problems.append(problem)
+                store = None
+        if record_unrun:
+            store = store or open_store(root, wanted)
+            with store_errors(wanted["uri"]):
+                _record_unrun(root, store)
+    except UserError as problem:
+        problems.append(problem)
+    return problems
 
 
 def _record_unrun(root: Path, store: Store) -> None:
     """Log a `dvc repro` that had nothing to do, once a dvc.lock: as in a clone after `dvc pull`."""
     place = Folder(root)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
-    with store_errors(tracking_store()["uri"]):
-        if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
-            return
-        found = pipeline_run.outcome(place, place, [], "dvc repro")
-        if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
-            return
-        facts = {
-            **journal.process_facts(), "tags": {**git_facts(root), **journal.machine_facts()},
-            "pipeline": {"pid": 0, "created": time.time(), "command": "dvc repro"},
-            "workspace": str(root.resolve()),
-        }  # fmt: skip
-        run = journal.Journal(root / ".state", PIPELINE, facts)
-        run.keep_before(root)
-        run.end("FINISHED")
-        Logger(RunFolder(run.run_folder), store).copy()
-
-
-def run_of_value(root: Path, stage: str) -> str:
-    """Return which run made what dvc.lock has of a stage, or why none is known."""
-    if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
-        return "no MLflow store here: `make repro` keeps one"
-    if tracking_store()["uri"] == DEFAULT_URI and not os.access(root, os.W_OK):
-        return "not looked up: SQLite writes next to mlflow.db, and this folder is read-only"
-    entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
-    with store_errors(tracking_store()["uri"]):
-        run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
-    return f"{run_id} ({stage})" if run_id else f"no run in the store made what dvc.lock has of {stage}"
+    if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
+        return
+    found = pipeline_run.outcome(place, place, [], "dvc repro")
+    if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
+        return
+    tags = {**git_facts(root), **journal.machine_facts()}
+    pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
+    facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}
+    run = journal.Journal(root / ".state", PIPELINE, {**journal.process_facts(), **facts})
+    run.keep_before(root)
+    run.end("FINISHED")
+    Logger(RunFolder(run.run_folder), store).copy()
 
 
 class PasswordFilter(logging.Formatter):

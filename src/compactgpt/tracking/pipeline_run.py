@@ -16,9 +16,9 @@ from pydantic import BaseModel
 
 from compactgpt.common.errors import UserError
 from compactgpt.common.storage import MANIFEST, read_json, write_json
-from compactgpt.tracking import dvc_files
+from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Chain, Entry, Folder, Place
-from compactgpt.tracking.journal import BEFORE, LOCKED, JournalFile, packages, stage_metrics, token_files
+from compactgpt.tracking.journal import BEFORE, LOCKED, JournalFile, flatten
 
 MAX_TABLE = 20_000_000  # bytes of one table of sums by document that is kept with a run
 SKIPPED, NOT_REACHED = "skipped", "not reached"
@@ -32,12 +32,6 @@ class Outcome(BaseModel):
     stages: dict[str, str] = {}  # ran, skipped or not reached
     entries: dict[str, str] = {}  # hash of the entry in dvc.lock, of stages whose entry belongs to the run
 
-    def outs(self, chain: Chain) -> dict[str, str]:
-        """Return the MD5 of each output that belongs to the run."""
-        return {
-            path: md5 for stage in self.entries for path, md5 in dvc_files.outs(chain.entries[stage]).items()
-        }
-
 
 def outcome(place: Place, before: Place, journals: list[JournalFile], command: str) -> Outcome:
     """Return what a `dvc` process did, from the files that it left.
@@ -50,10 +44,10 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
-        params = dvc_files.parse_yaml(before.read(PARAMS) or place.read(PARAMS), PARAMS)
+        params = flatten(dvc_files.parse_yaml(before.read(PARAMS) or place.read(PARAMS), PARAMS))
     except UserError as error:
         return Outcome(status="FAILED", reason=str(error))
-    ran = {journal.start["stage"]: journal for journal in journals}
+    ran = {file.start["stage"]: file for file in journals}
     found = Outcome(status="FINISHED")
     for stage in chain.stages:  # dvc.yaml has a stage after those whose outputs it reads
         found.stages[stage] = f"ran ({ran[stage].status.lower()})" if stage in ran else NOT_REACHED
@@ -67,51 +61,44 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
         if is_valid:
             found.entries[stage] = dvc_files.entry_key(entry)
     named = [stage for stage in chain.stages if {stage, stage.partition("@")[0]} & set(command.split())]
-    missing = [stage for stage in named or chain.stages if stage not in found.entries]
-    if missing:
+    if missing := [stage for stage in named or chain.stages if stage not in found.entries]:
         found.reason = f"`dvc` failed or was stopped: {LOCK} has not what {', '.join(missing)} made"
     if not chain.lock:
         found.reason = f"{LOCK} is empty or missing"
-    ends = [*(journal.status for journal in journals), "FAILED" if found.reason else "FINISHED"]
+    ends = [*(file.status for file in journals), "FAILED" if found.reason else "FINISHED"]
     found.status = next(status for status in ("KILLED", "FAILED", "FINISHED") if status in ends)
     return found
 
 
-def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], place: Place) -> bool:
-    """Whether a stage's entry was made from the outputs of valid stages, and from the code and data here."""
-    for path, md5 in dvc_files.deps(entry).items():
-        inside = {
-            out: stage
-            for stage, maker in chain.entries.items()
-            for out in dvc_files.outs(maker)
-            if f"{out}/".startswith(f"{path}/") or path.startswith(f"{out}/")
-        }
-        if any(stage not in valid for stage in inside.values()) or chain.out(path) not in ("", md5):
-            return False
-        # DVC keeps a commit only of an experiment that ended well. Of files that are gone nothing is known.
-        if not inside and isinstance(place, Folder) and dvc_files.md5_path(place.root / path) != md5:
-            return False
-    return True
-
-
-def _is_recorded(journal: JournalFile, entry: Entry) -> bool:
+def _is_recorded(file: JournalFile, entry: Entry) -> bool:
     """Whether dvc.lock names the very reports that a stage logged."""
     named = {Path(path).name: md5 for path, md5 in dvc_files.outs(entry).items()}
-    logged = {
-        path.name: dvc_files.md5_file(path) for path in (journal.folder / "artifacts/reports").glob("*")
-    }
+    logged = {path.name: dvc_files.md5_file(path) for path in (file.folder / "artifacts/reports").glob("*")}
     return all(named.get(name, md5) == md5 for name, md5 in logged.items())
 
 
 def _has_params(entry: Entry, params: Mapping[str, Any]) -> bool:
     """Whether a stage's entry was made with these parameters."""
-    for key, value in dvc_files.entry_params(entry).items():
-        found: Any = params
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        if found != value:
+    wanted = dvc_files.entry_params(entry)
+    found = {key: value for key, value in params.items() if any(_is_inside(key, one, ".") for one in wanted)}
+    return flatten(wanted) == found
+
+
+def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], place: Place) -> bool:
+    """Whether a stage's entry was made from the outputs of valid stages, and from the code and data here."""
+    makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
+    for path, md5 in dvc_files.deps(entry).items():
+        inside = [out for out in makers if _is_inside(out, path) or _is_inside(path, out)]
+        if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
+            return False
+        # DVC keeps a commit only of an experiment that ended well. Code that is gone counts as changed.
+        if not inside and isinstance(place, Folder) and dvc_files.md5_path(place.root / path) != md5:
             return False
     return True
+
+
+def _is_inside(path: str, parent: str, separator: str = "/") -> bool:
+    return f"{path}{separator}".startswith(f"{parent}{separator}")
 
 
 def write_after(
@@ -128,11 +115,13 @@ def write_after(
     if lock := place.read(LOCK):
         (making / LOCK).write_bytes(lock)
     (making / "environment").mkdir()
-    (making / "environment/packages.txt").write_text(packages())
+    (making / "environment/packages.txt").write_text(journal.packages())
     found = outcome(place, Folder(before), journals, command)
     try:
-        for path, md5 in found.outs(kept_chain(place, found)).items():
-            if path.startswith("reports/") or _is_small_table(cache, path, md5):
+        for path, md5 in outs(place, found).items():
+            is_table = path.startswith(("data/evaluation", "data/baseline")) and cache.has(md5)
+            size = sum(file.stat().st_size for file in cache.files(md5).values()) if is_table else 0
+            if path.startswith("reports/") or (is_table and size <= MAX_TABLE):
                 dvc_files.checkout(cache, place, path, md5, making / path)
     except UserError as error:  # an object of the cache was altered
         found.reason = found.reason or str(error)
@@ -141,16 +130,10 @@ def write_after(
     making.rename(after)
 
 
-def kept_chain(place: Place, found: Outcome) -> Chain:
-    """Return the stages and entries of a run; none where its dvc.lock can't be read."""
-    return dvc_files.read_chain(place) if found.stages else Chain([], {})
-
-
-def _is_small_table(cache: Cache, path: str, md5: str) -> bool:
-    """Whether an output holds sums by document, and not too many."""
-    if not path.startswith(("data/evaluation", "data/baseline")) or not cache.has(md5):
-        return False
-    return sum(file.stat().st_size for file in cache.files(md5).values()) <= MAX_TABLE
+def outs(place: Place, found: Outcome) -> dict[str, str]:
+    """Return the MD5 of each output that belongs to a run."""
+    entries = dvc_files.read_chain(place).entries if found.entries else {}
+    return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[tuple[int, dict[str, float]]]:
@@ -160,7 +143,7 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[tuple[int, dict[str
         path = after / "reports" / (f"baseline/{item}.json" if item else f"{name}.json")
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
             continue
-        yield 0, stage_metrics(stage, read_json(path))
+        yield 0, journal.stage_metrics(stage, read_json(path))
         curve = after / "reports/loss.csv"
         if name == "training" and curve.exists():
             for row in csv.DictReader(curve.read_text(encoding="utf-8").splitlines()):
@@ -168,23 +151,23 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[tuple[int, dict[str
                 yield int(row["step"]), {key: float(value) for key, value in losses.items() if value}
 
 
-def hashes(after: Path, cache: Cache, outs: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return hashes of what a run is made of, as tags, and its token files as `Journal.inputs` takes them."""
     tags, datasets = {}, []
     for key, name in (("lock", LOCK), ("params", PARAMS), ("requirements", LOCKED)):
         tags[f"{key}_sha256"] = hashlib.sha256(Folder(after).read(name) or b"").hexdigest()
     for key, path in (("data", TOKENS), ("weights", MODEL)):
-        md5 = outs.get(path, "")
+        md5 = made.get(path, "")
         if md5 and cache.has(md5) and (manifest := cache.files(md5).get(MANIFEST)):
             files = read_json(manifest)["files"]
             weights = files.get("model.safetensors", {}).get("sha256", "")
             tags[f"{key}_sha256"] = weights or hashlib.sha256(manifest.read_bytes()).hexdigest()
-            datasets += token_files(files, {"train": "training", "val": "validation"})
+            datasets += journal.token_files(files, {"train": "training", "val": "validation"})
     return tags, datasets
 
 
 def description(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Return a pipeline run's description in Markdown; `links` has the runs that made the stages' outputs."""
+    """Return a run's description in Markdown; `links` has the runs that made the stages' outputs."""
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]
     for stage, what in found.stages.items():

@@ -3,13 +3,14 @@
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import CheckFailed, MissingInput
-from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Chain, Folder, checkout
+from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, checkout
 from compactgpt.tracking.journal import MAX_DIGEST
 from compactgpt.tracking.store import Store
 
@@ -17,6 +18,7 @@ NAME = "compactgpt"
 CHAMPION = "champion"
 EXAMPLE = "The future of AI is"
 MAX_NEW_TOKENS = 64  # of an answer, or half of a shorter context: a request can't ask for more
+_NEEDED = ("torch", "transformers")
 PIPELINE_RUN = "pipeline_run"  # tag of a registered version: the run with its reports and dvc.lock
 
 
@@ -25,39 +27,32 @@ class Trained:
     """A model that a pipeline made."""
 
     run_id: str  # of the pipeline
-    chain: Chain
+    outs: Mapping[str, str]  # MD5 by path
     cache: Cache
     after: Path  # the files that the pipeline left
     weights: str  # SHA-256
-    datasets: list[dict[str, str]]  # as Journal.inputs takes them
+    val: str  # SHA-256 of the val split; empty if there is none
 
 
 def log_model(store: Store, trained: Trained) -> str:
-    """Log the model of a pipeline, unless its weights are logged, with the metrics of this pipeline.
+    """Log the model of a pipeline, unless its weights are logged, with the pipeline's metrics.
 
     Returns:
         The id of the logged model.
-
-    Raises:
-        MissingInput: DVC's cache lacks the model or the tokenizer.
     """
     from mlflow.entities import LoggedModelInput, Metric
 
-    val_sha256 = next((one["digest"] for one in trained.datasets if one["name"] == "val.tokens"), "")
-    model_id = _logged(store, trained.weights) or _log(trained, val_sha256)
-    run = store.client.get_run(trained.run_id)
-    linked = [*run.inputs.model_inputs, *(run.outputs.model_outputs if run.outputs else [])]
-    if model_id not in [one.model_id for one in linked]:  # MLflow refuses to link a model twice
+    model_id = _logged(store, trained.weights) or _log(trained)
+    run, model = store.client.get_run(trained.run_id), store.client.get_logged_model(model_id)
+    if trained.run_id != model.source_run_id and not run.inputs.model_inputs:
         store.client.log_inputs(trained.run_id, models=[LoggedModelInput(model_id)])
-    data = ("val.tokens", val_sha256[:MAX_DIGEST]) if val_sha256 else (None, None)
-    metrics = [
-        Metric(one.key, one.value, one.timestamp, one.step, model_id, *data, trained.run_id)
-        for key in run.data.metrics
-        if key.startswith("eval/")
-        for one in store.client.get_metric_history(trained.run_id, key)
-        if one.model_id is None
-    ]
-    store.client.log_batch(trained.run_id, metrics)
+    if trained.run_id in [metric.run_id for metric in model.metrics or []]:
+        return model_id
+    data = ("val.tokens", trained.val[:MAX_DIGEST]) if trained.val else (None, None)
+    for key in (key for key in run.data.metrics if key.startswith("eval/")):
+        history = store.client.get_metric_history(trained.run_id, key)
+        points = [(key, one.value, one.timestamp, one.step, model_id, *data) for one in history]
+        store.client.log_batch(trained.run_id, [Metric(*point, trained.run_id) for point in points])
     return model_id
 
 
@@ -71,14 +66,14 @@ def _logged(store: Store, weights: str) -> str:
     return next((str(model.model_id) for model in found if model.status == "READY"), "")
 
 
-def _log(trained: Trained, val_sha256: str) -> str:
+def _log(trained: Trained) -> str:
     """Export a model to the form of Hugging Face, and log that with the parameters of its run."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: nothing is asked of the hub
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
         for path in (MODEL, TOKENIZER):
-            if not checkout(trained.cache, Folder(folder), path, trained.chain.out(path), folder / path):
+            if not checkout(trained.cache, Folder(folder), path, trained.outs.get(path, ""), folder / path):
                 raise MissingInput(f"DVC's cache lacks {path}")
         import mlflow
         from huggingface_hub import ModelCard
@@ -105,10 +100,8 @@ def _log(trained: Trained, val_sha256: str) -> str:
             },
             model_card=ModelCard(card, ignore_metadata_errors=True),
             model_type="gpt2",
-            tags={"weights_sha256": trained.weights, "val_sha256": val_sha256},
-            pip_requirements=[
-                f"{name}=={metadata.version(name).partition('+')[0]}" for name in ("torch", "transformers")
-            ],
+            tags={"weights_sha256": trained.weights, "val_sha256": trained.val},
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _NEEDED],
         )
         return str(logged.model_id)
 
@@ -127,13 +120,7 @@ def _signature() -> Any:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights, and make it the champion: only the gate calls this.
 
-    Args:
-        store: the tracking store.
-        weights: SHA-256 of the model's file.
-        reason: why a model of another configuration or val split is accepted.
-
-    Returns:
-        The version that has the alias now.
+    Returns the version that has the alias now. A model of another configuration or val split needs a reason.
 
     Raises:
         MissingInput: no logged model has them.
@@ -148,12 +135,12 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         present_id = present.source.removeprefix("models:/")  # its model_id is not set in a SQLite store
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
-    version = max((str(one.version) for one in known), key=int, default="")
-    if not version:
+    number = max((str(one.version) for one in known), key=int, default="")
+    if not number:
         tags = {"weights_sha256": weights, PIPELINE_RUN: model.source_run_id, "accepted": reason}
-        version = str(mlflow.register_model(f"models:/{model_id}", NAME, tags=tags).version)
-    store.client.set_registered_model_alias(NAME, CHAMPION, version)
-    return version
+        number = str(mlflow.register_model(f"models:/{model_id}", NAME, tags=tags).version)
+    store.client.set_registered_model_alias(NAME, CHAMPION, number)
+    return number
 
 
 def _refuse_other_configuration(model: Any, present: Any) -> None:

@@ -8,14 +8,22 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from compactgpt.common.errors import BadData, Unreachable, UserError
-from compactgpt.tracking.journal import tracking_folder, tracking_store, without_password
+from compactgpt.common.git import DIFF
+from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
+from compactgpt.tracking.journal import (
+    DEFAULT_URI,
+    MAX_DIGEST,
+    tracking_folder,
+    tracking_store,
+    without_password,
+)
 
 REQUEST_SECONDS = 5  # for one answer of a server
 OPEN_SECONDS = 12.0  # for all answers until a store is open; for a database on a server, too
@@ -72,6 +80,43 @@ class Store:
         wanted, newest = f"tags.`{tag}` = '{value}'{further}", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
+
+    def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
+        """Return the run with a tag; create it as `mlflow.start_run` does, which takes no start time."""
+        from mlflow.tracking.context.registry import resolve_tags
+
+        if run_id := self.find(tag, value):
+            return run_id
+        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # user, source type, commit
+        return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
+
+    def log(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Log the parameters, metrics, tags and data sets of journal lines to a run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        params, metrics, tags, inputs = [], [], [], []
+        for line in lines:
+            values = line.get("values", {}).items()
+            if line["kind"] == "params":
+                params += [Param(key, str(value)) for key, value in values]
+            elif line["kind"] == "metrics":
+                metrics += [Metric(key, value, line["time_ms"], line["step"]) for key, value in values]
+            elif line["kind"] == "tags":
+                tags += [RunTag(key, str(value)) for key, value in values]
+            for one in line.get("datasets", []):
+                source = json.dumps({"uri": one["source"]})
+                profile = json.dumps({"sha256": one["digest"], "bytes": one.get("bytes", "")})
+                dataset = Dataset(one["name"], one["digest"][:MAX_DIGEST], "local", source, profile=profile)
+                inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", one["context"])]))
+        self.client.log_batch(run_id, metrics, params, tags)
+        if inputs:
+            self.client.log_inputs(run_id, inputs)
+
+    def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
+        """Log the files of a folder."""
+        self.client.log_artifacts(run_id, str(folder), target)
+        if (folder / DIFF).exists():  # once more by itself: `log_artifacts` drops the mode of files
+            self.client.log_artifact(run_id, str(folder / DIFF), target)
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
@@ -219,3 +264,15 @@ def _keep_artifacts_here(database: Path) -> None:
                 (f"'{ARTIFACTS}' || substr({column}, 18)", f"{column} like 'mlflow-artifacts:/%'"),
             ]:
                 store.execute(f"update {table} set {column} = {value} where {condition}")  # noqa: S608
+
+
+def run_of_value(root: Path, stage: str) -> str:
+    """Return which run made what dvc.lock has of a stage, or why none is known."""
+    if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
+        return "no MLflow store here: `make repro` keeps one"
+    if tracking_store()["uri"] == DEFAULT_URI and not os.access(root, os.W_OK):
+        return "not looked up: SQLite writes next to mlflow.db, and this folder is read-only"
+    entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
+    with store_errors(tracking_store()["uri"]):
+        run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
+    return f"{run_id} ({stage})" if run_id else f"no run in the store made what dvc.lock has of {stage}"
