@@ -26,16 +26,16 @@ HOSTILE = "*Ham<script>let</script>* `x` [a](b) | $y$ \u202etxt.exe\x1b[31m"
 NAME = "Shakespeare's plays"
 
 
-def own(place, name=NAME):
-    """Turn a place's reports into those of a user's own corpus."""
+def own(project, name=NAME):
+    """Turn a project's reports into those of a user's own corpus."""
     part = {"name": f"corpus/{name}.txt", "version": None, "licence": name, "documents": 1, "bytes": 9}
-    edit(place / "reports/download.json", lambda r: r.update(corpus="files", name=name, sources=[part]))
-    return place
+    edit(project / "reports/download.json", lambda r: r.update(corpus="files", name=name, sources=[part]))
+    return project
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    return record_of(own(make_place(tmp_path_factory.mktemp("place"))))
+    return record_of(own(make_place(tmp_path_factory.mktemp("project"))))
 
 
 def test_the_record_knows_what_it_is_about(record, tmp_path):
@@ -43,8 +43,8 @@ def test_the_record_knows_what_it_is_about(record, tmp_path):
     known = {item["id"]: item for item in record["evidence"]}
     assert known["compact.perplexity"]["corpus"] == f"{NAME} val"
     assert known["compact.tokens_seen"]["corpus"] == f"{NAME} train"
-    place = own(make_place(tmp_path), "docstrings")  # a file of that name is no demo
-    assert record_of(place)["about_note"] is False
+    project = own(make_place(tmp_path), "docstrings")  # a file of that name is no demo
+    assert record_of(project)["about_note"] is False
 
 
 @pytest.mark.parametrize("language", ["en", "fr"])
@@ -131,16 +131,16 @@ def test_labels_do_not_overlap_with_ratios_far_from_one(record, name):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    place = own(make_place(tmp_path_factory.mktemp("place")), HOSTILE)
+    project = own(make_place(tmp_path_factory.mktemp("project")), HOSTILE)
 
     def rename(report):
         for sample in report["samples"]:
             sample["prompt"] = HOSTILE
             sample["greedy"]["text"] = f"```\n</pre><script>\u202e{HOSTILE}\n```\n# no heading"
 
-    edit(place / "reports/samples.json", rename)
-    edit(place / "reports/evaluation.json", lambda r: r["model"].update(context=HOSTILE))
-    return record_of(place)
+    edit(project / "reports/samples.json", rename)
+    edit(project / "reports/evaluation.json", lambda r: r["model"].update(context=HOSTILE))
+    return record_of(project)
 
 
 @pytest.mark.parametrize("render", [render_comparison, render_model_card])
@@ -183,10 +183,10 @@ RUN = """
 import os, sys
 from pathlib import Path
 from tests.support import tiny_pipeline
-place = Path(sys.argv[1])
+project = Path(sys.argv[1])
 for stage in tiny_pipeline.STAGES:
     try:
-        tiny_pipeline.run_stage(stage, place, "none")
+        tiny_pipeline.run_stage(stage, project, "none")
     except SystemExit as ended:
         assert not ended.code, stage
 """
@@ -194,17 +194,17 @@ for stage in tiny_pipeline.STAGES:
 
 @pytest.mark.slow
 def test_a_real_chain_on_own_text_reports_on_that_text(tmp_path):
-    place = tiny_pipeline.make_place(tmp_path / "place")
-    tiny_pipeline.write_inputs(place, 1)
-    params = json.loads((place / "params.yaml").read_text())
+    project = tiny_pipeline.make_place(tmp_path / "project")
+    tiny_pipeline.write_inputs(project, 1)
+    params = json.loads((project / "params.yaml").read_text())
     params["download"]["files"]["name"] = NAME
-    (place / "params.yaml").write_text(json.dumps(params))
+    (project / "params.yaml").write_text(json.dumps(params))
     paths = {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", RUN, str(place)], check=True, cwd=place, env=paths)
-    text = (place / "reports/comparison.md").read_text()
+    subprocess.run([sys.executable, "-c", RUN, str(project)], check=True, cwd=project, env=paths)
+    text = (project / "reports/comparison.md").read_text()
     assert text.startswith(f"# A compact GPT on {NAME}\n\nOn {NAME}, the compact model reaches a loss of")
-    assert f"tokens of {NAME}" in (place / "reports/model_card.md").read_text()
-    page = (place / "reports/index.html").read_text()
+    assert f"tokens of {NAME}" in (project / "reports/model_card.md").read_text()
+    page = (project / "reports/index.html").read_text()
     assert "tokens of files" not in page + text
     assert "0.000 (0.000 to 0.000)" not in page + text
     assert "files val" not in page + text

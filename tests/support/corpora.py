@@ -27,7 +27,7 @@ def read_documents(folder: Path) -> list[Document]:
 
 
 def collect_in(folder: Path, corpus: Corpus, limits: Limits = ALL, log=lambda _: None):
-    """Write `folder`/documents, with the state beside it; return the report and the documents."""
+    """Write `folder`/documents, with the state next to it; return the report and the documents."""
     report = collect(corpus, folder / "documents", limits, state=folder / "state", log=log)
     return report, read_documents(folder / "documents")
 

@@ -72,12 +72,12 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
     folder = _cached_model(repo, revision)
     if folder is None:
         require_on_hub("model", repo, revision, advice)
+        folders = ["*/*"]  # have the weights in other formats
         with hub_errors(repo, advice):
-            folder = Path(
-                snapshot_download(
-                    repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=["*/*"]
-                )
+            found = snapshot_download(
+                repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=folders
             )
+        folder = Path(found)
     for path in sorted(folder.glob("*.safetensors")):
         # The cache names a large file by its SHA-256.
         blob = path.resolve()

@@ -1,4 +1,4 @@
-"""Checks that run before DVC hashes the dependencies: params.yaml is valid, and DVC can read every file.
+"""Checks that run before DVC hashes the dependencies of the stages: DVC can read every file.
 
 DVC opens every file of a dependency. It waits forever for a named pipe or a link to a device, and a dead
 link or a file name that is not UTF-8 ends it with a traceback or an unclear message.
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import read_yaml
-from compactgpt.config import load_params
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -22,22 +21,11 @@ _KINDS = {
 }
 
 
-def check_inputs(root: Path, params_file: Path) -> None:
-    """Check params.yaml and the dependencies that dvc.yaml names.
-
-    Raises:
-        BadConfig: params.yaml has a key or value that is not allowed, such as a baseline's name.
-        BadData, MissingInput: see `check_files`; or a file of configuration is missing.
-    """
-    load_params(params_file)
-    check_dependencies(root)
-
-
 def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
-    stages = (read_yaml(root / "dvc.yaml").get("stages") or {}).values()
-    dependencies = [name for stage in stages for name in (stage.get("do") or stage).get("deps") or []]
-    for name in sorted({name for name in dependencies if isinstance(name, str) and "${" not in name}):
+    stages = read_yaml(root / "dvc.yaml").get("stages") or {}
+    names = {name for stage in stages.values() for name in stage.get("deps") or []}
+    for name in sorted(name for name in names if "${" not in name):  # a matrix stage's own are outputs
         path = root / name
         if path.is_dir():
             check_files(path)

@@ -2,7 +2,7 @@
 
 Shards are written one by one into `<state>/download/<key>/`, each with a note of its hash, of the counts up
 to its end and of the corpus's position there. A run that was stopped resumes after its last finished shard.
-The folder of documents is made of the shards at the end.
+At the end the shards become the folder of documents.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards; `state` is deleted at the end.
+    """Write a corpus as a folder of document shards; `state` keeps them for the next run if this one stops.
 
     Returns:
         The facts of the folder's manifest, and `left_out`: how many texts were left out, by reason.
@@ -171,6 +171,7 @@ def _state_key(corpus: Corpus, limits: Limits) -> str:
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
+    # Another version of pyarrow may write other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
@@ -211,7 +212,7 @@ def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
         number = note["shard"]["documents"]
     except (UserError, KeyError, TypeError):
         log(f"{path} of an earlier run is damaged: it and the shards after it are written again")
-        return None
+        return None  # the corpus is read again from the position before this shard
     log(f"{path.name} was finished by an earlier run ({number:,} documents) and is kept")
     return note
 
@@ -235,7 +236,7 @@ def _select(
         size = len(text.text.encode("utf-8"))
         if sum(counts.bytes) + size > max_bytes:
             return
-        document_id = bytes.fromhex(document.id)
+        document_id = bytes.fromhex(document.id)  # half the size of its digits
         if document_id in seen:
             counts.left_out["duplicate"] += 1
             continue
