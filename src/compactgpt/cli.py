@@ -83,9 +83,11 @@ def check(params_file: ParamsFile = PARAMS) -> None:
 
     Example: compactgpt check
     """
-    from compactgpt.data.inputs import check_inputs
+    from compactgpt.config import load_params
+    from compactgpt.data.inputs import check_dependencies
 
-    check_inputs(Path(), params_file)
+    load_params(params_file)
+    check_dependencies(Path())
     echo("params.yaml is valid, and DVC can read every dependency")
 
 
