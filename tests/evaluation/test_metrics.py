@@ -1,4 +1,4 @@
-"""Metrics: hand-worked values, and intervals that cover the truth as often as they say."""
+"""Metrics: values worked by hand, and intervals that cover the truth as often as they claim."""
 
 import itertools
 import math
@@ -18,15 +18,12 @@ from compactgpt.evaluation.metrics import (
 )
 
 
-def test_bits_per_byte_and_perplexity_worked_by_hand():
+def test_values_worked_by_hand():
     assert perplexity(math.log(50257)) == pytest.approx(50257)
     assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)  # eight coin flips a byte
     assert bits_per_byte(3.12 * 1000, 4400) == pytest.approx(1.023, abs=5e-4)  # GPT-2 on OpenWebText
-
-
-def test_a_ratio_is_the_ratio_of_sums_not_the_mean_of_ratios():
     found = ratio_bootstrap(np.array([1.0, 30.0]), np.array([1.0, 10.0]), resamples=10, seed=0)
-    assert found.value == pytest.approx(31 / 11)
+    assert found.value == pytest.approx(31 / 11)  # not the mean of 1 and 3
 
 
 def test_the_bounds_are_percentiles_of_all_resamples_worked_by_hand():
@@ -36,12 +33,11 @@ def test_the_bounds_are_percentiles_of_all_resamples_worked_by_hand():
     found = ratio_bootstrap(nats, tokens, resamples=20_000, seed=5)
     assert (found.low, found.high) == (min(every), max(every))  # each has probability 1/27 > 2.5 %
     narrow = ratio_bootstrap(nats, tokens, resamples=20_000, seed=5, confidence=0.5)
-    low, high = np.quantile(every, [0.25, 0.75], method="inverted_cdf")
-    assert (narrow.low, narrow.high) == pytest.approx((low, high))
+    quartiles = np.quantile(every, [0.25, 0.75], method="inverted_cdf")
+    assert (narrow.low, narrow.high) == pytest.approx(tuple(quartiles))
 
 
-def test_chunked_resampling_draws_what_one_chunk_would():
-    """Bounded memory must not change the numbers: one generator, read in the same order."""
+def test_resampling_in_chunks_draws_what_one_chunk_would():
     nats = np.random.default_rng(0).gamma(2, 50, 5000)
     tokens = np.random.default_rng(1).integers(1, 99, 5000).astype(float)
     drawn = np.random.Generator(np.random.PCG64(3)).integers(0, 5000, (1000, 5000))
@@ -50,8 +46,8 @@ def test_chunked_resampling_draws_what_one_chunk_would():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), rel=1e-12)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Clustered data: tokens of a document share its difficulty. Known truth, 300 data sets."""
+def test_the_interval_covers_the_truth_about_as_often_as_it_claims():
+    """Tokens of a document share its difficulty: the reason for resampling documents. 300 data sets."""
     generator, covered, token_level = np.random.default_rng(11), 0, 0
     for seed in range(300):
         tokens = generator.integers(20, 400, 80).astype(float)
@@ -59,13 +55,13 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         nats = tokens * difficulty + generator.normal(0, 1, 80) * np.sqrt(tokens)
         found = ratio_bootstrap(nats, tokens, resamples=400, seed=seed)
         covered += found.low <= 3.0 <= found.high
-        error = 1.96 / math.sqrt(tokens.sum())  # what independent tokens of variance 1 would claim
+        error = 1.96 / math.sqrt(tokens.sum())  # of independent tokens of variance 1
         token_level += abs(found.value - 3.0) <= error
     assert 0.90 <= covered / 300 <= 0.98
-    assert token_level / 300 < 0.5  # the reason for resampling documents
+    assert token_level / 300 < 0.5
 
 
-def test_the_paired_ratio_sees_what_two_separate_intervals_hide():
+def test_the_paired_ratio_finds_what_two_separate_intervals_hide():
     """A model 0.02 nats better everywhere: the paired interval excludes 1, the plain ones overlap."""
     generator = np.random.default_rng(2)
     tokens = generator.integers(20, 400, 60).astype(float)
@@ -81,23 +77,12 @@ def test_the_paired_ratio_sees_what_two_separate_intervals_hide():
         perplexity_ratio(worse, worse[1:], tokens, resamples=5, seed=0)
 
 
-def test_the_paired_interval_is_that_of_the_ratios_of_every_resample():
-    """Plainly: the same documents for both, a perplexity of each, their ratio, its quartiles."""
-    tokens = np.array([20.0, 300.0, 110.0, 40.0, 75.0])
-    nats, other = tokens * [3.0, 2.5, 3.5, 2.9, 3.3], tokens * [2.8, 2.6, 3.0, 3.1, 3.2]
-    drawn = np.random.Generator(np.random.PCG64(9)).integers(0, 5, (400, 5))
-    first, second = (np.exp(each[drawn].sum(1) / tokens[drawn].sum(1)) for each in (nats, other))
-    found = perplexity_ratio(nats, other, tokens, resamples=400, seed=9, confidence=0.5)
-    expected = np.quantile(np.log(first / second), [0.25, 0.75])
-    assert (found.low, found.high) == pytest.approx(tuple(np.exp(expected)), rel=1e-12)
-
-
 @pytest.mark.parametrize(
-    ("nats", "tokens", "complaint"),
+    ("nats", "tokens", "message"),
     [([], [], "non-empty"), ([1.0], [1.0, 2.0], "equal"), ([1.0, 1.0], [3.0, 0.0], "positive")],
 )
-def test_impossible_data_is_refused(nats, tokens, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_impossible_data_is_refused(nats, tokens, message):
+    with pytest.raises(ValueError, match=message):
         ratio_bootstrap(np.array(nats), np.array(tokens), resamples=5, seed=0)
 
 
@@ -109,7 +94,7 @@ def test_wilsons_interval_is_scipys(successes, trials):
     assert found.low <= found.value <= found.high
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 0), (7, 12), (12, 7), (400, 330)])
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 0), (7, 12), (400, 330)])
 def test_mcnemars_p_value_is_scipys_binomial_test(one, other):
     expected = scipy.stats.binomtest(one, one + other, 0.5).pvalue if one + other else 1.0
     assert mcnemar(one, other) == pytest.approx(expected, rel=1e-9)

@@ -1,4 +1,4 @@
-"""Text statistics: cases worked by hand, and intervals that cover the truth as often as they say."""
+"""Text statistics: cases worked by hand, and intervals that cover the truth as often as they claim."""
 
 import math
 
@@ -8,17 +8,14 @@ import pytest
 from compactgpt.evaluation import text_metrics
 
 
-def test_distinct_n_worked_by_hand():
+def test_repetition_worked_by_hand():
     texts = [[1, 2, 1, 2], [1, 2, 3]]
     assert text_metrics.distinct_n(texts, 1) == pytest.approx(3 / 7)
     assert text_metrics.distinct_n(texts, 2) == pytest.approx(3 / 5)  # 12 21 12 | 12 23
     assert text_metrics.distinct_n([[1], []], 2) is None
-
-
-def test_seq_rep_4_sees_each_text_by_itself():
     once, looped = [1, 2, 3, 4, 5], [1, 2, 1, 2, 1, 2]  # 2 4-grams, both new; 3, of which one repeats
     assert text_metrics.seq_rep_4([once, looped]) == pytest.approx(1 / 5)
-    assert text_metrics.seq_rep_4([once, once]) == 0
+    assert text_metrics.seq_rep_4([once, once]) == 0  # each text by itself
     assert text_metrics.seq_rep_4([[1, 2, 3]]) is None
 
 
@@ -28,7 +25,7 @@ def test_seq_rep_4_sees_each_text_by_itself():
         ([9, 1, 2, 1, 2, 1, 2], True),
         ([9, 1, 1, 1, 1, 1, 1], True),  # a phrase of two equal tokens
         ([1, 2, 1, 2, 1, 2, 9], False),  # not at the end
-        ([1, 2, 1, 2], False),  # twice only
+        ([1, 2, 1, 2], False),  # only twice
         ([7, 1, 1, 1], False),  # a phrase of one token
         ([], False),
     ],
@@ -46,19 +43,17 @@ def test_zipf_of_a_zipfian_text():
 def test_the_jackknife_of_a_mean_is_the_textbooks_standard_error():
     lengths = np.random.default_rng(0).integers(5, 30, 12)
     found = text_metrics.jackknife([[0] * n for n in lengths], lambda some: sum(map(len, some)) / len(some))
-    error = lengths.std(ddof=1) / math.sqrt(12)
     assert found.value == pytest.approx(lengths.mean())
-    assert found.high - found.value == pytest.approx(1.96 * error)
+    assert found.high - found.value == pytest.approx(1.96 * lengths.std(ddof=1) / math.sqrt(12))
 
 
-def test_the_interval_of_distinct_n_covers_the_truth_about_as_often_as_it_says():
-    """Truth: the mean of distinct-2 over many corpora of the same size; a bootstrap would sit below it."""
+def test_the_interval_of_distinct_n_covers_the_truth_about_as_often_as_it_claims():
+    """Truth: the mean of distinct-2 over many corpora of the same size; a bootstrap would lie below it."""
     generator = np.random.default_rng(5)
-    corpora = [generator.zipf(1.7, (16, 48)) for _ in range(250)]
-    truth = np.mean([text_metrics.distinct_n(corpus.tolist(), 2) for corpus in corpora])
+    corpora = [generator.zipf(1.7, (16, 48)).tolist() for _ in range(250)]
+    truth = np.mean([text_metrics.distinct_n(corpus, 2) for corpus in corpora])
     found = [
-        text_metrics.jackknife(corpus.tolist(), lambda some: text_metrics.distinct_n(some, 2))
-        for corpus in corpora[:80]
+        text_metrics.jackknife(one, lambda some: text_metrics.distinct_n(some, 2)) for one in corpora[:80]
     ]
     assert 0.85 <= np.mean([one.low <= truth <= one.high for one in found]) <= 1
 
