@@ -2,9 +2,8 @@
 
 `start_logger` leaves one such process for each run folder: it copies the journals as they grow, samples the
 machine, closes runs whose process died (KILLED), completes the run of the `dvc` process when that has ended,
-and ends. What a dead server has not taken stays in the journal; `compactgpt sync` copies it. Each journal
-notes which store has taken how much of it. Copying again changes nothing: metrics carry the journal's own
-time and step. Runs go to the store that the journal names, and to no other.
+and ends. What a dead server has not taken stays in the journal; `compactgpt sync` copies it. Copying again
+changes nothing: metrics carry the journal's own time and step.
 """
 
 import hashlib
@@ -162,12 +161,9 @@ class Logger:
             if made_by:
                 links[stage] = f"[run {made_by[:8]}](#/experiments/{self.store.experiment}/runs/{made_by})"
         tags["mlflow.note.content"] = pipeline_run.description(self.folder.command, found, links)
-        lines: list[dict[str, Any]] = [{"kind": "inputs", "datasets": datasets}]
-        lines.append({"kind": "tags", "values": tags})
-        start_ms = self.folder.start["time_ms"]
-        for step, values in pipeline_run.skipped_metrics(after, found):
-            lines.append({"kind": "metrics", "time_ms": start_ms, "step": step, "values": values})
-        self.store.log(run_id, lines)
+        self.store.log(run_id, [{"kind": "inputs", "datasets": datasets}, {"kind": "tags", "values": tags}])
+        begin = {"time_ms": self.folder.start["time_ms"]}
+        self.store.log(run_id, [line | begin for line in pipeline_run.skipped_metrics(after, found)])
         end_ms = max(file.last["time_ms"] for file in self.folder.journals())
         self.client.set_terminated(run_id, found.status, end_ms)
         if found.status == "FINISHED" and "weights_sha256" in tags:
@@ -203,14 +199,9 @@ def follow(folder: RunFolder) -> None:
 def sync(root: Path, *, record_unrun: bool = False) -> None:
     """Copy what the stores lack of the runs that have ended, after the child processes that already do so.
 
-    Runs that the store of the environment once had are copied again if that was deleted.
-
-    Args:
-        root: the repository.
-        record_unrun: log a dvc.lock that no run has made, such as that of a fresh clone.
-
-    Raises:
-        UserError: what failed first; it keeps no other run from being copied.
+    Runs that the store of the environment once had are copied again if that was deleted. With `record_unrun`,
+    a dvc.lock that no run has made is logged, such as that of a fresh clone. What fails keeps no other run
+    from being copied; the first UserError is raised at the end.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")

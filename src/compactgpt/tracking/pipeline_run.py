@@ -34,13 +34,9 @@ class Outcome(BaseModel):
 
 
 def outcome(place: Place, before: Place, journals: list[JournalFile], command: str) -> Outcome:
-    """Return what a `dvc` process did, from the files that it left.
+    """Return what a `dvc` process did, from `before`, and from the work tree or commit that it left.
 
-    Args:
-        place: the work tree, or the commit that DVC keeps of an experiment.
-        before: the files that it started from.
-        journals: of the stages that it ran.
-        command: what the user gave; it may name the stages to run.
+    The command may name the stages to run: then the others need not be reached.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -136,19 +132,20 @@ def outs(place: Place, found: Outcome) -> dict[str, str]:
     return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
 
 
-def skipped_metrics(after: Path, found: Outcome) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and metrics of the valid stages that DVC skipped, from their reports."""
+def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of the valid stages that DVC skipped, from their reports, as lines of a journal."""
     for stage in found.entries:
         name, _, item = stage.partition("@")
         path = after / "reports" / (f"baseline/{item}.json" if item else f"{name}.json")
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
             continue
-        yield 0, journal.stage_metrics(stage, read_json(path))
+        yield {"kind": "metrics", "step": 0, "values": journal.stage_metrics(stage, read_json(path))}
         curve = after / "reports/loss.csv"
         if name == "training" and curve.exists():
             for row in csv.DictReader(curve.read_text(encoding="utf-8").splitlines()):
                 losses = {"train/loss": row.get("train_loss"), "val/loss": row.get("val_loss")}
-                yield int(row["step"]), {key: float(value) for key, value in losses.items() if value}
+                values = {key: float(value) for key, value in losses.items() if value}
+                yield {"kind": "metrics", "step": int(row["step"]), "values": values}
 
 
 def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:

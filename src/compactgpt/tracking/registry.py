@@ -18,7 +18,6 @@ NAME = "compactgpt"
 CHAMPION = "champion"
 EXAMPLE = "The future of AI is"
 MAX_NEW_TOKENS = 64  # of an answer, or half of a shorter context: a request can't ask for more
-_NEEDED = ("torch", "transformers")
 PIPELINE_RUN = "pipeline_run"  # tag of a registered version: the run with its reports and dvc.lock
 
 
@@ -35,11 +34,7 @@ class Trained:
 
 
 def log_model(store: Store, trained: Trained) -> str:
-    """Log the model of a pipeline, unless its weights are logged, with the pipeline's metrics.
-
-    Returns:
-        The id of the logged model.
-    """
+    """Log a model unless its weights are logged, with the metrics of its pipeline; returns the model's id."""
     from mlflow.entities import LoggedModelInput, Metric
 
     model_id = _logged(store, trained.weights) or _log(trained)
@@ -85,13 +80,15 @@ def _log(trained: Trained) -> str:
         model, text = load_model(folder / MODEL), Folder(trained.after).read("reports/model_card.md")
         card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
+        needed = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # of a request
         logged = mlflow.transformers.log_model(
             pipeline("text-generation", model=str(folder / NAME)),  # a path fails with transformers 5.23
             name="compact",
             task="text-generation",
             run_id=trained.run_id,
             step=-1,  # at step 0 MLflow would link the metrics of all models, without their data set
-            signature=_signature(),
+            signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
             model_config={
                 "max_new_tokens": min(MAX_NEW_TOKENS, model.shape.block_size // 2),
@@ -101,26 +98,15 @@ def _log(trained: Trained) -> str:
             model_card=ModelCard(card, ignore_metadata_errors=True),
             model_type="gpt2",
             tags={"weights_sha256": trained.weights, "val_sha256": trained.val},
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in _NEEDED],
+            pip_requirements=needed,
         )
         return str(logged.model_id)
-
-
-def _signature() -> Any:
-    """Return what the model takes and gives. A request can't choose how many tokens the model writes."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-
-    options = [("do_sample", "boolean", True), ("temperature", "double", 0.8), ("top_k", "long", 40),
-               ("top_p", "double", 0.95)]  # fmt: skip
-    text = Schema([ColSpec("string")])
-    return ModelSignature(text, text, ParamSchema([ParamSpec(*option) for option in options]))
 
 
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights, and make it the champion: only the gate calls this.
 
-    Returns the version that has the alias now. A model of another configuration or val split needs a reason.
+    Returns the version that has the alias now.
 
     Raises:
         MissingInput: no logged model has them.
