@@ -101,8 +101,8 @@ def _cached_model(repo: str, revision: str) -> Path | None:
     weights = {"model.safetensors"}
     if index.exists():
         weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    patterns = ["config.json", "tokenizer*.json", *weights]
-    return folder if all(any(folder.glob(pattern)) for pattern in patterns) else None
+    is_complete = all((folder / name).exists() for name in ["config.json", *weights])
+    return folder if is_complete and any(folder.glob("tokenizer*.json")) else None
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
