@@ -1,11 +1,12 @@
-"""DVC's files as DVC writes them: names of folders, the cache, the chain; and any version of them."""
+"""DVC's files as DVC writes them: hashes of folders, the cache, the chain; and any version of them."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import BadData
+from compactgpt.common.errors import BadData, OutsideFolder
 from compactgpt.tracking.dvc_files import (
     Cache,
     Commit,
@@ -20,7 +21,6 @@ from compactgpt.tracking.dvc_files import (
 from tests.support import tracking_store
 
 ROOT = Path(__file__).parents[2]
-
 CHAIN = """
 stages:
   a: {cmd: a, outs: [x]}
@@ -30,41 +30,29 @@ stages:
 
 @pytest.fixture
 def root(tmp_path):
+    """A project with a folder `x`, which is in the cache, and a dvc.lock."""
     (tmp_path / "dvc.yaml").write_text(CHAIN)
     (tmp_path / "params.yaml").write_text("b: {names: [one, two]}")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "b").write_text("2")
     (tmp_path / "x" / "a").write_text("1")
     tracking_store.save_lock(tmp_path, {"a": ["x"], "b@one": []})
+    tracking_store.cache_out(tmp_path, "x")
     return tmp_path
 
 
-def test_a_folder_is_named_as_dvc_names_it(root):
-    # what `dvc add` of 3.67.1 wrote for it
-    assert md5_path(root / "x") == "8ea7b150bb7c692952804d00767e8840.dir"
-
-
-def test_the_chain_has_the_items_of_a_matrix_in_order(root):
+def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
     chain = read_chain(Folder(root))
     assert chain.stages == ["a", "b@one", "b@two"]
     assert not chain.complete
-    assert chain.out("x") == md5_path(root / "x")
+    assert chain.out("x") == "8ea7b150bb7c692952804d00767e8840.dir"  # what `dvc add` of 3.67.1 writes for it
     assert chain.out("y") == ""
+    entry = chain.entries["a"]
+    assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
+    assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["- a", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [x]}}", "stages: {a: {outs: [{path: x}]}}",
-     "stages: {a: {deps: null}}", "stages: {a: {params: {params.yaml: 1}}}", "stages: &a {b: {cmd: *a}}",
-     "a: 2001-99-99", "[" * 500, "stages: {a: {deps: [{path: x, md5: {1: y, z: 0}}]}}"],
-)  # fmt: skip
-def test_a_lock_that_is_none_is_refused_by_name(root, text):
-    (root / "dvc.lock").write_text(text)
-    with pytest.raises(BadData, match=r"^dvc\.lock .*: `git checkout dvc\.lock` restores it$"):
-        read_chain(Folder(root))
-
-
-def test_a_matrix_that_names_nothing_has_no_items(root):
+def test_a_matrix_without_values_has_no_items_and_one_of_two_variables_is_refused(root):
     for params in ("b: {names: 5}", "b: 5", ""):
         (root / "params.yaml").write_text(params)
         assert read_chain(Folder(root)).stages == ["a"]
@@ -73,25 +61,57 @@ def test_a_matrix_that_names_nothing_has_no_items(root):
         read_chain(Folder(root))
 
 
-def test_an_out_comes_from_the_cache_even_if_the_folder_has_another(root, tmp_path):
-    md5, target = tracking_store.cache_out(root, "x"), tmp_path / "copy"
+@pytest.mark.parametrize(
+    "text",
+    ["- a", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [x]}}", "stages: {a: {outs: [{path: x}]}}",
+     "stages: {a: {deps: null}}", "stages: {a: {params: {params.yaml: 1}}}", "stages: &a {b: {cmd: *a}}",
+     "a: 2001-99-99", "[" * 500, "stages: {a: {deps: [{path: x, md5: {1: y, z: 0}}]}}"],
+)  # fmt: skip
+def test_a_damaged_lock_is_refused_by_name(root, text):
+    (root / "dvc.lock").write_text(text)
+    with pytest.raises(BadData, match=r"^dvc\.lock .*: `git checkout dvc\.lock` restores it$"):
+        read_chain(Folder(root))
+
+
+@pytest.mark.parametrize("kind", ["deps", "outs"])
+@pytest.mark.parametrize("path", ["../../other", "/etc/passwd", "data/../../x", ""])
+def test_a_lock_with_a_path_out_of_the_project_is_refused(root, kind, path):
+    lock = {"schema": "2.0", "stages": {"a": {"cmd": "x", kind: [{"path": path, "md5": "0" * 32}]}}}
+    (root / "dvc.lock").write_text(json.dumps(lock))
+    with pytest.raises(OutsideFolder, match=r"the path .* is outside of the project"):
+        read_chain(Folder(root))
+
+
+def test_an_out_comes_from_the_cache_and_is_checked(root):
+    md5, target = md5_path(root / "x"), root / "copy"
     (root / "x" / "a").write_text("another")
     assert checkout(Cache(root), Folder(root), "x", md5, target)
     assert md5_path(target) == md5
-    assert (target / "a").read_text() == "1"
-
-
-def test_an_out_that_is_not_to_be_had_is_not_made_up(root, tmp_path):
-    (root / "y").write_text("new")
-    assert not checkout(Cache(root), Folder(root), "y", "0" * 32, tmp_path / "copy")
-    assert checkout(Cache(root), Folder(root), "y", md5_path(root / "y"), tmp_path / "copy")
-
-
-def test_a_damaged_cache_is_noticed(root, tmp_path):
-    md5 = tracking_store.cache_out(root, "x")
+    assert not checkout(Cache(root), Folder(root), "dvc.yaml", "0" * 32, root / "other")
+    assert checkout(Cache(root), Folder(root), "dvc.yaml", md5_path(root / "dvc.yaml"), root / "other")
     Cache(root).files(md5)["a"].write_text("3")
     with pytest.raises(BadData, match="was altered"):
-        checkout(Cache(root), Folder(root), "x", md5, tmp_path / "copy")
+        checkout(Cache(root), Folder(root), "x", md5, target)
+
+
+@pytest.mark.parametrize("md5", ["../../../../etc/passwd", "..", "ab/../../" + "0" * 23, "0" * 31 + "/"])
+def test_a_hash_that_is_a_path_is_refused(root, md5):
+    with pytest.raises(OutsideFolder, match="not a hash of DVC's cache"):
+        Cache(root).has(md5)
+
+
+@pytest.mark.parametrize("name", ["../other/a", "/{tmp}/other/a", "link/a"])
+def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(root, name):
+    (root / "other").mkdir()
+    (root / "copy").mkdir()
+    (root / "copy/link").symlink_to(root / "other")
+    (root / "new").write_text("from someone else")
+    listing = [{"md5": tracking_store.cache_out(root, "new"), "relpath": name.format(tmp=root)}]
+    (cached := root / ".dvc/cache/files/md5/00" / f"{'0' * 30}.dir").parent.mkdir()
+    cached.write_text(json.dumps(listing))
+    with pytest.raises(OutsideFolder):
+        checkout(Cache(root), Folder(root), "x", "0" * 32 + ".dir", root / "copy")
+    assert list((root / "other").iterdir()) == []
 
 
 def test_a_commit_is_read_without_touching_the_work_tree(root):
@@ -102,25 +122,18 @@ def test_a_commit_is_read_without_touching_the_work_tree(root):
     assert Commit(root, "HEAD").read("absent") is None
 
 
-def test_the_key_of_an_entry_is_of_all_that_it_says(root):
-    entry = read_chain(Folder(root)).entries["a"]
-    assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
-    assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
-
-
 @pytest.mark.parametrize("before", [b"schema", b"\n  ", b"md5: "])
-def test_a_lock_that_dvc_was_killed_over_is_put_back(root, before):
+def test_a_lock_that_dvc_was_writing_when_it_was_killed_is_restored(root, before):
     lock = root / "dvc.lock"
-    lock.write_bytes(whole := (ROOT / "dvc.lock").read_bytes())
+    lock.write_bytes(complete := (ROOT / "dvc.lock").read_bytes())
     assert not restore_lock(root)
     keep_lock(root)
-    lock.write_bytes(whole[: whole.index(before)])
+    lock.write_bytes(complete[: complete.index(before)])
     assert restore_lock(root)
-    assert lock.read_bytes() == whole
-    assert not restore_lock(root)
+    assert lock.read_bytes() == complete
 
 
-def test_a_lock_that_is_as_dvc_has_it_is_left_alone_and_one_without_a_copy_is_named(root):
+def test_a_complete_lock_is_left_alone_and_one_without_a_copy_is_named(root):
     lock = root / "dvc.lock"
     keep_lock(root)
     lock.write_text("schema: '2.0'\nstages: {}\n")
@@ -129,5 +142,3 @@ def test_a_lock_that_is_as_dvc_has_it_is_left_alone_and_one_without_a_copy_is_na
     shutil.rmtree(root / ".dvc")
     with pytest.raises(BadData, match=r"`git checkout dvc\.lock` restores it"):
         restore_lock(root)
-    lock.unlink()
-    assert not restore_lock(root)

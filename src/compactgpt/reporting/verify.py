@@ -11,6 +11,7 @@ Files that `dvc pull` has not brought are reported as unchecked.
 """
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,11 +189,11 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
             found.add_differences(f"reports/{name}", cells or [_first_difference(expected, content)])
         found.count("renderings")
     readme = root / "README.md"
-    if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        if replace_tables(text, render_quoted_tables(record)) != text:
-            # Every run of a user has other tables. test_comparison.py compares the committed README.md.
-            found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if (
+        replace_tables(text, render_quoted_tables(record)) != text
+    ):  # no difference: a user's run has other tables
+        found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
 
 def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
@@ -216,12 +217,8 @@ def differences(expected: Any, found: Any, where: str = "", *, partial: bool = F
             name = one.get("id", number) if isinstance(one, dict) else number
             yield from differences(one, other, f"{where}[{name}]", partial=partial)
     elif json_bytes(expected) != json_bytes(found):
-        yield f"{where} is {_shorten(found)}, but the inputs give {_shorten(expected)}"
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+        have, want = (textwrap.shorten(json.dumps(one), 80) for one in (found, expected))
+        yield f"{where} is {have}, but the inputs give {want}"
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:

@@ -46,19 +46,22 @@ from compactgpt.tracking.dvc_files import (
     outs,
     read_chain,
 )
-from compactgpt.tracking.journal import numbers
+from compactgpt.tracking.journal import machine_facts, numbers, packages
 from compactgpt.tracking.records import (
     WORKSPACE,
     Pair,
     Version,
     changed_machine,
     changed_packages,
+    differing,
     find_version,
+    parse_versions,
 )
 
 DATA = "download"  # the stage whose outs are taken from the cache: its inputs may no longer be available
 CODE = ("src/", "stages/")
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
+_COMPUTED = ("other inputs", "other outs")  # changes that rounding in this or an earlier stage can explain
 # Another order of sums moved the demo's loss by 0.15 % (README, How exact).
 LOSS_TOLERANCE = 0.01
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # what rounds sums in another way
@@ -88,17 +91,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """One stage, as it was recorded and as it ran again."""
-
-    stage: str
-    verdict: str  # identical, or what differs first: code, params, inputs, outs
-    files: list[str]  # outs of other content
-    largest: float  # relative difference of the loss that differs most
-    where: str  # the name of that loss
-
-
-@dataclass(frozen=True)
 class Result:
     """The comparison of a version with its second run."""
 
@@ -106,7 +98,7 @@ class Result:
     verdict: str
     first: str  # the stage that differs first; empty if all are identical
     why: str
-    stages: list[StageResult]
+    stages: dict[str, str]  # identical, or what differs first: code, params, inputs, outs
 
     @property
     def exit_code(self) -> int:
@@ -115,11 +107,8 @@ class Result:
 
     def lines(self) -> list[str]:
         """Return the result as lines for the terminal."""
-        width = max((len(one.stage) for one in self.stages), default=0)
-        found = []
-        for one in self.stages:
-            what = IDENTICAL if one.verdict == IDENTICAL else f"other {one.verdict}: {', '.join(one.files)}"
-            found.append(f"  {one.stage:{width}}  {what}")
+        width = max(map(len, self.stages), default=0)
+        found = [f"  {stage:{width}}  {change}" for stage, change in self.stages.items()]
         first = f", first in {self.first}" if self.first else ""
         return [*found, f"{self.name}: {self.verdict}{first}: {self.why}"]
 
@@ -134,20 +123,24 @@ def reproduce(
     log: Callable[[str], None] = lambda _: None,
     confirm: Callable[[str], bool] = lambda _: False,
 ) -> Result | Check:
-    """Find a version by its name, run it again and compare; see `run_again`.
+    """Find a version by its name, run it again in a temporary checkout, and compare.
 
     Args:
         wanted: see `records.find_version`.
         root: the repository.
         check: only find what is missing.
+        rebuild: run the download stage too, even if its outs are in the cache.
         keep: leave the checkout.
-        rebuild: see `run_again`.
-        log: see `run_again`.
-        confirm: see `run_again`.
+        log: prints progress.
+        confirm: shows what would run and returns whether it may; called for code that is not in the history
+            of the present commit.
 
     Raises:
         BadConfig: the version is the work tree itself.
-        MissingInput: this folder is not a git repository.
+        MissingInput: this folder is not a git repository, or something is missing that the version needs.
+        OutsideFolder: a path leads out of the checkout.
+        NotAllowed: the user did not confirm.
+        CheckFailed: a stage failed.
     """
     if wanted == WORKSPACE:
         raise BadConfig(f"{WORKSPACE} is not a run: name a run's id or a revision (`make ui` shows the runs)")
@@ -156,54 +149,25 @@ def reproduce(
     with scratch_worktree(root / ".state" / "reproductions", keep=keep and not check) as scratch:
         (scratch.folder / "artifacts").mkdir()
         version = find_version(root, wanted, scratch.folder / "artifacts")
+        missing, environment = find_missing(version, root), changed_environment(version)
         if check:
-            notes = _describe(changed_environment(version, root))
-            return Check(version.name, find_missing(version, root), notes)
-        return run_again(version, root, scratch, rebuild=rebuild, log=log, confirm=confirm)
-
-
-def run_again(
-    version: Version,
-    root: Path,
-    scratch: Scratch,
-    *,
-    rebuild: bool = False,
-    log: Callable[[str], None] = lambda _: None,
-    confirm: Callable[[str], bool] = lambda _: False,
-) -> Result:
-    """Run a version again in a checkout, and compare.
-
-    Args:
-        version: what was recorded.
-        root: the repository.
-        scratch: a folder for the checkout.
-        rebuild: run the download stage too, even if its outs are in the cache.
-        log: prints progress.
-        confirm: shows what would run and returns whether it may; called for code that is not in the history
-            of the present commit.
-
-    Raises:
-        MissingInput: something is missing that the version needs.
-        OutsideFolder: a path leads out of the checkout.
-        NotAllowed: the user did not confirm.
-        CheckFailed: a stage failed.
-    """
-    if missing := find_missing(version, root):
-        raise MissingInput(f"{version.name} can't be run again: {'; '.join(missing)}")
-    plan = _check_out(version, root, scratch)
-    if not (_is_in_history(version, root) or confirm("\n".join(plan))):
-        raise NotAllowed(
-            f"{version.name} was not run: `compactgpt reproduce` asks on a terminal; without a terminal it "
-            "needs `--trust`, after you have read what it would run (above)"
-        )
-    log(f"{version.name}: commit {version.commit[:9]} in {scratch.tree}")
-    _copy_inputs(version, root, scratch.tree)
-    from_cache = _restore_data(version, root, scratch.tree, rebuild=rebuild)
-    log("the data comes from DVC's cache, by its hash" if from_cache else "the download stage runs again")
-    if _run_dvc(scratch, version.stage):
-        raise CheckFailed("the version can't be run again: a stage failed (its message is above)")
-    place = Folder(scratch.tree)
-    return compare_hashes(version, read_chain(place), place, changed_environment(version, root))
+            return Check(version.name, missing, _describe(environment))
+        if missing:
+            raise MissingInput(f"{version.name} can't be run again: {'; '.join(missing)}")
+        plan = _check_out(version, root, scratch)
+        if not (is_in_history(version, root) or confirm("\n".join(plan))):
+            raise NotAllowed(
+                f"{version.name} was not run: read above what would run, then confirm; without a terminal "
+                f"run `compactgpt reproduce {wanted} --trust`"
+            )
+        log(f"{version.name}: commit {version.commit[:9]} in {scratch.tree}")
+        _copy_inputs(version, root, scratch.tree)
+        restored = not rebuild and _restore_data(version, root, scratch.tree)
+        log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
+        if _run_dvc(scratch, version.stage):
+            raise CheckFailed("the version can't be run again: a stage failed (its message is above)")
+        place = Folder(scratch.tree)
+        return compare_hashes(version, read_chain(place), place, environment)
 
 
 # --- what is missing
@@ -235,9 +199,10 @@ def _external_deps(version: Version) -> list[tuple[str, str]]:
     return [(path, md5) for path, md5 in read.items() if path not in written and not path.startswith(CODE)]
 
 
-def changed_environment(version: Version, root: Path) -> dict[str, Pair]:
+def changed_environment(version: Version) -> dict[str, Pair]:
     """Return what of processor, settings and packages is another here: values then and now, by name."""
-    here = find_version(root, WORKSPACE, root)
+    installed = parse_versions(packages())
+    here = Version("here", Folder(Path()), Chain([], {}), machine=machine_facts(), packages=installed)
     return changed_machine(version, here) | changed_packages(version, here)
 
 
@@ -251,15 +216,11 @@ def _describe(environment: dict[str, Pair]) -> list[str]:
 # --- the checkout
 
 
-def _is_in_history(version: Version, root: Path) -> bool:
+def is_in_history(version: Version, root: Path) -> bool:
     """Whether all code and settings of a version are in the history of the present commit."""
     if not isinstance(version.place, Commit):
         return False
-    try:
-        git_text(root, "merge-base", "--is-ancestor", version.commit, "HEAD")
-    except UserError:
-        return False
-    return True
+    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # prints what HEAD does not have
 
 
 def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
@@ -282,6 +243,7 @@ def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
     write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
     write_text(inside(tree, ".dvc/config"), DVC_SETTINGS)
     inside(tree, ".dvc/config.local").unlink(missing_ok=True)
+    (tree / LOCK).unlink(missing_ok=True)  # a stage without an entry runs
     commands = _stage_commands(tree)
     width = max(map(len, commands), default=0)
     names = ", ".join(line.split()[-1] for line in changed) or "none"
@@ -344,7 +306,7 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _restore_data(version: Version, root: Path, tree: Path, *, rebuild: bool) -> bool:
+def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     """Restore the outs of the download stage from the project's cache or remote, so that DVC skips the stage.
 
     Returns:
@@ -354,9 +316,8 @@ def _restore_data(version: Version, root: Path, tree: Path, *, rebuild: bool) ->
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.transfer import transfer
 
-    (tree / LOCK).unlink(missing_ok=True)  # a stage without an entry runs
-    entry = version.chain.entries.get(DATA, {})
-    if rebuild or not entry:
+    entry = version.chain.entries.get(DATA)
+    if entry is None:
         return False
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
@@ -409,65 +370,53 @@ def compare_hashes(version: Version, rebuilt: Chain, place: Place, environment: 
         place: the files of the second run.
         environment: see `changed_environment`.
     """
-    recorded = [stage for stage in version.chain.stages if stage in version.chain.entries]
-    missing = [stage for stage in recorded if stage not in rebuilt.entries]
-    stages = [_compare_stage(stage, version, rebuilt, place) for stage in recorded if stage not in missing]
-    changed = [one for one in stages if one.verdict != IDENTICAL]
-    if missing and not version.stage:
-        return Result(version.name, DIFFERENT, missing[0], f"{missing[0]} did not run", stages)
+    stages: dict[str, str] = {}
+    files: list[str] = []  # outs of other content
+    for stage in version.chain.stages:
+        old, new = version.chain.entries.get(stage), rebuilt.entries.get(stage)
+        if old and (new or not version.stage):  # a run of one stage compares what that stage needs
+            stages[stage] = _first_change(old, new)
+            files += differing(outs(old), outs(new or {}))
+    changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
     if not changed:
         why = f"every out of {len(stages)} stages has the recorded hash"
         return Result(version.name, IDENTICAL, "", why, stages)
-    causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    verdict, why = _explain_change(changed, causes)
-    return Result(version.name, verdict, changed[0].stage, why, stages)
-
-
-def _explain_change(changed: list[StageResult], causes: list[str]) -> tuple[str, str]:
-    """Return the verdict on stages that changed, and the reason; `causes` are those of other rounding."""
-    for one in changed:
-        if one.verdict in ("code", "params"):
-            return DIFFERENT, f"{one.stage} has other {one.verdict}"
-    farthest = max(changed, key=lambda one: one.largest)
-    if causes and farthest.largest <= LOSS_TOLERANCE:
-        return ROUNDING, f"losses differ by at most {farthest.largest:.2%}; {'; '.join(causes)}"
-    why = f"{', '.join(changed[0].files)} of {changed[0].stage} has another hash"
-    if farthest.largest:
-        why += f"; {farthest.where} differs by {farthest.largest:.2%}"
-    return DIFFERENT, f"{why}, more than rounding" if causes else why
-
-
-def _compare_stage(stage: str, version: Version, rebuilt: Chain, place: Place) -> StageResult:
-    old, new = version.chain.entries[stage], rebuilt.entries[stage]
-    files = [path for path, md5 in outs(old).items() if outs(new).get(path) != md5]
     reports = [path for path in files if path.endswith(".json")]
-    differences = [
-        (difference, f"{path}: {key}")
-        for path in reports
-        for key, difference in _loss_differences(version.place.read(path), place.read(path))
-    ]
-    largest, where = max(differences, default=(0.0, ""))
-    return StageResult(stage, _first_change(old, new), files, largest, where)
+    losses = [one for path in reports for one in _loss_differences(path, version.place, place)]
+    largest, where = max(losses, default=(0.0, ""))
+    causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
+    other = [f"{stage} has {change}" for stage, change in changed.items() if change not in _COMPUTED]
+    verdict, why = DIFFERENT, f"{files[0]} has another hash"
+    if other:
+        why = other[0]
+    elif causes and largest <= LOSS_TOLERANCE:
+        verdict, why = ROUNDING, f"losses differ by at most {largest:.2%}; {'; '.join(causes)}"
+    elif largest:
+        why += f"; {where} differs by {largest:.2%}{', more than rounding' if causes else ''}"
+    return Result(version.name, verdict, next(iter(changed)), why, stages)
 
 
-def _first_change(old: Entry, new: Entry) -> str:
-    """Return what of a stage differs first: code, params, inputs, or only its outs."""
+def _first_change(old: Entry, new: Entry | None) -> str:
+    """Return what of a stage differs first: code, parameters, inputs, or only its outs."""
+    if new is None:
+        return "not run again"
     if outs(old) == outs(new):
         return IDENTICAL
     if entry_params(old) != entry_params(new):
-        return "params"
+        return "other params"
     changed = [path for path, md5 in deps(old).items() if deps(new).get(path) != md5]
     if any(path.startswith(CODE) for path in changed) or old.get("cmd") != new.get("cmd"):
-        return "code"
-    return "inputs" if changed else "outs"
+        return "other code"
+    return "other inputs" if changed else "other outs"
 
 
-def _loss_differences(old: bytes | None, new: bytes | None) -> Iterator[tuple[str, float]]:
-    """Yield relative differences of the losses of two reports; 1.0 if a report is missing."""
-    if old is None or new is None:
-        yield "the report", 1.0
+def _loss_differences(path: str, old: Place, new: Place) -> Iterator[tuple[float, str]]:
+    """Yield relative differences of the losses of a report, with their names; 1.0 if a report is missing."""
+    contents = old.read(path), new.read(path)
+    if None in contents:
+        yield 1.0, path
         return
-    before, after = numbers(json.loads(old)), numbers(json.loads(new))
+    before, after = (numbers(json.loads(content or b"{}")) for content in contents)
     for key, value in before.items():
         if key.endswith(_LOSSES):
-            yield key, abs(after.get(key, 0.0) - value) / max(abs(value), 1e-12)
+            yield abs(after.get(key, 0.0) - value) / max(abs(value), 1e-12), f"{path}: {key}"
