@@ -125,6 +125,7 @@ def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> 
     group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
     if not group:
         return False
+    # `part` has no use any more; without it the hash of every corpus would change.
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
     # Ids and texts do not repeat, so a dictionary would only add to them.
@@ -133,7 +134,7 @@ def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> 
         while group:
             rows = [{"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group]
             writer.write_table(pa.Table.from_pylist(rows, schema))
-            shard_bytes -= size
+            shard_bytes -= size  # what is left to fill
             group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
     return True
 
@@ -185,6 +186,7 @@ def _read(group: RowGroup, *columns: str) -> Any:
         _damage_as_bad_data(f"{group.path}, row group {group.index},"),
         pq.ParquetFile(group.path, page_checksum_verification=True) as file,
     ):
+        # Without threads: the callers read in several processes.
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
         table.validate(full=True)  # checks that texts are UTF-8, among others
         return table.select(columns)
@@ -208,7 +210,7 @@ def read_texts(group: RowGroup) -> Iterator[tuple[str, str, memoryview]]:
     """
     ids, sources, texts = _read(group, "id", "source", "text").columns
     for document_id, source, text in zip(ids.to_pylist(), sources.to_pylist(), texts, strict=True):
-        yield document_id, source, memoryview(text.as_buffer())
+        yield document_id, source, memoryview(text.as_buffer())  # a view of Arrow's own memory
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:

@@ -14,7 +14,8 @@ from typing import Literal
 from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
 from compactgpt.common.storage import sha256_file
 
-_TIMEOUT_SECONDS = 5
+_TIMEOUT_SECONDS = 5  # for the one short question
+# No pickles and no code: what `trust_remote_code=False` and safetensors need.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 _IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")  # the folder of a model in the standard cache
 
@@ -97,6 +98,7 @@ def _cached_model(repo: str, revision: str) -> Path | None:
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return None
+    # Weights in several files have an index: tensor -> file.
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.exists():
@@ -116,7 +118,7 @@ def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
 
     try:
         found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError:  # only now is a network needed
         require_on_hub("dataset", repo, revision, advice)
         with hub_errors(f"{repo}/{file}", advice):
             found = hf_hub_download(repo, file, repo_type="dataset", revision=revision)

@@ -41,11 +41,11 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
     def read(position: Any) -> Iterator[Text]:
         data_set.check_source()
-        data_set.check_hash()
+        data_set.check_hash()  # before the first text is used
         start = _Position(*(position or [0]))
         while start.split < len(data.splits):
             for text, row, after in data_set.documents(start):
-                if row % _PROGRESS_ROWS == 0:
+                if row % _PROGRESS_ROWS == 0:  # the number of rows is not known before the end
                     progress(row, 0)
                 yield Text(text, f"{data_set.name(start)}:{row}", start.split, list(after))
             start = _Position(start.split + 1)
@@ -80,7 +80,7 @@ class _DataSet:
         if self.mirror is not None:
             if not self.mirror.is_dir():
                 raise MissingInput(f"download.hub.mirror: there is no folder {self.mirror}")
-            check_files(self.mirror)
+            check_files(self.mirror)  # the library would wait for a named pipe
             return
         if self.params.revision is None:
             raise BadConfig(
@@ -127,7 +127,7 @@ class _DataSet:
             first = first if joined else row
             joined.append(text)
             size += len(text)
-            self._check_size(size, start, first)
+            self._check_size(size, start, first)  # the pattern may never match
         if joined:
             yield "".join(joined), first, _Position(start.split + 1)
 
@@ -139,7 +139,7 @@ class _DataSet:
             if start.state is not None:
                 data.load_state_dict(start.state)
             before = _Position(start.split, start.row, start.state or data.state_dict())
-            for row, values in enumerate(data, start.row + 1):
+            for row, values in enumerate(data, start.row + 1):  # values: dict of all columns
                 text = values.get(column)
                 if not isinstance(text, str):
                     found = f"columns {sorted(values)}" if column not in values else type(text).__name__
@@ -164,7 +164,7 @@ class _DataSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # errors become messages of our own
         if self.mirror is not None:
-            source, revision = str(self.mirror.resolve()), None
+            source, revision = str(self.mirror.resolve()), None  # a relative path may look like a repository
         else:
             source, revision = self.params.repo, self.params.revision
         return datasets.load_dataset(

@@ -29,7 +29,7 @@ def check_dependencies(root: Path) -> None:
         path = root / name
         if path.is_dir():
             check_files(path)
-        elif os.path.lexists(path):
+        elif os.path.lexists(path):  # what is missing, DVC reports itself
             regular_status(path, name)
 
 
@@ -42,7 +42,7 @@ def check_files(folder: Path) -> None:
         BadData: a name is not UTF-8, or the file is a pipe, a socket, a device or a loop of links.
         MissingInput: a link leads nowhere.
     """
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):  # a link to a folder is in `folders`
         for name in (*folders, *files):
             require_utf8(Path(parent, name))
         for name in files:
@@ -70,12 +70,12 @@ def regular_status(path: Path, name: str) -> os.stat_result:
         MissingInput: it is missing, or a link that leads nowhere.
     """
     try:
-        status = path.stat()
+        status = path.stat()  # opening a named pipe would wait
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadData(f"{name} is a loop of symbolic links: remove it") from error
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise
+            raise  # such as a failing disk
         raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")

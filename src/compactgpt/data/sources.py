@@ -96,6 +96,7 @@ def download(
         MissingInput: an input is missing.
         BadConfig, Unreachable: the hub does not have the data set, or does not answer.
     """
+    # The tokenizer first: it is small, and without a network it fails at once.
     tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
     corpus = open_corpus(params, root, num_workers, progress)
     limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
@@ -162,7 +163,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 os.link(path, temporary / path.name)
             except OSError:  # this file system has no hard links
                 shutil.copyfile(path, temporary / path.name)
-    shutil.rmtree(state, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)  # with unfinished shards of other corpora
     return {**facts, "left_out": counts.left_out}
 
 
@@ -187,7 +188,7 @@ def _write_shards(
     path = folder / shard_name(0)
     while (finished := _read_finished(path, log)) is not None:
         counts, shards[path.name] = Counts(**finished["counts"]), finished["shard"]
-        seen.update(read_ids(path))
+        seen.update(read_ids(path))  # a text after the position may repeat one before it
         path = folder / shard_name(len(shards))
     documents = _select(corpus.read(counts.position), corpus.lengths, limits, counts, seen)
     totals = sum(counts.documents), sum(counts.bytes)
@@ -195,7 +196,7 @@ def _write_shards(
         before, totals = totals, (sum(counts.documents), sum(counts.bytes))
         shard = {"documents": totals[0] - before[0], "bytes": totals[1] - before[1]}
         note = {"sha256": sha256_file(path), "shard": shard, "counts": asdict(counts)}
-        write_json(path.with_suffix(".json"), note)
+        write_json(path.with_suffix(".json"), note)  # last: a shard without a note is not finished
         shards[path.name] = shard
         path = folder / shard_name(len(shards))
     return counts, shards
@@ -225,7 +226,7 @@ def _select(
     max_bytes = limits.max_bytes or sys.maxsize
     # The limit is tested first, so that no text after the last document is read.
     while sum(counts.documents) < max_documents and (text := next(texts, None)) is not None:
-        counts.position = text.position
+        counts.position = text.position  # of a text that is left out, too
         if not text.text.strip():
             counts.left_out["empty"] += 1
             continue
@@ -235,7 +236,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(counts.bytes) + size > max_bytes:
-            return
+            return  # even if a shorter text follows: a subset is the beginning of the corpus
         document_id = bytes.fromhex(document.id)  # half the size of its digits
         if document_id in seen:
             counts.left_out["duplicate"] += 1

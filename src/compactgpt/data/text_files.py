@@ -22,7 +22,7 @@ from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
 from compactgpt.data.inputs import regular_status, require_utf8
 
 _BOM = b"\xef\xbb\xbf"
-_ROWS = 16  # of a parquet file, read at a time
+_ROWS = 16  # of a parquet file, read at a time; few, since rows may be long
 _CHUNK_BYTES = 2**20
 _ANY_RATIO_BYTES = 2**24  # that a compressed file may hold at any ratio: a small file of blanks does no harm
 
@@ -41,11 +41,12 @@ def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
         for number in range(first, len(names)):
             part, name = names[number]
             for count, (text, source) in enumerate(read_file(root, name, params), 1):
-                if number > first or count > done:
+                if number > first or count > done:  # the first file is read again up to the position
                     yield Text(text, source, part, [number, count])
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
+    # A file that was changed makes another corpus, which is read from its beginning.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
 
@@ -91,7 +92,7 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
         folders[:] = [name for name in folders if name[0] != "." and not _is_loop(Path(parent, name))]
         above = Path(parent).relative_to(start).parts
         if "**" not in parts and len(above) == len(parts) - fixed - 1:
-            folders.clear()  # no match is deeper
+            folders.clear()  # no deeper path can match
         for name in names:
             path = Path(parent, name)
             if name[0] != "." and _matches([*above, name], parts[fixed:]):
@@ -205,7 +206,7 @@ def _check_size(size: int, what: str, key: str, params: Download) -> None:
 
 
 def _read_document(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    content = file.read(params.max_document_megabytes * MEGABYTE + 1)
+    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than allowed
     _check_size(len(content), name, "max_document_megabytes", params)
     text = _decode(content.removeprefix(_BOM), name)
     if not text.strip():
@@ -231,7 +232,7 @@ def _text_of_json(content: bytes, name: str, line: int, column: str) -> str:
     decoded = _decode(content, name, line)
     try:
         row = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the latter for thousands of nested brackets
         raise BadData(f"{where} is not valid JSON ({error}): correct or remove the line") from error
     if not isinstance(row, dict) or column not in row:
         found = f"keys {sorted(row)[:8]}" if isinstance(row, dict) else type(row).__name__
@@ -255,6 +256,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
         with (
             TemporaryFile() as temporary,
             _seekable(file, temporary, name, params) as source,
+            # A page with another checksum is refused; files without checksums are read.
             pq.ParquetFile(source, page_checksum_verification=True) as table,
         ):
             _check_column(table.schema_arrow, name, column)
@@ -265,7 +267,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
                         raise BadData(f"{name}, row {row:,}: {column!r} is null: correct or remove the row")
                     _check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", params)
                     yield row, text
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:  # Arrow decodes all rows of a batch, so the row is not known
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"is not a valid parquet file, or was cut short ({_one_line(error)})"

@@ -35,7 +35,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
     if path.is_file() and sha256_file(path) == sha256:
         return path
     cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache) as temporary:
+    with TemporaryDirectory(dir=cache) as temporary:  # a wheel may be too large for /tmp
         content = read_member(_download(wheel, Path(temporary)), wheel, member)
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
@@ -49,6 +49,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
 def _download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", wheel, f"--dest={folder}", "--no-deps"]
+    # Only wheels: a source package would run its own code.
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -58,6 +59,7 @@ def _download(wheel: str, folder: Path) -> Path:
         )
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
+        # pip's last line says what went wrong.
         lines = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
         raise Unreachable(
             f"{wheel} can't be downloaded from the package index ({lines[-1].removeprefix('ERROR: ')}): "
