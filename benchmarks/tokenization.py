@@ -1,8 +1,8 @@
 """Tokenize one corpus nanoGPT's way and ours, in one go, and print what each took.
 
-    python -m bench.tokenization                      # 100 MB
-    python -m bench.tokenization --megabytes 1000
-    python -m bench.tokenization --document 30        # one document of 30 MB, our way alone
+    python -m benchmarks.tokenization                      # 100 MB
+    python -m benchmarks.tokenization --megabytes 1000
+    python -m benchmarks.tokenization --document 30        # one document of 30 MB, our way alone
 
 nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written anew: the `datasets` library loads
 the documents into its cache, `map` encodes each with tiktoken in several processes, and the ids are copied
@@ -142,7 +142,7 @@ def measure(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, A
     environment = {**os.environ, "HF_HOME": str(folder / "cache"), "HF_DATASETS_OFFLINE": "1"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.tokenization", *words],
+            [sys.executable, "-m", "benchmarks.tokenization", *words],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -154,7 +154,7 @@ def pairs():
 
 
 def ids(encoder, text: str) -> list[int]:
-    return encoder.encode(text.encode()).tolist()
+    return encoder.encode(text).tolist()
 
 
 @pytest.mark.slow
@@ -166,12 +166,12 @@ def test_both_libraries_agree_on_every_character_that_goes_to_gigatoken(pairs):
         for code in range(0x110000)  # planes 4 to 13 have no character: one in 997 will do
         if not 0xD800 <= code < 0xE000 and (code < 0x40000 or 0xE0000 <= code < 0xE1000 or code % 997 == 0)
     ]
-    fast = [each for each in characters if not tokenizer._may_be_new(each.encode())]
+    fast = [each for each in characters if not tokenizer._MAY_BE_NEW.search(each.encode())]
     assert len(fast) > 0.8 * len(characters)
     for probe in ("a", "1", "!"):
         for start in range(0, len(fast), 8192):
-            text = "\n".join(probe + each for each in fast[start : start + 8192]).encode()
-            np.testing.assert_array_equal(pairs._fast.encode(text), reference.encode(text))
+            text = "\n".join(probe + each for each in fast[start : start + 8192])
+            np.testing.assert_array_equal(pairs._fast.encode(text.encode()), reference.encode(text))
 
 
 @given(text=odd_text)

@@ -13,7 +13,7 @@ import os
 import pwd
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -314,29 +314,6 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
         raise
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def clear_folder(folder: Path, own: Collection[str], marks: Collection[str]) -> None:
-    """Delete a folder of web pages or the like that an earlier run wrote, known by the names at its top.
-
-    Args:
-        folder: what is deleted, if it exists.
-        own: all names that may be in it.
-        marks: names of which at least one must be in it.
-
-    Raises:
-        NotAllowed: it has other names, or must not be replaced; see `check_replaceable`.
-    """
-
-    def is_own(found: Path) -> bool:
-        names = {path.name for path in found.iterdir()}
-        return names <= set(own) and not names.isdisjoint(marks)
-
-    found = check_replaceable(folder, is_own)
-    if found.exists():
-        old = _temporary_path(found, "old")  # a kill during the deletion leaves no half of the folder
-        os.rename(found, old)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -202,17 +202,6 @@ def read_row_group(group: RowGroup) -> list[Document]:
     return [Document(*row) for row in zip(*columns, strict=True)]
 
 
-def read_texts(group: RowGroup) -> Iterator[tuple[str, str, memoryview]]:
-    """Yield (id, source, text in UTF-8) of each document, without copying the text.
-
-    Raises:
-        BadData: the shard is damaged.
-    """
-    ids, sources, texts = _read(group, "id", "source", "text").columns
-    for document_id, source, text in zip(ids.to_pylist(), sources.to_pylist(), texts, strict=True):
-        yield document_id, source, memoryview(text.as_buffer())  # a view of Arrow's own memory
-
-
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
     """Read (id, source) of each document of a row group, without the texts."""
     ids, sources = _read(group, "id", "source").columns

@@ -93,23 +93,9 @@ def val_runs(groups: Iterable[RowGroup], val_fraction: float, length: int) -> Ha
     return np.unique(np.concatenate(hashes))
 
 
-@lru_cache(maxsize=1)
-def _load_runs(path: Path) -> Hashes:
-    """Map the runs of val once per process; all workers share the memory."""
-    runs: Hashes = np.load(path, mmap_mode="r")
-    return runs
-
-
 def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_file: Path) -> Digest:
-    """Digest the documents of one row group: a pure function of files on disk, for any process.
-
-    Args:
-        group: the row group.
-        params: what to look for.
-        val_fraction: decides which documents are in val.
-        runs_file: has the runs of val.
-    """
-    wanted = _load_runs(runs_file)
+    """Digest the documents of one row group: a pure function of files on disk, for any process."""
+    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # mapped: all workers share the memory
     documents = read_row_group(group)
     word_digests: list[int] = []
     shingles: list[Hashes] = []

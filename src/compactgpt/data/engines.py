@@ -39,6 +39,23 @@ def run_tasks(
     if engine == "local":
         yield from ordered_map(function, tasks, num_workers)
         return
+    ray = _connect(num_workers)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+        running: deque[Any] = deque()
+        for task in tasks:
+            running.append(remote.remote(task))
+            # Asked for each time, since nodes join and leave.
+            processors = int(ray.cluster_resources().get("CPU", 1))
+            if len(running) >= 2 * max(1, processors):
+                yield _result(ray, running.popleft())
+        while running:
+            yield _result(ray, running.popleft())
+    finally:
+        ray.shutdown()
+
+
+def _connect(num_workers: int) -> Any:
     try:
         import ray
     except ImportError as error:
@@ -46,55 +63,28 @@ def run_tasks(
             "tokenization.engine is ray, which is not installed: "
             "pip install 'compactgpt[ray]', or set it to local in params.yaml"
         ) from error
-    if ray.is_initialized():  # by the caller, who also shuts it down
-        yield from _ray_map(ray, function, tasks)
-        return
-    _connect(ray, num_workers)
-    try:
-        yield from _ray_map(ray, function, tasks)
-    finally:
-        ray.shutdown()
-
-
-def _connect(ray: Any, num_workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
     if not address:
         # The workers of a local cluster find this package by its path, installed or not.
-        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        options = {
-            "address": "local",
-            "num_cpus": num_workers,
-            "include_dashboard": False,
-            "runtime_env": {"env_vars": variables},
-        }
+        paths = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
+        options = {"address": "local", "num_cpus": num_workers, "runtime_env": environment}
     try:
-        ray.init(log_to_driver=False, logging_level="error", **options)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unreachable(
             f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
             "check RAY_ADDRESS, or set tokenization.engine to local in params.yaml"
         ) from error
-
-
-def _ray_map(ray: Any, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
-    running: deque[Any] = deque()
-    for task in tasks:
-        running.append(remote.remote(task))
-        # The limit is asked for each time, since nodes join and leave.
-        if len(running) >= 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
-            yield _result(ray, running.popleft())
-    while running:
-        yield _result(ray, running.popleft())
+    return ray
 
 
 def _result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError):  # the function's own error, without Ray's traceback
             raise error.cause from error
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:

@@ -25,7 +25,7 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.storage import atomic_folder, json_bytes, read_manifest, verified_manifest
 from compactgpt.config import Tokenization
-from compactgpt.data.documents import RowGroup, read_texts, row_groups
+from compactgpt.data.documents import RowGroup, read_row_group, row_groups
 from compactgpt.data.engines import run_tasks
 from compactgpt.data.token_files import EncodedDocuments, Tokens, open_tokens, pack_documents, write_tokens
 from compactgpt.data.tokenizer import TiktokenEncoder, load_encoder
@@ -86,7 +86,8 @@ def tokenize(
         MissingInput, BadData: an input is missing or damaged, or a split has no document.
     """
     corpus = verified_manifest(documents)
-    facts = _tokenizer_facts(tokenizer, params)
+    saved = verified_manifest(tokenizer)
+    facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     chunk_folder = state / _state_key(corpus, facts, params)
     for other in state.iterdir() if state.exists() else ():
         if other != chunk_folder:  # chunks of other inputs
@@ -111,18 +112,6 @@ def tokenize(
                 )
     shutil.rmtree(chunk_folder, ignore_errors=True)
     return {"tokenizer": facts, **{split: _split_report(folder, split) for split in SPLITS}}
-
-
-def _tokenizer_facts(folder: Path, params: Tokenization) -> dict[str, Any]:
-    """Check the tokenizer once, before any worker loads it."""
-    sha256 = verified_manifest(folder)["tokenizer_sha256"]
-    encoding = _cached_encoder(folder, sha256, params.encoder).encoding
-    return {
-        "encoding": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "eot_token": encoding.eot_token,
-        "tokenizer_sha256": sha256,
-    }
 
 
 def _state_key(corpus: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
@@ -178,9 +167,10 @@ def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
     """Encode the documents of one row group: a pure function of files on disk, for any process."""
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
     documents: dict[Split, list[tuple[bytes, int, Tokens]]] = {split: [] for split in SPLITS}
-    for document_id, _source, text in read_texts(task.group):
-        split = split_of(document_id, task.val_fraction)
-        documents[split].append((bytes.fromhex(document_id), len(text), encoder.encode(bytes(text))))
+    for document in read_row_group(task.group):
+        split = split_of(document.id, task.val_fraction)
+        tokens, byte_length = encoder.encode(document.text), len(document.text.encode())
+        documents[split].append((bytes.fromhex(document.id), byte_length, tokens))
     vocab_size, eot_token = encoder.encoding.n_vocab, encoder.encoding.eot_token
     return {
         split: pack_documents(documents[split], vocab_size=vocab_size, eot_token=eot_token)

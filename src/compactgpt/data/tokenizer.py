@@ -33,7 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 CHECK_EVERY_BYTES = 2**20  # how often gigatoken is compared with tiktoken, in bytes of text
-CHECK_BYTES = 2**11  # how much of the text is compared
+CHECK_CHARACTERS = 2**11  # how much of the text is compared
 # gigatoken keeps every word that it has seen: 0.3 MB per MB of documentation, 9 MB per MB of random words.
 RESTART_EVERY_BYTES = 2**28
 
@@ -178,21 +178,15 @@ class TiktokenEncoder:
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
 
-    def encode(self, text: bytes) -> TokenIds:
-        """Encode UTF-8 text. A special token that is spelled in it becomes ordinary tokens. (tokens,)"""
+    def encode(self, text: str) -> TokenIds:
+        """Encode a text. A special token that is spelled in it becomes ordinary tokens. (tokens,)"""
         # To numpy directly: a Python list of ids takes 10 times the memory.
-        return self.encoding.encode_to_numpy(str(text, "utf-8"), disallowed_special=())
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
 
 
 # gigatoken has the letters and digits of Unicode 17, tiktoken those of Unicode 16. Characters that are new
 # in Unicode 17 begin with one of these bytes in UTF-8, as some older ones do (Telugu, Kannada, rare scripts).
-_MAY_BE_NEW = re.compile(
-    rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]",
-)
-
-
-def _may_be_new(text: bytes) -> bool:
-    return not text.isascii() and _MAY_BE_NEW.search(text) is not None
+_MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
 class GigatokenEncoder(TiktokenEncoder):
@@ -213,28 +207,27 @@ class GigatokenEncoder(TiktokenEncoder):
             self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
         self._bytes_since_start = 0
 
-    def encode(self, text: bytes) -> TokenIds:
-        """Encode UTF-8 text. (tokens,)
+    def encode(self, text: str) -> TokenIds:
+        """Encode a text. (tokens,)
 
         Raises:
             BadData: the ids of a sample differ from tiktoken's.
         """
-        if _may_be_new(text):
+        content = text.encode()
+        if not text.isascii() and _MAY_BE_NEW.search(content):
             return super().encode(text)
-        tokens: TokenIds = self._fast.encode(text)
-        self._unchecked_bytes += len(text)
-        self._bytes_since_start += len(text)
+        tokens: TokenIds = self._fast.encode(content)
+        self._unchecked_bytes += len(content)
+        self._bytes_since_start += len(content)
         if self._unchecked_bytes >= CHECK_EVERY_BYTES:
             self._unchecked_bytes = 0
-            self._compare_with_reference(text)
+            self._compare_with_reference(text[:CHECK_CHARACTERS])
         if self._bytes_since_start >= RESTART_EVERY_BYTES:
             self._start()
         return tokens
 
-    def _compare_with_reference(self, text: bytes) -> None:
-        sample = text[:CHECK_BYTES].decode("utf-8", "ignore")  # the cut may be inside a character
-        content = sample.encode()
-        if not np.array_equal(self._fast.encode(content), super().encode(content)):
+    def _compare_with_reference(self, sample: str) -> None:
+        if not np.array_equal(self._fast.encode(sample.encode()), super().encode(sample)):
             raise BadData(
                 "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in "
                 f"params.yaml, and report the text, which begins {sample[:80]!r}"
