@@ -80,14 +80,14 @@ def ours(windows: Windows) -> Callable[[], float]:
 
 
 def serve(which: str, count: int) -> None:
-    """Score once for each line read, and tell seconds, nats and peak memory."""
+    """Score once for each line read, and print seconds, nats and peak memory."""
     import numpy as np
     import torch
 
     windows = list(np.random.default_rng(SEED).integers(0, VOCABULARY, (count, CONTEXT)))
     torch.set_num_threads(2)
     run = {"usual": usual, "ours": ours}[which](windows)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: the peak of scoring, not of loading
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: the peak of scoring, not of loading
     for _ in sys.stdin:
         start = time.perf_counter()
         nats = run()

@@ -91,15 +91,6 @@ def test_a_compressors_nats_are_the_bits_without_the_container(
     assert found.own_tokens is model.facts["num_params"] is None
 
 
-def test_a_primed_compressor_knows_the_train_split(load, split, encoding):
-    nats = {}
-    for megabytes in (0, 1):
-        model = load(kind="compressor", codec="zstd", level=19, train_megabytes=megabytes)
-        nats[megabytes] = evaluate(model, split, encoding, LIKELIHOOD).nats
-    assert (nats[1][:2] < 0.6 * nats[0][:2]).all()  # these two documents are the train split
-    assert abs(nats[1][4] - nats[0][4]) <= 8 * 8 * math.log(2)  # "then" has little to gain
-
-
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_every_byte_is_in_exactly_one_span(split, encoding, window):
     for document, text in enumerate(TEXTS):
@@ -125,19 +116,6 @@ def byte_tokenizer(vocabulary=None, merges=()):
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"] if vocabulary is None else ["<|endoftext|>"])
     return tokenizer
-
-
-def test_own_windows_are_the_spans_each_after_one_token(split, encoding):
-    tokenizer = byte_tokenizer()
-    windows = list(OwnTokens(tokenizer, encoding, 0).windows(split, 3))
-    for document, text in enumerate(TEXTS):
-        mine = [one for one in windows if one.document == document]
-        spans = text_spans(split, encoding, document, 3)
-        assert [tokenizer.decode(one.targets.tolist()) for one in mine] == spans
-        stream = [0, *tokenizer.encode(text).ids]
-        for one in mine:
-            assert one.tokens.tolist() == stream[one.start : one.start + len(one.targets)]
-            assert one.targets.tolist() == stream[one.start + 1 : one.start + 1 + len(one.targets)]
 
 
 def test_a_tokenizer_that_loses_text_is_refused_and_names_of_special_tokens_are_text(split, encoding):
@@ -283,12 +261,6 @@ def test_a_model_of_the_hub_is_read_from_its_cache_or_refused_at_once(
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", raise_error)
     with pytest.raises(BadConfig, match="the hub does not have some/other at aaaa"):
         load(kind="hub", repo="some/other", revision=REVISION)
-
-
-def test_smollms_tokenizer_keeps_digits_apart():
-    tokenizer = baselines._smollm_tokenizer([*vocabulary(), "12", "Ġ1"], [*MERGES, "1 2", "Ġ 1"])
-    assert tokenizer.encode("the 12").tokens == ["the", "Ġ", "1", "2"]
-    assert tokenizer.decode(tokenizer.encode("é 12").ids) == "é 12"
 
 
 @pytest.mark.parametrize("change", [{"pre": "qwen2"}, {"architecture": "falcon"}])

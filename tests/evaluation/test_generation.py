@@ -32,16 +32,6 @@ def write(model, prompts, max_new_tokens, end, choose=greedy):
     return generation.continue_prompts(model, prompts, [choose] * len(prompts), max_new_tokens, end)
 
 
-def test_greedy_text_follows_the_model_and_stops_at_end_of_text():
-    def hidden(tokens):  # expects the id after the last one
-        assert tokens.shape[1] <= 4
-        return torch.nn.functional.one_hot((tokens + 1) % 20, 20).float()
-
-    found = write(NeuralModel({}, hidden, 10 * torch.eye(20), 4, 1), [[3, 4], [1], [16]], 5, 19)
-    assert [one.tokens for one in found] == [[5, 6, 7, 8, 9], [2, 3, 4, 5, 6], [17, 18]]
-    assert [one.ended for one in found] == [False, False, True]
-
-
 @pytest.mark.parametrize("choose", [greedy, lambda logits: int(np.argsort(logits)[-2])])
 @pytest.mark.parametrize("new_tokens", [9, 12])  # all fits the context of 16; or the beginning is lost
 def test_continuations_with_and_without_a_cache_equal_a_plain_loop(model, choose, new_tokens):
@@ -58,19 +48,6 @@ def test_continuations_with_and_without_a_cache_equal_a_plain_loop(model, choose
         assert one.tokens == expected[: expected.index(END) if END in expected else None]
     plain = NeuralModel(neural.facts, neural.hidden, neural.head, neural.block_size, 1)
     assert write(plain, PROMPTS, new_tokens, END, choose) == found
-
-
-def test_hidden_states_with_a_cache_equal_those_without(model):
-    """However the text is divided, and whatever padding stands before it."""
-    tokens = torch.arange(20, 32)[None].repeat(2, 1)
-    tokens[1, :3] = 0
-    step = as_neural_model(model, 1).decoder(torch.tensor([0, 3]))
-    for part in torch.split(tokens, [5, 1, 4, 2], 1):
-        last = step(part)
-    for row, start in ((0, 0), (1, 3)):
-        with torch.no_grad():
-            expected = model.hidden(tokens[row : row + 1, start:])[0, -1]
-        torch.testing.assert_close(last[row], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["GPT2Config", "LlamaConfig", "BloomConfig"])
@@ -112,13 +89,6 @@ def test_nucleus_worked_by_hand():
         np.testing.assert_allclose(generation.nucleus_probabilities(logits, top_p=top_p), expected)
     flat = generation.nucleus_probabilities(np.zeros(200_000), top_p=0.5)  # all unlikely: 5e-6 each
     assert np.count_nonzero(flat) == pytest.approx(100_000, abs=1)
-
-
-def test_draws_follow_the_probabilities():
-    generator = generation.prompt_generator(1, "x")
-    probabilities = np.array([0, 0.4, 0.2, 0.4, 0])
-    drawn = np.bincount([generation.draw(generator, probabilities) for _ in range(4000)], minlength=5)
-    np.testing.assert_allclose(drawn / 4000, probabilities, atol=0.03)
 
 
 def test_a_prompts_text_depends_on_seed_and_prompt_only(model, encoding, split):

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
@@ -114,14 +113,6 @@ def test_this_machine_is_measured_when_asked(monkeypatch):
     assert "measured just now: no report has it" in format_estimate(found)
 
 
-@pytest.mark.parametrize(
-    ("minutes", "words"),
-    [(0.01, "0.6 s"), (3.0, "3 min"), (180.0, "3 h"), (60 * 24 * 15.5, "15.5 days")],
-)
-def test_durations_have_the_unit_that_fits(minutes, words):
-    assert module._duration(minutes) == words
-
-
 def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most():
     code = (
         "import sys, time; from typer.testing import CliRunner; from compactgpt.cli import app; "
@@ -144,15 +135,3 @@ def test_the_times_of_training_and_of_each_neural_baseline_are_announced(monkeyp
     assert f"about {2 * minutes:.3g} min" in announce_times([PARAMS, PARAMS])[0]
     quick = load_changed_params(ROOT / "params.yaml", ["baseline.names=[unigram, xz]"])
     assert len(announce_times([quick])) == 1
-
-
-def test_experiment_run_announces_the_times_before_dvc_starts(monkeypatch):
-    from compactgpt import experiments
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(module, "measure_flops", lambda: 1e11)
-    monkeypatch.setattr(experiments, "run", lambda *_: typer.echo("DVC runs") or ["one"])
-    done = CliRunner().invoke(app, ["experiment", "run", "shakespeare"])
-    assert done.exit_code == 0, done.output
-    starts = [line.partition(":")[0] for line in done.output.splitlines()]
-    assert starts[:3] == ["training", "baseline smollm2-135m", "DVC runs"]

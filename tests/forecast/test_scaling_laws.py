@@ -8,7 +8,7 @@ import torch
 from compactgpt import config
 from compactgpt.forecast.estimate import estimate, estimate_run
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Run, expect_loss, kaplan_loss, reference_run
+from compactgpt.forecast.scaling_laws import LAWS, Run, expect_loss, reference_run
 from compactgpt.model.gpt import GPT
 from tests.support.comparison_inputs import PARAMS
 
@@ -103,21 +103,6 @@ def test_laws_at_the_notes_run(law, loss, tolerance):
 )
 def test_laws_at_nanogpts_gpt2_which_measured_285(law, steps, loss):
     assert LAW[law].loss(Run(123_653_376, 85_056_000, steps, 491_520)) == pytest.approx(loss, abs=0.0009)
-
-
-@pytest.mark.parametrize("steps", [1, 20_000, 10_000_000])
-def test_kaplans_loss_solves_its_own_equation(steps):
-    loss = kaplan_loss(Run(1, 10_621_824, steps, 32_768))
-    smallest_steps = steps / (1 + 2.1e8 / loss ** (1 / 0.21) / 32_768)
-    assert loss == pytest.approx((6.5e13 / 10_621_824) ** 0.077 + (2.1e3 / smallest_steps) ** 0.76, rel=1e-9)
-
-
-def test_a_law_covers_the_sizes_and_budgets_that_it_was_fitted_on():
-    assert LAW["kaplan-2020"].covers(NOTE_RUN)
-    assert not LAW["hoffmann-2022"].covers(NOTE_RUN)  # fewer parameters and tokens
-    assert LAW["hoffmann-2022"].covers(Run(7 * 10**7, 1, 10_000, 500_000))
-    assert not LAW["hoffmann-2022"].covers(Run(7 * 10**7, 1, 10_000, 499_999))
-    assert not LAW["kaplan-2020"].covers(Run(10**10, 767, 10_000, 500_000))
 
 
 def test_the_nearest_reference_run_is_taken_and_the_optimizer_breaks_a_tie():

@@ -89,10 +89,6 @@ def test_another_run_of_the_law_lies_in_the_interval_whose_bounds_are_quantiles(
     )
 
 
-def test_fitting_twice_gives_the_same_constants(fit):
-    assert fit_runs(runs_of(product, 0.01), 16) == fit
-
-
 def test_the_shipped_fit_predicts_the_losses_of_its_own_runs():
     shipped = sweep.read_sweep(ROOT / "results/ladder.json")
     again = fit_runs(shipped.runs, 4)
@@ -123,13 +119,6 @@ def test_a_sweep_of_other_text_or_settings_predicts_nothing(finished):
     changes = {"corpus": {"corpus": "files"}, "settings": finished.settings | {"training.optimizer": "adamw"}}
     report = sweep_report(finished.model_copy(update=changes), PARAMS)
     assert (report["expected_loss"], report["differs"]) == (None, ["corpus", "training.optimizer"])
-
-
-def test_size_budget_and_chance_are_no_difference():
-    model = PARAMS.model.model_copy(update={"n_embd": 64, "n_layer": 9})
-    training = PARAMS.training.model_copy(update={"max_steps": 9, "seed": 9, "eval_windows": 9})
-    other = PARAMS.model_copy(update={"model": model, "training": training})
-    assert sweep.shared_settings(other) == sweep.shared_settings(PARAMS)
 
 
 def test_a_sweep_is_read_back_or_absent(finished, tmp_path):

@@ -61,12 +61,13 @@ def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
 def draw(generator: np.random.Generator, probabilities: Floats) -> int:
     """Draw a token with one uniform number."""
     bounds = np.cumsum(probabilities)
-    token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))
+    token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
     return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may lead past the last token
 
 
 def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
     """Return the random stream of one prompt, which no other prompt in the list changes."""
+    # Philox is keyed: the stream depends on nothing else, such as the prompts before.
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 

@@ -120,6 +120,7 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
         for index, name in enumerate(split.document_ids)
     ]
     items: list[Item] = []
+    # One item of each document a turn, until there are enough or no document has any left.
     while candidates and len(items) < settings.cloze_items:
         turn = [(document, next(document, None)) for document in candidates]
         items += [item for _, item in turn if item is not None]
@@ -213,7 +214,7 @@ def run_tasks(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks that params.yaml names; the cloze is made from the documents of `split`."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}
+    tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty where no word of a text comes twice
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
         if source is not None:
             tasks[name] = read_lambada(fetch_source(source))

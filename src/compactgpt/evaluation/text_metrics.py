@@ -42,7 +42,7 @@ def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
     """Return the share of 4-grams that occurred in their own text before; None without 4-grams."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
-    return 1 - sum(len(set(grams)) for grams in found) / total if total else None
+    return 1 - sum(len(set(grams)) for grams in found) / total if total else None  # distinct by text
 
 
 def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
@@ -52,6 +52,7 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
 def ends_in_loop(tokens: Tokens) -> bool:
     """Whether a text ends in a phrase of two tokens or more, three times in a row."""
     text = list(tokens)
+    # `size` is the length of the phrase, at most a third of the text.
     return any(text[-size:] * 3 == text[-size * 3 :] for size in range(2, len(text) // 3 + 1))
 
 
@@ -60,7 +61,7 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None
-    ranks = np.log(np.arange(1, len(counts) + 1))
+    ranks = np.log(np.arange(1, len(counts) + 1))  # (distinct tokens,), most frequent first
     return float(-np.polyfit(ranks, np.log(counts), 1)[0])
 
 
@@ -69,7 +70,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
     value, n = figure(texts), len(texts)
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
-    if value is None or len(known) < n or n < 2:
+    if value is None or len(known) < n or n < 2:  # one text has no spread
         return None
     squares = float(np.sum((np.array(known) - np.mean(known)) ** 2))
     error = math.sqrt((n - 1) / n * squares)
@@ -77,12 +78,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
 
 
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
-    """Return all figures of the continuations by one strategy.
-
-    Args:
-        texts: ids of the split's tokenizer, at least one text.
-        ended: which texts ended by themselves; None for text that was cut.
-    """
+    """Return all figures of the continuations by one strategy; `ended` is None for text that was cut."""
     figures: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),
         "distinct_2": lambda some: distinct_n(some, 2),
@@ -92,6 +88,7 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
         "tokens": lambda some: sum(map(len, some)) / len(some) if some else None,
     }
     found = {name: jackknife(texts, figure) for name, figure in figures.items()}
+    # Shares of continuations: each is right or wrong, so that Wilson's interval applies.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
         found["ended"] = wilson(sum(ended), len(ended))

@@ -89,7 +89,7 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
     assert codec is not None
     if stride > context:
         raise BadConfig(f"evaluation.tasks.wikitext_stride ({stride}) is above the context of {context}")
-    stream = codec.encode("\n\n".join(lines))
+    stream = codec.encode("\n\n".join(lines))  # one stream of the whole text, as perplexity.md has it
     report: dict[str, Any] = {}
     for name, step in (("no_overlap", context), ("strided", stride)):
         scored = [values for _, values in target_nats(model, blocks(stream, context, step))]
@@ -108,7 +108,7 @@ def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]
         first = max(scored, start + 1)  # target of this block
         if first < end:
             yield Window(0, first, tokens[start : end - 1], tokens[first:end])
-        scored = end
+        scored = end  # later blocks only read these tokens, as context
         if end == len(tokens):
             return
 
@@ -121,6 +121,7 @@ def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context
     )
     windows = strided_windows(streams, context, context)
     nats = sum(float(values.sum()) for _, values in target_nats(model, windows))
+    # Of the pages as they were: the spacing that was undone must not change the number of words.
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     size = sum(len(page.encode()) for page in pages)
     return {

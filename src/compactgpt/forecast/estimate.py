@@ -99,17 +99,7 @@ def estimate_run(
     *,
     training: Training | None = None,
 ) -> dict[str, Any]:
-    """Return the estimate of one run; keys carry the units.
-
-    Args:
-        model: the shape.
-        run: its size and budget.
-        micro_batch_size: sequences in one forward pass.
-        train_tokens: tokens of the training split; `epochs` is null where they are not known.
-        loss: the loss expected.
-        settings: of the stage, for its machines.
-        training: where its softmax may be sampled.
-    """
+    """Return the estimate of one run; keys carry the units, and `epochs` is null without `train_tokens`."""
     flops_each = flops_per_token(model, training)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
     minutes = {

@@ -29,7 +29,7 @@ from compactgpt.forecast.scaling_laws import configured_run
 
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
-ReadFile = Callable[[str, str], str]
+ReadFile = Callable[[str, str], str]  # name of a DVC experiment, path of a file in it -> its text
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
@@ -144,9 +144,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     """
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
-        raise BadData(
-            f"{len(runs)} runs are too few for a scaling law: it needs about three sizes and three budgets"
-        )
+        raise BadData(f"{len(runs)} runs are too few for a scaling law: run three sizes and three budgets")
     errors: dict[FormName, float] = {}
     for name, values in misses.items():
         mean_square = math.fsum(value * value for value in values) / len(values)
@@ -274,11 +272,7 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
 def fit_sweep(names: Sequence[str], read_file: ReadFile, path: Path, params_file: Path) -> str:
     """Fit the law to the finished runs of a sweep, write it to `path`, and return what to print.
 
-    Args:
-        names: of the DVC experiments.
-        read_file: returns a file of one of them, by the experiment's name and the file's path.
-        path: of the new ladder.json.
-        params_file: params.yaml, whose run is predicted.
+    `names` are DVC experiments. The prediction is that of the run of `params_file`.
 
     Raises:
         NotAllowed: `path` is a file that this command did not write.
