@@ -122,14 +122,16 @@ def _nodes(tree):
 
 def is_refused(read) -> bool:
     """Return whether a reader raises a UserError; any other exception fails the test."""
+    message = None
     signal.alarm(SECONDS)
     try:
         read()
     except UserError as error:
-        return 0 < len(str(error).strip()) < 20_000
+        message = str(error)
     finally:
         signal.alarm(0)
-    return False
+    assert message is None or 0 < len(message.strip()) < 20_000
+    return message is not None
 
 
 @pytest.fixture(scope="module", autouse=True)
