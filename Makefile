@@ -146,6 +146,8 @@ ui: $(STAMP) ## open the MLflow UI on this machine only
 	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \
 	  || { echo "port $(PORT) is in use here: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
 	@compactgpt sync --warn
+	@test -z "$${MLFLOW_TRACKING_URI:-}" \
+	  || echo "These pages show mlflow.db. Runs go to another store, the one named above: MLFLOW_TRACKING_URI is set."
 	@echo "The charts: http://127.0.0.1:$(PORT)/#/experiments/1/runs?viewStateShareKey=pipelines&compareRunsMode=CHART"
 	@mlflow server --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" --artifacts-destination "$(CURDIR)/mlartifacts" \
 	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"

@@ -354,13 +354,13 @@ def sync(
     from compactgpt.tracking.mlflow_logger import sync as sync_runs
 
     try:
-        sync_runs(Path.cwd(), record_unrun=True)
+        address = sync_runs(Path.cwd(), record_unrun=True)
     except UserError as error:
         if not warn:
             raise
         report(f"warning: {error}")
         return
-    echo("MLflow has all of the runs that have ended here")
+    echo(f"MLflow at {address} has all of the runs that have ended here")
 
 
 @app.command()

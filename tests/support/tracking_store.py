@@ -1,4 +1,4 @@
-"""An empty MLflow store, a small repository under DVC's files, and journals: for the tests of lineage."""
+"""An empty MLflow store, a small repository under DVC's files, and journals: for the tests of tracking."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ from compactgpt.tracking.mlflow_logger import Logger
 from compactgpt.tracking.run_folder import run_folders
 from compactgpt.tracking.store import open_store
 
-IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+IDENTITY = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
 def made_store(folder: Path) -> bytes:
-    """Make a migrated, empty store: it takes seconds, copying it none."""
+    """Create a migrated, empty store: it takes seconds, copying it none."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     open_store(folder)
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
@@ -29,13 +29,20 @@ def made_store(folder: Path) -> bytes:
     return (folder / "mlflow.db").read_bytes()
 
 
+def enter_project(root: Path, store: bytes, monkeypatch, stages: str = "{}") -> Path:
+    """Create a project with an empty store, as the current folder."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "mlflow.db").write_bytes(store)
+    (root / "dvc.yaml").write_text(f"stages: {stages}")
+    monkeypatch.chdir(root)
+    return root
+
+
 def git(root: Path, *words: str) -> str:
+    env = {**os.environ, **IDENTITY}
     done = subprocess.run(
-        ["git", "-C", str(root), *words],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **IDENTITY},
+        ["git", "-C", str(root), *words], check=True, capture_output=True, text=True, env=env
     )
     return done.stdout.strip()
 
@@ -56,13 +63,21 @@ def copy(root: Path) -> bool:
     return all(done)
 
 
-def runs(root: Path):
+def runs(root: Path, stage: str = "") -> list:
+    """Return the runs, oldest first; of one stage if it is named."""
     store = open_store(root)
-    return store.client.search_runs([store.experiment], order_by=["attributes.start_time"])
+    found = store.client.search_runs([store.experiment], order_by=["attributes.start_time"])
+    return [run for run in found if stage in ("", run.data.tags["stage"])]
+
+
+def history(root: Path, run, key: str) -> list:
+    """Return step and value of each point of a metric."""
+    points = open_store(root).client.get_metric_history(run.info.run_id, key)
+    return sorted((point.step, point.value) for point in points)
 
 
 def cache_out(root: Path, path: str) -> str:
-    """Put an out into DVC's cache as DVC does; returns its name."""
+    """Put an output into DVC's cache as DVC does; returns its hash."""
 
     def keep(content: bytes, suffix: str = "") -> str:
         md5 = md5_of(content) + suffix
@@ -71,49 +86,49 @@ def cache_out(root: Path, path: str) -> str:
         target.write_bytes(content)
         return md5
 
-    place = root / path
-    if place.is_file():
-        return keep(place.read_bytes())
-    files = sorted(found for found in place.rglob("*") if found.is_file())
-    listing = [{"md5": keep(one.read_bytes()), "relpath": one.relative_to(place).as_posix()} for one in files]
-    made = keep(json.dumps(listing, sort_keys=True).encode(), ".dir")
-    assert made == md5_path(place)
-    return made
+    out = root / path
+    if out.is_file():
+        return keep(out.read_bytes())
+    files = sorted(found for found in out.rglob("*") if found.is_file())
+    listing = [{"md5": keep(one.read_bytes()), "relpath": one.relative_to(out).as_posix()} for one in files]
+    md5 = keep(json.dumps(listing, sort_keys=True).encode(), ".dir")
+    assert md5 == md5_path(out)
+    return md5
 
 
 def save_lock(
     root: Path, stages: dict[str, list[str]], deps: dict[str, list[str]] | None = None, **params
 ) -> None:
-    """Write a dvc.lock of stages with their outs, as they lie there."""
+    """Write a dvc.lock of stages with their outputs, as these are in the project."""
+
+    def named(path: str) -> dict[str, str]:
+        return {"path": path, "hash": "md5", "md5": md5_path(root / path)}
+
     entries = {
         stage: {
             "cmd": f"make {stage}",
             "params": {"params.yaml": params},
-            "deps": [named(root, path) for path in (deps or {}).get(stage, [])],
-            "outs": [named(root, path) for path in paths],
+            "deps": [named(path) for path in (deps or {}).get(stage, [])],
+            "outs": [named(path) for path in paths],
         }
         for stage, paths in stages.items()
     }
     (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": entries}))  # JSON is YAML
 
 
-def named(root: Path, path: str) -> dict[str, str]:
-    return {"path": path, "hash": "md5", "md5": md5_path(root / path)}
-
-
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def ended_dvc() -> dict:
-    """A process that stands for `dvc`, and has ended when the journals are read."""
+def ended_dvc(command: str = "dvc repro") -> dict:
+    """Return the facts of a process that stands for `dvc`, and has ended when the journals are read."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": "dvc repro"}
+    facts = {"pid": child.pid, "created": psutil.Process(child.pid).create_time(), "command": command}
     child.communicate(b"\n")
     return facts
 
 
 def stage_statuses(run) -> dict[str, tuple[str, str]]:
-    """Return what a pipeline run says of each stage: its status and the run that made its outs."""
+    """Return what a pipeline run says of each stage: its status and the run that made its outputs."""
     rows = [line.split(" | ") for line in run.data.tags["mlflow.note.content"].splitlines() if " | " in line]
     return {row[0].strip("| "): (row[1], row[2].strip("| ")) for row in rows[2:]}

@@ -66,7 +66,7 @@ class Logger:
         if self.folder.is_pipeline and not self.copied.run_id:
             self.copied.run_id = self._start_pipeline()
             self.copied.save(self.folder.path)
-        done = [self._copy_journal(journal) for journal in self.folder.stages()]
+        done = [self._copy_journal(file) for file in self.folder.stages()]
         if not all(done) or self.folder.alive or not self.folder.keep_after():
             return False
         if self.folder.is_pipeline:
@@ -161,9 +161,10 @@ class Logger:
             if made_by:
                 links[stage] = f"[run {made_by[:8]}](#/experiments/{self.store.experiment}/runs/{made_by})"
         tags["mlflow.note.content"] = pipeline_run.description(self.folder.command, found, links)
-        self.store.log(run_id, [{"kind": "inputs", "datasets": datasets}, {"kind": "tags", "values": tags}])
         begin = {"time_ms": self.folder.start["time_ms"]}
-        self.store.log(run_id, [line | begin for line in pipeline_run.skipped_metrics(after, found)])
+        lines = [line | begin for line in pipeline_run.skipped_metrics(after, found)]
+        lines += [{"kind": "inputs", "datasets": datasets}, {"kind": "tags", "values": tags}]
+        self.store.log(run_id, lines)
         end_ms = max(file.last["time_ms"] for file in self.folder.journals())
         self.client.set_terminated(run_id, found.status, end_ms)
         if found.status == "FINISHED" and "weights_sha256" in tags:
@@ -196,12 +197,12 @@ def follow(folder: RunFolder) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def sync(root: Path, *, record_unrun: bool = False) -> None:
+def sync(root: Path, *, record_unrun: bool = False) -> str:
     """Copy what the stores lack of the runs that have ended, after the child processes that already do so.
 
-    Runs that the store of the environment once had are copied again if that was deleted. With `record_unrun`,
-    a dvc.lock that no run has made is logged, such as that of a fresh clone. What fails keeps no other run
-    from being copied; the first UserError is raised at the end.
+    Runs of the environment's store, whose address is returned, are copied again if that was deleted. With
+    `record_unrun`, a dvc.lock that no run has made is logged, such as that of a fresh clone. What fails keeps
+    no other run from being copied; the first UserError is raised at the end.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
@@ -219,6 +220,7 @@ def sync(root: Path, *, record_unrun: bool = False) -> None:
         problems += _sync_store(root, wanted, folders, record_unrun=record_unrun and wanted == current)
     if problems:
         raise problems[0]
+    return current["uri"]
 
 
 def _sync_store(

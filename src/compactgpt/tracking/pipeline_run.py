@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from compactgpt.common.errors import UserError
-from compactgpt.common.storage import MANIFEST, read_json, write_json
+from compactgpt.common.storage import MANIFEST, read_json, write_text
 from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Chain, Entry, Folder, Place
 from compactgpt.tracking.journal import BEFORE, LOCKED, JournalFile, flatten
@@ -58,7 +58,7 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
             found.entries[stage] = dvc_files.entry_key(entry)
     named = [stage for stage in chain.stages if {stage, stage.partition("@")[0]} & set(command.split())]
     if missing := [stage for stage in named or chain.stages if stage not in found.entries]:
-        found.reason = f"`dvc` failed or was stopped: {LOCK} has not what {', '.join(missing)} made"
+        found.reason = f"`dvc` failed or was stopped: {LOCK} has no results for {', '.join(missing)}"
     if not chain.lock:
         found.reason = f"{LOCK} is empty or missing"
     ends = [*(file.status for file in journals), "FAILED" if found.reason else "FINISHED"]
@@ -121,7 +121,7 @@ def write_after(
                 dvc_files.checkout(cache, place, path, md5, making / path)
     except UserError as error:  # an object of the cache was altered
         found.reason = found.reason or str(error)
-    write_json(run_folder / "outcome.json", found.model_dump())
+    write_text(run_folder / "outcome.json", found.model_dump_json())  # stages stay in their order
     shutil.rmtree(after, ignore_errors=True)
     making.rename(after)
 

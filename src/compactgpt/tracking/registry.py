@@ -104,9 +104,7 @@ def _log(trained: Trained) -> str:
 
 
 def promote(store: Store, weights: str, reason: str = "") -> str:
-    """Register the model with these weights, and make it the champion: only the gate calls this.
-
-    Returns the version that has the alias now.
+    """Register the model with these weights, make it the champion, and return its version: for the gate only.
 
     Raises:
         MissingInput: no logged model has them.
