@@ -150,7 +150,8 @@ def _write_chunks(
                 shard_bytes += int(encoded[split].byte_lengths.sum())
             progress(done_bytes + shard_bytes, total_bytes)
         done_bytes += shard_bytes
-        with atomic_folder(folder / shard, {"text_bytes": shard_bytes}, private=True) as temporary:
+        chunk_facts = {"text_bytes": shard_bytes}
+        with atomic_folder(folder / shard, chunk_facts, kind="token chunk", private=True) as temporary:
             for split in SPLITS:
                 write_tokens(temporary / f"{split}.tokens", parts[split], **settings)
 
