@@ -6,7 +6,6 @@ resumes from them. Reading these runs no code, as reading DCP's default format m
 this module.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.config import Model
@@ -80,47 +79,20 @@ def full_model(model: GPT, is_main_process: bool) -> GPT:
 def orthogonalize_sharded(
     matrices: Sequence[Tensor], orthogonalize: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Orthogonalize sharded matrices of one shape, a different one in each process at a time.
+    """Orthogonalize sharded matrices of one shape; each process computes on the full matrix.
 
-    Newton-Schulz needs a full matrix. torch.optim.Muon on sharded ones does eleven all-reduces a matrix; here
-    the rows of as many matrices as there are processes are exchanged twice, in bfloat16, with which
-    Newton-Schulz begins anyway.
+    Newton-Schulz needs full matrices. One at a time, so that no process ever holds two of them.
 
     Args:
         matrices: DTensors. (rows, columns)
         orthogonalize: of full ones. (1, rows, columns) -> (1, rows, columns)
     """
-    size = cast(DTensor, matrices[0]).device_mesh.size()
     updates: list[Tensor] = []
-    for start in range(0, len(matrices), size):
-        updates += _one_per_process(cast(list[DTensor], matrices[start : start + size]), orthogonalize)
+    for matrix in cast(Sequence[DTensor], matrices):
+        full = orthogonalize(matrix.full_tensor()[None])[0]
+        # every process has the same result and keeps its rows of it: nothing is sent
+        updates.append(distribute_tensor(full, matrix.device_mesh, matrix.placements, src_data_rank=None))
     return updates
-
-
-def _one_per_process(matrices: Sequence[DTensor], orthogonalize: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Orthogonalize at most as many matrices as there are processes."""
-    mesh, placements = matrices[0].device_mesh, matrices[0].placements
-    (rows, columns), size, group = matrices[0].shape, mesh.size(), mesh.get_group()
-    own_rows = len(matrices[0].to_local())
-    # rows of a process, as torch.chunk distributes them; the last process may have fewer
-    most_rows = math.ceil(rows / size)
-    device = matrices[0].to_local().device
-    shards = torch.zeros(size, most_rows, columns, dtype=torch.bfloat16, device=device)
-    for shard, matrix in zip(shards, matrices, strict=False):
-        shard[:own_rows] = matrix.to_local()
-    received = torch.empty_like(shards)  # (size, most_rows, columns), all of one matrix
-    dist.all_to_all_single(received, shards, group=group)
-    full = received.view(size * most_rows, columns)[:rows]
-    if mesh.get_rank() < len(matrices):
-        full.copy_(orthogonalize(full[None])[0])
-    dist.all_to_all_single(shards, received, group=group)  # own rows of every matrix again
-    shape, stride = torch.Size((rows, columns)), (columns, 1)
-    return [
-        DTensor.from_local(
-            shard[:own_rows].clone(), mesh, placements, run_check=False, shape=shape, stride=stride
-        )
-        for shard in shards[: len(matrices)]
-    ]
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
