@@ -1,18 +1,13 @@
 """A softmax over a sample of the vocabulary, for training: which tokens a step uses, and their weights.
 
-The full softmax needs Z, the sum over all tokens j of exp(z_j). Here token j is in a step's sample with a
-known probability pi_j, independently of the others (Poisson sampling), and Z is estimated by the sum over
-the sample of exp(z_j) / pi_j, the unbiased estimator of Horvitz and Thompson 1952. So -log(pi_j) is added
-to a logit, and the rest is the usual cross-entropy, as in Jean et al. 2015 (On Using Very Large Target
-Vocabulary for Neural Machine Translation) and Bengio and Senecal 2008 (Adaptive Importance Sampling to
-Accelerate Training of a Neural Probabilistic Language Model). Every token of the step's own batch is in its
-sample with certainty (pi = 1), as frequent tokens are, so a row's own target never has a correction.
+The full softmax needs Z, the sum of exp(z_j) over all tokens j. Here token j is in a step's sample with a
+known probability pi_j, independently of the others, and the sum of exp(z_j) / pi_j over the sample estimates
+Z without bias (Horvitz and Thompson 1952). So -log(pi_j) is added to a logit, and the rest is the usual
+cross-entropy (Jean et al. 2015, Bengio and Senecal 2008). Frequent tokens and those of the step's own batch
+are always in the sample (pi = 1), so a target's logit never has a correction.
 
-Bias: the estimates of Z and of its gradient are unbiased, the quotient of the two is not. The logarithm of
-the estimate is too low by about Var / (2 Z^2), and the loss's gradient is off by a term of the same order,
-1 / sample size (Bengio and Senecal 2008, section III). Both are zero where every pi is 1.
-
-The sample is a pure function of (seed, step): all micro-batches and all processes of a step have the same.
+Bias: the logarithm of the estimate is too low by about Var / (2 Z^2), and the loss's gradient has a bias of
+the same order, 1 / sample size (Bengio and Senecal 2008, section III). Both are zero if every pi is 1.
 """
 
 from dataclasses import dataclass
@@ -20,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-SMOOTHING = 1.0  # added to each token's count, so that tokens that the split never has are sampled too
-COUNTED_AT_ONCE = 1 << 24
+SMOOTHING = 1.0  # added to each token's count, so that tokens that are not in the split are sampled, too
+COUNTED_AT_ONCE = 1 << 24  # tokens; np.bincount converts them to int64
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -52,7 +47,7 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     Args:
         counts: of each token in the training split. (V,)
         size: expected number of tokens in a sample; V or more makes every probability 1.
-        power: 1 samples as often as a token occurs, 0 all alike; 0.75 is that of Mikolov et al. 2013.
+        power: 1 samples in proportion to the count, 0 all alike; Mikolov et al. 2013 use 0.75.
 
     Returns:
         (V,)
@@ -60,11 +55,11 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
-    # The largest weights are cut at 1, one more each time the others are scaled up: c follows from the rest.
+    # The largest probabilities are cut at 1. If the first k tokens are cut, c follows from the others.
     ordered = np.sort(weights)[::-1]
     rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of all weights from this one on
-    certain = np.arange(len(ordered))
-    scales = (size - certain) / rest  # c, were exactly so many certain
+    k = np.arange(len(ordered))
+    scales = (size - k) / rest  # (V,) c for each k
     first = int(np.argmax(scales * ordered <= 1))
     inclusion: Floats = np.minimum(1.0, scales[first] * weights)
     return inclusion
@@ -73,13 +68,15 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
     """Draw a step's sample and add the tokens of its batch: a pure function of the arguments.
 
+    So all micro-batches and all processes of a step have the same sample.
+
     Args:
         inclusion: each token's probability. (V,)
         batch: token ids of the whole step, inputs and targets, of all processes. Any shape.
         seed: of the run.
         step: counted from 0.
     """
-    # The same key as the batch's draw, another block of the counter: independent of it.
+    # The key of the batch's own generator with another counter: independent of the batch.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))
     chosen = generator.random(len(inclusion)) < inclusion
     probability = inclusion.copy()

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,10 +145,10 @@ def train(
         while trainer.step < max_steps:
             trainer.make_step()
             if trainer.is_report_due():
-                _report(trainer, on_losses, on_row)
+                trainer.report(on_losses, on_row)
             stops = group.any_rank(should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                _report(trainer, on_losses, on_row)  # a state holds read losses only
+                trainer.report(on_losses, on_row)  # a state holds read losses only
                 trainer.save()
             on_step(trainer.step, trainer.model)
             if stops:
@@ -156,15 +157,6 @@ def train(
                     "run `dvc repro` again, it resumes from there"
                 )
         return Trained(trainer.full_model().eval(), trainer.rows, trainer.val_tokens, resumed_from)
-
-
-def _report(trainer: "Trainer", on_losses: OnLosses, on_row: OnRow) -> None:
-    """Report the losses since the last report, and a new row of the loss curve if one is due."""
-    if losses := trainer.read_losses():
-        on_losses(losses)
-        if trainer.is_row_due():
-            trainer.add_row()
-            on_row(trainer.rows)
 
 
 class Trainer:
@@ -186,7 +178,12 @@ class Trainer:
         self.val_tokens = sum(len(window.targets) for window in self.windows)
         set_precision(self.training.dtype)
         self.model, self.optimizers = self._build_model()
-        self.inclusion = self._inclusion_probabilities()
+        self.inclusion: npt.NDArray[np.float64] | None = (
+            None  # of each token in a step's sample, (vocab_size,)
+        )
+        if self.training.head == "sampled":
+            size, power = self.training.sample_tokens, self.training.sample_power
+            self.inclusion = inclusion_probabilities(self._token_counts, size, power)
         self.step = 0  # updates made
         self.rows: list[Row] = []
         self.unreported: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient norm
@@ -220,19 +217,13 @@ class Trainer:
         if self.training.init_positions:
             set_sinusoids(model, self.training.init_positions)
         if self.training.init_unigram:
-            start_at_unigram(model, self._token_counts(), self.training.init_unigram)
+            start_at_unigram(model, self._token_counts, self.training.init_unigram)
         return model
 
+    @cached_property
     def _token_counts(self) -> npt.NDArray[np.int64]:
-        """Count each token of the training split. (vocab_size,)."""
+        """Number of times that each token is in the training split. (vocab_size,)."""
         return token_counts(self.splits.train.tokens, self.shape.vocab_size)
-
-    def _inclusion_probabilities(self) -> npt.NDArray[np.float64] | None:
-        """Return the probability of each token to be sampled, (vocab_size,); None for a full softmax."""
-        if self.training.head == "full":
-            return None
-        training = self.training
-        return inclusion_probabilities(self._token_counts(), training.sample_tokens, training.sample_power)
 
     def full_model(self) -> GPT:
         """Return the model; a sharded one is gathered in the main process, which writes files."""
@@ -265,10 +256,17 @@ class Trainer:
             "rounding only"
         )
 
+    def report(self, on_losses: OnLosses, on_row: OnRow) -> None:
+        """Report the losses since the last report, and a new row of the loss curve if one is due."""
+        if losses := self.read_losses():
+            on_losses(losses)
+            if self.is_row_due():
+                self.add_row()
+                on_row(self.rows)
+
     def save(self) -> None:
         """Write a training state."""
-        processes = self.group.world_size
-        progress = {"rows": self.rows, "waiting": self.losses, "processes": processes}
+        progress = {"rows": self.rows, "waiting": self.losses, "processes": self.group.world_size}
         save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
 
     def make_step(self) -> None:
