@@ -55,18 +55,16 @@ def dvc(root: Path, *words: str) -> None:
 @pytest.fixture
 def root(tmp_path, empty_store, monkeypatch):
     """A committed project of two small stages."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(empty_store)
-    (tmp_path / "stage.py").write_text(STAGE)
-    (tmp_path / "dvc.yaml").write_text(CHAIN)
-    (tmp_path / "params.yaml").write_text("training:\n  steps: 1\n")
-    (tmp_path / ".gitignore").write_text("/.state/\nmlflow.db*\n/mlartifacts/\n")
-    tracking_store.git(tmp_path, "init", "-q")
-    dvc(tmp_path, "init", "-q")
-    tracking_store.git(tmp_path, "add", ".")
-    tracking_store.git(tmp_path, "commit", "-qm", "x")
-    return tmp_path
+    root = tracking_store.enter_project(tmp_path, empty_store, monkeypatch)
+    (root / "stage.py").write_text(STAGE)
+    (root / "dvc.yaml").write_text(CHAIN)
+    (root / "params.yaml").write_text("training:\n  steps: 1\n")
+    (root / ".gitignore").write_text("/.state/\nmlflow.db*\n/mlartifacts/\n")
+    tracking_store.git(root, "init", "-q")
+    dvc(root, "init", "-q")
+    tracking_store.git(root, "add", ".")
+    tracking_store.git(root, "commit", "-qm", "x")
+    return root
 
 
 @pytest.mark.skipif("TEST_SERVER" not in os.environ, reason="takes a minute: `make test-server`")
@@ -81,25 +79,21 @@ def test_every_experiment_has_a_complete_pipeline_run(root):
     dvc(root, "exp", "run", "-q", "--temp", "-n", "temporary", "-S", "training.steps=5")
     dvc(root, "exp", "run", "-q", "-n", "here", "-S", "training.steps=6")
     sync(root)
-    found = {run.info.run_name: run for run in runs(root) if run.data.tags["stage"] == "pipeline"}
-    assert sorted(found) == ["here", "queued-2", "queued-3", "queued-4", "temporary"]
-    for steps, name in enumerate(["queued-2", "queued-3", "queued-4", "temporary", "here"], start=2):
+    found = {run.info.run_name: run for run in runs(root, "pipeline")}
+    names = {"queued-2": 2, "queued-3": 3, "queued-4": 4, "temporary": 5, "here": 6}
+    assert found.keys() == names.keys()
+    refs = tracking_store.git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
+    for name, steps in names.items():
         run = found[name]
         assert run.info.status == "FINISHED", run.data.tags["mlflow.note.content"]
         assert run.data.params == {"training.steps": str(steps)}
         assert run.data.metrics == {"eval/loss": 1.0 / steps, "train/loss": 1.0 / steps}
         assert {what for what, _ in stage_statuses(run).values()} == {"ran (finished)"}
-        lock = tracking_store.git(root, "show", f"{commit_of(root, name)}:dvc.lock") + "\n"
+        commit = next(ref for ref in refs if ref.endswith(f"/{name}"))
+        lock = tracking_store.git(root, "show", f"{commit}:dvc.lock") + "\n"
         assert run.data.tags["lock_sha256"] == tracking_store.sha256(lock.encode())
-    assert found["queued-3"].data.tags["mlflow.source.name"] == "dvc exp run -n queued-3 -S training.steps=3"
-    assert (
-        found["here"].data.tags["mlflow.source.name"].startswith("dvc exp run -q -n here -S training.steps=6")
-    )
+    source = found["queued-3"].data.tags["mlflow.source.name"]
+    assert source == "dvc exp run -n queued-3 -S training.steps=3"
     dvc(root, "exp", "apply", "-q", "queued-3")
     sync(root, record_unrun=True)  # its dvc.lock has a run
-    assert len([run for run in runs(root) if run.data.tags["stage"] == "pipeline"]) == 5
-
-
-def commit_of(root: Path, name: str) -> str:
-    refs = tracking_store.git(root, "for-each-ref", "--format=%(refname)", "refs/exps").splitlines()
-    return next(ref for ref in refs if ref.endswith(f"/{name}"))
+    assert len(runs(root, "pipeline")) == 5
