@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.git import DIFF, git_facts, uncommitted_changes
+from compactgpt.common.errors import UserError
+from compactgpt.common.git import DIFF, git_facts, git_text, uncommitted_changes
 from stages import _runner
 from tests.support.dvc_projects import ROOT, git
 from tests.support.tracking_store import copy, runs
 
-PIPELINE = {"pid": 1, "created": 1.0, "command": "dvc repro"}
-
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A repository with one commit, and params.yaml changed since."""
+    """A repository with one commit."""
+    (tmp_path / "src").mkdir()
     for path in ("params.yaml", "src/code.py"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes((ROOT / "params.yaml").read_bytes())
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         git(tmp_path, *words)
@@ -26,21 +25,16 @@ def project(tmp_path, monkeypatch):
 
 
 def test_new_files_are_logged_only_if_they_are_code_or_settings(project):
-    kept = {"src/new.py": "code", "conf/new.yaml": "a: 1", "src/page.j2": "x", "src/style.css": "x"}
-    dropped = {
-        "src/compactgpt/.env": "KEY=secret",
-        "src/.hidden/a.py": "x",
-        "src/id_rsa": "x",
-        "src/a.sqlite": "x",
-    }
-    for name, text in (kept | dropped).items():
+    kept = ["src/new.py", "conf/new.yaml", "src/page.j2", "src/style.css"]
+    left_out = ["src/compactgpt/.env", "src/.hidden/a.py", "src/id_rsa", "src/a.sqlite"]
+    for name in kept + left_out:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (project / name).write_text(text)
+        (project / name).write_text("x")
     (project / "src/link.py").symlink_to("/etc/passwd")
     changes = uncommitted_changes(project)
     assert all(f"+++ b/{name}".encode() in changes.diff for name in kept)
     assert changes.diff.count(b"+++ b/") == len(kept)
-    assert {line.partition(" ")[0] for line in changes.left_out} == {*dropped, "src/link.py"}
+    assert {line.partition(" ")[0] for line in changes.left_out} == {*left_out, "src/link.py"}
 
 
 def test_more_than_a_megabyte_is_left_out_and_named(project):
@@ -49,7 +43,6 @@ def test_more_than_a_megabyte_is_left_out_and_named(project):
     changes = uncommitted_changes(project)
     assert changes.left_out == ["src/big.txt (30,000,000 bytes)"]
     assert b"small.py" in changes.diff
-    assert len(changes.diff) < 1000
     (project / "src/code.py").write_bytes(b"y\n" * 1_000_000)
     changes = uncommitted_changes(project)
     assert len(changes.diff) < 1000
@@ -59,14 +52,13 @@ def test_more_than_a_megabyte_is_left_out_and_named(project):
     assert "src/big.txt (30,000,000 bytes)" in facts["git.left_out"]
 
 
+def test_a_failure_of_git_has_gits_own_words(tmp_path):
+    with pytest.raises(UserError, match=r"git rev-parse failed: .*not a git repository"):
+        git_text(tmp_path, "rev-parse", "HEAD")
+
+
 def test_a_file_of_keys_is_ignored_by_git():
     assert git(ROOT, "check-ignore", ".env", "src/compactgpt/.env", ".env.local").count("\n") == 3
-
-
-def test_no_page_says_to_add_everything():
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-    assert len(pages) > 10
-    assert not [page for page in pages if "git add -A" in page.read_text() or "git add ." in page.read_text()]
 
 
 def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(project, empty_store, monkeypatch):
@@ -74,15 +66,15 @@ def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(proje
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(mlflow_logger, "start_logger", lambda folder: None)
-    alone = journal.process_facts()
-    monkeypatch.setattr(_runner, "process_facts", lambda: alone | {"pipeline": PIPELINE})
+    pipeline = {"pid": 1, "created": 1.0, "command": "dvc repro"}
+    facts = journal.process_facts() | {"pipeline": pipeline}
+    monkeypatch.setattr(_runner, "process_facts", lambda: facts)
     (project / "mlflow.db").write_bytes(empty_store)
     (project / "src/code.py").write_text("changed\n")
     for name in ("estimate", "validation"):
         with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
             pass
-    logged = list((project / ".state").rglob(DIFF))
-    assert [path.parent.name for path in logged] == ["before"]
+    assert [path.parent.name for path in (project / ".state").rglob(DIFF)] == ["before"]
     (project / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     assert copy(project)
     (parent,) = [run for run in runs(project) if run.data.tags["stage"] == "pipeline"]
