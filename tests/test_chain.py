@@ -1,4 +1,4 @@
-"""What DVC runs again: the chain of dvc.yaml, its commands replaced by one that only makes their outs."""
+"""What DVC runs again: the stages of dvc.yaml, their commands replaced by one that only writes their outs."""
 
 import contextlib
 import shutil
@@ -20,11 +20,8 @@ done
 """
 
 
-def numbers():
-    """The keys of params.yaml that stages track, each with a short value, since DVC parses them often.
-
-    Of the baselines two, since each is a stage.
-    """
+def short_params():
+    """The keys of params.yaml that stages track, each with a short value: DVC parses them often."""
     tree = read_yaml(ROOT / "params.yaml")
     short = {section: dict.fromkeys(values, 1) for section, values in tree.items()}
     specs = dict.fromkeys(tree["baseline"]["specs"], 1)
@@ -39,7 +36,7 @@ def chain(tmp_path):
         )
     for name in ("claims.yaml", "published.yaml"):
         shutil.copy(ROOT / name, tmp_path)
-    YAML().dump(numbers(), tmp_path / "params.yaml")
+    YAML().dump(short_params(), tmp_path / "params.yaml")
     tree = read_yaml(ROOT / "dvc.yaml")
     for name, stage in tree["stages"].items():
         outs = [out for key in ("outs", "metrics", "plots") for out in stage.get(key, [])]

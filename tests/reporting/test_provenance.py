@@ -1,24 +1,18 @@
-"""The chain of a value: its stage's code, what the stage read, the commit that wrote it down, the run."""
+"""Where a value comes from: the code of its stage, what the stage read, the commit of its entry, the run."""
 
 import json
 import shutil
-import subprocess
 
 import pytest
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
-from compactgpt.reporting.provenance import (
-    code_hashes,
-    find_lock_commit,
-    find_value,
-    stage_modules,
-    trace,
-)
+from compactgpt.reporting.provenance import code_hashes, find_lock_commit, find_value, stage_modules, trace
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.store import open_store, run_of_value
 from tests.support.comparison_inputs import ROOT
+from tests.support.tracking_store import git
 
 VALUE = {
     "id": "compact.loss",
@@ -72,17 +66,12 @@ stages:
 """
 
 
-def git(place, *words):
-    who = ["-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run(["git", *who, *words], cwd=place, check=True, capture_output=True)
-
-
 @pytest.fixture
 def place(tmp_path):
-    """Two commits: the first changes the evaluation's entry, the second another stage's."""
+    """Three commits: the second changes the evaluation's entry in dvc.lock, the third another line."""
     git(tmp_path, "init", "-q")
-    for text, subject in ((LOCK, "first"), (LOCK.replace("ccc", "eee"), "mine"), ("", "other")):
-        text = text or LOCK.replace("ccc", "eee").replace("schema", "# a\nschema")
+    changed = LOCK.replace("ccc", "eee")
+    for text, subject in ((LOCK, "first"), (changed, "mine"), (f"# a\n{changed}", "other")):
         (tmp_path / "dvc.lock").write_text(text)
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-qm", subject)
@@ -93,30 +82,27 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_the_chain_of_a_value(place):
+def test_a_value_is_traced_to_report_stage_files_and_commit(place):
     lines = trace(place, RECORD, "compact.loss")
-    told = dict(lines)
-    assert told["value"] == "4.5 nats per token, measured"
-    assert told["needs"] == "tokenization -> training"
-    read = [found for what, found in lines if what == "read"]
+    found = dict(lines)
+    assert found["value"] == "4.5 nats per token, measured"
+    assert found["needs"] == "tokenization -> training"
+    read = [what for label, what in lines if label == "read"]
     assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
-    assert told["wrote"] == "reports/evaluation.json  md5 eee"
-    assert told["commit"].endswith(" mine")
-
-
-def test_an_entry_that_git_does_not_have_says_so(place):
+    assert found["wrote"] == "reports/evaluation.json  md5 eee"
+    assert found["commit"].endswith(" mine")
     (place / "dvc.lock").write_text(LOCK)
     assert find_lock_commit(place, "evaluation") == "not committed yet"
     shutil.rmtree(place / ".git")
     assert find_lock_commit(place, "evaluation") == "not under git"
 
 
-def test_an_unknown_value_is_answered_with_those_alike():
+def test_an_unknown_value_is_answered_with_similar_names():
     with pytest.raises(MissingInput, match=r"compact\.los; there are compact\.loss"):
         find_value(RECORD, "compact.los")
 
 
-def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
+def test_code_is_hashed_by_the_modules_that_a_stage_imports(tmp_path):
     without = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
@@ -131,14 +117,14 @@ def test_code_is_hashed_by_what_a_stage_uses(tmp_path):
     assert not changed & {"download", "tokenization", "baseline", "comparison", "estimate"}
 
 
-def test_the_run_that_made_what_the_lock_has_is_found(place, monkeypatch):
+def test_the_run_that_wrote_what_the_lock_has_is_found(place, empty_store, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert run_of_value(place, "evaluation").startswith("no MLflow store here")
-    opened = open_store(place)
+    (place / "mlflow.db").write_bytes(empty_store)
+    store = open_store(place)
     entry = read_chain(Folder(place)).entries["evaluation"]
-    wanted = opened.client.create_run(opened.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
+    wanted = store.client.create_run(store.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
     assert run_of_value(place, "evaluation") == f"{wanted} (evaluation)"
-    assert run_of_value(place, "training") == "no run in the store made what dvc.lock has of training"
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
@@ -148,6 +134,5 @@ def test_the_run_that_made_what_the_lock_has_is_found(place, monkeypatch):
     assert wanted in facts["MLflow run"][0]
     (place / "mlflow.db").write_bytes(b"no database" * 400)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
-    assert done.exit_code == 65
-    assert done.output.count("\n") == 1
+    assert (done.exit_code, done.output.count("\n")) == (65, 1)
     assert "mlflow.db is damaged" in done.output

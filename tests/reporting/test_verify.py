@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -102,7 +103,9 @@ def altered(place: Path, bytes_: dict[str, int]):
     """Change one byte of each file, at these positions, for the length of a block; a digit stays one."""
     before = {place / name: (place / name).read_bytes() for name in bytes_}
     for (path, content), position in zip(before.items(), bytes_.values(), strict=True):
+        times = path.stat()
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a damaged disk leaves them
     yield
     for path, content in before.items():
         path.write_bytes(content)

@@ -152,7 +152,9 @@ def commit_to_branch(root):
         tracking_store.git(root, "branch", "-D", "-q", name)
 
 
-def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc(root, version, reproduce):
+def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc(
+    root, version, reproduce, capfd
+):
     settings = root / ".dvc/config.local"
     settings.write_text("['remote \"store\"']\nurl = s3://bucket\nsecret_access_key = KEY\n")
     before, lines = tracking_store.git(root, "status", "--porcelain"), []
@@ -162,6 +164,7 @@ def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc
         settings.unlink()
     assert (result.verdict, list(result.stages)) == (IDENTICAL, ["estimate", "download", "training"])
     assert lines[-1] == "the data comes from DVC's cache, by its hash"
+    assert "Stage 'download' didn't change, skipping" in capfd.readouterr().err
     assert tracking_store.git(root, "status", "--porcelain") == before
     assert tracking_store.git(root, "worktree", "list").count("\n") == 0
     (folder,) = (root / ".state/reproductions").iterdir()

@@ -63,11 +63,13 @@ Place = Folder | Commit  # where a version of the project is read
 
 
 def commit_named(root: Path, name: str) -> str:
-    """Return the commit of a revision of git or of a DVC experiment; empty if there is none of that name."""
+    """Return the commit of a revision of git or of a DVC experiment; empty if neither has it."""
     with suppress(UserError):
-        experiments = git_text(root, "for-each-ref", "--format=%(refname)", f"refs/exps/*/*/{name}").split()
-        revision = f"{experiments[0] if name and experiments else name}^{{commit}}"
-        return git_text(root, "rev-parse", "--verify", "--quiet", "--end-of-options", revision)
+        refs = git_text(root, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+        revision = next((ref for ref in refs if name and ref.endswith(f"/{name}")), name)
+        return git_text(
+            root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"
+        )
     return ""
 
 
@@ -237,7 +239,7 @@ def md5_file(path: Path) -> str:
 
 
 def md5_path(path: Path) -> str:
-    """Return DVC's hash of a file or a folder; empty if there is none."""
+    """Return DVC's hash of a file or a folder; empty if the path does not exist."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():

@@ -30,6 +30,7 @@ from compactgpt.common.git import git_text, require_repository
 from compactgpt.common.storage import inside, write_bytes, write_text
 from compactgpt.common.worktree import Scratch, scratch_worktree
 from compactgpt.tracking.dvc_files import (
+    CHAIN,
     LOCK,
     PARAMS,
     Cache,
@@ -330,11 +331,11 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
             # `shallow=False` copies the files of folders, too; `verify` refuses files of another hash.
-            with suppress(OSError, DvcException):
+            with suppress(Exception):  # each kind of remote has errors of its own
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
         try:
-            repo.checkout([DATA], force=True)
+            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # a bare name is that of the current folder
         except DvcException:
             (tree / LOCK).unlink()
             return False
