@@ -294,7 +294,7 @@ class NullTracker(Journal):
     """Logs nothing: for `--tracker none`, and for processes that are not the main one."""
 
     def __init__(self) -> None:
-        pass
+        self._logged = {}
 
     def begin(self, note: Path) -> None:
         """Do nothing."""
