@@ -69,15 +69,15 @@ class Stage:
     name: str  # with the item of a matrix stage
     params: Params
     tracker: Journal
-    leads: bool = True  # of several processes one writes, logs and shows progress
+    is_main_process: bool = True  # of several processes one writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
         """Return a progress bar that counts `unit`."""
-        return ProgressBar(what or self.name.partition("@")[0], unit) if self.leads else silent
+        return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
 
-    def say(self, message: str) -> None:
+    def print_message(self, message: str) -> None:
         """Print a message on stderr."""
-        if self.leads:
+        if self.is_main_process:
             report(f"{self.name.partition('@')[0]}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
@@ -97,7 +97,7 @@ class Stage:
     def data_docs(self, folder: Path) -> None:
         """Log Great Expectations' pages, and print their path."""
         self.tracker.artifact(folder, "data_docs")
-        self.say(f"Data Docs: {folder / 'index.html'}")
+        self.print_message(f"Data Docs: {folder / 'index.html'}")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def open_stage(
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
         if not dist_info().is_main_process:
-            yield Stage(full_name, params, NullTracker(), leads=False)
+            yield Stage(full_name, params, NullTracker(), is_main_process=False)
             return
         with _only_one(full_name):
             if "DVC_STAGE" in os.environ:

@@ -31,7 +31,7 @@ def main(
             state=state_folder(),
             num_workers=stage.params.runtime.num_workers,
             progress=stage.progress("texts" if stage.params.download.corpus == "hub" else "files"),
-            log=stage.say,
+            log=stage.print_message,
         )
         stage.report(report, facts)
 

@@ -37,7 +37,7 @@ def main(
         splits = trainer.open_splits(tokens)
         states = state_folder() / "training" / trainer.run_key(stage.params, splits)
         stage.tracker.begin(states / "journal")
-        if stage.leads:
+        if stage.is_main_process:
             prune_runs(states.parent, states.name)
         callbacks = TrainingCallbacks(stage, tokenizer, curve)
         with stop_requests() as should_stop:
@@ -45,7 +45,7 @@ def main(
                 stage.params, splits, states, on_step=callbacks.on_step, on_losses=callbacks.on_losses,
                 on_row=callbacks.on_row, on_warning=callbacks.on_warning, should_stop=should_stop,
             )  # fmt: skip
-        if stage.leads:
+        if stage.is_main_process:
             stage.report(report, trainer.save_results(stage.params, splits, trained, states, model, curve))
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")

@@ -40,12 +40,12 @@ def test_a_curve_that_leaves_its_expected_interval_is_reported_once(
 ):
     monkeypatch.setattr(training_callbacks, "expected_loss", lambda _: EXPECTED)
     callbacks = callbacks_of(training=PARAMS.training.model_copy(update={"max_steps": 1400}))
-    callbacks.stage.say.reset_mock()
+    callbacks.stage.print_message.reset_mock()
     callbacks.stage.tracker.params.assert_called_once_with({"expected_loss": EXPECTED.model_dump()})
     found = []
     for step, loss in curve:
         callbacks.on_row([Row(step, loss, loss)])
-        if callbacks.stage.say.call_count > len(found):
+        if callbacks.stage.print_message.call_count > len(found):
             found.append(step)
     assert found == warned_at
 

@@ -48,7 +48,7 @@ class TrainingCallbacks:
         self.expected: ExpectedLoss = expected_loss(self.params)  # written down before the first step
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
         batch = describe_batch(self.params, processes)
-        stage.say(batch)
+        stage.print_message(batch)
         stage.tracker.tags({"make_up_of_a_step": batch})
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
         # Each process is taken to be as fast as the main one.
@@ -79,7 +79,7 @@ class TrainingCallbacks:
         warning = expected_loss_warning(self.expected, row, self.params.training.max_steps)
         if warning and not self.warned:
             self.warned = True
-            self.stage.say(warning)
+            self.stage.print_message(warning)
             self.stage.tracker.tags({"outside_expected_band": warning})
 
     def on_step(self, step: int, model: GPT) -> None:
@@ -91,7 +91,7 @@ class TrainingCallbacks:
         figures["expected"] = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
         if step == self.first_step + MEASURED_STEPS:
             names = ", ".join(self.params.baseline.names)
-            self.stage.say(
+            self.stage.print_message(
                 f"{figures['left']} left at the speed of this machine's first steps; then the evaluation and "
                 f"the baselines ({names})"
             )
@@ -113,7 +113,7 @@ class TrainingCallbacks:
 
     def on_warning(self, message: str) -> None:
         """Print and log that the number of processes has changed."""
-        self.stage.say(message)
+        self.stage.print_message(message)
         self.stage.tracker.tags({"number_of_processes": message})
 
 
