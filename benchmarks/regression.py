@@ -129,7 +129,7 @@ def _root(values: list[float]) -> float:
 
 
 def reruns(options: argparse.Namespace) -> None:
-    """Train the demo anew from first weights that differ in the seventh digit: rounding, and no more."""
+    """Train the demo again from first weights that differ in the seventh digit: rounding, and no more."""
     import torch
 
     from compactgpt.common.device import prepare_process

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow
@@ -17,7 +16,7 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.sections import load_section
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting import tables
-from compactgpt.reporting.claims import Claims, Known, Verdict
+from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.markdown import (
     render_claims,
@@ -25,7 +24,6 @@ from compactgpt.reporting.markdown import (
     render_quoted_tables,
     replace_tables,
 )
-from compactgpt.reporting.messages import load_messages
 from compactgpt.reporting.provenance import code_hashes
 from tests.support.comparison_inputs import (
     DOCUMENTS,
@@ -109,13 +107,6 @@ def test_the_verdict_is_a_sentence_made_by_rule(place, verdicts, sentence):
     assert tables.View(record).sums() == sentence
 
 
-def test_every_verdict_has_a_group_and_a_word_in_french():
-    french = load_messages("fr")
-    assert sorted(v for group in tables.GROUPS.values() for v in group) == sorted(french["verdicts"])
-    assert set(french["verdicts"]) == set(get_args(Verdict))
-    assert set(french["known"]) == set(get_args(Known))
-
-
 def test_the_headline_says_what_is_claimed_known_and_measured(place):
     record = record_of(place)
     headline, french = tables.View(record).headline(), tables.View(record, "fr").headline()
@@ -197,12 +188,6 @@ def test_every_value_that_a_claim_names_exists_or_is_awaited(place):
     assert named - set(known) == AWAITED
 
 
-def test_the_users_own_files_have_neither_version_nor_licence(place):
-    part = {"name": "corpus/a.txt", "version": None, "licence": None, "documents": 1, "bytes": 9}
-    edit(place / "reports/download.json", lambda r: r.update(sources=[part]))
-    assert record_of(place)["data"]["sources"] == [part]
-
-
 def test_two_values_of_one_name_are_refused(place):
     """A baseline must not pass for the note's model."""
     (place / "data/baseline/xz.parquet").rename(place / "data/baseline/reported.parquet")
@@ -212,7 +197,7 @@ def test_two_values_of_one_name_are_refused(place):
         build_record(sources, LIKELIHOOD)
 
 
-def test_the_loss_is_held_against_the_interval_written_down_before(place):
+def test_the_loss_is_held_against_the_interval_predicted_before(place):
     high = estimate(PARAMS)["compact"]["expected_loss"]["high_80"]
     for loss, inside in ((high - 0.001, True), (high + 0.001, False)):
         measured = dict.fromkeys(("value", "low", "high"), loss)
@@ -238,30 +223,6 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
         assert render(before) != render(after)
     assert shown not in render_comparison(before)
     assert shown in render_comparison(after)
-
-
-def numbers_in(text: str) -> set[str]:
-    return set(re.findall(r"\d+(?:[,.]\d+)*%?", text))
-
-
-def test_every_number_of_the_markdown_tables_is_in_the_record(place):
-    record = record_of(place)
-    texts = []
-    for item in record["evidence"]:
-        texts += [tables.show_evidence(item), item["id"]]
-    for claim in record["claims"]:
-        texts += [claim[key] for key in ("id", "quote", "english", "reason", "verdict")]
-        texts.append(tables.show_interval(claim["low"], claim["high"], claim["unit"]))
-        for decision in claim["decisions"]:
-            texts.append(tables.show_interval(decision["low"], decision["high"], claim["unit"]))
-            texts.append(decision["source"].replace(" and ", ", "))
-    texts += [name for model in record["models"]["measured"] for name in (model["name"], model["context"])]
-    texts += [item["source"] for item in record["evidence"] if item["known"] == "published"]
-    texts += [*record["models"]["published"], *(str(number) for _, number in record["tally"])]
-    allowed = set().union(*(numbers_in(text) for text in [*texts, *load_messages("en")["text"].values()]))
-    rows = [line for line in render_comparison(record).splitlines() if line.startswith("|")]
-    assert len(rows) > 60
-    assert numbers_in("\n".join(rows)) <= allowed
 
 
 def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
@@ -341,14 +302,7 @@ def test_scores_that_do_not_compare_are_refused(place, change, said):
     assert "dvc repro" in str(caught.value)
 
 
-@pytest.mark.parametrize(("report", "key"), [("estimate.json", "note"), ("training.json", "tokens")])
-def test_a_report_that_lacks_something_is_named(place, report, key):
-    edit(place / "reports" / report, lambda r: r.pop(key))
-    with pytest.raises(BadData, match=rf"{report}: {key}: Field required; delete it and run `dvc repro`"):
-        record_of(place)
-
-
-def test_a_curve_that_is_none_is_named(place):
+def test_a_damaged_loss_curve_is_named(place):
     for text in ("step,loss\n1,2\n", "step,train_loss,val_loss\n1,x,2\n"):
         (place / "reports/loss.csv").write_text(text)
         with pytest.raises(BadData, match=r"loss\.csv is not a loss curve"):
@@ -386,7 +340,7 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(place, name):
     assert Path(name).name in str(caught.value)
 
 
-def test_the_door_says_what_is_missing(place, monkeypatch):
+def test_the_stage_names_a_missing_report(place, monkeypatch):
     monkeypatch.chdir(place)
     (place / "reports/baseline/xz.json").unlink()
     done = run_comparison(place)
@@ -402,11 +356,6 @@ def test_the_readme_quotes_the_committed_tables():
     )
     assert replace_tables(readme, render_quoted_tables(record)) == readme
     assert readme.count("\n| ") > 10
-
-
-def test_quoting_replaces_what_is_between_the_marks():
-    page = "a\n<!-- table b -->\nold\n<!-- end -->\nb\n<!-- table other -->\nkept\n<!-- end -->\n"
-    assert replace_tables(page, {"b": "| yes |", "c": "| no |"}) == page.replace("old", "| yes |")
 
 
 def test_tasks_text_and_flagged_documents_stand_beside(place):
@@ -449,11 +398,6 @@ def test_wikitext_stands_beside_by_each_of_its_protocols(place):
     page = render_comparison(record)
     for quantity in ("no_overlap.perplexity | 29.41", "per_word.word_perplexity | 37.37"):
         assert f"| smollm2-135m | wikitext-2.{quantity} | - |" in page
-
-
-def test_tasks_of_other_items_are_not_paired(place):
-    edit(place / "reports/evaluation.json", lambda r: r["tasks"]["cloze"].update(items_sha256="y"))
-    assert "ratio.compact_to_smollm2-135m.cloze.p_value" not in evidence_of(record_of(place))
 
 
 CLAIMS = load_section(ROOT / "claims.yaml", Claims).claims

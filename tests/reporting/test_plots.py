@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from compactgpt.reporting import plots
-from compactgpt.reporting.messages import load_messages
 from tests.support.comparison_inputs import make_place, record_of
 
 
@@ -60,14 +59,6 @@ def test_runs_that_the_estimate_was_tried_on_are_drawn(record, pictures):
     record["calibration"].pop()
 
 
-def test_an_interval_beside_its_value_is_still_drawn(record):
-    """A percentile interval of few documents may miss the value itself."""
-    item = evidence_of(record)["xz.bits_per_byte"]
-    kept, item["low"] = item["low"], item["value"] + 0.01
-    assert plots.draw_png(record, "bits_per_byte").startswith(b"\x89PNG")
-    item["low"] = kept
-
-
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
     text = plots.draw_svg(record, name, "fr", 'what "it" shows')
@@ -90,15 +81,3 @@ def test_ticks_have_the_marks_of_the_language(record):
     french = plots.draw_svg(record, "bits_per_byte", "fr", "")
     assert re.search(r">\d,\d+<", french)
     assert not re.search(r">\d+\.\d+<", french)
-
-
-def test_a_curve_that_was_validated_at_its_start_alone_has_no_place_for_names(record):
-    word = f">{load_messages('en')['text']['val_loss_curve']}<"
-    assert word in plots.draw_svg(record, "loss", "en", "")
-    later = record["curve"][1:]
-    kept = [row["val_loss"] for row in later]
-    for row in later:
-        row["val_loss"] = None
-    assert word not in plots.draw_svg(record, "loss", "en", "")
-    for row, loss in zip(later, kept, strict=True):
-        row["val_loss"] = loss

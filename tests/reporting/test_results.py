@@ -87,12 +87,6 @@ def test_values_are_kept_under_the_experiments_name():
     assert bounds == pytest.approx([0.45 / 0.44, 1.25, 0.55 / 0.36])
 
 
-def test_the_forecast_is_kept_with_its_score():
-    forecast = result("note", 4.15).forecast
-    assert (forecast.expected_loss.low_80, forecast.expected_loss.high_95) == (3.9, 4.2)
-    assert (forecast.inside_80, forecast.inside_95) == (False, True)
-
-
 def test_two_experiments_are_compared_in_pairs():
     note, longer = result("note", 4.15), result("context-1024", 4.05)
     (ratio,) = compare_results([note, longer], 100, 1)
@@ -128,12 +122,6 @@ def test_a_kept_result_fills_the_rows_that_wait(tmp_path):
     assert verdicts["L12"] != "not yet measured"
     assert verdicts["R4"] == "not yet measured"
     assert read_results(tmp_path / "none") == ()
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    (tmp_path / "note.json").write_text("{}")
-    with pytest.raises(BadConfig, match=r"note\.json is not valid"):
-        read_results(tmp_path)
 
 
 @pytest.fixture
