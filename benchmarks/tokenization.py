@@ -4,7 +4,7 @@
     python -m benchmarks.tokenization --megabytes 1000
     python -m benchmarks.tokenization --document 30        # one document of 30 MB, our way alone
 
-nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written anew: the `datasets` library loads
+nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written again: the `datasets` library loads
 the documents into its cache, `map` encodes each with tiktoken in several processes, and the ids are copied
 into a memory-mapped file. Both start from the same parquet shards and are timed as whole processes.
 

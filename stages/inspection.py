@@ -15,7 +15,9 @@ def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/inspection.json"),
-    pass_file: Annotated[Path, typer.Option(help="What training waits for.")] = Path("data/inspection.json"),
+    pass_file: Annotated[Path, typer.Option(help="File that training depends on.")] = Path(
+        "data/inspection.json"
+    ),
     docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/tokens"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",

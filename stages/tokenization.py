@@ -1,4 +1,4 @@
-"""Door of compactgpt.tokenization: data/documents/, data/tokenizer/ -> data/tokens/."""
+"""Stage tokenization: data/documents/, data/tokenizer/ -> data/tokens/."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ app = new_app()
 def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    tokens: Annotated[Path, typer.Option(help="Folder of token files to make.")] = Path("data/tokens"),
+    tokens: Annotated[Path, typer.Option(help="Folder of token files to write.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/tokenization.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",

@@ -37,6 +37,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     try:
         for task in tasks:
             running.append(pool.submit(function, task))
+            # Enough for no worker to wait; more results would fill the memory of this process.
             if len(running) == 2 * num_workers:
                 yield running.popleft().result()
         while running:
@@ -56,7 +57,7 @@ def _end_with_parent() -> None:
     assert parent is not None
 
     def exit_after_parent() -> None:
-        wait([parent.sentinel])
+        wait([parent.sentinel])  # readable when the parent has ended, for whatever reason
         os._exit(1)
 
     threading.Thread(target=exit_after_parent, daemon=True).start()

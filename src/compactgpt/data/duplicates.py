@@ -163,22 +163,26 @@ def digest_documents(
         digest = partial(digest_group, params=params, val_fraction=val_fraction, runs_file=runs_file)
         for part in ordered_map(digest, groups, num_workers):
             signatures[documents : documents + len(part.ids)] = part.signatures
-            # A run that is everywhere, such as a licence, keeps its first owners in train only.
-            of_val = part.in_val[part.hit_documents]
-            is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
-            np.add.at(num_owners, part.hit_runs[~of_val], 1)
-            kept = replace(
-                part,
-                signatures=signatures[:0],
-                hit_runs=part.hit_runs[is_kept],
-                hit_documents=part.hit_documents[is_kept] + documents,
-            )
+            hit_runs, hit_documents = _limit_owners(part, num_owners)
+            numbers = hit_documents + documents  # in the corpus
+            kept = replace(part, signatures=signatures[:0], hit_runs=hit_runs, hit_documents=numbers)
             parts.append(kept)
             documents += len(part.ids)
             progress(documents, total)
     names = [field.name for field in fields(Digest) if field.name != "signatures"]
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return Digest(signatures=signatures, **columns)
+
+
+def _limit_owners(part: Digest, num_owners: npt.NDArray[np.int32]) -> tuple[Numbers, Numbers]:
+    """Return the hits of a part, of each run only the first owners in train; add them to `num_owners`.
+
+    Otherwise a text that is in every file of a corpus, such as a licence, would fill the memory.
+    """
+    of_val = part.in_val[part.hit_documents]
+    is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
+    np.add.at(num_owners, part.hit_runs[~of_val], 1)
+    return part.hit_runs[is_kept], part.hit_documents[is_kept]
 
 
 # --- twins: documents that are equal or nearly so

@@ -70,18 +70,14 @@ def inspect(
         MissingInput, BadData: an input is missing or damaged.
     """
     total, val_fraction = verified_manifest(documents)["documents"], verified_manifest(tokens)["val_fraction"]
+    # Not verified again: the manifest was.
     splits = {name: open_tokens(tokens / f"{name}.tokens", verify=False) for name in SPLITS}
     groups = row_groups(documents)
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
     corpus = digest_documents(
         groups, params, val_fraction, num_workers=num_workers, total=total, progress=progress
     )
-    overlap = find_overlap(corpus)
-    twins = {
-        "same words": find_same_words(corpus),
-        "near duplicate": find_near_duplicates(corpus, params),
-    }
-    repetition = _count_repetition(corpus, twins, overlap, params)
+    repetition, flagged, repeated = _find_repetition(corpus, params)
     tables = [_split_table(splits[name], name, corpus, val_fraction, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
     results = check_expectations("inspection", tables, docs)
@@ -90,8 +86,8 @@ def inspect(
         **{name: _facts(split) for name, split in splits.items()},
         "documents": len(corpus.ids),
         "repetition": repetition,
-        "flagged": _describe(_flagged(corpus, twins, overlap, params), groups),
-        "repeated": _describe(_repeated(corpus, twins, params.max_listed), groups),
+        "flagged": _describe(flagged, groups),
+        "repeated": _describe(repeated, groups),
         "expectations": results,
     }
 
@@ -119,6 +115,7 @@ def _split_table(
     share = val_fraction if name == "val" else 1 - val_fraction
     expected = share * len(corpus.ids)
     deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
+    # The one row of the table.
     row = {
         "id": name,
         "source": split.path.name,
@@ -147,6 +144,7 @@ def _count_tokens(split: TokenFile) -> dict[str, int]:
         piece = split.tokens[start : start + _TOKENS_AT_ONCE]
         highest = max(highest, int(piece.max()))
         ends += int(np.count_nonzero(piece == eot))
+    # The last token of each document should be end-of-text, and there should be no other.
     closed = int(np.count_nonzero(split.tokens[split.offsets[1:] - 1] == eot))
     return {
         "highest_token": highest,
@@ -158,6 +156,7 @@ def _count_tokens(split: TokenFile) -> dict[str, int]:
 def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
     """Count the documents of a split whose id or length is not that of the corpus at the same position."""
     ids, byte_lengths = corpus.ids[in_split], corpus.byte_lengths[in_split]
+    # Documents that only one of them has are counted by the difference of the lengths.
     both = min(len(ids), len(split.ids))
     differs = (ids[:both] != split.ids[:both]).any(axis=1) | (
         byte_lengths[:both] != split.byte_lengths[:both]
@@ -166,6 +165,17 @@ def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
 
 
 # --- repetition
+
+
+def _find_repetition(corpus: Digest, params: Inspection) -> tuple[dict[str, Any], list[Repeat], list[Repeat]]:
+    """Return the report's `repetition`, and its `flagged` and `repeated` documents by their numbers."""
+    overlap = find_overlap(corpus)
+    twins = {"same words": find_same_words(corpus), "near duplicate": find_near_duplicates(corpus, params)}
+    return (
+        _count_repetition(corpus, twins, overlap, params),
+        _flagged(corpus, twins, overlap, params),
+        _repeated(corpus, twins, params.max_listed),
+    )
 
 
 def _count_repetition(
@@ -226,6 +236,7 @@ def _repeated(corpus: Digest, twins: Mapping[str, TwinPair], max_listed: int) ->
         for number in np.flatnonzero(in_train).tolist():
             first, second = sorted((number, int(nearest.twin[number])))
             pairs[first, second] = (first, kind, second, float(nearest.similarity[number]))
+    # The first in the corpus of equal scores, so that the list does not depend on the workers.
     by_score = sorted(pairs.values(), key=lambda repeat: (-repeat[3], repeat[0], repeat[2]))
     return by_score[:max_listed]
 
@@ -241,6 +252,7 @@ def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Tabl
 
 def _describe(repeats: list[Repeat], groups: list[RowGroup]) -> list[dict[str, Any]]:
     """Replace the numbers of documents by id and source, in one pass over the names of the corpus."""
+    # Few documents are named, so their sources are read last and not kept for all.
     wanted = {number for document, _, twin, _ in repeats for number in (document, twin)}
     names = (name for group in groups for name in read_names(group))
     described = {

@@ -86,7 +86,7 @@ def tokenize(
         MissingInput, BadData: an input is missing or damaged, or a split has no document.
     """
     corpus = verified_manifest(documents)
-    saved = verified_manifest(tokenizer)
+    saved = verified_manifest(tokenizer)  # once, before any worker loads it
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     chunk_folder = state / _state_key(corpus, facts, params)
     for other in state.iterdir() if state.exists() else ():
@@ -101,11 +101,7 @@ def tokenize(
     chunks = [chunk_folder / shard for shard in dict.fromkeys(task.shard for task in tasks)]
     with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}, kind="tokens") as temporary:
         for split in SPLITS:
-            # Verified when they were found, or just written: hashing them again would cost time only.
-            files = (open_tokens(chunk / f"{split}.tokens", verify=False) for chunk in chunks)
-            parts = (file.all_documents() for file in files)
-            header = write_tokens(temporary / f"{split}.tokens", parts, **settings)
-            if not header.documents:
+            if not _join_chunks(chunks, temporary / f"{split}.tokens", settings):
                 raise BadData(
                     f"no document of {corpus['documents']:,} is in {split}: change "
                     f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
@@ -136,9 +132,11 @@ def _write_chunks(
     if finished:
         note = f"{len(finished):,} of {len(sizes):,} shards are finished already"
         progress(done_bytes, total_bytes, {"note:": note})
+    # A damaged chunk counts as missing: it is written again.
     todo = [task for task in tasks if sizes[task.shard] is None]
     if engine == "local":
         num_workers = min(num_workers, 1 + (total_bytes - done_bytes) // WORKER_BYTES)
+    # The chunk of a shard is written when its last row group is encoded, and in memory until then.
     # One stream of results for all shards, so that no worker waits at the end of a shard.
     results = zip(todo, run_tasks(engine, encode_group, todo, num_workers), strict=True)
     for shard, shard_results in groupby(results, lambda result: result[0].shard):
@@ -164,6 +162,14 @@ def _finished_bytes(chunk: Path) -> int | None:
         return None
 
 
+def _join_chunks(chunks: Sequence[Path], path: Path, settings: Mapping[str, Any]) -> int:
+    """Write the token file of one split from those of the chunks; return the number of documents."""
+    # Verified when they were found, or just written: hashing them again would only cost time.
+    files = (open_tokens(chunk / path.name, verify=False) for chunk in chunks)
+    parts = (file.all_documents() for file in files)
+    return write_tokens(path, parts, **settings).documents
+
+
 def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
     """Encode the documents of one row group: a pure function of files on disk, for any process."""
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
@@ -172,6 +178,7 @@ def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
         split = split_of(document.id, task.val_fraction)
         tokens, byte_length = encoder.encode(document.text), len(document.text.encode())
         documents[split].append((bytes.fromhex(document.id), byte_length, tokens))
+    # Packed here, in 2 bytes per token, since the result is sent to another process.
     vocab_size, eot_token = encoder.encoding.n_vocab, encoder.encoding.eot_token
     return {
         split: pack_documents(documents[split], vocab_size=vocab_size, eot_token=eot_token)
@@ -181,7 +188,7 @@ def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
 
 @lru_cache(maxsize=1)
 def _cached_encoder(tokenizer: Path, _sha256: str, choice: EncoderName) -> TiktokenEncoder:
-    """Load the encoder once per process; the hash tells apart two tokenizers in the same folder."""
+    """Load the encoder once per process; the hash distinguishes tokenizers that were in the same folder."""
     return load_encoder(tokenizer, choice)
 
 

@@ -124,6 +124,7 @@ def encoding_sha256(encoding: tiktoken.Encoding) -> str:
 
 
 def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
+    # The name is not hashed: it decides no id.
     settings = json.dumps([pattern, special_tokens], sort_keys=True)
     return hashlib.sha256(_format_ranks(ranks) + settings.encode()).hexdigest()
 

@@ -91,7 +91,8 @@ def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, in
             counts["bytes"] += len(content)
             counts["wrong_ids"] += _hash(content) != document.id
             ids += bytes.fromhex(_hash(document.id.encode()))
-            hash_bound = 2**64 * max_rows  # compared in whole numbers: the same sample everywhere
+            # Whole numbers, which compare exactly: the same sample on every machine.
+            hash_bound = 2**64 * max_rows
             if total <= max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
@@ -112,23 +113,23 @@ def document_row(document: Document) -> dict[str, Any]:
     """Describe one document by what the expectations need.
 
     Returns:
-        id and source; excerpt (the first characters, None for a blank text); n_bytes and n_characters;
+        id and source; excerpt (the first characters, None for a blank text); n_characters;
         id_is_hash (the id is the hash of the text); normalised (hash without case and spacing); n_nul (NUL
         characters); letter_share (letters among the characters that are not white space);
         replacement_share (U+FFFD among all characters).
     """
     text = document.text
-    content, dense = text.encode(), "".join(text.split())
+    dense = "".join(text.split())
     excerpt = " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
     return {
         "id": document.id,
         "source": document.source,
         "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,
-        "n_bytes": len(content),
         "n_characters": len(text),
-        "id_is_hash": _hash(content) == document.id,
+        "id_is_hash": _hash(text.encode()) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
+        # A text of white space only has a share of 0.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -150,6 +151,7 @@ def at_most(column: str, value: float, what: str) -> Any:
 def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
     from great_expectations import expectations as gxe
 
+    # The table has one row, so that the maximum of a column is its value.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
         **bounds,
@@ -272,6 +274,7 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
     run = context.checkpoints.add(checkpoint).run(
         batch_parameters={"dataframe": pd.DataFrame(rows)}, run_id=RunIdentifier(run_name=run_name)
     )
+    # The checkpoint has one validation definition, and so one result.
     (validation,) = run.run_results.values()
     return [_result(table.name, len(rows), each) for each in validation.to_json_dict()["results"]]
 
@@ -299,7 +302,7 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
             key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")
         },
         "success": result["success"],
-        **(config.get("meta") or {}),
+        **(config.get("meta") or {}),  # `what` and `expected` of a bound
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
         "examples": examples,
@@ -345,7 +348,7 @@ def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
 
 def _sentence(result: Mapping[str, Any]) -> str:
     """Say what was found and what was expected: "documents: 1, expected at least 1,000"."""
-    if result["unexpected"] is None:
+    if result["unexpected"] is None:  # of one value, not of many rows
         return f"{result['what']}: {result['observed']:,}, expected {result['expected']}"
     examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
     broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
