@@ -1,7 +1,7 @@
-import math
-import warnings
+"""The GPT against transformers' GPT-2, and its loss against the plain cross-entropy."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,68 +11,57 @@ from compactgpt.model.gpt import GPT
 from tests.support.tiny_training import random_batch, tiny_shape
 
 
-def test_the_notes_configuration_counts_as_nanogpt_counts_it():
-    shape = tiny_shape(
-        block_size=512, n_layer=6, n_head=6, n_embd=384, vocab_size=50257, padded_vocab_size=50304
-    )
-    model = GPT(shape)
-    assert model.num_params == 30_135_168
-    assert model.num_params_nanogpt == 29_938_560
-    assert model.num_params_non_embedding == 10_621_824
+def test_the_notes_configuration_has_as_many_parameters_as_nanogpt_counts():
+    size = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    with torch.device("meta"):
+        model = GPT(tiny_shape(**size, vocab_size=50257, padded_vocab_size=50304))
+    counts = model.num_params, model.num_params_nanogpt, model.num_params_non_embedding
+    assert counts == (30_135_168, 29_938_560, 10_621_824)
 
 
-def transformers_twin(model):
+def transformers_copy(model):
     """The same weights in transformers' GPT-2; absent biases become zeros."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = model.shape
-    twin = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=shape.padded_vocab_size,
-            n_positions=shape.block_size,
-            n_embd=shape.n_embd,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            activation_function={"erf": "gelu", "tanh": "gelu_new"}[shape.gelu],
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
-    own = model.state_dict()
+    config = GPT2Config(
+        vocab_size=shape.padded_vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd,
+        n_layer=shape.n_layer, n_head=shape.n_head, bos_token_id=0, eos_token_id=0,
+        activation_function={"erf": "gelu", "tanh": "gelu_new"}[shape.gelu],
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    copy, own = GPT2LMHeadModel(config), model.state_dict()
     with torch.no_grad():
-        for name, parameter in twin.transformer.named_parameters():
+        for name, parameter in copy.transformer.named_parameters():
             value = own.get(name, torch.zeros_like(parameter))
-            linear = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
-            parameter.copy_(value.T if linear else value)
-    return twin
+            is_transposed = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
+            parameter.copy_(value.T if is_transposed else value)
+    return copy
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bias", "gelu"), [(False, "erf"), (True, "tanh")])
 def test_loss_and_gradients_are_those_of_transformers_gpt2(bias, gelu):
     model = GPT(tiny_shape(bias=bias, gelu=gelu), seed=1)
     with torch.no_grad():  # large weights, so that the two GELUs differ
         for parameter in model.parameters():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin = transformers_twin(model)
+    copy = transformers_copy(model)
     tokens, targets = random_batch(3, 8)
-    expected = F.cross_entropy(twin(tokens).logits.flatten(0, 1), targets.flatten())
+    expected = F.cross_entropy(copy(tokens).logits.flatten(0, 1), targets.flatten())
     loss = model(tokens, targets)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(model.wte.weight.grad, twin.transformer.wte.weight.grad, atol=1e-5, rtol=1e-4)
-    own, theirs = model.h[0].mlp.c_fc.weight.grad, twin.transformer.h[0].mlp.c_fc.weight.grad.T
-    torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
+    for own, theirs in (
+        (model.wte.weight.grad, copy.transformer.wte.weight.grad),
+        (model.h[0].mlp.c_fc.weight.grad, copy.transformer.h[0].mlp.c_fc.weight.grad.T),
+    ):
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, LOSS_ROWS, 2 * LOSS_ROWS + 7])
-def test_chunked_loss_equals_the_plain_one_with_its_gradients(rows):
+def test_the_loss_in_chunks_equals_the_plain_one_with_its_gradients(rows):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -82,12 +71,13 @@ def test_chunked_loss_equals_the_plain_one_with_its_gradients(rows):
     chunked = LinearCrossEntropy.apply(x, weight, targets, x.dtype)
     torch.testing.assert_close(chunked, plain)
     torch.testing.assert_close(torch.autograd.grad(chunked / 3, (x, weight)), expected)
+    nats = token_nats(x, weight, targets)
+    torch.testing.assert_close(nats, F.cross_entropy(x @ weight.T, targets, reduction="none"))
 
 
-def test_the_embeddings_gradient_is_added_to_the_heads_without_a_copy_of_it():
+def test_the_embeddings_gradient_is_added_to_the_heads_without_a_copy():
     model = GPT(tiny_shape())
-    tokens, targets = random_batch(2, 6)
-    loss = model(tokens, targets)
+    loss = model(*random_batch(2, 6))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
         loss.backward()
     matrix = list(model.wte.weight.shape)
@@ -112,7 +102,7 @@ def test_in_bfloat16_only_the_products_are_rounded():
 
 
 @pytest.mark.parametrize(("dtype", "cap"), [(torch.float32, 87.3), (torch.bfloat16, 60.0)])
-def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan(dtype, cap):
+def test_an_impossible_token_costs_a_finite_loss_and_nan_stays_nan(dtype, cap):
     weight = torch.tensor([[1000.0], [-1000.0]])
     x = torch.ones(1, 1, requires_grad=True)
     loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1]), dtype)
@@ -122,26 +112,21 @@ def test_a_hopeless_token_costs_a_finite_loss_and_nan_stays_nan(dtype, cap):
     assert LinearCrossEntropy.apply(nan, weight, torch.tensor([0]), dtype).isnan()
 
 
-def test_weights_are_drawn_as_nanogpt_draws_them():
-    model = GPT(tiny_shape(n_embd=128, padded_vocab_size=512, bias=True), seed=5)
-    stds = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
-    for name, std in stds.items():
-        expected = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
-        assert std == pytest.approx(expected, rel=0.05), name
+def test_weights_are_drawn_as_nanogpt_draws_them_and_the_seed_alone_decides_them():
+    shape = tiny_shape(n_embd=128, padded_vocab_size=512, bias=True)
+    model = GPT(shape, seed=5)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            expected = 0.02 / math.sqrt(4) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
     assert model.ln_f.weight.eq(1).all()
     assert model.h[1].attn.c_attn.bias.eq(0).all()
-
-
-def test_the_seed_alone_decides_the_weights():
-    torch.manual_seed(1)
-    first = GPT(tiny_shape(), seed=7)
     torch.manual_seed(2)
-    second, other = GPT(tiny_shape(), seed=7), GPT(tiny_shape(), seed=8)
-    assert torch.equal(first.wte.weight, second.wte.weight)
-    assert not torch.equal(first.wte.weight, other.wte.weight)
+    assert torch.equal(model.wte.weight, GPT(shape, seed=5).wte.weight)
+    assert not torch.equal(model.wte.weight, GPT(shape, seed=6).wte.weight)
 
 
-def test_no_place_sees_what_comes_after_it():
+def test_no_position_depends_on_later_ones_and_a_longer_context_is_refused():
     model = GPT(tiny_shape(), seed=1).eval()
     tokens, _ = random_batch(2, 8)
     changed = tokens.clone()
@@ -149,33 +134,13 @@ def test_no_place_sees_what_comes_after_it():
     before, after = model.hidden(tokens), model.hidden(changed)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5:], after[:, 5:])
-
-
-def test_a_model_that_knows_nothing_pays_ln_v_per_token():
-    model = GPT(tiny_shape())
-    with torch.no_grad():
-        model.wte.weight.zero_()
-    assert model(*random_batch(2, 8)).item() == pytest.approx(math.log(64), abs=1e-6)
+    with pytest.raises(ValueError, match=r"got 9 tokens.*at most 8"):
+        model.hidden(torch.zeros(1, 9, dtype=torch.int64))
 
 
 def test_dropout_acts_in_training_only():
     model = GPT(tiny_shape(dropout=0.5), seed=1)
-    tokens, targets = random_batch(2, 8)
-    assert model(tokens, targets) != model(tokens, targets)
+    batch = random_batch(2, 8)
+    assert model(*batch) != model(*batch)
     model.eval()
-    assert model(tokens, targets) == model(tokens, targets)
-
-
-def test_more_tokens_than_the_model_attends_to_are_refused():
-    with pytest.raises(ValueError, match=r"got 9 tokens.*at most 8"):
-        GPT(tiny_shape()).hidden(torch.zeros(1, 9, dtype=torch.int64))
-
-
-def test_token_nats_are_minus_log_softmax_over_the_rows_given():
-    generator = np.random.default_rng(0)
-    x, weight = generator.normal(size=(LOSS_ROWS + 3, 4)), generator.normal(size=(9, 4))
-    targets = generator.integers(0, 7, len(x))
-    logits = x @ weight[:7].T
-    expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(x)), targets]
-    nats = token_nats(torch.from_numpy(x), torch.from_numpy(weight)[:7], torch.from_numpy(targets))
-    np.testing.assert_allclose(nats.numpy(), expected, rtol=1e-12)
+    assert model(*batch) == model(*batch)

@@ -1,42 +1,40 @@
-"""Processes in milliseconds: forks of a server that has imported torch and the trainer once."""
+"""Processes that start in milliseconds: forks of a server that has imported torch and the trainer once."""
 
-import faulthandler
 import multiprocessing
 import os
 import select
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 _context = multiprocessing.get_context("forkserver")
-# Optimizers import dynamo.
+# The first optimizer of a process imports torch._dynamo.
 _context.set_forkserver_preload(["compactgpt.training.trainer", "torch._dynamo", "compactgpt.training.fsdp"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "src")])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "src")])
 
 
 def start(function: Callable[..., Any], *args: Any) -> multiprocessing.Process:
-    """Start `function(*args)` in a process of its own, on one thread."""
+    """Start `function(*args)` in a new process, on one thread."""
     process = _context.Process(target=_on_one_thread, args=(function, *args))
     process.start()
     return process
 
 
-def run(function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
-    """Run `function(*args)` in a process of its own; its exit code, or minus the signal that ended it."""
-    return wait(start(function, *args), seconds)
-
-
 def wait(process: multiprocessing.Process, seconds: float = 60) -> int:
-    """Wait for a process to end."""
+    """Wait for a process. Returns its exit code, or minus the signal that ended it."""
     process.join(seconds)
-    assert process.exitcode is not None, "it hangs"
+    assert process.exitcode is not None, "the process hangs"
     return process.exitcode
+
+
+def run(function: Callable[..., Any], *args: Any) -> int:
+    """Run `function(*args)` in a new process, and wait for it."""
+    return wait(start(function, *args))
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
@@ -44,71 +42,8 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(_placed, rank, size, port, function, *args) for rank in range(size)]
+    processes = [start(_as_rank, rank, size, port, function, *args) for rank in range(size)]
     return [wait(process) for process in processes]
-
-
-class Zygote:
-    """A process that calls `prepare` once, most often to import, and forks as often as it is asked."""
-
-    def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-        self._end, theirs = multiprocessing.Pipe()
-        spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(target=_fork_on_demand, args=(theirs, prepare, args), daemon=True)
-        self._process.start()
-        theirs.close()
-        assert self._end.poll(seconds), "it does not begin"
-        self._end.recv()
-
-    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
-        """Run `function(*args)` in a fork; its exit code, or minus the signal that ended it."""
-        self._end.send((function, args, seconds))
-        code: int | None = self._end.recv()
-        assert code is not None, "it hangs"
-        return code
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.join()
-
-
-def _fork_on_demand(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    prepare(*args)
-    faulthandler.register(signal.SIGUSR1)  # a fork that hangs says where
-    assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
-    end.send(None)
-    while True:
-        function, args, seconds = end.recv()
-        child = os.fork()
-        if not child:
-            os._exit(exit_code_of(function, args))
-        hangs = not select.select([ended := os.pidfd_open(child)], [], [], seconds)[0]
-        for number in (signal.SIGUSR1, signal.SIGKILL) if hangs else ():
-            os.kill(child, number)
-            time.sleep(0.2)
-        os.close(ended)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        end.send(None if hangs else code)
-
-
-def exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    """Call a function as the only thing that a process does, and tell what the process should end with."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    code: Any = 0
-    try:
-        function(*args)
-    except SystemExit as leave:
-        code = leave.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return code
 
 
 def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:
@@ -118,7 +53,67 @@ def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:
     function(*args)
 
 
-def _placed(rank: int, size: int, port: int, function: Callable[..., Any], *args: Any) -> None:
+def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], *args: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     function(*args)
+
+
+class ForkServer:
+    """A process that calls `prepare` once, usually to import modules, and then runs functions in forks."""
+
+    def __init__(self, prepare: Callable[..., Any], *args: Any, seconds: float = 120) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+        self._end, theirs = multiprocessing.Pipe()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = spawn.Process(target=_serve_forks, args=(theirs, prepare, args), daemon=True)
+        self._process.start()
+        theirs.close()
+        assert self._end.poll(seconds), "the server does not start"
+        self._end.recv()
+
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60) -> int:
+        """Run `function(*args)` in a fork. Returns its exit code, or minus the signal that ended it."""
+        self._end.send((function, args, seconds))
+        code: int | None = self._end.recv()
+        assert code is not None, "the fork hangs"
+        return code
+
+    def close(self) -> None:
+        """End the server."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve_forks(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    prepare(*args)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
+    end.send(None)
+    while True:
+        function, args, seconds = end.recv()
+        child = os.fork()
+        if not child:
+            os._exit(_exit_code_of(function, args))
+        hangs = not select.select([ended := os.pidfd_open(child)], [], [], seconds)[0]
+        if hangs:
+            os.kill(child, signal.SIGKILL)
+        os.close(ended)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        end.send(None if hangs else code)
+
+
+def _exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """Call a function as the only work of a process. Returns the exit code that the process should have."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    code: Any = 0
+    try:
+        function(*args)
+    except SystemExit as leave:
+        code = leave.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code

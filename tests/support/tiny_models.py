@@ -1,4 +1,4 @@
-"""A tokenizer, a split and models small enough for hand work, shared by the tests of the measuring rooms."""
+"""A tiny tokenizer, split and models for tests of the evaluation."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What only a GPU can show; each file's test that a CPU can make stands beside its room.
+"""Tests that need a GPU.
 
 python -m pytest tests/training/test_gpu.py   # needs an Nvidia GPU (docs/benchmarks.md)
 """
