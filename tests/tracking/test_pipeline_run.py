@@ -25,7 +25,11 @@ from tests.support.tracking_store import (
     stage_statuses,
 )
 
-STAGES = {"training": ["reports/training.json"], "evaluation": ["reports/evaluation.json", "data/evaluation"]}
+STAGES = {
+    "training": ["reports/training.json", "reports/loss.csv"],
+    "evaluation": ["reports/evaluation.json", "data/evaluation"],
+}
+CURVE = {"train/loss": 4.0, "val/loss": 4.5}  # at its end
 DEPS = {"evaluation": ["reports/training.json", "code"]}
 
 
@@ -48,6 +52,7 @@ def make(root: Path, loss: float) -> None:
     (root / "data/evaluation/compact.parquet").write_text(str(loss))
     (root / "reports").mkdir(exist_ok=True)
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 20}))
+    (root / "reports/loss.csv").write_text("step,train_loss,val_loss\n1,5.0,\n2,4.0,4.5\n")
     (root / "reports/evaluation.json").write_text(json.dumps({"loss": {"value": loss}}))
     tracking_store.cache_out(root, "data/evaluation")
     save_lock(root, STAGES, DEPS, model={"n_layer": 2})
@@ -96,7 +101,8 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     second = run_pipeline(root, "evaluation")
     link = f"[run {maker[:8]}](#/experiments/{second.info.experiment_id}/runs/{maker})"
     assert stage_statuses(second)["training"] == ("skipped: unchanged", link)
-    assert second.data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5}
+    assert second.data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5, **CURVE}
+    assert history(root, second, "train/loss") == [(1, 5.0), (2, 4.0)]
     (root / "dvc.lock").write_text("stages: {}")
     pipeline = ended_dvc()
     run_stage(root, "evaluation", pipeline)
@@ -178,7 +184,7 @@ def test_what_a_dead_server_missed_is_kept_as_dvc_left_it(root, monkeypatch):
     (root / "params.yaml").write_text("model: {n_layer: 3}")
     sync(root)
     (parent,) = runs(root, "pipeline")
-    assert parent.data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5}
+    assert parent.data.metrics == {"val/best_loss": 20.0, "eval/loss": 4.5, **CURVE}
     assert parent.data.params == {"model.n_layer": "2"}
 
 

@@ -23,10 +23,7 @@ from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger, store
 from compactgpt.tracking.journal import (
     NullTracker,
-    flatten,
-    journal_lines,
     machine_facts,
-    numbers,
     stage_metrics,
     tuned_params,
 )
@@ -52,13 +49,6 @@ def log_run(root: Path) -> None:
     (root / "report.json").write_text("{}")
     run.artifact(root / "report.json", "reports")
     run.end("FINISHED")
-
-
-def test_reports_become_flat_parameters_and_numbers():
-    tree = {"a": {"b": 1, "c": [1, 2], "d": {"e": 2}}, "ok": True}
-    assert flatten(tree) == {"a.b": 1, "a.c": "[1, 2]", "a.d.e": 2, "ok": True}
-    assert flatten(tree, max_depth=2)["a.d"] == '{"e": 2}'
-    assert numbers(tree) == {"a.b": 1.0, "a.d.e": 2.0}
 
 
 def test_without_a_tracker_no_file_is_written(tmp_path, monkeypatch):
@@ -110,11 +100,6 @@ def test_a_growing_journal_arrives_once_even_if_a_copy_of_it_was_cut_off(root):
     assert json.loads(logged.dataset.profile)["sha256"] == data["digest"]
 
 
-def test_what_is_not_a_line_of_a_journal_is_left_out():
-    odd = [b"[" * 100_000, b"\xff", b"[]", b"1", b'{"a": 1}', b""]
-    assert journal_lines(b"\n".join([*odd, b'{"kind": "end"}', b""])) == [{"kind": "end"}]
-
-
 def test_a_killed_stage_is_closed_as_killed(root):
     code = (
         "import os, signal, sys; from pathlib import Path; "
@@ -136,11 +121,9 @@ def test_a_run_goes_to_the_store_that_it_was_meant_for_and_to_no_other(root, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: no server listens
     journal(root, "evaluation").end("FINISHED")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    begin = time.monotonic()
     refused = r"http://127\.0\.0\.1:9 failed \(Connection refused\).*compactgpt sync"
     with pytest.raises(Unreachable, match=refused):
         sync(root)
-    assert time.monotonic() - begin < 15
     assert [run.info.run_name for run in runs(root)] == ["download"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
     assert [run.info.run_name for run in runs(root)] == ["training"]
@@ -270,16 +253,6 @@ def test_the_ui_names_the_store_that_the_runs_are_in(tmp_path):
         env = {**os.environ, "MLFLOW_TRACKING_URI": uri}
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
         assert ("These pages show mlflow.db. Runs go to another store" in done.stdout) == is_named
-
-
-def test_a_journal_of_a_version_that_named_no_store_is_left_out(root):
-    done = root / ".state/tracking/done/20261101T000000-training"
-    done.mkdir(parents=True)
-    line = {"kind": "start", "stage": "training", "pid": 1, "created": 1.0, "tags": {}}
-    (done / "journal.jsonl").write_text(json.dumps(line) + "\n")
-    journal(root).end("FINISHED")
-    sync(root)
-    assert [run.info.status for run in runs(root)] == ["FINISHED"]
 
 
 def test_the_child_process_copies_a_run_with_system_metrics_and_ends(root, monkeypatch):

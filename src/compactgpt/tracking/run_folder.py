@@ -140,7 +140,7 @@ class Copied(BaseModel):
 
 
 def _read_note(path: Path, kind: type[Note], consequence: str) -> Note | None:
-    """Read a file of ours; one that is damaged, or somebody else's, is reported and does not count."""
+    """Read a file of ours; one that is damaged, or of another program, is reported and does not count."""
     if not path.exists():
         return None
     try:
