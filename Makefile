@@ -81,7 +81,7 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv
 	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/data/test_engines.py
 
 test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk, damage inputs (10 minutes)
-	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/training/test_launching.py
+	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/training/test_launch.py
 
 test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
 	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py tests/tracking/test_queue.py

@@ -1,6 +1,6 @@
 """What a model gains from its context: the loss of the same tokens after 1, 2, 4 ... tokens before them.
 
-    python -m bench.context --model models/compact
+    python -m benchmarks.context --model models/compact
 
 The report's loss by position compares different tokens, 272 of them at each position of the demo's val
 split, so its differences are uncertain by a quarter of a nat. Here every context length predicts the same

@@ -248,24 +248,28 @@ def work(order: dict[str, Any]) -> None:
 
 
 def validation(model: Any, splits: Any) -> dict[str, Any]:
-    """The loss over the whole val split by the full softmax, and by the place of a target in its window."""
+    """Return the loss over the val split by the full softmax, and by a target's position in its window."""
     import torch
 
     from compactgpt.data.token_files import evaluation_windows
     from compactgpt.training import trainer
 
     model.eval()
-    by_place: dict[int, list[float]] = {}
+    by_position: dict[int, list[float]] = {}
     with torch.no_grad():
         for window in evaluation_windows(splits.val, model.shape.block_size):
-            for place, nats in enumerate(trainer.window_nats(model, [window]), start=1):
-                by_place.setdefault(place, []).append(nats)
+            for position, nats in enumerate(trainer.window_nats(model, [window]), start=1):
+                by_position.setdefault(position, []).append(nats)
 
     def mean(first: int, last: int) -> float:
-        nats = [each for place in range(first, last + 1) for each in by_place.get(place, [])]
+        nats = [each for position in range(first, last + 1) for each in by_position.get(position, [])]
         return math.fsum(nats) / len(nats)
 
-    return {"val_loss": mean(1, max(by_place)), "position_2": mean(2, 2), "positions_33_to_64": mean(33, 64)}
+    return {
+        "val_loss": mean(1, max(by_position)),
+        "position_2": mean(2, 2),
+        "positions_33_to_64": mean(33, 64),
+    }
 
 
 def say(value: dict[str, Any]) -> None:
@@ -328,10 +332,10 @@ class Worker:
 
     def note(self) -> None:
         """Wait for a step that was asked for, and note its time."""
-        told = self._answer()
-        self.seconds.append(told["seconds"])
-        self.losses += told["losses"]
-        self.peak = told["peak_bytes"]
+        answer = self._answer()
+        self.seconds.append(answer["seconds"])
+        self.losses += answer["losses"]
+        self.peak = answer["peak_bytes"]
 
     def end(self) -> None:
         """Let the process go."""
@@ -435,7 +439,7 @@ def seconds_a_step(
     return {probe.engine: statistics.median(probe.seconds) for probe in probes}
 
 
-def in_turns(runs: list[tuple[Worker, int]]) -> None:
+def alternate(runs: list[tuple[Worker, int]]) -> None:
     """Let each worker make its number of steps, all at the same share of them after every turn."""
     for worker, _ in runs:
         worker._answer()  # that it is ready
@@ -472,7 +476,7 @@ def one_race(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         (Worker(name, options, {**training, "max_steps": count}, model), count)
         for name, (training, model), count in planned
     ]
-    in_turns(runs)
+    alternate(runs)
     result: dict[str, Any] = {"seed": seed}
     for worker, count in runs:
         spent = sum(worker.seconds)

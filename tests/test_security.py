@@ -249,7 +249,7 @@ def test_a_package_that_is_not_the_one_of_the_lock_is_not_installed(tmp_path):
 
 
 def test_servers_listen_to_this_machine_alone():
-    """The real server: test_server.py. Processes that train together: test_launching.py."""
+    """The real server: test_server.py. Processes that train together: test_launch.py."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     started = [line for line in makefile.splitlines() if "mlflow server" in line]
     assert started

@@ -161,9 +161,8 @@ def test_a_training_that_is_asked_to_stop_saves_and_resumes(clone, uninterrupted
     assert "which is saved: run `dvc repro` again" in text
     assert "Traceback" not in text
     stopped_at = int(text.split("stopped at step ")[1].split()[0])
-    assert f"training: {stopped_at + 1} of {STEPS} steps" in Repro(clone, "-s", "training", "-f").end(
-        succeeds=True
-    )
+    rest = Repro(clone, "-s", "training", "-f").end(succeeds=True)
+    assert f"training: {stopped_at + 1} of {STEPS} steps" in rest
     assert results(clone) == uninterrupted[0]
 
 
