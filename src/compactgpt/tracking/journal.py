@@ -156,11 +156,6 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
     return found
 
 
-def now_ms() -> int:
-    """Return milliseconds since the epoch, MLflow's unit."""
-    return time.time_ns() // 1_000_000
-
-
 def process_facts() -> dict[str, Any]:
     """Return what identifies this process later, and the `dvc` process that runs it.
 
@@ -223,7 +218,7 @@ class Journal:
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        line = {"kind": kind, "time_ms": now_ms(), **content}
+        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow's unit
         if self._held is None:
             self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         else:
@@ -348,6 +343,10 @@ class JournalFile:
         alive = is_alive(self.start)  # asked first: a living process writes on
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
+
+    def run(self) -> "list[JournalFile]":
+        """Return the journals of this journal's run, oldest first."""
+        return run_journals(self.folder.parents[1], self.first)
 
     def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """Return the complete lines from an offset on, and the offset of what follows them."""

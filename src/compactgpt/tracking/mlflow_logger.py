@@ -6,12 +6,14 @@ and ends. What a dead server has not taken stays in the journal; `compactgpt syn
 changes nothing: metrics carry the journal's own time and step.
 """
 
+import functools
 import hashlib
 import json
 import logging
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ class Logger:
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
         self.copied = Copied.load(folder.path, store.identity)  # its run_id is that of the pipeline
-        self._monitors: dict[Path, SystemMetrics] = {}
+        self._monitor = functools.cache(SystemMetrics)  # one a process
 
     def copy(self) -> bool:
         """Copy what is new; whether everything is copied, and nothing more will come."""
@@ -96,30 +98,27 @@ class Logger:
             return True
         status = file.status  # asked first: a living process writes on
         lines, offset = file.read(copied.offset)
-        journals = journal.run_journals(self.folder.path.parent, file.first)
         if not copied.run_id:
-            copied.run_id = self._start_stage(file, journals)
+            copied.run_id = self._start_stage(file)
         if not status:
-            monitor = self._monitors.setdefault(file.folder, SystemMetrics(file.start["pid"]))
-            self.store.log(copied.run_id, monitor.sample())
+            self.store.log(copied.run_id, self._monitor(file.start["pid"]).sample())
         self._log_stage(file, copied.run_id, lines)
-        if status and file.folder == journals[-1].folder:  # else a later process has resumed the run
+        if status and file.folder == file.run()[-1].folder:  # else a later process has resumed the run
             self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
         copied.offset, copied.complete = offset, bool(status)
         copied.save(file.folder)
         return copied.complete
 
-    def _start_stage(self, file: JournalFile, journals: list[JournalFile]) -> str:
+    def _start_stage(self, file: JournalFile) -> str:
         """Create a stage's run below the pipeline's, or resume the run that the journal continues.
 
         Then the run's earlier journals are copied first: the store may lack them, and this pipeline does.
         """
         parent = {"mlflow.parentRunId": self.copied.run_id} if self.copied.run_id else {}
-        script = f"stages/{file.start['stage'].partition('@')[0]}.py"
-        tags = {**file.start["tags"], **parent, "stage": file.start["stage"], "mlflow.source.name": script}
-        run_id = self.store.create(
-            "journal", file.first, file.start["stage"], journals[0].start["time_ms"], tags
-        )
+        journals, stage = file.run(), file.start["stage"]
+        script = f"stages/{stage.partition('@')[0]}.py"
+        tags = {**file.start["tags"], **parent, "stage": stage, "mlflow.source.name": script}
+        run_id = self.store.create("journal", file.first, stage, journals[0].start["time_ms"], tags)
         for earlier in journals:
             if earlier.start["time_ms"] < file.start["time_ms"]:
                 self._log_stage(earlier, run_id, earlier.read()[0])
@@ -134,10 +133,8 @@ class Logger:
         """Log lines of a journal; what a stage measured and read is also the pipeline's."""
         skipped = "params" if "continues" in file.start else ""  # the run has those of its first journal
         self.store.log(run_id, [line for line in lines if line["kind"] != skipped])
-        if self.copied.run_id:
-            self.store.log(
-                self.copied.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")]
-            )
+        if parent := self.copied.run_id:
+            self.store.log(parent, [line for line in lines if line["kind"] in ("metrics", "inputs")])
         for line in lines:
             if line["kind"] == "artifact" and (path := file.folder / line["path"]).is_dir():
                 self.client.log_artifacts(run_id, str(path), f"{line['folder']}/{path.name}".lstrip("/"))
@@ -209,7 +206,7 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
-        with folder.locked() as is_ours:  # a child process that still copies keeps it itself
+        with suppress(UserError), folder.locked() as is_ours:  # else a child process keeps it itself
             if is_ours:
                 folder.keep_after()
     stores = [current, *(folder.start["store"] for folder in ended)]
