@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from compactgpt.common.errors import printable
-from compactgpt.reporting.messages import Language
+from compactgpt.reporting.messages import TEMPLATES, Language
 from compactgpt.reporting.tables import COMPACT, Item, Record, View, localized, show
 
 # Names of the page's CSS variables, and their colours in PNG.
@@ -27,28 +27,7 @@ COLOURS = {
     "band": "#cfdff0",
     "paper": "#fffefb",
 }
-INK, MUTED, GRID, DEMO, OTHER, BAND, PAPER = COLOURS.values()
-SETTINGS: dict[str, Any] = {
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "figure.facecolor": PAPER,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a name does not begin a formula
-}
+INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # characters of a name at the edge of a plot
 MOST_TICKS = 8  # of a logarithmic axis: more would touch each other
 Axes = Any
@@ -315,7 +294,8 @@ def _draw(record: Record, name: str, language: Language, form: str, **options: A
 
     buffer = io.BytesIO()
     salt = {"svg.hashsalt": f"{name}-{language}"}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS, **salt}):
+    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # over the library's defaults
+    with matplotlib.rc_context({**style, **salt}):
         figure = make_figure(View(record, language), name)
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format=form, transparent=form == "svg", **options)
