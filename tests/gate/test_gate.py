@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -58,10 +57,6 @@ def worse(found, factor, seed=1, spread=0.02):
     change = math.log(factor) + spread * np.random.default_rng(seed).standard_normal(len(held.ids))
     nats = {"perplexity": held.nats["perplexity"] + change * held.tokens}
     return replace(found, documents=replace(held, nats=nats))
-
-
-def statuses(verdict):
-    return {check.name: check.status for check in verdict.checks}
 
 
 # --- what is decided ---------------------------------------------------------------------------------------
@@ -149,17 +144,8 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
     flips = lost + won
     chance = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue
     says = f"of 100 items {lost} lost, {won} won; by chance with p = {chance:.2g}"
-    change = (lost - won) / 100
-    assert check == Check(
-        "accuracy.wikitext.2",
-        status,
-        says,
-        0.5,
-        (50 - lost + won) / 100,
-        pytest.approx(change),
-        None,
-        tolerance,
-    )
+    now, fall = (50 - lost + won) / 100, pytest.approx((lost - won) / 100)
+    assert check == Check("accuracy.wikitext.2", status, says, 0.5, now, fall, None, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +199,6 @@ def test_only_parameters_of_what_ran_are_compared():
     adamw = {**IN_USE, "training.optimizer": "adamw", "training.schedule": "cosine"}
     other = {"training.muon_learning_rate": 0.1, "training.decay_share": 0.9}
     assert not gate.run_gate(snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS).differences
-
-
-def test_parameters_that_made_the_same_data_explain_nothing():
-    then = snapshot(params={"download.corpus": "files", "tokenization.val_fraction": 0.1})
-    now = snapshot(params={"download.corpus": "hub", "tokenization.val_fraction": 0.2})
-    assert not gate.run_gate(then, now, SETTINGS).differences
-    other = replace(now, data={"train": "e" * 64})
-    assert len(gate.run_gate(then, other, SETTINGS).differences) == 3
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
@@ -334,14 +312,6 @@ def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path):
         with pytest.raises(BadData, match="git checkout"):
             references.read_accepted(path)
         references.accept(now, "why", path, 10)
-
-
-def test_a_report_and_sums_of_two_runs_are_refused(tmp_path):
-    project(tmp_path / "one")
-    other = project(tmp_path / "other", loss=4.1)
-    os.replace(other / "reports/evaluation.json", tmp_path / "one/reports/evaluation.json")
-    with pytest.raises(BadData, match="different runs"):
-        references.read_present(tmp_path / "one")
 
 
 def with_dvc(folder):

@@ -23,6 +23,7 @@ LIKELIHOOD = PARAMS.evaluation.likelihood.model_copy(update={"bootstrap_resample
 NAMES = PARAMS.baseline.names
 DOCUMENTS = 40
 TOKENS = np.random.default_rng(0).integers(20, 200, DOCUMENTS)
+SPLIT = {"documents": DOCUMENTS, "tokens": int(TOKENS.sum()), "bytes": int(TOKENS.sum()) * 4}
 DIFFICULTY = np.random.default_rng(1).normal(0, 0.5, DOCUMENTS)
 LOSSES = {"compact": 4.4, **{name: 3.0 + 0.7 * place for place, name in enumerate(NAMES)}}
 
@@ -37,24 +38,12 @@ def write_score(reports: Path, data: Path, name: str) -> None:
     loss = nats.sum() / TOKENS.sum()
     bits = nats.sum() / (math.log(2) * bytes_.sum())
     report = {
-        "model": {
-            "name": name,
-            "kind": "test",
-            "num_params": None if name == "xz" else 1_234_567,
-            "context": "c",
-        },
-        "validation": {
-            "sha256": "a" * 64,
-            "documents": DOCUMENTS,
-            "tokens": int(TOKENS.sum()),
-            "bytes": int(bytes_.sum()),
-        },
+        "model": {"kind": "test", "context": "c", "num_params": None if name == "xz" else 1_234_567},
+        "validation": {"sha256": "a" * 64, **SPLIT},
         "window": LIKELIHOOD.window,
         "loss": {"value": loss, "low": loss - 0.1, "high": loss + 0.1},
         "perplexity": {"value": math.exp(loss), "low": math.exp(loss - 0.1), "high": math.exp(loss + 0.1)},
         "bits_per_byte": {"value": bits, "low": bits - 0.03, "high": bits + 0.03},
-        "own_tokens": None,
-        "loss_per_own_token": None,
     }
     compact = name == "compact"
     path = reports / ("evaluation.json" if compact else f"baseline/{name}.json")
@@ -66,9 +55,6 @@ def write_score(reports: Path, data: Path, name: str) -> None:
     own = pyarrow.nulls(DOCUMENTS, pyarrow.int64())
     columns = {"id": ids, "bytes": bytes_, "tokens": TOKENS, "own_tokens": own, "nats": nats}
     pyarrow.parquet.write_table(pyarrow.table(columns), totals)
-
-
-SPLIT = {"documents": DOCUMENTS, "tokens": int(TOKENS.sum()), "bytes": int(TOKENS.sum()) * 4}
 
 
 def make_place(folder: Path) -> Path:
@@ -88,17 +74,8 @@ def make_place(folder: Path) -> Path:
     write(reports / "validation.json", passed)
     write(reports / "inspection.json", {**passed, "flagged": []})
     part = {"name": "numpy", "version": "2.4.6", "licence": "BSD-3-Clause", "documents": 40, "bytes": 9}
-    write(
-        reports / "download.json",
-        {
-            "corpus": "docstrings",
-            "name": "docstrings",
-            "documents": 90,
-            "bytes": 9000,
-            "left_out": {"short": 3},
-            "sources": [part],
-        },
-    )
+    corpus = {"corpus": "docstrings", "name": "docstrings", "documents": 90, "bytes": 9000}
+    write(reports / "download.json", {**corpus, "left_out": {"short": 3}, "sources": [part]})
     splits = {"train": {**SPLIT, "sha256": "b" * 64}, "val": {**SPLIT, "sha256": "a" * 64}}
     tokenizer = {"encoding": "gpt2", "tokenizer_sha256": "c" * 64}
     write(reports / "tokenization.json", {"tokenizer": tokenizer, **splits})
