@@ -1,4 +1,4 @@
-"""Likelihood of windows: ours beside transformers' usual loop, on one GPT-2 of 124M random weights.
+"""Likelihood of windows: ours next to transformers' usual loop, on one GPT-2 of 124M random weights.
 
     python -m benchmarks.evaluation --windows 4 --rounds 3
 
@@ -73,7 +73,7 @@ def ours(windows: Windows) -> Callable[[], float]:
     neural = as_neural_model(model, BATCH_SIZE)
 
     def run() -> float:
-        cut = [Window(place, 0, tokens[:-1], tokens[1:]) for place, tokens in enumerate(windows)]
+        cut = [Window(index, 0, tokens[:-1], tokens[1:]) for index, tokens in enumerate(windows)]
         return float(sum(values.sum() for _, values in target_nats(neural, cut)))
 
     return run

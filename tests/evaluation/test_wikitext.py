@@ -45,13 +45,6 @@ def test_pages_open_with_titles_and_lose_their_spacing():
     assert found == 'dogs\' 1,000.5 [a]; "b" at 3°N .'
 
 
-def test_the_spacing_undone_is_the_harnesss():
-    reason = "lm_eval is not installed: pip install lm-eval==0.4.13"
-    theirs = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason=reason)
-    for page in wikitext.split_pages(LINES):
-        assert wikitext.detokenize(page) == theirs.wikitext_detokenizer({"page": page})
-
-
 @pytest.mark.parametrize(("length", "context", "stride"), [(20, 8, 8), (20, 8, 3), (17, 8, 4), (5, 8, 8)])
 def test_blocks_are_those_of_transformers_perplexity_page(length, context, stride):
     """The page's own loop, with labels that the model shifts by one."""
@@ -84,9 +77,9 @@ def test_three_protocols_equal_plain_computations(encoding):
     texts, page_nats = wikitext.split_pages(LINES), 0.0
     for text in texts:
         stream = [encoding.eot_token, *encoding.encode_ordinary(wikitext.detokenize(text))]
-        for place in range(0, len(stream) - 1, 12):
-            end = min(place + 12, len(stream) - 1)
-            page_nats += nats(stream[max(0, end - 12) : end], stream[place + 1 : end + 1])
+        for position in range(0, len(stream) - 1, 12):
+            end = min(position + 12, len(stream) - 1)
+            page_nats += nats(stream[max(0, end - 12) : end], stream[position + 1 : end + 1])
     found = wikitext.score_wikitext(as_neural_model(model.float(), 3, encoding), LINES, 12, 5)
     assert found["no_overlap"]["own_tokens"] == count
     assert found["no_overlap"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)

@@ -121,7 +121,7 @@ def test_the_interval_is_the_laws_spread_widened_by_their_miss():
     found = expect_loss(here, "adamw", 50257, [anchor])
     assert (found.low_80, found.high_80) == pytest.approx((2.85 - miss, 2.85 + miss))
     assert (found.low_95, found.high_95) == pytest.approx((2.85 - 2 * miss, 2.85 + 2 * miss))
-    # A hundred times the tokens: two decades away, twice the miss beside the spread.
+    # A hundred times the tokens: two decades away, twice the miss in addition to the spread.
     further = Run(here.num_params, here.num_params_non_embedding, here.max_steps * 100, here.tokens_per_step)
     losses = [law.loss_through(anchor, further) for law in LAWS]
     wide = expect_loss(further, "adamw", 50257, [anchor])

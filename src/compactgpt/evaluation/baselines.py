@@ -3,7 +3,7 @@
 **The same text for all.** A model with GPT-2's own vocabulary reads the GPT-2 windows themselves. One with
 another tokenizer reads the same text spans: the targets of a window spell a span of bytes; where it would end
 inside a UTF-8 character it ends after that character, so that each byte of a document is in exactly one span.
-Each span is tokenized by itself, and all its tokens are scored. As in our windows one token stands before it
+Each span is tokenized by itself, and all its tokens are scored. As in our windows one token precedes it
 that is not scored there: the model's own first token (`first_token_of`) for a document's first span, the last
 token of the span before for the others. So the nats of a document are the nats of its text under every model.
 A window never sees more text than ours does, though it may hold more or fewer tokens.
@@ -57,7 +57,7 @@ COUNTED_AT_ONCE = 2**24  # tokens
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """What a baseline may need beside its own entry in params.yaml."""
+    """What a baseline needs in addition to its own entry in params.yaml."""
 
     train: Path  # the train split's token file
     encoding: "tiktoken.Encoding"  # that made the token files
@@ -195,7 +195,7 @@ class OwnTokens:
 
     tokenizer: "tokenizers.Tokenizer"
     encoding: "tiktoken.Encoding"
-    first_token: int  # stands before a document
+    first_token: int  # precedes a document
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
         """Yield the text spans of a split in order; see the module."""
@@ -247,7 +247,7 @@ class LoadedModel:
 
     model: Any  # transformers.PreTrainedModel, in float32 and eval mode
     tokenizer: "tokenizers.Tokenizer"
-    first_token: int  # stands before a text
+    first_token: int  # precedes a text
 
 
 def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping[str, Any]) -> NeuralModel:
@@ -262,12 +262,6 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
 
     def hidden(tokens: Any) -> Any:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=False))
 
     _check_head(model, hidden, head)
     is_gpt2 = has_vocabulary_of(tokenizer, inputs.encoding)
@@ -288,9 +282,19 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
         inputs.batch_size,
         evaluation_windows if is_gpt2 else own_tokens.windows,
         document_streams if is_gpt2 else own_tokens.streams,
-        Codec(encode, decode, loaded.first_token),
+        _codec(loaded),
         make_decoder(model),
     )
+
+
+def _codec(loaded: LoadedModel) -> Codec:
+    def encode(text: str) -> list[int]:
+        return list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(tokens: list[int]) -> str:
+        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    return Codec(encode, decode, loaded.first_token)
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
@@ -401,7 +405,7 @@ def read_folder(folder: Path) -> LoadedModel:
 
 
 def _check_depth(shape: Any, folder: Path) -> None:
-    """Refuse more layers than tensors: transformers builds every layer before it looks at the weights."""
+    """Refuse more layers than tensors: transformers builds every layer before it reads the weights."""
     from safetensors import safe_open
 
     tensors = 0

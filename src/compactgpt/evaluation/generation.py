@@ -1,7 +1,7 @@
 """Generate text with a neural model: greedy, top-k and nucleus, each continuation from its own random stream.
 
 Prompts are those of params.yaml and the beginnings of val documents, whose own continuation is the human text
-to compare with. A prompt opens a document, as in evaluation: end-of-text stands before it.
+to compare with. A prompt begins a document, as in evaluation: end-of-text precedes it.
 
 B continuations, T tokens, C channels, V rows of the vocabulary.
 """

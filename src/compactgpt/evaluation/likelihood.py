@@ -109,7 +109,7 @@ class Codec:
 
     encode: Callable[[str], list[int]]  # names of special tokens are plain text
     decode: Callable[[list[int]], str]
-    first_token: int  # stands before a document, and ends one
+    first_token: int  # precedes a document, and ends one
 
 
 Step = Callable[["torch.Tensor"], "torch.Tensor"]  # next (B, T) tokens -> (B, C) hidden state of the last
@@ -135,7 +135,7 @@ class NeuralModel:
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Sum the nats of every document, with every model's text cut at the same places."""
+        """Sum the nats of every document, with every model's text cut at the same positions."""
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(

@@ -10,7 +10,7 @@ LAMBADA (Paperno et al. 2016) is known by three numbers of one name, so each var
 - lambada_original: the authors' text, the whole last word.
 
 The cloze has the form of the first variant. Perplexity is exp of the mean nats of a whole target. No token
-stands before a passage, as in the harness.
+precedes a passage, as in the harness.
 """
 
 import hashlib
@@ -129,7 +129,7 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield a document's possible passages, in the order of a hash of their places; targets differ."""
+    """Yield a document's possible passages, in the order of a hash of their positions; targets differ."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()

@@ -31,7 +31,7 @@ MEASURE_SECONDS = 1.0
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return reports/estimate.json: the estimate of the configured run and of the note's.
 
-    `calibration` says how often the rule held; `ladder` is our own law, null without a `sweep`.
+    `calibration` states how often the rule held; `ladder` is our own law, null without a `sweep`.
     """
     training, settings, note = params.training, params.estimate, params.estimate.note
     run, vocab_size = configured_run(params), params.model.vocab_size
@@ -137,7 +137,7 @@ def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
 
 
 def _law_loss(law: Law, run: Run, vocab_size: int) -> dict[str, Any]:
-    """Return a law's unscaled loss, beside ln(vocab_size), the loss of a uniform guess."""
+    """Return a law's unscaled loss, compared with ln(vocab_size), the loss of a uniform guess."""
     loss, guess = law.loss(run), math.log(vocab_size)
     return {"loss": loss, "better_than_guessing": loss < guess, "inside_validity": law.covers(run)}
 

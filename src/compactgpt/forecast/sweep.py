@@ -230,7 +230,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
 
 
 def shared_settings(params: Params) -> dict[str, Any]:
-    """Return what decides a loss beside text, size, budget and chance."""
+    """Return the settings, other than text, size, budget and chance, that decide a loss."""
     shape = params.model.model_dump(mode="json", exclude={"n_layer", "n_head", "n_embd"})
     free = {"seed", "max_steps", "eval_interval", "eval_windows", "checkpoint_interval", "launcher"}
     free |= {"micro_batch_size", "compile", "init_from"}
