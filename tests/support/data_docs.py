@@ -1,4 +1,4 @@
-"""Great Expectations' pages: it compiles its templates anew for every page, which takes most of the time."""
+"""Great Expectations' pages: it compiles its templates for every page again, which takes most of the time."""
 
 from functools import partial
 
