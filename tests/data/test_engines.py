@@ -14,19 +14,9 @@ from compactgpt.data import documents as documents_module
 from compactgpt.data.engines import run_tasks
 from compactgpt.data.tokenization import tokenize
 from tests.support.tiny_corpus import make_documents, make_tokenizer
-from tests.support.worker_functions import square
+from tests.support.worker_functions import square, wait_first_time
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make test-ray")
-
-
-def wait_first_time(task: tuple[Path, int]) -> int:
-    """Write the process id and wait to be killed, once, for one of the tasks."""
-    folder, number = task
-    pid_file = folder / f"{number}.pid"
-    if number == 2 and not pid_file.exists():
-        pid_file.write_text(str(os.getpid()))
-        time.sleep(60)
-    return number * number
 
 
 @pytest.fixture
