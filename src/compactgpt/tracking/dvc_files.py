@@ -326,17 +326,14 @@ def open_repo(root: Path) -> Iterator[Any]:
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from dvc_data.hashfile.state import State
 
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch,
-            Repo(str(root), config={"core": {"no_scm": True}}) as repo,
-        ):
-            # DVC takes a file of the same time and size for the same. A damaged disk changes neither.
-            repo.state.close()
-            repo.state = State(repo.root_dir, scratch, repo.dvcignore)
-            yield repo
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            # DVC stores hashes there, and takes a file of the same time and size for the same. A damaged disk
+            # changes neither.
+            settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
+            with Repo(str(root), config=settings) as repo:
+                yield repo
     except (DvcException, ImportError) as error:  # ImportError: paths on a storage whose plugin is missing
         raise BadData(f"DVC can't read this version: {error}") from error
 
