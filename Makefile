@@ -1,4 +1,4 @@
-# `make` lists the targets. Python 3.11 or newer, git and make are all that is needed beforehand.
+# `make` lists the targets. You need Python 3.11 or newer, git and make.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do c
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 PORT ?= 5000
-# tests/conftest.py gives the tests of a file to one worker, so that what they share is made once, and has the order.
+# tests/conftest.py gives all tests of a file to one worker, so that they share fixtures, and orders the files.
 TWO_WORKERS := -n 2 --no-loadscope-reorder
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -23,18 +23,18 @@ unexport PYTHONDONTWRITEBYTECODE
 
 FIND_REMOTE = test -z "$${DVC_REMOTE:-}" || dvc remote add --local -q -f -d store "$$DVC_REMOTE"; \
   test -n "$$(dvc remote list)" || { echo "no DVC remote: DVC_REMOTE=/a/folder make $@ (docs/ci.md has S3, GCS, SSH)"; exit 1; }
-# The package that DVC needs for the remote's scheme: it is no part of .venv, since a folder needs none.
+# Installs the package that DVC needs for the remote's scheme; a remote in a folder needs none.
 INSTALL_REMOTE = case "$$(dvc remote list)" in *s3://*) extra=s3;; *gs://*) extra=gs;; *ssh://*) extra=ssh;; \
     *azure://*) extra=azure;; *) extra=;; esac; \
   test -z "$$extra" || python -c "import dvc_$$extra" 2> /dev/null \
     || { echo "installing dvc[$$extra] ..."; uv pip install -q --python $(VENV)/bin/python "dvc[$$extra]" -c requirements.lock; }
 
-.PHONY: help setup repository repro run gate ci push pull experiments test test-robustness test-ray test-server coverage check audit hooks docs table readme ui lock clean
+.PHONY: help setup repository repro run gate ci push pull experiments test test-robustness test-ray test-server coverage check audit hooks docs table readme pictures ui lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## make .venv with the pinned versions (done by the others when needed)
+setup: $(STAMP) ## create .venv with the pinned versions (the other targets do this when needed)
 
 $(STAMP): requirements.lock pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -45,15 +45,15 @@ $(STAMP): requirements.lock pyproject.toml
 	     | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python -r requirements.lock \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -e . ; } \
-	  || { echo "uv did not manage it; plain pip takes over (slower) ..."; \
+	  || { echo "uv failed; trying plain pip (slower) ..."; \
 	       $(VENV)/bin/python -m pip install -q "$$(grep ^torch== requirements.lock)"; \
 	       awk '/^[^ ]/ { on = !/^torch==/ } on' requirements.lock \
 	         | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin; \
 	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; } \
-	  || { echo "set-up failed: is a package index within reach? then run the same command again"; exit 1; }
+	  || { echo "set-up failed: check the connection to the package index, then run the same command again"; exit 1; }
 	@touch $@
 
-# Before anything else: without it, DVC fails after minutes of set-up.
+# Comes first: without a git repository, DVC fails only after minutes of set-up.
 repository:
 	@git rev-parse -q --verify HEAD > /dev/null 2>&1 || { echo 'this folder is not a git repository with a commit (an' \
 	  'unpacked ZIP has none): run `git init && git add . && git commit -m "first commit"`, then make again'; exit 1; }
@@ -61,22 +61,22 @@ repository:
 repro: repository $(STAMP) ## run the whole pipeline (only what changed), print the table
 	@compactgpt repair
 	@compactgpt check > /dev/null
-	@# a stage whose outs were deleted would run again, since DVC's run cache keeps no stage with uncached outs;
-	@# what the cache lacks is left to `dvc repro`, which also reports whatever else is wrong
+	@# Restores deleted outputs from the cache. Otherwise DVC would run their stages again: its run cache has no stages
+	@# with outputs outside of the cache. Errors are left to `dvc repro`, which reports them, too.
 	@dvc checkout -q --allow-missing < /dev/null 2> /dev/null || true
 	@dvc repro
 	@python -m stages.comparison --show
 	@echo
 	@compactgpt sync --warn
-	@echo "The page, to look at:       reports/index.html"
+	@echo "The page:                   reports/index.html"
 	@echo "The table with its sources: reports/comparison.md"
 	@echo "The runs, side by side:     make ui   (MLflow on http://127.0.0.1:$(PORT))"
 	@echo "Next: change a number in params.yaml and run make repro again, or dvc exp run -S training.max_steps=2800"
 
-test: $(STAMP) ## run every test
+test: $(STAMP) ## run the tests
 	@python -m pytest $(TWO_WORKERS)
 
-test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray beside .venv, not into it)
+test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray into .state, not into .venv)
 	@test -d .state/ray || uv pip install -q --python $(VENV)/bin/python --target .state/ray -c requirements.lock ray==2.60.0
 	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/data/test_engines.py
 
@@ -86,7 +86,7 @@ test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk,
 test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
 	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py tests/tracking/test_queue.py
 
-coverage: $(STAMP) ## run every test and count what of the library and the doors it runs (95 % at least)
+coverage: $(STAMP) ## run the tests and measure the coverage of the library and the stage scripts (at least 95 %)
 	@mkdir -p .state/coverage
 	@COVERAGE_FOLDER=$(CURDIR)/.state/coverage python -m pytest $(TWO_WORKERS) --cov
 
@@ -97,12 +97,12 @@ check: $(STAMP) ## lint, format and type checks
 	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@zizmor -q --offline --no-progress .github
 
-audit: $(STAMP) ## look every pinned package up among known vulnerabilities (asks pypi.org; one that it can't look up fails)
+audit: $(STAMP) ## check every pinned package for known vulnerabilities (asks pypi.org; fails for a package that is not there)
 	@test -d .state/audit || uv pip install -q --python $(VENV)/bin/python --target .state/audit -c requirements.lock pip-audit==2.10.1
 	@awk '/^[^ ]/ { sub(/ \\$$/, ""); print }' requirements.lock > .state/audit/audited   # pip-audit wants all hashes or none
 	@PYTHONPATH=$(CURDIR)/.state/audit python -m pip_audit --strict -r .state/audit/audited --no-deps --disable-pip --progress-spinner off
 
-hooks: repository $(STAMP) ## lint, format and types before each commit of yours (pre-commit)
+hooks: repository $(STAMP) ## run lint, format and types before each of your commits (pre-commit)
 	@uv pip install -q --python $(VENV)/bin/python -c requirements.lock pre-commit==4.7.0
 	@pre-commit install
 
@@ -112,14 +112,14 @@ docs: $(STAMP) ## build the documentation site: site/index.html; a warning is an
 	@.state/docs/bin/zensical build --strict --clean 2>&1 | tee .state/docs/log
 	@! grep -q '^griffe' .state/docs/log
 
-run: repository $(STAMP) ## a named experiment in this folder: make run EXPERIMENT=note
-	@compactgpt experiment apply "$${EXPERIMENT:?name one: make run EXPERIMENT=note}"
+run: repository $(STAMP) ## run a named experiment in this folder: make run EXPERIMENT=note
+	@compactgpt experiment apply "$${EXPERIMENT:?give a name: make run EXPERIMENT=note}"
 	@$(MAKE) --no-print-directory repro
 
-gate: $(STAMP) ## has the model got worse than the accepted one? (docs/ci.md)
+gate: $(STAMP) ## check that the model is not worse than the accepted one (docs/ci.md)
 	@compactgpt gate
 
-ci: repository $(STAMP) ## the whole chain on a tiny configuration in a scratch clone, and the gate on it
+ci: repository $(STAMP) ## run the pipeline with a tiny configuration in a scratch clone, and the gate on its metrics
 	@scripts/tiny_pipeline
 
 push: repository $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE, or the one of .dvc/config.local)
@@ -127,24 +127,27 @@ push: repository $(STAMP) ## send data and models to the DVC remote (DVC_REMOTE,
 	@$(INSTALL_REMOTE)
 	@dvc push --run-cache
 
-pull: repository $(STAMP) ## fetch them: a fresh clone then has nothing to run
+pull: repository $(STAMP) ## fetch data and models from the DVC remote: no stage of a fresh clone needs to run then
 	@$(FIND_REMOTE)
 	@$(INSTALL_REMOTE)
 	@dvc pull --run-cache
 
-# DVC shows params.yaml as a whole and every dependency, and has no setting that says otherwise.
-experiments: $(STAMP) ## the experiments side by side: dvc exp show without hashes and equal parameters
+# By default DVC shows all of params.yaml and every dependency, and no setting changes that.
+experiments: $(STAMP) ## compare the experiments: dvc exp show without hashes and equal parameters
 	@dvc exp show --no-pager --only-changed --drop '^(src|stages|data|models|reports|results|corpus)(/|$$)|\.yaml$$|^Created$$'
 
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show
 
-readme: $(STAMP) ## renew the tables that README.md quotes from the last run, and docs/note.md from claims.yaml
+readme: $(STAMP) ## update the tables of README.md from the last run, and docs/note.md from claims.yaml
 	@python -m stages.comparison --quote README.md --quote docs/note.md
 
-ui: $(STAMP) ## open the MLflow UI on this machine only
+pictures: $(STAMP) ## write docs/page.png, docs/page.txt and docs/mlflow.png from the last run (needs Chromium)
+	@python scripts/pictures.py
+
+ui: $(STAMP) ## start the MLflow UI for this machine only
 	@python -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2> /dev/null \
-	  || { echo "port $(PORT) is in use here: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
+	  || { echo "port $(PORT) is in use: make ui PORT=$$(($(PORT) + 1))"; exit 1; }
 	@compactgpt sync --warn
 	@test -z "$${MLFLOW_TRACKING_URI:-}" \
 	  || echo "These pages show mlflow.db. Runs go to another store, the one named above: MLFLOW_TRACKING_URI is set."
@@ -153,12 +156,12 @@ ui: $(STAMP) ## open the MLflow UI on this machine only
 	  --host 127.0.0.1 --port $(PORT) --workers 1 --allowed-hosts "localhost:$(PORT),127.0.0.1:$(PORT)"
 
 lock: $(STAMP) ## compile requirements.in to requirements.lock, with the hash of every file but torch's
-	@# torch is built in several ways under one version, and brings the CUDA libraries of its build with it
+	@# without the hashes of torch and its CUDA libraries: there are several builds of one version
 	@mkdir -p .state
 	@UV_FIND_LINKS= uv pip compile -q --universal --python-version 3.11 requirements.in --generate-hashes --no-header \
 	  --no-emit-index-url --no-emit-find-links --no-annotate \
 	  | awk '/^[^ ]/ { keep = !/^(nvidia-|cuda-|triton|torch==)/ } /^torch==/ { sub(/ \\$$/, ""); print } keep' > .state/lock
 	@mv .state/lock requirements.lock
 
-clean: ## delete data, models and .state; make repro then takes the first two from DVC's cache
+clean: ## delete data, models and .state; make repro then restores the first two from DVC's cache
 	@rm -rf data models .state

@@ -1,4 +1,4 @@
-"""How the code reads: how long its functions are, how many have a docstring, how many comments there are.
+"""Measure the code: length of functions, share of functions with a docstring, comments per 100 lines.
 
     python benchmarks/code.py src/compactgpt stages
 

@@ -1,7 +1,7 @@
-"""One comment on a pull request, renewed in place: `python scripts/comment.py gate.md`, with no package.
+"""Write or update one comment on a pull request: `python scripts/comment.py gate.md`; needs no package.
 
-The comment is found again by the first line of the file. GITHUB_REPOSITORY and GITHUB_API_URL are set by
-GitHub, GITHUB_TOKEN and PULL_REQUEST by the workflow; on a keyboard all four are yours to set.
+The first line of the file marks the comment, so that the next run finds it. GitHub sets GITHUB_REPOSITORY and
+GITHUB_API_URL, the workflow sets GITHUB_TOKEN and PULL_REQUEST.
 """
 
 import json
@@ -32,7 +32,7 @@ def ask(method: str, path: str, body: dict[str, str] | None = None) -> Any:
 
 
 def find(pull_request: str, marker: str) -> int | None:
-    """The id of our comment, if there is one: another's may quote the marker, but does not begin with it."""
+    """Return the id of our comment, if there is one: the first line of no other comment is the marker."""
     page = 1
     while comments := ask("GET", f"issues/{pull_request}/comments?per_page={PAGE}&page={page}"):
         for comment in comments:
@@ -43,7 +43,7 @@ def find(pull_request: str, marker: str) -> int | None:
 
 
 def main() -> None:
-    """Write the comment, or renew it."""
+    """Write the comment, or update it."""
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
     pull_request, marker = os.environ["PULL_REQUEST"], text.splitlines()[0]
     if len(text) > MOST_CHARACTERS:
