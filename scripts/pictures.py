@@ -17,7 +17,7 @@ from compactgpt.common.storage import read_json, write_text
 
 PAGE = Path("reports/index.html")
 CHARTS = "#/experiments/1/runs?viewStateShareKey=pipelines&compareRunsMode=CHART"
-# Of a container that runs as root; the pictures show only pages of this project.
+# For root in a container. The pictures show only pages of this project.
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"]
 
 
@@ -49,7 +49,7 @@ def photograph_mlflow(browser) -> None:
     command = [sys.executable, "-m", "mlflow", "server", *store, "--host=127.0.0.1", "--workers=1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            for _ in range(120):
+            for _ in range(300):  # seconds; on a busy machine MLflow starts slowly
                 time.sleep(1)
                 with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
                     break

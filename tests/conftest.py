@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-# Set before typer and rich are imported: their colours would split the words that tests look for.
+# Set before typer and rich are imported: their colours would split the text that tests search for.
 os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A full collection takes a second where all of our libraries are loaded.
+# A full garbage collection takes a second when all libraries are loaded.
 gc.set_threshold(100_000, 20, 100)
-# Before torch is imported: the workers share the cores already, and more threads would wait for each other.
+# Set before torch is imported: the workers share the cores already; more threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-# The tests' folders lie in memory where there is enough: thousands of files are synced, and disks are slow.
-MEMORY, ROOM = Path("/dev/shm"), 4 << 30
-if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+# Temporary folders are in memory if there is enough: tests sync thousands of files, and disks are slow.
+MEMORY, NEEDED = Path("/dev/shm"), 4 << 30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """What a test leaves in the environment, or a library that it calls, ends with the test.
+    """Undo what a test, or a library that it calls, changes in the environment and in the handling of SIGTERM.
 
-    So does a door's way with SIGTERM, which it ignores at its end: so would every program that is started.
+    A stage ignores SIGTERM at its end, and every program that the next test starts would inherit that.
     """
     before = dict(os.environ)
     yield
@@ -33,8 +33,8 @@ def same_environment():
         os.environ.update(before)
 
 
-# What is heavy to import is imported by one worker of two, and what they fork from is made once. What takes
-# longest comes first, so that none is left alone with it at the end.
+# Files with the same heavy imports run in one of the two workers, so that it imports them once. The files that take
+# longest come first, so that at the end both workers have work.
 TOGETHER = {
     "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verify"),
     "forks": ("distributed", "fsdp", "trainer"),
@@ -55,7 +55,7 @@ LONGEST = (
 
 
 def group_of(stem):
-    """The tests that one worker runs: those of a file, or of several."""
+    """Return the group of tests that one worker runs: a file, or several."""
     name = stem.removeprefix("test_")
     return next((group for group, files in TOGETHER.items() if name in files), name)
 
@@ -79,14 +79,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionfinish():
-    """Collect once what is left over, where pytest would five times."""
+    """Collect garbage once; pytest would do it five times."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
-    """A migrated, empty MLflow store: making one takes seconds, copying it none."""
+    """A migrated, empty MLflow store: creating one takes seconds, copying it none."""
     from tests.support.tracking_store import made_store
 
     return made_store(tmp_path_factory.mktemp("store"))

@@ -49,7 +49,7 @@ def test_short_help_version_and_old_names():
     assert run("--version").output == f"compactgpt {compactgpt.__version__}\n"
     for words in ((), ("gate",), ("experiment",), ("experiment", "run")):
         assert run(*words, "-h").output == run(*words, "--help").output != ""
-    for old in ("mend", "ladder"):
+    for old in ("mend", "ladder"):  # wording: quoted
         assert run(old, "--help").exit_code == 0
         assert f" {old} " not in run("--help").output
 

@@ -480,5 +480,5 @@ def fit_experiment(
 
 
 # The names until version 0.2.
-app.command("mend", hidden=True)(repair)
+app.command("mend", hidden=True)(repair)  # wording: quoted
 app.command("ladder", hidden=True)(fit_experiment)

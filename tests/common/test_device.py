@@ -29,7 +29,7 @@ print(took, said("/proc/self/status", "VmRSS") - before, large, faults)
 """
 
 
-def told(limit=0):
+def measure(limit=0):
     script = SCRIPT.format(source=str(ROOT / "src"), size=SIZE, limit=limit)
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     took, *numbers = done.stdout.split()
@@ -38,7 +38,7 @@ def told(limit=0):
 
 @pytest.mark.skipif(not PAGES.exists() or "[never]" in PAGES.read_text(), reason="no large pages here")
 def test_large_tensors_lie_in_large_pages_that_are_used_again():
-    took, grown, large, faults = told()
+    took, grown, large, faults = measure()
     assert took == "True"
     assert SIZE <= grown < 1.2 * SIZE
     assert large > 0.8 * SIZE
@@ -46,6 +46,6 @@ def test_large_tensors_lie_in_large_pages_that_are_used_again():
 
 
 def test_where_memory_is_bounded_all_works_without():
-    took, grown, large, _ = told(limit=1 << 30)
+    took, grown, large, _ = measure(limit=1 << 30)
     assert (took, large) == ("False", 0)
     assert grown >= SIZE

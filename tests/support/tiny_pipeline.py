@@ -1,7 +1,7 @@
-"""The whole chain on a few dozen documents, run stage by stage in this process: for the tests of faults.
+"""The whole pipeline on a few dozen documents, run stage by stage in this process, for the tests of faults.
 
-A place is a repository folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage is
-its real door. The second generation stands where the first one's outputs lie, so that each is replaced.
+A place is a project folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage runs its
+real script. The second generation of inputs replaces each output of the first.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ IMPORTED = {
 
 
 def make_place(place: Path) -> Path:
-    """Lay out the inputs: parameters, code as links, and the tokenizer as if fetched before."""
+    """Create a project folder: code as links, and the tokenizer as if it was downloaded before."""
     (place / "corpus").mkdir(parents=True)
     for name in ("src", "stages"):
         (place / name).symlink_to(ROOT / name)
@@ -62,7 +62,7 @@ def make_place(place: Path) -> Path:
 
 
 def write_inputs(place: Path, generation: int) -> None:
-    """Params and corpus of a generation: every stage's outputs differ from the other's."""
+    """Write params and corpus of a generation: the outputs of every stage differ from those of the other."""
     (place / "params.yaml").write_text(json.dumps(params_tree(generation)))  # JSON is YAML
     rows = [
         {"text": " ".join(WORDS[(n * k + generation) % len(WORDS)] for k in range(1, 30)) + f" {n}"}
@@ -72,7 +72,7 @@ def write_inputs(place: Path, generation: int) -> None:
 
 
 def params_tree(generation: int) -> dict:
-    """The project's params.yaml, made tiny."""
+    """Return the project's params.yaml with tiny values."""
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     vocab_bpe, encoder_json = tokenizer_files()
     tree["runtime"] |= {"device": "cpu", "num_threads": 1, "num_workers": 1}
@@ -112,7 +112,7 @@ def params_tree(generation: int) -> dict:
 
 
 def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
-    """Run a stage's door here, as `python -m stages.X` would: SystemExit tells how it ended."""
+    """Run the script of a stage in this process, as `python -m stages.X` would; SystemExit has its exit code."""
     from compactgpt.data import documents, sources
     from compactgpt.tracking import mlflow_logger
 
@@ -123,12 +123,12 @@ def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     documents.ROW_GROUP_BYTES = 500  # and several pieces of each
     mlflow_logger.start_logger = lambda folder: None  # a process of its own: tests/tracking/test_tracking.py
     name, _, item = stage.partition("@")
-    door = importlib.import_module(f"stages.{name}")
-    door.app([*([item] if item else []), "--tracker", tracker], prog_name=name)
+    script = importlib.import_module(f"stages.{name}")
+    script.app([*([item] if item else []), "--tracker", tracker], prog_name=name)
 
 
 def run_quietly(stage: str, place: Path, said: Path) -> None:
-    """Run a stage with what it says in a file; for forks."""
+    """Run a stage with its output in a file; for forks."""
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -137,7 +137,7 @@ def run_quietly(stage: str, place: Path, said: Path) -> None:
 
 
 def outs_of(stage: str) -> list[str]:
-    """The paths that a stage makes, as dvc.yaml has them."""
+    """Return the outputs of a stage, as dvc.yaml names them."""
     name, _, item = stage.partition("@")
     tree = read_yaml(ROOT / "dvc.yaml")["stages"][name]
     outs = [out for key in ("outs", "metrics", "plots") for out in tree.get(key, ())]
@@ -146,12 +146,17 @@ def outs_of(stage: str) -> list[str]:
 
 
 def warm_up(stages: tuple[str, ...] = STAGES) -> None:
-    """Import what stages import as they run (pyarrow, say, pandas), and nothing that starts a thread."""
+    """Import what stages import as they run (such as pandas), and nothing that starts a thread."""
     package = ROOT / "src"
     paths = [
         path for path in package.rglob("*.py") if path.stem not in ("__init__", "cross_entropy_triton")
     ]  # needs Triton
-    rooms = sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in paths)
-    doors = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z_]*.py")]
-    for name in ["pandas", *rooms, *doors, *(name for stage in stages for name in IMPORTED.get(stage, ()))]:
+    modules = sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in paths)
+    scripts = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z_]*.py")]
+    for name in [
+        "pandas",
+        *modules,
+        *scripts,
+        *(name for stage in stages for name in IMPORTED.get(stage, ())),
+    ]:
         importlib.import_module(name)
