@@ -90,10 +90,11 @@ coverage: $(STAMP) ## run the tests and measure the coverage of the library and 
 	@mkdir -p .state/coverage
 	@COVERAGE_FOLDER=$(CURDIR)/.state/coverage python -m pytest $(TWO_WORKERS) --cov
 
-check: $(STAMP) ## lint, format and type checks
+check: $(STAMP) ## check lint, format, types, workflows and words
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@python scripts/vocabulary.py
 	@check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@zizmor -q --offline --no-progress .github
 

@@ -29,7 +29,7 @@ WORDS = {  # the old word: what to write
     r"go(?:es|ing)? on|went on": "resume, continue",
     r"foretold": "predicted",
     r"thrice": "three times",
-    r"own place|broken promise|told clearly|in turns": "see the conventions in CONTRIBUTING.md",
+    r"own place|broken promise|told clearly": "see the conventions in CONTRIBUTING.md",
 }
 PATTERN = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(WORDS)})(?![A-Za-z])", re.IGNORECASE)
 SKIPPED = re.compile(

@@ -1,1 +1,1 @@
-"""Doors: one typer script a DVC stage, run as `python -m stages.X` from the repository folder."""
+"""One typer script per DVC stage, run as `python -m stages.X` from the repository folder."""

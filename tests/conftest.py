@@ -21,7 +21,7 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """Undo what a test, or a library that it calls, changes in the environment and in the handling of SIGTERM.
+    """Undo what a test, or a library that it calls, changes in the environment and for SIGTERM.
 
     A stage ignores SIGTERM at its end, and every program that the next test starts would inherit that.
     """
@@ -33,8 +33,8 @@ def same_environment():
         os.environ.update(before)
 
 
-# Files with the same heavy imports run in one of the two workers, so that it imports them once. The files that take
-# longest come first, so that at the end both workers have work.
+# Files with the same heavy imports run in one worker, which imports them once. Files that take longest come
+# first, so that at the end both workers have work.
 TOGETHER = {
     "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verify"),
     "forks": ("distributed", "fsdp", "trainer"),

@@ -1,6 +1,8 @@
 """The documentation shows what the commands print."""
 
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +16,12 @@ from tests.support.comparison_inputs import ROOT
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
 REAL_RUN = (ROOT / "docs/real-run.md").read_text()
 SHOWN = dict(re.findall(r"```\n\$ compactgpt ([^\n]*)\n(.*?)```", TUTORIAL, re.DOTALL))
+
+
+def test_the_caption_of_the_pages_picture_has_the_figures_of_the_reports(monkeypatch):
+    """`make pictures` writes both, docs/page.png and docs/page.txt."""
+    monkeypatch.chdir(ROOT)
+    assert runpy.run_path(str(ROOT / "scripts/pictures.py"))["caption"]() == Path("docs/page.txt").read_text()
 
 
 @pytest.mark.parametrize(

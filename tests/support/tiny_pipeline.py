@@ -1,7 +1,7 @@
 """The whole pipeline on a few dozen documents, run stage by stage in this process, for the tests of faults.
 
-A place is a project folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage runs its
-real script. The second generation of inputs replaces each output of the first.
+A place is a project folder without git: params.yaml, a corpus, `data`, `models`, `reports`. Every stage runs
+its real script. The second generation of inputs replaces each output of the first.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ def params_tree(generation: int) -> dict:
 
 
 def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
-    """Run the script of a stage in this process, as `python -m stages.X` would; SystemExit has its exit code."""
+    """Run the script of a stage in this process, as `python -m stages.X` would; SystemExit has the code."""
     from compactgpt.data import documents, sources
     from compactgpt.tracking import mlflow_logger
 
