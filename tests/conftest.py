@@ -49,7 +49,7 @@ TOGETHER = {
     ),
 }  # fmt: skip
 LONGEST = (
-    "forks", "mlflow", "transformers", "launching", "dvc", "interrupted_stages", "great_expectations",
+    "forks", "mlflow", "transformers", "launch", "dvc", "interrupted_stages", "great_expectations",
     "download",
 )  # fmt: skip
 
