@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo  # here: its log keeps the stream of the first import
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -34,8 +35,6 @@ from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory):
     """A repository whose reports fit their inputs, with the dvc.lock that DVC itself writes for it."""
-    from dvc.repo import Repo
-
     place = make_place(tmp_path_factory.mktemp("place"))
     for name in ("src", "stages"):
         (place / name).unlink()
