@@ -50,7 +50,7 @@ TOGETHER = {
 }  # fmt: skip
 LONGEST = (
     "forks", "mlflow", "transformers", "launch", "dvc", "interrupted_stages", "great_expectations",
-    "download",
+    "sources",
 )  # fmt: skip
 
 
