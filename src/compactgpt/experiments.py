@@ -7,6 +7,7 @@ of the shipped demo, so that the result does not depend on what was applied befo
 """
 
 import copy
+import difflib
 import io
 import itertools
 import os
@@ -70,7 +71,11 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
     """
     known = load_experiments(conf)
     if name not in known:
-        raise BadConfig(f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BadConfig(
+            f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}{hint}"
+        )
     return known[name]
 
 
