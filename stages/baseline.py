@@ -1,4 +1,4 @@
-"""Stage script: data/tokens/ -> the figures of one model by others on the val split."""
+"""Stage script: evaluate one baseline on the val split. Reads data/tokens/."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +13,15 @@ app = new_app()
 
 @app.command()
 def main(
-    name: Annotated[str, typer.Argument(help="One of baseline.specs in params.yaml; set by DVC.")] = "",
-    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    totals: Annotated[Path, typer.Option(help="Folder of the sums by document.")] = Path("data/baseline"),
-    reports: Annotated[Path, typer.Option(help="Folder of reports.")] = Path("reports/baseline"),
+    name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
+    tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
+    totals: Annotated[Path, typer.Option(help="The folder for per-document losses.")] = Path("data/baseline"),
+    reports: Annotated[Path, typer.Option(help="The folder for reports.")] = Path("reports/baseline"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Score one baseline on the val split; a neural one also generates texts and runs the tasks."""
+    """Score one baseline on the val split. A neural baseline also generates text and runs the tasks."""
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
@@ -31,7 +31,9 @@ def main(
 
     name = name or matrix_item()
     if not name:
-        raise typer.BadParameter("name one of baseline.specs in params.yaml", param_hint="NAME")
+        raise typer.BadParameter(
+            "no baseline is named: use a name from baseline.specs in params.yaml", param_hint="NAME"
+        )
     with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
         params, settings = stage.params, stage.params.evaluation
         likelihood, encoding = settings.likelihood, load_encoding(tokenizer)

@@ -1,4 +1,4 @@
-"""Stage script: models/compact/, data/tokens/ -> our model's figures on the val split, and its texts."""
+"""Stage script: evaluate our model on the val split. Reads models/compact/ and data/tokens/."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,17 +12,17 @@ app = new_app()
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("models/compact"),
-    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    totals: Annotated[Path, typer.Option(help="Sums by document to write.")] = Path(
+    model: Annotated[Path, typer.Option(help="The checkpoint's folder.")] = Path("models/compact"),
+    tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
+    totals: Annotated[Path, typer.Option(help="The file for per-document losses.")] = Path(
         "data/evaluation/compact.parquet"
     ),
-    reports: Annotated[Path, typer.Option(help="Folder of reports.")] = Path("reports"),
+    reports: Annotated[Path, typer.Option(help="The folder for reports.")] = Path("reports"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Score our model on the val split, generate texts and run the tasks."""
+    """Score our model on the val split, generate text and run the tasks."""
     from compactgpt.common.device import prepare_process, resolve_device
     from compactgpt.common.storage import write_json, write_text
     from compactgpt.data.token_files import open_tokens
@@ -42,7 +42,7 @@ def main(
         found = evaluate(compact, split, encoding, likelihood, views=settings.views, progress=windows)
         write_totals(totals, found)
         text = generate_texts(compact, split, encoding, settings.text, texts)
-        samples = {key: text.pop(key) for key in ("settings", "samples")}  # reports of their own
+        samples = {key: text.pop(key) for key in ("settings", "samples")}  # these two keys go to other files
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}

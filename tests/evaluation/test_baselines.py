@@ -126,7 +126,7 @@ def test_a_tokenizer_that_loses_text_is_refused_and_names_of_special_tokens_are_
     plain = OwnTokens(baselines.plain_tokenizer(tokenizer), encoding, 0)
     assert all(special not in one.targets for one in plain.windows(split, 3))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(BadData, match="does not spell document"):
+    with pytest.raises(BadData, match="loses text of document"):
         list(plain.streams(split))
 
 
@@ -136,7 +136,7 @@ def test_a_tokenizer_that_loses_text_is_refused_and_names_of_special_tokens_are_
 )
 def test_documents_begin_with_end_of_text_else_bos_else_eos(names, bos, eos, expected):
     assert baselines.first_token_of(names, bos, eos) == expected
-    with pytest.raises(ValueError, match="neither a beginning nor an end of text"):
+    with pytest.raises(ValueError, match="neither a BOS nor an EOS token"):
         baselines.first_token_of({}, None, None)
 
 
@@ -307,4 +307,4 @@ def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(tmp_path, ru
 def test_the_stage_lists_the_known_baselines(run_stage):
     result = run_stage("gpt5")
     assert result.exit_code == BadConfig.exit_code
-    assert "'gpt5' is no baseline: baseline.specs of params.yaml has ['gpt2'" in result.output
+    assert "'gpt5' is not a baseline: use one of ['gpt2'" in result.output

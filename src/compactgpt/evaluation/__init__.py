@@ -1,1 +1,1 @@
-"""Scores of any language model by document, tasks, generated text, and the baselines."""
+"""Evaluate language models: per-document losses, tasks and generated text, ours and the baselines."""

@@ -1,12 +1,15 @@
-"""Models by others as `LanguageModel`s: unigram, compressors, and causal models of transformers in float32.
+"""Wrap the baselines as `LanguageModel`s: a unigram model, compressors, and causal models of transformers.
 
-**The same text for all.** A model with GPT-2's own vocabulary reads the GPT-2 windows themselves. One with
-another tokenizer reads the same text spans: the targets of a window spell a span of bytes; where it would end
-inside a UTF-8 character it ends after that character, so that each byte of a document is in exactly one span.
-Each span is tokenized by itself, and all its tokens are scored. As in our windows one token precedes it
-that is not scored there: the model's own first token (`first_token_of`) for a document's first span, the last
-token of the span before for the others. So the nats of a document are the nats of its text under every model.
-A window never sees more text than ours does, though it may hold more or fewer tokens.
+Models of transformers run in float32.
+
+**All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
+model. A model with another tokenizer reads the same text spans. The targets of a GPT-2 window decode to a
+span of bytes. A span that would end inside a UTF-8 character ends after that character, so each byte of a
+document is in exactly one span. Each span is tokenized separately, and all its tokens are scored. One token
+that is not scored precedes each span: the model's start token (`first_token_of`) for a document's first span,
+and the last token of the previous span for every other span. The nats of a document are therefore the nats of
+its complete text under every model. No model sees more text in a window than our model does, but its window
+may have more or fewer tokens.
 """
 
 import hashlib
@@ -52,30 +55,33 @@ if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
-COUNTED_AT_ONCE = 2**24  # tokens
+COUNTED_AT_ONCE = 2**24  # tokens that `make_unigram` counts in one step
 
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """What a baseline needs in addition to its own entry in params.yaml."""
+    """The inputs that loading a baseline needs besides its entry in `baseline.specs`."""
 
     train: Path  # the train split's token file
-    encoding: "tiktoken.Encoding"  # that made the token files
+    encoding: "tiktoken.Encoding"  # the encoding of the token files
     batch_size: int  # windows in one forward pass
     runtime: config.Runtime
-    state: Path  # where downloaded weights are kept
+    state: Path  # the folder for downloaded weights
 
 
 def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
     Raises:
-        BadConfig: there is no such baseline, or it can't be measured.
-        MissingInput, Unreachable: its files are not there or can't be downloaded.
-        BadData: its files are damaged.
+        BadConfig: `baseline.specs` has no entry `name`, or the model's logits can't be computed here.
+        MissingInput: a file of the baseline is missing.
+        Unreachable: a file of the baseline can't be downloaded.
+        BadData: a file of the baseline is damaged.
     """
     if name not in params.specs:
-        raise BadConfig(f"{name!r} is no baseline: baseline.specs of params.yaml has {sorted(params.specs)}")
+        raise BadConfig(
+            f"{name!r} is not a baseline: use one of {sorted(params.specs)}, or extend baseline.specs"
+        )
     spec = params.specs[name]
     if isinstance(spec, config.Unigram):
         return make_unigram(open_tokens(inputs.train))
@@ -90,7 +96,7 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
         loaded = read_gguf(path)
     elif isinstance(spec, config.Hub):
         facts = {"repo": spec.repo, "revision": spec.revision}
-        advice = "correct baseline.specs, take it out of baseline.names, or give its weights as a folder"
+        advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
         folder = Path(spec.path)
@@ -102,14 +108,14 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
 
 @dataclass(frozen=True)
 class DocumentModel:
-    """A model that scores every document as a whole, without windows."""
+    """A model that scores each complete document, without windows."""
 
     facts: Mapping[str, Any]
-    document_nats: Callable[[TokenFile, int], float]  # of a document, by its index
+    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
     reads_tokens: bool
 
     def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
-        """Sum the nats of every document."""
+        """Return the negative log-likelihood of every document, in nats."""
         total = split.header.documents
         nats = np.empty(total)
         for document in range(total):
@@ -119,14 +125,14 @@ class DocumentModel:
 
 
 def make_unigram(train: TokenFile) -> DocumentModel:
-    """Return the model that gives every token its add-one-smoothed frequency in the train split.
+    """Return a unigram model: each token's probability is its smoothed frequency in the train split.
 
-    p(token) = (count + 1) / (tokens + vocab_size), Laplace's rule: end-of-text keeps its share, as it does
-    in the neural models, though it is never scored.
+    p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing. The end-of-text
+    token has a probability, as in the neural models, although it is never scored.
     """
     tokens, vocab_size = len(train.tokens), train.header.vocab_size
     counts = np.zeros(vocab_size, np.int64)  # (V,)
-    for start in range(0, tokens, COUNTED_AT_ONCE):  # bounds the memory
+    for start in range(0, tokens, COUNTED_AT_ONCE):  # in steps, to limit memory
         counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
     log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)  # (V,)
     facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
@@ -140,11 +146,11 @@ def make_unigram(train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return the compressor that params.yaml describes, without the container's own bytes.
+    """Return a model that scores a document by its compressed size.
 
-    A document's nats are ln 2 x 8 x its compressed bytes. A short document compresses badly by itself: a
-    compressor that has read `train_megabytes` of the train split (as its dictionary) shows what knowing the
-    corpus is worth to it, as it is to a trained model.
+    A document's nats are ln 2 x 8 x its compressed bytes, without the file format's own bytes. A short
+    document compresses badly without a dictionary. With `train_megabytes`, the dictionary is the start of the
+    train split: the compressor knows the corpus, as a trained model does.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -165,13 +171,18 @@ def make_compressor(
 
 
 def _xz(level: int) -> Callable[[bytes], bytes]:
-    """Return a compressor to what is inside an .xz file: LZMA2 without the container."""
+    """Return a function that compresses bytes with LZMA2, without the .xz container."""
     chain = [{"id": lzma.FILTER_LZMA2, "preset": level | lzma.PRESET_EXTREME}]
     return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)
 
 
 def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """Return a compressor to zstd frames without any header field; `known` is the dictionary."""
+    """Return a function that compresses bytes with zstd, without optional header fields.
+
+    Args:
+        level: the compression level.
+        known: the dictionary; may be empty.
+    """
     import zstandard
 
     settings = zstandard.ZstdCompressionParameters.from_level(
@@ -191,14 +202,14 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Windows and streams for a model with another tokenizer: the same text in its own tokens."""
+    """Make windows and streams of the same text for a model whose tokenizer is not GPT-2's."""
 
     tokenizer: "tokenizers.Tokenizer"
     encoding: "tiktoken.Encoding"
-    first_token: int  # precedes a document
+    first_token: int  # the start token, which precedes every document
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield the text spans of a split in order; see the module."""
+        """Yield each text span of a split as a window of the model's tokens; see the module's docstring."""
         for document in range(split.header.documents):
             before, start = self.first_token, 0
             spans = text_spans(split, self.encoding, document, window)
@@ -210,7 +221,7 @@ class OwnTokens:
                 before, start = int(stream[-1]), start + len(tokens.ids)
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield every document as a whole."""
+        """Yield the index of every document with its tokens, after the start token."""
         for document in range(split.header.documents):
             text = document_text(split, self.encoding, document).decode()
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -219,17 +230,19 @@ class OwnTokens:
             yield document, np.array([self.first_token, *ids], np.int64)
 
     def _check_complete(self, split: TokenFile, document: int, text: str, ids: list[int]) -> None:
-        """Refuse a tokenizer that loses text: the bytes that it does not spell would cost no nats."""
+        """Raise BadData if the tokens do not decode to the text: lost bytes would add no nats."""
         if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise BadData(
-                f"the model's tokenizer does not spell document {split.document_ids[document]} of "
-                f"{split.path} in full, so its bits per byte would be wrong: leave this model out of "
-                "baseline.names"
+                f"the model's tokenizer loses text of document {split.document_ids[document]} of "
+                f"{split.path}, so its bits per byte would be wrong: remove this model from baseline.names"
             )
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Cut a document's text where its windows end, or after the character there; empty spans are dropped."""
+    """Return the text of each window of a document; a character at a window's end belongs to that window.
+
+    Empty spans are left out.
+    """
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
     cuts = [0]
@@ -243,21 +256,21 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model of transformers with its tokenizer."""
+    """A causal language model from transformers, with its tokenizer."""
 
     model: Any  # transformers.PreTrainedModel, in float32 and eval mode
     tokenizer: "tokenizers.Tokenizer"
-    first_token: int  # precedes a text
+    first_token: int  # the start token, which precedes every document
 
 
 def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping[str, Any]) -> NeuralModel:
-    """Wrap a model of transformers.
+    """Return a model of transformers as a `NeuralModel`.
 
     Raises:
-        BadConfig: its logits are not its hidden states times one matrix.
+        BadConfig: the model's logits are not its hidden states times one matrix.
     """
     model, tokenizer = loaded.model.to(resolve_device(inputs.runtime.device)), loaded.tokenizer
-    rows = max(tokenizer.get_vocab().values()) + 1  # without padding rows
+    rows = max(tokenizer.get_vocab().values()) + 1  # V; later rows of the head are padding
     head = model.get_output_embeddings().weight.detach()[:rows]  # (V, C)
 
     def hidden(tokens: Any) -> Any:
@@ -278,7 +291,7 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
         facts,
         hidden,
         head,
-        getattr(model.config, "max_position_embeddings", sys.maxsize),  # ALiBi, say, has no limit
+        getattr(model.config, "max_position_embeddings", sys.maxsize),  # models with ALiBi have no limit
         inputs.batch_size,
         evaluation_windows if is_gpt2 else own_tokens.windows,
         document_streams if is_gpt2 else own_tokens.streams,
@@ -298,7 +311,10 @@ def _codec(loaded: LoadedModel) -> Codec:
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
-    """Compare with the model's own logits on a few tokens: some models scale, shift or cap them."""
+    """Raise BadConfig if `hidden(tokens) @ head.T` is not the model's logits.
+
+    Some models scale, shift or cap their logits.
+    """
     import torch
 
     tokens = torch.arange(8, device=head.device)[None]  # (1, T)
@@ -308,12 +324,16 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
         raise BadConfig(
             f"{type(model).__name__} can't be measured: its logits are not its hidden states times one "
-            "matrix; leave this model out of baseline.names"
+            "matrix; remove this model from baseline.names"
         )
 
 
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
-    """Return a `NeuralModel.decoder` with the model's own cache; None if it takes no positions by row."""
+    """Return a `NeuralModel.decoder` that uses the model's key-value cache.
+
+    Returns:
+        The decoder; None if the model has no argument `position_ids`, which texts of unequal length need.
+    """
     import torch
 
     base = model.base_model
@@ -344,9 +364,9 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
 
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
-    """Whether a tokenizer gives each id but end-of-text the bytes that `encoding` does.
+    """Return whether every id, except end-of-text, has the same bytes in the tokenizer and in `encoding`.
 
-    GPT-2's ids are the ranks of its merges, so that equal ids mean equal merges.
+    GPT-2's ids are the ranks of its merges, so equal ids mean equal merges.
     """
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {}
@@ -359,32 +379,39 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
-    """Return the token that stood before documents in training: end-of-text, else bos, else eos.
+    """Return the start token: the end-of-text token if the vocabulary has it, else BOS, else EOS.
 
-    A chat model often names its turn marker as bos; its pretraining put end-of-text between documents.
-    SmolLM2-135M-Instruct needs 20 nats more for a document's first 128 tokens after its bos, `<|im_start|>`.
+    Pretraining puts end-of-text between documents. The BOS token of a chat model is often its turn marker:
+    after `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats more for the first 128 tokens of a document.
+
+    Args:
+        vocabulary: the id of each token.
+        bos_token: the id of the BOS token, if the tokenizer has one.
+        eos_token: the id of the EOS token, if the tokenizer has one.
 
     Raises:
-        ValueError: the tokenizer has none of the three.
+        ValueError: the tokenizer has none of the three tokens.
     """
     declared = eos_token if bos_token is None else bos_token
     first_token = vocabulary.get(END_OF_TEXT, declared)
     if first_token is None:
-        raise ValueError("its tokenizer names neither a beginning nor an end of text")
+        raise ValueError("its tokenizer has neither a BOS nor an EOS token")
     return first_token
 
 
 def read_folder(folder: Path) -> LoadedModel:
-    """Read a model in Hugging Face form from a local folder: safetensors only, and none of its code.
+    """Load a model in Hugging Face format from a local folder.
+
+    Weights must be safetensors, and no code from the folder runs.
 
     Raises:
-        MissingInput: the folder, its configuration, tokenizer or weights are not there.
-        BadData: it can't be read.
+        MissingInput: the folder, the configuration, the tokenizer or the weights are missing.
+        BadData: transformers can't load a causal language model from the folder.
     """
     check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
-            raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face form")
+            raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face format")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     local = {"local_files_only": True, "trust_remote_code": False}
@@ -394,7 +421,7 @@ def read_folder(folder: Path) -> LoadedModel:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype="float32", use_safetensors=True, output_loading_info=True, **local
         )
-        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
             raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
         first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     except MemoryError:
@@ -405,7 +432,10 @@ def read_folder(folder: Path) -> LoadedModel:
 
 
 def _check_depth(shape: Any, folder: Path) -> None:
-    """Refuse more layers than tensors: transformers builds every layer before it reads the weights."""
+    """Raise ValueError if config.json has more layers than the weight files have tensors.
+
+    transformers builds every layer before it reads the weights, so a wrong count would fill the memory.
+    """
     from safetensors import safe_open
 
     tensors = 0
@@ -414,11 +444,16 @@ def _check_depth(shape: Any, folder: Path) -> None:
             tensors += len(file.keys())
     layers = getattr(shape.get_text_config(), "num_hidden_layers", 0)
     if layers > tensors:
-        raise ValueError(f"config.json has {layers:,} layers, the files {tensors:,} tensors")
+        raise ValueError(
+            f"config.json has {layers:,} layers, but the weight files have only {tensors:,} tensors"
+        )
 
 
 def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Make the names of special tokens plain text: a document that mentions one does not contain it."""
+    """Set a tokenizer to encode the names of special tokens as plain text, and return it.
+
+    A document that contains the name of a special token must not contain the token itself.
+    """
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -426,7 +461,7 @@ def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer"
 
 
 def _silence_transformers() -> None:
-    """Turn off transformers' progress bars and advice: the stage has its own bar and errors."""
+    """Turn off transformers' progress bars and warnings: the stage reports its own progress and errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -434,11 +469,11 @@ def _silence_transformers() -> None:
 
 
 def read_gguf(path: Path) -> LoadedModel:
-    """Read a GGUF of the Llama architecture with SmolLM's tokenizer, weights expanded to float32.
+    """Load a GGUF file that has the Llama architecture and SmolLM's tokenizer, with weights in float32.
 
     Raises:
-        BadConfig: another architecture or tokenizer.
-        BadData: it is not a GGUF file, or holds no model that can be built.
+        BadConfig: the file has another architecture or another tokenizer.
+        BadData: the file is not a valid GGUF file, or transformers can't load its model.
     """
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
@@ -454,29 +489,29 @@ def read_gguf(path: Path) -> LoadedModel:
         kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
         if kind != ("llama", "gpt2", "smollm"):
             raise BadConfig(
-                f"{path} is a GGUF of architecture, tokenizer and splitting {kind}; only ('llama', 'gpt2', "
-                "'smollm') can be read: give the model as a folder or from the hub"
+                f"{path} has architecture, tokenizer and pre-tokenizer {kind}; only ('llama', 'gpt2', "
+                "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
         layers, tensors = field("llama.block_count"), len(reader.tensors)
-        if layers > tensors:  # transformers builds every layer first
-            raise ValueError(f"{layers:,} layers of {tensors:,} tensors")
+        if layers > tensors:  # transformers builds every layer before it reads the weights
+            raise ValueError(f"{layers:,} layers of only {tensors:,} tensors")
         tokenizer = _smollm_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
         bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
         first_token = first_token_of(tokenizer.get_vocab(), bos_token, eos_token)
-        with redirect_stderr(io.StringIO()):  # its progress bar ignores transformers' own settings
+        with redirect_stderr(io.StringIO()):  # this progress bar ignores transformers' settings
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
     except (BadConfig, MemoryError):
         raise
     except Exception as error:  # gguf, tokenizers and transformers raise errors of any type
-        raise BadData(f"{path} holds no model that can be read: {one_line(error)}") from error
+        raise BadData(f"the model in {path} can't be loaded: {one_line(error)}") from error
     return LoadedModel(model.eval(), tokenizer, first_token)
 
 
 def _smollm_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
-    """Return byte-level BPE with every digit by itself, llama.cpp's `smollm`; special tokens are plain text.
+    """Return llama.cpp's `smollm` tokenizer: byte-level BPE that splits numbers into single digits.
 
-    transformers' own reading of a GGUF's tokenizer joins digits: it encodes 2 of the demo's 27 val documents
-    otherwise.
+    The names of special tokens are plain text. The tokenizer that transformers reads from a GGUF file joins
+    digits, which changes the tokens of 2 of the demo's 27 val documents.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

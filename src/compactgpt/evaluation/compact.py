@@ -1,6 +1,6 @@
-"""Our own GPT as a `NeuralModel`.
+"""Wrap our GPT as a `NeuralModel`.
 
-B texts, T tokens read at once, S tokens read so far, C channels, nh heads, hs channels of a head.
+Shapes: B texts, T tokens in one call, S tokens read so far, C channels, nh heads, hs channels per head.
 """
 
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ from compactgpt.model.weights import load_model
 
 
 def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> NeuralModel:
-    """Load our trained model.
+    """Load our trained model as a `NeuralModel`.
 
     Raises:
-        MissingInput: there is no checkpoint.
-        BadData: it is damaged.
+        MissingInput: the folder has no checkpoint.
+        BadData: the checkpoint is damaged.
     """
     return as_neural_model(load_model(folder, device), batch_size, encoding)
 
 
 def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | None = None) -> NeuralModel:
-    """Wrap a GPT, without the padding rows of its vocabulary."""
+    """Return a GPT as a `NeuralModel`; its head has no padding rows."""
     shape = model.shape
     facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
     head = model.eval().wte.weight.detach()[: shape.vocab_size]  # (V, C)
@@ -39,14 +39,14 @@ def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | N
 
 
 def plain_codec(encoding: tiktoken.Encoding) -> Codec:
-    """Return the codec of a tiktoken encoding."""
+    """Return the codec of a tiktoken encoding, in which the names of special tokens are plain text."""
     return Codec(encoding.encode_ordinary, encoding.decode, encoding.eot_token)
 
 
 class CachedReader:
-    """Reads texts part by part with our GPT; keys and values of all that was read are kept.
+    """Run our GPT on texts step by step, with a cache of keys and values.
 
-    Shorter texts are padded on the left; no token but the padding itself attends to padding.
+    Shorter texts are padded on the left. Only padding attends to padding.
     """
 
     def __init__(self, model: GPT, padding: Tensor) -> None:
@@ -56,14 +56,15 @@ class CachedReader:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens; return the hidden state of the last. (B, T) int64 -> (B, C)."""
+        """Read the next tokens and return the hidden state of the last token. (B, T) int64 -> (B, C)"""
         model, start = self._model, self._read
         self._read = end = start + tokens.shape[1]
         columns = torch.arange(start, end, device=tokens.device)  # (T,)
         seen = torch.arange(end, device=tokens.device)  # (S,)
         is_text = (seen >= self._padding)[:, None]  # (B, 1, S)
         is_before, is_self = seen <= columns[:, None], seen == columns[:, None]  # (T, S)
-        mask = (is_text & is_before) | is_self  # (B, T, S); padding needs one entry for a finite softmax
+        # Padding attends to itself: the softmax of a row without any allowed position is not finite.
+        mask = (is_text & is_before) | is_self  # (B, T, S)
         positions = (columns - self._padding).clamp_min(0)  # (B, T)
         x = model.wte(tokens) + model.wpe(positions)  # (B, T, C)
         for layer, block in enumerate(cast(Iterable[Block], model.h)):
@@ -72,7 +73,7 @@ class CachedReader:
         return cast(Tensor, model.ln_f(x[:, -1]))
 
     def _attend(self, layer: int, attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
-        """Attend to all that was read. (B, T, C), mask (B, 1, T, S) -> (B, T, C)."""
+        """Return one layer's attention over all cached tokens. (B, T, C), mask (B, 1, T, S) -> (B, T, C)"""
         B, T, C = x.shape
         heads = attention.c_attn(x).view(B, T, 3, attention.n_head, C // attention.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)

@@ -1,9 +1,10 @@
-"""Generate text with a neural model: greedy, top-k and nucleus, each continuation from its own random stream.
+"""Generate text with a neural model by greedy decoding, top-k sampling and nucleus sampling.
 
-Prompts are those of params.yaml and the beginnings of val documents, whose own continuation is the human text
-to compare with. A prompt begins a document, as in evaluation: end-of-text precedes it.
+Each continuation has its own random stream. The prompts are the prompts in params.yaml and the beginnings of
+val documents. The rest of a val document is the human text that generated text is compared with. The start
+token precedes every prompt, as it precedes every document in evaluation.
 
-B continuations, T tokens, C channels, V rows of the vocabulary.
+Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
 """
 
 import hashlib
@@ -31,9 +32,12 @@ STRATEGIES = ("greedy", "top_k", "nucleus")
 
 
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
-    """Return softmax(logits / temperature) over the `top_k` largest, 0 elsewhere (Fan et al. 2018). (V,)"""
+    """Return softmax(logits / temperature) over the `top_k` largest logits, else 0. (V,)
+
+    Top-k sampling: Fan et al. 2018.
+    """
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
-    kept = np.flatnonzero(logits >= bound)  # more than top_k only where logits tie
+    kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
     kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
     weights = np.exp((logits[kept] - logits[kept[0]]) / temperature)
     probabilities = np.zeros_like(logits)
@@ -42,10 +46,15 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 
 
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
-    """Return softmax over the fewest tokens that hold `top_p` of it (Holtzman et al. 2020). (V,)"""
+    """Return the softmax over the nucleus, else 0. (V,)
+
+    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p` (Holtzman et al.
+    2020).
+    """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
-    # Sorting the whole vocabulary is slow: less likely tokens are sorted only if the others don't hold top_p.
+    # Sorting the complete vocabulary is slow. Tokens below 1e-5 are sorted only if the probabilities of
+    # the other tokens sum to less than top_p.
     for least in (1e-5, 0.0):
         likely = np.flatnonzero(weights >= least)
         likely = likely[np.argsort(-weights[likely], kind="stable")]
@@ -59,21 +68,20 @@ def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
 
 
 def draw(generator: np.random.Generator, probabilities: Floats) -> int:
-    """Draw a token with one uniform number."""
+    """Return a token drawn from probabilities, with one random number."""
     bounds = np.cumsum(probabilities)
     token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may lead past the last token
+    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may exceed the last token
 
 
 def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
-    """Return the random stream of one prompt, which no other prompt in the list changes."""
-    # Philox is keyed: the stream depends on nothing else, such as the prompts before.
+    """Return the random generator of one prompt, which depends only on the seed and the prompt."""
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 
 
 def make_sampler(strategy: str, text: Text, prompt: str) -> Sampler:
-    """Return the function that chooses the tokens of one continuation."""
+    """Return the function that selects each next token of one continuation."""
     if strategy == "greedy":
         return lambda logits: int(logits.argmax())
     generator = prompt_generator(text.seed, f"{strategy} {prompt}")
@@ -86,10 +94,10 @@ def make_sampler(strategy: str, text: Text, prompt: str) -> Sampler:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model generated after a prompt."""
+    """The text that a model generated after a prompt."""
 
-    tokens: list[int]  # the model's own, without end-of-text
-    ended: bool  # by end-of-text, not by the limit
+    tokens: list[int]  # in the model's tokens, without end-of-text
+    ended: bool  # True if the model generated end-of-text before the limit
 
 
 def continue_prompts(
@@ -99,10 +107,11 @@ def continue_prompts(
     max_new_tokens: int,
     end: int,
 ) -> list[Continuation]:
-    """Continue all prompts at once, token by token, until `end` or `max_new_tokens`.
+    """Continue all prompts in one batch, token by token.
 
-    Uses the model's `decoder`, which keeps what it has read, if prompts and new tokens fit the context; else
-    the model reads the last `block_size` tokens again for each new one.
+    A continuation ends at the token `end` or after `max_new_tokens`. If prompts and new tokens fit the
+    model's context, the model's `decoder` reads each token once. Otherwise the model reads the last
+    `block_size` tokens again for each new token.
     """
     import torch
 
@@ -118,7 +127,7 @@ def continue_prompts(
         with torch.inference_mode():
             last = step(torch.tensor(unread, device=model.head.device)) if step else _read_again(model, texts)
             logits: Floats = (last @ model.head.T).cpu().double().numpy()  # (B, C) @ (C, V)
-        unread = [[end] for _ in prompts]  # of texts that have ended: read, and ignored
+        unread = [[end] for _ in prompts]  # a text that has ended reads `end`; its logits are ignored
         for row, text in enumerate(texts):
             if not ended[row]:
                 token = samplers[row](logits[row])
@@ -133,7 +142,7 @@ def continue_prompts(
 
 
 def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
-    """Return the hidden state of each text's last token, read without a cache. (B, C)"""
+    """Return the hidden state of each text's last token, computed without a cache. (B, C)"""
     import torch
 
     seen = [torch.tensor(text[-model.block_size :]) for text in texts]
@@ -144,26 +153,26 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue; the beginning of a document knows how that continues."""
+    """A text to continue. If the text begins a document, `human` is the document's next text."""
 
     text: str
-    document: str | None = None  # its id
-    human: tuple[int, ...] = ()  # the split's tokens that follow
+    document: str | None = None  # the id of the document that the text begins
+    human: tuple[int, ...] = ()  # the next tokens of the document, in the split's tokens
 
 
 def choose_prompts(text: Text, split: TokenFile, encoding: "tiktoken.Encoding") -> list[Prompt]:
-    """Return the prompts of params.yaml, then beginnings of documents spread evenly over the split.
+    """Return the prompts of params.yaml, then the beginnings of documents spread evenly over the split.
 
-    Only documents that are long enough for the prompt and as much human text as a model may generate.
+    A document must be long enough for the prompt and for `max_new_tokens` of human text.
 
     Raises:
-        BadConfig: fewer than two documents are.
+        BadConfig: fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)
     if len(long_enough) < 2:
         raise BadConfig(
-            f"{split.path} has {len(long_enough)} documents of {needed} tokens, text statistics need 2: "
+            f"{split.path} has {len(long_enough)} documents of {needed} tokens, but text statistics need 2: "
             "lower evaluation.text.prompt_tokens or max_new_tokens"
         )
     chosen = np.linspace(0, len(long_enough) - 1, min(text.documents, len(long_enough))).astype(int)
@@ -183,11 +192,17 @@ def generate_texts(
     text: Text,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Let a model continue every prompt by every strategy.
+    """Continue every prompt by every decoding strategy.
 
     Returns:
-        `settings`; `samples`, the texts by prompt and strategy with their number of own tokens; `statistics`
-        of the continuations of documents, by strategy, and of `human` text of the same length.
+        The report, with these keys:
+
+        - `settings`: the section `evaluation.text` of params.yaml, without its prompts.
+        - `samples`: for each prompt, the text by each strategy and its number of tokens in the model's
+          tokens.
+        - `statistics`: for each strategy, the statistics of the texts that continue documents. `human` has
+          the statistics of human text of the same length.
+        - `formulas`: the definition of each statistic.
 
     Raises:
         BadConfig: the split has too few documents to continue.
@@ -212,7 +227,7 @@ def generate_texts(
 def _generate(
     model: NeuralModel, jobs: Sequence[tuple[str, str]], text: Text, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """Yield the continuation of each prompt by its strategy, `text.batch_size` at a time."""
+    """Yield the continuation of each (prompt, strategy); the model runs batches of `text.batch_size`."""
     codec = model.codec
     assert codec is not None
     for start in range(0, len(jobs), text.batch_size):
@@ -225,7 +240,7 @@ def _generate(
 
 
 def samples_markdown(report: Mapping[str, Any]) -> str:
-    """Render the continuations of params.yaml's own prompts for readers."""
+    """Return a Markdown page with the continuations of the prompts of params.yaml."""
     settings = report["settings"]
     lines = [
         "# Samples",

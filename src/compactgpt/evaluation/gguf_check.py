@@ -1,7 +1,7 @@
-"""Check that a GGUF file holds what its counts claim, before the library `gguf` reads it.
+"""Check that a GGUF file has as many items as its header states, before the library `gguf` reads the file.
 
-The library trusts every count: 49 bytes that claim 2^40 items keep it busy without end, and nested arrays end
-in a RecursionError. Layout: github.com/ggml-org/ggml, docs/gguf.md.
+The library trusts every count: a file of 49 bytes that states 2^40 items runs without end, and nested arrays
+raise a RecursionError. Layout of the file: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import mmap
@@ -10,22 +10,22 @@ from pathlib import Path
 
 from compactgpt.common.errors import BadData
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a scalar, by type
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type
 _STRING, _ARRAY = 8, 9
-_MAX_ITEMS = 2**21  # of all arrays, each a numpy array; the largest vocabularies have a million tokens
-_MAX_DEPTH = 4  # of arrays in arrays; the models that we read have none in another
+_MAX_ITEMS = 2**21  # items in the complete file; the largest vocabularies have a million tokens
+_MAX_DEPTH = 4  # levels of nested arrays; the GGUF models of params.yaml have no nested arrays
 
 
 def check_gguf(path: Path) -> None:
-    """Read the header of a GGUF file, every count of which is bounded by the bytes that are left.
+    """Read the header of a GGUF file and compare every count with the bytes that are left in the file.
 
     Raises:
-        BadData: it is not a GGUF file, or it claims more than it holds.
+        BadData: the file is not a GGUF file, or a count needs more bytes than the file has.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _HeaderReader(content).read()
-    except (ValueError, struct.error) as error:  # an empty file can't be mapped
+    except (ValueError, struct.error) as error:  # ValueError: also an empty file, which can't be mapped
         raise BadData(f"{path} is not a complete GGUF file ({error}): delete it and run again") from error
 
 
@@ -34,15 +34,15 @@ class _HeaderReader:
         self._content, self._position, self._items = content, 0, 0
 
     def read(self) -> None:
-        """Read everything before the tensors' own bytes."""
+        """Read the file up to the data of the tensors."""
         magic, version = self._number("I"), self._number("I")
         if magic != int.from_bytes(b"GGUF", "little") or version not in (2, 3):
-            raise ValueError(f"it begins with {self._content[:8]!r}, not with GGUF and version 2 or 3")
+            raise ValueError(f"it begins with {self._content[:8]!r}; allowed: GGUF and version 2 or 3")
         tensors, entries = self._number("Q"), self._number("Q")
-        for _ in self._count_items(entries, 8 + 4 + 1):  # key's length, type, value
+        for _ in self._count_items(entries, 8 + 4 + 1):  # length of the key, type, value
             self._skip(self._number("Q"), 1)
             self._skip_value(self._number("I"), _MAX_DEPTH)
-        for _ in self._count_items(tensors, 8 + 4 + 4 + 8):  # name's length, dimensions, type, offset
+        for _ in self._count_items(tensors, 8 + 4 + 4 + 8):  # length of the name, dimensions, type, offset
             self._skip(self._number("Q"), 1)
             self._skip(self._number("I"), 8)
             self._skip(1, 4 + 8)
@@ -55,13 +55,22 @@ class _HeaderReader:
     def _skip(self, count: int, size: int) -> None:
         left = len(self._content) - self._position
         if count * size > left:
-            raise ValueError(f"byte {self._position:,} claims {count:,} items, {left:,} bytes are left")
+            raise ValueError(
+                f"byte {self._position:,} claims {count:,} items, but only {left:,} bytes are left"
+            )
         self._position += count * size
 
     def _count_items(self, count: int, size: int) -> range:
-        """Count items of at least `size` bytes each, for which the library makes an object each."""
+        """Return range(count) after checking the limits.
+
+        The library makes an object for each item, so their total number is limited, too.
+
+        Args:
+            count: the number of items that the file states.
+            size: the smallest size of an item, in bytes.
+        """
         start = self._position
-        self._skip(count, size)  # raises an error if they can't fit
+        self._skip(count, size)  # raises ValueError if the items can't fit
         self._position = start
         self._items += count
         if self._items > _MAX_ITEMS:
@@ -79,6 +88,6 @@ class _HeaderReader:
             raise ValueError(f"byte {self._position:,} has arrays nested more than {_MAX_DEPTH} deep")
         else:
             kind, count = self._number("I"), self._number("Q")
-            # A string or an array is at least its length, 8 bytes.
+            # A string or an array has at least the 8 bytes of its length.
             for _ in self._count_items(count, _SIZES.get(kind, 8)):
                 self._skip_value(kind, depth - 1)

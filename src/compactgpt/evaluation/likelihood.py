@@ -1,16 +1,20 @@
-"""Score any language model on the val split: nats of every document, and the report made from them.
+"""Score a language model on the val split: per-document losses, and the report that is made from them.
 
-A `LanguageModel` turns a split into nats by document, `evaluate` checks them, `summarize` divides the sums
-once. All models see the same text: windows of each document, fed after end-of-text or after the token before
-the window; end-of-text is never scored, every other token exactly once.
+A `LanguageModel` returns the negative log-likelihood of each document in nats. `evaluate` checks that it is
+finite. `summarize` computes each metric as a total over all documents, divided once. All models see the same
+text: each document is cut into windows, and one token precedes each window: end-of-text at a document's
+start, else the last token of the previous window. End-of-text is never scored. Every other token is scored
+exactly once.
 
-A neural model (`NeuralModel`) has two more views, in its own tokens and with a context of C tokens:
+A neural model (`NeuralModel`) has two more views, in its own tokens. Their context is as long as the model
+and `evaluation.likelihood.own_context` allow:
 
-- own: windows of C tokens without overlap;
-- strided: windows of C tokens that move on by S; each scores what no window before it scored, so that a token
-  has at least C - S tokens of context, or all there are (transformers, perplexity.md).
+- own: windows of the context's length, without overlap.
+- strided: overlapping windows, each of which ends one stride after the previous window. A window scores only
+  the tokens that no earlier window scored. A scored token has at least context - stride tokens before it, or
+  all earlier tokens of the document (transformers, perplexity.md).
 
-B windows, T tokens of the longest, C channels, V rows of the vocabulary.
+Shapes: B windows, T tokens of the longest window, C channels, V tokens of the vocabulary, N targets.
 """
 
 import io
@@ -31,7 +35,7 @@ from compactgpt.config import Likelihood, View
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows
 from compactgpt.evaluation.metrics import Interval, bits_per_byte, perplexity, ratio_bootstrap
 
-# torch is imported by the functions that run a neural model: a compressor's stage must not wait for it.
+# Only the functions that run a neural model import torch: importing torch would delay a compressor's stage.
 if TYPE_CHECKING:
     import tiktoken
     import torch
@@ -39,53 +43,59 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-IN_WINDOW = "the window of the document"  # a neural model's context, as reports name it
-HEAD_ROWS = 256  # hidden states multiplied with the head at once: 51 MB of fp32 logits at 50,257 rows
-CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more need more memory and are no faster
-SORTED_WINDOWS = 4096  # windows that are sorted by length together, so that batches have little padding
+IN_WINDOW = "the window of the document"  # what reports state as a neural model's context
+HEAD_ROWS = 256  # rows of one product with the head: 51 MB of float32 logits at 50,257 tokens
+CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: a larger pass needs more memory and is no faster
+SORTED_WINDOWS = 4096  # windows sorted by length in one group, so that batches have little padding
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Sums by position in the window: bucket 0 is the first target, bucket b targets 2^(b-1) + 1 to 2^b."""
+    """Per-document losses by position in the window, in buckets.
 
-    nats: Floats  # (documents, buckets)
-    tokens: Counts  # (documents, buckets) in the model's own tokens
+    Bucket 0 is the first target of a window. Bucket b has the targets 2^(b-1) + 1 to 2^b.
+    """
+
+    nats: Floats  # (documents, buckets), total of each bucket
+    tokens: Counts  # (documents, buckets), in the model's own tokens
 
 
 @dataclass(frozen=True)
 class DocumentScores:
-    """A model's sums by document, in the split's order."""
+    """A model's per-document losses, in the split's order."""
 
-    nats: Floats  # (documents,)
-    own_tokens: Counts | None  # (documents,) in the model's own tokens; None for a model without tokens
+    nats: Floats  # (documents,), negative log-likelihood of each document
+    own_tokens: Counts | None  # (documents,), in the model's own tokens; None for a model without tokens
     positions: Positions | None = None  # None for a model without a window
 
 
 class LanguageModel(Protocol):
-    """Anything that gives every document of a split a number of nats."""
+    """A model that can score every document of a split."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the report states about the model: kind, num_params, context and its source."""
+        """Facts about the model for the report: kind, num_params, context and the source of the weights."""
 
     def score(self, split: TokenFile, window: int, progress: Progress, /) -> DocumentScores:
-        """Sum the nats of every document; a model with a context cuts documents at `window` tokens."""
+        """Return the negative log-likelihood of every document, in nats.
+
+        A model with a context cuts each document into windows of `window` tokens of the split.
+        """
 
 
-Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the token before it and all its tokens
+Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the start token and the document's tokens
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield every document in the split's own tokens, after end-of-text."""
+    """Yield the index of every document with its tokens, after the end-of-text token."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into windows of at most `context` tokens that move on by `stride`.
+    """Cut streams into overlapping windows of at most `context` tokens, each one `stride` after the previous.
 
-    Every token but the first of a stream is a target exactly once, with all the context that fits before it.
+    Every token of a stream except the first is a target exactly once.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -105,43 +115,47 @@ def own_windows(streams: Iterable[Stream], context: int) -> Iterator[Window]:
 
 @dataclass(frozen=True)
 class Codec:
-    """How a model's tokenizer spells text."""
+    """A model's tokenizer: functions from text to tokens and back."""
 
-    encode: Callable[[str], list[int]]  # names of special tokens are plain text
+    encode: Callable[[str], list[int]]  # encodes the names of special tokens as plain text
     decode: Callable[[list[int]], str]
-    first_token: int  # precedes a document, and ends one
+    first_token: int  # the start token, which precedes a document and also ends one
 
 
-Step = Callable[["torch.Tensor"], "torch.Tensor"]  # next (B, T) tokens -> (B, C) hidden state of the last
+# From the next tokens, (B, T), to the hidden state of the last token, (B, C).
+Step = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class NeuralModel:
     """A causal neural model as a `LanguageModel`.
 
-    Its logits must be `hidden(tokens) @ head.T`, and no position may depend on tokens to its right: the
-    windows of a batch are padded there.
+    The logits must be `hidden(tokens) @ head.T`. No position may depend on tokens to its right, because the
+    windows of a batch are padded on the right.
     """
 
     facts: Mapping[str, Any]
     hidden: "Callable[[torch.Tensor], torch.Tensor]"  # (B, T) int64 -> (B, T, C)
-    head: "torch.Tensor"  # (V, C); without the padding rows of the vocabulary
-    block_size: int  # most tokens that `hidden` takes
+    head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
+    block_size: int  # the largest T that `hidden` accepts
     batch_size: int  # windows in one forward pass
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
-    codec: Codec | None = None  # needed for tasks and for generating text
-    # Starts to read B texts, given the number of padding tokens on the left of each. (B,) -> Step
+    codec: Codec | None = None  # tasks and text generation need it
+    # From the number of padding tokens on the left of each text, (B,), to a `Step` that reads the B texts.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Sum the nats of every document, with every model's text cut at the same positions."""
+        """Return the negative log-likelihood of every document, in nats.
+
+        The text is cut at the same positions for every model.
+        """
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
         self, split: TokenFile, view: View, likelihood: Likelihood, progress: Progress
     ) -> DocumentScores:
-        """Sum the nats of every document in one of the other views; see the module."""
+        """Return the negative log-likelihood of every document in a view; see the module's docstring."""
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
         if view == "own":
@@ -151,7 +165,7 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the context and the stride of a view, in tokens."""
+        """Return the context and the stride of a view, in the model's tokens."""
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
@@ -179,17 +193,17 @@ class NeuralModel:
 
 
 def position_buckets(start: int, end: int) -> Counts:
-    """Return the bucket of each position from `start` to `end` of a window; see `Positions`."""
+    """Return the bucket of each position of a window from `start` up to, but not including, `end`."""
     buckets: Counts = np.ceil(np.log2(np.arange(start + 1, end + 1))).astype(np.int64)
     return buckets
 
 
-# (N, V) logits, which it may overwrite, and (N,) targets -> (N, ...)
+# From logits (N, V), which the function may overwrite, and targets (N,) to scores (N, ...).
 Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, (T,), in the order of `score_targets`."""
+    """Yield each window with the nats of its targets, in the order of `score_targets`."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -203,7 +217,9 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with `score` of its targets, (T, ...), longest first within SORTED_WINDOWS of them.
+    """Yield each window with the scores of its targets. (targets, ...)
+
+    In each group of SORTED_WINDOWS windows, the longest window comes first.
 
     Raises:
         BadConfig: a window is longer than the model's context.
@@ -227,7 +243,7 @@ def score_targets(
 
 
 def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[Floats]:
-    """Return `score` of every target of a batch, by window."""
+    """Return the scores of each window's targets, for one batch."""
     import torch
 
     device = model.head.device
@@ -236,8 +252,8 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
     targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)  # (N,)
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))  # (B, T, C)
-        hidden = hidden[predicting.to(device)]  # (N, C), row by row, as the targets
-        # All logits, (N, V), could exceed the memory: each chunk reuses one buffer.
+        hidden = hidden[predicting.to(device)]  # (N, C), in the order of the targets
+        # The logits of all targets, (N, V), may not fit in memory: all chunks share one buffer.
         logits = hidden.new_empty(min(HEAD_ROWS, len(targets)), len(model.head))
         scores = []
         for start in range(0, len(targets), HEAD_ROWS):
@@ -249,7 +265,11 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def _pad_windows(batch: list[Window]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return the tokens of a batch, padded on the right, and which of them predict a target. (B, T) each."""
+    """Return the tokens of a batch, padded on the right, and a mask of positions that predict a target.
+
+    Returns:
+        Two tensors (B, T): int64 and bool.
+    """
     import torch
 
     longest = max(len(window.tokens) for window in batch)
@@ -258,22 +278,22 @@ def _pad_windows(batch: list[Window]) -> "tuple[torch.Tensor, torch.Tensor]":
     for row, window in enumerate(batch):
         end = len(window.tokens)
         tokens[row, :end] = torch.from_numpy(window.tokens)
-        predicting[row, end - len(window.targets) : end] = True  # the tokens before these are context only
+        predicting[row, end - len(window.targets) : end] = True  # earlier tokens are only context
     return tokens, predicting
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The sums of every document of a split, in its order: every figure is made from these."""
+    """The per-document losses and counts, in the split's order, from which all metrics are computed."""
 
     ids: list[str]  # hex
-    bytes: Counts  # (documents,) of UTF-8 text
-    tokens: Counts  # (documents,) of the split's tokenizer, each scored once
-    own_tokens: Counts | None  # (documents,) of the model's tokenizer
-    nats: Floats  # (documents,)
-    words: Counts | None = None  # (documents,) separated by white space; None in files of earlier versions
-    views: Mapping[str, Floats] = field(default_factory=dict)  # (documents,) nats in the other views
-    positions: Positions | None = None  # not in the file
+    bytes: Counts  # (documents,), bytes of UTF-8 text
+    tokens: Counts  # (documents,), tokens of the split's tokenizer, each scored once
+    own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer
+    nats: Floats  # (documents,), negative log-likelihood
+    words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
+    views: Mapping[str, Floats] = field(default_factory=dict)  # nats in each other view, (documents,)
+    positions: Positions | None = None  # `write_totals` does not write it
 
 
 def evaluate(
@@ -285,11 +305,19 @@ def evaluate(
     views: Iterable[View] = (),
     progress: Progress = silent,
 ) -> Totals:
-    """Score a model on a split that `encoding` made, and in the other `views` where the model is neural.
+    """Return a model's per-document losses on a split.
+
+    Args:
+        model: the model.
+        split: the token file of the split.
+        encoding: the encoding of the token file.
+        likelihood: section `evaluation.likelihood`.
+        views: other views to score, if the model is neural.
+        progress: called after each step.
 
     Raises:
-        BadData: the split has no token to score, or another encoding made it.
-        NotFinite: the model gave a document no finite number of nats.
+        BadData: the split has no token to score, or another encoding made the token file.
+        NotFinite: the loss of a document is infinite or NaN.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():
@@ -318,16 +346,16 @@ def evaluate(
 
 
 def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
-    """Return the text of a document of a split.
+    """Return the UTF-8 text of a document of a split.
 
     Raises:
-        BadData: another encoding made the split.
+        BadData: another encoding made the token file.
     """
     text = encoding.decode_bytes(split.document(document).tolist())
     if len(text) != split.byte_lengths[document]:
         raise BadData(
-            f"document {split.document_ids[document]} of {split.path} has {len(text):,} bytes where "
-            f"{split.byte_lengths[document]:,} were tokenized: run `dvc repro -f download tokenization`"
+            f"document {split.document_ids[document]} of {split.path} decodes to {len(text):,} bytes, but "
+            f"{split.byte_lengths[document]:,} bytes were tokenized: run `dvc repro -f download tokenization`"
         )
     return text
 
@@ -335,11 +363,13 @@ def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int
 def summarize(
     name: str, model: LanguageModel, totals: Totals, split: TokenFile, likelihood: Likelihood
 ) -> dict[str, Any]:
-    """Return the report of one model: sums first, then one division; 95 % intervals over documents.
+    """Return the report of one model.
 
-    Loss and perplexity are per token of the split's tokenizer (GPT-2's), whatever the model's own, so that
-    models with different tokenizers compare; bits per byte needs no tokenizer at all. Word perplexity is
-    that of lm-evaluation-harness: exp of the nats of all text, white space too, over the number of words.
+    Each metric is a total over all documents, divided once, with a 95 % interval that resamples documents.
+    Loss and perplexity are per token of the split's tokenizer (GPT-2's), even if the model has another
+    tokenizer, so that all models can be compared. Bits per byte does not depend on a tokenizer. Word
+    perplexity is defined as in lm-evaluation-harness: exp(nats of the complete text, with white space /
+    number of words).
     """
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
     report = {
@@ -368,7 +398,7 @@ def summarize(
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of reports/metrics.json, the columns of `dvc exp show` and `dvc metrics diff`."""
+    """Return the metrics for reports/metrics.json, which `dvc exp show` and `dvc metrics diff` show."""
     found: dict[str, float] = {
         name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")
     }
@@ -378,7 +408,13 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, Any]:
-    """Return loss, perplexity, word perplexity and bits per byte of a view, each with its interval."""
+    """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
+
+    Args:
+        nats: the negative log-likelihood of each document in one view. (documents,)
+        totals: the counts of each document.
+        likelihood: section `evaluation.likelihood`.
+    """
     scored = totals.tokens > 0
 
     def nats_per(unit: npt.NDArray[Any]) -> Interval:
@@ -391,13 +427,13 @@ def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, A
         "bits_per_byte": asdict(nats_per(totals.bytes).map(lambda nats: bits_per_byte(nats, 1))),
         "word_perplexity": None,
     }
-    if totals.words is not None and totals.words[scored].all():  # a document of white space has no words
+    if totals.words is not None and totals.words[scored].all():  # a document of only white space has no words
         found["word_perplexity"] = asdict(nats_per(totals.words).map(perplexity))
     return found
 
 
 def by_position(positions: Positions, likelihood: Likelihood) -> list[dict[str, Any]]:
-    """Return the loss in nats per own token by position in the window, with intervals over documents."""
+    """Return the loss of each range of positions in the window, in nats per own token, with its interval."""
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
         reached = tokens > 0
@@ -419,7 +455,7 @@ _VIEW = "nats_"  # a view's column is called nats_<view>
 
 
 def write_totals(path: Path, totals: Totals) -> None:
-    """Write the sums of every document as parquet; the same sums give the same bytes."""
+    """Write the per-document losses and counts as Parquet; equal values give equal bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -436,11 +472,11 @@ def write_totals(path: Path, totals: Totals) -> None:
 
 
 def read_totals(path: Path) -> Totals:
-    """Read the sums of every document.
+    """Read the per-document losses and counts that `write_totals` wrote.
 
     Raises:
-        MissingInput: there is no such file.
-        BadData: `write_totals` did not write it so.
+        MissingInput: the file does not exist.
+        BadData: the file is damaged, or is not a file that `write_totals` wrote.
     """
     import pyarrow
     import pyarrow.parquet
@@ -449,7 +485,7 @@ def read_totals(path: Path) -> Totals:
         table = pyarrow.parquet.read_table(path)
         ids = table["id"].to_pylist()
         if not all(isinstance(name, str) for name in ids):
-            raise ValueError("an id is not text")
+            raise ValueError("an id is not a string")
         columns = {name: _checked(name, table[name]) for name in table.column_names if name != "id"}
         sums = {name: column for name, column in columns.items() if not name.startswith(_VIEW)}
         views = {name.removeprefix(_VIEW): columns[name] for name in columns if name not in sums}
@@ -461,10 +497,10 @@ def read_totals(path: Path) -> Totals:
 
 
 def _checked(name: str, column: Any) -> Any:
-    """Return a column of parquet as numpy; None where it may have nulls and has.
+    """Return a column of the Parquet file as a numpy array; None if an optional column has nulls.
 
     Raises:
-        ValueError: it has another type, a negative count, or nats that are not finite.
+        ValueError: the column has the wrong type, a negative count, or nats that are not finite.
     """
     if name in ("own_tokens", "words") and column.null_count:
         return None
@@ -474,5 +510,5 @@ def _checked(name: str, column: Any) -> Any:
     else:
         is_valid = values.dtype == np.float64 and np.isfinite(values).all()
     if not is_valid:
-        raise ValueError(f"column {name}")
+        raise ValueError(f"column {name} has invalid values")
     return values

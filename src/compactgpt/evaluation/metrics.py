@@ -1,7 +1,7 @@
-"""Turn summed nats and counts into the numbers that people quote. Sums first, then one division.
+"""Compute perplexity, bits per byte, confidence intervals and tests.
 
-Definitions follow EleutherAI's lm-evaluation-harness (word, byte and token perplexity are different things)
-and nanochat's loss_eval.py (bits per byte from summed nats and summed bytes).
+Each mean is a total over all documents, divided once. Word, byte and token perplexity are defined as in
+EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's loss_eval.py.
 """
 
 import math
@@ -16,46 +16,56 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the bounds that hold it with the stated confidence."""
+    """An estimate with the limits of its confidence interval."""
 
     value: float
     low: float
     high: float
 
     def map(self, increasing: Callable[[float], float]) -> "Interval":
-        """Return the interval of an increasing function of the estimate, which moves percentiles with it."""
+        """Apply an increasing function to the estimate and to both limits.
+
+        An increasing function keeps the order of values, so the limits remain the same percentiles.
+        """
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return exp of the mean cross-entropy in nats per token: the effective number of choices."""
+    """Return exp of the mean cross-entropy in nats per token."""
     return math.exp(nats_per_token)
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Return nats / (ln 2 x bytes), comparable across tokenizers (Gao et al. 2020, The Pile, section 3.1)."""
+    """Return nats / (ln 2 x bytes), which does not depend on a tokenizer.
+
+    Gao et al. 2020, The Pile, section 3.1.
+    """
     return total_nats / (math.log(2) * total_bytes)
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the share of successes with its 95 % score interval, sound for few trials and near 0 and 1.
+    """Return the share of successes with its 95 % Wilson score interval.
 
-    Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    The interval is valid for few trials and for shares near 0 or 1 (Wilson 1927, Probable Inference, the Law
+    of Succession, and Statistical Inference).
     """
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     share = successes / trials
     centre = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # Rounding could put a bound on the wrong side of the estimate.
+    # Rounding could move a limit to the wrong side of the estimate.
     return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the two-sided exact p-value that two models are right equally often (McNemar 1947).
+    """Return the two-sided p-value of McNemar's exact test (1947) for different accuracies.
 
-    Takes the number of items that only the first, and only the second model got right: if the models are
-    equally good, these are the flips of a fair coin. Items on which they agree carry no information.
+    Items on which both models are right, or both wrong, do not count.
+
+    Args:
+        only_one: the number of items that only the first model answers correctly.
+        only_other: the number of items that only the second model answers correctly.
     """
     flips = only_one + only_other
     tail = sum(math.comb(flips, k) for k in range(min(only_one, only_other) + 1))
@@ -67,19 +77,28 @@ def ratio_bootstrap(
 ) -> Interval:
     """Return sum(numerator) / sum(denominator) with its percentile bootstrap interval.
 
-    Both are sums by document, (documents,), such as nats and tokens. Documents are resampled, since the
-    tokens of one document are not independent (Efron and Tibshirani 1993, chapter 13).
+    Complete documents are resampled, because the tokens of one document are not independent (Efron and
+    Tibshirani 1993, chapter 13).
+
+    Args:
+        numerator: a total of each document, such as its nats. (documents,)
+        denominator: another total of each document, such as its tokens. (documents,)
+        resamples: the number of resamples.
+        seed: the seed of the random generator.
+        confidence: the confidence level of the interval.
 
     Raises:
-        ValueError: no documents, arrays of different length, or a denominator that is not positive.
+        ValueError: the arrays are empty or differ in length, or a denominator is not positive.
     """
     if numerator.shape != denominator.shape or numerator.ndim != 1 or not len(numerator):
-        raise ValueError(f"need two equal, non-empty vectors, got {numerator.shape} and {denominator.shape}")
+        raise ValueError(
+            f"need two non-empty vectors of equal length, got {numerator.shape} and {denominator.shape}"
+        )
     if denominator.min() <= 0:
         raise ValueError(f"every denominator must be positive, found {denominator.min()}")
     generator = np.random.Generator(np.random.PCG64(seed))
     n = len(numerator)
-    chunk = max(1, 4_000_000 // n)  # resamples at once, so that memory stays bounded
+    chunk = max(1, 4_000_000 // n)  # resamples in one step, to limit memory
     ratios = []
     for start in range(0, resamples, chunk):
         drawn = generator.integers(0, n, (min(chunk, resamples - start), n))  # (chunk, documents)
@@ -91,14 +110,21 @@ def ratio_bootstrap(
 def perplexity_ratio(
     nats: Array, other_nats: Array, tokens: Array, *, resamples: int, seed: int, confidence: float = 0.95
 ) -> Interval:
-    """Return the perplexity of a model over that of another, with a paired bootstrap interval.
+    """Return the ratio of the perplexities of two models, with a paired bootstrap interval.
 
-    All three are sums over the same documents in the same order, (documents,). The ratio is exp of the
-    difference of the two losses. Each resample draws the same documents for both models, which cancels how
-    difficult the documents are.
+    The ratio is exp of the difference of the two losses. Each resample has the same documents for both
+    models, so the difficulty of the documents cancels out.
+
+    Args:
+        nats: the negative log-likelihood of each document under the first model. (documents,)
+        other_nats: the same documents under the second model, in the same order. (documents,)
+        tokens: the number of tokens of each document. (documents,)
+        resamples: the number of resamples.
+        seed: the seed of the random generator.
+        confidence: the confidence level of the interval.
 
     Raises:
-        ValueError: see `ratio_bootstrap`.
+        ValueError: the arrays are empty or differ in length, or a document has no token.
     """
     if nats.shape != other_nats.shape:
         raise ValueError(f"need the same documents, got {nats.shape} and {other_nats.shape}")

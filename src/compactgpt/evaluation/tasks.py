@@ -1,16 +1,16 @@
-"""Ask a neural model for the last word of a passage: LAMBADA in its variants, and a cloze of the val split.
+"""Run the tasks of a neural model: predict the last word of a passage (LAMBADA and a cloze), and WikiText.
 
-LAMBADA (Paperno et al. 2016) is known by three numbers of one name, so each variant has its own name:
+Publications report three different scores as "LAMBADA" (Paperno et al. 2016). Each has its own name here:
 
-- lambada_word: OpenAI's text, the whole last word, greedily: right if each of its tokens is the most likely
-  one. This is lambada_openai of EleutherAI's lm-evaluation-harness, with equal tokens.
-- lambada_last_token: OpenAI's text, the last token only; words that can't end a passage are excluded, as in
-  the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not print its list of stop words;
-  STOP_WORDS is NLTK's of 127.
-- lambada_original: the authors' text, the whole last word.
+- lambada_word: OpenAI's text, the complete last word. An answer is correct if each token of the word is the
+  most likely token. This is lambada_openai of EleutherAI's lm-evaluation-harness, with the same tokens.
+- lambada_last_token: OpenAI's text, only the last token of the word. The model may not answer with a stop
+  word, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop words;
+  STOP_WORDS is NLTK's list of 127 words.
+- lambada_original: the authors' text, the complete last word.
 
-The cloze has the form of the first variant. Perplexity is exp of the mean nats of a whole target. No token
-precedes a passage, as in the harness.
+The cloze has passages of the val split and is scored as lambada_word. Perplexity is exp of the mean nats of a
+complete target. No token precedes a passage, as in lm-evaluation-harness.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ on off over under again further then once here there when where why how all any 
 other some such no nor not only own same so than too very s t can will just don should now
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-# A word of four letters or more after one space.
+# A word of four or more letters after one space.
 _WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
 
 Flags = npt.NDArray[np.bool_]
@@ -56,7 +56,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Item:
-    """A passage and what ends it."""
+    """A passage without its last word, and the last word."""
 
     context: str
     target: str  # with the space before it
@@ -64,21 +64,25 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's score on each item."""
+    """A model's score for each item."""
 
-    nats: Floats  # (items,) of the whole target
-    hits: Flags  # (items,)
+    nats: Floats  # (items,), negative log-likelihood of the target
+    hits: Flags  # (items,), True if the answer is correct
 
 
 def fetch_source(source: Source) -> Path:
-    """Return the file of a source: a local one, or one in the hub's standard cache, downloaded if missing.
+    """Return the path of a task's file: a local file, or a file that is downloaded from the hub.
+
+    A downloaded file is kept in the hub's standard cache.
 
     Raises:
-        MissingInput, Unreachable, BadConfig: it is not there, or the hub does not give it.
-        BadData: its SHA-256 is another.
+        MissingInput: the local file does not exist.
+        Unreachable: the file is not in the cache, and the hub can't be reached.
+        BadConfig: the hub does not have the file.
+        BadData: the SHA-256 of the file is not the hash in params.yaml.
     """
     if source.path is None:
-        advice = "give a local path in evaluation.tasks"
+        advice = "set a local path in evaluation.tasks"
         path = fetch_file(str(source.repo), str(source.file), str(source.revision), advice)
     else:
         path = Path(source.path)
@@ -87,16 +91,18 @@ def fetch_source(source: Source) -> Path:
     found = sha256_file(path)
     if found != source.sha256:
         raise BadData(
-            f"{path} has SHA-256 {found}, evaluation.tasks expects {source.sha256}: correct the file or hash"
+            f"{path} has SHA-256 {found}, evaluation.tasks expects {source.sha256}: correct file or hash"
         )
     return path
 
 
 def read_lambada(path: Path) -> list[Item]:
-    """Read passages, a JSON object with the key `text` on each line; the target follows the last space.
+    """Read the passages of a LAMBADA file. The target is the text after the last space.
+
+    Each line of the file is a JSON object with the key `text`.
 
     Raises:
-        BadData: another form, or a passage of one word.
+        BadData: a line is not such a JSON object, or a passage has only one word.
     """
     items = []
     try:
@@ -104,23 +110,26 @@ def read_lambada(path: Path) -> list[Item]:
             context, target = json.loads(line)["text"].rsplit(" ", 1)
             items.append(Item(context, " " + target))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadData(f"{path} is not a LAMBADA file, a JSON object with `text` a line ({error})") from error
+        raise BadData(
+            f"{path} is not a LAMBADA file, one JSON object with `text` on each line ({error})"
+        ) from error
     return items
 
 
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
-    """Choose passages of a split: a pure function of its documents.
+    """Return the items of the cloze, chosen from the documents of a split.
 
-    A target is a word of four letters or more that its passage contains before (as four of five targets of
-    LAMBADA are), so that context helps. Documents take turns, each offering its candidates in the order of a
-    hash, so that no document outweighs the others and growth of one changes nothing in another.
+    The choice depends only on the documents. A target is a word of four or more letters that occurs earlier
+    in its passage, so the context helps; four of five targets of LAMBADA have this property. Each turn takes
+    one candidate of each document, in the order of a hash. So all documents have nearly the same weight, and
+    a change of one document does not change the candidates of another.
     """
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
     items: list[Item] = []
-    # One item of each document a turn, until there are enough or no document has any left.
+    # Each turn takes one item of each document, until the number is reached or no document has a candidate.
     while candidates and len(items) < settings.cloze_items:
         turn = [(document, next(document, None)) for document in candidates]
         items += [item for _, item in turn if item is not None]
@@ -129,7 +138,10 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield a document's possible passages, in the order of a hash of their positions; targets differ."""
+    """Yield the possible items of a document, in the order of a hash of their positions.
+
+    Each target occurs in one item only.
+    """
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
@@ -146,22 +158,25 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 
 
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
-    """Encode an item as lm-evaluation-harness does: the context's own tokens, and the rest as targets."""
+    """Return an item as a window whose targets are the tokens after the context.
+
+    As in lm-evaluation-harness, the number of context tokens is found by encoding the context alone.
+    """
     tokens = codec.encode(item.context + item.target)
     context = len(codec.encode(item.context))
     if not context:
         tokens, context = [codec.first_token, *tokens], 1
     targets = len(tokens) - context
-    stream = np.array(tokens, np.int64)[-(block_size + 1) :]  # a longer context loses its beginning
+    stream = np.array(tokens, np.int64)[-(block_size + 1) :]  # cut at the start
     return Window(index, 0, stream[:-1], stream[1:][-targets:])
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> tuple[Answers, Answers]:
-    """Let a model end every passage.
+    """Score a model's prediction of the last word of every passage.
 
     Returns:
-        The answers for the whole target; and for its last token alone, with stop words excluded from the
-        model's choice, though not from the nats.
+        The answers for the complete target, and the answers for only its last token. The model may not choose
+        a stop word as the last token; the nats of the last token still include stop words.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -188,9 +203,10 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> tuple[Answers, Answers]
 
 
 def answer_figures(items: Sequence[Item], answers: Answers, likelihood: Likelihood) -> dict[str, Any]:
-    """Return a task's part of the report: accuracy (Wilson), perplexity (bootstrap over items), each answer.
+    """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
 
-    `hits` has a 1 for each item that was right, so that two models can be compared item by item, if their
+    Accuracy has a Wilson interval, perplexity an interval that resamples items. `hits` has a 1 for each
+    correct answer and a 0 for each other answer. Two models can be compared item by item if their
     `items_sha256` are equal.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
@@ -213,8 +229,8 @@ def run_tasks(
     likelihood: Likelihood,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run all tasks that params.yaml names; the cloze is made from the documents of `split`."""
-    tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty where no word of a text comes twice
+    """Run all tasks of params.yaml and return their report; the cloze has passages of `split`."""
+    tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty if no document repeats a word
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):
         if source is not None:
             tasks[name] = read_lambada(fetch_source(source))

@@ -1,10 +1,10 @@
-"""Describe generated text by numbers: variety, repetition, loops, word frequencies, length.
+"""Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-Each figure is of all continuations by one strategy together: sums first, then one division. The unit is the
-split's token (GPT-2's), whichever model wrote, so that models with other tokenizers and human text compare;
-the caller cuts all texts to one length. Intervals are 95 %: Wilson's for shares of continuations, else the
-jackknife's, which leaves out one continuation at a time (Efron and Stein 1981, The Jackknife Estimate of
-Variance); a bootstrap would draw a continuation twice and count it as repetition.
+Each statistic is a total over all continuations by one strategy, divided once. Texts are in the split's
+tokens (GPT-2's) for every model, so that all models and human text can be compared. The caller cuts all texts
+to the same length. All intervals are 95 % intervals. Shares of continuations have Wilson intervals. Other
+statistics have jackknife intervals, which leave out one continuation at a time (Efron and Stein 1981, The
+Jackknife Estimate of Variance). A bootstrap would draw a continuation twice and count the copy as repetition.
 """
 
 import math
@@ -33,16 +33,16 @@ SOURCES = {
 
 
 def distinct_n(texts: Sequence[Tokens], n: int) -> float | None:
-    """Return distinct n-grams of all texts together over all n-grams; None without n-grams."""
+    """Return the number of distinct n-grams of all texts / the number of n-grams; None without n-grams."""
     found = list(chain.from_iterable(_ngrams(text, n) for text in texts))
     return len(set(found)) / len(found) if found else None
 
 
 def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
-    """Return the share of 4-grams that occurred in their own text before; None without 4-grams."""
+    """Return the share of 4-grams that occur earlier in the same text; None without 4-grams."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
-    return 1 - sum(len(set(grams)) for grams in found) / total if total else None  # distinct by text
+    return 1 - sum(len(set(grams)) for grams in found) / total if total else None
 
 
 def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
@@ -50,9 +50,9 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
 
 
 def ends_in_loop(tokens: Tokens) -> bool:
-    """Whether a text ends in a phrase of two tokens or more, three times in a row."""
+    """Return whether a text ends in three copies of a phrase of two or more tokens."""
     text = list(tokens)
-    # `size` is the length of the phrase, at most a third of the text.
+    # `size` is the length of the phrase, at most a third of the text's length.
     return any(text[-size:] * 3 == text[-size * 3 :] for size in range(2, len(text) // 3 + 1))
 
 
@@ -66,11 +66,15 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 
 
 def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
-    """Return a figure with its 95 % interval; None where it does not exist for all texts or all but one."""
+    """Return a statistic of texts with its 95 % jackknife interval.
+
+    Returns:
+        The interval; None if the statistic is undefined for all texts or without one of the texts.
+    """
     value, n = figure(texts), len(texts)
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
-    if value is None or len(known) < n or n < 2:  # one text has no spread
+    if value is None or len(known) < n or n < 2:  # one text has no variance
         return None
     squares = float(np.sum((np.array(known) - np.mean(known)) ** 2))
     error = math.sqrt((n - 1) / n * squares)
@@ -78,7 +82,12 @@ def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
 
 
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
-    """Return all figures of the continuations by one strategy; `ended` is None for text that was cut."""
+    """Return all statistics of the continuations by one strategy, each with its interval.
+
+    Args:
+        texts: the tokens of each continuation.
+        ended: whether each continuation reached end-of-text; None for human text, which is cut.
+    """
     figures: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),
         "distinct_2": lambda some: distinct_n(some, 2),
@@ -88,7 +97,7 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
         "tokens": lambda some: sum(map(len, some)) / len(some) if some else None,
     }
     found = {name: jackknife(texts, figure) for name, figure in figures.items()}
-    # Shares of continuations: each is right or wrong, so that Wilson's interval applies.
+    # Each continuation counts as 0 or 1, so Wilson's interval applies.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
         found["ended"] = wilson(sum(ended), len(ended))

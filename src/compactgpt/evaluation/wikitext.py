@@ -1,11 +1,12 @@
-"""Score WikiText by the three protocols whose numbers share one name.
+"""Score WikiText by three protocols: publications report the results of all three as "WikiText perplexity".
 
-- no_overlap: lines joined by two line ends, in blocks of the context, of which the first token is not scored.
-  Nats per token (transformers, perplexity.md, with its stride equal to its length).
-- strided: the same stream in blocks that move on by a stride; each scores what no block before it scored
-  (the same page).
-- per_word: each page without WikiText's own spacing, after end-of-text, all its tokens scored; nats over the
-  words of the page as it was (EleutherAI's lm-evaluation-harness, task wikitext).
+- no_overlap: the lines are joined with two newlines and cut into blocks of the context's length. The first
+  token of each block is not scored. Perplexity is per token (transformers, perplexity.md, with a stride equal
+  to the context).
+- strided: the same tokens in overlapping blocks, each of which begins one stride after the previous block. A
+  block scores only the tokens that no earlier block scored (transformers, perplexity.md).
+- per_word: each page is detokenized and follows end-of-text, and all its tokens are scored. Perplexity is per
+  word of the page before detokenization (EleutherAI's lm-evaluation-harness, task wikitext).
 """
 
 import json
@@ -24,12 +25,13 @@ from compactgpt.evaluation.metrics import bits_per_byte, perplexity
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read WikiText as the hub has it, a line a row: an empty line is empty, others end in a line end.
+    """Return the lines of WikiText, as in the hub's dataset.
 
-    Takes .parquet and .jsonl (column `text`) and the raw text.
+    An empty line is "". Every other line ends with a newline. The file may be Parquet or JSON lines with a
+    column `text`, or raw text.
 
     Raises:
-        BadData: another form.
+        BadData: the file has none of these formats.
     """
     content = path.read_bytes()
     try:
@@ -42,16 +44,16 @@ def read_lines(path: Path) -> list[str]:
         if text.startswith("{"):
             return [json.loads(line)["text"] for line in text.splitlines()]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise BadData(f"{path} is not WikiText in parquet, JSON lines or raw text ({error})") from error
+        raise BadData(f"{path} is not WikiText in Parquet, JSON lines or raw text ({error})") from error
     return ["" if not line.strip() else line for line in text.splitlines(keepends=True)]
 
 
 def split_pages(lines: Iterable[str]) -> list[str]:
-    """Join lines to pages, each of which begins with its title (EleutherAI/wikitext_document_level)."""
+    """Return the pages of WikiText; each page begins with its title (EleutherAI/wikitext_document_level)."""
     pages: list[list[str]] = [[]]
     for row in lines:
         line = row.removesuffix("\n")
-        # Headings of sections become "== Section ==", so that only titles keep "= Title =".
+        # Section headings become "== Section ==", so that only titles have the form "= Title =".
         title = line.replace("= = =", "===").replace("= =", "==").strip()
         if title.startswith("= ") and title.endswith(" ="):
             pages.append([])
@@ -59,7 +61,7 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# The replacements of lm_eval/tasks/wikitext/preprocess_wikitext.py, in its order.
+# The replacements of lm_eval/tasks/wikitext/preprocess_wikitext.py, in the same order.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -68,7 +70,7 @@ _SPACES = [(" \xb0 ", "\xb0"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 
 
 
 def detokenize(page: str) -> str:
-    """Undo WikiText's spacing, as lm-evaluation-harness does."""
+    """Return a page without WikiText's extra spaces, as lm-evaluation-harness does."""
     for old, new in _MARKS:
         page = page.replace(old, new)
     for left, right in _PAIRS:
@@ -80,16 +82,24 @@ def detokenize(page: str) -> str:
 
 
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
-    """Return a model's figures by all three protocols; a shorter context of the model's own is used instead.
+    """Return a model's results for all three protocols.
+
+    Args:
+        model: the model.
+        lines: the lines of WikiText.
+        context: the context in tokens; reduced to the model's context if that is shorter.
+        stride: the stride of the protocol `strided`, in tokens.
 
     Raises:
-        BadConfig: the stride is above the context.
+        BadConfig: the stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
     assert codec is not None
     if stride > context:
-        raise BadConfig(f"evaluation.tasks.wikitext_stride ({stride}) is above the context of {context}")
-    stream = codec.encode("\n\n".join(lines))  # one stream of the whole text, as perplexity.md has it
+        raise BadConfig(
+            f"evaluation.tasks.wikitext_stride ({stride}) is above the context of {context}: lower it"
+        )
+    stream = codec.encode("\n\n".join(lines))  # as in perplexity.md
     report: dict[str, Any] = {}
     for name, step in (("no_overlap", context), ("strided", stride)):
         scored = [values for _, values in target_nats(model, blocks(stream, context, step))]
@@ -101,14 +111,14 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
 
 
 def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Cut one stream as transformers' perplexity.md does; the very first token is never scored."""
+    """Yield the blocks of a stream as transformers' perplexity.md does; its first token is never scored."""
     tokens, scored = np.array(stream, np.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + context, len(tokens))
-        first = max(scored, start + 1)  # target of this block
+        first = max(scored, start + 1)  # first target of this block
         if first < end:
             yield Window(0, first, tokens[start : end - 1], tokens[first:end])
-        scored = end  # later blocks only read these tokens, as context
+        scored = end  # later blocks use the tokens before `end` only as context
         if end == len(tokens):
             return
 
@@ -121,7 +131,7 @@ def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context
     )
     windows = strided_windows(streams, context, context)
     nats = sum(float(values.sum()) for _, values in target_nats(model, windows))
-    # Of the pages as they were: the spacing that was undone must not change the number of words.
+    # Count words before detokenization, which would change their number.
     words = sum(len(re.split(r"\s+", page)) for page in pages)
     size = sum(len(page.encode()) for page in pages)
     return {

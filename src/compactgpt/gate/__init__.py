@@ -1,1 +1,1 @@
-"""The gate: the metric regression check, and its verdict in the formats that people and machines read."""
+"""The gate: check a model for metric regressions, and render the verdict for users, GitHub and CI."""

@@ -1,4 +1,4 @@
-"""The gate's verdict as a table, as Markdown for a pull request, as JUnit XML and as GitHub's annotations."""
+"""Render the gate's verdict as a table, as Markdown for a pull request, as JUnit XML and as annotations."""
 
 import os
 import re
@@ -13,11 +13,11 @@ from compactgpt.common.escaping import markdown_text
 from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Point, Verdict
 
-MARKER = "<!-- compactgpt gate -->"  # the first line, by which scripts/comment.py finds the comment again
+MARKER = "<!-- compactgpt gate -->"  # first line of the comment; scripts/comment.py searches for it
 _ANNOTATED_FILE = "reports/evaluation.json"
-_MOST_ANNOTATIONS = 10  # of one kind in one step: GitHub drops the others
-_MOST_LINES = 5  # failures and warnings above the table: the comment fits one screen
-_MOST_POINTS = 40  # of a curve
+_MOST_ANNOTATIONS = 10  # GitHub's limit for each kind of annotation in one step
+_MOST_LINES = 5  # failures and warnings above the table, so that the comment fits on one screen
+_MOST_POINTS = 40  # points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}
 _ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
@@ -25,7 +25,13 @@ _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write the files that were asked for; inside GitHub Actions also annotations and the step's summary."""
+    """Write the verdict to files; inside GitHub Actions, also print annotations and write the step's summary.
+
+    Args:
+        verdict: the verdict.
+        markdown_file: the Markdown file to write, if any.
+        junit_file: the JUnit XML file to write, if any.
+    """
     if markdown_file:
         write_text(markdown_file, render_markdown(verdict))
     if junit_file:
@@ -33,12 +39,12 @@ def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | Non
     if os.environ.get("GITHUB_ACTIONS") == "true":
         sys.stdout.writelines(f"{line}\n" for line in annotations(verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary, "a", encoding="utf-8") as file:  # other steps write to it, too
+        with open(summary, "a", encoding="utf-8") as file:  # append: other steps write to this file, too
             file.write(render_markdown(verdict))
 
 
 def headline(verdict: Verdict) -> str:
-    """Return the verdict in one line."""
+    """Return one line that says whether the gate passed, with the names of failed checks or of warnings."""
     if failed := verdict.failures:
         return f"gate: failed ({', '.join(check.name for check in failed)})"
     warned = [check.name for check in verdict.checks if check.status == "warn"]
@@ -46,7 +52,7 @@ def headline(verdict: Verdict) -> str:
 
 
 def render_terminal(verdict: Verdict) -> str:
-    """Render a table of plain text."""
+    """Return the verdict as a plain-text table, with the messages of all checks."""
     rows = [_HEADER, *(_cells(check) for check in [*verdict.metrics, *verdict.watched])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_against(verdict), ""]
@@ -61,7 +67,7 @@ def render_terminal(verdict: Verdict) -> str:
 
 
 def render_markdown(verdict: Verdict) -> str:
-    """Render the comment on a pull request."""
+    """Return the verdict as the Markdown comment of a pull request."""
     failed = verdict.failures
     attention = failed + [check for check in verdict.checks if check.status == "warn"]
     return _render(
@@ -80,7 +86,7 @@ def render_markdown(verdict: Verdict) -> str:
 
 
 def render_junit(verdict: Verdict) -> str:
-    """Render JUnit XML."""
+    """Return the verdict as JUnit XML."""
     return _render("junit.xml.j2", verdict, failures=verdict.failures, sentence=_sentence)
 
 
@@ -101,11 +107,15 @@ def _render(template: str, verdict: Verdict, **values: Any) -> str:
 def _markup(text: str) -> Any:
     from markupsafe import Markup
 
-    return Markup(text)  # noqa: S704 (escaped by the caller, or ours)
+    return Markup(text)  # noqa: S704 (escaped by the caller, or a constant)
 
 
 def _make_chart(curve: Sequence[Point]) -> dict[str, Any] | None:
-    """Return a loss curve for Mermaid's xychart, whose points have equal distances."""
+    """Return the loss curves for Mermaid's xychart, which needs evenly spaced points.
+
+    Returns:
+        The values for the template; None if fewer than two steps have both losses.
+    """
     known = [(step, train, val) for step, train, val in curve if train is not None and val is not None]
     if len(known) < 2:
         return None
@@ -123,11 +133,11 @@ def _make_chart(curve: Sequence[Point]) -> dict[str, Any] | None:
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """Yield GitHub's workflow commands: an error for each failure, a warning for each warning."""
+    """Yield a GitHub workflow command for each failure (an error) and each warning, up to GitHub's limit."""
     for status, command in (("fail", "error"), ("warn", "warning")):
         found = [check for check in verdict.checks if check.status == status]
         for check in found[:_MOST_ANNOTATIONS]:
-            # Escaped as GitHub's toolkit does (core/src/command.ts).
+            # Escape as GitHub's toolkit does (core/src/command.ts).
             title = _escape_data(f"gate: {check.name}").replace(":", "%3A").replace(",", "%2C")
             message = _escape_data(_sentence(check))
             yield f"::{command} file={_ANNOTATED_FILE},title={title}::{message}"
@@ -142,7 +152,7 @@ def _against(verdict: Verdict) -> str:
 
 
 def _sentence(check: Check) -> str:
-    """Return a check with its numbers, for formats without a table."""
+    """Return the values and the message of a check as one line, for formats without a table."""
     then, now, change, chance, tolerance = _cells(check)[2:]
     parts = [f"{then or 'nothing'} -> {now or 'nothing'}"] if then or now else []
     if change:
@@ -151,7 +161,7 @@ def _sentence(check: Check) -> str:
 
 
 def _cells(check: Check) -> tuple[str, ...]:
-    """Return the cells of a table's row."""
+    """Return a check as a row of the table; the columns are those of `_HEADER`."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"

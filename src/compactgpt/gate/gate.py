@@ -1,13 +1,15 @@
-"""The gate: is the model worse than an accepted one, by more than is tolerated and more than chance?
+"""The gate: check whether a new model is worse than an accepted model.
 
-Both are measured on the same documents, so that how hard a document is cancels out. A metric fails when it
-is worse by more than its tolerance *and* the interval of the change is above "no change"; one of the two
-alone is a warning. The interval has two sources: the documents (paired cluster bootstrap), and the runs,
-since two trainings that only add numbers in another order are two models (`regression.rerun_noise`).
-docs/decisions/15-gate.md has both error rates.
+Both models are evaluated on the same documents, so the difficulty of the documents cancels out. A metric
+fails if it is worse by more than its tolerance *and* the confidence interval of the change is above 0. If
+only one of the two conditions is true, the check is a warning. The interval includes two sources of variance:
+the sample of documents (paired cluster bootstrap), and the noise between training runs
+(`regression.rerun_noise`). Two runs that differ only in the order of floating-point additions give two
+models. docs/decisions/15-gate.md has the error rates of the gate.
 
-Guards are checked first: on another val split nothing can be compared, and if a baseline moved without a
-reason, the evaluation changed. `references` reads the two states, and `formats` renders the verdict.
+Guards are checked first. Metrics of different val splits can't be compared. If a baseline's loss changes
+while parameters and data are equal, the evaluation itself changed. `references` reads the two states, and
+`formats` renders the verdict.
 """
 
 import math
@@ -27,31 +29,31 @@ Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
 Point = tuple[int, float | None, float | None]  # step, train loss, val loss
 
-# Parameters that change none of the compared figures: bounds, displays, limits, speed.
+# Parameters that do not affect the compared metrics: tolerances, limits, reporting, speed.
 _NO_EFFECT = (
     "regression.", "comparison.", "estimate.", "validation.", "inspection.", "runtime.num_workers",
     "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
     "training.init_from", "training.launcher.",
 )  # fmt: skip
-# Parameters that have an effect only if another one has this value.
+# Parameters that have an effect only if another parameter has the given value.
 _ONLY_WITH = {
     "training.muon_learning_rate": ("training.optimizer", "muon"),
     "training.decay_share": ("training.schedule", "wsd"),
 }
-_MOST_NAMED = 5  # parameters in one sentence
+_MOST_NAMED = 5  # differences in one message
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Sums by document."""
+    """The per-document losses of a model on the val split, or on a sample of its documents."""
 
     ids: tuple[str, ...]
     tokens: Array  # (documents,)
-    nats: Mapping[str, Array]  # by metric, such as `perplexity.strided`: (documents,)
-    of: int  # documents of the split, if these are a sample of them
+    nats: Mapping[str, Array]  # metric, such as `perplexity.strided`: nats of each document, (documents,)
+    of: int  # number of documents in the complete split
 
     def select(self, ids: tuple[str, ...]) -> "Documents | None":
-        """Return the sums of some documents in their order; None if one of them is missing."""
+        """Return the losses of the documents `ids`, in the order of `ids`; None if a document is missing."""
         row_of = {name: row for row, name in enumerate(self.ids)}
         if not row_of.keys() >= set(ids):
             return None
@@ -62,45 +64,45 @@ class Documents:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the gate compares of one state of the project."""
+    """The metrics, parameters and hashes of one state of the project, as the gate compares them."""
 
-    name: str  # where it comes from
-    fingerprint: Mapping[str, Any]  # of the evaluation: figures compare only if it is equal
-    data: Mapping[str, str]  # hashes
-    params: Mapping[str, Any]  # by dotted key
-    figures: Mapping[str, float]
-    baselines: Mapping[str, float]  # loss
-    tasks: Mapping[str, Mapping[str, str]]  # items_sha256 and hits
+    name: str  # label of the state in the verdict
+    fingerprint: Mapping[str, Any]  # metrics can be compared only if it is equal
+    data: Mapping[str, str]  # hashes of the train split and of the tokenizer
+    params: Mapping[str, Any]  # dotted key: value
+    figures: Mapping[str, float]  # metric: value
+    baselines: Mapping[str, float]  # baseline: loss
+    tasks: Mapping[str, Mapping[str, str]]  # task: its items_sha256 and hits
     documents: Documents
-    reason: str = ""  # why it was accepted
+    reason: str = ""  # why the state was accepted
     curve: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict."""
+    """The result of one check: a line of the verdict."""
 
     name: str
     status: Status
     says: str
     then: float | None = None
     now: float | None = None
-    change: float | None = None  # above 0 is worse: a share of the perplexity or of a task's items
-    bounds: tuple[float, float] | None = None  # of the change
+    change: float | None = None  # share of the perplexity or of the task's items; above 0 is worse
+    bounds: tuple[float, float] | None = None  # confidence interval of `change`
     tolerance: float | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found."""
+    """The results of all checks of the gate."""
 
     against: str
     reason: str
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
-    watched: list[Check] = field(default_factory=list)  # figures that can't fail
-    differences: list[str] = field(default_factory=list)  # of parameters and data that explain other figures
-    curve: tuple[Point, ...] = ()  # of the new state
+    watched: list[Check] = field(default_factory=list)  # metrics without a tolerance, which can't fail
+    differences: list[str] = field(default_factory=list)  # changed parameters and data
+    curve: tuple[Point, ...] = ()  # loss curve of the new state
 
     @property
     def checks(self) -> list[Check]:
@@ -116,13 +118,13 @@ class Verdict:
 def run_gate(
     then: Snapshot, now: Snapshot, settings: Regression, bench: Mapping[str, Any] | None = None
 ) -> Verdict:
-    """Compare two states of the project.
+    """Compare a new state of the project with an accepted state, and return the verdict.
 
     Args:
         then: the accepted state.
         now: the new state.
         settings: section `regression`.
-        bench: what `benchmarks/training.py --json` wrote, if throughput is checked too.
+        bench: the output of `benchmarks/training.py --json`; None skips the check of throughput.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason, differences=differences, curve=now.curve)
@@ -143,7 +145,7 @@ def run_gate(
 
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
-    """Fail unless both states were measured on the same text, in the same windows."""
+    """Check that the two states were evaluated on the same text, in the same windows."""
     if changes := _compare(then.fingerprint, now.fingerprint):
         says = (
             f"not comparable: {', '.join(changes)}. Restore it, or accept these reports as the new reference"
@@ -156,21 +158,21 @@ def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
 
 
 def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key whose value differs."""
+    """Return a line `key before -> after` for each key whose value differs."""
     keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     return [f"{key} {_shorten(before.get(key))} -> {_shorten(after.get(key))}" for key in keys]
 
 
 def _shorten(value: Any) -> str:
-    """Return the first digits of a hash; anything else as it is."""
+    """Return a value as a string; a SHA-256 is cut to 12 digits."""
     text = str(value)
     return text[:12] if len(text) == 64 else text
 
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
-    """Return the parameters and data that differ and explain other figures."""
+    """Return a line for each changed parameter or hash of data that can affect the metrics."""
     before, after = acting_params(then.params), acting_params(now.params)
-    if then.data == now.data:  # the parameters that make the data have made no difference
+    if then.data == now.data:  # equal data: changes of the data's parameters had no effect
         for params in (before, after):
             for key in [key for key in params if key.startswith(("download.", "tokenization."))]:
                 del params[key]
@@ -178,7 +180,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def acting_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that affect the figures: of the models that ran and of the corpus in use."""
+    """Return the parameters that affect the metrics, without those of unused baselines and corpora."""
     return {key: value for key, value in params.items() if _has_effect(key, params)}
 
 
@@ -189,7 +191,7 @@ def _has_effect(key: str, params: Mapping[str, Any]) -> bool:
         other, value = _ONLY_WITH[key]
         return bool(params.get(other) == value)
     if key.startswith("baseline.specs."):
-        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # a list, as JSON
+        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
         return key.startswith(tuple(f"baseline.specs.{name}." for name in names))
     for corpus in ("docstrings", "files", "hub"):
         if key.startswith(f"download.{corpus}.") and corpus != params.get("download.corpus"):
@@ -209,7 +211,11 @@ def _check_parameters(differences: list[str]) -> Check:
 def _check_baselines(
     then: Snapshot, now: Snapshot, settings: Regression, *, explained: bool
 ) -> Iterator[Check]:
-    """Yield a failure for each baseline that moved: its model is the same, so the evaluation changed."""
+    """Yield a check for each baseline whose loss changed; a passed check if no loss changed.
+
+    A baseline's model never changes, so another loss shows that the evaluation or the data changed. The check
+    is a failure, or a warning if `explained`: a parameter or the data changed.
+    """
     shared = sorted(set(then.baselines) & set(now.baselines))
     moved = 0
     for name in shared:
@@ -223,7 +229,10 @@ def _check_baselines(
 
 
 def _check_throughput(bench: Mapping[str, Any], settings: Regression) -> Check:
-    """Check the speed of training as a ratio to nanoGPT's on the same machine, which cancels the machine."""
+    """Return the check of training throughput.
+
+    Throughput is a ratio to nanoGPT's on the same machine, so it does not depend on the machine.
+    """
     ratio, least = float(bench["engines"]["ours"]["ratio"]), settings.min_throughput_ratio
     says = f"training makes {ratio:.2f} times nanoGPT's tokens a second, wanted {least:.2f}"
     return Check("throughput", "pass" if ratio >= least else "fail", says, least, ratio)
@@ -233,7 +242,7 @@ def _check_throughput(bench: Mapping[str, Any], settings: Regression) -> Check:
 
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression) -> Iterator[Check]:
-    """Yield the check of each metric with a tolerance."""
+    """Yield the check of each metric that has a tolerance."""
 
     def measured(snapshot: Snapshot, metric: str) -> bool:
         kind, _, task = metric.partition(".")
@@ -241,7 +250,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression) -> Itera
 
     known = [name for name in settings.tolerances if measured(then, name) or measured(now, name)]
     for name in known:
-        level = settings.false_alarms / len(known)  # Bonferroni
+        level = settings.false_alarms / len(known)  # Bonferroni correction
         if not measured(now, name):
             yield Check(name, "fail", "no longer measured", then.figures.get(name))
         elif not measured(then, name):
@@ -254,7 +263,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression) -> Itera
 
 def _check_perplexity(then: Snapshot, now: Snapshot, name: str, settings: Regression, level: float) -> Check:
     sample = now.documents.select(then.documents.ids)
-    assert sample is not None  # by _check_fingerprint
+    assert sample is not None  # _check_fingerprint compared the ids
     rise = perplexity_rise(sample.nats[name], then.documents.nats[name], sample.tokens, settings, level)
     says = f"{len(sample.ids):,} documents" + (f" of {sample.of:,}" if sample.of > len(sample.ids) else "")
     tolerance = settings.tolerances[name]
@@ -267,14 +276,14 @@ def _check_perplexity(then: Snapshot, now: Snapshot, name: str, settings: Regres
 def perplexity_rise(
     nats: Array, nats_then: Array, tokens: Array, settings: Regression, level: float
 ) -> Interval:
-    """Return the rise of the perplexity on the same documents, as a share, with an interval for chance.
+    """Return the relative rise of the perplexity on the same documents, with its confidence interval.
 
     Args:
-        nats: sums by document. (documents,)
-        nats_then: the same of the accepted model. (documents,)
-        tokens: by document. (documents,)
-        settings: resamples, seed, and the noise between runs that should be equal.
-        level: probability that the interval is above 0 although nothing rose.
+        nats: the negative log-likelihood of each document under the new model. (documents,)
+        nats_then: the same documents under the accepted model. (documents,)
+        tokens: the number of tokens of each document. (documents,)
+        settings: section `regression`: resamples, seed and the noise between runs.
+        level: the probability that the interval is above 0 although the perplexity did not rise.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
@@ -284,14 +293,19 @@ def perplexity_rise(
         resamples=settings.resamples, seed=settings.seed, confidence=1 - 2 * level,
     )  # fmt: skip
     noise = NormalDist().inv_cdf(1 - level) * settings.rerun_noise
-    # The two sources are independent: their distances from the estimate add as squares.
+    # The two sources of variance are independent: add the squares of their distances from the estimate.
     low = found.value - math.hypot(found.value - found.low, noise)
     high = found.value + math.hypot(found.high - found.value, noise)
     return Interval(found.value, low, high).map(math.expm1)
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return fail if the change is beyond the tolerance and beyond chance, warn if beyond one of them."""
+    """Return the status of a change.
+
+    Returns:
+        `fail` if the change exceeds the tolerance and its interval is above 0, `warn` if only one of the two
+        is true, else `pass`.
+    """
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 
@@ -313,9 +327,13 @@ def _check_accuracy(then: Snapshot, now: Snapshot, name: str, tolerance: float, 
 
 
 def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the probability that at least `lost` of the items that changed were lost by chance.
+    """Return the one-sided p-value of McNemar's exact test (1947) for a fall of the accuracy.
 
-    McNemar's exact test (1947), one-sided; `metrics.mcnemar` tests for a difference in either direction.
+    `metrics.mcnemar` is the two-sided test.
+
+    Args:
+        lost: the number of items that only the accepted model answers correctly.
+        won: the number of items that only the new model answers correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)

@@ -1,8 +1,9 @@
-"""The states that the gate compares: the project's reports, and the references.
+"""Read the states that the gate compares: the project's reports and the reference.
 
-A reference is the accepted one in git, any commit, or the registry's champion. The accepted reference is a
-small JSON file that is reviewed like code: figures, hashes, parameters and the sums of every document (of
-many documents, a sample by hash), so that every later comparison is paired.
+The reference is the accepted reference, a commit, or the registry's champion. The accepted reference is a
+small JSON file in git, which is reviewed like code. It has metrics, hashes, parameters and per-document
+losses, so that every later comparison is paired. For a large val split, it has the losses of a sample of
+documents.
 """
 
 import csv
@@ -38,14 +39,14 @@ ACCEPTED = Path("reports/accepted.json")
 CHAMPION = "champion"
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_SAME_SUM = 1e-9  # nats per token: the same numbers, added in another order
+_SAME_SUM = 1e-9  # nats per token; sums of equal values in another order differ by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 
 class _Rows(Section):
     columns: tuple[str, ...]
     of: int
-    rows: tuple[str, ...]  # one document each, its columns separated by spaces
+    rows: tuple[str, ...]  # one row for each document, with spaces between its columns
 
 
 class _Hits(Section):
@@ -54,7 +55,7 @@ class _Hits(Section):
 
 
 class _Reference(Section):
-    """The file of an accepted reference."""
+    """The JSON file of an accepted reference."""
 
     version: Literal[1] = 1
     accepted: str  # the reason
@@ -68,13 +69,13 @@ class _Reference(Section):
 
 
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
-    """Compare the project in a folder with a reference.
+    """Compare the project in a folder with a reference, and return the verdict.
 
     Args:
-        against: see `read_reference`.
-        root: of the project.
+        against: the name of the reference; see `read_reference`.
+        root: the project's folder.
         settings: section `regression`.
-        bench: a file that `benchmarks/training.py --json` wrote.
+        bench: a file that `benchmarks/training.py --json` wrote; None skips the check of throughput.
     """
     speed = None if bench is None else read_json(bench)
     try:
@@ -82,7 +83,7 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
             float(speed["engines"]["ours"]["ratio"])
     except (LookupError, TypeError, ValueError) as error:
         raise BadData(
-            f"{bench} has no engines.ours.ratio: `benchmarks/training.py --json` writes it"
+            f"{bench} has no engines.ours.ratio: write it with `benchmarks/training.py --json`"
         ) from error
     return run_gate(read_reference(against, root), read_present(root), settings, speed)
 
@@ -94,23 +95,23 @@ def read_present(root: Path) -> Snapshot:
     """Read the state of the project in a folder.
 
     Raises:
-        MissingInput: a stage has not run.
-        BadData: a report is damaged, or report and sums by document are not of one run.
+        MissingInput: a report is missing, because its stage has not run.
+        BadData: a report is damaged, or the report and the per-document losses are from different runs.
     """
     return _read_state("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
-    """Read what to compare with.
+    """Read a reference by name.
 
     Args:
-        name: a .json file that `accept` wrote, `champion`, or anything that git or DVC calls a revision.
-        root: of the project.
+        name: a .json file that `accept` wrote, `champion`, or a commit, branch, tag or DVC experiment.
+        root: the project's folder.
 
     Raises:
-        MissingInput: there is no such reference, or the cache lacks its sums by document.
-        BadData: it is damaged.
-        BadConfig: git knows no such revision.
+        MissingInput: the reference does not exist, or DVC's cache has no per-document losses of the commit.
+        BadData: the reference is damaged.
+        BadConfig: git has no commit, branch, tag or experiment with this name.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
@@ -118,28 +119,30 @@ def read_reference(name: str, root: Path) -> Snapshot:
         return _read_champion(root)
     require_repository(root)
     if not (commit := commit_named(root, name)):
-        raise BadConfig(f"--against {name}: no commit, branch, tag or experiment of that name")
+        raise BadConfig(f"--against {name}: git has no commit, branch, tag or experiment of that name")
     version, label = Commit(root, commit), f"{name} ({commit[:9]})"
     md5 = read_chain(version).out(_DOCUMENTS)
     if not md5:
-        raise MissingInput(f"{label} has no evaluation in its dvc.lock: choose a state after `dvc repro`")
+        raise MissingInput(
+            f"{label} has no evaluation in its dvc.lock: choose a commit that was made after `dvc repro`"
+        )
     try:
         return _read_state(label, version, Cache(root).files(md5)[_TOTALS])
     except MissingInput as error:
         raise MissingInput(
-            f"DVC's cache lacks the sums by document of {label}: `dvc fetch --all-commits evaluation` "
-            "fetches them where a remote has them (docs/ci.md)"
+            f"DVC's cache lacks the per-document losses of {label}: if a remote has them, run "
+            "`dvc fetch --all-commits evaluation` (docs/ci.md)"
         ) from error
 
 
 def _read_champion(root: Path) -> Snapshot:
-    """Read the files that MLflow keeps with the run that made the registered champion."""
+    """Read the state of the registry's champion from the artifacts of its MLflow run."""
     from compactgpt.tracking.registry import PIPELINE_RUN, champion
     from compactgpt.tracking.store import open_store
 
     store = open_store(root)
     if not (found := champion(store)):
-        raise MissingInput("no model is champion yet: `compactgpt gate --promote` makes the first")
+        raise MissingInput("no model is champion yet: run `compactgpt gate --promote` to make one")
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
         folder = Path(scratch)
@@ -148,7 +151,7 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports, params.yaml and the sums by document of one version of the project."""
+    """Read the reports, params.yaml and the per-document losses of one version of the project."""
 
     def read(path: str) -> bytes:
         content = version.read(path)
@@ -189,7 +192,7 @@ def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
 
 
 def _read_curve(content: bytes | None) -> tuple[Point, ...]:
-    """Read the loss curve, which is only shown: without it there is no chart."""
+    """Return the points of the loss curve; empty if reports/loss.csv is missing."""
 
     def number(text: str) -> float | None:
         return float(text) if text else None
@@ -199,7 +202,7 @@ def _read_curve(content: bytes | None) -> tuple[Point, ...]:
 
 
 def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
-    """Return every figure that is compared or shown, by the gate's name for it."""
+    """Return all metrics that the gate compares or shows, by name."""
     greedy = evaluation.text.statistics.get("greedy", {})
     found = {
         "perplexity": evaluation.perplexity,
@@ -219,8 +222,8 @@ def _read_documents(path: Path, reported: float) -> Documents:
     loss = float(totals.nats.sum() / totals.tokens.sum())
     if abs(loss - reported) > _SAME_SUM:
         raise BadData(
-            f"{path} makes a loss of {loss:.6f}, reports/evaluation.json has {reported:.6f}: they are of "
-            "different runs; `dvc repro` or `dvc checkout` repairs it"
+            f"{path} gives a loss of {loss:.6f}, but reports/evaluation.json has {reported:.6f}: the files "
+            "are from different runs; run `dvc repro` or `dvc checkout`"
         )
     nats = {"perplexity": totals.nats} | {f"perplexity.{view}": n for view, n in totals.views.items()}
     return Documents(tuple(totals.ids), totals.tokens.astype(float), nats, len(totals.ids))
@@ -236,16 +239,16 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
         snapshot: the state.
         reason: why it is accepted; every verdict against the reference shows it.
         path: the file to write.
-        max_documents: of more documents, those with the smallest hashes are kept.
+        max_documents: the largest number of documents to keep; see `_sample`.
 
     Raises:
         BadConfig: the reason is empty.
-        NotAllowed: another file is at the path.
+        NotAllowed: the path has a file that is not an accepted reference.
     """
     if not reason.strip():
-        raise BadConfig("--accept needs a reason: what changed, and why these figures are right now")
+        raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
     if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
-        raise NotAllowed(f"{path} is not an accepted reference, so it is not replaced: name another file")
+        raise NotAllowed(f"{path} is not an accepted reference, and was not replaced: name another file")
     documents = _sample(snapshot.documents, max_documents)
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
@@ -264,7 +267,7 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 
 
 def _sample(documents: Documents, most: int) -> Documents:
-    """Return all documents, or those with the smallest hashes (of their ids, which chose the split)."""
+    """Return all documents, or a sample of `most` documents: those whose ids have the smallest hashes."""
     if len(documents.ids) <= most:
         return documents
     chosen = set(sorted(documents.ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:most])
@@ -277,18 +280,20 @@ def read_accepted(path: Path) -> Snapshot:
     """Read the accepted reference.
 
     Raises:
-        MissingInput: nothing was accepted yet.
-        BadData: it is not a reference of this version.
+        MissingInput: the file does not exist: no state was accepted yet.
+        BadData: the file is damaged, or has the format of another version.
     """
     if not path.exists():
-        raise MissingInput(f'{path} is missing: `compactgpt gate --accept "the first reference"` makes it')
+        raise MissingInput(
+            f'{path} is missing: run `compactgpt gate --accept "the first reference"` to make it'
+        )
     try:
         reference = _Reference.model_validate_json(path.read_bytes())
         documents = _parse_rows(reference.documents)
     except (LookupError, ValueError) as error:
         raise BadData(
-            f"{path} is not a valid reference ({error}): `git checkout {path}`, or make it again with "
-            '`compactgpt gate --accept "why"`'
+            f"{path} is not a valid reference ({error}): restore it with `git checkout {path}`, or make it "
+            'again with `compactgpt gate --accept "why"`'
         ) from error
     tasks = {task: hits.model_dump() for task, hits in reference.tasks.items()}
     return Snapshot(
@@ -303,7 +308,7 @@ def _parse_rows(held: _Rows) -> Documents:
     columns = dict(zip(held.columns[1:], table.T, strict=True))
     tokens = columns.pop("tokens")
     if not np.isfinite(table).all() or not (tokens > 0).any():
-        raise ValueError("a sum is not finite, or no document has a token")
+        raise ValueError("a value is not finite, or no document has a token")
     return Documents(tuple(row[0] for row in rows), tokens, columns, held.of)
 
 
@@ -311,15 +316,15 @@ def promote(root: Path, reason: str = "") -> str:
     """Register the model that the gate checked, and make it the champion.
 
     Args:
-        root: of the project.
-        reason: why a model of another configuration or val split is accepted.
+        root: the project's folder.
+        reason: why a model with another configuration or val split than the champion's is accepted.
 
     Returns:
-        Its version.
+        The version of the registered model.
 
     Raises:
-        MissingInput: MLflow has no model with these weights.
-        CheckFailed: configuration or val split are not the champion's, and there is no reason.
+        MissingInput: the weights are missing, or MLflow has no model with these weights.
+        CheckFailed: the configuration or the val split differs from the champion's, and `reason` is empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
