@@ -66,8 +66,12 @@ def test_a_state_passes_against_itself():
     verdict = gate.run_gate(snapshot(), snapshot(), SETTINGS)
     assert verdict.guards == [
         Check("validation", "pass", "the same val split, aaaaaaaaaaaa, in the same windows"),
-        Check("parameters", "pass", "the same parameters and data: only code and chance can differ"),
-        Check("baselines", "pass", "1 baselines measure the same as before"),
+        Check(
+            "parameters",
+            "pass",
+            "parameters and data are equal: only code changes and chance can change the metrics",
+        ),
+        Check("baselines", "pass", "baselines with the same loss as before: 1"),
     ]
     assert {check.status for check in verdict.metrics} == {"pass"}
     assert verdict.metrics[0].bounds == (0, 0)
@@ -143,7 +147,7 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
     (check,) = gate.run_gate(snapshot(tasks=then), snapshot(tasks=now), judged).metrics
     flips = lost + won
     chance = scipy.stats.binomtest(lost, flips, 0.5, alternative="greater").pvalue
-    says = f"of 100 items {lost} lost, {won} won; by chance with p = {chance:.2g}"
+    says = f"of 100 items {lost} lost, {won} won; p = {chance:.2g}"
     now, fall = (50 - lost + won) / 100, pytest.approx((lost - won) / 100)
     assert check == Check("accuracy.wikitext.2", status, says, 0.5, now, fall, None, tolerance)
 
@@ -153,8 +157,8 @@ def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance
     [
         ({"fingerprint": {"val": "f" * 64, "window": 8}}, "val aaaaaaaaaaaa -> ffffffffffff. Restore it"),
         ({"documents": documents(29)}, "the reference has documents that are missing now"),
-        ({"tasks": {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}}, "other items are asked"),
-        ({"tasks": {"cloze": {"items_sha256": "c", "hits": "1100" * 24}}}, "other items are asked"),
+        ({"tasks": {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}}, "the task's items changed"),
+        ({"tasks": {"cloze": {"items_sha256": "c", "hits": "1100" * 24}}}, "the task's items changed"),
     ],
 )
 def test_other_text_and_other_items_are_not_compared(changes, says):
@@ -205,7 +209,7 @@ def test_a_baseline_that_moved_fails_unless_something_explains_it():
     then = snapshot(baselines={"gone": 1.0, "unigram": 6.0, "xz": 5.0})
     moved = {"new": 2.0, "unigram": 6.25, "xz": 5.0}
     judged = SETTINGS.model_copy(update={"max_baseline_change": 0.125})
-    says = "a baseline moved: the evaluation changed, or the text that it measures on"
+    says = "the baseline's loss changed: the evaluation or its text changed"
     for other, status in (({}, "fail"), ({"data": {"train": "e" * 64}}, "warn")):
         guards = gate.run_gate(then, snapshot(baselines=moved, **other), judged).guards
         assert guards[2:] == [Check("baseline.unigram", status, says, 6.0, 6.25)]

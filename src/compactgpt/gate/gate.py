@@ -202,10 +202,14 @@ def _has_effect(key: str, params: Mapping[str, Any]) -> bool:
 
 def _check_parameters(differences: list[str]) -> Check:
     if not differences:
-        return Check("parameters", "pass", "the same parameters and data: only code and chance can differ")
+        return Check(
+            "parameters",
+            "pass",
+            "parameters and data are equal: only code changes and chance can change the metrics",
+        )
     named, more = differences[:_MOST_NAMED], len(differences) - _MOST_NAMED
     says = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
-    return Check("parameters", "warn", f"other figures are explained by: {says}")
+    return Check("parameters", "warn", f"changes that can explain other metrics: {says}")
 
 
 def _check_baselines(
@@ -222,10 +226,10 @@ def _check_baselines(
         before, after = then.baselines[name], now.baselines[name]
         if abs(after - before) > settings.max_baseline_change:
             moved += 1
-            says = "a baseline moved: the evaluation changed, or the text that it measures on"
+            says = "the baseline's loss changed: the evaluation or its text changed"
             yield Check(f"baseline.{name}", "warn" if explained else "fail", says, before, after)
     if shared and not moved:
-        yield Check("baselines", "pass", f"{len(shared)} baselines measure the same as before")
+        yield Check("baselines", "pass", f"baselines with the same loss as before: {len(shared)}")
 
 
 def _check_throughput(bench: Mapping[str, Any], settings: Regression) -> Check:
@@ -234,7 +238,7 @@ def _check_throughput(bench: Mapping[str, Any], settings: Regression) -> Check:
     Throughput is a ratio to nanoGPT's on the same machine, so it does not depend on the machine.
     """
     ratio, least = float(bench["engines"]["ours"]["ratio"]), settings.min_throughput_ratio
-    says = f"training makes {ratio:.2f} times nanoGPT's tokens a second, wanted {least:.2f}"
+    says = f"training has {ratio:.2f} times nanoGPT's tokens per second; the minimum is {least:.2f}"
     return Check("throughput", "pass" if ratio >= least else "fail", says, least, ratio)
 
 
@@ -314,14 +318,14 @@ def _check_accuracy(then: Snapshot, now: Snapshot, name: str, tolerance: float, 
     task = name.partition(".")[2]
     before, after = then.tasks[task], now.tasks[task]
     if before["items_sha256"] != after["items_sha256"] or len(before["hits"]) != len(after["hits"]):
-        return Check(name, "fail", "not comparable: other items are asked")
+        return Check(name, "fail", "not comparable: the task's items changed")
     pairs = list(zip(before["hits"], after["hits"], strict=True))
     lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
     p_value = mcnemar_one_sided(lost, won)
     fall = (lost - won) / len(pairs)
     beyond, sure = fall > tolerance, p_value <= level
     status: Status = "fail" if beyond and sure else "warn" if beyond else "pass"
-    says = f"of {len(pairs):,} items {lost} lost, {won} won; by chance with p = {p_value:.2g}"
+    says = f"of {len(pairs):,} items {lost} lost, {won} won; p = {p_value:.2g}"
     share_before, share_now = (task["hits"].count("1") / len(pairs) for task in (before, after))
     return Check(name, status, says, share_before, share_now, fall, None, tolerance)
 
