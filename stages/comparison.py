@@ -1,4 +1,4 @@
-"""Stage comparison: reports, claims and published values -> reports/evidence.json and all that shows it."""
+"""Stage comparison: judge the claims, then write reports/evidence.json and the files rendered from it."""
 
 import shutil
 from pathlib import Path
@@ -11,19 +11,19 @@ from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
 SHOWN_SECTIONS = 5
-LEAST_WIDTH = 140  # columns; in fewer, rich would cut numbers
+LEAST_WIDTH = 140  # columns; in a narrower terminal, rich would cut off numbers
 
 
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    show: Annotated[bool, typer.Option("--show", help="Only print the tables of the last run.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the last run's tables; write nothing.")] = False,
     quote: Annotated[
-        list[Path] | None, typer.Option(help="Only replace the tables that this page quotes.")
+        list[Path] | None, typer.Option(help="Replace the tables in this page; write nothing else.")
     ] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Write the note's table, the page, the plots and the model card from what is known."""
+    """Judge the note's claims, and write the record, tables, plots, HTML page and model card to reports/."""
     tracker = "none" if show or quote else tracker
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:
@@ -48,12 +48,12 @@ def _compare(stage: Stage) -> None:
 
 
 def _show() -> None:
-    """Print the beginning of reports/comparison.md: the answer, and the tables before those of all claims."""
+    """Print the beginning of reports/comparison.md: the answer and the first tables."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     sections = (REPORTS / "comparison.md").read_text("utf-8").split("\n## ")
-    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich leaves out HTML
+    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich does not show HTML
     Console(width=max(shutil.get_terminal_size().columns, LEAST_WIDTH)).print(Markdown(text))
 
 

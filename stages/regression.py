@@ -1,6 +1,6 @@
-"""The gate, the same as `compactgpt gate`. Not a stage of DVC.
+"""Run the gate, as `compactgpt gate` does. The gate is not a DVC stage.
 
-DVC would not lock a gate that fails, and would run it again every time.
+DVC does not write a failed stage to dvc.lock, so it would run a failed gate again at every `dvc repro`.
 """
 
 import sys

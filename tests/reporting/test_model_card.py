@@ -41,7 +41,10 @@ def test_a_card_names_the_data_sets_of_the_hub(record):
 def test_a_card_goes_only_with_its_own_weights(record, tmp_path):
     (tmp_path / "model").mkdir()
     path = tmp_path / "card.md"
-    assert read_card(tmp_path / "model", path) == ("", f"{path} is missing (`dvc repro comparison` makes it)")
+    assert read_card(tmp_path / "model", path) == (
+        "",
+        f"{path} is missing: run `dvc repro comparison` to create it",
+    )
     path.write_text(render_model_card(record))
     for digit, fits in (("d", True), ("e", False)):
         files = {"files": {"model.safetensors": {"sha256": digit * 64, "bytes": 9}}}

@@ -98,7 +98,7 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(place):
 
 
 def test_an_unknown_value_is_answered_with_similar_names():
-    with pytest.raises(MissingInput, match=r"compact\.los; there are compact\.loss"):
+    with pytest.raises(MissingInput, match=r"compact\.los; similar ids: compact\.loss"):
         find_value(RECORD, "compact.los")
 
 

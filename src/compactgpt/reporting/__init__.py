@@ -1,1 +1,1 @@
-"""The comparison's record as tables, plots, one HTML page and a model card; templates/ holds their words."""
+"""Render the comparison's record as tables, plots, an HTML page and a model card, with templates/."""

@@ -1,8 +1,8 @@
 """The claims of the note *Performance de NanoGPT Compact contre GPT-2*, the evidence, and the verdicts.
 
-A claim is an interval, and so is a piece of evidence (a point, where it has no uncertainty). Evidence inside
-the claimed interval supports the claim, evidence disjoint from it contradicts the claim, and anything else
-decides nothing. Evidence that is only reported or estimated is shown with a claim and never decides.
+A claim is an interval. Evidence is an interval too, or a point if it has no uncertainty. Evidence inside the
+claimed interval supports the claim. Evidence outside the claimed interval contradicts the claim. If the two
+intervals only overlap, the claim is undecided. Values that are only reported or estimated decide no claim.
 """
 
 import math
@@ -16,11 +16,11 @@ from compactgpt.common.sections import Name, Section
 from compactgpt.config import Model
 
 Verdict = Literal[
-    "confirmed",  # by a count or by arithmetic
-    "supported",  # by a measurement or a publication
+    "confirmed",  # a count or a calculation agrees with the claim
+    "supported",  # a measurement or a published value agrees with the claim
     "contradicted",
-    "inconclusive",  # the intervals overlap, and the evidence is not inside the claim
-    "self-inconsistent",  # with another claim of the note
+    "inconclusive",  # the evidence overlaps the claimed interval, but is not inside it
+    "self-inconsistent",  # the claim contradicts another claim of the note
     "misleading",  # true in one reading, false in another
     "unverifiable",
     "not yet measured",
@@ -30,14 +30,14 @@ Relation = Literal["inside", "outside", "overlaps"]
 
 
 class ByEvidence(Section):
-    """Judged against values of the record."""
+    """The rule to judge a claim by values of the evidence."""
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class ByAgreement(Section):
-    """Judged against other claims: a perplexity and a loss, or two perplexities and their ratio."""
+    """The rule to compare claims: a perplexity with a loss, or two perplexities with their ratio."""
 
     by: Literal["agreement"]
     through: Literal["logarithm", "ratio"]
@@ -47,12 +47,12 @@ class ByAgreement(Section):
     def _complete(self) -> Self:
         needed = {"logarithm": 2, "ratio": 3}[self.through]
         if len(self.of) != needed:
-            raise ValueError(f"through {self.through} takes {needed} claims, found {len(self.of)}")
+            raise ValueError(f"`through: {self.through}` takes {needed} claims, found {len(self.of)}")
         return self
 
 
 class ByHand(Section):
-    """Judged by a person who read the claim and its source."""
+    """The verdict of a person who read the claim and its source."""
 
     by: Literal["hand"]
     verdict: Verdict
@@ -60,19 +60,19 @@ class ByHand(Section):
 
 
 class Claim(Section):
-    """One checkable sentence of the note."""
+    """One statement of the note that can be checked."""
 
     id: Name
     quote: str
-    english: str  # the quote in English, with English number marks
+    english: str  # the quote in English, with English number format
     where: str
     model: str
     quantity: str
     unit: str
     low: float | None = None  # None: no lower limit
-    high: float | None = None
-    beside: tuple[str, ...] = ()  # ids of values that are shown with the claim and decide nothing
-    experiment: Name | None = None  # whose run decides the claim
+    high: float | None = None  # None: no upper limit
+    beside: tuple[str, ...] = ()  # ids of values that are shown with the claim, but do not decide it
+    experiment: Name | None = None  # the experiment that measures the evidence
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
     @model_validator(mode="after")
@@ -85,12 +85,12 @@ class Claim(Section):
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The claimed interval; a side without a limit is infinite."""
+        """The claimed interval. An end is infinite if the claim has no such limit."""
         return (-math.inf if self.low is None else self.low, math.inf if self.high is None else self.high)
 
 
 class Row(Section):
-    """A row of the note's table: the id of the claim in each column."""
+    """A row of the note's table, with the id of the claim in each column."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name
@@ -99,7 +99,7 @@ class Row(Section):
 
 
 class Claims(Section):
-    """All of claims.yaml."""
+    """The content of claims.yaml."""
 
     claims: tuple[Claim, ...]
     table: tuple[Row, ...]
@@ -108,9 +108,9 @@ class Claims(Section):
     def _linked(self) -> Self:
         known = [claim.id for claim in self.claims]
         if repeated := sorted({name for name in known if known.count(name) > 1}):
-            raise ValueError(f"ids repeat themselves: {repeated}")
+            raise ValueError(f"ids repeat themselves: {repeated}; each claim needs its own id")
         named = [name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)]
-        # Ratios divide by the bounds of a claim, and logarithms are taken of them.
+        # `_compare_claims` divides limits and takes their logarithm, so the limits must be above 0.
         positive = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
         for claim in self.claims:
             if isinstance(claim.judged, ByAgreement):
@@ -118,12 +118,12 @@ class Claims(Section):
                 if unusable := sorted(set(claim.judged.of) - positive):
                     raise ValueError(f"{claim.id}: agreement of {unusable} needs low (above 0) and high")
         if unknown := sorted(set(named) - set(known)):
-            raise ValueError(f"no such claims: {unknown}")
+            raise ValueError(f"no such claims: {unknown}; use ids of `claims`")
         return self
 
 
 class PublishedValue(Section):
-    """A number that others made public; the fields are those of Evidence."""
+    """A published number, with the same fields as `Evidence`."""
 
     id: str
     model: str
@@ -141,7 +141,7 @@ class PublishedValue(Section):
 
 
 class Published(Section):
-    """All of published.yaml: shapes to compute with, and values."""
+    """The content of published.yaml: the published models' architectures and values."""
 
     models: dict[Name, Model]
     values: tuple[PublishedValue, ...]
@@ -151,13 +151,13 @@ class Published(Section):
         needed = {"gpt2.openwebtext.loss", "gpt2-tuned.openwebtext.loss", "openwebtext.bytes_per_token"}
         missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
         if missing:
-            raise ValueError(f"the comparison needs {missing}")
+            raise ValueError(f"the comparison needs {missing}: add what is missing")
         return self
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One value of the record, with its source, its interval and what it was made from."""
+    """One value of the record, with its source, its interval and the hashes of its inputs."""
 
     id: str
     value: float
@@ -168,19 +168,19 @@ class Evidence:
     corpus: str = ""
     low: float | None = None
     high: float | None = None
-    exact: bool = False  # a count: no uncertainty
-    stage: str = "comparison"  # that made it
-    report: str = ""  # the file that it was read from
-    context: int | None = None  # most tokens that the model could see
+    exact: bool = False  # True for counts, which have no uncertainty
+    stage: str = "comparison"  # the stage that computed the value
+    report: str = ""  # the file that contains the value
+    context: int | None = None  # the maximum number of tokens that the model could see
     stride: int | None = None  # tokens between the starts of two windows
-    tokenizer: str = ""  # the model's own
-    data_sha256: str = ""  # of the token file that was measured
+    tokenizer: str = ""  # the model's tokenizer
+    data_sha256: str = ""  # hash of the token file on which the value was measured
     weights_sha256: str = ""
-    code_sha256: str = ""  # of the stage's code, see provenance.py
+    code_sha256: str = ""  # hash of the stage's code, see provenance.py
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The interval, or the point where no interval is known."""
+        """The value's interval. A missing end is the value itself."""
         return (
             self.value if self.low is None else self.low,
             self.value if self.high is None else self.high,
@@ -189,9 +189,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Decision:
-    """One number that was compared with a claim."""
+    """The comparison of one value with a claim."""
 
-    source: str  # id of the evidence, or ids of the claims
+    source: str  # the id of the evidence, or the ids of the claims that were compared
     low: float
     high: float
     relation: Relation
@@ -199,12 +199,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim's verdict and the numbers behind it."""
+    """A claim's verdict and the comparisons that led to it."""
 
     verdict: Verdict
     decisions: tuple[Decision, ...] = ()
     by_hand: bool = False
-    reason: str = ""  # of a verdict by hand
+    reason: str = ""  # only for a verdict by hand
 
 
 def judge_claims(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> list[Judgement]:
@@ -241,20 +241,23 @@ def _combine(decisions: Sequence[Decision], *, exact: bool) -> Verdict:
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Convert the first claim (or the ratio of the first two) to the unit of the last one, and compare."""
+    """Compare the last claim with the logarithm of the first claim, or with the ratio of the first two."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])
     else:
         low, high = first[0][0] / first[1][1], first[0][1] / first[1][0]
-    # The two agree when either interval contains the other.
+    # The claims agree if one interval contains the other.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
     return Decision(" and ".join(judged.of), low, high, relation)
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return where an interval lies relative to a claimed one; intervals that touch share a point."""
+    """Return whether an interval is inside, outside or overlaps a claimed interval.
+
+    An interval that only touches the claimed interval is not outside.
+    """
     if claim_low <= low and high <= claim_high:
         return "inside"
     return "outside" if high < claim_low or low > claim_high else "overlaps"

@@ -1,9 +1,9 @@
-"""Reports, claims and published values -> the record of evidence, from which all tables and charts are made.
+"""Build the record, reports/evidence.json, from reports, claims and published values.
 
-`collect_evidence` turns everything that is known into values; `build_record` judges the claims with them
-and returns the record, plain JSON (reports/evidence.json). The other modules of `reporting` read only that
-record, so they can't show a number that it lacks. Ids are `<model>.<quantity>`: `note` is the note's model,
-`compact` the one trained here. Published results on another corpus carry its name: `gpt2.openwebtext.loss`.
+`collect_evidence` yields the values. `build_record` judges the claims by these values and returns the record
+as plain JSON. The other modules of `reporting` read only the record, so every number that they show is in it.
+Ids have the form `<model>.<quantity>`. The model `note` is the note's model, and `compact` is the model
+trained in this project. The id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
 """
 
 import math
@@ -30,21 +30,21 @@ from compactgpt.reporting.schemas import COMPACT, Forecast, Measured, Sources
 
 NOTE = "note"
 NATS = "nats per token"
-# Kind and name of the corpora whose reports are about the note: the embedded demo's, and the note's own.
-# On any other corpus a report is about the model that was trained there.
+# Kind and name of the two corpora whose reports check the note: the demo's corpus and the note's corpus.
+# On any other corpus, a report describes only the model that was trained on that corpus.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # any other figure of written text is a share
+TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # every other text metric is a share
 
 
 def build_record(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
-    """Judge the claims and return the record, plain JSON.
+    """Judge the claims and return the record as plain JSON.
 
     Args:
-        sources: see `schemas.read_sources`.
-        likelihood: resamples and seed of the paired bootstrap.
+        sources: the reports, claims and published values from `schemas.read_sources`.
+        likelihood: the number of resamples and the seed of the paired bootstrap.
 
     Raises:
         BadConfig: two values have the same id.
@@ -84,7 +84,7 @@ def build_record(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
         "validation": sources.compact.score.validation.model_dump()
         | {"window": sources.compact.score.window},
         "curve": sources.curve,
-        # by position in the window, in nats per token of each model's own tokenizer
+        # loss by position in the window, in nats per token of each model's own tokenizer
         "positions": {
             one.name: [row.model_dump() for row in one.score.by_position]
             for one in scores
@@ -98,7 +98,7 @@ def build_record(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
 
 
 def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
-    """Return whether the measured loss is in each of the intervals that were written before training."""
+    """Return, for each interval forecast before training, whether it contains the measured loss."""
     measured = evidence[f"{COMPACT}.loss"].value
     inside = {}
     for share in ("80", "95"):
@@ -108,12 +108,12 @@ def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
 
 
 def _align_samples(sources: Sources) -> list[dict[str, Any]]:
-    """Return, for each of the note's prompts, what every model wrote after it."""
+    """Return the text that each model generated after each of the note's prompts."""
     written = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
     prompts: dict[str, dict[str, Any]] = {}
     for model, samples in written.items():
         for sample in samples:
-            if sample.document is None:  # the prompt is not the beginning of a val document
+            if sample.document is None:  # skip prompts that are the beginning of a val document
                 continuations = {"greedy": sample.greedy, "top_k": sample.top_k, "nucleus": sample.nucleus}
                 texts = {way: written.text for way, written in continuations.items() if written}
                 prompts.setdefault(sample.prompt, {})[model] = texts
@@ -121,7 +121,7 @@ def _align_samples(sources: Sources) -> list[dict[str, Any]]:
 
 
 def _describe_data(sources: Sources) -> dict[str, Any]:
-    """Return what the page says of the data: the corpus, its parts, its splits, its inspections."""
+    """Return the page's description of the data: the corpus, its sources, splits and inspection results."""
     tokenized = sources.tokenization
     return {
         **sources.download.model_dump(),
@@ -135,7 +135,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
 
 
 def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
-    """Yield everything that is known, one value at a time."""
+    """Yield every value of the record: estimated, counted, published and measured."""
     yield from _estimated(NOTE, sources.estimate.note)
     yield from _estimated(COMPACT, sources.estimate.compact)
     for name, shape in sources.published.models.items():
@@ -166,7 +166,7 @@ def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evide
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
-    """Yield size, budget and expected loss of one of the two estimated runs."""
+    """Yield the size, token budget and expected loss of one of the two estimated runs."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
     parameters = forecast.parameters.model_dump()
@@ -193,7 +193,10 @@ def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
 def _expected(
     model: str, expected: ExpectedLoss, context: int, about: Mapping[str, Any]
 ) -> Iterator[Evidence]:
-    """Yield the expected loss with each of its intervals (95 % where the id names none), and perplexity."""
+    """Yield the expected loss with its 80 % and 95 % intervals, and the expected perplexity.
+
+    An id without a suffix has the 95 % interval.
+    """
     about = {**about, "source": f"params.yaml, {ESTIMATE}: {expected.basis}", "known": "estimated"}
     about |= {"context": context, "stride": context}
     bounds_95 = (expected.low_95, expected.high_95)
@@ -205,7 +208,7 @@ def _expected(
 
 
 def _counted(name: str, shape: Model) -> Iterator[Evidence]:
-    """Yield parameters and context of a published architecture."""
+    """Yield the parameter counts and the context size of a published architecture."""
     source = f"{PUBLISHED}: counted from the architecture"
     about: dict[str, Any] = {"model": name, "source": source, "exact": True, "report": PUBLISHED}
     for convention, number in asdict(count_parameters(shape)).items():
@@ -214,7 +217,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
 
 
 def _size_ratios(sources: Sources) -> Iterator[Evidence]:
-    """Yield the note's model over GPT-2 small: parameters, and arithmetic per token at each one's context."""
+    """Yield the ratios of the note's model to GPT-2 small: parameters and FLOPs per token."""
     note, gpt2 = sources.estimate.note, sources.published.models["gpt2"]
     sizes = note.parameters.model_dump()
     ratios = {
@@ -228,7 +231,7 @@ def _size_ratios(sources: Sources) -> Iterator[Evidence]:
 
 
 def _published(published: Published) -> Iterator[Evidence]:
-    """Yield published values, and what follows from a published loss: perplexity and bits per byte."""
+    """Yield the published values, and the perplexity and bits per byte of each published loss."""
     values = {value.id: value for value in published.values}
     bytes_per_token = values["openwebtext.bytes_per_token"].value
     for value in published.values:
@@ -255,13 +258,13 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _common(measured: Measured, sources: Sources, *, windows: bool = False) -> dict[str, Any]:
-    """Return what all values of one model's report have in common.
+    """Return the fields that all values of one model's report share.
 
     Args:
         measured: the model and its report.
-        sources: see `build_record`.
-        windows: the values are of the shared windows, so that context and stride belong to them. A
-            compressor has no window, and reads the document before.
+        sources: the inputs of the record.
+        windows: whether the values were measured on the shared windows. If so, the fields include the context
+            and the stride, except for a compressor, which has no window.
     """
     score, ours = measured.score, measured.name == COMPACT
     model = score.model
@@ -286,12 +289,12 @@ def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Ev
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield loss, perplexity and bits per byte of one measured model, and its size where it has one."""
+    """Yield one measured model's loss, perplexity and bits per byte, and a baseline's parameter counts."""
     name, score = measured.name, measured.score
     about = _common(measured, sources, windows=True)
     for quantity, unit in SCORE_UNITS.items():
         yield _interval(f"{name}.{quantity}", getattr(score, quantity), unit, about)
-    if name == COMPACT:  # its size is counted from params.yaml, in all three conventions
+    if name == COMPACT:  # `_estimated` yields its parameter counts
         return
     about |= {"corpus": "", "context": None, "stride": None, "data_sha256": ""}
     sizes = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
@@ -301,7 +304,7 @@ def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 
 
 def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield word perplexity, the loss in other views and the accuracy of each task of one model."""
+    """Yield one model's word perplexity, its loss with other windows and its score on each task."""
     name, score = measured.name, measured.score
     if score.word_perplexity is not None:
         about = _common(measured, sources, windows=True)
@@ -325,7 +328,10 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 
 
 def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the figures of what a model wrote; those of human text only once, from our own model's report."""
+    """Yield the metrics of the text that a model generated.
+
+    The metrics of human text are the same in all reports, so only the compact model's report yields them.
+    """
     about = _common(measured, sources)
     for way, figures in measured.score.text.statistics.items():
         if way == "human" and measured.name != COMPACT:
@@ -337,7 +343,7 @@ def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 
 
 def _flagged_and_clean(measured: Measured, sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
-    """Yield the loss on documents that are flagged as leaked or duplicated, and on the clean ones."""
+    """Yield the loss on documents flagged as leaked or duplicated, and the loss on all other documents."""
     totals = measured.totals
     if not sources.flagged:
         return
@@ -357,7 +363,7 @@ def _flagged_and_clean(measured: Measured, sources: Sources, likelihood: Likelih
 
 
 def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likelihood) -> Evidence:
-    """Return our model's perplexity over a baseline's, paired by document."""
+    """Return the ratio of the compact model's perplexity to a baseline's, paired by document."""
     compact = sources.compact
     ours, theirs = compact.totals, baseline.totals
     scored = ours.tokens > 0
@@ -371,7 +377,7 @@ def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likeliho
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield McNemar's p-value of each task that our model and the baseline did on the same items."""
+    """Yield McNemar's p-value for each task that both models, compact and baseline, did on the same items."""
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
     about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"

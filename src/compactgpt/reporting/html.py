@@ -1,8 +1,8 @@
-"""The record as reports/index.html, and all files that are made from the record.
+"""Render the record as reports/index.html and as all other files of the comparison.
 
-The page is one file: it needs no network, no script and no other file. Each language is an <article>; two
-radio buttons and a style rule show one of them. Plots are inline SVG whose colours are the page's variables.
-Every number shows its source in place, and links to its row in the last table.
+The page is one file that needs no network, no script and no other file. Each language is an <article>. Two
+radio buttons and a CSS rule select the visible <article>. Plots are inline SVG and use the page's CSS
+variables as colours. Every number shows its source, and links to its row in the page's last table.
 """
 
 import json
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 RECORD = "evidence.json"
 PAGE = "index.html"
 MARKS = {"holds": "✓", "fails": "✗", "open": "?", "waits": "…"}
-SECTIONS = {  # by whether the record is about the note
+SECTIONS = {  # order of the sections; True: the record checks the note
     True: ("table", "demo", "claims", "samples", "data", "sources"),
     False: ("demo", "samples", "data", "table", "claims", "sources"),
 }
-HASH_DIGITS = 10  # of a hash on the page; evidence.json has all of them
+HASH_DIGITS = 10  # digits of a hash that the page shows; evidence.json has the full hash
 
 
 def render_page(record: Record, default: Language = "en") -> str:
     """Render the record as one HTML file.
 
     Args:
-        record: the comparison's.
-        default: the language that is shown first.
+        record: the comparison's record.
+        default: the language that is visible when the page opens.
     """
     template = html_environment().get_template("report.html.j2")
     return template.render(
@@ -66,17 +66,17 @@ def _draw_plot(view: View, name: str, label: str) -> "Markup":
 
 
 def render_files(record: Mapping[str, Any], language: Language) -> dict[str, bytes]:
-    """Render the record as all of the comparison's files.
+    """Render all files of the comparison.
 
     Args:
-        record: the comparison's.
-        language: of the Markdown, the pictures and the page's first view.
+        record: the comparison's record.
+        language: the language of the Markdown and the plots, and the first visible language of the page.
 
     Returns:
-        Content by file name, the record itself included.
+        The content of each file by file name, including the record itself.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # with sorted keys, as all later readers of the file have it
+    record = json.loads(content)  # sort the keys, as in the written file
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),

@@ -1,4 +1,4 @@
-"""The record as reports/comparison.md, and the tables that README.md and docs/note.md quote."""
+"""Render reports/comparison.md, and the tables that README.md and docs/note.md contain."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def render_comparison(record: Record, language: Language = "en") -> str:
 
 
 def render_quoted_tables(record: Record) -> dict[str, str]:
-    """Return the tables that README.md quotes, by name, in English."""
+    """Return the tables that README.md contains, in English, by name."""
     macros: Any = markdown_environment().get_template("macros.md.j2").make_module({"view": View(record)})
     tables = {
         "note": macros.note_table(),
@@ -31,7 +31,7 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
 
 
 def render_claims(claims: Sequence[Claim]) -> str:
-    """Return the table of docs/note.md: each claim with its quote, its translation and its range."""
+    """Return the table of docs/note.md: each claim with its quote, translation and claimed interval."""
     rows = []
     for claim in claims:
         decided = "a human reading" if isinstance(claim.judged, ByHand) else claim.judged.by
@@ -47,11 +47,11 @@ def render_claims(claims: Sequence[Claim]) -> str:
 
 
 def replace_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Return a page with the tables that it quotes replaced.
+    """Replace the named tables in a Markdown page and return the page.
 
     Args:
-        page: text with pairs of lines `<!-- table NAME -->` and `<!-- end -->`.
-        tables: Markdown by name; a table of any other name is left as it is.
+        page: Markdown; a table is between the lines `<!-- table NAME -->` and `<!-- end -->`.
+        tables: the new Markdown tables by name. Tables with other names do not change.
     """
 
     def replace(found: re.Match[str]) -> str:

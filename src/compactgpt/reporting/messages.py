@@ -1,4 +1,4 @@
-"""The words of the reports in English and French: templates/en.yaml and templates/fr.yaml."""
+"""Load the messages of the reports in English and French from templates/en.yaml and templates/fr.yaml."""
 
 import re
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @lru_cache
 def load_messages(language: Language) -> Mapping[Section, Mapping[str, str]]:
-    """Return the words of a language, by section and key."""
+    """Return all messages of a language, by section and key."""
     sections: Mapping[Section, Mapping[str, str]] = read_yaml(TEMPLATES / f"{language}.yaml")
     return sections
 
 
 def translate_phrase(language: Language, sentence: str) -> str:
-    """Return an English sentence of the record in a language; an unknown sentence is returned unchanged."""
+    """Translate an English sentence of the record; return a sentence without a translation unchanged."""
     for key, english in load_messages("en")["phrases"].items():
-        # A placeholder `{name}` of the English sentence matches any text.
+        # A placeholder `{name}` in the English phrase matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
         if found := re.fullmatch(pattern, sentence):
             return load_messages(language)["phrases"][key].format(**found.groupdict())

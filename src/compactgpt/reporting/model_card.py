@@ -1,4 +1,4 @@
-"""The record as a model card in Hugging Face's form: Markdown after YAML that the hub reads."""
+"""Render the record as a Hugging Face model card: YAML metadata, then Markdown."""
 
 import re
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ _METRICS = {
 
 
 def render_model_card(record: Record) -> str:
-    """Render the record as the README.md of a model of ours, in English.
+    """Render the model card of the compact model, in English.
 
-    The metadata follows huggingface.co/docs/hub/model-cards: JSON is YAML, so each key is one line of it.
+    The metadata follows huggingface.co/docs/hub/model-cards. JSON is valid YAML, so each value is written as
+    JSON on one line.
     """
     from markupsafe import Markup
 
@@ -59,26 +60,26 @@ def _metadata(view: View) -> dict[str, Any]:
 
 
 def _datasets(data: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the data sets of the hub that the corpus was made from; its sources are `owner/name/split`."""
+    """Return the Hugging Face data sets of the corpus, whose sources have the form `owner/name/split`."""
     if data["corpus"] != "hub":
         return {}
     return {"datasets": sorted({printable(one["name"].rpartition("/")[0]) for one in data["sources"]})}
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Read the model card of a model, if the card names the weights of that model.
+    """Read a model's card, if the card contains the hash of that model's weights.
 
     Args:
-        model: folder of a model of ours.
-        card: reports/model_card.md.
+        model: the model's folder, with a manifest.
+        card: the path of reports/model_card.md.
 
     Returns:
-        The text and "", or "" and the reason why the model has no card.
+        The card and "", or "" and the reason why no card belongs to the model.
     """
     if not card.is_file():
-        return "", f"{card} is missing (`dvc repro comparison` makes it)"
+        return "", f"{card} is missing: run `dvc repro comparison` to create it"
     text = card.read_text(encoding="utf-8")
     named = re.search(r"SHA-256 of the weights as trained: `([0-9a-f]{64})`", text)
     if named is None or named[1] != read_manifest(model)["files"]["model.safetensors"]["sha256"]:
-        return "", f"{card} is of other weights than {model}"
+        return "", f"{card} is the card of other weights than those in {model}: run `dvc repro comparison`"
     return text, ""

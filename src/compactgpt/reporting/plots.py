@@ -1,9 +1,8 @@
-"""The record's plots, as PNG (for Markdown and MLflow) and as SVG for the page.
+"""Draw the record's plots as PNG for Markdown and MLflow, and as SVG for the HTML page.
 
-Each plot is one function that draws on given axes. PNG has the light palette. In SVG the palette's colours
-become CSS variables of the page, so that one picture serves light and dark, and text is still text in the
-page's own font. Equal records give equal bytes: nothing depends on the clock, the user's settings or the
-library's version string.
+One function draws each plot on matplotlib axes. PNG uses the light palette. SVG uses the page's CSS variables
+as colours, so one SVG serves the light and the dark theme. Text in SVG stays text, in the page's font.
+Equal records give equal bytes: the output has no date and no version, and ignores the user's settings.
 """
 
 import io
@@ -17,7 +16,7 @@ from compactgpt.common.errors import printable
 from compactgpt.reporting.messages import TEMPLATES, Language
 from compactgpt.reporting.tables import COMPACT, Item, Record, View, localized, show
 
-# Names of the page's CSS variables, and their colours in PNG.
+# Name of each CSS variable of the page -> its colour in PNG.
 COLOURS = {
     "ink": "#1b1b1a",
     "muted": "#6b6963",
@@ -28,13 +27,13 @@ COLOURS = {
     "paper": "#fffefb",
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
-LONGEST_LABEL = 30  # characters of a name at the edge of a plot
-MOST_TICKS = 8  # of a logarithmic axis: more would touch each other
+LONGEST_LABEL = 30  # maximum number of characters of a label next to an axis
+MOST_TICKS = 8  # maximum number of ticks on a logarithmic axis; the labels of more ticks would overlap
 Axes = Any
 
 
 def _loss(view: View, axes: Axes) -> None:
-    """Draw the loss curve, the interval expected before the run, and the final loss."""
+    """Draw the loss curves, the intervals of the expected loss, and the final loss."""
     curve = view.record["curve"]
     last = curve[-1]["step"]
     for share, alpha in (("95", 0.55), ("80", 1.0)):
@@ -47,7 +46,7 @@ def _loss(view: View, axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width)
     _label_curves(view, axes, curve)
     final = view.evidence["compact.loss"]
-    # A percentile interval of few documents may not contain the value itself.
+    # With few documents, a percentile interval may not contain the value. Error bars must not be negative.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
@@ -58,7 +57,7 @@ def _loss(view: View, axes: Axes) -> None:
 
 
 def _label_curves(view: View, axes: Axes, curve: list[Mapping[str, float]]) -> None:
-    """Write the names of the two curves where they are furthest apart."""
+    """Label the two loss curves at the step where they are furthest apart."""
     rows = [row for row in curve[1:] if row["train_loss"] is not None and row["val_loss"] is not None]
     if not rows:
         return
@@ -78,7 +77,7 @@ def _annotate(
 def _draw_rows(
     view: View, axes: Axes, items: Sequence[Item], names: Sequence[str], highlighted: Sequence[int] = ()
 ) -> None:
-    """Draw one row for each item: a dot with its interval, and the value at the right edge."""
+    """Draw one row for each item: a dot, its interval, and the formatted value at the right edge."""
     for row, item in enumerate(items):
         colour = DEMO if row in highlighted else INK
         if item["low"] is not None:
@@ -89,7 +88,7 @@ def _draw_rows(
 
 
 def _write_value(view: View, axes: Axes, row: int, value: float, unit: str, colour: str) -> None:
-    """Write a value right of the axes."""
+    """Write a formatted value to the right of the axes."""
     text = show(value, unit, view.language)
     axes.text(1.02, row, text, color=colour, va="center", transform=axes.get_yaxis_transform())
 
@@ -101,13 +100,13 @@ def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) ->
 
 
 def _label(name: str) -> str:
-    """Return a name, cut to LONGEST_LABEL characters."""
+    """Shorten a name to at most LONGEST_LABEL characters."""
     name = printable(name)
     return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
-    """Draw the bits per byte of every measured model."""
+    """Draw each measured model's bits per byte."""
     items = sorted((view.evidence[f"{name}.bits_per_byte"] for name in view.models), key=_value)
     names = [item["model"] for item in items]
     _draw_rows(view, axes, items, names, [names.index(COMPACT)])
@@ -120,7 +119,7 @@ def _value(item: Item) -> float:
 
 
 def _ratio(view: View, axes: Axes) -> None:
-    """Draw the perplexity of the compact model over that of each baseline."""
+    """Draw the ratio of the compact model's perplexity to each baseline's perplexity."""
     found = {name: view.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"] for name in view.baselines}
     names = sorted(found, key=lambda name: _value(found[name]))
     items = [found[name] for name in names]
@@ -133,25 +132,25 @@ def _ratio(view: View, axes: Axes) -> None:
     axes.set_xticks(ticks, [show(t, "", view.language) for t in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlim(low, high)
-    # At the ends of the axis, not at 1: where 1 is near an end, a word next to it would leave the picture.
+    # Put the words at the ends of the axis: next to a 1 near the edge, they would not fit into the plot.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at most MOST_TICKS round numbers within a logarithmic axis: 1, 2, 5, or powers of ten."""
+    """Return at most MOST_TICKS ticks between two limits: 1, 2, 5 times powers of ten, or only the powers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [digit * 10.0**n for n in decades for digit in (1, 2, 5) if low <= digit * 10.0**n <= high]
     if len(fine) <= MOST_TICKS:
         return fine
     powers = [n for n in decades if low <= 10.0**n <= high]
     step = math.ceil(len(powers) / MOST_TICKS)
-    return [10.0**n for n in powers if n % step == 0]  # 1 is always one of them
+    return [10.0**n for n in powers if n % step == 0]  # keeps the tick 1
 
 
 def _positions(view: View, axes: Axes) -> None:
-    """Draw the loss by position in the window, each model in its own tokens."""
+    """Draw each model's loss by position in the window, per token of the model's tokenizer."""
     axes.set_xscale("log", base=2)
     last = 1
     ends: list[tuple[float, str, str, int]] = []
@@ -174,9 +173,9 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
-    """Write the name of each line at its end; names that would touch are moved apart, upwards."""
+    """Label each line at its right end, and move labels up if they would overlap."""
     low, high = axes.get_ylim()
-    line = 0.07 * (high - low)  # height of a line of text
+    line = 0.07 * (high - low)  # height of a label, in units of the y axis
     previous = -math.inf
     for value, name, colour, x in sorted(ends):
         height = max(value, previous + line)
@@ -186,7 +185,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw the intervals of each run with the measured loss, then the runs that the rule was tested on."""
+    """Draw expected and measured loss: of the compact and the note's run, then of the calibration runs."""
     runs = [(COMPACT, f"{COMPACT}.loss")]
     names = [view.say("run_here", corpus=view.corpus)]
     if view.about_note:
@@ -223,7 +222,7 @@ def _draw_loss(view: View, axes: Axes, row: int, loss: float, colour: str, *, fi
 
 
 def _repetition(view: View, axes: Axes) -> None:
-    """Draw the share of repeated 4-grams: of each model by decoding strategy, and of human text."""
+    """Draw the share of repeated 4-grams in each model's text, by decoding strategy, and in human text."""
     rows = []
     for name, item in view.evidence.items():
         model, _, figure = name.partition(".text.")
@@ -247,19 +246,19 @@ PLOTS: dict[str, Callable[[View, Axes], None]] = {
     "calibration": _calibration,
     "repetition": _repetition,
 }
-HEIGHTS = {  # inches; one more row of `calibration` for each run that the rule was tested on
+HEIGHTS = {  # inches; `calibration` is higher by ROW_HEIGHT for each calibration run
     "loss": 3.4, "ratio": 2.9, "bits_per_byte": 3.0, "positions": 3.2, "calibration": 2.2, "repetition": 3.0,
 }  # fmt: skip
 ROW_HEIGHT = 0.22
 
 
 def draw_png(record: Record, name: str, language: Language = "en") -> bytes:
-    """Draw one plot as PNG, without the library's version and the date.
+    """Draw one plot as PNG, without matplotlib's version in the metadata.
 
     Args:
-        record: the comparison's.
-        name: one of PLOTS.
-        language: of the labels.
+        record: the comparison's record.
+        name: a key of PLOTS.
+        language: the language of the labels.
     """
     return _draw(record, name, language, "png", metadata={"Software": None}, dpi=130)
 
@@ -268,20 +267,20 @@ def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
     """Draw one plot as an <svg> element for the page.
 
     Args:
-        record: the comparison's.
-        name: one of PLOTS.
-        language: of the labels.
-        label: what the plot shows, for readers who can't see it.
+        record: the comparison's record.
+        name: a key of PLOTS.
+        language: the language of the labels.
+        label: a description of the plot for screen readers.
     """
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = _draw(record, name, language, "svg", metadata=nothing).decode()
     body = text[text.index("<svg") :].strip()
     for variable, colour in COLOURS.items():
         body = body.replace(colour, f"var(--{variable})")
-    prefix = f"{language}-{name}-"  # the page holds many pictures, and their ids must differ
+    prefix = f"{language}-{name}-"  # the page has many plots, and each id must be unique
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would hold for the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would apply to the whole page
     body = re.sub(r" font-family: [^;\"]*;", "", body)
     box = re.search(r'viewBox="[^"]*"', body)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}" stroke-linejoin="round">'
@@ -294,7 +293,7 @@ def _draw(record: Record, name: str, language: Language, form: str, **options: A
 
     buffer = io.BytesIO()
     salt = {"svg.hashsalt": f"{name}-{language}"}
-    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # over the library's defaults
+    style = matplotlib.rc_params_from_file(TEMPLATES / "plots.mplstyle")  # includes matplotlib's defaults
     with matplotlib.rc_context({**style, **salt}):
         figure = make_figure(View(record, language), name)
         FigureCanvasAgg(figure)
@@ -303,7 +302,7 @@ def _draw(record: Record, name: str, language: Language, form: str, **options: A
 
 
 def make_figure(view: View, name: str) -> Any:
-    """Return the matplotlib figure of one of PLOTS."""
+    """Return the matplotlib figure of the plot `name`, a key of PLOTS."""
     from matplotlib.figure import Figure
 
     rows = len(view.record["calibration"]) if name == "calibration" else 0
@@ -316,10 +315,10 @@ def make_figure(view: View, name: str) -> Any:
 
 
 def _localize_ticks(axis: Any, language: Language) -> None:
-    """Write the ticks of a linear axis with the number marks of the language."""
+    """Format the tick labels of a linear axis in the number format of a language."""
     from matplotlib.ticker import FuncFormatter, ScalarFormatter
 
     own = axis.get_major_formatter()
     if isinstance(own, ScalarFormatter):
         axis.set_major_formatter(FuncFormatter(lambda x, tick: localized(own(x, tick), language)))
-        axis.get_major_formatter().set_locs = own.set_locs  # matplotlib asks it how many digits are needed
+        axis.get_major_formatter().set_locs = own.set_locs  # to choose the number of digits

@@ -1,7 +1,7 @@
-"""Where a value comes from: the code of its stage, what the stage read, and the commit of its dvc.lock entry.
+"""Trace a value of the record to its stage's code, its input files and the commit of its dvc.lock entry.
 
-Reports hold nothing that differs between identical runs, so neither commits nor run ids. They hold the hash
-of the stage's code; `compactgpt trace` finds the rest.
+Identical runs must write identical reports, so reports contain no commit and no run id. They contain the hash
+of the stage's code. `compactgpt trace` finds the input files and the commit.
 """
 
 import ast
@@ -18,8 +18,8 @@ from compactgpt.common.storage import sha256_file
 from compactgpt.tracking.dvc_files import deps, entries_of, outs, stages_before
 
 RECORD = Path("reports/evidence.json")
-# Modules whose edit changes no output of a stage: they hold messages, progress and what MLflow logs.
-# DVC tracks what config.py reads value by value, as params.
+# Modules that can't change a stage's output: they write messages, progress and MLflow logs.
+# config.py only reads params.yaml, and DVC tracks the values of params.yaml as params.
 UNTRACKED = {
     "common/console",
     "common/errors",
@@ -31,10 +31,10 @@ UNTRACKED = {
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Hash the code of each stage: its script and the modules that it imports.
+    """Return a hash of each stage's code: the stage script and the modules that it imports.
 
     Returns:
-        By stage, SHA-256 of lines `<SHA-256 of the file>  <path>` in the order of the paths.
+        By stage, the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
     for script in sorted((root / "stages").glob("[!_]*.py")):
@@ -46,7 +46,7 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def stage_modules(root: Path, script: Path) -> set[str]:
-    """Return the modules that a stage script imports, also through others, such as `common/escaping`."""
+    """Return the modules that a stage script imports, directly or indirectly, such as `common/escaping`."""
     seen: set[str] = set()
     todo = imported_modules(root, script) - UNTRACKED
     while todo:
@@ -57,10 +57,10 @@ def stage_modules(root: Path, script: Path) -> set[str]:
 
 
 def imported_modules(root: Path, path: Path) -> set[str]:
-    """Return the modules of the package that a file imports, at its top or inside its functions."""
+    """Return the modules of compactgpt that a file imports, at its top or inside functions."""
     found = set()
     for name in _imported_names(path.read_bytes()):
-        # `from compactgpt.a import b`: b is a module of the folder a, or something in the module a
+        # In `from compactgpt.a import b`, b is a module of the package a, or a name in the module a.
         candidates = (name, name.rpartition("/")[0])
         modules = [one for one in candidates if one and (root / f"src/compactgpt/{one}.py").is_file()]
         found.update(modules[:1])
@@ -69,7 +69,7 @@ def imported_modules(root: Path, path: Path) -> set[str]:
 
 @lru_cache(maxsize=256)
 def _imported_names(source: bytes) -> frozenset[str]:
-    """Return what a file imports from the package: `a/b` for `from compactgpt.a import b`."""
+    """Return the names that Python source imports from compactgpt: `a/b` for `from compactgpt.a import b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -81,33 +81,33 @@ def _imported_names(source: bytes) -> frozenset[str]:
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a value of evidence.json.
+    """Return the value with the id `name` from reports/evidence.json.
 
     Raises:
-        MissingInput: there is no value of that name; the message has similar names.
+        MissingInput: no value has this id; the message lists similar ids.
     """
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
         similar = [known for known in values if name in known or known.rpartition(".")[0] == name][:8]
-        hint = f"there are {', '.join(similar)}" if similar else "reports/comparison.csv lists all values"
-        raise MissingInput(f"no value is called {name}; {hint}")
+        hint = f"similar ids: {', '.join(similar)}" if similar else "reports/comparison.csv lists all values"
+        raise MissingInput(f"no value has the id {name}; {hint}")
     return values[name]
 
 
 def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
-    """Return where a value comes from, as pairs of a label and what was found: report, stage, files, commit.
+    """Return the origin of a value, as (label, text) pairs: report, stage, hashes, files, commit.
 
     Raises:
-        MissingInput: there is no such value, or no dvc.lock.
-        BadData: dvc.lock does not have the stage.
+        MissingInput: the record has no such value, or dvc.lock is missing.
+        BadData: dvc.lock has no entry for the value's stage.
     """
     value = find_value(record, name)
     lock, stage = root / "dvc.lock", value["stage"]
     if not lock.exists():
-        raise MissingInput("dvc.lock is missing: run `dvc repro` to make it")
+        raise MissingInput("dvc.lock is missing: run `dvc repro` to create it")
     entry = entries_of(lock.read_bytes()).get(stage)
     if entry is None:
-        raise BadData(f"dvc.lock has no stage {stage}: run `dvc repro` to run it")
+        raise BadData(f"dvc.lock has no stage {stage}: run `dvc repro {stage}`")
     lines = [
         ("value", f"{value['value']!r} {value['unit']}, {value['known']}"),
         ("source", value["source"]),
@@ -125,7 +125,7 @@ def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, s
 
 
 def find_lock_commit(root: Path, stage: str) -> str:
-    """Return the commit that last changed a stage's lines in dvc.lock: hash, day, subject."""
+    """Return the commit that last changed a stage's entry in dvc.lock: its hash, date and subject."""
     block = _stage_lines((root / "dvc.lock").read_text(encoding="utf-8"), stage)
     try:
         if _stage_lines(git_text(root, "show", "HEAD:dvc.lock") + "\n", stage) != block:

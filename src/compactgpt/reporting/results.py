@@ -1,10 +1,10 @@
-"""The results store: what finished experiments measured, results/<experiment>.json, small and in git.
+"""The results store: the measured values of each finished experiment, results/<experiment>.json, in git.
 
-params.yaml and reports/ hold one run at a time. `compactgpt experiment record NAME` keeps what the reports
-say of an experiment's run under the experiment's name: `compact.loss` of the experiment `note` becomes
-`note.loss`, and GPT-2 measured in the same run `gpt2.note.loss`. The comparison takes these values into its
-record, where the note's claims wait for them. Sums by document are kept too, so that two experiments on the
-same text can be compared in pairs.
+params.yaml and reports/ describe one run at a time. `compactgpt experiment record NAME` copies the measured
+values of a run from reports/ into results/NAME.json, under the experiment's name. For the experiment `note`,
+`compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The comparison adds the stored
+values to its record and judges the note's claims by them. The store also keeps per-document losses, so that
+two experiments on the same documents can be compared document by document.
 """
 
 import hashlib
@@ -25,24 +25,24 @@ from compactgpt.forecast.model_size import count_parameters
 
 FOLDER = Path("results")
 COMPACT = "compact"
-SWEEP_FILE = "ladder"  # results of a sweep: has another form, see compactgpt.forecast.sweep
-# id of the ratio of two experiments' perplexities on the same text -> the two experiments
+SWEEP_FILE = "ladder"  # the sweep's results have another format, see compactgpt.forecast.sweep
+# id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# Where a run may differ from its experiment: machine, baselines, start, the user's own paths.
+# Parameters in which a run may differ from its experiment: machine, baselines, initial weights, user paths.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Figures of greedy text that claims compare with GPT-2's: name in the ratio's id -> name of the figure.
+# Metrics of greedy text that claims compare with GPT-2: name in the ratio's id -> name of the metric.
 COMPARED_TEXT = {"repetition": "seq_rep_4", "distinct_2": "distinct_2", "length": "tokens"}
 
 
 class Documents(Section):
-    """Sums by document of the val split, in its order."""
+    """Total loss and number of tokens of each document, in the order of the val split."""
 
     ids_sha256: Sha256
     nats: tuple[float, ...]
@@ -50,7 +50,7 @@ class Documents(Section):
 
 
 class Forecast(Section):
-    """The loss expected before the run, and whether the measured loss was in its intervals."""
+    """The loss expected before the run, and whether its intervals contain the measured loss."""
 
     expected_loss: ExpectedLoss
     inside_80: bool
@@ -58,31 +58,31 @@ class Forecast(Section):
 
 
 class Result(Section):
-    """One file of results/."""
+    """The content of one file in results/."""
 
     experiment: Name
     params: dict[str, Any]  # the sections `model` and `training`, and the corpus
-    data_sha256: Sha256  # of the val split
+    data_sha256: Sha256  # hash of the val split's token file
     forecast: Forecast
     documents: Documents
-    evidence: tuple[dict[str, Any], ...]  # values of the record, under the experiment's name
+    evidence: tuple[dict[str, Any], ...]  # measured values, with the experiment's name in their ids
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read the results of a folder, by name; return nothing where there is no folder.
+    """Read all results in a folder, sorted by name. Without the folder, return no results.
 
     Raises:
-        BadConfig: one of the files is damaged.
+        BadConfig: a file is not valid JSON, or its fields are not those of `Result`.
     """
     paths = sorted(path for path in folder.glob("*.json") if path.stem != SWEEP_FILE)
     return tuple(load_section(path, Result) for path in paths)
 
 
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
-    """Write what reports/ says of the run of an experiment as results/NAME.json, and return the path.
+    """Write the measured values of an experiment's run to results/NAME.json and return the path.
 
     Raises:
-        BadConfig: params.yaml is not that experiment, or the reports are of another run.
+        BadConfig: params.yaml does not contain the experiment, or reports/ describes another run.
         MissingInput: a report is missing.
     """
     params = _check_experiment(name, root / "params.yaml", conf)
@@ -106,9 +106,9 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 
 def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
-    """Return the parameters, which must be those of the experiment."""
+    """Return the content of params.yaml; raise BadConfig if it differs from the experiment."""
     if experiments.find_experiment(name, conf).sweep:
-        raise BadConfig(f"{name} is a sweep: `compactgpt experiment fit {name}` keeps its runs")
+        raise BadConfig(f"{name} is a sweep: `compactgpt experiment fit {name}` stores its runs")
     changes = experiments.apply(name, params_file, conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
         raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
@@ -116,19 +116,19 @@ def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
 
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
-    """Return the sums by document, in the val split's order; nats are rounded to a millionth."""
+    """Return the per-document losses, in the order of the val split, in nats rounded to 6 decimals."""
     digest = hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
     return Documents(ids_sha256=digest, nats=tuple(round(n, 6) for n in nats), tokens=tuple(tokens))
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return the measured values of a record under the name of an experiment.
+    """Return the result of an experiment: the measured values of a record, with renamed ids.
 
     Args:
-        name: the experiment.
-        record: reports/evidence.json.
-        params: what the record was made from.
-        documents: our model's sums.
+        name: the name of the experiment.
+        record: the content of reports/evidence.json.
+        params: the parameters of the run that the record describes.
+        documents: the compact model's per-document losses.
     """
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
@@ -150,7 +150,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a value with the id and the model that it has under the experiment's name."""
+    """Return a copy of a value, with the experiment's name in its id, report and source."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
@@ -158,7 +158,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # A name may be the beginning of another one, with a dot: the longest is meant.
+        # A baseline's name and a dot may begin another baseline's name: the longest match is the owner.
         owners = [other for other in baselines if item["id"].startswith(f"{other}.")]
         owner = max(owners, key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
@@ -168,7 +168,11 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what claims ask for and no stage reports: the gap of val and train, and text against GPT-2's."""
+    """Yield values that claims need and no stage reports.
+
+    These values are the generalisation gap, val loss minus train loss, and the ratios of the text metrics to
+    GPT-2's.
+    """
     by_id = {item["id"]: item for item in kept}
     last = curve[-1]
     if last["val_loss"] is not None and last["train_loss"] is not None:
@@ -188,7 +192,7 @@ def _derive(
                 "id": f"ratio.{name}_to_gpt2.{quantity}",
                 "unit": "ratio",
                 "value": ours["value"] / theirs["value"],
-                # the widest ratio that the two intervals allow
+                # the smallest and the largest ratio of values within the two intervals
                 "low": max(ours["low"], 0.0) / theirs["high"],
                 "high": ours["high"] / theirs["low"],
                 "source": f"{ours['id']} over {theirs['id']}",
@@ -196,7 +200,7 @@ def _derive(
 
 
 def compare_results(results: Sequence[Result], resamples: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the ratios of the perplexities of two experiments on the same text, paired by document."""
+    """Yield the perplexity ratio of each pair in PAIRS that was measured on the same documents."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)

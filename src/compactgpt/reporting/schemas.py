@@ -1,6 +1,6 @@
-"""What the comparison and the gate read of other stages' reports, with types, and the reader of all of it.
+"""Typed schemas of the reports that the comparison and the gate read, and the functions that read them.
 
-A report that lacks a field, or that scores other text, is refused with the command that repairs it.
+If a report lacks a field or scores other documents, the error names the command that repairs the report.
 """
 
 import csv
@@ -24,7 +24,7 @@ COMPACT = "compact"
 
 
 class Report(BaseModel):
-    """The fields that are read of a report; its other fields are ignored."""
+    """Base class of the schemas. A schema has the fields that are used and ignores all other fields."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -49,7 +49,7 @@ class _Model(Report):
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
-    # the hash of a file or of a folder, whichever the model's kind has
+    # A model has one of two hashes, depending on its kind: of one file, or of all weight files.
     sha256: str = ""
     weights_sha256: str = ""
 
@@ -69,8 +69,8 @@ class _View(Report):
 
 
 class _Position(Report):
-    first: int  # positions of the window from `first` to `last`, counted from 1
-    last: int
+    first: int  # first position of the range in the window, counted from 1
+    last: int  # last position of the range, included
     tokens: int
     loss: Bounds
 
@@ -83,12 +83,12 @@ class _WikiText(Report):
 
 
 class Task(Report):
-    """Questions with one right answer each, or WikiText by its protocols."""
+    """Results of one task: the accuracy on questions, or the perplexity on WikiText by protocol."""
 
     items_sha256: str = ""
     accuracy: Bounds | None = None
-    hits: str = ""  # a 1 for each right answer, a 0 for each wrong one
-    sha256: str = ""  # of WikiText's file
+    hits: str = ""  # "1" for each right answer, "0" for each wrong answer
+    sha256: str = ""  # hash of the WikiText file
     no_overlap: _WikiText | None = None
     strided: _WikiText | None = None
     per_word: _WikiText | None = None
@@ -100,21 +100,21 @@ class _Written(Report):
 
 class _Sample(Report):
     prompt: str
-    document: str | None  # id of the document that begins with the prompt, if one does
+    document: str | None  # id of the val document that begins with the prompt, or None
     greedy: _Written | None = None
     top_k: _Written | None = None
     nucleus: _Written | None = None
 
 
 class Text(Report):
-    """What a model wrote: figures by decoding strategy, and samples. Also reports/samples.json."""
+    """Generated text: metrics by decoding strategy, and samples. Also the schema of reports/samples.json."""
 
     statistics: dict[str, dict[str, Bounds | None]] = {}
     samples: list[_Sample] = []
 
 
 class Score(Report):
-    """reports/evaluation.json and reports/baseline/<name>.json."""
+    """Schema of reports/evaluation.json and reports/baseline/<name>.json."""
 
     model: _Model
     validation: _Split
@@ -138,7 +138,7 @@ class _Expectation(Report):
 
 
 class Inspection(Report):
-    """reports/inspection.json and reports/validation.json, which flags no documents."""
+    """Schema of reports/inspection.json, and of reports/validation.json, which flags no documents."""
 
     flagged: list[_Flag] = []
     expectations: list[_Expectation] = []
@@ -150,7 +150,7 @@ class _Tokenizer(Report):
 
 
 class Tokenized(Report):
-    """reports/tokenization.json."""
+    """Schema of reports/tokenization.json."""
 
     tokenizer: _Tokenizer
     train: _Split
@@ -159,17 +159,17 @@ class Tokenized(Report):
 
 class _CorpusPart(Report):
     name: str
-    version: str | None = None  # a user's file has no version and no licence
+    version: str | None = None  # None for a user's own file, as is the licence
     licence: str | None = None
     documents: int | None = None
     bytes: int | None = None
 
 
 class Downloaded(Report):
-    """reports/download.json."""
+    """Schema of reports/download.json."""
 
     corpus: str
-    name: str  # of the corpus, for readers
+    name: str  # display name of the corpus
     documents: int
     bytes: int
     left_out: dict[str, int] = {}
@@ -177,7 +177,7 @@ class Downloaded(Report):
 
 
 class Trained(Report):
-    """reports/training.json."""
+    """Schema of reports/training.json."""
 
     tokens: int
     train_loss: float
@@ -203,7 +203,7 @@ class _Shape(Report):
 
 
 class Forecast(Report):
-    """One of the two runs of reports/estimate.json."""
+    """Schema of one of the two runs in reports/estimate.json."""
 
     parameters: _Sizes
     model: _Shape
@@ -221,9 +221,9 @@ class _OwnForecast(Forecast):
 
 
 class _Check(Report):
-    name: str  # of a published run
+    name: str  # name of the published run
     measured: float
-    value: float  # what the rule predicts for this run from the others
+    value: float  # the loss of this run, predicted from the other published runs
     low_80: float
     high_80: float
     low_95: float
@@ -231,7 +231,7 @@ class _Check(Report):
 
 
 class Estimates(Report):
-    """reports/estimate.json."""
+    """Schema of reports/estimate.json."""
 
     compact: _OwnForecast  # the run of params.yaml
     note: Forecast
@@ -240,7 +240,7 @@ class Estimates(Report):
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's score, and the sums by document that it was made from, each with its path."""
+    """One model's report and its per-document losses, each with its path."""
 
     name: str
     source: str
@@ -251,7 +251,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that the record is made from."""
+    """All inputs of the record."""
 
     claims: Claims
     published: Published
@@ -260,17 +260,17 @@ class Sources:
     curve: list[dict[str, float | None]]
     compact: Measured
     baselines: list[Measured]
-    samples: list[_Sample]  # of our model
+    samples: list[_Sample]  # the compact model's samples
     download: Downloaded
     tokenization: Tokenized
-    inspections: dict[str, Inspection]  # of the documents and of the token files, by stage
-    weights_sha256: str  # of our model
+    inspections: dict[str, Inspection]  # by stage: `validation` and `inspection`
+    weights_sha256: str  # hash of the compact model's weights
     code: dict[str, str]  # SHA-256 of each stage's code
-    results: tuple[Result, ...]  # of earlier experiments
+    results: tuple[Result, ...]  # the results store
 
     @property
     def flagged(self) -> frozenset[str]:
-        """Ids of documents of val that are leaked or duplicated."""
+        """Ids of val documents that are leaked or duplicated."""
         return frozenset(flag.id for flag in self.inspections["inspection"].flagged)
 
 
@@ -278,23 +278,28 @@ Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the fields that we use of another stage's report.
+    """Read the report of another stage with the schema `kind`.
 
     Raises:
-        MissingInput: there is no such report.
-        BadData: it lacks a field.
+        MissingInput: the report is missing.
+        BadData: the report is not JSON, or a field is missing or has a wrong value.
     """
     try:
         return parse_report(path.read_bytes(), str(path), kind)
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro` to create it") from error
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse the fields that we use of a report.
+    """Parse a report with the schema `kind`.
+
+    Args:
+        content: the bytes of the report.
+        name: the path of the report, for error messages.
+        kind: the schema.
 
     Raises:
-        BadData: it is not JSON, or it lacks a field; the message has `name`, the path of the report.
+        BadData: the report is not JSON, or a field is missing or has a wrong value.
     """
     try:
         return kind.model_validate_json(content)
@@ -305,11 +310,11 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Read the loss curve; a value that was not measured at a step is None.
+    """Read the loss curve. A loss is None at a step where it was not measured.
 
     Raises:
-        MissingInput: there is no such file.
-        BadData: it is not a loss curve.
+        MissingInput: the file is missing.
+        BadData: a column is missing, or a value is not a number.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
@@ -318,24 +323,25 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
                 {key: float(row[key]) if row[key] else None for key in keys} for row in csv.DictReader(file)
             ]
     except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro training` to make it") from error
+        raise MissingInput(f"{path} is missing: run `dvc repro training` to create it") from error
     except (KeyError, ValueError) as error:
         raise BadData(f"{path} is not a loss curve ({error}): delete it and run `dvc repro`") from error
 
 
 def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Iterable[str]) -> Sources:
-    """Read everything that the record is made from.
+    """Read all inputs of the record.
 
     Args:
-        root: folder of claims.yaml, published.yaml, results and the code.
-        reports: folder of the other stages' reports.
-        data: folder of the sums by document.
-        models: folder of our model.
-        names: the baselines that ran.
+        root: the project's folder, with claims.yaml, published.yaml, results/ and the code.
+        reports: the folder of the other stages' reports.
+        data: the folder of the per-document losses.
+        models: the folder of the models.
+        names: the names of the measured baselines.
 
     Raises:
-        MissingInput: one of the files is missing; the message has the command that makes it.
-        BadData, BadConfig: one of them is damaged, or they are of different val splits.
+        MissingInput: a file is missing; the message names the command that creates it.
+        BadData: a report is damaged, or two reports score different documents.
+        BadConfig: claims.yaml, published.yaml or a file in results/ is not valid.
     """
 
     def measured(name: str, report: str, totals: str) -> Measured:
@@ -368,7 +374,7 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Refuse to compare scores of different text or of different windows."""
+    """Raise BadData if two models were scored on different documents or with different windows."""
     ours, theirs = compact.score, other.score
     a, b = compact.totals, other.totals
     different = []
@@ -384,6 +390,6 @@ def _check_same_text(compact: Measured, other: Measured) -> None:
             different.append(f"numbers of items of {task}")
     if different:
         raise BadData(
-            f"{other.source} and {compact.source} can't be compared, they have different "
+            f"{other.source} and {compact.source} can't be compared, because they have different "
             f"{', '.join(different)}: run `dvc repro -s evaluation baseline@{other.name}`"
         )

@@ -1,7 +1,7 @@
-"""The record as rows of cells, for the templates, the terminal and CSV.
+"""Format the record as rows of cells, for the templates, the terminal and CSV.
 
-Nothing is computed here, and only the record is read: each number is one of its values, formatted by
-`show`. The templates, the plots and the model card read the record through a `View`.
+This module computes no values: each number is a value of the record, formatted by `show`. The templates, the
+plots and the model card read the record through a `View`.
 """
 
 import csv
@@ -17,14 +17,14 @@ Record = Mapping[str, Any]
 Item = Mapping[str, Any]  # a value of the record's evidence
 
 COMPACT = "compact"
-COLUMNS = ("compact", "gpt2", "gpt2_xl")  # of the note's table
+COLUMNS = ("compact", "gpt2", "gpt2_xl")  # columns of the note's table
 CLAIMS_COLUMNS = ("claim", "says", "range", "verdict", "because")
 SIZE_COLUMNS = ("parameters_all", "parameters_non_embedding")
 SCORE_COLUMNS = ("val_loss", "val_perplexity", "bits_per_byte")
 MEASURED_COLUMNS = ("model", *SIZE_COLUMNS, "tokens_seen", "seen_context", *SCORE_COLUMNS, "ratio")
 PUBLISHED_COLUMNS = ("model", *SIZE_COLUMNS, "seen_context", "published_text", *SCORE_COLUMNS, "source")
 CARD_COLUMNS = ("model", "parameters_all", "seen_context", *SCORE_COLUMNS)
-# The row of the note's table -> the same quantity of the model that was trained here.
+# Row of the note's table -> quantity of the compact model, in the form `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -32,7 +32,7 @@ TRAINED_HERE = {
     "tokens": "tokens_seen",
     "loss": "loss",
 }
-GROUPS: dict[str, tuple[str, ...]] = {  # of verdicts, for the sentence that sums them up
+GROUPS: dict[str, tuple[str, ...]] = {  # groups of verdicts, for the summary sentence
     "holds": ("confirmed", "supported"),
     "fails": ("contradicted", "self-inconsistent", "misleading"),
     "open": ("inconclusive", "unverifiable"),
@@ -50,8 +50,8 @@ FORMATS = {
     "coefficient": "{:.2f}",
     "probability": "{:.2g}",
 }
-SMALL_RATIO = 0.1  # below it, three decimals would show few digits or none: three significant digits instead
-_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ","})  # a narrow space that does not break
+SMALL_RATIO = 0.1  # ratios below this value are shown with three significant digits, not three decimals
+_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ","})  # \u202f is a narrow no-break space
 CSV_VALUE = (
     "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
     "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
@@ -60,19 +60,19 @@ CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *C
 
 
 def show(value: float, unit: str, language: Language = "en") -> str:
-    """Format one value of the record."""
+    """Format a number in the format of its unit and language."""
     if unit == "ratio" and abs(value) < SMALL_RATIO:
         return localized(f"{value:.3g}", language)
     return localized(FORMATS.get(unit, "{:g}").format(value), language)
 
 
 def localized(number: str, language: Language) -> str:
-    """Return a formatted number with the marks of a language."""
+    """Replace the English separators of a formatted number by those of the language."""
     return number.translate(_FRENCH_MARKS).replace("%", "\u202f%") if language == "fr" else number
 
 
 def show_interval(low: float | None, high: float | None, unit: str, language: Language = "en") -> str:
-    """Format an interval; None is a side without a limit."""
+    """Format an interval. None means no limit at that end; without limits, return an empty string."""
     words = load_messages(language)["text"]
     if low is not None and high is not None:
         ends = (show(low, unit, language), show(high, unit, language))
@@ -91,45 +91,45 @@ def show_evidence(item: Item, language: Language = "en") -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text, and the id of the value that it shows, if it shows one."""
+    """A cell's text, and the id of the value that it shows, or "" for a cell without a value."""
 
     text: str
     id: str = ""
 
 
 class View:
-    """A record, indexed by id, in a language.
+    """Access to the values, claims and messages of a record, formatted in one language.
 
     Raises:
-        BadData: an older version of compactgpt made the record.
+        BadData: an older version of compactgpt wrote the record.
     """
 
     def __init__(self, record: Record, language: Language = "en") -> None:
         if "about_note" not in record:
             raise BadData(
-                "reports/evidence.json is of an older version of compactgpt: run `dvc repro` to make it"
+                "reports/evidence.json is of an older version of compactgpt: run `dvc repro` to update it"
             )
         self.record, self.language = record, language
         self.words = load_messages(language)["text"]
         self.evidence: dict[str, Item] = {item["id"]: item for item in record["evidence"]}
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
-        self.about_note: bool = record["about_note"]  # False: about a corpus of the user's own
+        self.about_note: bool = record["about_note"]  # False: the run used the user's own corpus
         self.models: list[str] = [model["name"] for model in record["models"]["measured"]]
         self.baselines = [name for name in self.models if name != COMPACT]
 
     # --- words and numbers
 
     def say(self, key: str, **values: Any) -> str:
-        """Return a message as plain text, with its values."""
+        """Return the message `key` as plain text, with its placeholders replaced by the values."""
         return self.words[key].replace("*", "").format(**values)
 
     def word(self, section: Section, key: str) -> str:
-        """Return a unit, a verdict or how a value is known, in the reader's language."""
+        """Return the translation of `key` in a section; without a translation, return `key`."""
         return load_messages(self.language)[section].get(key, key)
 
     def phrase(self, sentence: str) -> str:
-        """Return a sentence of the record in the reader's language, if it is translated."""
+        """Translate a sentence of the record; without a translation, return it unchanged."""
         return translate_phrase(self.language, sentence)
 
     def show(self, item: Item) -> str:
@@ -137,23 +137,23 @@ class View:
         return show_evidence(item, self.language)
 
     def number(self, count: float | None) -> str:
-        """Format a count, or return a dash."""
+        """Format a count, or return a dash for None."""
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format the value of an id, or return a dash."""
+        """Format the value with the id `name`, or return a dash if the record has no such value."""
         return self.show(self.evidence[name]) if name in self.evidence else self.words["none"]
 
     def cell(self, name: str) -> Cell:
-        """Return the cell of the value of an id, or of a dash."""
+        """Return a cell with the value of the id `name`, or with a dash if the record has no such value."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known(self, item: Item) -> str:
-        """Return how a value is known."""
+        """Return how a value was obtained, such as "measured", in the view's language."""
         return self.word("known", item["known"])
 
     def conditions(self, item: Item) -> str:
-        """Return the corpus, context, stride and tokenizer that a value has, or a dash."""
+        """Return a value's corpus, context, stride and tokenizer as a string, or a dash if all are empty."""
         parts = [item["corpus"]] if item["corpus"] else []
         present = [key for key in ("context", "stride") if item[key]]
         parts += [f"{self.words[f'{key}_of']} {self.number(item[key])}" for key in present]
@@ -162,24 +162,24 @@ class View:
         return ", ".join(parts) or self.words["none"]
 
     def head(self, columns: Iterable[str]) -> list[str]:
-        """Return the heads of columns."""
+        """Return the headings of columns."""
         return [self.words[column] for column in columns]
 
     # --- sentences
 
     def title(self) -> str:
-        """Return the title: of the check of the note, or of the model on the user's own text."""
+        """Return the report's title, which depends on whether the record checks the note."""
         return self.say("title") if self.about_note else self.say("own_title", corpus=self.corpus)
 
     def headline(self) -> str:
-        """Return the result in one sentence: about the note, or the scores on the user's own text."""
+        """Return the main result in one sentence: the answer about the note, or the model's scores."""
         if self.about_note:
             return self.say("answer", **self.answer())
         figures = {key: self.value(f"{COMPACT}.{key}") for key in ("loss", "perplexity", "bits_per_byte")}
         return self.say("own_headline", corpus=self.corpus, **figures)
 
     def answer(self) -> dict[str, str]:
-        """Return the values of the message `answer`: perplexities that are claimed, known and measured."""
+        """Return the values of the message `answer`: the claimed, published and measured perplexities."""
         row = next(row for row in self.record["table"] if row["id"] == "perplexity")
         small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
 
@@ -199,11 +199,15 @@ class View:
         }
 
     def summary(self) -> str:
-        """Return the second sentence: the verdicts on the note, or how the model compares with baselines."""
+        """Return the summary sentence: the verdicts on the note, or the comparison with the baselines."""
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
     def ranking(self) -> str:
-        """Return which baselines the model is better or worse than, by the interval of the paired ratio."""
+        """Return the sentence that ranks the compact model against the baselines.
+
+        The compact model is better than a baseline if the interval of their perplexity ratio is below 1, and
+        worse if the interval is above 1.
+        """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
             ratio = self.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"]
@@ -213,12 +217,12 @@ class View:
         return self.say("own_ranking", parts="; ".join(parts)) if parts else ""
 
     def tally(self) -> str:
-        """Return how many claims have which verdict."""
+        """Return the number of claims with each verdict, as one sentence."""
         counts = [f"{number} {self.word('verdicts', verdict)}" for verdict, number in self.record["tally"]]
         return self.say("tally", number=len(self.record["claims"]), counts=", ".join(counts))
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return the groups of verdicts that occur: name, number of claims, and the verdicts."""
+        """Return the groups of verdicts that occur: name, number of claims, and count of each verdict."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
@@ -228,7 +232,7 @@ class View:
         return found
 
     def sums(self) -> str:
-        """Return in one sentence how many claims hold, fail, can't be decided and wait."""
+        """Return one sentence with the number of claims in each group of verdicts."""
         parts = [self.say(f"{group}_1" if n == 1 else group, n=n) for group, n, _ in self.groups()]
         joined = f" {self.words['and']} ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0]
         return self.say("sums", number=len(self.record["claims"]), parts=joined)
@@ -236,30 +240,30 @@ class View:
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in English for an English reader, if the quote differs from it; else nothing."""
+        """Return the claim in English, or "" if the view is French or the quote needs no translation."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
     def quoted(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in the reader's language, between quotation marks."""
+        """Return the claim in the view's language, between quotation marks."""
         text = self.translation(claim) or claim["quote"]
         return f"{self.words['quote_open']}{text}{self.words['quote_close']}"
 
     def known_items(self, claim: Mapping[str, Any]) -> list[Item]:
-        """Return the values that decide a claim, then those that are only shown with it."""
+        """Return the values that decide a claim, then the values that are only shown with the claim."""
         names = [decision["source"] for decision in claim["decisions"]] + list(claim["beside"])
         return [self.evidence[name] for name in names if name in self.evidence]
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
-        """Return the verdict, marked if a person decided it."""
+        """Return a claim's verdict, with a mark if a person decided it."""
         word = self.word("verdicts", claim["verdict"])
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return the reason of a verdict by hand, and what the note's own numbers come to."""
+        """Return the reason for a verdict by hand, and the intervals computed from other claims."""
         reasons = [self.phrase(claim["reason"])] if claim["reason"] else []
         for decision in claim["decisions"]:
-            if decision["source"] not in self.evidence:  # it names other claims
+            if decision["source"] not in self.evidence:  # the source is other claims, not a value
                 bounds = show_interval(decision["low"], decision["high"], claim["unit"], self.language)
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
@@ -272,12 +276,12 @@ class View:
     # --- tables
 
     def note_head(self) -> list[str]:
-        """Return the heads of the note's table."""
+        """Return the column headings of the note's table."""
         trained_here = [self.say("trained_here", corpus=self.corpus)] if self.about_note else []
         return ["", *self.head(COLUMNS), *trained_here]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the note's rows: title, claim of each column, values of the model that was trained here."""
+        """Return the rows of the note's table: title, claims, and the compact model's value, if any."""
         rows = []
         for row in self.record["table"]:
             name = f"{COMPACT}.{TRAINED_HERE[row['id']]}"
@@ -286,7 +290,7 @@ class View:
         return rows
 
     def measured_rows(self, columns: Sequence[str] = MEASURED_COLUMNS) -> list[list[Cell]]:
-        """Return one row for each model that was measured on the val split."""
+        """Return one row of cells for each model that was measured on the val split."""
         rows = []
         for model in self.record["models"]["measured"]:
             name = model["name"]
@@ -298,7 +302,7 @@ class View:
         return rows
 
     def published_rows(self, columns: Sequence[str] = PUBLISHED_COLUMNS) -> list[list[Cell]]:
-        """Return one row for each model with a published score, on other text."""
+        """Return one row of cells for each model with a published score."""
         rows = []
         for name in self.record["models"]["published"]:
             loss = self.evidence[f"{name}.openwebtext.loss"]
@@ -309,7 +313,7 @@ class View:
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
-        # counted from an architecture, or by the model that ran
+        # `parameters` is counted from the architecture, `num_params` is reported by the baseline
         counted = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
         return {
             "model": Cell(name),
@@ -321,12 +325,12 @@ class View:
         }
 
     def counted(self) -> dict[str, str]:
-        """Return how much text was measured."""
+        """Return the formatted size of the val split and the window: documents, tokens, bytes, window."""
         validation = self.record["validation"]
         return {key: self.number(validation[key]) for key in ("documents", "tokens", "bytes", "window")}
 
     def task_rows(self) -> list[list[str]]:
-        """Return one row for each model and accuracy, other view, or part of the val split."""
+        """Return one row for each loss, perplexity and accuracy: model, quantity, value, p-value."""
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         rows = []
         for model in self.models:
@@ -339,7 +343,7 @@ class View:
         return rows
 
     def text_rows(self) -> list[list[str]]:
-        """Return one row for each model, decoding strategy and figure of the written text."""
+        """Return one row for each metric of generated or human text: model, strategy, metric, value."""
         rows = []
         for name in self.evidence:
             model, _, figure = name.partition(".text.")
@@ -350,12 +354,12 @@ class View:
         return rows
 
     def forecast_head(self) -> list[str]:
-        """Return the heads of the forecast's table, with the measured loss."""
+        """Return the column headings of the forecast's table; one heading contains the measured loss."""
         found = f"{self.words['found']}{self.words['colon']}{self.value(f'{COMPACT}.loss')}"
         return ["", self.words["expected"], found]
 
     def forecast_rows(self) -> list[list[str]]:
-        """Return the two intervals of the expected loss, and whether the measured loss is in them."""
+        """Return one row for each interval of the expected loss: share, limits, and inside or outside."""
         rows = []
         for share in ("80", "95"):
             where = "inside" if self.record["forecast"][f"inside_{share}"] else "outside"
@@ -364,13 +368,13 @@ class View:
         return rows
 
     def notes(self) -> list[str]:
-        """Return what a reader of the forecast must know."""
+        """Return the notes on the forecast: the basis of the expected loss, then the estimate's notes."""
         basis = self.say("basis", basis=self.evidence[f"{COMPACT}.expected_loss"]["source"])
         return [basis, *map(self.phrase, self.record["notes"])]
 
 
 def render_csv(record: Record) -> str:
-    """Render the record as reports/comparison.csv: one line for each value, with the cell that shows it."""
+    """Render the record as reports/comparison.csv: the values of each claim, then of each measured model."""
     view, buffer = View(record), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_HEAD)

@@ -1,4 +1,4 @@
-"""Jinja2 environments for HTML and for Markdown. All values are escaped; only our own messages are markup."""
+"""Jinja2 environments for HTML and Markdown. They escape all values, but not the messages of templates/."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-MARKS = {"**": "strong", "*": "em", "`": "code"}  # of messages, and the HTML elements that they become
+MARKS = {"**": "strong", "*": "em", "`": "code"}  # Markdown mark in a message -> HTML element
 
 
 @lru_cache
@@ -27,12 +27,12 @@ def html_environment() -> "Environment":
 
 @lru_cache
 def markdown_environment() -> "Environment":
-    """Return the environment of the Markdown templates: Markdown and HTML in values are escaped."""
+    """Return the environment of the Markdown templates. It escapes Markdown and HTML in values."""
     from markupsafe import Markup
 
     environment = _environment(lambda text: Markup(markdown_text(text)))  # noqa: S704 (escaped right there)
     environment.filters |= {
-        "marked": Markup,  # messages are Markdown already
+        "marked": Markup,  # a message is Markdown already
         "code": lambda text: Markup(markdown_code(text)),  # noqa: S704
         "block": lambda text: Markup(markdown_block(text)),  # noqa: S704
     }
@@ -40,10 +40,10 @@ def markdown_environment() -> "Environment":
 
 
 def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
-    """Create an environment.
+    """Create a Jinja2 environment that escapes values with `escape`.
 
-    Autoescaping alone would escape Markdown as HTML. So `finalize` gets each value first and marks what it
-    escaped; values that are marked already (a macro's output, a message) are not escaped again.
+    Jinja2's autoescaping knows only HTML. So `finalize` escapes each value before autoescaping and returns it
+    as `Markup`. Jinja2 does not escape `Markup` again, such as a macro's output or a message.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -52,7 +52,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
         return value if isinstance(value, Markup) else escape(str(value))
 
     def message(language: Language, key: str, **values: Any) -> Markup:
-        """Return a message as markup, with its values escaped."""
+        """Return the message `key` as markup, with escaped values in its placeholders."""
         template = str(environment.filters["marked"](load_messages(language)["text"][key]))
         escaped = {name: str(finalize(value)) for name, value in values.items()}
         return Markup(template.format(**escaped))  # noqa: S704 (the values are escaped above)
@@ -71,7 +71,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
 
 
 def _marks_to_html(text: str) -> "Markup":
-    """Escape a message, then put the text between two equal marks into an element."""
+    """Convert a message to HTML: escape it, then replace each pair of marks by an HTML element."""
     from markupsafe import Markup, escape
 
     html = str(escape(text))

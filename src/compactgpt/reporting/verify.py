@@ -1,13 +1,13 @@
-"""Check that the files of the project are what their inputs give: `compactgpt verify`.
+"""Check that the project's files match their inputs: `compactgpt verify`.
 
-Four checks, each names what differs:
+Each of the four checks reports every difference:
 
-    lock        every file, command and parameter is what dvc.lock has, by DVC's own comparison
-    manifests   each folder's own list of SHA-256, where the folder has one
-    numbers     the estimate, and from the sums by document every loss, perplexity, interval and accuracy
-    renderings  the record from the reports, and tables, pictures, page and card from the record: to the byte
+    lock        DVC compares all files, commands and parameters with dvc.lock
+    manifests   the files of each folder with a manifest have the SHA-256 and size of the manifest
+    numbers     the estimate, losses, perplexities, intervals and accuracies are equal when computed again
+    renderings  the record, tables, plots, page and model card are equal, byte by byte, when rendered again
 
-Files that `dvc pull` has not brought are reported as unchecked.
+A file that `dvc pull` has not downloaded is reported as unchecked.
 """
 
 import json
@@ -31,8 +31,8 @@ from compactgpt.reporting.schemas import COMPACT, read_sources
 from compactgpt.tracking.dvc_files import changed_files, changed_paths, entries_of
 
 LOCK = "dvc.lock"
-_SHOWN = 5  # differences of one file that are printed
-_FROM_DVC = ("data/", "models/")  # not in git: a clone has them after `dvc pull`
+_SHOWN = 5  # maximum number of differences that are printed for one file
+_FROM_DVC = ("data/", "models/")  # these folders are not in git: `dvc pull` downloads them
 
 
 @dataclass
@@ -41,40 +41,40 @@ class Verification:
 
     differences: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-    checked: dict[str, int] = field(default_factory=dict)  # number of comparisons, by kind
-    notes: list[str] = field(default_factory=list)  # not a difference
+    checked: dict[str, int] = field(default_factory=dict)  # number of comparisons of each kind
+    notes: list[str] = field(default_factory=list)  # remarks that are no differences
 
     def lines(self) -> list[str]:
         """Return the results as lines for the terminal."""
         return [
             *(f"{what}: {number} checked" for what, number in self.checked.items()),
-            *(f"not checked, since it is not here (`dvc pull`): {path}" for path in self.unchecked),
+            *(f"not checked, because it is missing (run `dvc pull`): {path}" for path in self.unchecked),
             *(f"note: {note}" for note in self.notes),
             *([f"differs: {line}" for line in self.differences] or ["nothing differs"]),
         ]
 
     def count(self, what: str, number: int = 1) -> None:
-        """Count comparisons."""
+        """Add `number` to the count of comparisons of the kind `what`."""
         self.checked[what] = self.checked.get(what, 0) + number
 
     def add_differences(self, path: str, lines: Iterable[str]) -> None:
-        """Add the first differences of a file."""
+        """Add the first differences of a file, and the number of its other differences."""
         found = list(lines)
         self.differences += [f"{path}: {line}" for line in found[:_SHOWN]]
         if len(found) > _SHOWN:
             self.differences.append(f"{path}: and {len(found) - _SHOWN} more")
 
     def add_unchecked(self, path: str) -> None:
-        """Add a file or folder that is not here."""
+        """Add a file or folder that could not be checked."""
         if path not in self.unchecked:
             self.unchecked.append(path)
 
 
 def verify(root: Path) -> Verification:
-    """Run all four checks on the project in a folder.
+    """Run all checks on the project in the folder `root`.
 
     Raises:
-        UserError: params.yaml can't be read; everything else is a difference.
+        UserError: params.yaml can't be read. Any other file that can't be read is a difference.
     """
     found, params = Verification(), load_params(root / "params.yaml")
     for check in (check_lock, check_manifests, check_estimate, check_numbers, check_renderings):
@@ -86,19 +86,20 @@ def verify(root: Path) -> Verification:
 def run_check(
     check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
 ) -> None:
-    """Run one check; a file that it can't read is a difference."""
+    """Run one check. A file that the check can't read is added as a difference."""
     try:
         check(root, params, found)
     except UserError as error:
         found.differences.append(str(error).replace(f"{root}/", ""))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        found.differences.append(f"a report is not what its stage writes ({error!r}): run `dvc repro`")
+        found.differences.append(f"a report has a wrong format ({error!r}): run `dvc repro`")
 
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
     """Compare dvc.lock with dvc.yaml, params.yaml and the files, as `dvc status` does."""
     path = root / LOCK
-    left = set(entries_of(path.read_bytes() if path.exists() else b""))  # refuses paths out of the project
+    # `entries_of` raises UserError for a path outside the project.
+    left = set(entries_of(path.read_bytes() if path.exists() else b""))
     compared = set()
     for stage, name, state in changed_paths(root):
         left.discard(stage)
@@ -111,7 +112,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
             what = ", ".join(changed_files(root, name)) or name
             found.differences.append(
                 f"{what} is not what {LOCK} has ({state}): it was altered, or its stage has not run since; "
-                "`dvc repro` runs it again"
+                "run `dvc repro`"
             )
         else:
             source = "dvc.yaml" if name == "cmd" else "params.yaml"
@@ -121,7 +122,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_manifests(root: Path, _params: Params, found: Verification) -> None:
-    """Compare each folder that has a manifest with it: SHA-256 and size of every file."""
+    """Compare the SHA-256 and the size of each file with its folder's manifest, if the folder has one."""
     for manifest in sorted((*root.glob("data/*/" + MANIFEST), *root.glob("models/*/" + MANIFEST))):
         try:
             found.count("files of manifests", len(verified_manifest(manifest.parent)["files"]))
@@ -130,7 +131,7 @@ def check_manifests(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
-    """Compute the estimate again: it follows from params.yaml and the sweep's results alone."""
+    """Compute the estimate again from params.yaml and the sweep's results, and compare it."""
     path = "reports/estimate.json"
     expected = json.loads(json_bytes(estimate(params, read_sweep(root / "results/ladder.json"))))
     found.add_differences(path, differences(expected, read_json(root / path)))
@@ -138,7 +139,7 @@ def check_estimate(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_numbers(root: Path, params: Params, found: Verification) -> None:
-    """Compute each model's figures again from its sums by document, and its accuracies from its hits."""
+    """Compute each model's metrics again from its per-document losses, and its accuracies from its hits."""
     reports = {"reports/evaluation.json": f"data/evaluation/{COMPACT}.parquet"}
     reports |= {
         f"reports/baseline/{name}.json": f"data/baseline/{name}.parquet" for name in params.baseline.names
@@ -172,14 +173,14 @@ def _accuracies(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Compute the record again if its inputs are here, and from it every table, picture and page."""
+    """Build the record again if its inputs exist, then render and compare all files of the comparison."""
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
         sources = read_sources(root, reports, root / "data", root / "models", params.baseline.names)
         record = json.loads(json_bytes(build_record(sources, params.evaluation.likelihood)))
     else:
-        found.add_unchecked(f"reports/{RECORD} from the reports (only what is shown of it)")
+        found.add_unchecked(f"reports/{RECORD} against the reports (only its renderings are checked)")
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
         path = reports / name
@@ -192,24 +193,24 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if (
         replace_tables(text, render_quoted_tables(record)) != text
-    ):  # no difference: a user's run has other tables
+    ):  # only a note: a user's own run has other tables
         found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
 
 def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
-    """Name the leaves in which two JSON values differ; items of lists by their `id` where they have one.
+    """Yield a message for each leaf that differs between two JSON values.
 
     Args:
-        expected: what follows from the inputs.
-        found: what the file has.
-        where: the path so far.
-        partial: compare only the keys of `expected`.
+        expected: the value computed from the inputs.
+        found: the value in the file.
+        where: the path of both values. A list item is named by its `id` if it has one, else by its index.
+        partial: whether to ignore keys that only `found` has.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in expected if partial else sorted({*expected, *found}):
             path = f"{where}.{key}" if where else str(key)
             if key not in found or key not in expected:
-                yield f"{path} {'is missing' if key in expected else 'does not belong there'}"
+                yield f"{path} {'is missing' if key in expected else 'is not expected'}"
             else:
                 yield from differences(expected[key], found[key], path, partial=partial)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
@@ -222,7 +223,7 @@ def differences(expected: Any, found: Any, where: str = "", *, partial: bool = F
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return the line in which a file differs from what the inputs give, with some text around the place."""
+    """Return a message with the position of a file's first difference, and the expected text around it."""
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip(expected, found, strict=False))
