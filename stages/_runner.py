@@ -1,7 +1,7 @@
-"""What every stage script does around its one call.
+"""Code that all stage scripts share.
 
-Read params.yaml, lock the stage, open a run, show progress, write the report, and turn a user's mistake into
-one sentence and an exit code.
+It reads params.yaml, locks the stage, opens a run, shows progress and writes the report. It turns a user's
+mistake into a one-sentence message and an exit code.
 """
 
 import ctypes
@@ -39,9 +39,9 @@ from compactgpt.tracking.journal import (
     tuned_params,
 )
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The numbers of the run.")]
-TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow, or none.")]
-# Which splits of the token files a stage reads, and what for, in MLflow's words.
+ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
+TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
+# The splits that each stage reads, and MLflow's context of each split.
 ON_TOKENS: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
@@ -50,52 +50,52 @@ ON_TOKENS: dict[str, dict[str, str]] = {
 
 
 def new_app() -> typer.Typer:
-    """Return a typer app with the project's settings."""
+    """Return a Typer app with the project's settings."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def matrix_item() -> str:
-    """Return the item of a matrix stage that DVC runs: what follows the `@` in the stage's name.
+    """Return the item of the matrix stage that DVC runs: the part of the stage's name after `@`.
 
-    DVC passes it in the environment, so that no text of params.yaml becomes part of a shell command.
+    DVC sets the name in the environment. So no value of params.yaml becomes part of a shell command.
     """
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage script needs for its one call."""
+    """An open stage: its parameters, its tracker, and methods that report to the user."""
 
-    name: str  # with the item of a matrix stage
+    name: str  # of a matrix stage with the item: `baseline@xz`
     params: Params
     tracker: Journal
-    is_main_process: bool = True  # of several processes one writes, logs and shows progress
+    is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
-        """Return a progress bar that counts `unit`."""
+        """Return a progress bar with this unit, such as `steps`. Only the main process draws it."""
         return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
 
     def print_message(self, message: str) -> None:
-        """Print a message on stderr."""
+        """Print a message to stderr, in the main process only."""
         if self.is_main_process:
             report(f"{self.name.partition('@')[0]}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
-        """Log a short text as a file."""
+        """Log a short string as a text file."""
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
             path = Path(scratch) / name
             path.write_text(content, encoding="utf-8")
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write the stage's report, and log its metrics and the file."""
+        """Write the stage's report to a file, and log the file and its metrics."""
         write_json(path, value)
         if metrics := stage_metrics(self.name, value):
             self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
-        """Log Great Expectations' pages, and print their path."""
+        """Log the Data Docs of Great Expectations, and print the path of their index page."""
         self.tracker.artifact(folder, "data_docs")
         self.print_message(f"Data Docs: {folder / 'index.html'}")
 
@@ -110,15 +110,18 @@ def open_stage(
     *,
     held: bool = False,
 ) -> Iterator[Stage]:
-    """Run one stage: see the module.
+    """Open a stage for a `with` block: lock it, open its run, and close the run at the end.
 
     Args:
-        name: the stage.
-        params_file: params.yaml.
+        name: the stage's name in dvc.yaml.
+        params_file: the path of params.yaml.
         tracker: `mlflow` or `none`.
-        logged: sections of params.yaml to log, as the stage's `params` in dvc.yaml.
-        item: of a matrix stage.
-        held: the tracker waits for `begin`, since this may be the rest of an interrupted run.
+        logged: the sections of params.yaml to log: the stage's `params` in dvc.yaml.
+        item: the item of a matrix stage.
+        held: the tracker writes nothing before `begin`, because the stage may resume an interrupted run.
+
+    Yields:
+        The open stage.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -148,7 +151,7 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], 
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
-        raise typer.BadParameter(f"{tracker!r} is no tracker: mlflow or none", param_hint="--tracker")
+        raise typer.BadParameter(f"{tracker!r} is not a tracker: use mlflow or none", param_hint="--tracker")
     from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
@@ -168,14 +171,14 @@ def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], 
 
 
 def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
-    """Start the processes that training.launcher asks for, wait for them, and exit with their exit code.
+    """Start the number of processes in training.launcher, wait for their end, and exit with their exit code.
 
-    Returns at once where one process is enough, and in a process that torchrun started.
+    Return at once if the number is 1, or if torchrun started this process.
 
     Args:
-        module: the stage script.
-        params_file: params.yaml.
-        options: of the stage script, by name.
+        module: the stage script's module.
+        params_file: the path of params.yaml.
+        options: the stage script's command-line options, by name.
     """
     with handle_user_errors():
         launcher = load_params(params_file).training.launcher
@@ -192,7 +195,7 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """End the stage in order at SIGTERM; one that comes as the interpreter leaves would be a traceback."""
+    """Exit cleanly on SIGTERM. Ignore SIGTERM after the stage, when Python would print a traceback."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         yield
@@ -205,7 +208,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, end when `dvc` or torchrun is killed: an orphan would train next to its successor."""
+    """On Linux, exit if the parent (`dvc` or torchrun) is killed, so that no two processes train at once."""
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
@@ -213,7 +216,11 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def _only_one(name: str) -> Iterator[None]:
-    """Hold the stage's lock for the life of the process: two writers never share a folder."""
+    """Hold the stage's lock, so that two processes never write to the same folder.
+
+    Raises:
+        Busy: another process runs the stage.
+    """
     path = state_folder() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

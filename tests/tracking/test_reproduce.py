@@ -207,7 +207,7 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
     text = root / "corpus/text"
     content = text.read_text()
     text.write_text("changed since")
-    assert "corpus is not what it was made from" in find_missing(version, root)[0]
+    assert "corpus has changed since the data was made" in find_missing(version, root)[0]
     text.write_text(content)
     other = {**version.packages, "numpy": "0.1"}
     other = replace(version, packages=other, machine={**version.machine, "cpu.vectors": "sve"})
@@ -219,7 +219,7 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
 @pytest.mark.parametrize(
     ("loss", "machine", "params", "verdict", "why"),
     [
-        (4.864, {"cpu.vectors": "sse"}, {}, ROUNDING, "at most 0.14%; cpu.vectors was sse, here it is"),
+        (4.864, {"cpu.vectors": "sse"}, {}, ROUNDING, "at most 0.14%; cpu.vectors was sse, on this"),
         (4.864, {}, {}, DIFFERENT, "val_loss differs by 0.14%"),
         (5.2, {"cpu.vectors": "sse"}, {}, DIFFERENT, "more than rounding"),
         (4.864, {"cpu.vectors": "sse"}, {"steps": 5}, DIFFERENT, "training has other params"),

@@ -1,4 +1,4 @@
-"""MLflow: stages write a journal on disk, a child process copies it to the tracking server."""
+"""Log stages to local journals, copy the journals to MLflow, and compare or reproduce runs."""
 
 from compactgpt.tracking.journal import state_folder
 

@@ -1,7 +1,7 @@
-"""The differences of two versions: parameters, data, code, environment, and figures with their significance.
+"""Compare two versions of the project: parameters, data, code, packages, machine and metrics.
 
-Where both versions have sums by document of the same documents, the figures are compared in pairs: the ratio
-of perplexities with its 95 % interval, by `metrics.perplexity_ratio`.
+If both versions have per-document losses of the same documents, the comparison is paired over documents:
+`metrics.perplexity_ratio` returns the ratio of the two perplexities with its 95 % interval.
 """
 
 import json
@@ -25,15 +25,15 @@ from compactgpt.tracking.records import (
     find_version,
 )
 
-RESAMPLES, SEED = 2000, 1  # as params.yaml's evaluation.likelihood, which may differ in the two versions
-_STAGES = ("training", "evaluation", "baseline")  # whose figures are compared
+RESAMPLES, SEED = 2000, 1  # constants: evaluation.likelihood of the two versions may differ
+_STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The perplexity of a model in B divided by that in A, on the documents of both."""
+    """The ratio of a model's perplexities: version B over version A, on the same documents."""
 
     model: str
     documents: int
@@ -45,21 +45,21 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between A and B; equal things are left out."""
+    """The differences between versions A and B. Equal values are left out."""
 
     a: str
     b: str
     params: dict[str, Pair]
-    data: dict[str, Pair]  # hashes by path
-    code: str  # git diff --stat
+    data: dict[str, Pair]  # MD5 hashes by path
+    code: str  # output of `git diff --stat`
     packages: dict[str, Pair]
     machine: dict[str, Pair]
     metrics: dict[str, Pair]
     ratios: list[Ratio]
-    unpaired: list[str]  # models that can't be compared in pairs, and why
+    unpaired: list[str]  # models without a paired comparison, each with the reason
 
     def lines(self) -> list[str]:
-        """Return the difference as lines for the terminal."""
+        """Return the differences as lines for the terminal."""
         text = [f"A  {self.a}", f"B  {self.b}"]
         hashes = {path: tuple(md5 and md5[:9] for md5 in pair) for path, pair in self.data.items()}
         figures = {key: tuple(v and f"{v:.6g}" for v in pair) for key, pair in self.metrics.items()}
@@ -68,7 +68,7 @@ class Difference:
             ("data and models", hashes),
             ("packages", self.packages),
             ("machine", self.machine),
-            ("figures", figures),
+            ("metrics", figures),
         ]:
             text += ["", f"{title}:" if pairs else f"{title}: the same"]
             width = max(map(len, pairs), default=0)
@@ -77,7 +77,7 @@ class Difference:
                 text.append(f"  {key:{width}}  {old} -> {new}")
         code = self.code.splitlines()
         text += ["", "code:" if code else "code: the same", *(f"  {line}" for line in code)]
-        text += ["", "perplexity of B over A, paired over documents (95 %):"]
+        text += ["", "perplexity of B / perplexity of A, paired over documents (95 % interval):"]
         for one in self.ratios:
             verdict = "significant" if one.significant else "no significant difference"
             if one.low == one.high == 1.0:
@@ -88,12 +88,12 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Compare two versions of the project.
+    """Return the differences between two versions of the project.
 
     Args:
-        first: a name, see `records.find_version`; by convention the earlier version.
-        second: the other.
-        root: the repository, for git and DVC's cache.
+        first: the name of version A, usually the earlier one. `records.find_version` lists the valid names.
+        second: the name of version B.
+        root: the repository's folder, with git's history and DVC's cache.
     """
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         versions = []
@@ -117,7 +117,7 @@ def compare(first: str, second: str, root: Path) -> Difference:
 
 
 def _data_hashes(version: Version) -> dict[str, str]:
-    """Return hashes of data and models, and of the corpus that they come from."""
+    """Return the MD5 hash of the corpus, and of every output except reports, by path."""
     found: dict[str, str] = {}
     for entry in version.chain.entries.values():
         found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}
@@ -126,7 +126,7 @@ def _data_hashes(version: Version) -> dict[str, str]:
 
 
 def _figures(version: Version) -> dict[str, Any]:
-    """Return the headline figures of every model, and the losses of the training."""
+    """Return loss, perplexity and bits per byte of every model, and the training stage's losses."""
     found = {}
     for stage, entry in version.chain.entries.items():
         name, _, item = stage.partition("@")
@@ -139,7 +139,7 @@ def _figures(version: Version) -> dict[str, Any]:
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
-    """Return `git diff --stat` of the two commits, and the files of uncommitted changes."""
+    """Return `git diff --stat` between the two commits, and the names of files with uncommitted changes."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
         paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
@@ -149,7 +149,7 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
             lines.append(f"{a.commit[:9]}..{b.commit[:9]}: {error}")
     for version in (a, b):
         if version.diff is None:
-            lines.append(f"{version.name} had uncommitted changes that were not kept")
+            lines.append(f"{version.name} had uncommitted changes, and the run did not save them")
         elif version.diff and a.diff != b.diff:
             text = version.diff.decode(errors="replace").splitlines()
             names = [line.split(" b/")[-1] for line in text if line.startswith("diff --git")]
@@ -158,14 +158,14 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 
 
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio], list[str]]:
-    """Compare every model that both versions scored on the same documents."""
+    """Return the perplexity ratio of each model that both versions have, and why a model has no ratio."""
     ratios, unpaired = [], []
     tables = _table_paths(b)
     for path in (path for path in _table_paths(a) if path in tables):
         model = Path(path).stem
         first, second = _read_table(a, cache, path), _read_table(b, cache, path)
         if first is None or second is None:
-            unpaired.append(f"{model}: its sums by document are neither kept with the run nor in DVC's cache")
+            unpaired.append(f"{model}: no per-document losses in the run's files or in DVC's cache")
         elif first.ids != second.ids or list(first.tokens) != list(second.tokens):
             unpaired.append(f"{model}: the documents of the val split are not the same")
         else:
@@ -177,14 +177,14 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio]
 
 
 def _table_paths(version: Version) -> list[str]:
-    """Return the paths of the tables of sums by document."""
+    """Return the paths of the version's tables of per-document losses."""
     paths = [path for entry in version.chain.entries.values() for path in outs(entry)]
     tables = [path for path in paths if path.startswith("data/baseline/")]
     return tables + (["data/evaluation/compact.parquet"] if "data/evaluation" in paths else [])
 
 
 def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
-    """Read a table of sums by document from the files of a version or DVC's cache; None if both lack it."""
+    """Read per-document losses from the version's files or DVC's cache; return None if neither has them."""
     content = version.place.read(path)
     for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):
         md5 = version.chain.out(out)

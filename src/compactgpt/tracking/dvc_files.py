@@ -1,7 +1,8 @@
-"""What DVC's files say of a version of the project: stages, entries of dvc.lock, and content by its hash.
+"""Read DVC's files: dvc.yaml, dvc.lock, params.yaml, and the cache.
 
-A version is read from a `Place`: a folder, such as the files of an MLflow run, or a commit of git. DVC's own
-API answers questions about the work tree; it is imported only then, because that takes half a second.
+These functions read a version of the project from a `Place`: a folder, such as the files of an MLflow run,
+or a git commit. Functions that need the work tree's status use DVC's own API. They import it when they are
+called, because the import takes half a second.
 """
 
 import configparser
@@ -25,15 +26,15 @@ from compactgpt.common.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
-Entry = dict[str, Any]  # of one stage in dvc.lock
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # of each work tree its own
+Entry = dict[str, Any]  # the entry of one stage in dvc.lock
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # each work tree has its own copy
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The project as it is in a folder."""
+    """A version of the project in a folder."""
 
     root: Path
 
@@ -47,7 +48,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Commit:
-    """The project as git has it."""
+    """A version of the project in a git commit."""
 
     root: Path
     revision: str
@@ -59,11 +60,11 @@ class Commit:
         return None
 
 
-Place = Folder | Commit  # where a version of the project is read
+Place = Folder | Commit  # the source of a version's files
 
 
 def commit_named(root: Path, name: str) -> str:
-    """Return the commit of a revision of git or of a DVC experiment; empty if neither has it."""
+    """Return the commit of a git revision or a DVC experiment; an empty string if neither exists."""
     with suppress(UserError):
         refs = git_text(root, "for-each-ref", "--format=%(refname)", "refs/exps").split()
         revision = next((ref for ref in refs if name and ref.endswith(f"/{name}")), name)
@@ -74,10 +75,10 @@ def commit_named(root: Path, name: str) -> str:
 
 
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
-    """Parse dvc.yaml, dvc.lock or params.yaml; an absent or empty file is an empty mapping.
+    """Parse dvc.yaml, dvc.lock or params.yaml. Return an empty mapping if the file is missing or empty.
 
     Raises:
-        BadData: it is not a YAML mapping, or it has the markers of an unresolved merge.
+        BadData: the file is not a YAML mapping, or it contains git's conflict markers.
     """
     from ruamel.yaml import YAML
 
@@ -112,8 +113,8 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
     """Parse a dvc.lock and return its entries by stage.
 
     Raises:
-        BadData: it is not a dvc.lock.
-        OutsideFolder: it names a path outside of the project.
+        BadData: the content is not a valid dvc.lock.
+        OutsideFolder: an entry names a path outside of the project.
     """
     stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
@@ -130,25 +131,25 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 class Chain:
     """The stages of dvc.yaml in their order, and the entries of dvc.lock."""
 
-    stages: list[str]  # a matrix stage as its items: `baseline@xz`
+    stages: list[str]  # a matrix stage has one name per item: `baseline@xz`
     entries: dict[str, Entry]
     lock: bytes = b""
 
     @property
     def complete(self) -> bool:
-        """Whether every stage has an entry."""
+        """Whether every stage has an entry in dvc.lock."""
         return bool(self.stages) and all(stage in self.entries for stage in self.stages)
 
     def out(self, path: str) -> str:
-        """Return the MD5 of an out; empty if no stage has written it."""
+        """Return the MD5 of an out; an empty string if no entry of dvc.lock has this out."""
         return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")
 
 
 def read_chain(place: Place) -> Chain:
-    """Read dvc.yaml and dvc.lock.
+    """Return the stages of dvc.yaml and the entries of dvc.lock.
 
     Raises:
-        BadData: one of them is not as DVC has it.
+        BadData: dvc.yaml or dvc.lock is not valid.
     """
     bodies = parse_yaml(place.read(CHAIN), CHAIN).get("stages", {})
     params = parse_yaml(place.read(PARAMS), PARAMS)
@@ -161,7 +162,7 @@ def read_chain(place: Place) -> Chain:
 
 
 def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    """Return a stage's name, or the names of its items if it is a matrix of one variable."""
+    """Return a stage's name; for a matrix stage of one variable, the names of all items."""
     if not (matrix := body.get("matrix")):
         return [name]
     (values,) = matrix.values()
@@ -173,17 +174,20 @@ def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -
 
 
 def keep_lock(root: Path) -> None:
-    """Copy dvc.lock as a stage finds it: DVC writes it in place, and a kill leaves a part of it."""
+    """Save a copy of dvc.lock. DVC rewrites dvc.lock in place: a killed DVC can leave it incomplete."""
     if (root / LOCK).is_file():
         write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
 
 
 def restore_lock(root: Path) -> bool:
-    """Restore the dvc.lock that DVC was writing when it was killed. Returns whether that was needed.
+    """Restore dvc.lock from the saved copy if DVC was killed while it wrote the file.
+
+    Returns:
+        Whether dvc.lock was incomplete, and is now restored.
 
     Raises:
-        BadData: it was, and no stage has kept a copy; or the file has conflict markers, which only the user
-            can resolve.
+        BadData: dvc.lock is incomplete and no complete copy exists; or it contains git's conflict markers,
+            which only the user can resolve.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
     if not lock.exists() or _is_complete(content := lock.read_bytes()):
@@ -199,26 +203,26 @@ def restore_lock(root: Path) -> bool:
 def _is_complete(lock: bytes) -> bool:
     try:
         entries_of(lock)
-        return "schema" in parse_yaml(lock, LOCK)  # a part of a file may be valid YAML
-    except OutsideFolder:  # complete, and from someone else: to restore our copy would hide that
+        return "schema" in parse_yaml(lock, LOCK)  # an incomplete file can be valid YAML
+    except OutsideFolder:  # the file is complete, but unsafe: a restored copy would hide this
         raise
     except BadData:
         return False
 
 
 def entry_key(entry: Entry) -> str:
-    """Return one hash of all that dvc.lock has of a stage: command, code, data, parameters, outs."""
+    """Return the SHA-256 of a stage's entry in dvc.lock: command, dependencies, parameters and outs."""
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each out by its path; that of a folder ends in `.dir`."""
+    """Return the MD5 of each out, by path. The MD5 of a folder ends in `.dir`."""
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each dependency by its path."""
+    """Return the MD5 of each dependency, by path."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
@@ -228,18 +232,18 @@ def entry_params(entry: Entry) -> dict[str, Any]:
 
 
 def md5_of(content: bytes) -> str:
-    """Return the hash by which DVC names content; it is no protection against forgery."""
+    """Return the MD5 of the content, as DVC's cache uses it. MD5 does not protect against forgery."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def md5_file(path: Path) -> str:
-    """Return the MD5 of a file, in bounded memory."""
+    """Return the MD5 of a file. The file is read in small blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def md5_path(path: Path) -> str:
-    """Return DVC's hash of a file or a folder; empty if the path does not exist."""
+    """Return DVC's hash of a file or a folder; an empty string if the path does not exist."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():
@@ -247,14 +251,14 @@ def md5_path(path: Path) -> str:
     files = {
         found.relative_to(path).as_posix(): found
         for found in path.rglob("*")
-        if found.is_file() and "__pycache__" not in found.parts  # as .dvcignore has it
+        if found.is_file() and "__pycache__" not in found.parts  # .dvcignore excludes it
     }
     listing = [{"md5": md5_file(files[name]), "relpath": name} for name in sorted(files)]
     return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
 
 
 class Cache:
-    """DVC's cache: content by MD5."""
+    """DVC's local cache, which stores each file under its MD5."""
 
     def __init__(self, root: Path) -> None:
         settings = configparser.ConfigParser()
@@ -263,11 +267,13 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the files of an out by their path in it; the path of a single file is empty.
+        """Return the cached files of an out, by their path inside the out.
+
+        If the out is a single file, its path is an empty string.
 
         Raises:
-            MissingInput: the cache lacks one.
-            OutsideFolder: the out is a folder whose list of files names a path outside of it.
+            MissingInput: the cache lacks a file of the out.
+            OutsideFolder: the out is a folder, and its file list names a path outside of the folder.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -277,14 +283,14 @@ class Cache:
         return {item["relpath"]: self._object(item["md5"]) for item in listing}
 
     def has(self, md5: str) -> bool:
-        """Whether all files of an out are in the cache."""
+        """Return whether the cache has all files of an out."""
         try:
             return bool(self.files(md5)) or md5.endswith(".dir")
         except (MissingInput, ValueError):
             return False
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # as a path it could lead anywhere
+        if not _OBJECT.fullmatch(md5):  # any other string could be a path out of the cache
             raise OutsideFolder(f"dvc.lock names {md5!r}, which is not a hash of DVC's cache")
         path = self.folder / "files" / "md5" / md5[:2] / md5[2:]
         if not path.is_file():
@@ -293,13 +299,13 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy the out with this hash to `target`, from the cache or else from the place at `path`.
+    """Copy an out to `target`: from the cache, or else from `path` in the version's files.
 
     Returns:
-        Whether it was found: the file at `path` may belong to another run by now.
+        Whether content with this hash was found. A later run may have overwritten the file at `path`.
 
     Raises:
-        BadData: a file of the cache does not have the hash that is its name.
+        BadData: the content of a cached file does not match its hash.
     """
     if not cache.has(md5):
         content = None if md5.endswith(".dir") else place.read(path)
@@ -313,13 +319,13 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
         if md5_file(copy) != source.parent.name + source.name:
-            raise BadData(f"{source} was altered: `dvc repro -f` or `dvc pull` writes it again")
+            raise BadData(f"{source} was altered: run `dvc repro -f` or `dvc pull` to restore it")
     return True
 
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """Open a folder with DVC's own API, without git; hashes that earlier commands stored are not used.
+    """Open a folder as a DVC repository without git, and compute all hashes again.
 
     Raises:
         BadData: DVC can't read dvc.yaml or dvc.lock.
@@ -329,12 +335,12 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC stores hashes there, and takes a file of the same time and size for the same. A damaged disk
-            # changes neither.
+            # DVC stores file hashes in site_cache_dir, and reuses a hash if the file's time and size are the
+            # same. A damaged disk changes the content but not time or size. So each check starts empty.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
-    except (DvcException, ImportError) as error:  # ImportError: paths on a storage whose plugin is missing
+    except (DvcException, ImportError) as error:  # ImportError: DVC lacks the plugin of a remote path
         raise BadData(f"DVC can't read this version: {error}") from error
 
 
@@ -342,7 +348,8 @@ def changed_paths(root: Path) -> Iterator[tuple[str, str, str]]:
     """Compare the work tree with dvc.lock as `dvc status` does, but read every file.
 
     Yields:
-        Stage; path, key of params.yaml, or `cmd` for the command; `same`, `modified`, `deleted` or `new`.
+        (stage, item, state). The item is a path, a key of params.yaml, or `cmd` for the stage's command. The
+        state is `same`, `modified`, `deleted` or `new`.
     """
     with open_repo(root) as repo:
         for stage in repo.index.stages:
@@ -357,7 +364,10 @@ def changed_paths(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def changed_files(root: Path, path: str) -> list[str]:
-    """Return the files of a folder that are not as dvc.lock has them, if DVC's cache lists the folder."""
+    """Return the files of an output folder whose hash differs from the hash in dvc.lock.
+
+    The list is empty if DVC's cache lacks the folder's file list.
+    """
     md5 = read_chain(Folder(root)).out(path)
     with suppress(MissingInput):
         files = Cache(root).files(md5) if md5.endswith(".dir") else {}

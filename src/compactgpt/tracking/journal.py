@@ -1,13 +1,13 @@
-"""What a stage logs, as an append-only journal on this disk.
+"""The journal of a stage: an append-only local file with everything that the stage logs.
 
-The journal is complete, and MLflow holds a copy of it: `mlflow_logger` follows the journals in a child
-process. So no stage imports MLflow or waits for a server, and a run that is killed is still closed.
+`mlflow_logger` copies the journals to MLflow in a child process. So a stage never imports MLflow or waits for
+a server, and the child process also closes the MLflow run of a killed stage.
 
-A run folder `.state/tracking/<time>-<name>/` belongs to one `dvc` process, or to one stage that was run by
-hand. It holds `before/` (params.yaml, dvc.lock, uncommitted changes as the first stage found them), and for
-each stage a folder `<time>-<stage>-<random>/` with `journal.jsonl` and `artifacts/`, copies of logged files.
-A journal has one JSON object a line; `kind` is start, params, tags, metrics, inputs, artifact or end. Its
-first line names the tracking store that the run is meant for.
+Each `dvc` process, and each stage that is run by hand, has a run folder `.state/tracking/<time>-<name>/`. Its
+folder `before/` has params.yaml, dvc.lock and uncommitted changes from before the first stage. Each stage has
+a folder `<time>-<stage>-<random>/` with `journal.jsonl` and `artifacts/`, the copies of logged files. A
+journal has one JSON object per line; `kind` is start, params, tags, metrics, inputs, artifact or end. Its
+first line names the tracking store of the run.
 """
 
 import functools
@@ -31,21 +31,21 @@ from compactgpt.common.storage import fsync_folder, make_folder, write_text
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, TOKENS
 
 Scalar = str | int | float | bool | None
-DEFAULT_URI = "sqlite:///mlflow.db"  # relative to the repository, so that a copy of it has its own
+DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
 BEFORE = "before"
 LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # characters of a data set's digest: MLflow's limit
-_TAIL = 65_536  # bytes that hold the last line of a journal
+_TAIL = 65_536  # bytes at the end of a journal that contain its last line
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^/\s]+@")
-# Of a processor, and of the environment: what changes the order or the width of sums.
+# Processor flags and environment variables that change the order or the precision of floating-point sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-# Sections of params.yaml, what people tune first; the others change no model.
+# Sections of params.yaml that MLflow gets, the most often tuned first. The other sections change no model.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Figures of a report by their dotted key, and the names of their metrics.
+# Patterns of dotted keys in a stage's report, and the names of the metrics in MLflow.
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -55,35 +55,35 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the folder of resumable state and journals: ignored by git, unknown to DVC.
+    """Return the folder of resumable state and journals. Git and DVC ignore this folder.
 
-    Under DVC it is in the original repository, even if the experiment runs in a scratch folder.
+    If DVC runs an experiment in a temporary folder, the state folder is still in the original repository.
     """
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
 def tracking_folder(root: Path) -> Path:
-    """Return the folder of a repository's run folders."""
+    """Return the folder that contains a repository's run folders."""
     return root / ".state" / "tracking"
 
 
 def without_password(text: str) -> str:
-    """Hide user and password of every address in a text."""
+    """Return the text with the user and password of every URL replaced by `***`."""
     return _PASSWORD.sub(r"\1***@", text)
 
 
 def tracking_store() -> dict[str, str]:
-    """Return the tracking store that MLflow's environment variables name, as a journal keeps it.
+    """Return address and experiment of the tracking store that MLflow's environment variables name.
 
     Raises:
-        BadConfig: MLFLOW_TRACKING_URI is not an address that a run can be logged to.
+        BadConfig: MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     scheme = uri.partition("://")[0].partition("+")[0]
     if "://" not in uri or scheme not in _SCHEMES:
         raise BadConfig(
             f"MLFLOW_TRACKING_URI is {without_password(uri)!r}, allowed are the address of a server "
-            "(http://HOST:PORT) or a database (sqlite:///FILE, postgresql://...). Unset it for mlflow.db here"
+            "(http://HOST:PORT) or a database (sqlite:///FILE, postgresql://...). Unset it to use mlflow.db"
         )
     experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID", "")
     name = "" if experiment_id else os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
@@ -91,7 +91,10 @@ def tracking_store() -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) -> dict[str, Scalar]:
-    """Turn nested mappings into dotted keys; lists, and mappings below `max_depth`, become JSON text."""
+    """Return nested mappings as one mapping with dotted keys.
+
+    Lists, and mappings deeper than `max_depth`, become JSON strings.
+    """
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and max_depth > 1:
@@ -104,15 +107,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) ->
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a nested report, under dotted keys."""
+    """Return all numbers of a nested report as floats, by dotted key."""
     found = {key: value for key, value in flatten(report).items() if not isinstance(value, bool)}
     return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters that MLflow gets, those that people tune first.
+    """Return the parameters that MLflow gets, the most often tuned first.
 
-    A key has at most three parts: what is deeper, such as 30 versions of packages, is one parameter.
+    A key has at most three parts. A deeper mapping, such as the versions of 30 packages, is one parameter.
     """
     params: dict[str, Scalar] = {}
     for section in _SECTIONS:
@@ -122,11 +125,11 @@ def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of a stage's report, grouped as MLflow's charts are: about ten, no sizes or counts.
+    """Return the main metrics of a stage's report, with the names of MLflow's chart groups.
 
     Args:
-        stage: its full name, such as `baseline@xz`.
-        report: what it wrote as JSON.
+        stage: the stage's full name, such as `baseline@xz`.
+        report: the stage's JSON report.
     """
     name, _, item = stage.partition("@")
     if name == "training":
@@ -142,11 +145,11 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the token files of a manifest as `Tracker.inputs` takes them.
+    """Return the token files of a manifest as data sets for `Journal.inputs`.
 
     Args:
-        files: of the manifest, by name.
-        contexts: what each split is used for, in MLflow's words.
+        files: the manifest's entries, by file name.
+        contexts: MLflow's context of each split: `training`, `validation` or `evaluation`.
     """
     found = []
     for split, context in contexts.items():
@@ -157,7 +160,7 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 
 
 def process_facts() -> dict[str, Any]:
-    """Return what identifies this process later, and the `dvc` process that runs it.
+    """Return host, process id and start time of this process, and of the `dvc` process that started it.
 
     The stages of one `dvc` process share a run folder, and a parent run in MLflow.
     """
@@ -168,7 +171,7 @@ def process_facts() -> dict[str, Any]:
     for parent in own.parents():
         with suppress(psutil.Error, ValueError):
             words = parent.cmdline()
-            position = [Path(word).name for word in words[:3]].index("dvc")  # of `python .../dvc repro`
+            position = [Path(word).name for word in words[:3]].index("dvc")  # finds `python .../dvc repro`
             command = " ".join(["dvc", *words[position + 1 :]])
             pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
             return {**facts, "pipeline": pipeline}
@@ -180,11 +183,11 @@ def _stamp(seconds: float) -> str:
 
 
 class Journal:
-    """A tracker that appends to a journal; each line is one write, so that a kill tears at most the last.
+    """A tracker that appends to a journal. Each line is one write: a kill damages at most the last line.
 
-    A stage that may resume an interrupted run opens it `held`: nothing is written before `begin` or `end`.
-    A resumed run has a journal of its own, whose first line names the first journal of the run
-    (`continues`); metrics of steps that the run has logged before are left out.
+    A stage that may resume an interrupted run sets `held`: nothing is written before `begin` or `end`.
+    Each process of a resumed run has its own journal; `continues` in the first line names the run's first
+    journal. The new journal leaves out metrics of steps that an earlier journal of the run has.
     """
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
@@ -200,11 +203,11 @@ class Journal:
         fsync_folder(self.folder)
         self._torn = False
         self._held: list[dict[str, Any]] | None = [] if held else None
-        self._logged: dict[str, int] = {}  # last step of each metric that earlier processes have logged
+        self._logged: dict[str, int] = {}  # the last step of each metric in earlier journals of the run
         self._append("start", {"stage": stage, "store": tracking_store(), **start})
 
     def keep_before(self, workspace: Path) -> None:
-        """Keep the files that the pipeline starts from, unless an earlier stage of it has."""
+        """Copy dvc.lock, params.yaml and uncommitted changes to `before/`, unless the folder exists."""
         before = self.run_folder / BEFORE
         if before.exists():
             return
@@ -225,7 +228,7 @@ class Journal:
             self._held.append(line)
 
     def _write(self, line: bytes) -> None:
-        """Append a line, on a line of its own if a full or failing disk took a part of the last one."""
+        """Append a line. If the disk took only a part of the last line, write a line break first."""
         line = b"\n" + line if self._torn else line
         self._torn = True
         while line:
@@ -240,7 +243,7 @@ class Journal:
             self._append(line["kind"], line)
 
     def begin(self, note: Path) -> None:
-        """Resume the run that an interrupted process named in the file `note`; name this run if none did."""
+        """Start to write. Resume the run that the file `note` names; if it is missing, create it."""
         first = note.read_text().strip() if note.exists() else ""
         if first:
             self._logged = _last_steps(self.run_folder.parent, first)
@@ -249,36 +252,36 @@ class Journal:
         self._release(first)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters; nested mappings are flattened with dots."""
+        """Log parameters. Nested mappings get dotted keys."""
         self._append("params", {"values": flatten(values)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log finite numbers at a step."""
+        """Log metrics at a step. The values must be finite."""
         new = {key: value for key, value in values.items() if not step or step > self._logged.get(key, 0)}
         if new:
             self._append("metrics", {"values": new, "step": step})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Log tags, by which the run can be searched."""
+        """Log tags. MLflow can search runs by tag."""
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log the data that the run reads, as `token_files` returns it."""
+        """Log the data sets that the run reads, in the form that `token_files` returns."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a small file or folder as it is now."""
+        """Log a copy of a small file or folder."""
         target = self.folder / "artifacts" / folder / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copy(path, target)  # with its mode: what is private stays so
+            shutil.copy(path, target)  # keeps the file mode: private files stay private
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:
-        """Close the run: FINISHED, FAILED or KILLED."""
+        """Close the run with the status FINISHED, FAILED or KILLED."""
         self._append("end", {"status": status})
         self._release()
         os.fsync(self._file)
@@ -286,7 +289,7 @@ class Journal:
 
 
 class NullTracker(Journal):
-    """Logs nothing: for `--tracker none`, and for processes that are not the main one."""
+    """A tracker that logs nothing: for `--tracker none`, and for all processes except the main process."""
 
     def __init__(self) -> None:
         self._logged = {}
@@ -305,7 +308,7 @@ class NullTracker(Journal):
 
 
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
-    """Return the complete lines of a journal; torn and damaged ones are left out."""
+    """Return the complete lines of a journal. Incomplete and damaged lines are left out."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
@@ -314,14 +317,14 @@ def journal_lines(raw: bytes) -> list[dict[str, Any]]:
 
 
 class JournalFile:
-    """A journal on disk, to which its process may still append."""
+    """A journal on disk, opened for reading. The stage's process may still append to it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "journal.jsonl"
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
-        """The first line; empty where the stage has not begun, or after a power loss."""
+        """The first line; empty if the stage has not started to write, or after a power loss."""
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
@@ -333,23 +336,23 @@ class JournalFile:
 
     @property
     def last(self) -> dict[str, Any]:
-        """The last complete line."""
+        """The last complete line of the journal."""
         lines, _ = self.read(max(0, self.path.stat().st_size - _TAIL))
         return lines[-1] if lines else self.start
 
     @property
     def status(self) -> str:
-        """MLflow's status of the stage; empty while its process runs."""
-        alive = is_alive(self.start)  # asked first: a living process writes on
+        """MLflow's status of the stage; an empty string while its process runs."""
+        alive = is_alive(self.start)  # before the last line is read: a live process can append lines
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
 
     def run(self) -> "list[JournalFile]":
-        """Return the journals of this journal's run, oldest first."""
+        """Return all journals of the run that this journal belongs to, oldest first."""
         return run_journals(self.folder.parents[1], self.first)
 
     def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """Return the complete lines from an offset on, and the offset of what follows them."""
+        """Return the complete lines that start at or after `offset`, and the offset of the next line."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             raw = file.read()
@@ -357,14 +360,14 @@ class JournalFile:
 
 
 def run_journals(tracking: Path, first: str) -> list[JournalFile]:
-    """Return one run's journals, of which the first has this name, oldest first."""
+    """Return the journals of the run whose first journal has the name `first`, oldest first."""
     journals = [JournalFile(path.parent) for path in tracking.glob("*/*/journal.jsonl")]
     found = [journal for journal in journals if journal.start and journal.first == first]
     return sorted(found, key=lambda journal: int(journal.start["time_ms"]))
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine still runs, by its `pid` and the time when it was `created`."""
+    """Return whether the process with this `pid` and this start time (`created`) runs on this machine."""
     import psutil
 
     try:
@@ -377,7 +380,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 
 def _last_steps(tracking: Path, first: str) -> dict[str, int]:
-    """Return the last step of each metric in the journals of one run, copied to MLflow or not."""
+    """Return the last step of each metric in the journals of one run."""
     last: dict[str, int] = {}
     for journal in run_journals(tracking, first):
         for line in journal.read()[0]:
@@ -387,7 +390,7 @@ def _last_steps(tracking: Path, first: str) -> dict[str, int]:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return what decides how sums are rounded, next to params.yaml: the processor and the libraries."""
+    """Return the facts of this machine that can change rounding: processor, libraries, settings."""
     facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": ""}
     with suppress(metadata.PackageNotFoundError):
         facts["torch"] = metadata.version("torch")
@@ -402,7 +405,7 @@ def machine_facts() -> dict[str, str]:
 
 @functools.cache
 def packages() -> str:
-    """Return everything that is installed, a line a distribution."""
+    """Return the installed packages, one `name==version` per line."""
     named = [one for one in metadata.distributions() if one.name]
     found = {(one.name.lower().replace("_", "-"), one.version) for one in named}
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))

@@ -1,9 +1,10 @@
-"""Journals -> MLflow, in a child process.
+"""Copy journals to MLflow in a child process.
 
-`start_logger` leaves one such process for each run folder: it copies the journals as they grow, samples the
-machine, closes runs whose process died (KILLED), completes the run of the `dvc` process when that has ended,
-and ends. What a dead server has not taken stays in the journal; `compactgpt sync` copies it. Copying again
-changes nothing: metrics carry the journal's own time and step.
+`start_logger` starts one child process for each run folder. The child process copies new lines of the
+journals, logs system metrics, and closes the runs of killed stages (KILLED). When the `dvc` process has
+ended, the child process completes the pipeline's run and exits. If the server does not answer, the lines
+stay in the journal, and `compactgpt sync` copies them later. A second copy changes nothing, because metrics
+have the journal's time and step.
 """
 
 import functools
@@ -34,12 +35,12 @@ from compactgpt.tracking.store import Store, open_store, store_errors
 from compactgpt.tracking.system_metrics import SystemMetrics
 
 POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 60.0  # for a store that fails, once the runs have ended
-MAX_LOG = 1_000_000  # bytes of a run folder's log
+PATIENCE_SECONDS = 60.0  # how long to retry a store that fails after the runs have ended
+MAX_LOG = 1_000_000  # bytes; a larger log file is overwritten
 
 
 def start_logger(run_folder: Path) -> None:
-    """Leave a process running that copies a run folder, unless there is one."""
+    """Start a child process that copies a run folder, unless another process already copies it."""
     with RunFolder(run_folder).locked() as is_free:
         pass
     if not is_free:
@@ -54,15 +55,15 @@ def start_logger(run_folder: Path) -> None:
 
 
 class Logger:
-    """Copies one run folder to its store."""
+    """Copies one run folder to its tracking store."""
 
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
-        self.copied = Copied.load(folder.path, store.identity)  # its run_id is that of the pipeline
-        self._monitor = functools.cache(SystemMetrics)  # one a process
+        self.copied = Copied.load(folder.path, store.identity)  # its run_id is the pipeline's
+        self._monitor = functools.cache(SystemMetrics)  # one monitor per stage process
 
     def copy(self) -> bool:
-        """Copy what is new; whether everything is copied, and nothing more will come."""
+        """Copy new lines. Return whether all runs have ended and are completely copied."""
         if self.copied.complete:
             return True
         if self.folder.is_pipeline and not self.copied.run_id:
@@ -78,7 +79,7 @@ class Logger:
         return True
 
     def _start_pipeline(self) -> str:
-        """Create the parent run with what is known at the start: parameters and command."""
+        """Create the pipeline's parent run with its parameters and command, and return its id."""
         start, command = self.folder.start, self.folder.command
         tags = {
             **start["tags"], "stage": PIPELINE, "host": start["host"], "workspace": start["workspace"],
@@ -92,27 +93,28 @@ class Logger:
         return run_id
 
     def _copy_journal(self, file: JournalFile) -> bool:
-        """Copy one journal; whether it is copied and closed."""
+        """Copy one journal's new lines. Return whether the stage has ended and the journal is copied."""
         copied = Copied.load(file.folder, self.store.identity)
         if copied.complete:
             return True
-        status = file.status  # asked first: a living process writes on
+        status = file.status  # before the lines are read: a live process can append lines
         lines, offset = file.read(copied.offset)
         if not copied.run_id:
             copied.run_id = self._start_stage(file)
         if not status:
             self.store.log(copied.run_id, self._monitor(file.start["pid"]).sample())
         self._log_stage(file, copied.run_id, lines)
-        if status and file.folder == file.run()[-1].folder:  # else a later process has resumed the run
+        if status and file.folder == file.run()[-1].folder:  # else a later process resumed the run
             self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
         copied.offset, copied.complete = offset, bool(status)
         copied.save(file.folder)
         return copied.complete
 
     def _start_stage(self, file: JournalFile) -> str:
-        """Create a stage's run below the pipeline's, or resume the run that the journal continues.
+        """Create a stage's run under the pipeline's run, or resume the run that the journal continues.
 
-        Then the run's earlier journals are copied first: the store may lack them, and this pipeline does.
+        A resumed run's earlier journals are copied again: the store may lack them, and this pipeline's run
+        does not have their metrics. Return the run's id.
         """
         parent = {"mlflow.parentRunId": self.copied.run_id} if self.copied.run_id else {}
         journals, stage = file.run(), file.start["stage"]
@@ -130,8 +132,8 @@ class Logger:
         return run_id
 
     def _log_stage(self, file: JournalFile, run_id: str, lines: list[dict[str, Any]]) -> None:
-        """Log lines of a journal; what a stage measured and read is also the pipeline's."""
-        skipped = "params" if "continues" in file.start else ""  # the run has those of its first journal
+        """Log lines of a journal to the stage's run; log metrics and inputs to the pipeline's run, too."""
+        skipped = "params" if "continues" in file.start else ""  # the run has its first journal's parameters
         self.store.log(run_id, [line for line in lines if line["kind"] != skipped])
         if parent := self.copied.run_id:
             self.store.log(parent, [line for line in lines if line["kind"] in ("metrics", "inputs")])
@@ -142,7 +144,7 @@ class Logger:
                 self.client.log_artifact(run_id, str(path), line["folder"] or None)
 
     def _complete_pipeline(self) -> None:
-        """Log what a `dvc` process left, close its run, and log its model if it finished."""
+        """Log the files that the `dvc` process left, close its run, and log the model if the run finished."""
         run_id, after, found = self.copied.run_id, self.folder.path / "after", self.folder.outcome()
         assert found is not None  # keep_after wrote it
         self.store.log_folder(run_id, after)
@@ -173,13 +175,13 @@ class Logger:
 
 
 def follow(folder: RunFolder) -> None:
-    """Copy a run folder until it is complete, or its store fails for PATIENCE_SECONDS after the end."""
+    """Copy a run folder until it is complete, or its store fails for PATIENCE_SECONDS after the runs' end."""
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
                 if folder.journals():
-                    folder.keep_after()  # before anything that a dead server can stop
+                    folder.keep_after()  # first: this step needs no server
                     logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                     with store_errors(folder.start["store"]["uri"]):
                         if logger.copy():
@@ -195,18 +197,28 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path, *, record_unrun: bool = False) -> str:
-    """Copy what the stores lack of the runs that have ended, after the child processes that already do so.
+    """Copy ended runs to their tracking stores, if an earlier copy is missing or incomplete.
 
-    Runs of the environment's store, whose address is returned, are copied again if that was deleted. With
-    `record_unrun`, a dvc.lock that no run has made is logged, such as that of a fresh clone. What fails keeps
-    no other run from being copied; the first UserError is raised at the end.
+    If a child process still copies a run, wait for that process. If the current store was deleted, copy its
+    runs again. If a run can't be copied, continue with the other runs.
+
+    Args:
+        root: the repository.
+        record_unrun: also log a dvc.lock that no run in the store produced, as in a fresh clone.
+
+    Returns:
+        The address of the current store, which the environment variables name.
+
+    Raises:
+        MissingInput: dvc.yaml is missing.
+        UserError: the first error, raised after all runs were tried.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
-        with suppress(UserError), folder.locked() as is_ours:  # else a child process keeps it itself
+        with suppress(UserError), folder.locked() as is_ours:  # else its child process does this
             if is_ours:
                 folder.keep_after()
     stores = [current, *(folder.start["store"] for folder in ended)]
@@ -223,11 +235,11 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
 def _sync_store(
     root: Path, wanted: dict[str, str], folders: list[RunFolder], *, record_unrun: bool
 ) -> list[UserError]:
-    """Copy run folders to their store, and return what failed."""
+    """Copy run folders to their store, and return the errors."""
     store, problems = None, []
     try:
         for folder in folders:
-            store = store or open_store(root, wanted)  # again after a failure: it may not answer any more
+            store = store or open_store(root, wanted)  # open again after a failure
             try:
                 with store_errors(wanted["uri"]), folder.locked(wait=True):
                     if not Logger(folder, store).copy():
@@ -245,7 +257,7 @@ def _sync_store(
 
 
 def _record_unrun(root: Path, store: Store) -> None:
-    """Log a `dvc repro` that had nothing to do, once a dvc.lock: as in a clone after `dvc pull`."""
+    """Log a run in which DVC skipped every stage, as after `dvc pull` in a clone; once for each dvc.lock."""
     place = Folder(root)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
@@ -263,10 +275,10 @@ def _record_unrun(root: Path, store: Store) -> None:
 
 
 class PasswordFilter(logging.Formatter):
-    """Leaves user and password of an address out: MLflow's errors quote MLFLOW_TRACKING_URI."""
+    """A log formatter that hides user and password in URLs: MLflow's errors quote MLFLOW_TRACKING_URI."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render a record with its traceback."""
+        """Return the record and its traceback as a string, without passwords."""
         return journal.without_password(super().format(record))
 
 

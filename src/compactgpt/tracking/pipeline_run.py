@@ -1,8 +1,8 @@
-"""The MLflow run of one `dvc` process: which stages ran, which DVC skipped, and the files that run it again.
+"""The MLflow run of one `dvc` process: the stages that ran, the stages that DVC skipped, and the run's files.
 
-A stage that DVC skips or takes from its run cache runs no code of ours. So `outcome` reads dvc.lock when the
-`dvc` process has ended. A run has only what its own stages made, and what a skipped stage had made from the
-very parameters, code and data of this run.
+If DVC skips a stage or takes it from its run cache, no stage script runs and no journal exists. So `outcome`
+reads dvc.lock after the `dvc` process has ended. The run gets the outputs of the stages that ran. It gets a
+skipped stage's outputs only if the entry in dvc.lock has the run's parameters, code and data.
 """
 
 import csv
@@ -20,23 +20,27 @@ from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Chain, Entry, Folder, Place
 from compactgpt.tracking.journal import BEFORE, LOCKED, JournalFile, flatten
 
-MAX_TABLE = 20_000_000  # bytes of one table of sums by document that is kept with a run
+MAX_TABLE = 20_000_000  # bytes; a larger table of per-document losses is not saved with the run
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
 class Outcome(BaseModel):
-    """What a `dvc` process did: the file outcome.json of a run folder."""
+    """The outcome of a `dvc` process, saved as outcome.json in the run folder."""
 
-    status: str  # MLflow's
+    status: str  # MLflow's run status
     reason: str = ""  # why the run is incomplete
     stages: dict[str, str] = {}  # ran, skipped or not reached
-    entries: dict[str, str] = {}  # hash of the entry in dvc.lock, of stages whose entry belongs to the run
+    entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
 
 
 def outcome(place: Place, before: Place, journals: list[JournalFile], command: str) -> Outcome:
-    """Return what a `dvc` process did, from `before`, and from the work tree or commit that it left.
+    """Return the outcome of a `dvc` process: its status, and what happened to each stage.
 
-    The command may name the stages to run: then the others need not be reached.
+    Args:
+        place: the files after the `dvc` process: the work tree, or the commit of a DVC experiment.
+        before: the files before the first stage.
+        journals: the journals of the stages that ran.
+        command: the `dvc` command. If it names stages, the other stages need no results.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -45,7 +49,7 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
     found = Outcome(status="FINISHED")
-    for stage in chain.stages:  # dvc.yaml has a stage after those whose outputs it reads
+    for stage in chain.stages:  # in dvc.yaml, a stage comes after the stages that it depends on
         found.stages[stage] = f"ran ({ran[stage].status.lower()})" if stage in ran else NOT_REACHED
         if not (entry := chain.entries.get(stage)):
             continue
@@ -67,27 +71,28 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
 
 
 def _is_recorded(file: JournalFile, entry: Entry) -> bool:
-    """Whether dvc.lock names the very reports that a stage logged."""
+    """Return whether the reports that a stage logged have the hashes in dvc.lock."""
     named = {Path(path).name: md5 for path, md5 in dvc_files.outs(entry).items()}
     logged = {path.name: dvc_files.md5_file(path) for path in (file.folder / "artifacts/reports").glob("*")}
     return all(named.get(name, md5) == md5 for name, md5 in logged.items())
 
 
 def _has_params(entry: Entry, params: Mapping[str, Any]) -> bool:
-    """Whether a stage's entry was made with these parameters."""
+    """Return whether a stage's entry has these parameters."""
     wanted = dvc_files.entry_params(entry)
     found = {key: value for key, value in params.items() if any(_is_inside(key, one, ".") for one in wanted)}
     return flatten(wanted) == found
 
 
 def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], place: Place) -> bool:
-    """Whether a stage's entry was made from the outputs of valid stages, and from the code and data here."""
+    """Return whether a stage's dependencies are outputs of valid stages, or code and data of this version."""
     makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
         inside = [out for out in makers if _is_inside(out, path) or _is_inside(path, out)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # DVC keeps a commit only of an experiment that ended well. Code that is gone counts as changed.
+        # A commit needs no check of its files: DVC commits only experiments that succeeded. In a folder, a
+        # missing file counts as changed.
         if not inside and isinstance(place, Folder) and dvc_files.md5_path(place.root / path) != md5:
             return False
     return True
@@ -100,14 +105,14 @@ def _is_inside(path: str, parent: str, separator: str = "/") -> bool:
 def write_after(
     place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str
 ) -> None:
-    """Keep what a `dvc` process left as soon as it has ended: the next command may change it.
+    """Save the files of an ended `dvc` process to `after/`, before the next command changes them.
 
-    `after/` has dvc.lock as it is left; the other files of `before/`; the installed packages; reports and
-    small tables of sums by document that belong to the run. `outcome.json` says which stages do.
+    `after/` has the new dvc.lock, the other files of `before/`, the list of installed packages, and the run's
+    reports and small tables of per-document losses. `outcome.json` says which stages belong to the run.
     """
     before, after, making = (run_folder / name for name in (BEFORE, "after", "after.tmp"))
     shutil.rmtree(making, ignore_errors=True)
-    shutil.copytree(before, making, ignore=shutil.ignore_patterns(LOCK))  # with modes: changes stay private
+    shutil.copytree(before, making, ignore=shutil.ignore_patterns(LOCK))  # keeps file modes
     if lock := place.read(LOCK):
         (making / LOCK).write_bytes(lock)
     (making / "environment").mkdir()
@@ -119,9 +124,9 @@ def write_after(
             size = sum(file.stat().st_size for file in cache.files(md5).values()) if is_table else 0
             if path.startswith("reports/") or (is_table and size <= MAX_TABLE):
                 dvc_files.checkout(cache, place, path, md5, making / path)
-    except UserError as error:  # an object of the cache was altered
+    except UserError as error:  # a file in DVC's cache was altered
         found.reason = found.reason or str(error)
-    write_text(run_folder / "outcome.json", found.model_dump_json())  # stages stay in their order
+    write_text(run_folder / "outcome.json", found.model_dump_json())  # keeps the order of stages
     shutil.rmtree(after, ignore_errors=True)
     making.rename(after)
 
@@ -133,7 +138,7 @@ def outs(place: Place, found: Outcome) -> dict[str, str]:
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of the valid stages that DVC skipped, from their reports, as lines of a journal."""
+    """Yield the metrics of valid stages that DVC skipped, read from their reports, as journal lines."""
     for stage in found.entries:
         name, _, item = stage.partition("@")
         path = after / "reports" / (f"baseline/{item}.json" if item else f"{name}.json")
@@ -149,7 +154,7 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 
 
 def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return hashes of what a run is made of, as tags, and its token files as `Journal.inputs` takes them."""
+    """Return the SHA-256 of the run's files as tags, and its token files for `Journal.inputs`."""
     tags, datasets = {}, []
     for key, name in (("lock", LOCK), ("params", PARAMS), ("requirements", LOCKED)):
         tags[f"{key}_sha256"] = hashlib.sha256(Folder(after).read(name) or b"").hexdigest()
@@ -164,7 +169,7 @@ def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str
 
 
 def description(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Return a run's description in Markdown; `links` has the runs that made the stages' outputs."""
+    """Return a run's description in Markdown. `links` has, for each stage, a link to the run that ran it."""
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]
     for stage, what in found.stages.items():

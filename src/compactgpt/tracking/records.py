@@ -1,4 +1,4 @@
-"""A version of the project by its name: an MLflow run, a revision of git, or the work tree as it is."""
+"""Find a version of the project by name: an MLflow run, a git revision, or the current work tree."""
 
 import re
 from collections.abc import Mapping
@@ -14,35 +14,35 @@ from compactgpt.tracking.journal import LOCKED, machine_facts, packages
 WORKSPACE = "workspace"
 PACKAGES = "environment/packages.txt"
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-Pair = tuple[Any, Any]  # values in two versions; None for a key that one lacks
+Pair = tuple[Any, Any]  # one key's values in two versions; None if a version lacks the key
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of the project, and what is known of the machine on which its stages ran."""
+    """One version of the project, and known facts of the machine on which its stages ran."""
 
-    name: str  # as it is printed
-    place: Place  # its files: params.yaml, dvc.lock, dvc.yaml, reports/
+    name: str  # for messages
+    place: Place  # the version's files: params.yaml, dvc.lock, dvc.yaml, reports/
     chain: Chain
     commit: str = ""
-    diff: bytes | None = b""  # uncommitted changes; None if there were some that were not kept
-    stage: str = ""  # of a run of one stage; empty for the whole pipeline
-    machine: dict[str, str] = field(default_factory=dict)  # as `journal.machine_facts`
-    packages: dict[str, str] = field(default_factory=dict)  # versions by name
+    diff: bytes | None = b""  # uncommitted changes; None if the run did not save them
+    stage: str = ""  # the stage, for a run of one stage; empty for the whole pipeline
+    machine: dict[str, str] = field(default_factory=dict)  # from `journal.machine_facts`
+    packages: dict[str, str] = field(default_factory=dict)  # package versions by name
 
 
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
-    """Find the version that a name stands for.
+    """Return the version of the project with this name.
 
     Args:
         root: the repository.
-        wanted: the id of an MLflow run or the beginning of one, a revision of git, the name of a DVC
-            experiment, or `workspace`.
-        scratch: an empty folder for the files of a run.
+        wanted: the id of an MLflow run or its first characters, a git revision, the name of a DVC experiment,
+            or `workspace`.
+        scratch: an empty folder, to which the files of an MLflow run are downloaded.
 
     Raises:
-        BadConfig: no version, or more than one run, has that name.
+        BadConfig: no version has this name, or the ids of several runs begin with it.
         MissingInput: the run has no dvc.lock.
     """
     if wanted == WORKSPACE:
@@ -52,16 +52,16 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(
-            f"{wanted!r} is not a run of MLflow (`make ui` shows their ids), a revision of git, an "
-            f"experiment of DVC, or {WORKSPACE!r}"
+            f"{wanted!r} is not a run of MLflow (`make ui` shows the run ids), a git revision, a DVC "
+            f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    asked = parse_versions((place.read(LOCKED) or b"").decode())  # all that is known of its environment
+    asked = parse_versions((place.read(LOCKED) or b"").decode())  # a commit has no list of installed packages
     return Version(f"{wanted} ({commit[:9]})", place, read_chain(place), commit, packages=asked)
 
 
 def _find_run(root: Path, wanted: str) -> Any:
-    """Return the one run whose id begins so, or None."""
+    """Return the MLflow run whose id begins with `wanted`; None if no id does."""
     from compactgpt.tracking.store import open_store
 
     store = open_store(root)
@@ -72,12 +72,12 @@ def _find_run(root: Path, wanted: str) -> Any:
         if not (token := page.token):
             break
     if len(found) > 1:
-        raise BadConfig(f"the ids of {len(found)} runs begin with {wanted}: give more of the id")
+        raise BadConfig(f"the ids of {len(found)} runs begin with {wanted}: type more characters of the id")
     return found[0] if found else None
 
 
 def _run_version(root: Path, run: Any, scratch: Path) -> Version:
-    """Return the version of a run. The files of a stage's run are those of its pipeline's run."""
+    """Return the version of an MLflow run. For a stage's run, use the files of its pipeline's run."""
     from compactgpt.tracking.store import open_store
 
     tags, run_id = run.data.tags, run.info.run_id
@@ -88,15 +88,15 @@ def _run_version(root: Path, run: Any, scratch: Path) -> Version:
     place = Folder(scratch)
     if place.read(LOCK) is None:
         raise MissingInput(
-            f"{name} has no dvc.lock: it was run by hand, or the `dvc` process that it is part of has not "
-            "ended (`compactgpt sync` copies what is left)"
+            f"{name} has no dvc.lock: the stage was run by hand, or its `dvc` process has not ended "
+            "(after the end, `compactgpt sync` copies dvc.lock)"
         )
     commit, diff = tags.get("git.commit", ""), place.read(DIFF) or b""
     return Version(
         name,
         place,
         read_chain(place),
-        commit if _COMMIT.fullmatch(commit) else "",  # anything else could be an option of git
+        commit if _COMMIT.fullmatch(commit) else "",  # git could read any other value as an option
         None if tags.get("git.dirty") == "true" and not diff else diff,
         stage,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
@@ -114,7 +114,12 @@ def _workspace_version(root: Path) -> Version:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return versions by name from lines `name==version` or `name==version ; marker` that hold here."""
+    """Return package versions by name.
+
+    Args:
+        requirements: lines `name==version` or `name==version ; marker`. A line is skipped if its marker does
+            not apply to this machine.
+    """
     from packaging.markers import Marker
 
     found = {}
@@ -127,20 +132,20 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return the keys that have other values in two mappings."""
+    """Return both values of each key whose value differs between two mappings."""
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 
 def changed_machine(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the facts that differ between two machines; none if one is not known."""
+    """Return the facts that differ between the machines of two versions; empty if a machine is unknown."""
     return differing(a.machine, b.machine) if a.machine and b.machine else {}
 
 
 def changed_packages(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the packages of other versions; none if those of one are not known.
+    """Return the packages whose versions differ; empty if the packages of a or b are unknown.
 
-    A revision only has requirements.lock: then the packages that both name are compared, and 2.13.0+cpu is
-    a build of 2.13.0.
+    A git revision has only requirements.lock, not the list of installed packages. Then only packages in both
+    lists are compared, without the build label: 2.13.0+cpu equals 2.13.0.
     """
     if not a.packages or not b.packages:
         return {}

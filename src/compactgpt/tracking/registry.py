@@ -1,4 +1,4 @@
-"""The compact model in MLflow: logged once a set of weights, registered when the gate promotes it."""
+"""The compact model in MLflow: log each set of weights once, register the model that the gate promotes."""
 
 import os
 import tempfile
@@ -17,24 +17,27 @@ from compactgpt.tracking.store import Store
 NAME = "compactgpt"
 CHAMPION = "champion"
 EXAMPLE = "The future of AI is"
-MAX_NEW_TOKENS = 64  # of an answer, or half of a shorter context: a request can't ask for more
-PIPELINE_RUN = "pipeline_run"  # tag of a registered version: the run with its reports and dvc.lock
+MAX_NEW_TOKENS = 64  # of one answer; half of the context if that is less
+PIPELINE_RUN = "pipeline_run"  # tag of a model version: id of the run with the reports and dvc.lock
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that a pipeline made."""
+    """A model that a pipeline trained."""
 
-    run_id: str  # of the pipeline
-    outs: Mapping[str, str]  # MD5 by path
+    run_id: str  # the pipeline's run
+    outs: Mapping[str, str]  # MD5 of each output, by path
     cache: Cache
-    after: Path  # the files that the pipeline left
-    weights: str  # SHA-256
-    val: str  # SHA-256 of the val split; empty if there is none
+    after: Path  # the folder with the pipeline's files after its end
+    weights: str  # SHA-256 of the weights
+    val: str  # SHA-256 of the val split; empty if the run has no val split
 
 
 def log_model(store: Store, trained: Trained) -> str:
-    """Log a model unless its weights are logged, with the metrics of its pipeline; returns the model's id."""
+    """Log a model and its pipeline's metrics to MLflow, and return the model's id.
+
+    If a model with these weights is already logged, use that model.
+    """
     from mlflow.entities import LoggedModelInput, Metric
 
     model_id = _logged(store, trained.weights) or _log(trained)
@@ -52,7 +55,7 @@ def log_model(store: Store, trained: Trained) -> str:
 
 
 def _logged(store: Store, weights: str) -> str:
-    """Return the logged model with these weights; one that was cut off is deleted."""
+    """Return the id of the logged model with these weights, or an empty string. Delete incomplete models."""
     wanted = f"tags.weights_sha256 = '{weights}'"
     found = store.client.search_logged_models([store.experiment], filter_string=wanted)
     for model in found:
@@ -62,14 +65,14 @@ def _logged(store: Store, weights: str) -> str:
 
 
 def _log(trained: Trained) -> str:
-    """Export a model to the form of Hugging Face, and log that with the parameters of its run."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is here: nothing is asked of the hub
+    """Export a model to Hugging Face's format, log it to its run in MLflow, and return the model's id."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
         for path in (MODEL, TOKENIZER):
             if not checkout(trained.cache, Folder(folder), path, trained.outs.get(path, ""), folder / path):
-                raise MissingInput(f"DVC's cache lacks {path}")
+                raise MissingInput(f"DVC's cache lacks {path}: `dvc repro` or `dvc pull` restores it")
         import mlflow
         from huggingface_hub import ModelCard
         from transformers import pipeline
@@ -81,18 +84,18 @@ def _log(trained: Trained) -> str:
         card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
         needed = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
-        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # of a request
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults of a request
         logged = mlflow.transformers.log_model(
             pipeline("text-generation", model=str(folder / NAME)),  # a path fails with transformers 5.23
             name="compact",
             task="text-generation",
             run_id=trained.run_id,
-            step=-1,  # at step 0 MLflow would link the metrics of all models, without their data set
+            step=-1,  # at step 0, MLflow would add the run's metrics to the model without a data set
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
             model_config={
                 "max_new_tokens": min(MAX_NEW_TOKENS, model.shape.block_size // 2),
-                "handle_long_generation": "hole",  # of a longer prompt the last part is read
+                "handle_long_generation": "hole",  # if the prompt is too long, only its end is used
                 "return_full_text": False,
             },
             model_card=ModelCard(card, ignore_metadata_errors=True),
@@ -104,16 +107,23 @@ def _log(trained: Trained) -> str:
 
 
 def promote(store: Store, weights: str, reason: str = "") -> str:
-    """Register the model with these weights, make it the champion, and return its version: for the gate only.
+    """Register the model with these weights as the champion, and return its version number.
+
+    Only the gate calls this function.
+
+    Args:
+        store: the tracking store.
+        weights: the SHA-256 of the weights.
+        reason: why a model with another configuration may replace the champion.
 
     Raises:
-        MissingInput: no logged model has them.
-        CheckFailed: configuration or val split are not the champion's, and there is no reason.
+        MissingInput: MLflow has no logged model with these weights.
+        CheckFailed: the configuration or val split differs from the champion's, and `reason` is empty.
     """
     import mlflow
 
     if not (model_id := _logged(store, weights)):
-        raise MissingInput("MLflow has no model with these weights: `make repro` logs what it made")
+        raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
         present_id = present.source.removeprefix("models:/")  # its model_id is not set in a SQLite store
@@ -128,19 +138,19 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
 
 
 def _refuse_other_configuration(model: Any, present: Any) -> None:
-    """Raise CheckFailed where a model's parameters or val split are not the champion's."""
+    """Raise CheckFailed if a model's parameters or val split differ from the champion's."""
     old, new = ({**one.params, "val split": one.tags.get("val_sha256", "")[:12]} for one in (present, model))
     keys = sorted(key for key in old.keys() | new.keys() if key.startswith(("model.", "training.", "val ")))
     other = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     if other:
         raise CheckFailed(
-            f"not promoted: the champion is of another configuration ({', '.join(other[:8])}); "
-            "`compactgpt gate --promote --accept REASON` promotes the model all the same"
+            f"not promoted: the champion has another configuration ({', '.join(other[:8])}); "
+            "`compactgpt gate --promote --accept REASON` promotes the model anyway"
         )
 
 
 def champion(store: Store) -> Any:
-    """Return MLflow's version of the model that passed the gate last, or None; see PIPELINE_RUN."""
+    """Return the model version with the alias `champion`, or None. Its tag PIPELINE_RUN names its run."""
     found = store.client.search_registered_models(f"name = '{NAME}'")
     if not found or CHAMPION not in found[0].aliases:
         return None

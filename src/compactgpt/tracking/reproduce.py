@@ -1,12 +1,12 @@
 """Run a version of the project again in a temporary checkout, and compare every hash and every loss.
 
-The checkout has the version's commit, its uncommitted changes and its params.yaml. Its data comes from DVC's
-cache or remote, by hash; the other stages run with the packages that are installed here. The project itself
-is only read.
+The checkout has the version's commit, its uncommitted changes and its params.yaml. The data comes from DVC's
+cache or remote, by hash. The other stages run with the packages that are installed on this machine. The
+project's own files do not change.
 
-A version is code: anyone who writes to the MLflow store or pushes a branch decides what runs here. So a
-version that is not in the history of the present commit runs only after the user has read what it would run,
-and confirmed. No path of it may lead out of the checkout, and DVC's settings and keys are not copied there.
+A version contains code, and anyone who can write to the MLflow store or push a branch can change that code.
+So if a version is not in the history of the current commit, the user must read its commands and confirm. No
+path of the version may lead out of the checkout, and DVC's settings and keys are not copied to it.
 """
 
 import json
@@ -59,30 +59,30 @@ from compactgpt.tracking.records import (
     parse_versions,
 )
 
-DATA = "download"  # the stage whose outs are taken from the cache: its inputs may no longer be available
+DATA = "download"  # this stage's outs come from the cache, because its inputs may no longer be available
 CODE = ("src/", "stages/")
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 _COMPUTED = ("other inputs", "other outs")  # changes that rounding in this or an earlier stage can explain
-# Another order of sums moved the demo's loss by 0.15 % (README, How exact).
+# Relative. Another order of floating-point sums changed the demo's loss by 0.15 % (README, How exact).
 LOSS_TOLERANCE = 0.01
-_ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # what rounds sums in another way
-# Instead of those of the version and of this machine: no remote, and a cache in the checkout.
+_ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # facts that can change rounding
+# These settings replace the version's and this machine's settings: no remote, and a cache in the checkout.
 DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-_OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # of .state: never shared
+_OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # not copied from .state
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of `--check`: what this machine lacks, and what it has in another version."""
+    """The result of `--check`: what this machine lacks, and how it differs from the version's machine."""
 
     name: str
-    missing: list[str]  # the version can't run without it
-    notes: list[str]
+    missing: list[str]  # the version can't run without these items
+    notes: list[str]  # differences of processor, settings and packages
 
     @property
     def exit_code(self) -> int:
-        """0 if the version can run here."""
+        """0 if the version can run on this machine."""
         return MissingInput.exit_code if self.missing else 0
 
     def lines(self) -> list[str]:
@@ -97,13 +97,13 @@ class Result:
 
     name: str
     verdict: str
-    first: str  # the stage that differs first; empty if all are identical
+    first: str  # the first stage that differs; empty if all stages are identical
     why: str
-    stages: dict[str, str]  # identical, or what differs first: code, params, inputs, outs
+    stages: dict[str, str]  # `identical`, or the stage's first difference: code, params, inputs or outs
 
     @property
     def exit_code(self) -> int:
-        """0 if all is identical, or rounding explains the difference."""
+        """0 if all hashes are identical, or rounding explains the difference."""
         return CheckFailed.exit_code if self.verdict == DIFFERENT else 0
 
     def lines(self) -> list[str]:
@@ -124,22 +124,22 @@ def reproduce(
     log: Callable[[str], None] = lambda _: None,
     confirm: Callable[[str], bool] = lambda _: False,
 ) -> Result | Check:
-    """Find a version by its name, run it again in a temporary checkout, and compare.
+    """Run a version again in a temporary checkout, and return the comparison with its recorded results.
 
     Args:
-        wanted: see `records.find_version`.
+        wanted: the version's name, see `records.find_version`.
         root: the repository.
-        check: only find what is missing.
-        rebuild: run the download stage too, even if its outs are in the cache.
-        keep: leave the checkout.
-        log: prints progress.
-        confirm: shows what would run and returns whether it may; called for code that is not in the history
-            of the present commit.
+        check: run nothing; only return what this machine lacks, as a `Check`.
+        rebuild: run the download stage, too, even if its outs are in the cache.
+        keep: do not delete the checkout.
+        log: prints a progress message.
+        confirm: shows the commands to the user and returns whether they may run. It is called if the
+            version's code is not in the history of the current commit.
 
     Raises:
-        BadConfig: the version is the work tree itself.
-        MissingInput: this folder is not a git repository, or something is missing that the version needs.
-        OutsideFolder: a path leads out of the checkout.
+        BadConfig: `wanted` is `workspace`, or no version has this name.
+        MissingInput: the folder is not a git repository, or this machine lacks something for the run.
+        OutsideFolder: a path of the version leads out of the checkout.
         NotAllowed: the user did not confirm.
         CheckFailed: a stage failed.
     """
@@ -158,7 +158,7 @@ def reproduce(
         plan = _check_out(version, root, scratch)
         if not (is_in_history(version, root) or confirm("\n".join(plan))):
             raise NotAllowed(
-                f"{version.name} was not run: read above what would run, then confirm; without a terminal "
+                f"{version.name} was not run: read the commands above, then confirm; without a terminal "
                 f"run `compactgpt reproduce {wanted} --trust`"
             )
         log(f"{version.name}: commit {version.commit[:9]} in {scratch.tree}")
@@ -175,7 +175,7 @@ def reproduce(
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
-    """Return what the version needs to run again and this machine lacks."""
+    """Return what this machine lacks to run the version again, one sentence per item."""
     if not version.commit:
         return ["the run names no commit: it ran outside of git"]
     try:
@@ -189,19 +189,23 @@ def find_missing(version: Version, root: Path) -> list[str]:
         return missing
     changed = [path for path, md5 in _external_deps(version) if md5_path(root / path) != md5]
     return missing + [
-        f"DVC's cache lacks the data, and {path} is not what it was made from" for path in changed
+        f"DVC's cache lacks the data, and {path} has changed since the data was made" for path in changed
     ]
 
 
 def _external_deps(version: Version) -> list[tuple[str, str]]:
-    """Return path and hash of what the download stage read, but for code and what other stages write."""
+    """Return path and MD5 of the download stage's dependencies, except code and outputs of other stages."""
     written = {path for entry in version.chain.entries.values() for path in outs(entry)}
     read = deps(version.chain.entries.get(DATA, {}))
     return [(path, md5) for path, md5 in read.items() if path not in written and not path.startswith(CODE)]
 
 
 def changed_environment(version: Version) -> dict[str, Pair]:
-    """Return what of processor, settings and packages is another here: values then and now, by name."""
+    """Return the differences between the version's machine and this machine: processor, settings, packages.
+
+    Returns:
+        The value on the version's machine and the value on this machine, by name.
+    """
     installed = parse_versions(packages())
     here = Version("here", Folder(Path()), Chain([], {}), machine=machine_facts(), packages=installed)
     return changed_machine(version, here) | changed_packages(version, here)
@@ -209,7 +213,7 @@ def changed_environment(version: Version) -> dict[str, Pair]:
 
 def _describe(environment: dict[str, Pair]) -> list[str]:
     return [
-        f"{name} was {old or 'not there'}, here it is {new or 'not there'}"
+        f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
         for name, (old, new) in environment.items()
     ]
 
@@ -218,16 +222,21 @@ def _describe(environment: dict[str, Pair]) -> list[str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Whether all code and settings of a version are in the history of the present commit."""
+    """Return whether all code and settings of a version are in the history of the current commit."""
     if not isinstance(version.place, Commit):
         return False
-    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # prints what HEAD does not have
+    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # empty if HEAD has it
 
 
 def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
-    """Check out the commit with its changes and parameters; return what would run, as lines."""
+    """Check out the commit with its uncommitted changes and parameters.
+
+    Returns:
+        Lines for the user: the commit, the changed files, and the command of each stage.
+    """
     tree = scratch.tree
-    # A repository of its own, which reads the objects of this one: code that runs there can't change ours.
+    # The checkout is a separate repository that only reads the project's git objects. So code in the checkout
+    # can't change the project's branches.
     git_text(scratch.folder, "init", "--quiet", "--template=", str(tree))
     objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
     write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
@@ -238,30 +247,30 @@ def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
         (patch := scratch.folder / "changes.diff").write_bytes(version.diff)
         git_text(
             tree, "apply", "--binary", "--whitespace=nowarn", str(patch)
-        )  # refuses paths out of the tree
+        )  # git refuses paths out of the tree
         changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
     _refuse_links_out(tree)
     write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
     write_text(inside(tree, ".dvc/config"), DVC_SETTINGS)
     inside(tree, ".dvc/config.local").unlink(missing_ok=True)
-    (tree / LOCK).unlink(missing_ok=True)  # a stage without an entry runs
+    (tree / LOCK).unlink(missing_ok=True)  # DVC runs stages that have no entry
     commands = _stage_commands(tree)
     width = max(map(len, commands), default=0)
     names = ", ".join(line.split()[-1] for line in changed) or "none"
     lines = [
-        f"{version.name} runs code with your rights, and it is not in the history of your present commit:",
+        f"{version.name} runs code with your rights. This code is not in the history of your current commit:",
         "  commit   " + git_text(root, "show", "-s", "--format=%h by %an <%ae>, %as: %s", version.commit),
-        f"  changes  {names} (uncommitted, kept with the run)",
+        f"  changes  {names} (uncommitted, saved with the run)",
         *(f"  {stage:{width}}  {command}" for stage, command in commands.items()),
     ]
     return [printable(line) for line in lines]
 
 
 def _refuse_links_out(tree: Path) -> None:
-    """Check that no symbolic link leads out of a checkout: a stage's output would be written there.
+    """Check that no symbolic link leads out of a checkout. A stage would write through the link.
 
     Raises:
-        OutsideFolder: a link does.
+        OutsideFolder: a symbolic link leads out of the checkout.
     """
     for folder, folders, files in os.walk(tree):
         for name in (*folders, *files):
@@ -270,7 +279,7 @@ def _refuse_links_out(tree: Path) -> None:
 
 
 def _stage_commands(tree: Path) -> dict[str, str]:
-    """Return the command of each stage as DVC would run it, after checking all paths of dvc.yaml.
+    """Check all paths of dvc.yaml, and return each stage's command as DVC would run it.
 
     Raises:
         OutsideFolder: a path leads out of the checkout.
@@ -284,7 +293,7 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 
 
 def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
-    """Copy downloads of earlier runs, and what the data was made from if it is here unchanged."""
+    """Copy earlier downloads, and those inputs of the download stage that still have the recorded hash."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
@@ -300,7 +309,7 @@ def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Share a file that no stage changes; copy it to another file system."""
+    """Create a hard link to a file that no stage changes. Copy the file if the file system is another."""
     try:
         os.link(source, target)
     except OSError:
@@ -311,7 +320,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     """Restore the outs of the download stage from the project's cache or remote, so that DVC skips the stage.
 
     Returns:
-        Whether that worked. If not, the stage runs again.
+        Whether all outs are restored. If not, the stage runs again.
     """
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
@@ -330,12 +339,12 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
             sources.append(project.cloud.get_remote_odb())
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
-            # `shallow=False` copies the files of folders, too; `verify` refuses files of another hash.
+            # `shallow=False` also copies the files in folders. `verify` refuses files with a wrong hash.
             with suppress(Exception):  # each kind of remote has errors of its own
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
         try:
-            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # a bare name is that of the current folder
+            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # a bare name is in the current folder
         except DvcException:
             (tree / LOCK).unlink()
             return False
@@ -343,7 +352,10 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
 
 
 def _run_dvc(scratch: Scratch, stage: str) -> int:
-    """Run DVC in the checkout, with this Python, and the checkout's code before any that is installed."""
+    """Run `dvc repro` in the checkout and return its exit code.
+
+    DVC runs with this Python. The checkout's code takes precedence over an installed compactgpt.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,
@@ -359,23 +371,24 @@ def _run_dvc(scratch: Scratch, stage: str) -> int:
 
 
 def compare_hashes(version: Version, rebuilt: Chain, place: Place, environment: dict[str, Pair]) -> Result:
-    """Compare the recorded dvc.lock with that of the second run.
+    """Compare the recorded dvc.lock with the dvc.lock of the second run, and return the verdict.
 
-    Identical: every out has the same hash. Within rounding: only figures differ, code, parameters and data
-    are the same, the arithmetic is known to be another (processor, threads, libraries), and every loss is
-    within LOSS_TOLERANCE. Everything else is different.
+    - identical: every out has the recorded hash.
+    - within rounding: code, parameters and data are the same; processor, threads or libraries differ; and
+      every loss is within LOSS_TOLERANCE.
+    - different: all other cases.
 
     Args:
-        version: what was recorded.
-        rebuilt: the chain of the second run.
+        version: the version with the recorded hashes.
+        rebuilt: the stages and the dvc.lock of the second run.
         place: the files of the second run.
-        environment: see `changed_environment`.
+        environment: the result of `changed_environment`.
     """
     stages: dict[str, str] = {}
-    files: list[str] = []  # outs of other content
+    files: list[str] = []  # outs whose hash differs
     for stage in version.chain.stages:
         old, new = version.chain.entries.get(stage), rebuilt.entries.get(stage)
-        if old and (new or not version.stage):  # a run of one stage compares what that stage needs
+        if old and (new or not version.stage):  # DVC runs one stage and its dependencies only
             stages[stage] = _first_change(old, new)
             files += differing(outs(old), outs(new or {}))
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
@@ -398,7 +411,7 @@ def compare_hashes(version: Version, rebuilt: Chain, place: Place, environment: 
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return what of a stage differs first: code, parameters, inputs, or only its outs."""
+    """Return the first difference of a stage: parameters, code, inputs, or only outs."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):
@@ -412,7 +425,7 @@ def _first_change(old: Entry, new: Entry | None) -> str:
 
 
 def _loss_differences(path: str, old: Place, new: Place) -> Iterator[tuple[float, str]]:
-    """Yield relative differences of the losses of a report, with their names; 1.0 if a report is missing."""
+    """Yield the relative difference and the name of each loss in a report; 1.0 if a report is missing."""
     contents = old.read(path), new.read(path)
     if None in contents:
         yield 1.0, path

@@ -1,6 +1,6 @@
-"""A run folder on disk: its journals, what a store has taken of them, and the files that `dvc` left.
+"""Read a run folder: its journals, how much of each journal is copied, and the files that `dvc` left.
 
-`tracking.journal` describes the layout. Nothing here asks a server.
+`tracking.journal` describes the layout. This module sends no request to a server.
 """
 
 import fcntl
@@ -22,8 +22,8 @@ from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Commit, Folder, P
 from compactgpt.tracking.journal import BEFORE, JournalFile, flatten, is_alive, tracking_folder
 from compactgpt.tracking.pipeline_run import Outcome
 
-PIPELINE = "pipeline"  # the stage of a journal that stands for no stage
-OUTCOME_SECONDS = 30.0  # for the files that `dvc` leaves
+PIPELINE = "pipeline"  # the stage name of a journal that belongs to no stage
+OUTCOME_SECONDS = 30.0  # how long to wait for the files that `dvc` writes at its end
 Note = TypeVar("Note", bound=BaseModel)
 
 
@@ -45,7 +45,7 @@ class RunFolder:
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """What the first journal begins with."""
+        """The first line of the first journal."""
         return self.journals()[0].start
 
     @property
@@ -55,16 +55,16 @@ class RunFolder:
 
     @property
     def alive(self) -> bool:
-        """Whether something may still be added."""
+        """Whether the `dvc` process or a stage still runs, and may add lines."""
         if self.is_pipeline and is_alive(self.start["pipeline"]):
             return True
         return not all(journal.status for journal in self.journals())
 
     @contextmanager
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
-        """Try to be the only process that copies the folder; yields whether that worked.
+        """Lock the folder, so that only one process copies it. Yield whether this process has the lock.
 
-        With `wait`, another process is waited for: it ends a minute after the runs at the latest.
+        With `wait`, wait until another process releases the lock, at most a minute after the runs' end.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -76,7 +76,7 @@ class RunFolder:
 
     @property
     def command(self) -> str:
-        """The command that a user can give to get such a run."""
+        """The command with which a user can start the same run."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
         if not name or "exec-run" not in command:  # `dvc exp exec-run` is a worker of DVC's queue
             return command
@@ -86,13 +86,13 @@ class RunFolder:
         return " ".join(["dvc exp run -n", name, *changed])
 
     def outcome(self) -> Outcome | None:
-        """Return what the `dvc` process did; None where its files are not kept yet, or are damaged."""
+        """Return the outcome of the `dvc` process; None if it is not saved yet, or its file is damaged."""
         if not (self.path / "after").exists():
             return None
         return _read_note(self.path / "outcome.json", Outcome, "it is written again")
 
     def keep_after(self) -> bool:
-        """Keep what the `dvc` process left once it has ended; whether that is done."""
+        """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
         if not self.is_pipeline or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
@@ -101,10 +101,10 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return where dvc.lock is read; None where it may still come.
+        """Return the place from which to read dvc.lock; None if `dvc` may still write it.
 
-        Of an experiment that is the commit that DVC keeps: its scratch folder is being removed, and its
-        workspace may be the next one's. Of `dvc repro` it is the work tree, or what a later run found there.
+        For a DVC experiment, this is the experiment's commit: DVC removes the temporary folder, or uses it
+        for the next experiment. For `dvc repro`, it is the work tree, or the next run's `before/` folder.
         """
         tags, workspace = self.start["tags"], self.start["workspace"]
         newest = max(journal.path.stat().st_mtime for journal in self.journals())
@@ -121,26 +121,26 @@ class RunFolder:
 
 
 class Copied(BaseModel):
-    """What a store has taken of a run folder, or of one journal: the file mlflow.json in it."""
+    """How much of a run folder or of one journal is copied to a store: the file mlflow.json in the folder."""
 
-    store: str  # identity
+    store: str  # the store's identity
     run_id: str = ""
-    offset: NonNegativeInt = 0  # bytes of the journal
+    offset: NonNegativeInt = 0  # bytes of the journal that are copied
     complete: bool = False
 
     @classmethod
     def load(cls, folder: Path, store: str = "") -> "Copied":
-        """Read the file; it counts only for the store that it names (by default any)."""
+        """Read mlflow.json. Return an empty state if the file is missing, damaged, or names another store."""
         found = _read_note(folder / "mlflow.json", cls, "the run is copied again")
         return found if found and store in ("", found.store) else cls(store=store)
 
     def save(self, folder: Path) -> None:
-        """Write the file."""
+        """Write mlflow.json."""
         write_json(folder / "mlflow.json", self.model_dump())
 
 
 def _read_note(path: Path, kind: type[Note], consequence: str) -> Note | None:
-    """Read a file of ours; one that is damaged, or of another program, is reported and does not count."""
+    """Read a JSON file of this package. Print a warning and return None if it is damaged."""
     if not path.exists():
         return None
     try:
@@ -151,7 +151,7 @@ def _read_note(path: Path, kind: type[Note], consequence: str) -> Note | None:
 
 
 def experiment_commit(root: Path, name: str, baseline: str) -> str:
-    """Return the commit that DVC keeps of an experiment on a commit; nothing without one."""
+    """Return the commit of a DVC experiment that started from `baseline`; an empty string if none exists."""
     reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
     with suppress(UserError):
         return git_text(root, "rev-parse", "--verify", "--quiet", reference)
@@ -159,9 +159,9 @@ def experiment_commit(root: Path, name: str, baseline: str) -> str:
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return the run folders of a repository, oldest first; those without a journal are left out.
+    """Return the run folders of a repository, oldest first.
 
-    So are those of version 0.1, whose journals do not name their store.
+    Folders without a journal are left out, and folders of version 0.1, whose journals do not name a store.
     """
     found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
     return [folder for folder in found if folder.journals() and "store" in folder.start]

@@ -1,4 +1,4 @@
-"""The tracking store of MLflow: opened, checked, and every failure of it in one sentence."""
+"""Open and check MLflow's tracking store, and turn its errors into one-sentence messages."""
 
 import concurrent.futures as futures
 import fcntl
@@ -25,14 +25,15 @@ from compactgpt.tracking.journal import (
     without_password,
 )
 
-REQUEST_SECONDS = 5  # for one answer of a server
-OPEN_SECONDS = 12.0  # for all answers until a store is open; for a database on a server, too
+REQUEST_SECONDS = 5  # timeout of one HTTP request
+OPEN_SECONDS = 12.0  # timeout for opening a store, on an MLflow server or a database server
 ARTIFACTS = "mlartifacts"
 _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # A request that was taken but not answered is not sent again unseen: the logger looks first.
+    # No automatic retries: the server may have executed a request without an answer. The logger first checks
+    # what the store has, then tries again.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS),
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -42,7 +43,7 @@ _ABOUT = (
     "The charts of pipelines: add `?viewStateShareKey=pipelines` to the address of this experiment."
 )
 _CURVES = ("train/loss", "val/loss")
-# What the address with `viewStateShareKey=pipelines` opens: pipelines only, the loss curves first. MLflow
+# The view that `?viewStateShareKey=pipelines` opens: only pipelines, with the loss curves first. MLflow
 # appends the other sections and charts.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
@@ -71,18 +72,24 @@ EXPERIMENT_TAGS = {
 class Store:
     """An open tracking store."""
 
-    client: Any  # MLflow's
-    experiment: str  # id
-    identity: str  # another one once the store was deleted and created again
+    client: Any  # an mlflow.MlflowClient
+    experiment: str  # the experiment's id
+    identity: str  # changes if the store is deleted and created again
 
     def find(self, tag: str, value: str, further: str = "") -> str:
-        """Return the id of the newest run with a tag, or nothing."""
+        """Return the id of the newest run whose tag has this value; an empty string if no run has it.
+
+        `further` is appended to MLflow's search filter.
+        """
         wanted, newest = f"tags.`{tag}` = '{value}'{further}", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the run with a tag; create it as `mlflow.start_run` does, which takes no start time."""
+        """Return the id of the run whose tag has this value. Create the run if it is missing.
+
+        `mlflow.start_run` takes no start time, so this method creates the run with MLflow's client.
+        """
         from mlflow.tracking.context.registry import resolve_tags
 
         if run_id := self.find(tag, value):
@@ -113,32 +120,32 @@ class Store:
             self.client.log_inputs(run_id, inputs)
 
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
-        """Log the files of a folder."""
+        """Log the files of a folder to a run, under the artifact path `target`."""
         self.client.log_artifacts(run_id, str(folder), target)
-        if (folder / DIFF).exists():  # once more by itself: `log_artifacts` drops the mode of files
+        if (folder / DIFF).exists():  # again: `log_artifacts` drops file modes, `log_artifact` keeps them
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open a tracking store, creating database and experiment where they are missing.
+    """Open a tracking store. Create the database and the experiment if they are missing.
 
     Args:
         root: the repository.
-        wanted: as a journal's first line names it; the one of the environment by default.
+        wanted: the store, as `tracking_store` returns it; by default the store that the environment names.
 
     Raises:
-        BadData: the database is damaged.
-        Unreachable: the server does not answer, or refuses.
+        BadData: the SQLite database is damaged.
+        Unreachable: the server does not answer or returns an error, or another process holds the lock.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ.pop("MLFLOW_RUN_ID", None)  # all runs would be logged to this one
+    os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would log all runs to this run
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = _address(root, wanted["uri"])
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
-        import mlflow  # seconds, which are not the store's
+        import mlflow  # takes seconds: imported before the timeout starts
 
         _wait_for(lock)  # two processes must not create one database
         environment = dict(os.environ)
@@ -152,7 +159,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
                     _keep_artifacts_here(database)
             else:
                 experiment = _within(OPEN_SECONDS, lambda: _set_experiment(wanted, None))
-        finally:  # MLflow's setters write to the environment: a journal would take that for the user's
+        finally:  # MLflow's setters change environment variables, which journals read as the user's settings
             os.environ.clear()
             os.environ.update(environment)
     identity = f"{experiment.experiment_id}@{experiment.creation_time}"
@@ -160,7 +167,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 
 def _set_experiment(wanted: Mapping[str, str], artifacts: str | None) -> Any:
-    """Make an experiment MLflow's active one; create it where it is named and missing."""
+    """Set MLflow's active experiment and return it. If a named experiment is missing, create it."""
     import mlflow
 
     client, name = mlflow.MlflowClient(), wanted["experiment"]
@@ -173,16 +180,19 @@ def _set_experiment(wanted: Mapping[str, str], artifacts: str | None) -> Any:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return what a function returns; leave it to itself, and raise TimeoutError, where that takes longer.
+    """Call `work` in a thread and return its result.
 
-    A driver of a database can wait for minutes in C, where no signal reaches it.
+    A database driver can wait for minutes in C code, where no signal interrupts it.
+
+    Raises:
+        TimeoutError: `work` takes longer than `seconds`. Its thread continues in the background.
     """
     future: futures.Future[Any] = futures.Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 (of the caller)
+        except BaseException as error:  # noqa: BLE001 (the caller gets the error)
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -192,7 +202,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def _wait_for(lock: TextIO) -> None:
-    """Lock a file, or raise a TimeoutError after OPEN_SECONDS."""
+    """Lock a file. Raise TimeoutError if another process holds the lock for OPEN_SECONDS."""
     deadline = time.monotonic() + OPEN_SECONDS
     while time.monotonic() < deadline:
         with suppress(BlockingIOError):
@@ -202,7 +212,10 @@ def _wait_for(lock: TextIO) -> None:
 
 
 def _address(root: Path, uri: str) -> str:
-    """Return an address with its password, which no journal keeps, and a database's path in full."""
+    """Return the store's full address: with the environment's password, or with an absolute SQLite path.
+
+    Journals have addresses without passwords.
+    """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if without_password(given) == uri:
         uri = given
@@ -211,20 +224,20 @@ def _address(root: Path, uri: str) -> str:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn whatever a server, MLflow or SQLAlchemy raises into one sentence with address and reason."""
+    """Turn errors of the server, MLflow or SQLAlchemy into one sentence with the address and the reason."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # of this disk
+        if isinstance(error, OSError) and error.errno:  # an error of the local disk
             raise
         first: BaseException = error
-        while first.__context__:  # MLflow and its libraries wrap the reason several times
+        while first.__context__:  # MLflow and its libraries wrap the first error several times
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = str(found).strip().partition("\n")[0][:300]
-        if type(first) is sqlite3.DatabaseError:  # its subclasses, such as a locked database, are no damage
+        if type(first) is sqlite3.DatabaseError:  # subclasses, such as a locked database, mean no damage
             name = uri.removeprefix(_SQLITE)
             raise BadData(
                 f"{name} is damaged ({reason}): move it away (`mv {name} {name}.damaged`), then "
@@ -232,12 +245,12 @@ def store_errors(uri: str) -> Iterator[None]:
             ) from error
         raise Unreachable(
             f"MLflow at {without_password(uri)} failed ({without_password(reason) or type(error).__name__}): "
-            "no run is lost, `compactgpt sync` copies them from .state/tracking once it answers"
+            "no run is lost; when MLflow answers, `compactgpt sync` copies the runs from .state/tracking"
         ) from error
 
 
 def _check_database(path: Path) -> None:
-    """Raise sqlite3.DatabaseError where a file is damaged; create an empty one if it is missing."""
+    """Raise sqlite3.DatabaseError if a database is damaged. Create an empty database if it is missing."""
     is_new = not path.exists()
     with closing(sqlite3.connect(path)) as database:
         if is_new:
@@ -250,8 +263,8 @@ def _check_database(path: Path) -> None:
 def _keep_artifacts_here(database: Path) -> None:
     """Make artifact paths relative to the repository.
 
-    MLflow makes them absolute, so a copy of the repository would write into the original; and an experiment
-    that was created through `make ui` has `mlflow-artifacts:`, which only clients of a server can write.
+    MLflow makes the paths absolute, so a copy of the repository would write into the original repository. An
+    experiment that was created in `make ui` has a path `mlflow-artifacts:`, which works only with a server.
     """
     columns = {
         "experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location",
@@ -267,7 +280,7 @@ def _keep_artifacts_here(database: Path) -> None:
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return which run made what dvc.lock has of a stage, or why none is known."""
+    """Return the id of the run that wrote a stage's entry in dvc.lock, or a sentence why no id is known."""
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` keeps one"
     if tracking_store()["uri"] == DEFAULT_URI and not os.access(root, os.W_OK):

@@ -1,4 +1,4 @@
-"""System metrics of a stage, read from another process, so that they do not slow the stage."""
+"""System metrics of a stage. Another process measures them, so that the stage does not become slower."""
 
 import importlib.util
 import time
@@ -9,14 +9,14 @@ SAMPLE_SECONDS = 5.0
 
 
 class SystemMetrics:
-    """Samples one process, its children and the machine, with MLflow's own monitors of CPU and GPU."""
+    """Measures one process and its children, and the whole machine with MLflow's CPU and GPU monitors."""
 
     def __init__(self, pid: int) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
         self._pid, self._monitors = pid, [CPUMonitor()]
         if importlib.util.find_spec("pynvml"):
-            with suppress(ImportError, RuntimeError):  # there is no GPU of Nvidia's
+            with suppress(ImportError, RuntimeError):  # the machine has no Nvidia GPU
                 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
                 self._monitors.append(GPUMonitor())
@@ -24,7 +24,10 @@ class SystemMetrics:
         self._cpu_seconds, _ = self._usage()
 
     def sample(self) -> list[dict[str, Any]]:
-        """Return a journal line of metrics every SAMPLE_SECONDS: percent of a core, of memory, MB."""
+        """Return one journal line of metrics, or an empty list if SAMPLE_SECONDS have not passed.
+
+        The stage's CPU use is in percent of one core, its memory in megabytes.
+        """
         now = time.monotonic()
         if now - self._last < SAMPLE_SECONDS:
             return []
@@ -43,7 +46,7 @@ class SystemMetrics:
         return [{"kind": "metrics", "time_ms": time_ms, "step": step, "values": values, "system": True}]
 
     def _usage(self) -> tuple[float, float]:
-        """Return CPU seconds and bytes in memory of the process and its children."""
+        """Return the CPU time in seconds and the memory in bytes of the process and its children."""
         import psutil
 
         cpu_seconds = memory = 0.0

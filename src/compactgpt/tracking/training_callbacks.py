@@ -1,4 +1,4 @@
-"""What a user sees and MLflow logs while a model trains. No result depends on it."""
+"""Callbacks that show the training's progress and log it to MLflow. They change no result."""
 
 import time
 from collections.abc import Mapping
@@ -20,17 +20,17 @@ from compactgpt.training.distributed import gathered
 from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Row, loss_csv
 
-MEASURED_STEPS = 10  # before the time left is printed
+MEASURED_STEPS = 10  # steps that are timed before the time left is printed
 SAMPLE_TOKENS = 40
 
 
 class TrainingCallbacks:
-    """Reports the progress of one training to the user and to the tracker; every process has one.
+    """Reports a training's progress to the user and to the tracker. Each process has its own instance.
 
     Args:
         stage: the open stage (stages._runner.Stage).
-        tokenizer: folder of the tokenizer, for samples.
-        curve: file of the loss curve, complete after every validation so that `dvc plots show` can draw it.
+        tokenizer: the tokenizer's folder, for samples.
+        curve: the loss curve's file. It is complete after each validation, so `dvc plots show` can draw it.
     """
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
@@ -38,25 +38,25 @@ class TrainingCallbacks:
         self.is_main_process = dist_info().is_main_process
         processes = dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.first_step: int | None = None  # of this process: a resumed run does not start with 1
+        self.first_step: int | None = None  # this process's first step; not 1 in a resumed run
         self.first_step_at = 0.0
         self.reported_at: float | None = None
         self.loss = self.utilization = "-"
         self.warned = False
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
-        self.expected: ExpectedLoss = expected_loss(self.params)  # written down before the first step
+        self.expected: ExpectedLoss = expected_loss(self.params)  # logged before the first step
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
         batch = describe_batch(self.params, processes)
         stage.print_message(batch)
         stage.tracker.tags({"make_up_of_a_step": batch})
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
-        # Each process is taken to be as fast as the main one.
+        # This assumes that each process is as fast as the main process.
         device = resolve_device(runtime.device)
         self.peak = processes * peak_flops(device, training.dtype) if self.is_main_process else 0.0
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
-        """Log training loss, learning rate and speed of steps."""
+        """Log the training loss, learning rate and speed of a list of (step, loss)."""
         now, training, speed = time.monotonic(), self.params.training, {}
         if self.reported_at is not None:
             seconds = max(1e-9, now - self.reported_at)
@@ -71,7 +71,7 @@ class TrainingCallbacks:
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
     def on_row(self, rows: list[Row]) -> None:
-        """Log the validation loss, write the loss curve, and warn once if it leaves its interval."""
+        """Log the validation loss, write the loss curve, and warn once if the loss is not as expected."""
         row = rows[-1]
         self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
         if self.is_main_process:
@@ -83,7 +83,7 @@ class TrainingCallbacks:
             self.stage.tracker.tags({"outside_expected_band": warning})
 
     def on_step(self, step: int, model: GPT) -> None:
-        """Move the progress bar, print the time left once, and write a sample when it is due."""
+        """Update the progress bar, print the time left once, and log a sample if one is due."""
         max_steps, runtime = self.params.training.max_steps, self.params.runtime
         if self.first_step is None:
             self.first_step, self.first_step_at = step, time.monotonic()
@@ -101,7 +101,7 @@ class TrainingCallbacks:
             self.stage.text(f"step-{step:08d}.txt", text, "samples")
 
     def _speed(self, step: int) -> dict[str, str]:
-        """Return tokens per second since this process's first step, and the time left."""
+        """Return the tokens per second since this process's first step, and the time left as M:SS."""
         assert self.first_step is not None
         if step == self.first_step:
             return {"tokens/s": "-", "left": "-"}
@@ -112,13 +112,13 @@ class TrainingCallbacks:
         return {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
 
     def on_warning(self, message: str) -> None:
-        """Print and log that the number of processes has changed."""
+        """Print and log the warning that the number of processes has changed."""
         self.stage.print_message(message)
         self.stage.tracker.tags({"number_of_processes": message})
 
 
 def describe_batch(params: Params, processes: int) -> str:
-    """Return how the tokens of a step are divided, so that a change of processes or micro-batches shows."""
+    """Return a sentence: how a step's tokens are divided into processes, micro-batches and sequences."""
     training, block_size = params.training, params.model.block_size
     micro_batches = training.tokens_per_step // block_size // training.micro_batch_size // processes
     named = "process" if processes == 1 else "processes"
@@ -130,9 +130,10 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> str | None:
-    """Return a warning if the curve ends outside the 95 % interval that is expected of the final loss.
+    """Return a warning if the loss is outside the 95 % interval of the expected final loss, or None.
 
-    An earlier loss above the interval says nothing yet. One below it says that the end will be below, too.
+    A loss above the interval matters only at the last step. A loss below the interval matters at every step,
+    because the final loss will then be lower still.
     """
     where = f"val loss {row.val_loss:.3f} at step {row.step:,} of {max_steps:,}"
     interval = (
@@ -152,7 +153,7 @@ def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> s
 
 
 def expected_loss_tags(expected: ExpectedLoss, val_loss: float) -> Mapping[str, str]:
-    """Return tags that say whether the final loss is in each interval that was expected."""
+    """Return tags: whether the final loss is inside the expected 80 % interval and the 95 % interval."""
     inside_80 = expected.low_80 <= val_loss <= expected.high_80
     inside_95 = expected.low_95 <= val_loss <= expected.high_95
     return {
@@ -162,7 +163,7 @@ def expected_loss_tags(expected: ExpectedLoss, val_loss: float) -> Mapping[str, 
 
 
 def peak_flops(device: str, dtype: str) -> float:
-    """Return the floating-point operations per second of large matrix products here, measured for 0.2 s."""
+    """Return the floating-point operations per second of this device, measured with large matrix products."""
     size = 8192 if device == "cuda" else 1024
     set_precision(dtype)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -171,14 +172,14 @@ def peak_flops(device: str, dtype: str) -> float:
     for _ in range(8):
         start = time.perf_counter()
         product = matrix @ matrix
-        product[0, 0].item()  # waits for a GPU
+        product[0, 0].item()  # waits until the GPU has finished
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
 @torch.no_grad()
 def sample_text(model: GPT, encoding: Encoding, prompt: str) -> str:
-    """Continue a prompt with the most likely tokens; changes no random state."""
+    """Return the prompt and its greedy continuation. The random state does not change."""
     model.eval()
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     start, block_size = len(tokens), model.shape.block_size
