@@ -377,7 +377,7 @@ def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likeliho
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield McNemar's p-value for each task that both models, compact and baseline, did on the same items."""
+    """Yield McNemar's p-value for each task where the compact model and the baseline have the same items."""
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
     about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"

@@ -132,7 +132,7 @@ def _ratio(view: View, axes: Axes) -> None:
     axes.set_xticks(ticks, [show(t, "", view.language) for t in ticks], minor=False)
     axes.set_xticks([], minor=True)
     axes.set_xlim(low, high)
-    # Put the words at the ends of the axis: next to a 1 near the edge, they would not fit into the plot.
+    # The words are at the ends of the axis, not next to 1: if 1 is near an end, a word would be cut off.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
@@ -146,7 +146,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         return fine
     powers = [n for n in decades if low <= 10.0**n <= high]
     step = math.ceil(len(powers) / MOST_TICKS)
-    return [10.0**n for n in powers if n % step == 0]  # keeps the tick 1
+    return [10.0**n for n in powers if n % step == 0]  # n = 0, the tick 1, is always included
 
 
 def _positions(view: View, axes: Axes) -> None:
@@ -185,7 +185,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw expected and measured loss: of the compact and the note's run, then of the calibration runs."""
+    """Draw the expected and the measured loss of the compact run, the note's run and the calibration runs."""
     runs = [(COMPACT, f"{COMPACT}.loss")]
     names = [view.say("run_here", corpus=view.corpus)]
     if view.about_note:
@@ -321,4 +321,4 @@ def _localize_ticks(axis: Any, language: Language) -> None:
     own = axis.get_major_formatter()
     if isinstance(own, ScalarFormatter):
         axis.set_major_formatter(FuncFormatter(lambda x, tick: localized(own(x, tick), language)))
-        axis.get_major_formatter().set_locs = own.set_locs  # to choose the number of digits
+        axis.get_major_formatter().set_locs = own.set_locs  # to choose the decimals

@@ -61,7 +61,7 @@ class Result(Section):
     """The content of one file in results/."""
 
     experiment: Name
-    params: dict[str, Any]  # the sections `model` and `training`, and the corpus
+    params: dict[str, Any]  # from params.yaml: `model`, `training` and `download.corpus`
     data_sha256: Sha256  # hash of the val split's token file
     forecast: Forecast
     documents: Documents
@@ -158,7 +158,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # A baseline's name and a dot may begin another baseline's name: the longest match is the owner.
+        # Names may contain dots, so more than one baseline may match: the longest name is the right one.
         owners = [other for other in baselines if item["id"].startswith(f"{other}.")]
         owner = max(owners, key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"

@@ -131,7 +131,7 @@ def check_manifests(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
-    """Compute the estimate again from params.yaml and the sweep's results, and compare it."""
+    """Compute the estimate again from params.yaml and the sweep's results, and compare it with its report."""
     path = "reports/estimate.json"
     expected = json.loads(json_bytes(estimate(params, read_sweep(root / "results/ladder.json"))))
     found.add_differences(path, differences(expected, read_json(root / path)))
