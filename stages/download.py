@@ -1,4 +1,4 @@
-"""Stage `download`: params.yaml -> data/documents/, data/tokenizer/, reports/download.json."""
+"""Stage `download`: write data/documents/, data/tokenizer/ and reports/download.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +13,13 @@ app = new_app()
 
 @app.command()
 def main(
-    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
+    documents: Annotated[Path, typer.Option(help="Shard folder to write.")] = Path("data/documents"),
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder to write.")] = Path("data/tokenizer"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/download.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Fetch the corpus and the tokenizer, as verified folders."""
+    """Download the corpus and the tokenizer, and write both folders."""
     from compactgpt.data.sources import download
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:

@@ -1,4 +1,4 @@
-"""Stage inspection: documents, token files -> reports/inspection.json, data/inspection.json, Data Docs."""
+"""Stage `inspection`: check the token files; write two JSON reports and Data Docs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,10 @@ def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/inspection.json"),
-    pass_file: Annotated[Path, typer.Option(help="File that training depends on.")] = Path(
+    pass_file: Annotated[Path, typer.Option(help="File to write if all checks pass.")] = Path(
         "data/inspection.json"
     ),
-    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/tokens"),
+    docs: Annotated[Path, typer.Option(help="Data Docs folder to write.")] = Path("data/data_docs/tokens"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
@@ -41,8 +41,8 @@ def main(
         require_success(
             facts,
             "the token files",
-            f"{report} lists the documents: remove twins from the corpus, run `dvc repro -f tokenization` "
-            "for damaged files, or change the bounds in params.yaml (inspection)",
+            f"{report} lists the documents: remove repeated documents from the corpus, run `dvc repro -f "
+            "tokenization` if files are damaged, or change the limits in params.yaml (inspection)",
         )
         write_json(pass_file, passed(facts))
 

@@ -1,4 +1,4 @@
-"""Stage tokenization: data/documents/, data/tokenizer/ -> data/tokens/."""
+"""Stage `tokenization`: encode data/documents/ with data/tokenizer/; write data/tokens/."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ def main(
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Turn the documents into train and val token files."""
+    """Encode the documents and write the token files of train and val."""
     from compactgpt.data.tokenization import tokenize
 
     with open_stage("tokenization", params_file, tracker, ("tokenization",)) as stage:

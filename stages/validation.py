@@ -1,4 +1,4 @@
-"""Stage validation: data/documents/ -> reports/validation.json, Data Docs."""
+"""Stage `validation`: check data/documents/; write reports/validation.json and Data Docs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ app = new_app()
 def main(
     documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/validation.json"),
-    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/documents"),
+    docs: Annotated[Path, typer.Option(help="Data Docs folder to write.")] = Path("data/data_docs/documents"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
@@ -26,7 +26,7 @@ def main(
         stage.report(report, facts)
         stage.data_docs(docs)
         require_success(
-            facts, "the documents", "repair the corpus, or change the bounds in params.yaml (validation)"
+            facts, "the documents", "repair the corpus, or change the limits in params.yaml (validation)"
         )
 
 

@@ -1,1 +1,1 @@
-"""Text from anywhere: documents, checked, and token files made of them."""
+"""The data pipeline: read texts, check documents, and write token files."""

@@ -1,7 +1,8 @@
-"""The embedded corpus: docstrings of installed distributions, read from their source, never imported.
+"""The corpus `docstrings`: the docstrings of installed distributions.
 
-A document is one module: each of its docstrings in source order, under its qualified name. The text
-depends on the distributions alone, not on the platform or the version of Python.
+The source files are parsed and never imported. Each module becomes one document: its docstrings in source
+order, each below the qualified name of its object. The text depends only on the versions of the
+distributions, not on the platform or the Python version.
 """
 
 import ast
@@ -20,35 +21,35 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # characters: a longer field holds the licence's complete text
+_SHORT_LICENCE = 40  # characters: a longer field contains the full licence text, not a name
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
-_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a syntax tree that hold statements
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node that contain statements
 
 
 class Module(NamedTuple):
     """One source file of a distribution."""
 
-    name: str  # such as `scipy.stats`
+    name: str  # for example `scipy.stats`
     path: Path
-    source: str  # distribution/name
+    source: str  # `<distribution>/<name>`
 
 
 def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -> Corpus:
     """Return the docstrings of the distributions in params.yaml as a corpus.
 
     Raises:
-        MissingInput: a distribution is not installed, or in another version; see `find_modules`.
+        MissingInput: a distribution is missing, or has another version; see `find_modules`.
     """
     parts: list[Part] = []
-    modules: list[tuple[int, Module]] = []  # with the index of the part
+    modules: list[tuple[int, Module]] = []  # (index in `parts`, module)
     for name, version in sorted(params.distributions.items()):
         part, found = find_modules(name, version, params.exclude)
         modules += [(len(parts), module) for module in found]
         parts.append(part)
 
     def read(position: Any) -> Iterator[Text]:
-        done = position or 0  # modules
+        done = position or 0  # number of modules that were read already
         left = [module for _, module in modules[done:]]
         tasks = [left[start : start + _MODULES_PER_TASK] for start in range(0, len(left), _MODULES_PER_TASK)]
         texts = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
@@ -62,15 +63,15 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
 
 
 def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part, list[Module]]:
-    """Return an installed distribution and its modules, sorted by path.
+    """Return an installed distribution as a corpus part, and its modules sorted by path.
 
     Args:
-        name: of the distribution.
-        version: that must be installed; a local part such as `+cpu` is not compared.
-        exclude: names of folders and modules that are left out.
+        name: name of the distribution.
+        version: version that must be installed; a local suffix such as `+cpu` is ignored.
+        exclude: names of folders and modules to leave out.
 
     Raises:
-        MissingInput: the distribution is not installed, has another version, or has no list of files.
+        MissingInput: the distribution is not installed, has another version, or does not list its files.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -80,10 +81,10 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         ) from error
     if found.version.split("+")[0] != version:
         raise MissingInput(
-            f"{name} {found.version} is installed, params.yaml (download.docstrings.distributions) "
-            f"names {version}: run `make setup`, or change one of the two"
+            f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
+            f"names {version}: run `make setup`, or correct the version in params.yaml"
         )
-    # `found.files` would leave out files that are missing, from Python 3.12 on.
+    # Not `found.files`: since Python 3.12 it leaves out files that are missing on disk.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
     files = sorted(PurePosixPath(row[0]) for row in record if row)
     modules = []
@@ -98,10 +99,12 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the name of a licence: the SPDX expression, the field License if it is short, or the classifier.
+    """Return the name of a distribution's licence.
+
+    The name is the SPDX expression; else the field License, if it is short; else the classifiers.
 
     Args:
-        metadata: core metadata (packaging.python.org, Core metadata specifications).
+        metadata: the distribution's core metadata (packaging.python.org, Core metadata specifications).
     """
     expression = (metadata.get("License-Expression") or "").strip()
     licence = (metadata.get("License") or "").strip()
@@ -115,8 +118,8 @@ def short_licence(metadata: Any) -> str:
 
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
-    """Return the document of each module; see `read_module`."""
-    # Syntax trees are many objects without cycles: searching them for cycles takes a third of the time.
+    """Return the text of each module's document; see `read_module`."""
+    # Syntax trees have many objects and no reference cycles. Garbage collection takes a third of the time.
     gc.disable()
     try:
         return [read_module(module) for module in modules]
@@ -125,7 +128,7 @@ def read_modules(modules: Sequence[Module]) -> list[str]:
 
 
 def read_module(module: Module) -> str:
-    """Return the document of one module; empty if the module has no docstring.
+    """Return the text of one module's document, an empty string if the module has no docstring.
 
     Raises:
         MissingInput: the file is missing.
@@ -133,9 +136,9 @@ def read_module(module: Module) -> str:
     """
     try:
         content = module.path.read_bytes()
-        content.decode("utf-8")  # a file may name another encoding in its first line
+        content.decode("utf-8")  # ast.parse would accept another encoding, declared in the first line
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as invalid escapes
+            warnings.simplefilter("ignore")  # for example about invalid escape sequences
             tree = ast.parse(content)
     except FileNotFoundError as error:
         raise MissingInput(f"{module.path} is missing: {_REPAIR}") from error
@@ -145,12 +148,12 @@ def read_module(module: Module) -> str:
 
 
 def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, docstring) of a node and of the definitions inside it."""
+    """Yield (qualified name, docstring) of a node and of the classes and functions inside it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         text = clean_docstring(ast.get_docstring(node, clean=False) or "")
         if text:
             yield name, text
-    # Only statements can hold docstrings; expressions are most of a tree's nodes.
+    # Visit only statements: expressions are most of the nodes and contain no docstrings.
     for block in _BLOCKS:
         for statement in getattr(node, block, ()):
             if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -160,8 +163,8 @@ def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def clean_docstring(raw: str) -> str:
-    """Remove the common indentation of a docstring (PEP 257), and white space at the ends of lines."""
-    # Not inspect.cleandoc: its result depends on the version of Python.
+    """Return a docstring without common indentation (PEP 257) and without trailing white space."""
+    # Not inspect.cleandoc: its result depends on the Python version.
     first, *rest = raw.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
     return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()

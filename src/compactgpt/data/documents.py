@@ -1,13 +1,13 @@
-"""Documents: where they come from, and how they are stored.
+"""Documents: the interface of a corpus, and the files that store documents.
 
-A `Corpus` yields texts. The `download` stage stores them as zstd parquet shards with these columns:
+The `download` stage stores the texts of a `Corpus` as parquet shards (zstd) with these columns:
 
     id      first 16 bytes of the SHA-256 of the document's UTF-8 text, as 32 hex digits
     text    the complete document
-    source  where it came from, such as `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
+    source  where the text came from, for example `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
     part    always 0
 
-Readers take one row group at a time: a few MiB of text, or one document if that is longer.
+Documents are read one row group at a time. A row group has about 2 MiB of text, or one longer document.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from compactgpt.common.errors import BadData
 from compactgpt.common.storage import atomic_file
 
 MEGABYTE = 1_000_000
-SHARD_BYTES = 2**28  # of text
-ROW_GROUP_BYTES = 2**21  # of text
+SHARD_BYTES = 2**28  # UTF-8 bytes of text in a shard
+ROW_GROUP_BYTES = 2**21  # UTF-8 bytes of text in a row group
 
 
 class Part(NamedTuple):
-    """A part of a corpus, as reports name it: a distribution, a file pattern or a split."""
+    """A part of a corpus in reports: a distribution, a file pattern, or a split of a data set."""
 
     name: str
     version: str | None = None
@@ -35,23 +35,23 @@ class Part(NamedTuple):
 
 
 class Text(NamedTuple):
-    """One text of a corpus, before short, long and repeated ones are left out."""
+    """One text of a corpus, before short, long and repeated texts are left out."""
 
     text: str
     source: str
     part: int  # index in `Corpus.parts`
-    position: Any  # JSON value; `Corpus.read(position)` resumes right after this text
+    position: Any  # JSON value; `Corpus.read(position)` yields the texts after this text
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts from one kind of source, which can be read from any position.
+    """A source of texts that can be read from any position.
 
     Attributes:
-        name: as params.yaml spells it.
-        identity: JSON value that changes when the texts may have changed.
-        parts: read one after another, in this order.
-        read: yields the texts after a position; all texts after None.
+        name: the value of `download.corpus` in params.yaml.
+        identity: a JSON value that changes when the texts may have changed.
+        parts: the parts of the corpus, in reading order.
+        read: a function that yields the texts after a position, or all texts if the position is None.
         lengths: allowed lengths of a text, in characters.
     """
 
@@ -64,7 +64,7 @@ class Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One stored text."""
+    """A text with its id and its source, as a shard stores it."""
 
     id: str
     text: str
@@ -73,14 +73,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """One row group of a shard: the unit that readers take."""
+    """One row group of a shard: the unit in which documents are read."""
 
     path: Path
     index: int
 
 
 def new_document(text: str, source: str) -> Document:
-    """Return the document of a text, with the hash of the text as its id.
+    """Create a document from a text; the id is the hash of the text.
 
     Raises:
         BadData: the text has a lone surrogate, which UTF-8 can't encode.
@@ -99,12 +99,12 @@ def new_document(text: str, source: str) -> Document:
 
 
 def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
+    """Return the file name of shard `number`."""
     return f"documents-{number:05d}.parquet"
 
 
 def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write documents as shards into `folder`; see `write_shard`."""
+    """Write documents into shards in `folder`; see `write_shard`."""
     stream = iter(documents)
     for number in count():
         if not write_shard(folder / shard_name(number), stream, shard_bytes):
@@ -112,12 +112,12 @@ def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: in
 
 
 def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> bool:
-    """Write one shard of at least `shard_bytes` of text, or of all documents that are left.
+    """Write one shard with at least `shard_bytes` of text, or with all remaining documents.
 
-    No document after the last one of the shard is taken. Memory holds one row group.
+    The iterator does not advance past the shard's last document. Memory holds one row group.
 
     Returns:
-        Whether a shard was written: False if no document was left.
+        True if a shard was written, False if no document remained.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -125,25 +125,25 @@ def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> 
     group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
     if not group:
         return False
-    # `part` has no use any more; without it the hash of every corpus would change.
+    # `part` is unused. Removing this column would change the hash of every corpus.
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-    # Ids and texts do not repeat, so a dictionary would only add to them.
+    # No dictionary for ids and texts: they do not repeat, so a dictionary would only take space.
     options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         while group:
             rows = [{"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group]
             writer.write_table(pa.Table.from_pylist(rows, schema))
-            shard_bytes -= size  # what is left to fill
+            shard_bytes -= size  # bytes that the shard still needs
             group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
     return True
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
-    """Take documents until they have `min_bytes` of text; return them and the bytes of their text."""
+    """Take documents until their text has `min_bytes`; return the documents and the bytes of text."""
     group: list[Document] = []
     size = 0
-    # The size is tested before `next`: a full group takes no further document.
+    # Test the size before `next`, so that no document is taken after the group is full.
     while size < min_bytes and (document := next(documents, None)) is not None:
         group.append(document)
         size += len(document.text.encode("utf-8"))
@@ -164,7 +164,7 @@ def _damage_as_bad_data(what: str) -> Iterator[None]:
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
-    """List the row groups of a folder of shards, in the order of its documents.
+    """Return the row groups of all shards in a folder, in document order.
 
     Raises:
         BadData: a shard is damaged.
@@ -186,14 +186,14 @@ def _read(group: RowGroup, *columns: str) -> Any:
         _damage_as_bad_data(f"{group.path}, row group {group.index},"),
         pq.ParquetFile(group.path, page_checksum_verification=True) as file,
     ):
-        # Without threads: the callers read in several processes.
+        # No threads: the callers already read in several processes.
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
-        table.validate(full=True)  # checks that texts are UTF-8, among others
+        table.validate(full=True)  # for example, strings must be valid UTF-8
         return table.select(columns)
 
 
 def read_row_group(group: RowGroup) -> list[Document]:
-    """Read the documents of a row group.
+    """Return the documents of a row group.
 
     Raises:
         BadData: the shard is damaged.
@@ -203,13 +203,13 @@ def read_row_group(group: RowGroup) -> list[Document]:
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
-    """Read (id, source) of each document of a row group, without the texts."""
+    """Return (id, source) of each document of a row group, without reading the texts."""
     ids, sources = _read(group, "id", "source").columns
     return list(zip(ids.to_pylist(), sources.to_pylist(), strict=True))
 
 
 def read_ids(path: Path) -> list[bytes]:
-    """Read the ids of the documents of a shard, 16 bytes each, in order, without the texts."""
+    """Return the 16-byte ids of a shard's documents, in order, without reading the texts."""
     import pyarrow.parquet as pq
 
     return [bytes.fromhex(each) for each in pq.read_table(path, columns=["id"]).column("id").to_pylist()]

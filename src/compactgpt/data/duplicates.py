@@ -1,19 +1,21 @@
-"""Documents that repeat others, and text of val that is also in train.
+"""Find documents that repeat other documents, and text of val that is also in train.
 
-All three questions look at words: runs of letters, digits and underscores, lower-cased, as in appendix C of
-the GPT-3 paper (Brown et al. 2020), which ignores punctuation, white space and case. A word is represented
-by a 64-bit hash, and n words in a row by a polynomial of their hashes.
+A word consists of letters, digits and underscores, in lower case. As in appendix C of the GPT-3 paper (Brown
+et al. 2020), punctuation, white space and case are ignored. A 64-bit hash represents each word. A polynomial
+of the word hashes represents a run, which is n consecutive words. Documents are compared in three ways:
 
-    same words      two documents with the same words in the same order
-    near duplicate  MinHash (Broder 1997; computed by rensa) of 5 words in a row, found by locality-sensitive
-                    hashing in bands; similarity is the share of equal signature values, an estimate of the
-                    Jaccard similarity
-    overlap         the share of a val document's runs of 13 words that some train document has; 13 is the
-                    length of GPT-3 and of lm-evaluation-harness (docs/decontamination.md)
+    same words      Two documents have the same words in the same order.
+    near duplicate  Two documents have similar sets of 5-word runs. Their MinHash signatures (Broder 1997;
+                    computed by rensa) are compared by locality-sensitive hashing in bands. The similarity
+                    is the share of equal signature values, an estimate of the Jaccard similarity.
+    overlap         The share of a val document's 13-word runs that are also in train. GPT-3 and
+                    lm-evaluation-harness use 13 words too (docs/decontamination.md).
 
-The bands are compared here and not by rensa's LSH: that needs 1.3 KB of memory per document, and returns
-candidates only for signature objects, which can't be made from the signatures that workers send. Here the
-signatures take 4 bytes per value. Shapes: N documents, V of them in val, G different runs of words in val.
+This module compares the bands itself, because rensa's LSH needs 1.3 KB of memory per document. It also
+accepts only signature objects, which can't be created from the arrays that workers send. In this module a
+signature takes 4 bytes per value.
+
+Shapes: N documents, V documents of val, G different runs of words in val.
 """
 
 import hashlib
@@ -39,17 +41,17 @@ Flags = npt.NDArray[np.bool_]
 Similarities = npt.NDArray[np.float64]
 
 _WORD = re.compile(r"\w+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication is a bijection
-_NEIGHBOURS = 8  # documents of a bucket that each document is compared with
-_OWNERS_PER_RUN = 10  # train documents that are kept for one run of val
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is a bijection
+_NEIGHBOURS = 8  # a document is compared with this many next documents in its bucket
+_OWNERS_PER_RUN = 10  # about how many train documents are stored for one run of val
 
 
 def word_hashes(text: str) -> Hashes:
-    """Hash each word of a text. (words,)"""
+    """Return the hash of each word of a text. (words,)"""
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
 
-@lru_cache(maxsize=2**19)  # nearly every word of a text occurred before
+@lru_cache(maxsize=2**19)  # most words occur many times
 def _word_hash(word: str) -> int:
     return _hash(word.encode())
 
@@ -59,7 +61,7 @@ def _hash(content: bytes) -> int:
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
-    """Hash each run of `length` words. (max(0, words - length + 1),)"""
+    """Return the hash of each run of `length` words. (max(0, words - length + 1),)"""
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
@@ -72,19 +74,19 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 
 @dataclass(frozen=True)
 class Digest:
-    """What is kept of n documents: those of a row group, or all N."""
+    """Hashes and sizes of n documents: the documents of one row group, or all N documents."""
 
     ids: npt.NDArray[np.uint8]  # (n, 16)
     byte_lengths: Numbers  # (n,)
     in_val: Flags  # (n,)
-    words: Hashes  # (n,) of all words of a document
-    signatures: npt.NDArray[np.uint32]  # (n, permutations)
-    hit_runs: Numbers  # (hits,) index of a run of val that a document has, ...
-    hit_documents: Numbers  # (hits,) ... and which of the n documents it is
+    words: Hashes  # (n,) one hash of all words of a document
+    signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash
+    hit_runs: Numbers  # (hits,) index in `val_runs` of a run that a document contains
+    hit_documents: Numbers  # (hits,) number of the document that contains the run
 
 
 def val_runs(groups: Iterable[RowGroup], val_fraction: float, length: int) -> Hashes:
-    """Read val's documents, and return the hashes of their runs of words, sorted. (G,)"""
+    """Read the val documents, and return the sorted hashes of their runs of words. (G,)"""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
@@ -94,21 +96,21 @@ def val_runs(groups: Iterable[RowGroup], val_fraction: float, length: int) -> Ha
 
 
 def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_file: Path) -> Digest:
-    """Digest the documents of one row group: a pure function of files on disk, for any process."""
-    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # mapped: all workers share the memory
+    """Return the digest of one row group: a pure function of files, so any process can run it."""
+    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped: all workers share it
     documents = read_row_group(group)
     word_digests: list[int] = []
     shingles: list[Hashes] = []
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
-        # A document without words equals only itself.
+        # A document without words is hashed by its id, so that it equals no other document.
         word_digests.append(_hash(words.tobytes() or bytes.fromhex(document.id)))
         runs = run_hashes(words, params.shingle_words)
         shingles.append(runs if len(runs) else np.array(word_digests[-1:], np.uint64))
         runs = run_hashes(words, params.overlap_words)
         positions = np.searchsorted(wanted, runs)
-        positions[positions == len(wanted)] = 0  # greater than all of them: not equal to the first
+        positions[positions == len(wanted)] = 0  # greater than all of `wanted`, so never equal to wanted[0]
         is_hit = wanted[positions] == runs if len(wanted) else np.zeros(len(runs), np.bool_)
         hits.append(np.unique(positions[is_hit]))
     return Digest(
@@ -123,7 +125,7 @@ def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_
 
 
 def _signatures(shingles: list[Hashes], params: Inspection) -> npt.NDArray[np.uint32]:
-    """Compute the MinHash signatures of documents. (n, permutations)"""
+    """Return the MinHash signature of each document. (n, permutations)"""
     import rensa
 
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
@@ -142,19 +144,21 @@ def digest_documents(
     total: int,
     progress: Progress = silent,
 ) -> Digest:
-    """Digest all documents, in one pass over the corpus after one that finds the runs of val.
+    """Return the digest of all documents.
+
+    The corpus is read twice: first to find the runs of val, then to digest every document.
 
     Args:
-        groups: row groups of the corpus.
-        params: what to look for.
-        val_fraction: decides which documents are in val.
-        num_workers: processes; the result does not depend on it.
+        groups: the row groups of the corpus.
+        params: the section `inspection` of params.yaml.
+        val_fraction: fraction of documents in val; determines the split of each document.
+        num_workers: number of processes; the result does not depend on it.
         total: number of documents.
         progress: called with the number of documents read.
     """
     runs = val_runs(groups, val_fraction, params.overlap_words)
     num_owners = np.zeros(len(runs), np.int32)
-    signatures = np.empty((total, params.permutations), np.uint32)  # filled in place: the largest array
+    signatures = np.empty((total, params.permutations), np.uint32)  # the largest array: filled in place
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -164,7 +168,7 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             signatures[documents : documents + len(part.ids)] = part.signatures
             hit_runs, hit_documents = _limit_owners(part, num_owners)
-            numbers = hit_documents + documents  # in the corpus
+            numbers = hit_documents + documents  # document numbers in the corpus
             kept = replace(part, signatures=signatures[:0], hit_runs=hit_runs, hit_documents=numbers)
             parts.append(kept)
             documents += len(part.ids)
@@ -175,9 +179,10 @@ def digest_documents(
 
 
 def _limit_owners(part: Digest, num_owners: npt.NDArray[np.int32]) -> tuple[Numbers, Numbers]:
-    """Return the hits of a part, of each run only the first owners in train; add them to `num_owners`.
+    """Return a part's hits in val, and its hits in train for runs with fewer than `_OWNERS_PER_RUN` owners.
 
-    Otherwise a text that is in every file of a corpus, such as a licence, would fill the memory.
+    An owner is a train document that contains the run. The function adds the part's owners to `num_owners`.
+    Without this limit, a text in every file of a corpus, such as a licence, would fill the memory.
     """
     of_val = part.in_val[part.hit_documents]
     is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
@@ -185,34 +190,42 @@ def _limit_owners(part: Digest, num_owners: npt.NDArray[np.int32]) -> tuple[Numb
     return part.hit_runs[is_kept], part.hit_documents[is_kept]
 
 
-# --- twins: documents that are equal or nearly so
+# --- twins: documents with the same or similar words
 
 
 @dataclass(frozen=True)
 class Twins:
-    """The most similar document of every document."""
+    """The twin of each document: the most similar other document."""
 
-    twin: Numbers  # (N,) its number, -1 for none
-    similarity: Similarities  # (N,) 0 for none
+    twin: Numbers  # (N,) number of the twin, -1 if there is none
+    similarity: Similarities  # (N,) similarity to the twin, 0 if there is none
 
 
 def find_same_words(corpus: Digest) -> tuple[Twins, Twins]:
-    """Find for each document one with the same words: the first of all, and the first in the other split."""
+    """Find documents with the same words.
+
+    Returns:
+        Each document's twin among all documents, and its twin among the documents of the other split.
+    """
     first, second = _candidates(corpus.words, corpus.in_val)
     return _find_twins(corpus, first, second, np.ones(len(first)))
 
 
 def find_near_duplicates(corpus: Digest, params: Inspection) -> tuple[Twins, Twins]:
-    """Find the nearest near duplicate of each document: of all, and of those in the other split."""
+    """Find near duplicates.
+
+    Returns:
+        Each document's twin among all documents, and its twin among the documents of the other split.
+    """
     width = params.permutations // params.bands
-    found = []  # pairs; one that agrees in several bands is in it several times
+    found = []  # a pair with several equal bands is added several times
     for band in range(params.bands):
         keys = np.zeros(len(corpus.words), np.uint64)
         for column in range(band * width, (band + 1) * width):
             keys = keys * _FACTOR + corpus.signatures[:, column]
         first, second = _candidates(keys, corpus.in_val)
         equal = np.zeros(len(first), np.int64)
-        for values in corpus.signatures.T:  # one column at a time: all values of all pairs are too many
+        for values in corpus.signatures.T:  # one column at a time, to save memory
             equal += values[first] == values[second]
         similarity = equal / params.permutations
         is_near = similarity >= params.similarity
@@ -222,12 +235,13 @@ def find_near_duplicates(corpus: Digest, params: Inspection) -> tuple[Twins, Twi
 
 
 def _candidates(keys: Hashes, in_val: Flags) -> tuple[Numbers, Numbers]:
-    """Pair documents with equal keys (a bucket): each with its next neighbours, and with the bucket's first.
+    """Return pairs of documents with equal keys. Documents with equal keys form a bucket.
 
-    All pairs would be too many: a text that is in the corpus 100,000 times has 5 billion. Documents of
-    train come first in a bucket, so that each document of val is paired with one of train if there is any.
+    Each document is paired with the next `_NEIGHBOURS` documents of its bucket and with the bucket's first
+    document. All pairs would be too many: a text that occurs 100,000 times has 5 billion pairs. Train
+    documents come first in a bucket, so each val document is paired with a train document if there is one.
     """
-    order = np.lexsort((in_val, keys))  # stable: in the order of the corpus otherwise
+    order = np.lexsort((in_val, keys))  # by key, then train before val, then in corpus order
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
@@ -242,7 +256,7 @@ def _candidates(keys: Hashes, in_val: Flags) -> tuple[Numbers, Numbers]:
 def _find_twins(
     corpus: Digest, first: Numbers, second: Numbers, similarity: Similarities
 ) -> tuple[Twins, Twins]:
-    """Find the most similar twin of each document among pairs: of all, and of those in the other split."""
+    """Return each document's twin from all pairs, and its twin from the pairs of train with val."""
     across = corpus.in_val[first] != corpus.in_val[second]
     size = len(corpus.words)
     nearest = _nearest(size, first, second, similarity)
@@ -250,7 +264,7 @@ def _find_twins(
 
 
 def _nearest(size: int, first: Numbers, second: Numbers, similarity: Similarities) -> Twins:
-    """Keep the most similar twin of each document; of equally similar ones the first in the corpus."""
+    """Return each document's most similar twin; with equal similarity, the first in the corpus."""
     document, other = np.concatenate([first, second]), np.concatenate([second, first])
     both = np.concatenate([similarity, similarity])
     order = np.lexsort((other, -both, document))
@@ -266,26 +280,26 @@ def _nearest(size: int, first: Numbers, second: Numbers, similarity: Similaritie
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of each of the V documents of val is in train."""
+    """Numbers of runs of words in each val document, and how many are also in train."""
 
-    documents: Numbers  # (V,) numbers in the corpus
-    runs: Numbers  # (V,) different runs
-    seen: Numbers  # (V,) of these, in train
-    twins: Numbers  # (V,) number of the train document that has most of them, -1 for none
+    documents: Numbers  # (V,) number of the val document in the corpus
+    runs: Numbers  # (V,) number of different runs of the document
+    seen: Numbers  # (V,) number of these runs that are also in train
+    twins: Numbers  # (V,) number of the train document with most of these runs, -1 if there is none
 
     @property
     def share(self) -> Similarities:
-        """Share of a document's runs that are in train. (V,)"""
+        """Share of each val document's runs that are also in train. (V,)"""
         return self.seen / np.maximum(self.runs, 1)
 
 
 def find_overlap(corpus: Digest) -> Overlap:
-    """Count the runs of each val document that are in train; find the train document with most of them."""
+    """Return how many runs of each val document are in train, and the train document with most of them."""
     of_val = corpus.in_val[corpus.hit_documents]
     holders, holder_runs = corpus.hit_documents[of_val], corpus.hit_runs[of_val]  # sorted by document
     by_run = np.argsort(corpus.hit_runs[~of_val], kind="stable")
     owners, owner_runs = corpus.hit_documents[~of_val][by_run], corpus.hit_runs[~of_val][by_run]
-    # owners[low[hit] : high[hit]] are the documents of train that have the run of a hit.
+    # owners[low[hit] : high[hit]] are the train documents that contain the run of a hit.
     low = np.searchsorted(owner_runs, holder_runs)
     high = np.searchsorted(owner_runs, holder_runs, side="right")
     documents, size = np.flatnonzero(corpus.in_val), len(corpus.in_val)

@@ -1,8 +1,8 @@
-"""Where tokenization runs its tasks: processes of this machine, or a Ray cluster.
+"""Run tokenization tasks in local processes or on a Ray cluster.
 
-Both call the same function on the same tasks and yield the results in the order of the tasks, so that the
-outputs are the same. Ray is an extra (`pip install compactgpt[ray]`). The nodes of a cluster need this
-package installed and the same folders mounted, since tasks name files.
+Both engines call the same function on the same tasks and yield the results in task order, so the outputs
+are the same. Ray is an extra (`pip install compactgpt[ray]`). Every node of a cluster needs this package
+installed and the same folders mounted, since tasks contain file paths.
 """
 
 import os
@@ -16,7 +16,7 @@ from compactgpt.common.workers import ordered_map
 
 T = TypeVar("T")
 R = TypeVar("R")
-RETRIES = 5  # of a task whose worker died
+RETRIES = 5  # how often Ray runs a task again after its worker died
 
 
 def run_tasks(
@@ -25,16 +25,16 @@ def run_tasks(
     """Yield `function(task)` for each task, in the order of the tasks.
 
     Args:
-        engine: local processes, or the Ray cluster at RAY_ADDRESS (a local one if that is not set).
-        function: importable by name; its argument and result can be serialized.
-        tasks: taken one by one; a bounded number of them run or wait.
-        num_workers: processes of the local engine, or of the local Ray cluster.
+        engine: `local` (processes) or `ray` (the cluster at RAY_ADDRESS, or a local one if it is not set).
+        function: can be imported by name; its argument and result can be serialized.
+        tasks: read one by one; only a limited number of tasks run or wait at the same time.
+        num_workers: number of processes of the local engine, or of the local Ray cluster.
 
     Raises:
         BadConfig: Ray is not installed.
-        Unreachable: there is no cluster at RAY_ADDRESS.
-        Busy: the worker of a task was killed too often.
-        Exception: whatever `function` raises, for the first task that raises.
+        Unreachable: no Ray cluster answers at RAY_ADDRESS.
+        Busy: the worker of one task died more than `RETRIES` times.
+        Exception: the error of the first task whose `function` call raised an error.
     """
     if engine == "local":
         yield from ordered_map(function, tasks, num_workers)
@@ -45,7 +45,7 @@ def run_tasks(
         running: deque[Any] = deque()
         for task in tasks:
             running.append(remote.remote(task))
-            # Asked for each time, since nodes join and leave.
+            # Ask for the CPUs each time: nodes join and leave the cluster.
             processors = int(ray.cluster_resources().get("CPU", 1))
             if len(running) >= 2 * max(1, processors):
                 yield _result(ray, running.popleft())
@@ -61,12 +61,12 @@ def _connect(num_workers: int) -> Any:
     except ImportError as error:
         raise BadConfig(
             "tokenization.engine is ray, which is not installed: "
-            "pip install 'compactgpt[ray]', or set it to local in params.yaml"
+            "pip install 'compactgpt[ray]', or set tokenization.engine to local in params.yaml"
         ) from error
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
     if not address:
-        # The workers of a local cluster find this package by its path, installed or not.
+        # Local workers find this package through PYTHONPATH, even if it is not installed.
         paths = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
         environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
         options = {"address": "local", "num_cpus": num_workers, "runtime_env": environment}

@@ -1,7 +1,8 @@
-"""Models and files of the Hugging Face hub, in its standard cache, and uploads to it.
+"""Download models and files from the Hugging Face hub, and upload models.
 
-What is in the cache is used without a network. Before a download the hub is asked one short question, since
-its client tries five times, which takes half a minute, before it reports that there is no network.
+Files in the hub's standard cache are used without a network. Before a download, one request with a short
+timeout checks that the hub answers. Without this check, the hub's client would try five times, for half a
+minute, before it reports that there is no network.
 """
 
 import json
@@ -14,24 +15,28 @@ from typing import Literal
 from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
 from compactgpt.common.storage import sha256_file
 
-_TIMEOUT_SECONDS = 5  # for the one short question
-# No pickles and no code: what `trust_remote_code=False` and safetensors need.
+_TIMEOUT_SECONDS = 5  # of the request before a download
+# The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 _IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")  # the folder of a model in the standard cache
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message on one line, or its type if it has no message."""
+    """Return an error's message on one line, or the name of its type if it has no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn the errors of the hub's client into messages about `what`, each with advice for the user.
+    """Convert errors of the hub's client into user errors.
+
+    Args:
+        what: the repository or file that was requested, for the message.
+        advice: what the user can do, for the message.
 
     Raises:
-        BadConfig: the hub does not have the repository or the commit, or does not give it to everyone.
-        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids to ask.
+        BadConfig: the repository or the commit does not exist, or is not public.
+        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
     """
     import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -40,7 +45,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
-    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # the last: a hotel's login page
+    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # JSONDecodeError: a login page
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network, "
             f"run the same command again, or {advice}"
@@ -48,7 +53,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, advice: str) -> None:
-    """Ask the hub once for a repository `owner/name` at a commit, or a branch; see `hub_errors`."""
+    """Check that the hub has the repository `owner/name` at a commit or branch; see `hub_errors`."""
     from huggingface_hub import HfApi
 
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
@@ -57,7 +62,7 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
-    """Return the folder of a model in the hub's standard cache, after downloading what is missing.
+    """Return the folder of a model in the hub's standard cache; download the model if it is incomplete.
 
     Args:
         repo: `owner/name`.
@@ -65,15 +70,16 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
         advice: what the user can do if the model can't be downloaded.
 
     Raises:
-        BadConfig, Unreachable: see `hub_errors`.
-        BadData: a file in the cache was altered.
+        BadConfig: the hub does not have the model, or the model is not public.
+        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
+        BadData: a weights file in the cache was altered or damaged.
     """
     from huggingface_hub import snapshot_download
 
     folder = _cached_model(repo, revision)
     if folder is None:
         require_on_hub("model", repo, revision, advice)
-        folders = ["*/*"]  # have the weights in other formats
+        folders = ["*/*"]  # subfolders contain weights in other formats
         with hub_errors(repo, advice):
             found = snapshot_download(
                 repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=folders
@@ -88,17 +94,17 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def _cached_model(repo: str, revision: str) -> Path | None:
-    """Return the folder of a model in the cache if it has all files that `from_pretrained` loads."""
+    """Return a model's folder in the cache, or None if a file that `from_pretrained` loads is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except IncompleteSnapshotError as error:  # the missing files may be some that are not needed
+    except IncompleteSnapshotError as error:  # perhaps only files that are not needed
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return None
-    # Weights in several files have an index: tensor -> file.
+    # Weights in several files have an index that maps each tensor to its file.
     index = folder / "model.safetensors.index.json"
     weights = {"model.safetensors"}
     if index.exists():
@@ -108,17 +114,18 @@ def _cached_model(repo: str, revision: str) -> Path | None:
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
-    """Return a file of a data set in the hub's standard cache, after downloading it if it is missing.
+    """Return the path of a data set's file in the hub's standard cache; download the file if needed.
 
     Raises:
-        BadConfig, Unreachable: see `hub_errors`.
+        BadConfig: the hub does not have the data set, or the data set is not public.
+        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:  # only now is a network needed
+    except LocalEntryNotFoundError:  # the file is not in the cache
         require_on_hub("dataset", repo, revision, advice)
         with hub_errors(f"{repo}/{file}", advice):
             found = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
@@ -129,19 +136,19 @@ def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a model in Hugging Face form; create the repository if it is missing.
+    """Upload a model to the hub; create the repository if it does not exist.
 
     Args:
-        folder: the model.
+        folder: folder of the model, in Hugging Face format.
         repo: `owner/name`.
-        private: whether a new repository is private.
+        private: whether to create a new repository as private.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        NotAllowed: there is no token, or it does not allow to write there.
-        BadConfig: `repo` is not the name of a repository.
+        NotAllowed: there is no token, or the token does not allow writing to `repo`.
+        BadConfig: `repo` is not a valid repository name.
         Unreachable: the hub does not answer.
     """
     from huggingface_hub import HfApi
@@ -170,7 +177,7 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
 
 
 def with_base_model(card: str, init_from: str) -> str:
-    """Add `base_model` to a model card's metadata if the training started from a model in the hub's cache."""
+    """Return a model card; `base_model` is added if training started from a model in the hub's cache."""
     from huggingface_hub import ModelCard
 
     for part in Path(init_from).parts:

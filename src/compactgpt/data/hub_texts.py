@@ -1,7 +1,8 @@
-"""A data set of the Hugging Face hub as a corpus: streamed by `datasets` at a pinned commit, in its order.
+"""A data set of the Hugging Face hub as a corpus.
 
-Nothing is copied to the library's cache: what has been read is in our shards only. A small set without a
-commit is pinned by the hash of its text, for which it is read twice.
+The library `datasets` streams the rows of a pinned commit in their order, without copying them to its cache:
+only the document shards store the text. params.yaml may have the SHA-256 of the text of a small data set;
+the data set is then read twice.
 """
 
 import hashlib
@@ -23,16 +24,16 @@ _PROGRESS_ROWS = 1000
 
 
 class _Position(NamedTuple):
-    """Where reading resumes: in a row, after some of its texts."""
+    """The position where reading resumes: a row, and how many of its texts to skip."""
 
     split: int
-    row: int = 0  # rows of the split that are done
-    state: Any = None  # of the library before the current row; None at the beginning
-    texts: int = 0  # of the current row that are done
+    row: int = 0  # number of rows of the split that were read completely
+    state: Any = None  # state of the `datasets` iterator before the current row; None at the start
+    texts: int = 0  # number of texts of the current row that were read
 
 
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set that `download.hub.name` names as a corpus; it is opened when it is first read."""
+    """Return the data set `download.hub.name` as a corpus; the first read opens it."""
     data_set = _DataSet(params)
     data, mirror = data_set.params, data_set.mirror
     paths = [] if mirror is None else sorted(path for path in mirror.rglob("*") if path.is_file())
@@ -45,7 +46,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
         start = _Position(*(position or [0]))
         while start.split < len(data.splits):
             for text, row, after in data_set.documents(start):
-                if row % _PROGRESS_ROWS == 0:  # the number of rows is not known before the end
+                if row % _PROGRESS_ROWS == 0:  # the total number of rows is unknown
                     progress(row, 0)
                 yield Text(text, f"{data_set.name(start)}:{row}", start.split, list(after))
             start = _Position(start.split + 1)
@@ -55,13 +56,13 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
 
 class _DataSet:
-    """The rows and the documents of one data set.
+    """Reads the rows and the documents of one data set.
 
     Raises:
         Unreachable: the hub does not answer.
-        BadConfig: the set has no commit, or the hub has no such set, commit, split or column.
-        BadData: a file is damaged, a text is too long, or the hash of the text differs.
-        MissingInput: the folder of the mirror is missing.
+        BadConfig: params.yaml has no commit, or the hub does not have the data set, commit or split.
+        BadData: a file is damaged, a text is missing or too long, or the hash of the text differs.
+        MissingInput: the folder `download.hub.mirror` is missing.
     """
 
     def __init__(self, params: Download) -> None:
@@ -72,15 +73,15 @@ class _DataSet:
         self._max_row_megabytes = params.max_row_megabytes
 
     def name(self, position: _Position) -> str:
-        """Return the name of a split in reports."""
+        """Return the name of a position's split: repository/split."""
         return f"{self.params.repo}/{self.params.splits[position.split]}"
 
     def check_source(self) -> None:
-        """Check that the mirror, or the commit on the hub, is there."""
+        """Check that the mirror folder exists, or that the hub has the commit."""
         if self.mirror is not None:
             if not self.mirror.is_dir():
                 raise MissingInput(f"download.hub.mirror: there is no folder {self.mirror}")
-            check_files(self.mirror)  # the library would wait for a named pipe
+            check_files(self.mirror)  # `datasets` would wait for a named pipe
             return
         if self.params.revision is None:
             raise BadConfig(
@@ -90,7 +91,7 @@ class _DataSet:
         require_on_hub("dataset", self.params.repo, self.params.revision, self._advice)
 
     def check_hash(self) -> None:
-        """Check the SHA-256 of all text, if params.yaml has it."""
+        """Compare the SHA-256 of all text with the one in params.yaml, if there is one."""
         if self.params.sha256 is None:
             return
         hasher = hashlib.sha256()
@@ -105,13 +106,16 @@ class _DataSet:
             )
 
     def documents(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
-        """Yield (document, its first row, position after it): rows as they are, split, or joined."""
+        """Yield (text of a document, number of its first row, position after the document).
+
+        A document is one row, a part of a row (`separator`), or several rows (`opens_document`).
+        """
         if self.params.opens_document is not None:
             yield from self._joined_rows(start, re.compile(self.params.opens_document))
             return
         for text, row, before in self._rows(start):
             texts = [text] if self.params.separator is None else text.split(self.params.separator)
-            # A resumed run reads the row again in which it was stopped, and skips its texts that are done.
+            # A resumed run reads its last row again, and skips the texts that it has already stored.
             done = start.texts if row == start.row + 1 else 0
             for number, each in enumerate(texts[done:], done + 1):
                 yield each, row, before._replace(texts=number)
@@ -127,12 +131,12 @@ class _DataSet:
             first = first if joined else row
             joined.append(text)
             size += len(text)
-            self._check_size(size, start, first)  # the pattern may never match
+            self._check_size(size, start, first)  # without a match, all rows are joined
         if joined:
             yield "".join(joined), first, _Position(start.split + 1)
 
     def _rows(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
-        """Yield (text, row from 1, position before the row)."""
+        """Yield (text, row number from 1, position before the row)."""
         column = self.params.text_column
         with self._errors():
             data = self._open(self.params.splits[start.split])
@@ -162,9 +166,10 @@ class _DataSet:
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(logging.CRITICAL)  # errors become messages of our own
+        datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
         if self.mirror is not None:
-            source, revision = str(self.mirror.resolve()), None  # a relative path may look like a repository
+            # Resolve the path: the library may take a relative path for a repository name.
+            source, revision = str(self.mirror.resolve()), None
         else:
             source, revision = self.params.repo, self.params.revision
         return datasets.load_dataset(
@@ -182,4 +187,6 @@ class _DataSet:
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise BadData(f"a file of {where} is damaged, or was cut short ({one_line(error)})") from error
         except (ValueError, RuntimeError) as error:
-            raise BadConfig(f"{where} can't be read as {self._key} says: {one_line(error)}") from error
+            raise BadConfig(
+                f"{where} can't be read with the settings in {self._key}: {one_line(error)}"
+            ) from error

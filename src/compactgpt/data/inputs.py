@@ -1,7 +1,7 @@
-"""Checks that run before DVC hashes the dependencies of the stages: DVC can read every file.
+"""Check that DVC can read every dependency of the stages, before DVC hashes the dependencies.
 
-DVC opens every file of a dependency. It waits forever for a named pipe or a link to a device, and a dead
-link or a file name that is not UTF-8 ends it with a traceback or an unclear message.
+DVC opens every file of a dependency. If the file is a named pipe or a link to a device, DVC waits forever. If
+it is a broken link or its name is not UTF-8, DVC stops with a traceback or an unclear message.
 """
 
 import errno
@@ -25,11 +25,11 @@ def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    for name in sorted(name for name in names if "${" not in name):  # a matrix stage's own are outputs
+    for name in sorted(name for name in names if "${" not in name):  # outputs of other stages contain `${`
         path = root / name
         if path.is_dir():
             check_files(path)
-        elif os.path.lexists(path):  # what is missing, DVC reports itself
+        elif os.path.lexists(path):  # DVC itself reports a missing dependency
             regular_status(path, name)
 
 
@@ -39,10 +39,10 @@ def check_files(folder: Path) -> None:
     Links to folders are not followed, since DVC does not follow them.
 
     Raises:
-        BadData: a name is not UTF-8, or the file is a pipe, a socket, a device or a loop of links.
-        MissingInput: a link leads nowhere.
+        BadData: a file name is not UTF-8, or a file is a pipe, a socket, a device or a loop of links.
+        MissingInput: the target of a link does not exist.
     """
-    for parent, folders, files in os.walk(folder):  # a link to a folder is in `folders`
+    for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
             require_utf8(Path(parent, name))
         for name in files:
@@ -51,7 +51,7 @@ def check_files(folder: Path) -> None:
 
 
 def require_utf8(path: Path) -> None:
-    """Raise BadData if a file name is not UTF-8: DVC and JSON can't write it."""
+    """Raise BadData if a file name is not UTF-8, because DVC and JSON can't write the name."""
     try:
         path.name.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -59,24 +59,24 @@ def require_utf8(path: Path) -> None:
 
 
 def regular_status(path: Path, name: str) -> os.stat_result:
-    """Return the status of a regular file, or of the one that a link leads to, without opening it.
+    """Return the status of a regular file without opening the file. Links are followed.
 
     Args:
-        path: the file.
-        name: what messages call it.
+        path: the file, or a link to the file.
+        name: name of the file in messages.
 
     Raises:
-        BadData: it is a pipe, a socket, a device, a folder or a loop of links.
-        MissingInput: it is missing, or a link that leads nowhere.
+        BadData: the path is a pipe, a socket, a device, a folder or a loop of links.
+        MissingInput: the file, or the target of a link, does not exist.
     """
     try:
-        status = path.stat()  # opening a named pipe would wait
+        status = path.stat()  # not `open`: opening a named pipe would wait
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise BadData(f"{name} is a loop of symbolic links: remove it") from error
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise  # such as a failing disk
-        raise MissingInput(f"{name} is missing: it is a link to nothing, or was just removed") from error
+            raise  # for example, a disk error
+        raise MissingInput(f"{name} is missing: it is a link to nothing, or it was just removed") from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
         raise BadData(f"{name} is {kind}, expected a regular file: remove it or move it elsewhere")

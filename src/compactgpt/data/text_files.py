@@ -1,7 +1,8 @@
-"""The user's own text: .txt and .md (one document a file), .jsonl and .parquet (one document a row).
+"""The user's own text files as a corpus.
 
-Any of them may be compressed, .gz or .zst. Text is taken as it is, except for a byte-order mark at the start
-of a file. A mistake is reported with its file and line. Memory holds the names of all files and one document.
+A .txt or .md file is one document. A .jsonl or .parquet file has one document per row. Files may be
+compressed (.gz or .zst). The text is not changed, except that a byte-order mark at the start of a file is
+removed. Error messages contain the file and the line. Memory holds the names of all files and one document.
 """
 
 import io
@@ -22,44 +23,45 @@ from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
 from compactgpt.data.inputs import regular_status, require_utf8
 
 _BOM = b"\xef\xbb\xbf"
-_ROWS = 16  # of a parquet file, read at a time; few, since rows may be long
+_ROWS = 16  # rows of a parquet file read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # that a compressed file may hold at any ratio: a small file of blanks does no harm
+_ANY_RATIO_BYTES = 2**24  # decompressed size allowed at any ratio, since a small file is harmless
 
 
 def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
-    """Return the files that `download.files.patterns` match, relative to `root`, as a corpus.
+    """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
 
     Raises:
-        MissingInput, BadData: see `list_files` and `regular_status`.
+        MissingInput: a file is missing, or no file matches.
+        BadData: a file name is not UTF-8, or a path is not a regular file.
     """
     names = list_files(params.files.patterns, root)
     stats = [regular_status(root / name, printable(name)) for _, name in names]
 
     def read(position: Any) -> Iterator[Text]:
-        first, done = position or (0, 0)  # index of a file, and how many of its texts were read
+        first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
         for number in range(first, len(names)):
             part, name = names[number]
             for count, (text, source) in enumerate(read_file(root, name, params), 1):
-                if number > first or count > done:  # the first file is read again up to the position
+                if number > first or count > done:  # skip the texts of the first file that were read
                     yield Text(text, source, part, [number, count])
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
-    # A file that was changed makes another corpus, which is read from its beginning.
+    # A changed file changes the identity, and the corpus is read again from its start.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
 
 
-# --- which files there are
+# --- finding files
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the pattern, path relative to `root`) by pattern, then by path, each file once.
+    """Return (index of the pattern, path relative to `root`) of each file, sorted by pattern and path.
 
     Raises:
-        MissingInput: nothing matches, or a pattern without wildcards names a file that is missing.
-        BadData: a name is not UTF-8.
+        MissingInput: no file matches, or a pattern without wildcards is the path of a missing file.
+        BadData: a file name is not UTF-8.
     """
     found: dict[str, int] = {}  # in the order in which the files are read
     for index, pattern in enumerate(patterns):
@@ -77,9 +79,9 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
 
 
 def _matching_files(root: Path, pattern: str) -> Iterator[str]:
-    """Yield what `glob.glob` would, which never ends where a link leads to a folder above it."""
+    """Yield the paths that match a pattern, like `glob.glob`, but do not follow loops of links."""
     parts = pattern.split("/")
-    fixed = 0  # parts without wildcards: the walk starts below them
+    fixed = 0  # number of parts before the first wildcard
     while fixed < len(parts) and not has_magic(parts[fixed]):
         fixed += 1
     if fixed == len(parts):
@@ -88,7 +90,7 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
         return
     start = root.joinpath(*parts[:fixed])
     for parent, folders, names in os.walk(start, onerror=_raise_if_forbidden, followlinks=True):
-        # Names with a dot in front match no wildcard, as in a shell.
+        # As in a shell, wildcards do not match names that start with a dot.
         folders[:] = [name for name in folders if name[0] != "." and not _is_loop(Path(parent, name))]
         above = Path(parent).relative_to(start).parts
         if "**" not in parts and len(above) == len(parts) - fixed - 1:
@@ -117,7 +119,7 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
     return fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
 
 
-# --- what is in them
+# --- reading files
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str]]:
@@ -125,7 +127,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
 
     Raises:
         MissingInput: the file is missing.
-        BadData: it is empty, damaged, not UTF-8, lacks the column, or is larger than the limits in `params`.
+        BadData: the file is empty, damaged or not UTF-8, has no text column, or exceeds a limit in `params`.
         DiskFull: there is not enough space to decompress a parquet file.
     """
     path, shown = root / name, printable(name)
@@ -145,12 +147,15 @@ def _open(path: Path, name: str, params: Download) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file; reading raises BadData if it is damaged or holds too much."""
+    """The decompressed content of a file.
+
+    Reading raises BadData if the file is damaged or its content is larger than allowed.
+    """
 
     def __init__(self, path: Path, name: str, params: Download) -> None:
         import pyarrow as pa
 
-        self._stream = pa.input_stream(str(path))  # decompresses by the suffix
+        self._stream = pa.input_stream(str(path))  # selects the decompression by the suffix
         self._name, self._read = name, 0
         by_ratio = max(_ANY_RATIO_BYTES, params.files.max_decompression_ratio * path.stat().st_size)
         self._limit = min(by_ratio, params.files.max_decompressed_megabytes * MEGABYTE)
@@ -202,11 +207,11 @@ def _check_size(size: int, what: str, key: str, params: Download) -> None:
         )
 
 
-# The readers yield (row from 1, text); the row is 0 for a file of one document.
+# Each reader yields (row number from 1, text). The row number is 0 if the file is one document.
 
 
 def _read_document(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than allowed
+    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than the limit
     _check_size(len(content), name, "max_document_megabytes", params)
     text = _decode(content.removeprefix(_BOM), name)
     if not text.strip():
@@ -223,7 +228,7 @@ def _read_jsonl(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[
             content = content.removeprefix(_BOM)
         if content.strip():
             yield line, _text_of_json(content, name, line, params.files.text_column)
-    if not line:  # a compressed file of nothing
+    if not line:  # a compressed file may have no content
         raise BadData(f"{name} is empty: remove it from the corpus")
 
 
@@ -232,7 +237,7 @@ def _text_of_json(content: bytes, name: str, line: int, column: str) -> str:
     decoded = _decode(content, name, line)
     try:
         row = json.loads(decoded)
-    except (ValueError, RecursionError) as error:  # the latter for thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
         raise BadData(f"{where} is not valid JSON ({error}): correct or remove the line") from error
     if not isinstance(row, dict) or column not in row:
         found = f"keys {sorted(row)[:8]}" if isinstance(row, dict) else type(row).__name__
@@ -256,7 +261,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
         with (
             TemporaryFile() as temporary,
             _seekable(file, temporary, name, params) as source,
-            # A page with another checksum is refused; files without checksums are read.
+            # Raise an error if a page's checksum differs. Files without checksums are accepted.
             pq.ParquetFile(source, page_checksum_verification=True) as table,
         ):
             _check_column(table.schema_arrow, name, column)
@@ -267,7 +272,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
                         raise BadData(f"{name}, row {row:,}: {column!r} is null: correct or remove the row")
                     _check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", params)
                     yield row, text
-    except UnicodeDecodeError as error:  # Arrow decodes all rows of a batch, so the row is not known
+    except UnicodeDecodeError as error:  # Arrow decodes a complete batch, so the exact row is unknown
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"is not a valid parquet file, or was cut short ({_one_line(error)})"
@@ -275,7 +280,10 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
 
 
 def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download) -> IO[bytes]:
-    """Return the file or, since parquet is read from its end, `temporary` with its decompressed content."""
+    """Return a seekable file, since parquet is read from its end.
+
+    The decompressed content of a compressed file is copied to `temporary`.
+    """
     if file.seekable():
         return file
     free_megabytes = params.files.min_free_disk_megabytes

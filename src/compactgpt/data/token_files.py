@@ -1,13 +1,13 @@
 """Token files, training batches and evaluation windows.
 
-A split is two files. `<split>.tokens` is a header and then the token ids of every document, each document
-closed by the end-of-text token. `<split>.index.safetensors` has one entry per document:
+A split has two files. `<split>.tokens` contains a header and the token ids of all documents. Each document
+ends with the end-of-text token. `<split>.index.safetensors` has one entry per document:
 
     offsets  (documents + 1,) int64   document d is tokens[offsets[d] : offsets[d + 1]], end-of-text included
     bytes    (documents,)     int64   length of the document's text in UTF-8 bytes
     ids      (documents, 16)  uint8   first 16 bytes of the SHA-256 of the document's text
 
-The header is a magic of eight bytes and one line of JSON, padded with spaces to HEADER_BYTES.
+The header is MAGIC (eight bytes) and one line of JSON, padded with spaces to HEADER_BYTES.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
@@ -38,7 +38,7 @@ class Header:
     """The header of a token file."""
 
     version: int
-    dtype: str  # numpy name: uint16 or uint32, little endian
+    dtype: str  # numpy name of the ids' type: uint16 or uint32; stored in little-endian order
     tokens: int
     documents: int
     vocab_size: int
@@ -47,7 +47,7 @@ class Header:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest unsigned type that holds every id below `vocab_size`."""
+    """Return the smallest unsigned numpy type for token ids below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -63,21 +63,21 @@ def index_path(path: Path) -> Path:
 class EncodedDocuments:
     """Documents of one split as arrays."""
 
-    tokens: Tokens  # (tokens,) of all documents, each closed by end-of-text
-    lengths: Lengths  # (documents,) tokens of each, end-of-text included
-    byte_lengths: Lengths  # (documents,) of its text in UTF-8
+    tokens: Tokens  # (tokens,) token ids; each document ends with end-of-text
+    lengths: Lengths  # (documents,) number of tokens of each document, end-of-text included
+    byte_lengths: Lengths  # (documents,) length of each document's text in UTF-8 bytes
     ids: npt.NDArray[np.uint8]  # (documents, 16)
 
 
 def pack_documents(
     documents: Iterable[tuple[bytes, int, Tokens]], *, vocab_size: int, eot_token: int
 ) -> EncodedDocuments:
-    """Join documents into arrays.
+    """Join encoded documents into arrays.
 
     Args:
-        documents: 16-byte id, length in UTF-8 bytes, and token ids without end-of-text of each.
-        vocab_size: decides the type of the ids.
-        eot_token: appended to each document.
+        documents: (16-byte id, length in UTF-8 bytes, token ids without end-of-text) of each document.
+        vocab_size: size of the vocabulary; determines the numpy type of the token ids.
+        eot_token: id of the end-of-text token, which is appended to each document.
 
     Raises:
         BadData: a token id is not below `vocab_size`.
@@ -86,7 +86,7 @@ def pack_documents(
     end_of_text = np.array([eot_token], np.uint32)
     closed = [part for _, _, tokens in rows for part in (tokens, end_of_text)]
     tokens = np.concatenate(closed) if closed else np.empty(0, np.uint32)
-    # Before the cast to a smaller type, which would wrap such an id around without an error.
+    # Check before the cast: a cast to a smaller type would change a large id without an error.
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise BadData(f"a document has the token id {int(tokens.max())}, which is not below {vocab_size}")
     return EncodedDocuments(
@@ -100,7 +100,7 @@ def pack_documents(
 def write_tokens(
     path: Path, parts: Iterable[EncodedDocuments], *, vocab_size: int, eot_token: int, tokenizer_sha256: str
 ) -> Header:
-    """Write one split: the token file, and its document index next to it.
+    """Write the token file of one split and its document index; return the header.
 
     Memory holds one part at a time, and 32 bytes per document for the index.
     """
@@ -110,7 +110,7 @@ def write_tokens(
     byte_lengths = [np.empty(0, np.int64)]
     ids = [np.empty((0, 16), np.uint8)]
     with atomic_file(path) as file:
-        file.seek(HEADER_BYTES)  # the header has counts, so it is written last
+        file.seek(HEADER_BYTES)  # the header is written last, since it contains counts
         for part in parts:
             file.write(part.tokens.astype(dtype, copy=False).data)
             lengths.append(part.lengths)
@@ -127,7 +127,7 @@ def write_tokens(
 
 
 def encode_header(header: Header) -> bytes:
-    """Return a header as the first HEADER_BYTES of a token file."""
+    """Return the first HEADER_BYTES bytes of a token file."""
     text = json.dumps(asdict(header), sort_keys=True).encode()
     return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
@@ -140,11 +140,11 @@ def _damaged(path: Path, what: str) -> BadData:
 
 
 def read_header(path: Path) -> Header:
-    """Read a token file's header, and check it against the file's size.
+    """Return a token file's header, after a check that it fits the file's size.
 
     Raises:
-        MissingInput: there is no such file.
-        BadData: it is not a token file, has another version, or was cut short.
+        MissingInput: the file does not exist.
+        BadData: the file is not a token file, has another version, or was cut short.
     """
     try:
         with open(path, "rb") as file:
@@ -177,7 +177,7 @@ def read_header(path: Path) -> Header:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split, read by memory map."""
+    """One split: the memory-mapped token file and its document index."""
 
     path: Path
     header: Header
@@ -188,7 +188,7 @@ class TokenFile:
 
     @cached_property
     def document_ids(self) -> list[str]:
-        """Hex id of each document."""
+        """The id of each document as 32 hex digits."""
         return [row.tobytes().hex() for row in self.ids]
 
     def document(self, index: int) -> Tokens:
@@ -196,7 +196,7 @@ class TokenFile:
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
     def all_documents(self) -> EncodedDocuments:
-        """Return the documents as arrays, for `write_tokens`."""
+        """Return all documents of the split as one input of `write_tokens`."""
         return EncodedDocuments(self.tokens, np.diff(self.offsets), self.byte_lengths, self.ids)
 
 
@@ -205,11 +205,11 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
 
     Args:
         path: the token file.
-        verify: compare both files with their hashes in the folder's manifest, if there is one.
+        verify: whether to compare both files with the hashes in the folder's manifest, if there is one.
 
     Raises:
-        MissingInput: one of the two is missing.
-        BadData: one is damaged, or they do not belong together.
+        MissingInput: the token file or its index is missing.
+        BadData: one of these files is damaged, or the index does not fit the token file.
     """
     header = read_header(path)
     if verify and (path.parent / MANIFEST).exists():
@@ -249,13 +249,13 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
 def training_batch(
     tokens: Tokens, *, seed: int, step: int, sequences: int, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw the batch of one step: a pure function of its arguments.
+    """Draw the batch of one training step: a pure function of its arguments.
 
     Sequences start at uniformly random positions of the token stream, as in nanoGPT's get_batch. The
-    generator is counter-based and keyed by (seed, step), so that a resumed run needs no generator state.
+    random generator is counter-based with the key (seed, step), so a resumed run needs no generator state.
 
     Returns:
-        tokens and targets, each (B, T) int64; targets are the tokens one position further.
+        tokens and targets, each (B, T) int64. The target of a token is the next token of the stream.
 
     Raises:
         BadData: the split is shorter than one sequence.
@@ -278,15 +278,15 @@ class Window:
 
     document: int  # index in the token file
     start: int  # position of the first target in the document
-    tokens: npt.NDArray[np.int64]  # (T,) read; the first is end-of-text or the token before `start`
-    targets: npt.NDArray[np.int64]  # (T,) scored
+    tokens: npt.NDArray[np.int64]  # (T,) input; the first is end-of-text or the token before `start`
+    targets: npt.NDArray[np.int64]  # (T,) tokens to predict
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
     """Cut every document into windows of at most `window` targets, in order, without overlap.
 
-    Every token of every document is a target exactly once. The first window of a document begins with the
-    end-of-text token; end-of-text itself is never a target, since it stands for no byte of text.
+    Every token of every document is a target exactly once. The input of a document's first window begins
+    with the end-of-text token. End-of-text is never a target, since it encodes no text.
     """
     eot = split.header.eot_token
     for index in range(split.header.documents):

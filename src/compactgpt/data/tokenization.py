@@ -1,13 +1,12 @@
-"""Documents -> token files of train and val, split by document id.
+"""Encode documents and write the token files of train and val.
 
-The split of a document depends on its id alone, so that growth of the corpus never moves a document.
+A document's split depends only on its id, so a document keeps its split when the corpus grows.
 
-Workers encode one row group of documents at a time, a pure function of files on disk. Their results are
-collected, in the order of the documents, into one chunk per document shard: a folder `<state>/<key>/<shard>`
-with a token file for each split. A finished chunk has a manifest, so that a run that follows a killed one
-skips the shard. At the end the chunks are joined. The token files are the same whatever the number of
-workers, the engine, and how often the run was killed. Memory holds the tokens of one shard, and of a row
-group or two per worker.
+Each worker encodes one row group at a time. The results are collected in document order into one chunk per
+document shard. A chunk is a folder `<state>/<key>/<shard>` with a token file for each split. A finished chunk
+has a manifest. After a killed run, the next run skips the shards that have a finished chunk. At the end, the
+chunks are joined. The token files do not depend on the number of workers, on the engine, or on how often the
+run was killed. Memory holds the tokens of one shard, and one or two encoded row groups per worker.
 """
 
 import hashlib
@@ -33,13 +32,13 @@ from compactgpt.data.tokenizer import TiktokenEncoder, load_encoder
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 EncoderName = Literal["gigatoken", "tiktoken"]
-WORKER_BYTES = 2**26  # of text; with less of it another process costs more time than it saves
+WORKER_BYTES = 2**26  # of text per worker; with less text, another process costs more time than it saves
 STATE_VERSION = 4
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row group, and everything that decides its tokens."""
+    """One row group, and everything that determines its tokens."""
 
     group: RowGroup
     tokenizer: Path
@@ -49,12 +48,15 @@ class Task:
 
     @property
     def shard(self) -> str:
-        """Name of the shard that the row group is in."""
+        """The name of the shard that contains the row group."""
         return self.group.path.stem
 
 
 def split_of(document_id: str, val_fraction: float) -> Split:
-    """Return a document's split: the first 64 bits of its id, read as a fraction of 2^64, decide."""
+    """Return the split of a document.
+
+    The split is val if the first 64 bits of the id, divided by 2^64, are below `val_fraction`.
+    """
     return "val" if int(document_id[:16], 16) < val_fraction * 2**64 else "train"
 
 
@@ -68,25 +70,27 @@ def tokenize(
     state: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the folder of token files.
+    """Write the token files of train and val, and return the report.
 
     Args:
         documents: folder of document shards.
         tokenizer: folder of the tokenizer.
-        folder: for train.tokens and val.tokens, each with its index; replaced as a whole.
-        params: how to split, and what to encode with.
-        num_workers: processes; the result does not depend on it.
-        state: folder that keeps the finished chunks of a killed run.
-        progress: called with the bytes of text encoded.
+        folder: folder for train.tokens and val.tokens, each with its index; replaced if it exists.
+        params: the section `tokenization` of params.yaml.
+        num_workers: number of processes; the result does not depend on it.
+        state: folder for the finished chunks of a killed run.
+        progress: called with the number of bytes of text encoded.
 
     Returns:
-        The report: for each split documents, tokens (end-of-text included), bytes of text and hashes.
+        The report: for each split, the number of documents, of tokens (end-of-text included) and of bytes,
+        and the hash of its token file.
 
     Raises:
-        MissingInput, BadData: an input is missing or damaged, or a split has no document.
+        MissingInput: an input is missing.
+        BadData: an input is damaged, or a split has no document.
     """
     corpus = verified_manifest(documents)
-    saved = verified_manifest(tokenizer)  # once, before any worker loads it
+    saved = verified_manifest(tokenizer)  # once, before the workers load the tokenizer
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     chunk_folder = state / _state_key(corpus, facts, params)
     for other in state.iterdir() if state.exists() else ():
@@ -111,7 +115,7 @@ def tokenize(
 
 
 def _state_key(corpus: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
-    """Hash everything that decides the chunks, so that chunks of other inputs are never used."""
+    """Return a hash of everything that determines the chunks: chunks of other inputs are never used."""
     inputs = [STATE_VERSION, corpus["files"], facts, params.val_fraction, params.encoder]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
@@ -125,7 +129,7 @@ def _write_chunks(
     total_bytes: int,
     progress: Progress,
 ) -> None:
-    """Write the chunk of each shard that has none yet."""
+    """Write the chunk of each shard that has no finished chunk."""
     sizes = {task.shard: _finished_bytes(folder / task.shard) for task in tasks}
     finished = [size for size in sizes.values() if size is not None]
     done_bytes = sum(finished)
@@ -136,8 +140,8 @@ def _write_chunks(
     todo = [task for task in tasks if sizes[task.shard] is None]
     if engine == "local":
         num_workers = min(num_workers, 1 + (total_bytes - done_bytes) // WORKER_BYTES)
-    # The chunk of a shard is written when its last row group is encoded, and in memory until then.
-    # One stream of results for all shards, so that no worker waits at the end of a shard.
+    # A chunk stays in memory until the last row group of its shard is encoded. Then it is written.
+    # All shards share one stream of results, so that no worker waits at the end of a shard.
     results = zip(todo, run_tasks(engine, encode_group, todo, num_workers), strict=True)
     for shard, shard_results in groupby(results, lambda result: result[0].shard):
         parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
@@ -155,7 +159,7 @@ def _write_chunks(
 
 
 def _finished_bytes(chunk: Path) -> int | None:
-    """Return the bytes of text in a chunk of an earlier run; None if it is missing or damaged."""
+    """Return the bytes of text in a finished chunk, or None if the chunk is missing or damaged."""
     try:
         return int(verified_manifest(chunk)["text_bytes"])
     except (UserError, KeyError):
@@ -163,22 +167,22 @@ def _finished_bytes(chunk: Path) -> int | None:
 
 
 def _join_chunks(chunks: Sequence[Path], path: Path, settings: Mapping[str, Any]) -> int:
-    """Write the token file of one split from those of the chunks; return the number of documents."""
-    # Verified when they were found, or just written: hashing them again would only cost time.
+    """Join one split's token files from all chunks into `path`; return the number of documents."""
+    # Each chunk was verified by `_finished_bytes` or was just written, so do not verify it again.
     files = (open_tokens(chunk / path.name, verify=False) for chunk in chunks)
     parts = (file.all_documents() for file in files)
     return write_tokens(path, parts, **settings).documents
 
 
 def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
-    """Encode the documents of one row group: a pure function of files on disk, for any process."""
+    """Return one row group's encoded documents: a pure function of files, so any process can run it."""
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
     documents: dict[Split, list[tuple[bytes, int, Tokens]]] = {split: [] for split in SPLITS}
     for document in read_row_group(task.group):
         split = split_of(document.id, task.val_fraction)
         tokens, byte_length = encoder.encode(document.text), len(document.text.encode())
         documents[split].append((bytes.fromhex(document.id), byte_length, tokens))
-    # Packed here, in 2 bytes per token, since the result is sent to another process.
+    # Pack the tokens (2 bytes each for GPT-2) before the result is sent to another process.
     vocab_size, eot_token = encoder.encoding.n_vocab, encoder.encoding.eot_token
     return {
         split: pack_documents(documents[split], vocab_size=vocab_size, eot_token=eot_token)
@@ -188,7 +192,7 @@ def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
 
 @lru_cache(maxsize=1)
 def _cached_encoder(tokenizer: Path, _sha256: str, choice: EncoderName) -> TiktokenEncoder:
-    """Load the encoder once per process; the hash distinguishes tokenizers that were in the same folder."""
+    """Load the encoder once per process; the hash distinguishes tokenizers in the same folder."""
     return load_encoder(tokenizer, choice)
 
 
@@ -200,7 +204,7 @@ def _split_report(folder: Path, split: Split) -> dict[str, Any]:
         "documents": file.header.documents,
         "tokens": file.header.tokens,
         "bytes": total_bytes,
-        # End-of-text stands for no byte of text, so that it is not counted.
+        # Do not count end-of-text tokens: they encode no text.
         "bytes_per_token": total_bytes / (file.header.tokens - file.header.documents),
         "longest_document_share": longest / file.header.tokens,
         "sha256": read_manifest(folder)["files"][f"{split}.tokens"]["sha256"],

@@ -1,11 +1,12 @@
-"""The tokenizer: a tiktoken encoding saved in a folder, loaded without network, and its fast encoder.
+"""Save a tokenizer in a folder, load it without a network, and encode text.
 
-GPT-2's encoding is saved as its two published files, `vocab.bpe` (the merges) and `encoder.json` (the
-ids); any other as `ranks.tiktoken`, tiktoken's own format. The manifest of the folder has what these files
-lack: the name, the pattern that splits text into words, the special tokens, and a hash of all of it.
+A tokenizer is a tiktoken encoding. GPT-2's encoding is saved as its two published files, `vocab.bpe` (the
+merges) and `encoder.json` (the ids). Other encodings are saved as `ranks.tiktoken`, tiktoken's own format.
+The folder's manifest has the other facts: the name, the pattern that splits text into words, the special
+tokens, and a hash of the complete encoding.
 
-`load_encoder` returns the encoder of a folder. tiktoken is the reference and handles every encoding.
-gigatoken gives the same ids 14 times as fast (docs/benchmarks.md), for GPT-2's pattern only.
+`load_encoder` returns the encoder of a folder. tiktoken is the reference and supports every encoding.
+gigatoken returns the same ids 14 times as fast (docs/benchmarks.md), but supports only GPT-2's pattern.
 """
 
 import base64
@@ -32,26 +33,26 @@ END_OF_TEXT = "<|endoftext|>"
 # GPT-2's own pattern (openai/gpt-2, src/encoder.py) in the possessive form of tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-CHECK_EVERY_BYTES = 2**20  # how often gigatoken is compared with tiktoken, in bytes of text
-CHECK_CHARACTERS = 2**11  # how much of the text is compared
-# gigatoken keeps every word that it has seen: 0.3 MB per MB of documentation, 9 MB per MB of random words.
+CHECK_EVERY_BYTES = 2**20  # bytes of text between two comparisons of gigatoken with tiktoken
+CHECK_CHARACTERS = 2**11  # length of the text that is compared
+# gigatoken caches every word: 0.3 MB per MB of documentation, 9 MB per MB of random words.
 RESTART_EVERY_BYTES = 2**28
 
 Ranks = Mapping[bytes, int]
 TokenIds = npt.NDArray[np.uint32]
 
 
-# --- the folder
+# --- saving and loading
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save GPT-2's two files as a tokenizer folder.
+    """Save GPT-2's two published files as a tokenizer folder.
 
     Returns:
-        What the manifest says about the tokenizer.
+        The facts about the tokenizer that the manifest contains.
 
     Raises:
-        BadData: the two files are damaged or do not agree.
+        BadData: a file is damaged, or the ids in the two files differ.
     """
     ranks = _gpt2_ranks(vocab_bpe, encoder_json)
     encoding = tiktoken.Encoding(
@@ -61,11 +62,11 @@ def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, 
 
 
 def save_named(folder: Path, name: str) -> dict[str, Any]:
-    """Let tiktoken fetch one of its encodings, and save it as a tokenizer folder.
+    """Download one of tiktoken's encodings, save it as a tokenizer folder, and return its facts.
 
     Raises:
         BadConfig: tiktoken has no such encoding, or the encoding has no end-of-text token.
-        Unreachable: tiktoken can't fetch its files.
+        Unreachable: tiktoken can't download the files of the encoding.
     """
     known = tiktoken.list_encoding_names()
     if name not in known:
@@ -98,11 +99,11 @@ def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes])
 
 
 def load_encoding(folder: Path) -> tiktoken.Encoding:
-    """Load the encoding of a tokenizer folder, without network.
+    """Return the encoding of a tokenizer folder. No network is needed.
 
     Raises:
-        MissingInput: there is no such folder.
-        BadData: a file was altered or cut short, or the encoding is not the one that was saved.
+        MissingInput: the folder does not exist.
+        BadData: a file was altered or cut short, or the encoding's hash differs from the manifest's.
     """
     manifest = verified_manifest(folder)
     if RANKS in manifest["files"]:
@@ -119,27 +120,27 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def encoding_sha256(encoding: tiktoken.Encoding) -> str:
-    """Hash everything that decides the ids: tokens with their ranks, pattern, special tokens."""
+    """Return the hash of everything that determines the ids: ranks, pattern and special tokens."""
     return _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
 
 
 def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
-    # The name is not hashed: it decides no id.
+    # The name is not hashed: the ids do not depend on it.
     settings = json.dumps([pattern, special_tokens], sort_keys=True)
     return hashlib.sha256(_format_ranks(ranks) + settings.encode()).hexdigest()
 
 
 def _format_ranks(ranks: Ranks) -> bytes:
-    """Write ranks in tiktoken's format: one line per token, base64 of its bytes, a space, its id."""
+    """Return ranks in tiktoken's format: one line per token, base64 of its bytes, a space, its id."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return the byte that each character of GPT-2's files stands for, in the order of the bytes' ids.
+    """Return a dict from each character in GPT-2's files to its byte, in the order of the bytes' ids.
 
-    Printable bytes stand for themselves; the others are written as the characters from U+0100 on
-    (the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py).
+    In these files a printable byte is the same character. Other bytes are the characters from U+0100 on.
+    The dict is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
@@ -149,7 +150,7 @@ def unicode_to_bytes() -> dict[str, int]:
 
 
 def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
-    """Turn GPT-2's two files into tiktoken's ranks: single bytes first, then merges in their order."""
+    """Return tiktoken's ranks from GPT-2's two files: first single bytes, then merges in file order."""
     table = unicode_to_bytes()
 
     def to_bytes(word: str) -> bytes:
@@ -170,36 +171,40 @@ def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
     return ranks
 
 
-# --- encoding
+# --- encoders
 
 
 class TiktokenEncoder:
-    """The reference encoder."""
+    """The reference encoder: tiktoken, for any encoding."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
 
     def encode(self, text: str) -> TokenIds:
-        """Encode a text. A special token that is spelled in it becomes ordinary tokens. (tokens,)"""
-        # To numpy directly: a Python list of ids takes 10 times the memory.
+        """Return the token ids of a text. (tokens,)
+
+        The string of a special token, such as `<|endoftext|>`, is encoded as ordinary text.
+        """
+        # Not `encode`: its Python list of ids takes 10 times the memory.
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
 
-# gigatoken has the letters and digits of Unicode 17, tiktoken those of Unicode 16. Characters that are new
-# in Unicode 17 begin with one of these bytes in UTF-8, as some older ones do (Telugu, Kannada, rare scripts).
+# gigatoken knows the letters and digits of Unicode 17, tiktoken those of Unicode 16. In UTF-8, each character
+# that is new in Unicode 17 begins with one of these byte sequences. Some older characters do too (Telugu,
+# Kannada, rare scripts). tiktoken encodes all texts with such characters.
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
 class GigatokenEncoder(TiktokenEncoder):
-    """The fast encoder, for GPT-2's pattern; samples of its ids are compared with the reference."""
+    """The fast encoder: gigatoken, for GPT-2's pattern. Samples of its ids are compared with tiktoken's."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         super().__init__(encoding)
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # the first text is compared
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the first text is compared
         self._start()
 
     def _start(self) -> None:
-        """Load gigatoken's tokenizer, without the words that an earlier one has kept."""
+        """Load a new gigatoken tokenizer, with an empty cache of words."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -209,7 +214,7 @@ class GigatokenEncoder(TiktokenEncoder):
         self._bytes_since_start = 0
 
     def encode(self, text: str) -> TokenIds:
-        """Encode a text. (tokens,)
+        """Return the token ids of a text. (tokens,)
 
         Raises:
             BadData: the ids of a sample differ from tiktoken's.
@@ -236,14 +241,16 @@ class GigatokenEncoder(TiktokenEncoder):
 
 
 def load_encoder(folder: Path, choice: Literal["gigatoken", "tiktoken"]) -> TiktokenEncoder:
-    """Load the encoder of a tokenizer folder.
+    """Return the encoder of a tokenizer folder.
 
     Args:
-        folder: of the tokenizer.
-        choice: gigatoken is replaced by tiktoken where it isn't installed or the pattern isn't GPT-2's.
+        folder: the tokenizer's folder.
+        choice: name of the encoder. tiktoken replaces gigatoken if gigatoken is not installed, or if the
+            encoding does not have GPT-2's pattern.
 
     Raises:
-        MissingInput, BadData: the folder is missing or damaged.
+        MissingInput: the folder does not exist.
+        BadData: the folder is damaged.
     """
     encoding = load_encoding(folder)
     can_be_fast = encoding._pat_str == GPT2_PATTERN and find_spec("gigatoken") is not None

@@ -1,16 +1,16 @@
-"""Check documents with Great Expectations (GX): is this text fit to train on?
+"""Check the documents with Great Expectations (GX) before a model is trained on them.
 
 Two tables are checked:
 
-    corpus     one row for all documents: their number and bytes, ids that occur twice, ids that are not the
-               hash of their text
-    documents  one row per document (`document_row`). If the corpus has more than `validation.max_rows`
-               documents, a sample of about that many: those whose normalised text has a hash below a bound.
-               The sample is the same on every machine, and two documents that differ only in case and
-               spacing are both in it or both not.
+    corpus     One row for all documents: the number of documents, bytes of text, repeated ids, and ids that
+               are not the hash of their text.
+    documents  One row per document (`document_row`). If the corpus has more than `validation.max_rows`
+               documents, the table is a sample of about `max_rows` documents: those whose normalised text
+               has a hash below a limit. Every machine takes the same sample. If documents differ only in
+               case and spacing, the sample has all of these documents or none.
 
-Texts are read row group by row group; memory holds 16 bytes per document and the rows.
-`check_expectations` runs a checkpoint per table and writes Data Docs; inspection uses it too.
+One row group is read at a time. Memory holds 16 bytes per document, and the rows. `check_expectations` runs
+one checkpoint per table and writes Data Docs. The stage `inspection` uses this function too.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
 
 _EXCERPT_CHARACTERS = 80
-_EXAMPLES = 3  # documents that a failed expectation names
+_EXAMPLES = 3  # how many documents the result of a failed expectation names
 _MEGABYTE = 1_000_000
 _PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
-# What a page loads from another server. Without network the page would wait for it, and its scripts fail.
+# Parts of a page that load files from other servers. Without a network, the page would wait for these files.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
 )
@@ -43,7 +43,7 @@ _REMOTE = re.compile(
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, each with `id` and `source`, and their expectations."""
+    """Rows to check, each with `id` and `source`, and the expectations of the rows."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -53,20 +53,22 @@ class Table:
 def validate(
     documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Check the documents, and write Data Docs.
+    """Check the documents, write Data Docs, and return the report.
 
     Args:
         documents: folder of document shards.
-        docs: folder for Data Docs, replaced. They contain the time, so no DVC output may depend on them.
-        params: bounds of the expectations.
+        docs: folder for Data Docs, replaced. Data Docs contain the time, so no DVC output may depend on them.
+        params: the section `validation` of params.yaml, with the limits of the expectations.
         progress: called with the number of documents read.
 
     Returns:
-        The report: `success`, the counts of the whole corpus, the number of `rows` of the table of documents,
-        and the results of `check_expectations`. The same documents give the same report.
+        The report: `success`, the counts of the whole corpus, `rows` (the number of rows in the table
+        `documents`), and `expectations` (the results of `check_expectations`). The same documents give the
+        same report.
 
     Raises:
-        MissingInput, BadData: the folder of documents is missing or damaged.
+        MissingInput: the folder of documents is missing.
+        BadData: the folder of documents is damaged.
     """
     counts, rows = _read(documents, params.max_rows, progress)
     tables = [
@@ -79,10 +81,10 @@ def validate(
 
 
 def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Count the whole corpus; describe its documents, or a sample of them."""
+    """Return the counts of the whole corpus, and the rows of all documents or of a sample."""
     total = verified_manifest(folder)["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # 16 bytes of each; hashed, since a damaged id may have any length
+    ids = bytearray()  # 16-byte hash of each id, since a damaged id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(folder):
         for document in read_row_group(group):
@@ -91,7 +93,7 @@ def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, in
             counts["bytes"] += len(content)
             counts["wrong_ids"] += _hash(content) != document.id
             ids += bytes.fromhex(_hash(document.id.encode()))
-            # Whole numbers, which compare exactly: the same sample on every machine.
+            # Compare integers, which are exact, so that every machine takes the same sample.
             hash_bound = 2**64 * max_rows
             if total <= max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -105,18 +107,18 @@ def _hash(content: bytes) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Hash a text without its white space and case."""
+    """Return the hash of a text without white space and case."""
     return _hash("".join(text.split()).casefold().encode())
 
 
 def document_row(document: Document) -> dict[str, Any]:
-    """Describe one document by what the expectations need.
+    """Return the values of one document that the expectations check.
 
     Returns:
-        id and source; excerpt (the first characters, None for a blank text); n_characters;
-        id_is_hash (the id is the hash of the text); normalised (hash without case and spacing); n_nul (NUL
-        characters); letter_share (letters among the characters that are not white space);
-        replacement_share (U+FFFD among all characters).
+        A dict with id; source; excerpt (the first characters, None for a blank text); n_characters;
+        id_is_hash (whether the id is the hash of the text); normalised (hash of the text without case and
+        spacing); n_nul (number of NUL characters); letter_share (share of letters in the text without white
+        space); replacement_share (share of U+FFFD in all characters).
     """
     text = document.text
     dense = "".join(text.split())
@@ -129,7 +131,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "id_is_hash": _hash(text.encode()) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
-        # A text of white space only has a share of 0.
+        # The share of a text with only white space is 0.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -139,19 +141,19 @@ def document_row(document: Document) -> dict[str, Any]:
 
 
 def at_least(column: str, value: float, what: str) -> Any:
-    """Expect the one value of a column to be `value` or more."""
+    """Return an expectation: the single value of a column is at least `value`."""
     return _bound(column, what, f"at least {value:,}", min_value=value)
 
 
 def at_most(column: str, value: float, what: str) -> Any:
-    """Expect the one value of a column to be `value` or less."""
+    """Return an expectation: the single value of a column is at most `value`."""
     return _bound(column, what, f"at most {value:,}" if value else "none", max_value=value)
 
 
 def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
     from great_expectations import expectations as gxe
 
-    # The table has one row, so that the maximum of a column is its value.
+    # The table has one row, so the maximum of a column is its only value.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
         **bounds,
@@ -161,7 +163,7 @@ def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
 
 
 def corpus_expectations(params: Validation) -> list[Any]:
-    """List the expectations of the row of the whole corpus."""
+    """Return the expectations of the table `corpus`."""
     return [
         at_least("documents", params.min_documents, "documents"),
         at_least("bytes", round(params.min_total_megabytes * _MEGABYTE), "bytes of text"),
@@ -171,7 +173,7 @@ def corpus_expectations(params: Validation) -> list[Any]:
 
 
 def document_expectations(params: Validation) -> list[Any]:
-    """List the expectations of the rows of documents."""
+    """Return the expectations of the table `documents`."""
     from great_expectations import expectations as gxe
 
     def between(column: str, description: str, **bounds: float) -> Any:
@@ -208,25 +210,25 @@ def document_expectations(params: Validation) -> list[Any]:
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Run one checkpoint per table and write Data Docs that need no network.
+    """Run one checkpoint per table, write Data Docs that need no network, and return the results.
 
     Args:
         run_name: name of the validation run in Data Docs.
-        tables: rows and expectations.
+        tables: the tables to check.
         docs: folder for Data Docs, replaced; `index.html` lists the pages.
 
     Returns:
-        A dict per expectation: its description and arguments, the observed value or the number of rows that
-        break it, and the first of these rows.
+        One dict per expectation: its description and arguments, the observed value or the number of rows
+        that fail, and the first failing rows.
 
     Raises:
-        NotAllowed: `docs` has files that are not Data Docs of an earlier run.
+        NotAllowed: `docs` contains files that are not Data Docs of an earlier run.
     """
     import great_expectations as gx
 
-    # GX logs a traceback for a page that can't be written; the stage reports a full disk in one sentence.
+    # GX logs a traceback if it can't write a page. The stage itself reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    if (docs / ".compactgpt-data-docs").exists():  # written before version 0.2, without a manifest
+    if (docs / ".compactgpt-data-docs").exists():  # from a version before 0.2, without a manifest
         shutil.rmtree(docs)
     with atomic_folder(docs, kind="data docs") as temporary:
         context = gx.get_context(mode="ephemeral")
@@ -266,7 +268,7 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
             "partial_unexpected_count": _EXAMPLES,
         },
     )
-    # GX writes values into its pages as they are: text of a corpus would become markup.
+    # GX does not escape values in its pages: HTML in a document would change the page.
     rows = [
         {key: html.escape(value) if isinstance(value, str) else value for key, value in row.items()}
         for row in table.rows
@@ -280,7 +282,7 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
 
 
 def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Keep the parts of a GX result that are the same in every run."""
+    """Return the parts of a GX result that are the same in every run."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not evaluate {config['type']}: {result['exception_info']}")
@@ -302,7 +304,7 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
             key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")
         },
         "success": result["success"],
-        **(config.get("meta") or {}),  # `what` and `expected` of a bound
+        **(config.get("meta") or {}),  # `what` and `expected` from `_bound`
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
         "examples": examples,
@@ -310,7 +312,7 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Remove what pages load from other servers, and write an index page that needs no script."""
+    """Remove links to files on other servers from the pages, and write an index page without scripts."""
     from jinja2 import Environment, FileSystemLoader
 
     for page in docs.rglob("*.html"):
@@ -328,15 +330,15 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
-    """Stop the pipeline if an expectation failed.
+    """Raise an error, which stops the pipeline, if an expectation failed.
 
     Args:
-        report: of a stage; `expectations` is what `check_expectations` returned.
-        what: was checked, for the message.
+        report: the report of a stage; `expectations` contains the results of `check_expectations`.
+        what: name of the checked data in the message, a plural noun.
         advice: what the user can do, for the message.
 
     Raises:
-        CheckFailed: names each failed expectation, what was found, and examples.
+        CheckFailed: an expectation failed. The message lists each failure with observed values and examples.
     """
     failed = [result for result in report["expectations"] if not result["success"]]
     if failed:
@@ -347,8 +349,8 @@ def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
-    """Say what was found and what was expected: "documents: 1, expected at least 1,000"."""
-    if result["unexpected"] is None:  # of one value, not of many rows
+    """Return what was found and expected, for example "documents: 1, expected at least 1,000"."""
+    if result["unexpected"] is None:  # an expectation of one value, not of many rows
         return f"{result['what']}: {result['observed']:,}, expected {result['expected']}"
     examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
     broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"

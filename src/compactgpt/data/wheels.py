@@ -1,4 +1,4 @@
-"""Files inside wheels of the package index, which every user of pip can reach."""
+"""Download a file that is inside a wheel of the package index."""
 
 import hashlib
 import subprocess
@@ -10,26 +10,26 @@ from tempfile import TemporaryDirectory
 from compactgpt.common.errors import BadData, MissingInput, Unreachable
 from compactgpt.common.storage import sha256_file, write_bytes
 
-_MAX_BYTES = 2**27  # of a member, which is read into memory
+_MAX_BYTES = 2**27  # largest file that is read into memory
 _TIMEOUT_SECONDS = "15"
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
     """Return the path of one file of a wheel; pip downloads the wheel unless the file is in `cache`.
 
-    pip uses the user's own configuration, and installs nothing. The cache names a file by its hash, which is
-    checked on every use.
+    pip uses the user's own configuration and installs nothing. In the cache, the name of a file is its
+    SHA-256, which is checked on every use.
 
     Args:
-        wheel: `name==version`.
-        member: path inside the wheel.
-        sha256: of the member.
-        cache: folder of members.
+        wheel: the wheel, as `name==version`.
+        member: path of the file inside the wheel.
+        sha256: the expected SHA-256 of the file.
+        cache: folder for the files.
 
     Raises:
         Unreachable: the package index can't be reached, or does not have the wheel.
         MissingInput: this Python has no pip.
-        BadData: the wheel lacks the member, or the member has another hash.
+        BadData: the wheel does not contain the file, or the file has another hash.
     """
     path = cache / sha256
     if path.is_file() and sha256_file(path) == sha256:
@@ -49,7 +49,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
 def _download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", wheel, f"--dest={folder}", "--no-deps"]
-    # Only wheels: a source package would run its own code.
+    # Only wheels: for a source package, pip would run the package's code.
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -59,7 +59,7 @@ def _download(wheel: str, folder: Path) -> Path:
         )
     found = sorted(folder.glob("*.whl"))
     if done.returncode or not found:
-        # pip's last line says what went wrong.
+        # The last line of pip's output is the cause.
         lines = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
         raise Unreachable(
             f"{wheel} can't be downloaded from the package index ({lines[-1].removeprefix('ERROR: ')}): "
@@ -69,10 +69,14 @@ def _download(wheel: str, folder: Path) -> Path:
 
 
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
-    """Return the content of one file of a wheel; raise BadData if it is damaged, too large or missing."""
+    """Return the content of one file of a wheel.
+
+    Raises:
+        BadData: the wheel is damaged, or the file is missing or too large.
+    """
     try:
         with zipfile.ZipFile(archive) as files:
-            # zipfile reads no more than the size that the archive's index gives.
+            # zipfile never reads more than the size in the archive's index.
             size = files.getinfo(member).file_size
             content = files.read(member) if size <= _MAX_BYTES else b""
     except KeyError as error:
