@@ -25,7 +25,7 @@ from compactgpt.tracking.records import (
     find_version,
 )
 
-RESAMPLES, SEED = 2000, 1  # constants: evaluation.likelihood of the two versions may differ
+RESAMPLES, SEED = 2000, 1  # bootstrap settings, the same for all versions
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")

@@ -353,7 +353,7 @@ def changed_paths(root: Path) -> Iterator[tuple[str, str, str]]:
     """
     with open_repo(root) as repo:
         for stage in repo.index.stages:
-            if not stage.cmd:  # a .dvc file
+            if not stage.cmd:  # a .dvc file has no command
                 continue
             yield stage.name, "cmd", "modified" if stage.cmd_changed else "same"
             for item in (*stage.deps, *stage.outs):

@@ -221,7 +221,7 @@ class Journal:
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow's unit
+        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow's time unit
         if self._held is None:
             self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         else:

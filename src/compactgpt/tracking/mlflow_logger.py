@@ -263,7 +263,7 @@ def _record_unrun(root: Path, store: Store) -> None:
     if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
         return
     found = pipeline_run.outcome(place, place, [], "dvc repro")
-    if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
+    if not found.stages or found.status != "FINISHED":  # a stage still has to run
         return
     tags = {**git_facts(root), **journal.machine_facts()}
     pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}

@@ -56,7 +56,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
             f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    asked = parse_versions((place.read(LOCKED) or b"").decode())  # a commit has no list of installed packages
+    asked = parse_versions((place.read(LOCKED) or b"").decode())  # git has no list of installed packages
     return Version(f"{wanted} ({commit[:9]})", place, read_chain(place), commit, packages=asked)
 
 

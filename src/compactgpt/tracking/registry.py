@@ -86,7 +86,7 @@ def _log(trained: Trained) -> str:
         needed = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults of a request
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # a path fails with transformers 5.23
+            pipeline("text-generation", model=str(folder / NAME)),  # fails as a path with transformers 5.23
             name="compact",
             task="text-generation",
             run_id=trained.run_id,
@@ -126,7 +126,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        present_id = present.source.removeprefix("models:/")  # its model_id is not set in a SQLite store
+        present_id = present.source.removeprefix("models:/")  # SQLite stores leave model_id empty
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
     number = max((str(one.version) for one in known), key=int, default="")

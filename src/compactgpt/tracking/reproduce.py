@@ -340,11 +340,11 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
             # `shallow=False` also copies the files in folders. `verify` refuses files with a wrong hash.
-            with suppress(Exception):  # each kind of remote has errors of its own
+            with suppress(Exception):  # each kind of remote raises other errors
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
         try:
-            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # a bare name is in the current folder
+            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # DVC looks up a bare name in the cwd
         except DvcException:
             (tree / LOCK).unlink()
             return False
