@@ -1,4 +1,4 @@
-"""Stage script: params.yaml -> reports/estimate.json, data/inputs.json."""
+"""Stage script `estimate`: check the inputs, and write reports/estimate.json and data/inputs.json."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +14,16 @@ app = new_app()
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    ladder: Annotated[Path, typer.Option(help="Fit of a sweep, if there is one.")] = Path(
+    ladder: Annotated[Path, typer.Option(help="Results of a sweep; the file may be missing.")] = Path(
         "results/ladder.json"
     ),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/estimate.json"),
-    checked: Annotated[Path, typer.Option(help="File that states that the inputs were checked.")] = Path(
+    checked: Annotated[Path, typer.Option(help="File to write after the inputs are checked.")] = Path(
         "data/inputs.json"
     ),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the inputs of the whole pipeline, and estimate the run before anything runs."""
+    """Check the inputs of all stages, and estimate the run's size, time and loss before it starts."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
     from compactgpt.forecast.sweep import read_sweep
@@ -31,7 +31,7 @@ def main(
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:
         check_dependencies(Path())
-        # Every other stage waits for this file, so its bytes are always the same.
+        # All other stages depend on this file, so its content must never change.
         write_json(checked, {"checked": ["params.yaml", "files of the dependencies"]})
         stage.report(report, estimate(stage.params, read_sweep(ladder)))
 

@@ -1,4 +1,4 @@
-"""Stage script `training`: token files -> a model, its loss curve and a report."""
+"""Stage script `training`: train the model on the token files; write model, loss curve and report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder to write the model to.")] = Path("models/compact"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/training.json"),
     curve: Annotated[Path, typer.Option(help="Loss curve to write.")] = Path("reports/loss.csv"),
-    tokenizer: Annotated[Path, typer.Option(help="Decodes samples; no result depends on it.")] = Path(
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer to print samples with.")] = Path(
         "data/tokenizer"
     ),
     tracker: TrackerName = "mlflow",
@@ -29,7 +29,7 @@ def main(
     start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # torch is imported only now: the number of threads is set before
+        # These modules import torch, which must not happen before the number of threads is set.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks, expected_loss_tags
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs, remove_states

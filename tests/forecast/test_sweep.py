@@ -172,7 +172,7 @@ def test_the_command_writes_the_fit_and_prints_the_prediction(experiments, tmp_p
 @pytest.mark.parametrize(
     ("file", "key", "value", "message"),
     [
-        ("reports/training.json", "val_loss_tokens", 80, "its loss is of 80 of 90 val tokens"),
+        ("reports/training.json", "val_loss_tokens", 80, "its loss was measured on 80 of 90 val tokens"),
         ("reports/training.json", "data_sha256", "1" * 64, "and ladder-32-100 differ in data_sha256"),
     ],
 )

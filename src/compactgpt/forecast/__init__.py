@@ -1,1 +1,1 @@
-"""What a run will cost and reach, before it runs."""
+"""Estimates of the cost and the loss of a training run, made before the run."""

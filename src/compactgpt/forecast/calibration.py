@@ -1,12 +1,14 @@
-"""Count how often the rule of `forecast.scaling_laws` holds, and widen its interval accordingly.
+"""Check the rule `scaling_laws.expect_loss` on measured runs, and calibrate its interval.
 
-The measured runs are the reference runs of params.yaml and the runs of our sweep. Each is left out in turn,
-the rule predicts it from the others, and the measured loss lies inside the interval or not. The budget of
-GPT-2's own training was never published: those runs are checked at an assumed one and predict no others.
+The measured runs are the reference runs of params.yaml and the runs of our sweep. For each measured run, the
+rule predicts the loss from the other runs, and the check states whether the measured loss is inside the
+interval. The training budget of GPT-2 was never published. So the checks of GPT-2's runs assume a budget, and
+GPT-2's runs are not used to predict other runs.
 
-The calibrated interval is the rule's, from all these runs, times the factor that would have held the stated
-share of them (split conformal prediction, Papadopoulos et al. 2002): the k-th smallest of the n factors with
-k = ceil(share (n + 1)), or the largest where n is too small.
+For each of the n measured runs, the check computes the factor by which the 80 % interval must be multiplied
+to just contain the measured loss. The calibrated interval is the rule's interval multiplied by the k-th
+smallest factor, with k = ceil(share (n + 1)), or by the largest factor if k > n (split conformal prediction,
+Papadopoulos et al. 2002).
 """
 
 import math
@@ -21,19 +23,19 @@ from compactgpt.forecast.sweep import SweepRun
 
 @dataclass(frozen=True)
 class Calibration:
-    """One check for each measured run, and the reference runs that the predictions were made from."""
+    """The checks of the rule on all measured runs, and the reference runs used for predictions."""
 
     anchors: tuple[Anchor, ...]
-    checks: tuple[dict[str, Any], ...]  # as reports/estimate.json has them
+    checks: tuple[dict[str, Any], ...]  # one for each measured run, as in reports/estimate.json
 
     def factor(self, share: float) -> float:
-        """Return what the 80 % interval must be multiplied by to hold this share of the measured runs."""
+        """Return the factor that makes the 80 % interval contain this share of the measured runs."""
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the loss expected of a run with the calibrated interval."""
+        """Return the expected loss of a run, with calibrated intervals."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80 = half * self.factor(0.80)
@@ -50,7 +52,7 @@ class Calibration:
         )
 
     def report(self) -> dict[str, Any]:
-        """Return the calibration as reports/estimate.json has it."""
+        """Return the section `calibration` of reports/estimate.json."""
         return {
             "checks": list(self.checks),
             "of": len(self.checks),
@@ -58,12 +60,12 @@ class Calibration:
             "held_95": sum(check["inside_95"] for check in self.checks),
             "factor_80": self.factor(0.80),
             "factor_95": self.factor(0.95),
-            "enough_for_95": len(self.checks) >= 19,  # with fewer runs k is above n
+            "enough_for_95": len(self.checks) >= 19,  # with fewer runs, k > n: see the module docstring
         }
 
 
 def calibrate(anchors: Sequence[Anchor], runs: Sequence[SweepRun], vocab_size: int) -> Calibration:
-    """Check the rule on every measured run, each left out in turn."""
+    """Check the rule on every measured run: predict the run's loss from all other runs."""
     measured = [*anchors, *map(_anchor_of, runs)]
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     return Calibration(known, tuple(_check(anchor, known, vocab_size) for anchor in measured))
@@ -75,7 +77,10 @@ def _anchor_of(run: SweepRun) -> Anchor:
 
 
 def _check(anchor: Anchor, known: Sequence[Anchor], vocab_size: int) -> dict[str, Any]:
-    """Predict one measured run from the others; `factor` times the 80 % interval would just have held it."""
+    """Predict the loss of one measured run from the other runs, and return the check.
+
+    `factor` is the number by which the 80 % interval must be multiplied to just contain the measured loss.
+    """
     others = [other for other in known if other.name != anchor.name]
     rule = expect_loss(reference_run(anchor), anchor.optimizer, vocab_size, others)
     middle, half = _middle_and_half(rule)
@@ -91,5 +96,5 @@ def _check(anchor: Anchor, known: Sequence[Anchor], vocab_size: int) -> dict[str
 
 
 def _middle_and_half(rule: ExpectedLoss) -> tuple[float, float]:
-    """Return the middle and half the width of the 80 % interval."""
+    """Return the middle of the 80 % interval, and half of its width."""
     return (rule.low_80 + rule.high_80) / 2, (rule.high_80 - rule.low_80) / 2

@@ -1,8 +1,8 @@
-"""Estimate a run from params.yaml alone: size, tokens, arithmetic, memory, time and expected loss.
+"""Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss.
 
-Nothing here reads the corpus or imports torch: `estimate` writes its numbers down before the training whose
-result they are compared with. Beside the fixed rule's expectation are two that learn from finished runs: the
-rule calibrated (`forecast.calibration`) and the law of our own sweep (`forecast.sweep`).
+The module neither reads the corpus nor imports torch, because the estimate is made before training. Three
+methods predict the loss: the fixed rule (`forecast.scaling_laws`), the rule with calibrated intervals
+(`forecast.calibration`), and a law fitted to our own sweep (`forecast.sweep`).
 """
 
 import math
@@ -21,17 +21,20 @@ from compactgpt.forecast.sweep import Sweep, corpus_settings, read_sweep, sweep_
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# Values of width C that a block keeps for the backward pass, a token: inputs and outputs of both norms (4),
-# queries, keys and values (3), the output of attention (1), 4 C before and after the GELU (8).
+# For each token, a block keeps this many vectors of C channels for the backward pass: the inputs and outputs
+# of both layer norms (4), queries, keys and values (3), the output of attention (1), and the 4 C channels
+# before and after the GELU (8).
 KEPT_WIDTHS = 16
-MATRIX_SIZE = 1536  # rows and columns: large enough for full speed, small enough for a slow core
+MATRIX_SIZE = 1536  # rows and columns; large enough to reach full speed
 MEASURE_SECONDS = 1.0
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
-    """Return reports/estimate.json: the estimate of the configured run and of the note's.
+    """Return the content of reports/estimate.json.
 
-    `calibration` states how often the rule held; `ladder` is our own law, null without a `sweep`.
+    It has the estimates of two runs: the configured run, and the run that the note *Performance de NanoGPT
+    Compact contre GPT-2* describes. `calibration` states how often the rule's intervals held. `ladder` is the
+    prediction of our own sweep, or null without `sweep`.
     """
     training, settings, note = params.training, params.estimate, params.estimate.note
     run, vocab_size = configured_run(params), params.model.vocab_size
@@ -60,13 +63,16 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 
 def expected_loss(params: Params) -> ExpectedLoss:
-    """Return the loss that the fixed rule expects of the configured run."""
+    """Return the loss that the fixed rule predicts for the configured run."""
     anchors = [anchor for anchor in params.estimate.anchors if not anchor.assumed_budget]
     return expect_loss(configured_run(params), params.training.optimizer, params.model.vocab_size, anchors)
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
-    """Return the tokens of the training split, if a sweep counted them or the data set's maker did."""
+    """Return the number of tokens of the training split, or None if it is unknown.
+
+    The number comes from a sweep on the same text, or from `estimate.corpus_tokens` of params.yaml.
+    """
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download
@@ -78,7 +84,7 @@ def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
 
 
 def _notes(params: Params) -> list[str]:
-    """Return what limits the worth of the configured run's estimate."""
+    """Return notes on the limits of the configured run's estimate."""
     notes = []
     if not all(law.covers(configured_run(params)) for law in LAWS):
         notes.append("the laws are extrapolated far below the sizes and budgets that they were fitted on")
@@ -99,7 +105,7 @@ def estimate_run(
     *,
     training: Training | None = None,
 ) -> dict[str, Any]:
-    """Return the estimate of one run; keys carry the units, and `epochs` is null without `train_tokens`."""
+    """Return the estimate of one run; `epochs` is null if `train_tokens` is None."""
     flops_each = flops_per_token(model, training)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
     minutes = {
@@ -124,7 +130,10 @@ def estimate_run(
 
 
 def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
-    """Return the fp32 bytes that training holds, and those of all logits at once, which ours never holds."""
+    """Return the memory of training in bytes, in fp32.
+
+    `logits_if_held_at_once` is only for comparison: our loss computes the logits in chunks.
+    """
     weights = count_parameters(model).all_tensors * FP32_BYTES
     tokens = micro_batch_size * model.block_size
     return {
@@ -132,12 +141,12 @@ def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
         "gradients": weights,
         "optimizer": ADAM_MOMENTS * weights,
         "activations": KEPT_WIDTHS * model.n_layer * tokens * model.n_embd * FP32_BYTES,  # (L, B, T, 16 C)
-        "logits_if_held_at_once": tokens * model.padded_vocab_size * FP32_BYTES,  # (B, T, vocabulary)
+        "logits_if_held_at_once": tokens * model.padded_vocab_size * FP32_BYTES,  # (B, T, V)
     }
 
 
 def _law_loss(law: Law, run: Run, vocab_size: int) -> dict[str, Any]:
-    """Return a law's unscaled loss, compared with ln(vocab_size), the loss of a uniform guess."""
+    """Return the loss that an unscaled law predicts, and whether it is below that of a uniform guess."""
     loss, guess = law.loss(run), math.log(vocab_size)
     return {"loss": loss, "better_than_guessing": loss < guess, "inside_validity": law.covers(run)}
 
@@ -160,7 +169,7 @@ def _law_source(law: Law) -> dict[str, Any]:
 
 
 def estimate_configuration(params: Params, ladder: Path, *, measure: bool = False) -> dict[str, Any]:
-    """Estimate one configuration; with `measure`, also the minutes on this machine by its own speed."""
+    """Return the estimate of one configuration; with `measure`, also the training time on this machine."""
     report = estimate(params, read_sweep(ladder))
     found: dict[str, Any] = {**report["compact"], "ladder": report["ladder"]}
     found |= {key: report[key] for key in ("machines", "calibration")}
@@ -176,7 +185,7 @@ def estimate_configuration(params: Params, ladder: Path, *, measure: bool = Fals
 
 
 def measure_flops() -> float:
-    """Return the FLOP/s of this machine's products of float32 matrices (numpy's BLAS)."""
+    """Return the speed of this machine in FLOP/s, measured on float32 matrix products (numpy's BLAS)."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -191,7 +200,7 @@ def measure_flops() -> float:
 
 
 def announce_times(runs: Sequence[Params]) -> list[str]:
-    """Return how long the training of these runs takes on this machine, and which baselines take long."""
+    """Return messages on the training time of the runs on this machine, and on slow baselines."""
     speed = measure_flops()
     minutes = 0.0
     for params in runs:
@@ -205,7 +214,7 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
         "corrects it after the first steps",
         *(
             f"baseline {name}: scores the val split too, and may take as long as the training; "
-            "baseline.names without it leaves it out"
+            "to leave it out, remove it from baseline.names"
             for name in names
             if specs[name].kind in ("gguf", "folder", "hub")  # a compressor takes seconds
         ),
@@ -213,7 +222,7 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
 
 
 def format_estimate(found: Mapping[str, Any]) -> str:
-    """Return the result of `estimate_configuration` as a table for a terminal."""
+    """Format the result of `estimate_configuration` as a table for a terminal."""
     rows = [*_size_rows(found), *_time_rows(found), *_loss_rows(found)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)

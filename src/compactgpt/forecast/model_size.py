@@ -1,4 +1,4 @@
-"""Count the parameters and the arithmetic of a GPT from its shape alone."""
+"""Compute the number of parameters and the FLOPs of a GPT from its shape."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,19 @@ from compactgpt.config import Model, Training
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a GPT by the three conventions in use, which must not be confused."""
+    """The number of parameters of a GPT, counted by three different conventions."""
 
-    all_tensors: int  # every trained number; the tied head and token embedding are counted once
-    nanogpt: int  # all but position embeddings (nanoGPT, get_num_params): N of 6N and of Hoffmann's law
-    non_embedding: int  # all but both embeddings: N of Kaplan's law
+    all_tensors: int  # all parameters; the matrix of head and token embedding is counted once
+    # All parameters except position embeddings (get_num_params of nanoGPT): N of 6N and of Hoffmann's law.
+    nanogpt: int
+    non_embedding: int  # all parameters except token and position embeddings: N of Kaplan's law
 
 
 def count_parameters(model: Model) -> ParameterCounts:
-    """Count the parameters of nanoGPT's architecture with a tied head.
+    """Return the parameter counts of nanoGPT's architecture with a tied head.
 
-    A block holds 12 C^2 weights and two norms of C; with `bias`, 9 C more for the four linear maps and
-    2 C for the norms (nanoGPT model.py).
+    A block has 12 C^2 weights of linear layers and 2 C weights of layer norms. With `bias`, it has 9 C more
+    for the four linear layers and 2 C more for the layer norms (nanoGPT, model.py).
     """
     C = model.n_embd
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
@@ -29,12 +30,12 @@ def count_parameters(model: Model) -> ParameterCounts:
 
 
 def flops_per_token(model: Model, training: Training | None = None) -> dict[str, int]:
-    """Return the FLOPs of one token, forward and backward.
+    """Return the FLOPs of the forward and backward pass for one token.
 
-    `six_n` is 6N with N in nanoGPT's convention; `with_attention` adds 12 L H Q T for L layers, H heads of
-    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). Where `training` samples its softmax,
-    `with_attention` counts the expected sample of the head's rows; the rows of the batch's own tokens, a few
-    hundred, are left out.
+    `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
+    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, `with_attention`
+    counts only the expected number of sampled rows of the head. It does not count the tokens of the batch,
+    a few hundred rows that are always in the sample.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -1,8 +1,8 @@
-"""Published scaling laws, and the loss that a rule made from them expects of a run.
+"""Published scaling laws, and `expect_loss`, a rule that predicts the loss of a run from these laws.
 
-The rule, `expect_loss`, was fixed before the demo was trained and has not changed since;
-`forecast.calibration` counts how often it holds. A reference run is a finished run whose loss was measured:
-`estimate.anchors` of params.yaml.
+The rule was fixed before the demo was trained, and has not changed since. `forecast.calibration` counts how
+often its intervals contain the measured loss. A reference run is a finished run whose loss was measured;
+`estimate.anchors` in params.yaml lists the reference runs.
 """
 
 import math
@@ -18,19 +18,19 @@ from compactgpt.forecast.model_size import count_parameters
 class Run:
     """The size and the budget of a training run."""
 
-    num_params: int  # nanoGPT's convention
+    num_params: int  # counted by nanoGPT's convention
     num_params_non_embedding: int
     max_steps: int
     tokens_per_step: int
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on, repeats included."""
+        """Number of tokens that the run trains on; a repeated token counts each time."""
         return self.max_steps * self.tokens_per_step
 
     @property
     def flops(self) -> int:
-        """6 N D, by which runs are compared."""
+        """Training compute in FLOPs: 6 times parameters times tokens."""
         return 6 * self.num_params * self.tokens
 
 
@@ -47,27 +47,32 @@ def reference_run(anchor: Anchor) -> Run:
 
 @dataclass(frozen=True)
 class Law:
-    """A published scaling law: the loss in nats per token that a run ends at."""
+    """A published scaling law, which predicts the final loss of a run in nats per token."""
 
     name: str
     loss: Callable[[Run], float]
-    irreducible: float  # nats per token that no size and no data remove
+    irreducible: float  # loss in nats per token of an infinite model with infinite data
     source: str
     formula: str
     constants: Mapping[str, float]
-    counts: Literal["nanogpt", "non_embedding"]  # which parameters N is
-    validity: str  # what the law was fitted on, in words and in the two ranges below
+    counts: Literal["nanogpt", "non_embedding"]  # which parameters N counts
+    # The runs that the law was fitted on: in words, and as ranges of parameters and tokens.
+    validity: str
     parameters: tuple[float, float]
     tokens: tuple[float, float]
 
     def covers(self, run: Run) -> bool:
-        """Whether the law was fitted on runs of this size and budget."""
+        """Return whether the law was fitted on runs of this size and this number of tokens."""
         size = run.num_params if self.counts == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` by this law, its reducible part scaled to meet a reference run."""
+        """Return the loss that this law predicts for `run`, scaled by a reference run.
+
+        The law's reducible loss is multiplied by a constant, so that the law gives the measured loss of the
+        reference run.
+        """
         reducible = self.loss(reference_run(anchor)) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
         return self.irreducible + scale * (self.loss(run) - self.irreducible)
@@ -81,7 +86,7 @@ def kaplan_loss(run: Run) -> float:
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
-    for _ in range(200):  # the critical batch size depends on the loss: iterate, damped, to the fixed point
+    for _ in range(200):  # damped fixed-point iteration: the critical batch size depends on the loss
         critical_batch = k["Bstar"] / loss ** (1 / k["aB"])  # tokens
         smallest_steps = run.max_steps / (1 + critical_batch / run.tokens_per_step)
         loss = 0.5 * loss + 0.5 * (size_term + (k["Sc"] / smallest_steps) ** k["aS"])
@@ -89,7 +94,7 @@ def kaplan_loss(run: Run) -> float:
 
 
 def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
-    """Make a law of the form of Hoffmann et al. 2022, equation 2."""
+    """Return a law with the formula of Hoffmann et al. 2022, equation 2."""
     c = constants
     return Law(
         name,
@@ -137,13 +142,20 @@ LAWS = (
 
 
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
-    """Return the loss expected of a run, with intervals.
+    """Return the expected loss of a run, with intervals.
 
-    Every law is scaled to meet the reference run nearest in compute (of equally near ones, one with the same
-    optimizer) and read at `run`. The 80 % interval is the spread of the laws, widened on both sides by their
-    largest unscaled miss at the largest reference run, once for every decade of compute between the
-    reference run and `run` (at least once); the 95 % interval is widened by twice that. No loss and no bound
-    lies above ln(vocab_size), the loss of a uniform guess.
+    Each law is scaled by the reference run that is nearest in compute. Among equally near reference runs, the
+    rule prefers one with the same optimizer. The range of the scaled laws' losses for `run` is widened on
+    both sides by a width w for the 80 % interval, and by 2 w for the 95 % interval. To compute w, take the
+    largest error of the unscaled laws at the largest reference run, and multiply it by the decades of compute
+    between `run` and the nearest reference run (at least 1). No limit is above ln(vocab_size), the loss of a
+    uniform guess.
+
+    Args:
+        run: the run to predict.
+        optimizer: the run's optimizer.
+        vocab_size: the size of the vocabulary.
+        anchors: the reference runs.
     """
     distances = {anchor.name: _decades_apart(run, reference_run(anchor)) for anchor in anchors}
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
@@ -170,5 +182,5 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
 
 
 def _decades_apart(run: Run, other: Run) -> float:
-    """Return the powers of ten between two runs' compute, rounded so that equal distances compare equal."""
+    """Return the distance of two runs' compute in powers of ten; rounding makes equal distances equal."""
     return round(abs(math.log10(run.flops / other.flops)), 9)

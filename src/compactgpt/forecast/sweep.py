@@ -1,11 +1,14 @@
-"""A scaling law for our own corpus, fitted to a sweep of small runs: `compactgpt experiment fit`.
+"""Fit a scaling law for our own corpus to a sweep of small runs: `compactgpt experiment fit`.
 
-The law is that of Hoffmann et al. 2022 (equation 2), L(N, D) = E + A / N^a + B / D^b, in nats per token,
-with N parameters in nanoGPT's convention and D tokens trained on. A few small runs determine few constants,
-so there are two shorter forms of it. The form is chosen that extrapolates best: it is fitted without the runs
-of the largest budget, then without the widest models, and predicts what was left out. The fit minimizes
-Huber's loss of the difference of logarithms (Hoffmann, appendix D.2). The interval of a prediction comes from
-constants fitted to resampled runs (bootstrap), each combined with every error of those extrapolations.
+The law is L(N, D) = E + A / N^a + B / D^b, in nats per token (Hoffmann et al. 2022, equation 2). N is the
+number of parameters in nanoGPT's convention, D the number of training tokens. A few small runs can't
+determine five constants, so two forms with fewer constants are fitted, too.
+
+To choose a form, each form is fitted without the runs with most tokens, then without the runs with most
+parameters, and predicts the runs that were left out. The form with the smallest errors is chosen. The fit
+minimizes the Huber loss of the difference of log losses (Hoffmann et al. 2022, appendix D.2). The interval of
+a prediction comes from a bootstrap: it combines constants fitted to resampled runs with the errors of the
+extrapolations.
 """
 
 import hashlib
@@ -29,13 +32,13 @@ from compactgpt.forecast.scaling_laws import configured_run
 
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
-ReadFile = Callable[[str, str], str]  # name of a DVC experiment, path of a file in it -> its text
+ReadFile = Callable[[str, str], str]  # (DVC experiment, path of a file in it) -> the file's content
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
 SEED = 1337
-DIGITS = 9  # of a constant that is written: processors differ in the digits after these
-# What runs were trained with before these settings existed.
+DIGITS = 9  # significant digits of constants in files; further digits differ between processors
+# The values that apply to a sweep that ran before these settings existed.
 EARLIER_SETTINGS = {
     "training.head": "full",
     "training.init_unigram": 0.0,
@@ -48,36 +51,36 @@ class SweepRun(Section):
     """One finished run of a sweep."""
 
     name: str
-    num_params: int  # nanoGPT's convention
+    num_params: int  # counted by nanoGPT's convention
     num_params_non_embedding: int
     max_steps: int
     tokens_per_step: int
     optimizer: Literal["adamw", "muon"]
-    loss: float  # nats per token, the whole val split
+    loss: float  # nats per token, on the whole val split
     params_sha256: str
-    model_md5: str  # DVC's, of the folder of weights
+    model_md5: str  # DVC's MD5 hash of the model folder
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Number of tokens that the run trained on."""
         return self.max_steps * self.tokens_per_step
 
 
 class Fit(Section):
-    """The chosen form with its constants, those of the bootstrap, and how each form extrapolated."""
+    """The chosen form of the law with its constants, and the errors of all forms."""
 
     form: FormName
     constants: tuple[float, ...]
-    draws: tuple[tuple[float, ...], ...]
-    misses: tuple[float, ...]  # log of measured over predicted loss, of the extrapolated runs
-    errors: dict[FormName, float]  # root mean square of such misses, by form
+    draws: tuple[tuple[float, ...], ...]  # the constants of each bootstrap resample
+    misses: tuple[float, ...]  # log(measured / predicted loss) of each extrapolated run, by the chosen form
+    errors: dict[FormName, float]  # root mean square of the misses of each form
 
 
 class Sweep(Section):
     """The content of results/ladder.json."""
 
-    corpus: dict[str, Any]  # the settings that decide the text
-    settings: dict[str, Any]  # what else the runs have in common
+    corpus: dict[str, Any]  # see `corpus_settings`
+    settings: dict[str, Any]  # see `shared_settings`
     data_sha256: str
     train_tokens: int
     val_tokens: int
@@ -87,14 +90,14 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Form:
-    """A form of the law: the loss is a sum of terms, and a term's logarithm is linear in the constants."""
+    """A form of the law: a sum of terms, where the logarithm of each term is linear in the constants."""
 
     formula: str
     design: Callable[[float, float], list[list[float]]]  # log N, log D -> (terms, constants)
-    starts: tuple[tuple[float, ...], ...]  # of the fit
+    starts: tuple[tuple[float, ...], ...]  # initial constants of the fit
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithm of the loss. (..., constants) -> (...)."""
+        """Return the logarithm of the predicted loss. (..., constants) -> (...)."""
         design = np.array(self.design(math.log(num_params), math.log(tokens)))
         terms = np.asarray(constants) @ design.T  # (..., terms)
         log_sums: Floats = np.logaddexp.reduce(terms, axis=-1)
@@ -117,7 +120,7 @@ FORMS: dict[FormName, Form] = {
 
 
 def fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the constants of a form that fit best, from several starts."""
+    """Return the constants of a form that fit the runs best; the fit runs once from each of `starts`."""
     from scipy.optimize import least_squares
     from scipy.special import softmax
 
@@ -137,10 +140,10 @@ def fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[flo
 
 
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
-    """Choose a form by its extrapolations, and fit it.
+    """Choose the form with the smallest extrapolation errors, and fit it to all runs.
 
     Raises:
-        BadData: the runs are too few, or all of one size or budget.
+        BadData: the runs have too few sizes or too few numbers of tokens, or are too few.
     """
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
@@ -159,9 +162,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted) of the largest budget, then of the widest models.
+    """Return log(measured / predicted loss) of the runs with most tokens, then of those with most parameters.
 
-    Each group is predicted by a fit to all other runs; empty where those are too few for the constants.
+    Each of the two groups is predicted by a fit to all other runs. The list is empty if the other runs are
+    too few to fit the constants.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -178,7 +182,11 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 
 
 def _resampled(runs: Sequence[SweepRun], constants: int, resamples: int) -> Iterator[list[SweepRun]]:
-    """Draw the runs with replacement; a draw of too few sizes, budgets or runs is drawn again."""
+    """Yield `resamples` bootstrap samples of the runs.
+
+    A sample that is too small for a fit is drawn again: it has one size, one number of tokens, or no more
+    different runs than the form has constants.
+    """
     generator, drawn = np.random.default_rng(SEED), 0
     while drawn < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
@@ -193,7 +201,7 @@ def _rounded(value: float, digits: int = 6) -> float:
 
 
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
-    """Return the loss of a run by a fitted law, with intervals; see the module."""
+    """Return the loss that the fitted law predicts for a run, with bootstrap intervals."""
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
     losses = np.exp(log_losses[:, None] + np.array(fit.misses))  # (draws, misses)
@@ -206,7 +214,7 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read results/ladder.json; None where there is no such file.
+    """Read results/ladder.json; return None if the file does not exist.
 
     Raises:
         BadConfig: the file is damaged.
@@ -215,10 +223,10 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def corpus_settings(params: Params) -> dict[str, Any]:
-    """Return the settings that decide which text is trained and evaluated on."""
+    """Return the settings that determine the text of the training and validation splits."""
     download = params.download
     readers = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}
-    not_text = {"mirror"} if download.corpus == "hub" else {"name"}  # of files: for reports only
+    not_text = {"mirror"} if download.corpus == "hub" else {"name"}  # settings that do not change the text
     return {
         "corpus": download.corpus,
         "settings": readers[download.corpus].model_dump(mode="json", exclude=not_text),
@@ -230,7 +238,10 @@ def corpus_settings(params: Params) -> dict[str, Any]:
 
 
 def shared_settings(params: Params) -> dict[str, Any]:
-    """Return the settings, other than text, size, budget and chance, that decide a loss."""
+    """Return the settings that all runs of a sweep must share, because they change the loss.
+
+    Not included are the text, the model's size, the number of steps, and the seed.
+    """
     shape = params.model.model_dump(mode="json", exclude={"n_layer", "n_head", "n_embd"})
     free = {"seed", "max_steps", "eval_interval", "eval_windows", "checkpoint_interval", "launcher"}
     free |= {"micro_batch_size", "compile", "init_from"}
@@ -243,9 +254,10 @@ def shared_settings(params: Params) -> dict[str, Any]:
 
 
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
-    """Return the part `ladder` of reports/estimate.json: the fit, and its prediction for the configured run.
+    """Return the section `ladder` of reports/estimate.json: the fit, and the configured run's expected loss.
 
-    Where text or settings of the sweep are others, `differs` names them and `expected_loss` is null.
+    If the configured run has another text or other settings than the sweep, `differs` names them, and
+    `expected_loss` is null.
     """
     fit, run = sweep.fit, configured_run(params)
     ours, theirs = shared_settings(params), EARLIER_SETTINGS | sweep.settings
@@ -270,18 +282,23 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
 
 
 def fit_sweep(names: Sequence[str], read_file: ReadFile, path: Path, params_file: Path) -> str:
-    """Fit the law to the finished runs of a sweep, write it to `path`, and return what to print.
+    """Fit the law to the finished runs of a sweep, write the fit to a file, and return a summary to print.
 
-    `names` are DVC experiments. The prediction is that of the run of `params_file`.
+    Args:
+        names: the DVC experiments of the sweep.
+        read_file: returns the content of a file of an experiment.
+        path: the file to write, results/ladder.json.
+        params_file: the params.yaml of the run whose loss the summary predicts.
 
     Raises:
-        NotAllowed: `path` is a file that this command did not write.
-        BadData: the runs differ in text or settings, or a loss is not of the whole val split.
+        NotAllowed: `path` exists, and this command did not write it.
+        BadData: the runs differ in text or settings, are too few, or have a loss of only a part of the val
+            split.
     """
     try:
         read_sweep(path)
     except BadConfig as error:
-        raise NotAllowed(f"this command did not write {path}: name a new or an empty folder") from error
+        raise NotAllowed(f"this command did not write {path}: choose another folder") from error
     sweep, params = read_sweep_runs(names, read_file), load_params(params_file)
     write_json(path, sweep.model_dump(mode="json", by_alias=True))
     report = sweep_report(sweep, params)
@@ -300,18 +317,18 @@ def fit_sweep(names: Sequence[str], read_file: ReadFile, path: Path, params_file
 
 
 def read_sweep_runs(names: Sequence[str], read_file: ReadFile) -> Sweep:
-    """Read the finished runs of a sweep, and fit the law; see `fit_sweep`."""
+    """Read the finished runs of a sweep, and fit the law to these runs; see `fit_sweep`."""
     runs, facts = [], []
     for name in names:
         paths = ("params.yaml", "reports/training.json", "reports/tokenization.json", "dvc.lock")
         yaml = YAML(typ="safe", pure=True)  # JSON is YAML
         tree, report, split, lock = (yaml.load(read_file(name, path)) for path in paths)
         params = parse_params(tree, f"params.yaml of {name}")
-        scored = split["val"]["tokens"] - split["val"]["documents"]  # end-of-text is not scored
+        scored = split["val"]["tokens"] - split["val"]["documents"]  # <|endoftext|> is not scored
         if report["val_loss_tokens"] != scored:
             raise BadData(
-                f"{name}: its loss is of {report['val_loss_tokens']:,} of {scored:,} val tokens: raise "
-                "training.eval_windows to all of them"
+                f"{name}: its loss was measured on {report['val_loss_tokens']:,} of {scored:,} val tokens: "
+                "raise training.eval_windows until it covers the whole val split, and run the sweep again"
             )
         runs.append(_sweep_run(name, params, report["val_loss"], lock))
         facts.append(

@@ -1,1 +1,1 @@
-"""The GPT, the loss of its output layer, and its conversion to and from Hugging Face's form."""
+"""The GPT, the loss of its head, and its conversion to and from Hugging Face's format."""

@@ -1,14 +1,15 @@
-"""Cross-entropy of a linear head over a large vocabulary, without ever holding all logits.
+"""Cross-entropy of a linear head over a large vocabulary, in chunks: all logits never exist at once.
 
-The gradients are computed in the forward pass, while the logits of a chunk of rows are at hand. With p the
-softmax of a row's logits z and t its target, d loss / d z_j = (p_j - [j = t]) / N.
+The forward pass also computes the gradients, while the logits of a chunk are in memory. With p the softmax of
+a row's logits z and t the row's target, d loss / d z_j = (p_j - [j = t]) / N.
 
-Products in bfloat16 need no pass for the softmax: the product that makes the logits writes exponentials.
-With e_j = exp(z_j - z_t) and s = sum of e, a token's cross-entropy is log(s), and the gradient of its logits
-is (e_j - s [j = t]) / s. The end of that product subtracts, exponentiates, sums in fp32 and rounds to
-bfloat16. On Nvidia's Hopper this is one kernel (`cross_entropy_triton`), elsewhere a product and a pass.
+In bfloat16 the softmax needs no separate pass, because the matrix product writes exponentials instead of
+logits. With e_j = exp(z_j - z_t) and s = sum of e_j over j, a token's cross-entropy is log(s), and the
+gradient of the token's logits is (e_j - s [j = t]) / s. For each tile of logits, the code subtracts z_t,
+exponentiates, sums in fp32 and rounds to bfloat16. On Nvidia's Hopper one kernel does all of this
+(`cross_entropy_triton`); other devices compute the product first and the exponentials in a second pass.
 
-Shapes: N rows in all, R rows of a chunk, C channels, V rows of the head.
+Shapes: N = all rows (tokens), R = rows of one chunk, C = channels, V = rows of the head.
 """
 
 import importlib.util
@@ -19,27 +20,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Rows of logits that exist at once: 512 x 50,304 in fp32 are 103 MB. A GPU needs more work at a time: 8,192
-# rows in bfloat16 are 0.8 GB.
+# Rows of logits in one chunk. 512 x 50,304 logits in fp32 take 103 MB. A GPU is fast only with larger chunks:
+# 8,192 x 50,304 logits in bfloat16 take 0.8 GB.
 LOSS_ROWS = 512
 GPU_LOSS_ROWS = 8192
-# Largest exponent: 50,304 times exp(60) is far from fp32's limit. So a token costs at most 60 nats.
+# Largest exponent of exp. 50,304 times exp(60) does not overflow fp32.
 CAP = 60.0
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, correction: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of logits x weight^T; products are in autocast's dtype where it is on.
+    """Return the mean cross-entropy of the logits x weight^T.
+
+    Under autocast, the matrix products use autocast's dtype.
 
     Args:
         x: hidden states. (N, C)
-        weight: the head. (V, C)
-        targets: row numbers of the head. (N,) int64
-        correction: added to the logits of each row. (V,)
+        weight: the weights of the head. (V, C)
+        targets: the index of each target in `weight`. (N,) int64
+        correction: a vector that is added to every row of logits. (V,)
 
     Returns:
-        (), in nats per token
+        The mean loss in nats per token, a scalar.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -48,9 +51,10 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The loss of `linear_cross_entropy` with both gradients.
+    """The autograd function of `linear_cross_entropy`: the loss, and its gradients by `x` and `weight`.
 
-    Exact up to rounding: products are in `dtype`, the softmax and all sums over chunks in fp32 or wider.
+    The result is exact up to rounding. Matrix products are in `dtype`; the softmax and all sums over chunks
+    are in fp32 or wider.
     """
 
     @staticmethod
@@ -62,7 +66,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         correction: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss and both gradients. (N, C), (V, C), (N,), dtype, (V,) or None -> ()."""
+        """Return the mean loss, a scalar, and store both gradients for `backward`."""
         if dtype == weight.dtype:
             add_chunk = partial(_add_chunk, correction=correction)
         elif correction is None:
@@ -73,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
         x, weight = x.to(dtype), weight.to(dtype)
         size = LOSS_ROWS if x.device.type == "cpu" else GPU_LOSS_ROWS
-        buffer = x.new_empty(min(size, N), len(weight))  # the logits of one chunk after the other
+        buffer = x.new_empty(min(size, N), len(weight))  # every chunk writes its logits here
         nats = []
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, N, size):
@@ -86,10 +90,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Scale the gradients of the forward pass by the loss's own gradient; works once."""
+        """Return the stored gradients, multiplied by the gradient of the loss; may be called only once."""
         dx, dw = ctx.gradients
         del ctx.gradients
-        # A CPU avoids a pass over the vocabulary's gradient, a GPU avoids reading the value.
+        # On a CPU, skip the multiplication by 1. On a GPU, always multiply: reading the value would wait.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -106,20 +110,24 @@ def _add_chunk(
     N: int,
     correction: Tensor | None,
 ) -> Tensor:
-    """Write a chunk's dx, add its part to dw, and return its cross-entropies in nats. (R,).
+    """Compute the losses and the gradients of one chunk of rows.
 
-    A token costs at most 87.3 nats, where its probability underflows in fp32; its gradient has no such limit.
+    The loss of a token is at most 87.3 nats, because its probability is clamped to the smallest normal fp32
+    number. The gradient is not clamped.
 
     Args:
-        x: a chunk of hidden states. (R, C)
-        weight: the head. (V, C)
-        targets: (R,) int64
-        logits: memory for the logits, which then holds the softmax and then the logits' gradient. (R, V)
-        dx: memory for the gradient of x. (R, C)
-        dw: gradient of the head so far. (V, C)
-        first: dw holds nothing yet.
-        N: rows of all chunks.
-        correction: added to the logits of each row. (V,)
+        x: the chunk's hidden states. (R, C)
+        weight: the weights of the head. (V, C)
+        targets: the index of each target in `weight`. (R,) int64
+        logits: a buffer for the logits, then the softmax, then the gradient of the logits. (R, V)
+        dx: receives the gradient of x. (R, C)
+        dw: the gradient of `weight`; the chunk's part is added. (V, C)
+        first: whether this is the first chunk, so that `dw` is uninitialized and is overwritten.
+        N: the number of rows of all chunks.
+        correction: a vector that is added to every row of logits. (V,)
+
+    Returns:
+        The cross-entropy of each token, in nats. (R, 1)
     """
     if correction is None:
         torch.mm(x, weight.T, out=logits)
@@ -130,21 +138,21 @@ def _add_chunk(
     p.scatter_(1, targets[:, None], p_target - 1)  # p - onehot(t)
     torch.mm(p, weight, out=dx)
     dx.div_(N)
-    dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # with beta 0, what dw holds is not read
+    dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 
 
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do the same with products in bfloat16; `e` is memory for the exponentials. (R, V).
+    """Compute what `_add_chunk` computes, with matrix products in bfloat16.
 
-    The exponentials are rounded once, and never divided by their sum s: it divides the narrow sides of both
-    products instead, (R, C) in place of (R, V).
+    `e` is a buffer for the exponentials, (R, V). They are rounded once and never divided by their sum s.
+    Instead, s divides the (R, C) matrix of each product, which is smaller.
     """
     target_logits = (x.float() * weight[targets].float()).sum(1)  # (R,)
     s = exponentials(x, weight, target_logits, e)  # (R,)
-    target_gradients = 1 - s  # e_t is 1, and s is subtracted from it
+    target_gradients = 1 - s  # the target's entry of e - s [j = t], since e_t = 1
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
@@ -159,21 +167,21 @@ def _add_rounded_chunk(
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply bfloat16 matrices. A GPU keeps the sums in fp32; a CPU rounds them to bfloat16 in between."""
+    """Return the fp32 product of bfloat16 matrices. A CPU rounds the product to bfloat16 first."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def exponentials(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """Write exp(x weight^T - shift), and return the sum of each row before rounding.
+    """Write exp(x weight^T - shift) to `out`, and return the sum of each row before rounding.
 
     Args:
-        x: (R, C) bfloat16
-        weight: (V, C) bfloat16
-        shift: subtracted from the logits of each row. (R,) fp32
-        out: (R, V) bfloat16
+        x: hidden states. (R, C) bfloat16
+        weight: the weights of the head. (V, C) bfloat16
+        shift: one number for each row, subtracted from the row's logits. (R,) fp32
+        out: receives the exponentials. (R, V) bfloat16
 
     Returns:
-        (R,) fp32
+        The sum of each row. (R,) fp32
     """
     if x.is_cuda and importlib.util.find_spec("triton"):
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
@@ -185,7 +193,7 @@ def exponentials(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> Tenso
 
 
 def _exponentials_pass(logits: Tensor, shift: Tensor) -> Tensor:
-    """Replace logits by exponentials, and return the sums. (R, V), (R,) -> (R,)."""
+    """Replace the logits, (R, V), by their exponentials in place, and return the sum of each row, (R,)."""
     e = (logits.float() - shift[:, None]).clamp(max=CAP).exp()
     logits.copy_(e)
     return e.sum(1)
@@ -201,14 +209,14 @@ def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, for evaluation.
 
     Args:
-        x: what `GPT.hidden` returned, flattened. (N, C)
-        weight: the head; `wte.weight[:vocab_size]` leaves the padding rows out. (V, C)
-        targets: ids below V. (N,) int64
+        x: hidden states as `GPT.hidden` returns them, flattened. (N, C)
+        weight: the weights of the head; pass `wte.weight[:vocab_size]` to exclude the padding rows. (V, C)
+        targets: token ids below V. (N,) int64
 
     Returns:
-        (N,)
+        The cross-entropy of each token. (N,)
     """
-    buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # the logits of every chunk
+    buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []
     for chunk, chunk_targets in zip(torch.split(x, LOSS_ROWS), torch.split(targets, LOSS_ROWS), strict=True):
         logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # (R, V)

@@ -1,8 +1,10 @@
-"""The kernel of `cross_entropy.exponentials` in Triton, for Nvidia's Hopper: a product, then exponentials.
+"""A Triton kernel for `cross_entropy.exponentials` on Nvidia's Hopper: a matrix product, then exponentials.
 
-One persistent program per multiprocessor: tiles are loaded by the bulk copy engine, multiplied by the tensor
-cores into fp32, and stored as exponentials in two halves while the next tile is loaded. R rows, V columns,
-C inner channels; m and n number the tiles. docs/benchmarks.md compares other tile shapes.
+One persistent program runs on each multiprocessor. The bulk copy engine loads the tiles, and the tensor cores
+multiply them into fp32. The program stores the exponentials in two halves while the next tile is loaded.
+docs/benchmarks.md compares other tile shapes.
+
+Shapes: R = rows, V = columns, C = inner channels. m and n are the row and column index of a tile.
 """
 
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROWS, COLUMNS, INNER = 128, 256, 64  # of a tile
-GROUP = 64  # rows of tiles that are computed together: they and a column of tiles fit into the L2 cache
+ROWS, COLUMNS, INNER = 128, 256, 64  # size of a tile
+GROUP = 64  # rows of tiles in one group; a group and one column of tiles fit into the L2 cache
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -31,7 +33,7 @@ def _kernel(  # type: ignore[no-untyped-def]
             acc = tl.dot(x.load([m * BM, k]), weight.load([n * BN, k]).T, acc)
         rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
         exponent = acc - tl.load(shift + rows % R)[:, None]
-        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN is not above CAP: it stays NaN
+        e = tl.exp(tl.where(exponent > CAP, CAP, exponent))  # NaN > CAP is false: NaN stays
         e = tl.where(columns[None, :] < V, e, 0.0)
         tl.store(sums + n.to(tl.int64) * R + rows, tl.sum(e, 1), rows < R)
         left, right = tl.split(tl.permute(tl.reshape(e, (BM, 2, BN // 2)), (0, 2, 1)))
@@ -40,16 +42,16 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel works here: on Hopper, the only kind of GPU it was tested on, with aligned rows."""
+    """Return whether the kernel can run: the GPU is a Hopper (no other was tested) and rows are aligned."""
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 
 
 def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
-    """Write exponentials, at most exp(cap), and return their sums, as `exponentials` describes."""
+    """Do what `exponentials` does, with the kernel; no exponential is larger than exp(cap)."""
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # by tile, added in a fixed order
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # one row for each n
     blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
     a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
     _kernel[(programs,)](

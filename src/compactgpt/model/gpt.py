@@ -1,11 +1,11 @@
-"""The GPT: nanoGPT's architecture, read top to bottom.
+"""The GPT model, with nanoGPT's architecture.
 
-Learned positions, a layer norm before each half of a block, GELU, and one matrix that is both the token
-embedding and the head (Press and Wolf 2017). Sources: Radford et al. 2019 (GPT-2) and
-github.com/karpathy/nanoGPT, model.py, whose initialization and parameter groups are the same.
+It has learned position embeddings, a layer norm before each attention and each MLP, GELU, and one matrix that
+is both the token embedding and the head (Press and Wolf 2017). Sources: Radford et al. 2019 (GPT-2) and
+github.com/karpathy/nanoGPT, model.py. Initialization and parameter groups are nanoGPT's.
 
-Shapes: B sequences of T tokens, C = n_embd channels, nh = n_head heads of hs = C / nh channels,
-V = padded_vocab_size.
+Shapes: B = sequences, T = tokens of a sequence, C = n_embd (channels), nh = n_head (heads),
+hs = C / nh (channels of a head), V = padded_vocab_size.
 """
 
 import math
@@ -28,18 +28,18 @@ class Attention(nn.Module):
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
         self.n_head, self.dropout = shape.n_head, shape.dropout
-        # queries, keys and values of all heads in one product
+        # one matrix product computes queries, keys and values of all heads
         self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix each position with those before it. (B, T, C) -> (B, T, C)."""
+        """Let each position attend to itself and to all earlier positions. (B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads next to each other again
+        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -49,19 +49,19 @@ class MLP(nn.Module):
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
         self.dropout = shape.dropout
-        # nanoGPT has the exact GELU, OpenAI's GPT-2 weights were trained with the tanh approximation
+        # nanoGPT uses the exact GELU. OpenAI trained GPT-2 with the tanh approximation.
         self.gelu = "tanh" if shape.gelu == "tanh" else "none"
         self.c_fc = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
         self.c_proj = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform each position by itself. (B, T, C) -> (B, T, C)."""
+        """Apply the MLP to each position separately. (B, T, C) -> (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate=self.gelu)  # (B, T, 4 C)
         return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each added to the residual stream."""
+    """One layer of the GPT: attention and MLP, both with a residual connection."""
 
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
@@ -77,10 +77,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with a tied head: the head's matrix is `wte.weight`, (V, C).
+    """A decoder-only transformer whose head is the token embedding `wte.weight`, (V, C).
 
-    Rows from `vocab_size` to `padded_vocab_size` of that matrix belong to no token. Training includes them
-    in the softmax, as nanoGPT does. Evaluation leaves them out: it uses `wte.weight[:vocab_size]`.
+    The rows of `wte.weight` from `vocab_size` on are padding rows: they belong to no token. Training includes
+    the padding rows in the softmax, as nanoGPT does. Evaluation excludes them: it uses
+    `wte.weight[:vocab_size]`.
     """
 
     def __init__(self, shape: config.Model, seed: int = 0) -> None:
@@ -90,50 +91,56 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(shape.block_size, shape.n_embd)  # positions
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
-        self.compiled: Callable[[Tensor], Tensor] | None = None  # `blocks` by torch.compile
+        self.compiled: Callable[[Tensor], Tensor] | None = None  # `blocks`, compiled by torch.compile
         self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw weights from N(0, 0.02), residual projections from N(0, 0.02 / sqrt(2 n_layer))."""
+        """Draw all matrices from a normal distribution; set biases to 0 and layer norm weights to 1.
+
+        The standard deviation is 0.02, and 0.02 / sqrt(2 n_layer) for the residual projections.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # 1: of a layer norm
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # each of the 2 n_layer residual projections adds its variance to the stream
+                # The residual stream is a sum of 2 n_layer projections: the smaller std keeps its variance.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
 
     @property
     def num_params(self) -> int:
-        """All parameters, the tied matrix once."""
+        """Number of all parameters; the tied matrix is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_params_nanogpt(self) -> int:
-        """nanoGPT's convention: all but position embeddings."""
+        """Number of all parameters except position embeddings, as nanoGPT counts them."""
         return self.num_params - self.wpe.weight.numel()
 
     @property
     def num_params_non_embedding(self) -> int:
-        """All but token and position embeddings: N of Kaplan et al. 2020."""
+        """Number of parameters except token and position embeddings: N of Kaplan et al. 2020."""
         return self.num_params_nanogpt - self.wte.weight.numel()
 
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
-        """Return hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
+        """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
         Args:
-            tokens: row numbers of the table.
-            table: token embeddings; those of the model by default. (K, C)
+            tokens: row indices of `table`; token ids by default. (B, T) int64
+            table: the token embeddings to use; by default `wte.weight`. (K, C)
+
+        Raises:
+            ValueError: T is larger than the model's block_size.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table
         if self.shape.block_size < T:
             raise ValueError(f"got {T} tokens, the model attends to at most {self.shape.block_size}")
-        # On a CPU a sparse gradient adds B x T rows to the head's gradient, a dense one would add all V.
-        # Only `forward` is differentiated: there the head's dense gradient makes the sum dense.
+        # On a CPU, a sparse gradient is cheaper: it adds only B x T rows to the head's gradient, not all V.
+        # The optimizer still gets a dense gradient, because the head's gradient in `forward` is dense.
         x = F.embedding(tokens, table, sparse=tokens.device.type == "cpu")  # (B, T, C)
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
         return self.compiled(x) if self.compiled and self.training else self.blocks(x)
@@ -147,17 +154,17 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, table: Tensor | None = None, correction: Tensor | None = None
     ) -> Tensor:
-        """Return the mean cross-entropy in nats per token over all V rows. (B, T) int64, (B, T) int64 -> ().
+        """Return the mean cross-entropy in nats per token, a scalar; the softmax includes the padding rows.
 
         Args:
-            tokens: row numbers of the table.
-            targets: row numbers of the table.
-            table: some rows of the tied matrix instead of all: K instead of V. (K, C)
-            correction: added to the logits of each position. (K,)
+            tokens: row indices of `table`; token ids by default. (B, T) int64
+            targets: row indices of `table`, as `tokens`. (B, T) int64
+            table: K selected rows of `wte.weight` to use as embedding and head; by default all V rows. (K, C)
+            correction: a vector that is added to the logits of every position. (K,)
         """
         table = self.wte.weight if table is None else table
-        # Autograd adds a dense gradient to a sparse one in place, but a sparse one to a dense one in a copy.
-        # The head's use of the table is recorded before the embedding's, so it is differentiated after it.
+        # `expand_as` only records the head in autograd before the embedding. The backward pass then adds the
+        # head's dense gradient after the embedding's sparse one, which avoids a copy of the dense gradient.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

@@ -1,8 +1,8 @@
-"""Our GPT <-> Hugging Face's form of GPT-2: a folder with config.json and model.safetensors.
+"""Convert our GPT to and from Hugging Face's GPT-2 format: a folder with config.json and model.safetensors.
 
-Both have the same architecture. Hugging Face's form stores four matrices of a layer transposed (Conv1D),
-always has biases, and names the GELU: its `gelu` is our erf, `gelu_new` the tanh approximation that OpenAI's
-weights were trained with. Transformers need not be installed.
+Both formats describe the same architecture, with three differences. Hugging Face's format stores four
+matrices of each layer transposed (Conv1D). It always has biases. It calls our GELU `erf` `gelu`, and our
+`tanh` `gelu_new`; OpenAI trained GPT-2 with `gelu_new`. The package transformers is not needed.
 """
 
 from collections.abc import Mapping
@@ -25,8 +25,8 @@ from compactgpt.model.weights import load_gpt
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 GELUS = {"erf": "gelu", "tanh": "gelu_new"}
 PREFIX = "transformer."
-EPSILON = 1e-5  # of torch's LayerNorm and of GPT-2
-# Settings of a GPT2Config that our GPT does not compute otherwise; the first value is transformers' default.
+EPSILON = 1e-5  # of layer norms: the default of torch's LayerNorm, and GPT-2's value
+# The values of a GPT2Config that our GPT supports. The first value is transformers' default.
 REQUIRED: dict[str, list[Any]] = {
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu"],
@@ -38,7 +38,10 @@ REQUIRED: dict[str, list[Any]] = {
 
 
 def to_hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return tensors as transformers stores them: without padding rows, with zeros for absent biases."""
+    """Return the model's tensors as transformers stores them, without padding rows.
+
+    A bias that our model does not have becomes a tensor of zeros.
+    """
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}
@@ -52,7 +55,7 @@ def to_hf_state(model: GPT) -> dict[str, Tensor]:
 
 
 def to_hf_config(shape: Model) -> dict[str, Any]:
-    """Return our shape as transformers' GPT2Config."""
+    """Return the content of config.json, a GPT2Config of transformers, for a model of this shape."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -66,7 +69,7 @@ def to_hf_config(shape: Model) -> dict[str, Any]:
         "attn_pdrop": shape.dropout,
         "embd_pdrop": shape.dropout,
         "resid_pdrop": shape.dropout,
-        "bos_token_id": shape.vocab_size - 1,  # end-of-text is GPT-2's last token
+        "bos_token_id": shape.vocab_size - 1,  # <|endoftext|> is the last token id of GPT-2
         "eos_token_id": shape.vocab_size - 1,
         "tie_word_embeddings": True,
         "dtype": "float32",
@@ -74,27 +77,29 @@ def to_hf_config(shape: Model) -> dict[str, Any]:
 
 
 def to_generation_config(shape: Model) -> dict[str, Any]:
-    """Return how transformers generates: until end-of-text, or until the context is full."""
+    """Return generation_config.json: generation ends at <|endoftext|> or when the context is full."""
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), shape.vocab_size - 1)
-    # Without max_length a pipeline asks for 256 new tokens, and there are no embeddings for their positions.
+    # Without max_length a pipeline generates 256 new tokens, which may be more positions than the model has.
     return {**tokens, "max_length": shape.block_size}
 
 
 def save_hf(
     model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "", *, overwrite: bool = False
 ) -> None:
-    """Write a folder that `from_pretrained` and `pipeline("text-generation")` load; its logits equal ours.
+    """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
+
+    The exported model computes the same logits as ours.
 
     Args:
-        model: ours.
-        folder: new, empty, or an earlier export, which is replaced.
-        tokenizer: folder of GPT-2's tokenizer as the stage `download` writes it, to be copied for
-            `AutoTokenizer`.
-        card: the model card, written as README.md.
-        overwrite: replace an earlier export even if its files have changed since.
+        model: the model to export.
+        folder: the folder to write. It must be new, empty, or an earlier export, which is replaced.
+        tokenizer: a folder with GPT-2's tokenizer, as the stage `download` writes it. Its files are copied,
+            so that `AutoTokenizer` works.
+        card: the text of the model card, which becomes README.md.
+        overwrite: whether to replace an earlier export even if a user changed its files.
 
     Raises:
-        NotAllowed: the folder has other files.
+        NotAllowed: the folder has files that are not an export.
         MissingInput: the tokenizer's folder has no GPT-2 files.
     """
     facts = {"format": "hugging-face-gpt2"}
@@ -116,17 +121,18 @@ def _copy_tokenizer(tokenizer: Path, folder: Path, block_size: int) -> None:
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": block_size,
-        "truncation_side": "left",  # a long prompt is continued at its end
+        "truncation_side": "left",  # of a long prompt, the model reads the end
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     }
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return transformers' GPT-2 tensors as our GPT stores them, in float32.
+    """Return the tensors of a Hugging Face GPT-2 as our GPT stores them, in float32.
 
-    OpenAI's published files have no prefix and hold attention masks. Files that transformers writes have the
-    prefix and may have the tied head, which is `wte.weight` again.
+    OpenAI's published files have names without the prefix `transformer.`, and contain attention masks. Files
+    that transformers writes have the prefix, and may contain the tied head: a copy of `wte.weight`. The
+    attention masks and the copy are dropped.
     """
     own = {}
     for key, tensor in state.items():
@@ -138,10 +144,15 @@ def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hf_config(settings: Mapping[str, Any], source: str) -> Model:
-    """Return the shape that a GPT2Config describes; its vocabulary has no padding.
+    """Return the model shape that a GPT2Config describes, without padding of the vocabulary.
+
+    Args:
+        settings: the content of config.json.
+        source: the name of the file, for error messages.
 
     Raises:
-        BadConfig: another architecture, or a variant of GPT-2 that our GPT does not compute.
+        BadConfig: the settings describe another architecture, or a variant of GPT-2 that our GPT does not
+            support.
     """
     if not isinstance(settings, dict) or not isinstance(settings.get("n_embd"), int):
         raise BadConfig(f"{source} does not describe a GPT-2: n_embd is missing")
@@ -167,12 +178,14 @@ def from_hf_config(settings: Mapping[str, Any], source: str) -> Model:
 
 
 def load_hf(folder: Path) -> GPT:
-    """Read a GPT-2 in Hugging Face's form (safetensors, in one file) into our own GPT, in float32.
+    """Load a GPT-2 from a folder in Hugging Face's format, in float32.
+
+    The weights must be in one safetensors file.
 
     Raises:
         MissingInput: the folder has no config.json or no model.safetensors.
-        BadConfig: it is not a GPT-2, or a variant that our GPT does not compute.
-        BadData: tensors are missing, unknown, of another shape, or not finite.
+        BadConfig: the model is not a GPT-2, or is a variant of GPT-2 that our GPT does not support.
+        BadData: a tensor is missing, is unknown, has another shape, or is not finite.
     """
     config = folder / "config.json"
     shape = from_hf_config(read_json(config), str(config))

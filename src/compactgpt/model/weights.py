@@ -1,4 +1,4 @@
-"""Models on disk: folders with `model.safetensors` and `config.json`, verified when read."""
+"""Save and load models: folders with `model.safetensors` and `config.json`, verified when read."""
 
 import json
 import shutil
@@ -24,18 +24,19 @@ WEIGHTS = "model.safetensors"
 def save_model(
     model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None, *, private: bool = False
 ) -> None:
-    """Write a model's tensors and its config.json.
+    """Write a model to a folder: its tensors and its config.json.
 
     Args:
-        model: on any device.
-        folder: new, empty, or an earlier model, which is replaced.
-        facts: JSON values for config.json, next to the model's shape.
-        best: folder of another model of the same run, to be copied into `folder`/best.
+        model: the model, on any device.
+        folder: the folder to write. It must be new, empty, or an earlier model, which is replaced.
+        facts: JSON values that config.json states besides the model's shape.
+        best: the folder of the run's best model, which is copied to `folder`/best.
         private: see `storage.atomic_folder`.
 
     Raises:
-        NotAllowed: the folder has other files.
-        MissingInput, BadData: the other model is missing or was changed.
+        NotAllowed: the folder has files that are not a model.
+        MissingInput: the best model is missing.
+        BadData: the best model was changed.
     """
     if best:
         verified_manifest(best)
@@ -48,12 +49,12 @@ def save_model(
 
 
 def load_model(folder: Path, device: str = "cpu") -> GPT:
-    """Read a model that `save_model` wrote, in evaluation mode.
+    """Load a model that `save_model` wrote, in evaluation mode.
 
     Raises:
-        MissingInput: it is missing.
-        BadData: a file was changed, the shape is impossible, or a tensor is missing, unknown, of another
-            shape or type, or not finite.
+        MissingInput: the model is missing.
+        BadData: a file was changed, config.json does not describe a valid shape, or a tensor is missing, is
+            unknown, has another shape or dtype, or is not finite.
     """
     verified_manifest(folder)
     try:
@@ -66,11 +67,11 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Return the tensors of a safetensors file, by name.
 
     Raises:
-        MissingInput: it is missing.
-        BadData: it is damaged, or a number in it is NaN or infinite.
+        MissingInput: the file is missing.
+        BadData: the file is damaged, or contains NaN or an infinite number.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -85,10 +86,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
-    """Compare names, shapes and types of tensors.
+    """Check that a file's tensors have the expected names, shapes and dtypes.
 
     Raises:
-        BadData: one differs.
+        BadData: a tensor is missing, is unknown, or has another shape or dtype.
     """
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
@@ -103,18 +104,19 @@ def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
 def load_gpt(
     path: Path, shape: Model, convert: Callable[[Tensors], Tensors] = lambda tensors: tensors
 ) -> GPT:
-    """Read a GPT of a shape from a safetensors file, in evaluation mode on the CPU.
+    """Load a GPT from a safetensors file, in evaluation mode on the CPU.
 
     Args:
-        path: the file.
-        shape: as the config.json next to it describes it.
-        convert: turns the file's tensors into those of our GPT.
+        path: the safetensors file.
+        shape: the model's shape, from the config.json in the same folder.
+        convert: converts the file's tensors to the tensors of our GPT.
 
     Raises:
         MissingInput: the file is missing.
-        BadData: it is damaged, or a tensor is missing, unknown, of another shape or type, or not finite.
+        BadData: the file is damaged, or a tensor is missing, is unknown, has another shape or dtype, or is
+            not finite.
     """
-    # Before memory is allocated for a shape, the file must have at least a byte for each of its numbers.
+    # A wrong config.json must not allocate much memory: require at least one byte for each weight.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
         raise BadData(f"{path} is too small for the shape in its config.json")
@@ -126,10 +128,10 @@ def load_gpt(
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write a safetensors file of float32 tensors, one after the other.
+    """Write float32 tensors to a safetensors file, one tensor after the other.
 
-    The library's `save` copies all of them in memory first. Its `save_file` raises an error of its own on a
-    full disk, not the OSError that `storage` turns into a message.
+    safetensors' own functions do not fit: `save` copies all tensors in memory first. On a full disk,
+    `save_file` does not raise the OSError that `storage` turns into a message.
     """
     ordered = [(name, tensors[name].detach()) for name in sorted(tensors)]
     header = tensors_header((name, "F32", tensor.shape, tensor.nbytes) for name, tensor in ordered)

@@ -1,8 +1,8 @@
-"""Training states on disk: safetensors and JSON, complete or absent, verified when read.
+"""Save and load training states: atomic writes of safetensors and JSON, verified when read.
 
-A state is a folder `step-00000200` with `progress.json` and the tensors of model and optimizers: in
-`state.safetensors`, or in mode fsdp in a file of each process. The states of one run are in one folder, named
-by the run's key.
+A state is a folder such as `step-00000200`. It has `progress.json` and the tensors of the model and the
+optimizers. The tensors are in `state.safetensors`; in mode fsdp each process writes a file of its own. All
+states of a run are in one folder, whose name is the run key.
 """
 
 import logging
@@ -22,7 +22,8 @@ from compactgpt.training.distributed import Group
 
 STATE_KIND = "training state"  # in a state's manifest
 KEPT_STATES = 2
-KEPT_RUNS = 2  # unfinished runs besides the current one: a user who restores an old setting resumes its run
+# Unfinished runs to keep besides the current one. A user who restores an old setting resumes that run.
+KEPT_RUNS = 2
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
 
@@ -35,17 +36,18 @@ def save_state(
     progress: Mapping[str, Any],
     group: Group = Group(),  # noqa: B008  it never changes
 ) -> None:
-    """Write the training state after `step` updates, then remove all but the newest KEPT_STATES.
+    """Write a training state, then remove all states of the run except the newest KEPT_STATES.
 
-    All processes call this. The main process writes; in mode fsdp each process writes its part.
+    All processes call this function. The main process writes the tensors; in mode fsdp each process writes
+    its shards.
 
     Args:
-        folder: of the run's states.
-        run_key: hash of all that the run depends on.
-        step: updates made, at least one.
-        tensors: of model and optimizers, by distinct names.
+        folder: the folder of the run's states.
+        run_key: the run key that `trainer.run_key` returns.
+        step: the number of updates made so far, at least 1.
+        tensors: the tensors of the model and the optimizers, by unique names.
         progress: JSON values that training needs to resume.
-        group: the processes.
+        group: the processes that train the model.
     """
     facts = {"run_key": run_key, "step": step}
     state = atomic_folder(folder / f"step-{step:08d}", facts, kind=STATE_KIND, private=True)
@@ -58,7 +60,7 @@ def save_state(
         else:
             group.run_on_main(lambda: write_tensors(temporary / TENSORS, tensors))
         group.run_on_main(lambda: write_json(temporary / PROGRESS, progress))
-        group.run_on_main(stack.close)  # the state is complete and gets its name
+        group.run_on_main(stack.close)  # renames the complete state to its final name
     group.run_on_main(lambda: _remove_old_states(folder))
 
 
@@ -68,14 +70,14 @@ def load_newest_state(
     tensors: Mapping[str, Tensor],
     group: Group = Group(),  # noqa: B008  it never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Fill tensors from the newest valid state, however many processes wrote it; log those that are damaged.
+    """Read the newest valid training state into `tensors`, and log a warning for each invalid state.
 
-    All processes call this. The main process reads and sends the tensors to the others, which may not see the
-    folder; in mode fsdp each process reads its part.
+    Any number of processes may have written the state. All processes call this function. The main process
+    reads the file and broadcasts the tensors, because other nodes may not see the folder. In mode fsdp each
+    process reads its shards.
 
     Returns:
-        The number of updates and the progress that `save_state` wrote; None if there is no state, and then
-        the tensors are unchanged.
+        The step and the progress that `save_state` wrote. None if no state is valid; `tensors` is unchanged.
     """
     found = group.run_on_main(lambda: _find_newest_state(folder, run_key, tensors, group.mode))
     if found is None:
@@ -93,8 +95,8 @@ def load_newest_state(
 def _find_newest_state(
     folder: Path, run_key: str, tensors: Mapping[str, Tensor], mode: str
 ) -> tuple[int, dict[str, Any]] | None:
-    """Return step and progress of the newest valid state; fill tensors that are not sharded from it."""
-    for unfinished in folder.glob(".step-*"):  # a killed process left it
+    """Return the step and the progress of the newest valid state; read its tensors unless mode is fsdp."""
+    for unfinished in folder.glob(".step-*"):  # an incomplete state of a process that was killed
         shutil.rmtree(unfinished)
     for state in _states(folder)[::-1]:
         try:
@@ -113,7 +115,7 @@ def _find_newest_state(
 
 
 def _check_manifest(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
-    """Return step and progress of a state, after checking that its files are unchanged and of this run."""
+    """Check that a state's files are unchanged and belong to this run; return its step and progress."""
     try:
         manifest = verified_manifest(state)
         names = (manifest["kind"], manifest["run_key"], f"step-{manifest['step']:08d}")
@@ -126,7 +128,7 @@ def _check_manifest(state: Path, run_key: str) -> tuple[int, dict[str, Any]]:
 
 @torch.no_grad()
 def _fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Read a file into tensors. All are checked before the first is changed."""
+    """Read a file into `tensors`, after checking that the file fits all of them."""
     found = read_tensors(path)
     check_tensors(found, tensors, path)
     for name, tensor in tensors.items():
@@ -134,20 +136,20 @@ def _fill_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def remove_states(folder: Path) -> None:
-    """Remove a run's states, once its model is saved."""
+    """Remove all training states of a run; call this after the model is saved."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def prune_runs(folder: Path, key: str) -> None:
-    """Remove the states of other runs, except for the KEPT_RUNS that were written last.
+    """Remove the training states of other runs, except the KEPT_RUNS most recent of them.
 
     Args:
-        folder: has a folder of states for each run, named by its key.
-        key: of the current run, which is kept.
+        folder: the folder that contains one folder of states for each run, named by the run key.
+        key: the key of the current run, whose states are kept.
     """
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
     for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
-        log.info("the states of run %s are removed: it was not resumed for long", old.name)
+        log.info("removing the training states of run %s: newer unfinished runs exist", old.name)
         shutil.rmtree(old)
 
 

@@ -1,8 +1,8 @@
-"""Several processes train one model together, with torch's collectives and torchrun's agent.
+"""Train one model with several processes, by torch.distributed and torchrun's agent.
 
-Every process draws the whole batch of a step, a pure function of (seed, step), and takes its slice, so that
-tokens_per_step does not depend on the number of processes. Two modes sum the gradients. Each is repeatable
-for one number of processes, which decides the order of the sums.
+Every process draws the whole batch of a step and takes its slice. The batch is a pure function of
+(seed, step), so tokens_per_step does not depend on the number of processes. Two modes exist. In both, two
+runs with the same number of processes give the same bits; another number changes the order of the sums.
 
 fast    data parallel: one all-reduce of the whole gradient after the last micro-batch.
 fsdp    FSDP2 shards the model over the processes (module `fsdp`) and sums gradients after each micro-batch.
@@ -26,12 +26,14 @@ from compactgpt.common.errors import BadConfig, Busy, PeerLost
 from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
 
-INIT_METHOD = "COMPACTGPT_INIT_METHOD"  # where the processes of `launch` meet; otherwise at MASTER_ADDR
+# Environment variable with the URL at which the processes of `launch` connect. Without it, torch uses
+# MASTER_ADDR.
+INIT_METHOD = "COMPACTGPT_INIT_METHOD"
 T = TypeVar("T")
 
 
 class Group:
-    """The processes that train one model together; one process alone by default."""
+    """The processes that train one model; by default a single process."""
 
     def __init__(self, info: DistInfo = DistInfo(), mode: str = "fast") -> None:  # noqa: B008  it is frozen
         self.rank, self.world_size, self.is_main_process = info.rank, info.world_size, info.is_main_process
@@ -39,10 +41,10 @@ class Group:
         self.is_sharded = mode == "fsdp" and info.world_size > 1
 
     def batch_slice(self, sequences: int, micro_batch_size: int) -> slice:
-        """Return which sequences of a step's batch this process takes.
+        """Return the slice of a step's sequences that this process trains on.
 
         Raises:
-            BadConfig: the batch can't be divided evenly.
+            BadConfig: the micro-batches can't be divided evenly among the processes.
         """
         micro_batches = sequences // micro_batch_size
         if sequences % micro_batch_size or micro_batches % self.world_size:
@@ -55,52 +57,58 @@ class Group:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each process's gradients by their sum over all processes, and return the sum of the losses.
+        """Sum the gradients and the loss over all processes.
 
         Args:
-            parameters: with their gradients.
-            loss: this process's part. ()
+            parameters: the trained parameters. Each gradient is replaced by its sum over all processes.
+            loss: the loss of this process, a scalar.
 
         Returns:
-            ()
+            The sum of the losses of all processes, a scalar.
         """
         if self.world_size == 1:
             return loss
-        if self.is_sharded:  # FSDP2 has summed the gradients
+        if self.is_sharded:  # FSDP2 already summed the gradients
             dist.all_reduce(loss)
             return loss
         grads = [cast(Tensor, parameter.grad) for parameter in parameters]
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Copied into autograd's own tensors: how a kernel rounds may depend on a tensor's address.
+        # Copy the sums into autograd's tensors: a kernel's rounding may depend on the address of a tensor.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag of any process is set, so that all processes decide alike."""
+        """Return whether `flag` is True in any process; all processes get the same answer."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag))  # on the CPU, so that nothing waits for a GPU
+        votes = torch.tensor(float(flag))  # on the CPU, so that the program does not wait for the GPU
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Compare a value of all processes.
+        """Check that a value is the same in all processes.
+
+        Args:
+            what: what the value is, for the error message.
+            value: the value of this process.
 
         Raises:
-            BadConfig: a process has another one than process 0.
+            BadConfig: the value of a process differs from that of process 0.
         """
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
-            raise BadConfig(f"processes {others} have another {what} than process 0: give all nodes the same")
+            raise BadConfig(
+                f"processes {others} have another {what} than process 0: use the same on all nodes"
+            )
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of the main process."""
+        """Copy the values of tensors from the main process to all processes."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -108,7 +116,7 @@ class Group:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only, and return its result in every process.
 
-        When it raises, the main process leaves the group, and the others stop with PeerLost.
+        When `work` raises an error, the main process leaves the group, and the others raise PeerLost.
         """
         result = [work() if self.is_main_process else None]
         if self.world_size > 1:
@@ -118,11 +126,14 @@ class Group:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather the embeddings, the head and the last norm of a sharded model; does nothing for other models."""
+    """Gather the embeddings, the head and the last layer norm of a sharded model while the context is open.
+
+    A model that is not sharded needs no gathering and is left as it is.
+    """
     if not hasattr(model, "unshard"):
         yield
         return
-    sharded: Any = model  # torch's FSDPModule, which only mode fsdp imports
+    sharded: Any = model  # an FSDPModule of torch, a type that only mode fsdp imports
     sharded.unshard()
     try:
         yield
@@ -132,10 +143,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started; one process alone needs no torchrun.
+    """Open the process group of the processes that torchrun started, and yield it as a Group.
+
+    A single process works without torchrun.
 
     Args:
-        launcher: of params.yaml; torchrun decides the number of processes.
+        launcher: the section training.launcher of params.yaml. torchrun decides the number of processes.
         device: `cpu`, `cuda` or `mps`.
 
     Raises:
@@ -160,11 +173,11 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             dist.destroy_process_group()
             raise
-        # Destroying a broken group may hang, and the process ends anyway.
+        # Do not destroy a broken group: this may hang, and the process ends anyway.
         message = str(error).splitlines()[0][:160]
         raise PeerLost(
-            "another process of this training ended or did not answer: torchrun starts all of them again "
-            f"from the last checkpoint; without it, run the same command again ({message})"
+            "another process of this training ended or did not answer: torchrun restarts all processes "
+            f"from the last checkpoint; without torchrun, run the same command again ({message})"
         ) from error
     except BaseException:
         dist.destroy_process_group()
@@ -175,11 +188,12 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
-    When a process is lost, all are started again, at most `launcher.max_restarts` times. A process that ends
-    with any other exit code is not started again: torchrun's own restarts would repeat a user's mistake.
+    When a signal kills a process, or a process loses contact with another one, all processes are started
+    again, at most `launcher.max_restarts` times. After any other exit code no process is started again.
+    torchrun's own restarts are off, because they would also repeat a run that fails by a user's mistake.
 
     Returns:
-        The exit code: 0, or that of a process that failed.
+        0 if all processes succeeded; otherwise the exit code of a process that failed.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):
@@ -203,8 +217,8 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # A store over TCP listens on all interfaces without a password, and the agent runs code that it reads
-    # there. So agent and processes meet in files of a private folder, and no second store is opened.
+    # A TCP store listens on all network interfaces without a password, and the agent runs code that it reads
+    # from the store. So the agent and the processes use file stores in a private folder instead.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
         config = LaunchConfig(
@@ -223,10 +237,10 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
         os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        logging.disable(logging.CRITICAL)  # torchrun logs tracebacks
+        logging.disable(logging.CRITICAL)  # hide the tracebacks that torchrun logs
         try:
             elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except SignalException:  # the agent passed SIGTERM on, and the processes saved their state
+        except SignalException:  # the agent sent SIGTERM to the processes: they saved their state
             raise SystemExit(Busy.exit_code) from None
         except ChildFailedError as error:
             return [failure.exitcode for failure in error.failures.values()]

@@ -1,9 +1,9 @@
-"""Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes, so that one larger than any device trains.
+"""Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes, to train models larger than one device.
 
-Each process holds its rows of every tensor; a block's weights are gathered when it works. torch's distributed
-checkpoints (DCP) write training states as safetensors, one file of each process, and any number of processes
-resumes from them. Reading these runs no code, as reading DCP's default format may. Only mode fsdp imports
-this module.
+Each process holds some rows of every tensor. FSDP2 gathers the weights of a block when the block runs.
+torch.distributed.checkpoint (DCP) writes training states as safetensors, one file for each process. Any
+number of processes can resume from these files. DCP's default format is not used, because reading it may run
+code. Only mode fsdp imports this module.
 """
 
 import warnings
@@ -35,15 +35,15 @@ from compactgpt.training.distributed import Group
 
 
 def shard_model(source: GPT | None, shape: Model, device: str, *, compiles: bool = False) -> GPT:
-    """Build a model of which each process holds its rows of every tensor.
+    """Return a sharded copy of a model: each process holds some rows of every tensor.
 
     Args:
-        source: the full model on the CPU of the main process, None elsewhere.
-        shape: of the model.
-        device: of the shards.
-        compiles: compile each block; the gathering of its weights can't be compiled with it.
+        source: in the main process, the full model on the CPU; in other processes, None.
+        shape: the model's shape.
+        device: the device that holds the shards.
+        compiles: whether to compile each block. FSDP2's gathering of weights is not compiled.
     """
-    with torch.device("meta"):  # no process but the main one allocates the full model
+    with torch.device("meta"):  # only the main process allocates the full model
         model = GPT(shape)
     if compiles:
         for block in model.h:
@@ -54,7 +54,7 @@ def shard_model(source: GPT | None, shape: Model, device: str, *, compiles: bool
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # A micro-batch's loss is already divided by the number of micro-batches of all processes.
+            # Sum gradients, do not average: the trainer has divided each loss by the number of micro-batches.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
@@ -67,7 +67,7 @@ def shard_model(source: GPT | None, shape: Model, device: str, *, compiles: bool
 
 
 def full_model(model: GPT, is_main_process: bool) -> GPT:
-    """Gather a sharded model on the CPU of the main process; elsewhere, return a model without weights."""
+    """Return the full model on the CPU of the main process; other processes get a model without weights."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with torch.device("meta"):
         full = GPT(model.shape)
@@ -79,43 +79,46 @@ def full_model(model: GPT, is_main_process: bool) -> GPT:
 def orthogonalize_sharded(
     matrices: Sequence[Tensor], orthogonalize: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Orthogonalize sharded matrices of one shape; each process computes on the full matrix.
+    """Return the orthogonalized form of sharded matrices.
 
-    Newton-Schulz needs full matrices. One at a time, so that no process ever holds two of them.
+    Newton-Schulz needs full matrices, so every process gathers each matrix and computes the whole result. The
+    matrices are gathered one after the other, so that a process never holds two full matrices.
 
     Args:
-        matrices: DTensors. (rows, columns)
-        orthogonalize: of full ones. (1, rows, columns) -> (1, rows, columns)
+        matrices: DTensors of one shape. (rows, columns)
+        orthogonalize: a function of full matrices. (1, rows, columns) -> (1, rows, columns)
     """
     updates: list[Tensor] = []
     for matrix in cast(Sequence[DTensor], matrices):
         full = orthogonalize(matrix.full_tensor()[None])[0]
-        # every process has the same result and keeps its rows of it: nothing is sent
+        # Every process has computed the full result and keeps its rows: no communication is needed.
         updates.append(distribute_tensor(full, matrix.device_mesh, matrix.placements, src_data_rank=None))
     return updates
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
-    """Write tensors, each process its part.
+    """Write sharded tensors to a folder; each process writes its shards.
 
     Raises:
-        OSError: of the first process whose disk refused, in the main process; the others exit.
-        BadConfig: not all processes see the folder.
+        OSError: a process could not write. Only the main process raises this error; the others exit.
+        BadConfig: a process does not see the folder.
     """
     _check_shared(folder, group)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _no_warning_of_one_process():
             state_dict_saver.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:  # every process raises it: one prints the message
+    except CheckpointException as error:  # every process raises it, but only one prints the message
         raise _cause(error) if group.is_main_process else SystemExit(0) from error
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
-    """Fill tensors, each process its part, from what any number of processes wrote.
+    """Read sharded tensors that `write_shards` wrote with any number of processes.
+
+    Each process reads its shards into `tensors`.
 
     Raises:
-        BadConfig: not all processes see the folder.
+        BadConfig: a process does not see the folder.
     """
     _check_shared(folder, group)
     try:
@@ -126,10 +129,12 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> No
 
 
 def check_shards(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check names, full shapes and finiteness of tensors, in bounded memory; DCP checks none of them.
+    """Check that a folder's tensors have the expected names and full shapes and are finite.
+
+    DCP does not check this. The check needs the memory of one tensor.
 
     Raises:
-        BadData: a tensor is missing, unknown, of another shape, or not finite.
+        BadData: a tensor is missing, is unknown, has another shape, or is not finite, or a file is damaged.
     """
     try:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -147,21 +152,21 @@ def check_shards(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _no_warning_of_one_process() -> warnings.catch_warnings:
-    """Hide DCP's warning that one process alone reads or writes."""
+    """Return a context that hides DCP's warning about reading or writing with a single process."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def _cause(error: CheckpointException) -> Exception:
-    """Return the error of the first process that failed, OSErrors before others."""
+    """Return the OSError of the first process that raised one; without any, the first process's error."""
     causes = [cause for _, (cause, _) in sorted(error.failures.items()) if isinstance(cause, Exception)]
     causes.sort(key=lambda cause: not isinstance(cause, OSError))
     return causes[0] if causes else RuntimeError(error)
 
 
 def _check_shared(folder: Path, group: Group) -> None:
-    """Refuse a folder that not all processes see."""
+    """Raise BadConfig if a process does not see the folder."""
     if group.any_rank(not folder.is_dir()):
         raise BadConfig(
-            f"training.launcher.mode: fsdp needs {folder.parent} on a disk that all nodes share: a node "
-            "does not see what process 0 sees there"
+            f"training.launcher.mode: fsdp needs {folder.parent} on a disk that all nodes share, but a node "
+            "does not see the files that process 0 writes there: use a shared disk, or set mode to fast"
         )

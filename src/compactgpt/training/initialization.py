@@ -1,7 +1,8 @@
-"""The model that training starts from: random weights, a model of ours, or a GPT-2 in Hugging Face's form.
+"""Build the model that training starts from: random weights, or the weights of a saved model.
 
-params.yaml names the folder and the hash of its content, so that DVC sees when the weights change and
-training never starts from other weights than the user means.
+A saved model is a folder in our own format or in Hugging Face's GPT-2 format. params.yaml states the folder
+and the hash of its content. So DVC notices when the weights change, and training stops if they are not the
+weights that the user configured.
 """
 
 import hashlib
@@ -21,22 +22,22 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-# The longest wave changes by one radian over this many positions: a few times a context of 128 to 512.
+# The slowest sinusoid changes by about one radian over this many positions: more than a context of 512.
 SINUSOID_BASE = 1000.0
 FILES = ("config.json", "model.safetensors")
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash the files that weights are read from: their names and SHA-256.
+    """Return a SHA-256 hash of a model folder: it covers the names and the content of FILES.
 
     Raises:
-        MissingInput: one is missing.
+        MissingInput: one of the files is missing.
     """
     for name in FILES:
         if not (folder / name).is_file():
             raise MissingInput(
-                f"training.init_from: {folder} has no {name}; note that DVC empties models/compact before it "
-                "trains: start from a copy of it"
+                f"training.init_from: {folder} has no {name}. DVC empties models/compact before it trains: "
+                "start from a copy of models/compact in another folder"
             )
     return hashlib.sha256(json_bytes({name: sha256_file(folder / name) for name in FILES})).hexdigest()
 
@@ -45,9 +46,9 @@ def initial_model(shape: Model, training: Training) -> GPT:
     """Return the model that training starts from, on the CPU.
 
     Raises:
-        MissingInput: training.init_from is missing.
-        BadConfig: it has another hash than training.init_sha256, or another shape.
-        BadData: it is damaged.
+        MissingInput: the folder training.init_from has no weights.
+        BadConfig: the folder's hash differs from training.init_sha256, or the model has another shape.
+        BadData: a file of the folder is damaged.
     """
     model = GPT(shape, training.seed)
     if training.init_from == SCRATCH:
@@ -65,19 +66,23 @@ def initial_model(shape: Model, training: Training) -> GPT:
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy weights from a model whose context may be longer and whose vocabulary may be padded less."""
+    """Copy the weights of `source` to `model`.
+
+    `source` may have a longer context, and another padding of the vocabulary.
+    """
     _check_shapes(model.shape, source.shape, name)
     own = model.state_dict()
     tensors: dict[str, Tensor] = dict(source.state_dict())
-    for key in tensors.keys() - own.keys():  # Hugging Face's form always has biases
+    for key in tensors.keys() - own.keys():  # Hugging Face's format always has biases
         if tensors[key].any():
             raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
         del tensors[key]
-    for key in own.keys() - tensors.keys():  # a model of ours may have none, which is the same as zeros
+    for key in own.keys() - tensors.keys():  # a missing bias is the same as zeros
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: model.shape.block_size]
-    # GPT-2's logits are far below zero, so padding rows of zeros would win the softmax. The mean row's logit
-    # is the mean logit, and by Jensen's inequality its probability is at most that of an average token.
+    # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,
+    # each padding row is the mean of the real rows. Its logit is the mean logit. By Jensen's inequality, its
+    # probability is at most that of an average token.
     real = tensors["wte.weight"][: source.shape.vocab_size]
     padded = real.mean(0).repeat(model.shape.padded_vocab_size, 1)  # (V, C)
     padded[: len(real)] = real
@@ -101,12 +106,13 @@ def _check_shapes(wanted: Model, found: Model, name: str) -> None:
 def set_sinusoids(model: GPT, amplitude: float) -> None:
     """Replace the position embeddings by sinusoids (Vaswani et al. 2017, section 3.5).
 
-    Positions at a distance then differ by the same rotation everywhere, so that attention to a token a few
-    positions before is one linear map. With random embeddings, training has to find it for each position.
+    Two positions at a fixed distance then always differ by the same rotation. So one linear map is enough to
+    attend to the token a few positions before. With random embeddings, training must learn this for each
+    position.
 
     Args:
-        model: with random weights.
-        amplitude: of each sinusoid.
+        model: a model with random weights, which is changed in place.
+        amplitude: the amplitude of each sinusoid.
     """
     positions, width = model.wpe.weight.shape  # (T, C)
     pairs = torch.arange((width + 1) // 2)
@@ -117,20 +123,21 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change a model with random weights so that its first logits are the log frequencies of the tokens.
+    """Change a model with random weights so that its logits start near the log frequencies of the tokens.
 
-    GPT-2's form has no bias at its head. So one direction u of the residual stream carries a constant, which
-    the position embeddings add, and each token's row gets a component along u. With a the length of the
-    constant and r that of the rest of the stream, the last norm makes sqrt(C) a / sqrt(a^2 + r^2) of a.
+    GPT-2's head has no bias. Instead, the position embeddings add a constant along one direction u of the
+    residual stream, and the embedding of each token gets a component along u. Let a be the length of the
+    constant and r the length of the rest of the stream. The last layer norm changes the length a to
+    sqrt(C) a / sqrt(a^2 + r^2).
 
     Args:
-        model: with random weights.
-        counts: of each token in the training split. (vocab_size,)
-        strength: a / r.
+        model: a model with random weights, which is changed in place.
+        counts: how often each token occurs in the training split. (vocab_size,)
+        strength: the ratio a / r.
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)
-    u = u - u.mean()  # the norm subtracts the mean, so u must have none
+    u = u - u.mean()  # the layer norm subtracts the mean, so the mean of u must be 0
     u /= u.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
     r = math.sqrt(float(sum(mean_squares)))
@@ -138,6 +145,6 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
-    logs -= (logs * smooth).sum() / smooth.sum()  # the average token of the text does not move
+    logs -= (logs * smooth).sum() / smooth.sum()  # the mean over the split's tokens is 0
     after_norm = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     model.wte.weight += torch.from_numpy(logs / after_norm).float()[:, None] * u

@@ -1,8 +1,9 @@
-"""Parameter groups, the optimizers that own them, and the learning rate as a function of the step.
+"""Optimizers, their parameter groups, and the learning rate schedule.
 
-`adamw`: AdamW for everything (Loshchilov and Hutter 2019), with nanoGPT's rule for weight decay: matrices
-decay, vectors do not. `muon`: Muon for the hidden matrices (Jordan et al. 2024, torch.optim.Muon), AdamW for
-the embeddings and the vectors. A schedule multiplies each group's own peak learning rate.
+With `adamw`, AdamW trains all parameters (Loshchilov and Hutter 2019). Weight decay follows nanoGPT: it acts
+on matrices, not on vectors. With `muon`, Muon trains the hidden matrices (Jordan et al. 2024,
+torch.optim.Muon), and AdamW trains the embeddings and the vectors. The schedule multiplies the peak learning
+rate of each group.
 """
 
 import math
@@ -21,15 +22,15 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""Applies a function of full matrices, (count, rows, columns), to sharded matrices of one shape."""
+"""A function that applies a function of full matrices, (count, rows, columns), to sharded matrices."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
-    """Return the learning rate of update number `step`, counted from 0, as a share of its peak.
+    """Return the learning rate of a step, counted from 0, as a fraction of the peak learning rate.
 
-    Warm-up is linear and nanoGPT's: (step + 1) / (warmup_steps + 1). After it `cosine` and `linear` fall
-    to min_lr_ratio at max_steps, `wsd` stays at 1 and falls linearly in the last decay_share of max_steps
-    (Hu et al. 2024, MiniCPM), `constant` stays at 1.
+    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). After the warm-up, `cosine` and
+    `linear` fall to min_lr_ratio at max_steps. `wsd` stays at 1, and falls linearly during the last
+    decay_share of max_steps (Hu et al. 2024, MiniCPM). `constant` stays at 1.
     """
     if step < training.warmup_steps:
         return (step + 1) / (training.warmup_steps + 1)
@@ -45,14 +46,14 @@ def lr_multiplier(training: Training, step: int) -> float:
 
 @torch.no_grad()
 def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
-    """Do what `muon.step` does, with all matrices of one shape in the same products.
+    """Make one step of Muon, as `muon.step` does, with batched products for matrices of the same shape.
 
-    Momentum, Nesterov's lookahead, orthogonalization, decoupled decay and the learning rate's adjustment to
-    the shape are torch.optim.Muon's ("original"), in its order.
+    The operations and their order are those of torch.optim.Muon: momentum, Nesterov momentum,
+    orthogonalization, decoupled weight decay, and the adjustment "original" of the learning rate.
 
     Args:
-        muon: its matrices have gradients.
-        run_sharded: orthogonalizes matrices that are sharded over processes.
+        muon: the optimizer; its matrices must have gradients.
+        run_sharded: the function that orthogonalizes sharded matrices; None if the matrices are not sharded.
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -61,7 +62,7 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
         orthogonalize = partial(
             newton_schulz, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
         )
-        # Small matrices one after the other would wait for each call: one batched product is faster.
+        # One batched product is faster than many calls with small matrices.
         for shape, parameters in shapes.items():
             grads = [cast(Tensor, parameter.grad) for parameter in parameters]
             buffers = [muon.state[parameter]["momentum_buffer"] for parameter in parameters]
@@ -79,20 +80,20 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
 def newton_schulz(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Move all singular values towards 1 by Newton-Schulz steps (Jordan et al. 2024).
+    """Return matrices with all singular values moved towards 1 (Newton-Schulz, Jordan et al. 2024).
 
     Args:
-        matrices: of one shape. (count, rows, columns)
-        coefficients: of x, x^3 and x^5.
-        steps: number of steps.
-        eps: smallest norm to divide by.
+        matrices: a batch of matrices. (count, rows, columns)
+        coefficients: the polynomial's coefficients of x, x^3 and x^5.
+        steps: the number of Newton-Schulz steps.
+        eps: the smallest norm that a matrix is divided by.
 
     Returns:
-        (count, rows, columns)
+        The changed matrices. (count, rows, columns)
     """
     a, b, c = coefficients
-    # torch.optim.Muon computes in bfloat16; a CPU without instructions for it takes ten times as long
-    # (docs/benchmarks.md).
+    # torch.optim.Muon computes in bfloat16. A CPU computes in float32 instead: without bfloat16 instructions,
+    # a CPU needs ten times as long in bfloat16 (docs/benchmarks.md).
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = x.mT if is_tall else x  # rows <= columns, so that the Gram matrix is the smaller one
@@ -106,25 +107,25 @@ def newton_schulz(
 
 @dataclass(frozen=True)
 class EmbeddingRows:
-    """Rows of the token embedding that one step trains instead of all."""
+    """The rows of the token embedding that one step trains, when it does not train all rows."""
 
     ids: Tensor  # (K,) int64, all different
-    values: nn.Parameter  # (K, C) a copy, which gets the gradient
+    values: nn.Parameter  # (K, C) a copy of the rows; the forward pass uses it, so it gets the gradient
 
 
 @torch.no_grad()
 def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: EmbeddingRows, grad_scale: Tensor | None) -> None:
-    """Make AdamW's update of some rows of a matrix ("lazy", as torch.optim.SparseAdam is).
+    """Update some rows of a matrix with AdamW, and leave the other rows unchanged.
 
-    The other rows keep their weights and both moments: moments do not decay, and weight decay does not act.
-    The correction of the moments' bias counts all steps of the optimizer, not those of a row. With all rows
-    this is the optimizer's own step, to the bit.
+    This is a lazy update, as in torch.optim.SparseAdam: for the other rows, neither the moments nor the
+    weights decay. Bias correction counts all steps of the optimizer, not the steps of each row. If all rows
+    are selected, the result equals AdamW's step bit for bit.
 
     Args:
-        optimizer: its settings and state are used; the matrix is one of its parameters.
-        parameter: (V, C)
-        rows: of this step, with their gradient.
-        grad_scale: the gradient is divided by it. ()
+        optimizer: the optimizer of the matrix, with its settings and state.
+        parameter: the matrix. (V, C)
+        rows: the rows to update, with their gradient.
+        grad_scale: the gradient is divided by this scalar; None leaves the gradient as it is.
     """
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     state = optimizer.state[parameter]
@@ -142,10 +143,10 @@ def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: EmbeddingRows, grad_sc
 
 
 class Optimizers:
-    """The optimizers of one model: built, scheduled and stepped together.
+    """All optimizers of one model: AdamW and, if configured, Muon.
 
     Attributes:
-        state: all tensors that the next update depends on besides the weights, by name; zeros at the start.
+        state: the state tensors of the optimizers, by name; all are zeros before the first step.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -158,7 +159,7 @@ class Optimizers:
         )
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
-        self.rows: EmbeddingRows | None = None  # of the next update, if it trains only some
+        self.rows: EmbeddingRows | None = None  # rows that the next update trains; None for all rows
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
             self._peaks += [(group, training.muon_learning_rate) for group in self.muon.param_groups]
@@ -169,9 +170,9 @@ class Optimizers:
         return self.training.optimizer == "muon" and is_hidden_matrix
 
     def _adamw_groups(self) -> list[dict[str, Any]]:
-        """Return AdamW's parameters by learning rate and weight decay."""
+        """Return AdamW's parameter groups, each with its learning rate and weight decay."""
         training = self.training
-        # Without a rate of their own, position embeddings have that of the token embeddings.
+        # Without position_learning_rate, position embeddings use the learning rate of the token embeddings.
         position_lr = training.position_learning_rate or training.embedding_learning_rate
         embedding = {"params": [self.parameters[TOKENS]], "lr": training.embedding_learning_rate}
         position = {"params": [self.parameters[POSITIONS]], "lr": position_lr}
@@ -184,7 +185,7 @@ class Optimizers:
         return [group for group in groups if group["params"]]
 
     def _init_state(self) -> dict[str, Tensor]:
-        """Create what the optimizers' first steps would create, so that a checkpoint can fill it."""
+        """Create the optimizers' state before the first step, so that a checkpoint can be read into it."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if self.muon and self._is_muon(name):
@@ -199,38 +200,46 @@ class Optimizers:
         return tensors
 
     def select_rows(self, ids: Tensor) -> nn.Parameter:
-        """Make the next update train these rows of the token embedding only, and return a copy of them.
+        """Select the rows of the token embedding that the next update trains, and return a copy of the rows.
 
         Args:
-            ids: (K,) int64, all different.
+            ids: the token ids of the rows, all different. (K,) int64
 
         Returns:
-            The forward pass must use it, so that it gets the gradient. (K, C)
+            The copy, (K, C). The forward pass must use the copy, so that it gets the gradient.
         """
         values = nn.Parameter(self.parameters[TOKENS].detach().index_select(0, ids))
         self.rows = EmbeddingRows(ids, values)
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return what the next update changes: all parameters, or selected rows instead of the embedding."""
+        """Return the parameters that the next update trains.
+
+        If rows were selected, the copy of these rows takes the place of the token embedding.
+        """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 
     def grad_norm(self) -> Tensor:
-        """Return the Euclidean norm of the gradient, on its device: nothing waits for a GPU. ()."""
+        """Return the Euclidean norm of the gradient, a scalar on the gradient's device."""
         grads = [p.grad for p in self.trained_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        # the norm of sharded gradients is sharded, too
+        # if the gradients are sharded, the norm is a DTensor
         return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
     def update(self, step: int, grad_norm: Tensor) -> None:
-        """Clip the gradient to training.grad_clip, make update number `step`, and clear the gradient."""
+        """Clip the gradient to training.grad_clip, update the weights, and clear the gradient.
+
+        Args:
+            step: the number of the update, counted from 0, which decides the learning rate.
+            grad_norm: the norm of the gradient, as `grad_norm` returns it.
+        """
         multiplier = lr_multiplier(self.training, step)
         for group, peak in self._peaks:
             group["lr"] = peak * multiplier
         divisor = self._clip_divisor(grad_norm)
-        # The fused kernel divides by it in the pass that it makes anyway.
+        # The fused kernel divides the gradient by grad_scale, which saves a separate pass.
         self.adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self.adamw.step()
         if self.rows:
@@ -245,10 +254,13 @@ class Optimizers:
             parameter.grad = None
 
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Return what torch.nn.utils.clip_grad_norm_ divides the gradient by, None for nothing. ()."""
+        """Return the scalar that clips the gradient by division; None if no division is needed.
+
+        The divisor is that of torch.nn.utils.clip_grad_norm_.
+        """
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
         if divisor.device.type == "cpu" and divisor.item() == 1:
-            return None  # a CPU skips the division; asking a GPU would wait for it, so it divides by 1
+            return None  # only on a CPU: reading the value from a GPU would wait for the GPU
         return divisor

@@ -1,10 +1,11 @@
-"""The training loop: a pure function of (configuration, data, machine), however often it is interrupted.
+"""The training loop. Its result depends on configuration, data and machine, not on interruptions.
 
-The batch of a step depends on (seed, step) alone, dropout on (seed, step, micro-batch), and validation reads
-fixed windows: no random state is kept between steps. So a training state on disk is model, optimizers and
-loss curve, and a run that resumes from one ends with the same bits as a run that never stopped.
+No random state is kept between steps. The batch of a step depends only on (seed, step), dropout depends only
+on (seed, step, micro-batch), and validation reads fixed windows. So a training state on disk consists of the
+model, the optimizers and the loss curve. A run that resumes from a training state gives the same bits as a
+run that was never interrupted.
 
-A GPU works behind the program, which waits for it only where losses are read (every log_interval steps).
+A GPU runs asynchronously: the program waits for it only to read losses, every log_interval steps.
 """
 
 import hashlib
@@ -35,14 +36,14 @@ from compactgpt.training.distributed import Group, gathered, init_process_group
 from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
 from compactgpt.training.optim import Optimizers
 
-# The code that computes a training state: no other version of it resumes from that state.
+# The source files that compute a training state. If one of these files changes, a run starts from step 0.
 SOURCES = ("data/token_files.py", "model/*.py", "training/*.py")
 BEST = "best"  # folder of the best model so far, next to the training states
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The token files to train and to validate on, and the hash of their manifest."""
+    """The token files of the training and validation splits, and the hash of their manifest."""
 
     train: TokenFile
     val: TokenFile
@@ -50,10 +51,11 @@ class Splits:
 
 
 def open_splits(folder: Path) -> Splits:
-    """Open what the stage `tokenization` wrote.
+    """Open the token files that the stage `tokenization` wrote to a folder.
 
     Raises:
-        MissingInput, BadData: a file is missing, changed or damaged.
+        MissingInput: a file is missing.
+        BadData: a file is damaged or was changed.
     """
     files = verified_manifest(folder)["files"]
     digest = hashlib.sha256(json_bytes(files)).hexdigest()
@@ -63,8 +65,8 @@ def open_splits(folder: Path) -> Splits:
 class Row(NamedTuple):
     """One point of the loss curve."""
 
-    step: int  # updates made
-    train_loss: float  # nats per token, over the steps since the last row
+    step: int  # number of updates made so far
+    train_loss: float  # nats per token, the mean over the steps since the previous row
     val_loss: float  # nats per token, after this step
 
 
@@ -78,14 +80,15 @@ class Trained:
 
     model: GPT
     rows: list[Row]
-    val_tokens: int  # in each estimate of val_loss
+    val_tokens: int  # number of targets that each val_loss is computed on
     resumed_from: int  # step of the training state that this process started from, or 0
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Hash everything that the bits of the result depend on, except for the number of processes.
+    """Return the key of a run: a hash of everything that its result depends on.
 
-    So one process can resume a run of two, though not to the same bits.
+    The number of processes is not part of the key, so a run can resume with another number of processes. The
+    result is then the same within rounding only.
     """
     package = Path(__file__).parents[1]
     sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
@@ -117,23 +120,26 @@ def train(
     on_warning: Callable[[str], None] = lambda _message: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train the model of params.yaml, from the newest training state in `folder` if there is one.
+    """Train the model of params.yaml and return it; resume from the newest training state if one exists.
 
     Args:
-        params: all of params.yaml; `model`, `training` and `runtime` are used.
-        splits: the data.
-        folder: of this run's training states, named by `run_key(params, splits)`.
-        on_step: called after every step with its number, from 1, and the model, which it must not change.
-        on_losses: called with steps and training losses that were not reported yet; on a GPU several at once.
-        on_row: called with the loss curve when it has a new row.
-        on_warning: called with what the user must know about this run.
-        should_stop: asked after every step.
+        params: the content of params.yaml; training uses the sections `model`, `training` and `runtime`.
+        splits: the training and validation splits.
+        folder: the folder of this run's training states; its name is `run_key(params, splits)`.
+        on_step: called after every step with the step's number, from 1, and the model. It must not change
+            the model.
+        on_losses: called with (step, training loss) pairs that were not reported yet; on a GPU, with several
+            pairs at once.
+        on_row: called with all rows of the loss curve after a row was added.
+        on_warning: called with a warning for the user.
+        should_stop: called after every step; True stops training.
 
     Raises:
-        Busy: `should_stop` returned True; the state is saved, and the next call resumes from it.
-        NotFinite: a loss or gradient is NaN or infinite; nothing of that step is kept.
-        OutOfMemory: the message says which number to lower.
-        BadConfig, BadData: the tokens don't fit the model.
+        Busy: `should_stop` returned True. The training state is saved, and the next call resumes from it.
+        NotFinite: a loss or the norm of a gradient is NaN or infinite. No state of that step is saved.
+        OutOfMemory: the device has too little memory; the message says which settings to lower.
+        BadConfig: the vocabulary, the batch size or the initial weights do not fit the configuration.
+        BadData: the validation split has no tokens, or the initial weights are damaged.
     """
     device = resolve_device(params.runtime.device)
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
@@ -148,7 +154,7 @@ def train(
                 trainer.report(on_losses, on_row)
             stops = group.any_rank(should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                trainer.report(on_losses, on_row)  # a state holds read losses only
+                trainer.report(on_losses, on_row)  # a state may contain only losses that were read
                 trainer.save()
             on_step(trainer.step, trainer.model)
             if stops:
@@ -160,7 +166,7 @@ def train(
 
 
 class Trainer:
-    """What changes while training runs: model, optimizers, loss curve and the number of updates."""
+    """A training run in progress: the model, the optimizers, the loss curve and the number of updates."""
 
     def __init__(self, params: Params, splits: Splits, folder: Path, group: Group) -> None:
         self.training, self.shape, self.group = params.training, params.model, group
@@ -172,34 +178,34 @@ class Trainer:
         group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
-        # A GPU works behind this program: a loss stays on it until it is reported.
+        # A GPU runs asynchronously, so losses stay on the GPU until they are reported.
         self.defers_losses = self.device == "cuda"
         self.windows = _select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
         set_precision(self.training.dtype)
         self.model, self.optimizers = self._build_model()
         self.inclusion: npt.NDArray[np.float64] | None = (
-            None  # of each token in a step's sample, (vocab_size,)
+            None  # probability of each token of being in a sample, (vocab_size,)
         )
         if self.training.head == "sampled":
             size, power = self.training.sample_tokens, self.training.sample_power
             self.inclusion = inclusion_probabilities(self._token_counts, size, power)
-        self.step = 0  # updates made
+        self.step = 0  # number of updates made so far
         self.rows: list[Row] = []
-        self.unreported: list[tuple[int, Tensor, Tensor]] = []  # step from 0, loss and gradient norm
-        self.losses: list[float] = []  # since the last row
-        self.previous_processes = group.world_size  # that made the steps before this process started
+        self.unreported: list[tuple[int, Tensor, Tensor]] = []  # (step from 0, loss, gradient norm)
+        self.losses: list[float] = []  # training losses of the steps since the last row
+        self.previous_processes = group.world_size  # number of processes of the resumed run
 
     def _check_vocabulary(self) -> None:
         for split in (self.splits.train, self.splits.val):
             if split.header.vocab_size > self.shape.vocab_size:
                 raise BadConfig(
                     f"model.vocab_size: found {self.shape.vocab_size}, but {split.path} has a vocabulary of "
-                    f"{split.header.vocab_size} tokens; it must be at least that"
+                    f"{split.header.vocab_size} tokens: raise model.vocab_size to at least this number"
                 )
 
     def _build_model(self) -> tuple[GPT, Optimizers]:
-        """Return the model before its first step, or this process's shards of it, and its optimizers."""
+        """Return the initial model, or this process's shards of it, and the optimizers."""
         if self.group.is_sharded:
             from compactgpt.training.fsdp import orthogonalize_sharded, shard_model
 
@@ -212,7 +218,7 @@ class Trainer:
         return model, Optimizers(model, self.training)
 
     def _initial_model(self) -> GPT:
-        """Return the full model before its first step, on the CPU."""
+        """Return the full initial model, on the CPU."""
         model = initial_model(self.shape, self.training)
         if self.training.init_positions:
             set_sinusoids(model, self.training.init_positions)
@@ -222,11 +228,11 @@ class Trainer:
 
     @cached_property
     def _token_counts(self) -> npt.NDArray[np.int64]:
-        """Number of times that each token is in the training split. (vocab_size,)."""
+        """How often each token occurs in the training split. (vocab_size,)."""
         return token_counts(self.splits.train.tokens, self.shape.vocab_size)
 
     def full_model(self) -> GPT:
-        """Return the model; a sharded one is gathered in the main process, which writes files."""
+        """Return the full model. If it is sharded, only the main process gets the weights."""
         if not self.group.is_sharded:
             return self.model
         from compactgpt.training.fsdp import full_model
@@ -234,11 +240,11 @@ class Trainer:
         return full_model(self.model, self.group.is_main_process)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of a training state; changing them changes model and optimizers."""
+        """Return all tensors of a training state, by name; they share memory with model and optimizers."""
         return {**self.model.state_dict(), **self.optimizers.state}
 
     def resume(self) -> int:
-        """Continue from the newest valid training state, and return its step; 0 if there is none."""
+        """Load the newest valid training state, and return its step; return 0 if no state is valid."""
         if found := load_newest_state(self.folder, self.run_key, self._tensors(), self.group):
             self.step, progress = found
             self.rows = [Row(*row) for row in progress["rows"]]
@@ -247,7 +253,7 @@ class Trainer:
         return self.step
 
     def determinism_warning(self) -> str | None:
-        """Return a warning if bits will differ from those of an uninterrupted run."""
+        """Return a warning if the result will not equal that of an uninterrupted run bit for bit."""
         if self.previous_processes == self.group.world_size:
             return None
         return (
@@ -257,7 +263,7 @@ class Trainer:
         )
 
     def report(self, on_losses: OnLosses, on_row: OnRow) -> None:
-        """Report the losses since the last report, and a new row of the loss curve if one is due."""
+        """Report the losses since the last report; if a row of the loss curve is due, add and report it."""
         if losses := self.read_losses():
             on_losses(losses)
             if self.is_row_due():
@@ -265,26 +271,27 @@ class Trainer:
                 on_row(self.rows)
 
     def save(self) -> None:
-        """Write a training state."""
+        """Save the training state to disk."""
         progress = {"rows": self.rows, "waiting": self.losses, "processes": self.group.world_size}
         save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
 
     def make_step(self) -> None:
-        """Make one update."""
+        """Make one training step: draw the batch, compute the gradient, and update the weights."""
         tokens, targets, *head = self._batch()
         loss = self._accumulate_gradient(tokens, targets, *head)
         grad_norm = self.optimizers.grad_norm()
-        if not self.defers_losses:  # a CPU knows before the update whether the step is good
+        if not self.defers_losses:  # a CPU checks before the update, a GPU when losses are read
             self._check_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
         self.unreported.append((self.step, loss, grad_norm))
         self.optimizers.update(self.step, grad_norm)
         self.step += 1
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """Return this process's slice of the step's batch: tokens and targets, 2 x (rows, T).
+        """Return the model's arguments for this process's slice of the step's batch.
 
-        With a sampled softmax both are positions in the sample, and two more arguments of the model follow:
-        the sample's rows of the tied matrix, (K, C), and the correction of their logits, (K,).
+        The arguments are tokens and targets, both (rows, T). With a sampled softmax, tokens and targets are
+        positions in the sample, and two arguments follow: the sample's rows of the tied matrix, (K, C), and
+        the correction of the logits, (K,).
         """
         seed = self.training.seed
         tokens, targets = training_batch(
@@ -293,7 +300,7 @@ class Trainer:
             step=self.step,
             sequences=self.sequences,
             block_size=self.shape.block_size,
-        )  # 2 x (B, T), of all processes
+        )  # 2 x (B, T), the batch of all processes
         head: tuple[Tensor, ...] = ()
         if self.inclusion is not None:
             sample = draw_sample(self.inclusion, np.stack([tokens, targets]), seed=seed, step=self.step)
@@ -304,25 +311,25 @@ class Trainer:
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
-        # From pinned memory a GPU copies while this program draws the next batch.
+        # The copy from pinned memory to the GPU runs while the program draws the next batch.
         tensor = tensor.pin_memory() if self.defers_losses else tensor
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Add up the gradient of the mean loss over micro-batches and processes, and return the loss.
+        """Compute the gradient of the step's mean loss, summed over micro-batches and processes.
 
         Args:
-            tokens: (rows, T)
-            targets: (rows, T)
-            head: table and correction of a sampled softmax. (K, C), (K,)
+            tokens: this process's inputs. (rows, T)
+            targets: this process's targets. (rows, T)
+            head: with a sampled softmax, the `table`, (K, C), and the `correction`, (K,), of `GPT.forward`.
 
         Returns:
-            ()
+            The mean loss of the step over all processes, a scalar.
         """
         self.model.train()
         size = self.training.micro_batch_size
         own = len(tokens) // size
-        first = self.batch_slice.start // size  # micro-batches of the processes before this one
+        first = self.batch_slice.start // size  # index of this process's first micro-batch
         micro_batches = own * self.group.world_size
         losses: list[Tensor] = []
         for number in range(own):
@@ -336,7 +343,9 @@ class Trainer:
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return steps, from 1, and losses in nats per token since the last call; waits for a GPU.
+        """Return the (step, training loss) pairs since the last call; on a GPU, wait for its results.
+
+        Steps count from 1. Losses are in nats per token.
 
         Raises:
             NotFinite: a loss or the norm of a gradient is not finite.
@@ -357,22 +366,22 @@ class Trainer:
             return
         found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
         raise NotFinite(
-            f"step {step + 1} of {self.training.max_steps}: the {found}; nothing of it was kept, and its "
-            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: lower "
-            "training.learning_rate, embedding_learning_rate or muon_learning_rate, or lengthen "
-            "training.warmup_steps, in params.yaml, then run `dvc repro`"
+            f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
+            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: in params.yaml"
+            " lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
+            "training.warmup_steps, then run `dvc repro`"
         )
 
     def is_report_due(self) -> bool:
-        """Whether to read losses after this step: on a GPU seldom, since reading waits for it."""
+        """Return whether to read losses after this step; on a GPU only at some steps, since reading waits."""
         return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
     def is_row_due(self) -> bool:
-        """Whether the curve has a row at this step: the first, every eval_interval, the last."""
+        """Return whether to add a row to the curve: at the first step, every eval_interval, and the last."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def add_row(self) -> None:
-        """Validate, add a row to the loss curve, and save the model if it is the best so far."""
+        """Compute the validation loss, add a row to the curve, and save the model if it is the best."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
         # Every step has the same number of tokens, so the mean over steps is the mean over tokens.
@@ -380,7 +389,7 @@ class Trainer:
         self.rows.append(row)
         self.losses = []
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
-        # Other machines may round otherwise: the main process decides for all.
+        # Other machines may round differently, so the main process decides for all processes.
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
@@ -389,7 +398,7 @@ class Trainer:
 
 
 def best_row(rows: list[Row]) -> Row:
-    """Return the row of the lowest validation loss; the earliest of equal ones."""
+    """Return the row with the lowest validation loss; among equal losses, the earliest row."""
     return min(rows, key=lambda row: row.val_loss)
 
 
@@ -399,10 +408,10 @@ def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def _select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return `count` evaluation windows, evenly spread over the split: always the same.
+    """Return `count` evaluation windows at regular distances in the split; every call returns the same.
 
     Raises:
-        BadData: the split has none.
+        BadData: the split has no evaluation window.
     """
     windows = list(evaluation_windows(val, block_size))
     if not windows:
@@ -415,9 +424,9 @@ def _select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]
 
 @torch.no_grad()
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Return the loss over windows in nats per token, without the vocabulary's padding rows.
+    """Return the mean loss over evaluation windows in nats per token, without the padding rows.
 
-    An estimate for the curve; the comparison quotes what the stage `evaluation` measures.
+    This is an estimate for the loss curve. The comparison quotes the loss of the stage `evaluation` instead.
     """
     model.eval()
     nats: list[float] = []
@@ -428,11 +437,11 @@ def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float
 
 
 def window_nats(model: GPT, windows: list[Window]) -> list[float]:
-    """Return the cross-entropy of every target of some windows, in nats."""
+    """Return the cross-entropy of every target of the windows, in nats."""
     head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
     T = max(len(window.tokens) for window in windows)
     tokens = torch.zeros(len(windows), T, dtype=torch.int64)
-    for row, window in enumerate(windows):  # attention is causal: the padding at the end changes nothing
+    for row, window in enumerate(windows):  # attention is causal, so padding at the end has no effect
         tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
     x = model.hidden(tokens.to(head.device))  # (B, T, C)
     unpadded = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(windows)])  # (N, C)
@@ -443,7 +452,10 @@ def window_nats(model: GPT, windows: list[Window]) -> list[float]:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Name the number to lower when memory runs out; on a CPU, torch raises a RuntimeError."""
+    """Raise OutOfMemory, which names the settings to lower, when memory runs out.
+
+    On a CPU, torch raises a RuntimeError instead of an OutOfMemoryError.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -459,9 +471,10 @@ def _memory_errors() -> Iterator[None]:
 def save_results(
     params: Params, splits: Splits, trained: Trained, states: Path, model: Path, curve: Path
 ) -> dict[str, Any]:
-    """Write the trained model and its curve, and return the content of reports/training.json.
+    """Write the trained model and its loss curve, and return the content of reports/training.json.
 
-    `model` gets the last weights. If an earlier validation loss was lower, `model`/best gets those.
+    The folder `model` gets the weights after the last step. If an earlier validation loss was lower,
+    `model`/best gets the weights of that step.
     """
     training, rows = params.training, trained.rows
     best = best_row(rows)
@@ -479,7 +492,7 @@ def save_results(
         "gradient_accumulation_steps": sequences // training.micro_batch_size,
         "train_split_tokens": train_split_tokens,
         "epochs": tokens / train_split_tokens,
-        "head": training.head,  # sampled: train_loss is an estimate; val_loss is always the full softmax's
+        "head": training.head,  # if sampled, train_loss is an estimate; val_loss uses the full softmax
         "train_loss": rows[-1].train_loss,
         "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of these last steps
         "val_loss": rows[-1].val_loss,
