@@ -87,7 +87,7 @@ def test_one_process_resumes_a_run_of_two_and_warns_that_bits_differ(tokens, tmp
     assert found.resumed_from == 3
     assert_same_curve((found.model.state_dict(), found.rows), alone)
     (warning,) = warnings
-    assert "had 2 of training.launcher.processes, from here on 1" in warning
+    assert "training.launcher.processes was 2 up to step 3 and is now 1" in warning
 
 
 @BY_MODE

@@ -160,7 +160,7 @@ def from_hf_config(settings: Mapping[str, Any], source: str) -> Model:
     found = {**defaults, "n_inner": None, **settings}
     for key, allowed in {**REQUIRED, "n_inner": [None, 4 * settings["n_embd"]]}.items():
         if found.get(key) not in allowed:
-            raise BadConfig(f"{source}: {key} is {found.get(key)!r}, our GPT computes only {allowed}")
+            raise BadConfig(f"{source}: {key} is {found.get(key)!r}, our GPT supports only {allowed}")
     try:
         return Model(
             block_size=found["n_positions"],

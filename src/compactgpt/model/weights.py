@@ -119,7 +119,7 @@ def load_gpt(
     # A wrong config.json must not allocate much memory: require at least one byte for each weight.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
-        raise BadData(f"{path} is too small for the shape in its config.json")
+        raise BadData(f"{path} is too small for the shape in the config.json of its folder")
     tensors = convert(read_tensors(path))
     model = GPT(shape)
     check_tensors(tensors, model.state_dict(), path)

@@ -257,9 +257,8 @@ class Trainer:
         if self.previous_processes == self.group.world_size:
             return None
         return (
-            f"up to step {self.step} this run had {self.previous_processes} of training.launcher.processes, "
-            f"from here on {self.group.world_size}: the result equals that of an uninterrupted run within "
-            "rounding only"
+            f"training.launcher.processes was {self.previous_processes} up to step {self.step} and is now "
+            f"{self.group.world_size}: the result equals that of an uninterrupted run only within rounding"
         )
 
     def report(self, on_losses: OnLosses, on_row: OnRow) -> None:
@@ -463,8 +462,8 @@ def _memory_errors() -> Iterator[None]:
         if not is_memory_error and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(
-            "no memory left: halve training.micro_batch_size in params.yaml (tokens_per_step stays as it "
-            "is), then model.block_size or model.n_embd"
+            "out of memory: halve training.micro_batch_size in params.yaml (tokens_per_step can stay as it "
+            "is); if that is not enough, lower model.block_size or model.n_embd"
         ) from error
 
 
