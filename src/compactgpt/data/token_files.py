@@ -26,6 +26,11 @@ from safetensors.numpy import load_file, save
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
 
+# The files of a GPT-2 tokenizer, and its token between documents.
+VOCAB_BPE = "vocab.bpe"
+ENCODER_JSON = "encoder.json"
+END_OF_TEXT = "<|endoftext|>"
+
 MAGIC = b"CGPTTOK\n"
 VERSION = 1
 HEADER_BYTES = 1024

@@ -25,18 +25,16 @@ import tiktoken
 
 from compactgpt.common.errors import BadConfig, BadData, Unreachable
 from compactgpt.common.storage import atomic_folder, verified_manifest, write_bytes
+from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 
-VOCAB_BPE = "vocab.bpe"
-ENCODER_JSON = "encoder.json"
 RANKS = "ranks.tiktoken"
-END_OF_TEXT = "<|endoftext|>"
 # GPT-2's own pattern (openai/gpt-2, src/encoder.py) in the possessive form of tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 CHECK_EVERY_BYTES = 2**20  # bytes of text between two comparisons of gigatoken with tiktoken
 CHECK_CHARACTERS = 2**11  # length of the text that is compared
 # gigatoken caches every word: 0.3 MB per MB of documentation, 9 MB per MB of random words.
-RESTART_EVERY_BYTES = 2**28
+RESTART_EVERY_BYTES = 2**25
 
 Ranks = Mapping[bytes, int]
 TokenIds = npt.NDArray[np.uint32]
@@ -186,7 +184,13 @@ class TiktokenEncoder:
         The string of a special token, such as `<|endoftext|>`, is encoded as ordinary text.
         """
         # Not `encode`: its Python list of ids takes 10 times the memory.
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # tiktoken's regular expression fails at a million spaces in a row
+            raise BadData(
+                f"tiktoken can't encode a document that begins {text[:40]!r} ({error}): remove the document, "
+                "or its long runs of white space"
+            ) from error
 
 
 # gigatoken knows the letters and digits of Unicode 17, tiktoken those of Unicode 16. In UTF-8, each character

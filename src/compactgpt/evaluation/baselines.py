@@ -35,8 +35,8 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import sha256_file
 from compactgpt.data.hub import fetch_model, one_line
 from compactgpt.data.inputs import check_files
-from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens
-from compactgpt.data.tokenizer import END_OF_TEXT, unicode_to_bytes
+from compactgpt.data.token_files import END_OF_TEXT, TokenFile, Window, evaluation_windows, open_tokens
+from compactgpt.data.tokenizer import unicode_to_bytes
 from compactgpt.data.wheels import fetch_wheel_member
 from compactgpt.evaluation.gguf_check import check_gguf
 from compactgpt.evaluation.likelihood import (

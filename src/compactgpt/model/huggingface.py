@@ -17,7 +17,7 @@ from torch import Tensor
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.storage import atomic_folder, read_json, write_bytes, write_json, write_text
 from compactgpt.config import Model
-from compactgpt.data.tokenizer import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
+from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import load_gpt
 

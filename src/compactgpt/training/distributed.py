@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from compactgpt.common.errors import BadConfig, Busy, PeerLost
+from compactgpt.common.errors import BadConfig, Busy, PeerLost, UserError
 from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
 
@@ -116,12 +116,24 @@ class Group:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only, and return its result in every process.
 
-        When `work` raises an error, the main process leaves the group, and the others raise PeerLost.
+        If `work` fails, the main process raises its error and the others exit with 0: with another exit code
+        torchrun would stop the main process before it can print the error.
         """
-        result = [work() if self.is_main_process else None]
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_main_process:
+            try:
+                result = work()
+            except (UserError, OSError) as error:
+                failure = error
+        answer = [result, failure is not None]
         if self.world_size > 1:
-            dist.broadcast_object_list(result)
-        return cast(T, result[0])
+            dist.broadcast_object_list(answer)
+        if failure:
+            raise failure
+        if answer[1]:
+            raise SystemExit(0)
+        return cast(T, answer[0])
 
 
 @contextmanager

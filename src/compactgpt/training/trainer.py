@@ -209,7 +209,10 @@ class Trainer:
         if self.group.is_sharded:
             from compactgpt.training.fsdp import orthogonalize_sharded, shard_model
 
-            source = self._initial_model() if self.group.is_main_process else None
+            # The list keeps the model in the main process: `run_on_main` sends a returned value to all.
+            full: list[GPT] = []
+            self.group.run_on_main(lambda: full.append(self._initial_model()))
+            source = full[0] if full else None
             model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
             return model, Optimizers(model, self.training, orthogonalize_sharded)
         model = self._initial_model().to(self.device)
