@@ -220,3 +220,10 @@ def test_the_command_lists_shows_and_applies(params_file, monkeypatch):
     assert "training.max_steps: 1400 -> 7\n" in shown
     assert "training.max_steps: 1400 -> 7\n" in applied
     assert load_params(params_file).training.max_steps == 7
+
+
+@pytest.mark.parametrize("content", ["", "- a\n"])
+def test_a_params_file_without_sections_is_refused(tmp_path, content):
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(BadConfig):
+        apply(tmp_path / "params.yaml", "note")

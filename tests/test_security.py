@@ -7,7 +7,9 @@ import logging
 import pickle
 import pickletools
 import re
+import shutil
 import stat
+import subprocess
 import sys
 import zipfile
 from fnmatch import fnmatch
@@ -20,11 +22,12 @@ import torch
 
 from compactgpt.common.errors import BadData, MissingInput, UserError
 from compactgpt.common.sections import read_yaml
-from compactgpt.common.storage import write_json
+from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.config import load_params
 from compactgpt.data import hub, wheels
 from compactgpt.evaluation import baselines
 from compactgpt.model.huggingface import save_hf
+from compactgpt.tracking.journal import without_password
 from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
 from compactgpt.tracking.store import open_store
 from compactgpt.training.checkpoint import save_state
@@ -175,6 +178,41 @@ def test_every_package_but_torch_has_hashes():
         assert all(re.fullmatch(r"\s+--hash=sha256:[0-9a-f]{64}\s*", line) for line in hashes), first
 
 
+def make_wheel(folder, name, code):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{name}-1.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        wheel.writestr(
+            f"{name}-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{name}-1.dist-info/RECORD", f"{name}.py,,\n")
+    return path
+
+
+def test_a_package_that_is_not_the_one_of_the_lock_is_not_installed(tmp_path):
+    """By uv, as `make setup` calls it: some have hashes, torch has none."""
+    links, lock, site = tmp_path / "links", tmp_path / "requirements.lock", tmp_path / "site"
+    wheel, _ = make_wheel(links, "good", "x = 1"), make_wheel(links, "torch", "x = 1")
+    lock.write_text(f"good==1 \\\n    --hash=sha256:{sha256_file(wheel)}\ntorch==1\n")
+    words = ["--no-index", "--find-links", str(links), "--target", str(site), "-r", str(lock), "--no-cache"]
+
+    def install():
+        command = [sys.executable, "-m", "uv", "pip", "install", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = install()
+    assert done.returncode == 0, done.stderr
+    assert {path.read_text() for path in site.glob("*.py")} == {"x = 1"}
+    shutil.rmtree(site)
+    make_wheel(links, "good", "x = 2")
+    done = install()
+    assert done.returncode == 1
+    assert "Hash mismatch for `good==1`" in done.stderr
+    assert not (site / "good.py").exists()
+
+
 def test_servers_listen_on_this_machine_only():
     """tests/tracking/test_server.py asks the real server, tests/training/test_launch.py the processes."""
     makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
@@ -276,3 +314,15 @@ def test_params_have_no_key_for_a_secret():
     for name in ("params.yaml", "dvc.yaml"):
         text = (ROOT / name).read_text()
         assert not re.search(r"(?i)password|secret|api_key|access_key|://[^/\s]+@", text)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://user:pa/ss@host/db", "postgresql://***@host/db"),
+        ("postgresql://host/db?user=me&password=secret&x=1", "postgresql://host/db?user=me&password=***&x=1"),
+        ("http://127.0.0.1:5000", "http://127.0.0.1:5000"),
+    ],
+)
+def test_addresses_are_shown_without_passwords(address, shown):
+    assert without_password(address) == shown

@@ -136,9 +136,17 @@ def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
     Raises:
         MissingInput, BadConfig: a setting names an unknown key, or the result is not valid.
     """
-    tree = read_yaml(params_file)
+    tree = _read_tree(params_file)
     set_values(tree, settings)
     return parse_params(tree, " ".join([str(params_file), *(f"-S {setting}" for setting in settings)]))
+
+
+def _read_tree(params_file: Path) -> dict[str, Any]:
+    """Read params.yaml; one that is empty, a list or a number is refused as a stage refuses it."""
+    tree: dict[str, Any] = read_yaml(params_file)
+    if not isinstance(tree, dict):
+        parse_params(tree, str(params_file))
+    return tree
 
 
 def list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -171,7 +179,7 @@ def apply(
     Raises:
         MissingInput, BadConfig: params.yaml is not valid before or after the change; it was not changed.
     """
-    before = read_yaml(params_file)
+    before = _read_tree(params_file)
     yaml = YAML()  # the reader and writer of `dvc exp run -S`
     yaml.default_flow_style = False
     tree = yaml.load(params_file)
@@ -213,7 +221,7 @@ def configurations(
     experiment = find_experiment(name, conf)
     found = []
     for point in experiment.sweep or [{}]:
-        tree = read_yaml(params_file)
+        tree = _read_tree(params_file)
         if experiment.sweep:
             merge_patch(tree, experiment.params)
         else:

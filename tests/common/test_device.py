@@ -1,10 +1,14 @@
 """What the program asks of its process: memory that stays, in large pages, and no more than there is."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from compactgpt.common.device import stop_requests
 
 ROOT = Path(__file__).parents[2]
 SIZE = 64 << 20
@@ -49,3 +53,14 @@ def test_where_memory_is_bounded_all_works_without():
     took, grown, large, _ = measure(limit=1 << 30)
     assert (took, large) == ("False", 0)
     assert grown >= SIZE
+
+
+def test_a_second_ctrl_c_interrupts_at_once_but_an_echo_of_the_first_does_not():
+    with stop_requests(same_seconds=0.05) as stopping:
+        assert not stopping()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # Linux may send the signal of one request several times
+        assert stopping()
+        time.sleep(0.05)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -216,3 +216,14 @@ def test_tiktoken_is_used_where_gigatoken_cannot_be(tiny, tmp_path, monkeypatch)
     assert type(load_encoder(tmp_path / "other", "gigatoken")) is TiktokenEncoder
     monkeypatch.setattr(tokenizer, "find_spec", lambda _name: None)
     assert type(load_encoder(tiny, "gigatoken")) is TiktokenEncoder
+
+
+def test_text_that_tiktoken_cannot_encode_is_one_sentence():
+    """Its regular expression gives up at a million spaces in a row."""
+    ranks = {bytes([number]): number for number in range(256)}
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=tokenizer.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    encoder = tokenizer.TiktokenEncoder(encoding)
+    with pytest.raises(BadData, match="can't encode a document that begins 'a   "):
+        encoder.encode("a" + " " * 1_100_000 + "b")

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from compactgpt.common.errors import BadData
 from compactgpt.evaluation.likelihood import Totals, write_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.tracking.compare_runs import compare
@@ -91,3 +92,10 @@ def test_the_packages_of_a_lock_are_those_of_this_python():
     lines = ["a==1 ; python_full_version < '3'", "a==2 ; python_full_version >= '3'"]
     lines += ["c==1 ; sys_platform == 'none'", "B_b==3"]
     assert parse_versions("\n".join(lines)) == {"a": "2", "b-b": "3"}
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]"])
+def test_a_damaged_report_is_named(root, content):
+    (root / "reports/evaluation.json").write_text(content)
+    with pytest.raises(BadData, match=r"reports/evaluation\.json of .* is not a JSON object"):
+        compare("HEAD", "workspace", root)

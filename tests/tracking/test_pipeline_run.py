@@ -1,6 +1,7 @@
 """The run of a whole `dvc repro`: what became of every stage, and what it has of its own stages only."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -294,3 +295,49 @@ def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
     (parent,) = runs(root, "pipeline")
     assert parent.info.status == "FAILED"
     assert "dvc.lock is empty or missing" in parent.data.tags["mlflow.note.content"]
+
+
+def test_runs_that_are_kept_after_the_next_one_began_are_finished_if_the_code_is_the_same(root):
+    for _ in range(2):
+        run_stage(root, "training", ended_dvc())
+        wait_for_the_next_second()
+    sync(root)
+    assert [run.info.status for run in runs(root, "pipeline")] == ["FINISHED", "FINISHED"]
+
+
+def test_a_run_folder_without_the_files_before_the_run_is_copied(root):
+    """The first stage was killed before it saved them."""
+    run_stage(root, "training", ended_dvc())
+    (folder,) = run_folders(root)
+    shutil.rmtree(folder.path / "before")
+    sync(root)
+    assert len(runs(root, "pipeline")) == 1
+
+
+def test_a_damaged_outcome_is_written_again_from_the_saved_files(root):
+    run_pipeline(root, "training")
+    (folder,) = run_folders(root)
+    (folder.path / "outcome.json").write_text('{"status": "FINISHED", "stages": {"training": ["ran", ""]}}')
+    saved = {path: path.read_bytes() for path in (folder.path / "after").rglob("*") if path.is_file()}
+    make(root, 7.0)
+    save_lock(root, {"training": STAGES["training"]}, DEPS, model={"n_layer": 5})
+    sync(root)
+    assert {path: path.read_bytes() for path in saved} == saved
+
+
+def test_a_model_is_logged_though_code_of_the_tokenizers_stage_changed(root):
+    """`dvc repro -s training` runs one stage alone."""
+    (root / "dvc.yaml").write_text("stages: {download: {cmd: x}, training: {cmd: x}}")
+    for path in ("models/compact", "data/tokenizer"):
+        (root / path).mkdir(parents=True)
+        (root / path / "manifest.json").write_text(
+            json.dumps({"files": {"model.safetensors": {"sha256": "0" * 64}}})
+        )
+        tracking_store.cache_out(root, path)
+    made = {"download": ["data/tokenizer"], "training": ["models/compact", "reports/training.json"]}
+    save_lock(root, made, {"download": ["code"], "training": ["data/tokenizer"]}, model={"n_layer": 2})
+    (root / "code/evaluation.py").write_text("2")
+    run_stage(root, "training", ended_dvc("dvc repro -s training"))
+    with pytest.raises(Exception) as failure:  # noqa: PT012: the model's files are no model
+        sync(root)
+    assert "which is not a hash" not in str(failure.value)

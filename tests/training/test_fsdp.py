@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compactgpt.common.errors import BadConfig, DiskFull, PeerLost
+from compactgpt.common.errors import BadConfig, DiskFull
 from compactgpt.common.storage import sha256_file
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import save_model

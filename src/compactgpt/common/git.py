@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compactgpt.common.errors import MissingInput, UserError
+from compactgpt.common.errors import MissingInput, UserError, printable
 
 DIFF = "uncommitted.diff"  # name of the artifact
 OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps: never a change of the user's
@@ -103,7 +103,7 @@ def uncommitted_changes(root: Path) -> Changes:
     listed = run_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *NEW_FILES)
     for name in sorted(filter(None, os.fsdecode(listed).split("\0"))):
         if reason := _reason_to_leave_out(root / name, name, MAX_BYTES - len(diff)):
-            left_out.append(f"{name} ({reason})")
+            left_out.append(f"{printable(name)} ({reason})")
         else:
             words = ["diff", *options, "--no-index", "--", os.devnull, name]
             diff += run_git(root, *words, allowed=(0, 1))  # 1: the two differ

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.errors import UserError
+from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
 from compactgpt.evaluation.likelihood import Totals, read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
@@ -132,10 +132,20 @@ def _figures(version: Version) -> dict[str, Any]:
         name, _, item = stage.partition("@")
         for path in outs(entry) if name in _STAGES else ():
             content = version.place.read(path) if path.endswith(".json") else None
-            for key, value in numbers(json.loads(content or "{}")).items():
+            for key, value in numbers(_report(content, path, version)).items():
                 if key in _FIGURES or key.endswith(_LOSSES):
                     found[f"{item or name}: {key.removesuffix('.value')}"] = value
     return found
+
+
+def _report(content: bytes | None, path: str, version: Version) -> dict[str, Any]:
+    try:
+        report = json.loads(content or "{}")
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        raise BadData(f"{path} of {version.name} is not a JSON object: was it edited?")
+    return report
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
@@ -189,7 +199,8 @@ def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
     for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):
         md5 = version.chain.out(out)
         if content is None and md5 and cache.has(md5):
-            content = cache.files(md5)[name].read_bytes()
+            file = cache.files(md5).get(name)
+            content = file.read_bytes() if file else None
     if content is None:
         return None
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:

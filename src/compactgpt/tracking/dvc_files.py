@@ -261,7 +261,7 @@ class Cache:
     """DVC's local cache, which stores each file under its MD5."""
 
     def __init__(self, root: Path) -> None:
-        settings = configparser.ConfigParser()
+        settings = configparser.ConfigParser(interpolation=None)
         settings.read([root / ".dvc/config", root / ".dvc/config.local"])
         folder = settings.get("cache", "dir", fallback="cache").strip()
         self.folder = (root / ".dvc" / folder).resolve()

@@ -38,7 +38,7 @@ LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # characters of a data set's digest: MLflow's limit
 _TAIL = 65_536  # bytes at the end of a journal that contain its last line
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
-_PASSWORD = re.compile(r"(://)[^/\s]+@")
+_PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
 # Processor flags and environment variables that change the order or the precision of floating-point sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -69,7 +69,7 @@ def tracking_folder(root: Path) -> Path:
 
 def without_password(text: str) -> str:
     """Return the text with the user and password of every URL replaced by `***`."""
-    return _PASSWORD.sub(r"\1***@", text)
+    return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
 
 
 def tracking_store() -> dict[str, str]:

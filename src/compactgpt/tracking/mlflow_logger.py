@@ -262,8 +262,8 @@ def _record_unrun(root: Path, store: Store) -> None:
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
         return
-    found = pipeline_run.outcome(place, place, [], "dvc repro")
-    if not found.stages or found.status != "FINISHED":  # a stage still has to run
+    found = pipeline_run.outcome(place, place, [], "dvc repro", root)
+    if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
         return
     tags = {**git_facts(root), **journal.machine_facts()}
     pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}

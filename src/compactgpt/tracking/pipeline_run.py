@@ -33,7 +33,9 @@ class Outcome(BaseModel):
     entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
 
 
-def outcome(place: Place, before: Place, journals: list[JournalFile], command: str) -> Outcome:
+def outcome(
+    place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None = None
+) -> Outcome:
     """Return the outcome of a `dvc` process: its status, and what happened to each stage.
 
     Args:
@@ -41,6 +43,7 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
         before: the files before the first stage.
         journals: the journals of the stages that ran.
         command: the `dvc` command. If it names stages, the other stages need no results.
+        tree: the work tree, whose code and data the results must belong to; None for a commit.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -55,7 +58,7 @@ def outcome(place: Place, before: Place, journals: list[JournalFile], command: s
             continue
         if stage in ran:
             is_valid = ran[stage].status == "FINISHED" and _is_recorded(ran[stage], entry)
-        elif is_valid := _has_params(entry, params) and _has_inputs(entry, chain, found.entries, place):
+        elif is_valid := _has_params(entry, params) and _has_inputs(entry, chain, found.entries, tree):
             same = old.get(stage) == entry
             found.stages[stage] = f"{SKIPPED}: {'unchanged' if same else 'from the run cache of DVC'}"
         if is_valid:
@@ -84,16 +87,16 @@ def _has_params(entry: Entry, params: Mapping[str, Any]) -> bool:
     return flatten(wanted) == found
 
 
-def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], place: Place) -> bool:
+def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], tree: Path | None) -> bool:
     """Return whether a stage's dependencies are outputs of valid stages, or code and data of this version."""
     makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
         inside = [out for out in makers if _is_inside(out, path) or _is_inside(path, out)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # A commit needs no check of its files: DVC commits only experiments that succeeded. In a folder, a
-        # missing file counts as changed.
-        if not inside and isinstance(place, Folder) and dvc_files.md5_path(place.root / path) != md5:
+        # A commit needs no check of its files: DVC commits only experiments that succeeded. In the
+        # work tree a missing file counts as changed.
+        if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
@@ -103,7 +106,7 @@ def _is_inside(path: str, parent: str, separator: str = "/") -> bool:
 
 
 def write_after(
-    place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str
+    place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str, tree: Path | None
 ) -> None:
     """Save the files of an ended `dvc` process to `after/`, before the next command changes them.
 
@@ -112,12 +115,15 @@ def write_after(
     """
     before, after, making = (run_folder / name for name in (BEFORE, "after", "after.tmp"))
     shutil.rmtree(making, ignore_errors=True)
-    shutil.copytree(before, making, ignore=shutil.ignore_patterns(LOCK))  # keeps file modes
+    making.mkdir()
+    if before.exists():  # a first stage that was killed at once, or whose disk was full, has kept none
+        kept = shutil.ignore_patterns(LOCK)
+        shutil.copytree(before, making, ignore=kept, dirs_exist_ok=True)  # with modes: changes stay private
     if lock := place.read(LOCK):
         (making / LOCK).write_bytes(lock)
     (making / "environment").mkdir()
     (making / "environment/packages.txt").write_text(journal.packages())
-    found = outcome(place, Folder(before), journals, command)
+    found = outcome(place, Folder(before), journals, command, tree if isinstance(place, Folder) else None)
     try:
         for path, md5 in outs(place, found).items():
             is_table = path.startswith(("data/evaluation", "data/baseline")) and cache.has(md5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import CheckFailed, MissingInput
-from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, checkout
+from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, checkout, read_chain
 from compactgpt.tracking.journal import MAX_DIGEST
 from compactgpt.tracking.store import Store
 
@@ -70,8 +70,9 @@ def _log(trained: Trained) -> str:
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
+        chain = read_chain(Folder(trained.after))  # `outs` lacks the tokenizer after `dvc repro -s training`
         for path in (MODEL, TOKENIZER):
-            if not checkout(trained.cache, Folder(folder), path, trained.outs.get(path, ""), folder / path):
+            if not checkout(trained.cache, Folder(folder), path, chain.out(path), folder / path):
                 raise MissingInput(f"DVC's cache lacks {path}: `dvc repro` or `dvc pull` restores it")
         import mlflow
         from huggingface_hub import ModelCard

@@ -95,9 +95,13 @@ class RunFolder:
         """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
         if not self.is_pipeline or self.outcome():
             return True
-        if self.alive or (place := self._place()) is None:
+        kept = Folder(self.path / "after")
+        is_kept = kept.root.exists()  # then only outcome.json is damaged or of version 0.2: the files stay
+        if self.alive or (place := kept if is_kept else self._place()) is None:
             return False
-        pipeline_run.write_after(place, Cache(self.root), self.path, self.stages(), self.command)
+        # `place` may have only the files that a later run kept. Code of long ago is not known any more.
+        tree = None if is_kept else Path(self.start["workspace"])
+        pipeline_run.write_after(place, Cache(self.root), self.path, self.stages(), self.command, tree)
         return True
 
     def _place(self) -> Place | None:
