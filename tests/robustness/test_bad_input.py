@@ -373,7 +373,9 @@ def test_a_model_of_more_layers_than_it_has_tensors_is_refused_before_it_is_buil
     folder.write("config.json", json_bytes(config), new_manifest=True)
     read = partial(baselines.read_folder, folder.path)
     assert is_refused(read)
-    with pytest.raises(BadData, match="has 1,000,000,000,000 layers, the files 16 tensors"):
+    with pytest.raises(
+        BadData, match="has 1,000,000,000,000 layers, but the weight files have only 16 tensors"
+    ):
         read()
 
 

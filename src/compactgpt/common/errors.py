@@ -13,7 +13,7 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with every character that a terminal would obey or hide written as an escape.
+    """Return `text` with control characters and invisible characters escaped, safe to print.
 
     Args:
         text: a file name, a message, or any other text from outside.

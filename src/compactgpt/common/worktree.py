@@ -35,10 +35,10 @@ class Scratch:
         return self.folder / "tree"
 
     def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Run a command in the checkout; when it ends, what it left running is killed.
+        """Run a command in the checkout. When it ends, the processes that it left running are killed.
 
         Returns:
-            The exit code; -SIGKILL if the watchdog was killed, with which the command is killed.
+            The command's exit code; -SIGKILL if the watchdog process was killed: then the command is killed too.
         """
         assert self.watchdog.stdin
         assert self.watchdog.stdout

@@ -289,7 +289,7 @@ def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Ev
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield one measured model's loss, perplexity and bits per byte, and a baseline's parameter counts."""
+    """Yield a model's loss, perplexity and bits per byte; for a baseline, also its parameter counts."""
     name, score = measured.name, measured.score
     about = _common(measured, sources, windows=True)
     for quantity, unit in SCORE_UNITS.items():

@@ -81,5 +81,5 @@ def read_card(model: Path, card: Path) -> tuple[str, str]:
     text = card.read_text(encoding="utf-8")
     named = re.search(r"SHA-256 of the weights as trained: `([0-9a-f]{64})`", text)
     if named is None or named[1] != read_manifest(model)["files"]["model.safetensors"]["sha256"]:
-        return "", f"{card} is the card of other weights than those in {model}: run `dvc repro comparison`"
+        return "", f"{card} describes other weights than {model}: run `dvc repro comparison`"
     return text, ""

@@ -82,7 +82,7 @@ class Check:
 
     @property
     def exit_code(self) -> int:
-        """0 if the version can run on this machine."""
+        """The command's exit code: 0 if the version can run on this machine, 66 if something is missing."""
         return MissingInput.exit_code if self.missing else 0
 
     def lines(self) -> list[str]:
