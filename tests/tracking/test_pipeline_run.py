@@ -338,6 +338,6 @@ def test_a_model_is_logged_though_code_of_the_tokenizers_stage_changed(root):
     save_lock(root, made, {"download": ["code"], "training": ["data/tokenizer"]}, model={"n_layer": 2})
     (root / "code/evaluation.py").write_text("2")
     run_stage(root, "training", ended_dvc("dvc repro -s training"))
-    with pytest.raises(Exception) as failure:  # noqa: PT012: the model's files are no model
+    with pytest.raises(Exception) as failure:
         sync(root)
     assert "which is not a hash" not in str(failure.value)

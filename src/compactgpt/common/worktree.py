@@ -38,7 +38,7 @@ class Scratch:
         """Run a command in the checkout. When it ends, the processes that it left running are killed.
 
         Returns:
-            The command's exit code; -SIGKILL if the watchdog process was killed: then the command is killed too.
+            The command's exit code; -SIGKILL if the watchdog process was killed, and the command with it.
         """
         assert self.watchdog.stdin
         assert self.watchdog.stdout

@@ -325,7 +325,7 @@ class View:
         }
 
     def counted(self) -> dict[str, str]:
-        """Return the formatted numbers of documents, tokens and bytes of the val split, and the window size."""
+        """Return the formatted numbers of val documents, tokens and bytes, and the window size."""
         validation = self.record["validation"]
         return {key: self.number(validation[key]) for key in ("documents", "tokens", "bytes", "window")}
 
