@@ -195,14 +195,10 @@ def generate_texts(
     """Continue every prompt by every decoding strategy.
 
     Returns:
-        The report, with these keys:
-
-        - `settings`: the section `evaluation.text` of params.yaml, without its prompts.
-        - `samples`: for each prompt, the text by each strategy and its number of tokens in the model's
-          tokens.
-        - `statistics`: for each strategy, the statistics of the texts that continue documents. `human` has
-          the statistics of human text of the same length.
-        - `formulas`: the definition of each statistic.
+        The report. `settings`: the section `evaluation.text` of params.yaml, without its prompts. `samples`:
+        for each prompt, the text by each strategy and its number of tokens in the model's tokens.
+        `statistics`: for each strategy, the statistics of the texts that continue documents; `human` has the
+        statistics of human text of the same length. `formulas`: the definition of each statistic.
 
     Raises:
         BadConfig: the split has too few documents to continue.

@@ -1,7 +1,8 @@
 """Compute perplexity, bits per byte, confidence intervals and tests.
 
-Each mean is a total over all documents, divided once. Word, byte and token perplexity are defined as in
-EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's loss_eval.py.
+Each mean is a total over all documents divided by the total count, not a mean of per-document means. Word,
+byte and token perplexity are defined as in EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's
+loss_eval.py.
 """
 
 import math
