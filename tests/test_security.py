@@ -27,8 +27,8 @@ from compactgpt.config import load_params
 from compactgpt.data import hub, wheels
 from compactgpt.evaluation import baselines
 from compactgpt.model.huggingface import save_hf
-from compactgpt.tracking.journal import without_password
-from compactgpt.tracking.mlflow_logger import PasswordFilter, sync
+from compactgpt.tracking.journal import PasswordFilter, without_password
+from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.store import open_store
 from compactgpt.training.checkpoint import save_state
 from compactgpt.training.optim import Optimizers

@@ -12,6 +12,7 @@ first line names the tracking store of the run.
 
 import functools
 import json
+import logging
 import os
 import platform
 import re
@@ -70,6 +71,14 @@ def tracking_folder(root: Path) -> Path:
 def without_password(text: str) -> str:
     """Return the text with the user and password of every URL replaced by `***`."""
     return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
+
+
+class PasswordFilter(logging.Formatter):
+    """A log formatter that hides user and password in URLs: MLflow's errors quote MLFLOW_TRACKING_URI."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record and its traceback as a string, without passwords."""
+        return without_password(super().format(record))
 
 
 def tracking_store() -> dict[str, str]:

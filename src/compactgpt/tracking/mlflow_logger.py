@@ -1,10 +1,9 @@
 """Copy journals to MLflow in a child process.
 
-`start_logger` starts one child process for each run folder. The child process copies new lines of the
-journals, logs system metrics, and closes the runs of killed stages (KILLED). When the `dvc` process has
-ended, the child process completes the pipeline's run and exits. If the server does not answer, the lines
-stay in the journal, and `compactgpt sync` copies them later. A second copy changes nothing, because metrics
-have the journal's time and step.
+`start_logger` starts one child process for each run folder. It copies new lines of the journals, logs system
+metrics, and closes the runs of killed stages (KILLED). When the `dvc` process has ended, it completes the
+pipeline's run. If the server does not answer, `compactgpt sync` copies the lines later. A second copy changes
+nothing, because metrics have the journal's time and step.
 """
 
 import functools
@@ -21,14 +20,7 @@ from typing import Any
 from compactgpt.common.errors import Busy, MissingInput, UserError
 from compactgpt.common.git import git_facts
 from compactgpt.tracking import journal, pipeline_run
-from compactgpt.tracking.dvc_files import (
-    CHAIN,
-    LOCK,
-    PARAMS,
-    Cache,
-    Folder,
-    parse_yaml,
-)
+from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, Cache, Folder, parse_yaml
 from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_store
 from compactgpt.tracking.run_folder import PIPELINE, Copied, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
@@ -170,7 +162,7 @@ class Logger:
             from compactgpt.tracking import registry
 
             val = next((one["digest"] for one in datasets if one["name"] == "val.tokens"), "")
-            trained = registry.Trained(run_id, outs, cache, after, tags["weights_sha256"], val)
+            trained = registry.Trained(run_id, cache, after, tags["weights_sha256"], val)
             self.client.set_tag(run_id, "model_id", registry.log_model(self.store, trained))
 
 
@@ -199,15 +191,8 @@ def follow(folder: RunFolder) -> None:
 def sync(root: Path, *, record_unrun: bool = False) -> str:
     """Copy ended runs to their tracking stores, if an earlier copy is missing or incomplete.
 
-    If a child process still copies a run, wait for that process. If the current store was deleted, copy its
-    runs again. If a run can't be copied, continue with the other runs.
-
-    Args:
-        root: the repository.
-        record_unrun: also log a dvc.lock that no run in the store produced, as in a fresh clone.
-
-    Returns:
-        The address of the current store, which the environment variables name.
+    A run that can't be copied does not stop the other runs. `record_unrun` also logs a dvc.lock that no run
+    in the store produced, as in a fresh clone. Return the address of the current store.
 
     Raises:
         MissingInput: dvc.yaml is missing.
@@ -274,16 +259,8 @@ def _record_unrun(root: Path, store: Store) -> None:
     Logger(RunFolder(run.run_folder), store).copy()
 
 
-class PasswordFilter(logging.Formatter):
-    """A log formatter that hides user and password in URLs: MLflow's errors quote MLFLOW_TRACKING_URI."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record and its traceback as a string, without passwords."""
-        return journal.without_password(super().format(record))
-
-
 if __name__ == "__main__":
     handler = logging.StreamHandler()
-    handler.setFormatter(PasswordFilter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(journal.PasswordFilter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler])
     follow(RunFolder(Path(sys.argv[1])))

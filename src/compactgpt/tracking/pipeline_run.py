@@ -94,8 +94,7 @@ def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], tree: Path
         inside = [out for out in makers if _is_inside(out, path) or _is_inside(path, out)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # A commit needs no check of its files: DVC commits only experiments that succeeded. In the
-        # work tree a missing file counts as changed.
+        # DVC commits only experiments that succeeded. In the work tree a missing file counts as changed.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True

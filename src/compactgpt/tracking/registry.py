@@ -3,7 +3,6 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,6 @@ class Trained:
     """A model that a pipeline trained."""
 
     run_id: str  # the pipeline's run
-    outs: Mapping[str, str]  # MD5 of each output, by path
     cache: Cache
     after: Path  # the folder with the pipeline's files after its end
     weights: str  # SHA-256 of the weights
@@ -110,12 +108,7 @@ def _log(trained: Trained) -> str:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights as the champion, and return its version number.
 
-    Only the gate calls this function.
-
-    Args:
-        store: the tracking store.
-        weights: the SHA-256 of the weights.
-        reason: why a model with another configuration may replace the champion.
+    `reason` says why a model with another configuration may replace the champion.
 
     Raises:
         MissingInput: MLflow has no logged model with these weights.
