@@ -279,7 +279,7 @@ def project(folder, loss=4.0):
 
 def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
     now = references.read_present(project(tmp_path))
-    references.accept(now, " a better recipe ", tmp_path / references.ACCEPTED, 2000)
+    references.accept(now, " a better recipe ", tmp_path / "reports/accepted.json", 2000)
     then = references.read_reference("reports/accepted.json", tmp_path)
     assert then.reason == "a better recipe"
     for key in ("fingerprint", "data", "params", "figures", "baselines", "tasks"):

@@ -35,7 +35,6 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import flatten
 
-ACCEPTED = Path("reports/accepted.json")
 CHAMPION = "champion"
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"

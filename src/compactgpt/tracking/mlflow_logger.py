@@ -103,10 +103,9 @@ class Logger:
         return copied.complete
 
     def _start_stage(self, file: JournalFile) -> str:
-        """Create a stage's run under the pipeline's run, or resume the run that the journal continues.
+        """Create a stage's run, or resume the one that its journal continues, and return its id.
 
-        A resumed run's earlier journals are copied again: the store may lack them, and this pipeline's run
-        does not have their metrics. Return the run's id.
+        Earlier journals of a resumed run are copied again: the store or the pipeline's run may lack them.
         """
         parent = {"mlflow.parentRunId": self.copied.run_id} if self.copied.run_id else {}
         journals, stage = file.run(), file.start["stage"]

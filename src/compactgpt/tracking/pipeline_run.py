@@ -32,6 +32,10 @@ class Outcome(BaseModel):
     stages: dict[str, str] = {}  # ran, skipped or not reached
     entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
 
+    def save(self, run_folder: Path) -> None:
+        """Write outcome.json, with the stages in their order."""
+        write_text(run_folder / "outcome.json", self.model_dump_json())
+
 
 def outcome(
     place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None = None
@@ -105,7 +109,7 @@ def _is_inside(path: str, parent: str, separator: str = "/") -> bool:
 
 
 def write_after(
-    place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str, tree: Path | None
+    place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str, tree: Path
 ) -> None:
     """Save the files of an ended `dvc` process to `after/`, before the next command changes them.
 
@@ -131,7 +135,7 @@ def write_after(
                 dvc_files.checkout(cache, place, path, md5, making / path)
     except UserError as error:  # a file in DVC's cache was altered
         found.reason = found.reason or str(error)
-    write_text(run_folder / "outcome.json", found.model_dump_json())  # keeps the order of stages
+    found.save(run_folder)
     shutil.rmtree(after, ignore_errors=True)
     making.rename(after)
 

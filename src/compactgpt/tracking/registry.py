@@ -32,10 +32,7 @@ class Trained:
 
 
 def log_model(store: Store, trained: Trained) -> str:
-    """Log a model and its pipeline's metrics to MLflow, and return the model's id.
-
-    If a model with these weights is already logged, use that model.
-    """
+    """Log a model and its pipeline's metrics, once for each set of weights; return its id."""
     from mlflow.entities import LoggedModelInput, Metric
 
     model_id = _logged(store, trained.weights) or _log(trained)

@@ -95,12 +95,17 @@ class RunFolder:
         """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
         if not self.is_pipeline or self.outcome():
             return True
-        kept = Folder(self.path / "after")
-        is_kept = kept.root.exists()  # then only outcome.json is damaged or of version 0.2: the files stay
-        if self.alive or (place := kept if is_kept else self._place()) is None:
+        if self.alive:
             return False
-        # `place` may have only the files that a later run kept. Code of long ago is not known any more.
-        tree = None if is_kept else Path(self.start["workspace"])
+        after = Folder(self.path / "after")
+        if after.root.exists():  # only outcome.json is damaged, or of an earlier version: the files stay
+            # Without `tree`: the code of that time may have changed since.
+            pipeline_run.outcome(after, self.before, self.stages(), self.command).save(self.path)
+            return True
+        if (place := self._place()) is None:
+            return False
+        # `place` may be the next run's `before/`, which has no code: the work tree has it.
+        tree = Path(self.start["workspace"])
         pipeline_run.write_after(place, Cache(self.root), self.path, self.stages(), self.command, tree)
         return True
 
