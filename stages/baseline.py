@@ -26,7 +26,7 @@ def main(
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
     from compactgpt.evaluation.generation import generate_texts
-    from compactgpt.evaluation.likelihood import NeuralModel, evaluate, summarize, write_totals
+    from compactgpt.evaluation.likelihood import NeuralModel, evaluate, scored_split, summarize, write_totals
     from compactgpt.evaluation.tasks import run_tasks
 
     name = name or matrix_item()
@@ -37,7 +37,8 @@ def main(
     with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
         params, settings = stage.params, stage.params.evaluation
         likelihood, encoding = settings.likelihood, load_encoding(tokenizer)
-        train, split = tokens / "train.tokens", open_tokens(tokens / "val.tokens")
+        train = tokens / "train.tokens"
+        split = scored_split(open_tokens(tokens / "val.tokens"), encoding, likelihood)
         inputs = BaselineInputs(train, encoding, likelihood.batch_size, params.runtime, state_folder())
         model = load_baseline(name, params.baseline, inputs)
         views = getattr(params.baseline.specs[name], "views", ())

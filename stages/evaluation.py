@@ -29,14 +29,15 @@ def main(
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.compact import load_compact
     from compactgpt.evaluation.generation import generate_texts, samples_markdown
-    from compactgpt.evaluation.likelihood import evaluate, headline, summarize, write_totals
+    from compactgpt.evaluation.likelihood import evaluate, headline, scored_split, summarize, write_totals
     from compactgpt.evaluation.tasks import run_tasks
 
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime
         likelihood = settings.likelihood
         prepare_process(runtime.num_threads)
-        split, encoding = open_tokens(tokens / "val.tokens"), load_encoding(tokenizer)
+        encoding = load_encoding(tokenizer)
+        split = scored_split(open_tokens(tokens / "val.tokens"), encoding, likelihood)
         compact = load_compact(model, encoding, likelihood.batch_size, resolve_device(runtime.device))
         windows, tasks, texts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
         found = evaluate(compact, split, encoding, likelihood, views=settings.views, progress=windows)

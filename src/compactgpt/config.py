@@ -258,6 +258,7 @@ class Training(Section):
 class Likelihood(Section):
     """How every model is measured on the val split: what the figures of a baseline depend on."""
 
+    document_tokens: Positive | None = None  # tokens of each document that are scored; None: all
     window: Positive
     batch_size: Positive
     own_context: Positive

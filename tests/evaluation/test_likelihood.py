@@ -65,6 +65,19 @@ def test_nats_equal_a_plain_computation_however_the_windows_are_batched(
     assert found.bytes.tolist() == [len(text.encode()) for text in TEXTS]
 
 
+def test_only_the_first_tokens_of_each_document_are_scored(encoding, split, model):
+    """The second document begins "é 漢字": its tokens 1 and 2 are one character, and 4 to 6 are another."""
+    settings = LIKELIHOOD.model_copy(update={"document_tokens": 5})
+    part = likelihood.scored_split(split, encoding, settings)
+    assert np.diff(part.offsets).tolist() == [6, 4, 2, 6, 3]  # with end-of-text
+    texts = [likelihood.document_text(part, encoding, index).decode() for index in range(5)]
+    assert texts == ["the cat", "é ", "a", "Retur", "then"]
+    expected = plain_nats(model, part, 8)
+    found = evaluate(as_neural_model(model, 3), part, encoding, settings)
+    np.testing.assert_allclose(found.nats, expected, rtol=1e-6)
+    assert likelihood.scored_split(split, encoding, LIKELIHOOD) is split
+
+
 def test_memory_is_bounded_in_windows_and_in_logits(split, model, monkeypatch):
     monkeypatch.setattr(likelihood, "HEAD_ROWS", 5)
     monkeypatch.setattr(likelihood, "SORTED_WINDOWS", 4)

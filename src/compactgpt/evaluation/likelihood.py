@@ -20,7 +20,7 @@ Shapes: B windows, T tokens of the longest window, C channels, V tokens of the v
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -343,6 +343,33 @@ def evaluate(
         found,
         scores.positions,
     )
+
+
+def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
+    """Return the part of a split that every model scores: the first `document_tokens` of each document.
+
+    A long document would dominate the metrics and widen their intervals. A cut that falls inside a UTF-8
+    character is moved to the front of the character, since some tokenizers read only valid text. The result
+    is in memory, and keeps the path of the complete split.
+    """
+    limit = likelihood.document_tokens
+    if limit is None:
+        return split
+    end_of_text = np.array([split.header.eot_token], split.tokens.dtype)
+    parts, lengths, byte_lengths = [], [], split.byte_lengths.copy()
+    for index in range(split.header.documents):
+        tokens = split.document(index)
+        if len(tokens) > limit:
+            tokens, text = tokens[:limit], encoding.decode_bytes(tokens[:limit].tolist())
+            while text.decode(errors="ignore").encode() != text:
+                tokens = tokens[:-1]
+                text = encoding.decode_bytes(tokens.tolist())
+            byte_lengths[index] = len(text)
+        parts += [tokens, end_of_text]
+        lengths.append(len(tokens) + 1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # (documents + 1,)
+    header = replace(split.header, tokens=int(offsets[-1]))
+    return TokenFile(split.path, header, np.concatenate(parts), offsets, byte_lengths, split.ids)
 
 
 def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
