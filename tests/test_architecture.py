@@ -23,6 +23,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if path.stem != "__init__"
 }
+COMMANDS = {name for name in MODULES if name.split(".")[0] in ("cli", "commands")}
 STAGES = {path.stem: path for path in (ROOT / "stages").glob("*.py")}
 PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
@@ -88,7 +89,8 @@ for name in {modules}:
 
 def test_importing_the_modules_loads_no_heavy_library():
     # cross_entropy_triton needs Triton, which comes with torch for Nvidia's GPUs only.
-    names = [f"compactgpt.{name}" for name in sorted(set(MODULES) - {"cli", "model.cross_entropy_triton"})]
+    without = {*COMMANDS, "model.cross_entropy_triton"}
+    names = [f"compactgpt.{name}" for name in sorted(set(MODULES) - without)]
     assert loaded_by(["compactgpt"], [*HEAVY, "torch", "numpy"]) == []
     assert loaded_by(names, HEAVY) == []
 
@@ -118,7 +120,7 @@ def libraries(path: Path) -> set[str]:
         ("datasets", {"data.hub_texts"}),
         ("great_expectations", {"data.validation"}),
         ("transformers", {"evaluation.baselines", "tracking.registry"}),
-        ("typer", {"cli"}),
+        ("typer", COMMANDS),
         ("stages", set()),
     ],
 )
@@ -156,6 +158,7 @@ LEVELS = [
     {"tracking"},
     {"reporting"},
     {"gate"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {folder: number for number, folders in enumerate(LEVELS) for folder in folders}

@@ -1,0 +1,148 @@
+"""Commands that run the pipeline, or say what a run would cost."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, ParamsFile, Settings
+from compactgpt.common.console import echo
+
+app = typer.Typer()
+experiment = typer.Typer(no_args_is_help=True, help="List, show, apply, run and record named experiments.")
+app.add_typer(experiment, name="experiment")
+
+
+@app.command()
+def estimate(
+    settings: Settings = None,
+    measure: Annotated[bool, typer.Option(help="Also measure this machine's speed, for a second.")] = False,
+    as_json: AsJson = False,
+    params_file: ParamsFile = PARAMS,
+    ladder: Annotated[Path, typer.Option(help="The runs of a sweep.")] = Path("results/ladder.json"),
+) -> None:
+    """Estimate a run before it starts: size, time, memory and loss.
+
+    Prints a table. Writes nothing.
+
+    Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
+    """
+    from compactgpt.experiments import load_changed_params
+    from compactgpt.forecast.estimate import estimate_configuration, format_estimate
+
+    params = load_changed_params(params_file, settings or [])
+    found = estimate_configuration(params, ladder, measure=measure)
+    if as_json:
+        echo(json.dumps(found, indent=2))
+        return
+    changes = [word for setting in settings or [] for word in ("-S", setting)]
+    echo(format_estimate(found))
+    if params_file == PARAMS:
+        echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+
+
+@experiment.command("list")
+def list_experiments() -> None:
+    """List the named experiments: what each is for, and what it needs.
+
+    Prints the files of conf/experiments. Writes nothing.
+
+    Example: compactgpt experiment list
+    """
+    from compactgpt.experiments import load_experiments
+
+    for name, found in load_experiments().items():
+        echo(f"{name:<14}{found.purpose}\n{'':<14}needs {found.needs}")
+    echo("next: compactgpt experiment show NAME")
+
+
+@experiment.command("show")
+def show_experiment(
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
+) -> None:
+    """Show what an experiment would change in params.yaml.
+
+    Prints a line per parameter. Writes nothing.
+
+    Example: compactgpt experiment show note
+    """
+    from compactgpt import experiments
+
+    echo("\n".join(experiments.describe(name, params_file, settings or [])))
+    echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
+
+
+@experiment.command("apply")
+def apply_experiment(
+    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
+) -> None:
+    """Change params.yaml to the values of an experiment.
+
+    Prints a line per parameter. Writes params.yaml; its comments stay.
+
+    Example: compactgpt experiment apply note -S training.max_steps=1000
+    """
+    from compactgpt import experiments
+
+    changes = experiments.apply(name, params_file, settings or [])
+    echo("\n".join(changes) or f"{params_file} has these values already")
+    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
+
+
+@experiment.command("run")
+def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
+    """Run an experiment with `dvc exp run`.
+
+    Prints how long it may take, then what DVC prints. Writes params.yaml and the outputs of the pipeline; the
+    runs of a sweep write DVC experiments only.
+
+    Example: compactgpt experiment run shakespeare-quick
+    """
+    from compactgpt import experiments
+    from compactgpt.forecast.estimate import announce_times
+
+    runs = experiments.configurations(name, params_file, settings or [])
+    echo("\n".join(announce_times(runs)))
+    done = experiments.run(name, params_file, settings or [])
+    echo("\n".join(done))
+    echo(f"next: compactgpt experiment {'fit' if len(done) > 1 else 'record'} {name}")
+
+
+@experiment.command("record")
+def record_experiment(name: ExperimentName) -> None:
+    """Record the metrics of an experiment that has run, for the comparison.
+
+    Prints the file. Writes results/NAME.json.
+
+    Example: compactgpt experiment record note
+    """
+    from compactgpt.reporting.results import record_result
+
+    path = record_result(name)
+    echo(f"{path}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+
+
+@experiment.command("fit")
+def fit_experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep that has run.")] = "ladder",
+    folder: Annotated[Path, typer.Option(help="The folder of ladder.json.")] = Path("results"),
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
+
+    Prints the law and the prediction. Writes ladder.json.
+
+    Example: compactgpt experiment fit ladder
+    """
+    from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
+    from compactgpt.forecast.sweep import fit_sweep
+
+    def read_file(run: str, path: str) -> str:
+        return read_experiment_file(experiment_ref(run), path)
+
+    echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder / "ladder.json", params_file))
+
+
+app.command("ladder", hidden=True)(fit_experiment)  # its name until version 0.2  # wording: quoted
