@@ -1,6 +1,6 @@
-"""Settings of the process and its device that no user should have to make: allocator, threads, precision.
+"""Prepare a process that trains or evaluates: memory allocator, CPU threads, device, precision, signals.
 
-Call `prepare_process` first in a program that trains or evaluates, before it imports torch.
+Call `prepare_process` before the program imports torch.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from compactgpt.common.errors import BadConfig
+
 # glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -20,15 +22,17 @@ _MADV_HUGEPAGE = 14
 
 
 def prepare_heap() -> bool:
-    """Keep glibc from returning the memory of large tensors to the kernel, and put it on pages of 2 MB.
+    """Set glibc to keep the memory of freed tensors, and put this memory on pages of 2 MB.
 
-    Linux would fill returned pages with zeros again for the next tensor; keeping them makes training 1.2 to
-    1.6 times as fast. Large pages add up to 1.2 (docs/benchmarks.md). The heap grows at once to half of the
-    machine's memory. Linux takes no memory for it until it is written, and gives large pages where
-    `transparent_hugepage` is `madvise` or `always`.
+    By default glibc returns the memory of a large freed tensor to Linux, and Linux fills the memory of the
+    next tensor with zeros. Training is 1.2 to 1.6 times as fast if glibc keeps the memory, and up to 1.2
+    times as fast again with large pages (docs/benchmarks.md). This function reserves half of the machine's
+    memory for the heap. Linux provides a page only when the process writes to it. Linux provides large pages
+    if its setting `transparent_hugepage` is `madvise` or `always`.
 
     Returns:
-        Whether the settings took effect: with glibc only; elsewhere nothing changes.
+        True if the settings took effect. False if the C library is not glibc, or if the address space is
+        limited.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -39,20 +43,21 @@ def prepare_heap() -> bool:
     size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     libc.malloc.restype = ctypes.c_void_p
     heap = libc.malloc(ctypes.c_size_t(size))
-    if not heap:  # the user limits the address space, with `ulimit -v`
+    if not heap:  # `ulimit -v` limits the address space
         return False
-    first = -(-heap // page) * page  # madvise takes whole pages
+    first = -(-heap // page) * page  # madvise needs the address of a page
     failed = libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(heap + size - first), _MADV_HUGEPAGE)
     libc.free(ctypes.c_void_p(heap))
     return not failed
 
 
 def prepare_process(num_threads: int) -> None:
-    """Set the allocator and the number of CPU threads of torch."""
+    """Set the memory allocator, and the number of CPU threads that torch uses."""
     prepare_heap()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    # A thread that waits for others spins this often, then sleeps. With libgomp's default of 300,000 it
-    # keeps the core from the thread that it waits for, when another program runs too (docs/decisions.md).
+    # A thread that waits for other threads checks in a loop this many times, then sleeps. With libgomp's
+    # default of 300,000 the waiting thread can occupy the core that the other threads need, if another
+    # program runs at the same time.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
@@ -60,18 +65,26 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return `device`, or the best one of this machine where it is `auto`."""
-    if device != "auto":
-        return device
+    """Return the device to use: `device`, or for `auto` the fastest device of this machine.
+
+    Raises:
+        BadConfig: this machine does not have the device, or the installed torch does not support it.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name in available if available[name])
+    if not available[device]:
+        raise BadConfig(
+            f"runtime.device: found {device}, but torch {torch.__version__} finds no such device on this "
+            f"machine; use auto, or {' or '.join(name for name in available if available[name])}"
+        )
+    return device
 
 
 def set_precision(dtype: str) -> None:
-    """Let Nvidia's tensor cores compute float32 products in TF32, unless `dtype` is float32 itself."""
+    """Allow TF32 for float32 matrix products on Nvidia's GPUs, unless `dtype` is float32."""
     import torch
 
     torch.set_float32_matmul_precision("highest" if dtype == "float32" else "high")
@@ -79,18 +92,19 @@ def set_precision(dtype: str) -> None:
 
 @contextmanager
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
-    """Let long work end where it chooses to: the first SIGTERM or Ctrl-C is only noted, a second one acts.
+    """Delay the effect of SIGTERM and Ctrl-C, so that long work can stop at a suitable point.
 
-    Works in the main thread only. Yields a function that returns whether a stop was requested.
+    The block gets a function that returns whether a stop was requested. The first signal only sets this
+    value. A second signal ends the process as usual. Works in the main thread only.
 
     Args:
-        same_seconds: another signal within this time counts as the same request. When a parent with several
-            threads is killed, Linux sends the child its death signal once for each thread.
+        same_seconds: another signal within this time belongs to the first request. When a parent with
+            several threads is killed, Linux sends the child its death signal once for each thread.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def record(number: int, _frame: FrameType | None) -> None:
         nonlocal requested_at
         if requested_at is None:
             requested_at = time.monotonic()
@@ -99,7 +113,7 @@ def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
             signal.raise_signal(number)
 
     for number in before:
-        signal.signal(number, note)
+        signal.signal(number, record)
     try:
         yield lambda: requested_at is not None
     finally:
