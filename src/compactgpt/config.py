@@ -151,6 +151,7 @@ class Tokenization(Section):
     """How documents become token files."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
+    split: Literal["hash", "tail"] = "hash"
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"
     engine: Literal["local", "ray"] = "local"
 

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from compactgpt.common.errors import BadConfig, BadData, CheckFailed
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
-from compactgpt.config import Inspection, parse_params
+from compactgpt.config import Inspection, Tokenization, parse_params
 from compactgpt.data.documents import Document, new_document, row_groups, write_documents
 from compactgpt.data.duplicates import digest_documents, find_near_duplicates, run_hashes, word_hashes
 from compactgpt.data.inspection import inspect, passed
+from compactgpt.data.tokenization import SplitRule, tokenize
 from stages.inspection import app
 from tests.support.data_docs import compiled_once  # noqa: F401
-from tests.support.tiny_corpus import write_token_file
+from tests.support.tiny_corpus import make_documents, make_tokenizer, write_token_file
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,22 @@ def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
     assert not found
 
 
+def test_a_split_by_position_may_be_off_its_share_by_one_document(tmp_path):
+    documents = make_documents(tmp_path / "documents", random_texts(40))
+    params = Tokenization(val_fraction=0.2, split="tail")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    tokenize(documents, tokenizer, tmp_path / "tokens", params, num_workers=1, state=tmp_path / "state")
+    report = check(tmp_path)
+    assert report["success"], failures(report)
+    assert report["val"]["documents"] == 8
+    manifest = tmp_path / "tokens/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"val_fraction": 0.5}))
+    found = failures(check(tmp_path))
+    assert found["documents_that_differ"] == {"train": 12, "val": 20}
+    longest = max(map(len, random_texts(40)))
+    assert found["bytes_off_share"]["val"] == pytest.approx(12 * longest, rel=0.1)
+
+
 # --- repetition
 
 
@@ -226,7 +243,10 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
     texts[7] = replace_words(texts[55], 2)
     groups = row_groups(write_inputs(tmp_path, texts[:50], texts[50:]) / "documents")
     assert len(groups) > 16
-    one, two = (digest_documents(groups, PARAMS, 1 / 6, num_workers=workers, total=60) for workers in (1, 2))
+    one, two = (
+        digest_documents(groups, PARAMS, SplitRule(1 / 6), num_workers=workers, total=60)
+        for workers in (1, 2)
+    )
     assert {key: value.tolist() for key, value in vars(one).items()} == {
         key: value.tolist() for key, value in vars(two).items()
     }
@@ -254,7 +274,8 @@ def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_
     with atomic_folder(tmp_path / "documents") as temporary:
         write_documents(temporary, documents)
     params = PARAMS.model_copy(update={"similarity": 0.3, "bands": 64})
-    corpus = digest_documents(row_groups(tmp_path / "documents"), params, 0.1, num_workers=1, total=6)
+    groups = row_groups(tmp_path / "documents")
+    corpus = digest_documents(groups, params, SplitRule(0.1), num_workers=1, total=6)
     _, across = find_near_duplicates(corpus, params)
 
     def shingles(text):

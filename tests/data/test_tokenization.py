@@ -18,9 +18,9 @@ from compactgpt.common.storage import atomic_folder, sha256_file, verified_manif
 from compactgpt.config import Tokenization
 from compactgpt.data import documents as documents_module
 from compactgpt.data import tokenization
-from compactgpt.data.documents import new_document, row_groups
+from compactgpt.data.documents import Document, RowGroup, new_document, row_groups
 from compactgpt.data.token_files import open_tokens
-from compactgpt.data.tokenization import split_of
+from compactgpt.data.tokenization import SplitRule
 from compactgpt.data.tokenizer import load_encoding
 from stages.tokenization import app
 from tests.support.tiny_corpus import EOT, make_documents, make_tokenizer
@@ -53,10 +53,26 @@ def documents(tmp_path, monkeypatch):
     return make_documents(tmp_path / "documents", TEXTS, shard_bytes=500)  # five shards or more
 
 
-def test_a_document_is_in_the_split_of_the_fraction_that_its_id_is():
-    assert split_of("3fffffffffffffff" + "0" * 16, 0.25) == "val"
-    assert split_of("4000000000000000" + "0" * 16, 0.25) == "train"
-    assert split_of("00" * 16, 1e-9) == "val"
+@pytest.mark.parametrize(
+    ("document_id", "fraction", "in_val"),
+    [("3fffffffffffffff", 0.25, True), ("4000000000000000", 0.25, False), ("0" * 16, 1e-9, True)],
+)
+def test_a_document_is_in_the_split_of_the_fraction_that_its_id_is(document_id, fraction, in_val):
+    document = Document(document_id + "0" * 16, "", "")
+    assert SplitRule(fraction).in_val(RowGroup(Path("x"), 0), [document]) == [in_val]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.98])
+def test_with_tail_val_is_the_end_of_the_corpus_at_whole_documents(tmp_path, tokenizer, documents, fraction):
+    params = Tokenization(val_fraction=fraction, split="tail")
+    report = tokenize(documents, tokenizer, tmp_path / "tokens", params)
+    ids = [new_document(text, "").id for text in TEXTS]
+    found = {split: open_tokens(tmp_path / "tokens" / f"{split}.tokens") for split in SPLITS}
+    assert found["train"].document_ids + found["val"].document_ids == ids
+    sizes = [len(text.encode()) for text in TEXTS]
+    first = found["train"].header.documents  # of val
+    assert sum(sizes[first + 1 :]) < fraction * sum(sizes) <= sum(sizes[first:])
+    assert report["split"] == verified_manifest(tmp_path / "tokens")["split"] == "tail"
 
 
 def test_every_document_is_in_one_split_in_order_and_decodes_to_its_text(tmp_path, tokenizer, documents):

@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,7 +34,7 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_row_group
-from compactgpt.data.tokenization import split_of
+from compactgpt.data.tokenization import SplitRule
 
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
@@ -85,17 +86,17 @@ class Digest:
     hit_documents: Numbers  # (hits,) number of the document that contains the run
 
 
-def val_runs(groups: Iterable[RowGroup], val_fraction: float, length: int) -> Hashes:
+def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
     """Read the val documents, and return the sorted hashes of their runs of words. (G,)"""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
-        texts = [each.text for each in documents if split_of(each.id, val_fraction) == "val"]
+        texts = [each.text for each in compress(documents, rule.in_val(group, documents))]
         hashes += [np.unique(run_hashes(word_hashes(text), length)) for text in texts]
     return np.unique(np.concatenate(hashes))
 
 
-def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_file: Path) -> Digest:
+def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
     """Return the digest of one row group: a pure function of files, so any process can run it."""
     wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped: all workers share it
     documents = read_row_group(group)
@@ -116,7 +117,7 @@ def digest_group(group: RowGroup, params: Inspection, val_fraction: float, runs_
     return Digest(
         np.frombuffer(bytes.fromhex("".join(each.id for each in documents)), np.uint8).reshape(-1, 16),
         np.array([len(each.text.encode()) for each in documents], np.int64),
-        np.array([split_of(each.id, val_fraction) == "val" for each in documents], np.bool_),
+        np.array(rule.in_val(group, documents), np.bool_),
         np.array(word_digests, np.uint64),
         _signatures(shingles, params),
         np.concatenate([np.empty(0, np.int64), *hits]),
@@ -138,7 +139,7 @@ def _signatures(shingles: list[Hashes], params: Inspection) -> npt.NDArray[np.ui
 def digest_documents(
     groups: list[RowGroup],
     params: Inspection,
-    val_fraction: float,
+    rule: SplitRule,
     *,
     num_workers: int,
     total: int,
@@ -151,12 +152,12 @@ def digest_documents(
     Args:
         groups: the row groups of the corpus.
         params: the section `inspection` of params.yaml.
-        val_fraction: fraction of documents in val; determines the split of each document.
+        rule: determines the split of each document.
         num_workers: number of processes; the result does not depend on it.
         total: number of documents.
         progress: called with the number of documents read.
     """
-    runs = val_runs(groups, val_fraction, params.overlap_words)
+    runs = val_runs(groups, rule, params.overlap_words)
     num_owners = np.zeros(len(runs), np.int32)
     signatures = np.empty((total, params.permutations), np.uint32)  # the largest array: filled in place
     parts: list[Digest] = []
@@ -164,7 +165,7 @@ def digest_documents(
     with TemporaryDirectory() as scratch:
         runs_file = Path(scratch) / "runs.npy"
         np.save(runs_file, runs)
-        digest = partial(digest_group, params=params, val_fraction=val_fraction, runs_file=runs_file)
+        digest = partial(digest_group, params=params, rule=rule, runs_file=runs_file)
         for part in ordered_map(digest, groups, num_workers):
             signatures[documents : documents + len(part.ids)] = part.signatures
             hit_runs, hit_documents = _limit_owners(part, num_owners)

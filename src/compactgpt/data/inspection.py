@@ -4,7 +4,8 @@ Three tables of one row are checked:
 
     train, val     Token ids are below the vocabulary size. Every document ends with an end-of-text token and
                    has no other. Ids, lengths and order of the documents are those of data/documents. The
-                   number of documents is close to the split's share and at least the minimum.
+                   number of documents is at least the minimum. The split has its share of the documents
+                   (split `hash`) or of the bytes of text (split `tail`).
     repetition     The shares of documents that repeat others, and of val documents that are in train, do
                    not exceed their limits (duplicates.py).
 
@@ -33,7 +34,7 @@ from compactgpt.data.duplicates import (
     find_same_words,
 )
 from compactgpt.data.token_files import TokenFile, open_tokens
-from compactgpt.data.tokenization import SPLITS
+from compactgpt.data.tokenization import SPLITS, SplitRule, split_rule
 from compactgpt.data.validation import Table, at_least, at_most, check_expectations
 
 _TOKENS_AT_ONCE = 2**24
@@ -72,16 +73,16 @@ def inspect(
         MissingInput: an input is missing.
         BadData: an input is damaged.
     """
-    total, val_fraction = verified_manifest(documents)["documents"], verified_manifest(tokens)["val_fraction"]
+    manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
     # `verified_manifest` has verified the hashes.
     splits = {name: open_tokens(tokens / f"{name}.tokens", verify=False) for name in SPLITS}
     groups = row_groups(documents)
+    rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
-    corpus = digest_documents(
-        groups, params, val_fraction, num_workers=num_workers, total=total, progress=progress
-    )
+    total = corpus_facts["documents"]
+    corpus = digest_documents(groups, params, rule, num_workers=num_workers, total=total, progress=progress)
     repetition, flagged, repeated = _find_repetition(corpus, params)
-    tables = [_split_table(splits[name], name, corpus, val_fraction, params) for name in SPLITS]
+    tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
     results = check_expectations("inspection", tables, docs)
     return {
@@ -115,12 +116,7 @@ def _facts(split: TokenFile) -> dict[str, Any]:
 # --- the token files
 
 
-def _split_table(
-    split: TokenFile, name: str, corpus: Digest, val_fraction: float, params: Inspection
-) -> Table:
-    share = val_fraction if name == "val" else 1 - val_fraction
-    expected = share * len(corpus.ids)
-    deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
+def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, params: Inspection) -> Table:
     # The only row of the table.
     row = {
         "id": name,
@@ -128,18 +124,28 @@ def _split_table(
         "documents": split.header.documents,
         **_count_tokens(split),
         "documents_that_differ": _count_differences(split, corpus, corpus.in_val == (name == "val")),
-        "share_deviation": abs(split.header.documents - expected) / deviation,
     }
     least = params.min_val_documents if name == "val" else 1
-    fair = f"{name}: standard deviations of its size from a fair split"
     suite = [
         at_least("documents", least, f"{name}: documents"),
         at_most("highest_token", split.header.vocab_size - 1, f"{name}: highest token id"),
         at_most("documents_without_end", 0, f"{name}: documents without end-of-text"),
         at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents"),
         at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents"),
-        at_most("share_deviation", params.max_val_deviation, fair),
     ]
+    share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
+    if rule.val_start is None:
+        expected = share * len(corpus.ids)
+        deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
+        row["share_deviation"] = abs(split.header.documents - expected) / deviation
+        fair = f"{name}: standard deviations of its size from a fair split"
+        suite.append(at_most("share_deviation", params.max_val_deviation, fair))
+    else:
+        excess = abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum()))
+        row["bytes_off_share"] = round(excess)
+        # The split is at a document's end, so it may be off by one document, which is at most the longest.
+        longest = int(corpus.byte_lengths.max())
+        suite.append(at_most("bytes_off_share", longest, f"{name}: bytes that its share is off"))
     return Table(name, [row], suite)
 
 

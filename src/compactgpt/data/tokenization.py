@@ -1,6 +1,8 @@
 """Encode documents and write the token files of train and val.
 
-A document's split depends only on its id, so a document keeps its split when the corpus grows.
+`tokenization.split` chooses the documents of val. With `hash` a document's split depends only on its id, so
+it keeps its split when the corpus grows. With `tail` val is the end of the corpus, as in nanoGPT: the pieces
+of one file are in train and val as two contiguous blocks.
 
 Each worker encodes one row group at a time. The results are collected in document order into one chunk per
 document shard. A chunk is a folder `<state>/<key>/<shard>` with a token file for each split. A finished chunk
@@ -24,16 +26,54 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.storage import atomic_folder, json_bytes, read_manifest, verified_manifest
 from compactgpt.config import Tokenization
-from compactgpt.data.documents import RowGroup, read_row_group, row_groups
+from compactgpt.data.documents import Document, RowGroup, read_row_group, row_groups
 from compactgpt.data.engines import run_tasks
 from compactgpt.data.token_files import EncodedDocuments, Tokens, open_tokens, pack_documents, write_tokens
 from compactgpt.data.tokenizer import TiktokenEncoder, load_encoder
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
+SplitName = Literal["hash", "tail"]
 EncoderName = Literal["gigatoken", "tiktoken"]
 WORKER_BYTES = 2**26  # of text per worker; with less text, another process costs more time than it saves
 STATE_VERSION = 4
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Which documents are in val: those that a hash chooses, or those from a position in the corpus on."""
+
+    val_fraction: float
+    val_start: tuple[str, int, int] | None = None  # shard, row group and row of val's first document
+
+    def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
+        """Return for each document of a row group whether the document is in val.
+
+        The hash rule divides the first 64 bits of the id by 2^64, and compares with `val_fraction`.
+        """
+        if self.val_start is None:
+            return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
+        return [(group.path.name, group.index, row) >= self.val_start for row in range(len(documents))]
+
+
+def split_rule(groups: Sequence[RowGroup], split: SplitName, val_fraction: float, size: int) -> SplitRule:
+    """Return the rule that splits a corpus.
+
+    Args:
+        groups: the row groups of the corpus, in document order.
+        split: the value of `tokenization.split`.
+        val_fraction: share of val: of the documents with `hash`, of the bytes of text with `tail`.
+        size: bytes of text in the corpus.
+    """
+    if split == "hash":
+        return SplitRule(val_fraction)
+    wanted = val_fraction * size
+    for group in reversed(groups):  # only the end of the corpus is read
+        for row, document in reversed([*enumerate(read_row_group(group))]):
+            wanted -= len(document.text.encode())
+            if wanted <= 0:
+                return SplitRule(val_fraction, (group.path.name, group.index, row))
+    return SplitRule(val_fraction, ("", 0, 0))  # only if `size` is not the corpus's: all documents are in val
 
 
 @dataclass(frozen=True)
@@ -44,20 +84,12 @@ class Task:
     tokenizer: Path
     tokenizer_sha256: str
     encoder: EncoderName
-    val_fraction: float
+    rule: SplitRule
 
     @property
     def shard(self) -> str:
         """The name of the shard that contains the row group."""
         return self.group.path.stem
-
-
-def split_of(document_id: str, val_fraction: float) -> Split:
-    """Return the split of a document.
-
-    The split is val if the first 64 bits of the id, divided by 2^64, are below `val_fraction`.
-    """
-    return "val" if int(document_id[:16], 16) < val_fraction * 2**64 else "train"
 
 
 def tokenize(
@@ -82,8 +114,8 @@ def tokenize(
         progress: called with the number of bytes of text encoded.
 
     Returns:
-        The report: for each split, the number of documents, of tokens (end-of-text included) and of bytes,
-        and the hash of its token file.
+        The report: the rule of the split, and for each split the number of documents, of tokens (end-of-text
+        included) and of bytes, and the hash of its token file.
 
     Raises:
         MissingInput: an input is missing.
@@ -96,27 +128,42 @@ def tokenize(
     for other in state.iterdir() if state.exists() else ():
         if other != chunk_folder:  # chunks of other inputs
             shutil.rmtree(other, ignore_errors=True)
-    tasks = [
-        Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, params.val_fraction)
-        for group in row_groups(documents)
-    ]
+    groups = row_groups(documents)
+    rule = split_rule(groups, params.split, params.val_fraction, corpus["bytes"])
+    tasks = [Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, rule) for group in groups]
     settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
     _write_chunks(chunk_folder, tasks, settings, params.engine, num_workers, corpus["bytes"], progress)
     chunks = [chunk_folder / shard for shard in dict.fromkeys(task.shard for task in tasks)]
-    with atomic_folder(folder, {**facts, "val_fraction": params.val_fraction}, kind="tokens") as temporary:
+    with atomic_folder(folder, {**facts, **_rule_facts(params)}, kind="tokens") as temporary:
         for split in SPLITS:
             if not _join_chunks(chunks, temporary / f"{split}.tokens", settings):
-                raise BadData(
-                    f"no document of {corpus['documents']:,} is in {split}: change "
-                    f"tokenization.val_fraction ({params.val_fraction}) in params.yaml, or add text"
-                )
+                raise BadData(_empty_split(split, corpus["documents"], params))
     shutil.rmtree(chunk_folder, ignore_errors=True)
-    return {"tokenizer": facts, **{split: _split_report(folder, split) for split in SPLITS}}
+    report: dict[str, Any] = {"tokenizer": facts, "split": params.split}
+    return report | {split: _split_report(folder, split) for split in SPLITS}
+
+
+def _rule_facts(params: Tokenization) -> dict[str, Any]:
+    """Return the rule of the split for the manifest; without `split` the rule is `hash`."""
+    # With `hash` the manifest is that of earlier versions, so that an upgrade trains no model again.
+    name = {} if params.split == "hash" else {"split": params.split}
+    return {"val_fraction": params.val_fraction, **name}
+
+
+def _empty_split(split: Split, documents: int, params: Tokenization) -> str:
+    """Return the message for a split without documents."""
+    found = f"no document of {documents:,} is in {split}"
+    if documents == 1:
+        return f"{found}, since train and val need one each: set download.files.split, or add text"
+    change = f"tokenization.val_fraction ({params.val_fraction})"
+    if params.split == "hash":
+        change += ", or set tokenization.split to tail,"
+    return f"{found}: change {change} in params.yaml, or add text"
 
 
 def _state_key(corpus: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
     """Return a hash of everything that determines the chunks: chunks of other inputs are never used."""
-    inputs = [STATE_VERSION, corpus["files"], facts, params.val_fraction, params.encoder]
+    inputs = [STATE_VERSION, corpus["files"], facts, params.val_fraction, params.split, params.encoder]
     return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
 
 
@@ -178,8 +225,9 @@ def encode_group(task: Task) -> dict[Split, EncodedDocuments]:
     """Return one row group's encoded documents: a pure function of files, so any process can run it."""
     encoder = _cached_encoder(task.tokenizer, task.tokenizer_sha256, task.encoder)
     documents: dict[Split, list[tuple[bytes, int, Tokens]]] = {split: [] for split in SPLITS}
-    for document in read_row_group(task.group):
-        split = split_of(document.id, task.val_fraction)
+    group = read_row_group(task.group)
+    for document, in_val in zip(group, task.rule.in_val(task.group, group), strict=True):
+        split: Split = "val" if in_val else "train"
         tokens, byte_length = encoder.encode(document.text), len(document.text.encode())
         documents[split].append((bytes.fromhex(document.id), byte_length, tokens))
     # Pack the tokens (2 bytes each for GPT-2) before the result is sent to another process.

@@ -234,6 +234,8 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
+        # Only a rule other than the first one is stated: results/ladder.json of earlier versions has no key.
+        **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
 
