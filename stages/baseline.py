@@ -41,11 +41,11 @@ def main(
         split = scored_split(open_tokens(tokens / "val.tokens"), encoding, likelihood)
         inputs = BaselineInputs(train, encoding, likelihood.batch_size, params.runtime, state_folder())
         model = load_baseline(name, params.baseline, inputs)
-        views = getattr(params.baseline.specs[name], "views", ())
         progress = stage.progress("done", name)
-        found = evaluate(model, split, encoding, likelihood, views=views, progress=progress)
+        found = evaluate(model, split, encoding, likelihood, progress)
         write_totals(totals / f"{name}.parquet", found)
         report = summarize(name, model, found, split, likelihood)
+        report["model"]["label"] = params.baseline.specs[name].label or name
         if isinstance(model, NeuralModel):
             report["text"] = generate_texts(model, split, encoding, settings.text, progress)
             report["tasks"] = run_tasks(model, split, encoding, settings.tasks, likelihood, progress)

@@ -40,7 +40,7 @@ def main(
         split = scored_split(open_tokens(tokens / "val.tokens"), encoding, likelihood)
         compact = load_compact(model, encoding, likelihood.batch_size, resolve_device(runtime.device))
         windows, tasks, texts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
-        found = evaluate(compact, split, encoding, likelihood, views=settings.views, progress=windows)
+        found = evaluate(compact, split, encoding, likelihood, windows)
         write_totals(totals, found)
         text = generate_texts(compact, split, encoding, settings.text, texts)
         samples = {key: text.pop(key) for key in ("settings", "samples")}  # these two keys go to other files

@@ -261,6 +261,7 @@ class Likelihood(Section):
 
     document_tokens: Positive | None = None  # tokens of each document that are scored; None: all
     window: Positive
+    views: tuple[View, ...] = ()  # of every neural model, in addition to the matched windows
     batch_size: Positive
     own_context: Positive
     stride_share: PositiveShare
@@ -310,21 +311,26 @@ class Text(Section):
 
 
 class Evaluation(Section):
-    """How models are measured; `views` are additional ones of our own model."""
+    """How models are measured."""
 
     likelihood: Likelihood
-    views: tuple[View, ...]
     tasks: Tasks
     text: Text
 
 
-class Unigram(Section):
+class _Spec(Section):
+    """What every kind of baseline has."""
+
+    label: str = ""  # the name in tables; empty: the key in `specs`
+
+
+class Unigram(_Spec):
     """Token frequencies of the training split: what any trained model must beat."""
 
     kind: Literal["unigram"]
 
 
-class Compressor(Section):
+class Compressor(_Spec):
     """A general-purpose compressor."""
 
     kind: Literal["compressor"]
@@ -340,31 +346,28 @@ class Compressor(Section):
             yield "train_megabytes must be 0 for xz, which takes no dictionary; zstd does"
 
 
-class Gguf(Section):
+class Gguf(_Spec):
     """A GGUF file inside a wheel of the package index."""
 
     kind: Literal["gguf"]
     wheel: Wheel
     file: str
     sha256: Sha256
-    views: tuple[View, ...] = ()
 
 
-class Folder(Section):
+class Folder(_Spec):
     """A causal language model in Hugging Face form in a local folder (safetensors)."""
 
     kind: Literal["folder"]
     path: str
-    views: tuple[View, ...] = ()
 
 
-class Hub(Section):
+class Hub(_Spec):
     """A causal language model of the Hugging Face hub at a pinned commit (safetensors)."""
 
     kind: Literal["hub"]
     repo: HubRepository
     revision: HubCommit
-    views: tuple[View, ...] = ()
 
 
 BaselineSpec = Annotated[Unigram | Compressor | Gguf | Folder | Hub, Field(discriminator="kind")]

@@ -282,14 +282,14 @@ def run_stage(tmp_path, load, split, monkeypatch):
     path.rename(kept)
 
     def change(tree):
-        tree["baseline"]["specs"]["smollm2-135m"]["sha256"] = kept.name
+        tree["baseline"]["specs"]["smollm2-135m-instruct-q4"]["sha256"] = kept.name
 
     save_params(tmp_path / "params.yaml", change)
     words = ["--tokens", ".", "--tokenizer", "tokenizer", "--tracker", "none"]
     return lambda name: CliRunner().invoke(app, [name, *words])
 
 
-@pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "smollm2-135m-instruct-q4"])
 def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(tmp_path, run_stage, split, name):
     outs = tmp_path / f"data/baseline/{name}.parquet", tmp_path / f"reports/baseline/{name}.json"
     written = []

@@ -116,15 +116,28 @@ def test_every_target_is_scored_once_in_every_view_with_the_promised_context(len
 
 @pytest.mark.parametrize(("own_context", "context"), [(5, 5), (64, 16)])
 def test_views_have_the_models_context_or_the_configured_one(encoding, split, model, own_context, context):
-    settings = LIKELIHOOD.model_copy(update={"own_context": own_context})
+    settings = LIKELIHOOD.model_copy(update={"own_context": own_context, "views": ("own", "strided")})
     neural = as_neural_model(model, 3)
-    found = evaluate(neural, split, encoding, settings, views=["own", "strided"])
+    found = evaluate(neural, split, encoding, settings)
     np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
     report = likelihood.summarize("m", neural, found, split, settings)
     sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
     assert sizes == {"own": (context, context), "strided": (context, max(1, round(context / 4)))}
     for name, view in report["views"].items():
         assert view["loss"]["value"] == pytest.approx(found.views[name].sum() / found.tokens.sum())
+
+
+@pytest.mark.parametrize(("own_context", "reads"), [(8, 1), (16, 2)])
+def test_an_own_view_that_equals_the_matched_windows_is_not_computed_again(
+    encoding, split, model, own_context, reads
+):
+    settings = LIKELIHOOD.model_copy(update={"own_context": own_context, "views": ("own",)})
+    neural = as_neural_model(model, 1000)
+    calls = []
+    counting = replace(neural, hidden=lambda tokens: calls.append(1) or neural.hidden(tokens))
+    found = evaluate(counting, split, encoding, settings)
+    assert len(calls) == reads  # the tiny split is one batch
+    np.testing.assert_allclose(found.views["own"], plain_nats(model, split, own_context), rtol=1e-6)
 
 
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
@@ -284,7 +297,7 @@ def test_the_stage_writes_the_same_bytes_twice(tmp_path, encoding, split, model,
     report, metrics = json.loads(written[0][0]), json.loads(written[0][1])
     expected = plain_nats(model, split, 8).sum() / report["validation"]["tokens"]
     assert report["loss"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert report["views"]["strided"]["context"] == 16
+    assert report["views"]["own"]["context"] == 16
     assert metrics == {name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")}
     assert report["tasks"] == {}  # no word of four letters comes twice in the tiny texts
     assert set(report["text"]["statistics"]) == {"greedy", "top_k", "nucleus", "human"}

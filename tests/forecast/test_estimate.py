@@ -122,7 +122,7 @@ def test_the_times_of_training_and_of_each_neural_baseline_are_announced(monkeyp
     speed = 1e11 * PARAMS.estimate.utilisation_of_products
     minutes = estimate(PARAMS)["compact"]["flops"]["with_attention"] / speed / 60
     assert training.startswith(f"training: about {minutes:.3g} min at this machine's speed")
-    assert baseline.startswith("baseline smollm2-135m: scores the val split too")
+    assert baseline.startswith("baseline smollm2-135m-instruct-q4: scores the val split too")
     assert f"about {2 * minutes:.3g} min" in announce_times([PARAMS, PARAMS])[0]
     quick = load_changed_params(ROOT / "params.yaml", ["baseline.names=[unigram, xz]"])
     assert len(announce_times([quick])) == 1

@@ -467,7 +467,7 @@ def test_the_command_accepts_passes_and_fails(tmp_path, monkeypatch):
     project(tmp_path, loss=4.3)
     done = run("--markdown", "gate.md", "--junit", "gate.xml")
     assert done.exit_code == 3
-    assert "gate: failed (baseline.smollm2-135m" in done.output
+    assert "gate: failed (baseline.smollm2-135m-instruct-q4" in done.output
     assert "| ❌ | perplexity |" in Path("gate.md").read_text()
     done = run("--json")
     assert done.exit_code == 3

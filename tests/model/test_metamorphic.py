@@ -95,8 +95,9 @@ def test_weights_copied_to_transformers_and_back_keep_every_figure(tmp_path, inp
     ours = tiny_gpt(inputs.encoding.n_vocab)
     save_hf(ours, tmp_path / "theirs", tmp_path / "tokenizer")
     theirs = load(inputs, {"kind": "folder", "path": str(tmp_path / "theirs")})
+    likelihood = LIKELIHOOD.model_copy(update={"views": ("own", "strided")})
     before, copied, again = (
-        evaluate(model, split, inputs.encoding, LIKELIHOOD, views=["own", "strided"])
+        evaluate(model, split, inputs.encoding, likelihood)
         for model in (as_neural_model(ours, 3), theirs, as_neural_model(load_hf(tmp_path / "theirs"), 3))
     )
     assert again.nats.tobytes() == before.nats.tobytes()

@@ -163,11 +163,12 @@ def test_wikitext_has_a_value_for_each_of_its_protocols(place):
     strided = {"context": 1024, "stride": 512, "perplexity": 25.17}
     per_word = {"context": 1024, "word_perplexity": 37.37}
     found = {"sha256": "f" * 64, "strided": strided, "per_word": per_word}
-    edit(place / "reports/baseline/smollm2-135m.json", lambda r: r["tasks"].update({"wikitext-2": found}))
+    name = "smollm2-135m-instruct-q4"
+    edit(place / f"reports/baseline/{name}.json", lambda r: r["tasks"].update({"wikitext-2": found}))
     record = record_of(place)
-    value = evidence_of(record)["smollm2-135m.wikitext-2.strided.perplexity"]
+    value = evidence_of(record)[f"{name}.wikitext-2.strided.perplexity"]
     assert (value["value"], value["context"], value["stride"]) == (25.17, 1024, 512)
-    assert "| smollm2-135m | wikitext-2.per_word.word_perplexity | 37.37 | - |" in render_comparison(record)
+    assert f"| {name} | wikitext-2.per_word.word_perplexity | 37.37 | - |" in render_comparison(record)
 
 
 def test_two_values_of_one_name_are_refused(place):
@@ -224,15 +225,7 @@ def test_the_terminal_shows_the_answer_and_the_tables_with_whole_numbers(place):
     (place / "reports/comparison.md").write_text(render_comparison(record_of(place)))
     done = run_comparison(place, "--show")
     assert done.exit_code == 0, done.output
-    for word in (
-        "1,557,611,200",
-        "124,439,808",
-        "655,360,000",
-        "409,600",
-        "12.68",
-        "80-120",
-        "smollm2-135m",
-    ):
+    for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "12.68", "80-120", "smollm2-135m"):
         assert word in done.output
     assert "…" not in done.output
 
@@ -276,17 +269,17 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     record = record_of(place)
     known = evidence_of(record)
     assert known["compact.cloze.accuracy"]["low"] == 0.1
-    assert known["ratio.compact_to_smollm2-135m.cloze.p_value"]["value"] == 1  # one item each way
-    assert known["smollm2-135m.text.greedy.distinct_2"]["value"] == 0.25
-    assert "smollm2-135m.text.human.distinct_2" not in known
+    assert known["ratio.compact_to_smollm2-135m-instruct-q4.cloze.p_value"]["value"] == 1  # one item each way
+    assert known["smollm2-135m-instruct-q4.text.greedy.distinct_2"]["value"] == 0.25
+    assert "smollm2-135m-instruct-q4.text.human.distinct_2" not in known
     nats, clean = nats_of("xz"), np.arange(DOCUMENTS) != 7
     assert known["xz.flagged.loss"]["value"] == pytest.approx(nats[7] / TOKENS[7])
     assert known["xz.clean.loss"]["value"] == pytest.approx(nats[clean].sum() / TOKENS[clean].sum())
     assert record["flagged"] == 1
     page = render_comparison(record)
     assert "compact, greedy:\n\n```text\n| is\n| here\n```" in page
-    assert "smollm2-135m, greedy:" in page
-    assert "| smollm2-135m | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
+    assert "smollm2-135m-instruct-q4, greedy:" in page
+    assert "| smollm2-135m-instruct-q4 | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
     assert "| - | human | distinct_2 | 25.0%" in page
 
 

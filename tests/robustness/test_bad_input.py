@@ -405,7 +405,7 @@ def sources(project):
 
 
 REPORTS = [
-    "evaluation", "baseline/xz", "baseline/smollm2-135m", "estimate", "training", "samples",
+    "evaluation", "baseline/xz", "baseline/smollm2-135m-instruct-q4", "estimate", "training", "samples",
     "validation", "inspection", "download", "tokenization",
 ]  # fmt: skip
 

@@ -120,7 +120,7 @@ def add_measurements(place):
     figures = {"distinct_2": bounds, "seq_rep_4": bounds}
     statistics = {"greedy": {**figures, "zipf": None}, "human": figures}
     places = [{"first": n, "last": n, "tokens": 40, "loss": bounds} for n in (1, 2)]
-    for report, hits in (("evaluation.json", "1100"), ("baseline/smollm2-135m.json", "0110")):
+    for report, hits in (("evaluation.json", "1100"), ("baseline/smollm2-135m-instruct-q4.json", "0110")):
         tasks = {"cloze": {"items_sha256": "x", "accuracy": bounds, "hits": hits}, "wikitext-2": {}}
         sample = {"prompt": "The | future", "document": None, "greedy": {"text": "| is\n| here"}}
         text = {"statistics": statistics, "samples": [sample]}

@@ -24,7 +24,13 @@ TEXTS = [
     "then",
 ]
 LIKELIHOOD = Likelihood(
-    window=8, batch_size=3, own_context=16, stride_share=0.25, bootstrap_resamples=50, bootstrap_seed=1
+    window=8,
+    batch_size=3,
+    own_context=16,
+    stride_share=0.25,
+    bootstrap_resamples=50,
+    bootstrap_seed=1,
+    views=("own",),
 )
 
 

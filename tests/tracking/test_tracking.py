@@ -290,7 +290,7 @@ def test_metrics_are_figures_of_a_model_in_groups_and_counts_stay_in_the_report(
         assert stage_metrics(stage, report) == {f"{group}/{key}": value for key, value in figures.items()}
     assert stage_metrics("training", {"best_val_loss": 3.0, "steps": 4}) == {"val/best_loss": 3.0}
     assert stage_metrics("tokenization", report) == {}
-    for path in ("evaluation", "baseline/smollm2-135m"):
+    for path in ("evaluation", "baseline/smollm2-135m-instruct-q4"):
         found = stage_metrics(path.replace("/", "@"), read_json(ROOT / f"reports/{path}.json"))
         assert 5 <= len(found) <= 12
 

@@ -6,8 +6,8 @@ text: each document is cut into windows, and one token precedes each window: end
 start, else the last token of the previous window. End-of-text is never scored. Every other token is scored
 exactly once.
 
-A neural model (`NeuralModel`) has two more views, in its own tokens. Their context is as long as the model
-and `evaluation.likelihood.own_context` allow:
+A neural model (`NeuralModel`) has two more views, in its own tokens, if `evaluation.likelihood.views` names
+them. Their context is as long as the model and `evaluation.likelihood.own_context` allow:
 
 - own: windows of the context's length, without overlap.
 - strided: overlapping windows, each of which ends one stride after the previous window. A window scores only
@@ -169,6 +169,11 @@ class NeuralModel:
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
+    def reads_matched_windows(self, likelihood: Likelihood) -> bool:
+        """Return whether the windows of the view `own` are the windows that every model reads."""
+        context, _ = self.view_sizes("own", likelihood)
+        return self.windows is evaluation_windows and context == likelihood.window
+
     def _sum_by_document(
         self, split: TokenFile, windows: Iterable[Window], stride: int, progress: Progress
     ) -> DocumentScores:
@@ -301,8 +306,6 @@ def evaluate(
     split: TokenFile,
     encoding: "tiktoken.Encoding",
     likelihood: Likelihood,
-    *,
-    views: Iterable[View] = (),
     progress: Progress = silent,
 ) -> Totals:
     """Return a model's per-document losses on a split.
@@ -312,7 +315,6 @@ def evaluate(
         split: the token file of the split.
         encoding: the encoding of the token file.
         likelihood: section `evaluation.likelihood`.
-        views: other views to score, if the model is neural.
         progress: called after each step.
 
     Raises:
@@ -326,7 +328,11 @@ def evaluate(
     scores = model.score(split, likelihood.window, progress)
     found: dict[str, Floats] = {}
     if isinstance(model, NeuralModel):
-        found = {view: model.score_view(split, view, likelihood, progress).nats for view in views}
+        for view in likelihood.views:
+            if view == "own" and model.reads_matched_windows(likelihood):
+                found[view] = scores.nats
+            else:
+                found[view] = model.score_view(split, view, likelihood, progress).nats
     for nats in (scores.nats, *found.values()):
         for document in np.flatnonzero(~np.isfinite(nats))[:1]:
             raise NotFinite(

@@ -45,6 +45,7 @@ class Bounds(Report):
 
 class _Model(Report):
     kind: str
+    label: str = ""  # the name in tables, with training kind and quantisation
     context: str
     num_params: int | None
     num_params_non_embedding: int | None = None
