@@ -11,7 +11,7 @@ from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
 SHOWN_SECTIONS = 5
-LEAST_WIDTH = 140  # columns; in a narrower terminal, rich would cut off numbers
+LEAST_WIDTH = 190  # columns; in a narrower terminal, rich would cut off numbers
 
 
 @app.command()
