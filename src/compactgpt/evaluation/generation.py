@@ -107,11 +107,30 @@ def continue_prompts(
     max_new_tokens: int,
     end: int,
 ) -> list[Continuation]:
-    """Continue all prompts in one batch, token by token.
+    """Continue all prompts in one batch; see `generate_tokens`."""
+    new: list[list[int]] = [[] for _ in prompts]
+    for step in generate_tokens(model, prompts, samplers, max_new_tokens, end):
+        for tokens, token in zip(new, step, strict=True):
+            if token is not None:
+                tokens.append(token)
+    ended = [tokens[-1:] == [end] for tokens in new]
+    return [
+        Continuation(tokens[:-1] if done else tokens, done) for tokens, done in zip(new, ended, strict=True)
+    ]
 
-    A continuation ends at the token `end` or after `max_new_tokens`. If prompts and new tokens fit the
-    model's context, the model's `decoder` reads each token once. Otherwise the model reads the last
-    `block_size` tokens again for each new token.
+
+def generate_tokens(
+    model: NeuralModel,
+    prompts: Sequence[list[int]],
+    samplers: Sequence[Sampler],
+    max_new_tokens: int,
+    end: int,
+) -> Iterator[list[int | None]]:
+    """Continue all prompts in one batch, and yield the next token of each; None after the end of a text.
+
+    A text ends with the token `end`, or after `max_new_tokens`. If prompts and new tokens fit the model's
+    context, the model's `decoder` reads each token once. Otherwise the model reads the last `block_size`
+    tokens again for each new token.
     """
     import torch
 
@@ -127,18 +146,17 @@ def continue_prompts(
         with torch.inference_mode():
             last = step(torch.tensor(unread, device=model.head.device)) if step else _read_again(model, texts)
             logits: Floats = (last @ model.head.T).cpu().double().numpy()  # (B, C) @ (C, V)
-        unread = [[end] for _ in prompts]  # a text that has ended reads `end`; its logits are ignored
-        for row, text in enumerate(texts):
-            if not ended[row]:
-                token = samplers[row](logits[row])
-                ended[row] = token == end
-                if not ended[row]:
-                    text.append(token)
-                    unread[row] = [token]
+        rows = zip(samplers, logits, ended, strict=True)
+        tokens = [None if done else sampler(row) for sampler, row, done in rows]
+        yield tokens
+        ended = [token is None or token == end for token in tokens]
         if all(ended):
             break
-    new = [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-    return [Continuation(tokens, done) for tokens, done in zip(new, ended, strict=True)]
+        # A text that has ended reads `end` again; its logits are ignored.
+        unread = [[end if token is None else token] for token in tokens]
+        for text, token in zip(texts, tokens, strict=True):
+            if token is not None:
+                text.append(token)
 
 
 def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
