@@ -18,6 +18,7 @@ from compactgpt.reporting.claims import (
     Published,
     judge_claims,
 )
+from tests.support.comparison_inputs import make_place, record_of
 
 ROOT = Path(__file__).parents[2]
 CLAIMS = load_section(ROOT / "claims.yaml", Claims)
@@ -53,6 +54,7 @@ def verdict_of(one: Claim, *evidence: Evidence) -> str:
         (value(79, exact=True), "contradicted"),
         (value(100, known="published"), "supported"),
         (value(100, known="computed"), "supported"),
+        (value(100, known="derived"), "supported"),
         (value(100, known="reported"), "not yet measured"),
         (value(100, known="estimated"), "not yet measured"),
         (value(100, name="b"), "not yet measured"),
@@ -80,10 +82,11 @@ def test_the_numbers_that_decided_are_kept():
 @pytest.mark.parametrize(
     ("perplexity", "loss", "verdict"),
     [
-        ((80, 120), (4.0, 5.0), "confirmed"),  # 4.38 to 4.79
+        ((80, 120), (4.0, 5.0), "consistent"),  # 4.38 to 4.79
         ((35, 45), (3.0, 3.5), "self-inconsistent"),  # 3.56 to 3.81
-        ((20, 35), (2.5, 3.0), "inconclusive"),  # 3.00 to 3.56: they share 0.004 nats
-        ((10, 1000), (4.0, 5.0), "confirmed"),  # the wider statement holds the narrower
+        ((20, 35), (2.5, 3.0), "self-inconsistent"),  # 3.00 to 3.56: they share only 0.004 nats
+        ((15, 35), (2.5, 3.0), "inconclusive"),  # 2.71 to 3.56
+        ((10, 1000), (4.0, 5.0), "consistent"),  # the wider statement holds the narrower
     ],
 )
 def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
@@ -98,12 +101,27 @@ def test_a_perplexity_and_a_loss_must_agree(perplexity, loss, verdict):
 
 def test_a_ratio_must_agree_with_its_two_perplexities():
     claims = [claim(80, 120), claim(35, 45, "B"), claim(2, 3, "C"), claim(4, 5, "D")]
-    for last, verdict in (("C", "confirmed"), ("D", "self-inconsistent")):
+    for last, verdict in (("C", "consistent"), ("D", "self-inconsistent")):
         ratio = claim(None, None, "R", by="agreement", through="ratio", of=("A", "B", last))
         judged = judge_claims([*claims, ratio], {})[-1]
         assert judged.verdict == verdict
         assert judged.decisions[0].low == pytest.approx(80 / 45)
         assert judged.decisions[0].high == pytest.approx(120 / 35)
+
+
+def test_a_published_value_decides_until_the_measurement_exists():
+    both = claim(by="evidence", ids=("a",), until_measured=("b",))
+    published, measured = value(60, known="derived", name="b"), value(100, 90, 110)
+    assert verdict_of(both) == "not yet measured"
+    assert verdict_of(both, published) == "contradicted"
+    assert verdict_of(both, published, measured) == "supported"
+    assert verdict_of(both, published, value(100, known="estimated")) == "contradicted"
+
+
+def test_a_copied_number_proves_nothing():
+    copied = claim(by="evidence", ids=("a",), copied=True)
+    assert verdict_of(copied, value(100, exact=True)) == "restated"
+    assert verdict_of(copied, value(10, exact=True)) == "contradicted"
 
 
 def test_a_reading_by_hand_says_so():
@@ -130,36 +148,24 @@ def test_a_claim_that_evidence_judges_has_bounds():
 
 # Verdicts that need no trained model, and claims that wait for one.
 EXPECTED = {
-    **dict.fromkeys(("P1", "P6", "P7", "P9", "P16", "L3"), "confirmed"),
-    **dict.fromkeys(("L5", "L8"), "supported"),
-    **dict.fromkeys(("P8", "L4", "L7", "L10", "C6", "R1"), "contradicted"),
-    **dict.fromkeys(("L6", "P18"), "self-inconsistent"),
-    **dict.fromkeys(("P5", "C1"), "misleading"),
-    **dict.fromkeys(("P11", "P13", "C1b"), "unverifiable"),
-    **dict.fromkeys(("L1", "L2", "L12", "L14", "L15", "C2", "C3", "C7", "C8"), "not yet measured"),
-    **dict.fromkeys(("R2", "R3", "R4", "R5"), "not yet measured"),
+    **dict.fromkeys(("P1", "P2", "P3", "P4", "P9", "P10", "P16", "P17", "X2", "X3"), "confirmed"),
+    **dict.fromkeys(("P6", "P7", "X1"), "restated"),  # the note's own numbers
+    **dict.fromkeys(("L3", "L13"), "consistent"),
+    **dict.fromkeys(("L5", "L8", "S2"), "supported"),
+    **dict.fromkeys(
+        ("P8", "P13", "P15", "L4", "L7", "L10", "L11", "L16", "L18", "C6", "R1", "R3"), "contradicted"
+    ),
+    **dict.fromkeys(("L6", "L9", "L19", "P18", "C13"), "self-inconsistent"),
+    **dict.fromkeys(("P5", "P14", "C1", "C5", "C10", "C12", "C14", "S3", "S7", "S8"), "misleading"),
+    **dict.fromkeys(("P11", "P12", "P19", "L17", "C1b", "S1", "S4", "S5", "S6", "S9"), "unverifiable"),
+    **dict.fromkeys(("L1", "L2", "L12", "L14", "L15", "R2", "R4", "R5"), "not yet measured"),
+    **dict.fromkeys(("C2", "C3", "C4", "C7", "C8", "C9", "C11"), "not yet measured"),
 }
 
 
-def test_the_notes_verdicts():
-    published = {
-        v.id: Evidence(**v.model_dump()) for v in load_section(ROOT / "published.yaml", Published).values
-    }
-    counted = {
-        "note.parameters.nanogpt": 29_938_560,
-        "note.sequences_per_step": 64,
-        "note.tokens_per_step": 32_768,
-        "note.tokens": 655_360_000,
-        "gpt2.openwebtext.perplexity": math.exp(3.12),
-        "gpt2-xl.openwebtext.perplexity": math.exp(2.54),
-        "ratio.note_to_gpt2.parameters.all_tensors": 30_135_168 / 124_439_808,
-        "ratio.note_to_gpt2.parameters.non_embedding": 10_621_824 / 85_056_000,
-        "ratio.note_to_gpt2.flops_per_token": 0.2266,
-    }
-    known = published | {name: value(number, exact=True, name=name) for name, number in counted.items()}
-    judged = judge_claims(CLAIMS.claims, known)
-    verdicts = {claim.id: one.verdict for claim, one in zip(CLAIMS.claims, judged, strict=True)}
-    assert {name: verdicts[name] for name in EXPECTED} == EXPECTED
+def test_the_notes_verdicts(tmp_path):
+    claims = record_of(make_place(tmp_path))["claims"]
+    assert {claim["id"]: claim["verdict"] for claim in claims} == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -171,6 +177,9 @@ def test_the_notes_verdicts():
         ("R5", "ratio.long_to_note.perplexity", (0.99, 0.97, 1.01), "inconclusive"),
         ("L14", "ratio.context_512_to_1024.perplexity", (1.03, 1.02, 1.04), "supported"),
         ("L15", "long.perplexity", (45, 44, 46), "supported"),
+        ("L2", "note.train_loss", (4.1, 4.1, 4.1), "supported"),  # the note says: training loss
+        ("L16", "gpt2.webtext.perplexity", (37, 36, 38), "supported"),
+        ("L18", "gpt2-124m.perplexity", (40, 39, 41), "supported"),
     ],
 )
 def test_a_recommendations_row_fills_when_its_experiment_has_run(name, evidence, ratio, verdict):

@@ -17,6 +17,8 @@ from compactgpt.config import Model
 
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
+    "restated",  # the value is the note's own number, so the agreement proves nothing
+    "consistent",  # the claim agrees with other claims of the note, which proves none of them
     "supported",  # a measurement or a published value agrees with the claim
     "contradicted",
     "inconclusive",  # the evidence overlaps the claimed interval, but is not inside it
@@ -25,7 +27,11 @@ Verdict = Literal[
     "unverifiable",
     "not yet measured",
 ]
-Known = Literal["measured", "computed", "published", "estimated", "reported"]
+# `derived`: calculated from published values, with the interval that their rounding leaves.
+Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
+DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
+# Two claims whose intervals share less than this part of the shorter interval contradict each other.
+LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
 
@@ -34,6 +40,11 @@ class ByEvidence(Section):
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
+    until_measured: tuple[
+        str, ...
+    ] = ()  # published values that decide as long as a value of `ids` is missing
+    copied: bool = False  # True: the value is the note's own number
+    reason: str = ""
 
 
 class ByAgreement(Section):
@@ -42,6 +53,7 @@ class ByAgreement(Section):
     by: Literal["agreement"]
     through: Literal["logarithm", "ratio"]
     of: tuple[str, ...]
+    reason: str = ""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -133,7 +145,7 @@ class PublishedValue(Section):
     unit: str
     exact: bool = False
     corpus: str
-    known: Literal["published", "reported"]
+    known: Literal["published", "derived", "reported"]
     source: str
     context: int | None = None
     stride: int | None = None
@@ -148,7 +160,9 @@ class Published(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        needed = {"gpt2.openwebtext.loss", "gpt2-tuned.openwebtext.loss", "openwebtext.bytes_per_token"}
+        models = ("gpt2", "gpt2-tuned", "nanogpt-124m")
+        needed = {f"{model}.openwebtext.loss" for model in models}
+        needed |= {"openwebtext.bytes_per_token", "gpt2.webtext_figure.perplexity"}
         missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
         if missing:
             raise ValueError(f"the comparison needs {missing}: add what is missing")
@@ -204,7 +218,7 @@ class Judgement:
     verdict: Verdict
     decisions: tuple[Decision, ...] = ()
     by_hand: bool = False
-    reason: str = ""  # only for a verdict by hand
+    reason: str = ""
 
 
 def judge_claims(claims: Sequence[Claim], evidence: Mapping[str, Evidence]) -> list[Judgement]:
@@ -220,15 +234,19 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
     if isinstance(judged, ByAgreement):
         decision = _compare_claims(judged, claims)
         verdicts: dict[Relation, Verdict] = {
-            "inside": "confirmed", "outside": "self-inconsistent", "overlaps": "inconclusive",
+            "inside": "consistent", "outside": "self-inconsistent", "overlaps": "inconclusive",
         }  # fmt: skip
-        return Judgement(verdicts[decision.relation], (decision,))
-    found = [evidence[name] for name in judged.ids if name in evidence]
-    found = [item for item in found if item.known in ("measured", "computed", "published")]
+        return Judgement(verdicts[decision.relation], (decision,), reason=judged.reason)
+    usable = {name: item for name, item in evidence.items() if item.known in DECIDING}
+    ids = judged.ids if set(judged.ids) <= set(usable) else judged.until_measured or judged.ids
+    found = [usable[name] for name in ids if name in usable]
     decisions = tuple(Decision(item.id, *item.bounds, relate(*item.bounds, *claim.bounds)) for item in found)
-    if len(found) < len(judged.ids):
-        return Judgement("not yet measured", decisions)
-    return Judgement(_combine(decisions, exact=all(item.exact for item in found)), decisions)
+    verdict: Verdict = "not yet measured"
+    if len(found) == len(ids):
+        verdict = _combine(decisions, exact=all(item.exact for item in found))
+    if judged.copied and verdict == "confirmed":
+        verdict = "restated"
+    return Judgement(verdict, decisions, reason=judged.reason)
 
 
 def _combine(decisions: Sequence[Decision], *, exact: bool) -> Verdict:
@@ -250,6 +268,9 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
     # The claims agree if one interval contains the other.
     contains_last = relate(*last, low, high) == "inside"
     relation = "inside" if contains_last else relate(low, high, *last)
+    shared = min(high, last[1]) - max(low, last[0])
+    if relation == "overlaps" and shared < LEAST_OVERLAP * min(high - low, last[1] - last[0]):
+        relation = "outside"
     return Decision(" and ".join(judged.of), low, high, relation)
 
 

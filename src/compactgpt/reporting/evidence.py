@@ -6,9 +6,8 @@ Ids have the form `<model>.<quantity>`. The model `note` is the note's model, an
 trained in this project. The id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
 """
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -36,6 +35,12 @@ NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
+# Ratios of published perplexities: id -> stems of the ids of numerator and denominator.
+PUBLISHED_RATIOS = {
+    "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
+    "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
+    "ratio.gpt2_openwebtext_to_webtext.perplexity": ("gpt2.openwebtext", "gpt2.webtext_figure"),
+}
 TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # every other text metric is a share
 
 
@@ -142,12 +147,7 @@ def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evide
         yield from _counted(name, shape)
     yield from _size_ratios(sources)
     yield from _published(sources.published)
-    yield Evidence(
-        f"{COMPACT}.tokens_seen", sources.training.tokens, "tokens", "measured", COMPACT,
-        "reports/training.json", f"{sources.download.name} train", exact=True, stage="training",
-        report="reports/training.json", data_sha256=sources.tokenization.train.sha256,
-        weights_sha256=sources.weights_sha256,
-    )  # fmt: skip
+    yield from _trained(sources)
     for measured in (sources.compact, *sources.baselines):
         yield from _likelihood(measured, sources)
         yield from _task_scores(measured, sources)
@@ -231,27 +231,38 @@ def _size_ratios(sources: Sources) -> Iterator[Evidence]:
 
 
 def _published(published: Published) -> Iterator[Evidence]:
-    """Yield the published values, and the perplexity and bits per byte of each published loss."""
-    values = {value.id: value for value in published.values}
-    bytes_per_token = values["openwebtext.bytes_per_token"].value
-    for value in published.values:
-        yield Evidence(**value.model_dump(), report=PUBLISHED)
-        if not value.id.endswith(".loss"):
-            continue
-        stem = value.id.removesuffix(".loss")
-        about = value.model_dump(include={"known", "model", "corpus", "context", "stride", "tokenizer"})
-        about["report"] = PUBLISHED
-        source = f"from {value.id}: {value.source}"
-        number = perplexity(value.value)
-        yield Evidence(f"{stem}.perplexity", number, "perplexity", source=f"exp, {source}", **about)
-        if stem.endswith(".openwebtext"):
-            bits = bits_per_byte(value.value, 1) / bytes_per_token
-            source = f"at {bytes_per_token} bytes per token, {source}"
-            yield Evidence(f"{stem}.bits_per_byte", bits, "bits per byte", source=source, **about)
-    ratio = math.exp(values["gpt2.openwebtext.loss"].value - values["gpt2-tuned.openwebtext.loss"].value)
-    source = "from gpt2.openwebtext.loss and gpt2-tuned.openwebtext.loss"
-    name, corpus = "ratio.gpt2_to_gpt2-tuned.perplexity", "OpenWebText val"
-    yield Evidence(name, ratio, "ratio", "published", "gpt2", source, corpus, report=PUBLISHED)
+    """Yield the published values, and what follows from them: perplexities, bits per byte, and ratios.
+
+    A derived value has the interval that the rounding of the published values leaves.
+    """
+    found = {value.id: Evidence(**value.model_dump(), report=PUBLISHED) for value in published.values}
+    yield from found.values()
+    bytes_per_token = found["openwebtext.bytes_per_token"].value
+    for loss in [item for item in found.values() if item.id.endswith(".loss")]:
+        item = _from_loss(loss, "perplexity", "exp, ", perplexity)
+        found[item.id] = item
+        yield item
+        if loss.id.endswith(".openwebtext.loss"):
+            source = f"at {bytes_per_token} bytes per token, "
+            yield _from_loss(loss, "bits_per_byte", source, lambda n: bits_per_byte(n, 1) / bytes_per_token)
+    for name, (ours, theirs) in PUBLISHED_RATIOS.items():
+        one, other = found[f"{ours}.perplexity"], found[f"{theirs}.perplexity"]
+        (low, high), (other_low, other_high) = one.bounds, other.bounds
+        yield Evidence(
+            name, one.value / other.value, "ratio", "derived", one.model, f"{one.id} over {other.id}",
+            one.corpus, low / other_high, high / other_low, report=PUBLISHED,
+        )  # fmt: skip
+
+
+def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
+    """Return another quantity of a published loss: the function of the loss and of its limits."""
+    limits = {"low": loss.low, "high": loss.high}
+    ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
+    return replace(
+        loss, id=f"{loss.id.removesuffix('loss')}{quantity}", value=increasing(loss.value),
+        unit=SCORE_UNITS[quantity], source=f"{source}from {loss.id}: {loss.source}",
+        known="derived" if loss.known == "published" else loss.known, **ends,
+    )  # fmt: skip
 
 
 # --- measured values
@@ -282,6 +293,19 @@ def _common(measured: Measured, sources: Sources, *, windows: bool = False) -> d
         "context": window,
         "stride": window,
     }
+
+
+def _trained(sources: Sources) -> Iterator[Evidence]:
+    """Yield the number of tokens that the compact model was trained on, and its last training loss."""
+    about: dict[str, Any] = {
+        "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
+        "stage": "training", "report": "reports/training.json",
+        "data_sha256": sources.tokenization.train.sha256, "weights_sha256": sources.weights_sha256,
+    }  # fmt: skip
+    name, source = f"{COMPACT}.tokens_seen", "reports/training.json"
+    yield Evidence(name, sources.training.tokens, "tokens", source=source, exact=True, **about)
+    source = "reports/training.json: the mean of the last steps, with the softmax that training uses"
+    yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
 
 
 def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Evidence:

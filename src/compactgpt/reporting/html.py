@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RECORD = "evidence.json"
 PAGE = "index.html"
-MARKS = {"holds": "✓", "fails": "✗", "open": "?", "waits": "…"}
+MARKS = {"holds": "✓", "repeats": "=", "fails": "✗", "open": "?", "waits": "…"}
 SECTIONS = {  # sections in their order; True: for a record whose corpus is one that the note is about
     True: ("table", "demo", "claims", "samples", "data", "sources"),
     False: ("demo", "samples", "data", "table", "claims", "sources"),

@@ -34,6 +34,7 @@ TRAINED_HERE = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {  # groups of verdicts, for the summary sentence
     "holds": ("confirmed", "supported"),
+    "repeats": ("restated", "consistent"),
     "fails": ("contradicted", "self-inconsistent", "misleading"),
     "open": ("inconclusive", "unverifiable"),
     "waits": ("not yet measured",),
