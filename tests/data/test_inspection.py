@@ -231,6 +231,37 @@ def test_a_text_that_occurs_very_often_is_found_in_train_for_each_copy_in_val(tm
     assert numbers["leaked_share"] == 1.0
 
 
+# 300 characters as a text has them: some marks, no space.
+UNSPACED = {
+    "Chinese": [chr(0x4E00 + n) for n in range(900)],
+    "Japanese": [*map(chr, range(0x3041, 0x3097)), *map(chr, range(0x30A1, 0x30FB))],
+    "Thai": [*map(chr, range(0xE01, 0xE2F)), *map(chr, range(0xE30, 0xE3A))],
+    "Lao": list(map(chr, [*range(0xE94, 0xE98), *range(0xE99, 0xEA0), *range(0xEB0, 0xEBA)])),
+    "Khmer": list(map(chr, range(0x1780, 0x17C6))),
+    "Burmese": list(map(chr, range(0x1000, 0x1032))),
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp_path, script):
+    generator = random.Random(4)
+    train = ["".join(generator.choices(UNSPACED[script], k=300)) for _ in range(20)]
+    val = [f"{text[:150]}{'一' if script == 'Chinese' else text[7]}{text[151:]}" for text in train]
+    numbers = check(write_inputs(tmp_path, train, val))["repetition"]
+    assert numbers["leaked_share"] == 1.0
+    assert numbers["near_duplicates"]["val_with_twin_in_train"] == 20
+    # All runs of 13 characters of a text are in its copy, but those that hold the changed character.
+    assert numbers["overlap"]["runs_in_train"] == pytest.approx(20 * (288 - 13), rel=0.01)
+
+
+def test_a_check_that_compared_hardly_anything_says_so(tmp_path):
+    texts = random_texts(20, words=8) + random_texts(4)
+    report = check(write_inputs(tmp_path, texts[5:], texts[:5]))
+    assert report["repetition"]["overlap"]["val_documents_without_runs"] == 5
+    described = [each["description"] for each in report["expectations"] if each["column"] == "leaked_share"]
+    assert "(5 of 5 have fewer than 13 words: of these only copies are found" in described[0]
+
+
 def test_documents_without_words_have_no_twins(tmp_path):
     texts = [*random_texts(20), "!!! ???", "... ---", "--- ..."]
     report = check(write_inputs(tmp_path, texts[:12] + texts[20:], texts[12:20]))
@@ -253,13 +284,13 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
     assert len(one.hit_runs) > 1000
 
 
-TEXTS = st.lists(st.sampled_from(["a", "B", "c.", "é", "D_1"]), max_size=30).map(" ".join)
+TEXTS = st.lists(st.sampled_from(["a", "B", "c.", "é", "D_1", "中", "中a文"]), max_size=30).map(" ".join)
 
 
 @given(TEXTS, TEXTS)
 def test_hashes_of_runs_are_equal_where_the_words_are(one, other):
     def runs(text):
-        words = re.findall(r"\w+", text.lower())
+        words = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
         return [tuple(words[n : n + 4]) for n in range(len(words) - 3)]
 
     hashes = [run_hashes(word_hashes(text), 4) for text in (one, other)]
@@ -300,7 +331,9 @@ def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == CheckFailed.exit_code
-    message = "the token files fail 1 of 14 expectations:\n  val: documents: 4, expected at least 5"
+    message = (
+        "the token files fail 1 of 14 expectations:\n  val: documents: found 4, expected at least 5; raise"
+    )
     assert message in done.output
     assert "Data Docs: data/data_docs/tokens/index.html" in done.output
     pages = {path.parts[4:6] for path in Path("data/data_docs/tokens").rglob("validations/**/*.html")}

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from compactgpt.common.console import silent
-from compactgpt.common.errors import BadData, CheckFailed
-from compactgpt.common.storage import atomic_folder
+from compactgpt.common.errors import BadConfig, BadData, CheckFailed
+from compactgpt.common.storage import atomic_folder, write_json
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_documents
 from compactgpt.data.validation import _read, document_row, require_success, validate
@@ -142,6 +142,49 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
     assert len(rows) == report["rows"]
 
 
+# --- messages
+
+
+def advice_of(tmp_path, documents, bounds, corpus="files"):
+    facts = {"documents": len(documents), "bytes": 10, "corpus": corpus}
+    with atomic_folder(tmp_path / "documents", facts) as temporary:
+        write_documents(temporary, documents)
+    report = validate(tmp_path / "documents", tmp_path / "docs", bounds)
+    return {column: each["advice"] for (_, column), each in failures(report).items()}
+
+
+def test_for_a_corpus_of_one_file_the_advice_is_to_cut_it(tmp_path):
+    advice = advice_of(tmp_path, [new_document("One file of text. " * 4, "corpus/input.txt")], BOUNDS)
+    cut = "the corpus is one file, corpus/input.txt: set download.files.split, or run `compactgpt init-corpus"
+    assert advice["documents"].startswith(cut)
+    assert advice["documents"].endswith("or set validation.min_documents to at most 1")
+    pieces = [new_document(f"A piece of some text {n}.", f"corpus/input.txt:{n}") for n in range(5)]
+    assert advice_of(tmp_path, pieces, BOUNDS)["documents"].startswith("add text, or run")
+
+
+def test_each_expectation_that_fails_says_what_to_change_and_that_is_enough(tmp_path):
+    """The values that the messages propose make the same documents pass."""
+    documents = [*GOOD, *(each for kind in SPOILED for each in planted(kind, 9))]
+    documents += [new_document(" " * 30, "blank"), Document(GOOD[0].id, "Some text of fair length", "wrong")]
+    limits = {"min_documents": 100, "min_total_megabytes": 1.0, "mostly": 0.95}
+    bounds = BOUNDS.model_copy(update=limits)
+    advice = advice_of(tmp_path, documents, bounds)
+    assert len(advice) == 12
+    assert all(advice.values()), advice
+    found = re.findall(r"(?:validation\.|and )(\w+) to (?:at most )?([\d,.]*\d)", " ".join(advice.values()))
+    proposed = {key: type(getattr(BOUNDS, key))(value.replace(",", "")) for key, value in found}
+    assert len(proposed) == 6
+    again = advice_of(tmp_path, documents, bounds.model_copy(update=proposed))
+    assert not set(again) & {"documents", "bytes", "n_characters", "letter_share", "normalised"}
+
+
+def test_a_sample_without_documents_is_one_sentence(tmp_path):
+    # The sample is chosen by hash: of these, none is in a sample of about one document.
+    upper_half = [each for each in GOOD if document_row(each)["normalised"] > "8"]
+    with pytest.raises(BadConfig, match=r"documents is empty with validation.max_rows \(1\): set"):
+        check(tmp_path, upper_half, BOUNDS.model_copy(update={"max_rows": 1}))
+
+
 # --- the stage and Data Docs
 
 
@@ -149,6 +192,7 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
 def run_stage(tmp_path, monkeypatch):
     """Run the stage on the one document GOOD[0]; the current folder is its project."""
     write_folder(tmp_path / "data/documents", GOOD[:1])
+    write_json(tmp_path / "reports/download.json", {"left_out": {"empty": 0, "duplicate": 29}})
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
@@ -158,8 +202,11 @@ def run_stage(tmp_path, monkeypatch):
 def test_the_stage_says_what_was_expected_and_writes_the_report_before_it_fails(run_stage):
     done = run_stage("none")
     assert done.exit_code == CheckFailed.exit_code
-    assert "  documents: 1, expected at least 1,000\n" in done.output
-    assert f"  bytes of text: {len(GOOD[0].text)}, expected at least 10,000,000\n" in done.output
+    assert (
+        "  documents: found 1, expected at least 1,000; let download take more of the corpus" in done.output
+    )
+    assert f"  bytes of text: found {len(GOOD[0].text)}, expected at least 10,000,000; " in done.output
+    assert done.output.endswith("complete result; download left out 29 duplicate (download.json)\n")
     assert "Data Docs: data/data_docs/documents/index.html" in done.output
     assert not json.loads(Path("reports/validation.json").read_text())["success"]
     (page,) = Path("data/data_docs/documents/validations/corpus/validation").rglob("*.html")

@@ -1,8 +1,10 @@
 """Find documents that repeat other documents, and text of val that is also in train.
 
 A word consists of letters, digits and underscores, in lower case. As in appendix C of the GPT-3 paper (Brown
-et al. 2020), punctuation, white space and case are ignored. A 64-bit hash represents each word. A polynomial
-of the word hashes represents a run, which is n consecutive words. Documents are compared in three ways:
+et al. 2020), punctuation, white space and case are ignored. In scripts that write no spaces between words,
+such as Chinese and Thai, each character is a word: a sentence as one word would be equal only as a whole. A
+64-bit hash represents each word. A polynomial of the word hashes represents a run, which is n consecutive
+words. Documents are compared in three ways:
 
     same words      Two documents have the same words in the same order.
     near duplicate  Two documents have similar sets of 5-word runs. Their MinHash signatures (Broder 1997;
@@ -41,7 +43,16 @@ Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Similarities = npt.NDArray[np.float64]
 
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words, by Unicode's blocks; with their marks: some are Thai or Khmer vowels.
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u0f00-\u0fff"  # Tibetan
+    "\u1000-\u109f\uaa60-\uaa7f"  # Burmese and its relatives
+    "\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf"  # Khmer, Tai Le, New Tai Lue, Tai Tham
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese kana and repetition marks
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is a bijection
 _NEIGHBOURS = 8  # a document is compared with this many next documents in its bucket
 _OWNERS_PER_RUN = 10  # about how many train documents are stored for one run of val

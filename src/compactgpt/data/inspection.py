@@ -146,7 +146,20 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         # The split is at a document's end, so it may be off by one document, which is at most the longest.
         longest = int(corpus.byte_lengths.max())
         suite.append(at_most("bytes_off_share", longest, f"{name}: bytes that its share is off"))
-    return Table(name, [row], suite)
+    damaged = "run `dvc repro -f tokenization`"
+    damage = (
+        "highest_token",
+        "documents_without_end",
+        "ends_inside",
+        "documents_that_differ",
+        "bytes_off_share",
+    )
+    advice = dict.fromkeys(damage, damaged) | {
+        "documents": "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
+        f"{split.header.documents:,}, which makes intervals wide",
+        "share_deviation": "set tokenization.split to tail, or raise inspection.max_val_deviation",
+    }
+    return Table(name, [row], suite, advice)
 
 
 def _count_tokens(split: TokenFile) -> dict[str, int]:
@@ -218,6 +231,8 @@ def _count_repetition(
             "runs": int(overlap.runs.sum()),
             "runs_in_train": int(overlap.seen.sum()),
             "val_documents": len(overlap.runs),
+            # Documents of fewer words have no run: they are compared with others as wholes only.
+            "val_documents_without_runs": int((overlap.runs == 0).sum()),
             "val_documents_with_any": int((overlap.seen > 0).sum()),
             "val_documents_leaked": int(overlaps.sum()),
         },
@@ -256,13 +271,30 @@ def _repeated(corpus: Digest, twins: Mapping[str, TwinPair], max_listed: int) ->
     return by_score[:max_listed]
 
 
+def uncompared(repetition: Mapping[str, Any]) -> str:
+    """Return a note if most val documents are too short for the search of overlap, otherwise no text."""
+    overlap = repetition["overlap"]
+    short, total = overlap["val_documents_without_runs"], overlap["val_documents"]
+    if 2 * short <= total:
+        return ""
+    return (
+        f" ({short:,} of {total:,} have fewer than {overlap['words']} words: of these only copies are found, "
+        "so this check says little; longer documents or a lower inspection.overlap_words say more)"
+    )
+
+
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
+    leaked = f"share of val's documents that are in train{uncompared(repetition)}"
     suite = [
         at_most("repeated_share", params.max_repeated_share, "share of documents that have a twin"),
-        at_most("leaked_share", params.max_leaked_share, "share of val's documents that are in train"),
+        at_most("leaked_share", params.max_leaked_share, leaked),
     ]
-    return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite)
+    advice = {
+        key: f"remove the documents that the report lists ({listed}), or raise inspection.max_{key}"
+        for key, listed in (("repeated_share", "repeated, flagged"), ("leaked_share", "flagged"))
+    }
+    return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite, advice)
 
 
 def _describe(repeats: list[Repeat], groups: list[RowGroup]) -> list[dict[str, Any]]:

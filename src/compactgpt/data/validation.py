@@ -16,18 +16,20 @@ one checkpoint per table and writes Data Docs. The stage `inspection` uses this 
 import hashlib
 import html
 import logging
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import CheckFailed
-from compactgpt.common.storage import atomic_folder, verified_manifest
+from compactgpt.common.errors import BadConfig, CheckFailed
+from compactgpt.common.storage import atomic_folder, read_manifest, verified_manifest
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
 
@@ -48,6 +50,7 @@ class Table:
     name: str
     rows: list[dict[str, Any]]
     suite: list[Any]
+    advice: Mapping[str, str] = field(default_factory=dict)  # what to do if a column fails, by column
 
 
 def validate(
@@ -69,11 +72,19 @@ def validate(
     Raises:
         MissingInput: the folder of documents is missing.
         BadData: the folder of documents is damaged.
+        BadConfig: the sample of `max_rows` documents has no document.
     """
     counts, rows = _read(documents, params.max_rows, progress)
+    if not rows:
+        raise BadConfig(
+            f"the sample of {counts['documents']:,} documents is empty with validation.max_rows "
+            f"({params.max_rows:,}): set validation.max_rows to at least {counts['documents']:,}"
+        )
+    advice = _advise(read_manifest(documents), counts, rows, params)
+    corpus = [{"id": "corpus", "source": "all documents", **counts}]
     tables = [
-        Table("corpus", [{"id": "corpus", "source": "all documents", **counts}], corpus_expectations(params)),
-        Table("documents", rows, document_expectations(params)),
+        Table("corpus", corpus, corpus_expectations(params), advice),
+        Table("documents", rows, document_expectations(params), advice),
     ]
     results = check_expectations("validation", tables, docs)
     success = all(result["success"] for result in results)
@@ -206,6 +217,62 @@ def document_expectations(params: Validation) -> list[Any]:
     ]
 
 
+# --- what to do about a failed expectation
+
+_DAMAGED = "the files of data/documents were altered: run `dvc repro -f download`"
+
+
+def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
+    """Return values of those limits in params.yaml that differ from corpus to corpus, so that the rows pass.
+
+    A limit that the rows fulfil keeps its value. Limits that find damage (wrong decoding) are not here.
+    """
+    lengths = sorted(row["n_characters"] for row in rows)
+    letters = sorted(row["letter_share"] for row in rows)
+    copies = Counter(row["normalised"] for row in rows)
+    unique = sum(copies[row["normalised"]] == 1 for row in rows) / len(rows)
+    spare = int((1 - params.mostly) * len(rows))  # so many rows may fail
+    return {
+        "min_characters": min(params.min_characters, lengths[spare // 2]),
+        "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
+        "min_letter_share": min(params.min_letter_share, math.floor(100 * letters[spare]) / 100),
+        "min_unique_share": min(params.min_unique_share, math.floor(1000 * unique) / 1000),
+    }
+
+
+def _advise(
+    manifest: Mapping[str, Any], counts: Mapping[str, int], rows: list[dict[str, Any]], params: Validation
+) -> dict[str, str]:
+    """Return by column what to change if its expectation fails, with limits that fit this corpus."""
+    limits = fitting_limits(rows, params)
+    megabytes = math.floor(counts["bytes"] / 10_000) / 100
+    more = _more_text(manifest, rows)
+    lengths = "set validation.min_characters to {min_characters:,} and max_characters to {max_characters:,}"
+    decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
+    return dict.fromkeys(("repeated_ids", "wrong_ids", "id", "id_is_hash", "source"), _DAMAGED) | {
+        "documents": f"{more}, or set validation.min_documents to at most {counts['documents']:,}",
+        "bytes": f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}",
+        "excerpt": "remove the blank documents",
+        "n_characters": f"remove or cut them, or {lengths.format(**limits)}",
+        "letter_share": f"remove them, or set validation.min_letter_share to {limits['min_letter_share']:g}",
+        "replacement_share": decoding,
+        "n_nul": f"{decoding}, or remove it if it is not text",
+        "normalised": f"remove copies, or set validation.min_unique_share to {limits['min_unique_share']:g}",
+    }
+
+
+def _more_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return how this corpus can have more documents."""
+    if manifest.get("corpus") != "files":
+        return "let download take more of the corpus"
+    # The source of a row or of a piece is `file:number`.
+    files = {re.sub(r":[\d-]+$", "", row["source"]) for row in rows}
+    if len(files) > 1 or len(rows) > 1:
+        return "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
+    command = "`compactgpt init-corpus corpus/`"
+    return f"the corpus is one file, {files.pop()}: set download.files.split, or run {command}"
+
+
 # --- checkpoints
 
 
@@ -278,10 +345,10 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
     )
     # The checkpoint has one validation definition, and so one result.
     (validation,) = run.run_results.values()
-    return [_result(table.name, len(rows), each) for each in validation.to_json_dict()["results"]]
+    return [_result(table, each) for each in validation.to_json_dict()["results"]]
 
 
-def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
+def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a GX result that are the same in every run."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
@@ -295,8 +362,8 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
         for key, value in example.items():
             example[key] = html.unescape(value) if isinstance(value, str) else value
     return {
-        "table": table,
-        "rows": rows,
+        "table": table.name,
+        "rows": len(table.rows),
         "expectation": config["type"],
         "description": config["description"],
         "column": column,
@@ -308,6 +375,7 @@ def _result(table: str, rows: int, result: dict[str, Any]) -> dict[str, Any]:
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
         "examples": examples,
+        **({} if result["success"] else {"advice": table.advice.get(column, "")}),
     }
 
 
@@ -335,10 +403,11 @@ def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
     Args:
         report: the report of a stage; `expectations` contains the results of `check_expectations`.
         what: name of the checked data in the message, a plural noun.
-        advice: what the user can do, for the message.
+        advice: the last line of the message.
 
     Raises:
-        CheckFailed: an expectation failed. The message lists each failure with observed values and examples.
+        CheckFailed: an expectation failed. The message lists each failure with observed values and examples,
+            and what to do about it.
     """
     failed = [result for result in report["expectations"] if not result["success"]]
     if failed:
@@ -349,9 +418,11 @@ def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
 
 
 def _sentence(result: Mapping[str, Any]) -> str:
-    """Return what was found and expected, for example "documents: 1, expected at least 1,000"."""
+    """Return what was found, what was expected, and what to do."""
     if result["unexpected"] is None:  # an expectation of one value, not of many rows
-        return f"{result['what']}: {result['observed']:,}, expected {result['expected']}"
-    examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
-    broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
-    return f"expected: {result['description']}; {broken}, such as {examples}"
+        found = f"{result['what']}: found {result['observed']:,}, expected {result['expected']}"
+    else:
+        examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
+        broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
+        found = f"expected: {result['description']}; {broken}, such as {examples}"
+    return f"{found}; {result['advice']}" if result["advice"] else found
