@@ -20,9 +20,12 @@ def main(
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Download the corpus and the tokenizer, and write both folders."""
+    from compactgpt.data.inputs import require_corpus
     from compactgpt.data.sources import download
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
+        if stage.params.download.corpus == "files":
+            require_corpus(state_folder().parent)
         facts = download(
             stage.params.download,
             documents,

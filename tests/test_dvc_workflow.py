@@ -1,5 +1,6 @@
 """What a DVC user does by hand, on small projects with the real git and DVC."""
 
+import hashlib
 import re
 import shutil
 
@@ -129,23 +130,34 @@ def test_dvc_commit_after_a_harmless_edit_runs_nothing(project):
     assert "up to date" in dvc(project, "status")
 
 
-def test_a_corpus_may_be_imported_by_dvc(project, tmp_path):
+def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project, tmp_path):
     """The corpus is a dep of `download` and not in git; only the .dvc files in it are."""
+    (project / "check.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom compactgpt.data.inputs import require_corpus\n"
+        "require_corpus(Path(os.environ['DVC_ROOT']))\n"
+    )
     tree = YAML(typ="safe").load(project / "dvc.yaml")
-    tree["stages"]["copy"]["deps"] = ["corpus"]
+    tree["stages"]["copy"] |= {"cmd": 'python check.py && cat corpus/*.txt corpus/*/*.txt > data/out',
+                               "deps": ["corpus"], "outs": ["data/out"], "metrics": []}  # fmt: skip
     YAML().dump(tree, project / "dvc.yaml")
     (project / ".gitignore").write_text("/ran\n/data/\n" + (ROOT / ".gitignore").read_text())
     (project / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
     (project / "corpus").mkdir()
-    (tmp_path / "text.txt").write_text("text")
-    dvc(project, "import-url", str(tmp_path / "text.txt"), "corpus/text.txt")
-    dvc(project, "repro", "-q")
-    tracked = git(project, "ls-files", "--others", "--cached", "--exclude-standard", "corpus").split()
-    assert tracked == ["corpus/text.txt.dvc"]
-    (tmp_path / "text.txt").write_text("other text")
-    dvc(project, "update", "corpus/text.txt.dvc")
-    assert (project / "corpus/text.txt").read_text() == "other text"
-    assert "corpus" in dvc(project, "status")
+    (project / "corpus/a.txt").write_text("a")
+    (far := tmp_path / "far texts").mkdir()
+    (far / "b.txt").write_text("b")
+    dvc(project, "add", str(far), "-o", "corpus/far")
+    git(project, "add", ".")  # `corpus/far.dvc` is staged by DVC
+    assert git(project, "ls-files", "corpus").split() == ["corpus/far.dvc"]
+    done = run(project, "dvc", "exp", "run", "--temp", "-S", "n=2", check=False)
+    assert done.returncode
+    assert "lacks corpus/a.txt, which DVC does not track yet: run `dvc add corpus/a.txt`" in done.stderr
+    dvc(project, "add", "corpus/a.txt")
+    (project / "corpus/far/b.txt").write_text("c")  # DVC takes the edit along
+    dvc(project, "exp", "run", "--temp", "-S", "n=2", "-n", "copied")
+    ref = git(project, "for-each-ref", "--format=%(refname)", "**/copied").strip()
+    lock = git(project, "show", f"{ref}:dvc.lock")
+    assert hashlib.md5(b"ac").hexdigest() in lock
 
 
 @pytest.mark.parametrize(

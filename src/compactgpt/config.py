@@ -360,6 +360,7 @@ class Folder(_Spec):
 
     kind: Literal["folder"]
     path: str
+    sha256: Sha256 | None = None  # of its files; without it the stage stops and prints it
 
 
 class Hub(_Spec):
@@ -489,6 +490,12 @@ class Params(Section):
                 f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
                 f"training.micro_batch_size x model.block_size x training.launcher.processes ({unit})"
             )
+        for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
+            if not pattern.startswith("corpus/") or ".." in pattern:
+                yield (
+                    f"download.files.patterns: found {pattern}, must begin with corpus/, which DVC watches: "
+                    "`dvc add PATH -o corpus/NAME` brings a file or a folder there"
+                )
         window, longest = self.evaluation.likelihood.window, self.model.block_size
         if window > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"

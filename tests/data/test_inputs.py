@@ -168,13 +168,15 @@ def test_a_file_that_dvc_can_not_read_is_refused_by_its_kind(corpus, kind):
             check()
 
 
-def test_links_that_dvc_follows_or_passes_over_are_allowed(corpus):
+def test_links_to_files_are_followed_and_links_to_folders_refused_as_dvc_does_not_follow_them(corpus):
     (corpus / ".other").write_text("another text")
     (corpus / "b.txt").symlink_to(".other")
-    (corpus / "up").symlink_to("..")
-    (corpus / "self").symlink_to(".")
     check_files(corpus)
     assert [each.source for each in write_corpus(corpus.parent, FILES)[1]] == ["corpus/a.txt", "corpus/b.txt"]
+    (corpus / "up").symlink_to("..")
+    for check in (lambda: check_dependencies(corpus.parent), lambda: write_corpus(corpus.parent, FILES)):
+        with pytest.raises(BadData, match=r"corpus/up is a link to a folder.*`dvc add \S+ -o \S+/up`"):
+            check()
 
 
 def test_a_name_that_is_not_utf8_is_refused(corpus):

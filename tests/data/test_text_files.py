@@ -231,14 +231,12 @@ def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    (tmp_path / "b/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "far.txt").symlink_to(tmp_path / "a/b.txt")
-    (tmp_path / "c").symlink_to("a", target_is_directory=True)  # a folder elsewhere is followed
     patterns = ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "many/00*.txt", "many/0[0-3][!5]*.txt"]
-    for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md", "c/*.txt"]:
+    for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md"]:
         listed = [name for _, name in text_files.list_files([pattern], tmp_path)]
         expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
-        assert listed == sorted(name for name in expected if "loop" not in name), pattern
+        assert listed == sorted(expected), pattern
     listed = text_files.list_files(["a/*.txt", "**/*.txt", "b/*.md"], tmp_path)
     assert len({name for _, name in listed}) == len(listed)
     assert [index for index, _ in listed] == sorted(index for index, _ in listed)
@@ -258,10 +256,22 @@ def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["/data/*.txt", "corpus/*.csv", "corpus/**", "corpus/*.txt.bz2", "corpus/*.gz"]
+    "pattern",
+    [
+        "/data/*.txt",
+        "texts/**/*.txt",
+        "../far/*.txt",
+        "corpus/../a.txt",
+        "**/*.txt",
+        "corpus/*.csv",
+        "corpus/**",
+        "corpus/*.txt.bz2",
+        "corpus/*.gz",
+    ],
 )
 def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
     tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["corpus"] = "files"
     tree["download"]["files"]["patterns"] = [pattern]
-    with pytest.raises(BadConfig, match=r"download\.files\.patterns\.0"):
+    with pytest.raises(BadConfig, match=r"download\.files\.patterns"):
         parse_params(tree)

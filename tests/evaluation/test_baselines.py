@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 
 import huggingface_hub
 import numpy as np
@@ -47,7 +48,14 @@ def load(tmp_path, encoding):
     def load(batch_size=3, **spec):
         inputs = BaselineInputs(tmp_path / "train.tokens", encoding, batch_size, runtime, tmp_path / ".state")
         names = {"names": ["it"], "specs": {"it": spec}}
-        return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
+        try:
+            return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
+        except BadConfig as error:  # as a user does: the message has the hash of a folder
+            if "sha256" in spec or not (
+                found := re.search(r"sha256: found nothing, .* holds (\w{64})", str(error))
+            ):
+                raise
+        return load(batch_size, **spec, sha256=found[1])
 
     return load
 
@@ -211,6 +219,16 @@ def test_a_model_whose_logits_are_scaled_is_refused(tmp_path, load):
     save_llama(tmp_path / "granite", "GraniteForCausalLM", logits_scaling=2.0)
     with pytest.raises(BadConfig, match="GraniteForCausalLM can't be measured"):
         load(kind="folder", path=str(tmp_path / "granite"))
+
+
+def test_other_weights_in_the_same_folder_are_refused(tmp_path, load):
+    spec = {"kind": "folder", "path": str(tmp_path / "gpt2")}
+    save_gpt2(tmp_path / "gpt2")
+    sha256 = load(**spec).facts["weights_sha256"]
+    path = tmp_path / "gpt2/config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(BadConfig, match=rf"specs\.it\.sha256: found {sha256}, but .* holds"):
+        load(**spec, sha256=sha256)
 
 
 def test_missing_and_damaged_files_of_a_folder_are_named(tmp_path, load):

@@ -6,7 +6,9 @@ it is a broken link or its name is not UTF-8, DVC stops with a traceback or an u
 
 import errno
 import os
+import shlex
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
@@ -36,18 +38,46 @@ def check_dependencies(root: Path) -> None:
 def check_files(folder: Path) -> None:
     """Check that every file under a folder is a regular file, or a link to one, with a name in UTF-8.
 
-    Links to folders are not followed, since DVC does not follow them.
-
     Raises:
-        BadData: a file name is not UTF-8, or a file is a pipe, a socket, a device or a loop of links.
+        BadData: a file name is not UTF-8; a file is a pipe, a socket, a device or a loop of links; or a link
+            leads to a folder.
         MissingInput: the target of a link does not exist.
     """
     for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
             require_utf8(Path(parent, name))
+        refuse_linked_folders(Path(parent), folders)
         for name in files:
             path = Path(parent, name)
             regular_status(path, str(path))
+
+
+def refuse_linked_folders(parent: Path, folders: Iterable[str]) -> None:
+    """Raise BadData if one of these folders is a link: DVC would not see changes behind the link."""
+    for path in (parent / name for name in folders):
+        if path.is_symlink():
+            raise BadData(
+                f"{path} is a link to a folder, where DVC sees no change: remove the link, then "
+                f"`dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}` brings its files"
+            )
+
+
+def require_corpus(original: Path) -> None:
+    """Check that a scratch copy of the repository, as of `dvc exp run --temp`, has the whole corpus.
+
+    Args:
+        original: the repository that DVC copied; in the repository itself the check always passes.
+
+    Raises:
+        MissingInput: corpus/ lacks files, since neither git nor DVC tracks them.
+    """
+    names = {path.name for path in (original / "corpus").glob("[!.]*")}
+    if missing := sorted(name for name in names if not Path("corpus", name).exists()):
+        paths = shlex.join(f"corpus/{name}" for name in missing)
+        raise MissingInput(
+            f"the experiment's copy of the repository lacks {paths}, which DVC does not track yet: "
+            f"run `dvc add {paths}`, then the same experiment again"
+        )
 
 
 def require_utf8(path: Path) -> None:

@@ -20,7 +20,7 @@ from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
 from compactgpt.config import Download
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
-from compactgpt.data.inputs import regular_status, require_utf8
+from compactgpt.data.inputs import refuse_linked_folders, regular_status, require_utf8
 
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 16  # rows of a parquet file read at a time; few, since a row may be long
@@ -79,7 +79,7 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
 
 
 def _matching_files(root: Path, pattern: str) -> Iterator[str]:
-    """Yield the paths that match a pattern, like `glob.glob`, but do not follow loops of links."""
+    """Yield the paths that match a pattern, like `glob.glob`. A link to a folder raises BadData."""
     parts = pattern.split("/")
     fixed = 0  # number of parts before the first wildcard
     while fixed < len(parts) and not has_magic(parts[fixed]):
@@ -89,9 +89,10 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
             yield pattern
         return
     start = root.joinpath(*parts[:fixed])
-    for parent, folders, names in os.walk(start, onerror=_raise_if_forbidden, followlinks=True):
+    for parent, folders, names in os.walk(start, onerror=_raise_if_forbidden):
         # As in a shell, wildcards do not match names that start with a dot.
-        folders[:] = [name for name in folders if name[0] != "." and not _is_loop(Path(parent, name))]
+        folders[:] = [name for name in folders if name[0] != "."]
+        refuse_linked_folders(Path(parent), folders)
         above = Path(parent).relative_to(start).parts
         if "**" not in parts and len(above) == len(parts) - fixed - 1:
             folders.clear()  # no deeper path can match
@@ -105,10 +106,6 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
 def _raise_if_forbidden(error: OSError) -> None:
     if isinstance(error, PermissionError):
         raise error
-
-
-def _is_loop(folder: Path) -> bool:
-    return folder.is_symlink() and any(folder.samefile(parent) for parent in folder.absolute().parents)
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:

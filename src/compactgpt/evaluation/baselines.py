@@ -101,8 +101,14 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
     else:
         folder = Path(spec.path)
         loaded = read_folder(folder)
-        hashes = [f"{path.name} {sha256_file(path)}" for path in sorted(folder.glob("*.safetensors"))]
+        files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.txt")))
+        hashes = [f"{path.name} {sha256_file(path)}" for path in files]
         facts = {"path": spec.path, "weights_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest()}
+        if facts["weights_sha256"] != spec.sha256:
+            raise BadConfig(
+                f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
+                f"{facts['weights_sha256']}: write that into params.yaml if these are the weights you mean"
+            )
     return _as_neural_model(loaded, inputs, {"kind": spec.kind, **facts})
 
 
