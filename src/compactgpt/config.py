@@ -16,6 +16,7 @@ from compactgpt.common.sections import Name, Section, check_section, load_sectio
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; exp(710) is too large for a float
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
@@ -391,11 +392,11 @@ class Baseline(Section):
 class ExpectedLoss(Section):
     """A loss written down before it was measured: nats per token, with two intervals."""
 
-    value: PositiveFloat
-    low_80: PositiveFloat
-    high_80: PositiveFloat
-    low_95: PositiveFloat
-    high_95: PositiveFloat
+    value: Loss
+    low_80: Loss
+    high_80: Loss
+    low_95: Loss
+    high_95: Loss
     basis: str
 
     def _mistakes(self) -> Iterator[str]:

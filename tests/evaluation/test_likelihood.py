@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.common.storage import read_json, sha256_file
+from compactgpt.common.storage import json_bytes, read_json, sha256_file
 from compactgpt.evaluation import likelihood
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import DocumentScores, Totals, evaluate, target_nats
@@ -216,6 +216,21 @@ def test_the_report_divides_sums_worked_by_hand(split):
     uncounted = replace(totals, own_tokens=None, words=None)
     report = likelihood.summarize("x", Fixed(), uncounted, split, LIKELIHOOD)
     assert report["own_tokens"] is report["loss_per_own_token"] is report["word_perplexity"] is None
+
+
+def test_a_diverged_model_and_text_without_spaces_have_reports_of_valid_json(tmp_path, encoding, model):
+    """A loss of 3,075,166 is from a real run; a word of 300 characters has more than 709 nats."""
+    split = save_split(tmp_path / "x.tokens", encoding, texts=["漢字" * 150, "漢" * 300])
+    found = evaluate(as_neural_model(model, 3), split, encoding, LIKELIHOOD)
+    report = likelihood.summarize("x", Fixed(), found, split, LIKELIHOOD)
+    assert report["word_perplexity"] is None
+    assert report["perplexity"]["value"] > 1
+    diverged = replace(found, nats=found.tokens * 3_075_166.0, views={})
+    report = likelihood.summarize("x", Fixed(), diverged, split, LIKELIHOOD) | {"tasks": {}}
+    assert report["loss"]["value"] == pytest.approx(3_075_166)
+    assert report["perplexity"] is None
+    assert set(likelihood.headline(report)) == {"loss", "bits_per_byte"}
+    json_bytes(report)  # refuses infinity
 
 
 SUMS = {

@@ -20,6 +20,7 @@ from compactgpt.evaluation.metrics import (
 
 def test_values_worked_by_hand():
     assert perplexity(math.log(50257)) == pytest.approx(50257)
+    assert perplexity(710) == math.inf
     assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)  # eight coin flips a byte
     assert bits_per_byte(3.12 * 1000, 4400) == pytest.approx(1.023, abs=5e-4)  # GPT-2 on OpenWebText
     found = ratio_bootstrap(np.array([1.0, 30.0]), np.array([1.0, 10.0]), resamples=10, seed=0)
@@ -73,6 +74,7 @@ def test_the_paired_ratio_finds_what_two_separate_intervals_hide():
     one, two = (ratio_bootstrap(n, tokens, resamples=1000, seed=1) for n in (worse, better))
     assert one.low < two.high
     assert perplexity_ratio(worse, worse, tokens, resamples=20, seed=0) == Interval(1.0, 1.0, 1.0)
+    assert perplexity_ratio(1e6 * worse, worse, tokens, resamples=20, seed=0).value == math.inf
     with pytest.raises(ValueError, match="same documents"):
         perplexity_ratio(worse, worse[1:], tokens, resamples=5, seed=0)
 

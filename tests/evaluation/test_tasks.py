@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from compactgpt.common.errors import BadData, MissingInput, Unreachable
-from compactgpt.common.storage import sha256_file
+from compactgpt.common.storage import json_bytes, sha256_file
 from compactgpt.config import Source, load_params
 from compactgpt.evaluation import tasks
 from compactgpt.evaluation.compact import as_neural_model, plain_codec
@@ -124,6 +125,21 @@ def test_each_task_that_has_a_file_runs(tmp_path, encoding, model, split, lambad
     assert sorted(found) == ["lambada_last_token", "lambada_original", "lambada_word", "wikitext-2"]
     assert found["lambada_word"] == found["lambada_original"]
     assert found["wikitext-2"]["sha256"] == wiki.sha256
+
+
+def test_a_diverged_model_has_tasks_of_valid_json(tmp_path, encoding, model, split):
+    (tmp_path / "wiki.raw").write_text(" = The Hat = \n the cat in the hat \n")
+    wiki = Source(path=str(tmp_path / "wiki.raw"), sha256=sha256_file(tmp_path / "wiki.raw"))
+    settings = SETTINGS.model_copy(update={"wikitext": {"wikitext-2": wiki}, "wikitext_stride": 8})
+    neural = as_neural_model(model, 2, encoding)
+    broken = replace(neural, head=neural.head * 1e5)
+    found = tasks.run_tasks(broken, split, encoding, settings, LIKELIHOOD)
+    assert found["wikitext-2"]["no_overlap"]["perplexity"] is None
+    assert found["wikitext-2"]["per_word"]["word_perplexity"] is None
+    answers = tasks.Answers(np.array([1.0, 3e6]), np.array([True, False]))
+    found["cloze"] = tasks.answer_figures([Item("a", " b"), Item("c", " d")], answers, LIKELIHOOD)
+    assert found["cloze"]["perplexity"] is None
+    json_bytes(found)
 
 
 def test_a_file_is_the_one_with_the_hash_or_refused(lambada):

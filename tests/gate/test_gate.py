@@ -238,6 +238,13 @@ def failing_share(rise, noise, trials=1000):
     return failed / trials
 
 
+def test_a_diverged_model_fails_with_a_finite_rise():
+    tokens = np.full(27, 100.0)
+    found = gate.perplexity_rise(tokens * 3e6, tokens, tokens, SETTINGS, 0.01)
+    assert math.isfinite(found.high)
+    assert gate.decide(found, 0.01) == "fail"
+
+
 def test_both_errors_are_rare():
     assert failing_share(0.0, noise=0.0) < 0.01
     assert failing_share(0.0, noise=SETTINGS.rerun_noise) < 0.01

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.sections import load_section
+from compactgpt.evaluation.likelihood import read_totals, write_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting import tables
 from compactgpt.reporting.claims import Claims, Known
@@ -293,6 +295,17 @@ def test_the_stage_names_a_missing_report(place, monkeypatch):
     assert done.exit_code == MissingInput.exit_code
     assert "xz.json is missing: run `dvc repro`" in done.output
     assert not (place / "reports/evidence.json").exists()
+
+
+def test_a_diverged_model_has_every_table_and_picture(place):
+    """Its perplexity and its ratios are too large for a float: the cells are dashes."""
+    edit(place / "reports/evaluation.json", lambda report: report.update(perplexity=None))
+    path = place / "data/evaluation/compact.parquet"
+    totals = read_totals(path)
+    write_totals(path, replace(totals, nats=totals.nats * 1e6))
+    done = run_comparison(place)
+    assert done.exit_code == 0, done.output
+    assert "compact.perplexity" not in evidence_of(json.loads((place / "reports/evidence.json").read_text()))
 
 
 def test_the_readme_quotes_the_committed_tables():

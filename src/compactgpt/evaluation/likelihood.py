@@ -433,7 +433,7 @@ def summarize(
 def headline(report: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics for reports/metrics.json, which `dvc exp show` and `dvc metrics diff` show."""
     found: dict[str, float] = {
-        name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")
+        name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte") if report[name]
     }
     if cloze := report["tasks"].get("cloze", {}).get("accuracy"):
         found["cloze_accuracy"] = cloze["value"]
@@ -442,6 +442,9 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
 
 def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
+
+    A perplexity is None if it is too large for a float: that of a diverged model, or that of the words of a
+    text without spaces.
 
     Args:
         nats: the negative log-likelihood of each document in one view. (documents,)
@@ -456,12 +459,12 @@ def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, A
     loss = nats_per(totals.tokens)
     found = {
         "loss": asdict(loss),
-        "perplexity": asdict(loss.map(perplexity)),
+        "perplexity": loss.map(perplexity).as_report(),
         "bits_per_byte": asdict(nats_per(totals.bytes).map(lambda nats: bits_per_byte(nats, 1))),
         "word_perplexity": None,
     }
     if totals.words is not None and totals.words[scored].all():  # a document of only white space has no words
-        found["word_perplexity"] = asdict(nats_per(totals.words).map(perplexity))
+        found["word_perplexity"] = nats_per(totals.words).map(perplexity).as_report()
     return found
 
 

@@ -7,7 +7,7 @@ loss_eval.py.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +30,22 @@ class Interval:
         """
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
+    def as_report(self) -> dict[str, float] | None:
+        """Return the interval for a report; None if a limit is infinite, which JSON can't state."""
+        return asdict(self) if math.isfinite(self.value + self.high) else None
+
 
 def perplexity(nats_per_token: float) -> float:
-    """Return exp of the mean cross-entropy in nats per token."""
-    return math.exp(nats_per_token)
+    """Return exp of the mean cross-entropy in nats per token; infinite if a float can't hold it."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a value for a report; None if it is infinite, which JSON can't state."""
+    return value if math.isfinite(value) else None
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
@@ -132,4 +144,4 @@ def perplexity_ratio(
     difference = ratio_bootstrap(
         nats - other_nats, tokens, resamples=resamples, seed=seed, confidence=confidence
     )
-    return difference.map(math.exp)
+    return difference.map(perplexity)

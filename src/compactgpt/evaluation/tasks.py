@@ -216,7 +216,7 @@ def answer_figures(items: Sequence[Item], answers: Answers, likelihood: Likeliho
         "items": len(items),
         "items_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "accuracy": asdict(wilson(int(answers.hits.sum()), len(items))),
-        "perplexity": asdict(loss.map(perplexity)),
+        "perplexity": loss.map(perplexity).as_report(),
         "hits": "".join("1" if hit else "0" for hit in answers.hits),
     }
 

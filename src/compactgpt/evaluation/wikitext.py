@@ -10,7 +10,6 @@
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.data.token_files import Window
 from compactgpt.evaluation.likelihood import Codec, NeuralModel, strided_windows, target_nats
-from compactgpt.evaluation.metrics import bits_per_byte, perplexity
+from compactgpt.evaluation.metrics import bits_per_byte, finite_or_none, perplexity
 
 
 def read_lines(path: Path) -> list[str]:
@@ -104,9 +103,8 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
     for name, step in (("no_overlap", context), ("strided", stride)):
         scored = [values for _, values in target_nats(model, blocks(stream, context, step))]
         nats, tokens = sum(float(values.sum()) for values in scored), sum(map(len, scored))
-        report[name] = {
-            "context": context, "stride": step, "own_tokens": tokens, "perplexity": math.exp(nats / tokens),
-        }  # fmt: skip
+        found = finite_or_none(perplexity(nats / tokens))
+        report[name] = {"context": context, "stride": step, "own_tokens": tokens, "perplexity": found}
     return report | {"per_word": _score_words(model, codec, split_pages(lines), context)}
 
 
@@ -139,6 +137,6 @@ def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context
         "pages": len(pages),
         "words": words,
         "bytes": size,
-        "word_perplexity": perplexity(nats / words),
+        "word_perplexity": finite_or_none(perplexity(nats / words)),
         "bits_per_byte": bits_per_byte(nats, size),
     }

@@ -300,7 +300,8 @@ def perplexity_rise(
     # The two sources of variance are independent: add the squares of their distances from the estimate.
     low = found.value - math.hypot(found.value - found.low, noise)
     high = found.value + math.hypot(found.high - found.value, noise)
-    return Interval(found.value, low, high).map(math.expm1)
+    # A perplexity beyond the largest float has no number in JSON, so the rise is cut at exp(700).
+    return Interval(found.value, low, high).map(lambda difference: math.expm1(min(difference, 700)))
 
 
 def decide(change: Interval, tolerance: float) -> Status:

@@ -154,7 +154,7 @@ def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evide
         yield from _text_figures(measured, sources)
         yield from _flagged_and_clean(measured, sources, likelihood)
     for baseline in sources.baselines:
-        yield _perplexity_ratio(baseline, sources, likelihood)
+        yield from _perplexity_ratio(baseline, sources, likelihood)
         yield from _task_p_values(baseline, sources)
     for result in sources.results:
         yield from (Evidence(**item) for item in result.evidence)
@@ -317,7 +317,8 @@ def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     name, score = measured.name, measured.score
     about = _common(measured, sources, windows=True)
     for quantity, unit in SCORE_UNITS.items():
-        yield _interval(f"{name}.{quantity}", getattr(score, quantity), unit, about)
+        if bounds := getattr(score, quantity):
+            yield _interval(f"{name}.{quantity}", bounds, unit, about)
     if name == COMPACT:  # `_estimated` yields its parameter counts
         return
     about |= {"corpus": "", "context": None, "stride": None, "data_sha256": ""}
@@ -386,8 +387,8 @@ def _flagged_and_clean(measured: Measured, sources: Sources, likelihood: Likelih
         yield _interval(f"{measured.name}.{part}.loss", loss, NATS, about)
 
 
-def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likelihood) -> Evidence:
-    """Return the ratio of the compact model's perplexity to a baseline's, paired by document."""
+def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+    """Yield the ratio of the compact model's perplexity to a baseline's, paired by document, if finite."""
     compact = sources.compact
     ours, theirs = compact.totals, baseline.totals
     scored = ours.tokens > 0
@@ -397,7 +398,8 @@ def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likeliho
     )  # fmt: skip
     source = f"paired bootstrap over documents, {compact.totals_path} and {baseline.totals_path}"
     about = _common(compact, sources, windows=True) | {"stage": "comparison", "source": source}
-    return _interval(f"ratio.{COMPACT}_to_{baseline.name}.perplexity", ratio, "ratio", about)
+    if ratio.as_report():
+        yield _interval(f"ratio.{COMPACT}_to_{baseline.name}.perplexity", ratio, "ratio", about)
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:

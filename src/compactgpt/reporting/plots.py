@@ -120,7 +120,8 @@ def _value(item: Item) -> float:
 
 def _ratio(view: View, axes: Axes) -> None:
     """Draw the ratio of the compact model's perplexity to each baseline's perplexity."""
-    found = {name: view.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"] for name in view.baselines}
+    ids = {name: f"ratio.{COMPACT}_to_{name}.perplexity" for name in view.baselines}
+    found = {name: view.evidence[ratio] for name, ratio in ids.items() if ratio in view.evidence}
     names = sorted(found, key=lambda name: _value(found[name]))
     items = [found[name] for name in names]
     axes.set_xscale("log")

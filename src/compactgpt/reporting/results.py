@@ -210,6 +210,8 @@ def compare_results(results: Sequence[Result], resamples: int, seed: int) -> Ite
         scored = tokens > 0
         a, b = (np.array(result.documents.nats)[scored] for result in (one, other))
         ratio = perplexity_ratio(a, b, tokens[scored], resamples=resamples, seed=seed)
+        if not ratio.as_report():
+            continue
         loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
         source = f"paired bootstrap over documents, results/{ours}.json and results/{theirs}.json"
         about = {"id": value_id, "unit": "ratio", "source": source}

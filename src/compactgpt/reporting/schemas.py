@@ -66,7 +66,7 @@ class _View(Report):
     context: int
     stride: int
     loss: Bounds
-    perplexity: Bounds
+    perplexity: Bounds | None
 
 
 class _Position(Report):
@@ -121,7 +121,7 @@ class Score(Report):
     validation: _Split
     window: int
     loss: Bounds
-    perplexity: Bounds
+    perplexity: Bounds | None  # None: too large for a float
     bits_per_byte: Bounds
     word_perplexity: Bounds | None = None
     by_position: list[_Position] = []

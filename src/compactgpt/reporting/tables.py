@@ -51,7 +51,8 @@ FORMATS = {
     "coefficient": "{:.2f}",
     "probability": "{:.2g}",
 }
-SMALL_RATIO = 0.1  # ratios below this value are shown with three significant digits, not three decimals
+# A perplexity or a ratio outside of these bounds is shown with three significant digits.
+SMALL_RATIO, LARGE_PERPLEXITY = 0.1, 1e9
 _FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ","})  # \u202f is a narrow no-break space
 CSV_VALUE = (
     "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
@@ -62,7 +63,7 @@ CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *C
 
 def show(value: float, unit: str, language: Language = "en") -> str:
     """Format a number in the format of its unit and language."""
-    if unit == "ratio" and abs(value) < SMALL_RATIO:
+    if unit in ("ratio", "perplexity") and not SMALL_RATIO <= value < LARGE_PERPLEXITY:
         return localized(f"{value:.3g}", language)
     return localized(FORMATS.get(unit, "{:g}").format(value), language)
 
@@ -189,13 +190,14 @@ class View:
 
         decided = [self.evidence[d["source"]] for d in small["decisions"] if d["source"] in self.evidence]
         known = decided or [self.evidence["note.expected_perplexity"]]
+        measured = self.evidence.get(f"{COMPACT}.perplexity")  # None: too large for a float
         published = [figure(item) for item in self.known_items(gpt2)] or [self.words["none"]]
         return {
             "claimed": self.quoted(small),
             "claimed_gpt2": self.quoted(gpt2),
             "published": ", ".join(published),
             "small": self.say("answer_measured" if decided else "answer_expected", found=figure(known[0])),
-            "found": figure(self.evidence[f"{COMPACT}.perplexity"]),
+            "found": figure(measured) if measured else self.words["none"],
             "corpus": self.corpus,
         }
 
@@ -211,8 +213,8 @@ class View:
         """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
-            ratio = self.evidence[f"ratio.{COMPACT}_to_{name}.perplexity"]
-            key = "better" if ratio["high"] < 1 else "worse" if ratio["low"] > 1 else "level"
+            ratio = self.evidence.get(f"ratio.{COMPACT}_to_{name}.perplexity")  # None: infinite
+            key = "worse" if not ratio or ratio["low"] > 1 else "better" if ratio["high"] < 1 else "level"
             names[key].append(name)
         parts = [self.say(f"own_{key}", names=", ".join(found)) for key, found in names.items() if found]
         return self.say("own_ranking", parts="; ".join(parts)) if parts else ""
