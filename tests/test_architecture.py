@@ -158,6 +158,7 @@ LEVELS = [
     {"tracking"},
     {"reporting"},
     {"gate"},
+    {"api"},
     {"commands"},
     {"cli"},
 ]

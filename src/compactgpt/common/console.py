@@ -115,6 +115,6 @@ def report(message: str) -> None:
     print(printable(message, keep="\n\t"), file=sys.stderr, flush=True)
 
 
-def echo(message: str) -> None:
+def echo(message: str, end: str = "\n") -> None:
     """Print a result to stdout, with control characters written as escapes."""
-    print(printable(message, keep="\n\t"), flush=True)
+    print(printable(message, keep="\n\t"), end=end, flush=True)

@@ -1,6 +1,7 @@
 """The compact model in MLflow: log each set of weights once, register the model that the gate promotes."""
 
 import os
+import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import CheckFailed, MissingInput
+from compactgpt.data.hub import one_line
 from compactgpt.tracking.dvc_files import MODEL, TOKENIZER, Cache, Folder, checkout, read_chain
-from compactgpt.tracking.journal import MAX_DIGEST
-from compactgpt.tracking.store import Store
+from compactgpt.tracking.journal import DEFAULT_URI, MAX_DIGEST, tracking_store
+from compactgpt.tracking.store import Store, open_store, store_errors
 
 NAME = "compactgpt"
 CHAMPION = "champion"
@@ -138,6 +140,37 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
             f"not promoted: the champion has another configuration ({', '.join(other[:8])}); "
             "`compactgpt gate --promote --accept REASON` promotes the model anyway"
         )
+
+
+def download_model(uri: str, folder: Path) -> Path:
+    """Download a model from MLflow, and return its folder in Hugging Face's format, with its tokenizer.
+
+    Args:
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`.
+        folder: an empty folder for the files.
+
+    Raises:
+        MissingInput: there is no MLflow store here, or it has no such model.
+        Unreachable: MLflow does not answer.
+    """
+    address = tracking_store()["uri"]
+    if address == DEFAULT_URI and not Path("mlflow.db").exists():
+        raise MissingInput(f"{uri}: there is no mlflow.db here; set MLFLOW_TRACKING_URI, or run `make repro`")
+    open_store(Path())
+    import mlflow
+
+    with store_errors(address):
+        try:
+            found = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+        except mlflow.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise MissingInput(f"MLflow at {address} has no model {uri}: {one_line(error)}") from error
+    if not (found / "model").is_dir():
+        raise MissingInput(
+            f"{uri} is not a model of this project, which MLflow keeps in transformers' format"
+        )
+    return Path(shutil.copytree(found / "components/tokenizer", found / "model", dirs_exist_ok=True))
 
 
 def champion(store: Store) -> Any:

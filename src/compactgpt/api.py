@@ -1,0 +1,314 @@
+"""Use a trained model: load it, generate text, and measure how well it predicts a text.
+
+    import compactgpt
+
+    model = compactgpt.load("models/compact")
+    print(model.generate("The future of AI is"))
+    print(model.score("Some text."))
+
+The commands `compactgpt generate` and `compactgpt evaluate` call the same functions.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compactgpt import config
+from compactgpt.common.console import Progress, silent
+from compactgpt.common.device import resolve_device
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.storage import MANIFEST, read_manifest
+from compactgpt.data.token_files import VERSION, Header, TokenFile, pack_documents
+from compactgpt.data.tokenizer import TiktokenEncoder, load_encoding, save_gpt2
+from compactgpt.evaluation.likelihood import LanguageModel, NeuralModel
+
+if TYPE_CHECKING:
+    import tiktoken
+
+MODEL = "models/compact"
+TOKENIZER = "data/tokenizer"
+LONGEST_WINDOW = 1024  # tokens of context that `score` uses, if the model's context is longer
+# The defaults of params.yaml for text generation and for confidence intervals (a test compares them).
+MAX_NEW_TOKENS = 100
+TEMPERATURE = 0.8
+TOP_K = 40
+SEED = 1337
+RESAMPLES = 2000
+BATCH_SIZE = 16
+_IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts a text. Tokens are those of the project's tokenizer, for every model."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    window: int  # tokens of context
+    loss: float  # nats per token
+    perplexity: float  # per token
+    bits_per_byte: float
+    # The 95 % interval of each of the three figures, by name; empty if the text is a single document.
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Describe the score in one line."""
+        return (
+            f"{self.loss:.3f} nats per token, perplexity {self.perplexity:,.2f}, "
+            f"{self.bits_per_byte:.3f} bits per byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model that generates text and measures text."""
+
+    name: str
+    language_model: LanguageModel
+    encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens `score` counts
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = TEMPERATURE,
+        top_k: int = TOP_K,
+        seed: int = SEED,
+    ) -> str:
+        """Return a continuation of a prompt, without the prompt; see `stream`."""
+        steps = self.stream(
+            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+        )
+        return "".join(new for (new,) in steps)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        num_samples: int = 1,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = TEMPERATURE,
+        top_k: int = TOP_K,
+        seed: int = SEED,
+    ) -> Iterator[list[str]]:
+        """Yield the new text of each sample after each step. A character is yielded when it is complete.
+
+        Args:
+            prompt: the text to continue. Without a prompt, the model begins a document.
+            num_samples: the number of continuations, which are generated at the same time.
+            max_new_tokens: a continuation ends here, or where the model ends the document.
+            temperature: divides the logits. With 0, each next token is the most probable one.
+            top_k: each next token is drawn from this many of the most probable tokens.
+            seed: with the same arguments, the same seed gives the same text.
+
+        Raises:
+            BadConfig: the model is not a neural model.
+            BadData: the prompt can't be written as UTF-8.
+        """
+        from compactgpt.evaluation import generation
+
+        model = self.language_model
+        if not isinstance(model, NeuralModel) or model.codec is None:
+            raise BadConfig(f"{self.name} can't generate text: name a neural model, such as {MODEL}")
+
+        def sampler(sample: int) -> generation.Sampler:
+            if temperature == 0:
+                return lambda logits: int(logits.argmax())
+            random = generation.prompt_generator(seed, f"{sample} {prompt}")
+            return lambda logits: generation.draw(
+                random, generation.top_k_probabilities(logits, temperature=temperature, top_k=top_k)
+            )
+
+        _to_utf8(prompt)
+        end, decode = model.codec.first_token, model.codec.decode
+        prompts = [[end, *model.codec.encode(prompt)]] * num_samples
+        samplers = [sampler(sample) for sample in range(num_samples)]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * num_samples
+        for step in generation.generate_tokens(model, prompts, samplers, max_new_tokens, end):
+            for row, token in zip(tokens, step, strict=True):
+                if token not in (None, end):
+                    row.append(token)
+            # A character of which the model has generated only the first bytes is decoded as U+FFFD.
+            now = [decode(row).rstrip("\ufffd") for row in tokens]
+            yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
+            texts = now
+
+    def score(
+        self,
+        text: str | Sequence[str],
+        *,
+        likelihood: config.Likelihood | None = None,
+        progress: Progress = silent,
+    ) -> Score:
+        """Return loss, perplexity and bits per byte of a text.
+
+        Args:
+            text: one document, or several.
+            likelihood: the section `evaluation.likelihood` of params.yaml. By default the windows are as long
+                as the model's context, at most LONGEST_WINDOW tokens.
+            progress: called after each step.
+
+        Raises:
+            BadData: the text is empty, or can't be tokenized.
+            NotFinite: the model assigns probability 0 to a document.
+        """
+        from compactgpt.evaluation.likelihood import evaluate, figures
+
+        likelihood = likelihood or default_likelihood([self])
+        split = _as_split([text] if isinstance(text, str) else text, self.encoding)
+        totals = evaluate(self.language_model, split, self.encoding, likelihood, progress=progress)
+        found = figures(totals.nats, totals, likelihood)
+        names = ("loss", "perplexity", "bits_per_byte")
+        is_several = (totals.tokens > 0).sum() > 1
+        intervals = {name: (found[name]["low"], found[name]["high"]) for name in names if is_several}
+        return Score(
+            documents=len(totals.ids),
+            tokens=int(totals.tokens.sum()),
+            bytes=int(totals.bytes.sum()),
+            window=likelihood.window,
+            **{name: found[name]["value"] for name in names},
+            intervals=intervals,
+        )
+
+
+def load(
+    model: str | Path = MODEL, *, tokenizer: str | Path | None = None, params_file: str | Path = "params.yaml"
+) -> Model:
+    """Load a model.
+
+    Args:
+        model: a folder with a model of this project or a model in Hugging Face's format, a model in MLflow
+            (`models:/compactgpt@champion`, `runs:/RUN_ID/compact`), or a name from `baseline.specs`.
+        tokenizer: the folder of the project's tokenizer. By default data/tokenizer of the model's project or
+            of the current folder, or the GPT-2 tokenizer in the model's folder.
+        params_file: the file with `baseline.specs`; needed for a name only.
+
+    Raises:
+        MissingInput: the model, its tokenizer or the file is missing.
+        BadConfig: the model is of an unknown kind.
+        BadData: a file of the model is damaged, or the tokenizer is not the model's.
+        Unreachable: MLflow or the hub does not answer.
+    """
+    name, folder = str(model), Path(model).expanduser()
+    if _IN_MLFLOW.fullmatch(name):
+        from compactgpt.tracking.registry import download_model
+
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            return _load_folder(name, download_model(name, Path(scratch)), tokenizer)
+    if folder.is_dir():
+        return _load_folder(name, folder, tokenizer)
+    known: list[str] = []
+    if Path(params_file).exists():
+        params = config.load_params(Path(params_file))
+        known = sorted(params.baseline.specs)
+        if name in known:
+            return _load_baseline(name, params.baseline, params.runtime, _load_tokenizer(tokenizer))
+    if name == MODEL:
+        raise MissingInput(f"there is no model in {MODEL} yet: `make repro` trains it")
+    raise MissingInput(
+        f"there is no model {name!r}: give a folder, a model in MLflow (models:/compactgpt@champion), or a "
+        f"name from baseline.specs in {params_file} ({', '.join(known) or 'no such file here'})"
+    )
+
+
+def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model:
+    """Load a model from a folder: a model of this project, or a model in Hugging Face's format."""
+    if (folder / MANIFEST).exists() and read_manifest(folder).get("kind") == "model":
+        from compactgpt.evaluation.compact import load_compact
+
+        encoding = _load_tokenizer(tokenizer, folder)
+        model = load_compact(folder, encoding, BATCH_SIZE, resolve_device("auto"))
+        if len(model.head) != encoding.n_vocab:
+            raise BadData(
+                f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "
+                f"{encoding.n_vocab:,}: give the tokenizer that the model was trained with"
+            )
+        return Model(name, model, encoding)
+    if not (folder / "config.json").exists():
+        raise MissingInput(
+            f"{folder} has no model: neither one of this project, nor one in Hugging Face's format"
+        )
+    specs: dict[str, config.BaselineSpec] = {"model": config.Folder(kind="folder", path=str(folder))}
+    runtime = config.Runtime(device="auto", num_threads=os.cpu_count() or 1, num_workers=1)
+    found = _load_baseline(
+        "model", config.Baseline(names=(), specs=specs), runtime, _load_tokenizer(tokenizer, folder)
+    )
+    return replace(found, name=name)
+
+
+def _load_baseline(
+    name: str, baseline: config.Baseline, runtime: config.Runtime, encoding: "tiktoken.Encoding"
+) -> Model:
+    from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+    from compactgpt.tracking import state_folder
+
+    inputs = BaselineInputs(Path("data/tokens/train.tokens"), encoding, BATCH_SIZE, runtime, state_folder())
+    return Model(name, load_baseline(name, baseline, inputs), encoding)
+
+
+def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tiktoken.Encoding":
+    """Load the project's tokenizer: see `load`. `model` is the folder of the model, if the model has one."""
+    if given is not None:
+        return load_encoding(Path(given))
+    folders = [Path(TOKENIZER)]
+    if model is not None:
+        folders.insert(0, model.absolute().parents[1] / TOKENIZER)  # the model is in models/compact
+    for folder in folders:
+        if folder.is_dir():
+            return load_encoding(folder)
+    if model is not None and (model / "vocab.json").exists() and (model / "merges.txt").exists():
+        with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+            folder = Path(scratch) / "tokenizer"
+            save_gpt2(folder, (model / "merges.txt").read_bytes(), (model / "vocab.json").read_bytes())
+            return load_encoding(folder)
+    raise MissingInput(
+        f"there is no tokenizer in {TOKENIZER}: `dvc repro download` makes it, or give its folder"
+    )
+
+
+def default_likelihood(
+    models: Sequence[Model], settings: config.Likelihood | None = None
+) -> config.Likelihood:
+    """Return the settings with which all of the models can be measured: the window fits every context."""
+    neural = (model.language_model for model in models)
+    contexts = [model.block_size for model in neural if isinstance(model, NeuralModel)]
+    if settings is None:
+        settings = config.Likelihood(
+            window=LONGEST_WINDOW, batch_size=BATCH_SIZE, own_context=LONGEST_WINDOW, stride_share=0.5,
+            bootstrap_resamples=RESAMPLES, bootstrap_seed=1,
+        )  # fmt: skip
+    window = min([settings.window, *contexts])
+    return settings.model_copy(update={"window": window, "views": (), "document_tokens": None})
+
+
+def _to_utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise BadData(f"the text can't be written as UTF-8 ({error}): correct the text") from error
+
+
+def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenFile:
+    """Return documents as a split in memory."""
+    encoder, rows = TiktokenEncoder(encoding), []
+    for text in documents:
+        content = _to_utf8(text)
+        rows.append((hashlib.sha256(content).digest()[:16], len(content), encoder.encode(text)))
+    if not any(len(tokens) for _, _, tokens in rows):
+        raise BadData("the text is empty: give at least one character")
+    vocabulary = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
+    found = pack_documents(rows, **vocabulary)
+    dtype, tokens = found.tokens.dtype.name, len(found.tokens)
+    header = Header(VERSION, dtype, tokens, len(rows), tokenizer_sha256="", **vocabulary)
+    offsets = np.concatenate([[0], found.lengths.cumsum()])
+    return TokenFile(Path("the text"), header, found.tokens, offsets, found.byte_lengths, found.ids)

@@ -1,0 +1,160 @@
+"""The Python API: five lines load a model, generate text and measure text, as the pipeline does."""
+
+import inspect
+import textwrap
+
+import pytest
+
+import compactgpt
+from compactgpt import api
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.config import load_params
+from compactgpt.evaluation import generation
+from compactgpt.evaluation.likelihood import evaluate, figures
+from compactgpt.model.huggingface import save_hf
+from compactgpt.model.weights import save_model
+from tests.support.tiny_models import (
+    LIKELIHOOD,
+    ROOT,
+    TEXTS,
+    save_params,
+    save_split,
+    save_tokenizer,
+    tiny_gpt,
+)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a model and its tokenizer, and nothing else, as the current folder."""
+    folder = tmp_path / "project"
+    encoding = save_tokenizer(folder / "data/tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), folder / "models/compact", {})
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def model(project):
+    return compactgpt.load("models/compact")
+
+
+def test_the_five_lines_of_the_documentation_run(project, capsys):
+    example = textwrap.dedent(inspect.getdoc(api).split("\n\n", 1)[1].rsplit("\n\n", 1)[0])
+    assert example.startswith("import compactgpt\n")
+    exec(example, {})
+    *_, score = capsys.readouterr().out.splitlines()
+    assert "nats per token, perplexity" in score
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        compactgpt.lod  # noqa: B018
+
+
+def test_the_same_seed_gives_the_same_text_also_with_more_samples(model):
+    first = model.generate("the", max_new_tokens=30)
+    assert first == model.generate("the", max_new_tokens=30)
+    assert first != model.generate("the", max_new_tokens=30, seed=2)
+    steps = model.stream("the", num_samples=3, max_new_tokens=30)
+    samples = ["".join(texts) for texts in zip(*steps, strict=True)]
+    assert samples[0] == first
+    assert len(set(samples)) == 3
+
+
+def test_temperature_0_takes_the_most_probable_token(model):
+    neural = model.language_model
+    prompt = [neural.codec.first_token, *neural.codec.encode("the cat")]
+    (expected,) = generation.continue_prompts(
+        neural, [prompt], [lambda logits: int(logits.argmax())], 9, prompt[0]
+    )
+    text = neural.codec.decode(expected.tokens).rstrip("\ufffd")
+    assert model.generate("the cat", max_new_tokens=9, temperature=0) == text
+    assert model.generate("the cat", max_new_tokens=9, top_k=1) == text
+
+
+def test_a_stream_has_no_half_characters(model, monkeypatch):
+    text = "é漢\ufffd🙂x"
+    tokens = model.encoding.encode_ordinary(text + "字")[:-1]  # the last character is not complete
+    assert len(tokens) > len(text) + 1
+    monkeypatch.setattr(generation, "generate_tokens", lambda *_: ([token] for token in tokens))
+    pieces = [piece for (piece,) in model.stream("")]
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if piece] == ["é", "漢", "\ufffd🙂", "x"]
+
+
+@pytest.mark.parametrize("documents", [TEXTS, TEXTS[:1]])
+def test_a_score_is_what_the_pipeline_measures(model, tmp_path, documents):
+    split = save_split(tmp_path / "val.tokens", model.encoding, documents)
+    totals = evaluate(model.language_model, split, model.encoding, LIKELIHOOD)
+    expected = figures(totals.nats, totals, LIKELIHOOD)
+    found = model.score(documents if len(documents) > 1 else documents[0], likelihood=LIKELIHOOD)
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert getattr(found, name) == expected[name]["value"]
+        if len(documents) > 1:
+            assert found.intervals[name] == (expected[name]["low"], expected[name]["high"])
+    assert (found.documents, found.bytes) == (len(documents), sum(len(text.encode()) for text in documents))
+    if len(documents) == 1:  # nothing to resample
+        assert found.intervals == {}
+
+
+def test_the_window_fits_the_model_and_the_defaults_are_those_of_params_yaml(model):
+    assert model.score("the cat " * 20).window == 16
+    params = load_params(ROOT / "params.yaml").evaluation
+    text = params.text
+    assert (text.temperature, text.top_k, text.seed) == (api.TEMPERATURE, api.TOP_K, api.SEED)
+    assert params.likelihood.bootstrap_resamples == api.RESAMPLES
+    changed = api.default_likelihood([model], params.likelihood)
+    assert (changed.window, changed.document_tokens, changed.views) == (16, None, ())  # all of the text
+
+
+def test_an_exported_model_needs_no_project(model, tmp_path, monkeypatch):
+    save_hf(tiny_gpt(model.encoding.n_vocab), tmp_path / "hf", api.Path("data/tokenizer"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    exported = compactgpt.load(tmp_path / "hf")
+    assert exported.generate("the cat", max_new_tokens=8) == model.generate("the cat", max_new_tokens=8)
+    assert exported.score(TEXTS).loss == pytest.approx(model.score(TEXTS).loss, rel=1e-6)
+    ours = compactgpt.load(tmp_path / "project/models/compact")  # its project has the tokenizer
+    assert ours.score(TEXTS) == model.score(TEXTS)
+
+
+def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
+    def change(tree):
+        tree["baseline"]["specs"]["ours"] = {"kind": "folder", "path": "hf"}
+
+    save_params(project / "params.yaml", change)
+    save_hf(tiny_gpt(263), project / "hf", project / "data/tokenizer")
+    save_split(project / "data/tokens/train.tokens", api.load_encoding(project / "data/tokenizer"))
+    assert compactgpt.load("ours").generate("the") == compactgpt.load().generate("the")
+    unigram = compactgpt.load("unigram")
+    assert unigram.score("the cat").tokens == 5
+    with pytest.raises(BadConfig, match="unigram can't generate text"):
+        unigram.generate("the")
+    with pytest.raises(MissingInput, match=r"no model 'gpt-2'.*\(gpt2, .*, ours, "):
+        compactgpt.load("gpt-2")
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "error", "message"),
+    [
+        ("rm", lambda: compactgpt.load(), MissingInput, "no model in models/compact yet: `make repro`"),
+        ("", lambda: compactgpt.load("nix"), MissingInput, "no model 'nix': .*no such file here"),
+        ("", lambda: compactgpt.load("data"), MissingInput, "data has no model"),
+        ("", lambda: compactgpt.load("models:/nix@champion"), MissingInput, r"no mlflow\.db here"),
+        ("", lambda: compactgpt.load("models:/"), MissingInput, "no model 'models:/'"),
+        ("no tokenizer", lambda: compactgpt.load(), MissingInput, "no tokenizer in data/tokenizer"),
+        ("other tokenizer", lambda: compactgpt.load(), BadData, "was trained with"),
+        ("", lambda: compactgpt.load().score(""), BadData, "empty"),
+        ("", lambda: compactgpt.load().score("\ud800"), BadData, "UTF-8"),
+        ("", lambda: compactgpt.load().generate("\ud800"), BadData, "UTF-8"),
+    ],
+)
+def test_a_mistake_is_a_user_error(project, monkeypatch, change, call, error, message):
+    if change == "rm":
+        (project / "models").rename(project / "old")
+    elif change == "no tokenizer":
+        (project / "data").rename(project / "old")
+    elif change:
+        save_model(tiny_gpt(99), project / "models/compact", {})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(error, match=message):
+        call()
