@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,20 +179,42 @@ def apply(
     Raises:
         MissingInput, BadConfig: params.yaml is not valid before or after the change; it was not changed.
     """
+
+    def change(tree: dict[str, Any]) -> None:
+        set_experiment(tree, name, conf)
+        set_values(tree, settings)
+
+    content, changes = edit_params(params_file, change, f"params.yaml with {name}")
+    if changes and write:
+        write_text(params_file, content)
+    return changes
+
+
+def edit_params(
+    params_file: Path, change: Callable[[dict[str, Any]], None], source: str
+) -> tuple[str, list[str]]:
+    """Return the text of params.yaml after a change of its tree, and a line for each value that differs.
+
+    Nothing is written. Comments and layout stay, since the reader and writer are those of `dvc exp run -S`.
+
+    Args:
+        params_file: the file.
+        change: changes the tree in place.
+        source: name of the changed file in messages.
+
+    Raises:
+        MissingInput, BadConfig: the file is not valid before or after the change.
+    """
     before = _read_tree(params_file)
-    yaml = YAML()  # the reader and writer of `dvc exp run -S`
+    yaml = YAML()
     yaml.default_flow_style = False
     tree = yaml.load(params_file)
-    set_experiment(tree, name, conf)
-    set_values(tree, settings)
+    change(tree)
     content = io.StringIO()
     yaml.dump(tree, content)
     after = parse_yaml(content.getvalue())
-    parse_params(after, f"params.yaml with {name}")
-    changes = list_changes(before, after)
-    if changes and write:
-        write_text(params_file, content.getvalue())
-    return changes
+    parse_params(after, source)
+    return content.getvalue(), list_changes(before, after)
 
 
 def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
@@ -243,7 +265,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         CheckFailed: DVC failed, after printing why.
     """
     experiment = find_experiment(name, conf)
-    environment = _dvc_environment()
+    environment = dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)
     configurations(name, params_file, settings, conf)
@@ -258,7 +280,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
         runs[name] = []
     for run_name, options in runs.items():
         _rename_earlier(run_name, environment)
-        _dvc(["exp", "run", "-n", run_name, *options, *experiment.targets], environment)
+        run_dvc(["exp", "run", "-n", run_name, *options, *experiment.targets], environment)
     return list(runs)
 
 
@@ -281,10 +303,10 @@ def _rename_earlier(run_name: str, environment: dict[str, str]) -> None:
     taken = refs.decode().split()
     if run_name in taken:
         number = next(n for n in itertools.count(1) if f"{run_name}-old{n}" not in taken)
-        _dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"], environment)
+        run_dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"], environment)
 
 
-def _dvc_environment() -> dict[str, str]:
+def dvc_environment() -> dict[str, str]:
     """Return the environment with this Python's programs first on the PATH, after checking for DVC."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
@@ -292,7 +314,8 @@ def _dvc_environment() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
-def _dvc(words: list[str], environment: dict[str, str]) -> None:
+def run_dvc(words: list[str], environment: dict[str, str]) -> None:
+    """Run DVC; raises CheckFailed if DVC failed, after printing why."""
     if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
         raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")
 

@@ -175,11 +175,11 @@ def estimate_configuration(params: Params, ladder: Path, *, measure: bool = Fals
     found |= {key: report[key] for key in ("machines", "calibration")}
     found["laws"] = {name: facts | report["laws"][name] for name, facts in found["laws"].items()}
     if measure:
-        speed, share = measure_flops(), params.estimate.utilisation_of_products
+        speed = measure_flops()
         found["measured_here"] = {
             "products_flops_per_second": speed,
-            "utilisation": share,
-            "minutes": found["flops"]["with_attention"] / (speed * share) / 60,
+            "utilisation": params.estimate.utilisation_of_products,
+            "minutes": training_minutes(params, speed),
         }
     return found
 
@@ -199,19 +199,21 @@ def measure_flops() -> float:
     return float(2 * MATRIX_SIZE**3 / quickest)
 
 
+def training_minutes(params: Params, speed: float) -> float:
+    """Return the minutes of training on a machine whose products have `speed` in FLOP/s."""
+    flops = flops_per_token(params.model, params.training)["with_attention"] * configured_run(params).tokens
+    return flops / (speed * params.estimate.utilisation_of_products) / 60
+
+
 def announce_times(runs: Sequence[Params]) -> list[str]:
     """Return messages on the training time of the runs on this machine, and on slow baselines."""
     speed = measure_flops()
-    minutes = 0.0
-    for params in runs:
-        flops_each = flops_per_token(params.model, params.training)["with_attention"]
-        flops = flops_each * configured_run(params).tokens
-        minutes += flops / (speed * params.estimate.utilisation_of_products) / 60
+    minutes = sum(training_minutes(params, speed) for params in runs)
     names = dict.fromkeys(name for params in runs for name in params.baseline.names)
     specs = runs[0].baseline.specs
     return [
-        f"training: about {_duration(minutes)} at this machine's speed, measured just now; the progress bar "
-        "corrects it after the first steps",
+        f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
+        "bar corrects it after the first steps",
         *(
             f"baseline {name}: scores the val split too, and may take as long as the training; "
             "to leave it out, remove it from baseline.names"
@@ -257,13 +259,17 @@ def _time_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, minutes in found["minutes"].items():
         machine = found["machines"][name]
         rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
-        yield f"  {name}", f"{_duration(minutes)}  ({rate})"
+        yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
     if here := found.get("measured_here"):
         rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        yield "  this machine", f"{_duration(here['minutes'])}  ({rate}, measured just now: no report has it)"
+        yield (
+            "  this machine",
+            f"{format_minutes(here['minutes'])}  ({rate}, measured just now: no report has it)",
+        )
 
 
-def _duration(minutes: float) -> str:
+def format_minutes(minutes: float) -> str:
+    """Return a duration with its unit: seconds, minutes, hours or days."""
     if minutes < 1:
         return f"{minutes * 60:.3g} s"
     if minutes < 120:
