@@ -252,13 +252,13 @@ def validation(model: Any, splits: Any) -> dict[str, Any]:
     import torch
 
     from compactgpt.data.token_files import evaluation_windows
-    from compactgpt.training import trainer
+    from compactgpt.training.loss_curve import window_nats
 
     model.eval()
     by_position: dict[int, list[float]] = {}
     with torch.no_grad():
         for window in evaluation_windows(splits.val, model.shape.block_size):
-            for position, nats in enumerate(trainer.window_nats(model, [window]), start=1):
+            for position, nats in enumerate(window_nats(model, [window]), start=1):
                 by_position.setdefault(position, []).append(nats)
 
     def mean(first: int, last: int) -> float:

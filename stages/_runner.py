@@ -25,7 +25,7 @@ from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.git import git_facts
 from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json
-from compactgpt.common.torchrun import dist_info, under_torchrun
+from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
 from compactgpt.tracking.dvc_files import TOKENS, keep_lock
 from compactgpt.tracking.journal import (
@@ -125,6 +125,7 @@ def open_stage(
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
+        check_environment()
         _die_with_parent()
         params = load_params(params_file)
         if item and not re.fullmatch(NAME_PATTERN, item):
@@ -181,6 +182,7 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
         options: the stage script's command-line options, by name.
     """
     with handle_user_errors():
+        check_environment()
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return

@@ -41,10 +41,7 @@ def main(
             prune_runs(states.parent, states.name)
         callbacks = TrainingCallbacks(stage, tokenizer, curve)
         with stop_requests() as should_stop:
-            trained = trainer.train(
-                stage.params, splits, states, on_step=callbacks.on_step, on_losses=callbacks.on_losses,
-                on_row=callbacks.on_row, on_warning=callbacks.on_warning, should_stop=should_stop,
-            )  # fmt: skip
+            trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
         if stage.is_main_process:
             stage.report(report, trainer.save_results(stage.params, splits, trained, states, model, curve))
             stage.tracker.artifact(curve, "reports")

@@ -15,6 +15,7 @@ from compactgpt.common.sections import Name, Section, check_section, load_sectio
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch and numpy read a seed as a signed number of 64 bits
 PositiveFloat = Annotated[float, Field(gt=0)]
 Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; exp(710) is too large for a float
 NonNegative = Annotated[float, Field(ge=0)]
@@ -165,7 +166,7 @@ class Inspection(Section):
     shingle_words: Positive
     permutations: Positive
     bands: Positive
-    seed: Count
+    seed: Seed
     similarity: PositiveShare
     overlap_words: Positive
     flagged_overlap: Share
@@ -214,7 +215,7 @@ class Launcher(Section):
 class Training(Section):
     """Budget, optimizer, schedule and arithmetic of one training run."""
 
-    seed: Count
+    seed: Seed
     init_from: NonEmpty = SCRATCH
     init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"
@@ -267,7 +268,7 @@ class Likelihood(Section):
     own_context: Positive
     stride_share: PositiveShare
     bootstrap_resamples: Positive
-    bootstrap_seed: Count
+    bootstrap_seed: Seed
 
 
 class Source(Section):
@@ -308,7 +309,7 @@ class Text(Section):
     top_k: Positive
     top_p: PositiveShare
     batch_size: Positive
-    seed: Count
+    seed: Seed
 
 
 class Evaluation(Section):
@@ -460,7 +461,7 @@ class Regression(Section):
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
     rerun_noise: NonNegative
     resamples: Annotated[int, Field(ge=100)]
-    seed: Count
+    seed: Seed
     max_documents: Positive
     max_baseline_change: NonNegative
     min_throughput_ratio: PositiveFloat

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.model.cross_entropy import LOSS_ROWS, LinearCrossEntropy, token_nats
+from compactgpt.model.cross_entropy import (
+    LOSS_ROWS,
+    LinearCrossEntropy,
+    linear_cross_entropy,
+    token_nats,
+)
 from compactgpt.model.gpt import GPT
 from tests.support.tiny_training import random_batch, tiny_shape
 
@@ -99,6 +104,41 @@ def test_in_bfloat16_only_the_products_are_rounded():
     for found, exact in zip(torch.autograd.grad(chunked, (x, weight)), expected, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, exact, atol=0.01 * exact.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("deviation", [4.0, 8.0])
+def test_gradients_in_bfloat16_are_as_exact_as_those_of_autocast(deviation):
+    """The deviation is that of the logits. The model is right about its targets, as after training.
+
+    The reference is float64 without any rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(LOSS_ROWS, 64, generator=generator).requires_grad_()
+    weight = (torch.randn(1000, 64, generator=generator) * deviation / 8).requires_grad_()
+    targets = torch.multinomial((x @ weight.T).detach().softmax(1), 1, generator=generator)[:, 0]
+    exact = torch.autograd.grad(F.cross_entropy(x.double() @ weight.double().T, targets), (x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = F.cross_entropy(x @ weight.T, targets), linear_cross_entropy(x, weight, targets)
+    errors = [
+        [float((found - true).norm() / true.norm()) for found, true in zip(grads, exact, strict=True)]
+        for grads in (torch.autograd.grad(loss, (x, weight)) for loss in losses)
+    ]
+    for autocast, ours in zip(*errors, strict=True):
+        assert ours <= 1.1 * autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_pass_is_refused_as_torch_refuses_it(dtype):
+    x, weight = torch.ones(2, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1, 4]), dtype)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+        loss.backward()
+    # With retain_graph, the scaled gradients would be scaled again: torch finds the change in place.
+    loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1, 4]), dtype) / 2
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(("dtype", "cap"), [(torch.float32, 87.3), (torch.bfloat16, 60.0)])

@@ -33,8 +33,10 @@ def train(tokens, folder, params, stop_at=0, kill_at=None):
         params,
         trainer.open_splits(tokens),
         folder / "state",
-        on_losses=note,
-        should_stop=lambda: rank == 1 and steps[-1] == stop_at,  # one process is asked, all stop
+        trainer.Callbacks(
+            on_losses=note,
+            should_stop=lambda: rank == 1 and steps[-1] == stop_at,  # one process is asked, all stop
+        ),
     )
     if rank == 0:
         save_file(trained.model.state_dict(), folder / "weights.safetensors")

@@ -54,7 +54,7 @@ def _on_one_thread(function: Callable[..., Any], *args: Any) -> None:
 
 
 def _as_rank(rank: int, size: int, port: int, function: Callable[..., Any], *args: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="test")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     function(*args)
 

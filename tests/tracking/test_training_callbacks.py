@@ -7,7 +7,7 @@ from compactgpt.config import ExpectedLoss, load_params
 from compactgpt.forecast.estimate import expected_loss
 from compactgpt.model.gpt import GPT
 from compactgpt.tracking import training_callbacks
-from compactgpt.training.trainer import Row
+from compactgpt.training.loss_curve import Row
 from tests.support.tiny_models import ROOT, save_tokenizer, tiny_gpt
 
 EXPECTED = ExpectedLoss(value=4.0, low_80=3.9, high_80=4.1, low_95=3.8, high_95=4.2, basis="")

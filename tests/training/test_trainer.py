@@ -13,7 +13,7 @@ from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfM
 from compactgpt.config import parse_params
 from compactgpt.data.token_files import open_tokens
 from compactgpt.model.weights import load_model
-from compactgpt.training import trainer
+from compactgpt.training import loss_curve, trainer
 from compactgpt.training.distributed import Group
 from compactgpt.training.initialization import initial_model
 from tests.support import processes
@@ -35,7 +35,8 @@ def train(splits, tmp_path):
     folders = iter(range(100))
 
     def run(params, folder="", **callbacks):
-        return trainer.train(params, splits, tmp_path / (folder or str(next(folders))), **callbacks)
+        state = tmp_path / (folder or str(next(folders)))
+        return trainer.train(params, splits, state, trainer.Callbacks(**callbacks))
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as in params.yaml's runtime of these tests
@@ -153,7 +154,7 @@ def test_a_compiled_model_learns_the_same_within_rounding(train):
 def test_validation_loss_is_the_mean_over_all_tokens_without_padding_rows(splits, train):
     """Window by window, all logits in float64."""
     model = train(params_of()).model
-    windows = trainer._select_windows(splits.val, 8, 10**6)
+    windows = loss_curve.select_windows(splits.val, 8, 10**6)
     nats, scored = 0.0, 0
     for window in windows:
         x = model.hidden(torch.from_numpy(window.tokens)[None])[0]
@@ -162,8 +163,10 @@ def test_validation_loss_is_the_mean_over_all_tokens_without_padding_rows(splits
         scored += len(window.targets)
     assert scored == splits.val.header.tokens - splits.val.header.documents
     for batch_size in (1, 3):
-        assert trainer.validation_loss(model, windows, batch_size) == pytest.approx(nats / scored, abs=1e-6)
-    some = trainer._select_windows(splits.val, 8, 3)
+        assert loss_curve.validation_loss(model, windows, batch_size) == pytest.approx(
+            nats / scored, abs=1e-6
+        )
+    some = loss_curve.select_windows(splits.val, 8, 3)
     assert [window.document for window in some[::2]] == [windows[0].document, windows[-1].document]
 
 
@@ -192,6 +195,21 @@ def test_the_best_model_is_kept_if_the_last_is_worse(splits, train, tmp_path, mo
     assert (folder / "best").exists() == bool(best)
     if best:
         assert torch.equal(load_model(folder / "best").wte.weight, weights[best])
+
+
+@pytest.mark.parametrize(
+    ("curve", "limit"),
+    [
+        ([(1, 3.6), (2, 9.0)], None),  # during the warm-up
+        ([(1, 3.6), (4, 4.1)], None),  # within the margin
+        ([(1, 3.6), (4, 4.2)], "step 1 is 3.600"),
+        ([(1, 9.0), (4, 4.2)], "a uniform guess is 3.689"),  # ln(40)
+    ],
+)
+def test_divergence_is_a_loss_above_guessing_or_above_the_first_after_the_warm_up(curve, limit):
+    rows = [loss_curve.Row(step, loss, loss) for step, loss in curve]
+    warning = loss_curve.divergence_warning(rows, params_of().training, VOCAB)
+    assert (limit in warning) if limit else warning is None
 
 
 def test_a_diverging_step_changes_no_weight(splits, tmp_path):
@@ -228,7 +246,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_which_resumes_before_that_s
     assert message.startswith("step 5 of 6: the training loss is ")
     for part in ("gradient is inf", "batch (seed 1337, step 4 from 0)", "lower training.learning_rate"):
         assert part in message
-    best = trainer.best_row(uninterrupted.rows[:4])
+    best = loss_curve.best_row(uninterrupted.rows[:4])
     facts = json.loads((tmp_path / "poisoned/best/config.json").read_text())["facts"]
     assert facts == {"step": best.step, "val_loss": best.val_loss}
     resumed = train(params, "poisoned")

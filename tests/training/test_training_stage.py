@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from compactgpt.common.storage import write_text
 from compactgpt.config import ExpectedLoss
@@ -94,6 +95,67 @@ def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(p
     first = float(Path("reports/loss.csv").read_text().splitlines()[1].split(",")[2])
     assert abs(first - base.rows[-1].val_loss) < 0.3 < base.rows[0].val_loss - first
     assert load_model(Path("models/compact")).shape.bias
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "message"),
+    [
+        ({"training.seed": 2**64}, {}, "training.seed: found 18446744073709551616"),
+        ({"training.seed": 2**63}, {}, "should be less than 9223372036854775808"),  # numpy: two seeds alike
+        ({"runtime.device": "cuda"}, {}, "runtime.device: found cuda, but torch .* use auto, or cpu"),
+        ({"runtime.device": "mps"}, {}, "runtime.device: found mps, but torch .* use auto, or cpu"),
+        ({}, {"RANK": "", "WORLD_SIZE": ""}, "RANK='' and WORLD_SIZE='', but torchrun did not start"),
+        ({}, {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1"}, "run `unset RANK WORLD_SIZE"),
+        ({}, {"WORLD_SIZE": "8"}, "has WORLD_SIZE='8'"),
+    ],
+)
+def test_impossible_seeds_devices_and_environments_are_one_sentence(
+    monkeypatch, changes, environment, message
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    tree = params_tree()
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    write_text(Path("params.yaml"), json.dumps(tree))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = run_stage()
+    assert (result.exit_code, type(result.exception)) == (78, SystemExit)
+    assert re.search(message, result.output)
+    assert "Traceback" not in result.output
+
+
+def test_a_single_process_as_a_cluster_describes_it_trains(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_stage().exit_code == 0
+
+
+def test_a_diverged_training_is_reported_once_and_in_the_report(monkeypatch):
+    assert run_stage().exit_code == 0
+    assert json.loads(Path("reports/training.json").read_text())["diverged"] is False
+    write_params(learning_rate=1e3, embedding_learning_rate=1e3, schedule="constant", warmup_steps=0)
+    result = run_stage()
+    assert result.exit_code == 0
+    report = json.loads(Path("reports/training.json").read_text())
+    assert report["diverged"] is True
+    assert report["val_loss"] > 10
+    (warning,) = [line for line in result.output.splitlines() if "diverged" in line]
+    assert re.match(
+        r"training: training has diverged: the val loss at step \d of 6 is [\d,.]+, that", warning
+    )
+    assert "lower training.learning_rate" in warning
+
+
+def test_a_warm_up_longer_than_the_training_says_what_happens():
+    write_params(warmup_steps=11)
+    result = run_stage()
+    assert result.exit_code == 0
+    says = "training.warmup_steps (11) is not below training.max_steps (6): the learning rate only rises, "
+    says += "to 50 % of its peak, and never falls"
+    assert says in result.output
 
 
 def test_missing_tokens_are_one_sentence():

@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from compactgpt.common.errors import BadConfig
+
 
 @dataclass(frozen=True)
 class DistInfo:
@@ -22,11 +24,27 @@ def dist_info() -> DistInfo:
     """Read RANK, WORLD_SIZE and LOCAL_RANK; without torchrun there is one process."""
     if not under_torchrun():
         return DistInfo()
-    return DistInfo(
-        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    )
+    return DistInfo(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def under_torchrun() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    """Return whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_environment() -> None:
+    """Check that RANK and WORLD_SIZE are not set without torchrun, as a cluster's shell may leave them.
+
+    Libraries read these variables, too, and would wait for processes that do not exist.
+
+    Raises:
+        BadConfig: the variables are set, and do not describe a single process.
+    """
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if not found or under_torchrun() or found == {"RANK": "0", "WORLD_SIZE": "1"}:
+        return
+    values = " and ".join(f"{name}={value!r}" for name, value in found.items())
+    raise BadConfig(
+        f"the environment has {values}, but torchrun did not start this process: run "
+        "`unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`, or start the training with torchrun"
+    )

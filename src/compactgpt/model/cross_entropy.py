@@ -85,14 +85,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = buffer[: len(x[rows])]
                 chunk = add_chunk(x[rows], weight, targets[rows], logits, dx[rows], dw, start == 0, N)
                 nats.append(chunk.sum())
-        ctx.gradients = dx, dw
+        # Torch frees saved tensors after the first backward pass, and refuses a second pass.
+        ctx.save_for_backward(dx, dw)
         return torch.stack(nats).sum() / N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Return the stored gradients, multiplied by the gradient of the loss; may be called only once."""
-        dx, dw = ctx.gradients
-        del ctx.gradients
+        """Return the stored gradients, multiplied in place by the gradient of the loss."""
+        dx, dw = ctx.saved_tensors
         # On a CPU, skip the multiplication by 1. On a GPU, always multiply: reading the value would wait.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
@@ -111,9 +111,6 @@ def _add_chunk(
     correction: Tensor | None,
 ) -> Tensor:
     """Compute the losses and the gradients of one chunk of rows.
-
-    The loss of a token is at most 87.3 nats, because its probability is clamped to the smallest normal fp32
-    number. The gradient is not clamped.
 
     Args:
         x: the chunk's hidden states. (R, C)
@@ -139,6 +136,7 @@ def _add_chunk(
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
+    # The smallest normal fp32 number bounds the loss of a token at 87.3 nats. The gradient is not clamped.
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 
 
@@ -150,8 +148,7 @@ def _add_rounded_chunk(
     `e` is a buffer for the exponentials, (R, V). They are rounded once and never divided by their sum s.
     Instead, s divides the (R, C) matrix of each product, which is smaller.
     """
-    target_logits = (x.float() * weight[targets].float()).sum(1)  # (R,)
-    s = exponentials(x, weight, target_logits, e)  # (R,)
+    s = exponentials(x, weight, targets, e)  # (R,)
     target_gradients = 1 - s  # the target's entry of e - s [j = t], since e_t = 1
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
     scale = (1 / (s * N))[:, None]  # (R, 1)
@@ -171,30 +168,36 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def exponentials(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor) -> Tensor:
-    """Write exp(x weight^T - shift) to `out`, and return the sum of each row before rounding.
+def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
+    """Write exp(z_j - z_t) to `out` for all logits z_j, and return the sum of each row before rounding.
 
     Args:
         x: hidden states. (R, C) bfloat16
         weight: the weights of the head. (V, C) bfloat16
-        shift: one number for each row, subtracted from the row's logits. (R,) fp32
+        targets: the index t of each target in `weight`. (R,) int64
         out: receives the exponentials. (R, V) bfloat16
 
     Returns:
         The sum of each row. (R,) fp32
     """
-    if x.is_cuda and importlib.util.find_spec("triton"):
+    has_triton = x.is_cuda and importlib.util.find_spec("triton")
+    if has_triton:
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
 
         if is_supported(x, weight):
-            return run_kernel(x, weight, shift, out, CAP)
-        return _compiled_pass()(torch.mm(x, weight.T, out=out), shift)
-    return _exponentials_pass(torch.mm(x, weight.T, out=out), shift)
+            # The kernel does not round its logits, so the logit of the target is not rounded either.
+            target_logits = (x.float() * weight[targets].float()).sum(1)
+            return run_kernel(x, weight, target_logits, out, CAP)
+    logits = torch.mm(x, weight.T, out=out)
+    # The product has rounded all logits. Only the rounded logit of the target gives exp(z_t - z_t) = 1.
+    target_logits = logits.gather(1, targets[:, None]).float()  # (R, 1)
+    replace_logits = _compiled_pass() if has_triton else _exponentials_pass
+    return replace_logits(logits, target_logits)
 
 
-def _exponentials_pass(logits: Tensor, shift: Tensor) -> Tensor:
+def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Replace the logits, (R, V), by their exponentials in place, and return the sum of each row, (R,)."""
-    e = (logits.float() - shift[:, None]).clamp(max=CAP).exp()
+    e = (logits.float() - target_logits).clamp(max=CAP).exp()
     logits.copy_(e)
     return e.sum(1)
 

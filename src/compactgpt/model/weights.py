@@ -38,7 +38,7 @@ def save_model(
         MissingInput: the best model is missing.
         BadData: the best model was changed.
     """
-    if best:
+    if best:  # checked before any file is written
         verified_manifest(best)
     with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", private=private) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
@@ -58,6 +58,7 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
     """
     verified_manifest(folder)
     try:
+        # Strict sections take a list for a tuple only from JSON text.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(
@@ -97,6 +98,7 @@ def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
         if name not in expected:
             raise BadData(f"{path}: {name} is unknown to this model")
         a, b = found[name], expected[name]
+        # Without this check, torch would broadcast a shape and convert a dtype silently.
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             raise BadData(f"{path}: {name} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")
 

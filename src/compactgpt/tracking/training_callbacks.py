@@ -1,7 +1,7 @@
 """Callbacks that show the training's progress and log it to MLflow. They change no result."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ from tiktoken import Encoding
 from compactgpt.common.device import resolve_device, set_precision
 from compactgpt.common.storage import write_text
 from compactgpt.common.torchrun import dist_info
-from compactgpt.config import ExpectedLoss, Params
+from compactgpt.config import ExpectedLoss, Params, Training
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.forecast.estimate import expected_loss
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
+from compactgpt.training.loss_curve import Row, divergence_warning, loss_csv
 from compactgpt.training.optim import lr_multiplier
-from compactgpt.training.trainer import Row, loss_csv
+from compactgpt.training.trainer import Callbacks
 
 MEASURED_STEPS = 10  # steps that are timed before the time left is printed
 SAMPLE_TOKENS = 40
@@ -42,18 +43,24 @@ class TrainingCallbacks:
         self.first_step_at = 0.0
         self.reported_at: float | None = None
         self.loss = self.utilization = "-"
-        self.warned = False
+        self.warned: set[str] = set()  # tags of the warnings that were printed
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
         self.expected: ExpectedLoss = expected_loss(self.params)  # logged before the first step
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
         batch = describe_batch(self.params, processes)
         stage.print_message(batch)
+        if warning := warmup_warning(training):
+            stage.print_message(warning)
         stage.tracker.tags({"make_up_of_a_step": batch})
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
         # This assumes that each process is as fast as the main process.
         device = resolve_device(runtime.device)
         self.peak = processes * peak_flops(device, training.dtype) if self.is_main_process else 0.0
+
+    def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
+        """Return the functions that `trainer.train` calls."""
+        return Callbacks(self.on_losses, self.on_row, self.on_step, self.on_warning, should_stop)
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
         """Log the training loss, learning rate and speed of a list of (step, loss)."""
@@ -71,16 +78,18 @@ class TrainingCallbacks:
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
     def on_row(self, rows: list[Row]) -> None:
-        """Log the validation loss, write the loss curve, and warn once if the loss is not as expected."""
-        row = rows[-1]
+        """Log the validation loss, write the loss curve, and warn once if training diverges or surprises."""
+        row, training = rows[-1], self.params.training
         self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
         if self.is_main_process:
             write_text(self.curve, loss_csv(rows))
-        warning = expected_loss_warning(self.expected, row, self.params.training.max_steps)
-        if warning and not self.warned:
-            self.warned = True
+        diverged = divergence_warning(rows, training, self.params.model.vocab_size)
+        warning = diverged or expected_loss_warning(self.expected, row, training.max_steps)
+        tag = "diverged" if diverged else "outside_expected_band"
+        if warning and tag not in self.warned:
+            self.warned.add(tag)
             self.stage.print_message(warning)
-            self.stage.tracker.tags({"outside_expected_band": warning})
+            self.stage.tracker.tags({tag: warning})
 
     def on_step(self, step: int, model: GPT) -> None:
         """Update the progress bar, print the time left once, and log a sample if one is due."""
@@ -115,6 +124,18 @@ class TrainingCallbacks:
         """Print and log the warning that the number of processes has changed."""
         self.stage.print_message(message)
         self.stage.tracker.tags({"number_of_processes": message})
+
+
+def warmup_warning(training: Training) -> str | None:
+    """Return a warning if training ends before the learning rate reaches its peak, or None."""
+    if training.warmup_steps < training.max_steps:
+        return None
+    reached = lr_multiplier(training, training.max_steps - 1)
+    return (
+        f"training.warmup_steps ({training.warmup_steps:,}) is not below training.max_steps "
+        f"({training.max_steps:,}): the learning rate only rises, to {100 * reached:.0f} % of its peak, and "
+        "never falls; lower warmup_steps"
+    )
 
 
 def describe_batch(params: Params, processes: int) -> str:

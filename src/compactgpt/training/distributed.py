@@ -186,10 +186,9 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
             dist.destroy_process_group()
             raise
         # Do not destroy a broken group: this may hang, and the process ends anyway.
-        message = str(error).splitlines()[0][:160]
         raise PeerLost(
             "another process of this training ended or did not answer: torchrun restarts all processes "
-            f"from the last checkpoint; without torchrun, run the same command again ({message})"
+            f"from the last checkpoint ({str(error).splitlines()[0][:160]})"
         ) from error
     except BaseException:
         dist.destroy_process_group()
@@ -222,8 +221,7 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
 def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) -> list[int]:
     """Run the processes once, and return the exit codes of those that failed.
 
-    Raises:
-        SystemExit: a signal asked this process to stop.
+    A signal that asks this process to stop raises SystemExit.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -247,7 +245,7 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
             shutdown_timeout=launcher.timeout_seconds,
         )
         os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
-        if sys.platform == "linux":
+        if sys.platform == "linux":  # all processes are on this machine: gloo needs no other interface
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         logging.disable(logging.CRITICAL)  # hide the tracebacks that torchrun logs
         try:
@@ -259,4 +257,4 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
         finally:
             del os.environ[INIT_METHOD]
             logging.disable(logging.NOTSET)
-    return []
+        return []

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +23,25 @@ import torch
 from torch import Tensor
 
 from compactgpt.common.device import resolve_device, set_precision
-from compactgpt.common.errors import BadConfig, BadData, Busy, NotFinite, OutOfMemory
+from compactgpt.common.errors import BadConfig, Busy, NotFinite, OutOfMemory
 from compactgpt.common.storage import json_bytes, sha256_file, verified_manifest, write_text
 from compactgpt.config import Params
-from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, open_tokens, training_batch
-from compactgpt.model.cross_entropy import token_nats
+from compactgpt.data.token_files import TokenFile, open_tokens, training_batch
 from compactgpt.model.gpt import GPT
 from compactgpt.model.sampled_softmax import draw_sample, inclusion_probabilities, token_counts
 from compactgpt.model.weights import save_model
 from compactgpt.training.checkpoint import load_newest_state, save_state
-from compactgpt.training.distributed import Group, gathered, init_process_group
+from compactgpt.training.distributed import Group, init_process_group
 from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
+from compactgpt.training.loss_curve import (
+    LOWER_RATES,
+    Row,
+    best_row,
+    divergence_warning,
+    loss_csv,
+    select_windows,
+    validation_loss,
+)
 from compactgpt.training.optim import Optimizers
 
 # The source files that compute a training state. If one of these files changes, a run starts from step 0.
@@ -62,16 +70,18 @@ def open_splits(folder: Path) -> Splits:
     return Splits(open_tokens(folder / "train.tokens"), open_tokens(folder / "val.tokens"), digest)
 
 
-class Row(NamedTuple):
-    """One point of the loss curve."""
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that `train` calls, in every process at the same steps. Steps are counted from 1."""
 
-    step: int  # number of updates made so far
-    train_loss: float  # nats per token, the mean over the steps since the previous row
-    val_loss: float  # nats per token, after this step
-
-
-OnLosses = Callable[[list[tuple[int, float]]], None]
-OnRow = Callable[[list[Row]], None]
+    # with (step, training loss) pairs that were not reported yet; on a GPU, with several pairs at once
+    on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
+    # with all rows of the loss curve, after a row was added
+    on_row: Callable[[list[Row]], None] = lambda _rows: None
+    # after every step, with its number and the model, which the function must not change
+    on_step: Callable[[int, GPT], None] = lambda _step, _model: None
+    on_warning: Callable[[str], None] = lambda _message: None  # with a warning for the user
+    should_stop: Callable[[], bool] = lambda: False  # after every step; True stops training
 
 
 @dataclass(frozen=True)
@@ -109,30 +119,14 @@ def run_key(params: Params, splits: Splits) -> str:
     return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
 
 
-def train(
-    params: Params,
-    splits: Splits,
-    folder: Path,
-    *,
-    on_step: Callable[[int, GPT], None] = lambda _step, _model: None,
-    on_losses: OnLosses = lambda _losses: None,
-    on_row: OnRow = lambda _rows: None,
-    on_warning: Callable[[str], None] = lambda _message: None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Trained:
+def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = Callbacks()) -> Trained:
     """Train the model of params.yaml and return it; resume from the newest training state if one exists.
 
     Args:
         params: the content of params.yaml; training uses the sections `model`, `training` and `runtime`.
         splits: the training and validation splits.
         folder: the folder of this run's training states; its name is `run_key(params, splits)`.
-        on_step: called after every step with the step's number, from 1, and the model. It must not change
-            the model.
-        on_losses: called with (step, training loss) pairs that were not reported yet; on a GPU, with several
-            pairs at once.
-        on_row: called with all rows of the loss curve after a row was added.
-        on_warning: called with a warning for the user.
-        should_stop: called after every step; True stops training.
+        callbacks: functions that observe or stop the training.
 
     Raises:
         Busy: `should_stop` returned True. The training state is saved, and the next call resumes from it.
@@ -144,22 +138,22 @@ def train(
     device = resolve_device(params.runtime.device)
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
         trainer = Trainer(params, splits, folder, group)
-        max_steps = params.training.max_steps
         resumed_from = trainer.resume()
         if warning := trainer.determinism_warning():
-            on_warning(warning)
-        while trainer.step < max_steps:
+            callbacks.on_warning(warning)
+        while trainer.step < params.training.max_steps:
             trainer.make_step()
             if trainer.is_report_due():
-                trainer.report(on_losses, on_row)
-            stops = group.any_rank(should_stop()) and trainer.step < max_steps
+                trainer.report(callbacks)
+            # All processes must stop at the same step, so that no process waits for another one.
+            stops = group.any_rank(callbacks.should_stop()) and trainer.step < params.training.max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                trainer.report(on_losses, on_row)  # a state may contain only losses that were read
+                trainer.report(callbacks)  # a state may contain only losses that were read
                 trainer.save()
-            on_step(trainer.step, trainer.model)
+            callbacks.on_step(trainer.step, trainer.model)
             if stops:
                 raise Busy(
-                    f"stopped at step {trainer.step} of {max_steps}, which is saved: "
+                    f"stopped at step {trainer.step} of {params.training.max_steps}, which is saved: "
                     "run `dvc repro` again, it resumes from there"
                 )
         return Trained(trainer.full_model().eval(), trainer.rows, trainer.val_tokens, resumed_from)
@@ -180,13 +174,12 @@ class Trainer:
         self.log_interval = params.runtime.log_interval
         # A GPU runs asynchronously, so losses stay on the GPU until they are reported.
         self.defers_losses = self.device == "cuda"
-        self.windows = _select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
+        self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
         set_precision(self.training.dtype)
         self.model, self.optimizers = self._build_model()
-        self.inclusion: npt.NDArray[np.float64] | None = (
-            None  # probability of each token of being in a sample, (vocab_size,)
-        )
+        # probability of each token of being in a sample, (vocab_size,)
+        self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled":
             size, power = self.training.sample_tokens, self.training.sample_power
             self.inclusion = inclusion_probabilities(self._token_counts, size, power)
@@ -264,13 +257,13 @@ class Trainer:
             f"{self.group.world_size}: the result equals that of an uninterrupted run only within rounding"
         )
 
-    def report(self, on_losses: OnLosses, on_row: OnRow) -> None:
+    def report(self, callbacks: Callbacks) -> None:
         """Report the losses since the last report; if a row of the loss curve is due, add and report it."""
         if losses := self.read_losses():
-            on_losses(losses)
+            callbacks.on_losses(losses)
             if self.is_row_due():
                 self.add_row()
-                on_row(self.rows)
+                callbacks.on_row(self.rows)
 
     def save(self) -> None:
         """Save the training state to disk."""
@@ -369,9 +362,8 @@ class Trainer:
         found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
         raise NotFinite(
             f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
-            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: in params.yaml"
-            " lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
-            "training.warmup_steps, then run `dvc repro`"
+            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: in "
+            f"params.yaml {LOWER_RATES}, then run `dvc repro`"
         )
 
     def is_report_due(self) -> bool:
@@ -399,57 +391,9 @@ class Trainer:
                 save_model(model, self.folder / BEST, facts, private=True)
 
 
-def best_row(rows: list[Row]) -> Row:
-    """Return the row with the lowest validation loss; among equal losses, the earliest row."""
-    return min(rows, key=lambda row: row.val_loss)
-
-
 def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     digest = hashlib.sha256(f"dropout {seed} {step} {micro_batch}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def _select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return `count` evaluation windows at regular distances in the split; every call returns the same.
-
-    Raises:
-        BadData: the split has no evaluation window.
-    """
-    windows = list(evaluation_windows(val, block_size))
-    if not windows:
-        raise BadData(
-            f"{val.path} has no tokens to validate on: raise tokenization.val_fraction, or add text"
-        )
-    positions = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
-    return [windows[position] for position in positions]
-
-
-@torch.no_grad()
-def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Return the mean loss over evaluation windows in nats per token, without the padding rows.
-
-    This is an estimate for the loss curve. The comparison quotes the loss of the stage `evaluation` instead.
-    """
-    model.eval()
-    nats: list[float] = []
-    with gathered(model):
-        for start in range(0, len(windows), batch_size):
-            nats += window_nats(model, windows[start : start + batch_size])
-    return math.fsum(nats) / len(nats)
-
-
-def window_nats(model: GPT, windows: list[Window]) -> list[float]:
-    """Return the cross-entropy of every target of the windows, in nats."""
-    head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
-    T = max(len(window.tokens) for window in windows)
-    tokens = torch.zeros(len(windows), T, dtype=torch.int64)
-    for row, window in enumerate(windows):  # attention is causal, so padding at the end has no effect
-        tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
-    x = model.hidden(tokens.to(head.device))  # (B, T, C)
-    unpadded = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(windows)])  # (N, C)
-    targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(head.device)  # (N,)
-    nats: list[float] = token_nats(unpadded, head, targets).tolist()
-    return nats
 
 
 @contextmanager
@@ -501,14 +445,9 @@ def save_results(
         "val_loss_tokens": trained.val_tokens,
         "best_val_loss": best.val_loss,
         "best_val_step": best.step,
+        "diverged": divergence_warning(rows, training, params.model.vocab_size) is not None,
         "data_sha256": splits.sha256,
     }
     save_model(trained.model, model, report, states / BEST if best.step < training.max_steps else None)
     write_text(curve, loss_csv(rows))
     return report
-
-
-def loss_csv(rows: list[Row]) -> str:
-    """Return the loss curve as CSV, in nats per token."""
-    lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
-    return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"

@@ -1,0 +1,103 @@
+"""The loss curve of a training run: the validation loss, its rows, and a check for divergence."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from compactgpt.common.errors import BadData
+from compactgpt.config import Training
+from compactgpt.data.token_files import TokenFile, Window, evaluation_windows
+from compactgpt.model.cross_entropy import token_nats
+from compactgpt.model.gpt import GPT
+from compactgpt.training.distributed import gathered
+
+# Nats per token. The noise of a few windows, and of the first steps, is smaller.
+DIVERGENCE_MARGIN = 0.5
+# Advice of several messages.
+LOWER_RATES = (
+    "lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
+    "training.warmup_steps"
+)
+
+
+class Row(NamedTuple):
+    """One point of the loss curve."""
+
+    step: int  # number of updates made so far
+    train_loss: float  # nats per token, the mean over the steps since the previous row
+    val_loss: float  # nats per token, after this step
+
+
+def best_row(rows: list[Row]) -> Row:
+    """Return the row with the lowest validation loss; among equal losses, the earliest row."""
+    return min(rows, key=lambda row: row.val_loss)
+
+
+def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
+    """Return a warning if training has diverged although all losses are finite, otherwise None.
+
+    After the warm-up, the validation loss must not be above ln(vocab_size), the loss of a uniform guess, and
+    not above the first row's loss. Both limits have a margin of DIVERGENCE_MARGIN.
+    """
+    first, last = rows[0], rows[-1]
+    if last.step <= training.warmup_steps and last.step < training.max_steps:
+        return None
+    guess = math.log(vocab_size)
+    limit, name = min((guess, "a uniform guess"), (first.val_loss, f"step {first.step}"))
+    if last.val_loss <= limit + DIVERGENCE_MARGIN:
+        return None
+    return (
+        f"training has diverged: the val loss at step {last.step:,} of {training.max_steps:,} is "
+        f"{last.val_loss:,.3f}, that of {name} is {limit:.3f}: stop it, and {LOWER_RATES}"
+    )
+
+
+def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
+    """Return `count` evaluation windows at regular distances in the split; every call returns the same.
+
+    Raises:
+        BadData: the split has no evaluation window.
+    """
+    windows = list(evaluation_windows(val, block_size))
+    if not windows:
+        raise BadData(
+            f"{val.path} has no tokens to validate on: raise tokenization.val_fraction, or add text"
+        )
+    positions = np.linspace(0, len(windows) - 1, min(count, len(windows))).round().astype(int)
+    return [windows[position] for position in positions]
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
+    """Return the mean loss over evaluation windows in nats per token, without the padding rows.
+
+    This is an estimate for the loss curve. The comparison quotes the loss of the stage `evaluation` instead.
+    """
+    model.eval()
+    nats: list[float] = []
+    with gathered(model):
+        for start in range(0, len(windows), batch_size):
+            nats += window_nats(model, windows[start : start + batch_size])
+    return math.fsum(nats) / len(nats)
+
+
+def window_nats(model: GPT, windows: list[Window]) -> list[float]:
+    """Return the cross-entropy of every target of the windows, in nats."""
+    head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
+    T = max(len(window.tokens) for window in windows)
+    tokens = torch.zeros(len(windows), T, dtype=torch.int64)
+    for row, window in enumerate(windows):  # attention is causal, so padding at the end has no effect
+        tokens[row, : len(window.tokens)] = torch.from_numpy(window.tokens)
+    x = model.hidden(tokens.to(head.device))  # (B, T, C)
+    unpadded = torch.cat([x[row, : len(window.targets)] for row, window in enumerate(windows)])  # (N, C)
+    targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(head.device)  # (N,)
+    nats: list[float] = token_nats(unpadded, head, targets).tolist()
+    return nats
+
+
+def loss_csv(rows: list[Row]) -> str:
+    """Return the loss curve as CSV, in nats per token."""
+    lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
+    return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"
