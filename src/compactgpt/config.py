@@ -348,6 +348,14 @@ class Compressor(_Spec):
             yield "train_megabytes must be 0 for xz, which takes no dictionary; zstd does"
 
 
+class Ngram(_Spec):
+    """An n-gram model of the training split."""
+
+    kind: Literal["ngram"]
+    order: Annotated[int, Field(ge=3, le=5)]
+    train_tokens: Positive  # at most this many, from the start of the split
+
+
 class Gguf(_Spec):
     """A GGUF file inside a wheel of the package index."""
 
@@ -373,7 +381,7 @@ class Hub(_Spec):
     revision: HubCommit
 
 
-BaselineSpec = Annotated[Unigram | Compressor | Gguf | Folder | Hub, Field(discriminator="kind")]
+BaselineSpec = Annotated[Unigram | Compressor | Ngram | Gguf | Folder | Hub, Field(discriminator="kind")]
 
 
 class Baseline(Section):

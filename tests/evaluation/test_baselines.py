@@ -307,7 +307,7 @@ def run_stage(tmp_path, load, split, monkeypatch):
     return lambda name: CliRunner().invoke(app, [name, *words])
 
 
-@pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "smollm2-135m-instruct-q4"])
+@pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "ngram-4", "smollm2-135m-instruct-q4"])
 def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(tmp_path, run_stage, split, name):
     outs = tmp_path / f"data/baseline/{name}.parquet", tmp_path / f"reports/baseline/{name}.json"
     written = []

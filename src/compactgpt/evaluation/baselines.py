@@ -1,4 +1,4 @@
-"""Wrap the baselines as `LanguageModel`s: a unigram model, compressors, and causal models of transformers.
+"""Wrap the baselines as `LanguageModel`s: n-gram models, compressors, and causal models of transformers.
 
 Models of transformers run in float32.
 
@@ -50,6 +50,7 @@ from compactgpt.evaluation.likelihood import (
     document_streams,
     document_text,
 )
+from compactgpt.evaluation.ngram import train_ngrams
 
 if TYPE_CHECKING:
     import tiktoken
@@ -87,6 +88,8 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
         return make_unigram(open_tokens(inputs.train))
     if isinstance(spec, config.Compressor):
         return make_compressor(spec, open_tokens(inputs.train), inputs.encoding)
+    if isinstance(spec, config.Ngram):
+        return make_ngram(spec, open_tokens(inputs.train))
     prepare_process(inputs.runtime.num_threads)
     _silence_transformers()
     facts: dict[str, Any]
@@ -145,6 +148,19 @@ def make_unigram(train: TokenFile) -> DocumentModel:
 
     def document_nats(split: TokenFile, document: int) -> float:
         return float(-log_probabilities[split.document(document)].sum())
+
+    return DocumentModel(facts, document_nats, reads_tokens=True)
+
+
+def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
+    """Return an n-gram model of the train split, with modified Kneser-Ney smoothing; see ngram.py."""
+    model = train_ngrams(train, spec.order, spec.train_tokens)
+    facts = {**spec.model_dump(), "num_params": model.num_ngrams}
+    facts |= {"context": f"the {spec.order - 1} tokens before", "train_tokens": model.train_tokens}
+
+    def document_nats(split: TokenFile, document: int) -> float:
+        stream = np.concatenate([[split.header.eot_token], split.document(document)]).astype(np.int64)
+        return float(-np.log(model.probabilities(stream)).sum())
 
     return DocumentModel(facts, document_nats, reads_tokens=True)
 
