@@ -3,7 +3,7 @@
 `conf/experiments/<name>.yaml` states what an experiment is for, what it needs and which values it sets;
 `conf/parts/` holds settings that several of them share (a recipe, a machine). An experiment is applied on top
 of the shipped demo, so that the result does not depend on what was applied before. An experiment with a
-`sweep` is many runs instead, each a DVC experiment in a scratch folder, with params.yaml as it is.
+`sweep` is many runs instead: `evaluation.sweep_runs` trains them one after the other, and params.yaml stays.
 """
 
 import copy
@@ -14,14 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, UserError
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
 from compactgpt.common.git import require_repository, run_git
 from compactgpt.common.sections import YAML_ERRORS, Name, Section, load_section, parse_yaml, read_yaml
 from compactgpt.common.storage import write_text
@@ -39,6 +40,39 @@ class Part(Section):
     params: dict[str, Any]
 
 
+class SweepGroup(Section):
+    """Runs of a sweep that differ only in their seed."""
+
+    params: dict[str, int | float | str] = Field(default_factory=dict)  # values by dotted key
+    seeds: tuple[int, ...] = ()  # one run for each; empty: one run, with the seed of params.yaml
+    start: Name | None = None  # an earlier run of this sweep, whose weights these runs start from
+    train_documents: int | None = None  # train on only this many documents, spread evenly over the split
+    train_source: str | None = None  # train on the documents of this distribution only
+
+
+class Comparison(Section):
+    """The comparison of two groups of runs that shows the direction of some claims at small scale."""
+
+    claims: tuple[str, ...]  # ids in claims.yaml
+    ours: Name
+    theirs: Name
+    source: str | None = None  # score only the val documents of this distribution
+    expected: Literal["above", "below"]  # what the claims say of the ratio of perplexities: above or below 1
+    quantity: Line
+    no_effect: Line  # what it means if no effect is found
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One run of a sweep."""
+
+    name: str
+    group: str
+    sweep: SweepGroup
+    values: dict[str, Any]  # all values in which the run differs from the other runs of the sweep
+    params: Params
+
+
 class Experiment(Part):
     """One file of conf/experiments."""
 
@@ -46,8 +80,12 @@ class Experiment(Part):
     needs: Line
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
-    sweep: tuple[dict[str, int | float | str], ...] = ()  # for each run, its values by dotted key
-    targets: tuple[Name, ...] = ()  # stages to run; all of them if empty
+    sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
+    comparisons: tuple[Comparison, ...] = ()  # of the sweep's groups
+
+    def _mistakes(self) -> Iterator[str]:
+        if self.sweep and (self.params or self.parts):
+            yield "a sweep runs over params.yaml as it is: set values in its groups, not in params or parts"
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
@@ -222,14 +260,31 @@ def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: P
     experiment = find_experiment(name, conf)
     lines = [experiment.purpose, f"needs {experiment.needs}"]
     if experiment.sweep:
-        runs = zip(run_names(name, experiment), experiment.sweep, strict=True)
-        return [*lines, *(f"{run_name}: {point}" for run_name, point in runs)]
+        points = sweep_points(name, params_file, settings, conf)
+        return [*lines, *(f"{point.name}: {point.values}" for point in points)]
     return [*lines, *apply(name, params_file, settings, conf, write=False)]
 
 
-def run_names(name: str, experiment: Experiment) -> list[str]:
-    """Return the name of each run of a sweep as a DVC experiment, such as `ladder-32-100`."""
-    return ["-".join([name, *map(str, point.values())]) for point in experiment.sweep]
+def sweep_points(
+    name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
+) -> list[SweepPoint]:
+    """Return the runs of a sweep, each with its configuration; nothing is written.
+
+    Raises:
+        BadConfig, MissingInput: one of the configurations is not valid.
+    """
+    experiment, points = find_experiment(name, conf), []
+    for group, sweep in experiment.sweep.items():
+        chosen = sweep.model_dump(include={"start", "train_documents", "train_source"}, exclude_none=True)
+        for seed in sweep.seeds or (None,):
+            values = sweep.params if seed is None else {**sweep.params, "training.seed": seed}
+            words = [f"{key}={value}" for key, value in values.items()]
+            tree = _read_tree(params_file)
+            set_values(tree, [*settings, *words])
+            run_name = group if seed is None else f"{group}-{seed}"
+            params = parse_params(tree, " ".join([f"params.yaml with {name}", *words]))
+            points.append(SweepPoint(run_name, group, sweep, values | chosen, params))
+    return points
 
 
 def configurations(
@@ -240,57 +295,28 @@ def configurations(
     Raises:
         BadConfig, MissingInput: one of them is not valid.
     """
-    experiment = find_experiment(name, conf)
-    found = []
-    for point in experiment.sweep or [{}]:
-        tree = _read_tree(params_file)
-        if experiment.sweep:
-            merge_patch(tree, experiment.params)
-        else:
-            set_experiment(tree, name, conf)
-        set_values(tree, [*_as_settings(point), *settings])
-        found.append(parse_params(tree, " ".join([f"params.yaml with {name}", *_as_settings(point)])))
-    return found
+    if find_experiment(name, conf).sweep:
+        return [point.params for point in sweep_points(name, params_file, settings, conf)]
+    tree = _read_tree(params_file)
+    set_experiment(tree, name, conf)
+    set_values(tree, settings)
+    return [parse_params(tree, f"params.yaml with {name}")]
 
 
-def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
-    """Run an experiment with `dvc exp run`: a single one in this folder, a sweep in scratch folders.
-
-    Returns:
-        The names of the DVC experiments.
+def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> None:
+    """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`.
 
     Raises:
         BadConfig: a configuration is not valid; nothing ran.
         MissingInput: DVC is not installed, or this folder is not a git repository.
         CheckFailed: DVC failed, after printing why.
     """
-    experiment = find_experiment(name, conf)
     environment = dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)
-    configurations(name, params_file, settings, conf)
-    runs: dict[str, list[str]] = {}
-    if experiment.sweep:
-        fixed = _as_settings(experiment.params)
-        for run_name, point in zip(run_names(name, experiment), experiment.sweep, strict=True):
-            values = [*fixed, *_as_settings(point), *settings]
-            runs[run_name] = ["--temp", *(word for value in values for word in ("-S", value))]
-    else:
-        apply(name, params_file, settings, conf)
-        runs[name] = []
-    for run_name, options in runs.items():
-        _rename_earlier(run_name, environment)
-        run_dvc(["exp", "run", "-n", run_name, *options, *experiment.targets], environment)
-    return list(runs)
-
-
-def _as_settings(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the values of a tree as `path.to.key=value`."""
-    settings = []
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        settings += _as_settings(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}={value}"]
-    return settings
+    apply(name, params_file, settings, conf)
+    _rename_earlier(name, environment)
+    run_dvc(["exp", "run", "-n", name], environment)
 
 
 def _rename_earlier(run_name: str, environment: dict[str, str]) -> None:
@@ -318,29 +344,3 @@ def run_dvc(words: list[str], environment: dict[str, str]) -> None:
     """Run DVC; raises CheckFailed if DVC failed, after printing why."""
     if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
         raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")
-
-
-def experiment_ref(run_name: str) -> str:
-    """Return the newest git reference of a DVC experiment.
-
-    Raises:
-        MissingInput: DVC has no experiment of that name, or this folder is not a git repository.
-    """
-    require_repository(Path())
-    refs = run_git(Path(), "for-each-ref", "--sort=-creatordate", "--format=%(refname)", "refs/exps")
-    for ref in refs.decode().splitlines():
-        if ref.rsplit("/", 1)[-1] == run_name:
-            return ref
-    raise MissingInput(f"DVC has no experiment {run_name}: `compactgpt experiment run` creates it")
-
-
-def read_experiment_file(ref: str, path: str) -> str:
-    """Return a file as it is in the commit of an experiment.
-
-    Raises:
-        MissingInput: the commit does not have it.
-    """
-    try:
-        return run_git(Path(), "show", f"{ref}:{path}").decode()
-    except UserError as error:
-        raise MissingInput(f"{ref} has no {path}: run that experiment again") from error

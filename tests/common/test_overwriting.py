@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
-from compactgpt.common.errors import NotAllowed
+from compactgpt.common.errors import BadConfig, NotAllowed
 from compactgpt.common.storage import verified_manifest
 from compactgpt.data.validation import check_expectations
 from compactgpt.forecast.sweep import fit_sweep
@@ -74,8 +74,9 @@ def test_data_docs_and_sweeps_refuse_folders_with_other_files(tmp_path, thesis):
             check_expectations("validation", [], folder)
     assert (tmp_path / "docs/index.html").read_text() == "my page"
     (tmp_path / "ladder.json").write_text('{"steps": "to the roof"}')
-    with pytest.raises(NotAllowed, match="did not write"):
-        fit_sweep([], None, tmp_path / "ladder.json", tmp_path / "params.yaml")  # which is never read
+    with pytest.raises(BadConfig, match="unknown key"):
+        fit_sweep(tmp_path / "ladder.json", Path("params.yaml"))
+    assert "roof" in (tmp_path / "ladder.json").read_text()
 
 
 def test_a_file_that_is_not_a_reference_of_the_gate_is_not_replaced(tmp_path, thesis):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from compactgpt.common.errors import BadConfig, BadData
-from compactgpt.common.storage import json_bytes, write_json
-from compactgpt.config import load_params
+from compactgpt.common.storage import write_json
 from compactgpt.forecast import sweep
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.scaling_laws import configured_run
@@ -19,8 +18,9 @@ SIZES, BUDGETS = (1_000_000, 2_000_000, 4_000_000), (100, 200, 400)
 
 def make_run(size, steps, loss):
     return SweepRun(
-        name=f"{size}-{steps}", num_params=size, num_params_non_embedding=size // 10, max_steps=steps,
-        tokens_per_step=512, optimizer="muon", loss=loss, params_sha256="0" * 64, model_md5="0" * 32,
+        name=f"{size}-{steps}", group="a", params={}, seed=1, num_params=size,
+        num_params_non_embedding=size // 10, max_steps=steps, tokens_per_step=512, optimizer="muon",
+        loss=loss,
     )  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def fit():
 @pytest.fixture
 def finished(fit):
     return Sweep(
-        corpus=sweep.corpus_settings(PARAMS), settings=sweep.shared_settings(PARAMS), data_sha256="0" * 64,
-        train_tokens=1_000_000, val_tokens=10_000, rungs=tuple(runs_of(product)), fit=fit,  # wording: quoted
+        corpus=sweep.corpus_settings(PARAMS), settings=sweep.recipe(PARAMS), data_sha256="0" * 64,
+        train_tokens=1_000_000, val_tokens=10_000, runs=tuple(runs_of(product)), fit=fit,
     )  # fmt: skip
 
 
@@ -124,59 +124,23 @@ def test_a_sweep_of_other_text_or_settings_predicts_nothing(finished):
 def test_a_sweep_is_read_back_or_absent(finished, tmp_path):
     path = tmp_path / "ladder.json"
     assert sweep.read_sweep(path) is None
-    write_json(path, finished.model_dump(mode="json", by_alias=True))
+    write_json(path, finished.model_dump(mode="json"))
     assert sweep.read_sweep(path) == finished
     path.write_text("{}")
-    with pytest.raises(BadConfig, match="rungs: missing key"):  # wording: quoted
+    with pytest.raises(BadConfig, match="runs: missing key"):
         sweep.read_sweep(path)
 
 
-@pytest.fixture
-def experiments():
-    """The files of DVC experiments, by name and path."""
-    files = {}
-    for n, size in enumerate((32, 64, 96)):
-        for steps in BUDGETS:
-            tree = load_params(ROOT / "params.yaml").model_dump(mode="json", exclude_defaults=True)
-            tree["model"]["n_embd"], tree["training"]["max_steps"] = size, steps
-            files[f"ladder-{size}-{steps}"] = {
-                "params.yaml": tree,
-                "reports/training.json": {
-                    "val_loss": product(10 ** (6 + n), 512 * steps), "val_loss_tokens": 90,
-                    "data_sha256": "0" * 64, "train_split_tokens": 1000,
-                },
-                "reports/tokenization.json": {"val": {"tokens": 100, "documents": 10}},
-                "dvc.lock": {"stages": {"training": {"outs": [{"path": "models/compact", "md5": "0" * 32}]}}},
-            }  # fmt: skip
-    return files
-
-
-def fit_files(files, path):
-    def read_file(name, file):
-        return json_bytes(files[name][file]).decode()
-
-    return sweep.fit_sweep(list(files), read_file, path, ROOT / "params.yaml")
-
-
-def test_the_command_writes_the_fit_and_prints_the_prediction(experiments, tmp_path):
-    printed = fit_files(experiments, tmp_path / "ladder.json").splitlines()
-    assert printed[0].startswith("ladder-32-100: 5.9124, fitted 5.91")
+def test_the_command_adds_the_fit_to_the_runs_and_prints_the_prediction(finished, tmp_path):
+    path = tmp_path / "ladder.json"
+    write_json(path, finished.model_copy(update={"fit": None}).model_dump(mode="json"))
+    with pytest.raises(BadData, match="compactgpt experiment fit"):
+        sweep_report(sweep.read_sweep(path), PARAMS)
+    printed = sweep.fit_sweep(path, ROOT / "params.yaml").splitlines()
+    assert printed[0] == "1000000-100: 5.9124, fitted 5.9124"
     assert printed[-1].startswith("the configured run: ")
-    assert len(sweep.read_sweep(tmp_path / "ladder.json").runs) == len(experiments)
-    for files in experiments.values():
-        files["params.yaml"]["training"]["beta1"] = 0.7
-    printed = fit_files(experiments, tmp_path / "ladder.json").splitlines()
+    assert sweep.read_sweep(path).fit.form == "product"
+    other = finished.model_copy(update={"settings": finished.settings | {"training.beta1": 0.7}})
+    write_json(path, other.model_dump(mode="json"))
+    printed = sweep.fit_sweep(path, ROOT / "params.yaml").splitlines()
     assert printed[-1] == "no prediction for the configured run, which has another training.beta1"
-
-
-@pytest.mark.parametrize(
-    ("file", "key", "value", "message"),
-    [
-        ("reports/training.json", "val_loss_tokens", 80, "its loss was measured on 80 of 90 val tokens"),
-        ("reports/training.json", "data_sha256", "1" * 64, "and ladder-32-100 differ in data_sha256"),
-    ],
-)
-def test_runs_that_cannot_be_compared_are_refused(experiments, tmp_path, file, key, value, message):
-    experiments["ladder-96-400"][file][key] = value
-    with pytest.raises(BadData, match=message):
-        fit_files(experiments, tmp_path / "ladder.json")

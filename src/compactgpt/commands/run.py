@@ -93,10 +93,10 @@ def apply_experiment(
 
 @experiment.command("run")
 def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
-    """Run an experiment with `dvc exp run`.
+    """Run an experiment: with `dvc exp run`, or all runs of a sweep.
 
-    Prints how long it may take, then what DVC prints. Writes params.yaml and the outputs of the pipeline; the
-    runs of a sweep write DVC experiments only.
+    Prints how long it may take, then what DVC prints, or a line per run of a sweep. Writes params.yaml and
+    the outputs of the pipeline; a sweep writes results/NAME.json only.
 
     Example: compactgpt experiment run shakespeare-quick
     """
@@ -104,10 +104,22 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     from compactgpt.forecast.estimate import announce_times
 
     runs = experiments.configurations(name, params_file, settings or [])
-    echo("\n".join(announce_times(runs)))
-    done = experiments.run(name, params_file, settings or [])
-    echo("\n".join(done))
-    echo(f"next: compactgpt experiment {'fit' if len(done) > 1 else 'record'} {name}")
+    times = announce_times(runs)
+    if not experiments.find_experiment(name).sweep:
+        echo("\n".join(times))
+        experiments.run(name, params_file, settings or [])
+        echo(f"next: compactgpt experiment record {name}")
+        return
+    echo(times[0])
+    from compactgpt.common.device import prepare_process
+
+    prepare_process(runs[0].runtime.num_threads)  # before the next import, which loads torch
+    from compactgpt.evaluation.sweep_runs import run_sweep
+    from compactgpt.tracking import state_folder
+
+    path = Path("results", f"{name}.json")
+    run_sweep(name, params_file, settings or [], path, state_folder() / name, echo)
+    echo(f"{path}: commit it" + ("; next: compactgpt experiment fit" if name == "ladder" else ""))
 
 
 @experiment.command("record")
@@ -136,13 +148,9 @@ def fit_experiment(
 
     Example: compactgpt experiment fit ladder
     """
-    from compactgpt.experiments import experiment_ref, find_experiment, read_experiment_file, run_names
     from compactgpt.forecast.sweep import fit_sweep
 
-    def read_file(run: str, path: str) -> str:
-        return read_experiment_file(experiment_ref(run), path)
-
-    echo(fit_sweep(run_names(name, find_experiment(name)), read_file, folder / "ladder.json", params_file))
+    echo(fit_sweep(folder / f"{name}.json", params_file))
 
 
 app.command("ladder", hidden=True)(fit_experiment)  # its name until version 0.2  # wording: quoted

@@ -13,26 +13,22 @@ extrapolations.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
-from ruamel.yaml import YAML
 
-from compactgpt.common.errors import BadConfig, BadData, NotAllowed
+from compactgpt.common.errors import BadData
 from compactgpt.common.sections import Section, load_section
-from compactgpt.common.storage import json_bytes, write_json
-from compactgpt.config import ExpectedLoss, Params, load_params, parse_params
-from compactgpt.forecast.model_size import count_parameters
+from compactgpt.common.storage import write_json
+from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
 from compactgpt.forecast.scaling_laws import configured_run
 
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
-ReadFile = Callable[[str, str], str]  # (DVC experiment, path of a file in it) -> the file's content
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
@@ -50,20 +46,36 @@ EARLIER_SETTINGS = {
 class SweepRun(Section):
     """One finished run of a sweep."""
 
-    name: str
+    name: str  # its group and its seed
+    group: str  # runs of one group differ in their seed only
+    params: dict[str, Any]  # the values that the sweep sets for this run, by dotted key
+    seed: int
     num_params: int  # counted by nanoGPT's convention
     num_params_non_embedding: int
     max_steps: int
     tokens_per_step: int
     optimizer: Literal["adamw", "muon"]
-    loss: float  # nats per token, on the whole val split
-    params_sha256: str
-    model_md5: str  # DVC's MD5 hash of the model folder
+    train_loss: float | None = None  # nats per token, the mean of the last steps
+    loss: float  # nats per token, of all scored tokens of the val split
+    nats: tuple[float, ...] = ()  # total loss of each document, in the order of the val split
 
     @property
     def tokens(self) -> int:
         """Number of tokens that the run trained on."""
         return self.max_steps * self.tokens_per_step
+
+
+class ScoredDocuments(Section):
+    """The documents of the val split, in its order."""
+
+    ids_sha256: Sha256  # of the documents' ids and numbers of tokens, see `documents_sha256`
+    tokens: tuple[int, ...]  # number of scored tokens of each document
+    sources: tuple[str, ...]  # where each document comes from, for example the distribution `scipy`
+
+
+def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
+    """Return a hash of the scored documents: losses by document can be compared if it is the same."""
+    return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
 class Fit(Section):
@@ -77,15 +89,17 @@ class Fit(Section):
 
 
 class Sweep(Section):
-    """The content of results/ladder.json."""
+    """The content of results/<sweep>.json: the finished runs of a sweep, and the law fitted to them."""
 
     corpus: dict[str, Any]  # see `corpus_settings`
-    settings: dict[str, Any]  # see `shared_settings`
-    data_sha256: str
+    settings: dict[str, Any]  # the recipe of params.yaml, see `recipe`
+    data_sha256: Sha256  # of the token file of the val split
     train_tokens: int
-    val_tokens: int
-    runs: tuple[SweepRun, ...] = Field(alias="rungs")  # wording: quoted
-    fit: Fit
+    val_tokens: int  # number of scored tokens
+    document_tokens: int | None = None  # tokens of each val document that are scored; None: all
+    documents: ScoredDocuments | None = None  # None: the runs have no losses by document
+    runs: tuple[SweepRun, ...]
+    fit: Fit | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,7 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read results/ladder.json; return None if the file does not exist.
+    """Read the finished runs of a sweep; return None if the file does not exist.
 
     Raises:
         BadConfig: the file is damaged.
@@ -239,20 +253,39 @@ def corpus_settings(params: Params) -> dict[str, Any]:
     }
 
 
-def shared_settings(params: Params) -> dict[str, Any]:
-    """Return the settings that all runs of a sweep must share, because they change the loss.
+# Settings that change the loss of a run not at all, or by chance only.
+NOT_RECIPE = {
+    "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
+    "init_from",
+}  # fmt: skip
 
-    Not included are the text, the model's size, the number of steps, and the seed.
-    """
-    shape = params.model.model_dump(mode="json", exclude={"n_layer", "n_head", "n_embd"})
-    free = {"seed", "max_steps", "eval_interval", "eval_windows", "checkpoint_interval", "launcher"}
-    free |= {"micro_batch_size", "compile", "init_from"}
+
+def recipe(params: Params) -> dict[str, Any]:
+    """Return the settings, by dotted key, of which the loss of a run on the same text depends."""
+    training = params.training.model_dump(mode="json", exclude=NOT_RECIPE)
     if params.training.head == "full":
-        free |= {"sample_tokens", "sample_power"}
-    training = params.training.model_dump(mode="json", exclude=free)
-    return {f"model.{key}": value for key, value in shape.items()} | {
-        f"training.{key}": value for key, value in training.items()
+        del training["sample_tokens"], training["sample_power"]
+    return {
+        **{f"model.{key}": value for key, value in params.model.model_dump(mode="json").items()},
+        **{f"training.{key}": value for key, value in training.items()},
     }
+
+
+def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a recipe that a law holds for: all but the model's size and the number of steps."""
+    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
+    return {key: value for key, value in settings.items() if key not in free}
+
+
+REPORTED = {
+    "name",
+    "num_params",
+    "num_params_non_embedding",
+    "max_steps",
+    "tokens_per_step",
+    "optimizer",
+    "loss",
+}
 
 
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
@@ -262,7 +295,9 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     `expected_loss` is null.
     """
     fit, run = sweep.fit, configured_run(params)
-    ours, theirs = shared_settings(params), EARLIER_SETTINGS | sweep.settings
+    if fit is None:
+        raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
+    ours, theirs = shared_settings(recipe(params)), EARLIER_SETTINGS | shared_settings(sweep.settings)
     differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
@@ -270,7 +305,7 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     for done in sweep.runs:
         log_loss = FORMS[fit.form].log_loss(fit.constants, done.num_params, done.tokens)
         fitted = {"tokens": done.tokens, "told": _rounded(math.exp(log_loss))}  # wording: quoted
-        runs.append(done.model_dump() | fitted)
+        runs.append(done.model_dump(include=REPORTED) | fitted)
     return {
         "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
         "differs": differs,
@@ -283,83 +318,32 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     }
 
 
-def fit_sweep(names: Sequence[str], read_file: ReadFile, path: Path, params_file: Path) -> str:
-    """Fit the law to the finished runs of a sweep, write the fit to a file, and return a summary to print.
+def fit_sweep(path: Path, params_file: Path) -> str:
+    """Fit the law to the finished runs of a sweep, add the fit to their file, and return a summary to print.
 
     Args:
-        names: the DVC experiments of the sweep.
-        read_file: returns the content of a file of an experiment.
-        path: the file to write, results/ladder.json.
+        path: the file of the runs, results/ladder.json.
         params_file: the params.yaml of the run whose loss the summary predicts.
 
     Raises:
-        NotAllowed: `path` exists, and this command did not write it.
-        BadData: the runs differ in text or settings, are too few, or have a loss of only a part of the val
-            split.
+        MissingInput: the file does not exist.
+        BadConfig: `path` is not the file of a sweep.
+        BadData: the runs are too few.
     """
-    try:
-        read_sweep(path)
-    except BadConfig as error:
-        raise NotAllowed(f"this command did not write {path}: choose another folder") from error
-    sweep, params = read_sweep_runs(names, read_file), load_params(params_file)
-    write_json(path, sweep.model_dump(mode="json", by_alias=True))
+    found, params = load_section(path, Sweep), load_params(params_file)
+    sweep = found.model_copy(update={"fit": fit_runs(found.runs)})
+    write_json(path, sweep.model_dump(mode="json"))
     report = sweep_report(sweep, params)
     loss = report["expected_loss"]
     lines = [
         f"{done['name']}: {done['loss']:.4f}, fitted {done['told']:.4f}"  # wording: quoted
         for done in report["rungs"]  # wording: quoted
     ]
-    lines.append(f"{report['formula']}, constants {', '.join(f'{c:.4g}' for c in sweep.fit.constants)}")
+    constants = report["constants"]
+    lines.append(f"{report['formula']}, constants {', '.join(f'{constant:.4g}' for constant in constants)}")
     lines.append(
         f"the configured run: {loss['value']:.3f} ({loss['low_95']:.3f} to {loss['high_95']:.3f}, 95 %)"
         if loss
         else f"no prediction for the configured run, which has another {', '.join(report['differs'])}"
     )
     return "\n".join(lines)
-
-
-def read_sweep_runs(names: Sequence[str], read_file: ReadFile) -> Sweep:
-    """Read the finished runs of a sweep, and fit the law to these runs; see `fit_sweep`."""
-    runs, facts = [], []
-    for name in names:
-        paths = ("params.yaml", "reports/training.json", "reports/tokenization.json", "dvc.lock")
-        yaml = YAML(typ="safe", pure=True)  # JSON is YAML
-        tree, report, split, lock = (yaml.load(read_file(name, path)) for path in paths)
-        params = parse_params(tree, f"params.yaml of {name}")
-        scored = split["val"]["tokens"] - split["val"]["documents"]  # <|endoftext|> is not scored
-        if report["val_loss_tokens"] != scored:
-            raise BadData(
-                f"{name}: its loss was measured on {report['val_loss_tokens']:,} of {scored:,} val tokens: "
-                "raise training.eval_windows until it covers the whole val split, and run the sweep again"
-            )
-        runs.append(_sweep_run(name, params, report["val_loss"], lock))
-        facts.append(
-            {
-                "corpus": corpus_settings(params),
-                "settings": shared_settings(params),
-                "data_sha256": report["data_sha256"],
-                "train_tokens": report["train_split_tokens"],
-                "val_tokens": report["val_loss_tokens"],
-            }
-        )
-    for name, fact in zip(names, facts, strict=True):
-        if differing := [key for key in fact if fact[key] != facts[0][key]]:
-            raise BadData(f"{name} and {names[0]} differ in {', '.join(differing)}: run the sweep again")
-    return Sweep(**facts[0], rungs=tuple(runs), fit=fit_runs(runs))  # wording: quoted
-
-
-def _sweep_run(name: str, params: Params, loss: float, lock: Any) -> SweepRun:
-    sizes, training = count_parameters(params.model), params.training
-    (model,) = (out for out in lock["stages"]["training"]["outs"] if out["path"] == "models/compact")
-    identity = params.model_dump(mode="json", include={"model", "training"})
-    return SweepRun(
-        name=name,
-        num_params=sizes.nanogpt,
-        num_params_non_embedding=sizes.non_embedding,
-        max_steps=training.max_steps,
-        tokens_per_step=training.tokens_per_step,
-        optimizer=training.optimizer,
-        loss=loss,
-        params_sha256=hashlib.sha256(json_bytes(identity)).hexdigest(),
-        model_md5=model["md5"].removesuffix(".dir"),
-    )

@@ -7,7 +7,6 @@ values to its record and judges the note's claims by them. The store also keeps 
 two experiments on the same documents can be compared document by document.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
 from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.forecast.model_size import count_parameters
+from compactgpt.forecast.sweep import documents_sha256
 
 FOLDER = Path("results")
 COMPACT = "compact"
-SWEEP_FILE = "ladder"  # the sweep's results have another format, see compactgpt.forecast.sweep
+SWEEPS = ("ladder", "seeds", "small-scale")  # their files have another format, see compactgpt.forecast.sweep
 # id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> tuple[Result, ...]:
     Raises:
         BadConfig: a file is not valid JSON, or its fields are not those of `Result`.
     """
-    paths = sorted(path for path in folder.glob("*.json") if path.stem != SWEEP_FILE)
+    paths = sorted(path for path in folder.glob("*.json") if path.stem not in SWEEPS)
     return tuple(load_section(path, Result) for path in paths)
 
 
@@ -108,7 +108,7 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
     """Return the content of params.yaml; raise BadConfig if it differs from the experiment."""
     if experiments.find_experiment(name, conf).sweep:
-        raise BadConfig(f"{name} is a sweep: `compactgpt experiment fit {name}` stores its runs")
+        raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
     changes = experiments.apply(name, params_file, conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
         raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
@@ -117,7 +117,7 @@ def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
     """Return the per-document losses, in the order of the val split, in nats rounded to 6 decimals."""
-    digest = hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
+    digest = documents_sha256(ids, tokens)
     return Documents(ids_sha256=digest, nats=tuple(round(n, 6) for n in nats), tokens=tuple(tokens))
 
 

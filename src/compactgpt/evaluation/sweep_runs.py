@@ -1,0 +1,176 @@
+"""Train and score the runs of a sweep in this process: `compactgpt experiment run seeds`.
+
+All runs use the token files that `dvc repro tokenization` wrote. Each run is scored on the val split as the
+stage `evaluation` scores it. results/NAME.json is written after each run. A run that is already in the file
+is not run again, and a run that was stopped resumes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compactgpt import experiments
+from compactgpt.common.console import silent
+from compactgpt.common.device import stop_requests
+from compactgpt.common.errors import BadConfig
+from compactgpt.common.storage import sha256_file, write_json
+from compactgpt.config import Params
+from compactgpt.data.documents import read_names, row_groups
+from compactgpt.data.token_files import TokenFile
+from compactgpt.data.tokenizer import load_encoding
+from compactgpt.evaluation.compact import as_neural_model
+from compactgpt.evaluation.likelihood import scored_split
+from compactgpt.forecast.sweep import (
+    ScoredDocuments,
+    Sweep,
+    SweepRun,
+    corpus_settings,
+    documents_sha256,
+    read_sweep,
+    recipe,
+)
+from compactgpt.model.gpt import GPT
+from compactgpt.model.weights import save_model
+from compactgpt.training.checkpoint import remove_states
+from compactgpt.training.initialization import folder_sha256
+from compactgpt.training.trainer import Callbacks, open_splits, run_key, train
+
+DATA = Path("data")
+
+
+def run_sweep(
+    name: str,
+    params_file: Path,
+    settings: Sequence[str],
+    path: Path,
+    folder: Path,
+    log: Callable[[str], None],
+) -> None:
+    """Train and score the runs of a sweep that `path` does not have yet; write `path` after each run.
+
+    Args:
+        name: the name of the sweep.
+        params_file: the configuration that the values of each run are set in.
+        settings: `key=value` settings for all runs.
+        path: the results file to write.
+        folder: the folder of training states, and of the models that later runs start from.
+        log: called with a message after each run.
+
+    Raises:
+        MissingInput: the token files do not exist.
+        Busy: the user stopped the run; its training state is saved.
+    """
+    runner = SweepRunner(experiments.load_changed_params(params_file, settings), folder)
+    points = experiments.sweep_points(name, params_file, settings)
+    started_from = {point.sweep.start for point in points}
+    sweep = runner.finished_runs(path)
+    with stop_requests() as should_stop:
+        for point in points:
+            done = any(run.name == point.name and run.params == point.values for run in sweep.runs)
+            if done and (point.name not in started_from or (folder / point.name).is_dir()):
+                continue
+            started = time.monotonic()
+            model, train_loss = runner.train(point, should_stop)
+            if point.name in started_from:
+                save_model(model, folder / point.name, {})
+            run = runner.score(point, model, train_loss)
+            kept = tuple(other for other in sweep.runs if other.name != run.name)
+            sweep = sweep.model_copy(update={"runs": (*kept, run), "fit": None})
+            write_json(path, sweep.model_dump(mode="json"))
+            log(f"{run.name}: {run.loss:.4f} nats per token, {time.monotonic() - started:.0f} s")
+
+
+class SweepRunner:
+    """The token files and the scored part of val, which all runs of a sweep share."""
+
+    def __init__(self, params: Params, folder: Path) -> None:
+        """Open the token files; see `run_sweep`."""
+        self.params, self.folder = params, folder
+        self.splits, self.encoding = open_splits(DATA / "tokens"), load_encoding(DATA / "tokenizer")
+        self.scored = scored_split(self.splits.val, self.encoding, params.evaluation.likelihood)
+        names = [name for group in row_groups(DATA / "documents") for name in read_names(group)]
+        self.sources = {name: source.split("/")[0] for name, source in names}
+
+    def finished_runs(self, path: Path) -> Sweep:
+        """Return the content of `path` if its runs have our corpus and recipe, else a result without runs."""
+        tokens = np.diff(self.scored.offsets) - 1
+        ids = self.splits.val.document_ids
+        documents = ScoredDocuments(
+            ids_sha256=documents_sha256(ids, tokens.tolist()),
+            tokens=tuple(tokens.tolist()),
+            sources=tuple(self.sources[name] for name in ids),
+        )
+        empty = Sweep(
+            corpus=corpus_settings(self.params),
+            settings=recipe(self.params),
+            data_sha256=sha256_file(self.splits.val.path),
+            train_tokens=self.splits.train.header.tokens,
+            val_tokens=int(tokens.sum()),
+            document_tokens=self.params.evaluation.likelihood.document_tokens,
+            documents=documents,
+            runs=(),
+        )
+        found = read_sweep(path)
+        return found if found and found.model_copy(update={"runs": (), "fit": None}) == empty else empty
+
+    def train(self, point: experiments.SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
+        """Return the trained model of a run, and the mean training loss of its last steps."""
+        params, splits = point.params, self.splits
+        if chosen := self._train_documents(point.sweep):
+            splits = replace(
+                splits, train=select_documents(splits.train, chosen), sha256=f"{splits.sha256} {chosen}"
+            )
+        if point.sweep.start:
+            start = self.folder / point.sweep.start
+            start_from = {"init_from": str(start), "init_sha256": folder_sha256(start)}
+            params = params.model_copy(update={"training": params.training.model_copy(update=start_from)})
+        states = self.folder / run_key(params, splits)
+        trained = train(params, splits, states, Callbacks(should_stop=should_stop))
+        remove_states(states)
+        return trained.model, trained.rows[-1].train_loss
+
+    def _train_documents(self, sweep: experiments.SweepGroup) -> list[int]:
+        """Return the train documents of a run, by index; an empty list stands for all."""
+        ids = self.splits.train.document_ids
+        if sweep.train_source:
+            chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]
+            if not chosen:
+                raise BadConfig(f"train_source: no document is from {sweep.train_source!r}")
+            return chosen
+        if sweep.train_documents:  # spread evenly over the split
+            return [int(index) for index in np.linspace(0, len(ids) - 1, sweep.train_documents)]
+        return []
+
+    def score(self, point: experiments.SweepPoint, model: GPT, train_loss: float) -> SweepRun:
+        """Return a run with its losses on the val split, as the stage `evaluation` computes them."""
+        likelihood = point.params.evaluation.likelihood
+        scores = as_neural_model(model, likelihood.batch_size).score(self.scored, likelihood.window, silent)
+        training, tokens = point.params.training, np.diff(self.scored.offsets) - 1
+        return SweepRun(
+            name=point.name,
+            group=point.group,
+            params=point.values,
+            seed=training.seed,
+            num_params=model.num_params_nanogpt,
+            num_params_non_embedding=model.num_params_non_embedding,
+            max_steps=training.max_steps,
+            tokens_per_step=training.tokens_per_step,
+            optimizer=training.optimizer,
+            train_loss=train_loss,
+            loss=float(scores.nats.sum()) / int(tokens.sum()),
+            nats=tuple(round(nats, 6) for nats in scores.nats.tolist()),
+        )
+
+
+def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
+    """Return a split in memory with some documents of another one."""
+    chosen = np.array(documents)
+    parts = [split.tokens[split.offsets[index] : split.offsets[index + 1]] for index in documents]
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    header = replace(split.header, tokens=int(offsets[-1]), documents=len(documents))
+    return TokenFile(
+        split.path, header, np.concatenate(parts), offsets, split.byte_lengths[chosen], split.ids[chosen]
+    )
