@@ -1,6 +1,7 @@
 """The Python API: five lines load a model, generate text and measure text, as the pipeline does."""
 
 import inspect
+import re
 import textwrap
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 import compactgpt
 from compactgpt import api
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.config import load_params
+from compactgpt.config import Folder, load_params
+from compactgpt.data.hub import check_model_folder
 from compactgpt.evaluation import generation
 from compactgpt.evaluation.likelihood import evaluate, figures
 from compactgpt.model.huggingface import save_hf
@@ -118,11 +120,12 @@ def test_an_exported_model_needs_no_project(model, tmp_path, monkeypatch):
 
 
 def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
-    def change(tree):
-        tree["baseline"]["specs"]["ours"] = {"kind": "folder", "path": "hf"}
-
-    save_params(project / "params.yaml", change)
     save_hf(tiny_gpt(263), project / "hf", project / "data/tokenizer")
+    ours = {"kind": "folder", "path": "hf"}
+    with pytest.raises(BadConfig) as refused:
+        check_model_folder("ours", Folder(**ours))
+    ours["sha256"] = re.search(r"holds (\w{64})", str(refused.value))[1]
+    save_params(project / "params.yaml", lambda tree: tree["baseline"]["specs"].update(ours=ours))
     save_split(project / "data/tokens/train.tokens", api.load_encoding(project / "data/tokenizer"))
     assert compactgpt.load("ours").generate("the") == compactgpt.load().generate("the")
     unigram = compactgpt.load("unigram")

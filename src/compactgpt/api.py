@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ from compactgpt.evaluation.likelihood import LanguageModel, NeuralModel
 
 if TYPE_CHECKING:
     import tiktoken
+
+    from compactgpt.evaluation.baselines import BaselineInputs
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
@@ -54,15 +56,16 @@ class Score:
     bytes: int
     window: int  # tokens of context
     loss: float  # nats per token
-    perplexity: float  # per token
+    perplexity: float | None  # per token; None if it is too large for a float
     bits_per_byte: float
     # The 95 % interval of each of the three figures, by name; empty if the text is a single document.
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Describe the score in one line."""
+        perplexity = "too large" if self.perplexity is None else f"{self.perplexity:,.2f}"
         return (
-            f"{self.loss:.3f} nats per token, perplexity {self.perplexity:,.2f}, "
+            f"{self.loss:.3f} nats per token, perplexity {perplexity}, "
             f"{self.bits_per_byte:.3f} bits per byte ({self.tokens:,} tokens, {self.bytes:,} bytes)"
         )
 
@@ -168,16 +171,15 @@ class Model:
         split = _as_split([text] if isinstance(text, str) else text, self.encoding)
         totals = evaluate(self.language_model, split, self.encoding, likelihood, progress=progress)
         found = figures(totals.nats, totals, likelihood)
-        names = ("loss", "perplexity", "bits_per_byte")
+        names = [name for name in ("loss", "perplexity", "bits_per_byte") if found[name]]
         is_several = (totals.tokens > 0).sum() > 1
-        intervals = {name: (found[name]["low"], found[name]["high"]) for name in names if is_several}
         return Score(
             documents=len(totals.ids),
             tokens=int(totals.tokens.sum()),
             bytes=int(totals.bytes.sum()),
             window=likelihood.window,
-            **{name: found[name]["value"] for name in names},
-            intervals=intervals,
+            **{"perplexity": None, **{name: found[name]["value"] for name in names}},
+            intervals={name: (found[name]["low"], found[name]["high"]) for name in names if is_several},
         )
 
 
@@ -212,7 +214,10 @@ def load(
         params = config.load_params(Path(params_file))
         known = sorted(params.baseline.specs)
         if name in known:
-            return _load_baseline(name, params.baseline, params.runtime, _load_tokenizer(tokenizer))
+            from compactgpt.evaluation.baselines import load_baseline
+
+            inputs = _inputs(_load_tokenizer(tokenizer), params.runtime)
+            return Model(name, load_baseline(name, params.baseline, inputs), inputs.encoding)
     if name == MODEL:
         raise MissingInput(f"there is no model in {MODEL} yet: `make repro` trains it")
     raise MissingInput(
@@ -238,22 +243,18 @@ def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model
         raise MissingInput(
             f"{folder} has no model: neither one of this project, nor one in Hugging Face's format"
         )
-    specs: dict[str, config.BaselineSpec] = {"model": config.Folder(kind="folder", path=str(folder))}
+    from compactgpt.evaluation.baselines import load_folder
+
     runtime = config.Runtime(device="auto", num_threads=os.cpu_count() or 1, num_workers=1)
-    found = _load_baseline(
-        "model", config.Baseline(names=(), specs=specs), runtime, _load_tokenizer(tokenizer, folder)
-    )
-    return replace(found, name=name)
+    inputs = _inputs(_load_tokenizer(tokenizer, folder), runtime)
+    return Model(name, load_folder(folder, inputs), inputs.encoding)
 
 
-def _load_baseline(
-    name: str, baseline: config.Baseline, runtime: config.Runtime, encoding: "tiktoken.Encoding"
-) -> Model:
-    from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+def _inputs(encoding: "tiktoken.Encoding", runtime: config.Runtime) -> "BaselineInputs":
+    from compactgpt.evaluation.baselines import BaselineInputs
     from compactgpt.tracking import state_folder
 
-    inputs = BaselineInputs(Path("data/tokens/train.tokens"), encoding, BATCH_SIZE, runtime, state_folder())
-    return Model(name, load_baseline(name, baseline, inputs), encoding)
+    return BaselineInputs(Path("data/tokens/train.tokens"), encoding, BATCH_SIZE, runtime, state_folder())
 
 
 def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tiktoken.Encoding":

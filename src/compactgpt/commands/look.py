@@ -214,7 +214,8 @@ def evaluate(
 
 
 def _figure(score: "Score", name: str, digits: int) -> str:
-    value = f"{getattr(score, name):,.{digits}f}"
+    number = getattr(score, name)
+    value = "-" if number is None else f"{number:,.{digits}f}"
     if name not in score.intervals:
         return value
     low, high = score.intervals[name]

@@ -5,6 +5,7 @@ timeout checks that the hub answers. Without this check, the hub's client would 
 minute, before it reports that there is no network.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, Unreachable
 from compactgpt.common.storage import sha256_file
+from compactgpt.config import Folder
 
 _TIMEOUT_SECONDS = 5  # of the request before a download
 # The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
@@ -111,6 +113,26 @@ def _cached_model(repo: str, revision: str) -> Path | None:
         weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     is_complete = all((folder / name).exists() for name in ["config.json", *weights])
     return folder if is_complete and any(folder.glob("tokenizer*.json")) else None
+
+
+def check_model_folder(name: str, spec: Folder) -> None:
+    """Check that the files of the folder baseline `name` have the hash that params.yaml states.
+
+    Raises:
+        MissingInput: the folder does not exist.
+        BadConfig: params.yaml has no hash, or another one.
+    """
+    folder = Path(spec.path)
+    if not folder.is_dir():
+        raise MissingInput(f"{spec.path} is not a folder: correct baseline.specs.{name}.path")
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.txt")))
+    hashes = [f"{path.name} {sha256_file(path)}" for path in files]
+    found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    if found != spec.sha256:
+        raise BadConfig(
+            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
+            f"{found}: write that into params.yaml if these are the weights you mean"
+        )
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:

@@ -12,7 +12,6 @@ its complete text under every model. No model sees more text in a window than ou
 may have more or fewer tokens.
 """
 
-import hashlib
 import inspect
 import io
 import lzma
@@ -32,8 +31,7 @@ from compactgpt import config
 from compactgpt.common.console import Progress
 from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.common.storage import sha256_file
-from compactgpt.data.hub import fetch_model, one_line
+from compactgpt.data.hub import check_model_folder, fetch_model, one_line
 from compactgpt.data.inputs import check_files
 from compactgpt.data.token_files import END_OF_TEXT, TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.data.tokenizer import unicode_to_bytes
@@ -102,17 +100,17 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
         advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
-        folder = Path(spec.path)
-        loaded = read_folder(folder)
-        files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.txt")))
-        hashes = [f"{path.name} {sha256_file(path)}" for path in files]
-        facts = {"path": spec.path, "weights_sha256": hashlib.sha256("\n".join(hashes).encode()).hexdigest()}
-        if facts["weights_sha256"] != spec.sha256:
-            raise BadConfig(
-                f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
-                f"{facts['weights_sha256']}: write that into params.yaml if these are the weights you mean"
-            )
+        loaded = read_folder(Path(spec.path))
+        check_model_folder(name, spec)
+        facts = {"path": spec.path, "weights_sha256": spec.sha256}
     return _as_neural_model(loaded, inputs, {"kind": spec.kind, **facts})
+
+
+def load_folder(folder: Path, inputs: BaselineInputs) -> NeuralModel:
+    """Load a model in Hugging Face format that params.yaml does not name; raises as `read_folder` does."""
+    prepare_process(inputs.runtime.num_threads)
+    _silence_transformers()
+    return _as_neural_model(read_folder(folder), inputs, {"kind": "folder", "path": str(folder)})
 
 
 @dataclass(frozen=True)
