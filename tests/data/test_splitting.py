@@ -1,0 +1,128 @@
+"""A long text file is cut into documents, and no text is lost."""
+
+import subprocess
+import sys
+from io import BytesIO
+
+import pytest
+
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.sections import read_yaml
+from compactgpt.config import parse_params
+from compactgpt.data.splitting import split_text
+from tests.support.corpora import ROOT, download_params, write_corpus
+
+PARAGRAPH = "One sentence of a paragraph.\nAnd another one, of the same.\n"
+
+
+def split(text, max_characters=10**6, **changes):
+    changes = {"split_characters": 100, "split_over_characters": 1000} | changes
+    params = download_params(files=changes).files
+    content = text if isinstance(text, bytes) else text.encode()
+    return list(split_text(BytesIO(content), "a.txt", params, max_characters))
+
+
+@pytest.mark.parametrize(
+    ("way", "text", "expected"),
+    [
+        ("blank-lines", "\n\na\nb\n\n \n  c\n\nd", [(3, "a\nb"), (7, "  c"), (9, "d")]),
+        ("blank-lines", "a\r\nb\r\n\r\nc\r\n", [(1, "a\r\nb"), (4, "c")]),
+        ("lines", "a\n\n b \r\nc", [(1, "a"), (3, " b"), (4, "c")]),
+        ("lines", "\ufeffa\n", [(1, "a")]),
+        ("heading", "begin\n# A\na\n#b\n# C", [(1, "begin"), (2, "# A\na\n#b"), (5, "# C")]),
+        ("none", " a\n\nb\n", [(0, " a\n\nb\n")]),
+        ("auto", " a\n\nb\n", [(0, " a\n\nb\n")]),
+        ("auto", "\ufeff" + "é" * 1000, [(0, "é" * 1000)]),
+    ],
+)
+def test_documents_begin_where_params_say(way, text, expected):
+    assert [piece[:2] for piece in split(text, split=way, heading="# ")] == expected
+
+
+def test_headings_are_written_as_those_of_the_hub_sets():
+    heading = read_yaml(ROOT / "params.yaml")["download"]["hub"]["sets"]["wikitext-103"]["opens_document"]
+    pieces = split(" = One = \n \n = = Part = = \n a\n = Two = \n b\n", split="heading", heading=heading)
+    assert [piece.line for piece in pieces] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "way", "longest"),
+    [
+        (f"{PARAGRAPH}\n" * 200 + "End.", "blank lines", 100 + len(PARAGRAPH) + 5),  # a short end is joined
+        (f"{PARAGRAPH}\n" * 20 + PARAGRAPH * 200, "blank lines", 1000 + len(PARAGRAPH)),
+        (PARAGRAPH * 200, "size", 160),
+        ("word " * 4000, "size", 300),  # text8 is one line
+        ("字" * 4000, "size", 300),
+        ("é" * 100_000, "size", 300),
+    ],
+)
+def test_auto_cuts_any_text_into_documents_of_a_sensible_length(text, way, longest):
+    pieces = split(text)
+    assert {piece.way for piece in pieces} == {way}
+    assert min(len(piece.text) for piece in pieces) >= 99
+    assert max(len(piece.text) for piece in pieces) <= longest
+    assert "".join("".join(piece.text for piece in pieces).split()) == "".join(text.split())
+    assert [piece.line for piece in pieces] == sorted(piece.line for piece in pieces)
+
+
+def test_a_piece_over_the_limit_ends_the_reading_soon():
+    pieces = split("a\n" * 10_000, max_characters=100, split="heading", heading="# ")
+    assert len(pieces[0].text) > 100
+
+
+@pytest.mark.parametrize("text", [b"a\n" * 2000 + b"b \xff", b"a\n" * 2000 + "é".encode()[:1]])
+@pytest.mark.parametrize("way", ["auto", "lines", "none"])
+def test_a_byte_that_is_not_utf8_is_named_with_its_line(text, way):
+    with pytest.raises(BadData, match=r"a\.txt, line 2,001: byte 0x(ff|c3) is not UTF-8"):
+        split(text, split=way)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"split": "heading"}, "write the regular expression"), ({"heading": "("}, "not a valid regular")],
+)
+def test_a_heading_that_can_not_work_is_refused(changes, message):
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["files"] |= changes
+    with pytest.raises(BadConfig, match=message):
+        parse_params(tree)
+
+
+def test_the_stage_says_how_files_were_cut_in_their_order_and_what_is_a_duplicate(tmp_path):
+    for name, text in (
+        ("a.txt", "One.\n\nTwo.\n\nOne.\n"),
+        ("b.md", "Three.\n"),
+        ("c.txt", "Four.\n\nTwo.\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    params = download_params(corpus="files", files={"patterns": ["*.txt", "*.md"], "split": "blank-lines"})
+    messages = []
+    report, documents = write_corpus(tmp_path, params, messages=messages)
+    assert [each.text for each in documents] == ["One.", "Two.", "Four.", "Three."]
+    assert messages == ["3 files -> 6 documents by blank lines (download.files.split)"]
+    assert report["left_out"]["duplicate"] == 2
+
+
+READ_100_MB = """
+import resource, sys
+from pathlib import Path
+import pyarrow.parquet
+from compactgpt.data.text_files import read_file
+from tests.support.corpora import download_params
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+documents = sum(1 for _ in read_file(Path(sys.argv[1]), "a.txt", download_params()))
+print(documents, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+@pytest.mark.parametrize("text", [PARAGRAPH * 4 + "\n", "word " * 100], ids=["enwik8", "text8"])
+def test_100_mb_are_read_in_bounded_memory(tmp_path, text):
+    (tmp_path / "a.txt").write_bytes(text.encode() * (100_000_000 // len(text)))
+    done = subprocess.run(
+        [sys.executable, "-c", READ_100_MB, str(tmp_path)],
+        capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT}/src"},
+    )  # fmt: skip
+    documents, kilobytes = map(int, done.stdout.split())
+    assert 30_000 < documents < 100_000
+    assert kilobytes < 20_000
