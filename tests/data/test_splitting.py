@@ -58,7 +58,7 @@ def test_headings_are_written_as_those_of_the_hub_sets():
 )
 def test_auto_cuts_any_text_into_documents_of_a_sensible_length(text, way, longest):
     pieces = split(text)
-    assert {piece.way for piece in pieces} == {way}
+    assert {piece.way for piece in pieces} == {f"{way}, of at least 100 characters"}
     assert min(len(piece.text) for piece in pieces) >= 99
     assert max(len(piece.text) for piece in pieces) <= longest
     assert "".join("".join(piece.text for piece in pieces).split()) == "".join(text.split())
@@ -99,7 +99,7 @@ def test_the_stage_says_how_files_were_cut_in_their_order_and_what_is_a_duplicat
     messages = []
     report, documents = write_corpus(tmp_path, params, messages=messages)
     assert [each.text for each in documents] == ["One.", "Two.", "Four.", "Three."]
-    assert messages == ["3 files -> 6 documents by blank lines (download.files.split)"]
+    assert messages == ["3 files -> 6 documents by blank lines (download.files.split: blank-lines)"]
     assert report["left_out"]["duplicate"] == 2
 
 

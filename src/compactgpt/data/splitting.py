@@ -58,11 +58,12 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
     elif split == "size":
         least = params.split_characters
     is_boundary = partial(_is_boundary, split, re.compile(params.heading or ""))
+    way = _WAYS.get(split, "") + (f", of at least {least:,} characters" if least > 1 else "")
     for line, text in _cut(lines, is_boundary, least, most):
         if split == "none":
             yield Piece(0, text)
         elif text.strip():
-            yield Piece(line, text.strip("\r\n").rstrip(), _WAYS[split])
+            yield Piece(line, text.strip("\r\n").rstrip(), way)
 
 
 def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line) -> bool:

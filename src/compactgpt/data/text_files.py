@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import has_magic
@@ -51,30 +51,28 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
-        cuts: Counter[tuple[str, str]] = Counter()  # number of documents of (way, file)
+        cuts: dict[str, Counter[str]] = defaultdict(Counter)  # way -> file -> number of documents
         try:
             for number in range(first, len(names)):
                 part, name = names[number]
                 for index, (text, source, way) in enumerate(read_file(root, name, params), 1):
-                    cuts[way, name] += bool(way)
+                    if way:
+                        cuts[way][name] += 1
                     if number > first or index > done:  # skip the texts of the first file that were read
                         yield Text(text, source, part, [number, index])
                 progress(number + 1, len(names))
         finally:  # also after `download.max_documents`
-            for way in sorted({way for way, _ in cuts if way}):
+            for way, numbers in cuts.items():
+                files = f"{len(numbers):,} files" if len(numbers) > 1 else f"{next(iter(numbers))}: 1 file"
                 log(
-                    _describe_cut(way, {name: number for (each, name), number in cuts.items() if each == way})
+                    f"{printable(files)} -> {numbers.total():,} documents by {way} "
+                    f"(download.files.split: {params.files.split})"
                 )
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
     # A changed file changes the identity, and the corpus is read again from its start.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
-
-
-def _describe_cut(way: str, numbers: dict[str, int]) -> str:
-    files = f"{len(numbers)} files" if len(numbers) > 1 else f"{next(iter(numbers))}: 1 file"
-    return f"{files} -> {sum(numbers.values()):,} documents by {way} (download.files.split)"
 
 
 # --- finding files
