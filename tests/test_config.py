@@ -132,6 +132,18 @@ def test_a_file_that_is_not_a_params_yaml_is_refused_in_one_message(tmp_path, co
     assert str(path) in str(refused.value)
 
 
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["hub"]["mirror"] = tree["training"]["init_from"] = "~/a"
+    tree["training"] |= {"init_sha256": "0" * 64, "init_unigram": 0.0, "init_positions": 0.0}
+    tree["baseline"]["specs"]["mine"] = {"kind": "folder", "path": "~/a"}
+    tree["evaluation"]["tasks"]["lambada"] = {"path": "~/a", "sha256": "0" * 64}
+    params = parse_params(tree)
+    found = [params.download.hub.mirror, params.training.init_from, params.baseline.specs["mine"].path]
+    assert [*found, params.evaluation.tasks.lambada.path] == ["/home/me/a"] * 4
+
+
 def test_params_are_frozen_and_survive_a_round_trip():
     params = load_params(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import time
 
@@ -134,6 +135,30 @@ def test_a_data_set_without_a_commit_is_pinned_by_the_hash_of_its_text(tmp_path,
         write_corpus(tmp_path, params(None, revision=None))
 
 
+def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    content = b"One:\nfirst \xc3\xa9\n\nTwo:\nsecond\n"
+    copy = {"file": "corpus/input.txt", "file_url": "https://localhost/input.txt", "separator": "\n\n"}
+    copy["sha256"] = hashlib.sha256(content).hexdigest()
+    with pytest.raises(
+        Unreachable, match=r"bring the text: curl -fLo corpus/input\.txt https://localhost/input"
+    ):
+        write_corpus(tmp_path, params(None, **copy))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/input.txt").write_bytes(content)
+    _, documents = write_corpus(tmp_path, params(None, **copy))
+    assert [each.text for each in documents] == ["One:\nfirst é", "Two:\nsecond\n"]
+    assert {each.source for each in documents} == {"owner/name/input.txt:1"}
+    (tmp_path / "corpus/input.txt").write_bytes(b"Another text.")
+    with pytest.raises(BadData, match=r"the text of corpus/input\.txt has SHA-256 .* expects"):
+        write_corpus(tmp_path, params(None, **copy))
+    (tmp_path / "corpus/input.txt").unlink()
+    os.mkfifo(tmp_path / "corpus/input.txt")
+    with pytest.raises(BadData, match=r"corpus/input\.txt is a named pipe"):
+        write_corpus(tmp_path, params(None, **copy))
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch, offline):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -155,6 +180,7 @@ def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch
         ({"revision": "refs/convert/parquet"}, "is a branch, which moves: give the sha256"),
         ({"separator": "x", "opens_document": "y"}, "one of the two at most"),
         ({"opens_document": "("}, "is not a valid regular expression"),
+        ({"file": "corpus/a.txt"}, "file and file_url: give both"),
         ({"name": "opnwebtext"}, r"name 'opnwebtext' has no entry in sets"),
     ],
 )

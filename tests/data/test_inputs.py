@@ -211,6 +211,14 @@ def test_the_first_stage_refuses_a_pipe_that_dvc_would_wait_for(project):
     assert not (project / "X").exists()
 
 
+def test_line_ends_are_those_that_dvc_hashed_in_every_clone():
+    for name in ("params.yaml", "dvc.yaml", "src/compactgpt/config.py", "corpus/README.md"):
+        done = subprocess.run(
+            ["git", "check-attr", "eol", name], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{name}: eol: lf\n"
+
+
 # --- terminal escapes
 
 

@@ -121,6 +121,12 @@ def test_a_subset_is_the_first_documents_whatever_the_shards(tmp_path, shard_byt
         assert report["bytes"] == size
 
 
+def test_a_limit_below_the_first_document_is_named(tmp_path):
+    message = r"max_bytes is 9, and the first document \(numbered:1\) has 36 bytes: raise max_bytes"
+    with pytest.raises(BadConfig, match=message):
+        collect_in(tmp_path, numbered(), Limits(300, max_bytes=9))
+
+
 def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
     corpus = replace(numbered(), lengths=range(37, 38))
     report, documents = collect_in(tmp_path, corpus)
@@ -195,11 +201,13 @@ def test_the_stage_writes_both_folders_and_the_report(tmp_path, monkeypatch):
         path.write_bytes(contents[name])
     YAML().dump(tree, tmp_path / "params.yaml")
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus/a.txt").write_text("hello")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "corpus" / name).write_text("hello")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
+    assert "download: 1 documents are kept, left out: 1 duplicate" in done.output
     report = json.loads(Path("reports/download.json").read_text())
     assert (report["corpus"], report["documents"], report["bytes"]) == ("files", 1, 5)
     assert report["tokenizer"]["vocab_size"] == 262

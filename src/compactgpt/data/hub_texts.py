@@ -1,8 +1,8 @@
 """A data set of the Hugging Face hub as a corpus.
 
 The library `datasets` streams the rows of a pinned commit in their order, without copying them to its cache:
-only the document shards store the text. params.yaml may have the SHA-256 of the text of a small data set;
-the data set is then read twice.
+only the document shards store the text. params.yaml may have the SHA-256 of the text of a small data set; the
+data set is then read twice. A local copy of the text (`file`) is read as a data set of one row.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class _DataSet:
         Unreachable: the hub does not answer.
         BadConfig: params.yaml has no commit, or the hub does not have the data set, commit or split.
         BadData: a file is damaged, a text is missing or too long, or the hash of the text differs.
-        MissingInput: the folder `download.hub.mirror` is missing.
+        MissingInput: the folder `download.hub.mirror` is missing, or the local copy is a link to nothing.
     """
 
     def __init__(self, params: Download) -> None:
@@ -77,6 +77,7 @@ class _DataSet:
             self._advice = f"bring the text: curl -fLo {self.params.file} {self.params.file_url}"
             if os.path.lexists(self.params.file):
                 self.file = Path(self.params.file)
+                regular_status(self.file, str(self.file))  # `datasets` would wait for a named pipe
                 self.params = self.params.model_copy(update={"splits": (self.file.name,)})
         self._max_row_megabytes = params.max_row_megabytes
 
