@@ -50,16 +50,28 @@ class SweepGroup(Section):
     train_source: str | None = None  # train on the documents of this distribution only
 
 
-class Comparison(Section):
-    """The comparison of two groups of runs that shows the direction of some claims at small scale."""
+class Expected(Section):
+    """What some claims say about a ratio, in a comparison at small scale."""
 
     claims: tuple[str, ...]  # ids in claims.yaml
+    expected: Literal["above", "below"]  # on which side of 1 the ratio is by these claims
+    quantity: Line
+    no_effect: Line  # what it means if the interval of the ratio has 1
+
+
+class Comparison(Expected):
+    """The ratio of the perplexities of two groups of runs, on the same val documents."""
+
     ours: Name
     theirs: Name
     source: str | None = None  # score only the val documents of this distribution
-    expected: Literal["above", "below"]  # what the claims say of the ratio of perplexities: above or below 1
-    quantity: Line
-    no_effect: Line  # what it means if no effect is found
+
+
+class TextComparison(Expected):
+    """The ratio of a figure of our model's texts and of a baseline's, for the same prompts."""
+
+    baseline: Name
+    figure: Literal["seq_rep_4", "distinct_2", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,8 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
-    comparisons: tuple[Comparison, ...] = ()  # of the sweep's groups
+    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep and of `seeds`
+    texts: tuple[TextComparison, ...] = ()  # of the texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
