@@ -63,6 +63,8 @@ def test_the_experiment_note_is_the_run_that_the_note_describes(params_file):
     assert params.training.max_steps * params.training.tokens_per_step == 655_360_000
     assert {"gpt2", "gpt2-xl"} <= set(params.baseline.names)
     assert params.training.head == "full"  # only the demo's softmax is sampled
+    text = params.evaluation.text
+    assert (text.documents, text.prompt_tokens, text.max_new_tokens) == (128, 256, 256)  # claims C3, C8, C9
     changes = apply(params_file, "long")
     assert {line.split(":")[0].split(".")[1] for line in changes} == {
         "max_steps", "eval_interval", "checkpoint_interval",

@@ -43,8 +43,10 @@ def record_like(loss):
             item("compact.loss", loss),
             item("compact.perplexity", math.exp(loss)),
             item("compact.text.greedy.seq_rep_4", 0.5),
+            item("compact.text.nucleus.seq_rep_4", 0.2),
             item("gpt2.loss", 3.0),
             item("gpt2.text.greedy.seq_rep_4", 0.4),
+            item("gpt2.text.nucleus.seq_rep_4", 0.1),
             item("gpt2-xl.loss", 2.5),
             item("ratio.compact_to_gpt2.perplexity", math.exp(loss - 3)),
             item("compact.expected_loss_95", 4.0, **expected),
@@ -70,7 +72,11 @@ def test_values_are_kept_under_the_experiments_name():
     kept = {one["id"]: one for one in result("note", 4.15).evidence}
     names = "note.loss note.perplexity note.text.greedy.seq_rep_4 note.generalisation_gap gpt2-xl.note.loss "
     names += "gpt2.note.loss gpt2.note.text.greedy.seq_rep_4 ratio.note_to_gpt2.perplexity "
-    assert set(kept) == {*names.split(), "ratio.note_to_gpt2.repetition"}
+    names += "note.text.nucleus.seq_rep_4 gpt2.note.text.nucleus.seq_rep_4 "
+    assert set(kept) == {
+        *names.split(), "ratio.note_to_gpt2.repetition", "ratio.note_to_gpt2.sampled_repetition",
+    }  # fmt: skip
+    assert kept["ratio.note_to_gpt2.sampled_repetition"]["value"] == pytest.approx(2)
     assert (kept["note.loss"]["model"], kept["gpt2.note.loss"]["model"]) == ("note", "m")
     assert kept["note.loss"]["report"] == "results/note.json"
     assert kept["note.generalisation_gap"]["value"] == 0.25

@@ -8,6 +8,7 @@ two experiments on the same documents can be compared document by document.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from compactgpt.forecast.sweep import documents_sha256
 
 FOLDER = Path("results")
 COMPACT = "compact"
-SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")  # their files have another format, see compactgpt.forecast.sweep
+SWEEPS = (
+    "ladder",
+    "nanogpt-recipe",
+    "seeds",
+    "small-scale",
+)  # their files have another format, see compactgpt.forecast.sweep
 # id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
@@ -37,8 +43,10 @@ NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Metrics of greedy text that claims compare with GPT-2: name in the ratio's id -> name of the metric.
+# Metrics of text that claims compare with GPT-2: name in the ratio's id -> name of the metric.
 COMPARED_TEXT = {"repetition": "seq_rep_4", "distinct_2": "distinct_2", "length": "tokens"}
+# Decoding strategies in which a claim must hold -> what the ratio's id has before the metric.
+STRATEGIES = {"greedy": "", "nucleus": "sampled_"}
 
 
 class Documents(Section):
@@ -184,12 +192,12 @@ def _derive(
             "high": None,
             "source": f"experiment {name}: last row of reports/loss.csv, val less train",
         }
-    for quantity, figure in COMPARED_TEXT.items():
-        ours, theirs = (by_id.get(f"{model}.text.greedy.{figure}") for model in (name, f"gpt2.{name}"))
+    for (strategy, prefix), (quantity, figure) in product(STRATEGIES.items(), COMPARED_TEXT.items()):
+        ours, theirs = (by_id.get(f"{model}.text.{strategy}.{figure}") for model in (name, f"gpt2.{name}"))
         if ours and theirs and theirs["low"] > 0:
             yield {
                 **ours,
-                "id": f"ratio.{name}_to_gpt2.{quantity}",
+                "id": f"ratio.{name}_to_gpt2.{prefix}{quantity}",
                 "unit": "ratio",
                 "value": ours["value"] / theirs["value"],
                 # the smallest and the largest ratio of values within the two intervals
