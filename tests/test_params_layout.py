@@ -21,7 +21,7 @@ CHANGES = (
     "download.tokenizer.encoding=other",
     "evaluation.text.seed=2",
     "baseline.specs.gpt2.revision=" + "b" * 40,
-    "estimate.note.expected_loss.value=4.5",
+    "estimate.note.hand_set_loss.value=4.5",
     "comparison.language=fr",
 )
 

@@ -454,7 +454,7 @@ class NoteRun(Model):
     tokens_per_step: Positive
     micro_batch_size: Positive
     corpus_tokens: Positive
-    expected_loss: ExpectedLoss
+    hand_set_loss: ExpectedLoss
 
 
 class Machine(Section):

@@ -19,6 +19,7 @@ from compactgpt.forecast.estimate import (
     estimate_configuration,
     format_estimate,
 )
+from compactgpt.forecast.scaling_laws import Run, expect_loss
 from stages.estimate import app as stage
 from tests.support.comparison_inputs import PARAMS, ROOT
 
@@ -39,9 +40,13 @@ def test_the_stage_writes_the_estimate(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "reports/estimate.json").read_text()) == estimate(PARAMS)
 
 
-def test_the_notes_interval_is_the_one_written_down_before_any_run():
-    expected = estimate(PARAMS)["note"]["expected_loss"]
-    bounds = [expected[key] for key in ("low_95", "low_80", "value", "high_80", "high_95")]
+def test_the_notes_headline_is_the_rules_and_the_hand_set_forecast_stands_beside_it():
+    note = estimate(PARAMS)["note"]
+    used = [anchor for anchor in PARAMS.estimate.anchors if not anchor.assumed_budget]
+    rule = expect_loss(Run(29_938_560, 10_621_824, 20_000, 32_768), "adamw", 50_257, used)
+    assert note["expected_loss"] == rule.model_dump()
+    assert "owt-small-328m" in rule.basis  # with 45M parameters the nearest in compute
+    bounds = [note["hand_set_loss"][key] for key in ("low_95", "low_80", "value", "high_80", "high_95")]
     assert bounds == [3.82, 3.90, 4.00, 4.12, 4.20]
 
 
@@ -80,7 +85,7 @@ def test_the_table_has_all_figures_of_the_estimate():
 
 def test_the_table_has_the_prediction_of_the_sweep_or_why_it_does_not_apply():
     found = estimate_configuration(PARAMS, ROOT / "results/ladder.json")
-    assert "our ladder's law                does not apply here: other training." in format_estimate(found)
+    assert "our ladder's law                does not apply here: other " in format_estimate(found)
     found["ladder"]["expected_loss"] = found["expected_loss"]
     assert re.search(r"our ladder's law +\d\.\d\d  \(80 %", format_estimate(found))
 

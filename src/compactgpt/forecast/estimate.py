@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compactgpt.config import Estimate, ExpectedLoss, Model, Params, Training
+from compactgpt.config import Anchor, Estimate, ExpectedLoss, Model, Params, Training
 from compactgpt.forecast.calibration import calibrate
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.forecast.scaling_laws import LAWS, Law, Run, configured_run, expect_loss
@@ -33,7 +33,8 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json.
 
     It has the estimates of two runs: the configured run, and the run that the note *Performance de NanoGPT
-    Compact contre GPT-2* describes. `calibration` states how often the rule's intervals held. `ladder` is the
+    Compact contre GPT-2* describes. `hand_set_loss` is the loss that a person expected of the note's run.
+    `calibration` states how often the rule's intervals held. `ladder` is the
     prediction of our own sweep, or null without `sweep`.
     """
     training, settings, note = params.training, params.estimate, params.estimate.note
@@ -50,11 +51,12 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     }
     sizes = count_parameters(note)
     note_run = Run(sizes.nanogpt, sizes.non_embedding, note.max_steps, note.tokens_per_step)
+    # The note states AdamW. Its expected loss is the fixed rule's, as for every other run.
+    note_loss = expect_loss(note_run, "adamw", note.vocab_size, _used_anchors(params))
+    described = estimate_run(note, note_run, note.micro_batch_size, note.corpus_tokens, note_loss, settings)
     return {
         "compact": compact,
-        "note": estimate_run(
-            note, note_run, note.micro_batch_size, note.corpus_tokens, note.expected_loss, settings
-        ),
+        "note": {**described, "hand_set_loss": note.hand_set_loss.model_dump()},
         "laws": {law.name: _law_source(law) for law in LAWS},
         "machines": {name: machine.model_dump() for name, machine in settings.machines.items()},
         "calibration": calibration.report(),
@@ -64,8 +66,13 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 def expected_loss(params: Params) -> ExpectedLoss:
     """Return the loss that the fixed rule predicts for the configured run."""
-    anchors = [anchor for anchor in params.estimate.anchors if not anchor.assumed_budget]
-    return expect_loss(configured_run(params), params.training.optimizer, params.model.vocab_size, anchors)
+    run, vocab_size = configured_run(params), params.model.vocab_size
+    return expect_loss(run, params.training.optimizer, vocab_size, _used_anchors(params))
+
+
+def _used_anchors(params: Params) -> list[Anchor]:
+    """Return the reference runs that laws are scaled to: those whose training budget is published."""
+    return [anchor for anchor in params.estimate.anchors if not anchor.assumed_budget]
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
