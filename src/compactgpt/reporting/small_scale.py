@@ -42,20 +42,22 @@ class Direction(Section):
 def directions(root: Path, likelihood: Likelihood) -> tuple[Direction, ...]:
     """Return what the small runs show, in the order of conf/experiments/small-scale.yaml.
 
-    A comparison is left out if its runs are not recorded, or were scored on other documents.
+    A comparison is left out if its runs are not recorded; all are if the two files of results are missing, or
+    differ in recipe or val documents.
 
     Args:
         root: the project's folder, with results/, reports/ and conf/.
         likelihood: section `evaluation.likelihood`, for the bootstrap.
     """
-    experiment = find_experiment(NAME, root / CONF)
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
+    if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
+        return ()
+    experiment = find_experiment(NAME, root / CONF)
     found: list[Direction] = []
-    if small and seeds and small.documents == seeds.documents and small.settings == seeds.settings:
-        for comparison in experiment.comparisons:
-            found += _compare_runs(comparison, small, seeds, likelihood)
-    for generation in experiment.texts:
-        found += _compare_texts(generation, root / "reports")
+    for comparison in experiment.comparisons:
+        found += _compare_runs(comparison, small, seeds, likelihood)
+    for texts in experiment.texts:
+        found += _compare_texts(texts, root / "reports")
     return tuple(found)
 
 
