@@ -34,13 +34,6 @@ HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
 SEED = 1337
 DIGITS = 9  # significant digits of constants in files; further digits differ between processors
-# The values that apply to a sweep that ran before these settings existed.
-EARLIER_SETTINGS = {
-    "training.head": "full",
-    "training.init_unigram": 0.0,
-    "training.init_positions": 0.0,
-    "training.position_learning_rate": None,
-}
 
 
 class SweepRun(Section):
@@ -277,17 +270,6 @@ def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in free}
 
 
-REPORTED = {
-    "name",
-    "num_params",
-    "num_params_non_embedding",
-    "max_steps",
-    "tokens_per_step",
-    "optimizer",
-    "loss",
-}
-
-
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json: the fit, and the configured run's expected loss.
 
@@ -297,15 +279,15 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     fit, run = sweep.fit, configured_run(params)
     if fit is None:
         raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
-    ours, theirs = shared_settings(recipe(params)), EARLIER_SETTINGS | shared_settings(sweep.settings)
+    ours, theirs = shared_settings(recipe(params)), shared_settings(sweep.settings)
     differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
     runs = []
     for done in sweep.runs:
         log_loss = FORMS[fit.form].log_loss(fit.constants, done.num_params, done.tokens)
-        fitted = {"tokens": done.tokens, "told": _rounded(math.exp(log_loss))}  # wording: quoted
-        runs.append(done.model_dump(include=REPORTED) | fitted)
+        fitted = {"tokens": done.tokens, "fitted": _rounded(math.exp(log_loss))}
+        runs.append(done.model_dump(include={"name", "num_params", "loss"}) | fitted)
     return {
         "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
         "differs": differs,
@@ -314,7 +296,7 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
         "constants": list(fit.constants),
         "errors": dict(fit.errors),
         "data_sha256": sweep.data_sha256,
-        "rungs": runs,  # wording: quoted
+        "runs": runs,
     }
 
 
@@ -335,12 +317,8 @@ def fit_sweep(path: Path, params_file: Path) -> str:
     write_json(path, sweep.model_dump(mode="json"))
     report = sweep_report(sweep, params)
     loss = report["expected_loss"]
-    lines = [
-        f"{done['name']}: {done['loss']:.4f}, fitted {done['told']:.4f}"  # wording: quoted
-        for done in report["rungs"]  # wording: quoted
-    ]
-    constants = report["constants"]
-    lines.append(f"{report['formula']}, constants {', '.join(f'{constant:.4g}' for constant in constants)}")
+    lines = [f"{run['name']}: {run['loss']:.4f}, fitted {run['fitted']:.4f}" for run in report["runs"]]
+    lines.append(f"{report['formula']}, constants {', '.join(f'{c:.4g}' for c in report['constants'])}")
     lines.append(
         f"the configured run: {loss['value']:.3f} ({loss['low_95']:.3f} to {loss['high_95']:.3f}, 95 %)"
         if loss
