@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -27,7 +27,7 @@ from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
-from compactgpt.tracking.dvc_files import TOKENS, keep_lock
+from compactgpt.tracking.dvc_files import TOKENS, Folder, keep_lock, read_chain
 from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
@@ -38,6 +38,7 @@ from compactgpt.tracking.journal import (
     token_files,
     tuned_params,
 )
+from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_inputs
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
@@ -69,6 +70,9 @@ class Stage:
     name: str  # of a matrix stage with the item: `baseline@xz`
     params: Params
     tracker: Journal
+    inputs: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # the parameters that dvc.yaml names for the stage
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
@@ -88,8 +92,9 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write the stage's report to a file, and log the file and its metrics."""
-        write_json(path, value)
+        """Write the stage's report with the hash of its parameters, and log the file and its metrics."""
+        made_with = {"params_sha256": params_sha256(self.inputs)} if self.inputs else {}
+        write_json(path, {**value, **made_with})
         if metrics := stage_metrics(self.name, value):
             self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
@@ -127,28 +132,48 @@ def open_stage(
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
         check_environment()
         _die_with_parent()
-        params = load_params(params_file)
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
         if not dist_info().is_main_process:
-            yield Stage(full_name, params, NullTracker(), is_main_process=False)
+            yield Stage(full_name, load_params(params_file), NullTracker(), is_main_process=False)
             return
         with _only_one(full_name):
-            if "DVC_STAGE" in os.environ:
-                keep_lock(Path.cwd())
-            run = _open_run(tracker, full_name, params, logged, held=held)
-            status = "FAILED"
-            try:
-                yield Stage(full_name, params, run)
-                status = "FINISHED"
-            except (KeyboardInterrupt, SystemExit, Busy):
-                status = "KILLED"
-                raise
-            finally:
-                run.end(status)
+            inputs = _begin(full_name)  # before params.yaml is checked
+            params = load_params(params_file)
+            with _open_run(tracker, full_name, params, logged, held=held) as run:
+                yield Stage(full_name, params, run, inputs.params)
+                if "DVC_STAGE" in os.environ:
+                    inputs.require_unchanged(Path.cwd())
 
 
-def _open_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Journal:
+def _begin(stage: str) -> Inputs:
+    """Return what the stage reads. Under DVC, save dvc.lock and print how far the pipeline is."""
+    here = Path.cwd()
+    chain = read_chain(Folder(here))
+    if "DVC_STAGE" in os.environ and stage in chain.stages:
+        keep_lock(here)
+        report(describe_position(chain, here, stage, state_folder()))
+    return read_inputs(chain, here, stage)
+
+
+@contextmanager
+def _open_run(
+    tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool
+) -> Iterator[Journal]:
+    """Open the stage's run, and close the run with MLflow's status."""
+    run = _start_run(tracker, name, params, logged, held=held)
+    status = "FAILED"
+    try:
+        yield run
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit, Busy):
+        status = "KILLED"
+        raise
+    finally:
+        run.end(status)
+
+
+def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Journal:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":

@@ -85,6 +85,35 @@ def test_a_lock_with_one_marker_left_or_lines_of_windows_is_kept(project, left):
     assert lock.read_bytes().endswith(left)
 
 
+EDITED = """
+import sys; sys.path.insert(0, {root!r})
+from pathlib import Path
+from stages._runner import open_stage
+with open_stage("training", params := Path("params.yaml"), "none") as stage:
+    Path("data/out").write_text(str(stage.params.training.max_steps))
+    params.write_text(params.read_text().replace("max_steps: 1400", "max_steps: 90"))
+"""
+
+
+def test_dvc_records_no_parameter_that_changed_while_the_stage_ran(project):
+    """As the user who prepares the next run while training goes: treeverse/dvc#11058."""
+    stage = {"cmd": "python edited.py", "params": ["training"], "outs": ["data/out"]}
+    YAML().dump({"stages": {"training": stage}}, project / "dvc.yaml")
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "edited.py").write_text(EDITED.format(root=str(ROOT)))
+    done = run(project, "dvc", "repro", check=False)
+    assert done.returncode
+    assert "stage 1 of 1: training" in done.stderr
+    assert "error: changed while training ran: training.max_steps (1400 -> 90)" in done.stderr
+    assert "training:" not in (project / "dvc.lock").read_text()
+    # The advice, as it is written: restore the earlier version, and keep the results.
+    shutil.copy(ROOT / "params.yaml", project)
+    dvc(project, *re.search(r"`dvc (commit -f training)`", done.stderr)[1].split())
+    assert "up to date" in dvc(project, "status")
+    assert "max_steps: 1400" in (project / "dvc.lock").read_text()
+    assert (project / "data/out").read_text() == "1400"
+
+
 def test_the_tutorials_undo_goes_back_to_the_commit(project):
     (undo,) = re.findall(r"`(git checkout .*&& dvc checkout)`", (ROOT / "docs/tutorial.md").read_text())
     (project / "params.yaml").write_text(

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app as commands
 from compactgpt.common.console import ProgressBar
-from compactgpt.common.errors import BadData, Busy, UserError
+from compactgpt.common.errors import BadData, Busy, CheckFailed, UserError
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_json
 from stages import _runner
 
@@ -106,8 +107,9 @@ def test_under_dvc_a_stage_keeps_dvc_lock_as_it_found_it(here, monkeypatch):
     Path("dvc.lock").write_text("schema: '2.0'\n")
     assert run(lambda stage: None).exit_code == 0
     assert not Path(".dvc").exists()
-    monkeypatch.setenv("DVC_STAGE", "a")
-    assert run(lambda stage: None).exit_code == 0
+    monkeypatch.setenv("DVC_STAGE", "training")
+    Path("dvc.yaml").write_text("stages: {a: {cmd: x}, training: {cmd: x}, b: {cmd: x}}")
+    assert run(lambda stage: None).output == "stage 2 of 3: training\n"
     Path("dvc.lock").write_text("")
     assert CliRunner().invoke(commands, ["repair"]).output.startswith("dvc.lock was incomplete")
     assert Path("dvc.lock").read_text() == "schema: '2.0'\n"
@@ -183,3 +185,80 @@ def test_a_progress_bar_prints_plain_lines_without_a_terminal_and_one_line_on_it
     assert shown.getvalue().count("\n") == 1
     bar(10, 40)  # the next work of the same stage
     assert shown.getvalue().rpartition("\n")[2].count("/40.0") == 1
+
+
+CHAIN = """stages:
+  download: {cmd: x, params: [download.corpus], deps: [corpus], outs: [data/documents]}
+  training: {cmd: x, params: [training], deps: [corpus, src/a.py], outs: [model]}
+  baseline:
+    matrix: {name: "${baseline.names}"}
+    cmd: x
+    params: ["baseline.specs.${item.name}"]
+    outs: ["out/${item.name}"]
+  comparison: {cmd: x, params: [comparison], deps: [model, out]}
+"""
+
+
+@pytest.fixture
+def chain(here, monkeypatch):
+    """A project of several stages, while DVC runs its stage `training`."""
+    monkeypatch.setenv("DVC_STAGE", "training")
+    for name, content in {"dvc.yaml": CHAIN, "corpus/a.txt": "a", "src/a.py": "a = 1"}.items():
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(content)
+    return here
+
+
+def replace(path, old, new):
+    text = (path := Path(path)).read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda: replace("params.yaml", "max_steps: 1400", "max_steps: 90"),
+            "training.max_steps (1400 -> 90)",
+        ),
+        (lambda: Path("corpus/b.txt").write_text("b"), "corpus"),
+        (lambda: Path("corpus/a.txt").write_text("other"), "corpus"),
+        (lambda: Path("src/a.py").write_text("a = 2"), "src/a.py"),
+        (lambda: Path("src/a.py").write_text("a = 1"), ""),  # saved again without a change
+        (lambda: replace("params.yaml", "  top_k: 40", "  top_k: 41"), ""),  # of another stage
+    ],
+)
+def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
+    result = run(lambda stage: edit(), tracker="mlflow")
+    assert result.exit_code == (CheckFailed.exit_code if message else 0)
+    assert (f"error: changed while training ran: {message}. The results are" in result.output) == bool(
+        message
+    )
+    assert journal_lines(chain)[-1]["status"] == ("FAILED" if message else "FINISHED")
+
+
+def ran(here: Path, stage: str, seconds: int, **last) -> None:
+    lines = [{"kind": "start", "stage": stage, "time_ms": 0}]
+    lines.append({"kind": "end", "status": "FINISHED", "time_ms": seconds * 1000} | last)
+    path = here / f".state/tracking/{stage}{last}/20260101T000000-{stage}-{seconds:06}/journal.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_stage_prints_its_place_and_the_time_that_is_left(chain):
+    assert run(lambda stage: None).output == "stage 2 of 8: training\n"
+    write_json(chain / "reports/estimate.json", {"compact": {"minutes": {"two-cpu-cores": 3.0}}})
+    assert "stage 2 of 8: training, more than 3 min left\n" in run(lambda stage: None).output
+    baseline = read_yaml(chain / "params.yaml")["baseline"]
+    names, specs = baseline["names"], baseline["specs"]
+    for stage in ["download", "training", *(f"baseline@{name}" for name in names), "comparison"]:
+        ran(chain, stage, 60)
+    ran(chain, "training", 999, status="KILLED")
+    assert "training, about 7 min left\n" in run(lambda stage: None).output  # a minute each
+    entries = {
+        f"baseline@{name}": {"params": {"params.yaml": {f"baseline.specs.{name}": specs[name]}}}
+        for name in names
+    }
+    write_json(chain / "dvc.lock", {"schema": "2.0", "stages": entries})
+    assert "training, about 2 min left\n" in run(lambda stage: None).output  # DVC skips the baselines

@@ -26,9 +26,11 @@ from compactgpt.reporting.verify import (
     check_lock,
     check_manifests,
     check_numbers,
+    check_params,
     check_renderings,
     differences,
 )
+from compactgpt.tracking.stage_inputs import params_sha256
 from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_comparison
 
 
@@ -143,6 +145,33 @@ def test_any_byte_of_data_weights_code_and_pictures_is_found_in_its_file(reposit
         named = name if "metrics" not in name else "src/compactgpt"  # the folder that dvc.yaml names
         assert any(line.startswith(named) for line in found.differences), name
     assert any("model.safetensors was altered: its SHA-256" in line for line in manifests)
+
+
+def test_a_stage_that_dvc_yaml_no_longer_has_is_a_note(repository):
+    lock = repository / "dvc.lock"
+    before, tree = lock.read_bytes(), YAML(typ="safe").load(lock)
+    stages = tree["stages"]
+    stages["baseline@removed"] = json.loads(
+        json.dumps(stages["estimate"]).replace("estimate.json", "removed.json")
+    )
+    lock.write_text(json.dumps(tree))
+    assert run_checks(repository, check_lock).differences == []
+    assert run_checks(repository, check_lock).notes == [
+        "dvc.lock has baseline@removed, which dvc.yaml no longer has: DVC ignores it"
+    ]
+    lock.write_bytes(before)
+
+
+def test_a_report_of_other_parameters_than_those_of_the_lock_is_found(repository):
+    """As after `dvc commit -f`, which records the parameters of now for a report of before."""
+    stages = YAML(typ="safe").load(repository / "dvc.lock")["stages"]
+    path = repository / "reports/training.json"
+    before, params = path.read_bytes(), stages["training"]["params"]["params.yaml"]
+    for steps, found in ((params["training"]["max_steps"], 0), (90, 1)):
+        params["training"]["max_steps"] = steps
+        edit(path, lambda report: report.update(params_sha256=params_sha256(params)))
+        assert len(run_checks(repository, check_params).differences) == found
+    path.write_bytes(before)
 
 
 def test_another_number_in_params_is_named(repository):

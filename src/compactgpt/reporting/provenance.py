@@ -15,7 +15,7 @@ from typing import Any
 from compactgpt.common.errors import BadData, MissingInput, UserError
 from compactgpt.common.git import git_text
 from compactgpt.common.storage import sha256_file
-from compactgpt.tracking.dvc_files import deps, entries_of, outs, stages_before
+from compactgpt.tracking.dvc_files import Folder, deps, outs, read_chain, stages_before
 
 RECORD = Path("reports/evidence.json")
 # Modules that can't change a stage's output: they write messages, progress and MLflow logs.
@@ -105,9 +105,9 @@ def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, s
     lock, stage = root / "dvc.lock", value["stage"]
     if not lock.exists():
         raise MissingInput("dvc.lock is missing: run `dvc repro` to create it")
-    entry = entries_of(lock.read_bytes()).get(stage)
+    entry = read_chain(Folder(root)).entries.get(stage)
     if entry is None:
-        raise BadData(f"dvc.lock has no stage {stage}: run `dvc repro {stage}`")
+        raise BadData(f"dvc.lock or dvc.yaml has no stage {stage}: run `dvc repro`")
     lines = [
         ("value", f"{value['value']!r} {value['unit']}, {value['known']}"),
         ("source", value["source"]),

@@ -1,8 +1,9 @@
 """Check that the project's files match their inputs: `compactgpt verify`.
 
-Each of the four checks reports every difference:
+Each of the five checks reports every difference:
 
     lock        DVC compares all files, commands and parameters with dvc.lock
+    params      the reports were made with the parameters that dvc.lock has
     manifests   the files of each folder with a manifest have the SHA-256 and size of the manifest
     numbers     the estimate, losses, perplexities, intervals and accuracies are equal when computed again
     renderings  the record, tables, plots, page and model card are equal, byte by byte, when rendered again
@@ -28,7 +29,8 @@ from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, render_files
 from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
 from compactgpt.reporting.schemas import COMPACT, read_sources
-from compactgpt.tracking.dvc_files import changed_files, changed_paths, entries_of
+from compactgpt.tracking.dvc_files import Folder, changed_files, changed_paths, entry_params, outs, read_chain
+from compactgpt.tracking.stage_inputs import params_sha256
 
 LOCK = "dvc.lock"
 _SHOWN = 5  # maximum number of differences that are printed for one file
@@ -77,7 +79,7 @@ def verify(root: Path) -> Verification:
         UserError: params.yaml can't be read. Any other file that can't be read is a difference.
     """
     found, params = Verification(), load_params(root / "params.yaml")
-    for check in (check_lock, check_manifests, check_estimate, check_numbers, check_renderings):
+    for check in (check_lock, check_params, check_manifests, check_estimate, check_numbers, check_renderings):
         run_check(check, root, params, found)
     found.differences = list(dict.fromkeys(found.differences))
     return found
@@ -97,12 +99,9 @@ def run_check(
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
     """Compare dvc.lock with dvc.yaml, params.yaml and the files, as `dvc status` does."""
-    path = root / LOCK
-    # `entries_of` raises UserError for a path outside the project.
-    left = set(entries_of(path.read_bytes() if path.exists() else b""))
+    chain = read_chain(Folder(root))  # raises UserError for a path outside the project
     compared = set()
     for stage, name, state in changed_paths(root):
-        left.discard(stage)
         compared.add(name)
         if state == "same":
             continue
@@ -117,8 +116,24 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
         else:
             source = "dvc.yaml" if name == "cmd" else "params.yaml"
             found.differences.append(f"{LOCK}: {stage}: {name} is not that of {source}: run `dvc repro`")
-    found.differences += [f"{LOCK}: stage {stage} is not in dvc.yaml" for stage in sorted(left)]
+    found.notes += [
+        f"{LOCK} has {stage}, which dvc.yaml no longer has: DVC ignores it" for stage in chain.stale
+    ]
     found.count("files, parameters and commands", len(compared))
+
+
+def check_params(root: Path, _params: Params, found: Verification) -> None:
+    """Compare the parameters of each report, by the hash that the report has, with those of dvc.lock."""
+    for stage, entry in read_chain(Folder(root)).entries.items():
+        for path in outs(entry):
+            if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
+                continue
+            made_with = read_json(root / path).get("params_sha256")
+            if made_with not in (None, params_sha256(entry_params(entry))):
+                found.differences.append(
+                    f"{path} was made with other parameters than {LOCK} has: run `dvc repro -f {stage}`"
+                )
+    found.count("parameters of reports")
 
 
 def check_manifests(root: Path, _params: Params, found: Verification) -> None:
@@ -134,7 +149,9 @@ def check_estimate(root: Path, params: Params, found: Verification) -> None:
     """Compute the estimate again from params.yaml and the sweep's results, and compare it with its report."""
     path = "reports/estimate.json"
     expected = json.loads(json_bytes(estimate(params, read_sweep(root / "results/ladder.json"))))
-    found.add_differences(path, differences(expected, read_json(root / path)))
+    report = read_json(root / path)
+    report.pop("params_sha256", None)
+    found.add_differences(path, differences(expected, report))
     found.count("estimates")
 
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from compactgpt.common.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
+CODE = ("src/", "stages/")
 Entry = dict[str, Any]  # the entry of one stage in dvc.lock
 _LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # each work tree has its own copy
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -133,7 +134,11 @@ class Chain:
 
     stages: list[str]  # a matrix stage has one name per item: `baseline@xz`
     entries: dict[str, Entry]
+    stale: list[str] = field(default_factory=list)  # stages that DVC left in dvc.lock (treeverse/dvc#5293)
     lock: bytes = b""
+    deps: dict[str, list[str]] = field(default_factory=dict)  # by stage, the paths of dvc.yaml
+    outs: dict[str, list[str]] = field(default_factory=dict)
+    params: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage, the values now in params.yaml
 
     @property
     def complete(self) -> bool:
@@ -151,26 +156,52 @@ def read_chain(place: Place) -> Chain:
     Raises:
         BadData: dvc.yaml or dvc.lock is not valid.
     """
-    bodies = parse_yaml(place.read(CHAIN), CHAIN).get("stages", {})
-    params = parse_yaml(place.read(PARAMS), PARAMS)
+    tree = parse_yaml(place.read(PARAMS), PARAMS)
+    deps, outs, params = {}, {}, {}
     try:
-        stages = [full for name, body in bodies.items() for full in _full_names(name, body, params)]
+        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), tree):
+            deps[stage] = list(body.get("deps") or [])
+            written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
+            outs[stage] = [out if isinstance(out, str) else next(iter(out)) for out in written]
+            params[stage] = {key: _value_at(tree, key) for key in body.get("params") or []}
     except (AttributeError, TypeError, ValueError) as error:
         raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
     lock = place.read(LOCK) or b""
-    return Chain(stages, entries_of(lock), lock)
+    entries = entries_of(lock)
+    stale = sorted(entries.keys() - deps.keys()) if deps else []
+    for stage in stale:
+        del entries[stage]
+    return Chain([*deps], entries, stale, lock, deps, outs, params)
 
 
-def _full_names(name: str, body: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
-    """Return a stage's name; for a matrix stage of one variable, the names of all items."""
-    if not (matrix := body.get("matrix")):
-        return [name]
-    (values,) = matrix.values()
-    if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
-        values = params
-        for part in reference[1].split("."):
-            values = values.get(part) if isinstance(values, Mapping) else None
-    return [f"{name}@{value}" for value in values] if isinstance(values, list) else []
+def _expand(bodies: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and body of each stage; a matrix stage of one variable gives one stage for each item."""
+    for name, body in bodies.items():
+        if not (matrix := body.get("matrix")):
+            yield name, body
+            continue
+        ((variable, values),) = matrix.items()
+        if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
+            values = _value_at(tree, reference[1])
+        for value in values if isinstance(values, list) else []:
+            yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", str(value)))
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key; None if there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def overlap(path: str, other: str) -> bool:
+    """Return whether two paths of the project are the same, or one is in the other."""
+    return is_inside(path, other) or is_inside(other, path)
+
+
+def is_inside(path: str, parent: str, separator: str = "/") -> bool:
+    """Return whether a path is `parent` or in it; with the separator `.`, the same for keys."""
+    return f"{path}{separator}".startswith(f"{parent}{separator}")
 
 
 def keep_lock(root: Path) -> None:

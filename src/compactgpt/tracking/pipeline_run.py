@@ -87,7 +87,11 @@ def _is_recorded(file: JournalFile, entry: Entry) -> bool:
 def _has_params(entry: Entry, params: Mapping[str, Any]) -> bool:
     """Return whether a stage's entry has these parameters."""
     wanted = dvc_files.entry_params(entry)
-    found = {key: value for key, value in params.items() if any(_is_inside(key, one, ".") for one in wanted)}
+    found = {
+        key: value
+        for key, value in params.items()
+        if any(dvc_files.is_inside(key, one, ".") for one in wanted)
+    }
     return flatten(wanted) == found
 
 
@@ -95,17 +99,13 @@ def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], tree: Path
     """Return whether a stage's dependencies are outputs of valid stages, or code and data of this version."""
     makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
-        inside = [out for out in makers if _is_inside(out, path) or _is_inside(path, out)]
+        inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
         # DVC commits only experiments that succeeded. In the work tree a missing file counts as changed.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
-
-
-def _is_inside(path: str, parent: str, separator: str = "/") -> bool:
-    return f"{path}{separator}".startswith(f"{parent}{separator}")
 
 
 def write_after(

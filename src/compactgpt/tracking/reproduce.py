@@ -31,6 +31,7 @@ from compactgpt.common.storage import inside, write_bytes, write_text
 from compactgpt.common.worktree import Scratch, scratch_worktree
 from compactgpt.tracking.dvc_files import (
     CHAIN,
+    CODE,
     LOCK,
     PARAMS,
     Cache,
@@ -60,7 +61,6 @@ from compactgpt.tracking.records import (
 )
 
 DATA = "download"  # this stage's outs come from the cache, because its inputs may no longer be available
-CODE = ("src/", "stages/")
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 _COMPUTED = ("other inputs", "other outs")  # changes that rounding in this or an earlier stage can explain
 # Relative. Another order of floating-point sums changed the demo's loss by 0.15 % (README, How exact).
