@@ -207,7 +207,7 @@ def test_the_stage_writes_both_folders_and_the_report(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
-    assert "download: 1 documents are kept, left out: 1 duplicate" in done.output
+    assert "download: 1 documents; left out: 1 duplicate" in done.output
     report = json.loads(Path("reports/download.json").read_text())
     assert (report["corpus"], report["documents"], report["bytes"]) == ("files", 1, 5)
     assert report["tokenizer"]["vocab_size"] == 262

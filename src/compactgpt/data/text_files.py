@@ -109,21 +109,19 @@ def file_kind(name: str) -> str:
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def unread_files(root: Path, read: set[str]) -> list[str]:
-    """Return messages about the files in the folder corpus/ that are not in `read`."""
-    names = sorted(set(_matching_files(root, f"{FOLDER}/**/*")) - read)
-    names = [name for name in names if Path(name).suffix != ".dvc"]  # DVC's notes about added files
-    of_kind = [name for name in names if file_kind(name) in FILE_KINDS]
-    other = [name for name in names if file_kind(name) not in FILE_KINDS]
-    reasons = {
-        "no pattern of download.files.patterns matches": of_kind,
-        f"the kinds that are read are {' '.join(FILE_KINDS)}, also with .gz or .zst": other,
-    }
+def unread_files(
+    root: Path, read: set[str], reason: str = "no pattern of download.files.patterns matches"
+) -> list[str]:
+    """Return messages about the files in the folder corpus/ that are not in `read`; `reason` says why."""
+    unknown = f"the kinds that are read are {' '.join(FILE_KINDS)}, also with .gz or .zst"
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(set(_matching_files(root, f"{FOLDER}/**/*")) - read):
+        if Path(name).suffix != ".dvc":  # DVC's notes about added files
+            reasons[reason if file_kind(name) in FILE_KINDS else unknown].append(name)
     return [
-        f"not read: {len(found):,} of the files in {FOLDER}/ ({printable(', '.join(found[:3]))}"
-        f"{', ...' if found[3:] else ''}): {reason}"
-        for reason, found in reasons.items()
-        if found
+        f"not read: {len(names):,} of the files in {FOLDER}/ ({printable(', '.join(names[:3]))}"
+        f"{', ...' if names[3:] else ''}): {why}"
+        for why, names in reasons.items()
     ]
 
 

@@ -247,6 +247,8 @@ def _advise(
     limits = fitting_limits(rows, params)
     megabytes = math.floor(counts["bytes"] / 10_000) / 100
     more = _more_text(manifest, rows)
+    if repeated := manifest.get("left_out", {}).get("duplicate"):
+        more = f"{repeated:,} more were left out as duplicates; {more}"
     lengths = "set validation.min_characters to {min_characters:,} and max_characters to {max_characters:,}"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
     return dict.fromkeys(("repeated_ids", "wrong_ids", "id", "id_is_hash", "source"), _DAMAGED) | {
