@@ -31,6 +31,7 @@ from compactgpt.data.inputs import check_dependencies
 
 CONF = Path("conf")
 DEMO = "demo"
+TextFigure = Literal["seq_rep_4", "distinct_2", "tokens"]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
@@ -51,12 +52,12 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """What some claims say about a ratio, in a comparison at small scale."""
+    """What some claims say about a value that small runs measure."""
 
     claims: tuple[str, ...]  # ids in claims.yaml
-    expected: Literal["above", "below"]  # on which side of 1 the ratio is by these claims
+    expected: Literal["above", "below"]  # where the claims put the value: above or below that of no effect
     quantity: Line
-    no_effect: Line  # what it means if the interval of the ratio has 1
+    no_effect: Line  # what it means if no effect is found
 
 
 class Comparison(Expected):
@@ -68,10 +69,10 @@ class Comparison(Expected):
 
 
 class TextComparison(Expected):
-    """The ratio of a figure of our model's texts and of a baseline's, for the same prompts."""
+    """The difference of a figure of our model's texts and of a baseline's, for the same prompts."""
 
     baseline: Name
-    figure: Literal["seq_rep_4", "distinct_2", "tokens"]
+    figure: TextFigure
 
 
 @dataclass(frozen=True)

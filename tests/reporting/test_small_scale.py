@@ -14,7 +14,7 @@ from compactgpt.evaluation.metrics import Interval
 from compactgpt.experiments import find_experiment
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun
 from compactgpt.reporting.claims import Claims
-from compactgpt.reporting.small_scale import directions, seed_margin, text_ratio, widen
+from compactgpt.reporting.small_scale import directions, seed_margin, text_difference, widen
 
 ROOT = Path(__file__).parents[2]
 LIKELIHOOD = load_params(ROOT / "params.yaml").evaluation.likelihood
@@ -88,19 +88,21 @@ def test_the_seed_widens_an_interval_as_an_independent_error():
     assert (wide.low, wide.high) == pytest.approx((math.exp(-0.05), math.exp(0.05)))
 
 
-def test_texts_are_compared_by_prompt():
-    def text(words, tokens=32):
-        return {"text": words, "tokens": tokens}
-
-    first = text("a b c d a b c d a b"), text("a b c d e a b c d f g h i")
-    other = text("p q r s p q r s"), text("t u v w t u v w x y")
-    loops = [first, other, other, other]
-    ratio = text_ratio(loops, "seq_rep_4")
-    assert ratio.low < ratio.value < ratio.high
-    assert ratio.value == pytest.approx(((3 + 3) / (7 + 15)) / ((1 + 3) / (10 + 21)))
-    assert text_ratio(loops, "tokens") == Interval(1.0, 1.0, 1.0)
-    assert text_ratio([(text("a b"), text("a b"))] * 3, "seq_rep_4") is None  # no 4-gram is repeated
-    assert text_ratio(loops[:1], "tokens") is None
+def test_texts_are_compared_by_prompt(project):
+    texts = [("a b c d a b c d", "a b c d e f g h"), ("a b c d e", "a b c d e"), ("a", "a b c d e")]
+    pairs = [[{"text": text, "tokens": len(text)} for text in pair] for pair in texts]
+    found = text_difference(pairs, "seq_rep_4")  # the last pair has no 4-grams
+    assert (found.value, found.high) == (pytest.approx(0.1), pytest.approx(0.1 + 12.7062 * 0.1, rel=1e-4))
+    assert text_difference(pairs, "tokens").value == pytest.approx((15 - 15 + 9 - 9 + 1 - 9) / 3)
+    assert text_difference(pairs[1:], "seq_rep_4") is None
+    ours, theirs = (
+        [{"document": str(n), "greedy": {"text": text, "tokens": 1}} for n in range(3)] for text in "ab"
+    )
+    write_json(project / "reports/samples.json", {"samples": ours})
+    report = {"text": {"samples": theirs}}
+    write_json(project / f"reports/baseline/{SHIPPED.texts[0].baseline}.json", report)
+    last = directions(project, LIKELIHOOD)[-1]
+    assert (last.claim, last.unit, last.outcome) == ("C9", "difference", "no effect found")
 
 
 def test_the_shipped_file_names_known_claims_and_groups():

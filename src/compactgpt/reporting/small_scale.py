@@ -7,7 +7,7 @@ of val documents (paired bootstrap), and the seed, whose standard deviation come
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,18 @@ from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json
 from compactgpt.config import Likelihood
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio
-from compactgpt.evaluation.text_metrics import Figure, distinct_n, seq_rep_4
-from compactgpt.experiments import CONF, Comparison, Expected, TextComparison, find_experiment
+from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
+from compactgpt.experiments import CONF, Comparison, Expected, TextComparison, TextFigure, find_experiment
 from compactgpt.forecast.sweep import Sweep, SweepRun, read_sweep
 
 NAME = "small-scale"
 Outcome = Literal["same way", "other way", "no effect found"]
-FIGURES: dict[str, Figure] = {"seq_rep_4": seq_rep_4, "distinct_2": lambda texts: distinct_n(texts, 2)}
+# The figures of one generated text, of words or of the model's own tokens. None: the text is too short.
+FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
+    "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
+    "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
+    "tokens": lambda sample: float(sample["tokens"]),
+}
 
 
 class Direction(Section):
@@ -32,6 +37,7 @@ class Direction(Section):
     claim: str  # id in claims.yaml
     outcome: Outcome
     quantity: str
+    unit: Literal["ratio", "difference"]
     value: float
     low: float  # 95 % interval
     high: float
@@ -129,59 +135,56 @@ def _compare_texts(comparison: TextComparison, reports: Path) -> Iterator[Direct
         for report in (read_json(samples), read_json(baseline)["text"])
     )
     pairs = [(ours[document], theirs[document]) for document in ours if document in theirs]
-    if interval := text_ratio(pairs, comparison.figure):
+    if interval := text_difference(pairs, comparison.figure):
         yield from _directions(comparison, interval, (1, 1))
 
 
-def text_ratio(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: str) -> Interval | None:
-    """Return a figure of the first texts over that of the second ones, with its 95 % interval.
+def text_difference(
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
+) -> Interval | None:
+    """Return the mean of a figure of the first texts less that of the second, with a 95 % interval.
 
-    The interval leaves out one prompt at a time (jackknife of the logarithm, with Student's t). It does not
-    include the noise between seeds.
-
-    Args:
-        pairs: the two continuations of each prompt, with their `text` and their number of `tokens`.
-        figure: `tokens`, the mean length in the model's own tokens; or a statistic of `FIGURES`, of words.
+    Each pair continues the same prompt. Student's t of the differences gives the interval, without the noise
+    between seeds. A pair with a text that is too short for the figure is left out.
 
     Returns:
-        None if there are fewer than two prompts, or the figure is 0 or undefined for some of them.
+        None if fewer than two pairs are left.
     """
     from scipy.stats import t
 
-    n = len(pairs)
-    kept = [pairs, *([*pairs[:left_out], *pairs[left_out + 1 :]] for left_out in range(n))]
-    sides = [[_figure([pair[side] for pair in some], figure) for side in (0, 1)] for some in kept]
-    if n < 2 or not all(value for side in sides for value in side):
+    values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
+    differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
+    n = len(differences)
+    if n < 2:
         return None
-    centre, *without_one = np.log([ours / theirs for ours, theirs in sides])
-    error = math.sqrt((n - 1) / n * float(np.sum((without_one - np.mean(without_one)) ** 2)))
-    margin = float(t.ppf(0.975, n - 1)) * error
-    return Interval(*(math.exp(centre + side * margin) for side in (0, -1, 1)))
+    mean = float(np.mean(differences))
+    margin = float(t.ppf(0.975, n - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - margin, mean + margin)
 
 
-def _figure(texts: Sequence[Mapping[str, Any]], figure: str) -> float:
-    if figure == "tokens":
-        return float(np.mean([text["tokens"] for text in texts])) if texts else 0.0
-    numbers: dict[str, int] = {}  # of each word and each punctuation mark
-    words = [re.findall(r"\w+|[^\w\s]", text["text"]) for text in texts]
-    return (
-        FIGURES[figure]([[numbers.setdefault(word, len(numbers)) for word in text] for text in words]) or 0.0
-    )
+def _numbered_words(text: str) -> list[int]:
+    """Return the words and punctuation marks of a text as numbers; equal words have the same number."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    return [words.index(word) for word in words]
 
 
 def _directions(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[Direction]:
     """Yield the outcome for each claim of a comparison."""
+    is_ratio = isinstance(expected, Comparison)
+    neutral = 1 if is_ratio else 0
     outcome: Outcome = "no effect found"
-    if interval.low > 1 or interval.high < 1:
-        outcome = "same way" if (interval.low > 1) == (expected.expected == "above") else "other way"
-    found = f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f})"
-    number = "one run each" if runs == (1, 1) else f"{runs[0]} and {runs[1]} runs"
+    if interval.low > neutral or interval.high < neutral:
+        is_above = interval.low > neutral
+        outcome = "same way" if is_above == (expected.expected == "above") else "other way"
     says = outcome if outcome == "no effect found" else f"points the {outcome}"
-    text = f"at demo scale: {says}: {expected.quantity} is {found}, {number}"
+    bounds = f"{interval.low:.3f} to {interval.high:.3f}"
+    number = f"runs: {runs[0]} and {runs[1]}"
+    text = f"at demo scale: {says}: {expected.quantity} is {interval.value:.3f} ({bounds}; {number})"
     if outcome == "no effect found":
         text += f"; {expected.no_effect}"
     for claim in expected.claims:
         yield Direction(
-            claim=claim, outcome=outcome, quantity=expected.quantity, value=interval.value,
-            low=interval.low, high=interval.high, runs=runs, text=text,
+            claim=claim, outcome=outcome, quantity=expected.quantity,
+            unit="ratio" if is_ratio else "difference",
+            value=interval.value, low=interval.low, high=interval.high, runs=runs, text=text,
         )  # fmt: skip
