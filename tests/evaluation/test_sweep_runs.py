@@ -1,4 +1,4 @@
-"""The runs of a sweep are trained and scored once each, and a stopped sweep goes on with the next one."""
+"""The runs of a sweep are trained and scored once each, and a stopped sweep resumes."""
 
 import os
 
@@ -68,7 +68,7 @@ def test_each_run_is_trained_once_and_kept_with_its_losses_by_document(project):
     assert run(project, "training.beta1=0.5")[0] == names  # another recipe is another sweep
 
 
-def test_a_stopped_sweep_goes_on(project, monkeypatch):
+def test_a_stopped_sweep_resumes(project, monkeypatch):
     train, calls = sweep_runs.train, []
 
     def stop_at_the_second(*arguments):
