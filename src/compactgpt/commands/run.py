@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,35 @@ def estimate(
     echo(format_estimate(found))
     if params_file == PARAMS:
         echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+
+
+@app.command("init-corpus")
+def init_corpus(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files, or folders of them.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply without asking.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="Time for training; else an hour, or less for a small corpus."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of a time.")] = None,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Use your own text: propose params.yaml values that fit its size, and apply them.
+
+    Prints what was found and a line for each value that changes, then asks. Writes params.yaml; its comments
+    stay. Text that is not in corpus/ is copied there by `dvc add`, since DVC watches only that folder.
+
+    Example: compactgpt init-corpus my.txt --yes
+    """
+    from compactgpt.init_corpus import apply_plan, plan_corpus
+
+    plan = plan_corpus(paths, params_file, minutes=minutes, steps=steps)
+    echo("\n".join([*plan.found, *(plan.changes or [f"{params_file} has these values already"])]))
+    if not yes and not sys.stdin.isatty():
+        echo("nothing was changed; next: the same command with --yes")
+    elif yes or typer.confirm("Apply it?"):
+        apply_plan(plan, params_file)
+        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change of parameters")
 
 
 @experiment.command("list")
