@@ -15,7 +15,7 @@ import numpy as np
 from compactgpt import experiments
 from compactgpt.common.console import silent
 from compactgpt.common.device import stop_requests
-from compactgpt.common.errors import BadConfig
+from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.config import Params
 from compactgpt.data.documents import read_names, row_groups
@@ -73,7 +73,11 @@ def run_sweep(
             if done and (point.name not in started_from or (folder / point.name).is_dir()):
                 continue
             started = time.monotonic()
-            model, train_loss = runner.train(point, should_stop)
+            try:
+                model, train_loss = runner.train(point, should_stop)
+            except Busy as error:
+                again = f"`compactgpt experiment run {name}` resumes there"
+                raise Busy(f"{point.name} was stopped, and its last step is saved: {again}") from error
             if point.name in started_from:
                 save_model(model, folder / point.name, {})
             run = runner.score(point, model, train_loss)
