@@ -78,7 +78,7 @@ def test_a_stopped_sweep_resumes(project, monkeypatch):
         return train(*arguments)
 
     monkeypatch.setattr(sweep_runs, "train", stop_at_the_second)
-    with pytest.raises(Busy, match="demo-2 was stopped.*experiment run mine"):
+    with pytest.raises(Busy, match=r"demo-2 was stopped.*experiment run mine"):
         run(project)
     names, sweep = run(project)
     assert names == ["demo-2", "tuned", "part"]
