@@ -55,7 +55,7 @@ def speeches(count):
     generator = random.Random(1)
     lines = [" ".join(generator.choices(WORDS, k=generator.randint(3, 60))) for _ in range(count)]
     lines[::9] = ["Ay, my lord."] * len(lines[::9])
-    return "\n\n".join(f"SPEAKER {n % 7}:\n{line}" for n, line in enumerate(lines))
+    return "\n\n".join(f"PERSON {n % 7}:\n{line}" for n, line in enumerate(lines))
 
 
 def write_text(place, kind):

@@ -73,6 +73,20 @@ def init_corpus(
         echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change of parameters")
 
 
+@app.command()
+def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
+    """Show what this machine can do: hardware, hub, baselines, stores, and how long runs take.
+
+    Prints one screen; times are estimated. Writes nothing. Takes a few seconds, also without a network.
+
+    Example: compactgpt doctor
+    """
+    from compactgpt.doctor import examine, format_report
+
+    found = examine(params_file)
+    echo(json.dumps(found, indent=2) if as_json else format_report(found))
+
+
 @experiment.command("list")
 def list_experiments() -> None:
     """List the named experiments: what each is for, and what it needs.

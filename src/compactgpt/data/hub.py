@@ -78,7 +78,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    folder = _cached_model(repo, revision)
+    folder = cached_model(repo, revision)
     if folder is None:
         require_on_hub("model", repo, revision, advice)
         folders = ["*/*"]  # subfolders contain weights in other formats
@@ -95,7 +95,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
     return folder
 
 
-def _cached_model(repo: str, revision: str) -> Path | None:
+def cached_model(repo: str, revision: str) -> Path | None:
     """Return a model's folder in the cache, or None if a file that `from_pretrained` loads is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
