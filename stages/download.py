@@ -24,7 +24,7 @@ def main(
     from compactgpt.data.sources import download
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
-        if stage.params.download.corpus == "files":
+        if stage.params.download.reads_folder:
             require_corpus(state_folder().parent)
         facts = download(
             stage.params.download,

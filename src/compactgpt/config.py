@@ -169,6 +169,12 @@ class Download(Section):
     hub: HubCorpus
     tokenizer: Tokenizer
 
+    @property
+    def reads_folder(self) -> bool:
+        """Whether the text may come from the folder corpus/."""
+        copy = self.hub.sets[self.hub.name].file
+        return self.corpus == "files" or (self.corpus == "hub" and copy is not None)
+
 
 class Validation(Lengths):
     """Bounds of the Great Expectations suite on documents."""
