@@ -1,10 +1,12 @@
 """The command `compactgpt`: help, completion, and mistakes as one sentence."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from typer.testing import CliRunner
 import compactgpt
 from compactgpt.cli import app
 from compactgpt.common.console import extra_with, handle_user_errors
+from compactgpt.common.errors import printable
 from compactgpt.model.weights import save_model
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, git
-from tests.support.tiny_models import save_tokenizer, tiny_gpt
+from tests.support.tiny_models import TEXTS, save_tokenizer, tiny_gpt
 
 
 def run(*words):
@@ -67,6 +70,102 @@ def test_an_exported_model_is_loaded_by_transformers(tmp_path):
     assert torch.equal(loaded.transformer.wte.weight, model.wte.weight[:40])
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a model and its tokenizer, and without params.yaml, as the current folder."""
+    save_model(tiny_gpt(263), tmp_path / "models/compact", {})
+    save_tokenizer(tmp_path / "data/tokenizer")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_generate_prints_the_prompt_and_its_continuation(project):
+    options = ["--max-new-tokens", 9]
+    first = run("generate", "the cat", *options)
+    continuation = compactgpt.load().generate("the cat", max_new_tokens=9)
+    assert first.output == printable(f"the cat{continuation}\n", keep="\n\t")
+    samples = run("generate", "the cat", *options, "--num-samples", 2).output.split("---\n")
+    assert samples[0] == first.output
+    assert samples[1].startswith("the cat")
+    assert samples[1] != first.output
+    greedy = run("generate", "the cat", *options, "--temperature", 0).output
+    assert greedy == run("generate", "the cat", *options, "--top-k", 1, "--seed", 7).output
+    for words in (["-"], []):  # a pipe
+        typed = CliRunner().invoke(app, ["generate", *words, *map(str, options)], input="the cat\n")
+        assert typed.output == first.output
+
+
+def test_generate_escapes_control_characters_and_asks_for_prompts_on_a_terminal(project, monkeypatch, capsys):
+    assert run("generate", "\x1b[31mthe", "--max-new-tokens", 1).output.startswith("\\x1b[31mthe")
+    typed = iter(["the cat", "in", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    get_command(app)(["generate", "--max-new-tokens", "1"], standalone_mode=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("the cat") for line in printed)
+    assert printed[-1].startswith("in")
+
+
+@pytest.mark.parametrize(("width", "columns"), [(100, 2), (60, 1)])
+def test_generate_shows_two_models_in_columns_if_the_terminal_is_wide(project, monkeypatch, width, columns):
+    shutil.copytree("models/compact", "models/[b]other")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = ["generate", "the", "--max-new-tokens", 5, "--compare", "models/[b]other"]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert any("models/compact" in line and "models/[b]other" in line for line in lines) == (columns == 2)
+    assert ("--- models/[b]other" in lines) == (columns == 1)
+
+
+def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project):
+    for number, text in enumerate(TEXTS):
+        (project / f"{number}.txt").write_text(text)
+    (project / "bom.txt").write_bytes(b"\xef\xbb\xbfthe cat")
+    shutil.copytree("models/compact", "other")
+    names = [path.name for path in sorted(project.glob("?.txt"))]
+    expected = compactgpt.load().score(TEXTS)
+    done = run("evaluate", *names, "--json")
+    assert json.loads(done.stdout) == {"models/compact": json.loads(json.dumps(asdict(expected)))}
+    lines = run("evaluate", *names, "--model", "models/compact", "--model", "other").stdout.splitlines()
+    assert lines[0].startswith(f"5 documents, {expected.tokens} tokens, {expected.bytes} bytes")
+    low, high = expected.intervals["bits_per_byte"]
+    assert lines[2].endswith(f"{expected.bits_per_byte:.3f} ({low:.3f} to {high:.3f})")
+    assert lines[3].split()[1:] == lines[2].split()[1:]
+    single = run("evaluate", "bom.txt")
+    assert "no intervals" in single.stdout
+    piped = CliRunner().invoke(app, ["evaluate", "-"], input="the cat")
+    assert piped.stdout == single.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "exit_code", "message"),
+    [
+        (("evaluate", "nix.txt"), 66, "nix.txt is not a file"),
+        (("evaluate", "latin.txt"), 65, "latin.txt is not UTF-8 (byte 3)"),
+        (("evaluate", "empty.txt"), 65, "the text is empty"),
+        (("evaluate", "latin.txt", "--model", "nix"), 65, ""),
+        (("generate", "x", "--model", "nix"), 66, "there is no model 'nix'"),
+        (("generate", "x", "--tokenizer", "nix"), 66, "nix"),
+    ],
+)
+def test_a_mistake_of_generate_or_evaluate_is_one_sentence(project, words, exit_code, message):
+    (project / "latin.txt").write_bytes(b"caf\xe9")
+    (project / "empty.txt").touch()
+    done = run(*words)
+    assert_one_sentence(done, exit_code)
+    assert message in done.output
+
+
+def test_without_a_model_the_command_says_how_to_train_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("generate", "x"), ("evaluate", __file__)):
+        done = run(*words)
+        assert_one_sentence(done, 66)
+        assert "`make repro` trains it" in done.output
+
+
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [
@@ -101,7 +200,7 @@ def test_an_experiment_without_dvc_is_refused_before_anything_changes(monkeypatc
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     before = (ROOT / "params.yaml").read_bytes()
     monkeypatch.chdir(ROOT)
-    done = run("experiment", "run", "note")
+    done = run("experiment", "run", "shakespeare")
     assert done.exit_code == 66
     assert "compactgpt[pipeline]" in done.output
     assert (ROOT / "params.yaml").read_bytes() == before

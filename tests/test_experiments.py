@@ -5,12 +5,13 @@ from typer.testing import CliRunner
 
 from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.config import load_params
 from compactgpt.experiments import merge_patch, set_values
 from compactgpt.forecast.sweep import read_sweep, sweep_report
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, dvc, git, git_repository
+from tests.support.tiny_models import save_random_gpt2
 
 CONF = ROOT / "conf"
 NAMED = experiments.load_experiments(CONF)
@@ -190,6 +191,69 @@ def test_a_failure_of_dvc_is_one_sentence(params_file, fake_dvc, monkeypatch):
     monkeypatch.setenv("CODE", "255")
     with pytest.raises(CheckFailed, match="dvc exp run -n demo failed"):
         experiments.run("demo", params_file, conf=CONF)
+
+
+@pytest.fixture
+def run_gpt2(params_file, fake_dvc, tmp_path, monkeypatch):
+    """Call `compactgpt experiment run gpt2` with an empty cache of the hub, which does not answer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "conf").symlink_to(CONF)
+
+    def run(*settings):
+        options = [word for setting in settings for word in ("-S", setting)]
+        return CliRunner().invoke(app, ["experiment", "run", "gpt2", *options])
+
+    return run
+
+
+def test_gpt2_runs_from_the_cache_of_the_hub_and_without_it_says_at_once_what_to_give(
+    run_gpt2, params_file, fake_dvc, tmp_path
+):
+    """One -S per model or file, each with the hash that the file must have."""
+    done = run_gpt2()
+    assert done.exit_code == Unreachable.exit_code
+    assert done.output.startswith("error: the hub can't be reached for openai-community/gpt2 ")
+    assert done.output.count("\n") == 1
+    tasks = NAMED["gpt2"].params["evaluation"]["tasks"]
+    sources = {"lambada": tasks["lambada"], "wikitext.wikitext-2": tasks["wikitext"]["wikitext-2"]}
+    for name, source in sources.items():
+        assert f"-S 'evaluation.tasks.{name}={{path: FILE, sha256: {source['sha256']}}}'" in done.output
+    assert "-S 'baseline.specs.gpt2={kind: folder, path: FOLDER}'" in done.output
+    assert params_file.read_text() == TEXT
+    assert not fake_dvc.exists()
+
+    for source in sources.values():  # the layout of the hub's cache
+        repo = "datasets--" + source["repo"].replace("/", "--")
+        file = tmp_path / "cache" / repo / "snapshots" / source["revision"] / source["file"]
+        file.parent.mkdir(parents=True)
+        file.touch()
+    gpt2 = SHIPPED.baseline.specs["gpt2"]
+    snapshot = tmp_path / "cache" / f"models--openai-community--gpt2/snapshots/{gpt2.revision}"
+    save_random_gpt2(snapshot)
+    (snapshot / "tokenizer.json").touch()
+    assert run_gpt2().exit_code == 0
+    assert fake_dvc.read_text() == "exp run -n gpt2\n"
+    params = load_params(params_file)
+    assert params.baseline.names == (*SHIPPED.baseline.names, "gpt2")
+    assert params.training == SHIPPED.training
+
+
+def test_gpt2_runs_with_local_copies_and_asks_for_the_hash_of_a_folder(run_gpt2, params_file, tmp_path):
+    (tmp_path / "lambada.jsonl").touch()
+    tasks = [
+        "evaluation.tasks.wikitext={}",
+        f"evaluation.tasks.lambada={{path: lambada.jsonl, sha256: {'a' * 64}}}",
+    ]
+    folder = "baseline.specs.gpt2={kind: folder, path: weights}"
+    assert "weights is not a folder" in run_gpt2(*tasks, folder).output
+    save_random_gpt2(tmp_path / "weights")
+    done = run_gpt2(*tasks, folder)
+    assert done.exit_code == BadConfig.exit_code
+    advised = done.output.split("-S '")[1].split("'")[0]
+    assert run_gpt2(*tasks, advised).exit_code == 0
+    assert load_params(params_file).baseline.specs["gpt2"].path == "weights"
+    (tmp_path / "lambada.jsonl").unlink()
+    assert "lambada.jsonl is not a file" in run_gpt2(*tasks, advised).output
 
 
 @pytest.mark.slow

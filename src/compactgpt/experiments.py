@@ -148,7 +148,10 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
     """Change a tree in place by JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            was_empty = not tree[key]
             merge_patch(tree[key], value)
+            if not tree[key] and not was_empty:
+                tree[key] = {}  # ruamel.yaml would write the emptied mapping without its indentation
         elif value is None:
             if tree.get(key) is not None:  # a key that is null already keeps its line and comment
                 del tree[key]

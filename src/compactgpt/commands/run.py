@@ -145,11 +145,15 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     Example: compactgpt experiment run shakespeare-quick
     """
     from compactgpt import experiments
+    from compactgpt.data.hub import check_sources
     from compactgpt.forecast.estimate import announce_times
 
     runs = experiments.configurations(name, params_file, settings or [])
+    is_sweep = bool(experiments.find_experiment(name).sweep)
+    if not is_sweep:
+        check_sources(runs[0])
     times = announce_times(runs)
-    if not experiments.find_experiment(name).sweep:
+    if not is_sweep:
         echo("\n".join(times))
         experiments.run(name, params_file, settings or [])
         echo(f"next: compactgpt experiment record {name}")

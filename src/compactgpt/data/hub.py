@@ -15,7 +15,7 @@ from typing import Literal
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, Unreachable
 from compactgpt.common.storage import sha256_file
-from compactgpt.config import Folder
+from compactgpt.config import Folder, Hub, Params
 
 _TIMEOUT_SECONDS = 5  # of the request before a download
 # The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
@@ -131,8 +131,54 @@ def check_model_folder(name: str, spec: Folder) -> None:
     if found != spec.sha256:
         raise BadConfig(
             f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
-            f"{found}: write that into params.yaml if these are the weights you mean"
+            f"{found}: write that into params.yaml if these are the weights you mean, or give it with "
+            f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
+
+
+def check_sources(params: Params) -> None:
+    """Check, before a run, that the models and task files of params.yaml are here or on the hub.
+
+    Raises:
+        MissingInput: a local folder or file does not exist.
+        BadConfig: the hub does not have a model or file; or the files of a folder have another hash.
+        Unreachable: the hub does not answer. The message lists the settings for local copies.
+    """
+    needed: list[tuple[Literal["model", "dataset"], str, str]] = []
+    advice = []
+    for name in params.baseline.names:
+        spec = params.baseline.specs[name]
+        if isinstance(spec, Folder):
+            check_model_folder(name, spec)
+        elif isinstance(spec, Hub) and _cached_model(spec.repo, spec.revision) is None:
+            needed.append(("model", spec.repo, spec.revision))
+            advice.append(f"-S 'baseline.specs.{name}={{kind: folder, path: FOLDER}}'")
+    tasks = params.evaluation.tasks
+    sources = {"lambada": tasks.lambada, "lambada_original": tasks.lambada_original}
+    sources |= {f"wikitext.{name}": source for name, source in tasks.wikitext.items()}
+    for name, source in sources.items():
+        if source is None:
+            continue
+        key = f"evaluation.tasks.{name}"
+        if source.path is not None:
+            if not Path(source.path).is_file():
+                raise MissingInput(f"{source.path} is not a file: correct {key}.path")
+        elif _cached_file(str(source.repo), str(source.file), str(source.revision)) is None:
+            needed.append(("dataset", str(source.repo), str(source.revision)))
+            advice.append(f"-S '{key}={{path: FILE, sha256: {source.sha256}}}'")
+    for kind, repo, revision in needed:
+        require_on_hub(kind, repo, revision, f"give local copies: {' '.join(advice)}")
+
+
+def _cached_file(repo: str, file: str, revision: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(found)
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
@@ -143,15 +189,13 @@ def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
         Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:  # the file is not in the cache
+    found = _cached_file(repo, file, revision)
+    if found is None:
         require_on_hub("dataset", repo, revision, advice)
         with hub_errors(f"{repo}/{file}", advice):
-            found = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
-    return Path(found)
+            found = Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+    return found
 
 
 # --- upload
