@@ -150,7 +150,7 @@ def check_sources(params: Params) -> None:
         spec = params.baseline.specs[name]
         if isinstance(spec, Folder):
             check_model_folder(name, spec)
-        elif isinstance(spec, Hub) and _cached_model(spec.repo, spec.revision) is None:
+        elif isinstance(spec, Hub) and cached_model(spec.repo, spec.revision) is None:
             needed.append(("model", spec.repo, spec.revision))
             advice.append(f"-S 'baseline.specs.{name}={{kind: folder, path: FOLDER}}'")
     tasks = params.evaluation.tasks
