@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 
 from compactgpt.evaluation import text_metrics
 
@@ -44,7 +45,22 @@ def test_the_jackknife_of_a_mean_is_the_textbooks_standard_error():
     lengths = np.random.default_rng(0).integers(5, 30, 12)
     found = text_metrics.jackknife([[0] * n for n in lengths], lambda some: sum(map(len, some)) / len(some))
     assert found.value == pytest.approx(lengths.mean())
-    assert found.high - found.value == pytest.approx(1.96 * lengths.std(ddof=1) / math.sqrt(12))
+    student = scipy.stats.t.ppf(0.975, 11)
+    assert found.high - found.value == pytest.approx(student * lengths.std(ddof=1) / math.sqrt(12))
+
+
+def test_eight_texts_have_students_multiplier_and_shares_stay_within_0_and_1():
+    generator = np.random.default_rng(2)
+    texts = [generator.integers(0, 9, length).tolist() for length in (5, 9, 17, 30, 8, 6, 7, 11)]
+    found = text_metrics.statistics([*texts[:7], list(range(100, 140))], None)
+    lengths = np.array([*map(len, texts[:7]), 40])
+    assert found["tokens"]["high"] - lengths.mean() == pytest.approx(
+        2.3646 * lengths.std(ddof=1) / 8**0.5, rel=1e-4
+    )
+    assert found["distinct_3"]["high"] == 1.0 > found["distinct_3"]["value"]
+    looped = text_metrics.statistics([[1, 2] * 20, *texts[1:]], None)
+    assert 0.0 == looped["seq_rep_4"]["low"] < looped["seq_rep_4"]["value"]
+    assert looped["tokens"]["low"] >= 0
 
 
 def test_the_interval_of_distinct_n_covers_the_truth_about_as_often_as_it_claims():

@@ -71,6 +71,13 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
 
 
+def t_quantile(probability: float, degrees: int) -> float:
+    """Return the quantile of Student's t distribution with a number of degrees of freedom."""
+    from scipy.special import stdtrit  # here, since scipy's import would delay stages that need no interval
+
+    return float(stdtrit(degrees, probability))
+
+
 def mcnemar(only_one: int, only_other: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (1947) for different accuracies.
 

@@ -3,8 +3,9 @@
 Each statistic is a total over all continuations by one strategy, divided once. Texts are in the split's
 tokens (GPT-2's) for every model, so that all models and human text can be compared. The caller cuts all texts
 to the same length. All intervals are 95 % intervals. Shares of continuations have Wilson intervals. Other
-statistics have jackknife intervals, which leave out one continuation at a time (Efron and Stein 1981, The
-Jackknife Estimate of Variance). A bootstrap would draw a continuation twice and count the copy as repetition.
+statistics have jackknife intervals with Student's t, which leave out one continuation at a time (Efron and
+Stein 1981, The Jackknife Estimate of Variance). A bootstrap would draw a continuation twice and count the
+copy as repetition.
 """
 
 import math
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from compactgpt.evaluation.metrics import Interval, wilson
+from compactgpt.evaluation.metrics import Interval, t_quantile, wilson
 
 Tokens = Sequence[int]
 Figure = Callable[[Sequence[Tokens]], float | None]
@@ -65,8 +66,15 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
     return float(-np.polyfit(ranks, np.log(counts), 1)[0])
 
 
-def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
+def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return a statistic of texts with its 95 % jackknife interval.
+
+    Few texts give an uncertain variance, so the interval is Student's, with n - 1 degrees of freedom.
+
+    Args:
+        texts: the tokens of each continuation.
+        figure: the statistic, which is at least 0.
+        highest: the highest possible value of the statistic.
 
     Returns:
         The interval; None if the statistic is undefined for all texts or without one of the texts.
@@ -77,8 +85,8 @@ def jackknife(texts: Sequence[Tokens], figure: Figure) -> Interval | None:
     if value is None or len(known) < n or n < 2:  # one text has no variance
         return None
     squares = float(np.sum((np.array(known) - np.mean(known)) ** 2))
-    error = math.sqrt((n - 1) / n * squares)
-    return Interval(value, value - 1.96 * error, value + 1.96 * error)
+    reach = t_quantile(0.975, n - 1) * math.sqrt((n - 1) / n * squares)
+    return Interval(value, max(0.0, value - reach), min(highest, value + reach))
 
 
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
@@ -88,15 +96,15 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
         texts: the tokens of each continuation.
         ended: whether each continuation reached end-of-text; None for human text, which is cut.
     """
-    figures: dict[str, Figure] = {
+    shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),
         "distinct_2": lambda some: distinct_n(some, 2),
         "distinct_3": lambda some: distinct_n(some, 3),
         "seq_rep_4": seq_rep_4,
-        "zipf": zipf,
-        "tokens": lambda some: sum(map(len, some)) / len(some) if some else None,
     }
-    found = {name: jackknife(texts, figure) for name, figure in figures.items()}
+    found = {name: jackknife(texts, figure, highest=1.0) for name, figure in shares.items()}
+    found["zipf"] = jackknife(texts, zipf)
+    found["tokens"] = jackknife(texts, lambda some: sum(map(len, some)) / len(some) if some else None)
     # Each continuation counts as 0 or 1, so Wilson's interval applies.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
