@@ -4,7 +4,7 @@
 
 The report's loss by position compares different tokens, 272 of them at each position of the demo's val
 split, so its differences are uncertain by a quarter of a nat. Here every context length predicts the same
-targets, so that how hard a token is cancels out. The interval is the paired bootstrap over documents.
+targets, so that how hard a token is cancels out. The interval is paired by document.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from compactgpt.data.token_files import TokenFile, Window, open_tokens
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import NeuralModel, document_streams, target_nats
-from compactgpt.evaluation.metrics import ratio_bootstrap
+from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.model.weights import load_model
 
 REFERENCE = 2  # tokens of context that the others are compared with
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{int(targets.sum()):,} targets of {int(measured.sum())} documents, nats per token")
     print(f"{'context':>8} {'loss':>7}  gain over {REFERENCE} tokens (95 %)")
     for length, (nats, _) in by_length.items():
-        gain = ratio_bootstrap((reference - nats)[measured], targets[measured], resamples=2000, seed=1)
+        gain = ratio_interval((reference - nats)[measured], targets[measured])
         loss = nats.sum() / targets.sum()
         print(f"{length:>8} {loss:>7.3f}  {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
 

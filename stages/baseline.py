@@ -48,7 +48,7 @@ def main(
         report["model"]["label"] = params.baseline.specs[name].label or name
         if isinstance(model, NeuralModel):
             report["text"] = generate_texts(model, split, encoding, settings.text, progress)
-            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, likelihood, progress)
+            report["tasks"] = run_tasks(model, split, encoding, settings.tasks, progress)
         stage.report(reports / f"{name}.json", report)
 
 

@@ -41,7 +41,7 @@ def _compare(stage: Stage) -> None:
     from compactgpt.reporting.schemas import read_sources
 
     sources = read_sources(ROOT, REPORTS, Path("data"), Path("models"), stage.params.baseline.names)
-    record = build_record(sources, stage.params.evaluation.likelihood)
+    record = build_record(sources)
     for name, content in render_files(record, stage.params.comparison.language).items():
         write_bytes(REPORTS / name, content)
         stage.tracker.artifact(REPORTS / name, "reports")

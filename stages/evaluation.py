@@ -47,7 +47,7 @@ def main(
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}
-        report["tasks"] = run_tasks(compact, split, encoding, settings.tasks, likelihood, tasks)
+        report["tasks"] = run_tasks(compact, split, encoding, settings.tasks, tasks)
         stage.report(reports / "evaluation.json", report)
         write_json(reports / "metrics.json", headline(report))
 

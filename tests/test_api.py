@@ -86,14 +86,14 @@ def test_a_stream_has_no_half_characters(model, monkeypatch):
 def test_a_score_is_what_the_pipeline_measures(model, tmp_path, documents):
     split = save_split(tmp_path / "val.tokens", model.encoding, documents)
     totals = evaluate(model.language_model, split, model.encoding, LIKELIHOOD)
-    expected = figures(totals.nats, totals, LIKELIHOOD)
+    expected = figures(totals.nats, totals)
     found = model.score(documents if len(documents) > 1 else documents[0], likelihood=LIKELIHOOD)
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert getattr(found, name) == expected[name]["value"]
         if len(documents) > 1:
             assert found.intervals[name] == (expected[name]["low"], expected[name]["high"])
     assert (found.documents, found.bytes) == (len(documents), sum(len(text.encode()) for text in documents))
-    if len(documents) == 1:  # nothing to resample
+    if len(documents) == 1:  # no variance
         assert found.intervals == {}
 
 
@@ -102,7 +102,6 @@ def test_the_window_fits_the_model_and_the_defaults_are_those_of_params_yaml(mod
     params = load_params(ROOT / "params.yaml").evaluation
     text = params.text
     assert (text.temperature, text.top_k, text.seed) == (api.TEMPERATURE, api.TOP_K, api.SEED)
-    assert params.likelihood.bootstrap_resamples == api.RESAMPLES
     changed = api.default_likelihood([model], params.likelihood)
     assert (changed.window, changed.document_tokens, changed.views) == (16, None, ())  # all of the text
 

@@ -42,7 +42,6 @@ MAX_NEW_TOKENS = 100
 TEMPERATURE = 0.8
 TOP_K = 40
 SEED = 1337
-RESAMPLES = 2000
 BATCH_SIZE = 16
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
@@ -170,7 +169,7 @@ class Model:
         likelihood = likelihood or default_likelihood([self])
         split = _as_split([text] if isinstance(text, str) else text, self.encoding)
         totals = evaluate(self.language_model, split, self.encoding, likelihood, progress=progress)
-        found = figures(totals.nats, totals, likelihood)
+        found = figures(totals.nats, totals)
         names = [name for name in ("loss", "perplexity", "bits_per_byte") if found[name]]
         is_several = (totals.tokens > 0).sum() > 1
         return Score(
@@ -286,7 +285,6 @@ def default_likelihood(
     if settings is None:
         settings = config.Likelihood(
             window=LONGEST_WINDOW, batch_size=BATCH_SIZE, own_context=LONGEST_WINDOW, stride_share=0.5,
-            bootstrap_resamples=RESAMPLES, bootstrap_seed=1,
         )  # fmt: skip
     window = min([settings.window, *contexts])
     return settings.model_copy(update={"window": window, "views": (), "document_tokens": None})

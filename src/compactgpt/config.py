@@ -306,8 +306,6 @@ class Likelihood(Section):
     batch_size: Positive
     own_context: Positive
     stride_share: PositiveShare
-    bootstrap_resamples: Positive
-    bootstrap_seed: Seed
 
 
 class Source(Section):
@@ -507,8 +505,6 @@ class Regression(Section):
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
     rerun_noise: NonNegative
-    resamples: Annotated[int, Field(ge=100)]
-    seed: Seed
     max_documents: Positive
     max_baseline_change: NonNegative
     min_throughput_ratio: PositiveFloat

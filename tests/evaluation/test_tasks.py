@@ -15,7 +15,7 @@ from compactgpt.evaluation import tasks
 from compactgpt.evaluation.compact import as_neural_model, plain_codec
 from compactgpt.evaluation.tasks import Item
 from compactgpt.model.huggingface import save_hf
-from tests.support.tiny_models import LIKELIHOOD, ROOT, save_split
+from tests.support.tiny_models import ROOT, save_split
 
 PASSAGES = ["the cat in the hat sat in the hat", "there is another weather in the other weather"]
 SETTINGS = load_params(ROOT / "params.yaml").evaluation.tasks
@@ -105,11 +105,11 @@ def test_the_cloze_is_a_function_of_the_documents(tmp_path, encoding):
 def test_the_report_counts_and_keeps_each_answer():
     items = [Item("a", " b"), Item("c", " d"), Item("e", " f"), Item("g", " h")]
     answers = tasks.Answers(np.array([1.0, 2.0, 3.0, 2.0]), np.array([True, False, False, True]))
-    report = tasks.answer_figures(items, answers, LIKELIHOOD)
+    report = tasks.answer_figures(items, answers)
     assert report["accuracy"]["value"] == 0.5
     assert report["perplexity"]["value"] == pytest.approx(math.exp(2))
     assert (report["items"], report["hits"]) == (4, "1001")
-    other = tasks.answer_figures([*items[:3], Item("g", " i")], answers, LIKELIHOOD)
+    other = tasks.answer_figures([*items[:3], Item("g", " i")], answers)
     assert report["items_sha256"] != other["items_sha256"]
 
 
@@ -121,7 +121,7 @@ def test_each_task_that_has_a_file_runs(tmp_path, encoding, model, split, lambad
     changes = {"lambada": source, "lambada_original": source, "cloze_items": 0}
     changes |= {"wikitext": {"wikitext-2": wiki}, "wikitext_stride": 8}
     settings = SETTINGS.model_copy(update=changes)
-    found = tasks.run_tasks(as_neural_model(model, 2, encoding), split, encoding, settings, LIKELIHOOD)
+    found = tasks.run_tasks(as_neural_model(model, 2, encoding), split, encoding, settings)
     assert sorted(found) == ["lambada_last_token", "lambada_original", "lambada_word", "wikitext-2"]
     assert found["lambada_word"] == found["lambada_original"]
     assert found["wikitext-2"]["sha256"] == wiki.sha256
@@ -133,11 +133,11 @@ def test_a_diverged_model_has_tasks_of_valid_json(tmp_path, encoding, model, spl
     settings = SETTINGS.model_copy(update={"wikitext": {"wikitext-2": wiki}, "wikitext_stride": 8})
     neural = as_neural_model(model, 2, encoding)
     broken = replace(neural, head=neural.head * 1e5)
-    found = tasks.run_tasks(broken, split, encoding, settings, LIKELIHOOD)
+    found = tasks.run_tasks(broken, split, encoding, settings)
     assert found["wikitext-2"]["no_overlap"]["perplexity"] is None
     assert found["wikitext-2"]["per_word"]["word_perplexity"] is None
     answers = tasks.Answers(np.array([1.0, 3e6]), np.array([True, False]))
-    found["cloze"] = tasks.answer_figures([Item("a", " b"), Item("c", " d")], answers, LIKELIHOOD)
+    found["cloze"] = tasks.answer_figures([Item("a", " b"), Item("c", " d")], answers)
     assert found["cloze"]["perplexity"] is None
     json_bytes(found)
 

@@ -21,6 +21,7 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import load_params
 from compactgpt.evaluation.likelihood import Totals, write_totals
+from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.gate import formats, gate, references
 from compactgpt.gate.gate import Check, Documents, Snapshot, Verdict
 from compactgpt.model.weights import save_model
@@ -30,7 +31,7 @@ from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = load_params(ROOT / "params.yaml").regression.model_copy(
-    update={"resamples": 500, "tolerances": {"perplexity": 0.01, "accuracy.cloze": 0.02}}
+    update={"tolerances": {"perplexity": 0.01, "accuracy.cloze": 0.02}}
 )
 
 
@@ -93,14 +94,14 @@ def test_worse_must_be_more_than_tolerated_and_more_than_chance(low, value, stat
 
 
 def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
-    """Plainly: every resample's rise in nats a token, its tails, and beside them the noise between runs."""
+    """Plainly: the interval of the rise in nats a token, and beside it the noise between runs."""
     tokens = np.array([0.0, 1.0, 300.0, 110.0, 40.0, 75.0])
     change = np.array([5.0, 0.3, 9.0, 1.1, 3.2, -1.5])
-    judged = SETTINGS.model_copy(update={"rerun_noise": 0.01, "resamples": 400, "seed": 9})
+    judged = SETTINGS.model_copy(update={"rerun_noise": 0.01})
     found = gate.perplexity_rise(change + 7, np.full(6, 7.0), tokens, judged, 0.2)
-    drawn = np.random.Generator(np.random.PCG64(9)).integers(1, 6, (400, 5))
-    low, high = np.quantile(change[drawn].sum(1) / tokens[drawn].sum(1), [0.2, 0.8])
-    value, noise = change[1:].sum() / tokens.sum(), 0.01 * scipy.stats.norm.ppf(0.8)
+    documents = ratio_interval(change[1:], tokens[1:], confidence=0.6)
+    value, low, high = documents.value, documents.low, documents.high
+    noise = 0.01 * scipy.stats.norm.ppf(0.8)
     ends = [
         value - math.sqrt((value - low) ** 2 + noise**2),
         value + math.sqrt((high - value) ** 2 + noise**2),
@@ -112,9 +113,7 @@ def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
 def test_the_chance_of_a_false_alarm_is_shared_out(count):
     """Every document rose by 0.02 nats a token: what is left of the interval is the noise between runs."""
     tolerances = dict(list({"perplexity": 0.01, "accuracy.cloze": 0.02}.items())[:count])
-    judged = SETTINGS.model_copy(
-        update={"tolerances": tolerances, "false_alarms": 0.04, "rerun_noise": 0.01, "resamples": 50}
-    )
+    judged = SETTINGS.model_copy(update={"tolerances": tolerances, "false_alarms": 0.04, "rerun_noise": 0.01})
     now = worse(snapshot(figures={"perplexity": 55.7}), math.exp(0.02), spread=0.0)
     check = gate.run_gate(snapshot(), now, judged).metrics[0]
     distance = 0.01 * scipy.stats.norm.ppf(1 - 0.04 / count)
@@ -225,15 +224,12 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
 
 def failing_share(rise, noise, trials=1000):
     """Of runs on 27 documents whose perplexity truly rose: as benchmarks/regression.py, in small."""
-    judged = SETTINGS.model_copy(update={"resamples": 1000})
     generator, failed = np.random.default_rng(5), 0
-    for trial in range(trials):
+    for _ in range(trials):
         tokens = generator.integers(90, 3000, 27).astype(float)
         shift = math.log1p(rise) + noise * generator.standard_normal()
         change = shift + np.sqrt(4e-4 + 0.14 / tokens) * generator.standard_normal(27)
-        found = gate.perplexity_rise(
-            change * tokens, np.zeros(27), tokens, judged.model_copy(update={"seed": trial}), 0.01 / 3
-        )
+        found = gate.perplexity_rise(change * tokens, np.zeros(27), tokens, SETTINGS, 0.01 / 3)
         failed += gate.decide(found, 0.01) == "fail"
     return failed / trials
 

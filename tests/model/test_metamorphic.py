@@ -53,7 +53,7 @@ def test_the_order_of_documents_the_run_and_a_second_copy_change_no_figure(tmp_p
     assert shuffled.ids == [once.ids[index] for index in order]
     # A neural model sums the rows of another batch in another order; the others add whole numbers.
     np.testing.assert_allclose(shuffled.nats, once.nats[order], rtol=1e-6 if name == "compact" else 0)
-    found = [figures(totals.nats, totals, LIKELIHOOD) for totals in (once, twice)]
+    found = [figures(totals.nats, totals) for totals in (once, twice)]
     for figure in ("loss", "perplexity", "bits_per_byte", "word_perplexity"):
         assert found[1][figure]["value"] == pytest.approx(found[0][figure]["value"], rel=1e-6)
     widths = [each["loss"]["high"] - each["loss"]["low"] for each in found]
@@ -71,7 +71,7 @@ def test_a_model_that_knows_every_next_token_scores_zero(tmp_path, inputs):
     model = as_neural_model(tiny_gpt(inputs.encoding.n_vocab), 3)
     perfect = replace(model, hidden=lambda tokens: follows[tokens], head=torch.eye(V))
     totals = evaluate(perfect, split, inputs.encoding, LIKELIHOOD)
-    found = figures(totals.nats, totals, LIKELIHOOD)
+    found = figures(totals.nats, totals)
     assert totals.nats.tolist() == [0, 0]
     assert found["loss"] == {"value": 0, "low": 0, "high": 0}
     assert (found["bits_per_byte"]["value"], found["perplexity"]["value"]) == (0, 1)

@@ -185,7 +185,7 @@ def test_the_demo_never_decides_a_claim_about_the_notes_model(place):
 
 def test_a_value_that_a_claim_names_exists_or_an_experiment_makes_it(place):
     sources = sources_of(place)
-    known = evidence_of(build_record(sources, LIKELIHOOD))
+    known = evidence_of(build_record(sources))
     for claim in sources.claims.claims:
         named = {*claim.beside, *getattr(claim.judged, "ids", ())}
         assert named <= set(known) or claim.experiment, claim.id
@@ -218,7 +218,7 @@ def test_two_values_of_one_name_are_refused(place):
     (place / "reports/baseline/xz.json").rename(place / "reports/baseline/reported.json")
     sources = sources_of(place, ["reported"])
     with pytest.raises(BadConfig, match=r"two values are called reported\.loss"):
-        build_record(sources, LIKELIHOOD)
+        build_record(sources)
 
 
 def test_the_loss_is_held_against_the_interval_predicted_before(place):
@@ -326,7 +326,11 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert "smollm2-135m-instruct-q4.text.human.distinct_2" not in known
     nats, clean = nats_of("xz"), np.arange(DOCUMENTS) != 7
     assert known["xz.flagged.loss"]["value"] == pytest.approx(nats[7] / TOKENS[7])
-    assert known["xz.clean.loss"]["value"] == pytest.approx(nats[clean].sum() / TOKENS[clean].sum())
+    loss = nats[clean].sum() / TOKENS[clean].sum()
+    assert known["xz.clean.loss"]["value"] == pytest.approx(loss)
+    assert known["xz.clean.perplexity"]["value"] == pytest.approx(math.exp(loss))
+    assert known["xz.clean.bits_per_byte"]["value"] == pytest.approx(loss / math.log(2) / 4)
+    assert known["xz.clean.loss"]["low"] < loss < known["xz.clean.loss"]["high"]
     assert record["flagged"] == 1
     page = render_comparison(record)
     assert "compact, greedy:\n\n```text\n| is\n| here\n```" in page

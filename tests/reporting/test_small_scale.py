@@ -9,7 +9,6 @@ import pytest
 
 from compactgpt.common.sections import load_section
 from compactgpt.common.storage import write_json
-from compactgpt.config import load_params
 from compactgpt.evaluation.metrics import Interval
 from compactgpt.experiments import find_experiment
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun
@@ -17,7 +16,6 @@ from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.small_scale import directions, seed_margin, text_difference, widen
 
 ROOT = Path(__file__).parents[2]
-LIKELIHOOD = load_params(ROOT / "params.yaml").evaluation.likelihood
 SHIPPED = find_experiment("small-scale", ROOT / "conf")
 TOKENS = (100, 0, 200, 300, 400)
 SOURCES = ("torch", "torch", "torch", "numpy", "numpy")
@@ -58,7 +56,7 @@ def project(tmp_path):
 
 
 def test_each_claim_has_a_direction_with_interval_and_number_of_runs(project):
-    found = directions(project, LIKELIHOOD)
+    found = directions(project)
     outcomes = [(one.claim, one.outcome, one.runs) for one in found]
     assert outcomes == [
         ("L14", "same way", (2, 1)), ("L14", "same way", (2, 8)),
@@ -79,7 +77,7 @@ def test_each_claim_has_a_direction_with_interval_and_number_of_runs(project):
 def test_runs_on_other_documents_are_not_compared(project):
     other = make_sweep(SMALL).model_copy(update={"documents": None})
     write_json(project / "results/small-scale.json", other.model_dump(mode="json"))
-    assert directions(project, LIKELIHOOD) == ()
+    assert directions(project) == ()
 
 
 def test_the_seed_widens_an_interval_as_an_independent_error():
@@ -101,7 +99,7 @@ def test_texts_are_compared_by_prompt(project):
     write_json(project / "reports/samples.json", {"samples": ours})
     report = {"text": {"samples": theirs}}
     write_json(project / f"reports/baseline/{SHIPPED.texts[0].baseline}.json", report)
-    last = directions(project, LIKELIHOOD)[-1]
+    last = directions(project)[-1]
     assert (last.claim, last.unit, last.outcome) == ("C9", "difference", "no effect found")
 
 

@@ -51,7 +51,7 @@ def repository(tmp_path_factory):
     made = estimate(params, read_sweep(place / "results/ladder.json"))
     (place / "reports/estimate.json").write_bytes(json_bytes(made))
     for report, sums in reports_of(place).items():
-        made = figures((totals := read_totals(sums)).nats, totals, params.evaluation.likelihood)
+        made = figures((totals := read_totals(sums)).nats, totals)
         edit(report, lambda r, made=made: r.update(made))
         edit(report, lambda r: r.get("tasks", {}).pop("cloze", None))
     with contextlib.chdir(place):

@@ -160,7 +160,7 @@ def scratch(tmp_path_factory):
 PARAMS_TREE, CLAIMS = read_yaml(ROOT / "params.yaml"), read_yaml(ROOT / "claims.yaml")
 LOCK = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": "c", "md5": "d" * 32}]}}}
 ACCEPTED = json.loads((ROOT / "reports/accepted.json").read_bytes())
-GATE = PARAMS.regression.model_copy(update={"resamples": 20})
+GATE = PARAMS.regression
 
 
 def read_reference(tree, folder):
@@ -415,7 +415,7 @@ REPORTS = [
 def test_reports_given_to_the_comparison(project, name, changes):
     path = project / f"reports/{name}.json"
     with replaced(path, change_json(path.read_bytes(), changes)):
-        is_refused(lambda: render_comparison(build_record(sources(project), LIKELIHOOD)))
+        is_refused(lambda: render_comparison(build_record(sources(project))))
 
 
 def test_different_numbers_of_answers_to_the_same_questions_are_refused(project):

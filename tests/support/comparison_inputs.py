@@ -19,7 +19,7 @@ from stages.comparison import app
 
 ROOT = Path(__file__).parents[2]
 PARAMS = load_params(ROOT / "params.yaml")
-LIKELIHOOD = PARAMS.evaluation.likelihood.model_copy(update={"bootstrap_resamples": 200})
+LIKELIHOOD = PARAMS.evaluation.likelihood
 NAMES = PARAMS.baseline.names
 DOCUMENTS = 40
 TOKENS = np.random.default_rng(0).integers(20, 200, DOCUMENTS)
@@ -98,7 +98,7 @@ def sources_of(place: Path, names=NAMES):
 
 def record_of(place: Path) -> dict:
     """The comparison's record of a place, as it is read back from JSON."""
-    return json.loads(json.dumps(build_record(sources_of(place), LIKELIHOOD)))
+    return json.loads(json.dumps(build_record(sources_of(place))))
 
 
 def run_comparison(place: Path, *more: str):

@@ -28,8 +28,6 @@ LIKELIHOOD = Likelihood(
     batch_size=3,
     own_context=16,
     stride_share=0.25,
-    bootstrap_resamples=50,
-    bootstrap_seed=1,
     views=("own",),
 )
 

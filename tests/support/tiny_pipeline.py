@@ -101,9 +101,9 @@ def params_tree(generation: int) -> dict:
     }
     tree["training"] |= {"eval_interval": 2, "eval_windows": 2, "checkpoint_interval": 2, "seed": generation}
     evaluation = tree["evaluation"]
-    evaluation["likelihood"] |= {"window": 16, "batch_size": 8, "own_context": 16, "bootstrap_resamples": 20}
+    evaluation["likelihood"] |= {"window": 16, "batch_size": 8, "own_context": 16}
     evaluation["likelihood"]["views"] = []
-    evaluation["likelihood"]["bootstrap_seed"] = generation
+    evaluation["likelihood"]["stride_share"] = (1 + generation) / 10
     evaluation["tasks"] |= {"cloze_items": 2, "cloze_characters": 20}
     evaluation["text"] |= {"prompts": ["hello"], "documents": 2, "prompt_tokens": 4, "max_new_tokens": 5}
     tree["baseline"] |= {"names": list(BASELINES)}

@@ -33,7 +33,7 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.common.storage import sha256_file, write_bytes
 from compactgpt.config import Likelihood, View
 from compactgpt.data.token_files import TokenFile, Window, evaluation_windows
-from compactgpt.evaluation.metrics import Interval, bits_per_byte, perplexity, ratio_bootstrap
+from compactgpt.evaluation.metrics import Interval, bits_per_byte, perplexity, ratio_interval
 
 # Only the functions that run a neural model import torch: importing torch would delay a compressor's stage.
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 IN_WINDOW = "the window of the document"  # what reports state as a neural model's context
 HEAD_ROWS = 256  # rows of one product with the head: 51 MB of float32 logits at 50,257 tokens
@@ -398,7 +399,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report of one model.
 
-    Each metric is a total over all documents, divided once, with a 95 % interval that resamples documents.
+    Each metric is a total over all documents, divided once, with a 95 % interval between documents.
     Loss and perplexity are per token of the split's tokenizer (GPT-2's), even if the model has another
     tokenizer, so that all models can be compared. Bits per byte does not depend on a tokenizer. Word
     perplexity is defined as in lm-evaluation-harness: exp(nats of the complete text, with white space /
@@ -415,7 +416,7 @@ def summarize(
             "words": None if totals.words is None else int(totals.words.sum()),
         },
         "window": likelihood.window,
-        **figures(totals.nats, totals, likelihood),
+        **figures(totals.nats, totals),
         "own_tokens": own_tokens,
         "loss_per_own_token": float(totals.nats.sum()) / own_tokens if own_tokens else None,
     }
@@ -424,9 +425,9 @@ def summarize(
         for view, nats in totals.views.items():
             context, stride = model.view_sizes(cast(View, view), likelihood)
             sizes = {"context": context, "stride": stride}
-            report["views"][view] = sizes | figures(nats, totals, likelihood)
+            report["views"][view] = sizes | figures(nats, totals)
     if totals.positions is not None:
-        report["by_position"] = by_position(totals.positions, likelihood)
+        report["by_position"] = by_position(totals.positions)
     return report
 
 
@@ -440,7 +441,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, Any]:
+def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
     A perplexity is None if it is too large for a float: that of a diverged model, or that of the words of a
@@ -449,12 +450,14 @@ def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, A
     Args:
         nats: the negative log-likelihood of each document in one view. (documents,)
         totals: the counts of each document.
-        likelihood: section `evaluation.likelihood`.
+        chosen: the documents to use; None: all. (documents,)
     """
     scored = totals.tokens > 0
+    if chosen is not None:
+        scored &= chosen
 
     def nats_per(unit: npt.NDArray[Any]) -> Interval:
-        return _ratio(nats[scored], unit[scored], likelihood)
+        return _ratio(nats[scored], unit[scored])
 
     loss = nats_per(totals.tokens)
     found = {
@@ -468,22 +471,23 @@ def figures(nats: Floats, totals: Totals, likelihood: Likelihood) -> dict[str, A
     return found
 
 
-def by_position(positions: Positions, likelihood: Likelihood) -> list[dict[str, Any]]:
+def by_position(positions: Positions) -> list[dict[str, Any]]:
     """Return the loss of each range of positions in the window, in nats per own token, with its interval."""
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
         reached = tokens > 0
         if reached.any():
-            loss = _ratio(positions.nats[reached, bucket], tokens[reached], likelihood)
+            loss = _ratio(positions.nats[reached, bucket], tokens[reached])
             first = 2 ** (bucket - 1) + 1 if bucket else 1
             row = {"first": first, "last": 2**bucket, "tokens": int(tokens.sum()), "loss": asdict(loss)}
             rows.append(row)
     return rows
 
 
-def _ratio(nats: Floats, units: npt.NDArray[Any], likelihood: Likelihood) -> Interval:
-    resamples, seed = likelihood.bootstrap_resamples, likelihood.bootstrap_seed
-    return ratio_bootstrap(nats, units.astype(float), resamples=resamples, seed=seed)
+def _ratio(nats: Floats, units: npt.NDArray[Any]) -> Interval:
+    """Return nats per unit with its interval; a loss is never below 0."""
+    found = ratio_interval(nats, units.astype(float))
+    return replace(found, low=max(0.0, found.low))
 
 
 _COUNTS = ("bytes", "tokens", "own_tokens", "words")

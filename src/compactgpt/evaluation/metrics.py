@@ -92,19 +92,18 @@ def mcnemar(only_one: int, only_other: int) -> float:
     return min(1.0, float(2 * tail / 2**flips))
 
 
-def ratio_bootstrap(
-    numerator: Array, denominator: Array, *, resamples: int, seed: int, confidence: float = 0.95
-) -> Interval:
-    """Return sum(numerator) / sum(denominator) with its percentile bootstrap interval.
+def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 0.95) -> Interval:
+    """Return sum(numerator) / sum(denominator) with its confidence interval.
 
-    Complete documents are resampled, because the tokens of one document are not independent (Efron and
-    Tibshirani 1993, chapter 13).
+    Complete documents are left out one at a time (the jackknife), because the tokens of one document are not
+    independent. The interval is Student's, with documents - 1 degrees of freedom. In simulations with this
+    project's documents it contains the truth more often than percentile and BCa bootstrap intervals, and
+    about as often as bootstrap-t intervals (benchmarks/intervals.py). One document gives no variance: the
+    limits are then the ratio itself.
 
     Args:
         numerator: a total of each document, such as its nats. (documents,)
         denominator: another total of each document, such as its tokens. (documents,)
-        resamples: the number of resamples.
-        seed: the seed of the random generator.
         confidence: the confidence level of the interval.
 
     Raises:
@@ -116,39 +115,30 @@ def ratio_bootstrap(
         )
     if denominator.min() <= 0:
         raise ValueError(f"every denominator must be positive, found {denominator.min()}")
-    generator = np.random.Generator(np.random.PCG64(seed))
-    n = len(numerator)
-    chunk = max(1, 4_000_000 // n)  # resamples in one step, to limit memory
-    ratios = []
-    for start in range(0, resamples, chunk):
-        drawn = generator.integers(0, n, (min(chunk, resamples - start), n))  # (chunk, documents)
-        ratios.append(numerator[drawn].sum(1) / denominator[drawn].sum(1))  # (chunk,)
-    low, high = np.quantile(np.concatenate(ratios), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(numerator.sum() / denominator.sum()), float(low), float(high))
+    n, total, size = len(numerator), numerator.sum(), denominator.sum()
+    ratio = float(total / size)
+    if n == 1:
+        return Interval(ratio, ratio, ratio)
+    without_one = (total - numerator) / (size - denominator)  # (documents,)
+    # The population standard deviation x sqrt(n - 1) is the jackknife's standard error.
+    reach = t_quantile((1 + confidence) / 2, n - 1) * math.sqrt(n - 1) * float(without_one.std())
+    return Interval(ratio, ratio - reach, ratio + reach)
 
 
-def perplexity_ratio(
-    nats: Array, other_nats: Array, tokens: Array, *, resamples: int, seed: int, confidence: float = 0.95
-) -> Interval:
-    """Return the ratio of the perplexities of two models, with a paired bootstrap interval.
+def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
+    """Return the ratio of the perplexities of two models, with a paired 95 % interval.
 
-    The ratio is exp of the difference of the two losses. Each resample has the same documents for both
-    models, so the difficulty of the documents cancels out.
+    The ratio is exp of the difference of the two losses. The interval is that of the difference by document,
+    so the difficulty of the documents cancels out.
 
     Args:
         nats: the negative log-likelihood of each document under the first model. (documents,)
         other_nats: the same documents under the second model, in the same order. (documents,)
         tokens: the number of tokens of each document. (documents,)
-        resamples: the number of resamples.
-        seed: the seed of the random generator.
-        confidence: the confidence level of the interval.
 
     Raises:
         ValueError: the arrays are empty or differ in length, or a document has no token.
     """
     if nats.shape != other_nats.shape:
         raise ValueError(f"need the same documents, got {nats.shape} and {other_nats.shape}")
-    difference = ratio_bootstrap(
-        nats - other_nats, tokens, resamples=resamples, seed=seed, confidence=confidence
-    )
-    return difference.map(perplexity)
+    return ratio_interval(nats - other_nats, tokens).map(perplexity)

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.storage import sha256_file
-from compactgpt.config import Likelihood, Source
+from compactgpt.config import Source
 from compactgpt.config import Tasks as Settings
 from compactgpt.data.hub import fetch_file
 from compactgpt.data.token_files import TokenFile, Window
-from compactgpt.evaluation.likelihood import Codec, Floats, NeuralModel, document_text, score_targets
-from compactgpt.evaluation.metrics import perplexity, ratio_bootstrap, wilson
+from compactgpt.evaluation.likelihood import Codec, Flags, Floats, NeuralModel, document_text, score_targets
+from compactgpt.evaluation.metrics import perplexity, ratio_interval, wilson
 from compactgpt.evaluation.wikitext import read_lines, score_wikitext
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ other some such no nor not only own same so than too very s t can will just don 
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 # A word of four or more letters after one space.
 _WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
-
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -202,16 +199,15 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> tuple[Answers, Answers]
     return Answers(nats, hits), Answers(last[:, 0], last[:, 2].astype(bool))
 
 
-def answer_figures(items: Sequence[Item], answers: Answers, likelihood: Likelihood) -> dict[str, Any]:
+def answer_figures(items: Sequence[Item], answers: Answers) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
 
-    Accuracy has a Wilson interval, perplexity an interval that resamples items. `hits` has a 1 for each
+    Accuracy has a Wilson interval, perplexity an interval between items. `hits` has a 1 for each
     correct answer and a 0 for each other answer. Two models can be compared item by item if their
     `items_sha256` are equal.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
-    resamples, seed = likelihood.bootstrap_resamples, likelihood.bootstrap_seed
-    loss = ratio_bootstrap(answers.nats, np.ones(len(items)), resamples=resamples, seed=seed)
+    loss = ratio_interval(answers.nats, np.ones(len(items)))
     return {
         "items": len(items),
         "items_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -226,7 +222,6 @@ def run_tasks(
     split: TokenFile,
     encoding: "tiktoken.Encoding",
     settings: Settings,
-    likelihood: Likelihood,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report; the cloze has passages of `split`."""
@@ -238,9 +233,9 @@ def run_tasks(
     for done, (name, items) in enumerate(tasks.items(), 1):
         if items:
             whole, last_token = answer(model, items)
-            report[name] = answer_figures(items, whole, likelihood)
+            report[name] = answer_figures(items, whole)
             if name == "lambada_word":
-                report["lambada_last_token"] = answer_figures(items, last_token, likelihood)
+                report["lambada_last_token"] = answer_figures(items, last_token)
         progress(done, len(tasks))
     for name, source in settings.wikitext.items():
         lines = read_lines(fetch_source(source))

@@ -3,7 +3,7 @@
 Both models are evaluated on the same documents, so the difficulty of the documents cancels out. A metric
 fails if it is worse by more than its tolerance *and* the confidence interval of the change is above 0. If
 only one of the two conditions is true, the check is a warning. The interval includes two sources of variance:
-the sample of documents (paired cluster bootstrap), and the noise between training runs
+the sample of documents (a paired interval between documents), and the noise between training runs
 (`regression.rerun_noise`). Two runs that differ only in the order of floating-point additions give two
 models. docs/decisions/15-gate.md has the error rates of the gate.
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.config import Regression
-from compactgpt.evaluation.metrics import Interval, ratio_bootstrap
+from compactgpt.evaluation.metrics import Interval, ratio_interval
 
 Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
@@ -286,16 +286,13 @@ def perplexity_rise(
         nats: the negative log-likelihood of each document under the new model. (documents,)
         nats_then: the same documents under the accepted model. (documents,)
         tokens: the number of tokens of each document. (documents,)
-        settings: section `regression`: resamples, seed and the noise between runs.
+        settings: section `regression`: the noise between runs.
         level: the probability that the interval is above 0 although the perplexity did not rise.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
-    found = ratio_bootstrap(
-        (nats - nats_then)[scored], tokens[scored],
-        resamples=settings.resamples, seed=settings.seed, confidence=1 - 2 * level,
-    )  # fmt: skip
+    found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     noise = NormalDist().inv_cdf(1 - level) * settings.rerun_noise
     # The two sources of variance are independent: add the squares of their distances from the estimate.
     low = found.value - math.hypot(found.value - found.low, noise)

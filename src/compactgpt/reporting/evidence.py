@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from compactgpt.common.errors import BadConfig
-from compactgpt.config import ExpectedLoss, Likelihood, Model
+from compactgpt.config import ExpectedLoss, Model
+from compactgpt.evaluation.likelihood import figures
 from compactgpt.evaluation.metrics import (
     bits_per_byte,
     mcnemar,
     perplexity,
     perplexity_ratio,
-    ratio_bootstrap,
 )
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import Evidence, Published, judge_claims
@@ -44,18 +44,17 @@ PUBLISHED_RATIOS = {
 TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # every other text metric is a share
 
 
-def build_record(sources: Sources, likelihood: Likelihood) -> dict[str, Any]:
+def build_record(sources: Sources) -> dict[str, Any]:
     """Judge the claims and return the record as plain JSON.
 
     Args:
         sources: the reports, claims and published values from `schemas.read_sources`.
-        likelihood: the number of resamples and the seed of the paired bootstrap.
 
     Raises:
         BadConfig: two values have the same id.
     """
     evidence: dict[str, Evidence] = {}
-    for item in collect_evidence(sources, likelihood):
+    for item in collect_evidence(sources):
         if item.id in evidence:
             raise BadConfig(
                 f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
@@ -139,7 +138,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
     }
 
 
-def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+def collect_evidence(sources: Sources) -> Iterator[Evidence]:
     """Yield every value of the record: estimated, counted, published and measured."""
     yield from _estimated(NOTE, sources.estimate.note)
     yield from _estimated(COMPACT, sources.estimate.compact)
@@ -152,14 +151,13 @@ def collect_evidence(sources: Sources, likelihood: Likelihood) -> Iterator[Evide
         yield from _likelihood(measured, sources)
         yield from _task_scores(measured, sources)
         yield from _text_figures(measured, sources)
-        yield from _flagged_and_clean(measured, sources, likelihood)
+        yield from _flagged_and_clean(measured, sources)
     for baseline in sources.baselines:
-        yield from _perplexity_ratio(baseline, sources, likelihood)
+        yield from _perplexity_ratio(baseline, sources)
         yield from _task_p_values(baseline, sources)
     for result in sources.results:
         yield from (Evidence(**item) for item in result.evidence)
-    resamples, seed = likelihood.bootstrap_resamples, likelihood.bootstrap_seed
-    yield from (Evidence(**item) for item in compare_results(sources.results, resamples, seed))
+    yield from (Evidence(**item) for item in compare_results(sources.results))
 
 
 # --- estimated, counted and published values
@@ -275,11 +273,11 @@ def _common(measured: Measured, sources: Sources, *, windows: bool = False) -> d
         measured: the model and its report.
         sources: the inputs of the record.
         windows: whether the values were measured on the shared windows. If so, the fields include the context
-            and the stride, except for a compressor, which has no window.
+            and the stride, except for a compressor and an n-gram model, which have no windows.
     """
     score, ours = measured.score, measured.name == COMPACT
     model = score.model
-    window = score.window if windows and model.kind != "compressor" else None
+    window = score.window if windows and model.kind not in ("compressor", "ngram") else None
     return {
         "known": "measured",
         "model": measured.name,
@@ -358,45 +356,41 @@ def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     The metrics of human text are the same in all reports, so only the compact model's report yields them.
     """
     about = _common(measured, sources)
-    for way, figures in measured.score.text.statistics.items():
+    for way, statistics in measured.score.text.statistics.items():
         if way == "human" and measured.name != COMPACT:
             continue
-        for figure, bounds in figures.items():
+        for figure, bounds in statistics.items():
             if bounds is not None:
                 name = f"{measured.name}.text.{way}.{figure}"
                 yield _interval(name, bounds, TEXT_UNITS.get(figure, "share"), about)
 
 
-def _flagged_and_clean(measured: Measured, sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
-    """Yield the loss on documents flagged as leaked or duplicated, and the loss on all other documents."""
+def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield the scores on documents flagged as leaked or duplicated, and on all other documents."""
     totals = measured.totals
     if not sources.flagged:
         return
     flagged = np.isin(totals.ids, list(sources.flagged))
     for part, chosen in {"flagged": flagged, "clean": ~flagged}.items():
-        rows = np.flatnonzero(chosen & (totals.tokens > 0))
-        if not len(rows):
+        documents = int((chosen & (totals.tokens > 0)).sum())
+        if not documents:
             continue
-        loss = ratio_bootstrap(
-            totals.nats[rows], totals.tokens[rows].astype(float),
-            resamples=likelihood.bootstrap_resamples, seed=likelihood.bootstrap_seed,
-        )  # fmt: skip
+        scores = figures(totals.nats, totals, chosen)
         about = _common(measured, sources, windows=True) | {"stage": "comparison"}
-        about["corpus"] = f"{about['corpus']}, {len(rows)} {part} documents"
+        about["corpus"] = f"{about['corpus']}, {documents} {part} documents"
         about["source"] = f"{measured.totals_path}, reports/inspection.json"
-        yield _interval(f"{measured.name}.{part}.loss", loss, NATS, about)
+        for quantity, unit in SCORE_UNITS.items():
+            if bounds := scores[quantity]:
+                yield Evidence(f"{measured.name}.{part}.{quantity}", unit=unit, **bounds, **about)
 
 
-def _perplexity_ratio(baseline: Measured, sources: Sources, likelihood: Likelihood) -> Iterator[Evidence]:
+def _perplexity_ratio(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
     """Yield the ratio of the compact model's perplexity to a baseline's, paired by document, if finite."""
     compact = sources.compact
     ours, theirs = compact.totals, baseline.totals
     scored = ours.tokens > 0
-    ratio = perplexity_ratio(
-        ours.nats[scored], theirs.nats[scored], ours.tokens[scored].astype(float),
-        resamples=likelihood.bootstrap_resamples, seed=likelihood.bootstrap_seed,
-    )  # fmt: skip
-    source = f"paired bootstrap over documents, {compact.totals_path} and {baseline.totals_path}"
+    ratio = perplexity_ratio(ours.nats[scored], theirs.nats[scored], ours.tokens[scored].astype(float))
+    source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
     about = _common(compact, sources, windows=True) | {"stage": "comparison", "source": source}
     if ratio.as_report():
         yield _interval(f"ratio.{COMPACT}_to_{baseline.name}.perplexity", ratio, "ratio", about)

@@ -207,7 +207,7 @@ def _derive(
             }
 
 
-def compare_results(results: Sequence[Result], resamples: int, seed: int) -> Iterator[dict[str, Any]]:
+def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
     """Yield the perplexity ratio of each pair in PAIRS that was measured on the same documents."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
@@ -217,10 +217,10 @@ def compare_results(results: Sequence[Result], resamples: int, seed: int) -> Ite
         tokens = np.array(one.documents.tokens, float)  # (documents,)
         scored = tokens > 0
         a, b = (np.array(result.documents.nats)[scored] for result in (one, other))
-        ratio = perplexity_ratio(a, b, tokens[scored], resamples=resamples, seed=seed)
+        ratio = perplexity_ratio(a, b, tokens[scored])
         if not ratio.as_report():
             continue
         loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
-        source = f"paired bootstrap over documents, results/{ours}.json and results/{theirs}.json"
+        source = f"paired by document, results/{ours}.json and results/{theirs}.json"
         about = {"id": value_id, "unit": "ratio", "source": source}
         yield {**loss, **about, "value": ratio.value, "low": ratio.low, "high": ratio.high}

@@ -2,7 +2,7 @@
 
 The runs are those of results/small-scale.json. conf/experiments/small-scale.yaml says what the claims lead to
 expect. No verdict about a claim depends on these results. An interval covers two kinds of chance: the choice
-of val documents (paired bootstrap), and the seed, whose standard deviation comes from results/seeds.json.
+of val documents (a paired interval), and the seed, whose standard deviation comes from results/seeds.json.
 """
 
 import math
@@ -15,7 +15,6 @@ import numpy as np
 
 from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json
-from compactgpt.config import Likelihood
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio
 from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
 from compactgpt.experiments import CONF, Comparison, Expected, TextComparison, TextFigure, find_experiment
@@ -45,7 +44,7 @@ class Direction(Section):
     text: str  # one sentence in English with all of this
 
 
-def directions(root: Path, likelihood: Likelihood) -> tuple[Direction, ...]:
+def directions(root: Path) -> tuple[Direction, ...]:
     """Return what the small runs show, in the order of conf/experiments/small-scale.yaml.
 
     A comparison is left out if its runs are not recorded; all are if the two files of results are missing, or
@@ -53,7 +52,6 @@ def directions(root: Path, likelihood: Likelihood) -> tuple[Direction, ...]:
 
     Args:
         root: the project's folder, with results/, reports/ and conf/.
-        likelihood: section `evaluation.likelihood`, for the bootstrap.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -61,15 +59,13 @@ def directions(root: Path, likelihood: Likelihood) -> tuple[Direction, ...]:
     experiment = find_experiment(NAME, root / CONF)
     found: list[Direction] = []
     for comparison in experiment.comparisons:
-        found += _compare_runs(comparison, small, seeds, likelihood)
+        found += _compare_runs(comparison, small, seeds)
     for texts in experiment.texts:
         found += _compare_texts(texts, root / "reports")
     return tuple(found)
 
 
-def _compare_runs(
-    comparison: Comparison, small: Sweep, seeds: Sweep, likelihood: Likelihood
-) -> Iterator[Direction]:
+def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterator[Direction]:
     runs = [*small.runs, *seeds.runs]
     ours, theirs = (
         [run for run in runs if run.group == group] for group in (comparison.ours, comparison.theirs)
@@ -82,13 +78,7 @@ def _compare_runs(
         scored &= np.array(small.documents.sources) == comparison.source
     tokens = tokens[scored]
     ours_nats, theirs_nats, seed_nats = (_nats(group, scored) for group in (ours, theirs, seeds.runs))
-    by_document = perplexity_ratio(
-        ours_nats.mean(0),
-        theirs_nats.mean(0),
-        tokens,
-        resamples=likelihood.bootstrap_resamples,
-        seed=likelihood.bootstrap_seed,
-    )
+    by_document = perplexity_ratio(ours_nats.mean(0), theirs_nats.mean(0), tokens)
     between_seeds = seed_margin(seed_nats.sum(1) / tokens.sum(), len(ours), len(theirs))
     interval = widen(by_document, between_seeds)
     yield from _directions(comparison, interval, (len(ours), len(theirs)))

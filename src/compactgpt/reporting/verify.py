@@ -165,9 +165,9 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
         report = read_json(root / path)
         expected: dict[str, Any] = _accuracies(report)
         if (root / sums).exists():
-            totals, likelihood = read_totals(root / sums), params.evaluation.likelihood
-            expected |= figures(totals.nats, totals, likelihood)
-            views = {view: figures(nats, totals, likelihood) for view, nats in totals.views.items()}
+            totals = read_totals(root / sums)
+            expected |= figures(totals.nats, totals)
+            views = {view: figures(nats, totals) for view, nats in totals.views.items()}
             expected |= {"views": views} if views else {}
             expected["validation"] = {
                 "documents": len(totals.ids),
@@ -195,7 +195,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
         sources = read_sources(root, reports, root / "data", root / "models", params.baseline.names)
-        record = json.loads(json_bytes(build_record(sources, params.evaluation.likelihood)))
+        record = json.loads(json_bytes(build_record(sources)))
     else:
         found.add_unchecked(f"reports/{RECORD} against the reports (only its renderings are checked)")
         record = read_json(reports / RECORD)

@@ -25,7 +25,6 @@ from compactgpt.tracking.records import (
     find_version,
 )
 
-RESAMPLES, SEED = 2000, 1  # bootstrap settings, the same for all versions
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
@@ -180,7 +179,7 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio]
             unpaired.append(f"{model}: the documents of the val split are not the same")
         else:
             weights = second.tokens.astype(float)
-            found = perplexity_ratio(second.nats, first.nats, weights, resamples=RESAMPLES, seed=SEED)
+            found = perplexity_ratio(second.nats, first.nats, weights)
             significant = not found.low <= 1.0 <= found.high
             ratios.append(Ratio(model, len(first.ids), found.value, found.low, found.high, significant))
     return ratios, unpaired
