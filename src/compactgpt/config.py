@@ -535,6 +535,8 @@ class Params(Section):
                 f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
                 f"training.micro_batch_size x model.block_size x training.launcher.processes ({unit})"
             )
+        if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
+            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
                 yield (

@@ -9,10 +9,12 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ import pytest
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
+from compactgpt.config import load_params
+from compactgpt.gate import references
 from compactgpt.tracking import mlflow_logger, store
 from compactgpt.tracking.journal import (
     NullTracker,
@@ -28,6 +32,7 @@ from compactgpt.tracking.journal import (
     tuned_params,
 )
 from compactgpt.tracking.mlflow_logger import sync
+from compactgpt.tracking.records import find_version
 from compactgpt.tracking.run_folder import RunFolder
 from compactgpt.tracking.store import open_store
 from tests.support.tracking_store import copy, ended_dvc, enter_project, history, journal, runs
@@ -189,7 +194,7 @@ def test_a_damaged_database_is_named_and_a_deleted_one_is_filled_again_from_the_
         for path in root.glob("mlflow.db*"):
             path.unlink()
         (root / "mlflow.db").write_bytes(damaged)
-        with pytest.raises(BadData, match=r"mlflow.db is damaged .*`mv \S*mlflow.db \S*mlflow.db.damaged`"):
+        with pytest.raises(BadData, match=r"mlflow.db is damaged .*`mv \S*mlflow.db \S*mlflow.db.old`"):
             sync(root)
     (root / "mlflow.db").unlink()
     root = root.rename(root.with_name("moved"))  # MLflow caches the tables that an address has
@@ -343,3 +348,32 @@ def test_a_held_journal_that_ends_before_it_begins_is_a_run_of_its_own(root):
     journal(root, held=True).end("FAILED")
     sync(root)
     assert runs(root)[0].info.status == "FAILED"
+
+
+SCHEMAS = {
+    "an older version": "update alembic_version set version_num = '451aebb31d03'",
+    "a newer version": "update alembic_version set version_num = 'ffffffffffff'",
+    "another program": "alter table experiments rename column artifact_location to place",
+}
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_a_database_with_other_tables_is_one_sentence_in_every_command_that_reads_it(root, kind, tmp_path):
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.execute(SCHEMAS[kind])
+        database.commit()
+    (root / "dvc.lock").write_text("{}")
+    readers = {
+        "trace": lambda: store.run_of_value(root, "training"),
+        "gate": lambda: references.compare(
+            "champion", root, load_params(ROOT / "params.yaml").regression, None
+        ),
+        "diff, reproduce": lambda: find_version(root, "abcd", tmp_path),
+        "sync": lambda: sync(root, record_unrun=True),
+    }
+    for read in readers.values():
+        with pytest.raises(
+            BadData, match=r"^mlflow.db has the tables of another version of MLflow .*db upgrade"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)

@@ -33,7 +33,7 @@ from compactgpt.tracking.dvc_files import (
     parse_yaml,
     read_chain,
 )
-from compactgpt.tracking.journal import flatten
+from compactgpt.tracking.journal import flatten, tracking_store
 
 CHAMPION = "champion"
 _DOCUMENTS = "data/evaluation"
@@ -137,13 +137,14 @@ def read_reference(name: str, root: Path) -> Snapshot:
 def _read_champion(root: Path) -> Snapshot:
     """Read the state of the registry's champion from the artifacts of its MLflow run."""
     from compactgpt.tracking.registry import PIPELINE_RUN, champion
-    from compactgpt.tracking.store import open_store
+    from compactgpt.tracking.store import open_store, store_errors
 
     store = open_store(root)
-    if not (found := champion(store)):
-        raise MissingInput("no model is champion yet: run `compactgpt gate --promote` to make one")
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
+        with store_errors(tracking_store()["uri"]):
+            if not (found := champion(store)):
+                raise MissingInput("no model is champion yet: run `compactgpt gate --promote` to make one")
+            store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
         folder = Path(scratch)
         label = f"champion, version {found.version}"
         return _read_state(label, Folder(folder), folder / _DOCUMENTS / _TOTALS)

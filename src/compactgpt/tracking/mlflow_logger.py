@@ -17,18 +17,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from compactgpt.common.console import report
 from compactgpt.common.errors import Busy, MissingInput, UserError
 from compactgpt.common.git import git_facts
+from compactgpt.common.storage import read_json, write_json
 from compactgpt.tracking import journal, pipeline_run
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, Cache, Folder, parse_yaml
-from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_store
+from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_folder, tracking_store
 from compactgpt.tracking.run_folder import PIPELINE, Copied, RunFolder, run_folders
-from compactgpt.tracking.store import Store, open_store, store_errors
+from compactgpt.tracking.store import Store, open_store, saved_identity, store_errors
 from compactgpt.tracking.system_metrics import SystemMetrics
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0  # how long to retry a store that fails after the runs have ended
 MAX_LOG = 1_000_000  # bytes; a larger log file is overwritten
+MAX_REPORTED = 50  # different errors that one process logs
+RECORDED = "recorded.json"  # the identity of a store, and the hash of the last dvc.lock that has a run there
 
 
 def start_logger(run_folder: Path) -> None:
@@ -167,7 +171,7 @@ class Logger:
 
 def follow(folder: RunFolder) -> None:
     """Copy a run folder until it is complete, or its store fails for PATIENCE_SECONDS after the runs' end."""
-    logger, reported, last_work = None, "", time.monotonic()
+    logger, reported, last_work = None, set[str](), time.monotonic()
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
@@ -180,9 +184,9 @@ def follow(folder: RunFolder) -> None:
                     last_work = time.monotonic()
             except (UserError, OSError) as error:
                 logger = None
-                if str(error) != reported:
+                if str(error) not in reported and len(reported) < MAX_REPORTED:
+                    reported.add(str(error))
                     logging.exception("not copied; trying again")
-                reported = str(error)
                 last_work = time.monotonic() if folder.alive else last_work
             time.sleep(POLL_SECONDS)
 
@@ -205,6 +209,8 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
         with suppress(UserError), folder.locked() as is_ours:  # else its child process does this
             if is_ours:
                 folder.keep_after()
+    if record_unrun and _has_all(root, ended, current):
+        return current["uri"]
     stores = [current, *(folder.start["store"] for folder in ended)]
     for wanted in {json.dumps(store): store for store in stores}.values():
         folders = [one for one in ended if one.start["store"] == wanted]
@@ -216,11 +222,30 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
     return current["uri"]
 
 
+def _has_all(root: Path, ended: list[RunFolder], store: dict[str, str]) -> bool:
+    """Return whether a store has all runs, and a run of dvc.lock; without MLflow, whose import takes seconds.
+
+    False for a server, which may have lost its runs.
+    """
+    note = tracking_folder(root) / RECORDED
+    identity = saved_identity(root, store)
+    with suppress(UserError):
+        is_recorded = bool(identity) and note.exists() and read_json(note) == [identity, _lock_sha256(root)]
+        return is_recorded and all(Copied.load(one.path).complete for one in ended)
+    return False
+
+
+def _lock_sha256(root: Path) -> str:
+    return hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
+
+
 def _sync_store(
     root: Path, wanted: dict[str, str], folders: list[RunFolder], *, record_unrun: bool
 ) -> list[UserError]:
     """Copy run folders to their store, and return the errors."""
     store, problems = None, []
+    if waiting := sum(not Copied.load(folder.path).complete for folder in folders):
+        report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
     try:
         for folder in folders:
             store = store or open_store(root, wanted)  # open again after a failure
@@ -242,20 +267,20 @@ def _sync_store(
 
 def _record_unrun(root: Path, store: Store) -> None:
     """Log a run in which DVC skipped every stage, as after `dvc pull` in a clone; once for each dvc.lock."""
-    place = Folder(root)
-    lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
-    if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
-        return
-    found = pipeline_run.outcome(place, place, [], "dvc repro", root)
-    if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
-        return
-    tags = {**git_facts(root), **journal.machine_facts()}
-    pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
-    facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}
-    run = journal.Journal(root / ".state", PIPELINE, {**journal.process_facts(), **facts})
-    run.keep_before(root)
-    run.end("FINISHED")
-    Logger(RunFolder(run.run_folder), store).copy()
+    lock = _lock_sha256(root)
+    if not store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
+        place = Folder(root)
+        found = pipeline_run.outcome(place, place, [], "dvc repro", root)
+        if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
+            return
+        tags = {**git_facts(root), **journal.machine_facts()}
+        pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
+        facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}
+        run = journal.Journal(root / ".state", PIPELINE, {**journal.process_facts(), **facts})
+        run.keep_before(root)
+        run.end("FINISHED")
+        Logger(RunFolder(run.run_folder), store).copy()
+    write_json(tracking_folder(root) / RECORDED, [store.identity, lock])
 
 
 if __name__ == "__main__":

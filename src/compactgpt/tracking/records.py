@@ -9,7 +9,7 @@ from typing import Any
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted_changes
 from compactgpt.tracking.dvc_files import LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
-from compactgpt.tracking.journal import LOCKED, machine_facts, packages
+from compactgpt.tracking.journal import LOCKED, machine_facts, packages, tracking_store
 
 WORKSPACE = "workspace"
 PACKAGES = "environment/packages.txt"
@@ -47,8 +47,12 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     """
     if wanted == WORKSPACE:
         return _workspace_version(root)
-    if _RUN_ID.fullmatch(wanted) and (run := _find_run(root, wanted)):
-        return _run_version(root, run, scratch)
+    if _RUN_ID.fullmatch(wanted):
+        from compactgpt.tracking.store import store_errors
+
+        with store_errors(tracking_store()["uri"]):
+            if run := _find_run(root, wanted):
+                return _run_version(root, run, scratch)
     require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(

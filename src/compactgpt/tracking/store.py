@@ -29,6 +29,8 @@ REQUEST_SECONDS = 5  # timeout of one HTTP request
 OPEN_SECONDS = 12.0  # timeout for opening a store, on an MLflow server or a database server
 ARTIFACTS = "mlartifacts"
 _SQLITE = "sqlite:///"
+# In the errors of MLflow (an older version), Alembic (a newer one) and SQLite (another program).
+_OTHER_SCHEMA = ("out-of-date database schema", "Can't locate revision", "no such table", "no such column")
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -166,6 +168,17 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     return Store(mlflow.MlflowClient(uri, uri), experiment.experiment_id, identity)
 
 
+def saved_identity(root: Path, wanted: Mapping[str, str]) -> str:
+    """Return the identity of a store in a SQLite file, read without MLflow; empty for any other store."""
+    path = Path(_address(root, wanted["uri"]).removeprefix(_SQLITE))
+    column = "experiment_id" if wanted["experiment_id"] else "name"
+    query = f"select experiment_id || '@' || creation_time from experiments where {column} = ?"  # noqa: S608
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+        found = database.execute(query, [wanted["experiment_id"] or wanted["experiment"]]).fetchone()
+        return str(found[0]) if found else ""
+    return ""
+
+
 def _set_experiment(wanted: Mapping[str, str], artifacts: str | None) -> Any:
     """Set MLflow's active experiment and return it. If a named experiment is missing, create it."""
     import mlflow
@@ -237,14 +250,18 @@ def store_errors(uri: str) -> Iterator[None]:
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = str(found).strip().partition("\n")[0][:300]
-        if type(first) is sqlite3.DatabaseError:  # subclasses, such as a locked database, mean no damage
-            name = uri.removeprefix(_SQLITE)
+        uri = without_password(uri)
+        name = uri.removeprefix(_SQLITE)
+        move = f"`mv {name} {name}.old`; `compactgpt sync` copies the runs again from .state/tracking"
+        if any(words in str(error) for words in _OTHER_SCHEMA):
             raise BadData(
-                f"{name} is damaged ({reason}): move it away (`mv {name} {name}.damaged`), then "
-                "`compactgpt sync` copies the runs again from the journals in .state/tracking"
+                f"{name} has the tables of another version of MLflow ({without_password(reason)}): upgrade "
+                f"an older one after a backup (`mlflow db upgrade {uri}`), move any other away ({move})"
             ) from error
+        if type(first) is sqlite3.DatabaseError:  # subclasses, such as a locked database, mean no damage
+            raise BadData(f"{name} is damaged ({reason}): move it away ({move})") from error
         raise Unreachable(
-            f"MLflow at {without_password(uri)} failed ({without_password(reason) or type(error).__name__}): "
+            f"MLflow at {uri} failed ({without_password(reason) or type(error).__name__}): "
             "no run is lost; when MLflow answers, `compactgpt sync` copies the runs from .state/tracking"
         ) from error
 
