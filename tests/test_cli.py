@@ -139,6 +139,19 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     assert piped.stdout == single.stdout
 
 
+def test_evaluate_cuts_a_file_into_documents_as_the_pipeline_does(project):
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "a.txt").write_text("the cat\n\nin the hat\n\nthen")
+    expected = compactgpt.load().score(["the cat", "in the hat", "then"])
+    done = run("evaluate", "a.txt", "--split", "blank-lines", "--json")
+    assert json.loads(done.stdout)["models/compact"]["loss"] == expected.loss
+    assert json.loads(done.stdout)["models/compact"]["documents"] == 3
+    for split, message in (("words", "'blank-lines'"), ("heading", "write the regular expression")):
+        refused = run("evaluate", "a.txt", "--split", split)
+        assert refused.exit_code == 78
+        assert message in refused.output
+
+
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [

@@ -1,5 +1,6 @@
 """Commands that show what a run produced: text of the model, measurements of text, sources of numbers."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from compactgpt.common.errors import BadData, CheckFailed, MissingInput, printab
 
 if TYPE_CHECKING:
     from compactgpt.api import Score
+    from compactgpt.config import Params
 
 app = typer.Typer()
 
@@ -173,6 +175,15 @@ def evaluate(
         ),
     ],
     model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; may be given again.")] = [MODEL],  # noqa: B006 (typer copies it)
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="WAY",
+            help="Cut each file into documents: auto, blank-lines, lines, heading or size, as "
+            "download.files.split in params.yaml. Without it, each file is one document.",
+        ),
+    ] = "",
     tokenizer: TokenizerFolder = None,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
@@ -187,10 +198,10 @@ def evaluate(
     from compactgpt.api import default_likelihood, load
     from compactgpt.config import load_params
 
-    documents = [_read_text(name) for name in files]
+    params = load_params(params_file) if params_file.exists() or split else None
+    documents = [text for name in files for text in _read_documents(name, params, split)]
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
-    settings = load_params(params_file).evaluation.likelihood if params_file.exists() else None
-    likelihood = default_likelihood(models, settings)
+    likelihood = default_likelihood(models, params.evaluation.likelihood if params else None)
     scores = {}
     for one in models:
         progress = ProgressBar(one.name, "windows")
@@ -210,7 +221,20 @@ def evaluate(
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not score.intervals:
-        echo("no intervals: they need several documents")
+        echo("no intervals: they need several documents (several files, or --split)")
+
+
+def _read_documents(name: str, params: "Params | None", split: str) -> list[str]:
+    """Return the documents of a text file. `split` replaces `download.files.split`; empty: one document."""
+    from compactgpt.common.sections import check_section
+    from compactgpt.config import Files
+    from compactgpt.data.splitting import split_text
+
+    text = _read_text(name)
+    if params is None or not split:
+        return [text]
+    files = check_section({**params.download.files.model_dump(), "split": split}, Files, "--split")
+    return [piece.text for piece in split_text(io.BytesIO(text.encode()), name, files, len(text))]
 
 
 def _figure(score: "Score", name: str, digits: int) -> str:
