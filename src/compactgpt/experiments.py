@@ -57,7 +57,7 @@ class Expected(Section):
     claims: tuple[str, ...]  # ids in claims.yaml
     expected: Literal["above", "below"]  # where the claims put the value: above or below that of no effect
     quantity: Line
-    no_effect: Line  # what it means if no effect is found
+    otherwise: Line  # what it means if the runs do not point the same way
 
 
 class Comparison(Expected):

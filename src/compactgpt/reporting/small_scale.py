@@ -170,8 +170,8 @@ def _directions(expected: Expected, interval: Interval, runs: tuple[int, int]) -
     bounds = f"{interval.low:.3f} to {interval.high:.3f}"
     number = f"runs: {runs[0]} and {runs[1]}"
     text = f"at demo scale: {says}: {expected.quantity} is {interval.value:.3f} ({bounds}; {number})"
-    if outcome == "no effect found":
-        text += f"; {expected.no_effect}"
+    if outcome != "same way":
+        text += f"; {expected.otherwise}"
     for claim in expected.claims:
         yield Direction(
             claim=claim, outcome=outcome, quantity=expected.quantity,
