@@ -1,7 +1,7 @@
-"""The sections of params.yaml as frozen, strict, typed objects.
+"""The sections of params.yaml as immutable typed objects.
 
-A stage reads the file once, at its start; below the entry points only these objects are passed on. Units and
-meanings are next to the numbers, in params.yaml.
+A stage script reads params.yaml once, when it starts, and passes these objects to the functions that it
+calls. The comments in params.yaml explain each value and its unit.
 """
 
 import os
@@ -59,7 +59,7 @@ def _regex_mistakes(key: str, pattern: str | None) -> Iterator[str]:
 
 
 class Runtime(Section):
-    """What the process runs on."""
+    """The device, the numbers of threads and processes, and how often training reports."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     num_threads: Positive
@@ -70,7 +70,7 @@ class Runtime(Section):
 
 
 class Lengths(Section):
-    """Bounds of one document's length."""
+    """The allowed lengths of a document."""
 
     min_characters: Count
     max_characters: Positive
@@ -82,7 +82,7 @@ class Lengths(Section):
 
 
 class Docstrings(Lengths):
-    """The built-in corpus: docstrings of installed distributions, by name and version."""
+    """The built-in corpus: the docstrings of installed distributions, by name and version."""
 
     distributions: Annotated[dict[Name, str], Field(min_length=1)]
     exclude: tuple[str, ...]
@@ -109,7 +109,7 @@ class Files(Section):
 
 
 class HubSet(Section):
-    """A data set of the Hugging Face hub, pinned by commit or hash, and how its rows become documents."""
+    """A data set of the Hugging Face hub at a commit or with a hash, and how its rows become documents."""
 
     repo: HubRepository
     config: str | None
@@ -134,7 +134,7 @@ class HubSet(Section):
 
 
 class HubCorpus(Section):
-    """Data sets of the Hugging Face hub, and which of them is the corpus."""
+    """Data sets of the Hugging Face hub, and the name of the one that is the corpus."""
 
     name: Name
     mirror: UserPath | None
@@ -146,7 +146,7 @@ class HubCorpus(Section):
 
 
 class Tokenizer(Section):
-    """A tiktoken encoding, and the wheel that contains GPT-2's files."""
+    """A tiktoken encoding, and the wheel that contains the files of GPT-2's tokenizer."""
 
     encoding: str
     wheel: Wheel
@@ -156,7 +156,7 @@ class Tokenizer(Section):
 
 
 class Download(Section):
-    """Where the corpus and the tokenizer come from."""
+    """The sources of the corpus and of the tokenizer."""
 
     corpus: Literal["docstrings", "files", "hub"]
     max_documents: Positive | None
@@ -177,7 +177,7 @@ class Download(Section):
 
 
 class Validation(Lengths):
-    """Bounds of the Great Expectations suite on documents."""
+    """The limits that the Great Expectations suite checks for documents."""
 
     min_documents: Positive
     min_total_megabytes: NonNegative
@@ -189,7 +189,7 @@ class Validation(Lengths):
 
 
 class Tokenization(Section):
-    """How documents become token files."""
+    """How documents are assigned to train and val, and tokenized."""
 
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split: Literal["hash", "tail"] = "hash"
@@ -198,7 +198,7 @@ class Tokenization(Section):
 
 
 class Inspection(Section):
-    """Bounds for token files, and for repeated text within and between splits."""
+    """The limits that the Great Expectations suite checks for token files, and for repeated text."""
 
     min_val_documents: Positive
     max_val_deviation: PositiveFloat
@@ -220,7 +220,7 @@ class Inspection(Section):
 
 
 class Model(Section):
-    """The shape of a GPT: nanoGPT's GPTConfig, with the padded vocabulary as a key of its own."""
+    """The shape of a GPT: the values of nanoGPT's GPTConfig, and the size of the padded vocabulary."""
 
     block_size: Positive
     n_layer: Positive
@@ -243,7 +243,7 @@ class Model(Section):
 
 
 class Launcher(Section):
-    """How many processes train one model together on this machine, and how they share the work."""
+    """The number of processes that train one model on this machine, and how they divide the work."""
 
     processes: Positive = 1
     mode: Literal["fast", "fsdp"] = "fast"
@@ -252,7 +252,7 @@ class Launcher(Section):
 
 
 class Training(Section):
-    """Budget, optimizer, schedule and arithmetic of one training run."""
+    """The settings of one training run: number of steps, optimizer, schedule and arithmetic."""
 
     seed: Seed
     init_from: UserPath = SCRATCH
@@ -298,7 +298,7 @@ class Training(Section):
 
 
 class Likelihood(Section):
-    """How every model is measured on the val split: what the figures of a baseline depend on."""
+    """How every model is measured on the val split. If a value changes, every baseline is measured again."""
 
     document_tokens: Positive | None = None  # tokens of each document that are scored; None: all
     window: Positive
@@ -309,7 +309,7 @@ class Likelihood(Section):
 
 
 class Source(Section):
-    """A published file of text: a local path or a file of the Hugging Face hub, always with its hash."""
+    """A published text file, with its hash: a local file, or a file on the Hugging Face hub."""
 
     path: UserPath | None = None
     repo: str | None = None
@@ -324,7 +324,7 @@ class Source(Section):
 
 
 class Tasks(Section):
-    """Questions with one right answer, for every neural model."""
+    """Tasks for every neural model: each question has one correct answer."""
 
     cloze_items: Count
     cloze_characters: Positive
@@ -336,7 +336,7 @@ class Tasks(Section):
 
 
 class Text(Section):
-    """Text that every neural model writes."""
+    """The texts that every neural model generates."""
 
     prompts: tuple[str, ...]
     documents: Annotated[int, Field(ge=2)]
@@ -358,13 +358,13 @@ class Evaluation(Section):
 
 
 class _Spec(Section):
-    """What every kind of baseline has."""
+    """The keys that every kind of baseline has."""
 
     label: str = ""  # the name in tables; empty: the key in `specs`
 
 
 class Unigram(_Spec):
-    """Token frequencies of the training split: what any trained model must beat."""
+    """A model that knows only the token frequencies of the train split."""
 
     kind: Literal["unigram"]
 
@@ -403,7 +403,7 @@ class Gguf(_Spec):
 
 
 class Folder(_Spec):
-    """A causal language model in Hugging Face form in a local folder (safetensors)."""
+    """A causal language model in Hugging Face's format in a local folder, with safetensors weights."""
 
     kind: Literal["folder"]
     path: UserPath
@@ -411,7 +411,7 @@ class Folder(_Spec):
 
 
 class Hub(_Spec):
-    """A causal language model of the Hugging Face hub at a pinned commit (safetensors)."""
+    """A causal language model on the Hugging Face hub at a commit, with safetensors weights."""
 
     kind: Literal["hub"]
     repo: HubRepository
@@ -422,7 +422,7 @@ BaselineSpec = Annotated[Unigram | Compressor | Ngram | Gguf | Folder | Hub, Fie
 
 
 class Baseline(Section):
-    """Other models, measured in the same evaluation."""
+    """The other models that are measured in the same way."""
 
     names: tuple[Name, ...]
     specs: dict[Name, BaselineSpec]
@@ -436,7 +436,7 @@ class Baseline(Section):
 
 
 class ExpectedLoss(Section):
-    """A loss written down before it was measured: nats per token, with two intervals."""
+    """A loss that was predicted before it was measured, in nats per token, with two intervals."""
 
     value: Loss
     low_80: Loss
@@ -462,7 +462,7 @@ class NoteRun(Model):
 
 
 class Machine(Section):
-    """A machine that could do the training."""
+    """A machine whose training time is estimated."""
 
     peak_teraflops: PositiveFloat
     utilisation: PositiveShare
@@ -485,7 +485,7 @@ class Anchor(Section):
 
 
 class Estimate(Section):
-    """What is estimated, for which machines, and from which reference runs."""
+    """The configuration, the machines and the reference runs of the estimate."""
 
     note: NoteRun
     corpus_tokens: dict[Name, Positive] = Field(default_factory=dict)
@@ -495,13 +495,13 @@ class Estimate(Section):
 
 
 class Comparison(Section):
-    """How the table is rendered."""
+    """The language of the reports."""
 
     language: Literal["en", "fr"]
 
 
 class Regression(Section):
-    """How much worse a metric may get, and how sure the gate must be; no output of a stage depends on it."""
+    """The limits of the gate: how much worse a metric may become. No output of a stage depends on them."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
     rerun_noise: NonNegative

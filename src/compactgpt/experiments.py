@@ -1,9 +1,10 @@
-"""Named experiments: small files of settings that are applied to params.yaml, the only file that DVC reads.
+"""Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
 
-`conf/experiments/<name>.yaml` states what an experiment is for, what it needs and which values it sets;
-`conf/parts/` holds settings that several of them share (a recipe, a machine). An experiment is applied on top
-of the shipped demo, so that the result does not depend on what was applied before. An experiment with a
-`sweep` is many runs instead: `evaluation.sweep_runs` trains them one after the other, and params.yaml stays.
+`conf/experiments/<name>.yaml` states the purpose of an experiment, what it needs and the values that it sets.
+`conf/parts/` has settings that several experiments share, such as those of a machine. The values of the demo
+are set first, so that the result does not depend on an experiment that was applied before. An experiment with
+a `sweep` has many runs: `evaluation.sweep_runs` trains them one after the other, and does not change
+params.yaml.
 """
 
 import copy
@@ -52,7 +53,7 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """What some claims say about a value that small runs measure."""
+    """The value that some claims of the note predict for small runs."""
 
     claims: tuple[str, ...]  # ids in claims.yaml
     expected: Literal["above", "below"]  # where the claims put the value: above or below that of no effect
@@ -103,11 +104,11 @@ class Experiment(Part):
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
-    """Return all named experiments, by name.
+    """Return every named experiment, by its name.
 
     Raises:
         MissingInput: the folder does not exist.
-        BadConfig: one of the files is not valid.
+        BadConfig: a file is not valid.
     """
     folder = conf / "experiments"
     if not folder.is_dir():
@@ -119,7 +120,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
     """Return one experiment by its name.
 
     Raises:
-        MissingInput, BadConfig: see `load_experiments`; or no experiment has that name.
+        MissingInput, BadConfig: as `load_experiments`; BadConfig also if no experiment has this name.
     """
     known = load_experiments(conf)
     if name not in known:
@@ -132,10 +133,10 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF) -> None:
-    """Change a tree of params in place: set the values of the demo, of the experiment's parts, its own.
+    """Set the values of the demo, of the experiment's parts and of the experiment in a tree of params.
 
     Raises:
-        BadConfig, MissingInput: the experiment, or a part that it names, does not exist.
+        BadConfig, MissingInput: the experiment or one of its parts does not exist.
     """
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
@@ -153,7 +154,7 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
             if not tree[key] and not was_empty:
                 tree[key] = {}  # ruamel.yaml would write the emptied mapping without its indentation
         elif value is None:
-            if tree.get(key) is not None:  # a key that is null already keeps its line and comment
+            if tree.get(key) is not None:  # a key that is null keeps its line and comment
                 del tree[key]
         elif tree.get(key) != value:  # an equal value keeps its form, such as 2.0e-3
             tree[key] = copy.deepcopy(value)
@@ -162,7 +163,7 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
     """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
 
-    An unknown key is set, too: `check_section` refuses it later.
+    An unknown key is also set; `check_section` refuses it later.
 
     Raises:
         BadConfig: a setting has no `=`, or no valid YAML after it.
@@ -186,7 +187,7 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
 
 
 def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
-    """Return the configuration of params.yaml with `key=value` settings; nothing is written.
+    """Return the configuration of params.yaml with `key=value` settings, without writing the file.
 
     Raises:
         MissingInput, BadConfig: a setting names an unknown key, or the result is not valid.
@@ -197,7 +198,7 @@ def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
 
 
 def _read_tree(params_file: Path) -> dict[str, Any]:
-    """Read params.yaml; one that is empty, a list or a number is refused as a stage refuses it."""
+    """Return the content of params.yaml; raise BadConfig if it is not a mapping."""
     tree: dict[str, Any] = read_yaml(params_file)
     if not isinstance(tree, dict):
         parse_params(tree, str(params_file))
@@ -224,15 +225,15 @@ def list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Apply an experiment to params.yaml, and then `key=value` settings; comments and layout stay.
+    """Write the values of an experiment, and then `key=value` settings, into params.yaml.
 
-    Without `write` the file is not changed.
+    Comments and layout do not change. Without `write`, the file does not change.
 
     Returns:
         A line for each value that changes.
 
     Raises:
-        MissingInput, BadConfig: params.yaml is not valid before or after the change; it was not changed.
+        MissingInput, BadConfig: params.yaml is not valid before or after the change; nothing was written.
     """
 
     def change(tree: dict[str, Any]) -> None:
@@ -250,7 +251,7 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the text of params.yaml after a change of its tree, and a line for each value that differs.
 
-    Nothing is written. Comments and layout stay, since the reader and writer are those of `dvc exp run -S`.
+    Nothing is written. Comments and layout do not change: the YAML library is that of `dvc exp run -S`.
 
     Args:
         params_file: the file.
@@ -273,7 +274,7 @@ def edit_params(
 
 
 def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
-    """Return what an experiment is for, what it needs, and what it would change, line by line."""
+    """Return lines with the purpose of an experiment, what it needs, and what it would change."""
     experiment = find_experiment(name, conf)
     lines = [experiment.purpose, f"needs {experiment.needs}"]
     if experiment.sweep:
@@ -285,10 +286,10 @@ def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: P
 def sweep_points(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
 ) -> list[SweepPoint]:
-    """Return the runs of a sweep, each with its configuration; nothing is written.
+    """Return the runs of a sweep, each with its configuration, without writing a file.
 
     Raises:
-        BadConfig, MissingInput: one of the configurations is not valid.
+        BadConfig, MissingInput: a configuration is not valid.
     """
     experiment, points = find_experiment(name, conf), []
     for group, sweep in experiment.sweep.items():
@@ -307,10 +308,10 @@ def sweep_points(
 def configurations(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
 ) -> list[Params]:
-    """Return the configuration of each run that an experiment starts; nothing is written.
+    """Return the configuration of each run of an experiment, without writing a file.
 
     Raises:
-        BadConfig, MissingInput: one of them is not valid.
+        BadConfig, MissingInput: a configuration is not valid.
     """
     if find_experiment(name, conf).sweep:
         return [point.params for point in sweep_points(name, params_file, settings, conf)]
@@ -337,9 +338,9 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
 
 
 def _rename_earlier(run_name: str, environment: dict[str, str]) -> None:
-    """Rename the DVC experiment that has a name already, so that its results stay.
+    """Rename an earlier DVC experiment that has the name `run_name`, so that its results are kept.
 
-    `dvc exp run -f` would replace it and run every stage again. DVC keeps names by commit.
+    `dvc exp run -f` would replace it and run every stage again. In DVC a name is unique for each commit.
     """
     head = run_git(Path(), "rev-parse", "HEAD").decode().strip()
     refs = run_git(Path(), "for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{head[:2]}/{head[2:]}")

@@ -1,4 +1,4 @@
-"""What a user sees in the terminal: progress, results, and a mistake as one sentence with an exit code."""
+"""Print progress, results and messages; turn a user's mistake into one sentence and an exit code."""
 
 import re
 import signal
@@ -22,7 +22,7 @@ from compactgpt.common.torchrun import dist_info, under_torchrun
 
 
 class Progress(Protocol):
-    """Called now and then during long work: `done` units of `total`, and a few formatted figures."""
+    """A function that long work calls repeatedly: `done` of `total` units, and a few formatted figures."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished."""
@@ -33,7 +33,7 @@ def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> N
 
 
 class ProgressBar:
-    """Progress on stderr: a live bar on a terminal, a plain line every 15 seconds elsewhere."""
+    """Show progress on stderr: a progress bar on a terminal, otherwise a line every 15 seconds."""
 
     def __init__(self, name: str, unit: str) -> None:
         self.name, self.unit = name, unit
@@ -68,18 +68,18 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
     """Print a user's mistake as one sentence on stderr, and exit with its code.
 
     Args:
-        stopped: the message for Ctrl-C.
+        stopped: the message that is printed after Ctrl-C.
     """
     try:
         yield
     except UserError as error:
-        # Of several processes that meet the same mistake at the same step, one prints it.
+        # If several processes make the same mistake at the same step, only the main process prints it.
         if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
             report(f"error: {error}")
-        if under_torchrun():  # it sends SIGTERM to the others, and to this process on its way out
+        if under_torchrun():  # torchrun sends SIGTERM to the other processes, and to this one while it exits
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(error.exit_code) from error
-    except OSError as error:  # from files that are not written through common.storage, such as journals
+    except OSError as error:  # an error of a file that common.storage does not write, such as a journal
         user_error = user_error_of(error, Path.cwd())
         if user_error is None:
             raise
@@ -97,8 +97,8 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
 
 
 def extra_with(module: str) -> str:
-    """Return the extra of this package that installs a module, from the package's metadata; empty if none."""
-    from importlib.metadata import PackageNotFoundError, requires  # 50 ms: only when something is missing
+    """Return the extra of this package that installs a module; an empty string if no extra does."""
+    from importlib.metadata import PackageNotFoundError, requires  # takes 50 ms, and is rarely needed
 
     wanted = module.partition(".")[0].replace("_", "-")
     with suppress(PackageNotFoundError):

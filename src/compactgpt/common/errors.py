@@ -1,23 +1,24 @@
-"""Errors that a user can act on, each with the exit code that scripts can test.
+"""Errors that a user can act on, each with an exit code that scripts can test.
 
-A stage or command prints the message of a `UserError` as one sentence and exits with `exit_code`; any other
-exception is a bug of this project. The codes follow sysexits.h where it has one.
+A stage or command prints the message of a `UserError` as one sentence, and exits with its `exit_code`. Any
+other exception is a bug of this project. The exit codes are those of sysexits.h, if it has a suitable one.
 """
 
 import errno
 import unicodedata
 from pathlib import Path
 
-# Control, format (bidirectional ones too), surrogate (bytes that are not UTF-8), line, paragraph separator.
+# Unicode categories: control, format (also marks for the direction of text), surrogate (which stands for a
+# byte that is not UTF-8), line separator, paragraph separator.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with control characters and invisible characters escaped, safe to print.
+    """Return `text` with control characters and invisible characters as escapes, so that it is safe to print.
 
     Args:
-        text: a file name, a message, or any other text from outside.
-        keep: characters that are left as they are, such as a message's own line breaks.
+        text: any text, such as a file name, a message or generated text.
+        keep: characters that are not escaped, such as line breaks in a message.
     """
     if text.isprintable():
         return text
@@ -36,13 +37,13 @@ class UserError(Exception):
 
 
 class CheckFailed(UserError):
-    """A check of the project ran and failed (an expectation, the gate)."""
+    """A check of the project failed, such as an expectation about the data or the gate."""
 
     exit_code = 3
 
 
 class BadData(UserError):
-    """A file is not as it must be: empty, cut short, altered, not UTF-8, of another version."""
+    """A file is not valid: it is empty, cut short, altered, not UTF-8, or of another version."""
 
     exit_code = 65
 
@@ -64,7 +65,7 @@ class Unreachable(UserError):
 
 
 class OutOfMemory(UserError):
-    """The work as it is configured needs more memory than there is."""
+    """The work needs more memory than this machine has."""
 
     exit_code = 71
 
@@ -82,17 +83,17 @@ class DiskFailed(UserError):
 
 
 class Busy(UserError):
-    """Another process does this work now, or this one was asked to stop: run it again later."""
+    """Another process does this work now, or this process was asked to stop: run the command again later."""
 
     exit_code = 75
 
 
 class PeerLost(Busy):
-    """Another process of a distributed training stopped: torchrun starts all of them again."""
+    """Another process of a distributed training stopped: torchrun restarts all processes."""
 
 
 class NotAllowed(UserError):
-    """The user may not read or write there, or the project refuses to, as for a folder with other files."""
+    """The user has no permission to read or write a path, or the project refuses to replace its files."""
 
     exit_code = 77
 
@@ -110,11 +111,11 @@ class NotFinite(UserError):
 
 
 def user_error_of(error: OSError, path: Path) -> UserError | None:
-    """Return an error of the system as one that the user can act on; None if it is a bug of this project.
+    """Return the `UserError` for an error of the operating system; None if it is a bug of this project.
 
     Args:
-        error: any; its own file name, if it has one, goes before `path`.
-        path: what was read or written.
+        error: the error. If it has a file name, the message shows that name.
+        path: what was read or written; shown if the error has no file name.
     """
     place = error.filename or path
     if error.errno == errno.EIO:

@@ -1,7 +1,7 @@
-"""Strict sections of YAML files: what is in a file is checked once, before any work.
+"""Read YAML files as typed objects, and check every value before any work starts.
 
-An unknown key, a wrong type or an impossible value is refused with the key's path, what was found and what is
-allowed. YAML is read with DVC's own reader.
+An unknown key, a wrong type or an invalid value is an error. The message has the path of the key, the value
+that was found and the values that are allowed. YAML is read with the reader that DVC uses.
 """
 
 import copy
@@ -19,20 +19,20 @@ from ruamel.yaml.error import YAMLError
 from compactgpt.common.errors import BadConfig, MissingInput, printable
 from compactgpt.common.git import find_conflict
 
-# A name becomes part of paths, of DVC's stage names and of MLflow's runs: no character may have a meaning
-# there. (DVC reads a dot as a step into a mapping.)
+# A name is a part of paths, of DVC's stage names and of MLflow's run names, so it may not contain characters
+# with a meaning there. (In DVC a dot separates the keys of nested mappings.)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
-    """One section of a YAML file: immutable, with no key but the declared ones."""
+    """One section of a YAML file: an immutable object that refuses undeclared keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _mistakes(self) -> Iterator[str]:
-        """Yield a message for each rule between several keys that does not hold."""
+        """Yield a message for each rule about several keys that the section violates."""
         yield from ()
 
     @model_validator(mode="after")
@@ -50,13 +50,14 @@ def load_section(path: Path, section: type[SectionType]) -> SectionType:
 
     Raises:
         MissingInput: there is no such file.
-        BadConfig: it is not valid YAML, or a key is unknown, missing, of the wrong type or impossible; the
-            message names every such key.
+        BadConfig: the file is not valid YAML, or a key is unknown, missing, of the wrong type or invalid.
+            The message names every such key.
     """
     return check_section(read_yaml(path), section, str(path))
 
 
-# Besides its own error, ruamel.yaml raises these for impossible dates, numbers, tags and depths.
+# Besides its own error, ruamel.yaml raises these errors for invalid dates, numbers and tags, and for deep
+# nesting.
 YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -80,17 +81,17 @@ def read_yaml(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def parse_yaml(content: bytes | str) -> Any:
-    """Parse YAML 1.2, as DVC does; callers must not change the result.
+    """Return parsed YAML 1.2, as DVC parses it. Callers must not change the result.
 
-    Cached, since params.yaml takes a tenth of a second and a process may read it ten times.
+    The result is cached: parsing params.yaml takes 0.1 s, and a process may read it ten times.
     """
     return YAML(typ="safe", pure=True).load(content)
 
 
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
-    """Check parsed YAML as a section: see `load_section`."""
+    """Return parsed YAML as a section; `source` names it in messages. See `load_section`."""
     try:
-        # In pydantic's strict mode only JSON may give a list for a tuple.
+        # In strict mode pydantic accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
@@ -100,13 +101,13 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
 
 
 def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
-    """Describe one mistake in one line: the key's path, what was found, what is allowed."""
+    """Describe one mistake in one line: the path of the key, what was found, and what is allowed."""
     path, node = [], json.loads(json.dumps(tree, default=str))
     for part in detail["loc"]:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # pydantic adds words of its own, such as the `kind` that selects one section of several.
+            # pydantic adds words that are no keys, such as the `kind` that selects one of several sections.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -131,7 +132,7 @@ def _keys_at(section: type[Section], path: list[str]) -> list[str]:
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        if fields:  # otherwise `part` is a free name, or a place in a list
+        if fields:  # otherwise `part` is a name that the user chose, or a position in a list
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})
 

@@ -1,4 +1,4 @@
-"""One function over many tasks in several processes: results in order, bounded memory, no orphans."""
+"""Call a function for many tasks in several processes, with the results in order and bounded memory."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     """Yield `function(task)` for each task, in the order of the tasks.
 
     Args:
-        function: importable by name; its argument and result can be pickled.
-        tasks: taken one by one; at most 2 x `num_workers` of them run or wait.
-        num_workers: processes; with 1 this process does the work.
+        function: a function of a module, not a lambda. Its argument and its result can be pickled.
+        tasks: the arguments. At most 2 x `num_workers` tasks run or wait at the same time.
+        num_workers: the number of processes. With 1, this process calls the function.
 
     Raises:
         Busy: a worker was killed.
-        Exception: whatever `function` raises, for the first task that raises.
+        Exception: the exception of the first task for which `function` raises one.
     """
     if num_workers == 1:
         yield from map(function, tasks)
@@ -37,7 +37,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     try:
         for task in tasks:
             running.append(pool.submit(function, task))
-            # Enough for no worker to wait; more results would fill the memory of this process.
+            # With this many tasks no worker waits. More results would fill the memory of this process.
             if len(running) == 2 * num_workers:
                 yield running.popleft().result()
         while running:
@@ -52,12 +52,12 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed; otherwise it would wait for tasks for ever."""
+    """End this worker when its parent process ends; otherwise the worker would wait for tasks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def exit_after_parent() -> None:
-        wait([parent.sentinel])  # readable when the parent has ended, for whatever reason
+        wait([parent.sentinel])  # returns when the parent has ended, also after SIGKILL
         os._exit(1)
 
     threading.Thread(target=exit_after_parent, daemon=True).start()
