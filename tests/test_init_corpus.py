@@ -33,6 +33,7 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "project"
     (folder / "corpus").mkdir(parents=True)
     shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
+    shutil.copytree(ROOT / "conf", folder / "conf")
     monkeypatch.chdir(folder)
 
     def add(words, environment):
@@ -125,6 +126,24 @@ def test_the_time_or_the_steps_are_as_asked_and_intervals_fit_them(project, tmp_
     changed = [line for line in after if line not in before]
     assert len(after) == len(before)
     assert len(changed) == len([line for line in done.output.splitlines() if " -> " in line])
+
+
+def test_a_second_corpus_has_no_limits_of_the_first(project, tmp_path):
+    rows, notes = write_text(tmp_path, "rows"), write_text(tmp_path, "Chinese notes")
+    found = []
+    for paths in ([rows], [notes], [rows]):
+        plan = init_corpus.plan_corpus(paths, Path("params.yaml"))
+        init_corpus.apply_plan(plan, Path("params.yaml"))
+        found.append(plan.content)
+    assert found[0] == found[2] != found[1]
+
+
+def test_an_experiment_takes_a_corpus(project, tmp_path):
+    path = str(write_text(tmp_path, "rows"))
+    done = CliRunner().invoke(app, ["experiment", "apply", "context-1024", "--corpus", path])
+    assert done.exit_code == 0, done.output
+    params = load_params(Path("params.yaml"))
+    assert (params.model.block_size, params.download.files.patterns) == (1024, ("corpus/rows.jsonl",))
 
 
 def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path):

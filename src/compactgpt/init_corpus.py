@@ -13,12 +13,21 @@ from typing import Any
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
 from compactgpt.common.git import require_repository
+from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_text
-from compactgpt.config import Download, Evaluation, Params, load_params
+from compactgpt.config import Download, Evaluation, Params, load_params, parse_params
 from compactgpt.data.documents import MEGABYTE, new_document
 from compactgpt.data.text_files import FOLDER, list_files, read_file
 from compactgpt.data.validation import document_row, fitting_limits
-from compactgpt.experiments import dvc_environment, edit_params, run_dvc
+from compactgpt.experiments import (
+    CONF,
+    DEMO,
+    dvc_environment,
+    edit_params,
+    find_experiment,
+    merge_patch,
+    run_dvc,
+)
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # of text; read and described in a few seconds
@@ -87,7 +96,7 @@ def plan_corpus(
         BadData: a file can't be read as text, or there are fewer than two documents.
         BadConfig: two files would have the same name in corpus/.
     """
-    params = load_params(params_file)
+    params = _with_limits_of_demo(params_file)
     places = [find_place(path, params_file.absolute().parent) for path in paths]
     watched = [*dict.fromkeys(place.watched for place in places)]
     if len(watched) < len(places):
@@ -106,12 +115,21 @@ def plan_corpus(
     return Plan(found, additions, changes, content)
 
 
+def _with_limits_of_demo(params_file: Path) -> Params:
+    """Return params.yaml with the demo's limits, so that no limit of an earlier corpus stays."""
+    load_params(params_file)  # names its mistakes
+    tree, demo = read_yaml(params_file), find_experiment(DEMO, params_file.parent / CONF).params
+    limits = {key: demo[key] for key in ("validation", "inspection")}
+    merge_patch(tree, limits | {"evaluation": {"text": demo["evaluation"]["text"]}})
+    return parse_params(tree)
+
+
 def _assign(patch: dict[str, Any], tree: dict[str, Any]) -> None:
     """Set the values of a patch in a tree. Unlike in `merge_patch`, None is a value, which keeps its line."""
     for key, value in patch.items():
         if isinstance(value, dict):
             _assign(value, tree[key])
-        elif tree[key] != value:  # an equal value keeps its form, such as 2_000_000
+        elif tree.get(key) != value:  # an equal value keeps its form, such as 2_000_000
             tree[key] = value
 
 

@@ -274,10 +274,7 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
     texts[7] = replace_words(texts[55], 2)
     groups = row_groups(write_inputs(tmp_path, texts[:50], texts[50:]) / "documents")
     assert len(groups) > 16
-    one, two = (
-        digest_documents(groups, PARAMS, SplitRule(1 / 6), num_workers=workers, total=60)
-        for workers in (1, 2)
-    )
+    one, two = (digest_documents(groups, PARAMS, SplitRule(1 / 6), 60, workers) for workers in (1, 2))
     assert {key: value.tolist() for key, value in vars(one).items()} == {
         key: value.tolist() for key, value in vars(two).items()
     }
@@ -306,7 +303,7 @@ def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_
         write_documents(temporary, documents)
     params = PARAMS.model_copy(update={"similarity": 0.3, "bands": 64})
     groups = row_groups(tmp_path / "documents")
-    corpus = digest_documents(groups, params, SplitRule(0.1), num_workers=1, total=6)
+    corpus = digest_documents(groups, params, SplitRule(0.1), 6)
     _, across = find_near_duplicates(corpus, params)
 
     def shingles(text):

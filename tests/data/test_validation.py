@@ -230,11 +230,8 @@ def test_the_stage_logs_data_docs_to_its_run(run_stage, tmp_path, monkeypatch):
     assert "Data Docs" in index.read_text()
 
 
-def test_data_docs_need_no_network_and_replace_those_of_earlier_versions(tmp_path):
-    (tmp_path / "docs/static").mkdir(parents=True)
-    (tmp_path / "docs/.compactgpt-data-docs").write_text("")
+def test_data_docs_need_no_network(tmp_path):
     check(tmp_path, GOOD)
-    assert not (tmp_path / "docs/.compactgpt-data-docs").exists()
     remote = re.compile(r"""(?:src|<link[^>]*href)=["']?https?:|url\(["']?https?:|<script""")
     pages = [*(tmp_path / "docs").rglob("*.html")]
     assert len(pages) == 5

@@ -62,15 +62,26 @@ def init_corpus(
 
     Example: compactgpt init-corpus my.txt --yes
     """
+    _use_corpus(paths, params_file, minutes, steps, yes=yes)
+    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change of parameters")
+
+
+def _use_corpus(
+    paths: list[Path],
+    params_file: Path,
+    minutes: float | None = None,
+    steps: int | None = None,
+    *,
+    yes: bool = True,
+) -> None:
     from compactgpt.init_corpus import apply_plan, plan_corpus
 
     plan = plan_corpus(paths, params_file, minutes=minutes, steps=steps)
     echo("\n".join([*plan.found, *(plan.changes or [f"{params_file} has these values already"])]))
-    if not yes and not sys.stdin.isatty():
+    if not yes and not (sys.stdin.isatty() and typer.confirm("Apply it?")):
         echo("nothing was changed; next: the same command with --yes")
-    elif yes or typer.confirm("Apply it?"):
-        apply_plan(plan, params_file)
-        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change of parameters")
+        raise typer.Exit
+    apply_plan(plan, params_file)
 
 
 @app.command()
@@ -120,11 +131,17 @@ def show_experiment(
 
 @experiment.command("apply")
 def apply_experiment(
-    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
+    name: ExperimentName,
+    settings: Settings = None,
+    corpus: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Your own text: see `compactgpt init-corpus`.")
+    ] = None,
+    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Change params.yaml to the values of an experiment.
 
-    Prints a line per parameter. Writes params.yaml; its comments stay.
+    Prints a line per parameter. Writes params.yaml; its comments stay. With --corpus it then does what
+    `compactgpt init-corpus PATH --yes` does.
 
     Example: compactgpt experiment apply note -S training.max_steps=1000
     """
@@ -132,6 +149,8 @@ def apply_experiment(
 
     changes = experiments.apply(name, params_file, settings or [])
     echo("\n".join(changes) or f"{params_file} has these values already")
+    if corpus:
+        _use_corpus(corpus, params_file)
     echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
 
 

@@ -151,22 +151,14 @@ def digest_documents(
     groups: list[RowGroup],
     params: Inspection,
     rule: SplitRule,
-    *,
-    num_workers: int,
     total: int,
+    num_workers: int = 1,
     progress: Progress = silent,
 ) -> Digest:
-    """Return the digest of all documents.
+    """Return the digest of all `total` documents, whose splits `rule` says.
 
-    The corpus is read twice: first to find the runs of val, then to digest every document.
-
-    Args:
-        groups: the row groups of the corpus.
-        params: the section `inspection` of params.yaml.
-        rule: determines the split of each document.
-        num_workers: number of processes; the result does not depend on it.
-        total: number of documents.
-        progress: called with the number of documents read.
+    The corpus is read twice: first to find the runs of val, then to digest every document. The result does
+    not depend on the number of workers.
     """
     runs = val_runs(groups, rule, params.overlap_words)
     num_owners = np.zeros(len(runs), np.int32)

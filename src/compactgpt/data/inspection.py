@@ -59,8 +59,8 @@ def inspect(
     Args:
         documents: folder of the document shards that the token files were made from.
         tokens: folder of token files.
-        docs: folder for Data Docs, replaced. Data Docs contain the time, so no DVC output may depend on them.
-        params: limits of the expectations, and settings of the search for duplicates.
+        docs: folder for Data Docs, replaced.
+        params: the section `inspection` of params.yaml.
         num_workers: number of processes; the result does not depend on it.
         progress: called with the number of documents read.
 
@@ -69,9 +69,7 @@ def inspect(
         shares), `flagged` (val documents that repeat others: id, source, kind, twin, score), `repeated` (the
         most similar twins within train), and `expectations` (the results of `check_expectations`).
 
-    Raises:
-        MissingInput: an input is missing.
-        BadData: an input is damaged.
+    Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
     # `verified_manifest` has verified the hashes.
@@ -79,8 +77,7 @@ def inspect(
     groups = row_groups(documents)
     rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
-    total = corpus_facts["documents"]
-    corpus = digest_documents(groups, params, rule, num_workers=num_workers, total=total, progress=progress)
+    corpus = digest_documents(groups, params, rule, corpus_facts["documents"], num_workers, progress)
     repetition, flagged, repeated = _find_repetition(corpus, params)
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
@@ -133,33 +130,28 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents"),
         at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents"),
     ]
-    share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
-    if rule.val_start is None:
-        expected = share * len(corpus.ids)
-        deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
-        row["share_deviation"] = abs(split.header.documents - expected) / deviation
-        fair = f"{name}: standard deviations of its size from a fair split"
-        suite.append(at_most("share_deviation", params.max_val_deviation, fair))
-    else:
-        excess = abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum()))
-        row["bytes_off_share"] = round(excess)
-        # The split is at a document's end, so it may be off by one document, which is at most the longest.
-        longest = int(corpus.byte_lengths.max())
-        suite.append(at_most("bytes_off_share", longest, f"{name}: bytes that its share is off"))
-    damaged = "run `dvc repro -f tokenization`"
-    damage = (
-        "highest_token",
-        "documents_without_end",
-        "ends_inside",
-        "documents_that_differ",
-        "bytes_off_share",
-    )
-    advice = dict.fromkeys(damage, damaged) | {
+    column, row_value, limit, what = _share_check(split, name, corpus, rule)
+    row[column] = row_value
+    suite.append(at_most(column, limit or params.max_val_deviation, f"{name}: {what}"))
+    advice = {
         "documents": "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
         f"{split.header.documents:,}, which makes intervals wide",
         "share_deviation": "set tokenization.split to tail, or raise inspection.max_val_deviation",
     }
-    return Table(name, [row], suite, advice)
+    return Table(name, [row], suite, dict.fromkeys(row, "run `dvc repro -f tokenization`") | advice)
+
+
+def _share_check(split: TokenFile, name: str, corpus: Digest, rule: SplitRule) -> tuple[str, float, int, str]:
+    """Return how far a split is from its share: column, value, limit (0: that of params.yaml), and text."""
+    share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
+    if rule.val_start is None:
+        expected = share * len(corpus.ids)
+        deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
+        value = abs(split.header.documents - expected) / deviation
+        return "share_deviation", value, 0, "standard deviations of its size from a fair split"
+    excess = abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum()))
+    # Val begins at a document, so its size may be off by one document, which is at most the longest one.
+    return "bytes_off_share", round(excess), int(corpus.byte_lengths.max()), "bytes that its share is off"
 
 
 def _count_tokens(split: TokenFile) -> dict[str, int]:

@@ -113,10 +113,6 @@ def tokenize(
         state: folder for the finished chunks of a killed run.
         progress: called with the number of bytes of text encoded.
 
-    Returns:
-        The report: the rule of the split, and for each split the number of documents, of tokens (end-of-text
-        included) and of bytes, and the hash of its token file.
-
     Raises:
         MissingInput: an input is missing.
         BadData: an input is damaged, or a split has no document.
@@ -124,14 +120,11 @@ def tokenize(
     corpus = verified_manifest(documents)
     saved = verified_manifest(tokenizer)  # once, before the workers load the tokenizer
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
-    chunk_folder = state / _state_key(corpus, facts, params)
-    for other in state.iterdir() if state.exists() else ():
-        if other != chunk_folder:  # chunks of other inputs
-            shutil.rmtree(other, ignore_errors=True)
+    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     rule = split_rule(groups, params.split, params.val_fraction, corpus["bytes"])
     tasks = [Task(group, tokenizer, facts["tokenizer_sha256"], params.encoder, rule) for group in groups]
-    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
+    chunk_folder = _chunk_folder(state, corpus, facts, params)
     _write_chunks(chunk_folder, tasks, settings, params.engine, num_workers, corpus["bytes"], progress)
     chunks = [chunk_folder / shard for shard in dict.fromkeys(task.shard for task in tasks)]
     with atomic_folder(folder, {**facts, **_rule_facts(params)}, kind="tokens") as temporary:
@@ -161,10 +154,18 @@ def _empty_split(split: Split, documents: int, params: Tokenization) -> str:
     return f"{found}: change {change} in params.yaml, or add text"
 
 
-def _state_key(corpus: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization) -> str:
-    """Return a hash of everything that determines the chunks: chunks of other inputs are never used."""
-    inputs = [STATE_VERSION, corpus["files"], facts, params.val_fraction, params.split, params.encoder]
-    return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
+def _chunk_folder(
+    state: Path, corpus: Mapping[str, Any], facts: Mapping[str, Any], params: Tokenization
+) -> Path:
+    """Return the folder of the chunks of these inputs, and remove the chunks of other inputs."""
+    # The name is a hash of everything that determines the chunks, so that no chunk is used for other inputs.
+    rule = [params.val_fraction, params.split]
+    inputs = json_bytes([STATE_VERSION, corpus["files"], facts, rule, params.encoder])
+    folder = state / hashlib.sha256(inputs).hexdigest()[:16]
+    for other in state.iterdir() if state.exists() else ():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
 
 
 def _write_chunks(
@@ -245,6 +246,7 @@ def _cached_encoder(tokenizer: Path, _sha256: str, choice: EncoderName) -> Tikto
 
 
 def _split_report(folder: Path, split: Split) -> dict[str, Any]:
+    """Return a split's numbers of documents, tokens (end-of-text included) and bytes, and its file's hash."""
     file = open_tokens(folder / f"{split}.tokens", verify=False)
     total_bytes = int(file.byte_lengths.sum())
     longest = int(np.diff(file.offsets).max())

@@ -297,8 +297,6 @@ def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> li
 
     # GX logs a traceback if it can't write a page. The stage itself reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
-    if (docs / ".compactgpt-data-docs").exists():  # from a version before 0.2, without a manifest
-        shutil.rmtree(docs)
     with atomic_folder(docs, kind="data docs") as temporary:
         context = gx.get_context(mode="ephemeral")
         context.variables.progress_bars = {"globally": False}
