@@ -11,7 +11,7 @@ from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
 SHOWN_SECTIONS = 5
-LEAST_WIDTH = 190  # columns; in a narrower terminal, rich would cut off numbers
+LEAST_WIDTH = 140  # columns; in a narrower terminal, rich would cut off numbers
 
 
 @app.command()
@@ -40,7 +40,7 @@ def _compare(stage: Stage) -> None:
     from compactgpt.reporting.html import render_files
     from compactgpt.reporting.schemas import read_sources
 
-    sources = read_sources(ROOT, REPORTS, Path("data"), Path("models"), stage.params.baseline.names)
+    sources = read_sources(ROOT, REPORTS, Path("data"), Path("models"), stage.params)
     record = build_record(sources)
     for name, content in render_files(record, stage.params.comparison.language).items():
         write_bytes(REPORTS / name, content)
@@ -65,7 +65,8 @@ def _replace_tables(pages: list[Path]) -> None:
     from compactgpt.reporting.markdown import render_claims, render_quoted_tables, replace_tables
 
     claims = load_section(ROOT / "claims.yaml", Claims).claims
-    tables = render_quoted_tables(read_json(REPORTS / RECORD)) | {"claims": render_claims(claims)}
+    record = read_json(REPORTS / RECORD)
+    tables = render_quoted_tables(record) | {"claims": render_claims(claims, record)}
     for page in pages:
         write_text(page, replace_tables(page.read_text("utf-8"), tables))
 

@@ -15,7 +15,8 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.sections import load_section
 from compactgpt.evaluation.likelihood import read_totals, write_totals
 from compactgpt.forecast.estimate import estimate
-from compactgpt.reporting import tables
+from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun, documents_sha256
+from compactgpt.reporting import html, tables
 from compactgpt.reporting.claims import Claims, Known
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.markdown import (
@@ -24,7 +25,10 @@ from compactgpt.reporting.markdown import (
     render_quoted_tables,
     replace_tables,
 )
+from compactgpt.reporting.model_card import render_model_card
 from compactgpt.reporting.provenance import code_hashes
+from compactgpt.reporting.schemas import RECIPE_LABEL
+from compactgpt.reporting.small_scale import Direction
 from tests.support.comparison_inputs import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -37,6 +41,7 @@ from tests.support.comparison_inputs import (
     record_of,
     run_comparison,
     sources_of,
+    write,
 )
 
 
@@ -142,8 +147,12 @@ def test_the_headline_says_what_is_claimed_known_and_measured(place):
     ):
         assert words in headline
         assert words.replace(".", ",") in french
-    expected = tables.show(evidence_of(record)["note.expected_perplexity"]["value"], "perplexity")
-    assert f"the small GPT is expected at {expected} but is not trained yet" in headline
+    rule = evidence_of(record)["note.expected_perplexity"]
+    held = record["calibration"]
+    expected = (
+        f"{tables.show_evidence(rule)} by a fixed rule, whose 95 % intervals held in {held['held_95']} of"
+    )
+    assert f"the small GPT is expected at {expected} {held['of']} runs, but is not trained yet" in headline
     claim = next(claim for claim in record["claims"] if claim["id"] == "L1")
     claim["decisions"] = [{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}]
     assert "was measured at 655,360,000" in tables.View(record).headline()
@@ -266,7 +275,7 @@ def test_the_terminal_shows_the_answer_and_the_tables_with_whole_numbers(place):
     (place / "reports/comparison.md").write_text(render_comparison(record_of(place)))
     done = run_comparison(place, "--show")
     assert done.exit_code == 0, done.output
-    for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "12.68", "80-120", "smollm2"):
+    for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "12.68", "80-120", "SmolLM2"):
         assert word in done.output
     assert "…" not in done.output
 
@@ -298,13 +307,14 @@ def test_the_stage_names_a_missing_report(place, monkeypatch):
 
 
 def test_a_diverged_model_has_every_table_and_picture(place):
-    """Its perplexity and its ratios are too large for a float: the cells are dashes."""
+    """Its perplexity and its ratios are too large for a float: the cells say so."""
     edit(place / "reports/evaluation.json", lambda report: report.update(perplexity=None))
     path = place / "data/evaluation/compact.parquet"
     totals = read_totals(path)
     write_totals(path, replace(totals, nats=totals.nats * 1e6))
     done = run_comparison(place)
     assert done.exit_code == 0, done.output
+    assert "| not defined |" in (place / "reports/comparison.md").read_text()
     assert "compact.perplexity" not in evidence_of(json.loads((place / "reports/evidence.json").read_text()))
 
 
@@ -339,6 +349,100 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert "| - | human | distinct_2 | 25.0%" in page
 
 
+@pytest.mark.parametrize("render", [render_comparison, render_model_card, html.render_page])
+def test_both_views_have_a_row_with_their_ratio(place, render):
+    """The compact model gains nothing from a longer context; the baseline gains 0.7 nats per token."""
+    record = record_of(place)
+    known, view = evidence_of(record), tables.View(record)
+    name = "smollm2-135m-instruct-q4"
+    ratio = known[f"ratio.compact_to_{name}.perplexity"]["value"]
+    own = known[f"ratio.compact_to_{name}.own.perplexity"]
+    assert own["value"] == pytest.approx(ratio * math.exp(0.7))
+    assert own["context"] == 128
+    assert known[f"{name}.own.clean.loss"]["value"] == pytest.approx(
+        known[f"{name}.clean.loss"]["value"] - 0.7
+    )
+    text = render(record)
+    for row in view.measured_rows():
+        for cell in row:
+            assert cell.text.split(" (")[0] in text
+    contexts = [row[2].text for row in view.measured_rows()]
+    assert contexts[0] == "same 128-token windows, which are its own context"
+    assert contexts[-2:] == ["same 128-token windows", "own context: 1,024 tokens"]
+    assert {row[0].text for row in view.measured_rows()[-2:]} == {"SmolLM2 135M, Instruct, 4 bits (Q4_1)"}
+    assert len(tables.MEASURED_COLUMNS) <= 9
+
+
+def test_the_notes_run_has_one_headline_and_a_persons_forecast_beside(place):
+    record = record_of(place)
+    known = evidence_of(record)
+    rule = estimate(PARAMS)["note"]["expected_loss"]
+    assert [known["note.expected_loss"][key] for key in ("value", "low", "high")] == [
+        rule[key] for key in ("value", "low_95", "high_95")
+    ]
+    assert (known["note.hand_set_loss"]["value"], known["note.hand_set_loss"]["known"]) == (4.0, "estimated")
+    for text in (render_comparison(record), html.render_page(record)):
+        assert (
+            "4.000 (3.820 to 4.200) nats per token, stands in params.yaml; it was written down when" in text
+        )
+
+
+def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
+    sources = sources_of(place)
+    line = "at demo scale: points the same way: perplexity is 1.100 (1.050 to 1.200), 2 and 2 runs"
+    found = Direction(
+        claim="C7",
+        outcome="same way",
+        quantity="perplexity",
+        unit="ratio",
+        value=1.1,
+        low=1.05,
+        high=1.2,
+        runs=(2, 2),
+        text=line,
+    )
+    changed = replace(sources, seed_losses=(4.40, 4.42, 4.44), directions=(found,))
+    before, record = (json.loads(json.dumps(build_record(one))) for one in (sources, changed))
+    assert [c["verdict"] for c in record["claims"]] == [c["verdict"] for c in before["claims"]]
+    assert evidence_of(record)["compact.seed_deviation"]["value"] == pytest.approx(0.02)
+    for text in (render_comparison(record), html.render_page(record)):
+        assert "standard deviation between seeds: 0.020" in text
+        assert line in text
+    assert line in render_claims(CLAIMS, record)
+    assert "à l'échelle de la démo : va dans le même sens" in render_comparison(record, "fr")
+
+
+def test_the_row_of_nanogpts_recipe_needs_the_same_documents(place):
+    ids, tokens = [f"{i:032x}" for i in range(DOCUMENTS)], TOKENS.tolist()
+    nats = tuple((nats_of("compact") + 0.5 * TOKENS).tolist())
+    run = SweepRun(
+        name="r", group="r", params={}, seed=1, num_params=9, num_params_non_embedding=9, max_steps=1,
+        tokens_per_step=1, optimizer="adamw", loss=float(sum(nats) / TOKENS.sum()), nats=nats,
+    )  # fmt: skip
+    for same in (True, False):
+        documents = ScoredDocuments(
+            ids_sha256=documents_sha256(ids if same else ids[::-1], tokens), tokens=tuple(tokens), sources=()
+        )
+        sweep = Sweep(
+            corpus={}, settings={}, data_sha256="a" * 64, train_tokens=1, val_tokens=1, runs=(run,),
+            documents=documents,
+        )  # fmt: skip
+        write(place / "results/nanogpt-recipe.json", sweep.model_dump(mode="json"))
+        record = record_of(place)
+        rows = [row[0].text for row in tables.View(record).measured_rows()]
+        assert (RECIPE_LABEL in rows) is same
+        if same:
+            ratio = evidence_of(record)["ratio.compact_to_nanogpt-recipe.perplexity"]
+            assert ratio["value"] == pytest.approx(math.exp(-0.5))
+
+
+def test_a_diverged_training_is_said_so(place):
+    edit(place / "reports/training.json", lambda report: report.update(diverged=True))
+    record = record_of(place)
+    assert "This model's training diverged." in render_comparison(record)
+    assert "This model&#39;s training diverged." in html.render_page(record)
+
+
 CLAIMS = load_section(ROOT / "claims.yaml", Claims).claims
 
 
@@ -358,7 +462,7 @@ def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
     assert done.exit_code == 0, done.output
     record = json.loads((place / "reports/evidence.json").read_text())
     assert render_quoted_tables(record)["measured"] in page.read_text()
-    assert render_claims(CLAIMS) in page.read_text()
+    assert render_claims(CLAIMS, record) in page.read_text()
 
 
 def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):

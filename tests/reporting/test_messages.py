@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.sections import load_section
+from compactgpt.experiments import find_experiment
 from compactgpt.forecast.estimate import estimate
 from compactgpt.reporting.claims import Claims
 from compactgpt.reporting.messages import LANGUAGES, TEMPLATES, load_messages, translate_phrase
@@ -34,7 +35,7 @@ def test_every_message_is_used():
     source = "".join(path.read_text("utf-8") for path in [*MODULES, *TEMPLATES.glob("*.j2")])
     # whose keys are put together, or come from the record
     built = r"known_|relation_|own_(better|worse|level)|(holds|repeats|fails|open|waits)(_1)?$|page_\w+_note$"
-    built += r"|\w+_of$"
+    built += r"|\w+_of$|context_(matched|own|both)$|small_(same_way|other_way|no_effect_found)$"
     built += r"|(greedy|top_k|nucleus)$|(train|val)_loss_curve$|page_(table|data|samples|claims|sources)$"
     built += r"|page_(curve|ratio|bits|positions|calibration|repetition)$"
     words = [key for key in load_messages("en")["text"] if not re.match(built, key)]
@@ -46,6 +47,9 @@ def test_sentences_of_the_record_are_known(language):
     claims = load_section(ROOT / "claims.yaml", Claims).claims
     sentences = [c.judged.reason for c in claims if c.judged.reason]
     sentences += estimate(PARAMS)["compact"]["notes"]
+    small = find_experiment("small-scale", ROOT / "conf")
+    for compared in (*small.comparisons, *small.texts):
+        sentences += [compared.quantity, compared.no_effect]
     assert len(sentences) >= 15
     for sentence in sentences:
         changed = translate_phrase(language, sentence)

@@ -51,8 +51,11 @@ def repository(tmp_path_factory):
     made = estimate(params, read_sweep(place / "results/ladder.json"))
     (place / "reports/estimate.json").write_bytes(json_bytes(made))
     for report, sums in reports_of(place).items():
-        made = figures((totals := read_totals(sums)).nats, totals)
+        totals = read_totals(sums)
+        made = figures(totals.nats, totals)
+        own = {view: figures(nats, totals) for view, nats in totals.views.items()}
         edit(report, lambda r, made=made: r.update(made))
+        edit(report, lambda r, own=own: [r["views"][view].update(made) for view, made in own.items()])
         edit(report, lambda r: r.get("tasks", {}).pop("cloze", None))
     with contextlib.chdir(place):
         done = run_comparison(place)

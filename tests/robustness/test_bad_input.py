@@ -401,7 +401,7 @@ def replaced(path, content):
 
 def sources(project):
     reports, data, models = (project / name for name in ("reports", "data", "models"))
-    return read_sources(project, reports, data, models, PARAMS.baseline.names)
+    return read_sources(project, reports, data, models, PARAMS)
 
 
 REPORTS = [

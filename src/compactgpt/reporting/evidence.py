@@ -9,13 +9,14 @@ trained in this project. The id of a value on another corpus contains the corpus
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from statistics import stdev
 from typing import Any
 
 import numpy as np
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.config import ExpectedLoss, Model
-from compactgpt.evaluation.likelihood import figures
+from compactgpt.evaluation.likelihood import IN_WINDOW, Floats, figures
 from compactgpt.evaluation.metrics import (
     bits_per_byte,
     mcnemar,
@@ -25,7 +26,7 @@ from compactgpt.evaluation.metrics import (
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results
-from compactgpt.reporting.schemas import COMPACT, Forecast, Measured, Sources
+from compactgpt.reporting.schemas import COMPACT, RECIPE, Forecast, Measured, Score, Sources, View
 
 NOTE = "note"
 NATS = "nats per token"
@@ -63,8 +64,13 @@ def build_record(sources: Sources) -> dict[str, Any]:
         code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
         evidence[item.id] = replace(item, code_sha256=code)
     judgements = judge_claims(sources.claims.claims, evidence)
+    small: dict[str, list[dict[str, Any]]] = {}
+    for direction in sources.directions:
+        small.setdefault(direction.claim, []).append(direction.model_dump(mode="json"))
     claims = [
-        claim.model_dump(exclude={"judged"}, mode="json") | asdict(judgement)
+        claim.model_dump(exclude={"judged"}, mode="json")
+        | asdict(judgement)
+        | {"small_scale": small.get(claim.id, [])}
         for claim, judgement in zip(sources.claims.claims, judgements, strict=True)
     ]
     scores = [sources.compact, *sources.baselines]
@@ -75,16 +81,14 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "tally": [list(pair) for pair in Counter(j.verdict for j in judgements).most_common()],
         "table": [row.model_dump() for row in sources.claims.table],
         "models": {
-            "measured": [
-                {"name": one.name, "kind": one.score.model.kind, "context": one.score.model.context}
-                for one in scores
-            ],
+            "measured": [row for one in scores for row in _table_rows(one)],
             "published": [n for n in sources.published.models if f"{n}.openwebtext.loss" in evidence],
             "shape": sources.estimate.compact.model.model_dump(),
         },
         "forecast": _check_forecast(evidence),
         "notes": sources.estimate.compact.notes,
-        "calibration": [check.model_dump() for check in sources.estimate.checks],
+        "calibration": sources.estimate.calibration.model_dump(),
+        "diverged": sources.training.diverged,
         "validation": sources.compact.score.validation.model_dump()
         | {"window": sources.compact.score.window},
         "curve": sources.curve,
@@ -99,6 +103,29 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "data": _describe_data(sources),
         "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
+
+
+def _table_rows(measured: Measured) -> list[dict[str, Any]]:
+    """Return a model's rows of the main table: one for each view of the text.
+
+    `scores` is the start of the ids of a row's values. `view` is `matched` (the windows that neural models
+    share), `own` (the model's own context), `both` (its own context is that window), or `document` for a
+    model without windows; `context` says what such a model sees.
+    """
+    name, model = measured.name, measured.score.model
+    about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
+    if model.context != IN_WINDOW:
+        return [about | {"view": "document"}]
+    own = measured.totals.views.get("own")
+    if own is None:
+        return [about | {"view": "matched"}]
+    if np.array_equal(own, measured.totals.nats):
+        return [about | {"view": "both"}]
+    tokens = measured.score.views["own"].context
+    return [
+        about | {"view": "matched"},
+        about | {"view": "own", "scores": f"{name}.own", "tokens": tokens},
+    ]
 
 
 def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
@@ -141,6 +168,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
 def collect_evidence(sources: Sources) -> Iterator[Evidence]:
     """Yield every value of the record: estimated, counted, published and measured."""
     yield from _estimated(NOTE, sources.estimate.note)
+    yield _hand_set(sources.estimate.note.hand_set_loss)
     yield from _estimated(COMPACT, sources.estimate.compact)
     for name, shape in sources.published.models.items():
         yield from _counted(name, shape)
@@ -153,7 +181,7 @@ def collect_evidence(sources: Sources) -> Iterator[Evidence]:
         yield from _text_figures(measured, sources)
         yield from _flagged_and_clean(measured, sources)
     for baseline in sources.baselines:
-        yield from _perplexity_ratio(baseline, sources)
+        yield from _perplexity_ratios(baseline, sources)
         yield from _task_p_values(baseline, sources)
     for result in sources.results:
         yield from (Evidence(**item) for item in result.evidence)
@@ -195,14 +223,24 @@ def _expected(
 
     An id without a suffix has the 95 % interval.
     """
-    about = {**about, "source": f"params.yaml, {ESTIMATE}: {expected.basis}", "known": "estimated"}
+    about = {**about, "source": f"{ESTIMATE}, the fixed rule: {expected.basis}", "known": "estimated"}
     about |= {"context": context, "stride": context}
+    about["corpus"] = "OpenWebText val" if model == NOTE else ""
     bounds_95 = (expected.low_95, expected.high_95)
     intervals = {"": bounds_95, "_95": bounds_95, "_80": (expected.low_80, expected.high_80)}
     for suffix, (low, high) in intervals.items():
         yield Evidence(f"{model}.expected_loss{suffix}", expected.value, NATS, low=low, high=high, **about)
     value, low, high = (perplexity(loss) for loss in (expected.value, *bounds_95))
     yield Evidence(f"{model}.expected_perplexity", value, "perplexity", low=low, high=high, **about)
+
+
+def _hand_set(loss: ExpectedLoss) -> Evidence:
+    """Return the loss that a person expected of the note's run."""
+    source = f"params.yaml, estimate.note.hand_set_loss, written when a public log was known: {loss.basis}"
+    return Evidence(
+        f"{NOTE}.hand_set_loss", loss.value, NATS, "estimated", NOTE, source, "OpenWebText val",
+        loss.low_95, loss.high_95, stage="estimate", report=ESTIMATE,
+    )  # fmt: skip
 
 
 def _counted(name: str, shape: Model) -> Iterator[Evidence]:
@@ -266,26 +304,35 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 # --- measured values
 
 
-def _common(measured: Measured, sources: Sources, *, windows: bool = False) -> dict[str, Any]:
+def _nats_by_view(measured: Measured) -> dict[str, Floats]:
+    """Return the per-document nats on the shared windows (key "") and in the model's own context (".own")."""
+    views = measured.totals.views
+    return {"": measured.totals.nats} | ({".own": views["own"]} if "own" in views else {})
+
+
+def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
     """Return the fields that all values of one model's report share.
 
     Args:
         measured: the model and its report.
         sources: the inputs of the record.
-        windows: whether the values were measured on the shared windows. If so, the fields include the context
-            and the stride, except for a compressor and an n-gram model, which have no windows.
+        view: "" for values on the shared windows, ".own" for values in the model's own context, None for all
+            other values, which have neither a context nor a stride. Compressors and n-gram models have no
+            window either.
     """
-    score, ours = measured.score, measured.name == COMPACT
+    score, ours, is_recipe = measured.score, measured.name == COMPACT, measured.name == RECIPE
     model = score.model
-    window = score.window if windows and model.kind not in ("compressor", "ngram") else None
+    window = score.window if view == "" and model.kind not in ("compressor", "ngram") else None
+    if view == ".own":
+        window = score.views["own"].context
     return {
         "known": "measured",
         "model": measured.name,
         "source": measured.source,
         "corpus": f"{sources.download.name} val",
-        "stage": "evaluation" if ours else f"baseline@{measured.name}",
+        "stage": "evaluation" if ours else "comparison" if is_recipe else f"baseline@{measured.name}",
         "report": measured.source,
-        "tokenizer": sources.tokenization.tokenizer.encoding if ours else model.tokenizer,
+        "tokenizer": sources.tokenization.tokenizer.encoding if ours or is_recipe else model.tokenizer,
         "data_sha256": score.validation.sha256,
         "weights_sha256": sources.weights_sha256 if ours else model.sha256 or model.weights_sha256,
         "context": window,
@@ -304,19 +351,34 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
     yield Evidence(name, sources.training.tokens, "tokens", source=source, exact=True, **about)
     source = "reports/training.json: the mean of the last steps, with the softmax that training uses"
     yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
+    if losses := sources.seed_losses:
+        source = (
+            f"results/seeds.json: standard deviation of {len(losses)} runs that differ only in their seed"
+        )
+        about |= {
+            "corpus": f"{sources.download.name} val",
+            "stage": "comparison",
+            "report": "results/seeds.json",
+        }
+        yield Evidence(f"{COMPACT}.seed_deviation", stdev(losses), NATS, source=source, **about)
 
 
 def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Evidence:
     return Evidence(name, bounds.value, unit, low=bounds.low, high=bounds.high, **about)
 
 
+def _scores(stem: str, found: Score | View, about: Mapping[str, Any]) -> Iterator[Evidence]:
+    """Yield loss, perplexity and bits per byte; a perplexity that is too large for a float is left out."""
+    for quantity, unit in SCORE_UNITS.items():
+        if bounds := getattr(found, quantity):
+            yield _interval(f"{stem}.{quantity}", bounds, unit, about)
+
+
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     """Yield a model's loss, perplexity and bits per byte; for a baseline, also its parameter counts."""
     name, score = measured.name, measured.score
-    about = _common(measured, sources, windows=True)
-    for quantity, unit in SCORE_UNITS.items():
-        if bounds := getattr(score, quantity):
-            yield _interval(f"{name}.{quantity}", bounds, unit, about)
+    about = _common(measured, sources, "")
+    yield from _scores(name, score, about)
     if name == COMPACT:  # `_estimated` yields its parameter counts
         return
     about |= {"corpus": "", "context": None, "stride": None, "data_sha256": ""}
@@ -330,12 +392,12 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     """Yield one model's word perplexity, its loss with other windows and its score on each task."""
     name, score = measured.name, measured.score
     if score.word_perplexity is not None:
-        about = _common(measured, sources, windows=True)
+        about = _common(measured, sources, "")
         yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", about)
     about = _common(measured, sources)
     for view, found in score.views.items():
         sizes = {"context": found.context, "stride": found.stride}
-        yield _interval(f"{name}.{view}.loss", found.loss, NATS, about | sizes)
+        yield from _scores(f"{name}.{view}", found, about | sizes)
     for task, answers in score.tasks.items():
         if answers.accuracy is not None:
             corpus = about["corpus"] if task == "cloze" else "LAMBADA"
@@ -368,32 +430,36 @@ def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidence]:
     """Yield the scores on documents flagged as leaked or duplicated, and on all other documents."""
     totals = measured.totals
-    if not sources.flagged:
-        return
     flagged = np.isin(totals.ids, list(sources.flagged))
     for part, chosen in {"flagged": flagged, "clean": ~flagged}.items():
         documents = int((chosen & (totals.tokens > 0)).sum())
         if not documents:
             continue
-        scores = figures(totals.nats, totals, chosen)
-        about = _common(measured, sources, windows=True) | {"stage": "comparison"}
-        about["corpus"] = f"{about['corpus']}, {documents} {part} documents"
-        about["source"] = f"{measured.totals_path}, reports/inspection.json"
-        for quantity, unit in SCORE_UNITS.items():
-            if bounds := scores[quantity]:
-                yield Evidence(f"{measured.name}.{part}.{quantity}", unit=unit, **bounds, **about)
+        for view, nats in _nats_by_view(measured).items():
+            scores = figures(nats, totals, chosen)
+            about = _common(measured, sources, view) | {"stage": "comparison"}
+            about["corpus"] = f"{about['corpus']}, {documents} {part} documents"
+            about["source"] = f"{measured.totals_path}, reports/inspection.json"
+            for quantity, unit in SCORE_UNITS.items():
+                if bounds := scores[quantity]:
+                    yield Evidence(f"{measured.name}{view}.{part}.{quantity}", unit=unit, **bounds, **about)
 
 
-def _perplexity_ratio(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the ratio of the compact model's perplexity to a baseline's, paired by document, if finite."""
+def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
+    """Yield the ratio of the compact model's perplexity to a baseline's in each view, paired, if finite.
+
+    In the view `own`, each of the two models has its own context.
+    """
     compact = sources.compact
-    ours, theirs = compact.totals, baseline.totals
+    ours = compact.totals
     scored = ours.tokens > 0
-    ratio = perplexity_ratio(ours.nats[scored], theirs.nats[scored], ours.tokens[scored].astype(float))
-    source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
-    about = _common(compact, sources, windows=True) | {"stage": "comparison", "source": source}
-    if ratio.as_report():
-        yield _interval(f"ratio.{COMPACT}_to_{baseline.name}.perplexity", ratio, "ratio", about)
+    for view, theirs in _nats_by_view(baseline).items():
+        nats, tokens = _nats_by_view(compact).get(view, ours.nats), ours.tokens[scored].astype(float)
+        ratio = perplexity_ratio(nats[scored], theirs[scored], tokens)
+        source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
+        about = _common(compact, sources, view) | {"stage": "comparison", "source": source}
+        if ratio.as_report():
+            yield _interval(f"ratio.{COMPACT}_to_{baseline.name}{view}.perplexity", ratio, "ratio", about)
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:

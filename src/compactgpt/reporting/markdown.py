@@ -30,8 +30,14 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
     return {name: str(table).strip() for name, table in tables.items()}
 
 
-def render_claims(claims: Sequence[Claim]) -> str:
-    """Return the table of docs/note.md: each claim with its quote, translation and claimed interval."""
+def render_claims(claims: Sequence[Claim], record: Record) -> str:
+    """Return the table of docs/note.md: each claim with its quote, translation and claimed interval.
+
+    Args:
+        claims: the claims of claims.yaml.
+        record: the comparison's record, for what small runs show about a claim.
+    """
+    view = View(record)
     rows = []
     for claim in claims:
         decided = "a human reading" if isinstance(claim.judged, ByHand) else claim.judged.by
@@ -40,6 +46,7 @@ def render_claims(claims: Sequence[Claim]) -> str:
                 **claim.model_dump(include={"id", "quote", "english", "where", "quantity"}),
                 "range": show_interval(claim.low, claim.high, claim.unit) or "-",
                 "decided_by": f"experiment {claim.experiment}" if claim.experiment else decided,
+                "small_scale": view.small_scale(view.claims[claim.id]) if claim.id in view.claims else [],
             }
         )
     macros: Any = markdown_environment().get_template("macros.md.j2").make_module({"view": None})

@@ -7,7 +7,7 @@ from typing import Any
 
 from compactgpt.common.errors import printable
 from compactgpt.common.storage import json_bytes, read_manifest
-from compactgpt.reporting.tables import CARD_COLUMNS, COMPACT, PUBLISHED_COLUMNS, Record, View
+from compactgpt.reporting.tables import COMPACT, MEASURED_COLUMNS, PUBLISHED_COLUMNS, Record, View
 from compactgpt.reporting.templating import markdown_environment
 
 _METRICS = {
@@ -31,7 +31,7 @@ def render_model_card(record: Record) -> str:
         for key, value in _metadata(view).items()
     }
     template = markdown_environment().get_template("model_card.md.j2")
-    columns = {"card": CARD_COLUMNS, "published": PUBLISHED_COLUMNS}
+    columns = {"measured": MEASURED_COLUMNS, "published": PUBLISHED_COLUMNS}
     return template.render(view=view, metadata=metadata, columns=columns).strip() + "\n"
 
 

@@ -94,7 +94,8 @@ def _write_value(view: View, axes: Axes, row: int, value: float, unit: str, colo
 
 
 def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) -> None:
-    axes.set_yticks(range(len(names)), [_label(name) for name in names], color=INK)
+    labels = ["\n".join(map(_label, name.split("\n"))) for name in names]
+    axes.set_yticks(range(len(names)), labels, color=INK)
     axes.set_ylim(limits)
     axes.grid(visible=False, axis="y")
 
@@ -106,12 +107,18 @@ def _label(name: str) -> str:
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
-    """Draw each measured model's bits per byte."""
-    items = sorted((view.evidence[f"{name}.bits_per_byte"] for name in view.models), key=_value)
-    names = [item["model"] for item in items]
-    _draw_rows(view, axes, items, names, [names.index(COMPACT)])
+    """Draw the bits per byte of each row of the main table."""
+    rows = sorted(view.rows, key=lambda row: _value(view.evidence[f"{row['scores']}.bits_per_byte"]))
+    items = [view.evidence[f"{row['scores']}.bits_per_byte"] for row in rows]
+    ours = [n for n, row in enumerate(rows) if row["name"] == COMPACT]
+    _draw_rows(view, axes, items, [_row_label(view, row) for row in rows], ours)
     axes.set_xlim(left=0)
     axes.set_xlabel(f"{view.words['bits_per_byte']}, {_label(items[0]['corpus'])}")
+
+
+def _row_label(view: View, row: Mapping[str, Any]) -> str:
+    """Return the label of a row of the main table; the view `own` is on a second line."""
+    return "\n".join([row["name"], *([view.seen_context(row)] if row["view"] == "own" else [])])
 
 
 def _value(item: Item) -> float:
@@ -120,10 +127,9 @@ def _value(item: Item) -> float:
 
 def _ratio(view: View, axes: Axes) -> None:
     """Draw the ratio of the compact model's perplexity to each baseline's perplexity."""
-    ids = {name: f"ratio.{COMPACT}_to_{name}.perplexity" for name in view.baselines}
-    found = {name: view.evidence[ratio] for name, ratio in ids.items() if ratio in view.evidence}
-    names = sorted(found, key=lambda name: _value(found[name]))
-    items = [found[name] for name in names]
+    ids = {f"ratio.{COMPACT}_to_{row['scores']}.perplexity": row for row in view.rows}
+    items = sorted((view.evidence[name] for name in ids if name in view.evidence), key=_value)
+    names = [_row_label(view, ids[item["id"]]) for item in items]
     axes.set_xscale("log")
     axes.axvline(1, color=MUTED, linewidth=1)
     _draw_rows(view, axes, items, names)
@@ -202,7 +208,7 @@ def _calibration(view: View, axes: Axes) -> None:
             item = view.evidence[found]
             colour = DEMO if model == COMPACT else INK
             _draw_loss(view, axes, row, item["value"], colour, filled=item["known"] == "measured")
-    for row, check in enumerate(view.record["calibration"], len(runs)):
+    for row, check in enumerate(view.record["calibration"]["checks"], len(runs)):
         names.append(check["name"])
         wide_ends, narrow_ends = ((check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80"))
         _draw_intervals(axes, row, wide_ends, narrow_ends)
@@ -306,7 +312,7 @@ def make_figure(view: View, name: str) -> Any:
     """Return the matplotlib figure of the plot `name`, a key of PLOTS."""
     from matplotlib.figure import Figure
 
-    rows = len(view.record["calibration"]) if name == "calibration" else 0
+    rows = len(view.record["calibration"]["checks"]) if name == "calibration" else 0
     figure = Figure(figsize=(5.6, HEIGHTS[name] + ROW_HEIGHT * rows), layout="constrained")
     axes = figure.subplots()
     PLOTS[name](view, axes)

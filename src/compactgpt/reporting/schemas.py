@@ -4,23 +4,27 @@ If a report lacks a field or scores other documents, the error names the command
 """
 
 import csv
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
+import numpy as np
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import load_section
 from compactgpt.common.storage import read_manifest
-from compactgpt.config import ExpectedLoss
-from compactgpt.evaluation.likelihood import Totals, read_totals
+from compactgpt.config import ExpectedLoss, Params
+from compactgpt.evaluation.likelihood import IN_WINDOW, Totals, figures, read_totals
+from compactgpt.forecast.sweep import Sweep, SweepRun, documents_sha256, read_sweep, recipe
 from compactgpt.reporting.claims import Claims, Published
 from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
+from compactgpt.reporting.small_scale import Direction, directions
 
 COMPACT = "compact"
+RECIPE = "nanogpt-recipe"  # an experiment: the recipe of nanoGPT with the compact model's tokens
+RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
 
 class Report(BaseModel):
@@ -62,11 +66,14 @@ class _Split(Report):
     sha256: str
 
 
-class _View(Report):
+class View(Report):
+    """A model's loss with another context, or with windows that overlap."""
+
     context: int
     stride: int
     loss: Bounds
     perplexity: Bounds | None
+    bits_per_byte: Bounds
 
 
 class _Position(Report):
@@ -125,7 +132,7 @@ class Score(Report):
     bits_per_byte: Bounds
     word_perplexity: Bounds | None = None
     by_position: list[_Position] = []
-    views: dict[str, _View] = {}
+    views: dict[str, View] = {}
     tasks: dict[str, Task] = {}
     text: Text = Text()
 
@@ -183,6 +190,7 @@ class Trained(Report):
     tokens: int
     train_loss: float
     val_loss: float
+    diverged: bool = False
 
 
 class _Sizes(Report):
@@ -221,6 +229,10 @@ class _OwnForecast(Forecast):
     notes: list[str]
 
 
+class _NoteForecast(Forecast):
+    hand_set_loss: ExpectedLoss  # a person's forecast; `expected_loss` is the fixed rule's
+
+
 class _Check(Report):
     name: str  # name of the published run
     measured: float
@@ -231,12 +243,21 @@ class _Check(Report):
     high_95: float
 
 
+class Calibration(Report):
+    """How often the fixed rule's intervals contained the measured loss of a run."""
+
+    of: int
+    held_80: int
+    held_95: int
+    checks: list[_Check]
+
+
 class Estimates(Report):
     """Schema of reports/estimate.json."""
 
     compact: _OwnForecast  # the run of params.yaml
-    note: Forecast
-    checks: list[_Check] = Field([], validation_alias=AliasPath("calibration", "checks"))
+    note: _NoteForecast
+    calibration: Calibration
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,8 @@ class Sources:
     weights_sha256: str  # hash of the compact model's weights
     code: dict[str, str]  # SHA-256 of each stage's code
     results: tuple[Result, ...]  # the results store
+    seed_losses: tuple[float, ...]  # losses of runs that differ from the compact model's only in their seed
+    directions: tuple[Direction, ...]  # what small runs show about claims
 
     @property
     def flagged(self) -> frozenset[str]:
@@ -329,7 +352,7 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
         raise BadData(f"{path} is not a loss curve ({error}): delete it and run `dvc repro`") from error
 
 
-def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Iterable[str]) -> Sources:
+def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Params) -> Sources:
     """Read all inputs of the record.
 
     Args:
@@ -337,7 +360,7 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         reports: the folder of the other stages' reports.
         data: the folder of the per-document losses.
         models: the folder of the models.
-        names: the names of the measured baselines.
+        params: the content of params.yaml.
 
     Raises:
         MissingInput: a file is missing; the message names the command that creates it.
@@ -350,9 +373,15 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         return Measured(name, f"reports/{report}", score, f"data/{totals}", read_totals(data / totals))
 
     compact = measured(COMPACT, "evaluation.json", "evaluation/compact.parquet")
-    baselines = [measured(name, f"baseline/{name}.json", f"baseline/{name}.parquet") for name in names]
+    baselines = [
+        measured(name, f"baseline/{name}.json", f"baseline/{name}.parquet") for name in params.baseline.names
+    ]
     for baseline in baselines:
         _check_same_text(compact, baseline)
+    if recipe_run := _read_sweep(root, RECIPE, compact):
+        baselines.insert(0, _as_measured(recipe_run.runs[0], compact))
+    seeds = _read_sweep(root, "seeds", compact)
+    is_current = seeds is not None and seeds.settings == recipe(params)
     weights = read_manifest(models / COMPACT)["files"].get("model.safetensors")
     if weights is None:
         raise BadData(f"{models / COMPACT} has no model.safetensors: run `dvc repro training`")
@@ -371,7 +400,32 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, names: Ite
         weights["sha256"],
         code_hashes(root),
         read_results(root / "results"),
+        tuple(run.loss for run in seeds.runs) if seeds and is_current else (),
+        directions(root),
     )
+
+
+def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
+    """Return the runs of a sweep, or None if they were not scored on the documents of the compact model."""
+    found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
+    if found is None or not found.runs or found.documents is None:
+        return None
+    is_same = found.documents.ids_sha256 == documents_sha256(totals.ids, totals.tokens.tolist())
+    return found if is_same else None
+
+
+def _as_measured(run: SweepRun, compact: Measured) -> Measured:
+    """Return a run of nanoGPT's recipe in the form of a baseline, which the main table shows."""
+    totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
+    model = {"kind": "recipe", "label": RECIPE_LABEL, "context": IN_WINDOW, "num_params": run.num_params}
+    report = {
+        "model": model,
+        "validation": compact.score.validation.model_dump(),
+        "window": compact.score.window,
+        **figures(totals.nats, totals),
+    }
+    path = f"results/{RECIPE}.json"
+    return Measured(RECIPE, path, Score.model_validate(report), path, totals)
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:

@@ -7,7 +7,7 @@ plots and the model card read the record through a `View`.
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compactgpt.common.errors import BadData
@@ -21,9 +21,11 @@ COLUMNS = ("compact", "gpt2", "gpt2_xl")  # columns of the note's table
 CLAIMS_COLUMNS = ("claim", "says", "range", "verdict", "because")
 SIZE_COLUMNS = ("parameters_all", "parameters_non_embedding")
 SCORE_COLUMNS = ("val_loss", "val_perplexity", "bits_per_byte")
-MEASURED_COLUMNS = ("model", *SIZE_COLUMNS, "tokens_seen", "seen_context", *SCORE_COLUMNS, "ratio")
+MEASURED_COLUMNS = (
+    "model", "parameters_all", "seen_context", "val_loss", "clean_loss", "val_perplexity", "bits_per_byte",
+    "ratio",
+)  # fmt: skip
 PUBLISHED_COLUMNS = ("model", *SIZE_COLUMNS, "seen_context", "published_text", *SCORE_COLUMNS, "source")
-CARD_COLUMNS = ("model", "parameters_all", "seen_context", *SCORE_COLUMNS)
 # Row of the note's table -> quantity of the compact model, in the form `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
@@ -97,6 +99,7 @@ class Cell:
 
     text: str
     id: str = ""
+    note: str = ""  # shown below the text
 
 
 class View:
@@ -107,7 +110,7 @@ class View:
     """
 
     def __init__(self, record: Record, language: Language = "en") -> None:
-        if "about_note" not in record:
+        if "about_note" not in record or "scores" not in record["models"]["measured"][0]:
             raise BadData(
                 "reports/evidence.json is of an older version of compactgpt: run `dvc repro` to update it"
             )
@@ -117,7 +120,8 @@ class View:
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
         self.about_note: bool = record["about_note"]  # False: the run used the user's own corpus
-        self.models: list[str] = [model["name"] for model in record["models"]["measured"]]
+        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # one for each model and view
+        self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
 
     # --- words and numbers
@@ -143,8 +147,14 @@ class View:
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format the value with the id `name`, or return a dash if the record has no such value."""
-        return self.show(self.evidence[name]) if name in self.evidence else self.words["none"]
+        """Format the value with the id `name`, or return a dash if the record has no such value.
+
+        A perplexity that is too large for a float is not in the record, but its loss is.
+        """
+        if name in self.evidence:
+            return self.show(self.evidence[name])
+        is_too_large = name.endswith(".perplexity") and name.replace("perplexity", "loss") in self.evidence
+        return self.words["not_defined" if is_too_large else "none"]
 
     def cell(self, name: str) -> Cell:
         """Return a cell with the value of the id `name`, or with a dash if the record has no such value."""
@@ -153,6 +163,11 @@ class View:
     def known(self, item: Item) -> str:
         """Return how a value was obtained, such as "measured", in the view's language."""
         return self.word("known", item["known"])
+
+    def known_on(self, item: Item) -> str:
+        """Return how a value was obtained, and on which text if it depends on one."""
+        corpus = f" ({self.phrase(item['corpus'])})" if item["corpus"] else ""
+        return self.known(item) + corpus
 
     def conditions(self, item: Item) -> str:
         """Return a value's corpus, context, stride and tokenizer as a string, or a dash if all are empty."""
@@ -196,10 +211,22 @@ class View:
             "claimed": self.quoted(small),
             "claimed_gpt2": self.quoted(gpt2),
             "published": ", ".join(published),
-            "small": self.say("answer_measured" if decided else "answer_expected", found=figure(known[0])),
-            "found": figure(measured) if measured else self.words["none"],
+            "small": self.say(
+                "answer_measured" if decided else "answer_expected", found=self.show(known[0]), **self.held()
+            ),
+            "found": figure(measured) if measured else self.words["not_defined"],
             "corpus": self.corpus,
         }
+
+    def held(self) -> dict[str, str]:
+        """Return in how many of how many runs the fixed rule's 95 % interval contained the loss."""
+        calibration = self.record["calibration"]
+        return {"held": self.number(calibration["held_95"]), "of": self.number(calibration["of"])}
+
+    def note_forecast(self) -> dict[str, str]:
+        """Return the values of the message `note_forecast`: the rule's estimate and the person's."""
+        names = {"loss": "expected_loss", "perplexity": "expected_perplexity", "by_hand": "hand_set_loss"}
+        return {key: self.value(f"note.{name}") for key, name in names.items()} | self.held()
 
     def summary(self) -> str:
         """Return the summary sentence: the verdicts on the note, or the comparison with the baselines."""
@@ -271,6 +298,20 @@ class View:
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
 
+    def small_scale(self, claim: Mapping[str, Any]) -> list[str]:
+        """Return what small runs show about a claim, one sentence for each comparison."""
+        lines = []
+        for found in claim["small_scale"]:
+            interval = show_interval(found["low"], found["high"], "ratio", self.language)
+            line = self.say(
+                "small_scale", outcome=self.words[f"small_{found['outcome'].replace(' ', '_')}"],
+                quantity=self.phrase(found["quantity"]), interval=interval,
+                value=show(found["value"], "ratio", self.language),
+            )  # fmt: skip
+            reason = found["text"].partition("; ")[2]  # why a run of this size can't show the effect
+            lines.append(f"{line} ; {self.phrase(reason)}" if reason else line)
+        return [found["text"] for found in claim["small_scale"]] if self.language == "en" else lines
+
     def claimed(self, claim: Mapping[str, Any]) -> str:
         """Format the claimed interval, or return a dash."""
         bounds = show_interval(claim["low"], claim["high"], claim["unit"], self.language)
@@ -293,16 +334,26 @@ class View:
         return rows
 
     def measured_rows(self, columns: Sequence[str] = MEASURED_COLUMNS) -> list[list[Cell]]:
-        """Return one row of cells for each model that was measured on the val split."""
+        """Return the rows of the main table: one for each view in which a model was measured."""
         rows = []
-        for model in self.record["models"]["measured"]:
-            name = model["name"]
-            cells = self._sizes_and_scores(name, name)
-            cells["tokens_seen"] = self.cell(f"{name}.tokens_seen")
-            cells["seen_context"] = Cell(self.phrase(model["context"]))
-            cells["ratio"] = self.cell(f"ratio.{COMPACT}_to_{name}.perplexity")
+        for row in self.rows:
+            cells = self._sizes_and_scores(row["name"], row["scores"])
+            cells["model"] = Cell(row["label"])
+            cells["seen_context"] = Cell(self.seen_context(row))
+            cells["clean_loss"] = self.cell(f"{row['scores']}.clean.loss")
+            if row["scores"] == COMPACT and f"{COMPACT}.seed_deviation" in self.evidence:
+                note = self.say("seed_note", deviation=self.value(f"{COMPACT}.seed_deviation"))
+                cells["val_loss"] = replace(cells["val_loss"], note=note)
+            cells["ratio"] = self.cell(f"ratio.{COMPACT}_to_{row['scores']}.perplexity")
             rows.append([cells[column] for column in columns])
         return rows
+
+    def seen_context(self, row: Mapping[str, Any]) -> str:
+        """Return what a row's model sees of the text before a token."""
+        if row["view"] == "document":
+            return self.phrase(row["context"])
+        window, tokens = (self.number(n) for n in (self.record["validation"]["window"], row.get("tokens")))
+        return self.say(f"context_{row['view']}", window=window, tokens=tokens)
 
     def published_rows(self, columns: Sequence[str] = PUBLISHED_COLUMNS) -> list[list[Cell]]:
         """Return one row of cells for each model with a published score."""
@@ -325,6 +376,18 @@ class View:
             "val_loss": self.cell(f"{scores}.loss"),
             "val_perplexity": self.cell(f"{scores}.perplexity"),
             "bits_per_byte": self.cell(f"{scores}.bits_per_byte"),
+        }
+
+    def demo(self) -> dict[str, str]:
+        """Return the values of the message `page_demo_lead`: the compact model's size and training."""
+        shape = self.record["models"]["shape"]
+        sizes = {"parameters": "all_tensors", "without": "non_embedding"}
+        return {
+            **{key: self.value(f"{COMPACT}.parameters.{name}") for key, name in sizes.items()},
+            "layers": self.number(shape["n_layer"]),
+            "width": self.number(shape["n_embd"]),
+            "seen": self.value(f"{COMPACT}.tokens_seen"),
+            "corpus": self.corpus,
         }
 
     def counted(self) -> dict[str, str]:

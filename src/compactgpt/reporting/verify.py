@@ -194,7 +194,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
-        sources = read_sources(root, reports, root / "data", root / "models", params.baseline.names)
+        sources = read_sources(root, reports, root / "data", root / "models", params)
         record = json.loads(json_bytes(build_record(sources)))
     else:
         found.add_unchecked(f"reports/{RECORD} against the reports (only its renderings are checked)")
