@@ -159,6 +159,7 @@ LEVELS = [
     {"reporting"},
     {"gate"},
     {"api"},
+    {"init_corpus", "doctor"},
     {"commands"},
     {"cli"},
 ]
