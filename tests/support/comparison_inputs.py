@@ -38,7 +38,7 @@ def write_score(reports: Path, data: Path, name: str) -> None:
     nats, bytes_ = nats_of(name), TOKENS * 4
     loss = nats.sum() / TOKENS.sum()
     bits = nats.sum() / (math.log(2) * bytes_.sum())
-    is_neural = name == "compact" or PARAMS.baseline.specs[name].label != ""
+    is_neural = name == "compact" or PARAMS.baseline.specs[name].kind in ("gguf", "hub", "folder")
     model = {"kind": "test", "context": IN_WINDOW if is_neural else "c"}
     model |= {"num_params": None if name == "xz" else 1_234_567}
     if name in PARAMS.baseline.specs:

@@ -54,31 +54,14 @@ def build_record(sources: Sources) -> dict[str, Any]:
     Raises:
         BadConfig: two values have the same id.
     """
-    evidence: dict[str, Evidence] = {}
-    for item in collect_evidence(sources):
-        if item.id in evidence:
-            raise BadConfig(
-                f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
-                "the value in published.yaml"
-            )
-        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
-        evidence[item.id] = replace(item, code_sha256=code)
-    judgements = judge_claims(sources.claims.claims, evidence)
-    small: dict[str, list[dict[str, Any]]] = {}
-    for direction in sources.directions:
-        small.setdefault(direction.claim, []).append(direction.model_dump(mode="json"))
-    claims = [
-        claim.model_dump(exclude={"judged"}, mode="json")
-        | asdict(judgement)
-        | {"small_scale": small.get(claim.id, [])}
-        for claim, judgement in zip(sources.claims.claims, judgements, strict=True)
-    ]
-    scores = [sources.compact, *sources.baselines]
+    evidence = _by_id(sources)
+    claims = _judged_claims(sources, evidence)
+    score, scores = sources.compact.score, [sources.compact, *sources.baselines]
     return {
         "evidence": [asdict(item) for item in evidence.values()],
         "about_note": (sources.download.corpus, sources.download.name) in NOTE_CORPORA,
         "claims": claims,
-        "tally": [list(pair) for pair in Counter(j.verdict for j in judgements).most_common()],
+        "tally": [list(pair) for pair in Counter(claim["verdict"] for claim in claims).most_common()],
         "table": [row.model_dump() for row in sources.claims.table],
         "models": {
             "measured": [row for one in scores for row in _table_rows(one)],
@@ -89,8 +72,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "notes": sources.estimate.compact.notes,
         "calibration": sources.estimate.calibration.model_dump(),
         "diverged": sources.training.diverged,
-        "validation": sources.compact.score.validation.model_dump()
-        | {"window": sources.compact.score.window},
+        "validation": score.validation.model_dump() | {"window": score.window},
         "curve": sources.curve,
         # loss by position in the window, in nats per token of each model's own tokenizer
         "positions": {
@@ -103,6 +85,34 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "data": _describe_data(sources),
         "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
+
+
+def _by_id(sources: Sources) -> dict[str, Evidence]:
+    """Return all values by id, each with the hash of its stage's code."""
+    evidence: dict[str, Evidence] = {}
+    for item in collect_evidence(sources):
+        if item.id in evidence:
+            raise BadConfig(
+                f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
+                "the value in published.yaml"
+            )
+        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
+        evidence[item.id] = replace(item, code_sha256=code)
+    return evidence
+
+
+def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[dict[str, Any]]:
+    """Return the claims with their judgements, and with what small runs show about them."""
+    claims = sources.claims.claims
+    small: dict[str, list[dict[str, Any]]] = {claim.id: [] for claim in claims}
+    for direction in sources.directions:
+        small[direction.claim].append(direction.model_dump(mode="json"))
+    return [
+        claim.model_dump(exclude={"judged"}, mode="json")
+        | asdict(judgement)
+        | {"small_scale": small[claim.id]}
+        for claim, judgement in zip(claims, judge_claims(claims, evidence), strict=True)
+    ]
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:

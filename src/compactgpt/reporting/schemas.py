@@ -4,6 +4,7 @@ If a report lacks a field or scores other documents, the error names the command
 """
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
@@ -367,21 +368,9 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Pa
         BadData: a report is damaged, or two reports score different documents.
         BadConfig: claims.yaml, published.yaml or a file in results/ is not valid.
     """
-
-    def measured(name: str, report: str, totals: str) -> Measured:
-        score = read_report(reports / report, Score)
-        return Measured(name, f"reports/{report}", score, f"data/{totals}", read_totals(data / totals))
-
-    compact = measured(COMPACT, "evaluation.json", "evaluation/compact.parquet")
-    baselines = [
-        measured(name, f"baseline/{name}.json", f"baseline/{name}.parquet") for name in params.baseline.names
-    ]
-    for baseline in baselines:
-        _check_same_text(compact, baseline)
+    compact, *baselines = _read_scores(reports, data, params.baseline.names)
     if recipe_run := _read_sweep(root, RECIPE, compact):
         baselines.insert(0, _as_measured(recipe_run.runs[0], compact))
-    seeds = _read_sweep(root, "seeds", compact)
-    is_current = seeds is not None and seeds.settings == recipe(params)
     weights = read_manifest(models / COMPACT)["files"].get("model.safetensors")
     if weights is None:
         raise BadData(f"{models / COMPACT} has no model.safetensors: run `dvc repro training`")
@@ -400,9 +389,22 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Pa
         weights["sha256"],
         code_hashes(root),
         read_results(root / "results"),
-        tuple(run.loss for run in seeds.runs) if seeds and is_current else (),
+        _seed_losses(root, compact, params),
         directions(root),
     )
+
+
+def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measured]:
+    """Read the report and the per-document losses of the compact model, then of each baseline."""
+    files = {COMPACT: ("evaluation.json", "evaluation/compact.parquet")}
+    files |= {name: (f"baseline/{name}.json", f"baseline/{name}.parquet") for name in names}
+    found = []
+    for name, (report, totals) in files.items():
+        score = read_report(reports / report, Score)
+        losses = read_totals(data / totals)
+        found.append(Measured(name, f"reports/{report}", score, f"data/{totals}", losses))
+        _check_same_text(found[0], found[-1])
+    return found
 
 
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
@@ -412,6 +414,12 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
         return None
     is_same = found.documents.ids_sha256 == documents_sha256(totals.ids, totals.tokens.tolist())
     return found if is_same else None
+
+
+def _seed_losses(root: Path, compact: Measured, params: Params) -> tuple[float, ...]:
+    """Return the losses of runs with other seeds, if their recipe and documents are ours."""
+    seeds = _read_sweep(root, "seeds", compact)
+    return tuple(run.loss for run in seeds.runs) if seeds and seeds.settings == recipe(params) else ()
 
 
 def _as_measured(run: SweepRun, compact: Measured) -> Measured:
