@@ -120,12 +120,15 @@ class HubSet(Section):
     sha256: Sha256 | None = None
     opens_document: str | None = None
     separator: NonEmpty | None = None
+    join_characters: Positive | None = None
     file: UserPath | None = None
     file_url: NonEmpty | None = None
 
     def _mistakes(self) -> Iterator[str]:
         if self.opens_document is not None and self.separator is not None:
             yield "opens_document joins rows and separator cuts them: one of the two at most"
+        if self.join_characters is not None and self.separator is None:
+            yield "join_characters joins the parts that separator cuts: give a separator, too"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
             yield "revision is a branch, which moves: give the sha256 of the text, or a commit"
         yield from _regex_mistakes("opens_document", self.opens_document)

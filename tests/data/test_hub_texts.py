@@ -75,6 +75,7 @@ JOINED = ["", "".join(ARTICLES[1:6]), "".join(ARTICLES[6:8]), "".join(ARTICLES[8
     [
         ({}, ["a b", "c d e", "", "f", "g h", "i"], ["a b", "c d e", "", "f", "g h", "i"]),
         ({"separator": "\n\n"}, PAIRS, ["a", "b", "", "c", "d", "e", "f", "", "g"]),
+        ({"separator": "\n\n", "join_characters": 3}, PAIRS, ["a\n\nb", "\n\nc", "d", "e\n\nf", "", "g"]),
         ({"opens_document": OPENS}, ARTICLES, JOINED),
     ],
 )
@@ -179,6 +180,7 @@ def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch
         ({"revision": "main"}, r"revision"),
         ({"revision": "refs/convert/parquet"}, "is a branch, which moves: give the sha256"),
         ({"separator": "x", "opens_document": "y"}, "one of the two at most"),
+        ({"join_characters": 9}, "give a separator, too"),
         ({"opens_document": "("}, "is not a valid regular expression"),
         ({"file": "corpus/a.txt"}, "file and file_url: give both"),
         ({"name": "opnwebtext"}, r"name 'opnwebtext' has no entry in sets"),

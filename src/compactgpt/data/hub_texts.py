@@ -119,7 +119,8 @@ class _DataSet:
     def documents(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
         """Yield (text of a document, number of its first row, position after the document).
 
-        A document is one row, a part of a row (`separator`), or several rows (`opens_document`).
+        A document is one row, several rows (`opens_document`), or a part of a row (`separator`). Neighbouring
+        parts are joined until a document has `join_characters`.
         """
         if self.params.opens_document is not None:
             yield from self._joined_rows(start, re.compile(self.params.opens_document))
@@ -128,8 +129,13 @@ class _DataSet:
             texts = [text] if self.params.separator is None else text.split(self.params.separator)
             # A resumed run reads its last row again, and skips the texts that it has already stored.
             done = start.texts if row == start.row + 1 else 0
+            separator, least = self.params.separator or "", self.params.join_characters or 0
+            joined: list[str] = []
             for number, each in enumerate(texts[done:], done + 1):
-                yield each, row, before._replace(texts=number)
+                joined.append(each)
+                if number == len(texts) or len(separator.join(joined)) >= least:
+                    yield separator.join(joined), row, before._replace(texts=number)
+                    joined = []
 
     def _joined_rows(self, start: _Position, opens: re.Pattern[str]) -> Iterator[tuple[str, int, _Position]]:
         joined: list[str] = []
