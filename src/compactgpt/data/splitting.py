@@ -39,7 +39,7 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
         file: the file, in UTF-8.
         name: name of the file in messages.
         params: the section `download.files` of params.yaml.
-        max_characters: after a longer piece, which the caller refuses, the rest need not be documents.
+        max_characters: a longer piece may be cut at any place, since the caller refuses it.
 
     Raises:
         BadData: the file is not UTF-8.
