@@ -126,7 +126,7 @@ def test_a_hub_that_misbehaves_is_one_message(server, monkeypatch, fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_tracking_server_that_misbehaves_is_left_and_loses_nothing(
-    tmp_path, server, empty_store, monkeypatch, fault
+    tmp_path, server, empty_store, monkeypatch, capsys, fault
 ):
     (tmp_path / "mlflow.db").write_bytes(empty_store)
     (tmp_path / "dvc.yaml").write_text("stages: {}")
@@ -140,6 +140,8 @@ def test_a_tracking_server_that_misbehaves_is_left_and_loses_nothing(
     assert time.monotonic() - start < 1
     with raises_in_time(Unreachable, r"^MLflow at .+ failed \(.+\): no run is lost"):
         sync(tmp_path)
+    said = f"copying 1 run to MLflow at {server.url.replace('//', '//***@')}\n"
+    assert said in capsys.readouterr().err
     assert server.asked
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert runs(tmp_path) == []  # the run is kept for the server

@@ -1,5 +1,6 @@
 """The run of a whole `dvc repro`: what became of every stage, and what it has of its own stages only."""
 
+import itertools
 import json
 import shutil
 import time
@@ -179,6 +180,23 @@ def test_a_repro_that_runs_nothing_is_logged_once_if_the_lock_belongs_to_the_par
     (root / "mlflow.db").unlink()
     with pytest.raises(Unreachable):
         sync(root, record_unrun=True)
+
+
+def test_the_log_of_a_server_that_stays_down_is_bounded(root, monkeypatch, caplog):
+    def fail(*_):
+        raise Unreachable(f"no server: <connection object at {next(addresses)}>")
+
+    addresses = itertools.count()
+    run_stage(root, "evaluation", ended_dvc())
+    for name, value in {
+        "PATIENCE_SECONDS": 1.0,
+        "POLL_SECONDS": 0.0,
+        "MAX_REPORTED": 2,
+        "open_store": fail,
+    }.items():
+        monkeypatch.setattr(mlflow_logger, name, value)
+    mlflow_logger.follow(run_folders(root)[0])
+    assert next(addresses) > len(caplog.records) == 2
 
 
 def test_what_a_dead_server_missed_is_kept_as_dvc_left_it(root, monkeypatch):
