@@ -129,7 +129,7 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     done = run("evaluate", *names, "--json")
     assert json.loads(done.stdout) == {"models/compact": json.loads(json.dumps(asdict(expected)))}
     lines = run("evaluate", *names, "--model", "models/compact", "--model", "other").stdout.splitlines()
-    assert lines[0].startswith(f"5 documents, {expected.tokens} tokens, {expected.bytes} bytes")
+    assert lines[0].startswith(f"documents: 5; {expected.tokens} tokens, {expected.bytes} bytes")
     low, high = expected.intervals["bits_per_byte"]
     assert lines[2].endswith(f"{expected.bits_per_byte:.3f} ({low:.3f} to {high:.3f})")
     assert lines[3].split()[1:] == lines[2].split()[1:]

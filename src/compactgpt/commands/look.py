@@ -211,7 +211,7 @@ def evaluate(
         return
     score = next(iter(scores.values()))
     echo(
-        f"{score.documents:,} documents, {score.tokens:,} tokens, {score.bytes:,} bytes; "
+        f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
         f"windows of {score.window:,} tokens"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
