@@ -1,13 +1,14 @@
 """The runs of a sweep are trained and scored once each, and a stopped sweep resumes."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 import yaml
 
 from compactgpt.common.errors import BadConfig, Busy
-from compactgpt.common.storage import atomic_folder
+from compactgpt.common.storage import atomic_folder, write_json
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import sweep_runs
 from compactgpt.evaluation.sweep_runs import run_sweep, select_documents
@@ -64,7 +65,10 @@ def test_each_run_is_trained_once_and_kept_with_its_losses_by_document(project):
     assert len({one.loss for one in (demo, other, tuned, part)}) == 4
     assert tuned.loss < other.loss  # it began with the trained weights
     assert os.listdir(project / "states") == ["demo-1"]  # states of finished runs are removed
+    shutil.rmtree(project / "states")
     assert run(project)[0] == []
+    write_json(project / "results/mine.json", sweep.model_copy(update={"runs": (demo, other)}).model_dump())
+    assert run(project)[0] == ["demo-1", "tuned", "part"]  # the weights to start from are trained again
     assert run(project, "training.beta1=0.5")[0] == names  # another recipe is another sweep
 
 

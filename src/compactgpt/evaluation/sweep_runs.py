@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from compactgpt import experiments
 from compactgpt.common.console import silent
 from compactgpt.common.device import stop_requests
 from compactgpt.common.errors import BadConfig, Busy
@@ -23,6 +22,7 @@ from compactgpt.data.token_files import TokenFile
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import scored_split
+from compactgpt.experiments import SweepGroup, SweepPoint, load_changed_params, sweep_points
 from compactgpt.forecast.sweep import (
     ScoredDocuments,
     Sweep,
@@ -63,28 +63,34 @@ def run_sweep(
         MissingInput: the token files do not exist.
         Busy: the user stopped the run; its training state is saved.
     """
-    runner = SweepRunner(experiments.load_changed_params(params_file, settings), folder)
-    points = experiments.sweep_points(name, params_file, settings)
-    started_from = {point.sweep.start for point in points}
+    runner = SweepRunner(load_changed_params(params_file, settings), folder)
+    points = sweep_points(name, params_file, settings)
+    starts = {point.sweep.start for point in points}
     sweep = runner.finished_runs(path)
     with stop_requests() as should_stop:
-        for point in points:
-            done = any(run.name == point.name and run.params == point.values for run in sweep.runs)
-            if done and (point.name not in started_from or (folder / point.name).is_dir()):
-                continue
+        for point in points_to_run(points, sweep, folder):
             started = time.monotonic()
             try:
                 model, train_loss = runner.train(point, should_stop)
             except Busy as error:
                 again = f"`compactgpt experiment run {name}` resumes there"
                 raise Busy(f"{point.name} was stopped, and its last step is saved: {again}") from error
-            if point.name in started_from:
+            if point.name in starts:
                 save_model(model, folder / point.name, {})
             run = runner.score(point, model, train_loss)
             kept = tuple(other for other in sweep.runs if other.name != run.name)
             sweep = sweep.model_copy(update={"runs": (*kept, run), "fit": None})
             write_json(path, sweep.model_dump(mode="json"))
             log(f"{run.name}: {run.loss:.4f} nats per token, {time.monotonic() - started:.0f} s")
+
+
+def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
+    """Return the runs that are not finished, and the runs whose missing weights these start from."""
+    finished = [(run.name, run.params) for run in sweep.runs]
+    names = {point.name for point in points if (point.name, point.values) not in finished}
+    starts = {point.sweep.start for point in points if point.name in names and point.sweep.start}
+    names |= {start for start in starts if not (folder / start).is_dir()}
+    return [point for point in points if point.name in names]
 
 
 class SweepRunner:
@@ -120,7 +126,7 @@ class SweepRunner:
         found = read_sweep(path)
         return found if found and found.model_copy(update={"runs": (), "fit": None}) == empty else empty
 
-    def train(self, point: experiments.SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
+    def train(self, point: SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
         """Return the trained model of a run, and the mean training loss of its last steps."""
         params, splits = point.params, self.splits
         if chosen := self._train_documents(point.sweep):
@@ -136,7 +142,7 @@ class SweepRunner:
         remove_states(states)
         return trained.model, trained.rows[-1].train_loss
 
-    def _train_documents(self, sweep: experiments.SweepGroup) -> list[int]:
+    def _train_documents(self, sweep: SweepGroup) -> list[int]:
         """Return the train documents of a run, by index; an empty list stands for all."""
         ids = self.splits.train.document_ids
         if sweep.train_source:
@@ -148,7 +154,7 @@ class SweepRunner:
             return [int(index) for index in np.linspace(0, len(ids) - 1, sweep.train_documents)]
         return []
 
-    def score(self, point: experiments.SweepPoint, model: GPT, train_loss: float) -> SweepRun:
+    def score(self, point: SweepPoint, model: GPT, train_loss: float) -> SweepRun:
         """Return a run with its losses on the val split, as the stage `evaluation` computes them."""
         likelihood = point.params.evaluation.likelihood
         scores = as_neural_model(model, likelihood.batch_size).score(self.scored, likelihood.window, silent)
