@@ -247,18 +247,19 @@ def ran(here: Path, stage: str, seconds: int, **last) -> None:
 
 
 def test_a_stage_prints_its_place_and_the_time_that_is_left(chain):
-    assert run(lambda stage: None).output == "stage 2 of 8: training\n"
-    write_json(chain / "reports/estimate.json", {"compact": {"minutes": {"two-cpu-cores": 3.0}}})
-    assert "stage 2 of 8: training, more than 3 min left\n" in run(lambda stage: None).output
     baseline = read_yaml(chain / "params.yaml")["baseline"]
     names, specs = baseline["names"], baseline["specs"]
+    place = f"stage 2 of {3 + len(names)}: training"
+    assert run(lambda stage: None).output == f"{place}\n"
+    write_json(chain / "reports/estimate.json", {"compact": {"minutes": {"two-cpu-cores": 3.0}}})
+    assert f"{place}, more than 3 min left\n" in run(lambda stage: None).output
     for stage in ["download", "training", *(f"baseline@{name}" for name in names), "comparison"]:
         ran(chain, stage, 60)
     ran(chain, "training", 999, status="KILLED")
-    assert "training, about 7 min left\n" in run(lambda stage: None).output  # a minute each
+    assert f"{place}, about {2 + len(names)} min left\n" in run(lambda stage: None).output  # a minute each
     entries = {
         f"baseline@{name}": {"params": {"params.yaml": {f"baseline.specs.{name}": specs[name]}}}
         for name in names
     }
     write_json(chain / "dvc.lock", {"schema": "2.0", "stages": entries})
-    assert "training, about 2 min left\n" in run(lambda stage: None).output  # DVC skips the baselines
+    assert f"{place}, about 2 min left\n" in run(lambda stage: None).output  # DVC skips the baselines
