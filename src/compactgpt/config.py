@@ -507,7 +507,7 @@ class Regression(Section):
     """The limits of the gate: how much worse a metric may become. No output of a stage depends on them."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
-    rerun_noise: NonNegative
+    fallback_noise: NonNegative
     max_documents: Positive
     max_baseline_change: NonNegative
     min_throughput_ratio: PositiveFloat

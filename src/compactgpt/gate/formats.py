@@ -60,9 +60,8 @@ def render_terminal(verdict: Verdict) -> str:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
         right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]).rstrip())
-    notes = [
-        f"{_WORDS[check.status]:4}  {check.name}: {check.says}" for check in verdict.checks if check.says
-    ]
+    shown = [check for check in [*verdict.checks, *verdict.watched] if check.says]
+    notes = [f"{_WORDS[check.status]:4}  {check.name}: {check.says}" for check in shown]
     return "\n".join([*lines, "", *notes, "", headline(verdict)])
 
 

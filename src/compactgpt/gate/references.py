@@ -8,7 +8,9 @@ documents.
 
 import csv
 import hashlib
+import statistics
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +23,8 @@ from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json, sha256_file, write_json
 from compactgpt.config import Regression
 from compactgpt.evaluation.likelihood import read_totals
-from compactgpt.gate.gate import Documents, Point, Snapshot, Verdict, run_gate
+from compactgpt.forecast.sweep import documents_sha256, read_sweep
+from compactgpt.gate.gate import Documents, Noise, Point, Snapshot, Verdict, run_gate
 from compactgpt.reporting.schemas import Score, Tokenized, Trained, parse_report
 from compactgpt.tracking.dvc_files import (
     MODEL,
@@ -36,6 +39,7 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import flatten, tracking_store
 
 CHAMPION = "champion"
+SEEDS = "results/seeds.json"  # runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 _SAME_SUM = 1e-9  # nats per token; sums of equal values in another order differ by less
@@ -84,7 +88,35 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
         raise BadData(
             f"{bench} has no engines.ours.ratio: write it with `benchmarks/training.py --json`"
         ) from error
-    return run_gate(read_reference(against, root), read_present(root), settings, speed)
+    then, now = read_reference(against, root), read_present(root)
+    return run_gate(then, now, settings, read_noise(root / SEEDS, then, now, settings), speed)
+
+
+def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
+    """Return the noise between runs: of the runs of several seeds in a file, or an assumption.
+
+    The runs must have the recipe of one of the two states, and must be scored on the same documents.
+    """
+    sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
+    if sweep is None or len(sweep.runs) < 2:
+        missing = "is missing"
+    elif sweep.documents is None or sweep.documents.ids_sha256 != documents_sha256(now.documents.ids, tokens):
+        missing = "is of another val split"
+    elif not any(_has_recipe(state.params, sweep.settings) for state in (now, then)):
+        missing = "is of another recipe"
+    else:
+        losses = [run.loss for run in sweep.runs]
+        deviation = statistics.stdev(losses)
+        says = f"the deviation between {len(losses)} seeds is {deviation:.4f} nats per token ({SEEDS})"
+        return Noise(deviation, len(losses) - 1, says)
+    assumed = settings.fallback_noise
+    says = f"{SEEDS} {missing}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
+    return Noise(assumed, None, f"{says}; `compactgpt experiment run seeds` measures it")
+
+
+def _has_recipe(params: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Return whether a state's parameters are the settings of a sweep."""
+    return all(params.get(key) == value for key, value in settings.items())
 
 
 # --- reading states
