@@ -354,10 +354,11 @@ def project(folder, loss=4.0):
     figure = {"value": value, "low": value, "high": value}
     split = {"sha256": "a" * 64, "documents": 30, "tokens": 9, "bytes": 9}
     model = {"kind": "compact", "context": "all", "num_params": 9}
+    rates = ("loss", "perplexity", "bits_per_byte")
     evaluation = {
         "model": model, "validation": split, "window": 8, "loss": figure, "bits_per_byte": figure,
         "word_perplexity": None, "perplexity": {**figure, "value": math.exp(value)},
-        "views": {"strided": {"context": 8, "stride": 4, "loss": figure, "perplexity": figure}},
+        "views": {"strided": {"context": 8, "stride": 4, **dict.fromkeys(rates, figure)}},
         "tasks": {"cloze": {"accuracy": figure, "items_sha256": "c", "hits": "10" * 9}, "wikitext": {}},
         "text": {"statistics": {"greedy": {"loop_rate": figure}}},
     }  # fmt: skip
