@@ -269,7 +269,7 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
 def failing_share(rise, documents_noise=1.0, between_runs=0.012, trials=1000):
     """Of runs on 27 documents whose perplexity truly rose: as benchmarks/regression.py, in small.
 
-    The noise between runs is estimated from eight runs, anew in each trial.
+    The noise between runs is estimated from eight runs, again for each trial.
     """
     generator, failed = np.random.default_rng(5), 0
     for _ in range(trials):
