@@ -27,7 +27,7 @@ from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
-from compactgpt.tracking.dvc_files import TOKENS, Folder, keep_lock, read_chain
+from compactgpt.tracking.dvc_files import TOKENS, keep_lock
 from compactgpt.tracking.journal import (
     Journal,
     NullTracker,
@@ -38,7 +38,7 @@ from compactgpt.tracking.journal import (
     token_files,
     tuned_params,
 )
-from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_inputs
+from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_begin
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
@@ -70,9 +70,7 @@ class Stage:
     name: str  # of a matrix stage with the item: `baseline@xz`
     params: Params
     tracker: Journal
-    inputs: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # the parameters that dvc.yaml names for the stage
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # the stage's parameters, as dvc.lock has them
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
@@ -143,17 +141,17 @@ def open_stage(
             with _open_run(tracker, full_name, params, logged, held=held) as run:
                 yield Stage(full_name, params, run, inputs.params)
                 if "DVC_STAGE" in os.environ:
-                    inputs.require_unchanged(Path.cwd())
+                    inputs.require_unchanged()
 
 
 def _begin(stage: str) -> Inputs:
     """Return what the stage reads. Under DVC, save dvc.lock and print how far the pipeline is."""
     here = Path.cwd()
-    chain = read_chain(Folder(here))
+    inputs, chain = read_begin(here, stage)
     if "DVC_STAGE" in os.environ and stage in chain.stages:
         keep_lock(here)
         report(describe_position(chain, here, stage, state_folder()))
-    return read_inputs(chain, here, stage)
+    return inputs
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from compactgpt.common.console import ProgressBar
 from compactgpt.common.errors import BadData, Busy, CheckFailed, UserError
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_json
+from compactgpt.tracking.dvc_files import is_ignored, open_repo
 from stages import _runner
+from tests.support.tracking_store import save_lock
 
 ROOT = Path(__file__).parents[1]
 STAGE = f"""
@@ -189,7 +192,7 @@ def test_a_progress_bar_prints_plain_lines_without_a_terminal_and_one_line_on_it
 
 CHAIN = """stages:
   download: {cmd: x, params: [download.corpus], deps: [corpus], outs: [data/documents]}
-  training: {cmd: x, params: [training], deps: [corpus, src/a.py], outs: [model]}
+  training: {cmd: x, params: [training], deps: [corpus, src, data/documents, reports], outs: [model]}
   baseline:
     matrix: {name: "${baseline.names}"}
     cmd: x
@@ -197,16 +200,23 @@ CHAIN = """stages:
     outs: ["out/${item.name}"]
   comparison: {cmd: x, params: [comparison], deps: [model, out]}
 """
+FILES = {"dvc.yaml": CHAIN, "corpus/a.txt": "a", "src/a.py": "a = 1", "reports/a.json": "{}",
+         "data/documents/a": "a"}  # fmt: skip
 
 
 @pytest.fixture
 def chain(here, monkeypatch):
     """A project of several stages, while DVC runs its stage `training`."""
     monkeypatch.setenv("DVC_STAGE", "training")
-    for name, content in {"dvc.yaml": CHAIN, "corpus/a.txt": "a", "src/a.py": "a = 1"}.items():
-        (here / name).parent.mkdir(exist_ok=True)
-        (here / name).write_text(content)
+    for name, content in FILES.items():
+        write(name, content)
+    save_lock(here, {"download": ["data/documents"]})
     return here
+
+
+def write(path, content):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(content)
 
 
 def replace(path, old, new):
@@ -222,20 +232,65 @@ def replace(path, old, new):
             lambda: replace("params.yaml", "max_steps: 1400", "max_steps: 90"),
             "training.max_steps (1400 -> 90)",
         ),
-        (lambda: Path("corpus/b.txt").write_text("b"), "corpus"),
-        (lambda: Path("corpus/a.txt").write_text("other"), "corpus"),
-        (lambda: Path("src/a.py").write_text("a = 2"), "src/a.py"),
-        (lambda: Path("src/a.py").write_text("a = 1"), ""),  # saved again without a change
-        (lambda: replace("params.yaml", "  top_k: 40", "  top_k: 41"), ""),  # of another stage
+        (lambda: write("params.yaml", "a: ["), "params.yaml (not valid YAML now)"),
+        (lambda: write("corpus/b.txt", "b"), "corpus"),
+        (lambda: write("corpus/a.txt", "b"), "corpus"),
+        (lambda: write("src/a.py", "a = 2"), "src"),
+        (lambda: write("data/documents/a", "b"), "data/documents"),
+        (lambda: shutil.rmtree("data/documents"), "data/documents"),
     ],
 )
 def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
     result = run(lambda stage: edit(), tracker="mlflow")
-    assert result.exit_code == (CheckFailed.exit_code if message else 0)
-    assert (f"error: changed while training ran: {message}. The results are" in result.output) == bool(
-        message
-    )
-    assert journal_lines(chain)[-1]["status"] == ("FAILED" if message else "FINISHED")
+    assert result.exit_code == CheckFailed.exit_code
+    assert f"error: changed while training ran: {message}. The results are" in result.output
+    assert journal_lines(chain)[-1]["status"] == "FAILED"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda: replace("params.yaml", "  top_k: 40", "  top_k: 41"),  # a parameter of another stage
+        lambda: [write(name, content) for name, content in FILES.items()],  # as `git checkout` of the same
+        lambda: [os.utime(name, (0, 0)) for name in FILES],  # a clock that was wrong
+        lambda: [write(f"{folder}/{name}", "x") for name in LEFTOVERS for folder in ("corpus", "src/b")],
+        lambda: Path("corpus/.#a.txt").symlink_to("user@host.1"),  # the lock file of Emacs
+        lambda: [Path("corpus").rename("far"), Path("corpus").symlink_to("far")],
+        lambda: Path("dvc.lock").write_text("schema: '2.0'\nstag"),  # another `dvc` process writes it
+        lambda: replace("dvc.yaml", "params: [training]", "params: [model]"),  # DVC has read it already
+    ],
+)
+def test_what_is_no_change_of_the_inputs_fails_no_stage(chain, edit):
+    result = run(lambda stage: edit())
+    assert (result.exit_code, result.output.count("\n")) == (0, 1)
+
+
+LEFTOVERS = [
+    ".a.txt.swp",
+    ".a.txt.swx",
+    "a.txt~",
+    "#a.txt#",
+    "4913",
+    ".DS_Store",
+    "a.pyc",
+    "__pycache__/a.pyc",
+]
+
+
+def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
+    (tmp_path / ".dvcignore").write_text((ROOT / ".dvcignore").read_text())
+    (tmp_path / ".dvc").mkdir()
+    with open_repo(tmp_path) as repo:
+        for name in LEFTOVERS:
+            assert repo.dvcignore.is_ignored_file(str(tmp_path / "src" / name)), name
+        assert not repo.dvcignore.is_ignored_file(str(tmp_path / "src/#1.txt"))
+    assert not is_ignored("#1.txt")
+
+
+@pytest.mark.parametrize("damaged", ["dvc.lock", "reports/estimate.json"])
+def test_a_damaged_file_that_only_the_time_left_needs_stops_no_stage(chain, damaged):
+    write(damaged, "{")
+    assert run(lambda stage: None).exit_code == 0
 
 
 def ran(here: Path, stage: str, seconds: int, **last) -> None:

@@ -43,7 +43,7 @@ def root(tmp_path):
 
 def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
     chain = read_chain(Folder(root))
-    assert chain.stages == ["a", "b@one", "b@two"]
+    assert [*chain.stages] == ["a", "b@one", "b@two"]
     assert not chain.complete
     assert chain.out("x") == "8ea7b150bb7c692952804d00767e8840.dir"  # what `dvc add` of 3.67.1 writes for it
     assert chain.out("y") == ""
@@ -55,7 +55,7 @@ def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
 def test_a_matrix_without_values_has_no_items_and_one_of_two_variables_is_refused(root):
     for params in ("b: {names: 5}", "b: 5", ""):
         (root / "params.yaml").write_text(params)
-        assert read_chain(Folder(root)).stages == ["a"]
+        assert [*read_chain(Folder(root)).stages] == ["a"]
     (root / "dvc.yaml").write_text("stages: {b: {matrix: {x: [1], y: [2]}}}")
     with pytest.raises(BadData, match=r"^dvc\.yaml is not as DVC reads it"):
         read_chain(Folder(root))

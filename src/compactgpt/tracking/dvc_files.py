@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ Entry = dict[str, Any]  # the entry of one stage in dvc.lock
 _LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # each work tree has its own copy
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+# Names of files and folders that .dvcignore excludes inside a dependency: byte code, files of editors.
+_IGNORED = re.compile(r"__pycache__|.*\.(pyc|egg-info)|\..*\.sw.|.*~|#.*#|\.#.*|4913|\.DS_Store")
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,22 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The stages of dvc.yaml in their order, and the entries of dvc.lock."""
+class Stage:
+    """What dvc.yaml has of one stage."""
 
-    stages: list[str]  # a matrix stage has one name per item: `baseline@xz`
+    deps: list[str]  # paths
+    outs: list[str]  # paths
+    params: list[str]  # keys of params.yaml
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The stages of dvc.yaml, and the entries of dvc.lock."""
+
+    stages: dict[str, Stage]  # in the order of dvc.yaml; a matrix stage has one name per item: `baseline@xz`
     entries: dict[str, Entry]
     stale: list[str] = field(default_factory=list)  # stages that DVC left in dvc.lock (treeverse/dvc#5293)
     lock: bytes = b""
-    deps: dict[str, list[str]] = field(default_factory=dict)  # by stage, the paths of dvc.yaml
-    outs: dict[str, list[str]] = field(default_factory=dict)
-    params: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage, the values now in params.yaml
 
     @property
     def complete(self) -> bool:
@@ -156,22 +164,29 @@ def read_chain(place: Place) -> Chain:
     Raises:
         BadData: dvc.yaml or dvc.lock is not valid.
     """
-    tree = parse_yaml(place.read(PARAMS), PARAMS)
-    deps, outs, params = {}, {}, {}
-    try:
-        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), tree):
-            deps[stage] = list(body.get("deps") or [])
-            written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
-            outs[stage] = [out if isinstance(out, str) else next(iter(out)) for out in written]
-            params[stage] = {key: _value_at(tree, key) for key in body.get("params") or []}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
-    lock = place.read(LOCK) or b""
+    stages, lock = read_stages(place), place.read(LOCK) or b""
     entries = entries_of(lock)
-    stale = sorted(entries.keys() - deps.keys()) if deps else []
+    stale = sorted(entries.keys() - stages.keys()) if stages else []
     for stage in stale:
         del entries[stage]
-    return Chain([*deps], entries, stale, lock, deps, outs, params)
+    return Chain(stages, entries, stale, lock)
+
+
+def read_stages(place: Place) -> dict[str, Stage]:
+    """Return the stages of dvc.yaml by name, in their order.
+
+    Raises:
+        BadData: dvc.yaml or params.yaml is not valid.
+    """
+    tree, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
+    try:
+        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), tree):
+            written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
+            paths = [out if isinstance(out, str) else next(iter(out)) for out in written]
+            stages[stage] = Stage([*(body.get("deps") or [])], paths, [*(body.get("params") or [])])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
+    return stages
 
 
 def _expand(bodies: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,8 +202,12 @@ def _expand(bodies: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterator[tupl
             yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", str(value)))
 
 
+def values_at(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Return the values at dotted keys, by key; None for a key that the tree does not have."""
+    return {key: _value_at(tree, key) for key in keys}
+
+
 def _value_at(tree: Any, key: str) -> Any:
-    """Return the value at a dotted key; None if there is none."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
@@ -282,10 +301,15 @@ def md5_path(path: Path) -> str:
     files = {
         found.relative_to(path).as_posix(): found
         for found in path.rglob("*")
-        if found.is_file() and "__pycache__" not in found.parts  # .dvcignore excludes it
+        if found.is_file() and not any(map(is_ignored, found.relative_to(path).parts))
     }
     listing = [{"md5": md5_file(files[name]), "relpath": name} for name in sorted(files)]
     return md5_of(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether .dvcignore excludes a file or a folder with this name inside a dependency."""
+    return bool(_IGNORED.fullmatch(name))
 
 
 class Cache:

@@ -207,7 +207,7 @@ def changed_environment(version: Version) -> dict[str, Pair]:
         The value on the version's machine and the value on this machine, by name.
     """
     installed = parse_versions(packages())
-    here = Version("here", Folder(Path()), Chain([], {}), machine=machine_facts(), packages=installed)
+    here = Version("here", Folder(Path()), Chain({}, {}), machine=machine_facts(), packages=installed)
     return changed_machine(version, here) | changed_packages(version, here)
 
 

@@ -6,38 +6,62 @@ DVC would record values that the stage did not use (treeverse/dvc#11058). So a s
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.errors import CheckFailed
+from compactgpt.common.errors import BadData, CheckFailed, UserError
 from compactgpt.common.storage import json_bytes, read_json
-from compactgpt.tracking.dvc_files import CODE, Chain, Folder, entry_params, md5_path, overlap, read_chain
+from compactgpt.tracking.dvc_files import (
+    PARAMS,
+    Chain,
+    Folder,
+    entry_params,
+    is_ignored,
+    md5_path,
+    overlap,
+    parse_yaml,
+    read_chain,
+    read_stages,
+    values_at,
+)
 from compactgpt.tracking.journal import JournalFile, flatten, tracking_folder
 
 ESTIMATED_ON = "two-cpu-cores"  # the machine of reports/estimate.json whose time stands for this machine
+_LARGE = ("data/", "models/")  # outputs of stages: their hashes are in dvc.lock
+Listing = set[tuple[str, int, int]]  # path, size and time of each file
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The parameters and the files that a stage reads, at one moment."""
+    """The parameters and the files that a stage reads, as they were when it began."""
 
     stage: str
+    root: Path
     params: dict[str, Any]  # by the keys that dvc.yaml names, as DVC writes them to dvc.lock
-    files: dict[str, Any]  # a description of each dependency, by path
+    files: dict[str, tuple[Listing, str]]  # of each dependency: its files, and its MD5
 
-    def require_unchanged(self, root: Path) -> None:
+    def require_unchanged(self) -> None:
         """Check that the stage would read the same now.
+
+        dvc.yaml and dvc.lock are not read again: DVC has read dvc.yaml already, and another `dvc` process may
+        be writing dvc.lock. A file is read again only if its size or time has changed.
 
         Raises:
             CheckFailed: a parameter or a dependency changed. The stage fails, so that DVC records nothing.
         """
-        now = read_inputs(read_chain(Folder(root)), root, self.stage)
-        old, new = flatten(self.params), flatten(now.params)
-        keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-        changed = [f"{key} ({old.get(key)} -> {new.get(key)})" for key in keys]
-        changed += [path for path, files in self.files.items() if now.files.get(path) != files]
+        try:
+            old, new = flatten(self.params), flatten(values_at(_params(self.root), [*self.params]))
+            keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+            changed = [f"{key} ({old.get(key)} -> {new.get(key)})" for key in keys]
+        except UserError:
+            changed = [f"{PARAMS} (not valid YAML now)"]
+        for name, (listing, md5) in self.files.items():
+            path = self.root / name
+            if _list_files(path) != listing and md5_path(path) != md5:
+                changed.append(name)
         if changed:
             raise CheckFailed(
                 f"changed while {self.stage} ran: {', '.join(changed[:5])}. The results are of the earlier "
@@ -46,24 +70,40 @@ class Inputs:
             )
 
 
-def read_inputs(chain: Chain, root: Path, stage: str) -> Inputs:
-    """Return what a stage of dvc.yaml reads now; nothing for a stage that dvc.yaml does not have.
+def read_begin(root: Path, stage: str) -> tuple[Inputs, Chain]:
+    """Return what a stage of dvc.yaml reads, and the stages; no inputs for a stage that dvc.yaml lacks.
 
-    Code is described by its hash, so that a file saved without a change is the same. Data may be large, and
-    is described by the name, size and time of each file.
+    The files are listed only under DVC. The MD5 of a large dependency comes from dvc.lock, the MD5 of any
+    other from its files.
     """
-    paths = chain.deps.get(stage, [])
-    code = {path: md5_path(root / path) for path in paths if path.startswith(CODE)}
-    data = {path: sorted(_list_files(root / path)) for path in paths if path not in code}
-    return Inputs(stage, chain.params.get(stage, {}), code | data)
+    try:
+        chain = read_chain(Folder(root))
+    except BadData:  # another `dvc` process may be writing dvc.lock
+        chain = Chain(read_stages(Folder(root)), {})
+    if stage not in chain.stages:
+        return Inputs(stage, root, {}, {}), chain
+    files = {}
+    for name in chain.stages[stage].deps if "DVC_STAGE" in os.environ else []:
+        listing, recorded = _list_files(root / name), chain.out(name) if name.startswith(_LARGE) else ""
+        files[name] = (listing, recorded or md5_path(root / name))
+    return Inputs(stage, root, values_at(_params(root), chain.stages[stage].params), files), chain
 
 
-def _list_files(path: Path) -> Iterator[tuple[str, int, int]]:
-    found = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-    for file in found if path.is_dir() else [path]:
-        if file.exists():
+def _params(root: Path) -> dict[str, Any]:
+    return parse_yaml(Folder(root).read(PARAMS), PARAMS)
+
+
+def _list_files(path: Path) -> Listing:
+    found = [path] if path.is_file() else []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not is_ignored(name)]
+        found += [Path(folder, name) for name in names if not is_ignored(name)]
+    listing = set()
+    for file in found:
+        with suppress(FileNotFoundError):  # a link to no file, or a file that was deleted meanwhile
             status = file.stat()
-            yield str(file), status.st_size, status.st_mtime_ns
+            listing.add((str(file), status.st_size, status.st_mtime_ns))
+    return listing
 
 
 def params_sha256(params: Mapping[str, Any]) -> str:
@@ -76,27 +116,25 @@ def describe_position(chain: Chain, root: Path, stage: str, state: Path) -> str:
 
     The times are those of each stage's last run on this machine, which its journal has.
     """
-    number = chain.stages.index(stage)
-    found = [_last_seconds(state, later) or _forecast(root, later) for later in _stages_to_run(chain, number)]
+    number, later = [*chain.stages].index(stage), _stages_to_run(chain, root, stage)
+    found = [_last_seconds(state, one) or _forecast(root, one) for one in later]
     known = sum(found)
     amount = f"{known / 60:,.0f} min" if known > 90 else f"{known:.0f} s"
     left = f", {'about' if all(found) else 'more than'} {amount} left" if known else ""
     return f"stage {number + 1} of {len(chain.stages)}: {stage}{left}"
 
 
-def _stages_to_run(chain: Chain, number: int) -> list[str]:
-    """Return the stage at a position, and the later stages that DVC will run after it."""
-    stages = [chain.stages[number]]
-    for stage in chain.stages[number + 1 :]:
-        entry = chain.entries.get(stage)
-        written = [out for earlier in stages for out in chain.outs[earlier]]
+def _stages_to_run(chain: Chain, root: Path, first: str) -> list[str]:
+    """Return a stage, and the later stages that DVC will run after it."""
+    stages, written, tree = [first], [*chain.stages[first].outs], _params(root)
+    for name in [*chain.stages][[*chain.stages].index(first) + 1 :]:
+        stage, entry = chain.stages[name], chain.entries.get(name)
         # A JSON file in data/ says only that a check passed, so it stays the same.
-        reads = [
-            path for path in chain.deps[stage] if not (path.startswith("data/") and path.endswith(".json"))
-        ]
+        reads = [path for path in stage.deps if not (path.startswith("data/") and path.endswith(".json"))]
         depends = any(overlap(path, out) for path in reads for out in written)
-        if depends or not entry or entry_params(entry) != chain.params[stage]:
-            stages.append(stage)
+        if depends or not entry or entry_params(entry) != values_at(tree, stage.params):
+            stages.append(name)
+            written += stage.outs
     return stages
 
 
@@ -107,13 +145,14 @@ def _last_seconds(state: Path, stage: str) -> float:
         if journal.path.exists() and journal.start.get("stage") == stage:
             first, last = journal.start, journal.last
             if last.get("status") == "FINISHED" and "continues" not in first:
-                return float(last["time_ms"] - first["time_ms"]) / 1000
+                return max(0.0, float(last["time_ms"] - first["time_ms"]) / 1000)
     return 0.0
 
 
 def _forecast(root: Path, stage: str) -> float:
     """Return the seconds that reports/estimate.json has for training; 0.0 for every other stage."""
     path = root / "reports/estimate.json"
-    if stage != "training" or not path.exists():
-        return 0.0
-    return float(read_json(path)["compact"]["minutes"].get(ESTIMATED_ON, 0.0)) * 60
+    if stage == "training" and path.exists():
+        with suppress(UserError, LookupError, TypeError):  # a damaged report is no reason to fail
+            return float(read_json(path)["compact"]["minutes"][ESTIMATED_ON]) * 60
+    return 0.0
