@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri, stdtrit
 
-from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio, ratio_interval
+from compactgpt.evaluation.totals import read_totals
 
 Array = npt.NDArray[np.float64]
 POPULATION, CHANGE, TAIL = 400_000, 0.3, 1.2  # documents; standard deviations of losses and of log lengths

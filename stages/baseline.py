@@ -26,8 +26,9 @@ def main(
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
     from compactgpt.evaluation.generation import generate_texts
-    from compactgpt.evaluation.likelihood import NeuralModel, evaluate, scored_split, summarize, write_totals
+    from compactgpt.evaluation.likelihood import NeuralModel, evaluate, scored_split, summarize
     from compactgpt.evaluation.tasks import run_tasks
+    from compactgpt.evaluation.totals import write_totals
 
     name = name or matrix_item()
     if not name:

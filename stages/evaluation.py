@@ -29,8 +29,9 @@ def main(
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.compact import load_compact
     from compactgpt.evaluation.generation import generate_texts, samples_markdown
-    from compactgpt.evaluation.likelihood import evaluate, headline, scored_split, summarize, write_totals
+    from compactgpt.evaluation.likelihood import evaluate, headline, scored_split, summarize
     from compactgpt.evaluation.tasks import run_tasks
+    from compactgpt.evaluation.totals import write_totals
 
     with open_stage("evaluation", params_file, tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime

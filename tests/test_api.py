@@ -12,7 +12,8 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import Folder, load_params
 from compactgpt.data.hub import check_model_folder
 from compactgpt.evaluation import generation
-from compactgpt.evaluation.likelihood import evaluate, figures
+from compactgpt.evaluation.likelihood import evaluate
+from compactgpt.evaluation.totals import figures
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import save_model
 from tests.support.tiny_models import (

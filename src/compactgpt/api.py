@@ -164,7 +164,8 @@ class Model:
             BadData: the text is empty, or can't be tokenized.
             NotFinite: the model assigns probability 0 to a document.
         """
-        from compactgpt.evaluation.likelihood import evaluate, figures
+        from compactgpt.evaluation.likelihood import evaluate
+        from compactgpt.evaluation.totals import figures
 
         likelihood = likelihood or default_likelihood([self])
         split = _as_split([text] if isinstance(text, str) else text, self.encoding)

@@ -20,7 +20,7 @@ from compactgpt import config
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.data.token_files import open_tokens
-from compactgpt.evaluation import baselines
+from compactgpt.evaluation import baselines, document_models
 from compactgpt.evaluation.baselines import BaselineInputs, OwnTokens, load_baseline, text_spans
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import evaluate
@@ -61,7 +61,7 @@ def load(tmp_path, encoding):
 
 
 def test_unigram_is_laplaces_rule_worked_by_hand(load, split, encoding, tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "COUNTED_AT_ONCE", 7)
+    monkeypatch.setattr(document_models, "COUNTED_AT_ONCE", 7)
     found = evaluate(load(kind="unigram"), split, encoding, LIKELIHOOD)
     stream, V = open_tokens(tmp_path / "train.tokens").tokens.tolist(), encoding.n_vocab
     assert stream.count(V - 1) == 2  # end-of-text is counted, one a document
@@ -82,8 +82,8 @@ def undo_zstd(content):
 @pytest.mark.parametrize(
     ("codec", "compress", "undo", "with_container"),
     [
-        ("xz", baselines._xz(9), undo_xz, lzma.compress),
-        ("zstd", baselines._zstd(9, b""), undo_zstd, zstandard.ZstdCompressor(9).compress),
+        ("xz", document_models._xz(9), undo_xz, lzma.compress),
+        ("zstd", document_models._zstd(9, b""), undo_zstd, zstandard.ZstdCompressor(9).compress),
     ],
 )
 def test_a_compressors_nats_are_the_bits_without_the_container(

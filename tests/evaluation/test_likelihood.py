@@ -20,8 +20,9 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
 from compactgpt.common.storage import json_bytes, read_json, sha256_file
 from compactgpt.evaluation import likelihood
 from compactgpt.evaluation.compact import as_neural_model
-from compactgpt.evaluation.likelihood import DocumentScores, Totals, evaluate, target_nats
+from compactgpt.evaluation.likelihood import DocumentScores, evaluate, target_nats
 from compactgpt.evaluation.metrics import ratio_interval
+from compactgpt.evaluation.totals import Totals, read_totals, write_totals
 from compactgpt.model.weights import save_model
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_params, save_split
 
@@ -246,14 +247,12 @@ def test_sums_are_compressed_columns_and_are_read_back(tmp_path, is_counted):
     if not is_counted:
         counts |= {"own_tokens": None, "words": None}
     views = {"strided": np.array(SUMS["nats_strided"])}
-    likelihood.write_totals(
-        tmp_path / "x", Totals(SUMS["id"], **counts, nats=np.array(SUMS["nats"]), views=views)
-    )
+    write_totals(tmp_path / "x", Totals(SUMS["id"], **counts, nats=np.array(SUMS["nats"]), views=views))
     file = parquet.ParquetFile(tmp_path / "x")
     assert [str(kind) for kind in file.schema_arrow.types] == ["string", *["int64"] * 4, "double", "double"]
     row = file.metadata.row_group(0)
     assert {row.column(number).compression for number in range(len(SUMS))} == {"ZSTD"}
-    found = likelihood.read_totals(tmp_path / "x")
+    found = read_totals(tmp_path / "x")
     for name, values in {**counts, "nats": SUMS["nats"]}.items():
         np.testing.assert_array_equal(getattr(found, name), values)
     assert (found.ids, found.views["strided"].tolist()) == (SUMS["id"], SUMS["nats_strided"])
@@ -275,19 +274,19 @@ def test_sums_of_other_types_and_signs_are_refused(tmp_path, change):
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.table(table), path)
     with pytest.raises(BadData, match=f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"):
-        likelihood.read_totals(path)
+        read_totals(path)
 
 
 def test_missing_damaged_and_earlier_sums(tmp_path):
     path = tmp_path / "x.parquet"
     with pytest.raises(MissingInput, match=r"x\.parquet is missing: run `dvc repro` to make it$"):
-        likelihood.read_totals(path)
+        read_totals(path)
     path.write_bytes(b"PAR1 not")
     with pytest.raises(BadData, match=r"x\.parquet is damaged"):
-        likelihood.read_totals(path)
+        read_totals(path)
     columns = {name: values for name, values in SUMS.items() if name != "words"}
     parquet.write_table(pyarrow.table(columns), path)
-    assert likelihood.read_totals(path).words is None
+    assert read_totals(path).words is None
 
 
 def test_the_stage_writes_the_same_bytes_twice(tmp_path, encoding, split, model, monkeypatch):

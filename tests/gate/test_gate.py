@@ -20,8 +20,8 @@ from compactgpt.cli import app
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import load_params
-from compactgpt.evaluation.likelihood import Totals, write_totals
 from compactgpt.evaluation.metrics import ratio_interval
+from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.gate import formats, gate, references
 from compactgpt.gate.gate import Check, Documents, Noise, Snapshot, Verdict

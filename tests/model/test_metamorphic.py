@@ -13,7 +13,8 @@ from compactgpt.common.console import silent
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
 from compactgpt.evaluation.compact import as_neural_model
-from compactgpt.evaluation.likelihood import evaluate, figures
+from compactgpt.evaluation.likelihood import evaluate
+from compactgpt.evaluation.totals import figures
 from compactgpt.model.huggingface import load_hf, save_hf
 from tests.support.tiny_corpus import write_token_file
 from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt

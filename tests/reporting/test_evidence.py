@@ -13,7 +13,7 @@ import pytest
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.sections import load_section
-from compactgpt.evaluation.likelihood import read_totals, write_totals
+from compactgpt.evaluation.totals import read_totals, write_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun, documents_sha256
 from compactgpt.reporting import html, tables

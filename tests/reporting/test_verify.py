@@ -16,7 +16,7 @@ from compactgpt.cli import app
 from compactgpt.common.errors import CheckFailed
 from compactgpt.common.storage import atomic_folder, json_bytes
 from compactgpt.config import load_params
-from compactgpt.evaluation.likelihood import figures, read_totals
+from compactgpt.evaluation.totals import figures, read_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.html import render_files

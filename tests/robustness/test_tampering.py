@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compactgpt.common.storage import atomic_folder
-from compactgpt.evaluation.likelihood import Totals, write_totals
+from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.model.weights import save_model
 from compactgpt.reporting.verify import Verification, check_lock, check_manifests, run_check
 from tests.support.comparison_inputs import PARAMS, ROOT

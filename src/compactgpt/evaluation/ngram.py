@@ -30,9 +30,8 @@ Ids = npt.NDArray[np.int64]
 class _Order:
     """All n-grams of one order above 1; the id of an n-gram is its index."""
 
-    keys: (
-        Ids  # (K,) ascending: id of the context, which is the n-gram without its last token, x V + last token
-    )
+    # (K,) ascending: c V + w, where w is the last token and c is the id of the n-gram without w.
+    keys: Ids
     weights: Floats  # (K,) the discounted count divided by the total of the context
     backoff: Floats  # (contexts,) weight of the lower order; 1 for a context that no token follows
 

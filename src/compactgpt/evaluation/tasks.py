@@ -30,8 +30,9 @@ from compactgpt.config import Source
 from compactgpt.config import Tasks as Settings
 from compactgpt.data.hub import fetch_file
 from compactgpt.data.token_files import TokenFile, Window
-from compactgpt.evaluation.likelihood import Codec, Flags, Floats, NeuralModel, document_text, score_targets
+from compactgpt.evaluation.likelihood import Codec, NeuralModel, document_text, score_targets
 from compactgpt.evaluation.metrics import perplexity, ratio_interval, wilson
+from compactgpt.evaluation.totals import Flags, Floats
 from compactgpt.evaluation.wikitext import read_lines, score_wikitext
 
 if TYPE_CHECKING:

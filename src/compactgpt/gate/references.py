@@ -22,7 +22,7 @@ from compactgpt.common.git import require_repository
 from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json, sha256_file, write_json
 from compactgpt.config import Regression
-from compactgpt.evaluation.likelihood import read_totals
+from compactgpt.evaluation.totals import read_totals
 from compactgpt.forecast.sweep import documents_sha256, read_sweep
 from compactgpt.gate.gate import Documents, Noise, Point, Snapshot, Verdict, run_gate
 from compactgpt.reporting.schemas import Score, Tokenized, Trained, parse_report

@@ -16,13 +16,14 @@ import numpy as np
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.config import ExpectedLoss, Model
-from compactgpt.evaluation.likelihood import IN_WINDOW, Floats, figures
+from compactgpt.evaluation.likelihood import IN_WINDOW
 from compactgpt.evaluation.metrics import (
     bits_per_byte,
     mcnemar,
     perplexity,
     perplexity_ratio,
 )
+from compactgpt.evaluation.totals import Floats, figures
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results

@@ -19,8 +19,8 @@ from compactgpt.common.errors import BadConfig
 from compactgpt.common.sections import Name, Section, load_section
 from compactgpt.common.storage import read_json, write_json
 from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
-from compactgpt.evaluation.likelihood import read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.evaluation.totals import read_totals
 from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
 

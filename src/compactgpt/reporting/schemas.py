@@ -16,7 +16,8 @@ from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import load_section
 from compactgpt.common.storage import read_manifest
 from compactgpt.config import ExpectedLoss, Params
-from compactgpt.evaluation.likelihood import IN_WINDOW, Totals, figures, read_totals
+from compactgpt.evaluation.likelihood import IN_WINDOW
+from compactgpt.evaluation.totals import Totals, figures, read_totals
 from compactgpt.forecast.sweep import Sweep, SweepRun, documents_sha256, read_sweep, recipe
 from compactgpt.reporting.claims import Claims, Published
 from compactgpt.reporting.provenance import code_hashes

@@ -21,8 +21,8 @@ from typing import Any
 from compactgpt.common.errors import UserError
 from compactgpt.common.storage import MANIFEST, json_bytes, read_json, verified_manifest
 from compactgpt.config import Params, load_params
-from compactgpt.evaluation.likelihood import figures, read_totals
 from compactgpt.evaluation.metrics import wilson
+from compactgpt.evaluation.totals import figures, read_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.evidence import build_record

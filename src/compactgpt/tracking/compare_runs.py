@@ -12,8 +12,8 @@ from typing import Any
 
 from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
-from compactgpt.evaluation.likelihood import Totals, read_totals
 from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.evaluation.totals import Totals, read_totals
 from compactgpt.tracking.dvc_files import PARAMS, Cache, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import (
