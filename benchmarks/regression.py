@@ -97,7 +97,7 @@ def simulate(trials: int, documents: list[int]) -> None:
         f"False alarms allowed: {settings.false_alarms:.1%} over all metrics together, here two views of the"
     )
     print(f"perplexity and the tasks {TASKS} (right answers, items).\n")
-    print(f"{'share of runs that fail':54}" + "".join(f"{size:>8,}" for size in documents) + "  documents")
+    print(f"{'share of runs that fail':66}" + "".join(f"{size:>8,}" for size in documents) + "  documents")
     for rise, deviation, uneven in (
         (0.0, 0.0, 1.0), (0.0, 0.005, 1.0), (0.0, 0.012, 1.0), (0.0, 0.024, 1.0), (0.0, 0.005, 2.0),
         (0.03, 0.005, 1.0), (0.05, 0.005, 1.0), (0.07, 0.005, 1.0), (0.10, 0.005, 1.0), (0.10, 0.012, 1.0),
@@ -112,7 +112,7 @@ def simulate(trials: int, documents: list[int]) -> None:
             shares.append(failed / trials)
         says = f"{rise:4.0%} worse, shift between seeds {deviation:.3f}"
         says += ", documents twice as uneven" if uneven > 1 else ""
-        print(f"{says:54}" + "".join(f"{share:8.2%}" for share in shares), flush=True)
+        print(f"{says:66}" + "".join(f"{share:8.2%}" for share in shares), flush=True)
 
 
 def show_noise(path: Path) -> None:
