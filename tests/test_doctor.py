@@ -1,9 +1,11 @@
-"""`compactgpt doctor` says in one screen what this machine can do, and waits for no server."""
+"""`compactgpt doctor` reports in one screen what this machine can do, and waits for no server."""
 
 import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,13 +23,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A repository with the project's params.yaml and experiments; no program may reach a network."""
+    """A repository with the project's params.yaml and experiments, and an empty cache of the hub."""
     folder = git_repository(tmp_path / "project", {})
     shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
     shutil.copytree(ROOT / "conf", folder / "conf")
+    (folder / "reports").mkdir()
+    (folder / "reports/tokenization.json").write_text('{"val": {"documents": 100, "tokens": 90000}}')
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(doctor, "measure_flops", lambda: 1e11)
     return folder
 
@@ -38,43 +42,67 @@ def run(*options):
     return done.output
 
 
-def test_the_screen_has_a_line_for_each_question(project):
-    lines = {line.split("  ")[0].strip("* "): line for line in run().splitlines() if line[:2] != "  "}
-    assert {"processor", "memory", "disk", "GPU", "hub", "git", "DVC", "MLflow", "baselines"} <= set(lines)
+def test_the_screen_answers_each_question(project):
+    lines = {line[2:].split("  ")[0]: line for line in run().splitlines() if line.startswith("  ")}
     assert f"{len(os.sched_getaffinity(0))} cores usable" in lines["processor"]
-    assert "HF_HUB_OFFLINE" in lines["hub"]
-    assert "the first run creates it" in lines["MLflow"]
-    assert "estimated from 100 GFLOP/s" in lines["time"]
-    assert len(run().splitlines()) < 40
+    assert "100 GFLOP/s" in lines["speed"]
+    assert "not asked: HF_HUB_OFFLINE is set" in lines["hub"]
+    assert "sqlite:///mlflow.db" in lines["MLflow"]
+    assert {"memory", "disk", "GPU", "git", "DVC", "zstd", "gpt2-xl"} <= lines.keys()
+    assert {"make repro", "experiment run gpt2", "experiment run note"} <= lines.keys()
+    assert len(lines) < 40
 
 
 def test_baselines_say_what_they_need_and_times_are_those_of_the_forecast(project):
-    (project / "reports").mkdir()
-    (project / "reports/tokenization.json").write_text('{"val": {"documents": 100, "tokens": 90000}}')
-    found = json.loads(run("--json"))
-    params = load_params(Path("params.yaml"))
-    assert found["baselines"].keys() == params.baseline.specs.keys()
+    found, params = json.loads(run("--json")), load_params(Path("params.yaml"))
+    assert tuple(found["baselines"]) == params.baseline.names
     assert found["baselines"]["xz"] == "ready"
-    assert found["baselines"]["gpt2"].startswith("needs the hub; or a copy")
+    assert found["other_baselines"]["gpt2"].startswith("needs the hub; or a copy")
     minutes = found["minutes"]["make repro"]
     assert minutes["training"] == pytest.approx(training_minutes(params, 1e11))
-    (gguf,) = [name for name in minutes if name.startswith("smollm2")]
-    # 135M parameters, two operations each, 100 documents of 512 tokens.
-    assert minutes[gguf] >= 2 * 135e6 * 100 * 512 / 6e10 / 60
+    gguf = params.baseline.names[-1]
+    # 135M parameters, two operations each; 100 documents of 512 tokens, in matched and in own windows.
+    assert minutes[gguf] == pytest.approx(2 * 135e6 * 100 * 512 * 2 / 6e10 / 60)
+    tasks = found["minutes"]["experiment run gpt2"]  # also LAMBADA and WikiText-2, which are longer than val
+    assert tasks["gpt2"] > 1e6 * 2 * 124e6 / 6e10 / 60
+    assert tasks[gguf] > 10 * minutes[gguf]
     assert found["minutes"]["experiment run note"]["training"] > 1000 * minutes["training"]
 
 
+def test_an_experiment_that_cannot_run_has_the_reason_instead_of_a_time(project):
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("    gpt2:\n", "    gpt-2:\n"))
+    line = next(line for line in run().splitlines() if line.startswith("  experiment run gpt2"))
+    assert "names ['gpt2'] have no entry in specs" in line
+
+
 def test_servers_that_never_answer_and_wrong_addresses_delay_nothing(project, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and says nothing
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and sends nothing
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         monkeypatch.setenv("HF_ENDPOINT", address)
-        monkeypatch.delenv("HF_HUB_OFFLINE")
-        run()  # imports what it needs
         begin = time.monotonic()
         found = json.loads(run("--json"))
         assert time.monotonic() - begin < 8
-    assert "answer" in found["stores"]["MLflow"]
-    assert "answers" not in found["network"]["hub"]
+    assert "answer" in found["machine"]["MLflow"]
+    assert "answers" not in found["machine"]["hub"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
-    assert "MLFLOW_TRACKING_URI is" in json.loads(run("--json"))["stores"]["MLflow"]
+    assert "MLFLOW_TRACKING_URI is" in json.loads(run("--json"))["machine"]["MLflow"]
+
+
+def test_no_library_that_takes_long_to_import_is_imported(project):
+    """A torch with CUDA is imported, since only torch knows which GPUs it can use."""
+    code = """
+import sys
+from pathlib import Path
+from compactgpt import doctor
+assert doctor._gpu("2.0+cpu").startswith("none: torch 2.0+cpu has no CUDA")
+doctor._gpu = lambda version: "none"
+doctor.measure_flops = lambda: 1e11
+doctor.examine(Path("params.yaml"))
+sys.exit(str(sys.modules.keys() & {"torch", "mlflow", "dvc", "transformers", "huggingface_hub.hf_api"}))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(project)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr == "set()\n"

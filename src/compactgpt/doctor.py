@@ -1,7 +1,7 @@
-"""Say what this machine can do: hardware, network, baselines, stores, and how long the pipeline takes.
+"""Report what this machine can do: hardware, hub, stores, baselines, and how long the pipeline takes.
 
-No check waits longer than `WAIT_SECONDS`, and the checks that need a network run at the same time. Times are
-estimated from the speed of matrix products on this processor, which is measured for a second.
+The hub and a tracking server are asked at the same time, for at most `WAIT_SECONDS`. Times are estimated from
+the speed of matrix products on this processor, which is measured for a second.
 """
 
 import os
@@ -10,8 +10,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from compactgpt.common.git import git_text
 from compactgpt.common.storage import read_json
 from compactgpt.config import BaselineSpec, Folder, Gguf, Hub, Params, load_params
 from compactgpt.data.hub import cached_model
-from compactgpt.experiments import configurations, load_experiments
+from compactgpt.experiments import configurations, dvc_environment
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 from compactgpt.tracking import dvc_files, state_folder
 from compactgpt.tracking.journal import machine_facts, tracking_store
@@ -30,103 +29,124 @@ WAIT_SECONDS = 2.0
 GIGABYTE = 10**9
 EXPERIMENTS = ("gpt2", "note")  # whose time is estimated besides that of `make repro`
 TOKENIZATION = Path("reports/tokenization.json")
+LAMBADA_TOKENS = 450_000  # about, of its test split
+WIKITEXT_TOKENS = 290_000  # the same of WikiText-2's
 
 
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
     Returns:
-        `machine`, `network`, `baselines` (name -> what it needs), `stores` (each name -> text), and `minutes`
-        (what runs -> estimated minutes of its parts, on the processor).
+        `machine` (name -> text), `baselines` of baseline.names and `other_baselines` (name -> what it needs),
+        and `minutes` (command -> minutes of each part on the processor, or why the command can't run).
 
     Raises:
         MissingInput, BadConfig: params.yaml is missing or not valid.
     """
-    params, root = load_params(params_file), params_file.absolute().parent
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    params = load_params(params_file)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    store, ask_store = _store(root)
-    ask_hub = (lambda: "not asked: HF_HUB_OFFLINE is set") if _is_offline() else lambda: _ask(endpoint)
-    # Both at once: a name server that does not answer takes as long as a server that does not.
-    wait_hub, wait_store = _start(ask_hub), _start(ask_store)
-    machine = _machine()
+    store = _or_reason(lambda: tracking_store()["uri"])
+    servers = [] if HF_HUB_OFFLINE else [endpoint]
+    answers = _ask([*servers, *([f"{store}/health"] if store.startswith("http") else [])])
+    hub = answers.pop(endpoint, "not asked: HF_HUB_OFFLINE is set")
     speed = measure_flops()
-    hub = wait_hub()
+    baselines = {name: _readiness(spec, hub == "answers") for name, spec in params.baseline.specs.items()}
+    minutes: dict[str, Any] = {"make repro": _minutes([params], speed)}
+    for name in EXPERIMENTS:
+        minutes[f"experiment run {name}"] = _or_reason(
+            lambda name: _minutes(configurations(name, params_file), speed), name
+        )
     return {
-        "machine": machine,
-        "network": {"hub": f"{endpoint}: {hub}"},
-        "baselines": {
-            name: _readiness(spec, hub == "answers") for name, spec in params.baseline.specs.items()
+        "machine": _hardware()
+        | {
+            "speed": f"{speed / 1e9:.0f} GFLOP/s in matrix products, measured now",
+            "hub": f"{endpoint}: {hub}",
+            "git": _or_reason(_git),
+            "DVC": _or_reason(_dvc),
+            "MLflow": ": ".join([store, *answers.values()]),
         },
-        "in_names": list(params.baseline.names),
-        "stores": {"git": _git(root), "DVC": _dvc(root), "MLflow": f"{store}: {wait_store()}"},
-        "gigaflops": speed / 1e9,
-        "minutes": dict(_minutes(params, params_file, speed)),
+        "baselines": {name: baselines.pop(name) for name in params.baseline.names},
+        "other_baselines": baselines,
+        "minutes": minutes,
     }
 
 
 def format_report(found: Mapping[str, Any]) -> str:
     """Return the result of `examine` as one screen of text."""
-    rows = [*found["machine"].items(), *found["network"].items(), *found["stores"].items()]
-    rows.append(("baselines", "* is in baseline.names"))
-    marks = {True: "* ", False: "  "}
-    rows += [(f"{marks[name in found['in_names']]}{name}", text) for name, text in found["baselines"].items()]
-    rows.append(
-        ("time", f"estimated from {found['gigaflops']:.0f} GFLOP/s of this processor, measured just now")
-    )
-    for what, parts in found["minutes"].items():
-        detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items() if minutes)
-        rows.append((f"  {what}", f"about {format_minutes(sum(parts.values()))} ({detail})"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    times = {}
+    for command, parts in found["minutes"].items():
+        if isinstance(parts, str):
+            times[command] = parts
+            continue
+        detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items())
+        times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
+    groups = {
+        "this machine": found["machine"],
+        "baselines in baseline.names": found["baselines"],
+        "other baselines": found["other_baselines"],
+        "time on this processor at the speed above": times,
+    }
+    lines = []
+    for title, rows in groups.items():
+        width = max(map(len, rows), default=0)
+        lines += [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
+    return "\n".join(lines)
 
 
-def _start(work: Callable[[], str]) -> Callable[[], str]:
-    """Start work in a thread; return a function that waits for its result, but not longer than allowed."""
-    found = [f"no answer within {WAIT_SECONDS:.0f} s"]
-    thread = threading.Thread(target=lambda: found.insert(0, work()), daemon=True)
-    thread.start()
-
-    def wait() -> str:
-        thread.join(WAIT_SECONDS)
-        return found[0]
-
-    return wait
-
-
-def _ask(address: str) -> str:
-    """Return whether a server answers, whatever its answer is."""
+def _or_reason(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the result of a function, or the message of the error that it raises."""
     try:
-        urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's own setting)
-    except urllib.error.HTTPError:
-        return "answers"
-    except (OSError, ValueError) as error:
-        return f"does not answer ({getattr(error, 'reason', error)})"
-    return "answers"
+        return work(*arguments)
+    except UserError as error:
+        return " ".join(str(error).split())
 
 
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+def _ask(addresses: Sequence[str]) -> dict[str, str]:
+    """Return for each address whether the server answers, with any status."""
+    found = dict.fromkeys(addresses, f"no answer within {WAIT_SECONDS:.0f} s")
+
+    def ask(address: str) -> None:
+        try:
+            urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
+            found[address] = "answers"
+        except urllib.error.HTTPError:
+            found[address] = "answers"
+        except (OSError, ValueError) as error:
+            found[address] = f"does not answer ({getattr(error, 'reason', error)})"
+
+    # A name server may take longer than the time-out, so that no thread is waited for longer.
+    threads = [threading.Thread(target=ask, args=[address], daemon=True) for address in addresses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+    return dict(found)
 
 
 # --- the machine
 
 
-def _machine() -> dict[str, str]:
+def _hardware() -> dict[str, str]:
     import psutil
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = machine_facts().get("cpu") or "unknown"
     return {
-        "processor": f"{machine_facts().get('cpu') or 'unknown'}, {usable} cores usable, "
-        f"{os.getloadavg()[0]:.1f} in use by running programs",
+        "processor": f"{cpu}, {usable} cores usable, load average {os.getloadavg()[0]:.1f}",
         "memory": f"{memory.total / GIGABYTE:.1f} GB, {memory.available / GIGABYTE:.1f} GB available",
         "disk": f"{disk.free / GIGABYTE:,.0f} GB free in this folder",
-        "GPU": _gpu(),
+        "GPU": _gpu(metadata.version("torch")),
     }
 
 
-def _gpu() -> str:
-    """Return the GPUs that torch can use, or why there is none."""
+def _gpu(version: str) -> str:
+    """Return the GPUs that this version of torch can use, or why there is none."""
+    if version.endswith("+cpu"):  # torch is not imported here: its import takes longer than all else
+        advice = "`UV_TORCH_BACKEND=auto make setup` in a new .venv installs one that has"
+        return f"none: torch {version} has no CUDA; {advice}"
     import torch
 
     if torch.cuda.is_available():
@@ -134,19 +154,32 @@ def _gpu() -> str:
         return ", ".join(f"{each.name} ({each.total_memory / GIGABYTE:.0f} GB)" for each in devices)
     if torch.backends.mps.is_available():
         return "mps (Apple)"
-    if torch.version.cuda is None:
-        built = "has no CUDA; `UV_TORCH_BACKEND=auto make setup` in a new .venv installs one that has"
-        return f"none: torch {torch.__version__} {built}"
-    return f"none: torch {torch.__version__} finds no CUDA device; does `nvidia-smi` list one?"
+    return f"none: torch {version} finds no CUDA device; does `nvidia-smi` list one?"
+
+
+def _git() -> str:
+    changed = len(git_text(Path(), "status", "--porcelain").splitlines())
+    return f"commit {git_text(Path(), 'rev-parse', '--short', 'HEAD')}, {changed or 'no'} changed files"
+
+
+def _dvc() -> str:
+    dvc_environment()  # raises MissingInput without DVC
+    chain = dvc_files.read_chain(dvc_files.Folder(Path()))
+    have = sum(stage in chain.entries for stage in chain.stages)
+    return f"{metadata.version('dvc')}; dvc.lock has {have} of {len(chain.stages)} stages"
 
 
 # --- baselines
 
 
 def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
-    """Return whether a baseline can run here, and what it needs."""
+    """Return whether a baseline can run here, or what it needs."""
     if isinstance(spec, Hub):
-        if cached_model(spec.repo, spec.revision):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        folder = Path(HF_HUB_CACHE, f"models--{spec.repo.replace('/', '--')}")
+        # `cached_model` imports the hub's client, which takes long.
+        if folder.is_dir() and cached_model(spec.repo, spec.revision):
             return "ready: in the hub's cache"
         if hub_answers:
             return "can be downloaded from the hub"
@@ -160,79 +193,40 @@ def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
     return "ready"
 
 
-# --- git, DVC, MLflow
-
-
-def _git(root: Path) -> str:
-    try:
-        commit = git_text(root, "rev-parse", "--short", "HEAD")
-        changed = len(git_text(root, "status", "--porcelain").splitlines())
-    except UserError as error:
-        return str(error)
-    return f"commit {commit}, {changed or 'no'} changed files"
-
-
-def _dvc(root: Path) -> str:
-    try:
-        version = metadata.version("dvc")
-        chain = dvc_files.read_chain(dvc_files.Folder(root))
-    except metadata.PackageNotFoundError:
-        return "not installed: `make setup` installs it"
-    except UserError as error:
-        return str(error)
-    have = sum(stage in chain.entries for stage in chain.stages)
-    return f"{version}; dvc.lock has {have} of {len(chain.stages)} stages"
-
-
-def _store(root: Path) -> tuple[str, Callable[[], str]]:
-    """Return the address of MLflow's store without its password, and a function that asks the store."""
-    try:
-        uri = tracking_store()["uri"]
-    except UserError as error:
-        return "no store", lambda message=str(error): message
-    if uri.startswith("http"):
-        return uri, lambda: _ask(f"{uri}/health")
-    path = root / uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite"):
-        size = f"{path.stat().st_size / 1e6:.1f} MB" if path.exists() else "the first run creates it"
-        return uri, lambda: size
-    return uri, lambda: "a database, which was not asked"
-
-
 # --- times
 
 
-def _minutes(params: Params, params_file: Path, speed: float) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield what can be run, and the estimated minutes of its training and of scoring each neural model."""
-    yield "make repro", _parts([params], speed)
-    known = load_experiments() if Path("conf/experiments").is_dir() else {}
-    for name in [name for name in EXPERIMENTS if name in known]:
-        with suppress(UserError):
-            yield f"experiment run {name}", _parts(configurations(name, params_file), speed)
-
-
-def _parts(runs: list[Params], speed: float) -> dict[str, float]:
-    parts = {"training": sum(training_minutes(params, speed) for params in runs)}
+def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
+    """Return the estimated minutes of the training, and of measuring each neural baseline."""
     params = runs[0]
-    with suppress(UserError, KeyError, TypeError):
-        val = read_json(TOKENIZATION)["val"]
-        longest = params.evaluation.likelihood.document_tokens or val["tokens"]
-        tokens = min(val["tokens"], val["documents"] * longest)
-        for name in params.baseline.names:
-            size = _parameters(name, params)
-            # Two operations per parameter and token, in windows, in the model's own context, and strided.
-            passes = 1 + len(params.evaluation.likelihood.views) / params.evaluation.likelihood.stride_share
-            flops = 2 * size * tokens * passes
+    parts = {"training": sum(training_minutes(each, speed) for each in runs)}
+    for name in params.baseline.names:
+        if size := _num_params(name, params):  # two operations per parameter and token
+            flops = 2 * size * _measured_tokens(params)
             parts[name] = flops / (speed * params.estimate.utilisation_of_products) / 60
     return parts
 
 
-def _parameters(name: str, params: Params) -> float:
+def _measured_tokens(params: Params) -> float:
+    """Return about how many tokens a neural model reads in its measurement."""
+    likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
+    val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
+    scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
+    # Matched windows; and the views: of overlapping windows each token is read several times.
+    passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
+    lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
+    wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)
+    return scored * passes + lambada + wikitext
+
+
+def _num_params(name: str, params: Params) -> float:
     """Return about how many parameters a neural baseline has; 0 for others, and if no name states it."""
     spec = params.baseline.specs[name]
-    if isinstance(spec, Hub):
-        for anchor in params.estimate.anchors:
-            if anchor.name == spec.repo.rpartition("/")[2]:
-                return float(anchor.num_params)
-    said = re.search(r"(\d+(?:\.\d+)?)([MB])\b", spec.file if isinstance(spec, Gguf) else name, re.IGNORECASE)
-    return float(said[1]) * {"M": 1e6, "B": 1e9}[said[2].upper()] if said else 0.0
+    if spec.kind not in ("gguf", "folder", "hub"):
+        return 0.0
+    label = {"gguf": getattr(spec, "file", ""), "folder": name, "hub": getattr(spec, "repo", "")}[spec.kind]
+    for anchor in params.estimate.anchors:
+        if anchor.name == label.rpartition("/")[2]:
+            return float(anchor.num_params)
+    stated = re.search(r"(\d+(?:\.\d+)?)([MB])\b", label, re.IGNORECASE)
+    return float(stated[1]) * {"M": 1e6, "B": 1e9}[stated[2].upper()] if stated else 0.0

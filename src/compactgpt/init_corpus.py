@@ -1,10 +1,12 @@
-"""Fit params.yaml to the user's own text: read a sample of it, and propose values that the pipeline accepts.
+"""Read the beginning of the user's own text, and propose values of params.yaml that the pipeline accepts.
 
-Text outside of the folder corpus/ is brought there with `dvc add`, since DVC watches only that folder. The
-sample is the beginning of the text. If the text is longer, counts are extrapolated by the size of the files.
+Text outside of the folder corpus/ is copied there by `dvc add`, since DVC watches only that folder. Of a text
+that is longer than the sample, the numbers of documents and tokens are estimated from the size of the files.
 """
 
-import math
+import os
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,19 +17,11 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
 from compactgpt.common.git import require_repository
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_text
-from compactgpt.config import Download, Evaluation, Params, load_params, parse_params
+from compactgpt.config import FILE_KINDS, Download, Params, load_params, parse_params
 from compactgpt.data.documents import MEGABYTE, new_document
-from compactgpt.data.text_files import FOLDER, list_files, read_file
+from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
 from compactgpt.data.validation import document_row, fitting_limits
-from compactgpt.experiments import (
-    CONF,
-    DEMO,
-    dvc_environment,
-    edit_params,
-    find_experiment,
-    merge_patch,
-    run_dvc,
-)
+from compactgpt.experiments import DEMO, dvc_environment, edit_params, find_experiment, merge_patch, run_dvc
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # of text; read and described in a few seconds
@@ -38,24 +32,15 @@ OTHER_BYTES_PER_TOKEN = 1.5
 VAL_DOCUMENTS = 50  # wanted in val: so that a split by hash hardly ever has fewer than 20
 VAL_TOKENS = 30_000  # wanted in val: every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
+MIN_DOCUMENTS = 10  # a fifth of them is val, where text statistics need two documents
 FEW_DOCUMENTS = 100  # with fewer, shorter files are cut, too
 # Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-SCORED_TOKENS = 200_000  # of val; of a longer val only the beginning of each document is scored
-SHARES = ("max_leaked_share", "max_repeated_share")
+SCORED_TOKENS = 200_000  # of val, at most: of each document so many from its beginning
+CONTINUED_DOCUMENTS = 8  # of val: at least so many must be long enough for a prompt and its continuation
 MAX_REPEATED = 0.1  # a greater share of repeated documents is a mistake in the corpus, not its nature
-
-
-@dataclass(frozen=True)
-class Place:
-    """A file or folder that the user named: where it is now, and where DVC watches it."""
-
-    root: Path  # the folder to which `pattern` is relative
-    pattern: str
-    watched: str  # the same files as a value of download.files.patterns
-    additions: tuple[tuple[str, ...], ...]  # arguments of the `dvc add` commands that the files need
 
 
 @dataclass
@@ -65,62 +50,77 @@ class Sample:
     rows: list[dict[str, Any]] = field(default_factory=list)  # see `document_row`
     tokens: list[float] = field(default_factory=list)  # estimated tokens of each document
     bytes: int = 0
-    copies: int = 0  # documents that were left out, since an earlier one is equal
+    copies: int = 0  # documents that were left out, since an earlier document is equal
     ways: set[str] = field(default_factory=set)  # how files were cut into documents: see `splitting.Piece`
-    scale: float = 1.0  # size of the corpus relative to the sample
+    scale: float = 1.0  # size of the corpus divided by the size of the sample
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `init-corpus` proposes."""
+    """The proposal of `init-corpus`."""
 
     found: list[str]  # messages about the text
-    additions: list[tuple[str, ...]]  # arguments of `dvc add`
-    changes: list[str]  # of params.yaml, a line for each value
+    additions: list[list[str]]  # the arguments of each `dvc add`
+    changes: list[str]  # a line for each value of params.yaml that changes
     content: str  # of params.yaml
 
 
 def plan_corpus(
     paths: Sequence[Path], params_file: Path, *, minutes: float | None = None, steps: int | None = None
 ) -> Plan:
-    """Read the text at `paths`, and return a proposal. Nothing is written.
+    """Read the files and folders `paths`, and return a proposal. Nothing is written.
 
-    Args:
-        paths: files or folders, inside or outside of corpus/.
-        params_file: params.yaml, in the project's root folder.
-        minutes: time for the training; without it an hour, or less for a small corpus.
-        steps: number of training steps, instead of a time.
+    The training has `steps` steps, or takes `minutes` or, without both, an hour or less.
 
     Raises:
         MissingInput: a path does not exist, or has no text file.
-        BadData: a file can't be read as text, or there are fewer than two documents.
-        BadConfig: two files would have the same name in corpus/.
+        BadData: a file can't be read as text, or the documents are too few.
+        BadConfig: a path can't be used under its name.
     """
     params = _with_limits_of_demo(params_file)
-    places = [find_place(path, params_file.absolute().parent) for path in paths]
-    watched = [*dict.fromkeys(place.watched for place in places)]
-    if len(watched) < len(places):
+    # Absolute paths, but a link keeps its name.
+    paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
+    places = [(path, _target(path)) for path in paths]
+    if len({target for _, target in places}) < len(places):
         raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
-    sample, cutting = choose_cutting(places, params.download)
-    if len(sample.rows) < 2:
-        raise BadData(f"found {len(sample.rows)} document, but train and val need one each: add text")
-    files: dict[str, Any] = {"patterns": watched, "name": None, **cutting}
-    if len(paths) == 1 and paths[0].resolve().name != FOLDER:
-        files["name"] = paths[0].resolve().name.split(".")[0]
-    patch, found = propose(params, sample, minutes, steps)
-    patch["download"] = {"corpus": "files", "files": files}
+    additions = [words for place in places if (words := _addition(*place))]
+    sample, longest = choose_cutting([each for path in paths for each in _files(path)], params.download)
+    if len(sample.rows) < MIN_DOCUMENTS:
+        found = f"{len(sample.rows)} document{'s' if len(sample.rows) > 1 else ''}"
+        raise BadData(f"found {found}, but train and val need {MIN_DOCUMENTS}: add text")
+    patch, messages = propose(params, sample, minutes, steps)
+    patterns = [f"{target}/**" if path.is_dir() else target for path, target in places]
+    name = None if len(paths) > 1 or paths[0].name == FOLDER else paths[0].name.split(".")[0][:100] or None
+    files = {"patterns": patterns, "name": name, "split_over_characters": longest}
+    patch["download"] = {"corpus": "files", "max_documents": None, "max_bytes": None, "files": files}
     content, changes = edit_params(params_file, partial(_assign, patch), f"the proposed {params_file}")
-    additions = [words for place in places for words in place.additions]
-    found += [f"dvc add {' '.join(words)}: DVC watches text only in {FOLDER}/" for words in additions]
-    return Plan(found, additions, changes, content)
+    messages += [f"dvc add {shlex.join(words)}: DVC watches text only in {FOLDER}/" for words in additions]
+    return Plan(messages, additions, changes, content)
+
+
+def apply_plan(plan: Plan, params_file: Path) -> None:
+    """Bring the text to corpus/ with DVC, then write params.yaml.
+
+    Raises:
+        MissingInput: DVC is not installed, or this folder is not a git repository.
+        CheckFailed: DVC failed; params.yaml was not changed.
+    """
+    if plan.additions:
+        environment = dvc_environment()
+        require_repository(Path())
+        for words in plan.additions:
+            run_dvc(["add", "-q", *words], environment)
+    write_text(params_file, plan.content)
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
     """Return params.yaml with the demo's limits, so that no limit of an earlier corpus stays."""
-    load_params(params_file)  # names its mistakes
-    tree, demo = read_yaml(params_file), find_experiment(DEMO, params_file.parent / CONF).params
+    load_params(params_file)  # names the mistakes of the file
+    tree, demo = read_yaml(params_file), find_experiment(DEMO).params
+    longest = demo["download"]["files"]["split_over_characters"]
     limits = {key: demo[key] for key in ("validation", "inspection")}
-    merge_patch(tree, limits | {"evaluation": {"text": demo["evaluation"]["text"]}})
+    limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
+    merge_patch(tree, limits | {"download": {"files": {"split_over_characters": longest}}})
     return parse_params(tree)
 
 
@@ -133,80 +133,76 @@ def _assign(patch: dict[str, Any], tree: dict[str, Any]) -> None:
             tree[key] = value
 
 
-def apply_plan(plan: Plan, params_file: Path) -> None:
-    """Bring the text to corpus/ with DVC, then write params.yaml.
-
-    Raises:
-        CheckFailed: DVC failed; params.yaml was not changed.
-    """
-    if plan.additions:
-        environment = dvc_environment()
-        require_repository(Path())
-        for words in plan.additions:
-            run_dvc(["add", "-q", *words], environment)
-    write_text(params_file, plan.content)
+# --- the paths
 
 
-def find_place(path: Path, root: Path) -> Place:
-    """Return where the text of a path is, and where it has to be.
-
-    Raises:
-        MissingInput: the path does not exist.
-        BadConfig: another file has the path's name in corpus/.
-    """
-    path = path.expanduser().absolute()
+def _target(path: Path) -> str:
+    """Return where in the project the text of an absolute path belongs: in corpus/, under its own name."""
     if not path.exists():
         raise MissingInput(f"{printable(str(path))} is missing: give a text file, or a folder of text files")
-    corpus, below = root / FOLDER, "/**" if path.is_dir() else ""
-    if path.is_relative_to(corpus):
-        name = path.relative_to(root).as_posix()
-        entries = [path] if path != corpus else sorted(corpus.iterdir())
-        plain = [entry for entry in entries if not _is_known_to_dvc(entry, corpus)]
-        additions = tuple((entry.relative_to(root).as_posix(),) for entry in plain)
-        return Place(root, name + below, name + below, additions)
-    target = f"{FOLDER}/{path.name}"
-    is_earlier = (root / f"{target}.dvc").exists()  # from an earlier `dvc add`: replaced by the present text
-    if (root / target).exists() and not is_earlier:
-        raise BadConfig(f"{target} exists already: rename it, or run `compactgpt init-corpus {target}`")
-    words = (str(path), "-o", target, *(["-f"] if is_earlier else []))
-    return Place(path.parent, path.name + below, target + below, (words,))
+    corpus = Path.cwd() / FOLDER
+    if path in corpus.parents:
+        raise BadConfig(f"{path} contains the folder {FOLDER}/: give the files or folders of your text")
+    name = (
+        path.relative_to(corpus.parent) if path.is_relative_to(corpus) else Path(FOLDER, path.name)
+    ).as_posix()
+    if re.search(r"[][*?:\\]", name):
+        raise BadConfig(f"rename {name}: in download.files.patterns, the characters *?[]:\\ have a meaning")
+    if path.is_file() and file_kind(name) not in FILE_KINDS:  # such as enwik8 or enwik8.gz
+        return re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
+    return name
 
 
-def _is_known_to_dvc(path: Path, corpus: Path) -> bool:
-    """Return whether a path needs no `dvc add`: DVC has it or a folder above it, or it is no text."""
-    if path.name == "README.md" or path.suffix == ".dvc":
-        return True
-    known = [path, *path.parents]
-    return any(Path(f"{each}.dvc").exists() for each in known if each.is_relative_to(corpus))
+def _addition(path: Path, target: str) -> list[str]:
+    """Return the arguments of the `dvc add` that copies a path to `target`; none if it is there.
 
-
-# --- reading a sample
-
-
-def choose_cutting(places: Sequence[Place], download: Download) -> tuple[Sample, dict[str, int]]:
-    """Read a sample; return it with the values of download.files that cut the files into documents.
-
-    Short files are not cut, unless that leaves few documents.
+    Raises:
+        BadConfig: another file has the name `target`, or the path is in corpus/ and needs another name.
     """
-    sample, files = read_sample(places, download), download.files
-    cutting = {"split_over_characters": files.split_characters}
-    if len(sample.rows) < FEW_DOCUMENTS and files.split == "auto":
-        shorter = download.model_copy(update={"files": files.model_copy(update=cutting)})
-        again = read_sample(places, shorter)
+    if path == Path.cwd() / target:
+        return []
+    if path.is_relative_to(Path.cwd() / FOLDER):
+        raise BadConfig(
+            f"rename {path.name} to {Path(target).name}: the kind of a file is known by its suffix"
+        )
+    is_earlier = Path(f"{target}.dvc").exists()  # from an earlier `dvc add`: replaced by the present text
+    if Path(target).exists() and not is_earlier:
+        raise BadConfig(f"{target} exists already: rename it, or run `compactgpt init-corpus {target}`")
+    return [str(path), "-o", target, *(["-f"] if is_earlier else [])]
+
+
+def _files(path: Path) -> list[tuple[Path, str]]:
+    """Return (folder, name in it) of each text file of a path."""
+    if path.is_file():
+        return [(path.parent, path.name)]
+    return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
+
+
+# --- the sample
+
+
+def choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
+    """Read a sample; return it with the value of download.files.split_over_characters.
+
+    The value is smaller than that of params.yaml if this gives a small corpus more documents.
+    """
+    sample, settings = read_sample(files, download), download.files
+    if len(sample.rows) < FEW_DOCUMENTS and settings.split == "auto":
+        shorter = settings.model_copy(update={"split_over_characters": settings.split_characters})
+        again = read_sample(files, download.model_copy(update={"files": shorter}))
         if len(again.rows) > len(sample.rows):
-            return again, cutting
-    return sample, {}
+            return again, settings.split_characters
+    return sample, settings.split_over_characters
 
 
-def read_sample(places: Sequence[Place], download: Download) -> Sample:
-    """Read the beginning of the corpus."""
-    names = [(place.root, name) for place in places for _, name in list_files([place.pattern], place.root)]
+def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample:
+    """Read documents until the sample has `SAMPLE_BYTES` of text."""
     sample, seen = Sample(), set()
-    for root, name in names:
-        for text, source, way in read_file(root, name, download):
+    for folder, name in files:
+        for text, source, way in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
                 # A compressed file holds more text than its size: the scale is then too low.
-                size = sum((folder / each).stat().st_size for folder, each in names)
+                size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
             document = new_document(text, source)
@@ -214,13 +210,11 @@ def read_sample(places: Sequence[Place], download: Download) -> Sample:
                 sample.copies += document.id in seen
                 continue
             seen.add(document.id)
-            length = len(text.encode())
-            n_ascii = sum(map(str.isascii, text))
+            length, n_ascii = len(text.encode()), sum(map(str.isascii, text))
             sample.rows.append(document_row(document))
             sample.tokens.append(n_ascii / ASCII_BYTES_PER_TOKEN + (length - n_ascii) / OTHER_BYTES_PER_TOKEN)
             sample.bytes += length
-            if way:
-                sample.ways.add(way)
+            sample.ways |= {way} - {""}
     return sample
 
 
@@ -233,27 +227,31 @@ def propose(
     """Return values that fit a corpus as a patch of params.yaml, and messages about the corpus."""
     documents, tokens = round(sample.scale * len(sample.rows)), sample.scale * sum(sample.tokens)
     megabytes = sample.scale * sample.bytes / MEGABYTE
-    fraction = _two_digits(min(MAX_VAL_FRACTION, max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)))
+    wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
+    fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents, val_tokens = fraction * documents, fraction * tokens
-    # The pieces of one file continue each other, and few documents are no fair draw: val is then the end.
+    # Neighbouring pieces of a file belong together, and a few documents are no fair sample: val is the end.
     split = "tail" if sample.ways or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = fitting_limits(sample.rows, params.validation)
-    repeated = min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"]))
-    shares = {key: max(getattr(params.inspection, key), round(repeated, 3)) for key in SHARES}
-    training, time = _training(params, tokens, minutes, steps)
-    patch = {
-        # Half of what was found: text that gets lost later is noticed.
-        "validation": limits
-        | {"min_documents": max(1, documents // 2), "min_total_megabytes": round(megabytes / 2, 3)},
-        "tokenization": {"val_fraction": fraction, "split": split},
-        "inspection": {"min_val_documents": max(1, min(20, int(val_documents / 2))), **shares},
-        "training": training,
-        "evaluation": _evaluation(params.evaluation, sample.tokens, val_documents, val_tokens),
+    repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
+    inspection = {
+        "min_val_documents": max(1, min(20, int(val_documents / 2))),
+        "max_leaked_share": max(params.inspection.max_leaked_share, repeated),
+        "max_repeated_share": max(params.inspection.max_repeated_share, repeated),
     }
+    training, time = _training(params, tokens, minutes, steps)
+    # Half of the text that was found: if much text is lost later, `validation` fails.
+    half = {"min_documents": documents // 2, "min_total_megabytes": round(megabytes / 2, 3)}
     about, ways = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.ways))
     copies = f"; {sample.copies:,} copies are left out" if sample.copies else ""
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
-    return patch, [
+    return {
+        "validation": limits | half,
+        "tokenization": {"val_fraction": fraction, "split": split},
+        "inspection": inspection,
+        "training": training,
+        "evaluation": _evaluation(params, sample.tokens, val_documents),
+    }, [
         f"found {about}{documents:,} documents{f' by {ways}' if ways else ''}{copies}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"val ({split}): about {val_documents:,.0f} documents, about {val_tokens:,.0f} tokens{wide}",
@@ -265,46 +263,31 @@ def _training(
     params: Params, tokens: float, minutes: float | None, steps: int | None
 ) -> tuple[dict[str, int], str]:
     """Return steps and intervals, and a message about the time of the training."""
-    speed = measure_flops()
     one = params.training.model_copy(update={"max_steps": 1})
-    step_minutes = training_minutes(params.model_copy(update={"training": one}), speed)
+    step_minutes = training_minutes(params.model_copy(update={"training": one}), measure_flops())
     epoch = tokens / params.training.tokens_per_step  # steps
-    found = steps or (minutes or DEFAULT_MINUTES) / step_minutes
-    if not steps and not minutes:
-        found = min(found, MAX_EPOCHS * epoch)
-    found = max(1, round(found)) if steps else max(10, int(_two_digits(found)))
-    values = {
-        "max_steps": found,
-        "warmup_steps": max(1, found // 70),
-        "eval_interval": max(1, found // 10),
-        "checkpoint_interval": max(1, found // 4),
-    }
-    time = format_minutes(found * step_minutes)
-    return values, (
-        f"training: {found:,} steps, {found / epoch:.2g} epochs, about {time} on this processor (estimated)"
-    )
-
-
-def _evaluation(
-    evaluation: Evaluation, tokens: Sequence[float], val_documents: float, val_tokens: float
-) -> dict[str, Any]:
-    """Return sizes of the evaluation that fit val."""
-    scored = None  # all tokens of each document
-    if val_tokens > SCORED_TOKENS:
-        scored = max(evaluation.likelihood.window, int(SCORED_TOKENS / val_documents))
-    # Continuations of documents need some documents of prompt and continuation: a quarter has this length.
-    length = int(sorted(tokens)[-1 - len(tokens) // 4])
-    text = evaluation.text
+    if not steps:
+        found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
+        steps = max(10, int(float(f"{found:.2g}")))
+    time = format_minutes(steps * step_minutes)
     return {
-        "likelihood": {"document_tokens": scored},
+        "max_steps": steps,
+        "warmup_steps": max(1, steps // 70),
+        "eval_interval": max(1, steps // 10),
+        "checkpoint_interval": max(1, steps // 4),
+    }, f"training: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} on this processor (estimated)"
+
+
+def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, Any]:
+    """Return values of the section `evaluation` that fit val; `tokens` are those of each document."""
+    likelihood, text = params.evaluation.likelihood, params.evaluation.text
+    share = min(1.0, CONTINUED_DOCUMENTS / val_documents)  # of the documents: these are long enough
+    # A quarter of the length of such a document each: half of it is spare, since tokens are estimated.
+    quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
+    return {
+        "likelihood": {"document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents))},
         "text": {
-            "prompt_tokens": max(1, min(text.prompt_tokens, length // 2)),
-            "max_new_tokens": max(1, min(text.max_new_tokens, length // 2)),
+            "prompt_tokens": max(1, min(text.prompt_tokens, quarter)),
+            "max_new_tokens": max(5, min(text.max_new_tokens, quarter)),
         },
     }
-
-
-def _two_digits(number: float) -> float:
-    """Return a positive number rounded up to two digits."""
-    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
-    return round(math.ceil(round(number / unit, 6)) * unit, 10)

@@ -55,10 +55,10 @@ def init_corpus(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of a time.")] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Use your own text: propose params.yaml values that fit its size, and apply them.
+    """Use your own text: propose values of params.yaml that fit the text, and apply the values.
 
     Prints what was found and a line for each value that changes, then asks. Writes params.yaml; its comments
-    stay. Text that is not in corpus/ is copied there by `dvc add`, since DVC watches only that folder.
+    stay. Text outside of corpus/ is copied there by `dvc add`, since DVC watches only that folder.
 
     Example: compactgpt init-corpus my.txt --yes
     """
@@ -109,7 +109,7 @@ def list_experiments() -> None:
     from compactgpt.experiments import load_experiments
 
     for name, found in load_experiments().items():
-        echo(f"{name:<14}{found.purpose}\n{'':<14}needs {found.needs}")
+        echo(f"{name}\n  {found.purpose}\n  needs {found.needs}")
     echo("next: compactgpt experiment show NAME")
 
 
