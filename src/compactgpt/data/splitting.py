@@ -1,4 +1,7 @@
-"""Cut a text file into documents as `download.files.split` in params.yaml says, in bounded memory."""
+"""Cut a text file into documents, as `download.files.split` in params.yaml says.
+
+Memory holds at most two documents and, with `auto`, the first `split_over_characters` of the file.
+"""
 
 import codecs
 import re
@@ -15,31 +18,37 @@ _WAYS = {"blank-lines": "blank lines", "lines": "lines", "heading": "headings", 
 
 
 class Line(NamedTuple):
-    """A line with its end. A very long line comes in parts, which end at spaces."""
+    """A line with its end. A very long line is read in parts, which end at spaces."""
 
     number: int  # from 1
     text: str
     is_start: bool  # False for the second and later parts of a line
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the line has only white space. The end of a long line may be a part with only white space."""
+        return self.is_start and self.text.isspace()
+
 
 class Piece(NamedTuple):
     """A part of a file that is one document."""
 
-    line: int  # number of its first line; 0 if the piece is the complete file
+    line: int  # number of the piece's first line; 0 if the piece is the complete file
     text: str
-    way: str = ""  # in messages: where the file was cut
+    way: str = ""  # where the file was cut, for messages
 
 
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of a text file.
 
-    A complete file is not changed. Pieces lose the blank lines around them and white space at their end.
+    A complete file is not changed. From a piece, blank lines at its start and end, and white space at its end,
+    are removed.
 
     Args:
         file: the file, in UTF-8.
         name: name of the file in messages.
         params: the section `download.files` of params.yaml.
-        max_characters: a longer piece may be cut at any place, since the caller refuses it.
+        max_characters: the caller refuses a longer piece, so such a piece may be cut at any line.
 
     Raises:
         BadData: the file is not UTF-8.
@@ -47,10 +56,15 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
     split, least, most = params.split, 1, max_characters + 1
     lines = _read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
-        head = _take(lines, params.split_over_characters)
-        if sum(len(line.text) for line in head) <= params.split_over_characters:
+        head, size = [], 0
+        for line in lines:
+            head.append(line)
+            size += len(line.text)
+            if size > params.split_over_characters:
+                break
+        if size <= params.split_over_characters:
             split = "none"
-        elif any(line.text.isspace() for line in head):
+        elif any(line.is_blank for line in head):
             split, most = "blank-lines", _LARGE * params.split_characters
         else:
             split = "size"
@@ -59,11 +73,11 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
         least = params.split_characters
     is_boundary = partial(_is_boundary, split, re.compile(params.heading or ""))
     way = _WAYS.get(split, "") + (f", of at least {least:,} characters" if least > 1 else "")
-    for line, text in _cut(lines, is_boundary, least, most):
+    for number, text in _cut(lines, is_boundary, least, most):
         if split == "none":
             yield Piece(0, text)
         elif text.strip():
-            yield Piece(line, text.strip("\r\n").rstrip(), way)
+            yield Piece(number, text.strip("\r\n").rstrip(), way)
 
 
 def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line) -> bool:
@@ -73,7 +87,7 @@ def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line)
     if split == "none" or not line.is_start:
         return False
     if split == "blank-lines":
-        return before.text.isspace() and not line.text.isspace()
+        return before.is_blank and not line.is_blank
     return split == "lines" or heading.match(line.text) is not None
 
 
@@ -104,18 +118,8 @@ def _cut(
             yield current[0].number, last
 
 
-def _take(lines: Iterator[Line], characters: int) -> list[Line]:
-    """Return the first lines: with more than `characters` characters, or all lines."""
-    head: list[Line] = []
-    size = 0
-    while size <= characters and (line := next(lines, None)) is not None:
-        head.append(line)
-        size += len(line.text)
-    return head
-
-
 def _read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file, and about `max_bytes` at a time of a longer line."""
+    """Yield the lines of a file. A line over `max_bytes` is yielded in parts of about `max_bytes`."""
     content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)
     number, is_start, rest = 1, True, ""
     while content:

@@ -1,9 +1,9 @@
 """The user's own text files as a corpus.
 
-A .txt or .md file is one document, or is cut into documents (`splitting`). The other kinds have one document
-per row. Files may be compressed (.gz or .zst). A byte-order mark at the start of a file is removed. Error
-messages contain the file and the line. Memory holds the names of all files, and one document; a .json file
-is read at once.
+A .txt or .md file is one document, or is cut into documents (module `splitting`). In a file of another kind,
+each row is one document. Files may be compressed (.gz or .zst). A byte-order mark at the start of a file is
+removed. Error messages contain the file and the line. Memory holds the names of all files, and one document;
+of a .json file with an array it holds the complete content.
 """
 
 import csv
@@ -24,11 +24,12 @@ from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
 from compactgpt.config import FILE_KINDS, Download
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
+from compactgpt.data.hub import one_line
 from compactgpt.data.inputs import refuse_linked_folders, regular_status, require_utf8
 from compactgpt.data.splitting import Piece, not_utf8, split_text
 
 FOLDER = "corpus"  # files in this folder that are not read are reported
-_OWN_PAGE = "corpus/README.md"  # the project's page about this folder is not text to train on
+_OWN_PAGE = "corpus/README.md"  # the project's page about this folder; wildcards do not match it
 _BOM = b"\xef\xbb\xbf"
 _ROWS = 16  # rows of a parquet file read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
@@ -51,7 +52,8 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
-        cuts: dict[str, Counter[str]] = defaultdict(Counter)  # way -> file -> number of documents
+        # For each way of cutting, the number of documents in each file.
+        cuts: dict[str, Counter[str]] = defaultdict(Counter)
         try:
             for number in range(first, len(names)):
                 part, name = names[number]
@@ -61,7 +63,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
                     if number > first or index > done:  # skip the texts of the first file that were read
                         yield Text(text, source, part, [number, index])
                 progress(number + 1, len(names))
-        finally:  # also after `download.max_documents`
+        finally:  # also if the caller stops reading because of `download.max_documents`
             for way, numbers in cuts.items():
                 files = f"{len(numbers):,} files" if len(numbers) > 1 else f"{next(iter(numbers))}: 1 file"
                 log(
@@ -112,11 +114,14 @@ def file_kind(name: str) -> str:
 def unread_files(
     root: Path, read: set[str], reason: str = "no pattern of download.files.patterns matches"
 ) -> list[str]:
-    """Return messages about the files in the folder corpus/ that are not in `read`; `reason` says why."""
+    """Return messages about the files in the folder corpus/ that are not in `read`.
+
+    `reason` is the reason in the message for files of the kinds that are read.
+    """
     unknown = f"the kinds that are read are {' '.join(FILE_KINDS)}, also with .gz or .zst"
     reasons: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(_matching_files(root, f"{FOLDER}/**/*")) - read):
-        if Path(name).suffix != ".dvc":  # DVC's notes about added files
+        if Path(name).suffix != ".dvc":  # DVC writes a .dvc file for each added file
             reasons[reason if file_kind(name) in FILE_KINDS else unknown].append(name)
     return [
         f"not read: {len(names):,} of the files in {FOLDER}/ ({printable(', '.join(names[:3]))}"
@@ -126,7 +131,10 @@ def unread_files(
 
 
 def _matching_files(root: Path, pattern: str) -> Iterator[str]:
-    """Yield the paths that match a pattern, like `glob.glob`. A link to a folder raises BadData."""
+    """Yield the paths relative to `root` that match a pattern, as `glob.glob` returns them.
+
+    Raises BadData if a folder is a link. corpus/README.md is not yielded for a pattern with wildcards.
+    """
     parts = pattern.split("/")
     fixed = 0  # number of parts before the first wildcard
     while fixed < len(parts) and not has_magic(parts[fixed]):
@@ -171,7 +179,7 @@ def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
     """Yield (text, source, way) of each document of the file `name`, which is relative to `root`.
 
-    The way says how the file was cut into documents: see `splitting.Piece`.
+    The way is the value of `splitting.Piece.way`; it is empty if the file was not cut.
 
     Raises:
         MissingInput: the file is missing.
@@ -229,7 +237,7 @@ class _Decompressed(io.RawIOBase):
                     f"{self._name} was made with zstd --long=28 or more, a window over 128 MB: "
                     "compress it again with --long=27 or less"
                 ) from error
-            raise BadData(f"{self._name} is damaged, or was cut short ({_one_line(error)})") from error
+            raise BadData(f"{self._name} is damaged, or was cut short ({one_line(error)})") from error
         self._read += len(content)
         if self._read > self._limit:
             raise BadData(
@@ -238,10 +246,6 @@ class _Decompressed(io.RawIOBase):
             )
         buffer[: len(content)] = content
         return len(content)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _decode(content: bytes, name: str, line: int = 1) -> str:
@@ -297,15 +301,15 @@ def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator
     if not file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from _read_jsonl(file, name, params)  # many .json files have one object per line
         return
-    content = file.read(params.max_document_megabytes * MEGABYTE + 1)  # one byte more than the limit
-    if len(content) > params.max_document_megabytes * MEGABYTE:
+    limit = params.max_document_megabytes * MEGABYTE
+    content = file.read(limit + 1)
+    if len(content) > limit:
         raise BadData(
-            f"{name} is a JSON array, read at once, and longer than {params.max_document_megabytes:,} MB: "
+            f"{name} is a JSON array of more than {params.max_document_megabytes:,} MB, which is read at once: "
             "write one object per line (jq -c '.[]' a.json > a.jsonl), or raise "
             "download.max_document_megabytes"
         )
-    rows = _parse_json(_decode(content, name), name)
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_parse_json(_decode(content, name), name), 1):
         yield number, _text_of_row(row, f"{name}, row {number:,}", params.files.text_column)
 
 
@@ -313,7 +317,10 @@ def _parse_json(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
-        raise BadData(f"{where} is not valid JSON ({error}): correct or remove it") from error
+        raise BadData(
+            f"{where} is not valid JSON ({error}): correct it; a row of .jsonl or .json is one line, and a "
+            "file of one JSON array has the name .json"
+        ) from error
 
 
 def _text_of_row(row: Any, where: str, column: str) -> str:
@@ -327,33 +334,38 @@ def _text_of_row(row: Any, where: str, column: str) -> str:
         )
     text = row[column]
     if not isinstance(text, str):
-        found = type(text).__name__
-        raise BadData(f"{where}: {column!r} is {found}, expected text: correct or remove the row")
+        raise BadData(
+            f"{where}: {column!r} is {type(text).__name__}, expected text: correct or remove the row"
+        )
     return text
 
 
 def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(params.max_row_megabytes * MEGABYTE)
     column = params.files.text_column
-    lines = (text for _, text in _lines(file, name, params))
-    first = next(lines)
-    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
-    delimiter = next((each for each in headers if column in headers[each]), ",")
-    header = headers[delimiter]
-    _check_column(header, name, column)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    line = 0  # the last line of the current row
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for line, text in _lines(file, name, params):
+            yield text
+
     try:
-        for row in rows:
-            line = rows.line_num + 1  # the row's last line; the header was line 1
+        rest = lines()
+        first = next(rest)
+        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
+        delimiter = next((each for each in headers if column in headers[each]), ",")
+        header = headers[delimiter]
+        _check_column(header, name, column)
+        for row in csv.reader(rest, delimiter=delimiter, strict=True):
             if row and len(row) != len(header):
                 raise BadData(
                     f"{name}, line {line:,}: found {len(row)} values, the header has {len(header)}: "
-                    "correct the line"
+                    "correct the line, or put quotes around a value with a delimiter"
                 )
             if row:
                 yield line, row[header.index(column)]
     except csv.Error as error:
-        line = rows.line_num + 1
         raise BadData(f"{name}, line {line:,} is not valid CSV ({error}): correct the line") from error
 
 
@@ -383,8 +395,9 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
     except UnicodeDecodeError as error:  # Arrow decodes a complete batch, so the exact row is unknown
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        problem = f"is not a valid parquet file, or was cut short ({_one_line(error)})"
-        raise BadData(f"{name} {problem}") from error
+        raise BadData(
+            f"{name} is not a valid parquet file, or was cut short ({one_line(error)})"
+        ) from error
 
 
 def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download) -> IO[bytes]:
