@@ -27,6 +27,7 @@ def split(text, max_characters=10**6, **changes):
     [
         ("blank-lines", "\n\na\nb\n\n \n  c\n\nd", [(3, "a\nb"), (7, "  c"), (9, "d")]),
         ("blank-lines", "a\r\nb\r\n\r\nc\r\n", [(1, "a\r\nb"), (4, "c")]),
+        ("blank-lines", f"{'x' * 199} \nb\n", [(1, f"{'x' * 199} \nb")]),  # a long line's end is not blank
         ("lines", "a\n\n b \r\nc", [(1, "a"), (3, " b"), (4, "c")]),
         ("lines", "\ufeffa\n", [(1, "a")]),
         ("heading", "begin\n# A\na\n#b\n# C", [(1, "begin"), (2, "# A\na\n#b"), (5, "# C")]),

@@ -100,6 +100,7 @@ INVALID_UTF8 = pa.Array.from_buffers(
         ("a.csv", b"text,text\n1,x\n", r"a\.csv has columns \['text', 'text'\], 2 columns are called 'text'"),
         ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3: found 3 values, the header has 2"),
         ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
+        ("a.csv", b"id,text\r1,a\r", r"a\.csv, line 1 is not valid CSV \(new-line character"),
         ("a.csv", b'id,text\n1,"' + b"a b\n" * 9000, r"a\.csv, line 8,\d{3} is not valid CSV \(field larger"),
         ("a.json", b'["a", 1]', r"a\.json, row 2: found int, expected a JSON object with the text column"),
         ("a.json", b'["a"', r"a\.json is not valid JSON"),

@@ -130,12 +130,12 @@ class _DataSet:
             # A resumed run reads its last row again, and skips the texts that it has already stored.
             done = start.texts if row == start.row + 1 else 0
             separator, least = self.params.separator or "", self.params.join_characters or 0
-            joined: list[str] = []
-            for number, each in enumerate(texts[done:], done + 1):
-                joined.append(each)
-                if number == len(texts) or len(separator.join(joined)) >= least:
-                    yield separator.join(joined), row, before._replace(texts=number)
-                    joined = []
+            first = done  # index of the document's first text
+            for end in range(done + 1, len(texts) + 1):
+                document = separator.join(texts[first:end])
+                if end == len(texts) or len(document) >= least:
+                    yield document, row, before._replace(texts=end)
+                    first = end
 
     def _joined_rows(self, start: _Position, opens: re.Pattern[str]) -> Iterator[tuple[str, int, _Position]]:
         joined: list[str] = []
@@ -188,7 +188,6 @@ class _DataSet:
             # Resolve the path: the library may take a relative path for a repository name.
             source, revision = str(self.mirror.resolve()), None
         elif self.file is not None:
-            regular_status(self.file, str(self.file))
             options = {"data_files": str(self.file), "sample_by": "document", "split": "train"}  # one row
             return datasets.load_dataset("text", **options, streaming=True)
         else:
@@ -209,7 +208,7 @@ class _DataSet:
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             problem = f"is damaged, or was cut short, or `datasets` can't read it ({one_line(error)})"
             if "BatchSize" in str(error):  # `datasets` takes the first row group's size for all
-                problem = "is parquet and begins without rows, which `datasets` does not read: write it again"
+                problem = "is a parquet file whose first row group is empty, which `datasets` can't read"
             raise BadData(f"a file of {where} {problem}") from error
         except (ValueError, RuntimeError) as error:
             raise BadConfig(

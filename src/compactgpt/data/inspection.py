@@ -130,9 +130,8 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents"),
         at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents"),
     ]
-    column, row_value, limit, what = _share_check(split, name, corpus, rule)
-    row[column] = row_value
-    suite.append(at_most(column, limit or params.max_val_deviation, f"{name}: {what}"))
+    column, row[column], expectation = _share_check(split, name, corpus, rule, params)
+    suite.append(expectation)
     advice = {
         "documents": "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
         f"{split.header.documents:,}, which makes intervals wide",
@@ -141,17 +140,22 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     return Table(name, [row], suite, dict.fromkeys(row, "run `dvc repro -f tokenization`") | advice)
 
 
-def _share_check(split: TokenFile, name: str, corpus: Digest, rule: SplitRule) -> tuple[str, float, int, str]:
-    """Return how far a split is from its share: column, value, limit (0: that of params.yaml), and text."""
+def _share_check(
+    split: TokenFile, name: str, corpus: Digest, rule: SplitRule, params: Inspection
+) -> tuple[str, float, Any]:
+    """Return a column, its value and its expectation: whether a split has its share of the corpus."""
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
         expected = share * len(corpus.ids)
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
-        value = abs(split.header.documents - expected) / deviation
-        return "share_deviation", value, 0, "standard deviations of its size from a fair split"
-    excess = abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum()))
-    # Val begins at a document, so its size may be off by one document, which is at most the longest one.
-    return "bytes_off_share", round(excess), int(corpus.byte_lengths.max()), "bytes that its share is off"
+        column, value = "share_deviation", abs(split.header.documents - expected) / deviation
+        what = f"{name}: standard deviations of its size from a fair split"
+        return column, value, at_most(column, params.max_val_deviation, what)
+    value = round(abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum())))
+    # Val begins at a document, so its size may differ from its share by at most the longest document.
+    longest = int(corpus.byte_lengths.max())
+    column, what = "bytes_off_share", f"{name}: bytes that its share is off"
+    return column, value, at_most(column, longest, what)
 
 
 def _count_tokens(split: TokenFile) -> dict[str, int]:
@@ -223,7 +227,7 @@ def _count_repetition(
             "runs": int(overlap.runs.sum()),
             "runs_in_train": int(overlap.seen.sum()),
             "val_documents": len(overlap.runs),
-            # Documents of fewer words have no run: they are compared with others as wholes only.
+            # A document of fewer words has no run: it is only compared with complete documents.
             "val_documents_without_runs": int((overlap.runs == 0).sum()),
             "val_documents_with_any": int((overlap.seen > 0).sum()),
             "val_documents_leaked": int(overlaps.sum()),
@@ -264,7 +268,7 @@ def _repeated(corpus: Digest, twins: Mapping[str, TwinPair], max_listed: int) ->
 
 
 def uncompared(repetition: Mapping[str, Any]) -> str:
-    """Return a note if most val documents are too short for the search of overlap, otherwise no text."""
+    """Return a note if most val documents are too short for the search of overlap, else an empty text."""
     overlap = repetition["overlap"]
     short, total = overlap["val_documents_without_runs"], overlap["val_documents"]
     if 2 * short <= total:

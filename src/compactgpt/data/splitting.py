@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """Whether the line has only white space. The end of a long line may be a part with only white space."""
+        """Whether the line has only white space; always False for the later parts of a line."""
         return self.is_start and self.text.isspace()
 
 
@@ -41,8 +41,8 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of a text file.
 
-    A complete file is not changed. From a piece, blank lines at its start and end, and white space at its end,
-    are removed.
+    A complete file is not changed. Blank lines at the start of a piece, and white space at its end, are
+    removed.
 
     Args:
         file: the file, in UTF-8.

@@ -305,7 +305,7 @@ def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator
     content = file.read(limit + 1)
     if len(content) > limit:
         raise BadData(
-            f"{name} is a JSON array of more than {params.max_document_megabytes:,} MB, which is read at once: "
+            f"{name} is a JSON array, read at once, and longer than {params.max_document_megabytes:,} MB: "
             "write one object per line (jq -c '.[]' a.json > a.jsonl), or raise "
             "download.max_document_megabytes"
         )
@@ -343,11 +343,12 @@ def _text_of_row(row: Any, where: str, column: str) -> str:
 def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(params.max_row_megabytes * MEGABYTE)
     column = params.files.text_column
-    line = 0  # the last line of the current row
+    line = 0  # number of the last line that was read
 
     def lines() -> Iterator[str]:
         nonlocal line
-        for line, text in _lines(file, name, params):
+        for number, text in _lines(file, name, params):
+            line = number
             yield text
 
     try:
@@ -395,9 +396,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tupl
     except UnicodeDecodeError as error:  # Arrow decodes a complete batch, so the exact row is unknown
         raise BadData(f"{name}: a text in rows {row + 1:,} to {row + _ROWS:,} is not UTF-8") from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise BadData(
-            f"{name} is not a valid parquet file, or was cut short ({one_line(error)})"
-        ) from error
+        raise BadData(f"{name} is not a valid parquet file, or was cut short ({one_line(error)})") from error
 
 
 def _seekable(file: IO[bytes], temporary: IO[bytes], name: str, params: Download) -> IO[bytes]:

@@ -33,7 +33,6 @@ from compactgpt.data.tokenizer import TiktokenEncoder, load_encoder
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
-SplitName = Literal["hash", "tail"]
 EncoderName = Literal["gigatoken", "tiktoken"]
 WORKER_BYTES = 2**26  # of text per worker; with less text, another process costs more time than it saves
 STATE_VERSION = 4
@@ -41,27 +40,28 @@ STATE_VERSION = 4
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which documents are in val: those that a hash chooses, or those from a position in the corpus on."""
+    """The rule that chooses the documents of val: by hash, or all documents from a position on."""
 
     val_fraction: float
-    val_start: tuple[str, int, int] | None = None  # shard, row group and row of val's first document
+    # Shard, row group and row of val's first document; None: documents are chosen by hash.
+    val_start: tuple[str, int, int] | None = None
 
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
         """Return for each document of a row group whether the document is in val.
 
-        The hash rule divides the first 64 bits of the id by 2^64, and compares with `val_fraction`.
+        By hash, it is in val if the first 64 bits of its id, divided by 2^64, are less than `val_fraction`.
         """
         if self.val_start is None:
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.index, row) >= self.val_start for row in range(len(documents))]
 
 
-def split_rule(groups: Sequence[RowGroup], split: SplitName, val_fraction: float, size: int) -> SplitRule:
+def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
     """Return the rule that splits a corpus.
 
     Args:
         groups: the row groups of the corpus, in document order.
-        split: the value of `tokenization.split`.
+        split: the value of `tokenization.split`, `hash` or `tail`.
         val_fraction: share of val: of the documents with `hash`, of the bytes of text with `tail`.
         size: bytes of text in the corpus.
     """
@@ -73,7 +73,7 @@ def split_rule(groups: Sequence[RowGroup], split: SplitName, val_fraction: float
             wanted -= len(document.text.encode())
             if wanted <= 0:
                 return SplitRule(val_fraction, (group.path.name, group.index, row))
-    return SplitRule(val_fraction, ("", 0, 0))  # only if `size` is not the corpus's: all documents are in val
+    return SplitRule(val_fraction, ("", 0, 0))  # the corpus has no document
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,10 @@ def tokenize(
     chunk_folder = _chunk_folder(state, corpus, facts, params)
     _write_chunks(chunk_folder, tasks, settings, params.engine, num_workers, corpus["bytes"], progress)
     chunks = [chunk_folder / shard for shard in dict.fromkeys(task.shard for task in tasks)]
-    with atomic_folder(folder, {**facts, **_rule_facts(params)}, kind="tokens") as temporary:
+    facts_of_files = {**facts, "val_fraction": params.val_fraction}
+    if params.split != "hash":  # without `split`, a manifest means `hash`, as in earlier versions
+        facts_of_files["split"] = params.split
+    with atomic_folder(folder, facts_of_files, kind="tokens") as temporary:
         for split in SPLITS:
             if not _join_chunks(chunks, temporary / f"{split}.tokens", settings):
                 raise BadData(_empty_split(split, corpus["documents"], params))
@@ -136,15 +139,7 @@ def tokenize(
     return report | {split: _split_report(folder, split) for split in SPLITS}
 
 
-def _rule_facts(params: Tokenization) -> dict[str, Any]:
-    """Return the rule of the split for the manifest; without `split` the rule is `hash`."""
-    # With `hash` the manifest is that of earlier versions, so that an upgrade trains no model again.
-    name = {} if params.split == "hash" else {"split": params.split}
-    return {"val_fraction": params.val_fraction, **name}
-
-
 def _empty_split(split: Split, documents: int, params: Tokenization) -> str:
-    """Return the message for a split without documents."""
     found = f"no document of {documents:,} is in {split}"
     if documents == 1:
         return f"{found}, since train and val need one each: set download.files.split, or add text"

@@ -225,13 +225,13 @@ _DAMAGED = "the files of data/documents were altered: run `dvc repro -f download
 def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
     """Return values of those limits in params.yaml that differ from corpus to corpus, so that the rows pass.
 
-    A limit that the rows fulfil keeps its value. Limits that find damage (wrong decoding) are not here.
+    A limit that the rows fulfil keeps its value. Limits that find wrong decoding are not returned.
     """
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
     unique = sum(copies[row["normalised"]] == 1 for row in rows) / len(rows)
-    spare = int((1 - params.mostly) * len(rows))  # so many rows may fail
+    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail
     return {
         "min_characters": min(params.min_characters, lengths[spare // 2]),
         "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
@@ -243,10 +243,16 @@ def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dic
 def _advise(
     manifest: Mapping[str, Any], counts: Mapping[str, int], rows: list[dict[str, Any]], params: Validation
 ) -> dict[str, str]:
-    """Return by column what to change if its expectation fails, with limits that fit this corpus."""
+    """Return for each column what to do if its expectation fails, with limits that this corpus fulfils."""
     limits = fitting_limits(rows, params)
     megabytes = math.floor(counts["bytes"] / 10_000) / 100
-    more = _more_text(manifest, rows)
+    more = "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
+    if manifest.get("corpus") != "files":
+        more = "let download take more of the corpus"
+    elif counts["documents"] == 1:
+        file = re.sub(r":\d+$", "", rows[0]["source"])  # without the number of the row or line
+        more = f"the corpus is one file, {file}: set download.files.split, "
+        more += "or run `compactgpt init-corpus corpus/`"
     if repeated := manifest.get("left_out", {}).get("duplicate"):
         more = f"{repeated:,} more were left out as duplicates; {more}"
     lengths = "set validation.min_characters to {min_characters:,} and max_characters to {max_characters:,}"
@@ -261,18 +267,6 @@ def _advise(
         "n_nul": f"{decoding}, or remove it if it is not text",
         "normalised": f"remove copies, or set validation.min_unique_share to {limits['min_unique_share']:g}",
     }
-
-
-def _more_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return how this corpus can have more documents."""
-    if manifest.get("corpus") != "files":
-        return "let download take more of the corpus"
-    # The source of a row or of a piece is `file:number`.
-    files = {re.sub(r":[\d-]+$", "", row["source"]) for row in rows}
-    if len(files) > 1 or len(rows) > 1:
-        return "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
-    command = "`compactgpt init-corpus corpus/`"
-    return f"the corpus is one file, {files.pop()}: set download.files.split, or run {command}"
 
 
 # --- checkpoints

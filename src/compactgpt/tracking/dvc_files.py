@@ -199,7 +199,10 @@ def _expand(bodies: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterator[tupl
         if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
             values = _value_at(tree, reference[1])
         for value in values if isinstance(values, list) else []:
-            yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", str(value)))
+            quoted = json.dumps(str(value))[
+                1:-1
+            ]  # a wrong value is refused later, with its key in params.yaml
+            yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
 def values_at(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
