@@ -40,12 +40,6 @@ def test_documents_begin_where_params_say(way, text, expected):
     assert [piece[:2] for piece in split(text, split=way, heading="# ")] == expected
 
 
-def test_headings_are_written_as_those_of_the_hub_sets():
-    heading = read_yaml(ROOT / "params.yaml")["download"]["hub"]["sets"]["wikitext-103"]["opens_document"]
-    pieces = split(" = One = \n \n = = Part = = \n a\n = Two = \n b\n", split="heading", heading=heading)
-    assert [piece.line for piece in pieces] == [1, 5]
-
-
 @pytest.mark.parametrize(
     ("text", "way", "longest"),
     [
@@ -68,7 +62,7 @@ def test_auto_cuts_any_text_into_documents_of_a_sensible_length(text, way, longe
 
 def test_a_piece_over_the_limit_ends_the_reading_soon():
     pieces = split("a\n" * 10_000, max_characters=100, split="heading", heading="# ")
-    assert len(pieces[0].text) > 100
+    assert len(pieces[0].text) == 101
 
 
 @pytest.mark.parametrize("text", [b"a\n" * 2000 + b"b \xff", b"a\n" * 2000 + "é".encode()[:1]])

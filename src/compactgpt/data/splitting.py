@@ -5,8 +5,7 @@ Memory holds at most two documents and, with `auto`, the first `split_over_chara
 
 import codecs
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
 from typing import IO, NamedTuple
 
@@ -71,9 +70,9 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
         lines, least = chain(head, lines), params.split_characters
     elif split == "size":
         least = params.split_characters
-    is_boundary = partial(_is_boundary, split, re.compile(params.heading or ""))
+    heading = re.compile(params.heading or "")
     way = _WAYS.get(split, "") + (f", of at least {least:,} characters" if least > 1 else "")
-    for number, text in _cut(lines, is_boundary, least, most):
+    for number, text in _cut(lines, split, heading, least, most):
         if split == "none":
             yield Piece(0, text)
         elif text.strip():
@@ -92,7 +91,7 @@ def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line)
 
 
 def _cut(
-    lines: Iterator[Line], is_boundary: Callable[[Line, Line], bool], least: int, most: int
+    lines: Iterator[Line], split: str, heading: re.Pattern[str], least: int, most: int
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of the first line, text) of each piece.
 
@@ -103,7 +102,7 @@ def _cut(
     current: list[Line] = []
     size = 0
     for line in lines:
-        if size >= most or (size >= least and is_boundary(current[-1], line)):
+        if size >= most or (size >= least and _is_boundary(split, heading, current[-1], line)):
             yield from pieces
             pieces = [(current[0].number, "".join(each.text for each in current))]
             current, size = [], 0

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from glob import has_magic
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -343,31 +343,25 @@ def _text_of_row(row: Any, where: str, column: str) -> str:
 def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(params.max_row_megabytes * MEGABYTE)
     column = params.files.text_column
-    line = 0  # number of the last line that was read
-
-    def lines() -> Iterator[str]:
-        nonlocal line
-        for number, text in _lines(file, name, params):
-            line = number
-            yield text
-
+    lines = (text for _, text in _lines(file, name, params))
+    first = next(lines)
+    names = {each: next(csv.reader(first.splitlines(), delimiter=each), []) for each in ",;\t"}
+    delimiter = next((each for each in names if column in names[each]), ",")
+    rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
-        rest = lines()
-        first = next(rest)
-        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
-        delimiter = next((each for each in headers if column in headers[each]), ",")
-        header = headers[delimiter]
+        header = next(rows)
         _check_column(header, name, column)
-        for row in csv.reader(rest, delimiter=delimiter, strict=True):
+        for row in rows:
             if row and len(row) != len(header):
                 raise BadData(
-                    f"{name}, line {line:,}: found {len(row)} values, the header has {len(header)}: "
-                    "correct the line, or put quotes around a value with a delimiter"
+                    f"{name}, line {rows.line_num:,}: found {len(row)} values, the header has {len(header)}: "
+                    "correct the line, or put quotes around a value that contains the delimiter"
                 )
             if row:
-                yield line, row[header.index(column)]
+                yield rows.line_num, row[header.index(column)]
     except csv.Error as error:
-        raise BadData(f"{name}, line {line:,} is not valid CSV ({error}): correct the line") from error
+        where = f"{name}, line {rows.line_num:,}"
+        raise BadData(f"{where} is not valid CSV ({error}): correct the line") from error
 
 
 def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
