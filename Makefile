@@ -140,8 +140,8 @@ experiments: $(STAMP) ## compare the experiments: dvc exp show without hashes an
 table: $(STAMP) ## print the table of the last run
 	@python -m stages.comparison --show
 
-readme: $(STAMP) ## update the tables of README.md from the last run, and docs/note.md from claims.yaml
-	@python -m stages.comparison --quote README.md --quote docs/note.md
+readme: $(STAMP) ## update the tables of README.md from the last run
+	@python -m stages.comparison --quote README.md
 
 pictures: $(STAMP) ## write docs/page.png, docs/page.txt and docs/mlflow.png from the last run (needs Chromium)
 	@python scripts/pictures.py

@@ -58,15 +58,11 @@ def _show() -> None:
 
 
 def _replace_tables(pages: list[Path]) -> None:
-    from compactgpt.common.sections import load_section
     from compactgpt.common.storage import read_json, write_text
-    from compactgpt.reporting.claims import Claims
     from compactgpt.reporting.html import RECORD
-    from compactgpt.reporting.markdown import render_claims, render_quoted_tables, replace_tables
+    from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
 
-    claims = load_section(ROOT / "claims.yaml", Claims).claims
-    record = read_json(REPORTS / RECORD)
-    tables = render_quoted_tables(record) | {"claims": render_claims(claims, record)}
+    tables = render_quoted_tables(read_json(REPORTS / RECORD))
     for page in pages:
         write_text(page, replace_tables(page.read_text("utf-8"), tables))
 

@@ -20,7 +20,6 @@ from compactgpt.reporting import html, tables
 from compactgpt.reporting.claims import Claims, Known
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.markdown import (
-    render_claims,
     render_comparison,
     render_quoted_tables,
     replace_tables,
@@ -408,7 +407,6 @@ def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
     for text in (render_comparison(record), html.render_page(record)):
         assert "standard deviation between seeds: 0.020" in text
         assert line in text
-    assert line in render_claims(CLAIMS, record)
     assert "à l'échelle de la démo : va dans le même sens" in render_comparison(record, "fr")
 
 
@@ -456,13 +454,12 @@ def test_a_translation_has_the_numbers_of_its_quote_with_english_marks(claim):
 
 def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- table measured -->\n<!-- end -->\n<!-- table claims -->\n<!-- end -->\n")
+    page.write_text("<!-- table measured -->\n<!-- end -->\n")
     (place / "reports/evidence.json").write_text(json.dumps(record_of(place)))
     done = run_comparison(place, "--quote", page)
     assert done.exit_code == 0, done.output
     record = json.loads((place / "reports/evidence.json").read_text())
     assert render_quoted_tables(record)["measured"] in page.read_text()
-    assert render_claims(CLAIMS, record) in page.read_text()
 
 
 def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):
