@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -70,7 +70,7 @@ class Stage:
     name: str  # of a matrix stage with the item: `baseline@xz`
     params: Params
     tracker: Journal
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # the stage's parameters, as dvc.lock has them
+    params_sha256: str = ""  # of the stage's parameters, as dvc.lock has them
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
@@ -91,7 +91,7 @@ class Stage:
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
         """Write the stage's report with the hash of its parameters, and log the file and its metrics."""
-        made_with = {"params_sha256": params_sha256(self.inputs)} if self.inputs else {}
+        made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := stage_metrics(self.name, value):
             self.tracker.metrics(metrics)
@@ -139,7 +139,7 @@ def open_stage(
             inputs = _begin(full_name)  # before params.yaml is checked
             params = load_params(params_file)
             with _open_run(tracker, full_name, params, logged, held=held) as run:
-                yield Stage(full_name, params, run, inputs.params)
+                yield Stage(full_name, params, run, params_sha256(inputs.params) if inputs.params else "")
                 if "DVC_STAGE" in os.environ:
                     inputs.require_unchanged()
 

@@ -3,12 +3,13 @@
 import itertools
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import Unreachable
+from compactgpt.common.errors import BadData, Unreachable
 from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger, registry, run_folder
 from compactgpt.tracking.journal import stage_metrics
@@ -336,15 +337,16 @@ def test_a_run_folder_without_the_files_before_the_run_is_copied(root):
     assert len(runs(root, "pipeline")) == 1
 
 
-def test_a_damaged_outcome_is_written_again_from_the_saved_files(root):
-    run_pipeline(root, "training")
+def test_a_damaged_outcome_is_named_and_the_advice_helps(root):
+    run_stage(root, "training", ended_dvc())
     (folder,) = run_folders(root)
-    (folder.path / "outcome.json").write_text('{"status": "FINISHED", "stages": {"training": ["ran", ""]}}')
-    saved = {path: path.read_bytes() for path in (folder.path / "after").rglob("*") if path.is_file()}
-    make(root, 7.0)
-    save_lock(root, {"training": STAGES["training"]}, DEPS, model={"n_layer": 5})
+    assert folder.keep_after()
+    (folder.path / "after/outcome.json").write_text('{"status": "FINISHED", "stages": {"training": 1}}')
+    with pytest.raises(BadData, match=r"after/outcome\.json is damaged: `rm -r .+`, then") as caught:
+        sync(root)
+    subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
     sync(root)
-    assert {path: path.read_bytes() for path in saved} == saved
+    assert len(runs(root, "pipeline")) == 1
 
 
 def test_a_model_is_logged_though_code_of_the_tokenizers_stage_changed(root):

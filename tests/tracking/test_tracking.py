@@ -212,7 +212,7 @@ def test_a_damaged_note_is_named_and_written_again_and_later_runs_are_copied(roo
     run.metrics({"loss": 3.0}, 1)
     run.end("FINISHED")
     assert copy(root)
-    notes = [run.folder / "mlflow.json", run.run_folder / "mlflow.json", run.run_folder / "outcome.json"]
+    notes = [run.folder / "mlflow.json", run.run_folder / "mlflow.json"]
     for note in notes:
         note.write_bytes(content)
     journal(root, "evaluation").end("FINISHED")

@@ -129,11 +129,11 @@ def check_params(root: Path, _params: Params, found: Verification) -> None:
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
                 continue
             made_with = read_json(root / path).get("params_sha256")
+            found.count("parameters of reports", int(made_with is not None))
             if made_with not in (None, params_sha256(entry_params(entry))):
                 found.differences.append(
                     f"{path} was made with other parameters than {LOCK} has: run `dvc repro -f {stage}`"
                 )
-    found.count("parameters of reports")
 
 
 def check_manifests(root: Path, _params: Params, found: Verification) -> None:

@@ -148,11 +148,6 @@ class Chain:
     stale: list[str] = field(default_factory=list)  # stages that DVC left in dvc.lock (treeverse/dvc#5293)
     lock: bytes = b""
 
-    @property
-    def complete(self) -> bool:
-        """Whether every stage has an entry in dvc.lock."""
-        return bool(self.stages) and all(stage in self.entries for stage in self.stages)
-
     def out(self, path: str) -> str:
         """Return the MD5 of an out; an empty string if no entry of dvc.lock has this out."""
         return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")

@@ -20,10 +20,9 @@ from typing import Any
 from compactgpt.common.console import report
 from compactgpt.common.errors import Busy, MissingInput, UserError
 from compactgpt.common.git import git_facts
-from compactgpt.common.storage import read_json, write_json
 from compactgpt.tracking import journal, pipeline_run
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, Cache, Folder, parse_yaml
-from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_folder, tracking_store
+from compactgpt.tracking.journal import BEFORE, JournalFile, tracking_store
 from compactgpt.tracking.run_folder import PIPELINE, Copied, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, saved_identity, store_errors
 from compactgpt.tracking.system_metrics import SystemMetrics
@@ -32,7 +31,6 @@ POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0  # how long to retry a store that fails after the runs have ended
 MAX_LOG = 1_000_000  # bytes; a larger log file is overwritten
 MAX_REPORTED = 50  # different errors that one process logs
-RECORDED = "recorded.json"  # the identity of a store, and the hash of the last dvc.lock that has a run there
 
 
 def start_logger(run_folder: Path) -> None:
@@ -227,16 +225,17 @@ def _has_all(root: Path, ended: list[RunFolder], store: dict[str, str]) -> bool:
 
     False for a server, which may have lost its runs.
     """
-    note = tracking_folder(root) / RECORDED
-    identity = saved_identity(root, store)
-    with suppress(UserError):
-        is_recorded = bool(identity) and note.exists() and read_json(note) == [identity, _lock_sha256(root)]
-        return is_recorded and all(Copied.load(one.path).complete for one in ended)
-    return False
-
-
-def _lock_sha256(root: Path) -> str:
-    return hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
+    if not (identity := saved_identity(root, store)):
+        return False
+    lock, has_lock = Folder(root).read(LOCK), False
+    for folder in ended:
+        if not Copied.load(folder.path).complete:
+            return False
+        with suppress(UserError):  # a damaged file
+            if found := folder.outcome():
+                is_of_lock = Folder(folder.path / "after").read(LOCK) == lock and found.status == "FINISHED"
+                has_lock |= is_of_lock and Copied.load(folder.path, identity).complete
+    return has_lock
 
 
 def _sync_store(
@@ -267,20 +266,20 @@ def _sync_store(
 
 def _record_unrun(root: Path, store: Store) -> None:
     """Log a run in which DVC skipped every stage, as after `dvc pull` in a clone; once for each dvc.lock."""
-    lock = _lock_sha256(root)
-    if not store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
-        place = Folder(root)
-        found = pipeline_run.outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
-            return
-        tags = {**git_facts(root), **journal.machine_facts()}
-        pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
-        facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}
-        run = journal.Journal(root / ".state", PIPELINE, {**journal.process_facts(), **facts})
-        run.keep_before(root)
-        run.end("FINISHED")
-        Logger(RunFolder(run.run_folder), store).copy()
-    write_json(tracking_folder(root) / RECORDED, [store.identity, lock])
+    place = Folder(root)
+    lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
+    if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
+        return
+    found = pipeline_run.outcome(place, place, [], "dvc repro", root)
+    if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
+        return
+    tags = {**git_facts(root), **journal.machine_facts()}
+    pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
+    facts = {"tags": tags, "pipeline": pipeline, "workspace": str(root.resolve())}
+    run = journal.Journal(root / ".state", PIPELINE, {**journal.process_facts(), **facts})
+    run.keep_before(root)
+    run.end("FINISHED")
+    Logger(RunFolder(run.run_folder), store).copy()
 
 
 if __name__ == "__main__":

@@ -15,26 +15,23 @@ from typing import Any
 from pydantic import BaseModel
 
 from compactgpt.common.errors import UserError
-from compactgpt.common.storage import MANIFEST, read_json, write_text
+from compactgpt.common.storage import MANIFEST, read_json
 from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Chain, Entry, Folder, Place
-from compactgpt.tracking.journal import BEFORE, LOCKED, JournalFile, flatten
+from compactgpt.tracking.journal import BEFORE, JournalFile, flatten
 
 MAX_TABLE = 20_000_000  # bytes; a larger table of per-document losses is not saved with the run
+OUTCOME = "outcome.json"
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
 class Outcome(BaseModel):
-    """The outcome of a `dvc` process, saved as outcome.json in the run folder."""
+    """The outcome of a `dvc` process, saved as OUTCOME in the folder `after/`."""
 
     status: str  # MLflow's run status
     reason: str = ""  # why the run is incomplete
     stages: dict[str, str] = {}  # ran, skipped or not reached
     entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
-
-    def save(self, run_folder: Path) -> None:
-        """Write outcome.json, with the stages in their order."""
-        write_text(run_folder / "outcome.json", self.model_dump_json())
 
 
 def outcome(
@@ -114,7 +111,7 @@ def write_after(
     """Save the files of an ended `dvc` process to `after/`, before the next command changes them.
 
     `after/` has the new dvc.lock, the other files of `before/`, the list of installed packages, and the run's
-    reports and small tables of per-document losses. `outcome.json` says which stages belong to the run.
+    reports and small tables of per-document losses. OUTCOME says which stages belong to the run.
     """
     before, after, making = (run_folder / name for name in (BEFORE, "after", "after.tmp"))
     shutil.rmtree(making, ignore_errors=True)
@@ -135,7 +132,7 @@ def write_after(
                 dvc_files.checkout(cache, place, path, md5, making / path)
     except UserError as error:  # a file in DVC's cache was altered
         found.reason = found.reason or str(error)
-    found.save(run_folder)
+    (making / OUTCOME).write_text(found.model_dump_json())
     shutil.rmtree(after, ignore_errors=True)
     making.rename(after)
 
@@ -163,16 +160,14 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 
 
 def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the SHA-256 of the run's files as tags, and its token files for `Journal.inputs`."""
-    tags, datasets = {}, []
-    for key, name in (("lock", LOCK), ("params", PARAMS), ("requirements", LOCKED)):
-        tags[f"{key}_sha256"] = hashlib.sha256(Folder(after).read(name) or b"").hexdigest()
-    for key, path in (("data", TOKENS), ("weights", MODEL)):
+    """Return the SHA-256 of dvc.lock and of the weights as tags, and the token files for `Journal.inputs`."""
+    tags, datasets = {"lock_sha256": hashlib.sha256(Folder(after).read(LOCK) or b"").hexdigest()}, []
+    for path in (TOKENS, MODEL):
         md5 = made.get(path, "")
         if md5 and cache.has(md5) and (manifest := cache.files(md5).get(MANIFEST)):
             files = read_json(manifest)["files"]
-            weights = files.get("model.safetensors", {}).get("sha256", "")
-            tags[f"{key}_sha256"] = weights or hashlib.sha256(manifest.read_bytes()).hexdigest()
+            if weights := files.get("model.safetensors"):
+                tags["weights_sha256"] = weights["sha256"]
             datasets += journal.token_files(files, {"train": "training", "val": "validation"})
     return tags, datasets
 

@@ -48,11 +48,12 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     if wanted == WORKSPACE:
         return _workspace_version(root)
     if _RUN_ID.fullmatch(wanted):
-        from compactgpt.tracking.store import store_errors
+        from compactgpt.tracking.store import open_store, store_errors
 
         with store_errors(tracking_store()["uri"]):
-            if run := _find_run(root, wanted):
-                return _run_version(root, run, scratch)
+            store = open_store(root)
+            if run := _find_run(store, wanted):
+                return _run_version(store, run, scratch)
     require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(
@@ -64,11 +65,8 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
     return Version(f"{wanted} ({commit[:9]})", place, read_chain(place), commit, packages=asked)
 
 
-def _find_run(root: Path, wanted: str) -> Any:
+def _find_run(store: Any, wanted: str) -> Any:
     """Return the MLflow run whose id begins with `wanted`; None if no id does."""
-    from compactgpt.tracking.store import open_store
-
-    store = open_store(root)
     found, token = [], None
     while True:
         page = store.client.search_runs([store.experiment], max_results=1000, page_token=token)
@@ -80,15 +78,13 @@ def _find_run(root: Path, wanted: str) -> Any:
     return found[0] if found else None
 
 
-def _run_version(root: Path, run: Any, scratch: Path) -> Version:
+def _run_version(store: Any, run: Any, scratch: Path) -> Version:
     """Return the version of an MLflow run. For a stage's run, use the files of its pipeline's run."""
-    from compactgpt.tracking.store import open_store
-
     tags, run_id = run.data.tags, run.info.run_id
     stage = "" if tags.get("stage") == "pipeline" else tags.get("stage", "")
     name = f"{stage or 'pipeline'} run {run_id[:8]}"
     pipeline_id = tags.get("mlflow.parentRunId", run_id) if stage else run_id
-    open_store(root).client.download_artifacts(pipeline_id, "", str(scratch))
+    store.client.download_artifacts(pipeline_id, "", str(scratch))
     place = Folder(scratch)
     if place.read(LOCK) is None:
         raise MissingInput(

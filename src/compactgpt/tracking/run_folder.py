@@ -4,12 +4,13 @@
 """
 
 import fcntl
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt
 
@@ -20,11 +21,10 @@ from compactgpt.common.storage import read_json, write_json
 from compactgpt.tracking import pipeline_run
 from compactgpt.tracking.dvc_files import LOCK, PARAMS, Cache, Commit, Folder, Place, parse_yaml
 from compactgpt.tracking.journal import BEFORE, JournalFile, flatten, is_alive, tracking_folder
-from compactgpt.tracking.pipeline_run import Outcome
+from compactgpt.tracking.pipeline_run import OUTCOME, Outcome
 
 PIPELINE = "pipeline"  # the stage name of a journal that belongs to no stage
 OUTCOME_SECONDS = 30.0  # how long to wait for the files that `dvc` writes at its end
-Note = TypeVar("Note", bound=BaseModel)
 
 
 class RunFolder:
@@ -86,10 +86,19 @@ class RunFolder:
         return " ".join(["dvc exp run -n", name, *changed])
 
     def outcome(self) -> Outcome | None:
-        """Return the outcome of the `dvc` process; None if it is not saved yet, or its file is damaged."""
-        if not (self.path / "after").exists():
-            return None
-        return _read_note(self.path / "outcome.json", Outcome, "it is written again")
+        """Return the outcome of the `dvc` process; None if it is not saved yet.
+
+        Raises:
+            BadData: the file is damaged.
+        """
+        path = self.path / "after" / OUTCOME
+        try:
+            return Outcome.model_validate(read_json(path), strict=True) if path.exists() else None
+        except (BadData, ValueError) as error:
+            folder = shlex.quote(str(path.parent))
+            raise BadData(
+                f"{path} is damaged: `rm -r {folder}`, then `compactgpt sync` saves the files as they are now"
+            ) from error
 
     def keep_after(self) -> bool:
         """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
@@ -97,11 +106,6 @@ class RunFolder:
             return True
         if self.alive:
             return False
-        after = Folder(self.path / "after")
-        if after.root.exists():  # only outcome.json is damaged, or of an earlier version: the files stay
-            # Without `tree`: the code of that time may have changed since.
-            pipeline_run.outcome(after, self.before, self.stages(), self.command).save(self.path)
-            return True
         if (place := self._place()) is None:
             return False
         # `place` may be the next run's `before/`, which has no code: the work tree has it.
@@ -119,8 +123,10 @@ class RunFolder:
         newest = max(journal.path.stat().st_mtime for journal in self.journals())
         late = time.time() - newest > OUTCOME_SECONDS
         if name := tags.get("dvc.experiment"):
-            if commit := experiment_commit(self.root, name, tags.get("dvc.baseline", "")):
-                return Commit(self.root, commit)
+            baseline = tags.get("dvc.baseline", "")
+            reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+            with suppress(UserError):  # there is no such reference
+                return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             failed = any(journal.status != "FINISHED" for journal in self.stages())
             return Folder(self.path / "no-commit") if failed or late else None
         for later in run_folders(self.root):
@@ -140,31 +146,16 @@ class Copied(BaseModel):
     @classmethod
     def load(cls, folder: Path, store: str = "") -> "Copied":
         """Read mlflow.json. Return an empty state if the file is missing, damaged, or names another store."""
-        found = _read_note(folder / "mlflow.json", cls, "the run is copied again")
+        path, found = folder / "mlflow.json", None
+        try:
+            found = cls.model_validate(read_json(path), strict=True) if path.exists() else None
+        except (BadData, ValueError):
+            report(f"warning: {path} is damaged: the run is copied again")
         return found if found and store in ("", found.store) else cls(store=store)
 
     def save(self, folder: Path) -> None:
         """Write mlflow.json."""
         write_json(folder / "mlflow.json", self.model_dump())
-
-
-def _read_note(path: Path, kind: type[Note], consequence: str) -> Note | None:
-    """Read a JSON file of this package. Print a warning and return None if it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        return kind.model_validate(read_json(path), strict=True)
-    except (BadData, ValueError):
-        report(f"warning: {path} is damaged: {consequence}")
-        return None
-
-
-def experiment_commit(root: Path, name: str, baseline: str) -> str:
-    """Return the commit of a DVC experiment that started from `baseline`; an empty string if none exists."""
-    reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
-    with suppress(UserError):
-        return git_text(root, "rev-parse", "--verify", "--quiet", reference)
-    return ""
 
 
 def run_folders(root: Path) -> list[RunFolder]:

@@ -30,6 +30,7 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import JournalFile, flatten, tracking_folder
 
 ESTIMATED_ON = "two-cpu-cores"  # the machine of reports/estimate.json whose time stands for this machine
+MAX_HASHED = 2_000_000_000  # bytes: about four seconds
 _LARGE = ("data/", "models/")  # outputs of stages: their hashes are in dvc.lock
 Listing = set[tuple[str, int, int]]  # path, size and time of each file
 
@@ -73,8 +74,8 @@ class Inputs:
 def read_begin(root: Path, stage: str) -> tuple[Inputs, Chain]:
     """Return what a stage of dvc.yaml reads, and the stages; no inputs for a stage that dvc.yaml lacks.
 
-    The files are listed only under DVC. The MD5 of a large dependency comes from dvc.lock, the MD5 of any
-    other from its files.
+    The files are listed only under DVC. The MD5 of an output comes from dvc.lock, the MD5 of own text or code
+    from the files; it is empty for more than MAX_HASHED bytes.
     """
     try:
         chain = read_chain(Folder(root))
@@ -84,8 +85,10 @@ def read_begin(root: Path, stage: str) -> tuple[Inputs, Chain]:
         return Inputs(stage, root, {}, {}), chain
     files = {}
     for name in chain.stages[stage].deps if "DVC_STAGE" in os.environ else []:
-        listing, recorded = _list_files(root / name), chain.out(name) if name.startswith(_LARGE) else ""
-        files[name] = (listing, recorded or md5_path(root / name))
+        listing, md5 = _list_files(root / name), chain.out(name) if name.startswith(_LARGE) else ""
+        if not md5 and sum(size for _, size, _ in listing) <= MAX_HASHED:
+            md5 = md5_path(root / name)
+        files[name] = (listing, md5)
     return Inputs(stage, root, values_at(_params(root), chain.stages[stage].params), files), chain
 
 
@@ -120,7 +123,7 @@ def describe_position(chain: Chain, root: Path, stage: str, state: Path) -> str:
     found = [_last_seconds(state, one) or _forecast(root, one) for one in later]
     known = sum(found)
     amount = f"{known / 60:,.0f} min" if known > 90 else f"{known:.0f} s"
-    left = f", {'about' if all(found) else 'more than'} {amount} left" if known else ""
+    left = f", {'about' if all(found) else 'more than'} {amount} left" if known >= 1 else ""
     return f"stage {number + 1} of {len(chain.stages)}: {stage}{left}"
 
 

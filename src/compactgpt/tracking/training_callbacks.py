@@ -48,11 +48,9 @@ class TrainingCallbacks:
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
         self.expected: ExpectedLoss = expected_loss(self.params)  # logged before the first step
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
-        batch = describe_batch(self.params, processes)
-        stage.print_message(batch)
+        stage.print_message(describe_batch(self.params, processes))
         if warning := warmup_warning(training):
             stage.print_message(warning)
-        stage.tracker.tags({"make_up_of_a_step": batch})
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
         # This assumes that each process is as fast as the main process.
         device = resolve_device(runtime.device)
