@@ -186,7 +186,12 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("my text.txt", "my text.txt"), ("enwik8", "enwik8.txt"), ("a.log", "a.log.txt"), ("b.gz", "b.txt.gz")],
+    [
+        ("mein Täxt 😀.txt", "mein Täxt 😀.txt"),
+        ("enwik8", "enwik8.txt"),
+        ("a.log", "a.log.txt"),
+        ("b.gz", "b.txt.gz"),
+    ],
 )
 def test_text_is_copied_to_corpus_with_a_suffix_that_is_read(project, tmp_path, name, target):
     text = speeches(300).encode()
@@ -239,7 +244,12 @@ STORY = speeches(300)
         ({"none/a.bin": ""}, ["none"], MissingInput, "no file"),
         ({}, ["missing.txt"], MissingInput, "missing.txt is missing: give a text file"),
         ({"a[1].txt": STORY}, ["a[1].txt"], BadConfig, r"rename corpus/a\[1\].txt"),
-        ({"project/corpus/enwik8": STORY}, ["project/corpus/enwik8"], BadConfig, "enwik8 to enwik8.txt"),
+        (
+            {"project/corpus/enwik8": STORY},
+            ["project/corpus/enwik8"],
+            BadConfig,
+            "rename corpus/enwik8, .* a suffix that is read",
+        ),
         ({}, ["project"], BadConfig, "project contains the folder corpus/"),
         ({"a.pdf": "%PDF\0\udcff"}, ["a.pdf"], BadData, "a.pdf, line 1: byte 0xff is not UTF-8"),
     ],

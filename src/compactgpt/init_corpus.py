@@ -4,6 +4,7 @@ Text outside of the folder corpus/ is copied there by `dvc add`, since DVC watch
 that is longer than the sample, the numbers of documents and tokens are estimated from the size of the files.
 """
 
+import json
 import os
 import re
 import shlex
@@ -21,7 +22,15 @@ from compactgpt.config import FILE_KINDS, Download, Params, load_params, parse_p
 from compactgpt.data.documents import MEGABYTE, new_document
 from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
 from compactgpt.data.validation import document_row, fitting_limits
-from compactgpt.experiments import DEMO, dvc_environment, edit_params, find_experiment, merge_patch, run_dvc
+from compactgpt.experiments import (
+    DEMO,
+    dvc_environment,
+    edit_params,
+    find_experiment,
+    merge_patch,
+    run_dvc,
+    set_values,
+)
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # of text; read and described in a few seconds
@@ -80,20 +89,27 @@ def plan_corpus(
     params = _with_limits_of_demo(params_file)
     # Absolute paths, but a link keeps its name.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
-    places = [(path, _target(path)) for path in paths]
-    if len({target for _, target in places}) < len(places):
+    targets, commands = zip(*map(_place, paths), strict=True)
+    if len({*targets}) < len(targets):
         raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
-    additions = [words for place in places if (words := _addition(*place))]
+    patterns = [f"{to}/**" if path.is_dir() else to for path, to in zip(paths, targets, strict=True)]
+    additions = [words for words in commands if words]
     sample, longest = choose_cutting([each for path in paths for each in _files(path)], params.download)
     if len(sample.rows) < MIN_DOCUMENTS:
         found = f"{len(sample.rows)} document{'s' if len(sample.rows) > 1 else ''}"
         raise BadData(f"found {found}, but train and val need {MIN_DOCUMENTS}: add text")
-    patch, messages = propose(params, sample, minutes, steps)
-    patterns = [f"{target}/**" if path.is_dir() else target for path, target in places]
-    name = None if len(paths) > 1 or paths[0].name == FOLDER else paths[0].name.split(".")[0][:100] or None
-    files = {"patterns": patterns, "name": name, "split_over_characters": longest}
-    patch["download"] = {"corpus": "files", "max_documents": None, "max_bytes": None, "files": files}
-    content, changes = edit_params(params_file, partial(_assign, patch), f"the proposed {params_file}")
+    values, messages = propose(params, sample, minutes, steps)
+    values |= {
+        "download.corpus": "files",
+        "download.max_documents": None,
+        "download.max_bytes": None,
+        "download.files.name": None if len(paths) > 1 or paths[0].name == FOLDER else paths[0].stem[:100],
+        "download.files.patterns": patterns,
+        "download.files.split_over_characters": longest,
+    }
+    settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    change = partial(set_values, settings=settings)
+    content, changes = edit_params(params_file, change, f"the proposed {params_file}")
     messages += [f"dvc add {shlex.join(words)}: DVC watches text only in {FOLDER}/" for words in additions]
     return Plan(messages, additions, changes, content)
 
@@ -118,57 +134,45 @@ def _with_limits_of_demo(params_file: Path) -> Params:
     load_params(params_file)  # names the mistakes of the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     longest = demo["download"]["files"]["split_over_characters"]
-    limits = {key: demo[key] for key in ("validation", "inspection")}
-    limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
-    merge_patch(tree, limits | {"download": {"files": {"split_over_characters": longest}}})
+    limits = {
+        "download": {"files": {"split_over_characters": longest}},
+        "validation": demo["validation"],
+        "inspection": demo["inspection"],
+        "evaluation": {"text": demo["evaluation"]["text"]},
+    }
+    merge_patch(tree, limits)
     return parse_params(tree)
-
-
-def _assign(patch: dict[str, Any], tree: dict[str, Any]) -> None:
-    """Set the values of a patch in a tree. Unlike in `merge_patch`, None is a value, which keeps its line."""
-    for key, value in patch.items():
-        if isinstance(value, dict):
-            _assign(value, tree[key])
-        elif tree.get(key) != value:  # an equal value keeps its form, such as 2_000_000
-            tree[key] = value
 
 
 # --- the paths
 
 
-def _target(path: Path) -> str:
-    """Return where in the project the text of an absolute path belongs: in corpus/, under its own name."""
+def _place(path: Path) -> tuple[str, list[str]]:
+    """Return where in corpus/ the text of an absolute path belongs, and the arguments of its `dvc add`.
+
+    The arguments are empty for a text that is in corpus/ already.
+    """
     if not path.exists():
         raise MissingInput(f"{printable(str(path))} is missing: give a text file, or a folder of text files")
     corpus = Path.cwd() / FOLDER
     if path in corpus.parents:
         raise BadConfig(f"{path} contains the folder {FOLDER}/: give the files or folders of your text")
-    name = (
-        path.relative_to(corpus.parent) if path.is_relative_to(corpus) else Path(FOLDER, path.name)
-    ).as_posix()
-    if re.search(r"[][*?:\\]", name):
-        raise BadConfig(f"rename {name}: in download.files.patterns, the characters *?[]:\\ have a meaning")
+    is_inside = path.is_relative_to(corpus)
+    name = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
+    target = name
     if path.is_file() and file_kind(name) not in FILE_KINDS:  # such as enwik8 or enwik8.gz
-        return re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
-    return name
-
-
-def _addition(path: Path, target: str) -> list[str]:
-    """Return the arguments of the `dvc add` that copies a path to `target`; none if it is there.
-
-    Raises:
-        BadConfig: another file has the name `target`, or the path is in corpus/ and needs another name.
-    """
-    if path == Path.cwd() / target:
-        return []
-    if path.is_relative_to(Path.cwd() / FOLDER):
+        target = re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
+    if re.search(r"[][*?:\\]", name) or (is_inside and target != name):
         raise BadConfig(
-            f"rename {path.name} to {Path(target).name}: the kind of a file is known by its suffix"
+            f"rename {name}, so that download.files.patterns can name it: without *?[]:\\, and with a suffix "
+            f"that is read ({', '.join(FILE_KINDS)})"
         )
+    if is_inside:
+        return target, []
     is_earlier = Path(f"{target}.dvc").exists()  # from an earlier `dvc add`: replaced by the present text
     if Path(target).exists() and not is_earlier:
         raise BadConfig(f"{target} exists already: rename it, or run `compactgpt init-corpus {target}`")
-    return [str(path), "-o", target, *(["-f"] if is_earlier else [])]
+    return target, [str(path), "-o", target, *(["-f"] if is_earlier else [])]
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
@@ -224,37 +228,34 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
 def propose(
     params: Params, sample: Sample, minutes: float | None, steps: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return values that fit a corpus as a patch of params.yaml, and messages about the corpus."""
+    """Return values that fit a corpus, by dotted key of params.yaml, and messages about the corpus."""
     documents, tokens = round(sample.scale * len(sample.rows)), sample.scale * sum(sample.tokens)
     megabytes = sample.scale * sample.bytes / MEGABYTE
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
-    val_documents, val_tokens = fraction * documents, fraction * tokens
+    val_documents = fraction * documents
     # Neighbouring pieces of a file belong together, and a few documents are no fair sample: val is the end.
     split = "tail" if sample.ways or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
-    inspection = {
-        "min_val_documents": max(1, min(20, int(val_documents / 2))),
-        "max_leaked_share": max(params.inspection.max_leaked_share, repeated),
-        "max_repeated_share": max(params.inspection.max_repeated_share, repeated),
+    values = {f"validation.{key}": value for key, value in limits.items()} | {
+        # Half of the text that was found: if much text is lost later, the stage fails.
+        "validation.min_documents": documents // 2,
+        "validation.min_total_megabytes": round(megabytes / 2, 3),
+        "tokenization.val_fraction": fraction,
+        "tokenization.split": split,
+        "inspection.min_val_documents": max(1, min(20, int(val_documents / 2))),
+        "inspection.max_leaked_share": max(params.inspection.max_leaked_share, repeated),
+        "inspection.max_repeated_share": max(params.inspection.max_repeated_share, repeated),
     }
     training, time = _training(params, tokens, minutes, steps)
-    # Half of the text that was found: if much text is lost later, `validation` fails.
-    half = {"min_documents": documents // 2, "min_total_megabytes": round(megabytes / 2, 3)}
     about, ways = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.ways))
     copies = f"; {sample.copies:,} copies are left out" if sample.copies else ""
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
-    return {
-        "validation": limits | half,
-        "tokenization": {"val_fraction": fraction, "split": split},
-        "inspection": inspection,
-        "training": training,
-        "evaluation": _evaluation(params, sample.tokens, val_documents),
-    }, [
+    return values | training | _evaluation(params, sample.tokens, val_documents), [
         f"found {about}{documents:,} documents{f' by {ways}' if ways else ''}{copies}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
-        f"val ({split}): about {val_documents:,.0f} documents, about {val_tokens:,.0f} tokens{wide}",
+        f"val ({split}): about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}",
         time,
     ]
 
@@ -263,31 +264,28 @@ def _training(
     params: Params, tokens: float, minutes: float | None, steps: int | None
 ) -> tuple[dict[str, int], str]:
     """Return steps and intervals, and a message about the time of the training."""
-    one = params.training.model_copy(update={"max_steps": 1})
-    step_minutes = training_minutes(params.model_copy(update={"training": one}), measure_flops())
+    step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     epoch = tokens / params.training.tokens_per_step  # steps
     if not steps:
         found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
         steps = max(10, int(float(f"{found:.2g}")))
     time = format_minutes(steps * step_minutes)
     return {
-        "max_steps": steps,
-        "warmup_steps": max(1, steps // 70),
-        "eval_interval": max(1, steps // 10),
-        "checkpoint_interval": max(1, steps // 4),
+        "training.max_steps": steps,
+        "training.warmup_steps": max(1, steps // 70),
+        "training.eval_interval": max(1, steps // 10),
+        "training.checkpoint_interval": max(1, steps // 4),
     }, f"training: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} on this processor (estimated)"
 
 
-def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, Any]:
-    """Return values of the section `evaluation` that fit val; `tokens` are those of each document."""
+def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
+    """Return how many tokens of a val document are scored and continued; `tokens` has those of each."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)  # of the documents: these are long enough
     # A quarter of the length of such a document each: half of it is spare, since tokens are estimated.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
-        "likelihood": {"document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents))},
-        "text": {
-            "prompt_tokens": max(1, min(text.prompt_tokens, quarter)),
-            "max_new_tokens": max(5, min(text.max_new_tokens, quarter)),
-        },
+        "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),
+        "evaluation.text.prompt_tokens": max(1, min(text.prompt_tokens, quarter)),
+        "evaluation.text.max_new_tokens": max(5, min(text.max_new_tokens, quarter)),
     }
