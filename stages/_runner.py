@@ -38,7 +38,7 @@ from compactgpt.tracking.journal import (
     token_files,
     tuned_params,
 )
-from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_begin
+from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_inputs
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
@@ -147,7 +147,7 @@ def open_stage(
 def _begin(stage: str) -> Inputs:
     """Return what the stage reads. Under DVC, save dvc.lock and print how far the pipeline is."""
     here = Path.cwd()
-    inputs, chain = read_begin(here, stage)
+    inputs, chain = read_inputs(here, stage)
     if "DVC_STAGE" in os.environ and stage in chain.stages:
         keep_lock(here)
         report(describe_position(chain, here, stage, state_folder()))

@@ -254,7 +254,7 @@ def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
         lambda: [write(name, content) for name, content in FILES.items()],  # as `git checkout` of the same
         lambda: [os.utime(name, (0, 0)) for name in FILES],  # a clock that was wrong
         lambda: [write(f"{folder}/{name}", "x") for name in LEFTOVERS for folder in ("corpus", "src/b")],
-        lambda: Path("corpus/.#a.txt").symlink_to("user@host.1"),  # the lock file of Emacs
+        lambda: [Path("corpus", name).symlink_to(name) for name in (".#a.txt", "loop")],
         lambda: [Path("corpus").rename("far"), Path("corpus").symlink_to("far")],
         lambda: Path("dvc.lock").write_text("schema: '2.0'\nstag"),  # another `dvc` process writes it
         lambda: replace("dvc.yaml", "params: [training]", "params: [model]"),  # DVC has read it already

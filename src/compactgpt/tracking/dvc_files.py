@@ -131,8 +131,8 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What dvc.yaml has of one stage."""
+class StageDefinition:
+    """The dependencies, outputs and parameters of a stage in dvc.yaml."""
 
     deps: list[str]  # paths
     outs: list[str]  # paths
@@ -141,9 +141,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of dvc.yaml, and the entries of dvc.lock."""
+    """The stages of dvc.yaml in their order, and the entries of dvc.lock."""
 
-    stages: dict[str, Stage]  # in the order of dvc.yaml; a matrix stage has one name per item: `baseline@xz`
+    stages: dict[str, StageDefinition]  # a matrix stage has one name per item: `baseline@xz`
     entries: dict[str, Entry]
     stale: list[str] = field(default_factory=list)  # stages that DVC left in dvc.lock (treeverse/dvc#5293)
     lock: bytes = b""
@@ -167,7 +167,7 @@ def read_chain(place: Place) -> Chain:
     return Chain(stages, entries, stale, lock)
 
 
-def read_stages(place: Place) -> dict[str, Stage]:
+def read_stages(place: Place) -> dict[str, StageDefinition]:
     """Return the stages of dvc.yaml by name, in their order.
 
     Raises:
@@ -178,7 +178,7 @@ def read_stages(place: Place) -> dict[str, Stage]:
         for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), tree):
             written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
             paths = [out if isinstance(out, str) else next(iter(out)) for out in written]
-            stages[stage] = Stage([*(body.get("deps") or [])], paths, [*(body.get("params") or [])])
+            stages[stage] = StageDefinition([*(body.get("deps") or [])], paths, [*(body.get("params") or [])])
     except (AttributeError, TypeError, ValueError) as error:
         raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
     return stages

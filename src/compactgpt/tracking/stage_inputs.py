@@ -1,7 +1,8 @@
 """What a stage reads, and how far the pipeline is: for the stage scripts.
 
-DVC hashes parameters and dependencies after a stage's command. If one of them changes while the stage runs,
-DVC would record values that the stage did not use (treeverse/dvc#11058). So a stage compares both moments.
+DVC hashes parameters and dependencies after a stage's command. If a parameter or a file changes while the
+stage runs, DVC records values that the stage did not use (treeverse/dvc#11058). So a stage compares its
+parameters and dependencies at its end with those at its start, and fails if their content differs.
 """
 
 import hashlib
@@ -37,15 +38,15 @@ Listing = set[tuple[str, int, int]]  # path, size and time of each file
 
 @dataclass(frozen=True)
 class Inputs:
-    """The parameters and the files that a stage reads, as they were when it began."""
+    """The parameters and the files that a stage reads, as they were when the stage started."""
 
     stage: str
     root: Path
     params: dict[str, Any]  # by the keys that dvc.yaml names, as DVC writes them to dvc.lock
-    files: dict[str, tuple[Listing, str]]  # of each dependency: its files, and its MD5
+    files: dict[str, tuple[Listing, str]]  # the files and the MD5 of each dependency, by path
 
     def require_unchanged(self) -> None:
-        """Check that the stage would read the same now.
+        """Check that the parameters and the content of the dependencies are the same now.
 
         dvc.yaml and dvc.lock are not read again: DVC has read dvc.yaml already, and another `dvc` process may
         be writing dvc.lock. A file is read again only if its size or time has changed.
@@ -71,11 +72,11 @@ class Inputs:
             )
 
 
-def read_begin(root: Path, stage: str) -> tuple[Inputs, Chain]:
-    """Return what a stage of dvc.yaml reads, and the stages; no inputs for a stage that dvc.yaml lacks.
+def read_inputs(root: Path, stage: str) -> tuple[Inputs, Chain]:
+    """Return the inputs of a stage, and all stages. A stage that dvc.yaml does not have has no inputs.
 
-    The files are listed only under DVC. The MD5 of an output comes from dvc.lock, the MD5 of own text or code
-    from the files; it is empty for more than MAX_HASHED bytes.
+    The files are listed only if DVC runs the stage. The MD5 of an output of another stage comes from
+    dvc.lock. The MD5 of other files is computed, but it is empty for more than MAX_HASHED bytes.
     """
     try:
         chain = read_chain(Folder(root))
@@ -103,7 +104,7 @@ def _list_files(path: Path) -> Listing:
         found += [Path(folder, name) for name in names if not is_ignored(name)]
     listing = set()
     for file in found:
-        with suppress(FileNotFoundError):  # a link to no file, or a file that was deleted meanwhile
+        with suppress(OSError):  # a link to no file or to itself, or a file that was just deleted
             status = file.stat()
             listing.add((str(file), status.st_size, status.st_mtime_ns))
     return listing
