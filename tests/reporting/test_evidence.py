@@ -117,11 +117,11 @@ def test_every_value_has_a_unit_a_source_and_a_way_it_is_known(place):
 @pytest.mark.parametrize(
     ("verdicts", "sentence"),
     [
-        (["confirmed"], "Of the note's 1 claims, 1 holds."),
-        (["contradicted", "misleading"], "Of the note's 2 claims, 2 do not."),
+        (["confirmed"], "Of the note's 1 claims and citations, 1 holds."),
+        (["contradicted", "misleading"], "Of the note's 2 claims and citations, 2 do not hold."),
         (
             ["supported", "misleading", "not yet measured"],
-            "Of the note's 3 claims, 1 holds, 1 does not and 1 waits for an experiment.",
+            "Of the note's 3 claims and citations, 1 holds, 1 does not hold and 1 waits for an experiment.",
         ),
     ],
 )
@@ -136,22 +136,13 @@ def test_the_headline_says_what_is_claimed_known_and_measured(place):
     record = record_of(place)
     headline, french = tables.View(record).headline(), tables.View(record, "fr").headline()
     measured = tables.show(evidence_of(record)["compact.perplexity"]["value"], "perplexity")
-    for words in (
-        "Performance de NanoGPT Compact contre GPT-2",
-        "80-120",
-        "35-45",
-        "22.65",
-        "docstrings",
-        measured,
-    ):
+    title = "Performance de NanoGPT Compact contre GPT-2"
+    for words in (title, "80-120", "35-45", "22.65", "docstrings", measured):
         assert words in headline
         assert words.replace(".", ",") in french
     rule = evidence_of(record)["note.expected_perplexity"]
-    held = record["calibration"]
-    expected = (
-        f"{tables.show_evidence(rule)} by a fixed rule, whose 95 % intervals held in {held['held_95']} of"
-    )
-    assert f"the small GPT is expected at {expected} {held['of']} runs, but is not trained yet" in headline
+    held = "held in {held_95} of {of} runs".format(**record["calibration"])
+    assert f"{held}, expects {tables.show_evidence(rule)}" in headline
     claim = next(claim for claim in record["claims"] if claim["id"] == "L1")
     claim["decisions"] = [{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}]
     assert "was measured at 655,360,000" in tables.View(record).headline()
@@ -345,6 +336,8 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert "compact, greedy:\n\n```text\n| is\n| here\n```" in page
     assert "smollm2-135m-instruct-q4, greedy:" in page
     assert "| smollm2-135m-instruct-q4 | cloze.accuracy | 25.0% (10.0% to 50.0%) | 1 |" in page
+    quantities = {row[1] for row in tables.View(record).task_rows()}
+    assert quantities == {"cloze.accuracy", "flagged.loss"}  # no estimate, nothing of the main table
     assert "| - | human | distinct_2 | 25.0%" in page
 
 
@@ -366,7 +359,7 @@ def test_both_views_have_a_row_with_their_ratio(place, render):
         for cell in row:
             assert cell.text.split(" (")[0] in text
     contexts = [row[2].text for row in view.measured_rows()]
-    assert contexts[0] == "same 128-token windows, which are its own context"
+    assert contexts[0] == "same 128-token windows (its own context)"
     assert contexts[-2:] == ["same 128-token windows", "own context: 1,024 tokens"]
     assert {row[0].text for row in view.measured_rows()[-2:]} == {"SmolLM2 135M, Instruct, 4 bits (Q4_1)"}
     assert len(tables.MEASURED_COLUMNS) <= 9
@@ -388,26 +381,21 @@ def test_the_notes_run_has_one_headline_and_a_persons_forecast_beside(place):
 
 def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
     sources = sources_of(place)
-    line = "at demo scale: points the same way: perplexity is 1.100 (1.050 to 1.200), 2 and 2 runs"
+    line = "at demo scale: points the other way: perplexity is 1.100 (1.050 to 1.200; runs: 2 and 3); because"
     found = Direction(
-        claim="C7",
-        outcome="same way",
-        quantity="perplexity",
-        unit="ratio",
-        value=1.1,
-        low=1.05,
-        high=1.2,
-        runs=(2, 2),
-        text=line,
-    )
+        claim="C7", outcome="other way", quantity="perplexity", unit="ratio", value=1.1, low=1.05, high=1.2,
+        runs=(2, 3), otherwise="because",
+    )  # fmt: skip
     changed = replace(sources, seed_losses=(4.40, 4.42, 4.44), directions=(found,))
     before, record = (json.loads(json.dumps(build_record(one))) for one in (sources, changed))
     assert [c["verdict"] for c in record["claims"]] == [c["verdict"] for c in before["claims"]]
-    assert evidence_of(record)["compact.seed_deviation"]["value"] == pytest.approx(0.02)
+    deviation = evidence_of(record)["compact.seed_deviation"]
+    assert deviation["value"] == pytest.approx(0.02)
+    assert (deviation["data_sha256"], deviation["weights_sha256"]) == ("a" * 64, "")  # val; of many runs
     for text in (render_comparison(record), html.render_page(record)):
         assert "standard deviation between seeds: 0.020" in text
         assert line in text
-    assert "à l'échelle de la démo : va dans le même sens" in render_comparison(record, "fr")
+    assert "à l'échelle de la démo : va dans l'autre sens" in render_comparison(record, "fr")
 
 
 def test_the_row_of_nanogpts_recipe_needs_the_same_documents(place):

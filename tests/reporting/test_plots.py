@@ -53,10 +53,10 @@ def test_the_curve_and_the_places_in_the_window_are_drawn(record, pictures):
 
 def test_runs_that_the_estimate_was_tried_on_are_drawn(record, pictures):
     bounds = {"low_80": 3.0, "high_80": 4.0, "low_95": 2.0, "high_95": 5.0}
-    record["calibration"].append({"name": "another run", "measured": 3.5, **bounds})
+    record["calibration"]["checks"].append({"name": "another run", "measured": 3.5, **bounds})
     assert plots.draw_png(record, "calibration") != pictures["calibration"]
     assert ">another run<" in plots.draw_svg(record, "calibration", "en", "")
-    record["calibration"].pop()
+    record["calibration"]["checks"].pop()
 
 
 @pytest.mark.parametrize("name", plots.PLOTS)

@@ -40,9 +40,7 @@ class ByEvidence(Section):
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
-    until_measured: tuple[
-        str, ...
-    ] = ()  # published values that decide as long as a value of `ids` is missing
+    until_measured: tuple[str, ...] = ()  # values that decide as long as a value of `ids` is missing
     copied: bool = False  # True: the value is the note's own number
     reason: str = ""
 

@@ -17,12 +17,7 @@ import numpy as np
 from compactgpt.common.errors import BadConfig
 from compactgpt.config import ExpectedLoss, Model
 from compactgpt.evaluation.likelihood import IN_WINDOW
-from compactgpt.evaluation.metrics import (
-    bits_per_byte,
-    mcnemar,
-    perplexity,
-    perplexity_ratio,
-)
+from compactgpt.evaluation.metrics import bits_per_byte, mcnemar, perplexity, perplexity_ratio
 from compactgpt.evaluation.totals import Floats, figures
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import Evidence, Published, judge_claims
@@ -127,16 +122,10 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
     if model.context != IN_WINDOW:
         return [about | {"view": "document"}]
-    own = measured.totals.views.get("own")
-    if own is None:
-        return [about | {"view": "matched"}]
-    if np.array_equal(own, measured.totals.nats):
-        return [about | {"view": "both"}]
-    tokens = measured.score.views["own"].context
-    return [
-        about | {"view": "matched"},
-        about | {"view": "own", "scores": f"{name}.own", "tokens": tokens},
-    ]
+    if ".own" in _nats_by_view(measured):
+        own = {"view": "own", "scores": f"{name}.own", "tokens": measured.score.views["own"].context}
+        return [about | {"view": "matched"}, about | own]
+    return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
 def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
@@ -220,10 +209,8 @@ def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
     yield from _expected(model, forecast.expected_loss, forecast.model.block_size, about)
     for law, found_by_law in forecast.laws.items():
         if found_by_law.better_than_guessing:
-            name, source = (
-                f"{model}.law.{law}.loss",
-                f"{ESTIMATE}: the law {law} as published, not calibrated",
-            )
+            name = f"{model}.law.{law}.loss"
+            source = f"{ESTIMATE}: the law {law} as published, not calibrated"
             yield Evidence(name, found_by_law.loss, NATS, "estimated", source=source, **about)
 
 
@@ -316,9 +303,12 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return the per-document nats on the shared windows (key "") and in the model's own context (".own")."""
-    views = measured.totals.views
-    return {"": measured.totals.nats} | ({".own": views["own"]} if "own" in views else {})
+    """Return the per-document nats on the shared windows, key "", and in the model's own context, key ".own".
+
+    The second key is missing if the model has no context of its own, or if that context is the shared window.
+    """
+    nats, own = measured.totals.nats, measured.totals.views.get("own")
+    return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
 def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
@@ -363,15 +353,12 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
     source = "reports/training.json: the mean of the last steps, with the softmax that training uses"
     yield Evidence(f"{COMPACT}.train_loss", sources.training.train_loss, NATS, source=source, **about)
     if losses := sources.seed_losses:
-        source = (
-            f"results/seeds.json: standard deviation of {len(losses)} runs that differ only in their seed"
-        )
-        about |= {
-            "corpus": f"{sources.download.name} val",
-            "stage": "comparison",
-            "report": "results/seeds.json",
-        }
-        yield Evidence(f"{COMPACT}.seed_deviation", stdev(losses), NATS, source=source, **about)
+        report, text = "results/seeds.json", f"{sources.download.name} val"
+        source = f"{report}: standard deviation of {len(losses)} runs that differ only in their seed"
+        yield Evidence(
+            f"{COMPACT}.seed_deviation", stdev(losses), NATS, "measured", COMPACT, source, text,
+            report=report, data_sha256=sources.compact.score.validation.sha256,
+        )  # fmt: skip
 
 
 def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Evidence:

@@ -23,9 +23,9 @@ def load_messages(language: Language) -> Mapping[Section, Mapping[str, str]]:
 
 def translate_phrase(language: Language, sentence: str) -> str:
     """Translate an English sentence of the record; return a sentence without a translation unchanged."""
-    for key, english in load_messages("en")["phrases"].items():
+    for english, translation in load_messages(language).get("phrases", {}).items():
         # A placeholder `{name}` in the English phrase matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
         if found := re.fullmatch(pattern, sentence):
-            return load_messages(language)["phrases"][key].format(**found.groupdict())
+            return translation.format(**found.groupdict())
     return sentence

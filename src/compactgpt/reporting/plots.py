@@ -27,7 +27,8 @@ COLOURS = {
     "paper": "#fffefb",
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
-LONGEST_LABEL = 30  # maximum number of characters of a label next to an axis
+LONGEST_LABEL = 30  # maximum number of characters of one line of a label next to an axis
+HEIGHT, LINE_HEIGHT = 3.3, 0.24  # inches: of a plot without rows, and of one line of a row's label
 MOST_TICKS = 8  # maximum number of ticks on a logarithmic axis; the labels of more ticks would overlap
 Axes = Any
 
@@ -96,6 +97,8 @@ def _write_value(view: View, axes: Axes, row: int, value: float, unit: str, colo
 def _name_rows(axes: Axes, names: Sequence[str], limits: tuple[float, float]) -> None:
     labels = ["\n".join(map(_label, name.split("\n"))) for name in names]
     axes.set_yticks(range(len(names)), labels, color=INK)
+    lines = max(8, sum(1 + label.count("\n") for label in labels))
+    axes.figure.set_figheight(1.0 + LINE_HEIGHT * lines)
     axes.set_ylim(limits)
     axes.grid(visible=False, axis="y")
 
@@ -235,7 +238,7 @@ def _repetition(view: View, axes: Axes) -> None:
         model, _, figure = name.partition(".text.")
         way, _, quantity = figure.partition(".")
         if quantity == "seq_rep_4":
-            named = view.words[way] if way == "human" else f"{model}, {view.words[way]}"
+            named = view.words[way] if way == "human" else f"{model}\n{view.words[way]}"
             rows.append((item, named))
     rows.sort(key=lambda row: _value(row[0]))
     human = view.words["human"]
@@ -253,10 +256,6 @@ PLOTS: dict[str, Callable[[View, Axes], None]] = {
     "calibration": _calibration,
     "repetition": _repetition,
 }
-HEIGHTS = {  # inches; `calibration` is higher by ROW_HEIGHT for each calibration run
-    "loss": 3.4, "ratio": 2.9, "bits_per_byte": 3.0, "positions": 3.2, "calibration": 2.2, "repetition": 3.0,
-}  # fmt: skip
-ROW_HEIGHT = 0.22
 
 
 def draw_png(record: Record, name: str, language: Language = "en") -> bytes:
@@ -312,8 +311,7 @@ def make_figure(view: View, name: str) -> Any:
     """Return the matplotlib figure of the plot `name`, a key of PLOTS."""
     from matplotlib.figure import Figure
 
-    rows = len(view.record["calibration"]["checks"]) if name == "calibration" else 0
-    figure = Figure(figsize=(5.6, HEIGHTS[name] + ROW_HEIGHT * rows), layout="constrained")
+    figure = Figure(figsize=(5.6, HEIGHT), layout="constrained")
     axes = figure.subplots()
     PLOTS[name](view, axes)
     for axis in (axes.xaxis, axes.yaxis):

@@ -26,12 +26,8 @@ from compactgpt.forecast.sweep import documents_sha256
 
 FOLDER = Path("results")
 COMPACT = "compact"
-SWEEPS = (
-    "ladder",
-    "nanogpt-recipe",
-    "seeds",
-    "small-scale",
-)  # their files have another format, see compactgpt.forecast.sweep
+# The files of sweeps in results/ have another format, see compactgpt.forecast.sweep.
+SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
 # id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),

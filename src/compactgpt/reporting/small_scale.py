@@ -41,7 +41,7 @@ class Direction(Section):
     low: float  # 95 % interval
     high: float
     runs: tuple[int, int]  # number of runs, each with another seed, above and below the fraction line
-    text: str  # one sentence in English with all of this
+    otherwise: str  # what the outcome means if it is not "same way"; otherwise empty
 
 
 def directions(root: Path) -> tuple[Direction, ...]:
@@ -166,15 +166,10 @@ def _directions(expected: Expected, interval: Interval, runs: tuple[int, int]) -
     if interval.low > neutral or interval.high < neutral:
         is_above = interval.low > neutral
         outcome = "same way" if is_above == (expected.expected == "above") else "other way"
-    says = outcome if outcome == "no effect found" else f"points the {outcome}"
-    bounds = f"{interval.low:.3f} to {interval.high:.3f}"
-    number = f"runs: {runs[0]} and {runs[1]}"
-    text = f"at demo scale: {says}: {expected.quantity} is {interval.value:.3f} ({bounds}; {number})"
-    if outcome != "same way":
-        text += f"; {expected.otherwise}"
     for claim in expected.claims:
         yield Direction(
             claim=claim, outcome=outcome, quantity=expected.quantity,
             unit="ratio" if is_ratio else "difference",
-            value=interval.value, low=interval.low, high=interval.high, runs=runs, text=text,
+            value=interval.value, low=interval.low, high=interval.high, runs=runs,
+            otherwise="" if outcome == "same way" else expected.otherwise,
         )  # fmt: skip

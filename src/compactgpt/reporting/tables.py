@@ -48,6 +48,7 @@ FORMATS = {
     "nats per token": "{:.3f}",
     "bits per byte": "{:.3f}",
     "ratio": "{:,.3f}",
+    "difference": "{:.3f}",
     "perplexity": "{:,.2f}",
     "share": "{:.1%}",
     "coefficient": "{:.2f}",
@@ -290,8 +291,10 @@ class View:
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return the reason for a verdict by hand, and the intervals computed from other claims."""
+        """Return the reason for a verdict, the experiment to wait for, and intervals from other claims."""
         reasons = [self.phrase(claim["reason"])] if claim["reason"] else []
+        if claim["verdict"] == "not yet measured" and claim["experiment"]:
+            reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
             if decision["source"] not in self.evidence:  # the source is other claims, not a value
                 bounds = show_interval(decision["low"], decision["high"], claim["unit"], self.language)
@@ -302,15 +305,16 @@ class View:
         """Return what small runs show about a claim, one sentence for each comparison."""
         lines = []
         for found in claim["small_scale"]:
-            interval = show_interval(found["low"], found["high"], "ratio", self.language)
+            unit, (ours, theirs) = found["unit"], found["runs"]
             line = self.say(
                 "small_scale", outcome=self.words[f"small_{found['outcome'].replace(' ', '_')}"],
-                quantity=self.phrase(found["quantity"]), interval=interval,
-                value=show(found["value"], "ratio", self.language),
+                quantity=self.phrase(found["quantity"]), value=show(found["value"], unit, self.language),
+                interval=show_interval(found["low"], found["high"], unit, self.language),
+                ours=ours, theirs=theirs,
             )  # fmt: skip
-            reason = found["text"].partition("; ")[2]  # why a run of this size can't show the effect
-            lines.append(f"{line} ; {self.phrase(reason)}" if reason else line)
-        return [found["text"] for found in claim["small_scale"]] if self.language == "en" else lines
+            reason = [self.phrase(found["otherwise"])] if found["otherwise"] else []
+            lines.append("; ".join([line, *reason]))
+        return lines
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
         """Format the claimed interval, or return a dash."""
@@ -396,13 +400,21 @@ class View:
         return {key: self.number(validation[key]) for key in ("documents", "tokens", "bytes", "window")}
 
     def task_rows(self) -> list[list[str]]:
-        """Return one row for each loss, perplexity and accuracy: model, quantity, value, p-value."""
+        """Return one row for each measured score that the main table lacks: model, quantity, value, p-value.
+
+        A perplexity that follows from a loss has no row of its own.
+        """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
+        measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]
         rows = []
         for model in self.models:
-            for name in self.evidence:
+            for name in measured:
                 quantity = name.removeprefix(f"{model}.")
-                if name != quantity and quantity.endswith(endings):
+                in_main_table = quantity.startswith(("own.", "clean."))
+                stem = name.removesuffix(".perplexity")
+                follows = stem != name and f"{stem}.loss" in self.evidence
+                is_score = name != quantity and quantity.endswith(endings)
+                if is_score and not in_main_table and not follows:
                     task = quantity.removesuffix(".accuracy")
                     p_value = self.value(f"ratio.{COMPACT}_to_{model}.{task}.p_value")
                     rows.append([model, quantity, self.value(name), p_value])

@@ -208,9 +208,8 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         found.count("renderings")
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if (
-        replace_tables(text, render_quoted_tables(record)) != text
-    ):  # only a note: a user's own run has other tables
+    if replace_tables(text, render_quoted_tables(record)) != text:
+        # A user's own run has other tables, so other tables are no difference.
         found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
 
