@@ -102,7 +102,9 @@ def test_the_window_fits_the_model_and_the_defaults_are_those_of_params_yaml(mod
     assert model.score("the cat " * 20).window == 16
     params = load_params(ROOT / "params.yaml").evaluation
     text = params.text
-    assert (text.temperature, text.top_k, text.seed) == (api.TEMPERATURE, api.TOP_K, api.SEED)
+    defaults = inspect.signature(model.stream).parameters
+    for name in ("temperature", "top_k", "seed"):
+        assert defaults[name].default == getattr(text, name)
     changed = api.default_likelihood([model], params.likelihood)
     assert (changed.window, changed.document_tokens, changed.views) == (16, None, ())  # all of the text
 
@@ -131,7 +133,7 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
     unigram = compactgpt.load("unigram")
     assert unigram.score("the cat").tokens == 5
     with pytest.raises(BadConfig, match="unigram can't generate text"):
-        unigram.generate("the")
+        unigram.stream("the")  # before the first step
     with pytest.raises(MissingInput, match=r"no model 'gpt-2'.*\(gpt2, .*, ours, "):
         compactgpt.load("gpt-2")
 
@@ -139,7 +141,6 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
 @pytest.mark.parametrize(
     ("change", "call", "error", "message"),
     [
-        ("rm", lambda: compactgpt.load(), MissingInput, "no model in models/compact yet: `make repro`"),
         ("", lambda: compactgpt.load("nix"), MissingInput, "no model 'nix': .*no such file here"),
         ("", lambda: compactgpt.load("data"), MissingInput, "data has no model"),
         ("", lambda: compactgpt.load("models:/nix@champion"), MissingInput, r"no mlflow\.db here"),
@@ -149,12 +150,12 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
         ("", lambda: compactgpt.load().score(""), BadData, "empty"),
         ("", lambda: compactgpt.load().score("\ud800"), BadData, "UTF-8"),
         ("", lambda: compactgpt.load().generate("\ud800"), BadData, "UTF-8"),
+        ("", lambda: compactgpt.load().generate("x", top_k=0), BadConfig, "must be at least 1"),
+        ("", lambda: compactgpt.load().generate("x", temperature=-1), BadConfig, "temperature at least 0"),
     ],
 )
 def test_a_mistake_is_a_user_error(project, monkeypatch, change, call, error, message):
-    if change == "rm":
-        (project / "models").rename(project / "old")
-    elif change == "no tokenizer":
+    if change == "no tokenizer":
         (project / "data").rename(project / "old")
     elif change:
         save_model(tiny_gpt(99), project / "models/compact", {})

@@ -19,7 +19,7 @@ from compactgpt.common.console import extra_with, handle_user_errors
 from compactgpt.common.errors import printable
 from compactgpt.model.weights import save_model
 from tests.support.dvc_projects import ENVIRONMENT, ROOT, git
-from tests.support.tiny_models import TEXTS, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import TEXTS, save_split, save_tokenizer, tiny_gpt
 
 
 def run(*words):
@@ -157,18 +157,23 @@ def test_evaluate_cuts_a_file_into_documents_as_the_pipeline_does(project):
     [
         (("evaluate", "nix.txt"), 66, "nix.txt is not a file"),
         (("evaluate", "latin.txt"), 65, "latin.txt is not UTF-8 (byte 3)"),
-        (("evaluate", "empty.txt"), 65, "the text is empty"),
-        (("evaluate", "latin.txt", "--model", "nix"), 65, ""),
         (("generate", "x", "--model", "nix"), 66, "there is no model 'nix'"),
         (("generate", "x", "--tokenizer", "nix"), 66, "nix"),
     ],
 )
 def test_a_mistake_of_generate_or_evaluate_is_one_sentence(project, words, exit_code, message):
     (project / "latin.txt").write_bytes(b"caf\xe9")
-    (project / "empty.txt").touch()
     done = run(*words)
     assert_one_sentence(done, exit_code)
     assert message in done.output
+
+
+def test_a_model_that_cannot_generate_is_refused_before_the_prompt_is_printed(project):
+    shutil.copy(ROOT / "params.yaml", project)
+    save_split(project / "data/tokens/train.tokens", compactgpt.load().encoding)
+    done = run("generate", "the", "--model", "unigram")
+    assert_one_sentence(done, 78)
+    assert "unigram can't generate text" in done.output
 
 
 def test_without_a_model_the_command_says_how_to_train_one(tmp_path, monkeypatch):

@@ -6,17 +6,17 @@
     print(model.generate("The future of AI is"))
     print(model.score("Some text."))
 
-The commands `compactgpt generate` and `compactgpt evaluate` call the same functions.
+The commands `compactgpt generate` and `compactgpt evaluate` call these functions.
 """
 
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,19 +36,14 @@ if TYPE_CHECKING:
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # tokens of context that `score` uses, if the model's context is longer
-# The defaults of params.yaml for text generation and for confidence intervals (a test compares them).
-MAX_NEW_TOKENS = 100
-TEMPERATURE = 0.8
-TOP_K = 40
-SEED = 1337
+LONGEST_WINDOW = 1024  # tokens; `score` uses the model's context, but not more than these tokens
 BATCH_SIZE = 16
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text. Tokens are those of the project's tokenizer, for every model."""
+    """How well a model predicts a text. Every model is measured in tokens of the project's tokenizer."""
 
     documents: int
     tokens: int
@@ -71,56 +66,52 @@ class Score:
 
 @dataclass(frozen=True)
 class Model:
-    """A language model that generates text and measures text."""
+    """A language model that can generate text and measure text."""
 
     name: str
     language_model: LanguageModel
     encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens `score` counts
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = TEMPERATURE,
-        top_k: int = TOP_K,
-        seed: int = SEED,
-    ) -> str:
-        """Return a continuation of a prompt, without the prompt; see `stream`."""
-        steps = self.stream(
-            prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
-        )
-        return "".join(new for (new,) in steps)
+    def generate(self, prompt: str, **options: Any) -> str:
+        """Return a continuation of a prompt, without the prompt. The options are those of `stream`."""
+        return "".join(new for (new,) in self.stream(prompt, **options))
 
     def stream(
         self,
         prompt: str,
         *,
         num_samples: int = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = TEMPERATURE,
-        top_k: int = TOP_K,
-        seed: int = SEED,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Yield the new text of each sample after each step. A character is yielded when it is complete.
+        """Return an iterator over the steps of generation: the new text of each sample after each step.
+
+        A character is part of the new text only when all of its bytes are generated.
 
         Args:
-            prompt: the text to continue. Without a prompt, the model begins a document.
-            num_samples: the number of continuations, which are generated at the same time.
-            max_new_tokens: a continuation ends here, or where the model ends the document.
-            temperature: divides the logits. With 0, each next token is the most probable one.
-            top_k: each next token is drawn from this many of the most probable tokens.
-            seed: with the same arguments, the same seed gives the same text.
+            prompt: the text to continue. If it is empty, the model generates the start of a document.
+            num_samples: the number of continuations, which the model generates at the same time.
+            max_new_tokens: the maximum length of a continuation. It is shorter if the document ends before.
+            temperature: the logits are divided by this number. 0 selects the most probable token.
+            top_k: the number of most probable tokens from which each next token is drawn.
+            seed: the same seed and the same arguments give the same text.
 
         Raises:
-            BadConfig: the model is not a neural model.
-            BadData: the prompt can't be written as UTF-8.
+            BadConfig: the model is not a neural model, or an option is too small.
+            BadData: the prompt can't be encoded as UTF-8.
         """
         from compactgpt.evaluation import generation
 
         model = self.language_model
         if not isinstance(model, NeuralModel) or model.codec is None:
             raise BadConfig(f"{self.name} can't generate text: name a neural model, such as {MODEL}")
+        if min(num_samples, max_new_tokens, top_k) < 1 or temperature < 0:
+            raise BadConfig(
+                "num_samples, max_new_tokens and top_k must be at least 1, temperature at least 0"
+            )
+        _to_utf8(prompt)
 
         def sampler(sample: int) -> generation.Sampler:
             if temperature == 0:
@@ -130,20 +121,11 @@ class Model:
                 random, generation.top_k_probabilities(logits, temperature=temperature, top_k=top_k)
             )
 
-        _to_utf8(prompt)
-        end, decode = model.codec.first_token, model.codec.decode
+        end = model.codec.first_token
         prompts = [[end, *model.codec.encode(prompt)]] * num_samples
         samplers = [sampler(sample) for sample in range(num_samples)]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        texts = [""] * num_samples
-        for step in generation.generate_tokens(model, prompts, samplers, max_new_tokens, end):
-            for row, token in zip(tokens, step, strict=True):
-                if token not in (None, end):
-                    row.append(token)
-            # A character of which the model has generated only the first bytes is decoded as U+FFFD.
-            now = [decode(row).rstrip("\ufffd") for row in tokens]
-            yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
-            texts = now
+        steps = generation.generate_tokens(model, prompts, samplers, max_new_tokens, end)
+        return _new_texts(steps, num_samples, end, model.codec.decode)
 
     def score(
         self,
@@ -155,13 +137,13 @@ class Model:
         """Return loss, perplexity and bits per byte of a text.
 
         Args:
-            text: one document, or several.
-            likelihood: the section `evaluation.likelihood` of params.yaml. By default the windows are as long
-                as the model's context, at most LONGEST_WINDOW tokens.
+            text: one document, or a list of documents.
+            likelihood: the section `evaluation.likelihood` of params.yaml. By default, a window has as many
+                tokens as the model's context, at most LONGEST_WINDOW.
             progress: called after each step.
 
         Raises:
-            BadData: the text is empty, or can't be tokenized.
+            BadData: the text is empty, or can't be encoded as UTF-8.
             NotFinite: the model assigns probability 0 to a document.
         """
         from compactgpt.evaluation.likelihood import evaluate
@@ -183,6 +165,22 @@ class Model:
         )
 
 
+def _new_texts(
+    steps: Iterable[list[int | None]], num_samples: int, end: int, decode: Callable[[list[int]], str]
+) -> Iterator[list[str]]:
+    """Yield the new text of each sample, from the next token of each sample."""
+    tokens: list[list[int]] = [[] for _ in range(num_samples)]
+    texts = [""] * num_samples
+    for step in steps:
+        for row, token in zip(tokens, step, strict=True):
+            if token is not None and token != end:
+                row.append(token)
+        # The first bytes of a character, without its last bytes, are decoded as U+FFFD.
+        now = [decode(row).rstrip("\ufffd") for row in tokens]
+        yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
+        texts = now
+
+
 def load(
     model: str | Path = MODEL, *, tokenizer: str | Path | None = None, params_file: str | Path = "params.yaml"
 ) -> Model:
@@ -191,15 +189,16 @@ def load(
     Args:
         model: a folder with a model of this project or a model in Hugging Face's format, a model in MLflow
             (`models:/compactgpt@champion`, `runs:/RUN_ID/compact`), or a name from `baseline.specs`.
-        tokenizer: the folder of the project's tokenizer. By default data/tokenizer of the model's project or
-            of the current folder, or the GPT-2 tokenizer in the model's folder.
-        params_file: the file with `baseline.specs`; needed for a name only.
+        tokenizer: the folder of the project's tokenizer. By default, the first one that exists:
+            data/tokenizer of the model's project, data/tokenizer of the current folder, or the GPT-2
+            tokenizer in the model's folder.
+        params_file: the file with `baseline.specs`. Only a name needs it.
 
     Raises:
-        MissingInput: the model, its tokenizer or the file is missing.
-        BadConfig: the model is of an unknown kind.
-        BadData: a file of the model is damaged, or the tokenizer is not the model's.
-        Unreachable: MLflow or the hub does not answer.
+        MissingInput: the model, its tokenizer or the file of parameters is missing.
+        BadConfig: the file of parameters is not valid, or the model's logits can't be computed here.
+        BadData: a file of the model is damaged, or the model was trained with another tokenizer.
+        Unreachable: the MLflow server or the hub does not answer.
     """
     name, folder = str(model), Path(model).expanduser()
     if _IN_MLFLOW.fullmatch(name):
@@ -241,7 +240,7 @@ def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model
         return Model(name, model, encoding)
     if not (folder / "config.json").exists():
         raise MissingInput(
-            f"{folder} has no model: neither one of this project, nor one in Hugging Face's format"
+            f"{folder} has no model: give a folder with a model of this project, or in Hugging Face's format"
         )
     from compactgpt.evaluation.baselines import load_folder
 
@@ -258,12 +257,12 @@ def _inputs(encoding: "tiktoken.Encoding", runtime: config.Runtime) -> "Baseline
 
 
 def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tiktoken.Encoding":
-    """Load the project's tokenizer: see `load`. `model` is the folder of the model, if the model has one."""
+    """Load the project's tokenizer; `load` describes where it is. `model` is the model's folder, if any."""
     if given is not None:
-        return load_encoding(Path(given))
+        return load_encoding(Path(given).expanduser())
     folders = [Path(TOKENIZER)]
     if model is not None:
-        folders.insert(0, model.absolute().parents[1] / TOKENIZER)  # the model is in models/compact
+        folders.insert(0, model.absolute().parent.parent / TOKENIZER)  # the model is in models/compact
     for folder in folders:
         if folder.is_dir():
             return load_encoding(folder)
@@ -273,14 +272,14 @@ def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tik
             save_gpt2(folder, (model / "merges.txt").read_bytes(), (model / "vocab.json").read_bytes())
             return load_encoding(folder)
     raise MissingInput(
-        f"there is no tokenizer in {TOKENIZER}: `dvc repro download` makes it, or give its folder"
+        f"there is no tokenizer in {TOKENIZER}: run `dvc repro download`, or give the folder of a tokenizer"
     )
 
 
 def default_likelihood(
     models: Sequence[Model], settings: config.Likelihood | None = None
 ) -> config.Likelihood:
-    """Return the settings with which all of the models can be measured: the window fits every context."""
+    """Return settings for measuring all of the models: the window is not longer than any model's context."""
     neural = (model.language_model for model in models)
     contexts = [model.block_size for model in neural if isinstance(model, NeuralModel)]
     if settings is None:
@@ -295,17 +294,18 @@ def _to_utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise BadData(f"the text can't be written as UTF-8 ({error}): correct the text") from error
+        raise BadData(f"the text can't be encoded as UTF-8 ({error}): correct the text") from error
 
 
 def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenFile:
     """Return documents as a split in memory."""
-    encoder, rows = TiktokenEncoder(encoding), []
-    for text in documents:
-        content = _to_utf8(text)
-        rows.append((hashlib.sha256(content).digest()[:16], len(content), encoder.encode(text)))
-    if not any(len(tokens) for _, _, tokens in rows):
+    contents, encoder = [_to_utf8(text) for text in documents], TiktokenEncoder(encoding)
+    if not any(contents):
         raise BadData("the text is empty: give at least one character")
+    rows = [
+        (hashlib.sha256(content).digest()[:16], len(content), encoder.encode(text))
+        for content, text in zip(contents, documents, strict=True)
+    ]
     vocabulary = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
     found = pack_documents(rows, **vocabulary)
     dtype, tokens = found.tokens.dtype.name, len(found.tokens)

@@ -362,7 +362,7 @@ def test_on_a_terminal_the_user_is_asked(root, commit_to_branch, tmp_path, answe
     done = subprocess.run(
         [*COMMAND, name], cwd=root, stdin=terminal, capture_output=True, text=True, check=False
     )
-    assert "Run it? [y/N]" in done.stderr
+    assert "Run this code? [y/N]" in done.stderr
     assert (tmp_path / "ran").exists() == agreed
     assert (done.returncode == NotAllowed.exit_code) == (not agreed)
 

@@ -1,4 +1,4 @@
-"""Commands that compare a run with another one."""
+"""Commands that compare two versions of the project."""
 
 import json
 import sys
@@ -17,13 +17,14 @@ app = typer.Typer()
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(help="A run's id or its beginning, a git revision, or `workspace`.")],
-    b: Annotated[str, typer.Argument(help="The other version.")] = "workspace",
+    a: Annotated[str, typer.Argument(help="An MLflow run ID or its start, a git revision, or `workspace`.")],
+    b: Annotated[str, typer.Argument(help="The other version, in the same forms.")] = "workspace",
     as_json: AsJson = False,
 ) -> None:
-    """Compare two runs or versions: parameters, data, code, environment, metrics.
+    """Compare two versions: parameters, data, code, environment and metrics.
 
-    Prints what differs, and for metrics whether chance explains it. Writes nothing.
+    Prints every difference, and for each metric whether the difference may be random. `workspace` is the
+    current folder. Writes no file.
 
     Example: compactgpt diff HEAD~1 workspace
     """
@@ -36,31 +37,34 @@ def diff(
 @app.command()
 def gate(
     against: Annotated[
-        str, typer.Option(help="An accepted reference (.json), a git revision, or `champion`.")
+        str, typer.Option(help="The reference: an accepted file (.json), a git revision, or `champion`.")
     ] = "reports/accepted.json",
     accept: Annotated[
         str,
         typer.Option(
             metavar="REASON",
-            help="Write these reports as the new reference; with --promote: allow another configuration.",
+            help="Accept the current reports as the new reference. With --promote: accept a model whose "
+            "configuration differs from the champion's.",
         ),
     ] = "",
     bench: Annotated[
         Path | None,
-        typer.Option(help="Also check the throughput in this file of benchmarks/training.py --json."),
+        typer.Option(
+            help="Also check the throughput in this file, the output of benchmarks/training.py --json."
+        ),
     ] = None,
     promote: Annotated[
-        bool, typer.Option("--promote", help="If the gate passes, register the model as MLflow's champion.")
+        bool, typer.Option("--promote", help="If all metrics pass, register the model in MLflow as champion.")
     ] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write the verdict for a pull request here.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the verdict as JUnit XML here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the result to this file as Markdown.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the result to this file as JUnit XML.")] = None,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Check that the model has not become worse than an accepted one.
+    """Check that the model is not worse than an accepted model.
 
-    Prints a line per metric. Writes the file of --against with --accept, and those of --markdown and
-    --junit. Exit code 3 if a metric is worse by more than its tolerance, and by more than chance.
+    Prints a line per metric. Writes the file of --against if --accept is given, and the files of --markdown
+    and --junit. The exit code is 3 if a metric is worse by more than its tolerance and its random variation.
 
     Example: compactgpt gate --against HEAD~1
     """
@@ -70,7 +74,7 @@ def gate(
     settings = load_params(params_file).regression
     if accept and not promote:
         references.accept(references.read_present(Path()), accept, Path(against), settings.max_documents)
-        echo(f"{against}: accepted; commit it, so that it is reviewed like code")
+        echo(f"{against} is the new reference: commit the file")
         return
     verdict = references.compare(against, Path(), settings, bench)
     passed = not verdict.failures
@@ -81,31 +85,31 @@ def gate(
     formats.publish(verdict, markdown, junit)
     if not passed:
         if not as_json:
-            echo("next: compactgpt diff HEAD workspace, or compactgpt gate --accept REASON if it is intended")
+            echo("next: compactgpt diff HEAD workspace; compactgpt gate --accept REASON accepts the change")
         raise typer.Exit(CheckFailed.exit_code)
     if promote:
-        echo(f"champion: version {references.promote(Path(), accept)}")
+        echo(f"version {references.promote(Path(), accept)} is the champion")
 
 
 @app.command()
 def reproduce(
-    run: Annotated[str, typer.Argument(help="A run's id or its beginning, or a git revision.")],
+    run: Annotated[str, typer.Argument(help="An MLflow run ID or its start, or a git revision.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Only list what is missing to reproduce it.")
+        bool, typer.Option("--check", help="Run no stage: only list the inputs that are missing.")
     ] = False,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Also run the stages that make the data.")
     ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary checkout.")] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Run the code of that version without asking.")
+        bool, typer.Option("--trust", help="Run the code of the version without asking for confirmation.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a version again in a temporary checkout, and compare the hash of every output.
 
-    Prints the comparison. Writes nothing here, unless with --keep. Exit code 0 if all hashes are equal, 3 if
-    one differs, 66 if it can't run.
+    Prints the comparison. Writes no file in this folder. The exit code is 0 if all hashes are equal, 3 if a
+    hash differs, and 66 if the version can't run.
 
     Example: compactgpt reproduce HEAD --check
     """
@@ -113,7 +117,7 @@ def reproduce(
 
     def confirm(plan: str) -> bool:
         report(plan)
-        return trust or (sys.stdin.isatty() and typer.confirm("Run it?", err=True))
+        return trust or (sys.stdin.isatty() and typer.confirm("Run this code?", err=True))
 
     found = tracking.reproduce(
         run, Path(), check=check, rebuild=rebuild, keep=keep, log=report, confirm=confirm

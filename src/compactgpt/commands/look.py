@@ -1,4 +1,4 @@
-"""Commands that show what a run produced: text of the model, measurements of text, sources of numbers."""
+"""Commands that use the trained model, or check the results of a run."""
 
 import io
 import json
@@ -41,21 +41,21 @@ def generate(
         str | None,
         typer.Argument(
             metavar="[PROMPT]",
-            help="The text to continue; `-` reads it from standard input. Without it, the command asks for "
-            "prompts until you enter an empty line.",
+            help="The text to continue; `-` reads it from standard input. Without a prompt, the command asks "
+            "for prompts until you enter an empty line.",
         ),
     ] = None,
     model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
     compare: Annotated[
-        str, typer.Option("--compare", metavar="MODEL", help="Show another model's text next to it.")
+        str, typer.Option("--compare", metavar="MODEL", help="Also show the text of another model.")
     ] = "",
     num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a continuation at most.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a continuation.")] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Divides the logits; with 0 the most probable token is next.")
+        float, typer.Option(min=0.0, help="The logits are divided by it; 0 selects the most probable token.")
     ] = 0.8,
     top_k: Annotated[
-        int, typer.Option(min=1, help="Draw each next token from this many of the most probable tokens.")
+        int, typer.Option(min=1, help="Number of most probable tokens to draw each next token from.")
     ] = 40,
     seed: Annotated[
         int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same text.")
@@ -65,7 +65,7 @@ def generate(
 ) -> None:
     """Continue a text with the trained model.
 
-    Prints the prompt and its continuation; on a terminal, each word when the model writes it. Writes nothing.
+    Prints the prompt and its continuation, token by token on a terminal. Writes no file.
 
     Example: compactgpt generate "The future of AI is" --num-samples 3
     """
@@ -106,11 +106,13 @@ def _read_text(name: str) -> str:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return content.decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise MissingInput(f"{name} is not a file: give the path of a text file, or `-`") from error
+        raise MissingInput(
+            f"{name} is not a file: give the path of a text file, or `-` for standard input"
+        ) from error
     except UnicodeDecodeError as error:
         shown = "standard input" if name == "-" else name
         raise BadData(
-            f"{shown} is not UTF-8 (byte {error.start:,}): convert it, for example by iconv"
+            f"{shown} is not UTF-8 (byte {error.start:,}): convert the text, for example by iconv"
         ) from error
 
 
@@ -174,14 +176,14 @@ def evaluate(
             metavar="FILE...", help="Text files in UTF-8, one document each; `-`: standard input."
         ),
     ],
-    model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; may be given again.")] = [MODEL],  # noqa: B006 (typer copies it)
+    model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; can be repeated.")] = [MODEL],  # noqa: B006 (typer copies it)
     split: Annotated[
         str,
         typer.Option(
             "--split",
             metavar="WAY",
-            help="Cut each file into documents: auto, blank-lines, lines, heading or size, as "
-            "download.files.split in params.yaml. Without it, each file is one document.",
+            help="Cut each file into documents by auto, blank-lines, lines, heading or size, like "
+            "download.files.split in params.yaml. Without --split, each file is one document.",
         ),
     ] = "",
     tokenizer: TokenizerFolder = None,
@@ -190,8 +192,8 @@ def evaluate(
 ) -> None:
     """Measure how well models predict a text: nats per token, perplexity and bits per byte.
 
-    Prints a line per model, with 95 % intervals if the text has several documents. Writes nothing. Every
-    model reads the same windows: evaluation.likelihood of params.yaml, if the file exists.
+    Prints a line per model, with 95 % intervals if the text has several documents. Writes no file. Every
+    model reads the same windows. evaluation.likelihood in params.yaml sets their length, if the file exists.
 
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
@@ -202,13 +204,18 @@ def evaluate(
     documents = [text for name in files for text in _read_documents(name, params, split)]
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
     likelihood = default_likelihood(models, params.evaluation.likelihood if params else None)
-    scores = {}
-    for one in models:
-        progress = ProgressBar(one.name, "windows")
-        scores[one.name] = one.score(documents, likelihood=likelihood, progress=progress)
+    scores = {
+        one.name: one.score(documents, likelihood=likelihood, progress=ProgressBar(one.name, "windows"))
+        for one in models
+    }
     if as_json:
         echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
-        return
+    else:
+        _print_scores(scores)
+
+
+def _print_scores(scores: "dict[str, Score]") -> None:
+    """Print a table with a row per model."""
     score = next(iter(scores.values()))
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
@@ -221,7 +228,7 @@ def evaluate(
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not score.intervals:
-        echo("no intervals: they need several documents (several files, or --split)")
+        echo("no intervals: an interval needs several documents (several files, or --split)")
 
 
 def _read_documents(name: str, params: "Params | None", split: str) -> list[str]:
@@ -248,11 +255,13 @@ def _figure(score: "Score", name: str, digits: int) -> str:
 
 @app.command()
 def trace(
-    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="The name of a value in reports/evidence.json.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show where a number comes from.
 
-    Prints its report and stage, what the stage read and wrote, the commit and the MLflow run. Writes nothing.
+    Prints the number's report and stage, the files that the stage read and wrote, the git commit and the
+    MLflow run. Writes no file.
 
     Example: compactgpt trace compact.loss
     """
@@ -275,9 +284,10 @@ def trace(
 
 @app.command()
 def verify(as_json: AsJson = False) -> None:
-    """Verify every file against dvc.lock, and compute every reported number again.
+    """Compare every file with dvc.lock, and compute every reported number again.
 
-    Prints what differs. Writes nothing. Exit code 3 if anything differs.
+    Prints the number of checks and every difference. Writes no file. The exit code is 3 if there is a
+    difference.
 
     Example: compactgpt verify
     """

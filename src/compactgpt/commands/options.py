@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share."""
+"""Options and arguments that several commands have."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def _experiment_names() -> list[str]:
 ParamsFile = Annotated[Path, typer.Option("--params", help="The file of parameters.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="Change a parameter; may be given again."),
+    typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="Change a parameter; can be repeated."),
 ]
 ExperimentName = Annotated[
     str,
@@ -25,5 +25,7 @@ ExperimentName = Annotated[
 ]
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
 Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="The folder of the model's tokenizer.")]
-Card = Annotated[Path, typer.Option("--card", help="The model card; left out if it describes another model.")]
+Card = Annotated[
+    Path, typer.Option("--card", help="The model card. It is not included if it describes another model.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

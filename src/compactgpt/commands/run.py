@@ -1,4 +1,4 @@
-"""Commands that run the pipeline, or say what a run would cost."""
+"""Commands that prepare, estimate and run the pipeline."""
 
 import json
 import shlex
@@ -19,14 +19,18 @@ app.add_typer(experiment, name="experiment")
 @app.command()
 def estimate(
     settings: Settings = None,
-    measure: Annotated[bool, typer.Option(help="Also measure this machine's speed, for a second.")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="Also measure the speed of this machine, which takes a second.")
+    ] = False,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
-    ladder: Annotated[Path, typer.Option(help="The runs of a sweep.")] = Path("results/ladder.json"),
+    ladder: Annotated[Path, typer.Option(help="The results of the sweep `ladder`.")] = Path(
+        "results/ladder.json"
+    ),
 ) -> None:
     """Estimate a run before it starts: size, time, memory and loss.
 
-    Prints a table. Writes nothing.
+    Prints a table. Writes no file.
 
     Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
     """
@@ -47,18 +51,23 @@ def estimate(
 @app.command("init-corpus")
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files, or folders of them.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply without asking.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Apply the values without asking for confirmation.")
+    ] = False,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.01, help="Time for training; else an hour, or less for a small corpus."),
+        typer.Option(min=0.01, help="Training time; by default an hour, or less for a small corpus."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of a time.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of training steps, instead of a time.")
+    ] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: propose values of params.yaml that fit the text, and apply the values.
 
-    Prints what was found and a line for each value that changes, then asks. Writes params.yaml; its comments
-    stay. Text outside of corpus/ is copied there by `dvc add`, since DVC watches only that folder.
+    Prints the documents that it found and each value that changes, and asks for confirmation. Writes
+    params.yaml and keeps its comments. Copies text from other folders to corpus/ by `dvc add`, because DVC
+    detects changes only in that folder.
 
     Example: compactgpt init-corpus my.txt --yes
     """
@@ -78,7 +87,7 @@ def _use_corpus(
 
     plan = plan_corpus(paths, params_file, minutes=minutes, steps=steps)
     echo("\n".join([*plan.found, *(plan.changes or [f"{params_file} has these values already"])]))
-    if not yes and not (sys.stdin.isatty() and typer.confirm("Apply it?")):
+    if not yes and not (sys.stdin.isatty() and typer.confirm("Apply these values?")):
         echo("nothing was changed; next: the same command with --yes")
         raise typer.Exit
     apply_plan(plan, params_file)
@@ -88,7 +97,7 @@ def _use_corpus(
 def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
     """Show what this machine can do: hardware, hub, baselines, stores, and how long runs take.
 
-    Prints one screen; times are estimated. Writes nothing. Takes a few seconds, also without a network.
+    Prints one screen. The times are estimates. Writes no file. Takes a few seconds, also without a network.
 
     Example: compactgpt doctor
     """
@@ -100,9 +109,9 @@ def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
 
 @experiment.command("list")
 def list_experiments() -> None:
-    """List the named experiments: what each is for, and what it needs.
+    """List the named experiments, with the purpose and the needs of each.
 
-    Prints the files of conf/experiments. Writes nothing.
+    Prints the experiments in conf/experiments. Writes no file.
 
     Example: compactgpt experiment list
     """
@@ -117,16 +126,16 @@ def list_experiments() -> None:
 def show_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
 ) -> None:
-    """Show what an experiment would change in params.yaml.
+    """Show the values of params.yaml that an experiment changes.
 
-    Prints a line per parameter. Writes nothing.
+    Prints a line per parameter. Writes no file.
 
     Example: compactgpt experiment show note
     """
     from compactgpt import experiments
 
     echo("\n".join(experiments.describe(name, params_file, settings or [])))
-    echo(f"next: compactgpt experiment run {name} (or apply, to look at params.yaml first)")
+    echo(f"next: compactgpt experiment run {name} (or first: compactgpt experiment apply {name})")
 
 
 @experiment.command("apply")
@@ -138,10 +147,10 @@ def apply_experiment(
     ] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Change params.yaml to the values of an experiment.
+    """Set the values of an experiment in params.yaml.
 
-    Prints a line per parameter. Writes params.yaml; its comments stay. With --corpus it then does what
-    `compactgpt init-corpus PATH --yes` does.
+    Prints a line per parameter. Writes params.yaml and keeps its comments. --corpus PATH then has the effect
+    of `compactgpt init-corpus PATH --yes`.
 
     Example: compactgpt experiment apply note -S training.max_steps=1000
     """
@@ -151,15 +160,15 @@ def apply_experiment(
     echo("\n".join(changes) or f"{params_file} has these values already")
     if corpus:
         _use_corpus(corpus, params_file)
-    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes it")
+    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change")
 
 
 @experiment.command("run")
 def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
     """Run an experiment: with `dvc exp run`, or all runs of a sweep.
 
-    Prints how long it may take, then what DVC prints, or a line per run of a sweep. Writes params.yaml and
-    the outputs of the pipeline; a sweep writes results/NAME.json only.
+    Prints the estimated time, then the output of DVC, or a line per run of a sweep. Writes params.yaml and
+    the outputs of the pipeline; a sweep writes only results/NAME.json.
 
     Example: compactgpt experiment run shakespeare-quick
     """
@@ -186,32 +195,32 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
 
     path = Path("results", f"{name}.json")
     run_sweep(name, params_file, settings or [], path, state_folder() / name, echo)
-    echo(f"{path}: commit it" + ("; next: compactgpt experiment fit" if name == "ladder" else ""))
+    echo(f"{path}: commit the file" + ("; next: compactgpt experiment fit" if name == "ladder" else ""))
 
 
 @experiment.command("record")
 def record_experiment(name: ExperimentName) -> None:
     """Record the metrics of an experiment that has run, for the comparison.
 
-    Prints the file. Writes results/NAME.json.
+    Prints the path of the file. Writes results/NAME.json.
 
     Example: compactgpt experiment record note
     """
     from compactgpt.reporting.results import record_result
 
     path = record_result(name)
-    echo(f"{path}: commit it, then `dvc repro comparison` judges the claims that wait for it")
+    echo(f"{path}: commit the file; next: `dvc repro comparison` judges the claims about this experiment")
 
 
 @experiment.command("fit")
 def fit_experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep that has run.")] = "ladder",
-    folder: Annotated[Path, typer.Option(help="The folder of ladder.json.")] = Path("results"),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of a finished sweep.")] = "ladder",
+    folder: Annotated[Path, typer.Option(help="The folder with NAME.json.")] = Path("results"),
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
 
-    Prints the law and the prediction. Writes ladder.json.
+    Prints the law and the prediction. Writes the law to results/NAME.json.
 
     Example: compactgpt experiment fit ladder
     """

@@ -1,4 +1,4 @@
-"""Commands that give the trained model to others."""
+"""Commands that export and upload the trained model."""
 
 import tempfile
 from pathlib import Path
@@ -25,12 +25,12 @@ def export(
 ) -> None:
     """Export the trained model for transformers, with its tokenizer and model card.
 
-    Prints how to load it. Writes the folder, complete or not at all.
+    Prints the Python call that loads the model. Writes the folder. An error leaves the folder as it was.
 
     Example: compactgpt export exported
     """
     _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
-    echo(f"{folder}: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}) loads it")
+    echo(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 def _export(
@@ -52,9 +52,11 @@ def _export(
 
 @app.command("push-to-hub")
 def push_to_hub(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Its name on the hub: owner/name.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is new, make it private.")
+    ] = False,
     model: ModelFolder = Path("models/compact"),
     tokenizer: Tokenizer = Path("data/tokenizer"),
     card: Card = Path("reports/model_card.md"),
@@ -62,7 +64,8 @@ def push_to_hub(
 ) -> None:
     """Export the trained model and upload it to the Hugging Face hub.
 
-    Needs HF_TOKEN or `hf auth login`. Prints the files and the address. Writes nothing here.
+    Needs HF_TOKEN or `hf auth login`. Prints the files and the address of the commit. Writes no file on this
+    machine.
 
     Example: compactgpt push-to-hub me/compact-gpt --dry-run
     """

@@ -16,7 +16,7 @@ app = typer.Typer()
 def check(params_file: ParamsFile = PARAMS) -> None:
     """Check params.yaml and the files that DVC reads, before a run.
 
-    Prints one line. Writes nothing. `make repro` starts with it.
+    Prints one line. Writes no file. `make repro` starts with this command.
 
     Example: compactgpt check
     """
@@ -30,11 +30,14 @@ def check(params_file: ParamsFile = PARAMS) -> None:
 
 @app.command()
 def sync(
-    warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, print a warning only.")] = False,
+    warn: Annotated[
+        bool, typer.Option("--warn", help="If MLflow fails, print a warning instead of an error.")
+    ] = False,
 ) -> None:
-    """Copy to MLflow what it lacks of the runs that have ended here.
+    """Copy the finished runs of this folder to MLflow.
 
-    Prints one line. Writes to the MLflow tracking server or mlflow.db. `make repro` ends with it.
+    Prints one line. Writes the runs that MLflow does not have yet to the tracking server or mlflow.db.
+    `make repro` ends with this command.
 
     Example: compactgpt sync
     """
@@ -47,21 +50,21 @@ def sync(
             raise
         report(f"warning: {error}")
         return
-    echo(f"MLflow at {address} has all of the runs that have ended here")
+    echo(f"MLflow at {address} has all finished runs of this folder")
 
 
 @app.command()
 def repair() -> None:
     """Repair dvc.lock if DVC was killed while it wrote the file.
 
-    Prints a line if there was something to repair. Writes dvc.lock. `make repro` starts with it.
+    Prints a line if the file was incomplete. Writes dvc.lock. `make repro` starts with this command.
 
     Example: compactgpt repair
     """
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete, since DVC was killed: restored as the last stage found it")
+        echo("dvc.lock was incomplete, because DVC was killed: the version before the last stage is restored")
 
 
 app.command("mend", hidden=True)(repair)  # its name until version 0.2  # wording: quoted
