@@ -19,14 +19,10 @@ app.add_typer(experiment, name="experiment")
 @app.command()
 def estimate(
     settings: Settings = None,
-    measure: Annotated[
-        bool, typer.Option(help="Also measure the speed of this machine, which takes a second.")
-    ] = False,
+    measure: Annotated[bool, typer.Option(help="Also measure the speed of this machine.")] = False,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
-    ladder: Annotated[Path, typer.Option(help="The results of the sweep `ladder`.")] = Path(
-        "results/ladder.json"
-    ),
+    ladder: Annotated[Path, typer.Option(help="The results of a sweep.")] = Path("results/ladder.json"),
 ) -> None:
     """Estimate a run before it starts: size, time, memory and loss.
 
@@ -51,16 +47,12 @@ def estimate(
 @app.command("init-corpus")
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files, or folders of them.")],
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Apply the values without asking for confirmation.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the values without asking.")] = False,
     minutes: Annotated[
         float | None,
         typer.Option(min=0.01, help="Training time; by default an hour, or less for a small corpus."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Number of training steps, instead of a time.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of a time.")] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: propose values of params.yaml that fit the text, and apply the values.
