@@ -95,8 +95,10 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
-    comparisons: tuple[Comparison, ...] = ()  # of groups of this sweep and of `seeds`
-    texts: tuple[TextComparison, ...] = ()  # of the texts in reports/
+    comparisons: tuple[
+        Comparison, ...
+    ] = ()  # which groups of runs are compared: of this sweep and of `seeds`
+    texts: tuple[TextComparison, ...] = ()  # which metrics of the generated texts in reports/ are compared
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):

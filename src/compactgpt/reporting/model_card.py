@@ -40,7 +40,8 @@ def _metadata(view: View) -> dict[str, Any]:
     metrics = [
         {"type": metric, "name": name, "value": view.evidence[f"{COMPACT}.{metric}"]["value"]}
         for metric, name in _METRICS.items()
-        if f"{COMPACT}.{metric}" in view.evidence  # a perplexity may be too large for a float
+        if f"{COMPACT}.{metric}"
+        in view.evidence  # the evidence has no perplexity that is too large for a float
     ]
     dataset = {
         "type": re.sub(r"[^\w.-]+", "-", corpus),

@@ -31,7 +31,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 class Direction(Section):
-    """What the small runs show about one claim."""
+    """The difference that the small runs show for one claim, and whether it points the way the claim says."""
 
     claim: str  # id in claims.yaml
     outcome: Outcome

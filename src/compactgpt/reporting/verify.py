@@ -190,7 +190,10 @@ def _accuracies(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Build the record again if its inputs exist, then render and compare all files of the comparison."""
+    """Compute the evidence record again if its inputs exist, and compare it with reports/evidence.json.
+
+    Then render every file that is made from the record again, and compare it with the file in reports/.
+    """
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):

@@ -378,7 +378,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """Open a folder as a DVC repository without git, and compute all hashes again.
+    """Open a folder as a DVC repository without git. DVC then computes every hash from the files themselves.
 
     Raises:
         BadData: DVC can't read dvc.yaml or dvc.lock.

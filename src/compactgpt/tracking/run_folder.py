@@ -136,11 +136,11 @@ class RunFolder:
 
 
 class Copied(BaseModel):
-    """How much of a run folder or of one journal is copied to a store: the file mlflow.json in the folder."""
+    """How much of a run folder, or of one journal, has been copied to a store. Saved there as mlflow.json."""
 
     store: str  # the store's identity
     run_id: str = ""
-    offset: NonNegativeInt = 0  # bytes of the journal that are copied
+    offset: NonNegativeInt = 0  # bytes of the journal that have been copied
     complete: bool = False
 
     @classmethod

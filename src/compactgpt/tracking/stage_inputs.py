@@ -143,7 +143,7 @@ def _stages_to_run(chain: Chain, root: Path, first: str) -> list[str]:
 
 
 def _last_seconds(state: Path, stage: str) -> float:
-    """Return how long a stage took when it last ran here from beginning to end; 0.0 if it never did."""
+    """Return the duration in seconds of a stage's last complete run in this project; 0.0 if it has none."""
     folders = sorted(tracking_folder(state.parent).glob(f"*/*-{stage}-*"), key=lambda folder: folder.name)
     for journal in map(JournalFile, reversed(folders)):
         if journal.path.exists() and journal.start.get("stage") == stage:
