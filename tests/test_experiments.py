@@ -1,13 +1,16 @@
 """Named experiments: every shipped file is valid, comments of params.yaml stay, a mistake changes nothing."""
 
+import fcntl
+import json
 import re
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
 from compactgpt import experiments
 from compactgpt.cli import app
-from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, Unreachable
+from compactgpt.common.errors import BadConfig, Busy, CheckFailed, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.config import load_params
 from compactgpt.experiments import merge_patch, set_values
@@ -196,17 +199,71 @@ def test_a_failure_of_dvc_is_one_sentence(params_file, fake_dvc, monkeypatch):
         experiments.run("demo", params_file, conf=CONF)
 
 
+@pytest.mark.parametrize("words", ["experiment run demo", "experiment apply note"])
+def test_params_yaml_does_not_change_while_a_stage_runs(params_file, fake_dvc, tmp_path, words):
+    (tmp_path / "conf").symlink_to(CONF)
+    locks = tmp_path / ".state/locks"
+    locks.mkdir(parents=True)
+    (locks / "download.lock").write_text("1")  # of a stage that has ended
+    with open(locks / "training.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(7, file=lock, flush=True)
+        done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == Busy.exit_code
+    assert "error: stage training is running here (process 7), and nothing was changed: " in done.output
+    assert params_file.read_text() == TEXT
+    assert not fake_dvc.exists()
+    if "apply" in words:
+        assert CliRunner().invoke(app, words.split()).exit_code == 0
+
+
 @pytest.fixture
-def run_gpt2(params_file, fake_dvc, tmp_path, monkeypatch):
-    """Call `compactgpt experiment run gpt2` with an empty cache of the hub, which does not answer."""
+def run_experiment(params_file, fake_dvc, tmp_path, monkeypatch):
+    """Call `compactgpt experiment run` with an empty cache of the hub, which does not answer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "conf").symlink_to(CONF)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/metrics.json").write_text('{"loss": 3.6947, "perplexity": 40.2333}')
 
-    def run(*settings):
+    def run(name, *settings):
         options = [word for setting in settings for word in ("-S", setting)]
-        return CliRunner().invoke(app, ["experiment", "run", "gpt2", *options])
+        return CliRunner().invoke(app, ["experiment", "run", name, *options])
 
     return run
+
+
+@pytest.fixture
+def run_gpt2(run_experiment):
+    return partial(run_experiment, "gpt2")
+
+
+def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(
+    run_experiment, params_file, fake_dvc, tmp_path
+):
+    done = run_experiment("shakespeare")
+    assert done.exit_code == Unreachable.exit_code
+    assert done.output.startswith("error: the hub can't be reached for karpathy/tiny_shakespeare ")
+    assert "bring the text: curl -fLo corpus/input.txt https://raw.githubusercontent.com/" in done.output
+    assert done.output.count("\n") == 1
+    assert params_file.read_text() == TEXT
+    assert not fake_dvc.exists()
+    done = run_experiment("demo", "download.corpus=hub")
+    assert "name a copy of the repository in download.hub.mirror" in done.output
+
+    text = tmp_path / "corpus/input.txt"
+    text.parent.mkdir()
+    text.touch()
+    done = run_experiment("shakespeare")
+    assert done.exit_code == 0
+    assert done.output.endswith(
+        "our model, measured: loss 3.695, perplexity 40.23\nThe page: reports/index.html\n"
+        "next: compactgpt experiment record shakespeare\n"
+    )
+    text.unlink()
+    report = tmp_path / "reports/download.json"
+    for corpus, exit_code in (("docstrings", Unreachable.exit_code), ("hub", 0)):
+        report.write_text(json.dumps({"corpus": corpus}))  # hub: the text was downloaded already
+        assert run_experiment("shakespeare", "training.max_steps=320").exit_code == exit_code
 
 
 def test_gpt2_runs_from_the_cache_of_the_hub_and_without_it_says_at_once_what_to_give(

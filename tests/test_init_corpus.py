@@ -1,5 +1,6 @@
 """`compactgpt init-corpus` proposes values with which the pipeline accepts the user's own text."""
 
+import fcntl
 import gzip
 import json
 import random
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from compactgpt import init_corpus
 from compactgpt.cli import app
 from compactgpt.common.console import silent
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, Busy, MissingInput
 from compactgpt.config import load_params
 from compactgpt.data.inspection import inspect
 from compactgpt.data.sources import Limits, collect
@@ -178,8 +179,22 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path
     before = Path("params.yaml").read_bytes()
     output = run("init-corpus", write(tmp_path, KINDS["rows"]))
     assert "found 2,000 documents\n" in output
+    assert "training alone: " in output
+    assert "after the training: evaluation and baselines, mostly smollm2-135m-instruct-q4: for a" in output
     assert "download.corpus: 'docstrings' -> 'files'" in output
     assert output.endswith("nothing was changed; next: the same command with --yes\n")
+    assert Path("params.yaml").read_bytes() == before
+    assert [*Path("corpus").iterdir()] == []
+
+
+def test_nothing_is_changed_while_a_stage_runs(project, tmp_path):
+    before, locks = Path("params.yaml").read_bytes(), Path(".state/locks")
+    locks.mkdir(parents=True)
+    plan = propose(write(tmp_path, KINDS["rows"]))
+    with open(locks / "baseline@xz.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Busy, match="stage baseline@xz is running here"):
+            init_corpus.apply_plan(plan, Path("params.yaml"))
     assert Path("params.yaml").read_bytes() == before
     assert [*Path("corpus").iterdir()] == []
 

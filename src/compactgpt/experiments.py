@@ -9,6 +9,7 @@ params.yaml.
 
 import copy
 import difflib
+import fcntl
 import io
 import itertools
 import os
@@ -23,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.common.errors import BadConfig, Busy, CheckFailed, MissingInput
 from compactgpt.common.git import require_repository, run_git
 from compactgpt.common.sections import YAML_ERRORS, Name, Section, load_section, parse_yaml, read_yaml
 from compactgpt.common.storage import write_text
@@ -236,6 +237,7 @@ def apply(
 
     Raises:
         MissingInput, BadConfig: params.yaml is not valid before or after the change; nothing was written.
+        Busy: a stage runs; nothing was written.
     """
 
     def change(tree: dict[str, Any]) -> None:
@@ -243,9 +245,28 @@ def apply(
         set_values(tree, settings)
 
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
-    if changes and write:
-        write_text(params_file, content)
+    if write:
+        require_idle(params_file.parent)
+        if changes:
+            write_text(params_file, content)
     return changes
+
+
+def require_idle(root: Path) -> None:
+    """Check that no stage of the project in the folder `root` runs; raise Busy if one holds its lock.
+
+    A stage that runs would read the changed params.yaml, or DVC would delete the outputs of that stage.
+    """
+    for path in sorted((root / ".state/locks").glob("*.lock")):
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed
+            except BlockingIOError as error:
+                file.seek(0)
+                raise Busy(
+                    f"stage {path.stem} is running here (process {file.read().strip() or 'unknown'}), and "
+                    "nothing was changed: wait for the pipeline to end, then run the same command again"
+                ) from error
 
 
 def edit_params(
@@ -328,6 +349,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path =
 
     Raises:
         BadConfig: a configuration is not valid; nothing ran.
+        Busy: a stage runs already; nothing was written.
         MissingInput: DVC is not installed, or this folder is not a git repository.
         CheckFailed: DVC failed, after printing why.
     """

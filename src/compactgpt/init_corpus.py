@@ -28,6 +28,7 @@ from compactgpt.experiments import (
     edit_params,
     find_experiment,
     merge_patch,
+    require_idle,
     run_dvc,
     set_values,
 )
@@ -118,9 +119,11 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
     """Bring the text to corpus/ with DVC, then write params.yaml.
 
     Raises:
+        Busy: a stage runs; nothing was changed.
         MissingInput: DVC is not installed, or this folder is not a git repository.
         CheckFailed: DVC failed; params.yaml was not changed.
     """
+    require_idle(params_file.parent)
     if plan.additions:
         environment = dvc_environment()
         require_repository(Path())
@@ -257,6 +260,7 @@ def propose(
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"val ({split}): about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}",
         time,
+        _later_stages(params),
     ]
 
 
@@ -270,12 +274,29 @@ def _training(
         found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
         steps = max(10, int(float(f"{found:.2g}")))
     time = format_minutes(steps * step_minutes)
-    return {
-        "training.max_steps": steps,
-        "training.warmup_steps": max(1, steps // 70),
-        "training.eval_interval": max(1, steps // 10),
-        "training.checkpoint_interval": max(1, steps // 4),
-    }, f"training: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} on this processor (estimated)"
+    return (
+        {
+            "training.max_steps": steps,
+            "training.warmup_steps": max(1, steps // 70),
+            "training.eval_interval": max(1, steps // 10),
+            "training.checkpoint_interval": max(1, steps // 4),
+        },
+        f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} on this processor "
+        "(estimated)",
+    )
+
+
+def _later_stages(params: Params) -> str:
+    """Return a message about the stages after the training, and the slow baselines among them."""
+    slow = [
+        name
+        for name in params.baseline.names
+        if params.baseline.specs[name].kind in ("gguf", "folder", "hub")
+    ]
+    message = "after the training: evaluation and baselines"
+    if slow:
+        message += f", mostly {', '.join(slow)}: for a short run, set baseline.names without it"
+    return message
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:

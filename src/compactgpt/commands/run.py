@@ -1,6 +1,7 @@
 """Commands that prepare, estimate and run the pipeline."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ import typer
 
 from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, ParamsFile, Settings
 from compactgpt.common.console import echo
+from compactgpt.common.storage import read_json
+from compactgpt.config import Download, load_params
+
+METRICS = Path("reports/metrics.json")  # of our model
+DOWNLOADED = Path("reports/download.json")  # DVC deletes it before the stage `download` starts
 
 app = typer.Typer()
 experiment = typer.Typer(no_args_is_help=True, help="List, show, apply, run and record named experiments.")
@@ -159,8 +165,8 @@ def apply_experiment(
 def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
     """Run an experiment: with `dvc exp run`, or all runs of a sweep.
 
-    Prints the estimated time, then the output of DVC, or a line per run of a sweep. Writes params.yaml and
-    the outputs of the pipeline; a sweep writes only results/NAME.json.
+    Prints the estimated time, the output of DVC and the measured loss, or a line per run of a sweep. Writes
+    params.yaml and the outputs of the pipeline; a sweep writes only results/NAME.json.
 
     Example: compactgpt experiment run shakespeare-quick
     """
@@ -172,10 +178,14 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     is_sweep = bool(experiments.find_experiment(name).sweep)
     if not is_sweep:
         check_sources(runs[0])
+        _check_corpus(runs[0].download, params_file)
     times = announce_times(runs)
     if not is_sweep:
         echo("\n".join(times))
         experiments.run(name, params_file, settings or [])
+        metrics = read_json(METRICS)
+        echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
+        echo("The page: reports/index.html")
         echo(f"next: compactgpt experiment record {name}")
         return
     echo(times[0])
@@ -188,6 +198,28 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     path = Path("results", f"{name}.json")
     run_sweep(name, params_file, settings or [], path, state_folder() / name, echo)
     echo(f"{path}: commit the file" + ("; next: compactgpt experiment fit" if name == "ladder" else ""))
+
+
+def _check_corpus(download: Download, params_file: Path) -> None:
+    """Check, before a run, that the hub answers if the stage `download` has to read its data set.
+
+    Raises:
+        BadConfig: the hub does not have the data set.
+        Unreachable: the hub does not answer.
+    """
+    from compactgpt.data.hub import require_on_hub
+
+    chosen = download.hub.sets[download.hub.name]
+    has_copy = chosen.file is not None and os.path.lexists(chosen.file)
+    if download.corpus != "hub" or download.hub.mirror is not None or has_copy or chosen.revision is None:
+        return
+    is_same = download == load_params(params_file).download
+    if is_same and DOWNLOADED.exists() and read_json(DOWNLOADED)["corpus"] == "hub":
+        return  # the stage has run with these values
+    advice = "name a copy of the repository in download.hub.mirror"
+    if chosen.file is not None:
+        advice = f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
+    require_on_hub("dataset", chosen.repo, chosen.revision, advice)
 
 
 @experiment.command("record")
