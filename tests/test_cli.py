@@ -218,7 +218,7 @@ def test_an_experiment_without_dvc_is_refused_before_anything_changes(monkeypatc
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     before = (ROOT / "params.yaml").read_bytes()
     monkeypatch.chdir(ROOT)
-    done = run("experiment", "run", "shakespeare")
+    done = run("experiment", "run", "demo")
     assert done.exit_code == 66
     assert "compactgpt[pipeline]" in done.output
     assert (ROOT / "params.yaml").read_bytes() == before
