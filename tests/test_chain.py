@@ -30,7 +30,7 @@ def short_params():
 
 @pytest.fixture
 def chain(tmp_path):
-    for name in ("src", "stages", "corpus", "results"):
+    for name in ("src", "stages", "conf", "corpus", "results"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from compactgpt import config
 from compactgpt.common.console import silent
+from compactgpt.common.errors import BadConfig
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
 from compactgpt.evaluation.compact import as_neural_model
@@ -95,7 +97,9 @@ def test_weights_copied_to_transformers_and_back_keep_every_figure(tmp_path, inp
     split = save_split(tmp_path / "val.tokens", inputs.encoding)
     ours = tiny_gpt(inputs.encoding.n_vocab)
     save_hf(ours, tmp_path / "theirs", tmp_path / "tokenizer")
-    theirs = load(inputs, {"kind": "folder", "path": str(tmp_path / "theirs")})
+    spec = {"kind": "folder", "path": str(tmp_path / "theirs")}
+    refused = pytest.raises(BadConfig, load, inputs, spec)  # the message has the hash that the spec needs
+    theirs = load(inputs, spec | {"sha256": re.search(r"holds (\w{64})", str(refused.value))[1]})
     likelihood = LIKELIHOOD.model_copy(update={"views": ("own", "strided")})
     before, copied, again = (
         evaluate(model, split, inputs.encoding, likelihood)
