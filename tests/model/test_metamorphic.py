@@ -98,7 +98,8 @@ def test_weights_copied_to_transformers_and_back_keep_every_figure(tmp_path, inp
     ours = tiny_gpt(inputs.encoding.n_vocab)
     save_hf(ours, tmp_path / "theirs", tmp_path / "tokenizer")
     spec = {"kind": "folder", "path": str(tmp_path / "theirs")}
-    refused = pytest.raises(BadConfig, load, inputs, spec)  # the message has the hash that the spec needs
+    with pytest.raises(BadConfig) as refused:  # the message has the hash that the spec needs
+        load(inputs, spec)
     theirs = load(inputs, spec | {"sha256": re.search(r"holds (\w{64})", str(refused.value))[1]})
     likelihood = LIKELIHOOD.model_copy(update={"views": ("own", "strided")})
     before, copied, again = (
