@@ -15,7 +15,7 @@ import numpy as np
 
 from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json
-from compactgpt.evaluation.metrics import Interval, perplexity_ratio
+from compactgpt.evaluation.metrics import Interval, perplexity_ratio, ratio_interval, t_quantile
 from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
 from compactgpt.experiments import CONF, Comparison, Expected, TextComparison, TextFigure, find_experiment
 from compactgpt.forecast.sweep import Sweep, SweepRun, read_sweep
@@ -97,10 +97,8 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
         ours: number of runs of the first mean.
         theirs: number of runs of the second mean.
     """
-    from scipy.stats import t
-
     deviation = float(np.std(losses, ddof=1))
-    return float(t.ppf(0.975, len(losses) - 1)) * deviation * math.sqrt(1 / ours + 1 / theirs)
+    return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
 
 
 def widen(interval: Interval, margin: float) -> Interval:
@@ -140,16 +138,12 @@ def text_difference(
     Returns:
         None if fewer than two pairs are left.
     """
-    from scipy.stats import t
-
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return None
-    mean = float(np.mean(differences))
-    margin = float(t.ppf(0.975, n - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - margin, mean + margin)
+    # With equal denominators the jackknife's standard error is that of the mean.
+    return ratio_interval(np.array(differences), np.ones(len(differences)))
 
 
 def _numbered_words(text: str) -> list[int]:
