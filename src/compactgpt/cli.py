@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from compactgpt import __version__
-from compactgpt.commands import compare, look, run, share, upkeep
+from compactgpt.commands import check, model, run
 from compactgpt.common.console import echo, handle_user_errors
 
 
@@ -25,33 +25,24 @@ class Commands(TyperGroup):
 
 HELP = {"help_option_names": ["-h", "--help"]}  # for every command
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
-
-# The title of each group of commands in `compactgpt --help`, in this order.
-GROUPS = {
-    "Run": run,
-    "Look": look,
-    "Compare": compare,
-    "Share": share,
-    "Called by make repro": upkeep,
-}
-for title, module in GROUPS.items():
+for title, module in {"Run": run, "Use the model": model, "Check and compare": check}.items():
     for entry in [*module.app.registered_commands, *module.app.registered_groups]:
-        entry.rich_help_panel = title
+        if not isinstance(entry.rich_help_panel, str):
+            entry.rich_help_panel = title
     app.add_typer(module.app)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
         echo(f"compactgpt {__version__}")
         raise typer.Exit
 
 
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+
+
 @app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def main(version: Annotated[bool, VERSION] = False) -> None:
     """Train a compact GPT, compare it with GPT-2, and show where every number comes from.
 
     `dvc repro` or `make repro` runs the pipeline; run these commands in the project's root folder.

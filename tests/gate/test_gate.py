@@ -1,6 +1,5 @@
 """The gate: what it lets through, what it stops, how often it is wrong, and what it says where."""
 
-import importlib.util
 import json
 import math
 import re
@@ -570,33 +569,3 @@ def test_the_command_accepts_passes_and_fails(tmp_path, monkeypatch):
     verdict = json.loads(done.stdout)
     assert not verdict["passed"]
     assert "fail" in {check["status"] for check in verdict["metrics"]}
-
-
-def test_a_pull_request_has_one_comment_that_is_replaced(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("comment", ROOT / "scripts/comment.py")
-    comment = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(comment)
-    quoting = {"user": {"type": "User"}, "body": formats.MARKER + " as a person quotes it"}
-    comments = [{"id": row, **quoting} for row in range(120)]
-
-    def answer(method, path, body=None):
-        """Act as GitHub's REST API."""
-        if method == "GET":
-            page = int(re.search(r"[?&]page=(\d+)", path)[1])
-            return comments[(page - 1) * 100 : page * 100]
-        if method == "POST":
-            comments.append({"id": len(comments), "user": {"type": "Bot"}})
-        row = int(path.rsplit("/", 1)[1]) if method == "PATCH" else -1
-        comments[row].update(body, html_url=method)
-        return comments[row]
-
-    path = tmp_path / "gate.md"
-    monkeypatch.setattr(comment, "ask", answer)
-    monkeypatch.setattr("sys.argv", ["comment.py", str(path)])
-    monkeypatch.setenv("PULL_REQUEST", "7")
-    for text in (formats.render_markdown(ODD_VERDICT), formats.MARKER + "\n" + "a line\n" * 20_000):
-        path.write_text(text)
-        comment.main()
-    assert len(comments) == 121
-    assert comments[-1]["html_url"] == "PATCH"
-    assert len(comments[-1]["body"]) <= 65_536

@@ -14,18 +14,9 @@ def _experiment_names() -> list[str]:
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The file of parameters.")]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="Change a parameter; can be repeated."),
+    list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="Change a parameter.")
 ]
 ExperimentName = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME", autocompletion=_experiment_names, help="See `compactgpt experiment list`."
-    ),
-]
-ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
-Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="The folder of the model's tokenizer.")]
-Card = Annotated[
-    Path, typer.Option("--card", help="The model card. It is not included if it describes another model.")
+    str, typer.Argument(metavar="NAME", autocompletion=_experiment_names, help="See `experiment list`.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

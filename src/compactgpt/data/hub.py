@@ -7,6 +7,7 @@ minute, before it reports that there is no network.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, Unreachable
-from compactgpt.common.storage import sha256_file
-from compactgpt.config import Folder, Hub, Params
+from compactgpt.common.storage import read_json, sha256_file
+from compactgpt.config import Download, Folder, Hub, Params
 
+DOWNLOADED = Path("reports/download.json")  # DVC deletes this report before the stage `download` starts
 _TIMEOUT_SECONDS = 5  # of the request before a download
 # The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
@@ -137,7 +139,7 @@ def check_model_folder(name: str, spec: Folder) -> None:
 
 
 def check_sources(params: Params) -> None:
-    """Check, before a run, that the models and task files of params.yaml are here or on the hub.
+    """Check, before a run, that models, task files and corpus of params.yaml are here or on the hub.
 
     Raises:
         MissingInput: a local folder or file does not exist.
@@ -168,6 +170,20 @@ def check_sources(params: Params) -> None:
             advice.append(f"-S '{key}={{path: FILE, sha256: {source.sha256}}}'")
     for kind, repo, revision in needed:
         require_on_hub(kind, repo, revision, f"give local copies: {' '.join(advice)}")
+    _check_corpus(params.download)
+
+
+def _check_corpus(download: Download) -> None:
+    """Check that the hub has the corpus, unless a copy is here or the stage `download` has read the hub."""
+    chosen = download.hub.sets[download.hub.name]
+    has_copy = download.hub.mirror is not None or (chosen.file is not None and os.path.lexists(chosen.file))
+    is_downloaded = DOWNLOADED.exists() and read_json(DOWNLOADED)["corpus"] == "hub"
+    if download.corpus != "hub" or chosen.revision is None or has_copy or is_downloaded:
+        return
+    advice = "name a copy of the repository in download.hub.mirror"
+    if chosen.file is not None:
+        advice = f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
+    require_on_hub("dataset", chosen.repo, chosen.revision, advice)
 
 
 def _cached_file(repo: str, file: str, revision: str) -> Path | None:

@@ -13,7 +13,7 @@ from compactgpt.common.escaping import markdown_text
 from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Point, Verdict
 
-MARKER = "<!-- compactgpt gate -->"  # first line of the comment; scripts/comment.py searches for it
+MARKER = "<!-- compactgpt gate -->"  # first line of the Markdown
 _ANNOTATED_FILE = "reports/evaluation.json"
 _MOST_ANNOTATIONS = 10  # GitHub's limit for each kind of annotation in one step
 _MOST_LINES = 5  # failures and warnings above the table, so that the comment fits on one screen

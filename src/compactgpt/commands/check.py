@@ -1,0 +1,140 @@
+"""Commands that check results, and compare versions of the project."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
+from compactgpt.common.console import echo, report
+from compactgpt.common.errors import CheckFailed
+
+ACCEPTED = "reports/accepted.json"
+VERSION = "A git revision, the ID of an MLflow run or its first characters, or `workspace`: the files here."
+
+app = typer.Typer()
+
+
+@app.command()
+def trace(
+    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
+) -> None:
+    """Show where a number comes from: its report, stage, inputs, git commit and MLflow run.
+
+    Example: compactgpt trace compact.loss
+    """
+    from compactgpt.common.storage import read_json
+    from compactgpt.reporting import provenance
+    from compactgpt.tracking.store import run_of_value
+
+    record = read_json(provenance.RECORD)
+    lines = provenance.trace(Path(), record, name)
+    value = provenance.find_value(record, name)
+    lines.append(("MLflow run", run_of_value(Path.cwd(), value["stage"])))
+    if as_json:
+        facts: dict[str, list[str]] = {}
+        for what, found in lines:  # a stage reads and writes several files
+            facts.setdefault(what, []).append(found)
+        echo(json.dumps({**facts, "evidence": value}, indent=2))
+    else:
+        echo("\n".join(f"{what:<12}{found}" for what, found in lines))
+
+
+@app.command()
+def verify(as_json: AsJson = False) -> None:
+    """Compare every file with dvc.lock and compute every reported number again (exit code 3: a difference).
+
+    Example: compactgpt verify
+    """
+    from compactgpt.reporting.verify import verify as verify_project
+
+    found = verify_project(Path())
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    if found.differences:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help=VERSION)],
+    b: Annotated[str, typer.Argument(help="The other version.")] = "workspace",
+    as_json: AsJson = False,
+) -> None:
+    """Compare the parameters, data, code, environment and metrics of two versions.
+
+    Example: compactgpt diff HEAD~1 workspace
+    """
+    from compactgpt.tracking import compare_runs
+
+    found = compare_runs.compare(a, b, Path())
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+
+
+@app.command()
+def gate(
+    against: Annotated[str, typer.Option(help="A .json file, git revision or `champion`.")] = ACCEPTED,
+    accept: Annotated[str, typer.Option(metavar="REASON", help="Make these reports the reference.")] = "",
+    bench: Annotated[Path | None, typer.Option(help="The file of benchmarks/training.py --json.")] = None,
+    promote: Annotated[bool, typer.Option("--promote", help="Become MLflow's champion.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
+    as_json: AsJson = False,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Check that the model is not worse than an accepted model (exit code 3: the model is worse).
+
+    Example: compactgpt gate --against HEAD~1
+    """
+    from compactgpt.config import load_params
+    from compactgpt.gate import formats, references
+
+    settings = load_params(params_file).regression
+    if accept and not promote:
+        references.accept(references.read_present(Path()), accept, Path(against), settings.max_documents)
+        echo(f"{against} is the new reference: commit the file")
+        return
+    verdict = references.compare(against, Path(), settings, bench)
+    passed = not verdict.failures
+    if as_json:
+        echo(json.dumps({"passed": passed, **asdict(verdict)}, indent=2))
+    else:
+        echo(formats.render_terminal(verdict))
+    formats.publish(verdict, markdown, junit)
+    if not passed:
+        if not as_json:
+            echo("next: compactgpt diff HEAD workspace; compactgpt gate --accept REASON accepts the change")
+        raise typer.Exit(CheckFailed.exit_code)
+    if promote:
+        echo(f"version {references.promote(Path(), accept)} is the champion")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help=VERSION)],
+    check: Annotated[bool, typer.Option("--check", help="Only list the inputs that are missing.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Also run the stages of the data.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary checkout.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Run the version's code without asking.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a version again in a temporary checkout, and compare the hash of every output.
+
+    Example: compactgpt reproduce HEAD --check
+    """
+    from compactgpt.tracking import reproduce as tracking
+
+    def confirm(plan: str) -> bool:
+        report(plan)
+        return trust or (sys.stdin.isatty() and typer.confirm("Run this code?", err=True))
+
+    found = tracking.reproduce(
+        run, Path(), check=check, rebuild=rebuild, keep=keep, log=report, confirm=confirm
+    )
+    echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+    if check and not as_json:
+        echo(f"next: compactgpt reproduce {run}")

@@ -1,0 +1,263 @@
+"""Commands that use the trained model."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
+from compactgpt.common.console import ProgressBar, echo, report
+from compactgpt.common.errors import BadData, MissingInput, printable
+
+if TYPE_CHECKING:
+    from compactgpt.api import Model, Score
+    from compactgpt.config import Params
+
+app = typer.Typer()
+
+MODEL = "models/compact"
+FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # digits after the point
+MODELS = (
+    "A folder with a model, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
+)
+AnyTokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", help="The project's tokenizer, if not data/tokenizer.")
+]
+ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
+Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="The folder of the model's tokenizer.")]
+Card = Annotated[Path, typer.Option("--card", help="The model card; left out if it is of another model.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PROMPT]", help="The text to continue; `-`: standard input. Without, the command asks."
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
+    compare: Annotated[str, typer.Option(metavar="MODEL", help="Also show another model's text.")] = "",
+    num_samples: Annotated[int, typer.Option(min=1, help="Number of continuations.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a continuation.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most probable token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Draw from the TOP_K most probable tokens.")] = 40,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**64 - 1, help="A seed gives always the same text.")
+    ] = 1337,
+    tokenizer: AnyTokenizer = None,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Continue a text with the trained model.
+
+    Example: compactgpt generate "The future of AI is" --num-samples 3
+    """
+    from compactgpt.api import load
+
+    names = [model, compare] if compare else [model]
+    models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in names]
+    options: dict[str, Any] = {
+        "num_samples": num_samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "seed": seed,
+    }
+
+    def show(prompt: str) -> None:
+        streams = [one.stream(prompt, **options) for one in models]
+        if compare:
+            _show_in_columns(prompt, models, streams)
+        else:
+            _show_samples(prompt, streams[0])
+
+    if prompt is None and sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 (the arrow keys then edit the line and show earlier lines)
+        report("Enter a prompt. An empty line or Ctrl-D ends.")
+        with suppress(EOFError):
+            while typed := input("> "):
+                show(typed)
+    else:
+        show(_read_text("-").removesuffix("\n") if prompt in (None, "-") else str(prompt))
+
+
+def _read_text(name: str) -> str:
+    """Return the text of a file, or of standard input if the name is `-`, without a byte-order mark."""
+    try:
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return content.decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MissingInput(
+            f"{name} is not a file: give the path of a text file, or `-` for standard input"
+        ) from error
+    except UnicodeDecodeError as error:
+        shown = "standard input" if name == "-" else name
+        raise BadData(
+            f"{shown} is not UTF-8 (byte {error.start:,}): convert the text, for example by iconv"
+        ) from error
+
+
+def _show_samples(prompt: str, stream: Iterator[list[str]]) -> None:
+    """Print the first sample while the model generates all samples, then print the other samples."""
+    steps = []
+    echo(prompt, end="")
+    for first, *others in stream:
+        echo(first, end="")
+        steps.append(others)
+    echo("")
+    for pieces in zip(*steps, strict=True):
+        echo(f"---\n{prompt}{''.join(pieces)}")
+
+
+def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[list[str]]]) -> None:
+    """Print a table with a column per model and a row per sample."""
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text  # plain text: rich would read square brackets as markup
+
+    table = Table(*(Column(Text(one.name)) for one in models), show_lines=True, expand=True)
+    samples = [["".join(pieces) for pieces in zip(*stream, strict=True)] for stream in streams]
+    for row in zip(*samples, strict=True):
+        table.add_row(*(Text(printable(text, keep="\n\t")) for text in row))
+    echo(prompt)
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def evaluate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; `-`: standard input.")],
+    model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; can be repeated.")] = [MODEL],  # noqa: B006 (typer copies it)
+    split: Annotated[str, typer.Option(metavar="WAY", help="A value of download.files.split.")] = "",
+    tokenizer: AnyTokenizer = None,
+    as_json: AsJson = False,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Measure how well models predict a text: nats per token, perplexity and bits per byte.
+
+    Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
+    """
+    from compactgpt.api import default_likelihood, load
+    from compactgpt.config import load_params
+
+    params = load_params(params_file) if params_file.exists() or split else None
+    documents = [text for name in files for text in _read_documents(name, params, split)]
+    models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
+    likelihood = default_likelihood(models, params.evaluation.likelihood if params else None)
+    scores = {
+        one.name: one.score(documents, likelihood=likelihood, progress=ProgressBar(one.name, "windows"))
+        for one in models
+    }
+    if as_json:
+        echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
+    else:
+        _print_scores(scores)
+
+
+def _read_documents(name: str, params: "Params | None", split: str) -> list[str]:
+    """Return the documents of a text file. `split` replaces `download.files.split`; empty: one document."""
+    from compactgpt.common.sections import check_section
+    from compactgpt.config import Files
+    from compactgpt.data.splitting import split_text
+
+    text = _read_text(name)
+    if params is None or not split:
+        return [text]
+    files = check_section({**params.download.files.model_dump(), "split": split}, Files, "--split")
+    return [piece.text for piece in split_text(BytesIO(text.encode()), name, files, len(text))]
+
+
+def _print_scores(scores: "dict[str, Score]") -> None:
+    """Print a table with a row per model."""
+    score = next(iter(scores.values()))
+    echo(
+        f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
+        f"windows of {score.window:,} tokens"
+    )
+    rows = [["model", "nats per token", "perplexity", "bits per byte"]]
+    for name, score in scores.items():
+        rows.append([name, *(_format_figure(score, key, digits) for key, digits in FIGURES.items())])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not score.intervals:
+        echo("no intervals: an interval needs several documents (several files, or --split)")
+
+
+def _format_figure(score: "Score", name: str, digits: int) -> str:
+    number = getattr(score, name)
+    value = "-" if number is None else f"{number:,.{digits}f}"
+    if name not in score.intervals:
+        return value
+    low, high = score.intervals[name]
+    return f"{value} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: ModelFolder = Path(MODEL),
+    tokenizer: Tokenizer = Path("data/tokenizer"),
+    card: Card = Path("reports/model_card.md"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a changed export.")] = False,
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Export the trained model for transformers, with its tokenizer and model card.
+
+    Example: compactgpt export exported
+    """
+    _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
+    echo(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+def _export(
+    folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path, *, overwrite: bool = False
+) -> None:
+    from compactgpt.config import load_params
+    from compactgpt.data.hub import with_base_model
+    from compactgpt.model.huggingface import save_hf
+    from compactgpt.model.weights import load_model
+    from compactgpt.reporting.model_card import read_card
+
+    text, why_none = read_card(model, card)
+    if text and params_file.exists():
+        text = with_base_model(text, load_params(params_file).training.init_from)
+    save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)
+    if why_none:
+        echo(f"without a model card: {why_none}")
+
+
+@app.command()
+def push_to_hub(
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="The repository on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    model: ModelFolder = Path(MODEL),
+    tokenizer: Tokenizer = Path("data/tokenizer"),
+    card: Card = Path("reports/model_card.md"),
+    params_file: ParamsFile = PARAMS,
+) -> None:
+    """Export the trained model and upload it to the Hugging Face hub; needs HF_TOKEN or `hf auth login`.
+
+    Example: compactgpt push-to-hub me/compact-gpt --dry-run
+    """
+    from compactgpt.common.storage import MANIFEST
+    from compactgpt.data.hub import push_folder
+
+    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
+        folder = Path(scratch) / "model"
+        _export(folder, model, tokenizer, card, params_file)
+        (folder / MANIFEST).unlink()  # only this project reads it
+        for path in sorted(folder.iterdir()):
+            echo(f"{path.stat().st_size:>12,}  {path.name}")
+        if dry_run:
+            echo(f"nothing was uploaded; next: compactgpt push-to-hub {repo}")
+        else:
+            echo(push_folder(folder, repo, private=private))
