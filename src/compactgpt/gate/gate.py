@@ -1,20 +1,8 @@
-"""The gate: check whether a new model is worse than an accepted model.
+"""The gate: check whether a new model is worse than an accepted model, evaluated on the same documents.
 
-Both models are evaluated on the same documents, so the difficulty of the documents cancels out. A metric
-fails if it is worse by more than its tolerance *and* the confidence interval of the change is above 0. If
-only one of the two conditions is true, the check is a warning. The interval includes two sources of variance:
-the sample of documents (a paired interval between documents), and the noise between training runs (`Noise`).
-
-The noise is the standard deviation between seeds. Runs of one seed on one machine differ less, but a change
-of the code that only reorders floating-point additions already gives another model, as another seed does.
-
-All tests together have `regression.false_alarms`. It is divided among the groups of tests (Bonferroni): the
-perplexities are one group, since they rise and fall together, and each accuracy is one. An accuracy whose
-test can't fail is not gated. docs/decisions/15-gate.md has the error rates of the gate.
-
-Guards are checked first. Metrics of different val splits can't be compared. If a baseline's loss changes
-while parameters and data are equal, the evaluation itself changed. `references` reads the two states, and
-`formats` renders the verdict.
+A metric fails if it is worse by more than its tolerance *and* by more than chance: the sample of documents,
+and the noise between training runs. If only one of the two is true, the check is a warning. All tests share
+`regression.false_alarms` (Bonferroni). docs/decisions/15-gate.md has the reasons and the error rates.
 """
 
 import math
@@ -28,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compactgpt.config import Regression
-from compactgpt.evaluation.metrics import Interval, ratio_interval, t_quantile
+from compactgpt.evaluation.metrics import Interval, mcnemar_one_sided, ratio_interval, t_quantile
 
 Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
@@ -40,17 +28,16 @@ _NO_EFFECT = (
     "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
     "training.init_from", "training.launcher.",
 )  # fmt: skip
-# Parameters that have an effect only if another parameter has the given value.
-_ONLY_WITH = {
-    "training.muon_learning_rate": ("training.optimizer", "muon"),
-    "training.decay_share": ("training.schedule", "wsd"),
-}
 _MOST_NAMED = 5  # differences in one message
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How much the losses of two training runs differ, although nothing but chance differs."""
+    """How much the losses of two training runs differ, although nothing but chance differs.
+
+    The runs differ in their seeds. Runs of one seed differ less, but a change of the code that only reorders
+    floating-point additions gives another model, too.
+    """
 
     deviation: float  # standard deviation of a run's loss, nats per token
     degrees_of_freedom: int | None  # of the estimate; None if the deviation is an assumption
@@ -121,7 +108,7 @@ class Verdict:
     reason: str
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
-    watched: list[Check] = field(default_factory=list)  # metrics without a tolerance, which can't fail
+    watched: list[Check] = field(default_factory=list)  # metrics that can't fail
     differences: list[str] = field(default_factory=list)  # changed parameters and data
     curve: tuple[Point, ...] = ()  # loss curve of the new state
 
@@ -141,16 +128,12 @@ def run_gate(
     now: Snapshot,
     settings: Regression,
     noise: Noise,
-    bench: Mapping[str, Any] | None = None,
+    throughput: float | None = None,
 ) -> Verdict:
-    """Compare a new state of the project with an accepted state, and return the verdict.
+    """Compare the new state `now` with the accepted state `then`.
 
-    Args:
-        then: the accepted state.
-        now: the new state.
-        settings: section `regression`.
-        noise: the noise between training runs.
-        bench: the output of `benchmarks/training.py --json`; None skips the check of throughput.
+    `throughput` is the ratio of our training throughput to nanoGPT's on the same machine, so it does not
+    depend on the machine; None skips its check.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason, differences=differences, curve=now.curve)
@@ -158,8 +141,11 @@ def run_gate(
     verdict.guards.extend([same_text, _check_parameters(differences)])
     verdict.guards.extend(_check_baselines(then, now, settings, explained=bool(differences)))
     verdict.guards.append(Check("noise", "info", noise.source))
-    if bench is not None:
-        verdict.guards.append(_check_throughput(bench, settings))
+    if throughput is not None:
+        least = settings.min_throughput_ratio
+        says = f"training has {throughput:.2f} times nanoGPT's tokens per second; the minimum is {least:.2f}"
+        status: Status = "pass" if throughput >= least else "fail"
+        verdict.guards.append(Check("throughput", status, says, least, throughput))
     if same_text.status == "pass":
         for check in _check_metrics(then, now, settings, noise):
             (verdict.watched if check.status == "info" else verdict.metrics).append(check)
@@ -199,42 +185,28 @@ def _shorten(value: Any) -> str:
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
     """Return a line for each changed parameter or hash of data that can affect the metrics."""
-    before, after = acting_params(then.params), acting_params(now.params)
-    if then.data == now.data:  # equal data: changes of the data's parameters had no effect
-        for params in (before, after):
-            for key in [key for key in params if key.startswith(("download.", "tokenization."))]:
-                del params[key]
+    without: tuple[str, ...] = _NO_EFFECT
+    if then.data == now.data:  # the changed parameters of the data made the same data
+        without += ("download.", "tokenization.")
+    before, after = (_acting_params(state.params, without) for state in (then, now))
     return _compare(before, after) + _compare(then.data, now.data)
 
 
-def acting_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parameters that affect the metrics, without those of unused baselines and corpora."""
-    return {key: value for key, value in params.items() if _has_effect(key, params)}
-
-
-def _has_effect(key: str, params: Mapping[str, Any]) -> bool:
-    if key.startswith(_NO_EFFECT):
-        return False
-    if key in _ONLY_WITH:
-        other, value = _ONLY_WITH[key]
-        return bool(params.get(other) == value)
-    if key.startswith("baseline.specs."):
-        names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
-        return key.startswith(tuple(f"baseline.specs.{name}." for name in names))
-    for corpus in ("docstrings", "files", "hub"):
-        if key.startswith(f"download.{corpus}.") and corpus != params.get("download.corpus"):
-            return False
-    in_use = f"download.hub.sets.{params.get('download.hub.name')}."
-    return not key.startswith("download.hub.sets.") or key.startswith(in_use)
+def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+    """Return the parameters that affect the metrics, without those of unused baselines."""
+    used = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
+    in_use = tuple(f"baseline.specs.{name}." for name in used)
+    return {
+        key: value
+        for key, value in params.items()
+        if not key.startswith(without) and (not key.startswith("baseline.specs.") or key.startswith(in_use))
+    }
 
 
 def _check_parameters(differences: list[str]) -> Check:
     if not differences:
-        return Check(
-            "parameters",
-            "pass",
-            "parameters and data are equal: only code changes and chance can change the metrics",
-        )
+        says = "parameters and data are equal: only code changes and chance can change the metrics"
+        return Check("parameters", "pass", says)
     named, more = differences[:_MOST_NAMED], len(differences) - _MOST_NAMED
     says = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
     return Check("parameters", "warn", f"changes that can explain other metrics: {says}")
@@ -258,16 +230,6 @@ def _check_baselines(
             yield Check(f"baseline.{name}", "warn" if explained else "fail", says, before, after)
     if shared and not moved:
         yield Check("baselines", "pass", f"baselines with the same loss as before: {len(shared)}")
-
-
-def _check_throughput(bench: Mapping[str, Any], settings: Regression) -> Check:
-    """Return the check of training throughput.
-
-    Throughput is a ratio to nanoGPT's on the same machine, so it does not depend on the machine.
-    """
-    ratio, least = float(bench["engines"]["ours"]["ratio"]), settings.min_throughput_ratio
-    says = f"training has {ratio:.2f} times nanoGPT's tokens per second; the minimum is {least:.2f}"
-    return Check("throughput", "pass" if ratio >= least else "fail", says, least, ratio)
 
 
 # --- metrics
@@ -297,7 +259,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
             says = f"not gated: to lose all {lost} right answers of {of:,} has p = {0.5**lost:.2g}"
             yield Check(name, "info", f"{says}, and the level is {level:.2g}", before, after)
         else:
-            yield _check_perplexity(then, now, name, settings, noise, level)
+            yield _check_perplexity(then, now, name, settings.tolerances[name], noise, level)
 
 
 def choose_accuracies(
@@ -305,13 +267,10 @@ def choose_accuracies(
 ) -> tuple[list[str], float]:
     """Return the accuracies whose test can fail, and the level of each group of tests.
 
-    The choice depends only on the accepted model's answers. So it is made before the test, and the rate of
-    false alarms stays as stated.
-
-    Args:
-        hits: for each accuracy, a string with 1 for each item that the accepted model answers correctly.
-        settings: section `regression`.
-        has_perplexity: whether the perplexities take one part of `settings.false_alarms`.
+    `hits` has, for each accuracy, a string with 1 for each item that the accepted model answers correctly.
+    All perplexities are one group, since they rise and fall together, and each accuracy is one. The choice
+    depends only on the accepted model's answers: it is made before the test, so the rate of false alarms
+    stays as stated.
     """
     # The worst outcome is to lose all right answers: the fall is their share, and p is 0.5 to their number.
     lost = {name: found.count("1") for name, found in hits.items()}
@@ -323,29 +282,22 @@ def choose_accuracies(
 
 
 def _check_perplexity(
-    then: Snapshot, now: Snapshot, name: str, settings: Regression, noise: Noise, level: float
+    then: Snapshot, now: Snapshot, name: str, tolerance: float, noise: Noise, level: float
 ) -> Check:
     sample = now.documents.select(then.documents.ids)
     assert sample is not None  # _check_fingerprint compared the ids
-    nats, nats_then = sample.nats[name], then.documents.nats[name]
-    rise = perplexity_rise(nats, nats_then, sample.tokens, noise, level)
+    rise = perplexity_rise(sample.nats[name], then.documents.nats[name], sample.tokens, noise, level)
     says = f"{len(sample.ids):,} documents" + (f" of {sample.of:,}" if sample.of > len(sample.ids) else "")
-    tolerance = settings.tolerances[name]
-    return Check(
-        name, decide(rise, tolerance), says, then.figures.get(name), now.figures.get(name),
-        rise.value, (rise.low, rise.high), tolerance,
-    )  # fmt: skip
+    before, after = then.figures.get(name), now.figures.get(name)
+    bounds = (rise.low, rise.high)
+    return Check(name, decide(rise, tolerance), says, before, after, rise.value, bounds, tolerance)
 
 
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
     """Return the relative rise of the perplexity on the same documents, with its confidence interval.
 
-    Args:
-        nats: the negative log-likelihood of each document under the new model. (documents,)
-        nats_then: the same documents under the accepted model. (documents,)
-        tokens: the number of tokens of each document. (documents,)
-        noise: the noise between training runs.
-        level: the probability that the interval is above 0 although the perplexity did not rise.
+    The arrays, (documents,), are the nats under the new and the accepted model, and the number of tokens.
+    With the probability `level`, the interval is above 0 although the perplexity did not rise.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
@@ -359,12 +311,7 @@ def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, 
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return the status of a change.
-
-    Returns:
-        `fail` if the change exceeds the tolerance and its interval is above 0, `warn` if only one of the two
-        is true, else `pass`.
-    """
+    """Return `fail` if a change is above the tolerance and its interval above 0, `warn` if only one is."""
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 
@@ -378,21 +325,7 @@ def _check_accuracy(then: Snapshot, now: Snapshot, name: str, tolerance: float, 
     lost, won = pairs.count(("1", "0")), pairs.count(("0", "1"))
     p_value = mcnemar_one_sided(lost, won)
     fall = (lost - won) / len(pairs)
-    beyond, sure = fall > tolerance, p_value <= level
-    status: Status = "fail" if beyond and sure else "warn" if beyond else "pass"
+    status: Status = "pass" if fall <= tolerance else "fail" if p_value <= level else "warn"
     says = f"of {len(pairs):,} items {lost} lost, {won} won; p = {p_value:.2g}"
-    share_before, share_now = (task["hits"].count("1") / len(pairs) for task in (before, after))
+    share_before, share_now = (each["hits"].count("1") / len(pairs) for each in (before, after))
     return Check(name, status, says, share_before, share_now, fall, None, tolerance)
-
-
-def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the one-sided p-value of McNemar's exact test (1947) for a fall of the accuracy.
-
-    `metrics.mcnemar` is the two-sided test.
-
-    Args:
-        lost: the number of items that only the accepted model answers correctly.
-        won: the number of items that only the new model answers correctly.
-    """
-    changed = lost + won
-    return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)

@@ -1,16 +1,13 @@
-"""Read the states that the gate compares: the project's reports and the reference.
+"""Read the states that the gate compares: the project's reports, and the reference.
 
 The reference is the accepted reference, a commit, or the registry's champion. The accepted reference is a
-small JSON file in git, which is reviewed like code. It has metrics, hashes, parameters and per-document
-losses, so that every later comparison is paired. For a large val split, it has the losses of a sample of
-documents.
+small JSON file in git, which is reviewed like code. Its per-document losses make each comparison paired.
 """
 
 import csv
 import hashlib
 import statistics
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +35,6 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import flatten, tracking_store
 
-CHAMPION = "champion"
 SEEDS = "results/seeds.json"  # runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
@@ -72,28 +68,25 @@ class _Reference(Section):
 
 
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
-    """Compare the project in a folder with a reference, and return the verdict.
+    """Compare the project in the folder `root` with the reference `against`; see `read_reference`.
 
-    Args:
-        against: the name of the reference; see `read_reference`.
-        root: the project's folder.
-        settings: section `regression`.
-        bench: a file that `benchmarks/training.py --json` wrote; None skips the check of throughput.
+    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of throughput.
+    Raises BadData if the file has no throughput.
     """
-    speed = None if bench is None else read_json(bench)
-    try:
-        if speed is not None:
-            float(speed["engines"]["ours"]["ratio"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise BadData(
-            f"{bench} has no engines.ours.ratio: write it with `benchmarks/training.py --json`"
-        ) from error
+    throughput = None
+    if bench is not None:
+        try:
+            throughput = float(read_json(bench)["engines"]["ours"]["ratio"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise BadData(
+                f"{bench} has no engines.ours.ratio: write it with `benchmarks/training.py --json`"
+            ) from error
     then, now = read_reference(against, root), read_present(root)
-    return run_gate(then, now, settings, read_noise(root / SEEDS, then, now, settings), speed)
+    return run_gate(then, now, settings, read_noise(root / SEEDS, then, now, settings), throughput)
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return the noise between runs: of the runs of several seeds in a file, or an assumption.
+    """Return the noise between the runs of several seeds in a file, or `regression.fallback_noise`.
 
     The runs must have the recipe of one of the two states, and must be scored on the same documents.
     """
@@ -102,7 +95,7 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
         missing = "is missing"
     elif sweep.documents is None or sweep.documents.ids_sha256 != documents_sha256(now.documents.ids, tokens):
         missing = "is of another val split"
-    elif not any(_has_recipe(state.params, sweep.settings) for state in (now, then)):
+    elif not any(sweep.settings.items() <= state.params.items() for state in (now, then)):
         missing = "is of another recipe"
     else:
         losses = [run.loss for run in sweep.runs]
@@ -114,39 +107,23 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     return Noise(assumed, None, f"{says}; `compactgpt experiment run seeds` measures it")
 
 
-def _has_recipe(params: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Return whether a state's parameters are the settings of a sweep."""
-    return all(params.get(key) == value for key, value in settings.items())
-
-
 # --- reading states
 
 
 def read_present(root: Path) -> Snapshot:
-    """Read the state of the project in a folder.
-
-    Raises:
-        MissingInput: a report is missing, because its stage has not run.
-        BadData: a report is damaged, or the report and the per-document losses are from different runs.
-    """
+    """Read the state of the project in a folder; raises as `_read_state` does."""
     return _read_state("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
-    """Read a reference by name.
+    """Read a reference: a .json file that `accept` wrote, `champion`, or a commit, branch, tag or experiment.
 
-    Args:
-        name: a .json file that `accept` wrote, `champion`, or a commit, branch, tag or DVC experiment.
-        root: the project's folder.
-
-    Raises:
-        MissingInput: the reference does not exist, or DVC's cache has no per-document losses of the commit.
-        BadData: the reference is damaged.
-        BadConfig: git has no commit, branch, tag or experiment with this name.
+    Raises MissingInput if the reference or its per-document losses do not exist, BadData if the reference is
+    damaged, and BadConfig if git does not know the name.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
-    if name == CHAMPION:
+    if name == "champion":
         return _read_champion(root)
     require_repository(root)
     if not (commit := commit_named(root, name)):
@@ -183,41 +160,46 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports, params.yaml and the per-document losses of one version of the project."""
+    """Read the reports, params.yaml and the per-document losses of one version of the project.
 
-    def read(path: str) -> bytes:
+    Raises MissingInput if a report is missing, and BadData if a report is damaged, or if the report and the
+    per-document losses are from different runs.
+    """
+
+    def report(path: str, schema: type[Any]) -> Any:
         content = version.read(path)
         if content is None:
             raise MissingInput(f"{name}: {path} is missing: run `dvc repro` to make it")
-        return content
+        return parse_report(content, f"{name}: {path}", schema)
 
-    def score(path: str) -> Score:
-        return parse_report(read(path), f"{name}: {path}", Score)
-
-    evaluation, path = score("reports/evaluation.json"), "reports/tokenization.json"
-    tokenized = parse_report(read(path), f"{name}: {path}", Tokenized)
-    path = "reports/training.json"
-    trained = parse_report(read(path), f"{name}: {path}", Trained)
+    evaluation: Score = report("reports/evaluation.json", Score)
+    tokenized: Tokenized = report("reports/tokenization.json", Tokenized)
+    trained: Trained = report("reports/training.json", Trained)
     params = parse_yaml(version.read("params.yaml"), "params.yaml")
     try:
-        baselines = {each: score(f"reports/baseline/{each}.json") for each in params["baseline"]["names"]}
+        losses = {
+            each: report(f"reports/baseline/{each}.json", Score).loss.value
+            for each in params["baseline"]["names"]
+        }
         curve = _read_curve(version.read("reports/loss.csv"))
     except (LookupError, TypeError, ValueError) as error:
         raise BadData(f"{name}: params.yaml or reports/loss.csv is damaged ({error!r})") from error
-    windows = {f"{view}.context": found.context for view, found in evaluation.views.items()}
-    windows |= {f"{view}.stride": found.stride for view, found in evaluation.views.items()}
+    fingerprint = {"val": evaluation.validation.sha256, "window": evaluation.window}
+    for view, found in evaluation.views.items():
+        fingerprint |= {f"{view}.context": found.context, f"{view}.stride": found.stride}
+    tasks = {
+        task: {"items_sha256": found.items_sha256, "hits": found.hits}
+        for task, found in evaluation.tasks.items()
+        if found.hits
+    }
     return Snapshot(
         name,
-        {"val": evaluation.validation.sha256, "window": evaluation.window, **windows},
+        fingerprint,
         {"train": tokenized.train.sha256, "tokenizer": tokenized.tokenizer.tokenizer_sha256},
         flatten(params),
         _figures(evaluation, trained),
-        {each: found.loss.value for each, found in baselines.items()},
-        {
-            task: {"items_sha256": found.items_sha256, "hits": found.hits}
-            for task, found in evaluation.tasks.items()
-            if found.hits
-        },
+        losses,
+        tasks,
         _read_documents(totals, evaluation.loss.value),
         curve=curve,
     )
@@ -265,23 +247,19 @@ def _read_documents(path: Path, reported: float) -> Documents:
 
 
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
-    """Write a state as the accepted reference.
+    """Write a state as the accepted reference; every verdict against the reference shows the reason.
 
-    Args:
-        snapshot: the state.
-        reason: why it is accepted; every verdict against the reference shows it.
-        path: the file to write.
-        max_documents: the largest number of documents to keep; see `_sample`.
-
-    Raises:
-        BadConfig: the reason is empty.
-        NotAllowed: the path has a file that is not an accepted reference.
+    A reference of more than `max_documents` documents has those whose ids have the smallest hashes. Raises
+    BadConfig if the reason is empty, and NotAllowed if the path has a file that is no accepted reference.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
     if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
         raise NotAllowed(f"{path} is not an accepted reference, and was not replaced: name another file")
-    documents = _sample(snapshot.documents, max_documents)
+    ids = snapshot.documents.ids
+    sample = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:max_documents])
+    documents = snapshot.documents.select(tuple(name for name in ids if name in sample))
+    assert documents is not None  # the ids are the snapshot's own
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
@@ -298,22 +276,10 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     write_json(path, reference.model_dump(mode="json"))
 
 
-def _sample(documents: Documents, most: int) -> Documents:
-    """Return all documents, or a sample of `most` documents: those whose ids have the smallest hashes."""
-    if len(documents.ids) <= most:
-        return documents
-    chosen = set(sorted(documents.ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:most])
-    sample = documents.select(tuple(name for name in documents.ids if name in chosen))
-    assert sample is not None
-    return sample
-
-
 def read_accepted(path: Path) -> Snapshot:
     """Read the accepted reference.
 
-    Raises:
-        MissingInput: the file does not exist: no state was accepted yet.
-        BadData: the file is damaged, or has the format of another version.
+    Raises MissingInput if no state was accepted yet, and BadData if the file is damaged.
     """
     if not path.exists():
         raise MissingInput(
@@ -321,12 +287,18 @@ def read_accepted(path: Path) -> Snapshot:
         )
     try:
         reference = _Reference.model_validate_json(path.read_bytes())
-        documents = _parse_rows(reference.documents)
+        rows = [row.split(" ") for row in reference.documents.rows]
+        table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns)
+        columns = dict(zip(reference.documents.columns[1:], table.T, strict=True))
+        tokens = columns.pop("tokens")
+        if not np.isfinite(table).all() or not (tokens > 0).any():
+            raise ValueError("a value is not finite, or no document has a token")
     except (LookupError, ValueError) as error:
         raise BadData(
             f"{path} is not a valid reference ({error}): restore it with `git checkout {path}`, or make it "
             'again with `compactgpt gate --accept "why"`'
         ) from error
+    documents = Documents(tuple(row[0] for row in rows), tokens, columns, reference.documents.of)
     tasks = {task: hits.model_dump() for task, hits in reference.tasks.items()}
     return Snapshot(
         str(path), reference.ruler, reference.data, reference.params, reference.figures,  # wording: quoted
@@ -334,29 +306,11 @@ def read_accepted(path: Path) -> Snapshot:
     )  # fmt: skip
 
 
-def _parse_rows(held: _Rows) -> Documents:
-    rows = [row.split(" ") for row in held.rows]
-    table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns)
-    columns = dict(zip(held.columns[1:], table.T, strict=True))
-    tokens = columns.pop("tokens")
-    if not np.isfinite(table).all() or not (tokens > 0).any():
-        raise ValueError("a value is not finite, or no document has a token")
-    return Documents(tuple(row[0] for row in rows), tokens, columns, held.of)
-
-
 def promote(root: Path, reason: str = "") -> str:
-    """Register the model that the gate checked, and make it the champion.
+    """Register the model that the gate checked as the champion, and return its version.
 
-    Args:
-        root: the project's folder.
-        reason: why a model with another configuration or val split than the champion's is accepted.
-
-    Returns:
-        The version of the registered model.
-
-    Raises:
-        MissingInput: the weights are missing, or MLflow has no model with these weights.
-        CheckFailed: the configuration or the val split differs from the champion's, and `reason` is empty.
+    `reason` says why a model of another configuration or val split than the champion's is accepted. Raises
+    MissingInput if the weights are missing here or in MLflow, and CheckFailed if the reason is missing.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
