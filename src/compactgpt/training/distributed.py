@@ -1,11 +1,8 @@
-"""Train one model with several processes, by torch.distributed and torchrun's agent.
+"""Train one model with several processes: torchrun starts the processes, torch.distributed connects them.
 
-Every process draws the whole batch of a step and takes its slice. The batch is a pure function of
-(seed, step), so tokens_per_step does not depend on the number of processes. Two modes exist. In both, two
-runs with the same number of processes give the same bits; another number changes the order of the sums.
-
-fast    data parallel: one all-reduce of the whole gradient after the last micro-batch.
-fsdp    FSDP2 shards the model over the processes (module `fsdp`) and sums gradients after each micro-batch.
+Every process draws the whole batch of a step and takes its slice, so tokens_per_step does not depend on the
+number of processes. Two runs with the same number of processes give the same bits. Two modes exist: `fast` is
+data parallel, with one all-reduce of the gradient per step; `fsdp` shards the model (module `fsdp`).
 """
 
 import datetime
@@ -13,7 +10,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -37,14 +34,12 @@ class Group:
 
     def __init__(self, info: DistInfo = DistInfo(), mode: str = "fast") -> None:  # noqa: B008  it is frozen
         self.rank, self.world_size, self.is_main_process = info.rank, info.world_size, info.is_main_process
-        self.mode = mode
         self.is_sharded = mode == "fsdp" and info.world_size > 1
 
     def batch_slice(self, sequences: int, micro_batch_size: int) -> slice:
         """Return the slice of a step's sequences that this process trains on.
 
-        Raises:
-            BadConfig: the micro-batches can't be divided evenly among the processes.
+        Raises BadConfig if the micro-batches can't be divided evenly among the processes.
         """
         micro_batches = sequences // micro_batch_size
         if sequences % micro_batch_size or micro_batches % self.world_size:
@@ -57,15 +52,7 @@ class Group:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Sum the gradients and the loss over all processes.
-
-        Args:
-            parameters: the trained parameters. Each gradient is replaced by its sum over all processes.
-            loss: the loss of this process, a scalar.
-
-        Returns:
-            The sum of the losses of all processes, a scalar.
-        """
+        """Replace each gradient by its sum over all processes, and return the sum of the scalar losses."""
         if self.world_size == 1:
             return loss
         if self.is_sharded:  # FSDP2 already summed the gradients
@@ -89,15 +76,7 @@ class Group:
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Check that a value is the same in all processes.
-
-        Args:
-            what: what the value is, for the error message.
-            value: the value of this process.
-
-        Raises:
-            BadConfig: the value of a process differs from that of process 0.
-        """
+        """Raise BadConfig if a process has another value than process 0; the message says `what` differs."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -107,10 +86,31 @@ class Group:
                 f"processes {others} have another {what} than process 0: use the same on all nodes"
             )
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the values of tensors from the main process to all processes."""
-        if self.world_size > 1:
-            for tensor in tensors:
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return full tensors for the main process: sharded ones are gathered on its CPU."""
+        full = dict(tensors)
+        for name, tensor in tensors.items():
+            if hasattr(tensor, "full_tensor"):
+                gathered_tensor = tensor.full_tensor()  # all processes must take part
+                if self.is_main_process:
+                    full[name] = gathered_tensor.cpu()
+        return full
+
+    @torch.no_grad()
+    def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Copy the main process's full tensors into `tensors` of all processes, sharded or not."""
+        for name, tensor in tensors.items():
+            if hasattr(tensor, "full_tensor"):
+                from torch.distributed.tensor import distribute_tensor
+
+                sharded: Any = tensor
+                source = full[name] if self.is_main_process else torch.empty(tensor.shape)
+                source = source.to(tensor.device)
+                tensor.copy_(distribute_tensor(source, sharded.device_mesh, sharded.placements))
+                continue
+            if self.is_main_process:
+                tensor.copy_(full[name])
+            if self.world_size > 1:
                 dist.broadcast(tensor, 0)
 
     def run_on_main(self, work: Callable[[], T]) -> T:
@@ -138,37 +138,25 @@ class Group:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather the embeddings, the head and the last layer norm of a sharded model while the context is open.
-
-    A model that is not sharded needs no gathering and is left as it is.
-    """
+    """Gather the embeddings, the head and the last layer norm of a sharded model inside the context."""
     if not hasattr(model, "unshard"):
         yield
         return
     sharded: Any = model  # an FSDPModule of torch, a type that only mode fsdp imports
     sharded.unshard()
-    try:
-        yield
-    finally:
-        sharded.reshard()
+    yield
+    sharded.reshard()
 
 
 @contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Open the process group of the processes that torchrun started, and yield it as a Group.
+    """Connect the processes that torchrun started, and yield them; a single process works without torchrun.
 
-    A single process works without torchrun.
-
-    Args:
-        launcher: the section training.launcher of params.yaml. torchrun decides the number of processes.
-        device: `cpu`, `cuda` or `mps`.
-
-    Raises:
-        PeerLost: another process ended, or did not answer for launcher.timeout_seconds.
+    Raises PeerLost if another process ended, or did not answer for launcher.timeout_seconds.
     """
     info = dist_info()
     if info.world_size == 1:
-        yield Group(info, launcher.mode)
+        yield Group(info)
         return
     if device == "cuda":
         torch.cuda.set_device(info.local_rank)
@@ -181,16 +169,14 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
             timeout=datetime.timedelta(seconds=launcher.timeout_seconds),
         )
         yield Group(info, launcher.mode)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            dist.destroy_process_group()
-            raise
-        # Do not destroy a broken group: this may hang, and the process ends anyway.
-        raise PeerLost(
-            "another process of this training ended or did not answer: torchrun restarts all processes "
-            f"from the last checkpoint ({str(error).splitlines()[0][:160]})"
-        ) from error
-    except BaseException:
+    except BaseException as error:
+        is_lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if isinstance(error, RuntimeError) and is_lost:
+            # Do not destroy a broken group: this may hang, and the process ends anyway.
+            raise PeerLost(
+                "another process of this training ended or did not answer: torchrun restarts all processes "
+                f"from the last checkpoint ({str(error).splitlines()[0][:160]})"
+            ) from error
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -200,11 +186,8 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
     When a signal kills a process, or a process loses contact with another one, all processes are started
-    again, at most `launcher.max_restarts` times. After any other exit code no process is started again.
-    torchrun's own restarts are off, because they would also repeat a run that fails by a user's mistake.
-
-    Returns:
-        0 if all processes succeeded; otherwise the exit code of a process that failed.
+    again, at most `launcher.max_restarts` times. torchrun's own restarts are off, because they would also
+    repeat a user's mistake. Return 0, or the exit code of a process that failed.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):
@@ -219,10 +202,7 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
 
 
 def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) -> list[int]:
-    """Run the processes once, and return the exit codes of those that failed.
-
-    A signal that asks this process to stop raises SystemExit.
-    """
+    """Run the processes once, and return the exit codes of those that failed."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -255,6 +235,5 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
         except ChildFailedError as error:
             return [failure.exitcode for failure in error.failures.values()]
         finally:
-            del os.environ[INIT_METHOD]
             logging.disable(logging.NOTSET)
         return []

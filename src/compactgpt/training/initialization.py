@@ -1,8 +1,7 @@
 """Build the model that training starts from: random weights, or the weights of a saved model.
 
 A saved model is a folder in our own format or in Hugging Face's GPT-2 format. params.yaml states the folder
-and the hash of its content. So DVC notices when the weights change, and training stops if they are not the
-weights that the user configured.
+and the hash of its content, so that DVC notices when the weights change.
 """
 
 import hashlib
@@ -28,11 +27,7 @@ FILES = ("config.json", "model.safetensors")
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return a SHA-256 hash of a model folder: it covers the names and the content of FILES.
-
-    Raises:
-        MissingInput: one of the files is missing.
-    """
+    """Return a SHA-256 hash of the FILES of a model folder; raise MissingInput if a file is missing."""
     for name in FILES:
         if not (folder / name).is_file():
             raise MissingInput(
@@ -42,15 +37,17 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256(json_bytes({name: sha256_file(folder / name) for name in FILES})).hexdigest()
 
 
-def initial_model(shape: Model, training: Training) -> GPT:
+def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64] | None = None) -> GPT:
     """Return the model that training starts from, on the CPU.
 
-    Raises:
-        MissingInput: the folder training.init_from has no weights.
-        BadConfig: the folder's hash differs from training.init_sha256, or the model has another shape.
-        BadData: a file of the folder is damaged.
+    `counts` is how often each token occurs in the training split, (vocab_size,); only training.init_unigram
+    uses it. Raises BadConfig if the weights of training.init_from have another hash or another shape.
     """
     model = GPT(shape, training.seed)
+    if training.init_positions:
+        set_sinusoids(model, training.init_positions)
+    if training.init_unigram and counts is not None:
+        start_at_unigram(model, counts, training.init_unigram)
     if training.init_from == SCRATCH:
         return model
     folder = Path(training.init_from)
@@ -66,31 +63,8 @@ def initial_model(shape: Model, training: Training) -> GPT:
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy the weights of `source` to `model`.
-
-    `source` may have a longer context, and another padding of the vocabulary.
-    """
-    _check_shapes(model.shape, source.shape, name)
-    own = model.state_dict()
-    tensors: dict[str, Tensor] = dict(source.state_dict())
-    for key in tensors.keys() - own.keys():  # Hugging Face's format always has biases
-        if tensors[key].any():
-            raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
-        del tensors[key]
-    for key in own.keys() - tensors.keys():  # a missing bias is the same as zeros
-        tensors[key] = torch.zeros_like(own[key])
-    tensors["wpe.weight"] = tensors["wpe.weight"][: model.shape.block_size]
-    # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,
-    # each padding row is the mean of the real rows. Its logit is the mean logit. By Jensen's inequality, its
-    # probability is at most that of an average token.
-    real = tensors["wte.weight"][: source.shape.vocab_size]
-    padded = real.mean(0).repeat(model.shape.padded_vocab_size, 1)  # (V, C)
-    padded[: len(real)] = real
-    tensors["wte.weight"] = padded
-    model.load_state_dict(tensors)
-
-
-def _check_shapes(wanted: Model, found: Model, name: str) -> None:
+    """Copy the weights of a model that may have a longer context and another padding of the vocabulary."""
+    wanted, found = model.shape, source.shape
     wrong = [
         f"model.{key}: found {getattr(wanted, key)}, {name} has {getattr(found, key)}"
         for key in ("n_layer", "n_head", "n_embd", "vocab_size", "gelu")
@@ -100,6 +74,23 @@ def _check_shapes(wanted: Model, found: Model, name: str) -> None:
         wrong.append(f"model.block_size: found {wanted.block_size}, {name} has only {found.block_size}")
     if wrong:
         raise BadConfig("the model can't start from these weights:\n  " + "\n  ".join(wrong))
+    own = model.state_dict()
+    tensors: dict[str, Tensor] = dict(source.state_dict())
+    for key in tensors.keys() - own.keys():  # Hugging Face's format always has biases
+        if tensors[key].any():
+            raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
+        del tensors[key]
+    for key in own.keys() - tensors.keys():  # a missing bias is the same as zeros
+        tensors[key] = torch.zeros_like(own[key])
+    tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
+    # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,
+    # each padding row is the mean of the real rows. Its logit is the mean logit. By Jensen's inequality, its
+    # probability is at most that of an average token.
+    real = tensors["wte.weight"][: found.vocab_size]
+    padded = real.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
+    padded[: len(real)] = real
+    tensors["wte.weight"] = padded
+    model.load_state_dict(tensors)
 
 
 @torch.no_grad()
@@ -109,10 +100,6 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
     Two positions at a fixed distance then always differ by the same rotation. So one linear map is enough to
     attend to the token a few positions before. With random embeddings, training must learn this for each
     position.
-
-    Args:
-        model: a model with random weights, which is changed in place.
-        amplitude: the amplitude of each sinusoid.
     """
     positions, width = model.wpe.weight.shape  # (T, C)
     pairs = torch.arange((width + 1) // 2)
@@ -123,17 +110,12 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change a model with random weights so that its logits start near the log frequencies of the tokens.
+    """Change random weights so that the logits start near the log frequencies of the tokens.
 
-    GPT-2's head has no bias. Instead, the position embeddings add a constant along one direction u of the
-    residual stream, and the embedding of each token gets a component along u. Let a be the length of the
-    constant and r the length of the rest of the stream. The last layer norm changes the length a to
-    sqrt(C) a / sqrt(a^2 + r^2).
-
-    Args:
-        model: a model with random weights, which is changed in place.
-        counts: how often each token occurs in the training split. (vocab_size,)
-        strength: the ratio a / r.
+    GPT-2's head has no bias. Instead, the position embeddings add a constant of length a along one direction
+    u of the residual stream, and the embedding of each token gets a component along u. `strength` is the
+    ratio a / r, where r is the length of the rest of the stream. The last layer norm changes the length a to
+    sqrt(C) a / sqrt(a^2 + r^2). `counts` is how often each token occurs, (vocab_size,).
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)

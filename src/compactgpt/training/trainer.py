@@ -1,11 +1,9 @@
 """The training loop. Its result depends on configuration, data and machine, not on interruptions.
 
-No random state is kept between steps. The batch of a step depends only on (seed, step), dropout depends only
-on (seed, step, micro-batch), and validation reads fixed windows. So a training state on disk consists of the
-model, the optimizers and the loss curve. A run that resumes from a training state gives the same bits as a
-run that was never interrupted.
-
-A GPU runs asynchronously: the program waits for it only to read losses, every log_interval steps.
+No random state is kept between steps: the batch depends only on (seed, step), and dropout only on (seed,
+step, micro-batch). So a training state is the model, the optimizers and the loss curve, and a resumed run
+gives the same bits as a run that was never interrupted. A GPU runs asynchronously: the program waits for the
+GPU only to read losses, every log_interval steps.
 """
 
 import hashlib
@@ -13,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ from compactgpt.model.sampled_softmax import draw_sample, inclusion_probabilitie
 from compactgpt.model.weights import save_model
 from compactgpt.training.checkpoint import load_newest_state, save_state
 from compactgpt.training.distributed import Group, init_process_group
-from compactgpt.training.initialization import initial_model, set_sinusoids, start_at_unigram
+from compactgpt.training.initialization import initial_model
 from compactgpt.training.loss_curve import (
     LOWER_RATES,
     Row,
@@ -59,12 +56,7 @@ class Splits:
 
 
 def open_splits(folder: Path) -> Splits:
-    """Open the token files that the stage `tokenization` wrote to a folder.
-
-    Raises:
-        MissingInput: a file is missing.
-        BadData: a file is damaged or was changed.
-    """
+    """Open the token files of the stage `tokenization`; raise MissingInput or BadData if they are damaged."""
     files = verified_manifest(folder)["files"]
     digest = hashlib.sha256(json_bytes(files)).hexdigest()
     return Splits(open_tokens(folder / "train.tokens"), open_tokens(folder / "val.tokens"), digest)
@@ -120,40 +112,30 @@ def run_key(params: Params, splits: Splits) -> str:
 
 
 def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = Callbacks()) -> Trained:
-    """Train the model of params.yaml and return it; resume from the newest training state if one exists.
+    """Train the model of params.yaml and return it; resume from the newest training state in `folder`.
 
-    Args:
-        params: the content of params.yaml; training uses the sections `model`, `training` and `runtime`.
-        splits: the training and validation splits.
-        folder: the folder of this run's training states; its name is `run_key(params, splits)`.
-        callbacks: functions that observe or stop the training.
-
-    Raises:
-        Busy: `should_stop` returned True. The training state is saved, and the next call resumes from it.
-        NotFinite: a loss or the norm of a gradient is NaN or infinite. No state of that step is saved.
-        OutOfMemory: the device has too little memory; the message says which settings to lower.
-        BadConfig: the vocabulary, the batch size or the initial weights do not fit the configuration.
-        BadData: the validation split has no tokens, or the initial weights are damaged.
+    The name of `folder` is `run_key(params, splits)`. Raises Busy if `should_stop` returned True: the next
+    call resumes from the saved state. Raises NotFinite if a loss or a gradient is NaN or infinite,
+    OutOfMemory if the device has too little memory, and BadConfig or BadData if the parameters, the weights
+    to start from and the data do not fit together.
     """
-    device = resolve_device(params.runtime.device)
+    device, max_steps = resolve_device(params.runtime.device), params.training.max_steps
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
         trainer = Trainer(params, splits, folder, group)
-        resumed_from = trainer.resume()
-        if warning := trainer.determinism_warning():
-            callbacks.on_warning(warning)
-        while trainer.step < params.training.max_steps:
+        resumed_from = trainer.resume(callbacks)
+        while trainer.step < max_steps:
             trainer.make_step()
             if trainer.is_report_due():
                 trainer.report(callbacks)
             # All processes must stop at the same step, so that no process waits for another one.
-            stops = group.any_rank(callbacks.should_stop()) and trainer.step < params.training.max_steps
+            stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
                 trainer.report(callbacks)  # a state may contain only losses that were read
                 trainer.save()
             callbacks.on_step(trainer.step, trainer.model)
             if stops:
                 raise Busy(
-                    f"stopped at step {trainer.step} of {params.training.max_steps}, which is saved: "
+                    f"stopped at step {trainer.step} of {max_steps}, which is saved: "
                     "run `dvc repro` again, it resumes from there"
                 )
         return Trained(trainer.full_model().eval(), trainer.rows, trainer.val_tokens, resumed_from)
@@ -165,10 +147,10 @@ class Trainer:
     def __init__(self, params: Params, splits: Splits, folder: Path, group: Group) -> None:
         self.training, self.shape, self.group = params.training, params.model, group
         self.splits, self.folder = splits, folder
-        self._check_vocabulary()
         self.run_key = run_key(params, splits)
         self.sequences = self.training.tokens_per_step // self.shape.block_size
         self.batch_slice = group.batch_slice(self.sequences, self.training.micro_batch_size)
+        self._check_vocabulary()
         group.assert_same_on_all_ranks("params.yaml, data or program", self.run_key)
         self.device = resolve_device(params.runtime.device)
         self.log_interval = params.runtime.log_interval
@@ -176,18 +158,20 @@ class Trainer:
         self.defers_losses = self.device == "cuda"
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
-        set_precision(self.training.dtype)
-        self.model, self.optimizers = self._build_model()
         # probability of each token of being in a sample, (vocab_size,)
         self.inclusion: npt.NDArray[np.float64] | None = None
-        if self.training.head == "sampled":
+        counts = None  # how often each token occurs in the training split, (vocab_size,)
+        if self.training.init_unigram or self.training.head == "sampled":
+            counts = token_counts(splits.train.tokens, self.shape.vocab_size)
+        if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
-            self.inclusion = inclusion_probabilities(self._token_counts, size, power)
+            self.inclusion = inclusion_probabilities(counts, size, power)
+        set_precision(self.training.dtype)
+        self.model, self.optimizers = self._build_model(counts)
         self.step = 0  # number of updates made so far
         self.rows: list[Row] = []
         self.unreported: list[tuple[int, Tensor, Tensor]] = []  # (step from 0, loss, gradient norm)
         self.losses: list[float] = []  # training losses of the steps since the last row
-        self.previous_processes = group.world_size  # number of processes of the resumed run
 
     def _check_vocabulary(self) -> None:
         for split in (self.splits.train, self.splits.val):
@@ -197,35 +181,20 @@ class Trainer:
                     f"{split.header.vocab_size} tokens: raise model.vocab_size to at least this number"
                 )
 
-    def _build_model(self) -> tuple[GPT, Optimizers]:
+    def _build_model(self, counts: npt.NDArray[np.int64] | None) -> tuple[GPT, Optimizers]:
         """Return the initial model, or this process's shards of it, and the optimizers."""
+        shape, training = self.shape, self.training
         if self.group.is_sharded:
             from compactgpt.training.fsdp import orthogonalize_sharded, shard_model
 
-            # The list keeps the model in the main process: `run_on_main` sends a returned value to all.
-            full: list[GPT] = []
-            self.group.run_on_main(lambda: full.append(self._initial_model()))
-            source = full[0] if full else None
-            model = shard_model(source, self.shape, self.device, compiles=self.training.compile)
-            return model, Optimizers(model, self.training, orthogonalize_sharded)
-        model = self._initial_model().to(self.device)
-        if self.training.compile:
+            full: dict[str, Tensor] = {}  # filled in the main process only
+            self.group.run_on_main(lambda: full.update(initial_model(shape, training, counts).state_dict()))
+            model = shard_model(full, shape, self.device, self.group, compiles=training.compile)
+            return model, Optimizers(model, training, orthogonalize_sharded)
+        model = initial_model(shape, training, counts).to(self.device)
+        if training.compile:
             model.compiled = torch.compile(model.blocks)
-        return model, Optimizers(model, self.training)
-
-    def _initial_model(self) -> GPT:
-        """Return the full initial model, on the CPU."""
-        model = initial_model(self.shape, self.training)
-        if self.training.init_positions:
-            set_sinusoids(model, self.training.init_positions)
-        if self.training.init_unigram:
-            start_at_unigram(model, self._token_counts, self.training.init_unigram)
-        return model
-
-    @cached_property
-    def _token_counts(self) -> npt.NDArray[np.int64]:
-        """How often each token occurs in the training split. (vocab_size,)."""
-        return token_counts(self.splits.train.tokens, self.shape.vocab_size)
+        return model, Optimizers(model, training)
 
     def full_model(self) -> GPT:
         """Return the full model. If it is sharded, only the main process gets the weights."""
@@ -233,42 +202,32 @@ class Trainer:
             return self.model
         from compactgpt.training.fsdp import full_model
 
-        return full_model(self.model, self.group.is_main_process)
+        return full_model(self.model, self.group)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors of a training state, by name; they share memory with model and optimizers."""
         return {**self.model.state_dict(), **self.optimizers.state}
 
-    def resume(self) -> int:
-        """Load the newest valid training state, and return its step; return 0 if no state is valid."""
-        if found := load_newest_state(self.folder, self.run_key, self._tensors(), self.group):
-            self.step, progress = found
-            self.rows = [Row(*row) for row in progress["rows"]]
-            self.losses = list(progress["waiting"])
-            self.previous_processes = progress["processes"]
-        return self.step
-
-    def determinism_warning(self) -> str | None:
-        """Return a warning if the result will not equal that of an uninterrupted run bit for bit."""
-        if self.previous_processes == self.group.world_size:
-            return None
-        return (
-            f"training.launcher.processes was {self.previous_processes} up to step {self.step} and is now "
-            f"{self.group.world_size}: the result equals that of an uninterrupted run only within rounding"
-        )
-
-    def report(self, callbacks: Callbacks) -> None:
-        """Report the losses since the last report; if a row of the loss curve is due, add and report it."""
-        if losses := self.read_losses():
-            callbacks.on_losses(losses)
-            if self.is_row_due():
-                self.add_row()
-                callbacks.on_row(self.rows)
-
     def save(self) -> None:
         """Save the training state to disk."""
         progress = {"rows": self.rows, "waiting": self.losses, "processes": self.group.world_size}
         save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
+
+    def resume(self, callbacks: Callbacks) -> int:
+        """Load the newest valid training state, and return its step; return 0 if no state is valid."""
+        found = load_newest_state(self.folder, self.run_key, self._tensors(), self.group)
+        if found is None:
+            return 0
+        self.step, progress = found
+        self.rows = [Row(*row) for row in progress["rows"]]
+        self.losses = list(progress["waiting"])
+        before, now = progress["processes"], self.group.world_size
+        if before != now:
+            callbacks.on_warning(
+                f"training.launcher.processes was {before} up to step {self.step} and is now {now}: the "
+                "result equals that of an uninterrupted run only within rounding"
+            )
+        return self.step
 
     def make_step(self) -> None:
         """Make one training step: draw the batch, compute the gradient, and update the weights."""
@@ -282,19 +241,15 @@ class Trainer:
         self.step += 1
 
     def _batch(self) -> tuple[Tensor, ...]:
-        """Return the model's arguments for this process's slice of the step's batch.
+        """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
         The arguments are tokens and targets, both (rows, T). With a sampled softmax, tokens and targets are
         positions in the sample, and two arguments follow: the sample's rows of the tied matrix, (K, C), and
         the correction of the logits, (K,).
         """
-        seed = self.training.seed
+        seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
-            self.splits.train.tokens,
-            seed=seed,
-            step=self.step,
-            sequences=self.sequences,
-            block_size=self.shape.block_size,
+            train, seed=seed, step=self.step, sequences=self.sequences, block_size=self.shape.block_size
         )  # 2 x (B, T), the batch of all processes
         head: tuple[Tensor, ...] = ()
         if self.inclusion is not None:
@@ -311,15 +266,9 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Compute the gradient of the step's mean loss, summed over micro-batches and processes.
+        """Compute the gradient of the step's mean loss, and return the loss, both over all processes.
 
-        Args:
-            tokens: this process's inputs. (rows, T)
-            targets: this process's targets. (rows, T)
-            head: with a sampled softmax, the `table`, (K, C), and the `correction`, (K,), of `GPT.forward`.
-
-        Returns:
-            The mean loss of the step over all processes, a scalar.
+        `tokens`, `targets` and `head` are the arguments that `_batch` returns.
         """
         self.model.train()
         size = self.training.micro_batch_size
@@ -329,7 +278,8 @@ class Trainer:
         losses: list[Tensor] = []
         for number in range(own):
             if self.shape.dropout:
-                torch.manual_seed(_dropout_seed(self.training.seed, self.step, first + number))
+                name = f"dropout {self.training.seed} {self.step} {first + number}"
+                torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
             rows = slice(number * size, (number + 1) * size)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
                 loss: Tensor = self.model(tokens[rows], targets[rows], *head) / micro_batches
@@ -337,14 +287,24 @@ class Trainer:
             losses.append(loss.detach())
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
+    def is_report_due(self) -> bool:
+        """Return whether to read losses after this step; on a GPU only at some steps, since reading waits."""
+        return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
+
+    def is_row_due(self) -> bool:
+        """Return whether to add a row to the curve: at the first step, every eval_interval, and the last."""
+        return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
+
+    def report(self, callbacks: Callbacks) -> None:
+        """Report the losses since the last report; if a row of the loss curve is due, add and report it."""
+        if losses := self.read_losses():
+            callbacks.on_losses(losses)
+            if self.is_row_due():
+                self.add_row()
+                callbacks.on_row(self.rows)
+
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return the (step, training loss) pairs since the last call; on a GPU, wait for its results.
-
-        Steps count from 1. Losses are in nats per token.
-
-        Raises:
-            NotFinite: a loss or the norm of a gradient is not finite.
-        """
+        """Return (step counted from 1, loss in nats per token) pairs since the last call; waits for a GPU."""
         if not self.unreported:
             return []
         numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.unreported]).tolist()
@@ -366,14 +326,6 @@ class Trainer:
             f"params.yaml {LOWER_RATES}, then run `dvc repro`"
         )
 
-    def is_report_due(self) -> bool:
-        """Return whether to read losses after this step; on a GPU only at some steps, since reading waits."""
-        return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
-
-    def is_row_due(self) -> bool:
-        """Return whether to add a row to the curve: at the first step, every eval_interval, and the last."""
-        return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
-
     def add_row(self) -> None:
         """Compute the validation loss, add a row to the curve, and save the model if it is the best."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
@@ -391,21 +343,14 @@ class Trainer:
                 save_model(model, self.folder / BEST, facts, private=True)
 
 
-def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    digest = hashlib.sha256(f"dropout {seed} {step} {micro_batch}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Raise OutOfMemory, which names the settings to lower, when memory runs out.
-
-    On a CPU, torch raises a RuntimeError instead of an OutOfMemoryError.
-    """
+    """Raise OutOfMemory, which names the settings to lower, when memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # On a CPU, torch raises a RuntimeError instead of an OutOfMemoryError.
         if not is_memory_error and "can't allocate memory" not in str(error):
             raise
         raise OutOfMemory(
