@@ -39,7 +39,7 @@ def same_environment():
 # Files with the same heavy imports run in one worker, which imports them once. Files that take longest come
 # first, so that at the end both workers have work.
 TOGETHER = {
-    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "params_layout", "verify"),
+    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "verify"),
     "forks": ("distributed", "fsdp", "trainer"),
     "mlflow": (
         "faulty_servers", "pipeline_run", "provenance", "registry", "gate", "reproduce", "security",

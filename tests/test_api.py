@@ -9,22 +9,14 @@ import pytest
 import compactgpt
 from compactgpt import api
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.config import Folder, load_params
+from compactgpt.config import Folder, Likelihood, load_params
 from compactgpt.data.hub import check_model_folder
 from compactgpt.evaluation import generation
 from compactgpt.evaluation.likelihood import evaluate
 from compactgpt.evaluation.totals import figures
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import save_model
-from tests.support.tiny_models import (
-    LIKELIHOOD,
-    ROOT,
-    TEXTS,
-    save_params,
-    save_split,
-    save_tokenizer,
-    tiny_gpt,
-)
+from tests.support.tiny_models import ROOT, TEXTS, save_params, save_split, save_tokenizer, tiny_gpt
 
 
 @pytest.fixture
@@ -48,8 +40,6 @@ def test_the_five_lines_of_the_documentation_run(project, capsys):
     exec(example, {})
     *_, score = capsys.readouterr().out.splitlines()
     assert "nats per token, perplexity" in score
-    with pytest.raises(AttributeError, match="no attribute 'lod'"):
-        compactgpt.lod  # noqa: B018
 
 
 def test_the_same_seed_gives_the_same_text_also_with_more_samples(model):
@@ -76,37 +66,32 @@ def test_temperature_0_takes_the_most_probable_token(model):
 def test_a_stream_has_no_half_characters(model, monkeypatch):
     text = "é漢\ufffd🙂x"
     tokens = model.encoding.encode_ordinary(text + "字")[:-1]  # the last character is not complete
-    assert len(tokens) > len(text) + 1
     monkeypatch.setattr(generation, "generate_tokens", lambda *_: ([token] for token in tokens))
     pieces = [piece for (piece,) in model.stream("")]
-    assert "".join(pieces) == text
     assert [piece for piece in pieces if piece] == ["é", "漢", "\ufffd🙂", "x"]
 
 
 @pytest.mark.parametrize("documents", [TEXTS, TEXTS[:1]])
 def test_a_score_is_what_the_pipeline_measures(model, tmp_path, documents):
     split = save_split(tmp_path / "val.tokens", model.encoding, documents)
-    totals = evaluate(model.language_model, split, model.encoding, LIKELIHOOD)
+    likelihood = Likelihood(window=8, batch_size=api.BATCH_SIZE, own_context=16, stride_share=0.25)
+    totals = evaluate(model.language_model, split, model.encoding, likelihood)
     expected = figures(totals.nats, totals)
-    found = model.score(documents if len(documents) > 1 else documents[0], likelihood=LIKELIHOOD)
+    found = model.score(documents if len(documents) > 1 else documents[0], window=8)
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert getattr(found, name) == expected[name]["value"]
         if len(documents) > 1:
             assert found.intervals[name] == (expected[name]["low"], expected[name]["high"])
     assert (found.documents, found.bytes) == (len(documents), sum(len(text.encode()) for text in documents))
-    if len(documents) == 1:  # no variance
-        assert found.intervals == {}
+    assert bool(found.intervals) == (len(documents) > 1)  # one document has no variance
 
 
 def test_the_window_fits_the_model_and_the_defaults_are_those_of_params_yaml(model):
     assert model.score("the cat " * 20).window == 16
-    params = load_params(ROOT / "params.yaml").evaluation
-    text = params.text
+    text = load_params(ROOT / "params.yaml").evaluation.text
     defaults = inspect.signature(model.stream).parameters
     for name in ("temperature", "top_k", "seed"):
         assert defaults[name].default == getattr(text, name)
-    changed = api.default_likelihood([model], params.likelihood)
-    assert (changed.window, changed.document_tokens, changed.views) == (16, None, ())  # all of the text
 
 
 def test_an_exported_model_needs_no_project(model, tmp_path, monkeypatch):
@@ -144,14 +129,12 @@ def test_a_baseline_is_named_as_in_params_yaml(project, tmp_path):
         ("", lambda: compactgpt.load("nix"), MissingInput, "no model 'nix': .*no such file here"),
         ("", lambda: compactgpt.load("data"), MissingInput, "data has no model"),
         ("", lambda: compactgpt.load("models:/nix@champion"), MissingInput, r"no mlflow\.db here"),
-        ("", lambda: compactgpt.load("models:/"), MissingInput, "no model 'models:/'"),
         ("no tokenizer", lambda: compactgpt.load(), MissingInput, "no tokenizer in data/tokenizer"),
         ("other tokenizer", lambda: compactgpt.load(), BadData, "was trained with"),
         ("", lambda: compactgpt.load().score(""), BadData, "empty"),
         ("", lambda: compactgpt.load().score("\ud800"), BadData, "UTF-8"),
         ("", lambda: compactgpt.load().generate("\ud800"), BadData, "UTF-8"),
         ("", lambda: compactgpt.load().generate("x", top_k=0), BadConfig, "must be at least 1"),
-        ("", lambda: compactgpt.load().generate("x", temperature=-1), BadConfig, "temperature at least 0"),
     ],
 )
 def test_a_mistake_is_a_user_error(project, monkeypatch, change, call, error, message):

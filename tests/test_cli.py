@@ -119,15 +119,6 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     assert run("evaluate", "-", input="the cat").stdout == single.stdout
 
 
-def test_evaluate_cuts_a_file_into_documents_as_the_pipeline_does(project):
-    shutil.copy(ROOT / "params.yaml", project)
-    (project / "a.txt").write_text("the cat\n\nin the hat\n\nthen")
-    found = json.loads(run("evaluate", "a.txt", "--split", "blank-lines", "--json").stdout)["models/compact"]
-    expected = compactgpt.load().score(["the cat", "in the hat", "then"])
-    assert (found["loss"], found["documents"]) == (expected.loss, 3)
-    assert "'blank-lines'" in run("evaluate", "a.txt", "--split", "words").output
-
-
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [

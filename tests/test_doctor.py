@@ -16,24 +16,22 @@ from compactgpt import doctor
 from compactgpt.cli import app
 from compactgpt.config import load_params
 from compactgpt.forecast.estimate import training_minutes
-from tests.support.dvc_projects import git_repository
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A repository with the project's params.yaml and experiments, and an empty cache of the hub."""
-    folder = git_repository(tmp_path / "project", {})
-    shutil.copyfile(ROOT / "params.yaml", folder / "params.yaml")
-    shutil.copytree(ROOT / "conf", folder / "conf")
-    (folder / "reports").mkdir()
-    (folder / "reports/tokenization.json").write_text('{"val": {"documents": 100, "tokens": 90000}}')
-    monkeypatch.chdir(folder)
+    """A folder with the project's params.yaml and experiments, and an empty cache of the hub."""
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/tokenization.json").write_text('{"val": {"documents": 100, "tokens": 90000}}')
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(doctor, "measure_flops", lambda: 1e11)
-    return folder
+    return tmp_path
 
 
 def run(*options):
@@ -43,13 +41,15 @@ def run(*options):
 
 
 def test_the_screen_answers_each_question(project):
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("    gpt2:\n", "    gpt-2:\n"))
     lines = {line[2:].split("  ")[0]: line for line in run().splitlines() if line.startswith("  ")}
     assert f"{len(os.sched_getaffinity(0))} cores usable" in lines["processor"]
     assert "100 GFLOP/s" in lines["speed"]
     assert "not asked: HF_HUB_OFFLINE is set" in lines["hub"]
     assert "sqlite:///mlflow.db" in lines["MLflow"]
-    assert {"memory", "disk", "GPU", "git", "DVC", "zstd", "gpt2-xl"} <= lines.keys()
-    assert {"make repro", "experiment run gpt2", "experiment run note"} <= lines.keys()
+    assert {"memory", "disk", "GPU", "zstd", "gpt2-xl", "make repro", "experiment run note"} <= lines.keys()
+    assert "names ['gpt2'] have no entry in specs" in lines["experiment run gpt2"]  # in place of a time
     assert len(lines) < 40
 
 
@@ -65,15 +65,6 @@ def test_baselines_say_what_they_need_and_times_are_those_of_the_forecast(projec
     assert minutes[gguf] == pytest.approx(2 * 135e6 * 100 * 512 * 2 / 6e10 / 60)
     tasks = found["minutes"]["experiment run gpt2"]  # also LAMBADA and WikiText-2, which are longer than val
     assert tasks["gpt2"] > 1e6 * 2 * 124e6 / 6e10 / 60
-    assert tasks[gguf] > 10 * minutes[gguf]
-    assert found["minutes"]["experiment run note"]["training"] > 1000 * minutes["training"]
-
-
-def test_an_experiment_that_cannot_run_has_the_reason_instead_of_a_time(project):
-    text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("    gpt2:\n", "    gpt-2:\n"))
-    line = next(line for line in run().splitlines() if line.startswith("  experiment run gpt2"))
-    assert "names ['gpt2'] have no entry in specs" in line
 
 
 def test_servers_that_never_answer_and_wrong_addresses_delay_nothing(project, monkeypatch):
@@ -83,10 +74,10 @@ def test_servers_that_never_answer_and_wrong_addresses_delay_nothing(project, mo
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         monkeypatch.setenv("HF_ENDPOINT", address)
         begin = time.monotonic()
-        found = json.loads(run("--json"))
+        machine = json.loads(run("--json"))["machine"]
         assert time.monotonic() - begin < 8
-    assert "answer" in found["machine"]["MLflow"]
-    assert "answers" not in found["machine"]["hub"]
+    assert "does not answer (" in machine["MLflow"]
+    assert "does not answer (" in machine["hub"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     assert "MLFLOW_TRACKING_URI is" in json.loads(run("--json"))["machine"]["MLflow"]
 

@@ -1,6 +1,5 @@
 """`compactgpt init-corpus` proposes values with which the pipeline accepts the user's own text."""
 
-import fcntl
 import gzip
 import json
 import random
@@ -14,7 +13,7 @@ from typer.testing import CliRunner
 from compactgpt import init_corpus
 from compactgpt.cli import app
 from compactgpt.common.console import silent
-from compactgpt.common.errors import BadConfig, BadData, Busy, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import load_params
 from compactgpt.data.inspection import inspect
 from compactgpt.data.sources import Limits, collect
@@ -39,7 +38,7 @@ def project(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "conf", folder / "conf")
     monkeypatch.chdir(folder)
 
-    def add(words, environment):
+    def add(words):
         source, target = Path(words[2]), Path(words[4])
         (partial(shutil.copytree, dirs_exist_ok=True) if source.is_dir() else shutil.copyfile)(source, target)
         Path(f"{target}.dvc").write_text("")
@@ -78,7 +77,6 @@ KINDS = {
     "rows": {"rows.jsonl": rows(2000, 80)},
     "short rows": {"rows.jsonl": rows(2000, 5)},
     "Chinese notes": notes([chr(0x4E00 + n) for n in range(1000)]),
-    "notes of numbers": notes([f"{n}, a " for n in range(1000)]),
 }
 
 
@@ -108,7 +106,6 @@ def propose(*paths):
         ("rows", "hash", 20),
         ("short rows", "hash", 20),
         ("Chinese notes", "tail", 4),
-        ("notes of numbers", "tail", 4),
     ],
 )
 def test_the_data_stages_accept_the_text_with_the_proposed_values(
@@ -130,7 +127,7 @@ def test_the_data_stages_accept_the_text_with_the_proposed_values(
         Path("tokens"),
         params.tokenization,
         num_workers=1,
-        state=tmp_path / "state",
+        state=Path("state"),
     )
     report = inspect(Path("documents"), Path("tokens"), Path("docs"), params.inspection, num_workers=1)
     assert report["success"], [each["advice"] for each in report["expectations"] if not each["success"]]
@@ -159,12 +156,10 @@ def test_the_time_or_the_steps_are_as_asked_and_intervals_fit_them(project, tmp_
 
 def test_no_value_of_an_earlier_corpus_stays(project, tmp_path):
     found = []
-    for kind in ("rows", "Chinese notes", "a short story", "rows"):
-        plan = propose(write(tmp_path, KINDS[kind]))
-        init_corpus.apply_plan(plan, Path("params.yaml"))
+    for kind in ("rows", "Chinese notes", "rows"):
+        run("init-corpus", write(tmp_path, KINDS[kind]), "--yes")
         found.append(load_params(Path("params.yaml")))
-    assert found[0] == found[3]
-    assert len({*map(repr, found)}) == 3
+    assert found[0] == found[2] != found[1]
 
 
 def test_an_experiment_takes_a_corpus(project, tmp_path):
@@ -180,33 +175,15 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path
     output = run("init-corpus", write(tmp_path, KINDS["rows"]))
     assert "found 2,000 documents\n" in output
     assert "training alone: " in output
-    assert "after the training: evaluation and baselines, mostly smollm2-135m-instruct-q4: for a" in output
     assert "download.corpus: 'docstrings' -> 'files'" in output
     assert output.endswith("nothing was changed; next: the same command with --yes\n")
     assert Path("params.yaml").read_bytes() == before
     assert [*Path("corpus").iterdir()] == []
 
 
-def test_nothing_is_changed_while_a_stage_runs(project, tmp_path):
-    before, locks = Path("params.yaml").read_bytes(), Path(".state/locks")
-    locks.mkdir(parents=True)
-    plan = propose(write(tmp_path, KINDS["rows"]))
-    with open(locks / "baseline@xz.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Busy, match="stage baseline@xz is running here"):
-            init_corpus.apply_plan(plan, Path("params.yaml"))
-    assert Path("params.yaml").read_bytes() == before
-    assert [*Path("corpus").iterdir()] == []
-
-
 @pytest.mark.parametrize(
     ("name", "target"),
-    [
-        ("mein Täxt 😀.txt", "mein Täxt 😀.txt"),
-        ("enwik8", "enwik8.txt"),
-        ("a.log", "a.log.txt"),
-        ("b.gz", "b.txt.gz"),
-    ],
+    [("mein Täxt 😀.txt", "mein Täxt 😀.txt"), ("enwik8", "enwik8.txt"), ("b.gz", "b.txt.gz")],
 )
 def test_text_is_copied_to_corpus_with_a_suffix_that_is_read(project, tmp_path, name, target):
     text = speeches(300).encode()
@@ -248,7 +225,7 @@ STORY = speeches(300)
 @pytest.mark.parametrize(
     ("files", "paths", "error", "message"),
     [
-        ({"one.txt": "Short."}, ["one.txt"], BadData, "found 1 document, but train and val need 10: add"),
+        ({"one.txt": "Short."}, ["one.txt"], BadData, "documents: found 1, but train and val need 10: add"),
         ({"a/b.txt": STORY, "b.txt": STORY}, ["a/b.txt", "b.txt"], BadConfig, "would be the same file"),
         (
             {"b.txt": STORY, "project/corpus/b.txt": "Another."},

@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # tokens; `score` uses the model's context, but not more than these tokens
+LONGEST_WINDOW = 1024  # tokens
 BATCH_SIZE = 16
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
@@ -53,10 +53,10 @@ class Score:
     perplexity: float | None  # per token; None if it is too large for a float
     bits_per_byte: float
     # The 95 % interval of each of the three figures, by name; empty if the text is a single document.
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]]
 
     def __str__(self) -> str:
-        """Describe the score in one line."""
+        """Return the score on one line."""
         perplexity = "too large" if self.perplexity is None else f"{self.perplexity:,.2f}"
         return (
             f"{self.loss:.3f} nats per token, perplexity {perplexity}, "
@@ -71,6 +71,12 @@ class Model:
     name: str
     language_model: LanguageModel
     encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens `score` counts
+
+    @property
+    def window(self) -> int:
+        """The number of tokens of context that `score` uses: the model's context, at most LONGEST_WINDOW."""
+        model = self.language_model
+        return min(LONGEST_WINDOW, model.block_size) if isinstance(model, NeuralModel) else LONGEST_WINDOW
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Return a continuation of a prompt, without the prompt. The options are those of `stream`."""
@@ -88,19 +94,9 @@ class Model:
     ) -> Iterator[list[str]]:
         """Return an iterator over the steps of generation: the new text of each sample after each step.
 
-        A character is part of the new text only when all of its bytes are generated.
-
-        Args:
-            prompt: the text to continue. If it is empty, the model generates the start of a document.
-            num_samples: the number of continuations, which the model generates at the same time.
-            max_new_tokens: the maximum length of a continuation. It is shorter if the document ends before.
-            temperature: the logits are divided by this number. 0 selects the most probable token.
-            top_k: the number of most probable tokens from which each next token is drawn.
-            seed: the same seed and the same arguments give the same text.
-
-        Raises:
-            BadConfig: the model is not a neural model, or an option is too small.
-            BadData: the prompt can't be encoded as UTF-8.
+        A continuation has `max_new_tokens` tokens, or fewer if the model ends the document. Each token is
+        drawn from the `top_k` most probable ones, after the logits are divided by `temperature`; temperature
+        0 selects the most probable token. The same seed and arguments give the same text.
         """
         from compactgpt.evaluation import generation
 
@@ -128,28 +124,16 @@ class Model:
         return _new_texts(steps, num_samples, end, model.codec.decode)
 
     def score(
-        self,
-        text: str | Sequence[str],
-        *,
-        likelihood: config.Likelihood | None = None,
-        progress: Progress = silent,
+        self, text: str | Sequence[str], *, window: int | None = None, progress: Progress = silent
     ) -> Score:
-        """Return loss, perplexity and bits per byte of a text.
-
-        Args:
-            text: one document, or a list of documents.
-            likelihood: the section `evaluation.likelihood` of params.yaml. By default, a window has as many
-                tokens as the model's context, at most LONGEST_WINDOW.
-            progress: called after each step.
-
-        Raises:
-            BadData: the text is empty, or can't be encoded as UTF-8.
-            NotFinite: the model assigns probability 0 to a document.
-        """
+        """Return loss, perplexity and bits per byte of one document or of a list of documents."""
         from compactgpt.evaluation.likelihood import evaluate
         from compactgpt.evaluation.totals import figures
 
-        likelihood = likelihood or default_likelihood([self])
+        window = window or self.window
+        likelihood = config.Likelihood(
+            window=window, batch_size=BATCH_SIZE, own_context=window, stride_share=1.0
+        )
         split = _as_split([text] if isinstance(text, str) else text, self.encoding)
         totals = evaluate(self.language_model, split, self.encoding, likelihood, progress=progress)
         found = figures(totals.nats, totals)
@@ -159,7 +143,7 @@ class Model:
             documents=len(totals.ids),
             tokens=int(totals.tokens.sum()),
             bytes=int(totals.bytes.sum()),
-            window=likelihood.window,
+            window=window,
             **{"perplexity": None, **{name: found[name]["value"] for name in names}},
             intervals={name: (found[name]["low"], found[name]["high"]) for name in names if is_several},
         )
@@ -184,21 +168,12 @@ def _new_texts(
 def load(
     model: str | Path = MODEL, *, tokenizer: str | Path | None = None, params_file: str | Path = "params.yaml"
 ) -> Model:
-    """Load a model.
+    """Load a model from a folder, from MLflow, or by its name in `baseline.specs` of params.yaml.
 
-    Args:
-        model: a folder with a model of this project or a model in Hugging Face's format, a model in MLflow
-            (`models:/compactgpt@champion`, `runs:/RUN_ID/compact`), or a name from `baseline.specs`.
-        tokenizer: the folder of the project's tokenizer. By default, the first one that exists:
-            data/tokenizer of the model's project, data/tokenizer of the current folder, or the GPT-2
-            tokenizer in the model's folder.
-        params_file: the file with `baseline.specs`. Only a name needs it.
-
-    Raises:
-        MissingInput: the model, its tokenizer or the file of parameters is missing.
-        BadConfig: the file of parameters is not valid, or the model's logits can't be computed here.
-        BadData: a file of the model is damaged, or the model was trained with another tokenizer.
-        Unreachable: the MLflow server or the hub does not answer.
+    A folder has a model of this project, or a model in Hugging Face's format. A model in MLflow is named as
+    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. `tokenizer` is the folder of the project's
+    tokenizer. By default, the first one that exists is used: data/tokenizer of the model's project,
+    data/tokenizer of the current folder, or the GPT-2 tokenizer in the model's folder.
     """
     name, folder = str(model), Path(model).expanduser()
     if _IN_MLFLOW.fullmatch(name):
@@ -208,25 +183,22 @@ def load(
             return _load_folder(name, download_model(name, Path(scratch)), tokenizer)
     if folder.is_dir():
         return _load_folder(name, folder, tokenizer)
-    known: list[str] = []
-    if Path(params_file).exists():
-        params = config.load_params(Path(params_file))
-        known = sorted(params.baseline.specs)
-        if name in known:
-            from compactgpt.evaluation.baselines import load_baseline
-
-            inputs = _inputs(_load_tokenizer(tokenizer), params.runtime)
-            return Model(name, load_baseline(name, params.baseline, inputs), inputs.encoding)
     if name == MODEL:
         raise MissingInput(f"there is no model in {MODEL} yet: `make repro` trains it")
-    raise MissingInput(
-        f"there is no model {name!r}: give a folder, a model in MLflow (models:/compactgpt@champion), or a "
-        f"name from baseline.specs in {params_file} ({', '.join(known) or 'no such file here'})"
-    )
+    params = config.load_params(Path(params_file)) if Path(params_file).exists() else None
+    known = sorted(params.baseline.specs) if params else []
+    if params is None or name not in known:
+        raise MissingInput(
+            f"there is no model {name!r}: give a folder, a model in MLflow (models:/compactgpt@champion), or "
+            f"a name from baseline.specs in {params_file} ({', '.join(known) or 'no such file here'})"
+        )
+    from compactgpt.evaluation.baselines import load_baseline
+
+    inputs = _inputs(_load_tokenizer(tokenizer), params.runtime)
+    return Model(name, load_baseline(name, params.baseline, inputs), inputs.encoding)
 
 
 def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model:
-    """Load a model from a folder: a model of this project, or a model in Hugging Face's format."""
     if (folder / MANIFEST).exists() and read_manifest(folder).get("kind") == "model":
         from compactgpt.evaluation.compact import load_compact
 
@@ -260,10 +232,8 @@ def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tik
     """Load the project's tokenizer; `load` describes where it is. `model` is the model's folder, if any."""
     if given is not None:
         return load_encoding(Path(given).expanduser())
-    folders = [Path(TOKENIZER)]
-    if model is not None:
-        folders.insert(0, model.absolute().parent.parent / TOKENIZER)  # the model is in models/compact
-    for folder in folders:
+    project = Path() if model is None else model.absolute().parent.parent  # the model is in models/compact
+    for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():
             return load_encoding(folder)
     if model is not None and (model / "vocab.json").exists() and (model / "merges.txt").exists():
@@ -274,20 +244,6 @@ def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tik
     raise MissingInput(
         f"there is no tokenizer in {TOKENIZER}: run `dvc repro download`, or give the folder of a tokenizer"
     )
-
-
-def default_likelihood(
-    models: Sequence[Model], settings: config.Likelihood | None = None
-) -> config.Likelihood:
-    """Return settings for measuring all of the models: the window is not longer than any model's context."""
-    neural = (model.language_model for model in models)
-    contexts = [model.block_size for model in neural if isinstance(model, NeuralModel)]
-    if settings is None:
-        settings = config.Likelihood(
-            window=LONGEST_WINDOW, batch_size=BATCH_SIZE, own_context=LONGEST_WINDOW, stride_share=0.5,
-        )  # fmt: skip
-    window = min([settings.window, *contexts])
-    return settings.model_copy(update={"window": window, "views": (), "document_tokens": None})
 
 
 def _to_utf8(text: str) -> bytes:

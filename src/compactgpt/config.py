@@ -10,16 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from compactgpt.common.sections import Name, Section, check_section, load_section
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # torch and numpy read a seed as a signed number of 64 bits
-PositiveFloat = Annotated[float, Field(gt=0)]
 Loss = Annotated[float, Field(gt=0, lt=700)]  # nats per token; exp(710) is too large for a float
-NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -48,32 +44,34 @@ def _check_glob(pattern: str) -> str:
     return pattern
 
 
-FileGlob = Annotated[str, AfterValidator(_check_glob)]
-
-
-def _regex_mistakes(key: str, pattern: str | None) -> Iterator[str]:
+def _check_regex(pattern: str) -> str:
     try:
-        re.compile(pattern or "")
+        re.compile(pattern)
     except re.error as error:
-        yield f"{key} is not a valid regular expression ({error})"
+        raise ValueError(f"is not a valid regular expression ({error})") from error
+    return pattern
+
+
+FileGlob = Annotated[str, AfterValidator(_check_glob)]
+Regex = Annotated[NonEmpty, AfterValidator(_check_regex)]
 
 
 class Runtime(Section):
     """The device, the numbers of threads and processes, and how often training reports."""
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    num_threads: Positive
-    num_workers: Positive
-    log_interval: Positive = 10
-    sample_interval: Count = 0
+    num_threads: PositiveInt
+    num_workers: PositiveInt
+    log_interval: PositiveInt = 10
+    sample_interval: NonNegativeInt = 0
     sample_prompt: str = ""
 
 
 class Lengths(Section):
     """The allowed lengths of a document."""
 
-    min_characters: Count
-    max_characters: Positive
+    min_characters: NonNegativeInt
+    max_characters: PositiveInt
 
     def _mistakes(self) -> Iterator[str]:
         low, high = self.min_characters, self.max_characters
@@ -95,17 +93,16 @@ class Files(Section):
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
     text_column: NonEmpty
     split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
-    heading: NonEmpty | None
-    split_characters: Positive
-    split_over_characters: Positive
-    max_decompressed_megabytes: Positive
-    max_decompression_ratio: Positive
-    min_free_disk_megabytes: Count
+    heading: Regex | None
+    split_characters: PositiveInt
+    split_over_characters: PositiveInt
+    max_decompressed_megabytes: PositiveInt
+    max_decompression_ratio: PositiveInt
+    min_free_disk_megabytes: NonNegativeInt
 
     def _mistakes(self) -> Iterator[str]:
         if self.split == "heading" and self.heading is None:
             yield "split is heading: write the regular expression of a heading line into heading"
-        yield from _regex_mistakes("heading", self.heading)
 
 
 class HubSet(Section):
@@ -118,9 +115,9 @@ class HubSet(Section):
     revision: HubCommit | Literal["refs/convert/parquet"] | None
     licence: str
     sha256: Sha256 | None = None
-    opens_document: str | None = None
+    opens_document: Regex | None = None
     separator: NonEmpty | None = None
-    join_characters: Positive | None = None
+    join_characters: PositiveInt | None = None
     file: UserPath | None = None
     file_url: NonEmpty | None = None
 
@@ -131,7 +128,6 @@ class HubSet(Section):
             yield "join_characters joins the parts that separator cuts: give a separator, too"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
             yield "revision is a branch, which moves: give the sha256 of the text, or a commit"
-        yield from _regex_mistakes("opens_document", self.opens_document)
         if (self.file is None) != (self.file_url is None):
             yield "file and file_url: give both, or none of the two"
 
@@ -162,9 +158,9 @@ class Download(Section):
     """The sources of the corpus and of the tokenizer."""
 
     corpus: Literal["docstrings", "files", "hub"]
-    max_documents: Positive | None
-    max_bytes: Positive | None
-    shard_megabytes: Positive
+    max_documents: PositiveInt | None
+    max_bytes: PositiveInt | None
+    shard_megabytes: PositiveInt
     max_document_megabytes: Annotated[int, Field(gt=0, le=1000)]
     max_row_megabytes: Annotated[int, Field(gt=0, le=1000)]
     docstrings: Docstrings
@@ -182,13 +178,13 @@ class Download(Section):
 class Validation(Lengths):
     """The limits that the Great Expectations suite checks for documents."""
 
-    min_documents: Positive
-    min_total_megabytes: NonNegative
+    min_documents: PositiveInt
+    min_total_megabytes: NonNegativeFloat
     min_letter_share: Share
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
-    max_rows: Positive
+    max_rows: PositiveInt
 
 
 class Tokenization(Section):
@@ -203,19 +199,19 @@ class Tokenization(Section):
 class Inspection(Section):
     """The limits that the Great Expectations suite checks for token files, and for repeated text."""
 
-    min_val_documents: Positive
+    min_val_documents: PositiveInt
     max_val_deviation: PositiveFloat
-    shingle_words: Positive
-    permutations: Positive
-    bands: Positive
+    shingle_words: PositiveInt
+    permutations: PositiveInt
+    bands: PositiveInt
     seed: Seed
     similarity: PositiveShare
-    overlap_words: Positive
+    overlap_words: PositiveInt
     flagged_overlap: Share
     leaked_overlap: PositiveShare
     max_leaked_share: Share
     max_repeated_share: Share
-    max_listed: Count
+    max_listed: NonNegativeInt
 
     def _mistakes(self) -> Iterator[str]:
         if self.permutations % self.bands:
@@ -225,12 +221,12 @@ class Inspection(Section):
 class Model(Section):
     """The shape of a GPT: the values of nanoGPT's GPTConfig, and the size of the padded vocabulary."""
 
-    block_size: Positive
-    n_layer: Positive
-    n_head: Positive
-    n_embd: Positive
-    vocab_size: Positive
-    padded_vocab_size: Positive
+    block_size: PositiveInt
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]  # a token id has 32 bits at most
+    padded_vocab_size: PositiveInt
     bias: bool
     dropout: ShareBelowOne
     gelu: Literal["erf", "tanh"] = "erf"
@@ -241,17 +237,15 @@ class Model(Section):
         real, padded = self.vocab_size, self.padded_vocab_size
         if padded < real:
             yield f"padded_vocab_size ({padded}) must be at least vocab_size ({real})"
-        if real > 2**32:
-            yield f"vocab_size ({real}) must fit uint32 token ids"
 
 
 class Launcher(Section):
     """The number of processes that train one model on this machine, and how they divide the work."""
 
-    processes: Positive = 1
+    processes: PositiveInt = 1
     mode: Literal["fast", "fsdp"] = "fast"
-    max_restarts: Count = 3
-    timeout_seconds: Positive = 600
+    max_restarts: NonNegativeInt = 3
+    timeout_seconds: PositiveInt = 600
 
 
 class Training(Section):
@@ -262,29 +256,29 @@ class Training(Section):
     init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
     dtype: Literal["float32", "tfloat32", "bfloat16"] = "float32"
     compile: bool = False
-    max_steps: Positive
-    tokens_per_step: Positive
-    micro_batch_size: Positive
+    max_steps: PositiveInt
+    tokens_per_step: PositiveInt
+    micro_batch_size: PositiveInt
     optimizer: Literal["adamw", "muon"]
     learning_rate: PositiveFloat
     embedding_learning_rate: PositiveFloat
     muon_learning_rate: PositiveFloat
     min_lr_ratio: Share
     schedule: Literal["cosine", "linear", "wsd", "constant"]
-    warmup_steps: Count
+    warmup_steps: NonNegativeInt
     decay_share: Share
-    weight_decay: NonNegative
+    weight_decay: NonNegativeFloat
     beta1: ShareBelowOne
     beta2: ShareBelowOne
-    grad_clip: NonNegative
-    eval_interval: Positive
-    eval_windows: Positive
-    checkpoint_interval: Positive
+    grad_clip: NonNegativeFloat
+    eval_interval: PositiveInt
+    eval_windows: PositiveInt
+    checkpoint_interval: PositiveInt
     head: Literal["full", "sampled"] = "full"
-    sample_tokens: Positive = 4096
+    sample_tokens: PositiveInt = 4096
     sample_power: Share = 0.75
-    init_unigram: NonNegative = 0.0
-    init_positions: NonNegative = 0.0
+    init_unigram: NonNegativeFloat = 0.0
+    init_positions: NonNegativeFloat = 0.0
     position_learning_rate: PositiveFloat | None = None
     launcher: Launcher = Launcher()
 
@@ -303,11 +297,11 @@ class Training(Section):
 class Likelihood(Section):
     """How every model is measured on the val split. If a value changes, every baseline is measured again."""
 
-    document_tokens: Positive | None = None  # tokens of each document that are scored; None: all
-    window: Positive
+    document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
+    window: PositiveInt
     views: tuple[View, ...] = ()  # of every neural model, in addition to the matched windows
-    batch_size: Positive
-    own_context: Positive
+    batch_size: PositiveInt
+    own_context: PositiveInt
     stride_share: PositiveShare
 
 
@@ -329,13 +323,13 @@ class Source(Section):
 class Tasks(Section):
     """Tasks for every neural model: each question has one correct answer."""
 
-    cloze_items: Count
-    cloze_characters: Positive
+    cloze_items: NonNegativeInt
+    cloze_characters: PositiveInt
     lambada: Source | None = None
     lambada_original: Source | None = None
     wikitext: dict[Name, Source]
-    wikitext_context: Positive
-    wikitext_stride: Positive
+    wikitext_context: PositiveInt
+    wikitext_stride: PositiveInt
 
 
 class Text(Section):
@@ -343,12 +337,12 @@ class Text(Section):
 
     prompts: tuple[str, ...]
     documents: Annotated[int, Field(ge=2)]
-    prompt_tokens: Positive
+    prompt_tokens: PositiveInt
     max_new_tokens: Annotated[int, Field(ge=5)]
     temperature: PositiveFloat
-    top_k: Positive
+    top_k: PositiveInt
     top_p: PositiveShare
-    batch_size: Positive
+    batch_size: PositiveInt
     seed: Seed
 
 
@@ -360,25 +354,21 @@ class Evaluation(Section):
     text: Text
 
 
-class _Spec(Section):
-    """The keys that every kind of baseline has."""
-
-    label: str = ""  # the name in tables; empty: the key in `specs`
-
-
-class Unigram(_Spec):
+class Unigram(Section):
     """A model that knows only the token frequencies of the train split."""
 
+    label: str = ""  # of every kind of baseline: the name in tables; empty: the key in `specs`
     kind: Literal["unigram"]
 
 
-class Compressor(_Spec):
+class Compressor(Section):
     """A general-purpose compressor."""
 
+    label: str = ""
     kind: Literal["compressor"]
     codec: Literal["xz", "zstd"]
-    level: Positive
-    train_megabytes: Count
+    level: PositiveInt
+    train_megabytes: NonNegativeInt
 
     def _mistakes(self) -> Iterator[str]:
         highest = {"xz": 9, "zstd": 22}[self.codec]
@@ -388,34 +378,38 @@ class Compressor(_Spec):
             yield "train_megabytes must be 0 for xz, which takes no dictionary; zstd does"
 
 
-class Ngram(_Spec):
+class Ngram(Section):
     """An n-gram model of the training split."""
 
+    label: str = ""
     kind: Literal["ngram"]
     order: Annotated[int, Field(ge=3, le=5)]
-    train_tokens: Positive  # at most this many, from the start of the split
+    train_tokens: PositiveInt  # at most this many, from the start of the split
 
 
-class Gguf(_Spec):
+class Gguf(Section):
     """A GGUF file inside a wheel of the package index."""
 
+    label: str = ""
     kind: Literal["gguf"]
     wheel: Wheel
     file: str
     sha256: Sha256
 
 
-class Folder(_Spec):
+class Folder(Section):
     """A causal language model in Hugging Face's format in a local folder, with safetensors weights."""
 
+    label: str = ""
     kind: Literal["folder"]
     path: UserPath
     sha256: Sha256 | None = None  # of its files; without it the stage stops and prints it
 
 
-class Hub(_Spec):
+class Hub(Section):
     """A causal language model on the Hugging Face hub at a commit, with safetensors weights."""
 
+    label: str = ""
     kind: Literal["hub"]
     repo: HubRepository
     revision: HubCommit
@@ -431,8 +425,7 @@ class Baseline(Section):
     specs: dict[Name, BaselineSpec]
 
     def _mistakes(self) -> Iterator[str]:
-        missing = [name for name in self.names if name not in self.specs]
-        if missing:
+        if missing := [name for name in self.names if name not in self.specs]:
             yield f"names {missing} have no entry in specs; it has {sorted(self.specs)}"
         if len(set(self.names)) != len(self.names):
             yield f"names {list(self.names)} must be different from each other"
@@ -457,10 +450,10 @@ class ExpectedLoss(Section):
 class NoteRun(Model):
     """The configuration that the note describes."""
 
-    max_steps: Positive
-    tokens_per_step: Positive
-    micro_batch_size: Positive
-    corpus_tokens: Positive
+    max_steps: PositiveInt
+    tokens_per_step: PositiveInt
+    micro_batch_size: PositiveInt
+    corpus_tokens: PositiveInt
     hand_set_loss: ExpectedLoss
 
 
@@ -476,10 +469,10 @@ class Anchor(Section):
     """A reference run: its size, budget and measured loss."""
 
     name: Name
-    num_params: Positive
-    num_params_non_embedding: Positive
-    max_steps: Positive
-    tokens_per_step: Positive
+    num_params: PositiveInt
+    num_params_non_embedding: PositiveInt
+    max_steps: PositiveInt
+    tokens_per_step: PositiveInt
     optimizer: Literal["adamw", "muon"]
     loss: PositiveFloat
     corpus: str
@@ -491,7 +484,7 @@ class Estimate(Section):
     """The configuration, the machines and the reference runs of the estimate."""
 
     note: NoteRun
-    corpus_tokens: dict[Name, Positive] = Field(default_factory=dict)
+    corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)
     utilisation_of_products: PositiveShare = 0.6
     machines: Annotated[dict[Name, Machine], Field(min_length=1)]
     anchors: Annotated[tuple[Anchor, ...], Field(min_length=1)]
@@ -507,11 +500,11 @@ class Regression(Section):
     """The limits of the gate: how much worse a metric may become. No output of a stage depends on them."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
-    fallback_noise: NonNegative
-    max_documents: Positive
-    max_baseline_change: NonNegative
+    fallback_noise: NonNegativeFloat
+    max_documents: PositiveInt
+    max_baseline_change: NonNegativeFloat
     min_throughput_ratio: PositiveFloat
-    tolerances: Annotated[dict[GateMetric, NonNegative], Field(min_length=1)]
+    tolerances: Annotated[dict[GateMetric, NonNegativeFloat], Field(min_length=1)]
 
 
 class Params(Section):

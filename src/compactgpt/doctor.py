@@ -1,28 +1,25 @@
-"""Report what this machine can do: hardware, hub, stores, baselines, and how long the pipeline takes.
+"""Report what this machine can do: hardware, hub, MLflow's store, baselines, and how long the pipeline takes.
 
-The hub and a tracking server are asked at the same time, for at most `WAIT_SECONDS`. Times are estimated from
-the speed of matrix products on this processor, which is measured for a second.
+Times are estimated from the speed of matrix products on this processor, which is measured for a second.
 """
 
 import os
 import re
 import shutil
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import UserError
-from compactgpt.common.git import git_text
 from compactgpt.common.storage import read_json
 from compactgpt.config import BaselineSpec, Folder, Gguf, Hub, Params, load_params
 from compactgpt.data.hub import cached_model
-from compactgpt.experiments import configurations, dvc_environment
+from compactgpt.experiments import configurations
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
-from compactgpt.tracking import dvc_files, state_folder
+from compactgpt.tracking import state_folder
 from compactgpt.tracking.journal import machine_facts, tracking_store
 
 WAIT_SECONDS = 2.0
@@ -36,36 +33,28 @@ WIKITEXT_TOKENS = 290_000  # the same of WikiText-2's
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
-    Returns:
-        `machine` (name -> text), `baselines` of baseline.names and `other_baselines` (name -> what it needs),
-        and `minutes` (command -> minutes of each part on the processor, or why the command can't run).
-
-    Raises:
-        MissingInput, BadConfig: params.yaml is missing or not valid.
+    The keys are `machine` (name -> text), `baselines` of baseline.names and `other_baselines` (name -> what
+    it needs), and `minutes` (command -> minutes of each part on the processor, or why it can't run).
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     params = load_params(params_file)
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    store = _or_reason(lambda: tracking_store()["uri"])
-    servers = [] if HF_HUB_OFFLINE else [endpoint]
-    answers = _ask([*servers, *([f"{store}/health"] if store.startswith("http") else [])])
-    hub = answers.pop(endpoint, "not asked: HF_HUB_OFFLINE is set")
+    hub = "not asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _ask(endpoint)
     speed = measure_flops()
     baselines = {name: _readiness(spec, hub == "answers") for name, spec in params.baseline.specs.items()}
     minutes: dict[str, Any] = {"make repro": _minutes([params], speed)}
     for name in EXPERIMENTS:
-        minutes[f"experiment run {name}"] = _or_reason(
-            lambda name: _minutes(configurations(name, params_file), speed), name
-        )
+        try:
+            minutes[f"experiment run {name}"] = _minutes(configurations(name, params_file), speed)
+        except UserError as error:
+            minutes[f"experiment run {name}"] = " ".join(str(error).split())
     return {
         "machine": _hardware()
         | {
             "speed": f"{speed / 1e9:.0f} GFLOP/s in matrix products, measured now",
             "hub": f"{endpoint}: {hub}",
-            "git": _or_reason(_git),
-            "DVC": _or_reason(_dvc),
-            "MLflow": ": ".join([store, *answers.values()]),
+            "MLflow": _mlflow(),
         },
         "baselines": {name: baselines.pop(name) for name in params.baseline.names},
         "other_baselines": baselines,
@@ -75,13 +64,11 @@ def examine(params_file: Path) -> dict[str, Any]:
 
 def format_report(found: Mapping[str, Any]) -> str:
     """Return the result of `examine` as one screen of text."""
-    times = {}
-    for command, parts in found["minutes"].items():
-        if isinstance(parts, str):
-            times[command] = parts
-            continue
-        detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items())
-        times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
+    times = dict(found["minutes"])
+    for command, parts in times.items():
+        if not isinstance(parts, str):
+            detail = ", ".join(f"{name} {format_minutes(minutes)}" for name, minutes in parts.items())
+            times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
     groups = {
         "this machine": found["machine"],
         "baselines in baseline.names": found["baselines"],
@@ -95,37 +82,23 @@ def format_report(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _or_reason(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the result of a function, or the message of the error that it raises."""
+def _ask(address: str) -> str:
+    """Return whether the server at an address answers, with any status."""
     try:
-        return work(*arguments)
+        urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
+    except urllib.error.HTTPError:
+        return "answers"
+    except (OSError, ValueError) as error:
+        return f"does not answer ({getattr(error, 'reason', error)})"
+    return "answers"
+
+
+def _mlflow() -> str:
+    try:
+        store = str(tracking_store()["uri"])
     except UserError as error:
-        return " ".join(str(error).split())
-
-
-def _ask(addresses: Sequence[str]) -> dict[str, str]:
-    """Return for each address whether the server answers, with any status."""
-    found = dict.fromkeys(addresses, f"no answer within {WAIT_SECONDS:.0f} s")
-
-    def ask(address: str) -> None:
-        try:
-            urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
-            found[address] = "answers"
-        except urllib.error.HTTPError:
-            found[address] = "answers"
-        except (OSError, ValueError) as error:
-            found[address] = f"does not answer ({getattr(error, 'reason', error)})"
-
-    # A name server may take longer than the time-out, so that no thread is waited for longer.
-    threads = [threading.Thread(target=ask, args=[address], daemon=True) for address in addresses]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_SECONDS)
-    return dict(found)
-
-
-# --- the machine
+        return str(error)
+    return f"{store}: {_ask(f'{store}/health')}" if store.startswith("http") else store
 
 
 def _hardware() -> dict[str, str]:
@@ -157,21 +130,6 @@ def _gpu(version: str) -> str:
     return f"none: torch {version} finds no CUDA device; does `nvidia-smi` list one?"
 
 
-def _git() -> str:
-    changed = len(git_text(Path(), "status", "--porcelain").splitlines())
-    return f"commit {git_text(Path(), 'rev-parse', '--short', 'HEAD')}, {changed or 'no'} changed files"
-
-
-def _dvc() -> str:
-    dvc_environment()  # raises MissingInput without DVC
-    chain = dvc_files.read_chain(dvc_files.Folder(Path()))
-    have = sum(stage in chain.entries for stage in chain.stages)
-    return f"{metadata.version('dvc')}; dvc.lock has {have} of {len(chain.stages)} stages"
-
-
-# --- baselines
-
-
 def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
     """Return whether a baseline can run here, or what it needs."""
     if isinstance(spec, Hub):
@@ -191,9 +149,6 @@ def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
     if isinstance(spec, Folder) and not Path(spec.path).is_dir():
         return f"{spec.path} is not a folder: correct its path in params.yaml"
     return "ready"
-
-
-# --- times
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
@@ -220,13 +175,11 @@ def _measured_tokens(params: Params) -> float:
 
 
 def _num_params(name: str, params: Params) -> float:
-    """Return about how many parameters a neural baseline has; 0 for others, and if no name states it."""
-    spec = params.baseline.specs[name]
-    if spec.kind not in ("gguf", "folder", "hub"):
+    """Return about how many parameters a neural baseline has; 0 for others, and if its name does not say."""
+    if not isinstance(params.baseline.specs[name], Gguf | Folder | Hub):
         return 0.0
-    label = {"gguf": getattr(spec, "file", ""), "folder": name, "hub": getattr(spec, "repo", "")}[spec.kind]
     for anchor in params.estimate.anchors:
-        if anchor.name == label.rpartition("/")[2]:
+        if anchor.name == name:
             return float(anchor.num_params)
-    stated = re.search(r"(\d+(?:\.\d+)?)([MB])\b", label, re.IGNORECASE)
-    return float(stated[1]) * {"M": 1e6, "B": 1e9}[stated[2].upper()] if stated else 0.0
+    stated = re.search(r"(\d+)M\b", name, re.IGNORECASE)
+    return float(stated[1]) * 1e6 if stated else 0.0

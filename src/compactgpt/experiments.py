@@ -1,21 +1,19 @@
 """Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
 
 `conf/experiments/<name>.yaml` states the purpose of an experiment, what it needs and the values that it sets.
-`conf/parts/` has settings that several experiments share, such as those of a machine. The values of the demo
-are set first, so that the result does not depend on an experiment that was applied before. An experiment with
-a `sweep` has many runs: `evaluation.sweep_runs` trains them one after the other, and does not change
-params.yaml.
+`conf/parts/` has settings that several experiments share. The values of the demo are set first, so that the
+result does not depend on an experiment that was applied before. An experiment with a `sweep` has many runs:
+`evaluation.sweep_runs` trains them one after the other, and does not change params.yaml.
 """
 
 import copy
 import difflib
-import fcntl
 import io
-import itertools
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from compactgpt.common.errors import BadConfig, Busy, CheckFailed, MissingInput
-from compactgpt.common.git import require_repository, run_git
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput
+from compactgpt.common.git import require_repository
 from compactgpt.common.sections import YAML_ERRORS, Name, Section, load_section, parse_yaml, read_yaml
 from compactgpt.common.storage import write_text
 from compactgpt.config import Params, parse_params
@@ -96,9 +94,7 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
-    comparisons: tuple[
-        Comparison, ...
-    ] = ()  # which groups of runs are compared: of this sweep and of `seeds`
+    comparisons: tuple[Comparison, ...] = ()  # between groups of this sweep, and the sweep `seeds`
     texts: tuple[TextComparison, ...] = ()  # which metrics of the generated texts in reports/ are compared
 
     def _mistakes(self) -> Iterator[str]:
@@ -107,12 +103,7 @@ class Experiment(Part):
 
 
 def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
-    """Return every named experiment, by its name.
-
-    Raises:
-        MissingInput: the folder does not exist.
-        BadConfig: a file is not valid.
-    """
+    """Return every named experiment, by its name."""
     folder = conf / "experiments"
     if not folder.is_dir():
         raise MissingInput(f"{folder} is missing: run from the repository folder")
@@ -120,11 +111,7 @@ def load_experiments(conf: Path = CONF) -> dict[str, Experiment]:
 
 
 def find_experiment(name: str, conf: Path = CONF) -> Experiment:
-    """Return one experiment by its name.
-
-    Raises:
-        MissingInput, BadConfig: as `load_experiments`; BadConfig also if no experiment has this name.
-    """
+    """Return one experiment by its name; raises BadConfig if no experiment has this name."""
     known = load_experiments(conf)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -136,11 +123,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF) -> None:
-    """Set the values of the demo, of the experiment's parts and of the experiment in a tree of params.
-
-    Raises:
-        BadConfig, MissingInput: the experiment or one of its parts does not exist.
-    """
+    """Set the values of the demo, of the experiment's parts and of the experiment in a tree of params."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -166,10 +149,7 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
     """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
 
-    An unknown key is also set; `check_section` refuses it later.
-
-    Raises:
-        BadConfig: a setting has no `=`, or no valid YAML after it.
+    An unknown key is also set; `parse_params` refuses it later.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -190,83 +170,17 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
 
 
 def load_changed_params(params_file: Path, settings: Sequence[str]) -> Params:
-    """Return the configuration of params.yaml with `key=value` settings, without writing the file.
-
-    Raises:
-        MissingInput, BadConfig: a setting names an unknown key, or the result is not valid.
-    """
+    """Return the configuration of params.yaml with `key=value` settings, without writing the file."""
     tree = _read_tree(params_file)
     set_values(tree, settings)
     return parse_params(tree, " ".join([str(params_file), *(f"-S {setting}" for setting in settings)]))
 
 
 def _read_tree(params_file: Path) -> dict[str, Any]:
-    """Return the content of params.yaml; raise BadConfig if it is not a mapping."""
     tree: dict[str, Any] = read_yaml(params_file)
     if not isinstance(tree, dict):
-        parse_params(tree, str(params_file))
+        parse_params(tree, str(params_file))  # raises BadConfig
     return tree
-
-
-def list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return a line for each value that differs between two trees."""
-    lines = []
-    for key in dict.fromkeys([*after, *before]):
-        path = f"{prefix}{key}"
-        old, new = before.get(key), after.get(key)
-        if key not in after:
-            lines.append(f"{path}: {old!r} removed")
-        elif key not in before:
-            lines.append(f"{path}: {new!r} added")
-        elif isinstance(old, dict) and isinstance(new, dict):
-            lines += list_changes(old, new, f"{path}.")
-        elif old != new:
-            lines.append(f"{path}: {old!r} -> {new!r}")
-    return lines
-
-
-def apply(
-    name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
-) -> list[str]:
-    """Write the values of an experiment, and then `key=value` settings, into params.yaml.
-
-    Comments and layout do not change. Without `write`, the file does not change.
-
-    Returns:
-        A line for each value that changes.
-
-    Raises:
-        MissingInput, BadConfig: params.yaml is not valid before or after the change; nothing was written.
-        Busy: a stage runs; nothing was written.
-    """
-
-    def change(tree: dict[str, Any]) -> None:
-        set_experiment(tree, name, conf)
-        set_values(tree, settings)
-
-    content, changes = edit_params(params_file, change, f"params.yaml with {name}")
-    if write:
-        require_idle(params_file.parent)
-        if changes:
-            write_text(params_file, content)
-    return changes
-
-
-def require_idle(root: Path) -> None:
-    """Check that no stage of the project in the folder `root` runs; raise Busy if one holds its lock.
-
-    A stage that runs would read the changed params.yaml, or DVC would delete the outputs of that stage.
-    """
-    for path in sorted((root / ".state/locks").glob("*.lock")):
-        with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file is closed
-            except BlockingIOError as error:
-                file.seek(0)
-                raise Busy(
-                    f"stage {path.stem} is running here (process {file.read().strip() or 'unknown'}), and "
-                    "nothing was changed: wait for the pipeline to end, then run the same command again"
-                ) from error
 
 
 def edit_params(
@@ -275,14 +189,7 @@ def edit_params(
     """Return the text of params.yaml after a change of its tree, and a line for each value that differs.
 
     Nothing is written. Comments and layout do not change: the YAML library is that of `dvc exp run -S`.
-
-    Args:
-        params_file: the file.
-        change: changes the tree in place.
-        source: name of the changed file in messages.
-
-    Raises:
-        MissingInput, BadConfig: the file is not valid before or after the change.
+    `source` names the changed file in messages. Raises BadConfig if the file is not valid before or after.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -293,7 +200,41 @@ def edit_params(
     yaml.dump(tree, content)
     after = parse_yaml(content.getvalue())
     parse_params(after, source)
-    return content.getvalue(), list_changes(before, after)
+    return content.getvalue(), _list_changes(before, after)
+
+
+def _list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in dict.fromkeys([*after, *before]):
+        path = f"{prefix}{key}"
+        old, new = before.get(key), after.get(key)
+        if key not in after:
+            lines.append(f"{path}: {old!r} removed")
+        elif key not in before:
+            lines.append(f"{path}: {new!r} added")
+        elif isinstance(old, dict) and isinstance(new, dict):
+            lines += _list_changes(old, new, f"{path}.")
+        elif old != new:
+            lines.append(f"{path}: {old!r} -> {new!r}")
+    return lines
+
+
+def apply(
+    name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
+) -> list[str]:
+    """Write an experiment, and then `key=value` settings, into params.yaml; return a line per change.
+
+    Comments and layout do not change. Without `write`, the file does not change.
+    """
+
+    def change(tree: dict[str, Any]) -> None:
+        set_experiment(tree, name, conf)
+        set_values(tree, settings)
+
+    content, changes = edit_params(params_file, change, f"params.yaml with {name}")
+    if write and changes:
+        write_text(params_file, content)
+    return changes
 
 
 def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
@@ -309,21 +250,15 @@ def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: P
 def sweep_points(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
 ) -> list[SweepPoint]:
-    """Return the runs of a sweep, each with its configuration, without writing a file.
-
-    Raises:
-        BadConfig, MissingInput: a configuration is not valid.
-    """
-    experiment, points = find_experiment(name, conf), []
-    for group, sweep in experiment.sweep.items():
+    """Return the runs of a sweep, each with its configuration."""
+    points = []
+    for group, sweep in find_experiment(name, conf).sweep.items():
         chosen = sweep.model_dump(include={"start", "train_documents", "train_source"}, exclude_none=True)
         for seed in sweep.seeds or (None,):
             values = sweep.params if seed is None else {**sweep.params, "training.seed": seed}
             words = [f"{key}={value}" for key, value in values.items()]
-            tree = _read_tree(params_file)
-            set_values(tree, [*settings, *words])
+            params = load_changed_params(params_file, [*settings, *words])
             run_name = group if seed is None else f"{group}-{seed}"
-            params = parse_params(tree, " ".join([f"params.yaml with {name}", *words]))
             points.append(SweepPoint(run_name, group, sweep, values | chosen, params))
     return points
 
@@ -331,11 +266,7 @@ def sweep_points(
 def configurations(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF
 ) -> list[Params]:
-    """Return the configuration of each run of an experiment, without writing a file.
-
-    Raises:
-        BadConfig, MissingInput: a configuration is not valid.
-    """
+    """Return the configuration of each run of an experiment, without writing a file."""
     if find_experiment(name, conf).sweep:
         return [point.params for point in sweep_points(name, params_file, settings, conf)]
     tree = _read_tree(params_file)
@@ -344,34 +275,17 @@ def configurations(
     return [parse_params(tree, f"params.yaml with {name}")]
 
 
-def run(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> None:
+def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
     """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`.
 
-    Raises:
-        BadConfig: a configuration is not valid; nothing ran.
-        Busy: a stage runs already; nothing was written.
-        MissingInput: DVC is not installed, or this folder is not a git repository.
-        CheckFailed: DVC failed, after printing why.
+    Raises MissingInput, before params.yaml changes, without DVC or a git repository.
     """
-    environment = dvc_environment()
+    dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)
-    apply(name, params_file, settings, conf)
-    _rename_earlier(name, environment)
-    run_dvc(["exp", "run", "-n", name], environment)
-
-
-def _rename_earlier(run_name: str, environment: dict[str, str]) -> None:
-    """Rename an earlier DVC experiment that has the name `run_name`, so that its results are kept.
-
-    `dvc exp run -f` would replace it and run every stage again. In DVC a name is unique for each commit.
-    """
-    head = run_git(Path(), "rev-parse", "HEAD").decode().strip()
-    refs = run_git(Path(), "for-each-ref", "--format=%(refname:lstrip=4)", f"refs/exps/{head[:2]}/{head[2:]}")
-    taken = refs.decode().split()
-    if run_name in taken:
-        number = next(n for n in itertools.count(1) if f"{run_name}-old{n}" not in taken)
-        run_dvc(["exp", "rename", "-q", run_name, f"{run_name}-old{number}"], environment)
+    apply(name, params_file, settings)
+    # DVC would refuse a second experiment of the same name.
+    run_dvc(["exp", "run", "-n", time.strftime(f"{name}-%Y%m%d-%H%M%S")])
 
 
 def dvc_environment() -> dict[str, str]:
@@ -382,7 +296,7 @@ def dvc_environment() -> dict[str, str]:
     return {**os.environ, "PATH": path}
 
 
-def run_dvc(words: list[str], environment: dict[str, str]) -> None:
-    """Run DVC; raises CheckFailed if DVC failed, after printing why."""
-    if subprocess.run(["dvc", *words], check=False, env=environment).returncode:
+def run_dvc(words: list[str]) -> None:
+    """Run DVC; raises CheckFailed if DVC failed, after DVC has printed why."""
+    if subprocess.run(["dvc", *words], check=False, env=dvc_environment()).returncode:
         raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")

@@ -22,16 +22,7 @@ from compactgpt.config import FILE_KINDS, Download, Params, load_params, parse_p
 from compactgpt.data.documents import MEGABYTE, new_document
 from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
 from compactgpt.data.validation import document_row, fitting_limits
-from compactgpt.experiments import (
-    DEMO,
-    dvc_environment,
-    edit_params,
-    find_experiment,
-    merge_patch,
-    require_idle,
-    run_dvc,
-    set_values,
-)
+from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # of text; read and described in a few seconds
@@ -81,54 +72,43 @@ def plan_corpus(
     """Read the files and folders `paths`, and return a proposal. Nothing is written.
 
     The training has `steps` steps, or takes `minutes` or, without both, an hour or less.
-
-    Raises:
-        MissingInput: a path does not exist, or has no text file.
-        BadData: a file can't be read as text, or the documents are too few.
-        BadConfig: a path can't be used under its name.
     """
     params = _with_limits_of_demo(params_file)
     # Absolute paths, but a link keeps its name.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
-    targets, commands = zip(*map(_place, paths), strict=True)
+    targets, additions = zip(*map(_place, paths), strict=True)
     if len({*targets}) < len(targets):
         raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
-    patterns = [f"{to}/**" if path.is_dir() else to for path, to in zip(paths, targets, strict=True)]
-    additions = [words for words in commands if words]
-    sample, longest = choose_cutting([each for path in paths for each in _files(path)], params.download)
+    sample, longest = _choose_cutting([each for path in paths for each in _files(path)], params.download)
     if len(sample.rows) < MIN_DOCUMENTS:
-        found = f"{len(sample.rows)} document{'s' if len(sample.rows) > 1 else ''}"
-        raise BadData(f"found {found}, but train and val need {MIN_DOCUMENTS}: add text")
-    values, messages = propose(params, sample, minutes, steps)
+        raise BadData(
+            f"documents: found {len(sample.rows)}, but train and val need {MIN_DOCUMENTS}: add text"
+        )
+    values, messages = _propose(params, sample, minutes, steps)
     values |= {
         "download.corpus": "files",
         "download.max_documents": None,
         "download.max_bytes": None,
         "download.files.name": None if len(paths) > 1 or paths[0].name == FOLDER else paths[0].stem[:100],
-        "download.files.patterns": patterns,
+        "download.files.patterns": [
+            f"{target}/**" if path.is_dir() else target for path, target in zip(paths, targets, strict=True)
+        ],
         "download.files.split_over_characters": longest,
     }
     settings = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     change = partial(set_values, settings=settings)
     content, changes = edit_params(params_file, change, f"the proposed {params_file}")
-    messages += [f"dvc add {shlex.join(words)}: DVC watches text only in {FOLDER}/" for words in additions]
-    return Plan(messages, additions, changes, content)
+    added = [words for words in additions if words]
+    messages += [f"dvc add {shlex.join(words)}: DVC watches text only in {FOLDER}/" for words in added]
+    return Plan(messages, added, changes, content)
 
 
 def apply_plan(plan: Plan, params_file: Path) -> None:
-    """Bring the text to corpus/ with DVC, then write params.yaml.
-
-    Raises:
-        Busy: a stage runs; nothing was changed.
-        MissingInput: DVC is not installed, or this folder is not a git repository.
-        CheckFailed: DVC failed; params.yaml was not changed.
-    """
-    require_idle(params_file.parent)
+    """Bring the text to corpus/ with DVC, then write params.yaml."""
     if plan.additions:
-        environment = dvc_environment()
         require_repository(Path())
-        for words in plan.additions:
-            run_dvc(["add", "-q", *words], environment)
+    for words in plan.additions:
+        run_dvc(["add", "-q", *words])
     write_text(params_file, plan.content)
 
 
@@ -136,18 +116,11 @@ def _with_limits_of_demo(params_file: Path) -> Params:
     """Return params.yaml with the demo's limits, so that no limit of an earlier corpus stays."""
     load_params(params_file)  # names the mistakes of the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
-    longest = demo["download"]["files"]["split_over_characters"]
-    limits = {
-        "download": {"files": {"split_over_characters": longest}},
-        "validation": demo["validation"],
-        "inspection": demo["inspection"],
-        "evaluation": {"text": demo["evaluation"]["text"]},
-    }
+    limits = {name: demo[name] for name in ("validation", "inspection")}
+    limits |= {"download": {"files": demo["download"]["files"]}}
+    limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
     merge_patch(tree, limits)
     return parse_params(tree)
-
-
-# --- the paths
 
 
 def _place(path: Path) -> tuple[str, list[str]]:
@@ -185,10 +158,7 @@ def _files(path: Path) -> list[tuple[Path, str]]:
     return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
 
 
-# --- the sample
-
-
-def choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
+def _choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
     """Read a sample; return it with the value of download.files.split_over_characters.
 
     The value is smaller than that of params.yaml if this gives a small corpus more documents.
@@ -225,10 +195,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     return sample
 
 
-# --- the proposal
-
-
-def propose(
+def _propose(
     params: Params, sample: Sample, minutes: float | None, steps: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return values that fit a corpus, by dotted key of params.yaml, and messages about the corpus."""
@@ -260,7 +227,6 @@ def propose(
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"val ({split}): about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}",
         time,
-        _later_stages(params),
     ]
 
 
@@ -274,29 +240,13 @@ def _training(
         found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
         steps = max(10, int(float(f"{found:.2g}")))
     time = format_minutes(steps * step_minutes)
-    return (
-        {
-            "training.max_steps": steps,
-            "training.warmup_steps": max(1, steps // 70),
-            "training.eval_interval": max(1, steps // 10),
-            "training.checkpoint_interval": max(1, steps // 4),
-        },
-        f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} on this processor "
-        "(estimated)",
-    )
-
-
-def _later_stages(params: Params) -> str:
-    """Return a message about the stages after the training, and the slow baselines among them."""
-    slow = [
-        name
-        for name in params.baseline.names
-        if params.baseline.specs[name].kind in ("gguf", "folder", "hub")
-    ]
-    message = "after the training: evaluation and baselines"
-    if slow:
-        message += f", mostly {', '.join(slow)}: for a short run, set baseline.names without it"
-    return message
+    values = {
+        "training.max_steps": steps,
+        "training.warmup_steps": max(1, steps // 70),
+        "training.eval_interval": max(1, steps // 10),
+        "training.checkpoint_interval": max(1, steps // 4),
+    }
+    return values, f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} (estimated)"
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:

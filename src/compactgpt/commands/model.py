@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ from compactgpt.common.errors import BadData, MissingInput, printable
 
 if TYPE_CHECKING:
     from compactgpt.api import Model, Score
-    from compactgpt.config import Params
 
 app = typer.Typer()
 
@@ -135,7 +133,6 @@ def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[
 def evaluate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; `-`: standard input.")],
     model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; can be repeated.")] = [MODEL],  # noqa: B006 (typer copies it)
-    split: Annotated[str, typer.Option(metavar="WAY", help="A value of download.files.split.")] = "",
     tokenizer: AnyTokenizer = None,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
@@ -144,42 +141,22 @@ def evaluate(
 
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
-    from compactgpt.api import default_likelihood, load
-    from compactgpt.config import load_params
+    from compactgpt.api import load
 
-    params = load_params(params_file) if params_file.exists() or split else None
-    documents = [text for name in files for text in _read_documents(name, params, split)]
+    documents = [_read_text(name) for name in files]
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
-    likelihood = default_likelihood(models, params.evaluation.likelihood if params else None)
+    window = min(one.window for one in models)  # the same context for every model
     scores = {
-        one.name: one.score(documents, likelihood=likelihood, progress=ProgressBar(one.name, "windows"))
+        one.name: one.score(documents, window=window, progress=ProgressBar(one.name, "windows"))
         for one in models
     }
     if as_json:
         echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
-    else:
-        _print_scores(scores)
-
-
-def _read_documents(name: str, params: "Params | None", split: str) -> list[str]:
-    """Return the documents of a text file. `split` replaces `download.files.split`; empty: one document."""
-    from compactgpt.common.sections import check_section
-    from compactgpt.config import Files
-    from compactgpt.data.splitting import split_text
-
-    text = _read_text(name)
-    if params is None or not split:
-        return [text]
-    files = check_section({**params.download.files.model_dump(), "split": split}, Files, "--split")
-    return [piece.text for piece in split_text(BytesIO(text.encode()), name, files, len(text))]
-
-
-def _print_scores(scores: "dict[str, Score]") -> None:
-    """Print a table with a row per model."""
-    score = next(iter(scores.values()))
+        return
+    score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
-        f"windows of {score.window:,} tokens"
+        f"windows of {window:,} tokens"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
     for name, score in scores.items():
@@ -188,7 +165,7 @@ def _print_scores(scores: "dict[str, Score]") -> None:
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not score.intervals:
-        echo("no intervals: an interval needs several documents (several files, or --split)")
+        echo("no intervals: an interval needs several files")
 
 
 def _format_figure(score: "Score", name: str, digits: int) -> str:
