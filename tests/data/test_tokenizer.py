@@ -44,27 +44,14 @@ def tiny(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tiny") / "tokenizer")
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    if not VOCAB_BPE.exists():
-        pytest.skip("GPT-2's files are not fetched")
-    folder = tmp_path_factory.mktemp("gpt2") / "tokenizer"
-    save_gpt2(folder, VOCAB_BPE.read_bytes(), ENCODER_JSON.read_bytes())
-    return folder
-
-
 # --- the folder
 
 
 def test_a_hand_worked_text(tiny):
     h, e, hell, hello, space_w = ord("h") - 33, ord("e") - 33, 258, 259, 260
     found = load_encoding(tiny)
-    assert found.encode_ordinary("hello") == [hello]
-    assert found.encode_ordinary("hell") == [hell]
-    assert found.encode_ordinary("eh") == [e, h]
-    assert found.encode_ordinary("hello wh") == [hello, space_w, h]
-    assert found.eot_token == EOT == 261
-    assert found.n_vocab == 262
+    assert found.encode_ordinary("hello wh ehhell") == [hello, space_w, h, ord(" ") + 188, e, h, hell]
+    assert (found.eot_token, found.n_vocab) == (EOT, 262)
 
 
 def test_ranks_and_pattern_are_those_of_tiktoken(tiny, monkeypatch):
@@ -74,11 +61,14 @@ def test_ranks_and_pattern_are_those_of_tiktoken(tiny, monkeypatch):
     assert openai_public.r50k_pat_str == GPT2_PATTERN
 
 
-def test_known_ids_of_gpt2(gpt2):
-    found = load_encoding(gpt2)
+def test_known_ids_of_gpt2(tmp_path):
+    if not VOCAB_BPE.exists():
+        pytest.skip("GPT-2's files are not fetched")
+    save_gpt2(tmp_path / "gpt2", VOCAB_BPE.read_bytes(), ENCODER_JSON.read_bytes())
+    found = load_encoding(tmp_path / "gpt2")
     assert (found.n_vocab, found.eot_token) == (50257, 50256)
-    assert found.encode_ordinary("hello world") == [31373, 995]
-    assert ids(load_encoder(gpt2, "gigatoken"), "The future of AI is") == [464, 2003, 286, 9552, 318]
+    fast = load_encoder(tmp_path / "gpt2", "gigatoken")
+    assert ids(fast, "The future of AI is") == [464, 2003, 286, 9552, 318]
 
 
 def test_a_named_encoding_is_saved_with_pattern_and_special_tokens(tmp_path, monkeypatch):
@@ -153,13 +143,13 @@ def pairs():
     return GigatokenEncoder(encoding)
 
 
-def ids(encoder, text: str) -> list[int]:
+def ids(encoder, text) -> list[int]:
     return encoder.encode(text).tolist()
 
 
 @pytest.mark.slow
 def test_both_libraries_agree_on_every_character_that_goes_to_gigatoken(pairs):
-    """They know different versions of Unicode: what is new in one must go to tiktoken."""
+    """gigatoken and tiktoken know different versions of Unicode: new characters must go to tiktoken."""
     reference = TiktokenEncoder(pairs.encoding)
     characters = [
         chr(code)
@@ -180,10 +170,6 @@ def test_ids_are_tiktokens_whatever_the_text(pairs, text):
     expected = pairs.encoding.encode_ordinary(text)
     assert ids(pairs, text) == ids(TiktokenEncoder(pairs.encoding), text) == expected
     assert pairs.encoding.decode(expected) == text
-
-
-def test_special_tokens_in_text_are_ordinary(pairs):
-    assert pairs.encoding.eot_token not in ids(pairs, "a <|endoftext|> b<|endoftext|>")
 
 
 def test_a_restart_of_gigatoken_changes_no_id(pairs, monkeypatch):
@@ -218,12 +204,7 @@ def test_tiktoken_is_used_where_gigatoken_cannot_be(tiny, tmp_path, monkeypatch)
     assert type(load_encoder(tiny, "gigatoken")) is TiktokenEncoder
 
 
-def test_text_that_tiktoken_cannot_encode_is_one_sentence():
-    """Its regular expression gives up at a million spaces in a row."""
-    ranks = {bytes([number]): number for number in range(256)}
-    encoding = tiktoken.Encoding(
-        "bytes", pat_str=tokenizer.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    encoder = tokenizer.TiktokenEncoder(encoding)
+def test_text_that_tiktoken_cannot_encode_is_one_sentence(tiny):
+    """The regular expression of tiktoken fails at a million spaces in a row."""
     with pytest.raises(BadData, match="can't encode a document that begins 'a   "):
-        encoder.encode("a" + " " * 1_100_000 + "b")
+        load_encoder(tiny, "tiktoken").encode("a" + " " * 1_100_000 + "b")

@@ -1,13 +1,8 @@
 """Token files, training batches and evaluation windows.
 
 A split has two files. `<split>.tokens` contains a header and the token ids of all documents. Each document
-ends with the end-of-text token. `<split>.index.safetensors` has one entry per document:
-
-    offsets  (documents + 1,) int64   document d is tokens[offsets[d] : offsets[d + 1]], end-of-text included
-    bytes    (documents,)     int64   length of the document's text in UTF-8 bytes
-    ids      (documents, 16)  uint8   first 16 bytes of the SHA-256 of the document's text
-
-The header is MAGIC (eight bytes) and one line of JSON, padded with spaces to HEADER_BYTES.
+ends with the end-of-text token. `<split>.index.safetensors` has one entry per document: see `TokenFile`.
+The header is MAGIC and one line of JSON, padded with spaces to HEADER_BYTES.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
@@ -16,10 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -36,19 +33,23 @@ VERSION = 1
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
+Count = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Header:
     """The header of a token file."""
 
     version: int
     dtype: str  # numpy name of the ids' type: uint16 or uint32; stored in little-endian order
-    tokens: int
-    documents: int
-    vocab_size: int
-    eot_token: int
+    tokens: Count
+    documents: Count
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
+    eot_token: Count
     tokenizer_sha256: str
+
+
+_HEADER = TypeAdapter(Header)  # parses the header's JSON, and checks the types
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -77,15 +78,10 @@ class EncodedDocuments:
 def pack_documents(
     documents: Iterable[tuple[bytes, int, Tokens]], *, vocab_size: int, eot_token: int
 ) -> EncodedDocuments:
-    """Join encoded documents into arrays.
+    """Append end-of-text to each document, and join the documents into arrays.
 
-    Args:
-        documents: (16-byte id, length in UTF-8 bytes, token ids without end-of-text) of each document.
-        vocab_size: size of the vocabulary; determines the numpy type of the token ids.
-        eot_token: id of the end-of-text token, which is appended to each document.
-
-    Raises:
-        BadData: a token id is not below `vocab_size`.
+    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids.
+    Raises BadData if a token id is not below `vocab_size`.
     """
     rows = list(documents)
     end_of_text = np.array([eot_token], np.uint32)
@@ -140,46 +136,6 @@ def encode_header(header: Header) -> bytes:
 # --- reading
 
 
-def _damaged(path: Path, what: str) -> BadData:
-    return BadData(f"{path} {what}: run `dvc repro -f tokenization`")
-
-
-def read_header(path: Path) -> Header:
-    """Return a token file's header, after a check that it fits the file's size.
-
-    Raises:
-        MissingInput: the file does not exist.
-        BadData: the file is not a token file, has another version, or was cut short.
-    """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(HEADER_BYTES)
-    except FileNotFoundError as error:
-        raise MissingInput(f"{path} is missing: run `dvc repro tokenization`") from error
-    if not raw.startswith(MAGIC) or len(raw) < HEADER_BYTES:
-        raise _damaged(path, "is not a token file")
-    try:
-        fields = json.loads(raw[len(MAGIC) :])
-        if fields.get("version") != VERSION:
-            raise _damaged(path, f"has version {fields.get('version')!r}, this program reads {VERSION}")
-        header = Header(**fields)
-        counts = (header.tokens, header.documents, header.vocab_size, header.eot_token)
-        is_valid = (
-            all(type(count) is int and count >= 0 for count in counts)
-            and header.eot_token < header.vocab_size <= 2**32
-            and header.dtype == token_dtype(header.vocab_size).name
-        )
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "has a damaged header") from error
-    if not is_valid:
-        raise _damaged(path, "has a damaged header")
-    size, expected = path.stat().st_size, HEADER_BYTES + header.tokens * np.dtype(header.dtype).itemsize
-    if size != expected:
-        what = f"has {size:,} bytes, its header says {expected:,}: it was cut short or altered"
-        raise _damaged(path, what)
-    return header
-
-
 @dataclass(frozen=True)
 class TokenFile:
     """One split: the memory-mapped token file and its document index."""
@@ -187,9 +143,10 @@ class TokenFile:
     path: Path
     header: Header
     tokens: Tokens  # (tokens,) memory-mapped, read-only
+    # Document d is tokens[offsets[d] : offsets[d + 1]], end-of-text included.
     offsets: Lengths  # (documents + 1,)
-    byte_lengths: Lengths  # (documents,)
-    ids: npt.NDArray[np.uint8]  # (documents, 16)
+    byte_lengths: Lengths  # (documents,) length of each document's text in UTF-8 bytes
+    ids: npt.NDArray[np.uint8]  # (documents, 16) first bytes of the SHA-256 of each document's text
 
     @cached_property
     def document_ids(self) -> list[str]:
@@ -208,28 +165,25 @@ class TokenFile:
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     """Open a token file and its document index.
 
-    Args:
-        path: the token file.
-        verify: whether to compare both files with the hashes in the folder's manifest, if there is one.
-
-    Raises:
-        MissingInput: the token file or its index is missing.
-        BadData: one of these files is damaged, or the index does not fit the token file.
+    If `verify` is true and the folder has a manifest, both files are compared with the manifest's hashes.
+    Raises MissingInput if a file is missing, BadData if a file is damaged or the two do not fit each other.
     """
-    header = read_header(path)
+    index_file = index_path(path)
+    for each in (path, index_file):
+        if not each.exists():
+            raise MissingInput(f"{each} is missing: run `dvc repro tokenization`")
+    header = _read_header(path)
     if verify and (path.parent / MANIFEST).exists():
         files = read_manifest(path.parent)["files"]
-        for each in (path, index_path(path)):
+        for each in (path, index_file):
             if each.name not in files:
                 raise _damaged(path.parent / MANIFEST, f"does not name {each.name}")
             verify_file(each, files[each.name]["sha256"], files[each.name]["bytes"])
     try:
-        index = load_file(index_path(path))
+        index = load_file(index_file)
         offsets, byte_lengths, ids = index["offsets"], index["bytes"], index["ids"]
-    except FileNotFoundError as error:
-        raise MissingInput(f"{index_path(path)} is missing: run `dvc repro tokenization`") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(index_path(path), "is damaged") from error
+        raise _damaged(index_file, "is damaged") from error
     number = header.documents
     fits = (
         (offsets.shape, byte_lengths.shape, ids.shape) == ((number + 1,), (number,), (number, 16))
@@ -239,13 +193,37 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
         and np.all(byte_lengths >= 0)
     )
     if not fits:
-        raise _damaged(index_path(path), f"does not fit {path}")
-    tokens: Tokens = (
-        np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
-        if header.tokens
-        else np.empty(0, header.dtype)  # an empty file can't be mapped
-    )
+        raise _damaged(index_file, f"does not fit {path}")
+    tokens: Tokens = np.empty(0, header.dtype)  # an empty file can't be mapped
+    if header.tokens:
+        tokens = np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
     return TokenFile(path, header, tokens, offsets, byte_lengths, ids)
+
+
+def _read_header(path: Path) -> Header:
+    """Return a token file's header, after a check that the header fits the file's size."""
+    with open(path, "rb") as file:
+        raw = file.read(HEADER_BYTES)
+    if not raw.startswith(MAGIC) or len(raw) < HEADER_BYTES:
+        raise _damaged(path, "is not a token file")
+    try:
+        header = _HEADER.validate_json(raw[len(MAGIC) :])
+    except ValidationError as error:
+        raise _damaged(path, "has a damaged header") from error
+    if header.version != VERSION:
+        raise _damaged(path, f"has version {header.version}, this program reads {VERSION}")
+    dtype = token_dtype(header.vocab_size)
+    if header.dtype != dtype.name or header.eot_token >= header.vocab_size:
+        raise _damaged(path, "has a damaged header")
+    size, expected = path.stat().st_size, HEADER_BYTES + header.tokens * dtype.itemsize
+    if size != expected:
+        what = f"has {size:,} bytes, its header says {expected:,}: it was cut short or altered"
+        raise _damaged(path, what)
+    return header
+
+
+def _damaged(path: Path, what: str) -> BadData:
+    return BadData(f"{path} {what}: run `dvc repro -f tokenization`")
 
 
 # --- batches and windows
@@ -254,16 +232,12 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
 def training_batch(
     tokens: Tokens, *, seed: int, step: int, sequences: int, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw the batch of one training step: a pure function of its arguments.
+    """Draw the batch of one training step: tokens and targets, each (B, T) int64.
 
-    Sequences start at uniformly random positions of the token stream, as in nanoGPT's get_batch. The
-    random generator is counter-based with the key (seed, step), so a resumed run needs no generator state.
-
-    Returns:
-        tokens and targets, each (B, T) int64. The target of a token is the next token of the stream.
-
-    Raises:
-        BadData: the split is shorter than one sequence.
+    The target of a token is the next token of the stream. Sequences start at uniformly random positions of
+    the stream, as in nanoGPT's get_batch. The function is pure: the random generator is counter-based with
+    the key (seed, step), so a resumed run needs no generator state.
+    Raises BadData if the split is shorter than one sequence.
     """
     if len(tokens) <= block_size:
         raise BadData(

@@ -1,12 +1,8 @@
 """Save a tokenizer in a folder, load it without a network, and encode text.
 
-A tokenizer is a tiktoken encoding. GPT-2's encoding is saved as its two published files, `vocab.bpe` (the
-merges) and `encoder.json` (the ids). Other encodings are saved as `ranks.tiktoken`, tiktoken's own format.
-The folder's manifest has the other facts: the name, the pattern that splits text into words, the special
-tokens, and a hash of the complete encoding.
-
-`load_encoder` returns the encoder of a folder. tiktoken is the reference and supports every encoding.
-gigatoken returns the same ids 14 times as fast (docs/benchmarks.md), but supports only GPT-2's pattern.
+A tokenizer is a tiktoken encoding. GPT-2's encoding is saved as its two published files, other encodings as
+`ranks.tiktoken`, tiktoken's own format. `load_encoder` returns the encoder of a folder: tiktoken is the
+reference, and gigatoken returns the same ids 14 times as fast (docs/benchmarks.md).
 """
 
 import base64
@@ -44,13 +40,9 @@ TokenIds = npt.NDArray[np.uint32]
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save GPT-2's two published files as a tokenizer folder.
+    """Save GPT-2's two published files as a tokenizer folder, and return the facts in its manifest.
 
-    Returns:
-        The facts about the tokenizer that the manifest contains.
-
-    Raises:
-        BadData: a file is damaged, or the ids in the two files differ.
+    Raises BadData if a file is damaged, or if the ids in the two files differ.
     """
     ranks = _gpt2_ranks(vocab_bpe, encoder_json)
     encoding = tiktoken.Encoding(
@@ -62,9 +54,7 @@ def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, 
 def save_named(folder: Path, name: str) -> dict[str, Any]:
     """Download one of tiktoken's encodings, save it as a tokenizer folder, and return its facts.
 
-    Raises:
-        BadConfig: tiktoken has no such encoding, or the encoding has no end-of-text token.
-        Unreachable: tiktoken can't download the files of the encoding.
+    Raises BadConfig if tiktoken has no such encoding, Unreachable if tiktoken can't download its files.
     """
     known = tiktoken.list_encoding_names()
     if name not in known:
@@ -88,7 +78,7 @@ def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes])
         "eot_token": encoding.eot_token,
         "pattern": encoding._pat_str,
         "special_tokens": encoding._special_tokens,
-        "tokenizer_sha256": encoding_sha256(encoding),
+        "tokenizer_sha256": _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens),
     }
     with atomic_folder(folder, facts, kind="tokenizer") as temporary:
         for name, content in files.items():
@@ -99,9 +89,7 @@ def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes])
 def load_encoding(folder: Path) -> tiktoken.Encoding:
     """Return the encoding of a tokenizer folder. No network is needed.
 
-    Raises:
-        MissingInput: the folder does not exist.
-        BadData: a file was altered or cut short, or the encoding's hash differs from the manifest's.
+    Raises MissingInput if the folder does not exist, BadData if a file or the manifest was altered.
     """
     manifest = verified_manifest(folder)
     if RANKS in manifest["files"]:
@@ -117,13 +105,8 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
-def encoding_sha256(encoding: tiktoken.Encoding) -> str:
-    """Return the hash of everything that determines the ids: ranks, pattern and special tokens."""
-    return _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
-
-
 def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
-    # The name is not hashed: the ids do not depend on it.
+    """Return the hash of everything that determines the ids. They do not depend on the encoding's name."""
     settings = json.dumps([pattern, special_tokens], sort_keys=True)
     return hashlib.sha256(_format_ranks(ranks) + settings.encode()).hexdigest()
 
@@ -150,21 +133,17 @@ def unicode_to_bytes() -> dict[str, int]:
 def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
     """Return tiktoken's ranks from GPT-2's two files: first single bytes, then merges in file order."""
     table = unicode_to_bytes()
-
-    def to_bytes(word: str) -> bytes:
-        return bytes(table[character] for character in word)
-
     ranks = {bytes([byte]): rank for rank, byte in enumerate(table.values())}
     try:
         for line in vocab_bpe.decode("utf-8").split("\n")[1:-1]:  # the first line is a version
             first, second = line.split()
-            ranks[to_bytes(first) + to_bytes(second)] = len(ranks)
+            ranks[bytes(table[character] for character in first + second)] = len(ranks)
         ids = json.loads(encoder_json)
         end_of_text = ids.pop(END_OF_TEXT, len(ranks))
-        ids_agree = {to_bytes(word): rank for word, rank in ids.items()} == ranks
+        published = {bytes(table[character] for character in word): ids[word] for word in ids}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData(f"{VOCAB_BPE} or {ENCODER_JSON} is not a GPT-2 tokenizer file ({error!r})") from error
-    if not ids_agree or end_of_text != len(ranks):
+    if published != ranks or end_of_text != len(ranks):
         raise BadData(f"{VOCAB_BPE} and {ENCODER_JSON} do not agree: they must come from one tokenizer")
     return ranks
 
@@ -179,10 +158,7 @@ class TiktokenEncoder:
         self.encoding = encoding
 
     def encode(self, text: str) -> TokenIds:
-        """Return the token ids of a text. (tokens,)
-
-        The string of a special token, such as `<|endoftext|>`, is encoded as ordinary text.
-        """
+        """Return the token ids of a text; `<|endoftext|>` is encoded as ordinary text. (tokens,)"""
         # Not `encode`: its Python list of ids takes 10 times the memory.
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -218,11 +194,7 @@ class GigatokenEncoder(TiktokenEncoder):
         self._bytes_since_start = 0
 
     def encode(self, text: str) -> TokenIds:
-        """Return the token ids of a text. (tokens,)
-
-        Raises:
-            BadData: the ids of a sample differ from tiktoken's.
-        """
+        """Return the token ids of a text. (tokens,) Raises BadData if a sample's ids are not tiktoken's."""
         content = text.encode()
         if not text.isascii() and _MAY_BE_NEW.search(content):
             return super().encode(text)
@@ -231,30 +203,21 @@ class GigatokenEncoder(TiktokenEncoder):
         self._bytes_since_start += len(content)
         if self._unchecked_bytes >= CHECK_EVERY_BYTES:
             self._unchecked_bytes = 0
-            self._compare_with_reference(text[:CHECK_CHARACTERS])
+            sample = text[:CHECK_CHARACTERS]
+            if not np.array_equal(self._fast.encode(sample.encode()), super().encode(sample)):
+                raise BadData(
+                    "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in "
+                    f"params.yaml, and report the text, which begins {sample[:80]!r}"
+                )
         if self._bytes_since_start >= RESTART_EVERY_BYTES:
             self._start()
         return tokens
 
-    def _compare_with_reference(self, sample: str) -> None:
-        if not np.array_equal(self._fast.encode(sample.encode()), super().encode(sample)):
-            raise BadData(
-                "gigatoken's ids differ from tiktoken's: set tokenization.encoder to tiktoken in "
-                f"params.yaml, and report the text, which begins {sample[:80]!r}"
-            )
-
 
 def load_encoder(folder: Path, choice: Literal["gigatoken", "tiktoken"]) -> TiktokenEncoder:
-    """Return the encoder of a tokenizer folder.
+    """Return the encoder of a tokenizer folder; see `load_encoding` for the errors.
 
-    Args:
-        folder: the tokenizer's folder.
-        choice: name of the encoder. tiktoken replaces gigatoken if gigatoken is not installed, or if the
-            encoding does not have GPT-2's pattern.
-
-    Raises:
-        MissingInput: the folder does not exist.
-        BadData: the folder is damaged.
+    tiktoken replaces gigatoken if gigatoken is not installed or the pattern is not GPT-2's.
     """
     encoding = load_encoding(folder)
     can_be_fast = encoding._pat_str == GPT2_PATTERN and find_spec("gigatoken") is not None
