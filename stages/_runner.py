@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -27,18 +26,10 @@ from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
+from compactgpt.tracking import journal
 from compactgpt.tracking.dvc_files import TOKENS, keep_lock
-from compactgpt.tracking.journal import (
-    Journal,
-    NullTracker,
-    machine_facts,
-    process_facts,
-    stage_metrics,
-    state_folder,
-    token_files,
-    tuned_params,
-)
-from compactgpt.tracking.stage_inputs import Inputs, describe_position, params_sha256, read_inputs
+from compactgpt.tracking.journal import Journal, NullTracker, process_facts, state_folder
+from compactgpt.tracking.stage_inputs import describe_position, params_sha256, read_inputs
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
@@ -93,7 +84,7 @@ class Stage:
         """Write the stage's report with the hash of its parameters, and log the file and its metrics."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
-        if metrics := stage_metrics(self.name, value):
+        if metrics := journal.stage_metrics(self.name, value):
             self.tracker.metrics(metrics)
         self.tracker.artifact(path, "reports")
 
@@ -122,9 +113,6 @@ def open_stage(
         logged: the sections of params.yaml to log: the stage's `params` in dvc.yaml.
         item: the item of a matrix stage.
         held: the tracker writes nothing before `begin`, because the stage may resume an interrupted run.
-
-    Yields:
-        The open stage.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -136,39 +124,23 @@ def open_stage(
             yield Stage(full_name, load_params(params_file), NullTracker(), is_main_process=False)
             return
         with _only_one(full_name):
-            inputs = _begin(full_name)  # before params.yaml is checked
+            inputs, stages = read_inputs(full_name)  # before params.yaml is checked
+            under_dvc = "DVC_STAGE" in os.environ and full_name in stages
+            if under_dvc:
+                keep_lock(Path())
+                report(describe_position(stages, full_name, state_folder()))
             params = load_params(params_file)
-            with _open_run(tracker, full_name, params, logged, held=held) as run:
+            run, status = _start_run(tracker, full_name, params, logged, held=held), "FAILED"
+            try:
                 yield Stage(full_name, params, run, params_sha256(inputs.params) if inputs.params else "")
-                if "DVC_STAGE" in os.environ:
+                if under_dvc:
                     inputs.require_unchanged()
-
-
-def _begin(stage: str) -> Inputs:
-    """Return what the stage reads. Under DVC, save dvc.lock and print how far the pipeline is."""
-    here = Path.cwd()
-    inputs, chain = read_inputs(here, stage)
-    if "DVC_STAGE" in os.environ and stage in chain.stages:
-        keep_lock(here)
-        report(describe_position(chain, here, stage, state_folder()))
-    return inputs
-
-
-@contextmanager
-def _open_run(
-    tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool
-) -> Iterator[Journal]:
-    """Open the stage's run, and close the run with MLflow's status."""
-    run = _start_run(tracker, name, params, logged, held=held)
-    status = "FAILED"
-    try:
-        yield run
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit, Busy):
-        status = "KILLED"
-        raise
-    finally:
-        run.end(status)
+                status = "FINISHED"
+            except (KeyboardInterrupt, SystemExit, Busy):
+                status = "KILLED"
+                raise
+            finally:
+                run.end(status)
 
 
 def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Journal:
@@ -179,25 +151,25 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...],
     from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
-    tags = {**git_facts(here), **machine_facts()}
+    tags = {**git_facts(here), **journal.machine_facts()}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
         tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
     run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
     run.keep_before(here)
     sections = params.model_dump(mode="json")
-    run.params(tuned_params({key: sections[key] for key in logged}))
+    run.params(journal.tuned_params({key: sections[key] for key in logged}))
     contexts = ON_TOKENS.get(name.partition("@")[0], {})
     if contexts and Path(TOKENS, MANIFEST).exists():
-        run.inputs(token_files(read_manifest(Path(TOKENS))["files"], contexts))
+        run.inputs(journal.token_files(read_manifest(Path(TOKENS))["files"], contexts))
     start_logger(run.run_folder)
     return run
 
 
 def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
-    """Start the number of processes in training.launcher, wait for their end, and exit with their exit code.
+    """Start the processes of training.launcher, wait for their end, and exit with their exit code.
 
-    Return at once if the number is 1, or if torchrun started this process.
+    Return at once if their number is 1, or if torchrun started this process.
 
     Args:
         module: the stage script's module.
@@ -221,15 +193,11 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Exit cleanly on SIGTERM. Ignore SIGTERM after the stage, when Python would print a traceback."""
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    sys.exit(143)
 
 
 def _die_with_parent() -> None:
@@ -241,11 +209,7 @@ def _die_with_parent() -> None:
 
 @contextmanager
 def _only_one(name: str) -> Iterator[None]:
-    """Hold the stage's lock, so that two processes never write to the same folder.
-
-    Raises:
-        Busy: another process runs the stage.
-    """
+    """Hold the stage's lock, so that two processes never write to one folder. Raise Busy if it is held."""
     path = state_folder() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

@@ -30,7 +30,7 @@ def main(
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime.num_threads)
         # These modules import torch, which must not happen before the number of threads is set.
-        from compactgpt.tracking.training_callbacks import TrainingCallbacks, expected_loss_tags
+        from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs, remove_states
 
@@ -47,7 +47,6 @@ def main(
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-            stage.tracker.tags(expected_loss_tags(callbacks.expected, trained.rows[-1].val_loss))
             remove_states(states)
 
 

@@ -21,7 +21,6 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_json
 from compactgpt.tracking.dvc_files import is_ignored, open_repo
 from stages import _runner
-from tests.support.tracking_store import save_lock
 
 ROOT = Path(__file__).parents[1]
 STAGE = f"""
@@ -63,16 +62,10 @@ def journal_lines(here: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", [*UserError.__subclasses__(), UserError])
-def test_a_users_mistake_is_one_sentence_and_its_exit_code(here, kind):
-    result = run(kind("the file x is empty: write something"))
-    assert result.exit_code == kind.exit_code
-    assert result.output == "error: the file x is empty: write something\n"
-
-
 @pytest.mark.parametrize(
     ("error", "exit_code", "message"),
     [
+        *((kind("x is empty"), kind.exit_code, "error: x is empty\n") for kind in UserError.__subclasses__()),
         (OSError(errno.ENOSPC, "No space left on device", "data/x"), 73, "error: no space left on the disk"),
         (KeyboardInterrupt(), 130, "error: stopped; `dvc repro` resumes from here\n"),
         (typer.Exit(5), 5, ""),
@@ -185,8 +178,6 @@ def test_a_progress_bar_prints_plain_lines_without_a_terminal_and_one_line_on_it
         bar(done, 2000, {"loss": "5.1"})
     assert all(part in shown.getvalue() for part in ("training: 100%", "2.00k/2.00k", "loss=5.1"))
     assert shown.getvalue().count("\n") == 1
-    bar(10, 40)  # the next work of the same stage
-    assert shown.getvalue().rpartition("\n")[2].count("/40.0") == 1
 
 
 CHAIN = """stages:
@@ -197,10 +188,10 @@ CHAIN = """stages:
     cmd: x
     params: ["baseline.specs.${item.name}"]
     outs: ["out/${item.name}"]
-  comparison: {cmd: x, params: [comparison], deps: [model, out]}
 """
 FILES = {"dvc.yaml": CHAIN, "corpus/a.txt": "a", "src/a.py": "a = 1", "reports/a.json": "{}",
          "data/documents/a": "a"}  # fmt: skip
+LEFTOVERS = [".a.txt.swp", "a.txt~", "#a.txt#", "4913", ".DS_Store", "a.pyc", "__pycache__/a.pyc"]
 
 
 @pytest.fixture
@@ -209,7 +200,6 @@ def chain(here, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "training")
     for name, content in FILES.items():
         write(name, content)
-    save_lock(here, {"download": ["data/documents"]})
     return here
 
 
@@ -233,7 +223,6 @@ def replace(path, old, new):
         ),
         (lambda: write("params.yaml", "a: ["), "params.yaml (not valid YAML now)"),
         (lambda: write("corpus/b.txt", "b"), "corpus"),
-        (lambda: write("corpus/a.txt", "b"), "corpus"),
         (lambda: write("src/a.py", "a = 2"), "src"),
         (lambda: write("data/documents/a", "b"), "data/documents"),
         (lambda: shutil.rmtree("data/documents"), "data/documents"),
@@ -250,11 +239,9 @@ def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
     "edit",
     [
         lambda: replace("params.yaml", "  top_k: 40", "  top_k: 41"),  # a parameter of another stage
-        lambda: [write(name, content) for name, content in FILES.items()],  # as `git checkout` of the same
-        lambda: [os.utime(name, (0, 0)) for name in FILES],  # a clock that was wrong
+        lambda: write("src/a.py", FILES["src/a.py"]),  # as `git checkout` of the same version
         lambda: [write(f"{folder}/{name}", "x") for name in LEFTOVERS for folder in ("corpus", "src/b")],
         lambda: [Path("corpus", name).symlink_to(name) for name in (".#a.txt", "loop")],
-        lambda: [Path("corpus").rename("far"), Path("corpus").symlink_to("far")],
         lambda: Path("dvc.lock").write_text("schema: '2.0'\nstag"),  # another `dvc` process writes it
         lambda: replace("dvc.yaml", "params: [training]", "params: [model]"),  # DVC has read it already
     ],
@@ -262,18 +249,6 @@ def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
 def test_what_is_no_change_of_the_inputs_fails_no_stage(chain, edit):
     result = run(lambda stage: edit())
     assert (result.exit_code, result.output.count("\n")) == (0, 1)
-
-
-LEFTOVERS = [
-    ".a.txt.swp",
-    ".a.txt.swx",
-    "a.txt~",
-    "#a.txt#",
-    "4913",
-    ".DS_Store",
-    "a.pyc",
-    "__pycache__/a.pyc",
-]
 
 
 def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
@@ -286,34 +261,17 @@ def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
     assert not is_ignored("#1.txt")
 
 
-@pytest.mark.parametrize("damaged", ["dvc.lock", "reports/estimate.json"])
-def test_a_damaged_file_that_only_the_time_left_needs_stops_no_stage(chain, damaged):
-    write(damaged, "{")
-    assert run(lambda stage: None).exit_code == 0
-
-
-def ran(here: Path, stage: str, seconds: int, **last) -> None:
-    lines = [{"kind": "start", "stage": stage, "time_ms": 0}]
-    lines.append({"kind": "end", "status": "FINISHED", "time_ms": seconds * 1000} | last)
-    path = here / f".state/tracking/{stage}{last}/20260101T000000-{stage}-{seconds:06}/journal.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_a_stage_prints_its_place_and_the_time_that_is_left(chain):
-    baseline = read_yaml(chain / "params.yaml")["baseline"]
-    names, specs = baseline["names"], baseline["specs"]
-    place = f"stage 2 of {3 + len(names)}: training"
-    assert run(lambda stage: None).output == f"{place}\n"
+def test_a_stage_prints_its_position_and_the_time_that_is_left(chain):
+    names = read_yaml(chain / "params.yaml")["baseline"]["names"]
+    position = f"stage 2 of {2 + len(names)}: training"
+    write(chain / "reports/estimate.json", "{")  # a damaged file stops no stage
+    assert run(lambda stage: None).output == f"{position}\n"
     write_json(chain / "reports/estimate.json", {"compact": {"minutes": {"two-cpu-cores": 3.0}}})
-    assert f"{place}, more than 3 min left\n" in run(lambda stage: None).output
-    for stage in ["download", "training", *(f"baseline@{name}" for name in names), "comparison"]:
-        ran(chain, stage, 60)
-    ran(chain, "training", 999, status="KILLED")
-    assert f"{place}, about {2 + len(names)} min left\n" in run(lambda stage: None).output  # a minute each
-    entries = {
-        f"baseline@{name}": {"params": {"params.yaml": {f"baseline.specs.{name}": specs[name]}}}
-        for name in names
-    }
-    write_json(chain / "dvc.lock", {"schema": "2.0", "stages": entries})
-    assert f"{place}, about 2 min left\n" in run(lambda stage: None).output  # DVC skips the baselines
+    assert f"{position}, about 3 min left if every later" in run(lambda stage: None).output
+    ends = [("training", 60, "FINISHED"), ("training", 999, "KILLED")]
+    for stage, seconds, status in ends + [(f"baseline@{name}", 60, "FINISHED") for name in names]:
+        lines = [{"kind": "start", "stage": stage, "time_ms": 0}]
+        lines.append({"kind": "end", "status": status, "time_ms": seconds * 1000})
+        path = f".state/tracking/{stage}-{seconds}/20260101T000000-{stage}-{seconds:06}/journal.jsonl"
+        write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    assert f"{position}, about {1 + len(names)} min left" in run(lambda stage: None).output

@@ -14,7 +14,7 @@ import psutil
 from compactgpt.tracking.dvc_files import md5_of, md5_path
 from compactgpt.tracking.journal import Journal, process_facts
 from compactgpt.tracking.mlflow_logger import Logger
-from compactgpt.tracking.run_folder import run_folders
+from compactgpt.tracking.pipeline_run import run_folders
 from compactgpt.tracking.store import open_store
 
 IDENTITY = {f"GIT_{role}_{what}": "a@b" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -59,7 +59,9 @@ def copy(root: Path) -> bool:
     done = []
     for folder in run_folders(root):
         folder.keep_after()
-        done.append(Logger(folder, open_store(root, folder.start["store"])).copy())
+        logger = Logger(folder, open_store(root, folder.start["store"]))
+        done.append(logger.copy())
+        logger.close()
     return all(done)
 
 

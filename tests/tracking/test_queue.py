@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.run_folder import run_folders
+from compactgpt.tracking.pipeline_run import run_folders
 from tests.support import tracking_store
 from tests.support.tracking_store import runs, stage_statuses
 
@@ -93,7 +93,7 @@ def test_every_experiment_has_a_complete_pipeline_run(root):
         lock = tracking_store.git(root, "show", f"{commit}:dvc.lock") + "\n"
         assert run.data.tags["lock_sha256"] == tracking_store.sha256(lock.encode())
     source = found["queued-3"].data.tags["mlflow.source.name"]
-    assert source == "dvc exp run -n queued-3 -S training.steps=3"
+    assert source == "dvc exp run -n queued-3"
     dvc(root, "exp", "apply", "-q", "queued-3")
     sync(root, record_unrun=True)  # its dvc.lock has a run
     assert len(runs(root, "pipeline")) == 5

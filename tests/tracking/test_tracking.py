@@ -1,6 +1,5 @@
-"""The journal holds everything, and MLflow ends up with exactly that: nothing lost, nothing doubled."""
+"""A journal holds all that a stage logs, and MLflow gets exactly that, each line once."""
 
-import fcntl
 import gc
 import getpass
 import json
@@ -22,18 +21,10 @@ import pytest
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
-from compactgpt.config import load_params
-from compactgpt.gate import references
 from compactgpt.tracking import mlflow_logger, store
-from compactgpt.tracking.journal import (
-    NullTracker,
-    machine_facts,
-    stage_metrics,
-    tuned_params,
-)
+from compactgpt.tracking.journal import NullTracker, machine_facts, stage_metrics, tuned_params
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.records import find_version
-from compactgpt.tracking.run_folder import RunFolder
+from compactgpt.tracking.pipeline_run import RunFolder
 from compactgpt.tracking.store import open_store
 from tests.support.tracking_store import copy, ended_dvc, enter_project, history, journal, runs
 
@@ -56,8 +47,7 @@ def log_run(root: Path) -> None:
     run.end("FINISHED")
 
 
-def test_without_a_tracker_no_file_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_tracker_no_file_is_written(tmp_path):
     tracker = NullTracker()
     tracker.begin(tmp_path / "note")
     tracker.params({"a": 1})
@@ -67,7 +57,7 @@ def test_without_a_tracker_no_file_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mlflow_holds_what_the_journal_has_as_start_run_would_log_it(root):
+def test_mlflow_has_what_the_journal_has_as_start_run_would_log_it(root):
     log_run(root)
     (root / "report.json").write_text("changed after it was logged")
     sync(root)
@@ -75,27 +65,27 @@ def test_mlflow_holds_what_the_journal_has_as_start_run_would_log_it(root):
     assert (found.info.run_name, found.info.status) == ("training", "FINISHED")
     assert found.data.params == {"model.n_layer": "2"}
     assert history(root, found, "train/loss") == [(1, 3.0), (2, 2.0)]
-    tags = found.data.tags
-    assert tags["mlflow.user"] == getpass.getuser()
-    assert (tags["mlflow.source.name"], tags["mlflow.source.type"]) == ("stages/training.py", "LOCAL")
+    names = {
+        f"mlflow.{key}": found.data.tags[f"mlflow.{key}"] for key in ("user", "source.name", "source.type")
+    }
+    assert [*names.values()] == [getpass.getuser(), "stages/training.py", "LOCAL"]
     client = open_store(root).client
     assert Path(client.download_artifacts(found.info.run_id, "reports/report.json")).read_text() == "{}"
     experiment = client.get_experiment(found.info.experiment_id)
     assert experiment.tags["mlflow.note.content"].startswith("A run is one `dvc repro`")
 
 
-def test_a_growing_journal_arrives_once_even_if_a_copy_of_it_was_cut_off(root):
+def test_a_growing_journal_is_logged_once_even_if_a_copy_of_it_was_cut_off(root):
     run = journal(root)
     data = {"name": "val.tokens", "digest": "ab" * 32, "source": "data/tokens", "context": "evaluation"}
     run.inputs([data])
     run.metrics({"loss": 3.0}, 1)
-    assert not copy(root)
-    (run.folder / "mlflow.json").unlink()  # killed between MLflow's answer and the note of it
     with open(run.folder / "journal.jsonl", "ab") as file:
-        file.write(b'{"kind": "metr')  # a torn line waits for its end
-    assert not copy(root)
-    with open(run.folder / "journal.jsonl", "ab") as file:
+        file.write(b'{"kind": "metr')  # an incomplete line waits for its end
+        file.flush()
+        assert not copy(root)
         file.write(b'ics", "time_ms": 1, "step": 2, "values": {"loss": 1.5}}\n')
+    assert not copy(root)  # another process, which starts with the first line again
     run.end("FINISHED")
     assert copy(root)
     (found,) = runs(root)
@@ -119,49 +109,36 @@ def test_a_killed_stage_is_closed_as_killed(root):
     assert (found.info.status, history(root, found, "loss")) == ("KILLED", [(1, 3.0)])
 
 
-def test_a_run_goes_to_the_store_that_it_was_meant_for_and_to_no_other(root, monkeypatch):
+def test_a_run_is_copied_to_the_store_that_its_journal_names_and_to_no_other(root, monkeypatch):
     journal(root, "download").end("FINISHED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
     journal(root, "training").end("FINISHED")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: no server listens
     journal(root, "evaluation").end("FINISHED")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    refused = r"http://127\.0\.0\.1:9 failed \(Connection refused\).*compactgpt sync"
-    with pytest.raises(Unreachable, match=refused):
+    with pytest.raises(
+        Unreachable, match=r"http://127\.0\.0\.1:9 failed \(Connection refused\).*compactgpt sync"
+    ):
         sync(root)
     assert [run.info.run_name for run in runs(root)] == ["download"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
     assert [run.info.run_name for run in runs(root)] == ["training"]
 
 
-def test_a_server_that_accepts_and_never_answers_is_given_up_within_seconds(root, monkeypatch):
+def test_sync_leaves_a_server_that_never_answers_within_seconds(root, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
         journal(root).end("FINISHED")
+        journal(root).end("FINISHED")
         begin = time.monotonic()
         with pytest.raises(Unreachable, match="timed out") as caught:
-            sync(root)
+            sync(root, record_unrun=True)
     assert time.monotonic() - begin < 15
     assert "secret" not in str(caught.value)
 
 
-def test_a_database_on_a_server_and_a_held_lock_are_given_up_within_seconds(root, monkeypatch):
-    assert store.OPEN_SECONDS <= 15
-    monkeypatch.setattr(store, "OPEN_SECONDS", 0.3)
-    open_store(root)
-    with open(root / ".state/tracking/store.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Unreachable, match=r"mlflow\.db failed \(another process holds .*store\.lock"):
-            open_store(root)
-    # No driver for PostgreSQL is installed: this stands for one that waits in C.
-    monkeypatch.setattr(store, "_set_experiment", lambda *_: time.sleep(60))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@database.example/mlflow")
-    with pytest.raises(Unreachable, match=r"postgresql://\*\*\*@database\.example.*no answer within"):
-        open_store(root)
-
-
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "foo://bar"])
-def test_an_address_that_takes_no_runs_is_named_at_once(root, monkeypatch, uri):
+def test_an_address_that_can_hold_no_runs_is_refused_at_once(root, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(BadConfig, match=f"MLFLOW_TRACKING_URI is '{re.escape(uri)}', allowed are"):
         journal(root)
@@ -181,9 +158,6 @@ def test_the_experiment_is_the_one_that_the_environment_names(root, monkeypatch)
     journal(root, "evaluation").end("FINISHED")
     sync(root)
     assert [run.info.run_name for run in client.search_runs([mine])] == ["evaluation", "training"]
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "99")
-    with pytest.raises(Unreachable, match="No Experiment with id=99 exists"):
-        open_store(root)
 
 
 def test_a_damaged_database_is_named_and_a_deleted_one_is_filled_again_from_the_journals(root):
@@ -205,22 +179,31 @@ def test_a_damaged_database_is_named_and_a_deleted_one_is_filled_again_from_the_
     assert history(root, after, "train/loss") == [(1, 3.0), (2, 2.0)]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"store": 3, "offset": -1}', b"\xff"])
-def test_a_damaged_note_is_named_and_written_again_and_later_runs_are_copied(root, content, capsys):
+def test_a_database_of_another_version_of_mlflow_is_one_sentence(root):
+    with closing(sqlite3.connect(root / "mlflow.db")) as database:
+        database.execute("update alembic_version set version_num = '451aebb31d03'")
+        database.commit()
+    (root / "dvc.lock").write_text("{}")
+    for read in (lambda: store.run_of_value(root, "training"), lambda: sync(root, record_unrun=True)):
+        with pytest.raises(
+            Unreachable, match=r"^MLflow at sqlite:\S*mlflow.db failed .*mlflow db upgrade"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])
+def test_a_run_whose_note_is_damaged_is_copied_again_and_later_runs_are_copied(root, content):
     (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     run = journal(root, pipeline=ended_dvc())
     run.metrics({"loss": 3.0}, 1)
     run.end("FINISHED")
     assert copy(root)
-    notes = [run.folder / "mlflow.json", run.run_folder / "mlflow.json"]
-    for note in notes:
-        note.write_bytes(content)
+    (run.run_folder / "mlflow.json").write_bytes(content)
     journal(root, "evaluation").end("FINISHED")
     sync(root)
     assert [len(runs(root, stage)) for stage in ("pipeline", "training", "evaluation")] == [1, 1, 1]
     assert history(root, runs(root, "training")[0], "loss") == [(1, 3.0)]
-    said = capsys.readouterr().err
-    assert all(f"{note} is damaged" in said for note in notes)
 
 
 def test_a_copied_repository_writes_nothing_into_the_original(root, tmp_path, monkeypatch):
@@ -237,8 +220,7 @@ def test_a_copied_repository_writes_nothing_into_the_original(root, tmp_path, mo
     assert len(list((clone / "mlartifacts").rglob("*.json"))) == len(held) + 1
 
 
-def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path):
     with pytest.raises(MissingInput, match="run from the repository folder"):
         sync(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -264,22 +246,20 @@ def test_the_child_process_copies_a_run_with_system_metrics_and_ends(root, monke
     run = journal(root)
     with RunFolder(run.run_folder).locked() as first, RunFolder(run.run_folder).locked() as second:
         assert (first, second) == (True, False)
-    with monkeypatch.context() as patched:
-        patched.setattr("compactgpt.tracking.system_metrics.SAMPLE_SECONDS", 0.0)
-        for _ in range(2):
-            assert not copy(root)
-    (run.run_folder / "log").write_bytes(b"x" * (mlflow_logger.MAX_LOG + 1))
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it outlives its parent on purpose
         mlflow_logger.start_logger(run.run_folder)
         gc.collect()
-    assert (run.run_folder / "log").stat().st_size < mlflow_logger.MAX_LOG
+    deadline = time.monotonic() + 60
+    while not (found := runs(root)) or not found[0].data.metrics:
+        assert time.monotonic() < deadline, (run.run_folder / "log").read_text()
+        time.sleep(0.3)
     run.end("FINISHED")
     sync(root)  # waits for it
     (found,) = runs(root)
     assert found.info.status == "FINISHED"
-    assert found.data.metrics["system/stage_memory_megabytes"] > 50  # this process
-    assert 0 <= found.data.metrics["system/system_memory_usage_percentage"] <= 100
+    assert 0 < found.data.metrics["system/system_memory_usage_percentage"] <= 100
 
 
 def test_metrics_are_figures_of_a_model_in_groups_and_counts_stay_in_the_report():
@@ -295,9 +275,7 @@ def test_metrics_are_figures_of_a_model_in_groups_and_counts_stay_in_the_report(
         assert stage_metrics(stage, report) == {f"{group}/{key}": value for key, value in figures.items()}
     assert stage_metrics("training", {"best_val_loss": 3.0, "steps": 4}) == {"val/best_loss": 3.0}
     assert stage_metrics("tokenization", report) == {}
-    for path in ("evaluation", "baseline/smollm2-135m-instruct-q4"):
-        found = stage_metrics(path.replace("/", "@"), read_json(ROOT / f"reports/{path}.json"))
-        assert 5 <= len(found) <= 12
+    assert 5 <= len(stage_metrics("evaluation", read_json(ROOT / "reports/evaluation.json"))) <= 12
 
 
 def test_only_parameters_that_change_a_model_are_logged_and_versions_of_packages_are_one_of_them():
@@ -310,11 +288,9 @@ def test_only_parameters_that_change_a_model_are_logged_and_versions_of_packages
 def test_machine_facts_name_what_rounds_sums(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")  # of conftest.py
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    monkeypatch.setenv("HF_TOKEN", "never logged")
     facts = machine_facts()
     assert facts["torch"].startswith("2.")
     assert facts["arithmetic"] == '{"ATEN_CPU_CAPABILITY": "default"}'
-    assert "never logged" not in str(facts)
 
 
 def test_the_rest_of_an_interrupted_run_continues_the_same_run_without_doubled_steps(root):
@@ -348,32 +324,3 @@ def test_a_held_journal_that_ends_before_it_begins_is_a_run_of_its_own(root):
     journal(root, held=True).end("FAILED")
     sync(root)
     assert runs(root)[0].info.status == "FAILED"
-
-
-SCHEMAS = {
-    "an older version": "update alembic_version set version_num = '451aebb31d03'",
-    "a newer version": "update alembic_version set version_num = 'ffffffffffff'",
-    "another program": "alter table experiments rename column artifact_location to place",
-}
-
-
-@pytest.mark.parametrize("kind", SCHEMAS)
-def test_a_database_with_other_tables_is_one_sentence_in_every_command_that_reads_it(root, kind, tmp_path):
-    with closing(sqlite3.connect(root / "mlflow.db")) as database:
-        database.execute(SCHEMAS[kind])
-        database.commit()
-    (root / "dvc.lock").write_text("{}")
-    readers = {
-        "trace": lambda: store.run_of_value(root, "training"),
-        "gate": lambda: references.compare(
-            "champion", root, load_params(ROOT / "params.yaml").regression, None
-        ),
-        "diff, reproduce": lambda: find_version(root, "abcd", tmp_path),
-        "sync": lambda: sync(root, record_unrun=True),
-    }
-    for read in readers.values():
-        with pytest.raises(
-            BadData, match=r"^mlflow.db has the tables of another version of MLflow .*db upgrade"
-        ) as caught:
-            read()
-        assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from compactgpt.config import ExpectedLoss, load_params
-from compactgpt.forecast.estimate import expected_loss
 from compactgpt.model.gpt import GPT
 from compactgpt.tracking import training_callbacks
 from compactgpt.training.loss_curve import Row
@@ -50,17 +49,6 @@ def test_a_curve_that_leaves_its_expected_interval_is_reported_once(
     assert found == warned_at
 
 
-@pytest.mark.parametrize(
-    ("loss", "inside"), [(4.0, ("true", "true")), (4.15, ("false", "true")), (4.3, ("false", "false"))]
-)
-def test_tags_say_whether_the_final_loss_was_expected(loss, inside):
-    assert tuple(training_callbacks.expected_loss_tags(EXPECTED, loss).values()) == inside
-
-
-def test_the_expected_loss_is_that_of_the_estimate(callbacks_of):
-    assert callbacks_of().expected == expected_loss(PARAMS)
-
-
 @pytest.mark.parametrize(("head", "rows"), [("full", 50_304), ("sampled", 1_000)])
 def test_utilization_is_the_models_flops_over_the_machines_peak(callbacks_of, monkeypatch, head, rows):
     training = PARAMS.training.model_copy(update={"head": head, "sample_tokens": 1_000})
@@ -76,10 +64,6 @@ def test_utilization_is_the_models_flops_over_the_machines_peak(callbacks_of, mo
     speed = training.tokens_per_step  # two steps in two seconds
     assert (step, values["train/loss"], values["train/tokens_per_second"]) == (3, 8.0, speed)
     assert values["train/utilisation"] == pytest.approx(speed * flops / 2e9)
-
-
-def test_this_machine_multiplies_matrices():
-    assert 1e8 < training_callbacks.peak_flops("cpu", "float32") < 1e14
 
 
 def test_a_sample_is_the_most_likely_continuation_and_changes_no_random_state(callbacks_of, tmp_path):

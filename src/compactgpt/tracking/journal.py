@@ -1,13 +1,9 @@
 """The journal of a stage: an append-only local file with everything that the stage logs.
 
-`mlflow_logger` copies the journals to MLflow in a child process. So a stage never imports MLflow or waits for
-a server, and the child process also closes the MLflow run of a killed stage.
-
-Each `dvc` process, and each stage that is run by hand, has a run folder `.state/tracking/<time>-<name>/`. Its
-folder `before/` has params.yaml, dvc.lock and uncommitted changes from before the first stage. Each stage has
-a folder `<time>-<stage>-<random>/` with `journal.jsonl` and `artifacts/`, the copies of logged files. A
-journal has one JSON object per line; `kind` is start, params, tags, metrics, inputs, artifact or end. Its
-first line names the tracking store of the run.
+Each `dvc` process, and each stage that is run by hand, has a run folder `.state/tracking/<time>-<name>/`.
+Its folder `before/` has the project's files from before the first stage. Each stage has a folder
+`<time>-<stage>-<random>/` with `journal.jsonl` and `artifacts/`, the copies of logged files. A journal has
+one JSON object per line; `kind` is start, params, tags, metrics, inputs, artifact or end.
 """
 
 import functools
@@ -34,7 +30,9 @@ from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, TOKENS
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
+JOURNAL = "journal.jsonl"
 BEFORE = "before"
+CONTINUED = "continued"  # an empty file: another journal continues this journal's run
 LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # characters of a data set's digest: MLflow's limit
 _TAIL = 65_536  # bytes at the end of a journal that contain its last line
@@ -84,8 +82,7 @@ class PasswordFilter(logging.Formatter):
 def tracking_store() -> dict[str, str]:
     """Return address and experiment of the tracking store that MLflow's environment variables name.
 
-    Raises:
-        BadConfig: MLFLOW_TRACKING_URI is not the address of a server or a database.
+    Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     scheme = uri.partition("://")[0].partition("+")[0]
@@ -134,12 +131,7 @@ def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the main metrics of a stage's report, with the names of MLflow's chart groups.
-
-    Args:
-        stage: the stage's full name, such as `baseline@xz`.
-        report: the stage's JSON report.
-    """
+    """Return the main metrics of the JSON report of a stage (`baseline@xz`), in MLflow's chart groups."""
     name, _, item = stage.partition("@")
     if name == "training":
         return {"val/best_loss": report["best_val_loss"]} if "best_val_loss" in report else {}
@@ -156,9 +148,7 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the token files of a manifest as data sets for `Journal.inputs`.
 
-    Args:
-        files: the manifest's entries, by file name.
-        contexts: MLflow's context of each split: `training`, `validation` or `evaluation`.
+    `contexts` has MLflow's context of each split: `training`, `validation` or `evaluation`.
     """
     found = []
     for split, context in contexts.items():
@@ -187,32 +177,27 @@ def process_facts() -> dict[str, Any]:
     return facts
 
 
-def _stamp(seconds: float) -> str:
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
-
-
 class Journal:
     """A tracker that appends to a journal. Each line is one write: a kill damages at most the last line.
 
     A stage that may resume an interrupted run sets `held`: nothing is written before `begin` or `end`.
-    Each process of a resumed run has its own journal; `continues` in the first line names the run's first
-    journal. The new journal leaves out metrics of steps that an earlier journal of the run has.
     """
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
-        name = f"{_stamp(time.time())}-{stage}-{secrets.token_hex(3)}"
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{stage}-{secrets.token_hex(3)}"
         group = name
         if pipeline := start.get("pipeline"):
-            milliseconds = int(pipeline["created"] * 1000) % 1000
-            group = f"{_stamp(pipeline['created'])}.{milliseconds:03}-dvc-{pipeline['pid']}"
+            seconds = time.strftime("%Y%m%dT%H%M%S", time.gmtime(pipeline["created"]))
+            group = f"{seconds}.{int(pipeline['created'] * 1000) % 1000:03}-dvc-{pipeline['pid']}"
         self.run_folder = state / "tracking" / group
         self.folder = self.run_folder / name
         make_folder(self.folder / "artifacts")
-        self._file = os.open(self.folder / "journal.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         fsync_folder(self.folder)
         self._torn = False
         self._held: list[dict[str, Any]] | None = [] if held else None
-        self._logged: dict[str, int] = {}  # the last step of each metric in earlier journals of the run
+        self._resumes = False
+        self._logged: dict[str, int] = {}  # the last step of each metric before the interruption
         self._append("start", {"stage": stage, "store": tracking_store(), **start})
 
     def keep_before(self, workspace: Path) -> None:
@@ -232,37 +217,46 @@ class Journal:
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow's time unit
         if self._held is None:
-            self._write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._write(line)
         else:
             self._held.append(line)
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, line: Mapping[str, Any]) -> None:
         """Append a line. If the disk took only a part of the last line, write a line break first."""
-        line = b"\n" + line if self._torn else line
+        content = b"\n" * self._torn + json.dumps(line, ensure_ascii=False).encode() + b"\n"
         self._torn = True
-        while line:
-            line = line[os.write(self._file, line) :]
+        while content:
+            content = content[os.write(self._file, content) :]
         self._torn = False
 
-    def _release(self, continues: str = "") -> None:
+    def _release(self) -> None:
         lines, self._held = self._held or [], None
-        if continues:
-            lines[0]["continues"] = continues
         for line in lines:
-            self._append(line["kind"], line)
+            self._write(line)
 
     def begin(self, note: Path) -> None:
-        """Start to write. Resume the run that the file `note` names; if it is missing, create it."""
-        first = note.read_text().strip() if note.exists() else ""
-        if first:
-            self._logged = _last_steps(self.run_folder.parent, first)
-        else:
-            write_text(note, self.folder.name + "\n")
-        self._release(first)
+        """Start to write. Continue the run whose last journal the file `note` names; else create the file.
+
+        The earlier lines are copied, so that this journal has the whole run. Their parameters stay.
+        """
+        earlier = JournalFile(self.run_folder.parent / note.read_text().strip()) if note.exists() else None
+        if earlier and earlier.path.exists() and earlier.start:
+            self._resumes = True
+            start = (self._held or [{}])[0] | {"continues": earlier.first, "begin_ms": earlier.begin_ms}
+            lines = [line for line in earlier.read()[0] if line["kind"] in ("params", "metrics", "inputs")]
+            for line in lines:
+                if line["kind"] == "metrics":
+                    for key in line["values"]:
+                        self._logged[key] = max(line["step"], self._logged.get(key, 0))
+            self._held = [start, *lines]
+            (earlier.folder / CONTINUED).touch()
+        self._release()
+        write_text(note, f"{self.run_folder.name}/{self.folder.name}\n")
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters. Nested mappings get dotted keys."""
-        self._append("params", {"values": flatten(values)})
+        if not self._resumes:
+            self._append("params", {"values": flatten(values)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics at a step. The values must be finite."""
@@ -301,7 +295,7 @@ class NullTracker(Journal):
     """A tracker that logs nothing: for `--tracker none`, and for all processes except the main process."""
 
     def __init__(self) -> None:
-        self._logged = {}
+        self._resumes, self._logged = False, {}
 
     def begin(self, note: Path) -> None:
         """Do nothing."""
@@ -329,7 +323,7 @@ class JournalFile:
     """A journal on disk, opened for reading. The stage's process may still append to it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "journal.jsonl"
+        self.folder, self.path = folder, folder / JOURNAL
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
@@ -344,6 +338,11 @@ class JournalFile:
         return str(self.start.get("continues", self.folder.name))
 
     @property
+    def begin_ms(self) -> int:
+        """The time at which the run began, in milliseconds."""
+        return int(self.start.get("begin_ms", self.start["time_ms"]))
+
+    @property
     def last(self) -> dict[str, Any]:
         """The last complete line of the journal."""
         lines, _ = self.read(max(0, self.path.stat().st_size - _TAIL))
@@ -356,10 +355,6 @@ class JournalFile:
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
 
-    def run(self) -> "list[JournalFile]":
-        """Return all journals of the run that this journal belongs to, oldest first."""
-        return run_journals(self.folder.parents[1], self.first)
-
     def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """Return the complete lines that start at or after `offset`, and the offset of the next line."""
         with open(self.path, "rb") as file:
@@ -368,34 +363,15 @@ class JournalFile:
         return journal_lines(raw), offset + raw.rfind(b"\n") + 1
 
 
-def run_journals(tracking: Path, first: str) -> list[JournalFile]:
-    """Return the journals of the run whose first journal has the name `first`, oldest first."""
-    journals = [JournalFile(path.parent) for path in tracking.glob("*/*/journal.jsonl")]
-    found = [journal for journal in journals if journal.start and journal.first == first]
-    return sorted(found, key=lambda journal: int(journal.start["time_ms"]))
-
-
 def is_alive(process: Mapping[str, Any]) -> bool:
     """Return whether the process with this `pid` and this start time (`created`) runs on this machine."""
     import psutil
 
-    try:
+    with suppress(psutil.NoSuchProcess):
         found = psutil.Process(process["pid"])
-        return bool(
-            found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["created"]) < 1
-        )
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _last_steps(tracking: Path, first: str) -> dict[str, int]:
-    """Return the last step of each metric in the journals of one run."""
-    last: dict[str, int] = {}
-    for journal in run_journals(tracking, first):
-        for line in journal.read()[0]:
-            if line["kind"] == "metrics":
-                last.update({key: max(line["step"], last.get(key, 0)) for key in line["values"]})
-    return last
+        is_same = abs(found.create_time() - process["created"]) < 1
+        return bool(is_same and found.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def machine_facts() -> dict[str, str]:

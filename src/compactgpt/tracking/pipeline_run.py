@@ -1,40 +1,183 @@
-"""The MLflow run of one `dvc` process: the stages that ran, the stages that DVC skipped, and the run's files.
+"""The run folder of one `dvc` process: its journals, and the outcome of each stage.
 
-If DVC skips a stage or takes it from its run cache, no stage script runs and no journal exists. So `outcome`
-reads dvc.lock after the `dvc` process has ended. The run gets the outputs of the stages that ran. It gets a
-skipped stage's outputs only if the entry in dvc.lock has the run's parameters, code and data.
+If DVC skips a stage or takes it from its run cache, no stage script runs and no journal exists. So the
+outcome comes from dvc.lock, after the `dvc` process has ended. The run gets the outputs of the stages that
+ran. It gets a skipped stage's outputs only if dvc.lock has them with the run's parameters, code and data.
 """
 
 import csv
+import fcntl
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from compactgpt.common.errors import UserError
+from compactgpt.common.git import git_text
 from compactgpt.common.storage import MANIFEST, read_json
 from compactgpt.tracking import dvc_files, journal
-from compactgpt.tracking.dvc_files import LOCK, MODEL, PARAMS, TOKENS, Cache, Chain, Entry, Folder, Place
-from compactgpt.tracking.journal import BEFORE, JournalFile, flatten
+from compactgpt.tracking.dvc_files import (
+    LOCK,
+    MODEL,
+    PARAMS,
+    TOKENS,
+    Cache,
+    Chain,
+    Commit,
+    Entry,
+    Folder,
+    Place,
+)
+from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
-MAX_TABLE = 20_000_000  # bytes; a larger table of per-document losses is not saved with the run
+PIPELINE = "pipeline"  # the stage name of a journal that belongs to no stage
+AFTER = "after"  # the folder for the files that the `dvc` process left
 OUTCOME = "outcome.json"
+OUTCOME_SECONDS = 30.0  # how long to wait for the commit of a DVC experiment
+MAX_TABLE = 20_000_000  # bytes; a larger table of per-document losses is not saved with the run
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
 class Outcome(BaseModel):
-    """The outcome of a `dvc` process, saved as OUTCOME in the folder `after/`."""
+    """The outcome of a `dvc` process, saved as OUTCOME in the folder AFTER."""
 
-    status: str  # MLflow's run status
+    status: str = "FINISHED"  # MLflow's run status
     reason: str = ""  # why the run is incomplete
     stages: dict[str, str] = {}  # ran, skipped or not reached
     entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
 
 
-def outcome(
+class RunFolder:
+    """The journals of one `dvc` process, or of one stage that was run by hand: see `tracking.journal`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.root = path, path.parents[2]
+        self.before, self.after = Folder(path / BEFORE), Folder(path / AFTER)
+
+    def journals(self) -> list[JournalFile]:
+        """Return the journals that have a first line, oldest first."""
+        found = sorted(path.parent for path in self.path.glob(f"*/{JOURNAL}"))
+        return [file for folder in found if (file := JournalFile(folder)).start]
+
+    def stages(self) -> list[JournalFile]:
+        """Return the journals of stages."""
+        return [file for file in self.journals() if file.start["stage"] != PIPELINE]
+
+    @cached_property
+    def start(self) -> dict[str, Any]:
+        """The first line of the first journal. With `pipeline` a `dvc` process ran the stages."""
+        return self.journals()[0].start
+
+    @property
+    def command(self) -> str:
+        """The `dvc` command that ran the stages."""
+        command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
+        # `dvc exp exec-run` is a worker of DVC's queue, which a user can't start.
+        return f"dvc exp run -n {name}" if name and "exec-run" in command else command
+
+    @property
+    def alive(self) -> bool:
+        """Whether the `dvc` process or a stage still runs, and may add lines."""
+        if "pipeline" in self.start and is_alive(self.start["pipeline"]):
+            return True
+        return not all(file.status for file in self.journals())
+
+    @contextmanager
+    def locked(self, *, wait: bool = False) -> Iterator[bool]:
+        """Lock the folder, so that only one process copies it. Yield whether this process has the lock.
+
+        With `wait`, wait until another process releases the lock, at most a minute after the runs' end.
+        """
+        with open(self.path / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def outcome(self) -> Outcome | None:
+        """Return the outcome of the `dvc` process; None if it is not saved yet, or its file is damaged."""
+        with suppress(UserError, ValueError):
+            return Outcome.model_validate(read_json(self.after.root / OUTCOME))
+        return None
+
+    def keep_after(self) -> bool:
+        """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
+        if "pipeline" not in self.start or self.outcome():
+            return True
+        if self.alive or (place := self._place()) is None:
+            return False
+        self._write_after(place)
+        return True
+
+    def _place(self) -> Place | None:
+        """Return the place from which to read dvc.lock; None if DVC has not made an experiment's commit yet.
+
+        DVC removes an experiment's temporary folder, or uses it for the next experiment. After `dvc repro`,
+        the next run may have started already: its `before/` folder has the files that this run left.
+        """
+        tags, workspace = self.start["tags"], self.start["workspace"]
+        if name := tags.get("dvc.experiment"):
+            baseline = tags.get("dvc.baseline", "")
+            reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+            with suppress(UserError):  # there is no such reference
+                return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
+            newest = max(file.path.stat().st_mtime for file in self.journals())
+            failed = any(file.status != "FINISHED" for file in self.stages())
+            return (
+                Folder(self.path / "no-commit") if failed or time.time() - newest > OUTCOME_SECONDS else None
+            )
+        for later in run_folders(self.root):
+            if later.path.name > self.path.name and later.start.get("workspace") == workspace:
+                return later.before
+        return Folder(Path(workspace))
+
+    def _write_after(self, place: Place) -> None:
+        """Save the files of an ended `dvc` process to AFTER, before the next command changes them.
+
+        AFTER has the new dvc.lock, the other files of `before/`, the list of installed packages, and the
+        run's reports and small tables of per-document losses. OUTCOME says which stages belong to the run.
+        """
+        cache, making = Cache(self.root), self.path / "after.tmp"
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        if self.before.root.exists():  # a first stage that was killed at once has kept none
+            kept = shutil.ignore_patterns(LOCK)
+            shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)  # with file modes
+        if lock := place.read(LOCK):
+            (making / LOCK).write_bytes(lock)
+        (making / "environment").mkdir()
+        (making / "environment/packages.txt").write_text(journal.packages())
+        # `place` may be the next run's `before/`, which has no code: the work tree has it.
+        tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
+        found = find_outcome(place, self.before, self.stages(), self.command, tree)
+        try:
+            for path, md5 in outs(place, found).items():
+                is_table = path.startswith(("data/evaluation", "data/baseline")) and cache.has(md5)
+                size = sum(file.stat().st_size for file in cache.files(md5).values()) if is_table else 0
+                if path.startswith("reports/") or (is_table and size <= MAX_TABLE):
+                    dvc_files.checkout(cache, place, path, md5, making / path)
+        except UserError as error:  # a file in DVC's cache was altered
+            found.reason = found.reason or str(error)
+        (making / OUTCOME).write_text(found.model_dump_json())
+        shutil.rmtree(self.after.root, ignore_errors=True)
+        making.rename(self.after.root)
+
+
+def run_folders(root: Path) -> list[RunFolder]:
+    """Return the run folders of a repository that have a journal, oldest first."""
+    found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
+    return [folder for folder in found if folder.journals()]
+
+
+def find_outcome(
     place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None = None
 ) -> Outcome:
     """Return the outcome of a `dvc` process: its status, and what happened to each stage.
@@ -48,21 +191,21 @@ def outcome(
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
-        params = flatten(dvc_files.parse_yaml(before.read(PARAMS) or place.read(PARAMS), PARAMS))
+        params = dvc_files.parse_yaml(before.read(PARAMS) or place.read(PARAMS), PARAMS)
     except UserError as error:
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
-    found = Outcome(status="FINISHED")
+    found = Outcome()
     for stage in chain.stages:  # in dvc.yaml, a stage comes after the stages that it depends on
-        found.stages[stage] = f"ran ({ran[stage].status.lower()})" if stage in ran else NOT_REACHED
-        if not (entry := chain.entries.get(stage)):
-            continue
+        entry = chain.entries.get(stage, {})
+        found.stages[stage] = NOT_REACHED
         if stage in ran:
+            found.stages[stage] = f"ran ({ran[stage].status.lower()})"
             is_valid = ran[stage].status == "FINISHED" and _is_recorded(ran[stage], entry)
-        elif is_valid := _has_params(entry, params) and _has_inputs(entry, chain, found.entries, tree):
-            same = old.get(stage) == entry
-            found.stages[stage] = f"{SKIPPED}: {'unchanged' if same else 'from the run cache of DVC'}"
-        if is_valid:
+        elif is_valid := _is_current(entry, chain, params, found.entries, tree):
+            origin = "unchanged" if old.get(stage) == entry else "from the run cache of DVC"
+            found.stages[stage] = f"{SKIPPED}: {origin}"
+        if entry and is_valid:
             found.entries[stage] = dvc_files.entry_key(entry)
     named = [stage for stage in chain.stages if {stage, stage.partition("@")[0]} & set(command.split())]
     if missing := [stage for stage in named or chain.stages if stage not in found.entries]:
@@ -81,19 +224,13 @@ def _is_recorded(file: JournalFile, entry: Entry) -> bool:
     return all(named.get(name, md5) == md5 for name, md5 in logged.items())
 
 
-def _has_params(entry: Entry, params: Mapping[str, Any]) -> bool:
-    """Return whether a stage's entry has these parameters."""
+def _is_current(
+    entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
+) -> bool:
+    """Return whether a stage's entry has these parameters, outputs of valid stages, and the tree's files."""
     wanted = dvc_files.entry_params(entry)
-    found = {
-        key: value
-        for key, value in params.items()
-        if any(dvc_files.is_inside(key, one, ".") for one in wanted)
-    }
-    return flatten(wanted) == found
-
-
-def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], tree: Path | None) -> bool:
-    """Return whether a stage's dependencies are outputs of valid stages, or code and data of this version."""
+    if not entry or dvc_files.values_at(params, [*wanted]) != wanted:
+        return False
     makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
         inside = [out for out in makers if dvc_files.overlap(out, path)]
@@ -105,38 +242,6 @@ def _has_inputs(entry: Entry, chain: Chain, valid: Mapping[str, str], tree: Path
     return True
 
 
-def write_after(
-    place: Place, cache: Cache, run_folder: Path, journals: list[JournalFile], command: str, tree: Path
-) -> None:
-    """Save the files of an ended `dvc` process to `after/`, before the next command changes them.
-
-    `after/` has the new dvc.lock, the other files of `before/`, the list of installed packages, and the run's
-    reports and small tables of per-document losses. OUTCOME says which stages belong to the run.
-    """
-    before, after, making = (run_folder / name for name in (BEFORE, "after", "after.tmp"))
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    if before.exists():  # a first stage that was killed at once, or whose disk was full, has kept none
-        kept = shutil.ignore_patterns(LOCK)
-        shutil.copytree(before, making, ignore=kept, dirs_exist_ok=True)  # with modes: changes stay private
-    if lock := place.read(LOCK):
-        (making / LOCK).write_bytes(lock)
-    (making / "environment").mkdir()
-    (making / "environment/packages.txt").write_text(journal.packages())
-    found = outcome(place, Folder(before), journals, command, tree if isinstance(place, Folder) else None)
-    try:
-        for path, md5 in outs(place, found).items():
-            is_table = path.startswith(("data/evaluation", "data/baseline")) and cache.has(md5)
-            size = sum(file.stat().st_size for file in cache.files(md5).values()) if is_table else 0
-            if path.startswith("reports/") or (is_table and size <= MAX_TABLE):
-                dvc_files.checkout(cache, place, path, md5, making / path)
-    except UserError as error:  # a file in DVC's cache was altered
-        found.reason = found.reason or str(error)
-    (making / OUTCOME).write_text(found.model_dump_json())
-    shutil.rmtree(after, ignore_errors=True)
-    making.rename(after)
-
-
 def outs(place: Place, found: Outcome) -> dict[str, str]:
     """Return the MD5 of each output that belongs to a run."""
     entries = dvc_files.read_chain(place).entries if found.entries else {}
@@ -146,25 +251,25 @@ def outs(place: Place, found: Outcome) -> dict[str, str]:
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
     """Yield the metrics of valid stages that DVC skipped, read from their reports, as journal lines."""
     for stage in found.entries:
-        name, _, item = stage.partition("@")
-        path = after / "reports" / (f"baseline/{item}.json" if item else f"{name}.json")
+        path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
             continue
         yield {"kind": "metrics", "step": 0, "values": journal.stage_metrics(stage, read_json(path))}
         curve = after / "reports/loss.csv"
-        if name == "training" and curve.exists():
+        if stage == "training" and curve.exists():
             for row in csv.DictReader(curve.read_text(encoding="utf-8").splitlines()):
                 losses = {"train/loss": row.get("train_loss"), "val/loss": row.get("val_loss")}
                 values = {key: float(value) for key, value in losses.items() if value}
                 yield {"kind": "metrics", "step": int(row["step"]), "values": values}
 
 
-def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str, str], list[dict[str, str]]]:
+def hashes(
+    after: Folder, cache: Cache, made: Mapping[str, str]
+) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Return the SHA-256 of dvc.lock and of the weights as tags, and the token files for `Journal.inputs`."""
-    tags, datasets = {"lock_sha256": hashlib.sha256(Folder(after).read(LOCK) or b"").hexdigest()}, []
-    for path in (TOKENS, MODEL):
-        md5 = made.get(path, "")
-        if md5 and cache.has(md5) and (manifest := cache.files(md5).get(MANIFEST)):
+    tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
+    for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
+        if cache.has(md5) and (manifest := cache.files(md5).get(MANIFEST)):
             files = read_json(manifest)["files"]
             if weights := files.get("model.safetensors"):
                 tags["weights_sha256"] = weights["sha256"]
@@ -172,11 +277,11 @@ def hashes(after: Path, cache: Cache, made: Mapping[str, str]) -> tuple[dict[str
     return tags, datasets
 
 
-def description(command: str, found: Outcome, links: Mapping[str, str]) -> str:
+def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
     """Return a run's description in Markdown. `links` has, for each stage, a link to the run that ran it."""
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]
-    for stage, what in found.stages.items():
-        made_by = "" if what == NOT_REACHED else links.get(stage, "no run known here")
-        lines.append(f"| {stage} | {what} | {made_by} |")
+    for stage, text in found.stages.items():
+        made_by = "" if text == NOT_REACHED else links.get(stage, "no run known here")
+        lines.append(f"| {stage} | {text} | {made_by} |")
     return "\n".join(lines)

@@ -4,7 +4,6 @@ import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,32 +21,31 @@ MAX_NEW_TOKENS = 64  # of one answer; half of the context if that is less
 PIPELINE_RUN = "pipeline_run"  # tag of a model version: id of the run with the reports and dvc.lock
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A model that a pipeline trained."""
+def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
+    """Log a trained model and its pipeline's metrics, once for each set of weights, and return its id.
 
-    run_id: str  # the pipeline's run
-    cache: Cache
-    after: Path  # the folder with the pipeline's files after its end
-    weights: str  # SHA-256 of the weights
-    val: str  # SHA-256 of the val split; empty if the run has no val split
-
-
-def log_model(store: Store, trained: Trained) -> str:
-    """Log a model and its pipeline's metrics, once for each set of weights; return its id."""
+    Args:
+        store: the tracking store.
+        run_id: the pipeline's run.
+        after: the pipeline's files after its end.
+        cache: DVC's cache.
+        weights: the SHA-256 of the weights.
+        val: the SHA-256 of the val split; empty if the run has no val split.
+    """
     from mlflow.entities import LoggedModelInput, Metric
 
-    model_id = _logged(store, trained.weights) or _log(trained)
-    run, model = store.client.get_run(trained.run_id), store.client.get_logged_model(model_id)
-    if trained.run_id != model.source_run_id and not run.inputs.model_inputs:
-        store.client.log_inputs(trained.run_id, models=[LoggedModelInput(model_id)])
-    if trained.run_id in [metric.run_id for metric in model.metrics or []]:
+    tags = {"weights_sha256": weights, "val_sha256": val}
+    model_id = _logged(store, weights) or _log(run_id, after, cache, tags)
+    run, model = store.client.get_run(run_id), store.client.get_logged_model(model_id)
+    if run_id != model.source_run_id and not run.inputs.model_inputs:
+        store.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
+    if run_id in [metric.run_id for metric in model.metrics or []]:
         return model_id
-    data = ("val.tokens", trained.val[:MAX_DIGEST]) if trained.val else (None, None)
+    data = ("val.tokens", val[:MAX_DIGEST]) if val else (None, None)
     for key in (key for key in run.data.metrics if key.startswith("eval/")):
-        history = store.client.get_metric_history(trained.run_id, key)
+        history = store.client.get_metric_history(run_id, key)
         points = [(key, one.value, one.timestamp, one.step, model_id, *data) for one in history]
-        store.client.log_batch(trained.run_id, [Metric(*point, trained.run_id) for point in points])
+        store.client.log_batch(run_id, [Metric(*point, run_id) for point in points])
     return model_id
 
 
@@ -61,15 +59,15 @@ def _logged(store: Store, weights: str) -> str:
     return next((str(model.model_id) for model in found if model.status == "READY"), "")
 
 
-def _log(trained: Trained) -> str:
+def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
     """Export a model to Hugging Face's format, log it to its run in MLflow, and return the model's id."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
-        chain = read_chain(Folder(trained.after))  # `outs` lacks the tokenizer after `dvc repro -s training`
+        chain = read_chain(after)
         for path in (MODEL, TOKENIZER):
-            if not checkout(trained.cache, Folder(folder), path, chain.out(path), folder / path):
+            if not checkout(cache, Folder(folder), path, chain.out(path), folder / path):
                 raise MissingInput(f"DVC's cache lacks {path}: `dvc repro` or `dvc pull` restores it")
         import mlflow
         from huggingface_hub import ModelCard
@@ -78,16 +76,19 @@ def _log(trained: Trained) -> str:
         from compactgpt.model.huggingface import save_hf
         from compactgpt.model.weights import load_model
 
-        model, text = load_model(folder / MODEL), Folder(trained.after).read("reports/model_card.md")
-        card = text.decode() if text else f"# compactgpt\n\nSHA-256 of the weights: `{trained.weights}`.\n"
+        model, text = load_model(folder / MODEL), after.read("reports/model_card.md")
+        card = (
+            text.decode()
+            if text
+            else f"# compactgpt\n\nSHA-256 of the weights: `{tags['weights_sha256']}`.\n"
+        )
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
-        needed = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "transformers")]
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults of a request
         logged = mlflow.transformers.log_model(
             pipeline("text-generation", model=str(folder / NAME)),  # fails as a path with transformers 5.23
             name="compact",
             task="text-generation",
-            run_id=trained.run_id,
+            run_id=run_id,
             step=-1,  # at step 0, MLflow would add the run's metrics to the model without a data set
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
@@ -98,8 +99,10 @@ def _log(trained: Trained) -> str:
             },
             model_card=ModelCard(card, ignore_metadata_errors=True),
             model_type="gpt2",
-            tags={"weights_sha256": trained.weights, "val_sha256": trained.val},
-            pip_requirements=needed,
+            tags=tags,
+            pip_requirements=[
+                f"{one}=={version(one).partition('+')[0]}" for one in ("torch", "transformers")
+            ],
         )
         return str(logged.model_id)
 
@@ -107,11 +110,8 @@ def _log(trained: Trained) -> str:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights as the champion, and return its version number.
 
-    `reason` says why a model with another configuration may replace the champion.
-
-    Raises:
-        MissingInput: MLflow has no logged model with these weights.
-        CheckFailed: the configuration or val split differs from the champion's, and `reason` is empty.
+    `reason` says why a model with another configuration may replace the champion. Raises MissingInput if
+    MLflow has no model with these weights, CheckFailed if the configuration differs and `reason` is empty.
     """
     import mlflow
 
@@ -131,7 +131,6 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
 
 
 def _refuse_other_configuration(model: Any, present: Any) -> None:
-    """Raise CheckFailed if a model's parameters or val split differ from the champion's."""
     old, new = ({**one.params, "val split": one.tags.get("val_sha256", "")[:12]} for one in (present, model))
     keys = sorted(key for key in old.keys() | new.keys() if key.startswith(("model.", "training.", "val ")))
     other = [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
@@ -145,13 +144,8 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 def download_model(uri: str, folder: Path) -> Path:
     """Download a model from MLflow, and return its folder in Hugging Face's format, with its tokenizer.
 
-    Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`.
-        folder: an empty folder for the files.
-
-    Raises:
-        MissingInput: there is no MLflow store here, or it has no such model.
-        Unreachable: MLflow does not answer.
+    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`;
+    `folder` is an empty folder for the files. Raises MissingInput if MLflow has no such model.
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():

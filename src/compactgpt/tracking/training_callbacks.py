@@ -1,7 +1,7 @@
 """Callbacks that show the training's progress and log it to MLflow. They change no result."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,10 @@ SAMPLE_TOKENS = 40
 
 
 class TrainingCallbacks:
-    """Reports a training's progress to the user and to the tracker. Each process has its own instance.
-
-    Args:
-        stage: the open stage (stages._runner.Stage).
-        tokenizer: the tokenizer's folder, for samples.
-        curve: the loss curve's file. It is complete after each validation, so `dvc plots show` can draw it.
-    """
+    """Reports a training's progress to the user and to the tracker. Each process has its own instance."""
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
+        """Start with an open stage, the tokenizer's folder (for samples), and the loss curve's file."""
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process = dist_info().is_main_process
         processes = dist_info().world_size
@@ -79,7 +74,7 @@ class TrainingCallbacks:
         """Log the validation loss, write the loss curve, and warn once if training diverges or surprises."""
         row, training = rows[-1], self.params.training
         self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
-        if self.is_main_process:
+        if self.is_main_process:  # the file is complete at each time, so `dvc plots show` can draw it
             write_text(self.curve, loss_csv(rows))
         diverged = divergence_warning(rows, training, self.params.model.vocab_size)
         warning = diverged or expected_loss_warning(self.expected, row, training.max_steps)
@@ -169,16 +164,6 @@ def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> s
             "estimate.anchors names"
         )
     return None
-
-
-def expected_loss_tags(expected: ExpectedLoss, val_loss: float) -> Mapping[str, str]:
-    """Return tags: whether the final loss is inside the expected 80 % interval and the 95 % interval."""
-    inside_80 = expected.low_80 <= val_loss <= expected.high_80
-    inside_95 = expected.low_95 <= val_loss <= expected.high_95
-    return {
-        "expected_loss.inside_80": str(inside_80).lower(),
-        "expected_loss.inside_95": str(inside_95).lower(),
-    }
 
 
 def peak_flops(device: str, dtype: str) -> float:
