@@ -65,11 +65,7 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Print a user's mistake as one sentence on stderr, and exit with its code.
-
-    Args:
-        stopped: the message that is printed after Ctrl-C.
-    """
+    """Print a user's mistake as one sentence on stderr, and exit with its code. Ctrl-C prints `stopped`."""
     try:
         yield
     except UserError as error:

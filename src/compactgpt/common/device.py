@@ -29,10 +29,7 @@ def prepare_heap() -> bool:
     times as fast again with large pages (docs/benchmarks.md). This function reserves half of the machine's
     memory for the heap. Linux provides a page only when the process writes to it. Linux provides large pages
     if its setting `transparent_hugepage` is `madvise` or `always`.
-
-    Returns:
-        True if the settings took effect. False if the C library is not glibc, or if the address space is
-        limited.
+    Returns False if the C library is not glibc, or if the address space is limited.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -65,11 +62,7 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device to use: `device`, or for `auto` the fastest device of this machine.
-
-    Raises:
-        BadConfig: this machine does not have the device, or the installed torch does not support it.
-    """
+    """Return `device`, or for `auto` the fastest device of this machine. Raises BadConfig."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -94,12 +87,9 @@ def set_precision(dtype: str) -> None:
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
     """Delay the effect of SIGTERM and Ctrl-C, so that long work can stop at a suitable point.
 
-    The block gets a function that returns whether a stop was requested. The first signal only sets this
-    value. A second signal ends the process as usual. Works in the main thread only.
-
-    Args:
-        same_seconds: another signal within this time belongs to the first request. When a parent with
-            several threads is killed, Linux sends the child its death signal once for each thread.
+    The block gets a function that returns whether a stop was requested. A second signal ends the process as
+    usual, unless it comes within `same_seconds`: when a parent with several threads is killed, Linux sends
+    the child its death signal once for each thread. Works in the main thread only.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None

@@ -14,12 +14,7 @@ _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Return `text` with control characters and invisible characters as escapes, so that it is safe to print.
-
-    Args:
-        text: any text, such as a file name, a message or generated text.
-        keep: characters that are not escaped, such as line breaks in a message.
-    """
+    """Return `text` with control and invisible characters as escapes, except the characters in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -111,18 +106,16 @@ class NotFinite(UserError):
 
 
 def user_error_of(error: OSError, path: Path) -> UserError | None:
-    """Return the `UserError` for an error of the operating system; None if it is a bug of this project.
+    """Return the `UserError` for an error of the disk or of permissions; None for any other error.
 
-    Args:
-        error: the error. If it has a file name, the message shows that name.
-        path: what was read or written; shown if the error has no file name.
+    The message names the error's file, or `path` if the error has none.
     """
-    place = error.filename or path
+    name = error.filename or path
     if error.errno == errno.EIO:
-        return DiskFailed(f"the disk failed ({place}): check it, then run again")
+        return DiskFailed(f"the disk failed ({name}): check it, then run again")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFull(f"no space left on the disk ({place}): free some space and run again")
+        return DiskFull(f"no space left on the disk ({name}): free some space and run again")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "run in a folder where you may read and write, or change its permissions"
-        return NotAllowed(f"{place}: {error.strerror}: {advice}")
+        return NotAllowed(f"{name}: {error.strerror}: {advice}")
     return None

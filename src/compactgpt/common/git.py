@@ -1,7 +1,6 @@
 """git, as the other modules use it: one function that runs it, and what is not committed in the work tree."""
 
 import os
-import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,13 @@ NEW_SUFFIXES = {
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
 MAX_BYTES = 1_000_000  # of all changes together
-_MARKER = re.compile(rb"^(<{7}|>{7}) ", re.MULTILINE)
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
     """Run git in a folder and return what it prints.
 
-    Raises:
-        MissingInput: git is not installed.
-        UserError: git failed with an exit code that is not in `allowed`; the message is git's own.
+    Raises MissingInput if git is not installed, and UserError with git's own message for an exit code that is
+    not in `allowed`.
     """
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
@@ -43,11 +40,7 @@ def git_text(root: Path, *words: str) -> str:
 
 
 def require_repository(root: Path) -> None:
-    """Check that a folder is in a git repository with a commit.
-
-    Raises:
-        MissingInput: it is not, or git is not installed.
-    """
+    """Raise MissingInput if a folder is not in a git repository with a commit."""
     try:
         run_git(root, "rev-parse", "--verify", "HEAD")
     except UserError as error:
@@ -87,12 +80,9 @@ def git_facts(root: Path) -> dict[str, str]:
 def uncommitted_changes(root: Path) -> Changes:
     """Return the changes that `git apply` needs to turn the commit into the work tree.
 
-    A new file is part of it only in the folders NEW_FILES, with a suffix in NEW_SUFFIXES, not hidden, and as
-    long as all changes together have at most MAX_BYTES. Larger changes to tracked files are left out as a
-    whole: a part of them would not apply.
-
-    Raises:
-        UserError: there is no git, or no commit.
+    New files are included only from the folders NEW_FILES, with a suffix in NEW_SUFFIXES, not hidden, and
+    while all changes together have at most MAX_BYTES. Larger changes to tracked files are left out as a
+    whole, because a part of them would not apply. Raises UserError if there is no commit.
     """
     options = ["--binary", "--no-ext-diff", "--no-textconv"]
     outputs = [f":(exclude){path}" for path in OUTPUTS]
@@ -117,19 +107,6 @@ def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:
         return "not a kind of file that is logged"
     size = path.stat().st_size
     return f"{size:,} bytes" if size > limit else ""
-
-
-def find_conflict(name: str, content: bytes) -> str:
-    """Return a sentence about a file that has the markers of an unresolved merge, empty where it has none."""
-    if not _MARKER.search(content):  # one is enough: the user may have removed the others already
-        return ""
-    found = f"{name} has conflict markers of an unresolved merge"
-    if name != "dvc.lock":
-        return f"{found}: choose the lines in an editor, then `git add {name}`"
-    return (
-        f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then `dvc repro` runs what "
-        "differs and `git add dvc.lock` ends the conflict"
-    )
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
@@ -17,13 +18,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compactgpt.common.errors import BadConfig, MissingInput, printable
-from compactgpt.common.git import find_conflict
 
 # A name is a part of paths, of DVC's stage names and of MLflow's run names, so it may not contain characters
 # with a meaning there. (In DVC a dot separates the keys of nested mappings.)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+_MARKER = re.compile(rb"^(<{7}|>{7}) ", re.MULTILINE)
 
 
 class Section(BaseModel):
@@ -48,10 +49,7 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load_section(path: Path, section: type[SectionType]) -> SectionType:
     """Read a YAML file and check it as a section.
 
-    Raises:
-        MissingInput: there is no such file.
-        BadConfig: the file is not valid YAML, or a key is unknown, missing, of the wrong type or invalid.
-            The message names every such key.
+    Raises MissingInput, or BadConfig with every key that is unknown, missing, of the wrong type or invalid.
     """
     return check_section(read_yaml(path), section, str(path))
 
@@ -62,11 +60,7 @@ YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, Recursio
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file as DVC does.
-
-    Raises:
-        MissingInput, BadConfig: see `load_section`.
-    """
+    """Parse a YAML file as DVC does. Raises MissingInput, or BadConfig if the file is not valid YAML."""
     try:
         content = path.read_bytes()
         return copy.deepcopy(parse_yaml(content))
@@ -86,6 +80,19 @@ def parse_yaml(content: bytes | str) -> Any:
     The result is cached: parsing params.yaml takes 0.1 s, and a process may read it ten times.
     """
     return YAML(typ="safe", pure=True).load(content)
+
+
+def find_conflict(name: str, content: bytes) -> str:
+    """Return a sentence about a file that has the markers of an unresolved merge, empty where it has none."""
+    if not _MARKER.search(content):  # one is enough: the user may have removed the others already
+        return ""
+    found = f"{name} has conflict markers of an unresolved merge"
+    if name != "dvc.lock":
+        return f"{found}: choose the lines in an editor, then `git add {name}`"
+    return (
+        f"{found}: keep one side (`git checkout --ours dvc.lock`, or `--theirs`), then `dvc repro` runs what "
+        "differs and `git add dvc.lock` ends the conflict"
+    )
 
 
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:

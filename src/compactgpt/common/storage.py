@@ -1,19 +1,17 @@
 """Files that are written complete or not at all, and checked against their hashes when they are read.
 
-Every file of the project that must last is written here. A file is written next to its final path, synced to
-the disk and renamed. A folder is filled under a temporary name, gets a manifest with the size and SHA-256 of
-each of its files, and is renamed as one. An existing folder is replaced only if it is empty or an earlier
-output of the same kind: see `check_replaceable`.
+A file is written next to its final path, synced to the disk, and renamed. A folder is filled under a
+temporary name, gets a manifest with the size and SHA-256 of each file, and is renamed as a whole. A folder is
+replaced only if it is empty, or an earlier output of the same kind.
 """
 
 import glob
 import hashlib
 import json
 import os
-import pwd
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,7 +31,7 @@ _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
 
 @contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """Raise a full or failing disk, or a lack of permission, as a UserError that names `path`."""
+    """Raise a full disk, a failing disk or a lack of permission as a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -60,7 +58,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a path next to `path` for this process to work on, after deleting those of killed processes."""
+    """Return a path next to `path` for this process, and delete those of killed processes."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
         if not match or _is_running(int(match[1])):
@@ -112,11 +110,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON in the project's one form: sorted keys, finite numbers only.
-
-    Raises:
-        ValueError: the value contains NaN or an infinity.
-    """
+    """Return a value as JSON with sorted keys. Raises ValueError for NaN and infinities."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
 
@@ -127,32 +121,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that this project wrote.
+    """Read a JSON file that this project wrote. Raises MissingInput, or BadData if it is not strict JSON."""
 
-    Raises:
-        MissingInput: there is no such file.
-        BadData: it is not strict JSON.
-    """
+    def refuse(name: str) -> float:
+        raise ValueError(f"{name} is not a JSON number")
+
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(path.read_bytes(), parse_constant=refuse)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to create it") from error
     except (ValueError, RecursionError) as error:
         raise BadData(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def tensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
     """Return the beginning of a safetensors file; the bytes of the tensors follow in the same order.
 
+    Each item has a tensor's name, its type as the format calls it (F32), its shape and its number of bytes.
     The format (github.com/huggingface/safetensors, README.md): length of the header in 8 bytes, the header as
     JSON padded with spaces to a multiple of 8, the tensors. The library itself needs all tensors in memory.
-
-    Args:
-        tensors: name, type as the format calls it (F32), shape and number of bytes of each.
     """
     fields, offset = {}, 0
     for name, dtype, shape, size in tensors:
@@ -170,15 +157,10 @@ def sha256_file(path: Path) -> str:
 
 
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
-    """Return the path of a file by its name in a folder, after checking that it is in that folder.
+    """Return the path of a file in a folder, by a name that another person may have written.
 
-    Args:
-        folder: any.
-        name: from a lock file, a manifest or the like, which another person may have written.
-        follow: check symbolic links, too. DVC itself may link outputs to its cache.
-
-    Raises:
-        OutsideFolder: the name is absolute or has `..`, or a symbolic link points out of the folder.
+    Raises OutsideFolder if the name is absolute or has `..`, or, with `follow`, if a symbolic link leads out.
+    DVC itself may link outputs to its cache.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
@@ -187,47 +169,6 @@ def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
     if follow and not path.resolve().is_relative_to(folder.resolve()):
         raise OutsideFolder(f"{path} is a symbolic link out of {folder}: nothing was read or written there")
     return path
-
-
-def check_replaceable(folder: Path, is_own: Callable[[Path], bool]) -> Path:
-    """Return the folder with links resolved, after checking that replacing it deletes no other files.
-
-    Args:
-        folder: where an output goes; it may be missing.
-        is_own: whether a folder that is not empty is an earlier output of the caller.
-
-    Raises:
-        NotAllowed: it is the current folder, a home folder, a mount point, the root of a repository, or a
-            parent of the first two; it is a file; or it is neither empty nor an earlier output.
-    """
-    advice = "give a new or an empty folder"
-    try:
-        found = folder.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that form a loop, before Python 3.13
-        raise NotAllowed(f"{folder} is a symbolic link in a loop of links: {advice}") from error
-    if reason := _reason_to_protect(found):
-        raise NotAllowed(f"{folder} is {reason}, which is never replaced: {advice}")
-    if found.exists() and not found.is_dir():
-        raise NotAllowed(f"{folder} is a file: {advice}")
-    if found.is_dir() and any(found.iterdir()) and not is_own(found):
-        raise NotAllowed(f"{folder} has files that this command did not write: {advice}")
-    return found
-
-
-def _reason_to_protect(folder: Path) -> str:
-    """Return what a folder is that no output may replace; empty for any other folder."""
-    here, homes = Path.cwd(), set()
-    with suppress(RuntimeError):  # in a container HOME may be unset, and the user not in the list of users
-        homes.add(Path.home().resolve())
-    with suppress(KeyError):
-        homes.add(Path(pwd.getpwuid(os.getuid()).pw_dir).resolve())
-    if folder in (here, *here.parents):
-        return "the current folder" if folder == here else "a parent of the current folder"
-    if any(folder in (home, *home.parents) for home in homes):
-        return "a home folder" if folder in homes else "a parent of a home folder"
-    if any((folder / name).exists() for name in (".git", ".dvc")):
-        return "the root of a repository"
-    return "a mount point" if folder.is_mount() else ""
 
 
 @contextmanager
@@ -241,22 +182,13 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Fill a temporary folder that replaces `folder` when the block ends without an error.
 
-    Args:
-        folder: where the finished folder goes; an earlier output of this kind is replaced.
-        facts: what the manifest has besides its list of files. The dict may be filled inside the block.
-        kind: names the kind of output in the manifest.
-        overwrite: replace an earlier output also if its files have changed since.
-        private: `folder` is under .state, where the user keeps no files: replace a damaged one too.
-
-    Raises:
-        NotAllowed: `folder` may have files that the caller did not write; see `check_replaceable`.
+    The manifest has `kind`, the list of files, and `facts`, a dict that the block may still fill. `overwrite`
+    also replaces an earlier output whose files have changed; `private` (for folders under .state, where users
+    keep no files) also a damaged one. Raises NotAllowed if `folder` has files that the caller did not write.
     """
-
-    def is_own(found: Path) -> bool:
-        return private or _is_earlier_output(found, kind, overwrite=overwrite)
-
-    target = check_replaceable(folder, is_own)
+    target = folder.resolve()
     temporary = _temporary_path(target)
+    _check_replaceable(target, kind, overwrite=overwrite, private=private)
     try:
         with _system_errors(folder):
             make_folder(target.parent)
@@ -264,30 +196,37 @@ def atomic_folder(
             temporary.mkdir()
             yield temporary
             _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-            check_replaceable(folder, is_own)  # again: the block may have taken hours
+            # Again, because the block may have taken hours.
+            _check_replaceable(target, kind, overwrite=overwrite, private=private)
             _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_earlier_output(folder: Path, kind: str, *, overwrite: bool) -> bool:
-    """Return whether the manifest names this kind; a folder that has changed since is not allowed."""
+def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: bool) -> None:
+    """Raise NotAllowed unless a folder is missing, empty, or an unchanged earlier output of this kind."""
+    advice = "give a new or an empty folder"
+    if Path.cwd().is_relative_to(folder) or folder.is_mount():
+        raise NotAllowed(f"{folder} has the current folder in it, or is a mount point: {advice}")
+    if folder.exists() and not folder.is_dir():
+        raise NotAllowed(f"{folder} is a file: {advice}")
+    if private or not folder.is_dir() or not any(folder.iterdir()):
+        return
     try:
         manifest = read_manifest(folder)
     except UserError:
-        return False
-    if manifest.get("kind", "") != kind:
-        return False
+        manifest = {}
+    if manifest.get("kind", "") != kind or "files" not in manifest:
+        raise NotAllowed(f"{folder} has files that this command did not write: {advice}")
     if change := _first_change(folder, manifest["files"], added_only=overwrite):
         raise NotAllowed(
             f"{change}: it was changed since {folder} was written; save it elsewhere, then delete the "
             "folder (`compactgpt export --overwrite` replaces changed files, not added ones)"
         )
-    return True
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of a folder, and make all of it survive a power loss."""
+    """Write the manifest of a folder, and make all files of the folder survive a power loss."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -301,7 +240,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Put a folder in the place of another. Between the two renames there is none, never half of one."""
+    """Rename a folder to the path of another. Between the two renames nothing has this path."""
     old = _temporary_path(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # from an earlier call, if the disk refused to delete it
@@ -317,34 +256,27 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest without checking the files that it names.
+    """Read a folder's manifest: the writer's facts, and `files` with `sha256` and `bytes` of each path.
 
-    Returns:
-        The facts that the writer gave, and `files`: `sha256` and `bytes` of each, by path.
-
-    Raises:
-        MissingInput: the folder or its manifest is missing.
-        BadData: it is not a valid manifest.
+    The files themselves are not checked. Raises MissingInput, or BadData if the manifest is not valid.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
-        raise BadData(f"{path} does not list files with their hashes: delete {folder} and run `dvc repro`")
+    try:
+        for entry in manifest["files"].values():
+            assert isinstance(entry["sha256"], str)
+            assert isinstance(entry["bytes"], int)
+    except (AssertionError, AttributeError, LookupError, TypeError) as error:
+        raise BadData(
+            f"{path} does not list files with their hashes: delete {folder} and run `dvc repro`"
+        ) from error
     return manifest
 
 
-def _is_entry(entry: Any) -> bool:
-    keys = {"sha256": str, "bytes": int}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in keys.items())
-
-
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest and check every file that it names: see `read_manifest`.
+    """Read a folder's manifest and check every file of the folder.
 
-    Raises:
-        MissingInput: the folder or its manifest is missing.
-        BadData: a file is missing, has another size or hash, or is not in the manifest.
+    Raises MissingInput if there is no manifest, or BadData if a file is missing, altered or not in it.
     """
     manifest = read_manifest(folder)
     if change := _first_change(folder, manifest["files"]):
@@ -353,9 +285,9 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Describe the first file, link or empty folder that is not in a folder's manifest.
+    """Describe a file, link or empty folder that a manifest does not have; empty if there is none.
 
-    Without `added_only`, then the first file that is missing or has changed. Empty if there is none.
+    Without `added_only`, also describe the first file that is missing or has changed.
     """
     listed = {folder / name for name in files}
     outputs = {folder, *(path.parent for path in listed)}  # an output inside an output has its own manifest
@@ -364,10 +296,10 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
             continue
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
             return f"{path} is not in the manifest"
-    for name in () if added_only else sorted(files):
-        if difference := _difference(folder / name, files[name]["sha256"], files[name]["bytes"]):
-            return difference
-    return ""
+    found = (
+        _difference(folder / name, files[name]["sha256"], files[name]["bytes"]) for name in sorted(files)
+    )
+    return "" if added_only else next(filter(None, found), "")
 
 
 def _difference(path: Path, sha256: str, size: int | None) -> str:
@@ -382,12 +314,7 @@ def _difference(path: Path, sha256: str, size: int | None) -> str:
 
 
 def verify_file(path: Path, sha256: str, size: int | None = None) -> None:
-    """Check one file against its recorded hash and, if given, its size in bytes.
-
-    Raises:
-        MissingInput: it is missing.
-        BadData: it differs.
-    """
+    """Check a file against its recorded hash and size. Raises MissingInput, or BadData if it differs."""
     if difference := _difference(path, sha256, size):
         kind = BadData if path.is_file() else MissingInput
         raise kind(f"{difference}; delete it and run `dvc repro`")

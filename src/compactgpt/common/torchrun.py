@@ -33,12 +33,9 @@ def under_torchrun() -> bool:
 
 
 def check_environment() -> None:
-    """Check that RANK and WORLD_SIZE are not set without torchrun, as a cluster's shell may leave them.
+    """Raise BadConfig if RANK and WORLD_SIZE are set without torchrun, as a cluster's shell may leave them.
 
     Libraries read these variables, too, and would wait for processes that do not exist.
-
-    Raises:
-        BadConfig: the variables are set, and do not describe a single process.
     """
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
     if not found or under_torchrun() or found == {"RANK": "0", "WORLD_SIZE": "1"}:

@@ -19,14 +19,9 @@ R = TypeVar("R")
 def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, in the order of the tasks.
 
-    Args:
-        function: a function of a module, not a lambda. Its argument and its result can be pickled.
-        tasks: the arguments. At most 2 x `num_workers` tasks run or wait at the same time.
-        num_workers: the number of processes. With 1, this process calls the function.
-
-    Raises:
-        Busy: a worker was killed.
-        Exception: the exception of the first task for which `function` raises one.
+    At most 2 x `num_workers` tasks run or wait at the same time. With one worker, this process calls the
+    function. Raises Busy if a worker was killed, or the first exception of `function`, which must be a
+    function of a module, not a lambda.
     """
     if num_workers == 1:
         yield from map(function, tasks)

@@ -33,8 +33,7 @@ UNTRACKED = {
 def code_hashes(root: Path) -> dict[str, str]:
     """Return a hash of each stage's code: the stage script and the modules that it imports.
 
-    Returns:
-        By stage, the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
+    The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
     for script in sorted((root / "stages").glob("[!_]*.py")):
@@ -81,11 +80,7 @@ def _imported_names(source: bytes) -> frozenset[str]:
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the value with the id `name` from reports/evidence.json.
-
-    Raises:
-        MissingInput: no value has this id; the message lists similar ids.
-    """
+    """Return the value with the id `name` from the record. Raises MissingInput with similar ids."""
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
         similar = [known for known in values if name in known or known.rpartition(".")[0] == name][:8]
@@ -97,14 +92,10 @@ def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     """Return the origin of a value, as (label, text) pairs: report, stage, hashes, files, commit.
 
-    Raises:
-        MissingInput: the record has no such value, or dvc.lock is missing.
-        BadData: dvc.lock has no entry for the value's stage.
+    Raises MissingInput if the record has no such value, or BadData if dvc.lock has no entry for its stage.
     """
     value = find_value(record, name)
-    lock, stage = root / "dvc.lock", value["stage"]
-    if not lock.exists():
-        raise MissingInput("dvc.lock is missing: run `dvc repro` to create it")
+    stage = value["stage"]
     entry = read_chain(Folder(root)).entries.get(stage)
     if entry is None:
         raise BadData(f"dvc.lock or dvc.yaml has no stage {stage}: run `dvc repro`")

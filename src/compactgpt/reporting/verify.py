@@ -1,19 +1,13 @@
 """Check that the project's files match their inputs: `compactgpt verify`.
 
-Each of the five checks reports every difference:
-
-    lock        DVC compares all files, commands and parameters with dvc.lock
-    params      the reports were made with the parameters that dvc.lock has
-    manifests   the files of each folder with a manifest have the SHA-256 and size of the manifest
-    numbers     the estimate, losses, perplexities, intervals and accuracies are equal when computed again
-    renderings  the record, tables, plots, page and model card are equal, byte by byte, when rendered again
-
-A file that `dvc pull` has not downloaded is reported as unchecked.
+Files, commands and parameters are compared with dvc.lock, and files with the manifests of their folders. The
+estimate, losses, intervals and accuracies, the record and its tables, plots and page are computed again. A
+file that `dvc pull` has not downloaded is reported as unchecked.
 """
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +23,9 @@ from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, render_files
 from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
 from compactgpt.reporting.schemas import COMPACT, read_sources
-from compactgpt.tracking.dvc_files import Folder, changed_files, changed_paths, entry_params, outs, read_chain
+from compactgpt.tracking.dvc_files import LOCK, Folder, entries_of, entry_params, open_repo, outs, read_chain
 from compactgpt.tracking.stage_inputs import params_sha256
 
-LOCK = "dvc.lock"
 _SHOWN = 5  # maximum number of differences that are printed for one file
 _FROM_DVC = ("data/", "models/")  # these folders are not in git: `dvc pull` downloads them
 
@@ -66,22 +59,14 @@ class Verification:
         if len(found) > _SHOWN:
             self.differences.append(f"{path}: and {len(found) - _SHOWN} more")
 
-    def add_unchecked(self, path: str) -> None:
-        """Add a file or folder that could not be checked."""
-        if path not in self.unchecked:
-            self.unchecked.append(path)
-
 
 def verify(root: Path) -> Verification:
-    """Run all checks on the project in the folder `root`.
-
-    Raises:
-        UserError: params.yaml can't be read. Any other file that can't be read is a difference.
-    """
+    """Run all checks on the project in a folder. Raises UserError only if params.yaml can't be read."""
     found, params = Verification(), load_params(root / "params.yaml")
     for check in (check_lock, check_params, check_manifests, check_estimate, check_numbers, check_renderings):
         run_check(check, root, params, found)
     found.differences = list(dict.fromkeys(found.differences))
+    found.unchecked = list(dict.fromkeys(found.unchecked))
     return found
 
 
@@ -98,28 +83,36 @@ def run_check(
 
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
-    """Compare dvc.lock with dvc.yaml, params.yaml and the files, as `dvc status` does."""
-    chain = read_chain(Folder(root))  # raises UserError for a path outside the project
-    compared = set()
-    for stage, name, state in changed_paths(root):
-        compared.add(name)
-        if state == "same":
-            continue
-        if state == "deleted" and name.startswith(_FROM_DVC):
-            found.add_unchecked(name)
-        elif (root / name).exists() or state == "deleted":
-            what = ", ".join(changed_files(root, name)) or name
-            found.differences.append(
-                f"{what} is not what {LOCK} has ({state}): it was altered, or its stage has not run since; "
-                "run `dvc repro`"
-            )
-        else:
-            source = "dvc.yaml" if name == "cmd" else "params.yaml"
-            found.differences.append(f"{LOCK}: {stage}: {name} is not that of {source}: run `dvc repro`")
+    """Compare dvc.lock with dvc.yaml, params.yaml and the files as `dvc status` does, but read every file."""
+    entries = entries_of(Folder(root).read(LOCK))  # raises UserError for a path outside the project
+    names, compared = set(), set()
+    with open_repo(root) as repo:
+        for stage in (one for one in repo.index.stages if one.cmd):  # a .dvc file has no command
+            names.add(stage.name)
+            if stage.cmd_changed:
+                found.differences.append(
+                    f"{LOCK}: {stage.name}: cmd is not that of dvc.yaml: run `dvc repro`"
+                )
+            for item in (*stage.deps, *stage.outs):
+                compared.add(item.def_path)
+                for name, state in item.workspace_status().items():
+                    if isinstance(state, dict):
+                        found.differences += [
+                            f"{LOCK}: {stage.name}: {key} is not that of params.yaml: run `dvc repro`"
+                            for key in state
+                        ]
+                    elif state == "deleted" and name.startswith(_FROM_DVC):
+                        found.unchecked.append(name)
+                    else:
+                        found.differences.append(
+                            f"{name} is not what {LOCK} has ({state}): it was altered, or its stage has not "
+                            "run since; run `dvc repro`"
+                        )
     found.notes += [
-        f"{LOCK} has {stage}, which dvc.yaml no longer has: DVC ignores it" for stage in chain.stale
+        f"{LOCK} has {stage}, which dvc.yaml no longer has: DVC ignores it"
+        for stage in sorted(entries.keys() - names)
     ]
-    found.count("files, parameters and commands", len(compared))
+    found.count("files, parameters and commands", len(compared) + len(names))
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
@@ -161,46 +154,36 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
     reports |= {
         f"reports/baseline/{name}.json": f"data/baseline/{name}.parquet" for name in params.baseline.names
     }
-    for path, sums in reports.items():
+    for path, table in reports.items():
         report = read_json(root / path)
-        expected: dict[str, Any] = _accuracies(report)
-        if (root / sums).exists():
-            totals = read_totals(root / sums)
+        expected: dict[str, Any] = {}
+        for task, answers in report.get("tasks", {}).items():
+            if hits := answers.get("hits", ""):
+                share = wilson(hits.count("1"), len(hits))
+                accuracy = {"value": share.value, "low": share.low, "high": share.high}
+                expected.setdefault("tasks", {})[task] = {"accuracy": accuracy}
+        if (root / table).exists():
+            totals = read_totals(root / table)
             expected |= figures(totals.nats, totals)
-            views = {view: figures(nats, totals) for view, nats in totals.views.items()}
-            expected |= {"views": views} if views else {}
-            expected["validation"] = {
-                "documents": len(totals.ids),
-                "tokens": int(totals.tokens.sum()),
-                "bytes": int(totals.bytes.sum()),
-            }
+            for view, nats in totals.views.items():
+                expected.setdefault("views", {})[view] = figures(nats, totals)
+            tokens, bytes_ = int(totals.tokens.sum()), int(totals.bytes.sum())
+            expected["validation"] = {"documents": len(totals.ids), "tokens": tokens, "bytes": bytes_}
         else:
-            found.add_unchecked(sums)
+            found.unchecked.append(table)
         found.add_differences(path, differences(expected, report, partial=True))
         found.count("reports of models")
 
 
-def _accuracies(report: Mapping[str, Any]) -> dict[str, Any]:
-    tasks = {}
-    for task, answers in report.get("tasks", {}).items():
-        if hits := answers.get("hits", ""):
-            share = wilson(hits.count("1"), len(hits))
-            tasks[task] = {"accuracy": {"value": share.value, "low": share.low, "high": share.high}}
-    return {"tasks": tasks} if tasks else {}
-
-
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Compute the evidence record again if its inputs exist, and compare it with reports/evidence.json.
-
-    Then render every file that is made from the record again, and compare it with the file in reports/.
-    """
+    """Compute the evidence record again if its inputs exist, and render its files again."""
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
         sources = read_sources(root, reports, root / "data", root / "models", params)
         record = json.loads(json_bytes(build_record(sources)))
     else:
-        found.add_unchecked(f"reports/{RECORD} against the reports (only its renderings are checked)")
+        found.unchecked.append(f"reports/{RECORD} against the reports (only its renderings are checked)")
         record = read_json(reports / RECORD)
     for name, expected in render_files(record, params.comparison.language).items():
         path = reports / name
@@ -217,13 +200,10 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
 
 
 def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
-    """Yield a message for each leaf that differs between two JSON values.
+    """Yield a message for each leaf that differs between two JSON values, `where` of the whole value.
 
-    Args:
-        expected: the value computed from the inputs.
-        found: the value in the file.
-        where: the path of both values. A list item is named by its `id` if it has one, else by its index.
-        partial: whether to ignore keys that only `found` has.
+    A list item is named by its `id` if it has one, else by its index. `partial`: ignore keys that only
+    `found` has.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in expected if partial else sorted({*expected, *found}):
@@ -246,9 +226,9 @@ def _first_difference(expected: bytes, found: bytes) -> str:
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip(expected, found, strict=False))
-    place = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    position = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(found)))
     if expected.startswith(b"\x89PNG"):
-        return f"is another picture from byte {place:,} on"
-    line = expected.count(b"\n", 0, place) + 1
-    around = expected[max(0, place - 40) : place + 20].decode("utf-8", "replace")
+        return f"is another picture from byte {position:,} on"
+    line = expected.count(b"\n", 0, position) + 1
+    around = expected[max(0, position - 40) : position + 20].decode("utf-8", "replace")
     return f"line {line}: the inputs give ...{around}..."

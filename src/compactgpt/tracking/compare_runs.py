@@ -14,7 +14,7 @@ from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.evaluation.totals import Totals, read_totals
-from compactgpt.tracking.dvc_files import PARAMS, Cache, deps, outs, parse_yaml
+from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import (
     Pair,
@@ -87,17 +87,12 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions of the project.
-
-    Args:
-        first: the name of version A, usually the earlier one. `records.find_version` lists the valid names.
-        second: the name of version B.
-        root: the repository's folder, with git's history and DVC's cache.
-    """
+    """Return the differences between two versions, which have names as in `records.find_version`."""
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         versions = []
         for label, name in (("a", first), ("b", second)):
-            (folder := Path(scratch) / label).mkdir()
+            folder = Path(scratch) / label
+            folder.mkdir()
             versions.append(find_version(root, name, folder))
         a, b = versions
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -129,22 +124,16 @@ def _figures(version: Version) -> dict[str, Any]:
     found = {}
     for stage, entry in version.chain.entries.items():
         name, _, item = stage.partition("@")
-        for path in outs(entry) if name in _STAGES else ():
-            content = version.place.read(path) if path.endswith(".json") else None
-            for key, value in numbers(_report(content, path, version)).items():
+        reports = [path for path in outs(entry) if path.endswith(".json") and name in _STAGES]
+        for path in reports:
+            try:
+                found_here = numbers(json.loads(version.place.read(path) or "{}"))
+            except (AttributeError, ValueError) as error:
+                raise BadData(f"{path} of {version.name} is not a JSON object: was it edited?") from error
+            for key, value in found_here.items():
                 if key in _FIGURES or key.endswith(_LOSSES):
                     found[f"{item or name}: {key.removesuffix('.value')}"] = value
     return found
-
-
-def _report(content: bytes | None, path: str, version: Version) -> dict[str, Any]:
-    try:
-        report = json.loads(content or "{}")
-    except ValueError:
-        report = None
-    if not isinstance(report, dict):
-        raise BadData(f"{path} of {version.name} is not a JSON object: was it edited?")
-    return report
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
@@ -169,8 +158,9 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio], list[str]]:
     """Return the perplexity ratio of each model that both versions have, and why a model has no ratio."""
     ratios, unpaired = [], []
-    tables = _table_paths(b)
-    for path in (path for path in _table_paths(a) if path in tables):
+    for path in _table_paths(a):
+        if path not in _table_paths(b):
+            continue
         model = Path(path).stem
         first, second = _read_table(a, cache, path), _read_table(b, cache, path)
         if first is None or second is None:
@@ -178,8 +168,7 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio]
         elif first.ids != second.ids or list(first.tokens) != list(second.tokens):
             unpaired.append(f"{model}: the documents of the val split are not the same")
         else:
-            weights = second.tokens.astype(float)
-            found = perplexity_ratio(second.nats, first.nats, weights)
+            found = perplexity_ratio(second.nats, first.nats, second.tokens.astype(float))
             significant = not found.low <= 1.0 <= found.high
             ratios.append(Ratio(model, len(first.ids), found.value, found.low, found.high, significant))
     return ratios, unpaired
@@ -194,14 +183,10 @@ def _table_paths(version: Version) -> list[str]:
 
 def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
     """Read per-document losses from the version's files or DVC's cache; return None if neither has them."""
-    content = version.place.read(path)
+    if isinstance(version.place, Folder) and (version.place.root / path).exists():
+        return read_totals(version.place.root / path)
     for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):
         md5 = version.chain.out(out)
-        if content is None and md5 and cache.has(md5):
-            file = cache.files(md5).get(name)
-            content = file.read_bytes() if file else None
-    if content is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        (file := Path(scratch) / "totals.parquet").write_bytes(content)
-        return read_totals(file)
+        if md5 and cache.has(md5) and name in cache.files(md5):
+            return read_totals(cache.files(md5)[name])
+    return None

@@ -1,8 +1,8 @@
 """Read DVC's files: dvc.yaml, dvc.lock, params.yaml, and the cache.
 
-These functions read a version of the project from a `Place`: a folder, such as the files of an MLflow run,
-or a git commit. Functions that need the work tree's status use DVC's own API. They import it when they are
-called, because the import takes half a second.
+These functions read a version of the project from a `Place`: a folder, such as the files of an MLflow run, or
+a git commit. Stages use them, too, so DVC itself, which takes half a second to import, is imported only in
+`open_repo`.
 """
 
 import configparser
@@ -13,15 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
-from compactgpt.common.git import find_conflict, git_text, run_git
-from compactgpt.common.sections import YAML_ERRORS
+from compactgpt.common.git import git_text, run_git
+from compactgpt.common.sections import YAML_ERRORS, find_conflict
 from compactgpt.common.storage import inside, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
@@ -80,20 +80,17 @@ def commit_named(root: Path, name: str) -> str:
 def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
     """Parse dvc.yaml, dvc.lock or params.yaml. Return an empty mapping if the file is missing or empty.
 
-    Raises:
-        BadData: the file is not a YAML mapping, or it contains git's conflict markers.
+    Raises BadData if the file is not a YAML mapping, or contains git's conflict markers.
     """
     from ruamel.yaml import YAML
 
-    if content and (conflict := find_conflict(name, content)):
-        raise BadData(conflict)
+    content = content or b"{}"
     try:
-        tree = YAML(typ="safe").load(content.decode()) if content else None
+        tree = YAML(typ="safe").load(content.decode()) or {}
+        return {**tree}
     except YAML_ERRORS as error:
-        raise BadData(f"{name} is not valid YAML: `git checkout {name}` restores it") from error
-    if not isinstance(tree, dict | None):
-        raise BadData(f"{name} is not a YAML mapping: `git checkout {name}` restores it")
-    return tree or {}
+        advice = f"{name} is not a valid YAML mapping: `git checkout {name}` restores it"
+        raise BadData(find_conflict(name, content) or advice) from error
 
 
 class _Path(BaseModel):
@@ -115,18 +112,17 @@ class _Lock(BaseModel):
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
     """Parse a dvc.lock and return its entries by stage.
 
-    Raises:
-        BadData: the content is not a valid dvc.lock.
-        OutsideFolder: an entry names a path outside of the project.
+    Raises BadData if it is not a valid dvc.lock, or OutsideFolder if it has a path outside of the project.
     """
-    stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
+    tree = parse_yaml(lock, LOCK)
     try:
-        checked = _Lock.model_validate({"stages": stages}).stages
+        checked = _Lock.model_validate(tree).stages
     except (ValidationError, RecursionError) as error:
         raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it") from error
     for entry in checked.values():
         for one in (*entry.deps, *entry.outs):
             inside(Path(), one.path, follow=False)
+    stages: dict[str, Entry] = tree.get("stages", {})
     return stages
 
 
@@ -145,7 +141,6 @@ class Chain:
 
     stages: dict[str, StageDefinition]  # a matrix stage has one name per item: `baseline@xz`
     entries: dict[str, Entry]
-    stale: list[str] = field(default_factory=list)  # stages that DVC left in dvc.lock (treeverse/dvc#5293)
     lock: bytes = b""
 
     def out(self, path: str) -> str:
@@ -154,28 +149,20 @@ class Chain:
 
 
 def read_chain(place: Place) -> Chain:
-    """Return the stages of dvc.yaml and the entries of dvc.lock.
+    """Return the stages of dvc.yaml, and their entries in dvc.lock. Raises BadData if a file is not valid.
 
-    Raises:
-        BadData: dvc.yaml or dvc.lock is not valid.
+    Entries of stages that dvc.yaml no longer has are left out: DVC keeps them (treeverse/dvc#5293).
     """
     stages, lock = read_stages(place), place.read(LOCK) or b""
-    entries = entries_of(lock)
-    stale = sorted(entries.keys() - stages.keys()) if stages else []
-    for stage in stale:
-        del entries[stage]
-    return Chain(stages, entries, stale, lock)
+    entries = {stage: entry for stage, entry in entries_of(lock).items() if stage in stages or not stages}
+    return Chain(stages, entries, lock)
 
 
 def read_stages(place: Place) -> dict[str, StageDefinition]:
-    """Return the stages of dvc.yaml by name, in their order.
-
-    Raises:
-        BadData: dvc.yaml or params.yaml is not valid.
-    """
-    tree, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
+    """Return the stages of dvc.yaml by name, in their order. Raises BadData if a file is not valid."""
+    params, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
     try:
-        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), tree):
+        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params):
             written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
             paths = [out if isinstance(out, str) else next(iter(out)) for out in written]
             stages[stage] = StageDefinition([*(body.get("deps") or [])], paths, [*(body.get("params") or [])])
@@ -184,19 +171,18 @@ def read_stages(place: Place) -> dict[str, StageDefinition]:
     return stages
 
 
-def _expand(bodies: Mapping[str, Any], tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield name and body of each stage; a matrix stage of one variable gives one stage for each item."""
     for name, body in bodies.items():
-        if not (matrix := body.get("matrix")):
+        if not body.get("matrix"):
             yield name, body
             continue
-        ((variable, values),) = matrix.items()
+        ((variable, values),) = body["matrix"].items()
         if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
-            values = _value_at(tree, reference[1])
+            values = _value_at(params, reference[1])
+        # A wrong value is refused later, with its key in params.yaml.
         for value in values if isinstance(values, list) else []:
-            quoted = json.dumps(str(value))[
-                1:-1
-            ]  # a wrong value is refused later, with its key in params.yaml
+            quoted = json.dumps(str(value))[1:-1]
             yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
@@ -228,30 +214,26 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path) -> bool:
-    """Restore dvc.lock from the saved copy if DVC was killed while it wrote the file.
+    """Restore dvc.lock from its copy if DVC was killed while it wrote the file.
 
-    Returns:
-        Whether dvc.lock was incomplete, and is now restored.
-
-    Raises:
-        BadData: dvc.lock is incomplete and no complete copy exists; or it contains git's conflict markers,
-            which only the user can resolve.
+    Return whether it was restored. Raises BadData if there is no complete copy, or if dvc.lock contains git's
+    conflict markers.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
-    if not lock.exists() or _is_complete(content := lock.read_bytes()):
+    if not lock.exists() or _is_complete(lock):
         return False
-    if conflict := find_conflict(LOCK, content):
+    if conflict := find_conflict(LOCK, lock.read_bytes()):
         raise BadData(conflict)
-    if not (copy.exists() and _is_complete(copy.read_bytes())):
+    if not (copy.exists() and _is_complete(copy)):
         raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it")
     write_bytes(lock, copy.read_bytes())
     return True
 
 
-def _is_complete(lock: bytes) -> bool:
+def _is_complete(lock: Path) -> bool:
     try:
-        entries_of(lock)
-        return "schema" in parse_yaml(lock, LOCK)  # an incomplete file can be valid YAML
+        entries_of(lock.read_bytes())
+        return "schema" in parse_yaml(lock.read_bytes(), LOCK)  # an incomplete file can be valid YAML
     except OutsideFolder:  # the file is complete, but unsafe: a restored copy would hide this
         raise
     except BadData:
@@ -285,7 +267,7 @@ def md5_of(content: bytes) -> str:
 
 
 def md5_file(path: Path) -> str:
-    """Return the MD5 of a file. The file is read in small blocks."""
+    """Return the MD5 of a file, in bounded memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
@@ -320,13 +302,9 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the cached files of an out, by their path inside the out.
+        """Return the cached files of an out, by their path inside the out: an empty string for a single file.
 
-        If the out is a single file, its path is an empty string.
-
-        Raises:
-            MissingInput: the cache lacks a file of the out.
-            OutsideFolder: the out is a folder, and its file list names a path outside of the folder.
+        Raises MissingInput if the cache lacks a file, or OutsideFolder if a hash or a path leads out of it.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -338,9 +316,10 @@ class Cache:
     def has(self, md5: str) -> bool:
         """Return whether the cache has all files of an out."""
         try:
-            return bool(self.files(md5)) or md5.endswith(".dir")
+            self.files(md5)
         except (MissingInput, ValueError):
             return False
+        return True
 
     def _object(self, md5: str) -> Path:
         if not _OBJECT.fullmatch(md5):  # any other string could be a path out of the cache
@@ -354,14 +333,11 @@ class Cache:
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
     """Copy an out to `target`: from the cache, or else from `path` in the version's files.
 
-    Returns:
-        Whether content with this hash was found. A later run may have overwritten the file at `path`.
-
-    Raises:
-        BadData: the content of a cached file does not match its hash.
+    Return whether content with this hash was found: a later run may have overwritten the file at `path`.
+    Raises BadData if a cached file was altered.
     """
     if not cache.has(md5):
-        content = None if md5.endswith(".dir") else place.read(path)
+        content = place.read(path)
         if content is None or md5_of(content) != md5:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -380,8 +356,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
 def open_repo(root: Path) -> Iterator[Any]:
     """Open a folder as a DVC repository without git. DVC then computes every hash from the files themselves.
 
-    Raises:
-        BadData: DVC can't read dvc.yaml or dvc.lock.
+    Raises BadData if DVC can't read dvc.yaml or dvc.lock.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
@@ -395,42 +370,6 @@ def open_repo(root: Path) -> Iterator[Any]:
                 yield repo
     except (DvcException, ImportError) as error:  # ImportError: DVC lacks the plugin of a remote path
         raise BadData(f"DVC can't read this version: {error}") from error
-
-
-def changed_paths(root: Path) -> Iterator[tuple[str, str, str]]:
-    """Compare the work tree with dvc.lock as `dvc status` does, but read every file.
-
-    Yields:
-        (stage, item, state). The item is a path, a key of params.yaml, or `cmd` for the stage's command. The
-        state is `same`, `modified`, `deleted` or `new`.
-    """
-    with open_repo(root) as repo:
-        for stage in repo.index.stages:
-            if not stage.cmd:  # a .dvc file has no command
-                continue
-            yield stage.name, "cmd", "modified" if stage.cmd_changed else "same"
-            for item in (*stage.deps, *stage.outs):
-                status = item.workspace_status() or {item.def_path: "same"}
-                for path, state in status.items():
-                    by_key = state if isinstance(state, dict) else {path: state}  # a dict for params.yaml
-                    yield from ((stage.name, key, one) for key, one in by_key.items())
-
-
-def changed_files(root: Path, path: str) -> list[str]:
-    """Return the files of an output folder whose hash differs from the hash in dvc.lock.
-
-    The list is empty if DVC's cache lacks the folder's file list.
-    """
-    md5 = read_chain(Folder(root)).out(path)
-    with suppress(MissingInput):
-        files = Cache(root).files(md5) if md5.endswith(".dir") else {}
-        found = {name: root / path / name for name in files}
-        return [
-            f"{path}/{name}"
-            for name, file in found.items()
-            if md5_path(file) != files[name].parent.name + files[name].name
-        ]
-    return []
 
 
 def stages_before(root: Path, name: str) -> list[str]:

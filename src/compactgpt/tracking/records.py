@@ -3,57 +3,54 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitted_changes
-from compactgpt.tracking.dvc_files import LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
+from compactgpt.tracking.dvc_files import CHAIN, LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
 from compactgpt.tracking.journal import LOCKED, machine_facts, packages, tracking_store
 
 WORKSPACE = "workspace"
-PACKAGES = "environment/packages.txt"
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-Pair = tuple[Any, Any]  # one key's values in two versions; None if a version lacks the key
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
+Pair = tuple[Any, Any]  # one key's values in two versions; None if a version lacks the key
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of the project, and known facts of the machine on which its stages ran."""
+    """A version of the project, and known facts of the machine on which its stages ran."""
 
     name: str  # for messages
     place: Place  # the version's files: params.yaml, dvc.lock, dvc.yaml, reports/
-    chain: Chain
     commit: str = ""
     diff: bytes | None = b""  # uncommitted changes; None if the run did not save them
-    stage: str = ""  # the stage, for a run of one stage; empty for the whole pipeline
     machine: dict[str, str] = field(default_factory=dict)  # from `journal.machine_facts`
     packages: dict[str, str] = field(default_factory=dict)  # package versions by name
 
+    @cached_property
+    def chain(self) -> Chain:
+        """The version's stages and their entries in dvc.lock."""
+        return read_chain(self.place)
+
 
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
-    """Return the version of the project with this name.
+    """Return the version with this name.
 
-    Args:
-        root: the repository.
-        wanted: the id of an MLflow run or its first characters, a git revision, the name of a DVC experiment,
-            or `workspace`.
-        scratch: an empty folder, to which the files of an MLflow run are downloaded.
-
-    Raises:
-        BadConfig: no version has this name, or the ids of several runs begin with it.
-        MissingInput: the run has no dvc.lock.
+    The name is the id of an MLflow run or its first characters, a git revision, the name of a DVC experiment,
+    or `workspace`. The files of an MLflow run are downloaded to the empty folder `scratch`. Raises BadConfig
+    if no version has this name, or several runs, and MissingInput if the run has no dvc.lock.
     """
     if wanted == WORKSPACE:
-        return _workspace_version(root)
-    if _RUN_ID.fullmatch(wanted):
-        from compactgpt.tracking.store import open_store, store_errors
-
-        with store_errors(tracking_store()["uri"]):
-            store = open_store(root)
-            if run := _find_run(store, wanted):
-                return _run_version(store, run, scratch)
+        if not (root / CHAIN).exists():
+            raise MissingInput("dvc.yaml is missing: run from the repository folder")
+        commit = git_facts(root).get("git.commit", "")
+        diff = uncommitted_changes(root).diff if commit else b""
+        installed = parse_versions(packages())
+        return Version(WORKSPACE, Folder(root), commit, diff, machine_facts(), installed)
+    if _RUN_ID.fullmatch(wanted) and (version := _find_run(root, wanted, scratch)):
+        return version
     require_repository(root)
     if not (commit := commit_named(root, wanted)):
         raise BadConfig(
@@ -62,30 +59,24 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
         )
     place = Commit(root, commit)
     asked = parse_versions((place.read(LOCKED) or b"").decode())  # git has no list of installed packages
-    return Version(f"{wanted} ({commit[:9]})", place, read_chain(place), commit, packages=asked)
+    return Version(f"{wanted} ({commit[:9]})", place, commit, packages=asked)
 
 
-def _find_run(store: Any, wanted: str) -> Any:
-    """Return the MLflow run whose id begins with `wanted`; None if no id does."""
-    found, token = [], None
-    while True:
-        page = store.client.search_runs([store.experiment], max_results=1000, page_token=token)
-        found += [run for run in page if run.info.run_id.startswith(wanted)]
-        if not (token := page.token):
-            break
-    if len(found) > 1:
-        raise BadConfig(f"the ids of {len(found)} runs begin with {wanted}: type more characters of the id")
-    return found[0] if found else None
+def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
+    """Return the version of the MLflow run whose id begins with `wanted`, or of its pipeline."""
+    from compactgpt.tracking.store import open_store, store_errors
 
-
-def _run_version(store: Any, run: Any, scratch: Path) -> Version:
-    """Return the version of an MLflow run. For a stage's run, use the files of its pipeline's run."""
-    tags, run_id = run.data.tags, run.info.run_id
-    stage = "" if tags.get("stage") == "pipeline" else tags.get("stage", "")
-    name = f"{stage or 'pipeline'} run {run_id[:8]}"
-    pipeline_id = tags.get("mlflow.parentRunId", run_id) if stage else run_id
-    store.client.download_artifacts(pipeline_id, "", str(scratch))
-    place = Folder(scratch)
+    with store_errors(tracking_store()["uri"]):
+        store = open_store(root)
+        # MLflow compares upper and lower case alike; ids and `wanted` have lower case only.
+        runs = store.client.search_runs([store.experiment], f"attributes.run_id LIKE '{wanted}%'")
+        if not runs:
+            return None
+        if len(runs) > 1:
+            raise BadConfig(f"the ids of {len(runs)} runs begin with {wanted}: type more of its characters")
+        tags, run_id = runs[0].data.tags, runs[0].info.run_id
+        store.client.download_artifacts(tags.get("mlflow.parentRunId", run_id), "", str(scratch))
+    name, place = f"{tags.get('stage', 'pipeline')} run {run_id[:8]}", Folder(scratch)
     if place.read(LOCK) is None:
         raise MissingInput(
             f"{name} has no dvc.lock: the stage was run by hand, or its `dvc` process has not ended "
@@ -95,30 +86,17 @@ def _run_version(store: Any, run: Any, scratch: Path) -> Version:
     return Version(
         name,
         place,
-        read_chain(place),
         commit if _COMMIT.fullmatch(commit) else "",  # git could read any other value as an option
         None if tags.get("git.dirty") == "true" and not diff else diff,
-        stage,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
-        parse_versions((place.read(PACKAGES) or b"").decode()),
+        parse_versions((place.read("environment/packages.txt") or b"").decode()),
     )
 
 
-def _workspace_version(root: Path) -> Version:
-    if not (root / "dvc.yaml").exists():
-        raise MissingInput("dvc.yaml is missing: run from the repository folder")
-    place, commit = Folder(root), git_facts(root).get("git.commit", "")
-    diff = uncommitted_changes(root).diff if commit else b""
-    installed = parse_versions(packages())
-    return Version(WORKSPACE, place, read_chain(place), commit, diff, "", machine_facts(), installed)
-
-
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return package versions by name.
+    """Return package versions by name, from lines `name==version` or `name==version ; marker`.
 
-    Args:
-        requirements: lines `name==version` or `name==version ; marker`. A line is skipped if its marker does
-            not apply to this machine.
+    Lines whose marker excludes this machine are left out, and the build labels of versions: 2.13.0+cpu.
     """
     from packaging.markers import Marker
 
@@ -127,7 +105,7 @@ def parse_versions(requirements: str) -> dict[str, str]:
         pinned, _, marker = line.rstrip(" \\").partition(";")
         name, equals, version = pinned.strip().partition("==")
         if equals and (not marker or Marker(marker).evaluate()):
-            found[re.sub(r"[-_.]+", "-", name).lower()] = version
+            found[re.sub(r"[-_.]+", "-", name).lower()] = version.partition("+")[0]
     return found
 
 
@@ -142,15 +120,6 @@ def changed_machine(a: Version, b: Version) -> dict[str, Pair]:
 
 
 def changed_packages(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the packages whose versions differ; empty if the packages of a or b are unknown.
-
-    A git revision has only requirements.lock, not the list of installed packages. Then only packages in both
-    lists are compared, without the build label: 2.13.0+cpu equals 2.13.0.
-    """
-    if not a.packages or not b.packages:
-        return {}
-    if not isinstance(a.place, Commit) and not isinstance(b.place, Commit):
-        return differing(a.packages, b.packages)
-    public = [{name: version.partition("+")[0] for name, version in one.packages.items()} for one in (a, b)]
-    common = public[0].keys() & public[1].keys()
-    return differing(*({name: one[name] for name in sorted(common)} for one in public))
+    """Return the packages that both versions have in different versions."""
+    common = sorted(a.packages.keys() & b.packages.keys())
+    return differing(*({name: one.packages[name] for name in common} for one in (a, b)))

@@ -1,20 +1,21 @@
 """Run a version of the project again in a temporary checkout, and compare every hash and every loss.
 
 The checkout has the version's commit, its uncommitted changes and its params.yaml. The data comes from DVC's
-cache or remote, by hash. The other stages run with the packages that are installed on this machine. The
-project's own files do not change.
+cache or remote, by hash; every other stage runs with the packages that are installed on this machine.
 
 A version contains code, and anyone who can write to the MLflow store or push a branch can change that code.
-So if a version is not in the history of the current commit, the user must read its commands and confirm. No
-path of the version may lead out of the checkout, and DVC's settings and keys are not copied to it.
+So the user must confirm a version that is not in the history of the current commit, no path of the version
+may lead out of the checkout, and DVC's settings and keys are not copied to it.
 """
 
 import json
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,12 @@ from compactgpt.common.errors import (
 )
 from compactgpt.common.git import git_text, require_repository
 from compactgpt.common.storage import inside, write_bytes, write_text
-from compactgpt.common.worktree import Scratch, scratch_worktree
 from compactgpt.tracking.dvc_files import (
     CHAIN,
     CODE,
     LOCK,
     PARAMS,
     Cache,
-    Chain,
     Commit,
     Entry,
     Folder,
@@ -46,7 +45,6 @@ from compactgpt.tracking.dvc_files import (
     md5_path,
     open_repo,
     outs,
-    read_chain,
 )
 from compactgpt.tracking.journal import machine_facts, numbers, packages
 from compactgpt.tracking.records import (
@@ -55,21 +53,32 @@ from compactgpt.tracking.records import (
     Version,
     changed_machine,
     changed_packages,
-    differing,
     find_version,
     parse_versions,
 )
 
-DATA = "download"  # this stage's outs come from the cache, because its inputs may no longer be available
+DATA, CORPUS = "download", "corpus"  # this stage's outs come from the cache: its inputs may have changed
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-_COMPUTED = ("other inputs", "other outs")  # changes that rounding in this or an earlier stage can explain
 # Relative. Another order of floating-point sums changed the demo's loss by 0.15 % (README, How exact).
 LOSS_TOLERANCE = 0.01
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # facts that can change rounding
 # These settings replace the version's and this machine's settings: no remote, and a cache in the checkout.
-DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
+_DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # not copied from .state
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
+# Its stdin has the process groups to kill. It closes when this process ends, also by SIGKILL.
+_WATCHDOG = """
+import os, shutil, signal, sys, time
+for group in sys.stdin.read().split():
+    try:
+        os.killpg(int(group), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+deadline = time.monotonic() + 10  # killed processes may still write
+while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    time.sleep(0.02)
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Check:
 
     @property
     def exit_code(self) -> int:
-        """The command's exit code: 0 if the version can run on this machine, 66 if something is missing."""
+        """0 if the version can run on this machine."""
         return MissingInput.exit_code if self.missing else 0
 
     def lines(self) -> list[str]:
@@ -126,52 +135,56 @@ def reproduce(
 ) -> Result | Check:
     """Run a version again in a temporary checkout, and return the comparison with its recorded results.
 
-    Args:
         wanted: the version's name, see `records.find_version`.
         root: the repository.
         check: run nothing; only return what this machine lacks, as a `Check`.
         rebuild: run the download stage, too, even if its outs are in the cache.
         keep: do not delete the checkout.
         log: prints a progress message.
-        confirm: shows the commands to the user and returns whether they may run. It is called if the
-            version's code is not in the history of the current commit.
+        confirm: shows the commands to the user and returns whether they may run.
 
-    Raises:
-        BadConfig: `wanted` is `workspace`, or no version has this name.
-        MissingInput: the folder is not a git repository, or this machine lacks something for the run.
-        OutsideFolder: a path of the version leads out of the checkout.
-        NotAllowed: the user did not confirm.
-        CheckFailed: a stage failed.
+    Raises MissingInput if this machine lacks something for the run, OutsideFolder if a path of the version
+    leads out of the checkout, NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
     """
     if wanted == WORKSPACE:
         raise BadConfig(f"{WORKSPACE} is not a run: name a run's id or a revision (`make ui` shows the runs)")
     require_repository(root)
     root = root.resolve()
-    with scratch_worktree(root / ".state" / "reproductions", keep=keep and not check) as scratch:
-        (scratch.folder / "artifacts").mkdir()
-        version = find_version(root, wanted, scratch.folder / "artifacts")
+    with _temporary_folder(root / ".state/reproductions", keep=keep and not check) as (folder, watchdog):
+        (folder / "artifacts").mkdir()
+        version, tree = find_version(root, wanted, folder / "artifacts"), folder / "tree"
         missing, environment = find_missing(version, root), changed_environment(version)
         if check:
             return Check(version.name, missing, _describe(environment))
         if missing:
             raise MissingInput(f"{version.name} can't be run again: {'; '.join(missing)}")
-        plan = _check_out(version, root, scratch)
+        plan = _check_out(version, root, tree)
         if not (is_in_history(version, root) or confirm("\n".join(plan))):
             raise NotAllowed(
                 f"{version.name} was not run: read the commands above, then confirm; without a terminal "
                 f"run `compactgpt reproduce {wanted} --trust`"
             )
-        log(f"{version.name}: commit {version.commit[:9]} in {scratch.tree}")
-        _copy_inputs(version, root, scratch.tree)
-        restored = not rebuild and _restore_data(version, root, scratch.tree)
+        log(f"{version.name}: commit {version.commit[:9]} in {tree}")
+        _copy_inputs(version, root, tree)
+        restored = not rebuild and _restore_data(version, root, tree)
         log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
-        if _run_dvc(scratch, version.stage):
+        if _run_dvc(tree, watchdog):
             raise CheckFailed("the version can't be run again: a stage failed (its message is above)")
-        place = Folder(scratch.tree)
-        return compare_hashes(version, read_chain(place), place, environment)
+        return compare_hashes(version, Version("the second run", Folder(tree)), environment)
 
 
-# --- what is missing
+@contextmanager
+def _temporary_folder(folders: Path, *, keep: bool) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """Create a folder, and a watchdog that removes it when the block ends or this process is killed."""
+    folders.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=folders))
+    words = [sys.executable, "-c", _WATCHDOG, "" if keep else str(folder)]
+    # In a session of its own, so that Ctrl-C in the terminal does not reach the watchdog.
+    watchdog = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield folder, watchdog
+    finally:
+        watchdog.communicate()  # closes its stdin, and waits
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
@@ -184,41 +197,30 @@ def find_missing(version: Version, root: Path) -> list[str]:
         return [f"git lacks commit {version.commit[:9]}: `git fetch --all` may fetch it"]
     missing = ["the run had uncommitted changes that were not kept"] if version.diff is None else []
     missing += [f"the run has no {name}" for name in (PARAMS, LOCK) if version.place.read(name) is None]
-    data, cache = outs(version.chain.entries.get(DATA, {})), Cache(root)
-    if all(cache.has(md5) or version.place.read(path) is not None for path, md5 in data.items()):
-        return missing
-    changed = [path for path, md5 in _external_deps(version) if md5_path(root / path) != md5]
-    return missing + [
-        f"DVC's cache lacks the data, and {path} has changed since the data was made" for path in changed
-    ]
+    entry, cache = version.chain.entries.get(DATA, {}), Cache(root)
+    has_data = all(cache.has(md5) or version.place.read(path) for path, md5 in outs(entry).items())
+    if not has_data and not _has_corpus(root, entry):
+        missing.append(f"DVC's cache lacks the data, and {CORPUS} has changed since the data was made")
+    return missing
 
 
-def _external_deps(version: Version) -> list[tuple[str, str]]:
-    """Return path and MD5 of the download stage's dependencies, except code and outputs of other stages."""
-    written = {path for entry in version.chain.entries.values() for path in outs(entry)}
-    read = deps(version.chain.entries.get(DATA, {}))
-    return [(path, md5) for path, md5 in read.items() if path not in written and not path.startswith(CODE)]
+def _has_corpus(folder: Path, entry: Entry) -> bool:
+    """Return whether a folder has the corpus from which the download stage made its outs."""
+    return CORPUS not in deps(entry) or md5_path(folder / CORPUS) == deps(entry)[CORPUS]
 
 
 def changed_environment(version: Version) -> dict[str, Pair]:
-    """Return the differences between the version's machine and this machine: processor, settings, packages.
-
-    Returns:
-        The value on the version's machine and the value on this machine, by name.
-    """
+    """Return the differences between the version's machine and this one: processor, settings, packages."""
     installed = parse_versions(packages())
-    here = Version("here", Folder(Path()), Chain({}, {}), machine=machine_facts(), packages=installed)
+    here = Version("here", Folder(Path()), machine=machine_facts(), packages=installed)
     return changed_machine(version, here) | changed_packages(version, here)
 
 
-def _describe(environment: dict[str, Pair]) -> list[str]:
+def _describe(environment: Mapping[str, Pair]) -> list[str]:
     return [
         f"{name} was {old or 'missing'}, on this machine it is {new or 'missing'}"
         for name, (old, new) in environment.items()
     ]
-
-
-# --- the checkout
 
 
 def is_in_history(version: Version, root: Path) -> bool:
@@ -228,30 +230,30 @@ def is_in_history(version: Version, root: Path) -> bool:
     return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # empty if HEAD has it
 
 
-def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
+def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     """Check out the commit with its uncommitted changes and parameters.
 
-    Returns:
-        Lines for the user: the commit, the changed files, and the command of each stage.
+    Return lines for the user: the commit, the changed files, and the command of each stage.
     """
-    tree = scratch.tree
     # The checkout is a separate repository that only reads the project's git objects. So code in the checkout
     # can't change the project's branches.
-    git_text(scratch.folder, "init", "--quiet", "--template=", str(tree))
+    git_text(root, "init", "--quiet", "--template=", str(tree))
     objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
     write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
-    hooks = ("-c", f"core.hooksPath={os.devnull}")
-    git_text(tree, *hooks, "checkout", "--quiet", "--detach", version.commit)
+    no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+    git_text(tree, *no_hooks, "checkout", "--quiet", "--detach", version.commit)
     changed = []
     if version.diff:
-        (patch := scratch.folder / "changes.diff").write_bytes(version.diff)
-        git_text(
-            tree, "apply", "--binary", "--whitespace=nowarn", str(patch)
-        )  # git refuses paths out of the tree
+        patch = tree.with_name("changes.diff")
+        patch.write_bytes(version.diff)
+        # git refuses paths out of the tree.
+        git_text(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))
         changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
-    _refuse_links_out(tree)
+    for path in tree.rglob("*"):
+        if path.is_symlink():  # a stage would write through the link
+            inside(tree, path.relative_to(tree).as_posix())
     write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
-    write_text(inside(tree, ".dvc/config"), DVC_SETTINGS)
+    write_text(inside(tree, ".dvc/config"), _DVC_SETTINGS)
     inside(tree, ".dvc/config.local").unlink(missing_ok=True)
     (tree / LOCK).unlink(missing_ok=True)  # DVC runs stages that have no entry
     commands = _stage_commands(tree)
@@ -266,25 +268,8 @@ def _check_out(version: Version, root: Path, scratch: Scratch) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def _refuse_links_out(tree: Path) -> None:
-    """Check that no symbolic link leads out of a checkout. A stage would write through the link.
-
-    Raises:
-        OutsideFolder: a symbolic link leads out of the checkout.
-    """
-    for folder, folders, files in os.walk(tree):
-        for name in (*folders, *files):
-            if (path := Path(folder) / name).is_symlink():
-                inside(tree, path.relative_to(tree).as_posix())
-
-
 def _stage_commands(tree: Path) -> dict[str, str]:
-    """Check all paths of dvc.yaml, and return each stage's command as DVC would run it.
-
-    Raises:
-        OutsideFolder: a path leads out of the checkout.
-        BadData: DVC can't read dvc.yaml or dvc.lock.
-    """
+    """Return each stage's command as DVC would run it, after checking that no path is out of the checkout."""
     with open_repo(tree) as repo:
         for one in (*repo.index.outs, *repo.index.deps):
             name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
@@ -293,19 +278,12 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 
 
 def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
-    """Copy earlier downloads, and those inputs of the download stage that still have the recorded hash."""
+    """Copy earlier downloads, and the corpus if it still has the recorded hash."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
-    for path, md5 in _external_deps(version):
-        source, target = root / path, inside(tree, path)
-        if md5_path(target) == md5 or md5_path(source) != md5:
-            continue
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    if _has_corpus(root, version.chain.entries.get(DATA, {})) and (root / CORPUS).is_dir():
+        shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
 
 
 def _link(source: str, target: str) -> None:
@@ -319,16 +297,13 @@ def _link(source: str, target: str) -> None:
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     """Restore the outs of the download stage from the project's cache or remote, so that DVC skips the stage.
 
-    Returns:
-        Whether all outs are restored. If not, the stage runs again.
+    Return whether all outs are restored. If not, the stage runs again.
     """
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.transfer import transfer
 
-    entry = version.chain.entries.get(DATA)
-    if entry is None:
-        return False
+    entry = version.chain.entries.get(DATA, {})
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
         if content is not None and md5_of(content) == md5:  # a small report
@@ -351,55 +326,54 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     return True
 
 
-def _run_dvc(scratch: Scratch, stage: str) -> int:
-    """Run `dvc repro` in the checkout and return its exit code.
-
-    DVC runs with this Python. The checkout's code takes precedence over an installed compactgpt.
-    """
+def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
+    """Run `dvc repro` in the checkout with this Python and the checkout's code, and return its exit code."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,
         "COMPACTGPT_TRACKER": "none",
         "DVC_NO_ANALYTICS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONPATH": f"{scratch.tree / 'src'}{os.pathsep}{scratch.tree}",
+        "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
-    return scratch.run([sys.executable, "-m", "dvc", "repro", *([stage] if stage else [])], environment)
+    words = [sys.executable, "-m", "dvc", "repro"]
+    # stdout is for the result. A session of its own makes all that the command starts one process group.
+    with subprocess.Popen(
+        words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+    ) as command:
+        assert watchdog.stdin
+        print(command.pid, file=watchdog.stdin, flush=True)
+        return command.wait()
 
 
-# --- the comparison
-
-
-def compare_hashes(version: Version, rebuilt: Chain, place: Place, environment: dict[str, Pair]) -> Result:
-    """Compare the recorded dvc.lock with the dvc.lock of the second run, and return the verdict.
+def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
+    """Compare the dvc.lock of a version with that of its second run, and return the verdict.
 
     - identical: every out has the recorded hash.
-    - within rounding: code, parameters and data are the same; processor, threads or libraries differ; and
-      every loss is within LOSS_TOLERANCE.
+    - within rounding: code, parameters and data are the same; processor, threads or libraries differ
+      (`environment`, from `changed_environment`); and every loss is within LOSS_TOLERANCE.
     - different: all other cases.
-
-    Args:
-        version: the version with the recorded hashes.
-        rebuilt: the stages and the dvc.lock of the second run.
-        place: the files of the second run.
-        environment: the result of `changed_environment`.
     """
-    stages: dict[str, str] = {}
-    files: list[str] = []  # outs whose hash differs
-    for stage in version.chain.stages:
-        old, new = version.chain.entries.get(stage), rebuilt.entries.get(stage)
-        if old and (new or not version.stage):  # DVC runs one stage and its dependencies only
-            stages[stage] = _first_change(old, new)
-            files += differing(outs(old), outs(new or {}))
+    old, new = version.chain.entries, second.chain.entries
+    known = [stage for stage in version.chain.stages if stage in old]
+    stages = {stage: _first_change(old[stage], new.get(stage)) for stage in known}
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
     if not changed:
         why = f"every out of {len(stages)} stages has the recorded hash"
         return Result(version.name, IDENTICAL, "", why, stages)
+    files = [
+        path
+        for stage in changed
+        for path, md5 in outs(old[stage]).items()
+        if outs(new.get(stage, {})).get(path) != md5
+    ]
     reports = [path for path in files if path.endswith(".json")]
-    losses = [one for path in reports for one in _loss_differences(path, version.place, place)]
+    losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    other = [f"{stage} has {change}" for stage, change in changed.items() if change not in _COMPUTED]
+    # Rounding in a stage changes its outs, and with them the inputs of later stages.
+    computed = ("other inputs", "other outs")
+    other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict, why = DIFFERENT, f"{files[0]} has another hash"
     if other:
         why = other[0]
