@@ -34,7 +34,7 @@ import psutil
 
 from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Tokenization
-from compactgpt.data.documents import Document, new_document, read_row_group, row_groups, write_documents
+from compactgpt.data.documents import Document, new_document, read_row_group, row_groups, write_shards
 from compactgpt.data.token_files import HEADER_BYTES
 from compactgpt.data.tokenization import tokenize
 
@@ -118,7 +118,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
             yield new_document(text, f"bench/{made['documents']}")
 
     with atomic_folder(folder, made, kind="documents") as temporary:
-        write_documents(temporary, documents())
+        list(write_shards(temporary, documents()))
 
 
 def vary(text: str, generator: random.Random) -> str:

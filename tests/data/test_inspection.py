@@ -16,7 +16,7 @@ from compactgpt.common.errors import BadConfig, BadData, CheckFailed
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
 from compactgpt.config import Inspection, Tokenization, parse_params
-from compactgpt.data.documents import Document, new_document, row_groups, write_documents
+from compactgpt.data.documents import Document, new_document, row_groups, write_shards
 from compactgpt.data.duplicates import digest_documents, find_near_duplicates, run_hashes, word_hashes
 from compactgpt.data.inspection import inspect, passed
 from compactgpt.data.tokenization import SplitRule, tokenize
@@ -52,7 +52,7 @@ def write_inputs(folder, train, val, spoil=None):
     ]
     facts = {"documents": len(documents), "bytes": sum(len(each.text) for each in documents)}
     with atomic_folder(folder / "documents", facts) as temporary:
-        write_documents(temporary, documents, 2000)
+        list(write_shards(temporary, documents, 2000))
     with atomic_folder(folder / "tokens", {"val_fraction": len(val) / len(texts)}) as temporary:
         for name in ("train", "val"):
             rows = [
@@ -300,7 +300,7 @@ def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_
     texts = [base, *(replace_words(base, count) + f" {count}" for count in (1, 2, 4, 8, 12))]
     documents = [make_document(text, in_val=n == 0) for n, text in enumerate(texts)]
     with atomic_folder(tmp_path / "documents") as temporary:
-        write_documents(temporary, documents)
+        list(write_shards(temporary, documents))
     params = PARAMS.model_copy(update={"similarity": 0.3, "bands": 64})
     groups = row_groups(tmp_path / "documents")
     corpus = digest_documents(groups, params, SplitRule(0.1), 6)

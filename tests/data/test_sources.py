@@ -12,10 +12,9 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.errors import BadData
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import verified_manifest
-from compactgpt.config import parse_params
 from compactgpt.data.documents import Corpus, Part, Text
 from compactgpt.data.sources import Limits, corpus_name
 from compactgpt.data.tokenizer import load_encoding
@@ -72,36 +71,32 @@ def test_a_shard_ends_with_the_document_that_fills_it(tmp_path):
     assert report["left_out"] == {"empty": TEXTS.count(""), "short": 0, "long": 0, "duplicate": 3}
     second = [each for each in documents if int(each.source.split(":")[1]) >= 40]
     digest = hashlib.sha256(b"".join(bytes.fromhex(each.id) for each in second)).hexdigest()
-    size = sum(len(each.text) for each in second)
-    kept = {"documents": len(second), "bytes": size, "sha256": digest}
+    kept = {"documents": len(second), "bytes": sum(len(each.text) for each in second), "sha256": digest}
     assert report["sources"][1] == {"name": "second", "version": "2", "licence": "MIT", **kept}
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize("stop_at", [0, 3, 15, 23, 24, 41, 63])
+@pytest.mark.parametrize("stop_at", [0, 3, 24, 63])
 def test_a_stopped_download_resumes_to_the_same_bytes(tmp_path, undisturbed, stop_at):
     stop_after(tmp_path, stop_at)
     assert not (tmp_path / "documents").exists()
     messages, read = [], []
     report, _ = collect_in(tmp_path, numbered(read=read), LIMITS, messages.append)
     assert (report, content(tmp_path / "documents")) == undisturbed
-    assert all("was finished by an earlier run" in message for message in messages)
     # What finished shards hold was not read again.
-    assert (not read or read[0] > 0) == bool(messages)
-    assert stop_at != 63 or len(messages) >= 5
+    assert (read[0] > 0) == bool(messages) == (stop_at > 20)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".json"])
-def test_a_damaged_shard_is_named_and_written_again(tmp_path, undisturbed, suffix):
+@pytest.mark.parametrize("name", ["documents-00002.parquet", "progress.json"])
+def test_after_a_damaged_file_the_corpus_is_read_again(tmp_path, undisturbed, name):
     stop_after(tmp_path, 63)
-    damaged = sorted((tmp_path / "state").glob(f"*/*{suffix}"))[2]
+    damaged = tmp_path / "state" / name
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"{damaged}")
-    messages, read = [], []
-    report, _ = collect_in(tmp_path, numbered(read=read), LIMITS, messages.append)
+    messages = []
+    report, _ = collect_in(tmp_path, numbered(), LIMITS, messages.append)
     assert (report, content(tmp_path / "documents")) == undisturbed
-    assert len(messages) == 3
-    assert f"{damaged.with_suffix('.parquet')} of an earlier run is damaged" in messages[2]
-    assert read[0] > 0
+    assert len(messages) == 1
+    assert name in messages[0]
 
 
 @pytest.mark.parametrize(("identity", "limits"), [("v2", LIMITS), ("v1", Limits(shard_bytes=500))])
@@ -121,20 +116,18 @@ def test_a_subset_is_the_first_documents_whatever_the_shards(tmp_path, shard_byt
         assert report["bytes"] == size
 
 
-def test_a_limit_below_the_first_document_is_named(tmp_path):
-    message = r"max_bytes is 9, and the first document \(numbered:1\) has 36 bytes: raise max_bytes"
-    with pytest.raises(BadConfig, match=message):
-        collect_in(tmp_path, numbered(), Limits(300, max_bytes=9))
-
-
 def test_texts_of_other_lengths_are_left_out_and_counted(tmp_path):
-    corpus = replace(numbered(), lengths=range(37, 38))
-    report, documents = collect_in(tmp_path, corpus)
+    report, documents = collect_in(tmp_path, replace(numbered(), lengths=range(37, 38)))
     assert {len(each.text) for each in documents} == {37}
     assert report["left_out"]["short"] == sum(0 < len(text) < 37 for text in TEXTS) > 0
     assert report["left_out"]["long"] == sum(len(text) > 37 for text in TEXTS) > 0
-    with pytest.raises(BadData, match=r"no document is left of the corpus numbered .*: add text"):
-        collect_in(tmp_path, replace(numbered(), lengths=range(1000, 1001)))
+    message = r"no document is left of the corpus numbered .*: add text, or raise download\.max_bytes"
+    for corpus, limits in (
+        (replace(numbered(), lengths=range(1000, 1001)), LIMITS),
+        (numbered(), Limits(300, max_bytes=9)),
+    ):
+        with pytest.raises(BadData, match=message):
+            collect_in(tmp_path, corpus, limits)
 
 
 def test_a_process_killed_with_sigkill_loses_only_its_unfinished_shard(tmp_path, undisturbed):
@@ -150,16 +143,13 @@ def test_a_process_killed_with_sigkill_loses_only_its_unfinished_shard(tmp_path,
         [sys.executable, "-c", code], check=False, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT}/src"}
     )
     assert done.returncode == -signal.SIGKILL
-    finished = {
-        path.stem: path.with_suffix(".parquet").stat().st_ino
-        for path in (tmp_path / "state").glob("*/*.json")
-    }
+    finished = {path.name: path.stat().st_ino for path in (tmp_path / "state").glob("*.parquet")}
     assert finished
     report, _ = collect_in(tmp_path, numbered(), LIMITS)
     assert (report, content(tmp_path / "documents")) == undisturbed
     # The finished shards are the very files that the killed process wrote.
     for name, inode in finished.items():
-        assert (tmp_path / f"documents/{name}.parquet").stat().st_ino == inode
+        assert (tmp_path / "documents" / name).stat().st_ino == inode
 
 
 @pytest.mark.parametrize(
@@ -169,25 +159,11 @@ def test_a_process_killed_with_sigkill_loses_only_its_unfinished_shard(tmp_path,
         ("hub", {}, "wikitext-103"),
         ("files", {}, "your text"),
         ("files", {"patterns": ["corpus/shakespeare.jsonl.zst"]}, "shakespeare"),
-        ("files", {"patterns": ["corpus/a*.txt"]}, "your text"),
         ("files", {"name": "The plays"}, "The plays"),
     ],
 )
 def test_a_corpus_has_a_name(corpus, files, name):
     assert corpus_name(download_params(corpus=corpus, files=files)) == name
-
-
-@pytest.mark.parametrize("section", ["download.docstrings", "validation"])
-def test_bounds_that_exclude_each_other_are_refused(section):
-    tree = read_yaml(ROOT / "params.yaml")
-    part = tree
-    for key in section.split("."):
-        part = part[key]
-    part |= {"min_characters": 500, "max_characters": 400}
-    with pytest.raises(
-        BadConfig, match=rf"{section}: max_characters \(400\) must be at least min_characters"
-    ):
-        parse_params(tree)
 
 
 def test_the_stage_writes_both_folders_and_the_report(tmp_path, monkeypatch):

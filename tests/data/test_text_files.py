@@ -32,43 +32,16 @@ def files(*patterns, **changes):
     return download_params(corpus="files", files={"patterns": list(patterns), **changes})
 
 
-def parquet_bytes(compression="snappy", **columns):
-    pq.write_table(pa.table(columns), sink := BytesIO(), compression=compression)
-    return sink.getvalue()
-
-
-@pytest.fixture
-def small_limits(monkeypatch):
-    """Limits of 32 MB are limits of 32 kB."""
-    monkeypatch.setattr(text_files, "MEGABYTE", 1000)
-
-
-def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
-    (tmp_path / "b.txt").write_bytes("\ufeffTwo\r\nlines é\0\n".encode())
-    (tmp_path / "a.txt").write_text("One")
-    (tmp_path / "c.jsonl").write_text(
-        '{"text": "in \\u00e9 json", "n": 1}\n\n{"text": "  "}\n{"text": "end"}'
-    )
-    (tmp_path / "d.parquet").write_bytes(parquet_bytes(other=[1, 2], text=["row one", "One"]))
-    (tmp_path / "folder.txt").mkdir()
-    report, documents = write_corpus(tmp_path, files("*.txt", "*.jsonl", "a.*t*.txt", "*.parquet", "a.txt"))
-    assert [(each.source, each.text) for each in documents] == [
-        ("a.txt", "One"),
-        ("b.txt", "Two\r\nlines é\0\n"),
-        ("c.jsonl:1", "in é json"),
-        ("c.jsonl:4", "end"),
-        ("d.parquet:1", "row one"),
-    ]
-    assert report["left_out"] == {"empty": 1, "short": 0, "long": 0, "duplicate": 1}
-    assert [each["documents"] for each in report["sources"]] == [2, 2, 0, 1, 0]
-
-
-def table_bytes(*tables):
+def table_bytes(*tables, compression="snappy"):
     """A parquet file with a row group for each table."""
-    with pq.ParquetWriter(sink := BytesIO(), tables[0].schema) as writer:
+    with pq.ParquetWriter(sink := BytesIO(), tables[0].schema, compression=compression) as writer:
         for table in tables:
             writer.write_table(table)
     return sink.getvalue()
+
+
+def parquet_bytes(**columns):
+    return table_bytes(pa.table(columns))
 
 
 TWO_COLUMNS = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
@@ -77,45 +50,75 @@ INVALID_UTF8 = pa.Array.from_buffers(
 )
 
 
+def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
+    contents = {
+        "a.txt": "One",
+        "b.txt": "\ufeffTwo\r\nlines é\0\n",
+        "c.jsonl": '{"text": "in \\u00e9 json", "n": 1}\n\n{"text": "  "}\n{"text": "end"}',
+        "d.csv": '\ufeffid,text\r\n1,"two\r\nlines, ""quoted"""\r\n\r\n2,plain\r\n',
+        "e.csv": "text;n\na, b;1\n",
+        "f.csv": "n\ttext\n1\twith tab\n",
+        "g.json": '\ufeff [\n{"n": 1, "text": "object"},\n"string é"]',
+        "h.json": '{"text": "one per line"}\n{"text": "as of some exports"}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / "i.parquet").write_bytes(parquet_bytes(other=[1, 2], text=["row one", "One"]))
+    (tmp_path / "folder.txt").mkdir()
+    kinds = [f"*{kind}" for kind in FILE_KINDS]
+    report, documents = write_corpus(tmp_path, files("a.txt", *kinds, "a.*t*.txt"))
+    assert [(each.source, each.text) for each in documents] == [
+        ("a.txt", "One"),
+        ("b.txt", "Two\r\nlines é\0\n"),
+        ("c.jsonl:1", "in é json"),
+        ("c.jsonl:4", "end"),
+        ("g.json:1", "object"),
+        ("g.json:2", "string é"),
+        ("h.json:1", "one per line"),
+        ("h.json:2", "as of some exports"),
+        ("d.csv:3", 'two\r\nlines, "quoted"'),
+        ("d.csv:5", "plain"),
+        ("e.csv:2", "a, b"),
+        ("f.csv:2", "with tab"),
+        ("i.parquet:1", "row one"),
+    ]
+    assert report["left_out"] == {"empty": 1, "short": 0, "long": 0, "duplicate": 1}
+    assert [each["documents"] for each in report["sources"]] == [1, 1, 0, 2, 4, 4, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a\.txt is empty"),
-        ("a.txt", b" \n\t\n", r"a\.txt holds only white space"),
+        ("a.txt", b" \n\t\n", r"no document is left of the corpus files \(left out: 1 empty\)"),
         ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
         ("a.txt", b"cut \xc3", r"a\.txt, line 1: byte 0xc3 is not UTF-8"),
-        ("a.txt", b"a\nlone \xed\xa0\x80", r"a\.txt, line 2: byte 0xed is not UTF-8"),
         ("a.txt", b"x" * 32_001, r"a\.txt is longer than 32 MB \(download\.max_document_megabytes\): cut it"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),
-        ("a.jsonl", b"[" * 30_000, r"a\.jsonl, line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found keys \['body'\].*text_column"),
-        ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: found list, expected a JSON object"),
-        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: 'text' is NoneType, expected text"),
+        ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: found list, expected text in the column 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: character 1 of the text is a lone surrogate"),
         ("a.jsonl", b"\n" + b"x" * 32_001, r"a\.jsonl, line 2 is longer than 32 MB .*max_row_megabytes"),
-        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz is empty"),
-        ("a.jsonl", b"\n \n", r"no document is left of the corpus files"),
-        ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], none is 'text'"),
-        ("a.csv", b"text,text\n1,x\n", r"a\.csv has columns \['text', 'text'\], 2 columns are called 'text'"),
-        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3: found 3 values, the header has 2"),
+        ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], expected one column 'text'"),
+        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3 does not have as many values as the header"),
+        ("a.csv", b"id,text\n1\n", r"a\.csv, line 2 does not have as many values as the header"),
         ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
-        ("a.csv", b"id,text\r1,a\r", r"a\.csv, line 1 is not valid CSV \(new-line character"),
         ("a.csv", b'id,text\n1,"' + b"a b\n" * 9000, r"a\.csv, line 8,\d{3} is not valid CSV \(field larger"),
-        ("a.json", b'["a", 1]', r"a\.json, row 2: found int, expected a JSON object with the text column"),
+        ("a.csv.gz", gzip.compress(b""), r"a\.csv\.gz has columns \[\], expected one"),
         ("a.json", b'["a"', r"a\.json is not valid JSON"),
-        ("a.json", b'["' + b"x" * 32_001, r"a\.json is a JSON array, .* longer than 32 MB.*jq"),
-        ("a.parquet", table_bytes(TWO_COLUMNS), r"2 columns are called 'text'"),
-        ("a.parquet", b"PAR1 and no more", r"a\.parquet is not a valid parquet file, or was cut short"),
-        ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is not a valid parquet file"),
+        ("a.json", b'["' + b"x" * 32_001, r"a\.json, a JSON array, is longer than 32 MB"),
+        ("a.parquet", table_bytes(TWO_COLUMNS), r"has columns \['text', 'text'\], expected one column"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet is damaged, or was cut short"),
+        ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is damaged"),
         ("a.parquet", parquet_bytes(text=["x"] * 40 + ["y" * 32_001]), r"a\.parquet, row 41 is longer than"),
-        ("a.parquet", parquet_bytes(body=["x"]), r"a\.parquet has columns \['body'\], none is 'text'"),
-        ("a.parquet", parquet_bytes(text=[1]), r"a\.parquet: column 'text' is int64, expected text"),
-        ("a.parquet", parquet_bytes(text=["x", None]), r"a\.parquet, row 2: 'text' is null"),
-        ("a.parquet", parquet_bytes(text=INVALID_UTF8), r"a\.parquet: a text in rows 1 to 16 is not UTF-8"),
+        ("a.parquet", parquet_bytes(text=[1]), r"a\.parquet, row 1: found int, expected text"),
+        ("a.parquet", parquet_bytes(text=["x", None]), r"a\.parquet, row 2: found NoneType, expected text"),
+        ("a.parquet", parquet_bytes(text=INVALID_UTF8), r"a\.parquet is damaged.* can't decode byte 0xff"),
     ],
 )
-def test_bad_input_is_refused_with_file_and_line(tmp_path, small_limits, name, content, message):
+def test_bad_input_is_refused_with_file_and_line(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(text_files, "MEGABYTE", 1000)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadData, match=message):
         write_corpus(tmp_path, files(name))
@@ -125,33 +128,11 @@ def test_bad_input_is_refused_with_file_and_line(tmp_path, small_limits, name, c
 def test_parquet_without_rows_is_no_damage(tmp_path):
     empty, one = pa.table({"text": pa.array([], pa.string())}), pa.table({"text": ["one"]})
     (tmp_path / "a.parquet").write_bytes(table_bytes(empty))
-    with pytest.raises(BadData, match=r"no document is left of the corpus files .*the corpus is empty"):
-        write_corpus(tmp_path, files("*.parquet"))
     (tmp_path / "b.parquet").write_bytes(table_bytes(empty, one, empty))
     assert [each.text for each in write_corpus(tmp_path, files("*.parquet"))[1]] == ["one"]
 
 
-def test_rows_of_csv_and_json_are_documents(tmp_path):
-    contents = {
-        "a.csv": '\ufeffid,text\r\n1,"two\r\nlines, ""quoted"""\r\n\r\n2,plain\r\n',
-        "b.csv": "text;n\na, b;1\n",
-        "c.csv": "n\ttext\n1\twith tab\n",
-        "d.json": '\ufeff [\n{"n": 1, "text": "object"},\n"string é"]',
-        "e.json": '{"text": "one per line"}\n{"text": "as of some exports"}\n',
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content.encode())
-    _, documents = write_corpus(tmp_path, files("*.csv", "*.json"))
-    assert [(each.source, each.text) for each in documents] == [
-        ("a.csv:3", 'two\r\nlines, "quoted"'),
-        ("a.csv:5", "plain"),
-        ("b.csv:2", "a, b"),
-        ("c.csv:2", "with tab"),
-        ("d.json:1", "object"),
-        ("d.json:2", "string é"),
-        ("e.json:1", "one per line"),
-        ("e.json:2", "as of some exports"),
-    ]
+# --- which files there are
 
 
 def test_missing_files_are_named(tmp_path):
@@ -160,12 +141,6 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "a.txt").write_text("here")
     with pytest.raises(MissingInput, match=r"b\.txt, named in download\.files\.patterns, is missing"):
         write_corpus(tmp_path, files("*.txt", "b.txt"))
-    (tmp_path / "z.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(MissingInput, match=r"z\.txt is missing: it is a link to nothing"):
-        write_corpus(tmp_path, files("*.txt"))
-
-
-# --- which files of the folder corpus/ are read
 
 
 def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path):
@@ -188,41 +163,73 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
     messages = []
     _, documents = write_corpus(tmp_path, download_params(corpus="files"), messages=messages)
     assert sorted(each.source.split(":")[0] for each in documents) == sorted(names)
-    assert messages == [
-        "not read: 4 of the files in corpus/ (corpus/a.pdf, corpus/b.PDF, corpus/c.docx, ...): "
-        "the kinds that are read are .txt .md .jsonl .json .csv .parquet, also with .gz or .zst"
-    ]
-    text_files.file_corpus(files("corpus/*.md"), tmp_path, silent, messages.append)
-    assert "corpus/a0.txt" in messages[-1]
-    assert messages[-1].endswith("no pattern of download.files.patterns matches")
+    (message,) = messages
+    assert message.startswith(
+        "not read: 4 of the files in corpus/ (corpus/a.pdf, corpus/b.PDF, corpus/c.docx, ...)"
+    )
+    assert ".txt .md .jsonl .json .csv .parquet (also with .gz or .zst)" in message
     open_corpus(download_params(corpus="hub"), tmp_path, 1, silent, messages.append)
     assert messages[-1].endswith("download.corpus is hub, and files reads them")
-    with pytest.raises(
-        MissingInput, match=r"no file matches .*not read: 4 of the files in corpus/ \(corpus/a"
-    ):
+    with pytest.raises(MissingInput, match=r"no file matches .*not read: 41 of the files in corpus/"):
         write_corpus(tmp_path, files("corpus/*.none.txt", "corpus/none/**"))
+
+
+def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path):
+    names = [
+        "a.txt",
+        "a/b.txt",
+        "a-b.txt",
+        "a/c/d.txt",
+        "a/c.txt",
+        "b/x.md",
+        "b/.h.txt",
+        ".git/x.txt",
+        "é.txt",
+    ]
+    names += ["a/b[1].txt", "new\nline.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern in ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "a/b[[]1].txt", "**/c/*.txt"]:
+        listed = [name for _, name in text_files.list_files([pattern], tmp_path)]
+        expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
+        assert listed == sorted(expected), pattern
+    listed = text_files.list_files(["a/*.txt", "**/*.txt", "b/*.md"], tmp_path)
+    assert len({name for _, name in listed}) == len(listed)
+    assert [index for index, _ in listed] == sorted(index for index, _ in listed)
+
+
+def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
+    for n in range(4):
+        rows = [json.dumps({"text": f"file {n} row {k}"}) for k in range(3)]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(rows))
+    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print)
+    texts = list(corpus.read(None))
+    for number, text in enumerate(texts, 1):
+        assert list(corpus.read(text.position)) == texts[number:]
+    stamp = (tmp_path / "3.jsonl").stat()
+    os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print).identity != corpus.identity
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["/data/*.txt", "../far/*.txt", "corpus/../a.txt", "**/*.txt", "~/a.txt", "corpus/*.pdf", "corpus/*.gz"],
+)
+def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["corpus"] = "files"
+    tree["download"]["files"]["patterns"] = [pattern]
+    with pytest.raises(BadConfig, match=r"download\.files\.patterns"):
+        parse_params(tree)
 
 
 # --- compressed files
 
 
-def test_zstd_with_a_window_that_is_too_large_names_the_flag(tmp_path):
-    wide = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
-    stream = zstandard.ZstdCompressor(compression_params=wide).compressobj()
-    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(b'{"text": "a"}') + stream.flush())
-    with pytest.raises(BadData, match=r"a\.jsonl\.zst was made with zstd --long=28 or more"):
-        write_corpus(tmp_path, files("*.jsonl.zst"))
-
-
 def test_a_compressed_file_is_its_content(tmp_path):
     rows = "".join(json.dumps({"text": f"row {n} of many"}) + "\n" for n in range(5000)).encode()
-    contents = {
-        "t.txt": b"words",
-        "m.md": b"# Title",
-        "j.jsonl": rows,
-        "p.parquet": parquet_bytes(text=["a", "b"]),
-    }
-    for name, content in contents.items():
+    for name, content in {"t.txt": b"words", "j.jsonl": rows, "p.parquet": parquet_bytes(text=["a"])}.items():
         (tmp_path / name).write_bytes(content)
         _, plain = write_corpus(tmp_path, files(name))
         for suffix, compress in COMPRESS.items():
@@ -236,15 +243,17 @@ def test_a_compressed_file_is_its_content(tmp_path):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(tmp_path, name, suffix):
+def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(
+    tmp_path, monkeypatch, name, suffix
+):
     words = "".join(f"{hashlib.sha256(bytes([n % 256, n // 256])).hexdigest()} " for n in range(20_000))
     content = {"a.txt": words.encode(), "a.jsonl": json.dumps({"text": words}).encode() + b"\n"}
-    content["a.parquet"] = parquet_bytes("none", text=[words])
+    content["a.parquet"] = table_bytes(pa.table({"text": [words]}), compression="none")
     compressed = COMPRESS[suffix](content[name])
     path = tmp_path / f"{name}.{suffix}"
     altered = bytearray(compressed)
     altered[len(compressed) // 2] ^= 255
-    for damaged in (compressed[:-50], compressed[: len(compressed) // 2], bytes(altered), b"no archive"):
+    for damaged in (compressed[: len(compressed) // 2], bytes(altered), b"no archive"):
         path.write_bytes(damaged)
         with pytest.raises(BadData, match=rf"{name}\.{suffix} is damaged, or was cut short"):
             write_corpus(tmp_path, files(path.name))
@@ -252,19 +261,13 @@ def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(tmp_p
     assert write_corpus(tmp_path, files(path.name, split="none"))[0]["documents"] == 1
     with pytest.raises(BadData, match=r"holds more than 1 MB decompressed .*max_decompressed_megabytes"):
         write_corpus(tmp_path, files(path.name, max_decompressed_megabytes=1))
-
-
-@pytest.mark.parametrize("suffix", COMPRESS)
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_decompression_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch, name, suffix):
-    """60 MB of the same byte in a few kB: refused at the first 16 MB, whatever the other limits are."""
-    bomb = tmp_path / f"{name}.{suffix}"
-    bomb.write_bytes(COMPRESS[suffix](b"x" * 60_000_000))
+    # A bomb: 60 MB of the same byte are refused at the first 16 MB, whatever the other limits are.
+    path.write_bytes(COMPRESS[suffix](b"x" * 60_000_000))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     chunks = []
     monkeypatch.setattr("shutil.disk_usage", lambda _: chunks.append(1) or SimpleNamespace(free=2**40))
     with pytest.raises(BadData, match=r"holds more than 16 MB decompressed .*max_decompression_ratio"):
-        write_corpus(tmp_path, files(bomb.name))
+        write_corpus(tmp_path, files(path.name))
     assert len(chunks) * text_files._CHUNK_BYTES <= 2**24
 
 
@@ -280,7 +283,6 @@ def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):
 READ_IN_BOUNDED_MEMORY = """
 import re, resource, sys
 from pathlib import Path
-from compactgpt.common.console import silent
 from compactgpt.common.errors import BadData
 from compactgpt.data.text_files import read_file
 from tests.support.corpora import download_params
@@ -308,69 +310,3 @@ def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path, name):
     )  # fmt: skip
     what = f"{name}, line 1 is longer than 3 MB" if "json" in name else f"{name} is longer than 4 MB"
     assert done.stdout.startswith(what), done.stderr
-
-
-# --- which files there are
-
-
-def test_files_come_in_the_order_of_their_paths_each_once_as_glob_lists_them(tmp_path):
-    names = [
-        "a.txt",
-        "a/b.txt",
-        "a-b.txt",
-        "a/c/d.txt",
-        "a/c.txt",
-        "b/x.md",
-        "b/.h.txt",
-        ".git/x.txt",
-        "é.txt",
-    ]
-    names += [f"many/{n * 7919 % 100:03d}.txt" for n in range(20)] + ["a/b[1].txt", "new\nline.txt"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "far.txt").symlink_to(tmp_path / "a/b.txt")
-    patterns = ["**/*.txt", "*.txt", "a/**/*.txt", "*/?.txt", "many/00*.txt", "many/0[0-3][!5]*.txt"]
-    for pattern in [*patterns, "a/b[[]1].txt", "**/c/*.txt", "a/*/d.txt", "b/*.md"]:
-        listed = [name for _, name in text_files.list_files([pattern], tmp_path)]
-        expected = glob.glob(pattern, root_dir=tmp_path, recursive=True)  # noqa: PTH207 (the reference)
-        assert listed == sorted(expected), pattern
-    listed = text_files.list_files(["a/*.txt", "**/*.txt", "b/*.md"], tmp_path)
-    assert len({name for _, name in listed}) == len(listed)
-    assert [index for index, _ in listed] == sorted(index for index, _ in listed)
-
-
-def test_a_stopped_run_over_files_resumes_inside_a_file(tmp_path):
-    for n in range(4):
-        rows = [json.dumps({"text": f"file {n} row {k}"}) for k in range(3)]
-        (tmp_path / f"{n}.jsonl").write_text("\n".join(rows))
-    corpus = text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print)
-    texts = list(corpus.read(None))
-    for number, text in enumerate(texts, 1):
-        assert list(corpus.read(text.position)) == texts[number:]
-    stamp = (tmp_path / "3.jsonl").stat()
-    os.utime(tmp_path / "3.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    assert text_files.file_corpus(files("*.jsonl"), tmp_path, silent, print).identity != corpus.identity
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "/data/*.txt",
-        "texts/**/*.txt",
-        "../far/*.txt",
-        "corpus/../a.txt",
-        "**/*.txt",
-        "~/a.txt",
-        "corpus/*.pdf",
-        "corpus/*",
-        "corpus/*.txt.bz2",
-        "corpus/*.gz",
-    ],
-)
-def test_a_pattern_that_cannot_work_is_refused_before_anything_runs(pattern):
-    tree = read_yaml(ROOT / "params.yaml")
-    tree["download"]["corpus"] = "files"
-    tree["download"]["files"]["patterns"] = [pattern]
-    with pytest.raises(BadConfig, match=r"download\.files\.patterns"):
-        parse_params(tree)

@@ -11,7 +11,7 @@ from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData, CheckFailed
 from compactgpt.common.storage import atomic_folder, write_json
 from compactgpt.config import Validation
-from compactgpt.data.documents import Document, new_document, write_documents
+from compactgpt.data.documents import Document, new_document, write_shards
 from compactgpt.data.validation import _read, document_row, require_success, validate
 from stages.validation import app
 from tests.support.data_docs import compiled_once  # noqa: F401
@@ -38,7 +38,7 @@ UNIQUE = "expect_column_values_to_be_unique"
 def write_folder(folder, documents):
     facts = {"documents": len(documents), "bytes": sum(len(each.text.encode()) for each in documents)}
     with atomic_folder(folder, facts) as temporary:
-        write_documents(temporary, documents)
+        list(write_shards(temporary, documents))
     return folder
 
 
@@ -149,7 +149,7 @@ def advice_of(tmp_path, documents, bounds, corpus="files", duplicates=0):
     facts = {"documents": len(documents), "bytes": 10, "corpus": corpus}
     facts["left_out"] = {"duplicate": duplicates}
     with atomic_folder(tmp_path / "documents", facts) as temporary:
-        write_documents(temporary, documents)
+        list(write_shards(temporary, documents))
     report = validate(tmp_path / "documents", tmp_path / "docs", bounds)
     return {column: each["advice"] for (_, column), each in failures(report).items()}
 

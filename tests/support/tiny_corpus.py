@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from compactgpt.common.storage import atomic_folder
-from compactgpt.data.documents import SHARD_BYTES, new_document, write_documents
+from compactgpt.data.documents import SHARD_BYTES, new_document, write_shards
 from compactgpt.data.token_files import Header, pack_documents, write_tokens
 from compactgpt.data.tokenizer import save_gpt2
 
@@ -36,7 +36,7 @@ def make_documents(folder: Path, texts: list[str], shard_bytes: int = SHARD_BYTE
     facts = {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)}
     with atomic_folder(folder, facts) as temporary:
         documents = (new_document(text, f"tiny/{n}") for n, text in enumerate(texts))
-        write_documents(temporary, documents, shard_bytes)
+        list(write_shards(temporary, documents, shard_bytes))
     return folder
 
 

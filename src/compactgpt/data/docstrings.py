@@ -24,6 +24,7 @@ from compactgpt.data.documents import Corpus, Part, Text
 _SHORT_LICENCE = 40  # characters: a longer field contains the full licence text, not a name
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node that contain statements
 
 
@@ -38,8 +39,7 @@ class Module(NamedTuple):
 def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -> Corpus:
     """Return the docstrings of the distributions in params.yaml as a corpus.
 
-    Raises:
-        MissingInput: a distribution is missing, or has another version; see `find_modules`.
+    Raises MissingInput if a distribution is missing or has another version.
     """
     parts: list[Part] = []
     modules: list[tuple[int, Module]] = []  # (index in `parts`, module)
@@ -65,13 +65,10 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
 def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part, list[Module]]:
     """Return an installed distribution as a corpus part, and its modules sorted by path.
 
-    Args:
-        name: name of the distribution.
-        version: version that must be installed; a local suffix such as `+cpu` is ignored.
-        exclude: names of folders and modules to leave out.
+    `exclude` has names of folders and modules to leave out. A local suffix of the installed version, such as
+    `+cpu`, is ignored.
 
-    Raises:
-        MissingInput: the distribution is not installed, has another version, or does not list its files.
+    Raises MissingInput if the distribution is not installed, has another version, or does not list its files.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -99,16 +96,13 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the name of a distribution's licence.
+    """Return the name of the licence from a distribution's metadata.
 
-    The name is the SPDX expression; else the field License, if it is short; else the classifiers.
-
-    Args:
-        metadata: the distribution's core metadata (packaging.python.org, Core metadata specifications).
+    The name is the SPDX expression; else the field License, if it is short; else the classifiers
+    (packaging.python.org, Core metadata specifications).
     """
-    expression = (metadata.get("License-Expression") or "").strip()
     licence = (metadata.get("License") or "").strip()
-    if expression:
+    if expression := metadata.get("License-Expression"):
         return str(expression)
     if licence and len(licence) <= _SHORT_LICENCE and "\n" not in licence:
         return str(licence)
@@ -118,22 +112,17 @@ def short_licence(metadata: Any) -> str:
 
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
-    """Return the text of each module's document; see `read_module`."""
+    """Return the text of each module's document; see `_read_module`."""
     # Syntax trees have many objects and no reference cycles. Garbage collection takes a third of the time.
     gc.disable()
     try:
-        return [read_module(module) for module in modules]
+        return [_read_module(module) for module in modules]
     finally:
         gc.enable()
 
 
-def read_module(module: Module) -> str:
-    """Return the text of one module's document, an empty string if the module has no docstring.
-
-    Raises:
-        MissingInput: the file is missing.
-        BadData: the file is not Python source in UTF-8.
-    """
+def _read_module(module: Module) -> str:
+    """Return the text of one module's document, an empty string if the module has no docstring."""
     try:
         content = module.path.read_bytes()
         content.decode("utf-8")  # ast.parse would accept another encoding, declared in the first line
@@ -149,17 +138,15 @@ def read_module(module: Module) -> str:
 
 def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
     """Yield (qualified name, docstring) of a node and of the classes and functions inside it."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+    if isinstance(node, (ast.Module, *_DEFINITIONS)):
         text = clean_docstring(ast.get_docstring(node, clean=False) or "")
         if text:
             yield name, text
     # Visit only statements: expressions are most of the nodes and contain no docstrings.
     for block in _BLOCKS:
         for statement in getattr(node, block, ()):
-            if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _docstrings(statement, f"{name}.{statement.name}")
-            else:
-                yield from _docstrings(statement, name)
+            inner = f"{name}.{statement.name}" if isinstance(statement, _DEFINITIONS) else name
+            yield from _docstrings(statement, inner)
 
 
 def clean_docstring(raw: str) -> str:

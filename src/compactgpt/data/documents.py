@@ -1,13 +1,8 @@
 """Documents: the interface of a corpus, and the files that store documents.
 
-The `download` stage stores the texts of a `Corpus` as parquet shards (zstd) with these columns:
-
-    id      first 16 bytes of the SHA-256 of the document's UTF-8 text, as 32 hex digits
-    text    the complete document
-    source  where the text came from, for example `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
-    part    always 0
-
-Documents are read one row group at a time. A row group has about 2 MiB of text, or one longer document.
+The `download` stage stores the texts of a `Corpus` as parquet shards (zstd) with the columns id, text, source
+and part (always 0). Documents are read one row group at a time. A row group has about 2 MiB of text, or one
+longer document.
 """
 
 import hashlib
@@ -45,30 +40,22 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of texts that can be read from any position.
+    """A source of texts that can be read from any position."""
 
-    Attributes:
-        name: the value of `download.corpus` in params.yaml.
-        identity: a JSON value that changes when the texts may have changed.
-        parts: the parts of the corpus, in reading order.
-        read: a function that yields the texts after a position, or all texts if the position is None.
-        lengths: allowed lengths of a text, in characters.
-    """
-
-    name: str
-    identity: Any
-    parts: Sequence[Part]
-    read: Callable[[Any], Iterator[Text]]
-    lengths: range = range(1, 2**62)
+    name: str  # the value of `download.corpus` in params.yaml
+    identity: Any  # a JSON value that changes when the texts may have changed
+    parts: Sequence[Part]  # in reading order
+    read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; all texts if it is None
+    lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
     """A text with its id and its source, as a shard stores it."""
 
-    id: str
+    id: str  # first 16 bytes of the SHA-256 of the text in UTF-8, as 32 hex digits
     text: str
-    source: str
+    source: str  # where the text came from, such as `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +67,9 @@ class RowGroup:
 
 
 def new_document(text: str, source: str) -> Document:
-    """Create a document from a text; the id is the hash of the text.
+    """Create a document from a text.
 
-    Raises:
-        BadData: the text has a lone surrogate, which UTF-8 can't encode.
+    Raises BadData if the text has a lone surrogate, which UTF-8 can't encode.
     """
     try:
         content = text.encode("utf-8")
@@ -98,45 +84,38 @@ def new_document(text: str, source: str) -> Document:
 # --- writing
 
 
-def shard_name(number: int) -> str:
-    """Return the file name of shard `number`."""
-    return f"documents-{number:05d}.parquet"
+def write_shards(
+    folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES, first: int = 0
+) -> Iterator[Path]:
+    """Write documents into shards in `folder`, and yield the path of each shard when it is complete.
 
-
-def write_documents(folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write documents into shards in `folder`; see `write_shard`."""
-    stream = iter(documents)
-    for number in count():
-        if not write_shard(folder / shard_name(number), stream, shard_bytes):
-            return
-
-
-def write_shard(path: Path, documents: Iterator[Document], shard_bytes: int) -> bool:
-    """Write one shard with at least `shard_bytes` of text, or with all remaining documents.
-
-    The iterator does not advance past the shard's last document. Memory holds one row group.
-
-    Returns:
-        True if a shard was written, False if no document remained.
+    A shard has at least `shard_bytes` of text, or all remaining documents. When a path is yielded, the last
+    document that was taken from `documents` is the shard's last one. Memory holds one row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
-    if not group:
-        return False
     # `part` is unused. Removing this column would change the hash of every corpus.
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
     # No dictionary for ids and texts: they do not repeat, so a dictionary would only take space.
     options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
-        while group:
-            rows = [{"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
-            shard_bytes -= size  # bytes that the shard still needs
-            group, size = _take(documents, min(ROW_GROUP_BYTES, shard_bytes))
-    return True
+    stream = iter(documents)
+    for number in count(first):
+        missing = shard_bytes  # bytes that the shard still needs
+        group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
+        if not group:
+            return
+        path = folder / f"documents-{number:05d}.parquet"
+        with atomic_file(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+            while group:
+                rows = [
+                    {"id": each.id, "text": each.text, "source": each.source, "part": 0} for each in group
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema))
+                missing -= size
+                group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
+        yield path
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
@@ -150,7 +129,7 @@ def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document]
     return group, size
 
 
-# --- reading
+# --- reading; each function raises BadData if a shard is damaged
 
 
 @contextmanager
@@ -164,11 +143,7 @@ def _damage_as_bad_data(what: str) -> Iterator[None]:
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
-    """Return the row groups of all shards in a folder, in document order.
-
-    Raises:
-        BadData: a shard is damaged.
-    """
+    """Return the row groups of all shards in a folder, in document order."""
     import pyarrow.parquet as pq
 
     groups = []
@@ -179,7 +154,7 @@ def row_groups(folder: Path) -> list[RowGroup]:
     return groups
 
 
-def _read(group: RowGroup, *columns: str) -> Any:
+def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
     import pyarrow.parquet as pq
 
     with (
@@ -189,27 +164,14 @@ def _read(group: RowGroup, *columns: str) -> Any:
         # No threads: the callers already read in several processes.
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
         table.validate(full=True)  # for example, strings must be valid UTF-8
-        return table.select(columns)
+        return zip(*(table.column(name).to_pylist() for name in columns), strict=True)
 
 
 def read_row_group(group: RowGroup) -> list[Document]:
-    """Return the documents of a row group.
-
-    Raises:
-        BadData: the shard is damaged.
-    """
-    columns = [column.to_pylist() for column in _read(group, "id", "text", "source").columns]
-    return [Document(*row) for row in zip(*columns, strict=True)]
+    """Return the documents of a row group."""
+    return [Document(*row) for row in _read(group, "id", "text", "source")]
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
     """Return (id, source) of each document of a row group, without reading the texts."""
-    ids, sources = _read(group, "id", "source").columns
-    return list(zip(ids.to_pylist(), sources.to_pylist(), strict=True))
-
-
-def read_ids(path: Path) -> list[bytes]:
-    """Return the 16-byte ids of a shard's documents, in order, without reading the texts."""
-    import pyarrow.parquet as pq
-
-    return [bytes.fromhex(each) for each in pq.read_table(path, columns=["id"]).column("id").to_pylist()]
+    return [(document_id, source) for document_id, source in _read(group, "id", "source")]

@@ -12,16 +12,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, Unreachable
 from compactgpt.common.storage import read_json, sha256_file
-from compactgpt.config import Download, Folder, Hub, Params
+from compactgpt.config import Folder, Hub, HubCorpus, Params
 
 DOWNLOADED = Path("reports/download.json")  # DVC deletes this report before the stage `download` starts
 _TIMEOUT_SECONDS = 5  # of the request before a download
 # The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
+# Subfolders contain weights in other formats.
+_WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
 _IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")  # the folder of a model in the standard cache
 
 
@@ -32,11 +34,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert errors of the hub's client into user errors.
-
-    Args:
-        what: the repository or file that was requested, for the message.
-        advice: what the user can do, for the message.
+    """Convert errors of the hub's client into user errors that name `what` and end with `advice`.
 
     Raises:
         BadConfig: the repository or the commit does not exist, or is not public.
@@ -65,30 +63,21 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
         ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
 
 
+# --- models
+
+
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
     """Return the folder of a model in the hub's standard cache; download the model if it is incomplete.
 
-    Args:
-        repo: `owner/name`.
-        revision: a commit, 40 hex digits.
-        advice: what the user can do if the model can't be downloaded.
-
-    Raises:
-        BadConfig: the hub does not have the model, or the model is not public.
-        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
-        BadData: a weights file in the cache was altered or damaged.
+    Raises the errors of `hub_errors`, and BadData if a weights file in the cache was altered or damaged.
     """
     from huggingface_hub import snapshot_download
 
     folder = cached_model(repo, revision)
     if folder is None:
         require_on_hub("model", repo, revision, advice)
-        folders = ["*/*"]  # subfolders contain weights in other formats
         with hub_errors(repo, advice):
-            found = snapshot_download(
-                repo, revision=revision, allow_patterns=MODEL_FILES, ignore_patterns=folders
-            )
-        folder = Path(found)
+            folder = Path(snapshot_download(repo, revision=revision, **_WANTED))
     for path in sorted(folder.glob("*.safetensors")):
         # The cache names a large file by its SHA-256.
         blob = path.resolve()
@@ -100,29 +89,21 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 def cached_model(repo: str, revision: str) -> Path | None:
     """Return a model's folder in the cache, or None if a file that `from_pretrained` loads is missing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except IncompleteSnapshotError as error:  # perhaps only files that are not needed
-        folder = Path(error.snapshot_path)
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_WANTED))
     except LocalEntryNotFoundError:
         return None
-    # Weights in several files have an index that maps each tensor to its file.
-    index = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index.exists():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    is_complete = all((folder / name).exists() for name in ["config.json", *weights])
-    return folder if is_complete and any(folder.glob("tokenizer*.json")) else None
+    # A cache that `from_pretrained` filled has no list of the repository's files.
+    needed = ("config.json", "*.safetensors", "tokenizer*.json")
+    return folder if all(any(folder.glob(pattern)) for pattern in needed) else None
 
 
 def check_model_folder(name: str, spec: Folder) -> None:
     """Check that the files of the folder baseline `name` have the hash that params.yaml states.
 
-    Raises:
-        MissingInput: the folder does not exist.
-        BadConfig: params.yaml has no hash, or another one.
+    Raises MissingInput if the folder does not exist, BadConfig if params.yaml has no hash or another one.
     """
     folder = Path(spec.path)
     if not folder.is_dir():
@@ -136,6 +117,62 @@ def check_model_folder(name: str, spec: Folder) -> None:
             f"{found}: write that into params.yaml if these are the weights you mean, or give it with "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
+
+
+# --- data sets
+
+
+def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
+    """Return the path of a data set's file in the hub's standard cache; download the file if needed.
+
+    Raises the errors of `hub_errors`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    found = _cached_file(repo, file, revision)
+    if found is None:
+        require_on_hub("dataset", repo, revision, advice)
+        with hub_errors(f"{repo}/{file}", advice):
+            found = Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+    return found
+
+
+def _cached_file(repo: str, file: str, revision: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(found)
+
+
+def advice_without_hub(params: HubCorpus) -> str:
+    """Return what a user can do if the hub does not give the data set `download.hub.name`."""
+    chosen = params.sets[params.name]
+    if chosen.file is not None:
+        return f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
+    return f"correct download.hub.sets.{params.name}, or name a copy of the repository in download.hub.mirror"
+
+
+def check_data_set(params: HubCorpus) -> None:
+    """Check that the data set `download.hub.name` has a local copy, or that the hub has its commit.
+
+    Raises the errors of `hub_errors`, and BadConfig if params.yaml has no commit.
+    """
+    chosen = params.sets[params.name]
+    if params.mirror is not None or (chosen.file is not None and os.path.lexists(chosen.file)):
+        return
+    if chosen.revision is None:
+        raise BadConfig(
+            f"download.hub.sets.{params.name}.revision is empty: write the commit there (40 hex digits), as "
+            "`git ls-remote` shows it for the data set's repository; a branch moves, a commit does not"
+        )
+    require_on_hub("dataset", chosen.repo, chosen.revision, advice_without_hub(params))
+
+
+# --- before a run
 
 
 def check_sources(params: Params) -> None:
@@ -161,72 +198,26 @@ def check_sources(params: Params) -> None:
     for name, source in sources.items():
         if source is None:
             continue
-        key = f"evaluation.tasks.{name}"
-        if source.path is not None:
-            if not Path(source.path).is_file():
-                raise MissingInput(f"{source.path} is not a file: correct {key}.path")
-        elif _cached_file(str(source.repo), str(source.file), str(source.revision)) is None:
+        key, path = f"evaluation.tasks.{name}", source.path
+        if path is not None and not Path(path).is_file():
+            raise MissingInput(f"{path} is not a file: correct {key}.path")
+        if path is None and not _cached_file(str(source.repo), str(source.file), str(source.revision)):
             needed.append(("dataset", str(source.repo), str(source.revision)))
             advice.append(f"-S '{key}={{path: FILE, sha256: {source.sha256}}}'")
     for kind, repo, revision in needed:
         require_on_hub(kind, repo, revision, f"give local copies: {' '.join(advice)}")
-    _check_corpus(params.download)
-
-
-def _check_corpus(download: Download) -> None:
-    """Check that the hub has the corpus, unless a copy is here or the stage `download` has read the hub."""
-    chosen = download.hub.sets[download.hub.name]
-    has_copy = download.hub.mirror is not None or (chosen.file is not None and os.path.lexists(chosen.file))
     is_downloaded = DOWNLOADED.exists() and read_json(DOWNLOADED)["corpus"] == "hub"
-    if download.corpus != "hub" or chosen.revision is None or has_copy or is_downloaded:
-        return
-    advice = "name a copy of the repository in download.hub.mirror"
-    if chosen.file is not None:
-        advice = f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
-    require_on_hub("dataset", chosen.repo, chosen.revision, advice)
-
-
-def _cached_file(repo: str, file: str, revision: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    return Path(found)
-
-
-def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
-    """Return the path of a data set's file in the hub's standard cache; download the file if needed.
-
-    Raises:
-        BadConfig: the hub does not have the data set, or the data set is not public.
-        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
-    """
-    from huggingface_hub import hf_hub_download
-
-    found = _cached_file(repo, file, revision)
-    if found is None:
-        require_on_hub("dataset", repo, revision, advice)
-        with hub_errors(f"{repo}/{file}", advice):
-            found = Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
-    return found
+    if params.download.corpus == "hub" and not is_downloaded:
+        check_data_set(params.download.hub)
 
 
 # --- upload
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a model to the hub; create the repository if it does not exist.
+    """Upload a model folder in Hugging Face format to the hub, and return the URL of the commit.
 
-    Args:
-        folder: folder of the model, in Hugging Face format.
-        repo: `owner/name`.
-        private: whether to create a new repository as private.
-
-    Returns:
-        The URL of the commit.
+    A repository that does not exist is created, as a private one if `private` is true.
 
     Raises:
         NotAllowed: there is no token, or the token does not allow writing to `repo`.
@@ -237,7 +228,6 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
-    login = "run `hf auth login`, or set HF_TOKEN, then run the same command again"
     try:
         with hub_errors(repo, "push to another repository"):
             api.create_repo(repo, private=private, exist_ok=True)
@@ -248,11 +238,12 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
         raise BadConfig(f"{repo!r} is not a repository name (owner/name): {one_line(error)}") from error
     except Unreachable as error:
         cause = error.__cause__
-        if isinstance(cause, LocalTokenNotFoundError):
-            raise NotAllowed(f"there is no token for the hub: {login}") from cause
-        if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
+        if isinstance(cause, LocalTokenNotFoundError) or (
+            isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+        ):
             raise NotAllowed(
-                f"the hub refused to write to {repo} (HTTP {cause.response.status_code}): {login}"
+                f"the hub does not allow writing to {repo} ({one_line(cause)}): run `hf auth login`, or set "
+                "HF_TOKEN, then run the same command again"
             ) from cause
         raise
     return str(commit.commit_url)

@@ -12,170 +12,149 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.config import Download
+from compactgpt.config import Download, HubCorpus, HubSet
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
-from compactgpt.data.hub import hub_errors, one_line, require_on_hub
+from compactgpt.data.hub import advice_without_hub, check_data_set, hub_errors, one_line
 from compactgpt.data.inputs import check_files, regular_status
 
 _PROGRESS_ROWS = 1000
 
 
-class _Position(NamedTuple):
-    """The position where reading resumes: a row, and how many of its texts to skip."""
-
-    split: int
-    row: int = 0  # number of rows of the split that were read completely
-    state: Any = None  # state of the `datasets` iterator before the current row; None at the start
-    texts: int = 0  # number of texts of the current row that were read
-
-
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus; the first read opens it."""
+    """Return the data set `download.hub.name` as a corpus; the first read opens the data set.
+
+    The position of a text is [split, number of complete rows, state of the `datasets` iterator after these
+    rows, number of texts of the next row that were read].
+    """
     data_set = _DataSet(params)
-    data, mirror = data_set.params, data_set.mirror
-    paths = [] if mirror is None else sorted(path for path in mirror.rglob("*") if path.is_file())
-    paths += [] if data_set.file is None else [data_set.file]
+    chosen, copy = data_set.chosen, data_set.copy
+    paths = sorted(path for path in [copy, *copy.rglob("*")] if path.is_file()) if copy else []
     files = [[path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    identity = [data.model_dump(mode="json"), params.max_row_megabytes, files]
+    identity = [chosen.model_dump(mode="json"), params.max_row_megabytes, files]
 
     def read(position: Any) -> Iterator[Text]:
-        data_set.check_source()
+        check_data_set(params.hub)
         data_set.check_hash()  # before the first text is used
-        start = _Position(*(position or [0]))
-        while start.split < len(data.splits):
-            for text, row, after in data_set.documents(start):
+        first_split, rows, state, done = position or (0, 0, None, 0)
+        for split in range(first_split, len(chosen.splits)):
+            for row, before, texts in data_set.texts(split, rows, state):
                 if row % _PROGRESS_ROWS == 0:  # the total number of rows is unknown
                     progress(row, 0)
-                yield Text(text, f"{data_set.name(start)}:{row}", start.split, list(after))
-            start = _Position(start.split + 1)
+                for number, text in enumerate(texts[done:], done + 1):
+                    yield Text(text, f"{data_set.name(split)}:{row}", split, [split, row - 1, before, number])
+                done = 0
+            rows, state, done = 0, None, 0
 
-    parts = [Part(f"{data.repo}/{split}", data.revision, data.licence) for split in data.splits]
+    parts = [Part(f"{chosen.repo}/{split}", chosen.revision, chosen.licence) for split in chosen.splits]
     return Corpus("hub", identity, parts, read)
 
 
-class _DataSet:
-    """Reads the rows and the documents of one data set.
+def _local_copy(params: HubCorpus) -> Path | None:
+    """Return the folder or the text file that is read instead of the hub; None if there is no copy."""
+    if params.mirror is not None:
+        mirror = Path(params.mirror)
+        if not mirror.is_dir():
+            raise MissingInput(f"download.hub.mirror: there is no folder {mirror}")
+        check_files(mirror)  # `datasets` would wait for a named pipe
+        return mirror
+    file = params.sets[params.name].file
+    if file is None or not os.path.lexists(file):
+        return None
+    regular_status(Path(file), file)
+    return Path(file)
 
-    Raises:
-        Unreachable: the hub does not answer.
-        BadConfig: params.yaml has no commit, or the hub does not have the data set, commit or split.
-        BadData: a file is damaged, a text is missing or too long, or the hash of the text differs.
-        MissingInput: the folder `download.hub.mirror` is missing, or the local copy is a link to nothing.
+
+class _DataSet:
+    """Reads the rows and the texts of one data set.
+
+    Raises Unreachable if the hub does not answer; BadConfig if the settings in params.yaml do not fit;
+    BadData if a file is damaged, a text is missing or too long, or the hash of the text differs.
     """
 
     def __init__(self, params: Download) -> None:
-        self.params = params.hub.sets[params.hub.name]
-        self.mirror = None if params.hub.mirror is None else Path(params.hub.mirror)
-        self.file: Path | None = None  # a local copy of the text, read instead of the hub
+        self.copy = _local_copy(params.hub)
+        self.chosen: HubSet = params.hub.sets[params.hub.name]
+        self._is_text = self.copy is not None and not self.copy.is_dir()
+        if self.copy is not None and self._is_text:
+            self.chosen = self.chosen.model_copy(update={"splits": (self.copy.name,)})
         self._key = f"download.hub.sets.{params.hub.name}"
-        self._advice = f"correct {self._key}, or name a copy of the repository in download.hub.mirror"
-        if self.params.file is not None and self.mirror is None:
-            self._advice = f"bring the text: curl -fLo {self.params.file} {self.params.file_url}"
-            if os.path.lexists(self.params.file):
-                self.file = Path(self.params.file)
-                regular_status(self.file, str(self.file))  # `datasets` would wait for a named pipe
-                self.params = self.params.model_copy(update={"splits": (self.file.name,)})
+        self._advice = advice_without_hub(params.hub)
         self._max_row_megabytes = params.max_row_megabytes
 
-    def name(self, position: _Position) -> str:
-        """Return the name of a position's split: repository/split."""
-        return f"{self.params.repo}/{self.params.splits[position.split]}"
-
-    def check_source(self) -> None:
-        """Check that the mirror folder exists, or that the hub has the commit."""
-        if self.mirror is not None:
-            if not self.mirror.is_dir():
-                raise MissingInput(f"download.hub.mirror: there is no folder {self.mirror}")
-            check_files(self.mirror)  # `datasets` would wait for a named pipe
-            return
-        if self.file is not None:
-            return
-        if self.params.revision is None:
-            raise BadConfig(
-                f"{self._key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` "
-                "shows it for the data set's repository; a branch moves, a commit does not"
-            )
-        require_on_hub("dataset", self.params.repo, self.params.revision, self._advice)
+    def name(self, split: int) -> str:
+        """Return the name of a split: repository/split."""
+        return f"{self.chosen.repo}/{self.chosen.splits[split]}"
 
     def check_hash(self) -> None:
         """Compare the SHA-256 of all text with the one in params.yaml, if there is one."""
-        if self.params.sha256 is None:
+        if self.chosen.sha256 is None:
             return
         hasher = hashlib.sha256()
-        for split in range(len(self.params.splits)):
-            for text, _, _ in self._rows(_Position(split)):
+        for split in range(len(self.chosen.splits)):
+            for _, _, text in self._rows(split, 0, None):
                 hasher.update(text.encode("utf-8"))
-        found, expected = hasher.hexdigest(), self.params.sha256
+        found, expected = hasher.hexdigest(), self.chosen.sha256
         if found != expected:
             raise BadData(
-                f"the text of {self.file or self.params.repo} has SHA-256 {found}, {self._key}.sha256 "
-                f"expects {expected}: use the expected text, or correct the hash"
+                f"the text of {self.copy if self._is_text else self.chosen.repo} has SHA-256 {found}, "
+                f"{self._key}.sha256 expects {expected}: use the expected text, or correct the hash"
             )
 
-    def documents(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
-        """Yield (text of a document, number of its first row, position after the document).
+    def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, list[str]]]:
+        """Yield (row number, state before the row, texts that begin in the row).
 
-        A document is one row, several rows (`opens_document`), or a part of a row (`separator`). Neighbouring
-        parts are joined until a document has `join_characters`.
+        A text is one row, several rows (`opens_document`), or a part of a row (`separator`).
         """
-        if self.params.opens_document is not None:
-            yield from self._joined_rows(start, re.compile(self.params.opens_document))
+        if self.chosen.opens_document is None:
+            for row, before, text in self._rows(split, rows, state):
+                yield row, before, _split_row(text, self.chosen)
             return
-        for text, row, before in self._rows(start):
-            texts = [text] if self.params.separator is None else text.split(self.params.separator)
-            # A resumed run reads its last row again, and skips the texts that it has already stored.
-            done = start.texts if row == start.row + 1 else 0
-            separator, least = self.params.separator or "", self.params.join_characters or 0
-            first = done  # index of the document's first text
-            for end in range(done + 1, len(texts) + 1):
-                document = separator.join(texts[first:end])
-                if end == len(texts) or len(document) >= least:
-                    yield document, row, before._replace(texts=end)
-                    first = end
-
-    def _joined_rows(self, start: _Position, opens: re.Pattern[str]) -> Iterator[tuple[str, int, _Position]]:
+        opens = re.compile(self.chosen.opens_document)
         joined: list[str] = []
-        first = size = 0
-        for text, row, before in self._rows(start):
+        first, state_before, size = 0, state, 0
+        for row, before, text in self._rows(split, rows, state):
             if joined and opens.fullmatch(text):
-                # This row belongs to the next document: resume before it.
-                yield "".join(joined), first, before
-                joined, size = [], 0
-            first = first if joined else row
+                yield first, state_before, ["".join(joined)]
+                joined = []
+            if not joined:
+                first, state_before, size = row, before, 0
             joined.append(text)
             size += len(text)
-            self._check_size(size, start, first)  # without a match, all rows are joined
+            self._check_size(size, split, first)  # without a match, all rows are joined
         if joined:
-            yield "".join(joined), first, _Position(start.split + 1)
+            yield first, state_before, ["".join(joined)]
 
-    def _rows(self, start: _Position) -> Iterator[tuple[str, int, _Position]]:
-        """Yield (text, row number from 1, position before the row)."""
-        column = self.params.text_column
+    def _rows(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, str]]:
+        """Yield (row number from 1, state of the `datasets` iterator before the row, text).
+
+        Reading starts after the first `rows` rows, where the iterator has the state `state`.
+        """
+        column = self.chosen.text_column
         with self._errors():
-            data = self._open(self.params.splits[start.split])
-            if start.state is not None:
-                data.load_state_dict(start.state)
-            before = _Position(start.split, start.row, start.state or data.state_dict())
-            for row, values in enumerate(data, start.row + 1):  # values: dict of all columns
+            data = self._open(self.chosen.splits[split])
+            if state is not None:
+                data.load_state_dict(state)
+            before = state or data.state_dict()
+            for row, values in enumerate(data, rows + 1):  # values: dict of all columns
                 text = values.get(column)
                 if not isinstance(text, str):
                     found = f"columns {sorted(values)}" if column not in values else type(text).__name__
                     raise BadData(
-                        f"{self.name(start)}, row {row:,}: found {found}, "
+                        f"{self.name(split)}, row {row:,}: found {found}, "
                         f"expected text in {self._key}.text_column ({column!r})"
                     )
-                self._check_size(len(text), start, row)
-                yield text, row, before
-                before = _Position(start.split, row, data.state_dict())
+                self._check_size(len(text), split, row)
+                yield row, before, text
+                before = data.state_dict()
 
-    def _check_size(self, size: int, position: _Position, row: int) -> None:
+    def _check_size(self, size: int, split: int, row: int) -> None:
         if size > self._max_row_megabytes * MEGABYTE:
             raise BadData(
-                f"{self.name(position)}:{row} is longer than {self._max_row_megabytes:,} MB "
+                f"{self.name(split)}:{row} is longer than {self._max_row_megabytes:,} MB "
                 "(download.max_row_megabytes): raise the limit"
             )
 
@@ -184,33 +163,46 @@ class _DataSet:
 
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
-        if self.mirror is not None:
-            # Resolve the path: the library may take a relative path for a repository name.
-            source, revision = str(self.mirror.resolve()), None
-        elif self.file is not None:
-            options = {"data_files": str(self.file), "sample_by": "document", "split": "train"}  # one row
+        if self._is_text:
+            options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}  # one row
             return datasets.load_dataset("text", **options, streaming=True)
-        else:
-            source, revision = self.params.repo, self.params.revision
+        source, revision = self.chosen.repo, self.chosen.revision
+        if self.copy is not None:
+            # Resolve the path: the library may take a relative path for a repository name.
+            source, revision = str(self.copy.resolve()), None
         return datasets.load_dataset(
-            source, self.params.config, split=split, revision=revision, streaming=True
+            source, self.chosen.config, split=split, revision=revision, streaming=True
         )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         import pyarrow as pa
 
-        local = self.mirror or self.file
-        where = self.params.repo if local is None else str(local)
+        where = str(self.copy or self.chosen.repo)
         try:
-            with hub_errors(where, self._advice) if local is None else nullcontext():
+            with nullcontext() if self.copy else hub_errors(where, self._advice):
                 yield
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            problem = f"is damaged, or was cut short, or `datasets` can't read it ({one_line(error)})"
-            if "BatchSize" in str(error):  # `datasets` takes the first row group's size for all
-                problem = "is a parquet file whose first row group is empty, which `datasets` can't read"
-            raise BadData(f"a file of {where} {problem}") from error
+            raise BadData(
+                f"a file of {where} is damaged, or was cut short, or `datasets` can't read it "
+                f"({one_line(error)})"
+            ) from error
         except (ValueError, RuntimeError) as error:
             raise BadConfig(
                 f"{where} can't be read with the settings in {self._key}: {one_line(error)}"
             ) from error
+
+
+def _split_row(text: str, chosen: HubSet) -> list[str]:
+    """Cut a row at `separator`; join neighbouring parts until a text has `join_characters`."""
+    if chosen.separator is None:
+        return [text]
+    texts: list[str] = []
+    joined: list[str] = []
+    for part in text.split(chosen.separator):
+        joined.append(part)
+        document = chosen.separator.join(joined)
+        if len(document) >= (chosen.join_characters or 0):
+            texts.append(document)
+            joined = []
+    return [*texts, chosen.separator.join(joined)] if joined else texts

@@ -8,7 +8,6 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
@@ -38,38 +37,30 @@ def check_dependencies(root: Path) -> None:
 def check_files(folder: Path) -> None:
     """Check that every file under a folder is a regular file, or a link to one, with a name in UTF-8.
 
-    Raises:
-        BadData: a file name is not UTF-8; a file is a pipe, a socket, a device or a loop of links; or a link
-            leads to a folder.
-        MissingInput: the target of a link does not exist.
+    Raises BadData or MissingInput as `regular_status` does, and BadData for a link to a folder or a name that
+    is not UTF-8.
     """
     for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
-            require_utf8(Path(parent, name))
-        refuse_linked_folders(Path(parent), folders)
-        for name in files:
-            path = Path(parent, name)
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise BadData(f"{parent}/{name!a}: the file name is not UTF-8: rename it") from error
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                raise BadData(
+                    f"{path} is a link to a folder, where DVC sees no change: remove the link, then bring "
+                    f"its files: `dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
+                )
+        for path in (Path(parent, name) for name in files):
             regular_status(path, str(path))
 
 
-def refuse_linked_folders(parent: Path, folders: Iterable[str]) -> None:
-    """Raise BadData if one of these folders is a link: DVC would not see changes behind the link."""
-    for path in (parent / name for name in folders):
-        if path.is_symlink():
-            raise BadData(
-                f"{path} is a link to a folder, where DVC sees no change: remove the link, then "
-                f"`dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}` brings its files"
-            )
-
-
 def require_corpus(original: Path) -> None:
-    """Check that a scratch copy of the repository, as of `dvc exp run --temp`, has the whole corpus.
+    """Check that a scratch copy of the repository, made by `dvc exp run --temp`, has the whole corpus.
 
-    Args:
-        original: the repository that DVC copied; in the repository itself the check always passes.
-
-    Raises:
-        MissingInput: corpus/ lacks files, since neither git nor DVC tracks them.
+    `original` is the repository that DVC copied; in the repository itself the check always passes.
+    Raises MissingInput if the copy lacks files of corpus/, because neither git nor DVC tracks them.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):
@@ -80,33 +71,20 @@ def require_corpus(original: Path) -> None:
         )
 
 
-def require_utf8(path: Path) -> None:
-    """Raise BadData if a file name is not UTF-8, because DVC and JSON can't write the name."""
-    try:
-        path.name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadData(f"{path.parent}/{path.name!a}: the file name is not UTF-8: rename it") from error
-
-
 def regular_status(path: Path, name: str) -> os.stat_result:
     """Return the status of a regular file without opening the file. Links are followed.
 
-    Args:
-        path: the file, or a link to the file.
-        name: name of the file in messages.
-
-    Raises:
-        BadData: the path is a pipe, a socket, a device, a folder or a loop of links.
-        MissingInput: the file, or the target of a link, does not exist.
+    Raises MissingInput if the file does not exist, BadData if it is a pipe, a socket, a device or a folder.
+    Messages contain `name`.
     """
     try:
         status = path.stat()  # not `open`: opening a named pipe would wait
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise BadData(f"{name} is a loop of symbolic links: remove it") from error
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise  # for example, a disk error
-        raise MissingInput(f"{name} is missing: it is a link to nothing, or it was just removed") from error
+        raise MissingInput(
+            f"{name} is missing, or is a link to nothing, or a loop of symbolic links: remove it"
+        ) from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
         raise BadData(f"{name} is {kind}, expected a regular file: remove it or move it elsewhere")

@@ -1,23 +1,23 @@
 """The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
-The stage writes the shards one by one into `<state>/download/<key>/`. Each shard has a JSON note: the shard's
-hash, and the counts and the position in the corpus at its end. A stopped run resumes after its last finished
-shard. When all shards are finished, they become the folder of documents.
+The stage writes the shards one by one into the folder `.state/download`, and after each shard the file
+progress.json: the counts and the position in the corpus. A stopped run resumes after its last finished shard.
+When all shards are finished, they become the folder of documents.
 """
 
 import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from glob import has_magic
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
-from compactgpt.common.errors import BadConfig, BadData, UserError
+from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.storage import (
     atomic_folder,
     json_bytes,
@@ -32,11 +32,12 @@ from compactgpt.data.documents import (
     MEGABYTE,
     Corpus,
     Document,
+    RowGroup,
     Text,
     new_document,
-    read_ids,
-    shard_name,
-    write_shard,
+    read_names,
+    row_groups,
+    write_shards,
 )
 from compactgpt.data.hub_texts import hub_corpus
 from compactgpt.data.text_files import file_corpus, unread_files
@@ -44,7 +45,7 @@ from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
 from compactgpt.data.tokenizer import save_gpt2, save_named
 from compactgpt.data.wheels import fetch_wheel_member
 
-VERSION = 3  # format version of finished shards and their notes
+VERSION = 4  # format version of progress.json
 Log = Callable[[str], None]
 
 
@@ -57,13 +58,15 @@ class Limits(NamedTuple):
 
 
 @dataclass
-class Counts:
-    """How many texts were kept and left out, up to a position in the corpus."""
+class Collected:
+    """What was collected of a corpus, up to a position in the corpus."""
 
     documents: list[int]  # number of kept documents of each part
     bytes: list[int]  # UTF-8 bytes of kept text of each part
     left_out: dict[str, int]  # number of texts by reason
     position: Any = None  # position of the last counted text
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)  # documents and bytes of finished shards
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of finished shards
 
 
 def download(
@@ -79,23 +82,13 @@ def download(
 ) -> dict[str, Any]:
     """Write the folders `documents` and `tokenizer`, and return the report.
 
-    Args:
-        params: the section `download` of params.yaml.
-        documents: folder of document shards; replaced if it exists.
-        tokenizer: folder of the tokenizer's files; replaced if it exists.
-        root: folder to which `download.files.patterns` are relative.
-        state: folder for files from wheels, and for the shards of a stopped run.
-        num_workers: number of processes; the result does not depend on it.
-        progress: called with the number of modules, files or rows read.
-        log: called with a message for each shard of an earlier run.
-
-    Returns:
-        The report: facts of both manifests, the corpus's name, and the number of left-out texts by reason.
+    The patterns of `download.files` are relative to `root`. The folder `state` keeps files from wheels, and
+    the shards of a stopped run. The result does not depend on `num_workers`.
 
     Raises:
         BadData: an input is damaged, or every text of the corpus was left out.
         MissingInput: an input is missing.
-        BadConfig: the hub does not have the data set, params.yaml has no commit, or `max_bytes` is too small.
+        BadConfig: the hub does not have the data set, or params.yaml has no commit.
         Unreachable: the hub or the package index does not answer.
     """
     # Tokenizer first: it is small, so a missing network is reported at once.
@@ -110,15 +103,14 @@ def download(
 
 def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
     """Return the corpus that `download.corpus` names, and log which files in corpus/ are not part of it."""
-    if params.corpus != "files":
-        copy = params.hub.sets[params.hub.name].file if params.corpus == "hub" else None
-        reason = f"download.corpus is {params.corpus}, and files reads them"
-        for message in unread_files(root, {copy or ""}, reason):
-            log(message)
-    if params.corpus == "docstrings":
-        return docstring_corpus(params.docstrings, num_workers, progress)
     if params.corpus == "files":
         return file_corpus(params, root, progress, log)
+    copy = params.hub.sets[params.hub.name].file if params.corpus == "hub" else None
+    reason = f"download.corpus is {params.corpus}, and files reads them"
+    if message := unread_files(root, {copy or ""}, reason):
+        log(message)
+    if params.corpus == "docstrings":
+        return docstring_corpus(params.docstrings, num_workers, progress)
     return hub_corpus(params, progress)
 
 
@@ -149,34 +141,35 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards.
+    """Write a corpus as a folder of document shards, and return the facts of the folder's manifest.
 
     If the run stops, finished shards stay in the folder `state`, and the next run resumes after them.
 
-    Returns:
-        The facts of the folder's manifest; among them `left_out`, the number of left-out texts by reason.
-
-    Raises:
-        BadData: an input is damaged, or every text of the corpus was left out.
-        BadConfig: `limits.max_bytes` is less than the first document has.
+    Raises BadData if an input is damaged, or every text of the corpus was left out.
     """
-    shards_folder = state / _state_key(corpus, limits)
     facts: dict[str, Any] = {"corpus": corpus.name}
     with atomic_folder(folder, facts, kind="documents") as temporary:
-        counts, facts["shards"] = _write_shards(corpus, shards_folder, limits, log)
-        facts["documents"], facts["bytes"] = sum(counts.documents), sum(counts.bytes)
-        facts["left_out"] = counts.left_out
+        collected = _write_shards(corpus, state, limits, log)
+        facts["shards"], facts["left_out"] = collected.shards, collected.left_out
+        facts["documents"], facts["bytes"] = sum(collected.documents), sum(collected.bytes)
         if not facts["documents"]:
-            reasons = _left_out(counts.left_out) or "none, the corpus is empty"
-            raise BadData(f"no document is left of the corpus {corpus.name} (left out: {reasons}): add text")
-        paths = [shards_folder / name for name in facts["shards"]]
-        facts["sources"] = _part_facts(corpus, counts, paths)
-        for path in paths:
+            reasons = _left_out(collected.left_out) or "none"
+            raise BadData(
+                f"no document is left of the corpus {corpus.name} (left out: {reasons}): add text, or raise "
+                "download.max_bytes"
+            )
+        for name in collected.shards:
             try:
-                os.link(path, temporary / path.name)
+                os.link(state / name, temporary / name)
             except OSError:  # this file system has no hard links
-                shutil.copyfile(path, temporary / path.name)
-    shutil.rmtree(state, ignore_errors=True)  # including the shards of other corpora
+                shutil.copyfile(state / name, temporary / name)
+        # Parts are stored one after another, so the ids of a part are consecutive.
+        ids = _read_ids(row_groups(temporary))
+        facts["sources"] = []
+        for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
+            digest = hashlib.sha256(b"".join(islice(ids, number))).hexdigest()
+            facts["sources"].append({**part._asdict(), "documents": number, "bytes": size, "sha256": digest})
+    shutil.rmtree(state, ignore_errors=True)
     return facts
 
 
@@ -184,97 +177,84 @@ def _left_out(numbers: dict[str, int]) -> str:
     return ", ".join(f"{number:,} {reason}" for reason, number in numbers.items() if number)
 
 
-def _state_key(corpus: Corpus, limits: Limits) -> str:
-    """Return the name of the folder of finished shards: a hash of the corpus and the limits."""
+def _read_ids(groups: Sequence[RowGroup]) -> Iterator[bytes]:
+    for group in groups:
+        for document_id, _ in read_names(group):
+            yield bytes.fromhex(document_id)  # half the size of the hex digits
+
+
+def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:
+    """Keep the finished shards of an earlier run in `folder`, and write the others."""
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
     # Include pyarrow's version: another version may write other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
-    return hashlib.sha256(json_bytes(inputs)).hexdigest()[:16]
+    key = hashlib.sha256(json_bytes(inputs)).hexdigest()
+    collected = _read_progress(folder, key, log)
+    if collected is None:
+        shutil.rmtree(folder, ignore_errors=True)  # the shards of another corpus, or damaged ones
+        zeros = [0] * len(corpus.parts)
+        collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
+    # A later text may repeat a document of a finished shard. Memory: 100 bytes each, 0.8 GB for OpenWebText.
+    seen = set(_read_ids([group for group in row_groups(folder) if group.path.name in collected.shards]))
+    documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
+    for path in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
+        before = collected.shards.values()
+        collected.shards[path.name] = {
+            "documents": sum(collected.documents) - sum(shard["documents"] for shard in before),
+            "bytes": sum(collected.bytes) - sum(shard["bytes"] for shard in before),
+        }
+        collected.hashes[path.name] = sha256_file(path)
+        write_json(folder / "progress.json", {"key": key, "collected": asdict(collected)})
+    return collected
 
 
-def _write_shards(
-    corpus: Corpus, folder: Path, limits: Limits, log: Log
-) -> tuple[Counts, dict[str, dict[str, int]]]:
-    """Keep finished shards, write the others; return the counts, and documents and bytes per shard."""
-    zeros = [0] * len(corpus.parts)
-    counts = Counts(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
-    seen: set[bytes] = set()  # document ids; 100 bytes of memory each, 0.8 GB for OpenWebText
-    shards: dict[str, dict[str, int]] = {}
-    path = folder / shard_name(0)
-    while (finished := _read_finished(path, log)) is not None:
-        counts, shards[path.name] = Counts(**finished["counts"]), finished["shard"]
-        seen.update(read_ids(path))  # a later text may repeat a document of this shard
-        path = folder / shard_name(len(shards))
-    documents = _select(corpus.read(counts.position), corpus.lengths, limits, counts, seen)
-    totals = sum(counts.documents), sum(counts.bytes)
-    while write_shard(path, documents, limits.shard_bytes):
-        before, totals = totals, (sum(counts.documents), sum(counts.bytes))
-        shard = {"documents": totals[0] - before[0], "bytes": totals[1] - before[1]}
-        note = {"sha256": sha256_file(path), "shard": shard, "counts": asdict(counts)}
-        write_json(path.with_suffix(".json"), note)  # written last: a shard without a note is unfinished
-        shards[path.name] = shard
-        path = folder / shard_name(len(shards))
-    return counts, shards
-
-
-def _read_finished(path: Path, log: Log) -> dict[str, Any] | None:
-    """Return the note of a finished shard, or None if the shard is missing or damaged."""
-    note_path = path.with_suffix(".json")
-    if not path.exists() or not note_path.exists():
+def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
+    """Return what an earlier run collected, or None if that was another corpus, or a file is damaged."""
+    path = folder / "progress.json"
+    if not path.exists():
         return None
     try:
-        note: dict[str, Any] = read_json(note_path)
-        verify_file(path, note["sha256"])
-        number = note["shard"]["documents"]
-    except (UserError, KeyError, TypeError):
-        log(f"{path} of an earlier run is damaged: it and the shards after it are written again")
-        return None  # the caller reads the corpus from the end of the previous shard
-    log(f"{path.name} was finished by an earlier run ({number:,} documents) and is kept")
-    return note
+        progress = read_json(path)
+        if progress["key"] != key:
+            return None
+        collected = Collected(**progress["collected"])
+        for name, digest in collected.hashes.items():
+            verify_file(folder / name, digest)
+    except (UserError, KeyError, TypeError) as error:
+        log(f"a file of an earlier run is damaged, so the corpus is read again from its start ({error})")
+        return None
+    log(
+        f"{sum(collected.documents):,} documents in {len(collected.shards)} shards of an earlier run are kept"
+    )
+    return collected
 
 
 def _select(
-    texts: Iterator[Text], lengths: range, limits: Limits, counts: Counts, seen: set[bytes]
+    texts: Iterator[Text], lengths: range, limits: Limits, collected: Collected, seen: set[bytes]
 ) -> Iterator[Document]:
-    """Yield the documents to keep, and count the kept and the left-out texts in `counts`."""
+    """Yield the documents to keep, and count the kept and the left-out texts in `collected`."""
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
     # Test the limit before `next`, so that no text after the last document is read.
-    while sum(counts.documents) < max_documents and (text := next(texts, None)) is not None:
-        counts.position = text.position  # also for a text that is left out
+    while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
+        collected.position = text.position  # also for a text that is left out
         if not text.text.strip():
-            counts.left_out["empty"] += 1
+            collected.left_out["empty"] += 1
             continue
         if len(text.text) not in lengths:
-            counts.left_out["short" if len(text.text) < lengths.start else "long"] += 1
+            collected.left_out["short" if len(text.text) < lengths.start else "long"] += 1
             continue
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
-        if sum(counts.bytes) + size > max_bytes:
-            if not any(counts.documents):
-                raise BadConfig(
-                    f"download.max_bytes is {max_bytes:,}, and the first document ({document.source}) has "
-                    f"{size:,} bytes: raise max_bytes"
-                )
+        if sum(collected.bytes) + size > max_bytes:
             return  # do not look for shorter texts: a subset is the beginning of the corpus
-        document_id = bytes.fromhex(document.id)  # half the size of the hex digits
+        document_id = bytes.fromhex(document.id)
         if document_id in seen:
-            counts.left_out["duplicate"] += 1
+            collected.left_out["duplicate"] += 1
             continue
         seen.add(document_id)
-        counts.documents[text.part] += 1
-        counts.bytes[text.part] += size
+        collected.documents[text.part] += 1
+        collected.bytes[text.part] += size
         yield document
-
-
-def _part_facts(corpus: Corpus, counts: Counts, shards: Iterable[Path]) -> list[dict[str, Any]]:
-    """Return name, documents, bytes and hash of each part; the hash is of the 16-byte ids, in order."""
-    # Parts are stored one after another, so the ids of a part are consecutive.
-    ids = chain.from_iterable(map(read_ids, shards))
-    facts = []
-    for part, documents, size in zip(corpus.parts, counts.documents, counts.bytes, strict=True):
-        digest = hashlib.sha256(b"".join(islice(ids, documents))).hexdigest()
-        facts.append({**part._asdict(), "documents": documents, "bytes": size, "sha256": digest})
-    return facts

@@ -13,7 +13,7 @@ from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
 _LARGE = 10  # auto: a passage without blank lines is cut when it has this many times `split_characters`
-_WAYS = {"blank-lines": "blank lines", "lines": "lines", "heading": "headings", "size": "size"}
+_WAYS = {"blank-lines": "blank lines", "heading": "headings"}  # other values are their own names
 
 
 class Line(NamedTuple):
@@ -23,60 +23,48 @@ class Line(NamedTuple):
     text: str
     is_start: bool  # False for the second and later parts of a line
 
-    @property
-    def is_blank(self) -> bool:
-        """Whether the line has only white space; always False for the later parts of a line."""
-        return self.is_start and self.text.isspace()
-
 
 class Piece(NamedTuple):
-    """A part of a file that is one document."""
+    """The text of one document of a file."""
 
-    line: int  # number of the piece's first line; 0 if the piece is the complete file
+    line: int  # number of the document's first line or row, from 1; 0 if the document is the complete file
     text: str
-    way: str = ""  # where the file was cut, for messages
+    way: str = ""  # where the file was cut, for messages; empty if it was not cut
 
 
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
-    """Yield the documents of a text file.
+    """Yield the documents of the text file `name`.
 
     A complete file is not changed. Blank lines at the start of a piece, and white space at its end, are
-    removed.
+    removed. The caller refuses a piece of more than `max_characters`, so that piece may end at any line.
 
-    Args:
-        file: the file, in UTF-8.
-        name: name of the file in messages.
-        params: the section `download.files` of params.yaml.
-        max_characters: the caller refuses a longer piece, so such a piece may be cut at any line.
-
-    Raises:
-        BadData: the file is not UTF-8.
+    Raises BadData if the file is not UTF-8.
     """
     split, least, most = params.split, 1, max_characters + 1
     lines = _read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
-        head, size = [], 0
-        for line in lines:
+        head: list[Line] = []
+        size = 0
+        while size <= params.split_over_characters and (line := next(lines, None)):
             head.append(line)
             size += len(line.text)
-            if size > params.split_over_characters:
-                break
+        lines = chain(head, lines)
         if size <= params.split_over_characters:
             split = "none"
-        elif any(line.is_blank for line in head):
-            split, most = "blank-lines", _LARGE * params.split_characters
+        elif any(map(_is_blank, head)):
+            split, least, most = "blank-lines", params.split_characters, _LARGE * params.split_characters
         else:
             split = "size"
-        lines, least = chain(head, lines), params.split_characters
-    elif split == "size":
+    if split == "size":
         least = params.split_characters
+    way = _WAYS.get(split, split) + (f", of at least {least:,} characters" if least > 1 else "")
     heading = re.compile(params.heading or "")
-    way = _WAYS.get(split, "") + (f", of at least {least:,} characters" if least > 1 else "")
-    for number, text in _cut(lines, split, heading, least, most):
+    for piece in _cut(lines, split, heading, least, most):
+        text = "".join(line.text for line in piece)
         if split == "none":
             yield Piece(0, text)
         elif text.strip():
-            yield Piece(number, text.strip("\r\n").rstrip(), way)
+            yield Piece(piece[0].number, text.strip("\r\n").rstrip(), way)
 
 
 def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line) -> bool:
@@ -86,49 +74,49 @@ def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line)
     if split == "none" or not line.is_start:
         return False
     if split == "blank-lines":
-        return before.is_blank and not line.is_blank
+        return _is_blank(before) and not _is_blank(line)
     return split == "lines" or heading.match(line.text) is not None
+
+
+def _is_blank(line: Line) -> bool:
+    return line.is_start and line.text.isspace()
 
 
 def _cut(
     lines: Iterator[Line], split: str, heading: re.Pattern[str], least: int, most: int
-) -> Iterator[tuple[int, str]]:
-    """Yield (number of the first line, text) of each piece.
+) -> Iterator[list[Line]]:
+    """Yield the lines of each piece.
 
     A piece ends before the first boundary after `least` characters, or at any line after `most` characters.
     The last piece is joined to the piece before it if it is shorter than `least`.
     """
-    pieces: list[tuple[int, str]] = []  # at most one: the piece before the current piece
+    previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
     size = 0
     for line in lines:
         if size >= most or (size >= least and _is_boundary(split, heading, current[-1], line)):
-            yield from pieces
-            pieces = [(current[0].number, "".join(each.text for each in current))]
-            current, size = [], 0
+            if previous:
+                yield previous
+            previous, current, size = current, [], 0
         current.append(line)
         size += len(line.text)
-    last = "".join(each.text for each in current)
-    if pieces and size < least:
-        yield pieces[0][0], pieces[0][1] + last
-    else:
-        yield from pieces
-        if current:
-            yield current[0].number, last
+    if size < least:
+        previous, current = previous + current, []
+    yield from filter(None, (previous, current))
 
 
 def _read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
     """Yield the lines of a file. A line over `max_bytes` is yielded in parts of about `max_bytes`."""
-    content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)
+    # The decoder keeps an incomplete character at the end of a part for the next part.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number, is_start, rest = 1, True, ""
+    content = file.readline(max_bytes)
     while content:
         following = file.readline(max_bytes)
         try:
-            # A part of a long line may end within a character: `used` is the number of decoded bytes.
-            text, used = codecs.utf_8_decode(content, "strict", not following)
+            text = rest + decoder.decode(content, final=not following)
         except UnicodeDecodeError as error:
             raise not_utf8(error, name, number) from error
-        content, text = content[used:] + following, rest + text
         if text.endswith("\n") or not following:
             yield Line(number, text, is_start)
             number, is_start, rest = number + 1, True, ""
@@ -138,6 +126,7 @@ def _read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
                 begin, rest = rest, ""
             yield Line(number, begin + space, is_start)
             is_start = False
+        content = following
 
 
 def not_utf8(error: UnicodeDecodeError, name: str, line: int) -> BadData:

@@ -15,16 +15,10 @@ _TIMEOUT_SECONDS = "15"
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
-    """Return the path of one file of a wheel; pip downloads the wheel unless the file is in `cache`.
+    """Return the path of the file `member` of a wheel (`name==version`), in the folder `cache`.
 
-    pip uses the user's own configuration and installs nothing. In the cache, the name of a file is its
-    SHA-256, which is checked on every use.
-
-    Args:
-        wheel: the wheel, as `name==version`.
-        member: path of the file inside the wheel.
-        sha256: the expected SHA-256 of the file.
-        cache: folder for the files.
+    pip downloads the wheel unless the file is in `cache`. pip uses the user's own configuration and installs
+    nothing. In `cache`, the name of a file is its SHA-256, which is checked on every use.
 
     Raises:
         Unreachable: the package index can't be reached, or does not have the wheel.
@@ -57,13 +51,12 @@ def _download(wheel: str, folder: Path) -> Path:
         raise MissingInput(
             f"{wheel} can't be downloaded, since this Python has no pip: run `python -m ensurepip`"
         )
-    found = sorted(folder.glob("*.whl"))
+    found = list(folder.glob("*.whl"))
     if done.returncode or not found:
-        # The last line of pip's output is the cause.
-        lines = done.stderr.strip().splitlines() or [f"pip ended with code {done.returncode}"]
+        cause = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
         raise Unreachable(
-            f"{wheel} can't be downloaded from the package index ({lines[-1].removeprefix('ERROR: ')}): "
-            "check the network and pip's configuration (`pip config list`), then run the same command again"
+            f"{wheel} can't be downloaded from the package index ({cause or done.returncode}): check the "
+            "network and pip's configuration (`pip config list`), then run the same command again"
         )
     return found[0]
 
@@ -71,8 +64,7 @@ def _download(wheel: str, folder: Path) -> Path:
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
     """Return the content of one file of a wheel.
 
-    Raises:
-        BadData: the wheel is damaged, or the file is missing or too large.
+    Raises BadData if the wheel is damaged, or the file is missing or too large.
     """
     try:
         with zipfile.ZipFile(archive) as files:
