@@ -14,6 +14,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from compactgpt.common.sections import read_yaml
+from compactgpt.experiments import merge_patch
 from tests.support.tiny_corpus import tokenizer_files
 
 ROOT = Path(__file__).parents[2]
@@ -23,27 +24,14 @@ STAGES = (
     *(f"baseline@{name}" for name in BASELINES), "comparison",
 )  # fmt: skip
 WORDS = (
-    "hello",
-    "well",
-    "then",
-    "low",
-    "held",
-    "world",
-    "whole",
-    "wheel",
-    "other",
-    "weather",
-    "willow",
-    "yellow",
-)
+    "hello", "well", "then", "low", "held", "world", "whole", "wheel", "other", "weather", "willow", "yellow",
+)  # fmt: skip
 
-IMPORTED = {
-    "download": ("pyarrow.parquet", "tiktoken"),
-    "validation": ("great_expectations.render.renderer.site_builder", "scipy.stats"),
-    "tokenization": ("pyarrow.parquet", "gigatoken"),
-    "training": ("torch._dynamo", "torch.optim"),
-    "comparison": ("matplotlib.pyplot", "pyarrow.parquet", "scipy.optimize"),
-}
+# What stages import as they run, and nothing that starts a thread.
+IMPORTED = (
+    "pandas", "pyarrow.parquet", "tiktoken", "great_expectations.render.renderer.site_builder", "scipy.stats",
+    "gigatoken", "torch._dynamo", "torch.optim", "matplotlib.pyplot", "scipy.optimize",
+)  # fmt: skip
 
 
 def make_place(place: Path) -> Path:
@@ -54,10 +42,10 @@ def make_place(place: Path) -> Path:
     for name in ("claims.yaml", "published.yaml", "dvc.yaml"):
         shutil.copyfile(ROOT / name, place / name)
     (place / "results").mkdir()
+    wheels = place / ".state/wheels"
+    wheels.mkdir(parents=True)
     for content in tokenizer_files():
-        path = place / ".state/wheels" / hashlib.sha256(content).hexdigest()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        (wheels / hashlib.sha256(content).hexdigest()).write_bytes(content)
     return place
 
 
@@ -74,40 +62,31 @@ def write_inputs(place: Path, generation: int) -> None:
 def params_tree(generation: int) -> dict:
     """Return the project's params.yaml with tiny values."""
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
-    vocab_bpe, encoder_json = tokenizer_files()
-    tree["runtime"] |= {"device": "cpu", "num_threads": 1, "num_workers": 1}
-    tree["download"] |= {"corpus": "files", "shard_megabytes": 1}
-    tree["download"]["files"] |= {"patterns": ["corpus/*.jsonl"]}
-    tree["download"]["tokenizer"] |= {
-        "vocab_bpe_sha256": hashlib.sha256(vocab_bpe).hexdigest(),
-        "encoder_json_sha256": hashlib.sha256(encoder_json).hexdigest(),
-    }
-    tree["validation"] |= {
-        "min_documents": 10 + generation,
-        "min_characters": 1,
-        "min_total_megabytes": 0.001,
-    }
-    tree["tokenization"] |= {"val_fraction": 0.3}
-    tree["inspection"] |= {"min_val_documents": 1, "max_val_deviation": 50.0, "max_listed": 5 + generation}
-    tree["inspection"] |= {"max_leaked_share": 1.0, "max_repeated_share": 1.0}
-    vocab = len(json.loads(encoder_json))
-    tree["model"] |= {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
-    tree["model"] |= {"vocab_size": vocab, "padded_vocab_size": vocab + 10}
-    tree["training"] |= {
-        "max_steps": 3 + generation,
-        "tokens_per_step": 32,
-        "micro_batch_size": 2,
-        "warmup_steps": 1,
-    }
-    tree["training"] |= {"eval_interval": 2, "eval_windows": 2, "checkpoint_interval": 2, "seed": generation}
-    evaluation = tree["evaluation"]
-    evaluation["likelihood"] |= {"window": 16, "batch_size": 8, "own_context": 16}
-    evaluation["likelihood"]["views"] = []
-    evaluation["likelihood"]["stride_share"] = (1 + generation) / 10
-    evaluation["tasks"] |= {"cloze_items": 2, "cloze_characters": 20}
-    evaluation["text"] |= {"prompts": ["hello"], "documents": 2, "prompt_tokens": 4, "max_new_tokens": 5}
-    tree["baseline"] |= {"names": list(BASELINES)}
-    tree["baseline"]["specs"] = {name: tree["baseline"]["specs"][name] for name in BASELINES}
+    vocab_bpe, encoder_json = (hashlib.sha256(content).hexdigest() for content in tokenizer_files())
+    vocab = len(json.loads(tokenizer_files()[1]))
+    tiny = f"""
+runtime: {{device: cpu, num_threads: 1, num_workers: 1}}
+download:
+  corpus: files
+  shard_megabytes: 1
+  files: {{patterns: [corpus/*.jsonl]}}
+  tokenizer: {{vocab_bpe_sha256: "{vocab_bpe}", encoder_json_sha256: "{encoder_json}"}}
+validation: {{min_documents: {10 + generation}, min_characters: 1, min_total_megabytes: 0.001}}
+tokenization: {{val_fraction: 0.3}}
+inspection: {{min_val_documents: 1, max_val_deviation: 50.0, max_listed: {5 + generation},
+  max_leaked_share: 1.0, max_repeated_share: 1.0}}
+model: {{block_size: 16, n_layer: 1, n_head: 2, n_embd: 16, vocab_size: {vocab},
+  padded_vocab_size: {vocab + 10}}}
+training: {{max_steps: {3 + generation}, tokens_per_step: 32, micro_batch_size: 2, warmup_steps: 1,
+  eval_interval: 2, eval_windows: 2, checkpoint_interval: 2, seed: {generation}}}
+evaluation:
+  likelihood: {{window: 16, batch_size: 8, own_context: 16, views: [], stride_share: {(1 + generation) / 10}}}
+  tasks: {{cloze_items: 2, cloze_characters: 20}}
+  text: {{prompts: [hello], documents: 2, prompt_tokens: 4, max_new_tokens: 5}}
+"""
+    merge_patch(tree, YAML(typ="safe", pure=True).load(tiny))
+    specs = {name: tree["baseline"]["specs"][name] for name in BASELINES}
+    tree["baseline"] = {"names": list(BASELINES), "specs": specs}
     return tree
 
 
@@ -127,15 +106,6 @@ def run_stage(stage: str, place: Path, tracker: str = "mlflow") -> None:
     script.app([*([item] if item else []), "--tracker", tracker], prog_name=name)
 
 
-def run_quietly(stage: str, place: Path, said: Path) -> None:
-    """Run a stage with its output in a file; for forks."""
-    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
-    run_stage(stage, place)
-
-
 def outs_of(stage: str) -> list[str]:
     """Return the outputs of a stage, as dvc.yaml names them."""
     name, _, item = stage.partition("@")
@@ -146,17 +116,11 @@ def outs_of(stage: str) -> list[str]:
 
 
 def warm_up(stages: tuple[str, ...] = STAGES) -> None:
-    """Import what stages import as they run (such as pandas), and nothing that starts a thread."""
-    package = ROOT / "src"
-    paths = [
-        path for path in package.rglob("*.py") if path.stem not in ("__init__", "cross_entropy_triton")
-    ]  # needs Triton
-    modules = sorted(".".join(path.relative_to(package).with_suffix("").parts) for path in paths)
+    """Import the stages' scripts, the whole library, and what both import as they run."""
+    modules = (path.relative_to(ROOT / "src").with_suffix("") for path in (ROOT / "src").rglob("*.py"))
+    names = [
+        ".".join(path.parts) for path in modules if path.stem not in ("__init__", "cross_entropy_triton")
+    ]
     scripts = [f"stages.{path.stem}" for path in (ROOT / "stages").glob("[a-z_]*.py")]
-    for name in [
-        "pandas",
-        *modules,
-        *scripts,
-        *(name for stage in stages for name in IMPORTED.get(stage, ())),
-    ]:
+    for name in (*IMPORTED, *sorted(names), *scripts):
         importlib.import_module(name)
