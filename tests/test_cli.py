@@ -141,13 +141,10 @@ def test_a_mistake_of_generate_or_evaluate_is_one_sentence(project, words, exit_
         (("generate", "x"), 66, "`make repro` trains it"),
         (("evaluate", __file__), 66, "`make repro` trains it"),
         (("export", "hf"), 66, "dvc repro"),
-        (("reproduce", "workspace"), 78, ""),
         (("reproduce", "no-such-run"), 78, ""),
-        (("diff", "nothing"), 78, ""),
         (("experiment", "list"), 66, "run from the repository folder"),
         (("experiment", "show", "note"), 66, "run from the repository folder"),
         (("estimate",), 66, "run from the repository folder"),
-        (("diff", "workspace"), 66, "run from the repository folder"),
         (("gate",), 66, "run from the repository folder"),
     ],
 )
@@ -158,18 +155,11 @@ def test_a_mistake_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch, w
     assert_one_sentence(run(*words), exit_code, message)
 
 
-def test_an_estimate_ends_with_the_command_that_runs_it(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    last = run("estimate", "-S", "training.max_steps=9").output.splitlines()[-1]
-    assert last == "next: dvc exp run -S training.max_steps=9"
-
-
-@pytest.mark.parametrize(("module", "extra"), [("matplotlib", "pipeline"), ("datasets", "hub")])
-def test_a_module_that_is_not_installed_is_named_with_its_extra(module, extra, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, module, None)  # as Python marks a module that does not exist
+def test_a_module_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as Python marks a module that does not exist
     with pytest.raises(SystemExit, match="66"), handle_user_errors():
-        __import__(module)
-    assert f"pip install 'compactgpt[{extra}]'" in capsys.readouterr().err
+        import datasets  # noqa: F401
+    assert "pip install 'compactgpt[hub]'" in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError), handle_user_errors():  # which no extra has: a bug
         import no_such_module  # noqa: F401
 
@@ -186,16 +176,14 @@ def test_an_error_of_the_system_is_one_sentence(number, exit_code, capsys):
     assert printed.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("shell", "asked"),
-    [
-        ("bash", lambda words: {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}),
-        ("zsh", lambda words: {"_TYPER_COMPLETE_ARGS": words}),
-    ],
-)
-def test_tab_completes_commands_and_experiments(shell, asked):
+def test_tab_completes_commands_and_experiments():
     def offered(words):
-        environment = {**ENVIRONMENT, "_COMPACTGPT_COMPLETE": f"complete_{shell}", **asked(words)}
+        asked = {
+            "_COMPACTGPT_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        environment = {**ENVIRONMENT, **asked}
         command = [sys.executable, "-c", "from compactgpt.cli import app; app(prog_name='compactgpt')"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
         return {name for name in ("export", "experiment", "note", "demo") if name in done.stdout}

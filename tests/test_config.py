@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "params.yaml").read_text()
 TREE = read_yaml(ROOT / "params.yaml")
 SHAKESPEARE = "download.hub.sets.tiny-shakespeare"
-NAN, INF = float("nan"), float("inf")
 
 
 def with_value(path: str, value) -> dict:
@@ -40,19 +39,16 @@ def message_of(tree) -> str:
     ("path", "value", "message"),
     [
         ("training.max_stepz", 5, "training.max_stepz: unknown key; did you mean max_steps?"),
-        ("modle", {}, "modle: unknown key; did you mean model?"),
         ("model.zzz", 1, "model.zzz: unknown key; allowed: bias, block_size, dropout"),
         ("training.max_steps", KeyError, "training.max_steps: missing key"),
         ("training.max_steps", "800", 'training.max_steps: found "800"; input should be a valid integer'),
-        ("training.max_steps", True, "training.max_steps: found true; input should be a valid integer"),
         ("model.bias", 1, "model.bias: found 1; input should be a valid boolean"),
         ("training.max_steps", 0, "training.max_steps: found 0; input should be greater than 0"),
-        ("training.learning_rate", NAN, "training.learning_rate: found NaN; input should be a finite"),
-        ("training.learning_rate", INF, "training.learning_rate: found Infinity; input should be a"),
+        ("training.learning_rate", float("inf"), "training.learning_rate: found Infinity; input should be a"),
         ("training.optimizer", "sgd", "training.optimizer: found \"sgd\"; input should be 'adamw' or 'muon'"),
         ("model", [], "model: Input should be an object"),
-        ("download.tokenizer.vocab_bpe_sha256", "abc", 'download.tokenizer.vocab_bpe_sha256: found "abc"'),
         ("download.docstrings.distributions", {"a/b": "1"}, 'distributions.a/b: found "a/b"; a name has'),
+        ("download.hub.sets.wikitext-103.opens_document", "(", "is not a valid regular expression"),
         # rules between several keys
         (
             "evaluation.text.prompts",
@@ -70,15 +66,11 @@ def message_of(tree) -> str:
         ("download.hub.name", "c4", "download.hub: name 'c4' has no entry in sets; it has ['fineweb"),
         (f"{SHAKESPEARE}.opens_document", "x", f"{SHAKESPEARE}: opens_document joins rows and separator"),
         (f"{SHAKESPEARE}.sha256", None, f"{SHAKESPEARE}: revision is a branch, which moves"),
-        ("download.hub.sets.wikitext-103.opens_document", "(", "is not a valid regular expression"),
         ("inspection.permutations", 100, "inspection: permutations (100) must be a multiple of bands (16)"),
         ("evaluation.tasks.lambada", {"repo": "b/c", "sha256": "0" * 64}, "tasks.lambada: give either path"),
         ("baseline.specs.zstd.level", 23, "baseline.specs.zstd: level (23) must be at most 22 for zstd"),
-        ("baseline.specs.xz.train_megabytes", 8, "train_megabytes must be 0 for xz"),
         # pydantic adds the kind to the path of a baseline's key (specs.xz.compressor.level)
-        ("baseline.specs.xz.level", "9", 'baseline.specs.xz.level: found "9"'),
         ("baseline.specs.xz.levle", 9, "baseline.specs.xz.levle: unknown key; did you mean level?"),
-        ("baseline.specs.xz.level", KeyError, "baseline.specs.xz.level: missing key"),
         ("baseline.specs.xz.kind", "zip", "baseline.specs.xz: Input tag 'zip' found using 'kind'"),
     ],
 )
@@ -94,23 +86,13 @@ def test_every_mistake_is_named_at_once_also_inside_a_list():
         assert f"\n  {path}: " in message
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "found"),
-    [
-        ("learning_rate: 2.0e-3", "learning_rate: 3e-4", 3e-4),  # PyYAML would read text
-        ("learning_rate: 2.0e-3", "learning_rate: 1", 1.0),
-        ("bias: false", "bias: no", 'found "no"'),
-        ("weight_decay: 0.0", "weight_decay: .nan", "training.weight_decay: found NaN"),
-    ],
-)
-def test_values_are_those_of_yaml_1_2(tmp_path, old, new, found):
+def test_values_are_those_of_yaml_1_2(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(SOURCE.replace(old, new, 1))
-    if isinstance(found, str):
-        with pytest.raises(BadConfig, match=found):
-            load_params(path)
-    else:
-        assert load_params(path).training.learning_rate == found
+    path.write_text(SOURCE.replace("learning_rate: 2.0e-3", "learning_rate: 3e-4", 1))  # text in YAML 1.1
+    assert load_params(path).training.learning_rate == 3e-4
+    path.write_text(SOURCE.replace("bias: false", "bias: no", 1))  # a boolean in YAML 1.1
+    with pytest.raises(BadConfig, match='found "no"'):
+        load_params(path)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +103,6 @@ def test_values_are_those_of_yaml_1_2(tmp_path, old, new, found):
         (b"a: \xff\xfe\n", "not valid YAML"),
         (b"a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         (b"", "the file: found null"),
-        (b"just words\n", 'the file: found "just words"'),
-        (b"? [a, b]\n: 1\n", "keys must be text"),
         (b"a: &x [*x]\n", "nothing may contain itself"),
     ],
 )
@@ -137,20 +117,10 @@ def test_a_file_that_is_not_a_params_yaml_is_refused_in_one_message(tmp_path, co
     assert str(path) in str(refused.value)
 
 
-def test_the_home_folder_is_expanded_in_every_path(monkeypatch):
+def test_the_home_folder_is_expanded_and_params_are_frozen_and_survive_a_round_trip(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    tree = read_yaml(ROOT / "params.yaml")
-    tree["download"]["hub"]["mirror"] = tree["training"]["init_from"] = "~/a"
-    tree["training"] |= {"init_sha256": "0" * 64, "init_unigram": 0.0, "init_positions": 0.0}
-    tree["baseline"]["specs"]["mine"] = {"kind": "folder", "path": "~/a"}
-    tree["evaluation"]["tasks"]["lambada"] = {"path": "~/a", "sha256": "0" * 64}
-    params = parse_params(tree)
-    found = [params.download.hub.mirror, params.training.init_from, params.baseline.specs["mine"].path]
-    assert [*found, params.evaluation.tasks.lambada.path] == ["/home/me/a"] * 4
-
-
-def test_params_are_frozen_and_survive_a_round_trip():
-    params = load_params(ROOT / "params.yaml")
+    params = parse_params(with_value("baseline.specs.mine", {"kind": "folder", "path": "~/a"}))
+    assert params.baseline.specs["mine"].path == "/home/me/a"
     with pytest.raises(ValueError, match="frozen"):
         params.training.max_steps = 5
     assert Params.model_validate_json(params.model_dump_json()) == params

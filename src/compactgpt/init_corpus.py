@@ -66,12 +66,10 @@ class Plan:
     content: str  # of params.yaml
 
 
-def plan_corpus(
-    paths: Sequence[Path], params_file: Path, *, minutes: float | None = None, steps: int | None = None
-) -> Plan:
+def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None = None) -> Plan:
     """Read the files and folders `paths`, and return a proposal. Nothing is written.
 
-    The training has `steps` steps, or takes `minutes` or, without both, an hour or less.
+    The training takes `minutes`; by default an hour, or less for a small corpus.
     """
     params = _with_limits_of_demo(params_file)
     # Absolute paths, but a link keeps its name.
@@ -84,7 +82,7 @@ def plan_corpus(
         raise BadData(
             f"documents: found {len(sample.rows)}, but train and val need {MIN_DOCUMENTS}: add text"
         )
-    values, messages = _propose(params, sample, minutes, steps)
+    values, messages = _propose(params, sample, minutes)
     values |= {
         "download.corpus": "files",
         "download.max_documents": None,
@@ -195,9 +193,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     return sample
 
 
-def _propose(
-    params: Params, sample: Sample, minutes: float | None, steps: int | None
-) -> tuple[dict[str, Any], list[str]]:
+def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dict[str, Any], list[str]]:
     """Return values that fit a corpus, by dotted key of params.yaml, and messages about the corpus."""
     documents, tokens = round(sample.scale * len(sample.rows)), sample.scale * sum(sample.tokens)
     megabytes = sample.scale * sample.bytes / MEGABYTE
@@ -218,7 +214,7 @@ def _propose(
         "inspection.max_leaked_share": max(params.inspection.max_leaked_share, repeated),
         "inspection.max_repeated_share": max(params.inspection.max_repeated_share, repeated),
     }
-    training, time = _training(params, tokens, minutes, steps)
+    training, time = _training(params, tokens, minutes)
     about, ways = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.ways))
     copies = f"; {sample.copies:,} copies are left out" if sample.copies else ""
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
@@ -230,15 +226,12 @@ def _propose(
     ]
 
 
-def _training(
-    params: Params, tokens: float, minutes: float | None, steps: int | None
-) -> tuple[dict[str, int], str]:
+def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
     """Return steps and intervals, and a message about the time of the training."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     epoch = tokens / params.training.tokens_per_step  # steps
-    if not steps:
-        found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
-        steps = max(10, int(float(f"{found:.2g}")))
+    found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
+    steps = max(10, int(float(f"{found:.2g}")))
     time = format_minutes(steps * step_minutes)
     values = {
         "training.max_steps": steps,

@@ -52,7 +52,6 @@ def init_corpus(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Training time; else an hour or less.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps, instead of a time.")] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.
@@ -61,7 +60,7 @@ def init_corpus(
     """
     from compactgpt.init_corpus import apply_plan, plan_corpus
 
-    plan = plan_corpus(paths, params_file, minutes=minutes, steps=steps)
+    plan = plan_corpus(paths, params_file, minutes)
     echo("\n".join([*plan.found, *(plan.changes or [f"{params_file} has these values already"])]))
     if not yes and not (sys.stdin.isatty() and typer.confirm("Apply these values?")):
         echo("nothing was changed; next: the same command with --yes")
@@ -113,7 +112,6 @@ def show_experiment(
 def apply_experiment(
     name: ExperimentName,
     settings: Settings = None,
-    corpus: Annotated[list[Path] | None, typer.Option(help="Your own text, as for init-corpus.")] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Write the values of an experiment to params.yaml, and keep the comments of the file.
@@ -124,10 +122,7 @@ def apply_experiment(
 
     changes = experiments.apply(name, params_file, settings or [])
     echo("\n".join(changes) or f"{params_file} has these values already")
-    if corpus:
-        init_corpus(corpus, yes=True, params_file=params_file)
-    else:
-        echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change")
+    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change")
 
 
 @experiment.command("run")
