@@ -8,7 +8,7 @@ import torch
 from compactgpt import config
 from compactgpt.forecast.estimate import estimate, estimate_run
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Run, expect_loss, reference_run
+from compactgpt.forecast.scaling_laws import LAWS, Calibration, Run, calibrate, expect_loss, reference_run
 from compactgpt.model.gpt import GPT
 from tests.support.comparison_inputs import PARAMS
 
@@ -16,6 +16,7 @@ NOTE = PARAMS.estimate.note
 NOTE_RUN = Run(29_938_560, 10_621_824, 20_000, 32_768)
 ANCHORS = PARAMS.estimate.anchors
 LAW = {law.name: law for law in LAWS}
+VOCABULARY = 50257
 
 
 def shape(n_layer, n_embd, n_head, **changes):
@@ -23,22 +24,18 @@ def shape(n_layer, n_embd, n_head, **changes):
     return config.Model(**{**tree, "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, **changes})
 
 
-def test_the_notes_model_has_the_notes_parameters():
-    sizes = count_parameters(NOTE)
-    assert (sizes.all_tensors, sizes.nanogpt, sizes.non_embedding) == (30_135_168, 29_938_560, 10_621_824)
-
-
 @pytest.mark.parametrize(
-    ("layers", "width", "heads", "all_tensors", "nanogpt"),
+    ("model", "all_tensors", "nanogpt"),
     [
-        (12, 768, 12, 124_439_808, 123_653_376),
-        (24, 1024, 16, 354_823_168, 353_774_592),
-        (36, 1280, 20, 774_030_080, 772_719_360),
-        (48, 1600, 25, 1_557_611_200, 1_555_972_800),
+        (NOTE, 30_135_168, 29_938_560),
+        (shape(12, 768, 12), 124_439_808, 123_653_376),
+        (shape(24, 1024, 16), 354_823_168, 353_774_592),
+        (shape(36, 1280, 20), 774_030_080, 772_719_360),
+        (shape(48, 1600, 25), 1_557_611_200, 1_555_972_800),
     ],
 )
-def test_gpt2s_sizes_are_counted_exactly(layers, width, heads, all_tensors, nanogpt):
-    sizes = count_parameters(shape(layers, width, heads))
+def test_the_sizes_of_the_notes_model_and_of_gpt2_are_counted_exactly(model, all_tensors, nanogpt):
+    sizes = count_parameters(model)
     assert (sizes.all_tensors, sizes.nanogpt) == (all_tensors, nanogpt)
 
 
@@ -46,7 +43,7 @@ def test_gpt2s_sizes_are_counted_exactly(layers, width, heads, all_tensors, nano
 def test_counts_are_those_of_the_built_model(bias):
     small = shape(2, 16, 4, bias=bias, block_size=8, vocab_size=61, padded_vocab_size=64)
     model, sizes = GPT(small), count_parameters(small)
-    assert sizes.all_tensors == sum(tensor.numel() for tensor in model.parameters())
+    assert sizes.all_tensors == model.num_params
     assert sizes.nanogpt == model.num_params_nanogpt
     assert sizes.non_embedding == model.num_params_non_embedding
 
@@ -80,29 +77,23 @@ def test_activation_memory_is_what_autograd_keeps_for_two_more_layers():
     assert kept[3] - kept[1] == pytest.approx(estimated[3] - estimated[1], rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("law", "loss", "tolerance"),
-    [
-        ("kaplan-2020", 4.20, 0.0055),
-        ("hoffmann-2022", 4.253, 0.0005),
-        ("hoffmann-2022-exact", 4.140, 0.0005),
-        ("besiroglu-2024", 4.269, 0.0005),
-    ],
-)
-def test_laws_at_the_notes_run(law, loss, tolerance):
-    assert LAW[law].loss(NOTE_RUN) == pytest.approx(loss, abs=tolerance)
+GPT2_SMALL = (123_653_376, 85_056_000)  # nanoGPT measured a loss of 2.85
 
 
 @pytest.mark.parametrize(
-    ("law", "steps", "loss"),
+    ("law", "run", "loss", "tolerance"),
     [
-        ("kaplan-2020", 600_000, 2.876),  # nanoGPT's own number of steps
-        ("hoffmann-2022", 610_352, 2.661),  # 300B tokens
-        ("besiroglu-2024", 610_352, 2.688),
+        ("kaplan-2020", NOTE_RUN, 4.20, 0.0055),
+        ("hoffmann-2022", NOTE_RUN, 4.253, 0.0005),
+        ("hoffmann-2022-exact", NOTE_RUN, 4.140, 0.0005),
+        ("besiroglu-2024", NOTE_RUN, 4.269, 0.0005),
+        ("kaplan-2020", Run(*GPT2_SMALL, 600_000, 491_520), 2.876, 0.0009),  # nanoGPT's own number of steps
+        ("hoffmann-2022", Run(*GPT2_SMALL, 610_352, 491_520), 2.661, 0.0009),  # 300B tokens
+        ("besiroglu-2024", Run(*GPT2_SMALL, 610_352, 491_520), 2.688, 0.0009),
     ],
 )
-def test_laws_at_nanogpts_gpt2_which_measured_285(law, steps, loss):
-    assert LAW[law].loss(Run(123_653_376, 85_056_000, steps, 491_520)) == pytest.approx(loss, abs=0.0009)
+def test_laws_at_the_notes_run_and_at_nanogpts_gpt2(law, run, loss, tolerance):
+    assert LAW[law].loss(run) == pytest.approx(loss, abs=tolerance)
 
 
 def test_reference_runs_are_counted_as_their_sources_built_them():
@@ -117,26 +108,61 @@ def test_the_nearest_reference_run_is_taken_and_the_optimizer_breaks_a_tie():
     adamw = ANCHORS[0].model_copy(update={"name": "a", "optimizer": "adamw", "loss": 5.5})
     muon = ANCHORS[0].model_copy(update={"name": "m", "optimizer": "muon", "loss": 4.5})
     near, far = reference_run(muon), reference_run(ANCHORS[2])
-    assert expect_loss(near, "muon", 50257, (adamw, muon, ANCHORS[2])).value == pytest.approx(4.5)
-    assert expect_loss(near, "adamw", 50257, (muon, adamw, ANCHORS[2])).value == pytest.approx(5.5)
-    assert expect_loss(far, "muon", 50257, (muon, adamw, ANCHORS[2])).value == pytest.approx(2.85)
+    assert expect_loss(near, "muon", VOCABULARY, (adamw, muon, ANCHORS[2])).value == pytest.approx(4.5)
+    assert expect_loss(near, "adamw", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(5.5)
+    assert expect_loss(far, "muon", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(2.85)
 
 
 def test_the_interval_is_the_laws_spread_widened_by_their_miss():
     anchor = ANCHORS[2]
     here = reference_run(anchor)  # where all laws meet, so that the width is the miss alone
     miss = max(abs(law.loss(here) - 2.85) for law in LAWS)
-    found = expect_loss(here, "adamw", 50257, [anchor])
+    found = expect_loss(here, "adamw", VOCABULARY, [anchor])
     assert (found.low_80, found.high_80) == pytest.approx((2.85 - miss, 2.85 + miss))
     assert (found.low_95, found.high_95) == pytest.approx((2.85 - 2 * miss, 2.85 + 2 * miss))
     # A hundred times the tokens: two decades away, twice the miss in addition to the spread.
     further = Run(here.num_params, here.num_params_non_embedding, here.max_steps * 100, here.tokens_per_step)
     losses = [law.loss_through(anchor, further) for law in LAWS]
-    wide = expect_loss(further, "adamw", 50257, [anchor])
+    wide = expect_loss(further, "adamw", VOCABULARY, [anchor])
     assert (wide.low_80, wide.high_80) == pytest.approx((min(losses) - 2 * miss, max(losses) + 2 * miss))
 
 
 @pytest.mark.parametrize("steps", [1, 10**9])
 def test_no_bound_is_above_guessing_or_below_zero(steps):
-    found = expect_loss(Run(100, 50, steps, 512), "muon", 50257, ANCHORS)
-    assert 0 < found.low_95 < found.low_80 < found.value <= found.high_80 <= found.high_95 <= math.log(50257)
+    found = expect_loss(Run(100, 50, steps, 512), "muon", VOCABULARY, ANCHORS)
+    guess = math.log(VOCABULARY)
+    assert 0 < found.low_95 < found.low_80 < found.value <= found.high_80 <= found.high_95 <= guess
+
+
+def test_a_run_is_never_predicted_from_itself_or_from_an_assumed_budget():
+    report = calibrate(ANCHORS, VOCABULARY).report()
+    known = [anchor for anchor in ANCHORS if not anchor.assumed_budget]
+    assert len(known) < len(ANCHORS)
+    for anchor, check in zip(ANCHORS, report["checks"], strict=True):
+        others = [other for other in known if other.name != anchor.name]
+        rule = expect_loss(reference_run(anchor), anchor.optimizer, VOCABULARY, others)
+        assert (check["low_80"], check["value"], check["high_95"]) == (rule.low_80, rule.value, rule.high_95)
+        assert check["inside_80"] == (rule.low_80 <= anchor.loss <= rule.high_80)
+    held = sum(check["low_95"] <= check["measured"] <= check["high_95"] for check in report["checks"])
+    assert (report["of"], report["held_95"]) == (len(ANCHORS), held)
+
+
+@pytest.mark.parametrize(
+    ("factors", "share", "factor"),
+    [
+        ([0.1 * n for n in range(1, 10)], 0.80, 0.8),  # ceil(0.8 x 10) = 8th of 9
+        ([0.1 * n for n in range(1, 10)], 0.95, 0.9),  # the 10th of 9: the largest instead
+        ([float(n) for n in range(1, 20)], 0.95, 19.0),  # 19 runs are just enough: the 19th
+        ([3.0, 1.0, 2.0], 0.5, 2.0),
+    ],
+)
+def test_the_factor_is_the_conformal_quantile_and_widens_the_interval(factors, share, factor):
+    found = Calibration(ANCHORS[:3], tuple({"factor": each} for each in factors))
+    assert found.factor(share) == pytest.approx(factor)
+    run = reference_run(ANCHORS[0])
+    rule = expect_loss(run, "muon", VOCABULARY, found.anchors)
+    wide = found.calibrated_loss(run, "muon", VOCABULARY)
+    half = found.factor(0.80) * (rule.high_80 - rule.low_80) / 2
+    middle = (rule.high_80 + rule.low_80) / 2
+    bounds = max(middle - half, 0.01), min(middle + half, math.log(VOCABULARY))
+    assert (wide.low_80, wide.high_80) == pytest.approx(bounds)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -132,22 +132,6 @@ def read_json(path: Path) -> Any:
         raise MissingInput(f"{path} is missing: run `dvc repro` to create it") from error
     except (ValueError, RecursionError) as error:
         raise BadData(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
-
-
-def tensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """Return the beginning of a safetensors file; the bytes of the tensors follow in the same order.
-
-    Each item has a tensor's name, its type as the format calls it (F32), its shape and its number of bytes.
-    The format (github.com/huggingface/safetensors, README.md): length of the header in 8 bytes, the header as
-    JSON padded with spaces to a multiple of 8, the tensors. The library itself needs all tensors in memory.
-    """
-    fields, offset = {}, 0
-    for name, dtype, shape, size in tensors:
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
-    return len(header).to_bytes(8, "little") + header
 
 
 def sha256_file(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss.
 
 The module neither reads the corpus nor imports torch, because the estimate is made before training. Three
-methods predict the loss: the fixed rule (`forecast.scaling_laws`), the rule with calibrated intervals
-(`forecast.calibration`), and a law fitted to our own sweep (`forecast.sweep`).
+methods predict the loss: the fixed rule and the rule with calibrated intervals (`forecast.scaling_laws`), and
+a law fitted to our own sweep (`forecast.sweep`).
 """
 
 import math
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.config import Anchor, Estimate, ExpectedLoss, Model, Params, Training
-from compactgpt.forecast.calibration import calibrate
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Law, Run, configured_run, expect_loss
-from compactgpt.forecast.sweep import Sweep, corpus_settings, read_sweep, sweep_report
+from compactgpt.forecast.scaling_laws import LAWS, Run, calibrate, configured_run, expect_loss
+from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, read_sweep, sweep_report
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
@@ -25,22 +24,26 @@ ADAM_MOMENTS = 2
 # of both layer norms (4), queries, keys and values (3), the output of attention (1), and the 4 C channels
 # before and after the GELU (8).
 KEPT_WIDTHS = 16
+LAW_FIELDS = ("source", "validity", "formula", "constants", "counted")  # those that the report has
 MATRIX_SIZE = 1536  # rows and columns; large enough to reach full speed
 MEASURE_SECONDS = 1.0
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
-    """Return the content of reports/estimate.json.
+    """Return the content of reports/estimate.json: estimates of the configured run and of the note's run.
 
-    It has the estimates of two runs: the configured run, and the run that the note *Performance de NanoGPT
-    Compact contre GPT-2* describes. `hand_set_loss` is the loss that a person expected of the note's run.
-    `calibration` states how often the rule's intervals held. `ladder` is the
-    prediction of our own sweep, or null without `sweep`.
+    The note is *Performance de NanoGPT Compact contre GPT-2*. `hand_set_loss` is the loss that a person
+    expected of its run. `ladder` is the prediction of our own sweep, or null without `sweep`.
     """
     training, settings, note = params.training, params.estimate, params.estimate.note
     run, vocab_size = configured_run(params), params.model.vocab_size
     train_tokens, size = _train_tokens(params, sweep), training.micro_batch_size
-    calibration = calibrate(settings.anchors, sweep.runs if sweep else (), vocab_size)
+    shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
+    measured = [
+        Anchor(**done.model_dump(include=shared), corpus="ours", source="results/ladder.json")
+        for done in (sweep.runs if sweep else ())
+    ]
+    calibration = calibrate([*settings.anchors, *measured], vocab_size)
     compact = estimate_run(
         params.model, run, size, train_tokens, expected_loss(params), settings, training=training
     )
@@ -57,7 +60,14 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     return {
         "compact": compact,
         "note": {**described, "hand_set_loss": note.hand_set_loss.model_dump()},
-        "laws": {law.name: _law_source(law) for law in LAWS},
+        "laws": {
+            law.name: {
+                **{key: getattr(law, key) for key in LAW_FIELDS},
+                **dict(zip(("parameters_from", "parameters_to"), law.parameters, strict=True)),
+                **dict(zip(("tokens_from", "tokens_to"), law.tokens, strict=True)),
+            }
+            for law in LAWS
+        },
         "machines": {name: machine.model_dump() for name, machine in settings.machines.items()},
         "calibration": calibration.report(),
         "ladder": sweep_report(sweep, params) if sweep else None,
@@ -76,10 +86,7 @@ def _used_anchors(params: Params) -> list[Anchor]:
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
-    """Return the number of tokens of the training split, or None if it is unknown.
-
-    The number comes from a sweep on the same text, or from `estimate.corpus_tokens` of params.yaml.
-    """
+    """Return the number of tokens of the training split, from a sweep or params.yaml; None if unknown."""
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download
@@ -115,13 +122,12 @@ def estimate_run(
     """Return the estimate of one run; `epochs` is null if `train_tokens` is None."""
     flops_each = flops_per_token(model, training)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
-    minutes = {
-        name: flops["with_attention"] / (machine.peak_teraflops * 1e12 * machine.utilisation) / 60
-        for name, machine in settings.machines.items()
-    }
+    sizes, guess = count_parameters(model), math.log(model.vocab_size)
+    weights = sizes.all_tensors * FP32_BYTES
+    batch_tokens = micro_batch_size * model.block_size
     return {
         "model": model.model_dump(include=set(Model.model_fields)),
-        "parameters": asdict(count_parameters(model)),
+        "parameters": asdict(sizes),
         "steps": run.max_steps,
         "tokens_per_step": run.tokens_per_step,
         "sequences_per_step": run.tokens_per_step // model.block_size,
@@ -129,46 +135,27 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": _memory(model, micro_batch_size),
-        "minutes": minutes,
-        "laws": {law.name: _law_loss(law, run, model.vocab_size) for law in LAWS},
+        "memory_bytes": {  # in fp32
+            "weights": weights,
+            "gradients": weights,
+            "optimizer": ADAM_MOMENTS * weights,
+            "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
+            # only for comparison: our loss computes the logits, (B, T, V), in chunks
+            "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
+        },
+        "minutes": {
+            name: flops["with_attention"] / (machine.peak_teraflops * 1e12 * machine.utilisation) / 60
+            for name, machine in settings.machines.items()
+        },
+        "laws": {
+            law.name: {
+                "loss": law.loss(run),
+                "better_than_guessing": law.loss(run) < guess,
+                "inside_validity": law.covers(run),
+            }
+            for law in LAWS
+        },
         "expected_loss": loss.model_dump(),
-    }
-
-
-def _memory(model: Model, micro_batch_size: int) -> dict[str, int]:
-    """Return the memory of training in bytes, in fp32.
-
-    `logits_if_held_at_once` is only for comparison: our loss computes the logits in chunks.
-    """
-    weights = count_parameters(model).all_tensors * FP32_BYTES
-    tokens = micro_batch_size * model.block_size
-    return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": ADAM_MOMENTS * weights,
-        "activations": KEPT_WIDTHS * model.n_layer * tokens * model.n_embd * FP32_BYTES,  # (L, B, T, 16 C)
-        "logits_if_held_at_once": tokens * model.padded_vocab_size * FP32_BYTES,  # (B, T, V)
-    }
-
-
-def _law_loss(law: Law, run: Run, vocab_size: int) -> dict[str, Any]:
-    """Return the loss that an unscaled law predicts, and whether it is below that of a uniform guess."""
-    loss, guess = law.loss(run), math.log(vocab_size)
-    return {"loss": loss, "better_than_guessing": loss < guess, "inside_validity": law.covers(run)}
-
-
-def _law_source(law: Law) -> dict[str, Any]:
-    return {
-        "source": law.source,
-        "validity": law.validity,
-        "formula": law.formula,
-        "constants": dict(law.constants),
-        "counted": law.counts,
-        "parameters_from": law.parameters[0],
-        "parameters_to": law.parameters[1],
-        "tokens_from": law.tokens[0],
-        "tokens_to": law.tokens[1],
     }
 
 
@@ -230,51 +217,6 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     ]
 
 
-def format_estimate(found: Mapping[str, Any]) -> str:
-    """Format the result of `estimate_configuration` as a table for a terminal."""
-    rows = [*_size_rows(found), *_time_rows(found), *_loss_rows(found)]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
-
-
-def _size_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    sizes, memory, epochs = found["parameters"], found["memory_bytes"], found["epochs"]
-    state = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    yield "parameters", ""
-    yield "  all tensors", f"{sizes['all_tensors']:,}"
-    yield "  nanoGPT's convention", f"{sizes['nanogpt']:,}  (without the position embedding)"
-    yield "  non-embedding", f"{sizes['non_embedding']:,}"
-    yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
-    yield "tokens", f"{found['tokens']:,}"
-    yield (
-        "epochs",
-        f"{found['corpus']}: size unknown before it is read" if epochs is None else f"{epochs:.4g}",
-    )
-    yield "FLOPs", "{six_n:.3g} (6 N), {with_attention:.3g} with attention".format(**found["flops"])
-    yield "memory, float32", ""
-    yield "  weights, gradients, optimizer", _mebibytes(state)
-    yield "  kept for the backward pass", f"{_mebibytes(memory['activations'])} of one micro-batch"
-    yield "  logits, were they held at once", _mebibytes(memory["logits_if_held_at_once"])
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"
-
-
-def _time_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "time", ""
-    for name, minutes in found["minutes"].items():
-        machine = found["machines"][name]
-        rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
-        yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
-    if here := found.get("measured_here"):
-        rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        yield (
-            "  this machine",
-            f"{format_minutes(here['minutes'])}  ({rate}, measured just now: no report has it)",
-        )
-
-
 def format_minutes(minutes: float) -> str:
     """Return a duration with its unit: seconds, minutes, hours or days."""
     if minutes < 1:
@@ -283,6 +225,41 @@ def format_minutes(minutes: float) -> str:
         return f"{minutes:.3g} min"
     hours = minutes / 60
     return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def format_estimate(found: Mapping[str, Any]) -> str:
+    """Format the result of `estimate_configuration` as a table for a terminal."""
+    rows = [*_cost_rows(found), *_loss_rows(found)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
+
+
+def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    sizes, epochs = found["parameters"], found["epochs"]
+    memory = {key: f"{count / 2**20:,.0f} MiB" for key, count in found["memory_bytes"].items()}
+    state = sum(found["memory_bytes"][key] for key in ("weights", "gradients", "optimizer"))
+    yield "parameters", ""
+    yield "  all tensors", f"{sizes['all_tensors']:,}"
+    yield "  nanoGPT's convention", f"{sizes['nanogpt']:,}  (without the position embedding)"
+    yield "  non-embedding", f"{sizes['non_embedding']:,}"
+    yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
+    yield "tokens", f"{found['tokens']:,}"
+    unknown = f"{found['corpus']}: size unknown before it is read"
+    yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
+    yield "FLOPs", "{six_n:.3g} (6 N), {with_attention:.3g} with attention".format(**found["flops"])
+    yield "memory, float32", ""
+    yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
+    yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
+    yield "  logits, were they held at once", memory["logits_if_held_at_once"]
+    yield "time", ""
+    for name, minutes in found["minutes"].items():
+        machine = found["machines"][name]
+        rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
+        yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
+    if here := found.get("measured_here"):
+        rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        measured = f"({rate}, measured just now: no report has it)"
+        yield "  this machine", f"{format_minutes(here['minutes'])}  {measured}"
 
 
 def _loss_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,12 +16,9 @@ class ParameterCounts:
 
 
 def count_parameters(model: Model) -> ParameterCounts:
-    """Return the parameter counts of nanoGPT's architecture with a tied head.
-
-    A block has 12 C^2 weights of linear layers and 2 C weights of layer norms. With `bias`, it has 9 C more
-    for the four linear layers and 2 C more for the layer norms (nanoGPT, model.py).
-    """
+    """Return the parameter counts of nanoGPT's architecture with a tied head (nanoGPT, model.py)."""
     C = model.n_embd
+    # Weights of the four linear layers and of both layer norms; with `bias` 9 C + 2 C biases.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm
@@ -34,8 +31,7 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
 
     `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
     size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, `with_attention`
-    counts only the expected number of sampled rows of the head. It does not count the tokens of the batch,
-    a few hundred rows that are always in the sample.
+    counts the expected number of sampled rows of the head, without the few hundred tokens of the batch.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -1,14 +1,13 @@
-"""Published scaling laws, and `expect_loss`, a rule that predicts the loss of a run from these laws.
+"""Published scaling laws, a rule that predicts the loss of a run from these laws, and checks of the rule.
 
-The rule was fixed before the demo was trained, and has not changed since. `forecast.calibration` counts how
-often its intervals contain the measured loss. A reference run is a finished run whose loss was measured;
-`estimate.anchors` in params.yaml lists the reference runs.
+A reference run is a finished run whose loss was measured; `estimate.anchors` in params.yaml lists the
+reference runs. The rule, `expect_loss`, was fixed before the demo was trained, and has not changed since.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from compactgpt.config import Anchor, ExpectedLoss, Params
 from compactgpt.forecast.model_size import count_parameters
@@ -55,7 +54,7 @@ class Law:
     source: str
     formula: str
     constants: Mapping[str, float]
-    counts: Literal["nanogpt", "non_embedding"]  # which parameters N counts
+    counted: Literal["nanogpt", "non_embedding"]  # which parameters N counts
     # The runs that the law was fitted on: in words, and as ranges of parameters and tokens.
     validity: str
     parameters: tuple[float, float]
@@ -63,16 +62,12 @@ class Law:
 
     def covers(self, run: Run) -> bool:
         """Return whether the law was fitted on runs of this size and this number of tokens."""
-        size = run.num_params if self.counts == "nanogpt" else run.num_params_non_embedding
+        size = run.num_params if self.counted == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss that this law predicts for `run`, scaled by a reference run.
-
-        The law's reducible loss is multiplied by a constant, so that the law gives the measured loss of the
-        reference run.
-        """
+        """Return the loss of `run` by this law, whose reducible part is scaled to fit a reference run."""
         reducible = self.loss(reference_run(anchor)) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
         return self.irreducible + scale * (self.loss(run) - self.irreducible)
@@ -99,14 +94,14 @@ def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
     return Law(
         name,
         lambda run: c["E"] + c["A"] / run.num_params ** c["alpha"] + c["B"] / run.tokens ** c["beta"],
-        c["E"],
-        source,
-        "E + A / N^alpha + B / D^beta",
-        constants,
-        "nanogpt",
-        "7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
-        (7e7, 1.6e10),
-        (5e9, 5e11),
+        irreducible=c["E"],
+        source=source,
+        formula="E + A / N^alpha + B / D^beta",
+        constants=constants,
+        counted="nanogpt",
+        validity="7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
+        parameters=(7e7, 1.6e10),
+        tokens=(5e9, 5e11),
     )
 
 
@@ -114,14 +109,14 @@ LAWS = (
     Law(
         "kaplan-2020",
         kaplan_loss,
-        0.0,
-        "Kaplan et al. 2020, arXiv 2001.08361, L(N, S)",
-        "(Nc / N)^aN + (Sc / Smin)^aS, Smin = S / (1 + Bcrit / B), Bcrit = Bstar / L^(1 / aB)",
-        KAPLAN,
-        "non_embedding",
-        "768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
-        (768, 1.5e9),
-        (2.2e7, 2.3e10),
+        irreducible=0.0,
+        source="Kaplan et al. 2020, arXiv 2001.08361, L(N, S)",
+        formula="(Nc / N)^aN + (Sc / Smin)^aS, Smin = S / (1 + Bcrit / B), Bcrit = Bstar / L^(1 / aB)",
+        constants=KAPLAN,
+        counted="non_embedding",
+        validity="768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
+        parameters=(768, 1.5e9),
+        tokens=(2.2e7, 2.3e10),
     ),
     _hoffmann(
         "hoffmann-2022",
@@ -144,20 +139,16 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals.
 
-    Each law is scaled by the reference run that is nearest in compute. Among equally near reference runs, the
-    rule prefers one with the same optimizer. The range of the scaled laws' losses for `run` is widened on
-    both sides by a width w for the 80 % interval, and by 2 w for the 95 % interval. To compute w, take the
-    largest error of the unscaled laws at the largest reference run, and multiply it by the decades of compute
-    between `run` and the nearest reference run (at least 1). No limit is above ln(vocab_size), the loss of a
-    uniform guess.
-
-    Args:
-        run: the run to predict.
-        optimizer: the run's optimizer.
-        vocab_size: the size of the vocabulary.
-        anchors: the reference runs.
+    Each law is scaled by the reference run that is nearest in compute, of equally near ones by one with the
+    same optimizer. The range of the scaled laws' losses is widened on both sides by w for the 80 % interval,
+    and by 2 w for the 95 % interval. w is the largest error of the unscaled laws at the largest reference
+    run, times the decades of compute between `run` and the nearest reference run (at least 1). No limit is
+    above ln(vocab_size), the loss of a uniform guess.
     """
-    distances = {anchor.name: _decades_apart(run, reference_run(anchor)) for anchor in anchors}
+    # Rounding makes equal distances equal.
+    distances = {
+        anchor.name: round(abs(math.log10(run.flops / reference_run(anchor).flops)), 9) for anchor in anchors
+    }
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
     guess = math.log(vocab_size)
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
@@ -181,6 +172,81 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     )
 
 
-def _decades_apart(run: Run, other: Run) -> float:
-    """Return the distance of two runs' compute in powers of ten; rounding makes equal distances equal."""
-    return round(abs(math.log10(run.flops / other.flops)), 9)
+@dataclass(frozen=True)
+class Calibration:
+    """The checks of the rule on all measured runs, and the reference runs used for predictions.
+
+    The factor of a check is the number by which the 80 % interval must be multiplied to just contain the
+    measured loss. The calibrated interval is the rule's interval times the k-th smallest of n factors, with
+    k = ceil(share (n + 1)), or times the largest factor if k > n (split conformal prediction, Papadopoulos
+    et al. 2002).
+    """
+
+    anchors: tuple[Anchor, ...]
+    checks: tuple[dict[str, Any], ...]  # one for each measured run, as in reports/estimate.json
+
+    def factor(self, share: float) -> float:
+        """Return the factor that makes the 80 % interval contain this share of the measured runs."""
+        ordered = sorted(check["factor"] for check in self.checks)
+        rank = math.ceil(share * (len(ordered) + 1))
+        return float(ordered[min(rank, len(ordered)) - 1])
+
+    def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
+        """Return the expected loss of a run, with calibrated intervals."""
+        rule = expect_loss(run, optimizer, vocab_size, self.anchors)
+        middle, half = _middle_and_half(rule)
+        half_80 = half * self.factor(0.80)
+        half_95 = max(half_80, half * self.factor(0.95))
+        guess = math.log(vocab_size)
+        return ExpectedLoss(
+            value=middle,
+            low_80=max(middle - half_80, 0.01),
+            high_80=max(min(middle + half_80, guess), middle),
+            low_95=max(middle - half_95, 0.01),
+            high_95=max(min(middle + half_95, guess), middle),
+            basis=f"{rule.basis}; calibrated on {len(self.checks)} measured runs, each predicted from the "
+            "others",
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Return the section `calibration` of reports/estimate.json."""
+        return {
+            "checks": list(self.checks),
+            "of": len(self.checks),
+            "held_80": sum(check["inside_80"] for check in self.checks),
+            "held_95": sum(check["inside_95"] for check in self.checks),
+            "factor_80": self.factor(0.80),
+            "factor_95": self.factor(0.95),
+            "enough_for_95": len(self.checks) >= 19,  # with fewer runs, k > n
+        }
+
+
+def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
+    """Check the rule on every measured run: predict the run's loss from all other runs.
+
+    The training budget of GPT-2 was never published. So the checks of GPT-2's runs assume a budget, and these
+    runs are not used to predict other runs.
+    """
+    known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
+    checks = []
+    for anchor in measured:
+        others = [other for other in known if other.name != anchor.name]
+        rule = expect_loss(reference_run(anchor), anchor.optimizer, vocab_size, others)
+        middle, half = _middle_and_half(rule)
+        about = {"name", "corpus", "optimizer", "num_params", "assumed_budget"}
+        check = {
+            **anchor.model_dump(include=about),
+            "tokens": reference_run(anchor).tokens,
+            "measured": anchor.loss,
+            **rule.model_dump(exclude={"basis"}),
+            "inside_80": rule.low_80 <= anchor.loss <= rule.high_80,
+            "inside_95": rule.low_95 <= anchor.loss <= rule.high_95,
+            "factor": abs(anchor.loss - middle) / half,
+        }
+        checks.append(check)
+    return Calibration(known, tuple(checks))
+
+
+def _middle_and_half(rule: ExpectedLoss) -> tuple[float, float]:
+    """Return the middle of the 80 % interval, and half of its width."""
+    return (rule.low_80 + rule.high_80) / 2, (rule.high_80 - rule.low_80) / 2

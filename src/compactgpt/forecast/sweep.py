@@ -3,17 +3,11 @@
 The law is L(N, D) = E + A / N^a + B / D^b, in nats per token (Hoffmann et al. 2022, equation 2). N is the
 number of parameters in nanoGPT's convention, D the number of training tokens. A few small runs can't
 determine five constants, so two forms with fewer constants are fitted, too.
-
-To choose a form, each form is fitted without the runs with most tokens, then without the runs with most
-parameters, and predicts the runs that were left out. The form with the smallest errors is chosen. The fit
-minimizes the Huber loss of the difference of log losses (Hoffmann et al. 2022, appendix D.2). The interval of
-a prediction comes from a bootstrap: it combines constants fitted to resampled runs with the errors of the
-extrapolations.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +27,11 @@ FormName = Literal["floor", "sum", "product"]
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
 RESAMPLES = 400
 SEED = 1337
-DIGITS = 9  # significant digits of constants in files; further digits differ between processors
+# Settings that change the loss of a run not at all, or by chance only.
+NOT_RECIPE = {
+    "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
+    "init_from",
+}  # fmt: skip
 
 
 class SweepRun(Section):
@@ -64,11 +62,6 @@ class ScoredDocuments(Section):
     ids_sha256: Sha256  # of the documents' ids and numbers of tokens, see `documents_sha256`
     tokens: tuple[int, ...]  # number of scored tokens of each document
     sources: tuple[str, ...]  # where each document comes from, for example the distribution `scipy`
-
-
-def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the scored documents: losses by document can be compared if it is the same."""
-    return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
 class Fit(Section):
@@ -126,8 +119,11 @@ FORMS: dict[FormName, Form] = {
 }
 
 
-def fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the constants of a form that fit the runs best; the fit runs once from each of `starts`."""
+def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Return the constants of a form that fit the runs best; the fit runs once from each of `starts`.
+
+    It minimizes the Huber loss of the difference of log losses (Hoffmann et al. 2022, appendix D.2).
+    """
     from scipy.optimize import least_squares
     from scipy.special import softmax
 
@@ -143,14 +139,18 @@ def fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[flo
 
     fits = [least_squares(residuals, start, jacobian, loss="huber", f_scale=HUBER_DELTA) for start in starts]
     best = min(fits, key=lambda found: float(found.cost))
-    return tuple(_rounded(constant, DIGITS) for constant in best.x)
+    return tuple(_rounded(constant) for constant in best.x)
+
+
+def _rounded(value: float, digits: int = 9) -> float:
+    """Round to significant digits: further digits differ between processors."""
+    return float(f"{value:.{digits}g}")
 
 
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     """Choose the form with the smallest extrapolation errors, and fit it to all runs.
 
-    Raises:
-        BadData: the runs have too few sizes or too few numbers of tokens, or are too few.
+    Raises BadData if the runs are too few, or have too few sizes or numbers of tokens.
     """
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
@@ -158,11 +158,18 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     errors: dict[FormName, float] = {}
     for name, values in misses.items():
         mean_square = math.fsum(value * value for value in values) / len(values)
-        errors[name] = _rounded(math.sqrt(mean_square), DIGITS)
+        errors[name] = _rounded(math.sqrt(mean_square))
     chosen = min(errors, key=lambda name: errors[name])
     form = FORMS[chosen]
-    constants = fit_form(form, runs, form.starts)
-    draws = [fit_form(form, drawn, [constants]) for drawn in _resampled(runs, len(constants), resamples)]
+    constants = _fit_form(form, runs, form.starts)
+    generator = np.random.default_rng(SEED)
+    draws: list[tuple[float, ...]] = []
+    while len(draws) < resamples:
+        sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
+        sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
+        # A sample that is too small for a fit is drawn again.
+        if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
+            draws.append(_fit_form(form, sample, [constants]))
     return Fit(
         form=chosen, constants=constants, draws=tuple(draws), misses=tuple(misses[chosen]), errors=errors
     )
@@ -180,53 +187,38 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
         known = [run for run in runs if getattr(run, attribute) < largest]
         if len(known) <= len(form.starts[0]) or len({getattr(run, attribute) for run in known}) < 2:
             return []
-        constants = fit_form(form, known, form.starts)
+        constants = _fit_form(form, known, form.starts)
         for run in runs:
             if getattr(run, attribute) == largest:
                 predicted = form.log_loss(constants, run.num_params, run.tokens)
-                misses.append(_rounded(math.log(run.loss) - float(predicted), DIGITS))
+                misses.append(_rounded(math.log(run.loss) - float(predicted)))
     return misses
 
 
-def _resampled(runs: Sequence[SweepRun], constants: int, resamples: int) -> Iterator[list[SweepRun]]:
-    """Yield `resamples` bootstrap samples of the runs.
-
-    A sample that is too small for a fit is drawn again: it has one size, one number of tokens, or no more
-    different runs than the form has constants.
-    """
-    generator, drawn = np.random.default_rng(SEED), 0
-    while drawn < resamples:
-        sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
-        sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        if len({run.name for run in sample}) > constants and min(len(sizes), len(budgets)) > 1:
-            drawn += 1
-            yield sample
-
-
-def _rounded(value: float, digits: int = 6) -> float:
-    return float(f"{value:.{digits}g}")
-
-
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
-    """Return the loss that the fitted law predicts for a run, with bootstrap intervals."""
+    """Return the loss that the fitted law predicts for a run, with bootstrap intervals.
+
+    They combine the constants fitted to resampled runs with the errors of the extrapolations.
+    """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
     losses = np.exp(log_losses[:, None] + np.array(fit.misses))  # (draws, misses)
     shares = {"low_95": 0.025, "low_80": 0.1, "value": 0.5, "high_80": 0.9, "high_95": 0.975}
     quantiles = np.quantile(losses, list(shares.values()))
     return ExpectedLoss(
-        **dict(zip(shares, map(_rounded, quantiles), strict=True)),
+        **{name: _rounded(value, 6) for name, value in zip(shares, quantiles, strict=True)},
         basis=f"{form.formula}, fitted to a ladder of small runs on the same text",
     )
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read the finished runs of a sweep; return None if the file does not exist.
-
-    Raises:
-        BadConfig: the file is damaged.
-    """
+    """Read the finished runs of a sweep; return None without a file, raise BadConfig if it is damaged."""
     return load_section(path, Sweep) if path.exists() else None
+
+
+def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
+    """Return a hash of the scored documents: losses by document can be compared if it is the same."""
+    return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
 def corpus_settings(params: Params) -> dict[str, Any]:
@@ -246,15 +238,8 @@ def corpus_settings(params: Params) -> dict[str, Any]:
     }
 
 
-# Settings that change the loss of a run not at all, or by chance only.
-NOT_RECIPE = {
-    "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
-    "init_from",
-}  # fmt: skip
-
-
 def recipe(params: Params) -> dict[str, Any]:
-    """Return the settings, by dotted key, of which the loss of a run on the same text depends."""
+    """Return the settings, by dotted key, that the loss of a run on the same text depends on."""
     training = params.training.model_dump(mode="json", exclude=NOT_RECIPE)
     if params.training.head == "full":
         del training["sample_tokens"], training["sample_power"]
@@ -262,12 +247,6 @@ def recipe(params: Params) -> dict[str, Any]:
         **{f"model.{key}": value for key, value in params.model.model_dump(mode="json").items()},
         **{f"training.{key}": value for key, value in training.items()},
     }
-
-
-def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a recipe that a law holds for: all but the model's size and the number of steps."""
-    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
-    return {key: value for key, value in settings.items() if key not in free}
 
 
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
@@ -279,14 +258,13 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     fit, run = sweep.fit, configured_run(params)
     if fit is None:
         raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
-    ours, theirs = shared_settings(recipe(params)), shared_settings(sweep.settings)
-    differs = sorted(key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key))
+    differs = _different_settings(recipe(params), sweep.settings)
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
     runs = []
     for done in sweep.runs:
         log_loss = FORMS[fit.form].log_loss(fit.constants, done.num_params, done.tokens)
-        fitted = {"tokens": done.tokens, "fitted": _rounded(math.exp(log_loss))}
+        fitted = {"tokens": done.tokens, "fitted": _rounded(math.exp(log_loss), 6)}
         runs.append(done.model_dump(include={"name", "num_params", "loss"}) | fitted)
     return {
         "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
@@ -300,17 +278,17 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     }
 
 
+def _different_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return the keys of two recipes that differ, except the sizes that the law holds for."""
+    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
+    return sorted(key for key in (ours.keys() | theirs) - free if ours.get(key) != theirs.get(key))
+
+
 def fit_sweep(path: Path, params_file: Path) -> str:
     """Fit the law to the finished runs of a sweep, add the fit to their file, and return a summary to print.
 
-    Args:
-        path: the file of the runs, results/ladder.json.
-        params_file: the params.yaml of the run whose loss the summary predicts.
-
-    Raises:
-        MissingInput: the file does not exist.
-        BadConfig: `path` is not the file of a sweep.
-        BadData: the runs are too few.
+    The summary predicts the loss of the run that `params_file` describes. Raises MissingInput or BadConfig if
+    `path` is not the file of a sweep, and BadData if the runs are too few.
     """
     found, params = load_section(path, Sweep), load_params(params_file)
     sweep = found.model_copy(update={"fit": fit_runs(found.runs)})

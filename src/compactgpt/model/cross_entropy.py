@@ -2,13 +2,6 @@
 
 The forward pass also computes the gradients, while the logits of a chunk are in memory. With p the softmax of
 a row's logits z and t the row's target, d loss / d z_j = (p_j - [j = t]) / N.
-
-In bfloat16 the softmax needs no separate pass, because the matrix product writes exponentials instead of
-logits. With e_j = exp(z_j - z_t) and s = sum of e_j over j, a token's cross-entropy is log(s), and the
-gradient of the token's logits is (e_j - s [j = t]) / s. For each tile of logits, the code subtracts z_t,
-exponentiates, sums in fp32 and rounds to bfloat16. On Nvidia's Hopper one kernel does all of this
-(`cross_entropy_triton`); other devices compute the product first and the exponentials in a second pass.
-
 Shapes: N = all rows (tokens), R = rows of one chunk, C = channels, V = rows of the head.
 """
 
@@ -31,18 +24,10 @@ CAP = 60.0
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, correction: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of the logits x weight^T.
+    """Return the mean cross-entropy of the logits x weight^T + correction in nats per token, a scalar.
 
-    Under autocast, the matrix products use autocast's dtype.
-
-    Args:
-        x: hidden states. (N, C)
-        weight: the weights of the head. (V, C)
-        targets: the index of each target in `weight`. (N,) int64
-        correction: a vector that is added to every row of logits. (V,)
-
-    Returns:
-        The mean loss in nats per token, a scalar.
+    Under autocast, the matrix products use autocast's dtype. `x` is (N, C), `weight` (V, C), `correction`
+    (V,), and `targets`, (N,) int64, are rows of `weight`.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -53,8 +38,7 @@ def linear_cross_entropy(
 class LinearCrossEntropy(torch.autograd.Function):
     """The autograd function of `linear_cross_entropy`: the loss, and its gradients by `x` and `weight`.
 
-    The result is exact up to rounding. Matrix products are in `dtype`; the softmax and all sums over chunks
-    are in fp32 or wider.
+    Matrix products are in `dtype`; the softmax and all sums over chunks are in fp32 or wider.
     """
 
     @staticmethod
@@ -67,12 +51,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         correction: Tensor | None = None,
     ) -> Tensor:
         """Return the mean loss, a scalar, and store both gradients for `backward`."""
-        if dtype == weight.dtype:
-            add_chunk = partial(_add_chunk, correction=correction)
-        elif correction is None:
-            add_chunk = partial(_add_rounded_chunk)
-        else:
+        is_rounded = dtype != weight.dtype
+        if is_rounded and correction is not None:
             raise ValueError("a correction of the logits needs products in the weights' own precision")
+        add_chunk = _add_rounded_chunk if is_rounded else partial(_add_chunk, correction=correction)
         N = len(x)
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -110,21 +92,11 @@ def _add_chunk(
     N: int,
     correction: Tensor | None,
 ) -> Tensor:
-    """Compute the losses and the gradients of one chunk of rows.
+    """Return the cross-entropy of each token of a chunk of rows in nats, (R, 1), and compute the gradients.
 
-    Args:
-        x: the chunk's hidden states. (R, C)
-        weight: the weights of the head. (V, C)
-        targets: the index of each target in `weight`. (R,) int64
-        logits: a buffer for the logits, then the softmax, then the gradient of the logits. (R, V)
-        dx: receives the gradient of x. (R, C)
-        dw: the gradient of `weight`; the chunk's part is added. (V, C)
-        first: whether this is the first chunk, so that `dw` is uninitialized and is overwritten.
-        N: the number of rows of all chunks.
-        correction: a vector that is added to every row of logits. (V,)
-
-    Returns:
-        The cross-entropy of each token, in nats. (R, 1)
+    `logits`, (R, V), is a buffer for the logits, then the softmax, then the gradient of the logits. `dx`,
+    (R, C), receives the gradient of `x`. The chunk's part is added to `dw`, (V, C), the gradient of `weight`;
+    the first chunk overwrites `dw`, which is uninitialized.
     """
     if correction is None:
         torch.mm(x, weight.T, out=logits)
@@ -143,10 +115,11 @@ def _add_chunk(
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Compute what `_add_chunk` computes, with matrix products in bfloat16.
+    """Do what `_add_chunk` does with products in bfloat16, and return the cross-entropy of each token, (R,).
 
-    `e` is a buffer for the exponentials, (R, V). They are rounded once and never divided by their sum s.
-    Instead, s divides the (R, C) matrix of each product, which is smaller.
+    The product writes exponentials e_j = exp(z_j - z_t) to `e`, (R, V), so the softmax needs no pass of its
+    own. With s the sum of e_j, a token's cross-entropy is log(s), and the gradient of its logits is
+    (e_j - s [j = t]) / s. The division by s acts on the (R, C) matrix of each product, which is smaller.
     """
     s = exponentials(x, weight, targets, e)  # (R,)
     target_gradients = 1 - s  # the target's entry of e - s [j = t], since e_t = 1
@@ -169,16 +142,9 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Write exp(z_j - z_t) to `out` for all logits z_j, and return the sum of each row before rounding.
+    """Write exp(z_j - z_t) to `out`, (R, V), for all logits z_j, and return the fp32 sum of each row, (R,).
 
-    Args:
-        x: hidden states. (R, C) bfloat16
-        weight: the weights of the head. (V, C) bfloat16
-        targets: the index t of each target in `weight`. (R,) int64
-        out: receives the exponentials. (R, V) bfloat16
-
-    Returns:
-        The sum of each row. (R,) fp32
+    The exponentials are summed before they are rounded to bfloat16, the type of `x`, `weight` and `out`.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:
@@ -209,15 +175,10 @@ def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
 
 @torch.no_grad()
 def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of each token in nats, for evaluation.
+    """Return the cross-entropy of each token in nats, (N,), for evaluation.
 
-    Args:
-        x: hidden states as `GPT.hidden` returns them, flattened. (N, C)
-        weight: the weights of the head; pass `wte.weight[:vocab_size]` to exclude the padding rows. (V, C)
-        targets: token ids below V. (N,) int64
-
-    Returns:
-        The cross-entropy of each token. (N,)
+    `x`, (N, C), is what `GPT.hidden` returns. `weight`, (V, C), is `wte.weight[:vocab_size]`, without padding
+    rows.
     """
     buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []

@@ -2,8 +2,6 @@
 
 One persistent program runs on each multiprocessor. The bulk copy engine loads the tiles, and the tensor cores
 multiply them into fp32. The program stores the exponentials in two halves while the next tile is loaded.
-docs/benchmarks.md compares other tile shapes.
-
 Shapes: R = rows, V = columns, C = inner channels. m and n are the row and column index of a tile.
 """
 

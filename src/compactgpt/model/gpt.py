@@ -1,9 +1,6 @@
-"""The GPT model, with nanoGPT's architecture.
+"""The GPT model, with nanoGPT's architecture and initialization (github.com/karpathy/nanoGPT, model.py).
 
-It has learned position embeddings, a layer norm before each attention and each MLP, GELU, and one matrix that
-is both the token embedding and the head (Press and Wolf 2017). Sources: Radford et al. 2019 (GPT-2) and
-github.com/karpathy/nanoGPT, model.py. Initialization and parameter groups are nanoGPT's.
-
+One matrix is both the token embedding and the head (Press and Wolf 2017), as in GPT-2 (Radford et al. 2019).
 Shapes: B = sequences, T = tokens of a sequence, C = n_embd (channels), nh = n_head (heads),
 hs = C / nh (channels of a head), V = padded_vocab_size.
 """
@@ -92,20 +89,17 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(shape) for _ in range(shape.n_layer))
         self.ln_f = nn.LayerNorm(shape.n_embd, bias=shape.bias)
         self.compiled: Callable[[Tensor], Tensor] | None = None  # `blocks`, compiled by torch.compile
-        self.init_weights(seed)
+        self._init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw all matrices from a normal distribution; set biases to 0 and layer norm weights to 1.
-
-        The standard deviation is 0.02, and 0.02 / sqrt(2 n_layer) for the residual projections.
-        """
+    def _init_weights(self, seed: int) -> None:
+        """Draw all matrices from a normal distribution; set biases to 0 and layer norm weights to 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream is a sum of 2 n_layer projections: the smaller std keeps its variance.
+                # The residual stream sums 2 n_layer projections: a smaller deviation keeps its variance.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
@@ -128,12 +122,7 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
-        Args:
-            tokens: row indices of `table`; token ids by default. (B, T) int64
-            table: the token embeddings to use; by default `wte.weight`. (K, C)
-
-        Raises:
-            ValueError: T is larger than the model's block_size.
+        `tokens` are token ids. With a `table`, a few rows of `wte.weight`, they are indices of its rows.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table
@@ -154,13 +143,12 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, table: Tensor | None = None, correction: Tensor | None = None
     ) -> Tensor:
-        """Return the mean cross-entropy in nats per token, a scalar; the softmax includes the padding rows.
+        """Return the mean cross-entropy of the targets in nats per token, a scalar.
 
-        Args:
-            tokens: row indices of `table`; token ids by default. (B, T) int64
-            targets: row indices of `table`, as `tokens`. (B, T) int64
-            table: K selected rows of `wte.weight` to use as embedding and head; by default all V rows. (K, C)
-            correction: a vector that is added to the logits of every position. (K,)
+        By default, the model uses all V rows of `wte.weight`, padding rows too, as embedding and as head, and
+        `tokens` and `targets`, (B, T) int64, are token ids. A sampled softmax uses K rows instead: `table`,
+        (K, C), is a copy of these rows. Then `tokens` and `targets` are indices of rows of `table`, and the
+        vector `correction`, (K,), is added to the logits of every position.
         """
         table = self.wte.weight if table is None else table
         # `expand_as` only records the head in autograd before the embedding. The backward pass then adds the

@@ -27,8 +27,7 @@ GELUS = {"erf": "gelu", "tanh": "gelu_new"}
 PREFIX = "transformer."
 EPSILON = 1e-5  # of layer norms: the default of torch's LayerNorm, and GPT-2's value
 # The values of a GPT2Config that our GPT supports. The first value is transformers' default.
-REQUIRED: dict[str, list[Any]] = {
-    "model_type": ["gpt2"],
+SUPPORTED: dict[str, list[Any]] = {
     "activation_function": ["gelu_new", "gelu"],
     "layer_norm_epsilon": [EPSILON],
     "scale_attn_weights": [True],
@@ -37,11 +36,42 @@ REQUIRED: dict[str, list[Any]] = {
 }
 
 
-def to_hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return the model's tensors as transformers stores them, without padding rows.
+def save_hf(
+    model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "", *, overwrite: bool = False
+) -> None:
+    """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
 
-    A bias that our model does not have becomes a tensor of zeros.
+    `tokenizer` is a folder with GPT-2's tokenizer, as the stage `download` writes it, and `card` is the text
+    of README.md. `overwrite` replaces an earlier export even if a user changed its files. Raises NotAllowed
+    if the folder has files that are not an export, and MissingInput if the tokenizer is not GPT-2's.
     """
+    facts = {"format": "hugging-face-gpt2"}
+    block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1
+    # Generation ends at <|endoftext|>, the last token of GPT-2, or when the context is full. Without
+    # max_length a pipeline generates 256 new tokens, which may be more positions than the model has.
+    special_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), last_token)
+    with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
+        write_bytes(temporary / "model.safetensors", save(_hf_state(model), metadata={"format": "pt"}))
+        write_json(temporary / "config.json", _hf_config(model.shape))
+        write_json(temporary / "generation_config.json", {**special_tokens, "max_length": block_size})
+        if tokenizer is not None:
+            for ours, theirs in ((ENCODER_JSON, "vocab.json"), (VOCAB_BPE, "merges.txt")):
+                if not (tokenizer / ours).is_file():
+                    raise MissingInput(f"{tokenizer} has no {ours}: only GPT-2's tokenizer can be exported")
+                write_bytes(temporary / theirs, (tokenizer / ours).read_bytes())
+            settings = {
+                "tokenizer_class": "GPT2Tokenizer",
+                "model_max_length": block_size,
+                "truncation_side": "left",  # of a long prompt, the model reads the end
+                **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+            }
+            write_json(temporary / "tokenizer_config.json", settings)
+        if card:
+            write_text(temporary / "README.md", card)
+
+
+def _hf_state(model: GPT) -> dict[str, Tensor]:
+    """Return the tensors as transformers stores them: without padding rows, missing biases as zeros."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}
@@ -54,8 +84,8 @@ def to_hf_state(model: GPT) -> dict[str, Tensor]:
     return state
 
 
-def to_hf_config(shape: Model) -> dict[str, Any]:
-    """Return the content of config.json, a GPT2Config of transformers, for a model of this shape."""
+def _hf_config(shape: Model) -> dict[str, Any]:
+    """Return the content of config.json, a GPT2Config of transformers."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -66,73 +96,29 @@ def to_hf_config(shape: Model) -> dict[str, Any]:
         "n_embd": shape.n_embd,
         "activation_function": GELUS[shape.gelu],
         "layer_norm_epsilon": EPSILON,
-        "attn_pdrop": shape.dropout,
-        "embd_pdrop": shape.dropout,
-        "resid_pdrop": shape.dropout,
-        "bos_token_id": shape.vocab_size - 1,  # <|endoftext|> is the last token id of GPT-2
-        "eos_token_id": shape.vocab_size - 1,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), shape.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), shape.vocab_size - 1),
         "tie_word_embeddings": True,
         "dtype": "float32",
     }
 
 
-def to_generation_config(shape: Model) -> dict[str, Any]:
-    """Return generation_config.json: generation ends at <|endoftext|> or when the context is full."""
-    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), shape.vocab_size - 1)
-    # Without max_length a pipeline generates 256 new tokens, which may be more positions than the model has.
-    return {**tokens, "max_length": shape.block_size}
+def load_hf(folder: Path) -> GPT:
+    """Load a GPT-2 in float32 from a folder in Hugging Face's format, with one safetensors file.
 
-
-def save_hf(
-    model: GPT, folder: Path, tokenizer: Path | None = None, card: str = "", *, overwrite: bool = False
-) -> None:
-    """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
-
-    The exported model computes the same logits as ours.
-
-    Args:
-        model: the model to export.
-        folder: the folder to write. It must be new, empty, or an earlier export, which is replaced.
-        tokenizer: a folder with GPT-2's tokenizer, as the stage `download` writes it. Its files are copied,
-            so that `AutoTokenizer` works.
-        card: the text of the model card, which becomes README.md.
-        overwrite: whether to replace an earlier export even if a user changed its files.
-
-    Raises:
-        NotAllowed: the folder has files that are not an export.
-        MissingInput: the tokenizer's folder has no GPT-2 files.
+    Raises MissingInput if a file is missing, BadConfig if the model is no GPT-2 or a variant of GPT-2 that
+    our GPT does not support, and BadData if a tensor does not fit config.json.
     """
-    facts = {"format": "hugging-face-gpt2"}
-    with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
-        write_bytes(temporary / "model.safetensors", save(to_hf_state(model), metadata={"format": "pt"}))
-        write_json(temporary / "config.json", to_hf_config(model.shape))
-        write_json(temporary / "generation_config.json", to_generation_config(model.shape))
-        if tokenizer is not None:
-            _copy_tokenizer(tokenizer, temporary, model.shape.block_size)
-        if card:
-            write_text(temporary / "README.md", card)
-
-
-def _copy_tokenizer(tokenizer: Path, folder: Path, block_size: int) -> None:
-    for ours, theirs in ((ENCODER_JSON, "vocab.json"), (VOCAB_BPE, "merges.txt")):
-        if not (tokenizer / ours).is_file():
-            raise MissingInput(f"{tokenizer} has no {ours}: only GPT-2's tokenizer can be exported")
-        write_bytes(folder / theirs, (tokenizer / ours).read_bytes())
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "truncation_side": "left",  # of a long prompt, the model reads the end
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-    }
-    write_json(folder / "tokenizer_config.json", settings)
+    config = folder / "config.json"
+    shape = from_hf_config(read_json(config), str(config))
+    return load_gpt(folder / "model.safetensors", shape, from_hf_state)
 
 
 def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a Hugging Face GPT-2 as our GPT stores them, in float32.
 
-    OpenAI's published files have names without the prefix `transformer.`, and contain attention masks. Files
-    that transformers writes have the prefix, and may contain the tied head: a copy of `wte.weight`. The
-    attention masks and the copy are dropped.
+    OpenAI's published files have no prefix `transformer.`, and contain attention masks. Files of transformers
+    may contain the tied head, a copy of `wte.weight`. The masks and the copy are dropped.
     """
     own = {}
     for key, tensor in state.items():
@@ -143,50 +129,30 @@ def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def from_hf_config(settings: Mapping[str, Any], source: str) -> Model:
-    """Return the model shape that a GPT2Config describes, without padding of the vocabulary.
+def from_hf_config(settings: Any, source: str) -> Model:
+    """Return the model shape that a GPT2Config describes; `source` is its file's name, for messages.
 
-    Args:
-        settings: the content of config.json.
-        source: the name of the file, for error messages.
-
-    Raises:
-        BadConfig: the settings describe another architecture, or a variant of GPT-2 that our GPT does not
-            support.
+    Raises BadConfig if the settings describe another architecture or a variant that our GPT does not support.
     """
     if not isinstance(settings, dict) or not isinstance(settings.get("n_embd"), int):
         raise BadConfig(f"{source} does not describe a GPT-2: n_embd is missing")
-    defaults = {key: allowed[0] for key, allowed in REQUIRED.items() if key != "model_type"}
-    found = {**defaults, "n_inner": None, **settings}
-    for key, allowed in {**REQUIRED, "n_inner": [None, 4 * settings["n_embd"]]}.items():
-        if found.get(key) not in allowed:
-            raise BadConfig(f"{source}: {key} is {found.get(key)!r}, our GPT supports only {allowed}")
+    required = {**SUPPORTED, "model_type": ["gpt2"], "n_inner": [None, 4 * settings["n_embd"]]}
+    for key, allowed in required.items():
+        default = None if key == "model_type" else allowed[0]
+        if settings.get(key, default) not in allowed:
+            raise BadConfig(f"{source}: {key} is {settings.get(key)!r}, our GPT supports only {allowed}")
+    gelu = settings.get("activation_function", "gelu_new")
     try:
         return Model(
-            block_size=found["n_positions"],
-            n_layer=found["n_layer"],
-            n_head=found["n_head"],
-            n_embd=found["n_embd"],
-            vocab_size=found["vocab_size"],
-            padded_vocab_size=found["vocab_size"],
+            block_size=settings["n_positions"],
+            n_layer=settings["n_layer"],
+            n_head=settings["n_head"],
+            n_embd=settings["n_embd"],
+            vocab_size=settings["vocab_size"],
+            padded_vocab_size=settings["vocab_size"],
             bias=True,
             dropout=0.0,
-            gelu="tanh" if found["activation_function"] == GELUS["tanh"] else "erf",
+            gelu="tanh" if gelu == GELUS["tanh"] else "erf",
         )
     except (KeyError, ValidationError) as error:
         raise BadConfig(f"{source} does not describe a GPT-2: {' '.join(str(error).split())}") from error
-
-
-def load_hf(folder: Path) -> GPT:
-    """Load a GPT-2 from a folder in Hugging Face's format, in float32.
-
-    The weights must be in one safetensors file.
-
-    Raises:
-        MissingInput: the folder has no config.json or no model.safetensors.
-        BadConfig: the model is not a GPT-2, or is a variant of GPT-2 that our GPT does not support.
-        BadData: a tensor is missing, is unknown, has another shape, or is not finite.
-    """
-    config = folder / "config.json"
-    shape = from_hf_config(read_json(config), str(config))
-    return load_gpt(folder / "model.safetensors", shape, from_hf_state)

@@ -1,15 +1,9 @@
 """Sampled softmax for training: draw the tokens of a step's softmax, and the correction of each logit.
 
-The full softmax needs Z, the sum of exp(z_j) over all tokens j. The sampled softmax estimates Z. Token j is
-in a step's sample with a known probability pi_j, independently of other tokens. The sum of exp(z_j) / pi_j
-over the sample is an unbiased estimate of Z (Horvitz and Thompson 1952). So training adds -log(pi_j) to the
-logit of token j, and then computes the usual cross-entropy (Jean et al. 2015, Bengio and Senecal 2008).
-Frequent tokens and all tokens of the step's batch are always in the sample (pi = 1), so the logit of a target
-needs no correction.
-
-Bias: the logarithm of the estimate is too low by about Var / (2 Z^2), where Var is the estimate's variance.
-The bias of the gradient has the same order, 1 / sample size (Bengio and Senecal 2008, section III). Both
-biases are zero if every pi is 1.
+Token j is in a step's sample with a known probability pi_j. The sum of exp(z_j) / pi_j over the sample is an
+unbiased estimate of Z, the sum of exp(z_j) over all tokens (Horvitz and Thompson 1952). So training adds
+-log(pi_j) to logit z_j, and computes the usual cross-entropy (Jean et al. 2015, Bengio and Senecal 2008). The
+log of the estimate is too low by about Var / (2 Z^2), where Var is the variance of the estimate.
 """
 
 from dataclasses import dataclass
@@ -44,18 +38,10 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return the probability of each token of being in a sample.
+    """Return the probability of each token of being in a sample, from its count in the training split.
 
     The probability is min(1, c (count + 1)^power). c is chosen so that a sample has `size` tokens on average.
-
-    Args:
-        counts: how often each token occurs in the training split. (V,)
-        size: the expected number of tokens in a sample; with V or more, every probability is 1.
-        power: with 1, tokens are sampled in proportion to their counts; with 0, all tokens are equally
-            probable. Mikolov et al. 2013 use 0.75.
-
-    Returns:
-        The probability of each token. (V,)
+    Mikolov et al. 2013 use the power 0.75. (V,) -> (V,).
     """
     if size >= len(counts):
         return np.ones(len(counts))
@@ -71,15 +57,10 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
-    """Draw the sample of a step, and add all tokens of the step's batch.
+    """Draw the sample of a step, counted from 0, by the probability of each token, `inclusion`, (V,).
 
-    The function is pure: all micro-batches and all processes of a step get the same sample.
-
-    Args:
-        inclusion: the probability of each token of being in the sample. (V,)
-        batch: token ids of the whole step, inputs and targets, of all processes. Any shape.
-        seed: the run's seed.
-        step: the step's number, counted from 0.
+    All tokens of the step's batch are added with probability 1, so the logit of a target needs no correction.
+    `batch` has the inputs and targets of all processes, which therefore all get the same sample.
     """
     # `training_batch` uses the same key: another counter makes the sample independent of the batch.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))

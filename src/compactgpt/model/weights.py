@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compactgpt.common.errors import BadData, MissingInput
-from compactgpt.common.storage import atomic_folder, read_json, tensors_header, verified_manifest, write_json
+from compactgpt.common.storage import atomic_folder, read_json, verified_manifest, write_json
 from compactgpt.config import Model
 from compactgpt.model.gpt import GPT
 
@@ -24,19 +24,10 @@ WEIGHTS = "model.safetensors"
 def save_model(
     model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None, *, private: bool = False
 ) -> None:
-    """Write a model to a folder: its tensors and its config.json.
+    """Write the tensors of a model and config.json, which also states `facts`, to a folder.
 
-    Args:
-        model: the model, on any device.
-        folder: the folder to write. It must be new, empty, or an earlier model, which is replaced.
-        facts: JSON values that config.json states besides the model's shape.
-        best: the folder of the run's best model, which is copied to `folder`/best.
-        private: see `storage.atomic_folder`.
-
-    Raises:
-        NotAllowed: the folder has files that are not a model.
-        MissingInput: the best model is missing.
-        BadData: the best model was changed.
+    The folder `best` of the run's best model is copied to `folder`/best. `private` is that of
+    `storage.atomic_folder`.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -49,13 +40,7 @@ def save_model(
 
 
 def load_model(folder: Path, device: str = "cpu") -> GPT:
-    """Load a model that `save_model` wrote, in evaluation mode.
-
-    Raises:
-        MissingInput: the model is missing.
-        BadData: a file was changed, config.json does not describe a valid shape, or a tensor is missing, is
-            unknown, has another shape or dtype, or is not finite.
-    """
+    """Load a model that `save_model` wrote, in evaluation mode; raise MissingInput or BadData if it can't."""
     verified_manifest(folder)
     try:
         # Strict sections take a list for a tuple only from JSON text.
@@ -67,12 +52,30 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
     return load_gpt(folder / WEIGHTS, shape).to(device)
 
 
+def load_gpt(
+    path: Path, shape: Model, convert: Callable[[Tensors], Tensors] = lambda tensors: tensors
+) -> GPT:
+    """Load a GPT from a safetensors file, in evaluation mode on the CPU.
+
+    `shape` comes from the config.json of the same folder. `convert` converts the file's tensors to those of
+    our GPT.
+    """
+    # A wrong config.json must not allocate much memory: require at least one byte for each weight.
+    rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
+    if path.is_file() and path.stat().st_size < rows * shape.n_embd:
+        raise BadData(f"{path} is too small for the shape in the config.json of its folder")
+    tensors = convert(read_tensors(path))
+    model = GPT(shape)
+    check_tensors(tensors, model.state_dict(), path)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
 
-    Raises:
-        MissingInput: the file is missing.
-        BadData: the file is damaged, or contains NaN or an infinite number.
+    Raises MissingInput if the file is missing, and BadData if it is damaged or has a number that is not
+    finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -87,11 +90,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
-    """Check that a file's tensors have the expected names, shapes and dtypes.
-
-    Raises:
-        BadData: a tensor is missing, is unknown, or has another shape or dtype.
-    """
+    """Raise BadData if a tensor of a file is missing, is unknown, or has another shape or dtype."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise BadData(f"{path}: {name} is missing")
@@ -103,40 +102,20 @@ def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
             raise BadData(f"{path}: {name} is {tuple(a.shape)} {a.dtype}, not {tuple(b.shape)} {b.dtype}")
 
 
-def load_gpt(
-    path: Path, shape: Model, convert: Callable[[Tensors], Tensors] = lambda tensors: tensors
-) -> GPT:
-    """Load a GPT from a safetensors file, in evaluation mode on the CPU.
-
-    Args:
-        path: the safetensors file.
-        shape: the model's shape, from the config.json in the same folder.
-        convert: converts the file's tensors to the tensors of our GPT.
-
-    Raises:
-        MissingInput: the file is missing.
-        BadData: the file is damaged, or a tensor is missing, is unknown, has another shape or dtype, or is
-            not finite.
-    """
-    # A wrong config.json must not allocate much memory: require at least one byte for each weight.
-    rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
-    if path.is_file() and path.stat().st_size < rows * shape.n_embd:
-        raise BadData(f"{path} is too small for the shape in the config.json of its folder")
-    tensors = convert(read_tensors(path))
-    model = GPT(shape)
-    check_tensors(tensors, model.state_dict(), path)
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write float32 tensors to a safetensors file, one tensor after the other.
+    """Write float32 tensors to a safetensors file (github.com/huggingface/safetensors, README.md).
 
     safetensors' own functions do not fit: `save` copies all tensors in memory first. On a full disk,
     `save_file` does not raise the OSError that `storage` turns into a message.
     """
-    ordered = [(name, tensors[name].detach()) for name in sorted(tensors)]
-    header = tensors_header((name, "F32", tensor.shape, tensor.nbytes) for name, tensor in ordered)
+    ordered = {name: tensors[name].detach() for name in sorted(tensors)}
+    fields, offset = {}, 0
+    for name, tensor in ordered.items():
+        end = offset + tensor.nbytes
+        fields[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)  # with spaces to a multiple of 8 bytes
     with open(path, "wb") as file:
-        file.write(header)
-        file.writelines(tensor.cpu().contiguous().numpy().data for _, tensor in ordered)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.writelines(tensor.cpu().contiguous().numpy().data for tensor in ordered.values())

@@ -35,6 +35,12 @@ def best_row(rows: list[Row]) -> Row:
     return min(rows, key=lambda row: row.val_loss)
 
 
+def loss_csv(rows: list[Row]) -> str:
+    """Return the loss curve as CSV, in nats per token."""
+    lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
+    return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"
+
+
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
     """Return a warning if training has diverged although all losses are finite, otherwise None.
 
@@ -55,11 +61,7 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
 
 
 def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return `count` evaluation windows at regular distances in the split; every call returns the same.
-
-    Raises:
-        BadData: the split has no evaluation window.
-    """
+    """Return `count` windows at regular distances in the split; raise BadData if the split has no window."""
     windows = list(evaluation_windows(val, block_size))
     if not windows:
         raise BadData(
@@ -95,9 +97,3 @@ def window_nats(model: GPT, windows: list[Window]) -> list[float]:
     targets = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(head.device)  # (N,)
     nats: list[float] = token_nats(unpadded, head, targets).tolist()
     return nats
-
-
-def loss_csv(rows: list[Row]) -> str:
-    """Return the loss curve as CSV, in nats per token."""
-    lines = [f"{row.step},{row.train_loss!r},{row.val_loss!r}" for row in rows]
-    return "\n".join(["step,train_loss,val_loss", *lines]) + "\n"

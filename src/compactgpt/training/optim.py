@@ -2,15 +2,13 @@
 
 With `adamw`, AdamW trains all parameters (Loshchilov and Hutter 2019). Weight decay follows nanoGPT: it acts
 on matrices, not on vectors. With `muon`, Muon trains the hidden matrices (Jordan et al. 2024,
-torch.optim.Muon), and AdamW trains the embeddings and the vectors. The schedule multiplies the peak learning
-rate of each group.
+torch.optim.Muon), and AdamW trains the embeddings and the vectors.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +48,6 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
 
     The operations and their order are those of torch.optim.Muon: momentum, Nesterov momentum,
     orthogonalization, decoupled weight decay, and the adjustment "original" of the learning rate.
-
-    Args:
-        muon: the optimizer; its matrices must have gradients.
-        run_sharded: the function that orthogonalizes sharded matrices; None if the matrices are not sharded.
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -82,14 +76,7 @@ def newton_schulz(
 ) -> Tensor:
     """Return matrices with all singular values moved towards 1 (Newton-Schulz, Jordan et al. 2024).
 
-    Args:
-        matrices: a batch of matrices. (count, rows, columns)
-        coefficients: the polynomial's coefficients of x, x^3 and x^5.
-        steps: the number of Newton-Schulz steps.
-        eps: the smallest norm that a matrix is divided by.
-
-    Returns:
-        The changed matrices. (count, rows, columns)
+    `coefficients` are those of x, x^3 and x^5. (count, rows, columns) -> (count, rows, columns).
     """
     a, b, c = coefficients
     # torch.optim.Muon computes in bfloat16. A CPU computes in float32 instead: without bfloat16 instructions,
@@ -105,48 +92,18 @@ def newton_schulz(
     return x.mT if is_tall else x
 
 
-@dataclass(frozen=True)
-class EmbeddingRows:
+class EmbeddingRows(NamedTuple):
     """The rows of the token embedding that one step trains, when it does not train all rows."""
 
     ids: Tensor  # (K,) int64, all different
     values: nn.Parameter  # (K, C) a copy of the rows; the forward pass uses it, so it gets the gradient
 
 
-@torch.no_grad()
-def adamw_rows(optimizer: AdamW, parameter: Tensor, rows: EmbeddingRows, grad_scale: Tensor | None) -> None:
-    """Update some rows of a matrix with AdamW, and leave the other rows unchanged.
-
-    This is a lazy update, as in torch.optim.SparseAdam: for the other rows, neither the moments nor the
-    weights decay. Bias correction counts all steps of the optimizer, not the steps of each row. If all rows
-    are selected, the result equals AdamW's step bit for bit.
-
-    Args:
-        optimizer: the optimizer of the matrix, with its settings and state.
-        parameter: the matrix. (V, C)
-        rows: the rows to update, with their gradient.
-        grad_scale: the gradient is divided by this scalar; None leaves the gradient as it is.
-    """
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-    state = optimizer.state[parameter]
-    matrices = [parameter, state["exp_avg"], state["exp_avg_sq"]]  # 3 x (V, C)
-    exp_avg, exp_avg_sq = (moment.index_select(0, rows.ids) for moment in matrices[1:])  # 2 x (K, C)
-    values, grad = rows.values.detach(), cast(Tensor, rows.values.grad)
-    beta1, beta2 = group["betas"]
-    adamw(
-        [values], [grad], [exp_avg], [exp_avg_sq], [], [state["step"]],
-        fused=True, grad_scale=grad_scale, amsgrad=False, maximize=False,
-        beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
-    for matrix, updated in zip(matrices, [values, exp_avg, exp_avg_sq], strict=True):
-        matrix.index_copy_(0, rows.ids, updated)
-
-
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    Attributes:
-        state: the state tensors of the optimizers, by name; all are zeros before the first step.
+    `state` has the state tensors of the optimizers, by name; all are zeros before the first step.
+    `run_sharded` orthogonalizes the matrices of a sharded model.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -170,19 +127,21 @@ class Optimizers:
         return self.training.optimizer == "muon" and is_hidden_matrix
 
     def _adamw_groups(self) -> list[dict[str, Any]]:
-        """Return AdamW's parameter groups, each with its learning rate and weight decay."""
+        """Return AdamW's parameter groups; the first group is the token embedding."""
         training = self.training
         # Without position_learning_rate, position embeddings use the learning rate of the token embeddings.
         position_lr = training.position_learning_rate or training.embedding_learning_rate
-        embedding = {"params": [self.parameters[TOKENS]], "lr": training.embedding_learning_rate}
-        position = {"params": [self.parameters[POSITIONS]], "lr": position_lr}
         others = {name: p for name, p in self.parameters.items() if name not in (TOKENS, POSITIONS)}
         hidden = [p for name, p in others.items() if p.dim() >= 2 and not self._is_muon(name)]
         vectors = [p for p in others.values() if p.dim() < 2]
-        decaying = [embedding, position, {"params": hidden, "lr": training.learning_rate}]
-        groups = [{**group, "weight_decay": training.weight_decay} for group in decaying]
-        groups.append({"params": vectors, "lr": training.learning_rate, "weight_decay": 0.0})
-        return [group for group in groups if group["params"]]
+        decay = training.weight_decay
+        groups: list[tuple[list[Any], float, float]] = [
+            ([self.parameters[TOKENS]], training.embedding_learning_rate, decay),
+            ([self.parameters[POSITIONS]], position_lr, decay),
+            (hidden, training.learning_rate, decay),
+            (vectors, training.learning_rate, 0.0),
+        ]
+        return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
     def _init_state(self) -> dict[str, Tensor]:
         """Create the optimizers' state before the first step, so that a checkpoint can be read into it."""
@@ -202,21 +161,14 @@ class Optimizers:
     def select_rows(self, ids: Tensor) -> nn.Parameter:
         """Select the rows of the token embedding that the next update trains, and return a copy of the rows.
 
-        Args:
-            ids: the token ids of the rows, all different. (K,) int64
-
-        Returns:
-            The copy, (K, C). The forward pass must use the copy, so that it gets the gradient.
+        The forward pass must use the copy, so that the copy gets the gradient. (K,) int64 -> (K, C).
         """
         values = nn.Parameter(self.parameters[TOKENS].detach().index_select(0, ids))
         self.rows = EmbeddingRows(ids, values)
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the next update trains.
-
-        If rows were selected, the copy of these rows takes the place of the token embedding.
-        """
+        """Return the parameters that the next update trains; selected rows replace the token embedding."""
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 
@@ -231,9 +183,7 @@ class Optimizers:
     def update(self, step: int, grad_norm: Tensor) -> None:
         """Clip the gradient to training.grad_clip, update the weights, and clear the gradient.
 
-        Args:
-            step: the number of the update, counted from 0, which decides the learning rate.
-            grad_norm: the norm of the gradient, as `grad_norm` returns it.
+        The number of the update, counted from 0, decides the learning rate.
         """
         multiplier = lr_multiplier(self.training, step)
         for group, peak in self._peaks:
@@ -243,7 +193,7 @@ class Optimizers:
         self.adamw.grad_scale = divisor  # type: ignore[attr-defined]
         self.adamw.step()
         if self.rows:
-            adamw_rows(self.adamw, self.parameters[TOKENS], self.rows, divisor)
+            self._update_rows(self.rows, divisor)
             self.rows = None
         if self.muon:
             if divisor is not None:
@@ -253,11 +203,29 @@ class Optimizers:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Return the scalar that clips the gradient by division; None if no division is needed.
+    def _update_rows(self, rows: EmbeddingRows, divisor: Tensor | None) -> None:
+        """Update some rows of the token embedding with AdamW, and leave the other rows unchanged.
 
-        The divisor is that of torch.nn.utils.clip_grad_norm_.
+        This is a lazy update, as in torch.optim.SparseAdam: for the other rows, neither the moments nor the
+        weights decay. Bias correction counts all steps of the optimizer, not the steps of each row. If all
+        rows are selected, the result equals AdamW's step bit for bit.
         """
+        parameter, group = self.parameters[TOKENS], self.adamw.param_groups[0]
+        state = self.adamw.state[parameter]
+        matrices = [parameter, state["exp_avg"], state["exp_avg_sq"]]  # 3 x (V, C)
+        exp_avg, exp_avg_sq = (moment.index_select(0, rows.ids) for moment in matrices[1:])  # 2 x (K, C)
+        values, grad = rows.values.detach(), cast(Tensor, rows.values.grad)
+        beta1, beta2 = group["betas"]
+        adamw(
+            [values], [grad], [exp_avg], [exp_avg_sq], [], [state["step"]],
+            fused=True, grad_scale=divisor, amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
+        for matrix, updated in zip(matrices, [values, exp_avg, exp_avg_sq], strict=True):
+            matrix.index_copy_(0, rows.ids, updated)
+
+    def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
+        """Return the scalar of torch's clip_grad_norm_ that divides the gradient; None to leave it."""
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
