@@ -22,7 +22,6 @@ from compactgpt.config import load_params
 from compactgpt.data.inputs import check_dependencies, check_files
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.evaluation.tasks import read_lambada
-from compactgpt.evaluation.wikitext import read_lines
 from tests.support.corpora import ROOT, download_params, write_corpus
 
 PROGRAMS = Path(sys.executable).parent
@@ -247,7 +246,6 @@ def test_json_that_is_nested_too_deep_is_refused(tmp_path):
     for read in (
         lambda: write_corpus(tmp_path, download_params(corpus="files", files={"patterns": ["a.jsonl"]})),
         lambda: read_lambada(tmp_path / "a.jsonl"),
-        lambda: read_lines(tmp_path / "a.jsonl"),
         lambda: save_gpt2(tmp_path / "tokenizer", b"#version\n", nested.encode()),
         lambda: read_json(tmp_path / "a.jsonl"),
     ):

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow
@@ -17,10 +16,11 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotFinite
-from compactgpt.common.storage import json_bytes, read_json, sha256_file
+from compactgpt.common.storage import json_bytes, sha256_file
+from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import likelihood
 from compactgpt.evaluation.compact import as_neural_model
-from compactgpt.evaluation.likelihood import DocumentScores, evaluate, target_nats
+from compactgpt.evaluation.likelihood import DocumentModel, evaluate, target_nats
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.evaluation.totals import Totals, read_totals, write_totals
 from compactgpt.model.weights import save_model
@@ -53,7 +53,7 @@ def summarize(model, split, encoding):
 
 @pytest.mark.parametrize(
     ("batch_size", "setting", "value"),
-    [(1, None, 0), (100, None, 0), (3, "SORTED_WINDOWS", 2), (9, "CPU_TOKENS", 1), (9, "HEAD_ROWS", 5)],
+    [(100, None, 0), (3, "SORTED_WINDOWS", 2), (9, "CPU_TOKENS", 1), (9, "HEAD_ROWS", 5)],
 )
 def test_nats_equal_a_plain_computation_however_the_windows_are_batched(
     encoding, split, model, monkeypatch, batch_size, setting, value
@@ -73,10 +73,15 @@ def test_only_the_first_tokens_of_each_document_are_scored(encoding, split, mode
     assert np.diff(part.offsets).tolist() == [6, 4, 2, 6, 3]  # with end-of-text
     texts = [likelihood.document_text(part, encoding, index).decode() for index in range(5)]
     assert texts == ["the cat", "é ", "a", "Retur", "then"]
-    expected = plain_nats(model, part, 8)
     found = evaluate(as_neural_model(model, 3), part, encoding, settings)
-    np.testing.assert_allclose(found.nats, expected, rtol=1e-6)
-    assert likelihood.scored_split(split, encoding, LIKELIHOOD) is split
+    np.testing.assert_allclose(found.nats, plain_nats(model, part, 8), rtol=1e-6)
+
+
+def test_a_part_of_a_split_has_the_chosen_documents(split):
+    part = likelihood.select_documents(split, [1, 4])
+    assert part.document_ids == [split.document_ids[1], split.document_ids[4]]
+    assert np.array_equal(part.document(1), split.document(4))
+    assert (part.header.documents, part.header.tokens) == (2, len(part.tokens))
 
 
 def test_memory_is_bounded_in_windows_and_in_logits(split, model, monkeypatch):
@@ -115,11 +120,13 @@ def test_every_target_is_scored_once_in_every_view_with_the_promised_context(len
         assert scored == [list(range(1, length + 1)) for length in lengths]
 
 
-@pytest.mark.parametrize(("own_context", "context"), [(5, 5), (64, 16)])
+@pytest.mark.parametrize(("own_context", "context"), [(5, 5), (8, 8), (64, 16)])
 def test_views_have_the_models_context_or_the_configured_one(encoding, split, model, own_context, context):
+    """The windows of the view `own` with a context of 8 are those of every model, which are scored once."""
     settings = LIKELIHOOD.model_copy(update={"own_context": own_context, "views": ("own", "strided")})
     neural = as_neural_model(model, 3)
     found = evaluate(neural, split, encoding, settings)
+    assert (found.views["own"] is found.nats) == (context == 8)
     np.testing.assert_allclose(found.views["own"], plain_nats(model, split, context), rtol=1e-6)
     report = likelihood.summarize("m", neural, found, split, settings)
     sizes = {name: (view["context"], view["stride"]) for name, view in report["views"].items()}
@@ -128,22 +135,7 @@ def test_views_have_the_models_context_or_the_configured_one(encoding, split, mo
         assert view["loss"]["value"] == pytest.approx(found.views[name].sum() / found.tokens.sum())
 
 
-@pytest.mark.parametrize(("own_context", "reads"), [(8, 1), (16, 2)])
-def test_an_own_view_that_equals_the_matched_windows_is_not_computed_again(
-    encoding, split, model, own_context, reads
-):
-    settings = LIKELIHOOD.model_copy(update={"own_context": own_context, "views": ("own",)})
-    neural = as_neural_model(model, 1000)
-    calls = []
-    counting = replace(neural, hidden=lambda tokens: calls.append(1) or neural.hidden(tokens))
-    found = evaluate(counting, split, encoding, settings)
-    assert len(calls) == reads  # the tiny split is one batch
-    np.testing.assert_allclose(found.views["own"], plain_nats(model, split, own_context), rtol=1e-6)
-
-
 def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, model):
-    found = evaluate(as_neural_model(model, 3), split, encoding, LIKELIHOOD)
-    np.testing.assert_allclose(found.positions.nats.sum(1), found.nats)
     rows = summarize(as_neural_model(model, 3), split, encoding)["by_position"]
     assert [(row["first"], row["last"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]  # 9 to 16: none
     windows = list(target_nats(as_neural_model(model, 1), likelihood.evaluation_windows(split, 8)))
@@ -158,43 +150,29 @@ def test_a_model_of_zeros_knows_nothing_but_the_size_of_the_real_vocabulary(enco
         for parameter in model.parameters():
             parameter.zero_()
     report = summarize(as_neural_model(model, 4), split, encoding)
-    assert report["loss"]["value"] == pytest.approx(math.log(model.shape.vocab_size), rel=1e-6)  # not padded
-    assert report["perplexity"]["value"] == pytest.approx(model.shape.vocab_size, rel=1e-5)
+    assert report["perplexity"]["value"] == pytest.approx(model.shape.vocab_size, rel=1e-5)  # not padded
 
 
-def test_a_window_beyond_the_models_context_is_refused(encoding, split, model):
+def fixed(nats=()):
+    """Return a model that gives fixed nats, and has no tokens."""
+    facts = {"kind": "fixed", "num_params": None}
+    return DocumentModel(facts, lambda _split, document: nats[document], reads_tokens=False)
+
+
+def test_broken_weights_windows_and_splits_are_refused(tmp_path, encoding, split, model):
+    long = LIKELIHOOD.model_copy(update={"window": 17})
     with pytest.raises(BadConfig, match="a window of 17 tokens does not fit the model's context of 16"):
-        evaluate(as_neural_model(model, 4), split, encoding, LIKELIHOOD.model_copy(update={"window": 17}))
-
-
-class Fixed:
-    """A model that gives fixed nats, and has no tokens."""
-
-    facts = MappingProxyType({"kind": "fixed", "num_params": None})
-
-    def __init__(self, nats=()):
-        self.nats = np.array(nats)
-
-    def score(self, split, window, progress):
-        return DocumentScores(self.nats, None)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_document_without_finite_nats_is_named(encoding, split, bad):
-    message = (
-        f"document {split.document_ids[2]} of {split.path} got {bad} nats: the model's weights or arithmetic"
-    )
-    with pytest.raises(NotFinite, match=re.escape(message)):
-        evaluate(Fixed([1.0, 2.0, bad, math.nan, 3.0]), split, encoding, LIKELIHOOD)
-
-
-def test_splits_without_tokens_or_of_another_tokenizer_are_refused(tmp_path, encoding, split):
+        evaluate(as_neural_model(model, 4), split, encoding, long)
+    for bad in (math.nan, math.inf):
+        message = f"document {split.document_ids[2]} of {split.path} got {bad} nats: the model's weights"
+        with pytest.raises(NotFinite, match=re.escape(message)):
+            evaluate(fixed([1.0, 2.0, bad, math.nan, 3.0]), split, encoding, LIKELIHOOD)
     empty = save_split(tmp_path / "empty.tokens", encoding, texts=["", ""])
     with pytest.raises(BadData, match="has no token to score: add text"):
-        evaluate(Fixed(), empty, encoding, LIKELIHOOD)
+        evaluate(fixed(), empty, encoding, LIKELIHOOD)
     split.byte_lengths[1] += 1
     with pytest.raises(BadData, match="dvc repro -f download tokenization"):
-        evaluate(Fixed(), split, encoding, LIKELIHOOD)
+        evaluate(fixed(), split, encoding, LIKELIHOOD)
 
 
 def test_the_report_divides_sums_worked_by_hand(split):
@@ -202,7 +180,7 @@ def test_the_report_divides_sums_worked_by_hand(split):
     nats = np.array([18.0, 12.0, 0.0])
     counts = [np.array(column) for column in ([10, 30, 0], [4, 8, 0], [4, 6, 0])]
     totals = Totals(["aa", "bb", "cc"], *counts, nats, np.array([2, 4, 0]))
-    report = likelihood.summarize("x", Fixed(), totals, split, LIKELIHOOD)
+    report = likelihood.summarize("x", fixed(), totals, split, LIKELIHOOD)
     assert report["model"] == {"name": "x", "kind": "fixed", "num_params": None}
     sizes = {"documents": 3, "tokens": 12, "bytes": 40, "words": 6}
     assert report["validation"] == {"sha256": sha256_file(split.path), **sizes}
@@ -216,7 +194,7 @@ def test_the_report_divides_sums_worked_by_hand(split):
     assert report["bits_per_byte"]["high"] == pytest.approx(expected.high / math.log(2))
     assert report["perplexity"]["high"] == pytest.approx(math.exp(report["loss"]["high"]))
     uncounted = replace(totals, own_tokens=None, words=None)
-    report = likelihood.summarize("x", Fixed(), uncounted, split, LIKELIHOOD)
+    report = likelihood.summarize("x", fixed(), uncounted, split, LIKELIHOOD)
     assert report["own_tokens"] is report["loss_per_own_token"] is report["word_perplexity"] is None
 
 
@@ -224,13 +202,12 @@ def test_a_diverged_model_and_text_without_spaces_have_reports_of_valid_json(tmp
     """A loss of 3,075,166 is from a real run; a word of 300 characters has more than 709 nats."""
     split = save_split(tmp_path / "x.tokens", encoding, texts=["漢字" * 150, "漢" * 300])
     found = evaluate(as_neural_model(model, 3), split, encoding, LIKELIHOOD)
-    report = likelihood.summarize("x", Fixed(), found, split, LIKELIHOOD)
+    report = likelihood.summarize("x", fixed(), found, split, LIKELIHOOD)
     assert report["word_perplexity"] is None
     assert report["perplexity"]["value"] > 1
     diverged = replace(found, nats=found.tokens * 3_075_166.0, views={})
-    report = likelihood.summarize("x", Fixed(), diverged, split, LIKELIHOOD) | {"tasks": {}}
-    assert report["loss"]["value"] == pytest.approx(3_075_166)
-    assert report["perplexity"] is None
+    report = likelihood.summarize("x", fixed(), diverged, split, LIKELIHOOD) | {"tasks": {}}
+    assert (report["loss"]["value"], report["perplexity"]) == (pytest.approx(3_075_166), None)
     assert set(likelihood.headline(report)) == {"loss", "bits_per_byte"}
     json_bytes(report)  # refuses infinity
 
@@ -242,16 +219,12 @@ SUMS = {
 
 
 @pytest.mark.parametrize("is_counted", [True, False])
-def test_sums_are_compressed_columns_and_are_read_back(tmp_path, is_counted):
+def test_sums_are_read_back(tmp_path, is_counted):
     counts = {name: np.array(SUMS[name]) for name in ("bytes", "tokens", "own_tokens", "words")}
     if not is_counted:
         counts |= {"own_tokens": None, "words": None}
     views = {"strided": np.array(SUMS["nats_strided"])}
     write_totals(tmp_path / "x", Totals(SUMS["id"], **counts, nats=np.array(SUMS["nats"]), views=views))
-    file = parquet.ParquetFile(tmp_path / "x")
-    assert [str(kind) for kind in file.schema_arrow.types] == ["string", *["int64"] * 4, "double", "double"]
-    row = file.metadata.row_group(0)
-    assert {row.column(number).compression for number in range(len(SUMS))} == {"ZSTD"}
     found = read_totals(tmp_path / "x")
     for name, values in {**counts, "nats": SUMS["nats"]}.items():
         np.testing.assert_array_equal(getattr(found, name), values)
@@ -261,31 +234,25 @@ def test_sums_are_compressed_columns_and_are_read_back(tmp_path, is_counted):
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: values} for name in ("bytes", "words") for values in ([1.0, 2.0], [1, -1])),
-        *({name: values} for name in ("nats", "nats_strided") for values in ([1, 2], [1.0, math.nan])),
-        {"nats": [None, 1.0]},
-        *({name: None} for name in ("id", "bytes", "tokens", "own_tokens", "nats")),
-        {"id": ["aa", None]}, {"id": [1, 2]}, {"tokens": [None, 1]},
+        {"words": [1.0, 2.0]}, {"bytes": [1, -1]}, {"nats": [1, 2]}, {"nats_strided": [1.0, math.nan]},
+        {"nats": [None, 1.0]}, {"tokens": [None, 1]}, {"id": ["aa", None]}, {"id": [1, 2]}, {"id": None},
+        {"nats": None}, {"own_tokens": None},
     ],
     ids=str,
 )  # fmt: skip
-def test_sums_of_other_types_and_signs_are_refused(tmp_path, change):
-    table = {name: values for name, values in {**SUMS, **change}.items() if values is not None}
-    path = tmp_path / "x.parquet"
-    parquet.write_table(pyarrow.table(table), path)
-    with pytest.raises(BadData, match=f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"):
-        read_totals(path)
-
-
-def test_missing_damaged_and_earlier_sums(tmp_path):
+def test_damaged_and_missing_sums_are_refused_and_earlier_ones_read(tmp_path, change):
     path = tmp_path / "x.parquet"
     with pytest.raises(MissingInput, match=r"x\.parquet is missing: run `dvc repro` to make it$"):
         read_totals(path)
-    path.write_bytes(b"PAR1 not")
-    with pytest.raises(BadData, match=r"x\.parquet is damaged"):
+    table = {name: values for name, values in {**SUMS, **change}.items() if values is not None}
+    parquet.write_table(pyarrow.table(table), path)
+    damaged = f"^{re.escape(str(path))} is damaged: delete it and run `dvc repro`$"
+    with pytest.raises(BadData, match=damaged):
         read_totals(path)
-    columns = {name: values for name, values in SUMS.items() if name != "words"}
-    parquet.write_table(pyarrow.table(columns), path)
+    path.write_bytes(b"PAR1 not")
+    with pytest.raises(BadData, match=damaged):
+        read_totals(path)
+    parquet.write_table(pyarrow.table({name: SUMS[name] for name in SUMS if name != "words"}), path)
     assert read_totals(path).words is None
 
 
@@ -305,17 +272,15 @@ def test_the_stage_writes_the_same_bytes_twice(tmp_path, encoding, split, model,
     for _ in range(2):
         result = CliRunner().invoke(app, words, catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        written.append(
-            [(tmp_path / name).read_bytes() for name in [*names, "data/evaluation/compact.parquet"]]
-        )
+        written.append([(tmp_path / name).read_bytes() for name in names])
     assert written[0] == written[1]
-    report, metrics = json.loads(written[0][0]), json.loads(written[0][1])
-    expected = plain_nats(model, split, 8).sum() / report["validation"]["tokens"]
+    report, metrics, samples = (json.loads(content) for content in written[0][:3])
+    expected = plain_nats(model, open_tokens(split.path), 8).sum() / report["validation"]["tokens"]
     assert report["loss"]["value"] == pytest.approx(expected, rel=1e-6)
     assert report["views"]["own"]["context"] == 16
     assert metrics == {name: report[name]["value"] for name in ("loss", "perplexity", "bits_per_byte")}
     assert report["tasks"] == {}  # no word of four letters comes twice in the tiny texts
     assert set(report["text"]["statistics"]) == {"greedy", "top_k", "nucleus", "human"}
-    assert len(read_json(tmp_path / "reports/samples.json")["samples"]) == 6
+    assert len(samples["samples"]) == 6
     report["tasks"] = {"cloze": {"accuracy": {"value": 0.25}}}
     assert likelihood.headline(report) == {**metrics, "cloze_accuracy": 0.25}

@@ -68,8 +68,6 @@ def test_the_paired_ratio_finds_what_two_separate_intervals_hide():
     assert one.low < two.high
     assert perplexity_ratio(worse, worse, tokens) == Interval(1.0, 1.0, 1.0)
     assert perplexity_ratio(1e6 * worse, worse, tokens).value == math.inf
-    with pytest.raises(ValueError, match="same documents"):
-        perplexity_ratio(worse, worse[1:], tokens)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (1678, 5153)])

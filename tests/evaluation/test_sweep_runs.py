@@ -3,7 +3,6 @@
 import os
 import shutil
 
-import numpy as np
 import pytest
 import yaml
 
@@ -11,7 +10,7 @@ from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.storage import atomic_folder, write_json
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import sweep_runs
-from compactgpt.evaluation.sweep_runs import run_sweep, select_documents
+from compactgpt.evaluation.sweep_runs import run_sweep
 from compactgpt.forecast.sweep import documents_sha256, read_sweep
 from tests.support.tiny_corpus import make_documents
 from tests.support.tiny_models import save_split, save_tokenizer
@@ -94,11 +93,3 @@ def test_an_unknown_source_is_refused(project):
     path.write_text(SWEEP.replace("train_source: tiny", "train_source: numpy"))
     with pytest.raises(BadConfig, match="no document is from 'numpy'"):
         run(project)
-
-
-def test_a_part_of_a_split_has_the_chosen_documents(project):
-    split = open_tokens(project / "data/tokens/train.tokens")
-    part = select_documents(split, [1, 4])
-    assert part.document_ids == [split.document_ids[1], split.document_ids[4]]
-    assert np.array_equal(part.document(1), split.document(4))
-    assert (part.header.documents, part.header.tokens) == (2, len(part.tokens))

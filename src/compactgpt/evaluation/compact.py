@@ -19,12 +19,7 @@ from compactgpt.model.weights import load_model
 
 
 def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> NeuralModel:
-    """Load our trained model as a `NeuralModel`.
-
-    Raises:
-        MissingInput: the folder has no checkpoint.
-        BadData: the checkpoint is damaged.
-    """
+    """Load our trained model; raises MissingInput without a checkpoint, and BadData if it is damaged."""
     return as_neural_model(load_model(folder, device), batch_size, encoding)
 
 

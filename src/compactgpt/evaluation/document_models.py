@@ -2,17 +2,14 @@
 
 import lzma
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from compactgpt import config
-from compactgpt.common.console import Progress
 from compactgpt.data.token_files import TokenFile
-from compactgpt.evaluation.likelihood import DocumentScores, document_text
+from compactgpt.evaluation.likelihood import DocumentModel, document_text
 from compactgpt.evaluation.ngram import train_ngrams
 
 if TYPE_CHECKING:
@@ -21,35 +18,17 @@ if TYPE_CHECKING:
 COUNTED_AT_ONCE = 2**24  # tokens that `make_unigram` counts in one step
 
 
-@dataclass(frozen=True)
-class DocumentModel:
-    """A model that scores each complete document, without windows."""
-
-    facts: Mapping[str, Any]
-    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
-    reads_tokens: bool
-
-    def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
-        """Return the negative log-likelihood of every document, in nats."""
-        total = split.header.documents
-        nats = np.empty(total)
-        for document in range(total):
-            nats[document] = self.document_nats(split, document)
-            progress(document + 1, total)
-        return DocumentScores(nats, np.diff(split.offsets) - 1 if self.reads_tokens else None)
-
-
 def make_unigram(train: TokenFile) -> DocumentModel:
     """Return a unigram model: each token's probability is its smoothed frequency in the train split.
 
-    p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing. The end-of-text
-    token has a probability, as in the neural models, although it is never scored.
+    p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing.
     """
     tokens, vocab_size = len(train.tokens), train.header.vocab_size
     counts = np.zeros(vocab_size, np.int64)  # (V,)
     for start in range(0, tokens, COUNTED_AT_ONCE):  # in steps, to limit memory
         counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)  # (V,)
+    # (V,); end-of-text has a probability, as in the neural models, although it is never scored
+    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)
     facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
 
     def document_nats(split: TokenFile, document: int) -> float:
@@ -74,11 +53,10 @@ def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return a model that scores a document by its compressed size.
+    """Return a model that scores a document by its compressed size, without the file format's own bytes.
 
-    A document's nats are ln 2 x 8 x its compressed bytes, without the file format's own bytes. A short
-    document compresses badly without a dictionary. With `train_megabytes`, the dictionary is the start of the
-    train split: the compressor knows the corpus, as a trained model does.
+    A document's nats are ln 2 x 8 x its compressed bytes. With `train_megabytes`, the dictionary is the start
+    of the train split: the compressor knows the corpus, as a trained model does.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -88,8 +66,11 @@ def make_compressor(
         if len(known) >= spec.train_megabytes * 10**6:
             break
         known += document_text(train, encoding, document) + b"\n"
-    dictionary = bytes(known[: spec.train_megabytes * 10**6])
-    compress = _xz(spec.level) if spec.codec == "xz" else _zstd(spec.level, dictionary)
+    if spec.codec == "xz":
+        chain = [{"id": lzma.FILTER_LZMA2, "preset": spec.level | lzma.PRESET_EXTREME}]
+        compress = partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)  # no .xz container
+    else:
+        compress = _zstd(spec.level, bytes(known[: spec.train_megabytes * 10**6]))
 
     def document_nats(split: TokenFile, document: int) -> float:
         return 8 * math.log(2) * len(compress(document_text(split, encoding, document)))
@@ -98,19 +79,8 @@ def make_compressor(
     return DocumentModel(facts, document_nats, reads_tokens=False)
 
 
-def _xz(level: int) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with LZMA2, without the .xz container."""
-    chain = [{"id": lzma.FILTER_LZMA2, "preset": level | lzma.PRESET_EXTREME}]
-    return partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)
-
-
-def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with zstd, without optional header fields.
-
-    Args:
-        level: the compression level.
-        known: the dictionary; may be empty.
-    """
+def _zstd(level: int, known: bytes) -> "partial[bytes]":
+    """Return a function that compresses bytes with zstd and a dictionary, without optional header fields."""
     import zstandard
 
     settings = zstandard.ZstdCompressionParameters.from_level(
@@ -125,4 +95,4 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
     if known:
         dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
         dictionary.precompute_compress(compression_params=settings)
-    return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=settings).compress
+    return partial(zstandard.ZstdCompressor(dict_data=dictionary, compression_params=settings).compress)

@@ -1,10 +1,8 @@
 """Generate text with a neural model by greedy decoding, top-k sampling and nucleus sampling.
 
-Each continuation has its own random stream. The prompts are the prompts in params.yaml and the beginnings of
-val documents. The rest of a val document is the human text that generated text is compared with. The start
-token precedes every prompt, as it precedes every document in evaluation.
-
-Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
+The prompts are those of params.yaml and the beginnings of val documents. The rest of a val document is the
+human text that generated text is compared with. The start token precedes every prompt, as it precedes every
+document in evaluation. Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
 """
 
 import hashlib
@@ -30,6 +28,9 @@ if TYPE_CHECKING:
 
 Sampler = Callable[[Floats], int]  # logits (V,) -> token
 STRATEGIES = ("greedy", "top_k", "nucleus")
+
+
+# --- choosing the next token
 
 
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
@@ -93,31 +94,7 @@ def make_sampler(strategy: str, text: Text, prompt: str) -> Sampler:
     return lambda logits: draw(generator, probabilities(logits))
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """The text that a model generated after a prompt."""
-
-    tokens: list[int]  # in the model's tokens, without end-of-text
-    ended: bool  # True if the model generated end-of-text before the limit
-
-
-def continue_prompts(
-    model: NeuralModel,
-    prompts: Sequence[list[int]],
-    samplers: Sequence[Sampler],
-    max_new_tokens: int,
-    end: int,
-) -> list[Continuation]:
-    """Continue all prompts in one batch; see `generate_tokens`."""
-    new: list[list[int]] = [[] for _ in prompts]
-    for step in generate_tokens(model, prompts, samplers, max_new_tokens, end):
-        for tokens, token in zip(new, step, strict=True):
-            if token is not None:
-                tokens.append(token)
-    ended = [tokens[-1:] == [end] for tokens in new]
-    return [
-        Continuation(tokens[:-1] if done else tokens, done) for tokens, done in zip(new, ended, strict=True)
-    ]
+# --- running the model
 
 
 def generate_tokens(
@@ -135,17 +112,18 @@ def generate_tokens(
     """
     import torch
 
+    device = model.head.device
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     step = None
     if model.decoder is not None and longest + max_new_tokens <= model.block_size:
-        step = model.decoder(torch.tensor(padding, device=model.head.device))
+        step = model.decoder(torch.tensor(padding, device=device))
     texts = [list(prompt) for prompt in prompts]
     unread = [[end] * missing + prompt for missing, prompt in zip(padding, prompts, strict=True)]  # (B, T)
     ended = [False] * len(prompts)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            last = step(torch.tensor(unread, device=model.head.device)) if step else _read_again(model, texts)
+            last = step(torch.tensor(unread, device=device)) if step else _read_again(model, texts)
             logits: Floats = (last @ model.head.T).cpu().double().numpy()  # (B, C) @ (C, V)
         rows = zip(samplers, logits, ended, strict=True)
         tokens = [None if done else sampler(row) for sampler, row, done in rows]
@@ -170,6 +148,9 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
     return model.hidden(fed.to(model.head.device))[torch.arange(len(seen)), last]
 
 
+# --- the stages' report
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A text to continue. If the text begins a document, `human` is the document's next text."""
@@ -182,10 +163,8 @@ class Prompt:
 def choose_prompts(text: Text, split: TokenFile, encoding: "tiktoken.Encoding") -> list[Prompt]:
     """Return the prompts of params.yaml, then the beginnings of documents spread evenly over the split.
 
-    A document must be long enough for the prompt and for `max_new_tokens` of human text.
-
-    Raises:
-        BadConfig: fewer than two documents are long enough.
+    A document must be long enough for the prompt and for `max_new_tokens` of human text. Raises BadConfig if
+    fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)
@@ -211,24 +190,22 @@ def generate_texts(
     text: Text,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Continue every prompt by every decoding strategy.
+    """Continue every prompt by every decoding strategy, and return the report.
 
-    Returns:
-        The report. `settings`: the section `evaluation.text` of params.yaml, without its prompts. `samples`:
-        for each prompt, the text by each strategy and its number of tokens in the model's tokens.
-        `statistics`: for each strategy, the statistics of the texts that continue documents; `human` has the
-        statistics of human text of the same length. `formulas`: the definition of each statistic.
-
-    Raises:
-        BadConfig: the split has too few documents to continue.
+    `samples` has each prompt with its continuations. `statistics` has, for each strategy, the statistics of
+    the texts that continue documents, and those of human text of the same length. Raises BadConfig if the
+    split has too few documents to continue.
     """
     prompts = choose_prompts(text, split, encoding)
     samples: list[dict[str, Any]]
     samples = [{"prompt": prompt.text, "document": prompt.document} for prompt in prompts]
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]
-    generated = _generate(model, [(sample["prompt"], strategy) for sample, strategy in jobs], text, progress)
-    for (sample, strategy), found in zip(jobs, generated, strict=True):
-        sample[strategy] = found
+    for start in range(0, len(jobs), text.batch_size):
+        batch = jobs[start : start + text.batch_size]
+        found = _continue(model, [(sample["prompt"], strategy) for sample, strategy in batch], text)
+        for (sample, strategy), continuation in zip(batch, found, strict=True):
+            sample[strategy] = continuation
+        progress(start + len(batch), len(jobs))
     figures = {}
     for strategy in STRATEGIES:
         texts = [sample[strategy] for sample in samples if sample["document"] is not None]
@@ -239,19 +216,17 @@ def generate_texts(
     return {"settings": settings, "samples": samples, "statistics": figures, "formulas": SOURCES}
 
 
-def _generate(
-    model: NeuralModel, jobs: Sequence[tuple[str, str]], text: Text, progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """Yield the continuation of each (prompt, strategy); the model runs batches of `text.batch_size`."""
+def _continue(model: NeuralModel, jobs: Sequence[tuple[str, str]], text: Text) -> Iterator[dict[str, Any]]:
+    """Yield the continuation of each (prompt, strategy), all generated in one batch."""
     codec = model.codec
     assert codec is not None
-    for start in range(0, len(jobs), text.batch_size):
-        batch = jobs[start : start + text.batch_size]
-        prompts = [[codec.first_token, *codec.encode(prompt)] for prompt, _ in batch]
-        samplers = [make_sampler(strategy, text, prompt) for prompt, strategy in batch]
-        for found in continue_prompts(model, prompts, samplers, text.max_new_tokens, codec.first_token):
-            yield {"text": codec.decode(found.tokens), "tokens": len(found.tokens), "ended": found.ended}
-        progress(start + len(batch), len(jobs))
+    end = codec.first_token
+    prompts = [[end, *codec.encode(prompt)] for prompt, _ in jobs]
+    samplers = [make_sampler(strategy, text, prompt) for prompt, strategy in jobs]
+    steps = generate_tokens(model, prompts, samplers, text.max_new_tokens, end)
+    for row in zip(*steps, strict=True):
+        tokens = [token for token in row if token not in (None, end)]
+        yield {"text": codec.decode(tokens), "tokens": len(tokens), "ended": end in row}
 
 
 def samples_markdown(report: Mapping[str, Any]) -> str:

@@ -1,27 +1,16 @@
 """Score a language model on the val split: per-document losses, and the report that is made from them.
 
-A `LanguageModel` returns the negative log-likelihood of each document in nats. `evaluate` checks that it is
-finite. `summarize` computes each metric as a total over all documents, divided once. All models see the same
-text: each document is cut into windows, and one token precedes each window: end-of-text at a document's
-start, else the last token of the previous window. End-of-text is never scored. Every other token is scored
-exactly once.
-
-A neural model (`NeuralModel`) has two more views, in its own tokens, if `evaluation.likelihood.views` names
-them. Their context is as long as the model and `evaluation.likelihood.own_context` allow:
-
-- own: windows of the context's length, without overlap.
-- strided: overlapping windows, each of which ends one stride after the previous window. A window scores only
-  the tokens that no earlier window scored. A scored token has at least context - stride tokens before it, or
-  all earlier tokens of the document (transformers, perplexity.md).
-
-Shapes: B windows, T tokens of the longest window, C channels, V tokens of the vocabulary, N targets.
+All models see the same text: each document is cut into windows, and one token precedes each window,
+end-of-text at a document's start, else the last token of the previous window. End-of-text is never scored.
+Every other token is scored exactly once. Shapes: B windows, T tokens of the longest window, C channels,
+V tokens of the vocabulary, N targets.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +19,7 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, BadData, NotFinite
 from compactgpt.common.storage import sha256_file
 from compactgpt.config import Likelihood, View
-from compactgpt.data.token_files import TokenFile, Window, evaluation_windows
+from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, pack_documents
 from compactgpt.evaluation.totals import Counts, Floats, Positions, Totals, by_position, figures
 
 # Only the functions that run a neural model import torch: importing torch would delay a compressor's stage.
@@ -44,6 +33,12 @@ HEAD_ROWS = 256  # rows of one product with the head: 51 MB of float32 logits at
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: a larger pass needs more memory and is no faster
 SORTED_WINDOWS = 4096  # windows sorted by length in one group, so that batches have little padding
 
+Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the start token and the document's tokens
+# From the next tokens, (B, T), to the hidden state of the last token, (B, C).
+Step = Callable[["torch.Tensor"], "torch.Tensor"]
+# From logits (N, V), which the function may overwrite, and targets (N,) to scores (N, ...).
+Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+
 
 @dataclass(frozen=True)
 class DocumentScores:
@@ -52,23 +47,6 @@ class DocumentScores:
     nats: Floats  # (documents,), negative log-likelihood of each document
     own_tokens: Counts | None  # (documents,), in the model's own tokens; None for a model without tokens
     positions: Positions | None = None  # None for a model without a window
-
-
-class LanguageModel(Protocol):
-    """A model that can score every document of a split."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """Facts about the model for the report: kind, num_params, context and the source of the weights."""
-
-    def score(self, split: TokenFile, window: int, progress: Progress, /) -> DocumentScores:
-        """Return the negative log-likelihood of every document, in nats.
-
-        A model with a context cuts each document into windows of `window` tokens of the split.
-        """
-
-
-Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the start token and the document's tokens
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
@@ -80,7 +58,8 @@ def document_streams(split: TokenFile) -> Iterator[Stream]:
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
     """Cut streams into overlapping windows of at most `context` tokens, each one `stride` after the previous.
 
-    Every token of a stream except the first is a target exactly once.
+    Every token of a stream except the first is a target exactly once. It has at least context - stride tokens
+    before it, or all earlier tokens of the document (transformers, perplexity.md).
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -107,19 +86,14 @@ class Codec:
     first_token: int  # the start token, which precedes a document and also ends one
 
 
-# From the next tokens, (B, T), to the hidden state of the last token, (B, C).
-Step = Callable[["torch.Tensor"], "torch.Tensor"]
-
-
 @dataclass(frozen=True)
 class NeuralModel:
-    """A causal neural model as a `LanguageModel`.
+    """A causal neural model whose logits are `hidden(tokens) @ head.T`.
 
-    The logits must be `hidden(tokens) @ head.T`. No position may depend on tokens to its right, because the
-    windows of a batch are padded on the right.
+    No position may depend on tokens to its right, because the windows of a batch are padded on the right.
     """
 
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any]  # for the report: kind, num_params, context and the source of the weights
     hidden: "Callable[[torch.Tensor], torch.Tensor]"  # (B, T) int64 -> (B, T, C)
     head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
     block_size: int  # the largest T that `hidden` accepts
@@ -131,21 +105,23 @@ class NeuralModel:
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Return the negative log-likelihood of every document, in nats.
+        """Return the per-document losses in windows of `window` tokens of the split.
 
-        The text is cut at the same positions for every model.
+        The windows end at the same positions of the text for every model.
         """
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
         self, split: TokenFile, view: View, likelihood: Likelihood, progress: Progress
     ) -> DocumentScores:
-        """Return the negative log-likelihood of every document in a view; see the module's docstring."""
+        """Return the per-document losses in a view: windows of the model's own tokens and context.
+
+        The windows of the view `own` do not overlap. Those of `strided` overlap.
+        """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
-        if view == "own":
-            windows = own_windows(streams, context)
-        else:
+        windows = own_windows(streams, context)
+        if view == "strided":
             windows = strided_windows(streams, context, stride)
         return self._sum_by_document(split, windows, stride, progress)
 
@@ -153,11 +129,6 @@ class NeuralModel:
         """Return the context and the stride of a view, in the model's tokens."""
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
-
-    def reads_matched_windows(self, likelihood: Likelihood) -> bool:
-        """Return whether the windows of the view `own` are the windows that every model reads."""
-        context, _ = self.view_sizes("own", likelihood)
-        return self.windows is evaluation_windows and context == likelihood.window
 
     def _sum_by_document(
         self, split: TokenFile, windows: Iterable[Window], stride: int, progress: Progress
@@ -172,7 +143,9 @@ class NeuralModel:
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)
-            bucket = position_buckets(len(scored.tokens) - len(values), len(scored.tokens))
+            # Positions in the window count from 1; see `Positions` for the buckets.
+            position = np.arange(len(scored.tokens) - len(values), len(scored.tokens)) + 1
+            bucket = np.ceil(np.log2(position)).astype(np.int64)
             np.add.at(positions.nats[scored.document], bucket, values)
             np.add.at(positions.tokens[scored.document], bucket, 1)
             if done % self.batch_size == 0 and done < total:
@@ -182,14 +155,28 @@ class NeuralModel:
         return DocumentScores(nats, own_tokens, positions)
 
 
-def position_buckets(start: int, end: int) -> Counts:
-    """Return the bucket of each position of a window from `start` up to, but not including, `end`."""
-    buckets: Counts = np.ceil(np.log2(np.arange(start + 1, end + 1))).astype(np.int64)
-    return buckets
+@dataclass(frozen=True)
+class DocumentModel:
+    """A model that scores each complete document, without windows."""
+
+    facts: Mapping[str, Any]
+    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
+    reads_tokens: bool
+
+    def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
+        """Return the per-document losses."""
+        total = split.header.documents
+        nats = np.empty(total)
+        for document in range(total):
+            nats[document] = self.document_nats(split, document)
+            progress(document + 1, total)
+        return DocumentScores(nats, np.diff(split.offsets) - 1 if self.reads_tokens else None)
 
 
-# From logits (N, V), which the function may overwrite, and targets (N,) to scores (N, ...).
-Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+LanguageModel = NeuralModel | DocumentModel
+
+
+# --- running a neural model
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
@@ -207,16 +194,13 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets. (targets, ...)
+    """Yield each window with the scores of its targets, (targets, ...), in another order.
 
-    In each group of SORTED_WINDOWS windows, the longest window comes first.
-
-    Raises:
-        BadConfig: a window is longer than the model's context.
+    Raises BadConfig if a window is longer than the model's context.
     """
     remaining = iter(windows)
     while group := list(islice(remaining, SORTED_WINDOWS)):
-        group.sort(key=lambda window: -len(window.tokens))
+        group.sort(key=lambda window: -len(window.tokens))  # the longest first
         if len(group[0].tokens) > model.block_size:
             raise BadConfig(
                 f"a window of {len(group[0].tokens):,} tokens does not fit the model's context of "
@@ -233,12 +217,16 @@ def score_targets(
 
 
 def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[Floats]:
-    """Return the scores of each window's targets, for one batch."""
+    """Return the scores of each window's targets; the first window is the longest."""
     import torch
 
-    device = model.head.device
-    tokens, predicting = _pad_windows(batch)  # (B, T) each
-    lengths = [len(window.targets) for window in batch]
+    device, T = model.head.device, len(batch[0].tokens)
+    tokens = torch.zeros(len(batch), T, dtype=torch.int64)  # padded on the right
+    predicting = torch.zeros(len(batch), T, dtype=torch.bool)  # positions that predict a target
+    for row, window in enumerate(batch):
+        end = len(window.tokens)
+        tokens[row, :end] = torch.from_numpy(window.tokens)
+        predicting[row, end - len(window.targets) : end] = True  # earlier tokens are only context
     targets = torch.from_numpy(np.concatenate([window.targets for window in batch])).to(device)  # (N,)
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))  # (B, T, C)
@@ -251,25 +239,63 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
             chunk_logits = torch.mm(chunk, model.head.T, out=logits[: len(chunk)])  # (HEAD_ROWS, V) at most
             scores.append(score(chunk_logits.float(), targets[start : start + HEAD_ROWS]))
         values: Floats = torch.cat(scores).cpu().double().numpy()  # (N, ...)
-    return np.split(values, np.cumsum(lengths)[:-1])
+    return np.split(values, np.cumsum([len(window.targets) for window in batch])[:-1])
 
 
-def _pad_windows(batch: list[Window]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Return the tokens of a batch, padded on the right, and a mask of positions that predict a target.
+# --- the split that is scored, and the report
 
-    Returns:
-        Two tensors (B, T): int64 and bool.
+
+def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
+    """Return a split in memory with other documents: rows of `pack_documents`. It keeps the split's path."""
+    header = split.header
+    found = pack_documents(rows, vocab_size=header.vocab_size, eot_token=header.eot_token)
+    offsets = np.concatenate([[0], found.lengths.cumsum()])  # (documents + 1,)
+    header = replace(header, tokens=len(found.tokens), documents=len(found.lengths))
+    return TokenFile(split.path, header, found.tokens, offsets, found.byte_lengths, found.ids)
+
+
+def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
+    """Return a split in memory with some documents of another one."""
+    return with_documents(
+        split,
+        (
+            (split.ids[index].tobytes(), split.byte_lengths[index], split.document(index))
+            for index in documents
+        ),
+    )
+
+
+def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
+    """Return the part of a split that every model scores: the first `document_tokens` of each document.
+
+    A long document would dominate the metrics and widen their intervals. A cut that falls inside a UTF-8
+    character is moved to the front of the character, since some tokenizers read only valid text.
     """
-    import torch
+    limit = likelihood.document_tokens
+    if limit is None:
+        return split
+    rows = []
+    for index in range(split.header.documents):
+        tokens, length = split.document(index), int(split.byte_lengths[index])
+        if len(tokens) > limit:
+            tokens, text = tokens[:limit], encoding.decode_bytes(tokens[:limit].tolist())
+            while text.decode(errors="ignore").encode() != text:
+                tokens = tokens[:-1]
+                text = encoding.decode_bytes(tokens.tolist())
+            length = len(text)
+        rows.append((split.ids[index].tobytes(), length, tokens))
+    return with_documents(split, rows)
 
-    longest = max(len(window.tokens) for window in batch)
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    predicting = torch.zeros(len(batch), longest, dtype=torch.bool)
-    for row, window in enumerate(batch):
-        end = len(window.tokens)
-        tokens[row, :end] = torch.from_numpy(window.tokens)
-        predicting[row, end - len(window.targets) : end] = True  # earlier tokens are only context
-    return tokens, predicting
+
+def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
+    """Return the UTF-8 text of a document; raises BadData if another encoding made the token file."""
+    text = encoding.decode_bytes(split.document(document).tolist())
+    if len(text) != split.byte_lengths[document]:
+        raise BadData(
+            f"document {split.document_ids[document]} of {split.path} decodes to {len(text):,} bytes, but "
+            f"{split.byte_lengths[document]:,} bytes were tokenized: run `dvc repro -f download tokenization`"
+        )
+    return text
 
 
 def evaluate(
@@ -281,30 +307,24 @@ def evaluate(
 ) -> Totals:
     """Return a model's per-document losses on a split.
 
-    Args:
-        model: the model.
-        split: the token file of the split.
-        encoding: the encoding of the token file.
-        likelihood: section `evaluation.likelihood`.
-        progress: called after each step.
-
-    Raises:
-        BadData: the split has no token to score, or another encoding made the token file.
-        NotFinite: the loss of a document is infinite or NaN.
+    Raises BadData if the split has no token to score or was made with another encoding, and NotFinite if the
+    loss of a document is infinite or NaN.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():
         raise BadData(f"{split.path} has no token to score: add text, or raise tokenization.val_fraction")
     words = [len(document_text(split, encoding, index).decode().split()) for index in range(len(tokens))]
     scores = model.score(split, likelihood.window, progress)
-    found: dict[str, Floats] = {}
+    views: dict[str, Floats] = {}
     if isinstance(model, NeuralModel):
+        context, _ = model.view_sizes("own", likelihood)
+        is_own = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            if view == "own" and model.reads_matched_windows(likelihood):
-                found[view] = scores.nats
-            else:
-                found[view] = model.score_view(split, view, likelihood, progress).nats
-    for nats in (scores.nats, *found.values()):
+            found = scores
+            if view != "own" or not is_own:  # else the windows are those that are scored already
+                found = model.score_view(split, view, likelihood, progress)
+            views[view] = found.nats
+    for nats in (scores.nats, *views.values()):
         for document in np.flatnonzero(~np.isfinite(nats))[:1]:
             raise NotFinite(
                 f"document {split.document_ids[document]} of {split.path} got {nats[document]} nats: the "
@@ -317,51 +337,9 @@ def evaluate(
         scores.own_tokens,
         scores.nats,
         np.array(words, np.int64),
-        found,
+        views,
         scores.positions,
     )
-
-
-def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
-    """Return the part of a split that every model scores: the first `document_tokens` of each document.
-
-    A long document would dominate the metrics and widen their intervals. A cut that falls inside a UTF-8
-    character is moved to the front of the character, since some tokenizers read only valid text. The result
-    is in memory, and keeps the path of the complete split.
-    """
-    limit = likelihood.document_tokens
-    if limit is None:
-        return split
-    end_of_text = np.array([split.header.eot_token], split.tokens.dtype)
-    parts, lengths, byte_lengths = [], [], split.byte_lengths.copy()
-    for index in range(split.header.documents):
-        tokens = split.document(index)
-        if len(tokens) > limit:
-            tokens, text = tokens[:limit], encoding.decode_bytes(tokens[:limit].tolist())
-            while text.decode(errors="ignore").encode() != text:
-                tokens = tokens[:-1]
-                text = encoding.decode_bytes(tokens.tolist())
-            byte_lengths[index] = len(text)
-        parts += [tokens, end_of_text]
-        lengths.append(len(tokens) + 1)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # (documents + 1,)
-    header = replace(split.header, tokens=int(offsets[-1]))
-    return TokenFile(split.path, header, np.concatenate(parts), offsets, byte_lengths, split.ids)
-
-
-def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
-    """Return the UTF-8 text of a document of a split.
-
-    Raises:
-        BadData: another encoding made the token file.
-    """
-    text = encoding.decode_bytes(split.document(document).tolist())
-    if len(text) != split.byte_lengths[document]:
-        raise BadData(
-            f"document {split.document_ids[document]} of {split.path} decodes to {len(text):,} bytes, but "
-            f"{split.byte_lengths[document]:,} bytes were tokenized: run `dvc repro -f download tokenization`"
-        )
-    return text
 
 
 def summarize(
@@ -369,11 +347,9 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report of one model.
 
-    Each metric is a total over all documents, divided once, with a 95 % interval between documents.
     Loss and perplexity are per token of the split's tokenizer (GPT-2's), even if the model has another
-    tokenizer, so that all models can be compared. Bits per byte does not depend on a tokenizer. Word
-    perplexity is defined as in lm-evaluation-harness: exp(nats of the complete text, with white space /
-    number of words).
+    tokenizer, so that all models can be compared. Word perplexity is defined as in lm-evaluation-harness:
+    exp(nats of the complete text, with white space / number of words).
     """
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
     report = {

@@ -1,8 +1,8 @@
 """Train and score the runs of a sweep in this process: `compactgpt experiment run seeds`.
 
-All runs use the token files that `dvc repro tokenization` wrote. Each run is scored on the val split as the
-stage `evaluation` scores it. results/NAME.json is written after each run. A run that is already in the file
-is not run again, and a run that was stopped resumes.
+All runs use the token files that `dvc repro tokenization` wrote, and are scored as the stage `evaluation`
+scores. results/NAME.json is written after each run. A run that is already in the file is not run again, and a
+run that was stopped resumes.
 """
 
 import time
@@ -18,10 +18,9 @@ from compactgpt.common.errors import BadConfig, Busy
 from compactgpt.common.storage import sha256_file, write_json
 from compactgpt.config import Params
 from compactgpt.data.documents import read_names, row_groups
-from compactgpt.data.token_files import TokenFile
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.evaluation.compact import as_neural_model
-from compactgpt.evaluation.likelihood import scored_split
+from compactgpt.evaluation.likelihood import scored_split, select_documents
 from compactgpt.experiments import SweepGroup, SweepPoint, load_changed_params, sweep_points
 from compactgpt.forecast.sweep import (
     ScoredDocuments,
@@ -51,17 +50,9 @@ def run_sweep(
 ) -> None:
     """Train and score the runs of a sweep that `path` does not have yet; write `path` after each run.
 
-    Args:
-        name: the name of the sweep.
-        params_file: the configuration that the values of each run are set in.
-        settings: `key=value` settings for all runs.
-        path: the results file to write.
-        folder: the folder of training states, and of the models that later runs start from.
-        log: called with a message after each run.
-
-    Raises:
-        MissingInput: the token files do not exist.
-        Busy: the user stopped the run; its training state is saved.
+    `settings` are `key=value` settings for all runs. `folder` holds training states, and the models that
+    later runs start from. Raises MissingInput if the token files do not exist, and Busy if the user stopped
+    the run; its training state is saved.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -97,30 +88,28 @@ class SweepRunner:
     """The token files and the scored part of val, which all runs of a sweep share."""
 
     def __init__(self, params: Params, folder: Path) -> None:
-        """Open the token files; see `run_sweep`."""
         self.params, self.folder = params, folder
         self.splits, self.encoding = open_splits(DATA / "tokens"), load_encoding(DATA / "tokenizer")
         self.scored = scored_split(self.splits.val, self.encoding, params.evaluation.likelihood)
+        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # of each scored document
         names = [name for group in row_groups(DATA / "documents") for name in read_names(group)]
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
         """Return the content of `path` if its runs have our corpus and recipe, else a result without runs."""
-        tokens = np.diff(self.scored.offsets) - 1
         ids = self.splits.val.document_ids
-        documents = ScoredDocuments(
-            ids_sha256=documents_sha256(ids, tokens.tolist()),
-            tokens=tuple(tokens.tolist()),
-            sources=tuple(self.sources[name] for name in ids),
-        )
         empty = Sweep(
             corpus=corpus_settings(self.params),
             settings=recipe(self.params),
             data_sha256=sha256_file(self.splits.val.path),
             train_tokens=self.splits.train.header.tokens,
-            val_tokens=int(tokens.sum()),
+            val_tokens=sum(self.tokens),
             document_tokens=self.params.evaluation.likelihood.document_tokens,
-            documents=documents,
+            documents=ScoredDocuments(
+                ids_sha256=documents_sha256(ids, self.tokens),
+                tokens=tuple(self.tokens),
+                sources=tuple(self.sources[name] for name in ids),
+            ),
             runs=(),
         )
         found = read_sweep(path)
@@ -156,9 +145,8 @@ class SweepRunner:
 
     def score(self, point: SweepPoint, model: GPT, train_loss: float) -> SweepRun:
         """Return a run with its losses on the val split, as the stage `evaluation` computes them."""
-        likelihood = point.params.evaluation.likelihood
+        likelihood, training = point.params.evaluation.likelihood, point.params.training
         scores = as_neural_model(model, likelihood.batch_size).score(self.scored, likelihood.window, silent)
-        training, tokens = point.params.training, np.diff(self.scored.offsets) - 1
         return SweepRun(
             name=point.name,
             group=point.group,
@@ -170,17 +158,6 @@ class SweepRunner:
             tokens_per_step=training.tokens_per_step,
             optimizer=training.optimizer,
             train_loss=train_loss,
-            loss=float(scores.nats.sum()) / int(tokens.sum()),
+            loss=float(scores.nats.sum()) / sum(self.tokens),
             nats=tuple(round(nats, 6) for nats in scores.nats.tolist()),
         )
-
-
-def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
-    """Return a split in memory with some documents of another one."""
-    chosen = np.array(documents)
-    parts = [split.tokens[split.offsets[index] : split.offsets[index + 1]] for index in documents]
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-    header = replace(split.header, tokens=int(offsets[-1]), documents=len(documents))
-    return TokenFile(
-        split.path, header, np.concatenate(parts), offsets, split.byte_lengths[chosen], split.ids[chosen]
-    )

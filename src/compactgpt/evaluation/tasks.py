@@ -60,24 +60,11 @@ class Item:
     target: str  # with the space before it
 
 
-@dataclass(frozen=True)
-class Answers:
-    """A model's score for each item."""
-
-    nats: Floats  # (items,), negative log-likelihood of the target
-    hits: Flags  # (items,), True if the answer is correct
-
-
 def fetch_source(source: Source) -> Path:
-    """Return the path of a task's file: a local file, or a file that is downloaded from the hub.
+    """Return the path of a task's file: a local file, or a file in the hub's standard cache.
 
-    A downloaded file is kept in the hub's standard cache.
-
-    Raises:
-        MissingInput: the local file does not exist.
-        Unreachable: the file is not in the cache, and the hub can't be reached.
-        BadConfig: the hub does not have the file.
-        BadData: the SHA-256 of the file is not the hash in params.yaml.
+    Raises MissingInput, Unreachable or BadConfig if there is no such file here or on the hub, and BadData if
+    its SHA-256 is not the hash in params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -95,12 +82,9 @@ def fetch_source(source: Source) -> Path:
 
 
 def read_lambada(path: Path) -> list[Item]:
-    """Read the passages of a LAMBADA file. The target is the text after the last space.
+    """Read the passages of a LAMBADA file: JSON lines with the key `text`. Raises BadData for another file.
 
-    Each line of the file is a JSON object with the key `text`.
-
-    Raises:
-        BadData: a line is not such a JSON object, or a passage has only one word.
+    The target is the text after the last space.
     """
     items = []
     try:
@@ -117,10 +101,9 @@ def read_lambada(path: Path) -> list[Item]:
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
     """Return the items of the cloze, chosen from the documents of a split.
 
-    The choice depends only on the documents. A target is a word of four or more letters that occurs earlier
-    in its passage, so the context helps; four of five targets of LAMBADA have this property. Each turn takes
-    one candidate of each document, in the order of a hash. So all documents have nearly the same weight, and
-    a change of one document does not change the candidates of another.
+    A target is a word of four or more letters that occurs earlier in its passage, so the context helps; four
+    of five targets of LAMBADA have this property. All documents have nearly the same weight, and a change of
+    one document does not change the candidates of another.
     """
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
@@ -169,12 +152,11 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
     return Window(index, 0, stream[:-1], stream[1:][-targets:])
 
 
-def answer(model: NeuralModel, items: Sequence[Item]) -> tuple[Answers, Answers]:
-    """Score a model's prediction of the last word of every passage.
+def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
+    """Score a model's prediction of the last word of every passage; each array is (T, 3), T target tokens.
 
-    Returns:
-        The answers for the complete target, and the answers for only its last token. The model may not choose
-        a stop word as the last token; the nats of the last token still include stop words.
+    The columns are the nats of the token; whether it is the most likely token; whether it is the most likely
+    token that is not a stop word.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -193,28 +175,24 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> tuple[Answers, Answers]
 
     windows = [item_window(codec, item, index, model.block_size) for index, item in enumerate(items)]
     scores = {window.document: values for window, values in score_targets(model, windows, score)}
-    by_item = [scores[index] for index in range(len(items))]  # (T, 3) each
-    nats = np.array([each[:, 0].sum() for each in by_item])
-    hits = np.array([each[:, 1].all() for each in by_item], bool)
-    last = np.array([each[-1] for each in by_item]).reshape(-1, 3)
-    return Answers(nats, hits), Answers(last[:, 0], last[:, 2].astype(bool))
+    return [scores[index] for index in range(len(items))]
 
 
-def answer_figures(items: Sequence[Item], answers: Answers) -> dict[str, Any]:
+def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
 
-    Accuracy has a Wilson interval, perplexity an interval between items. `hits` has a 1 for each
-    correct answer and a 0 for each other answer. Two models can be compared item by item if their
-    `items_sha256` are equal.
+    `nats` are those of each item's target, `hits` are True for correct answers; both are (items,). The
+    report's `hits` has a 1 for each correct answer and a 0 for each other answer. Two models can be compared
+    item by item if their `items_sha256` are equal.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
-    loss = ratio_interval(answers.nats, np.ones(len(items)))
+    loss = ratio_interval(nats, np.ones(len(items)))
     return {
         "items": len(items),
         "items_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "accuracy": asdict(wilson(int(answers.hits.sum()), len(items))),
+        "accuracy": asdict(wilson(int(hits.sum()), len(items))),
         "perplexity": loss.map(perplexity).as_report(),
-        "hits": "".join("1" if hit else "0" for hit in answers.hits),
+        "hits": "".join("1" if hit else "0" for hit in hits),
     }
 
 
@@ -233,10 +211,12 @@ def run_tasks(
     report: dict[str, Any] = {}
     for done, (name, items) in enumerate(tasks.items(), 1):
         if items:
-            whole, last_token = answer(model, items)
-            report[name] = answer_figures(items, whole)
+            scores = answer(model, items)
+            nats = np.array([each[:, 0].sum() for each in scores])
+            report[name] = answer_figures(items, nats, np.array([each[:, 1].all() for each in scores]))
             if name == "lambada_word":
-                report["lambada_last_token"] = answer_figures(items, last_token)
+                last = np.array([each[-1] for each in scores])  # (items, 3)
+                report["lambada_last_token"] = answer_figures(items, last[:, 0], last[:, 2] > 0)
         progress(done, len(tasks))
     for name, source in settings.wikitext.items():
         lines = read_lines(fetch_source(source))

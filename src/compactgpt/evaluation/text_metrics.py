@@ -1,11 +1,8 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
 Each statistic is a total over all continuations by one strategy, divided once. Texts are in the split's
-tokens (GPT-2's) for every model, so that all models and human text can be compared. The caller cuts all texts
-to the same length. All intervals are 95 % intervals. Shares of continuations have Wilson intervals. Other
-statistics have jackknife intervals with Student's t, which leave out one continuation at a time (Efron and
-Stein 1981, The Jackknife Estimate of Variance). A bootstrap would draw a continuation twice and count the
-copy as repetition.
+tokens (GPT-2's) for every model, and the caller cuts them to the same length, so that all models and human
+text can be compared. All intervals are 95 % intervals.
 """
 
 import math
@@ -67,19 +64,13 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 
 
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
-    """Return a statistic of texts with its 95 % jackknife interval.
+    """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
 
-    Few texts give an uncertain variance, so the interval is Student's, with n - 1 degrees of freedom.
-
-    Args:
-        texts: the tokens of each continuation.
-        figure: the statistic, which is at least 0.
-        highest: the highest possible value of the statistic.
-
-    Returns:
-        The interval; None if the statistic is undefined for all texts or without one of the texts.
+    One text is left out at a time (Efron and Stein 1981, The Jackknife Estimate of Variance). The interval is
+    Student's, with n - 1 degrees of freedom. None: the statistic is undefined for all texts or without one.
     """
     value, n = figure(texts), len(texts)
+    # A bootstrap would draw a continuation twice and count the copy as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # one text has no variance
@@ -92,9 +83,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
     """Return all statistics of the continuations by one strategy, each with its interval.
 
-    Args:
-        texts: the tokens of each continuation.
-        ended: whether each continuation reached end-of-text; None for human text, which is cut.
+    `ended` says whether each continuation reached end-of-text; it is None for human text, which is cut.
     """
     shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),

@@ -47,15 +47,10 @@ class Totals:
 
 
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
-    """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
+    """Return loss, perplexity, word perplexity and bits per byte of a view, each with its 95 % interval.
 
-    A perplexity is None if it is too large for a float: that of a diverged model, or that of the words of a
-    text without spaces.
-
-    Args:
-        nats: the negative log-likelihood of each document in one view. (documents,)
-        totals: the counts of each document.
-        chosen: the documents to use; None: all. (documents,)
+    `nats` are those of the view, `chosen` selects documents; both are (documents,). A perplexity is None if
+    it is too large for a float: that of a diverged model, or that of the words of a text without spaces.
     """
     scored = totals.tokens > 0
     if chosen is not None:
@@ -90,9 +85,8 @@ def by_position(positions: Positions) -> list[dict[str, Any]]:
 
 
 def _ratio(nats: Floats, units: npt.NDArray[Any]) -> Interval:
-    """Return nats per unit with its interval; a loss is never below 0."""
     found = ratio_interval(nats, units.astype(float))
-    return replace(found, low=max(0.0, found.low))
+    return replace(found, low=max(0.0, found.low))  # a loss is never below 0
 
 
 def write_totals(path: Path, totals: Totals) -> None:
@@ -113,11 +107,9 @@ def write_totals(path: Path, totals: Totals) -> None:
 
 
 def read_totals(path: Path) -> Totals:
-    """Read the per-document losses and counts that `write_totals` wrote.
+    """Read a file that `write_totals` wrote.
 
-    Raises:
-        MissingInput: the file does not exist.
-        BadData: the file is damaged, or is not a file that `write_totals` wrote.
+    Raises MissingInput if the file does not exist, and BadData if it is damaged or of another kind.
     """
     import pyarrow
     import pyarrow.parquet
@@ -125,12 +117,11 @@ def read_totals(path: Path) -> Totals:
     try:
         table = pyarrow.parquet.read_table(path)
         ids = table["id"].to_pylist()
+        columns = {name: _checked(name, table[name]) for name in table.column_names if name != "id"}
         if not all(isinstance(name, str) for name in ids):
             raise ValueError("an id is not a string")
-        columns = {name: _checked(name, table[name]) for name in table.column_names if name != "id"}
-        sums = {name: column for name, column in columns.items() if not name.startswith(_VIEW)}
-        views = {name.removeprefix(_VIEW): columns[name] for name in columns if name not in sums}
-        return Totals(ids, views=views, **sums)
+        views = {name.removeprefix(_VIEW): columns.pop(name) for name in [*columns] if name.startswith(_VIEW)}
+        return Totals(ids, views=views, **columns)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
@@ -138,11 +129,7 @@ def read_totals(path: Path) -> Totals:
 
 
 def _checked(name: str, column: Any) -> Any:
-    """Return a column of the Parquet file as a numpy array; None if an optional column has nulls.
-
-    Raises:
-        ValueError: the column has the wrong type, a negative count, or nats that are not finite.
-    """
+    """Return a column as an array, or None for an optional one with nulls; raises ValueError if it is bad."""
     if name in ("own_tokens", "words") and column.null_count:
         return None
     values = column.to_numpy()

@@ -9,7 +9,6 @@
   word of the page before detokenization (EleutherAI's lm-evaluation-harness, task wikitext).
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,13 +23,10 @@ from compactgpt.evaluation.metrics import bits_per_byte, finite_or_none, perplex
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of WikiText, as in the hub's dataset.
+    """Return the lines of WikiText from Parquet with a column `text`, or from raw text.
 
-    An empty line is "". Every other line ends with a newline. The file may be Parquet or JSON lines with a
-    column `text`, or raw text.
-
-    Raises:
-        BadData: the file has none of these formats.
+    As in the hub's dataset, an empty line is "", and every other line ends with a newline. Raises BadData if
+    the file has neither format.
     """
     content = path.read_bytes()
     try:
@@ -40,10 +36,8 @@ def read_lines(path: Path) -> list[str]:
             lines: list[str] = pyarrow.parquet.read_table(path)["text"].to_pylist()
             return lines
         text = content.decode("utf-8")
-        if text.startswith("{"):
-            return [json.loads(line)["text"] for line in text.splitlines()]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise BadData(f"{path} is not WikiText in Parquet, JSON lines or raw text ({error})") from error
+    except (ValueError, KeyError, OSError) as error:
+        raise BadData(f"{path} is not WikiText in Parquet or raw text ({error})") from error
     return ["" if not line.strip() else line for line in text.splitlines(keepends=True)]
 
 
@@ -83,14 +77,8 @@ def detokenize(page: str) -> str:
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
     """Return a model's results for all three protocols.
 
-    Args:
-        model: the model.
-        lines: the lines of WikiText.
-        context: the context in tokens; reduced to the model's context if that is shorter.
-        stride: the stride of the protocol `strided`, in tokens.
-
-    Raises:
-        BadConfig: the stride is longer than the context.
+    `context` and `stride` are in tokens; a model with a shorter context uses its own. Raises BadConfig if the
+    stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
     assert codec is not None
@@ -122,11 +110,8 @@ def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]
 
 
 def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context: int) -> dict[str, Any]:
-    plain = map(detokenize, pages)
-    streams = (
-        (number, np.array([codec.first_token, *codec.encode(page)], np.int64))
-        for number, page in enumerate(plain)
-    )
+    encoded = ([codec.first_token, *codec.encode(detokenize(page))] for page in pages)
+    streams = ((number, np.array(tokens, np.int64)) for number, tokens in enumerate(encoded))
     windows = strided_windows(streams, context, context)
     nats = sum(float(values.sum()) for _, values in target_nats(model, windows))
     # Count words before detokenization, which would change their number.
