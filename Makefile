@@ -45,11 +45,6 @@ $(STAMP): requirements.lock pyproject.toml
 	     | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python -r requirements.lock \
 	  && $(VENV)/bin/uv pip install -q --python $(VENV)/bin/python --no-deps -e . ; } \
-	  || { echo "uv failed; trying plain pip (slower) ..."; \
-	       $(VENV)/bin/python -m pip install -q "$$(grep ^torch== requirements.lock)"; \
-	       awk '/^[^ ]/ { on = !/^torch==/ } on' requirements.lock \
-	         | $(VENV)/bin/python -m pip install -q --require-hashes -r /dev/stdin; \
-	       $(VENV)/bin/python -m pip install -q --no-deps -e . ; } \
 	  || { echo "set-up failed: check the connection to the package index, then run the same command again"; exit 1; }
 	@touch $@
 
@@ -143,7 +138,7 @@ table: $(STAMP) ## print the table of the last run
 readme: $(STAMP) ## update the tables of README.md from the last run
 	@python -m stages.comparison --quote README.md
 
-pictures: $(STAMP) ## write docs/page.png, docs/page.txt and docs/mlflow.png from the last run (needs Chromium)
+pictures: $(STAMP) ## write docs/page.png, docs/page.txt and docs/mlflow.png from the last run (needs Chromium, and make ui in another terminal)
 	@python scripts/pictures.py
 
 ui: $(STAMP) ## start the MLflow UI for this machine only

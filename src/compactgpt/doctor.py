@@ -9,7 +9,6 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,7 @@ def format_report(found: Mapping[str, Any]) -> str:
     }
     lines = []
     for title, rows in groups.items():
-        width = max(map(len, rows), default=0)
-        lines += [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
+        lines += [title, *(f"  {name:<24}  {text}" for name, text in rows.items())]
     return "\n".join(lines)
 
 
@@ -111,23 +109,16 @@ def _hardware() -> dict[str, str]:
         "processor": f"{cpu}, {usable} cores usable, load average {os.getloadavg()[0]:.1f}",
         "memory": f"{memory.total / GIGABYTE:.1f} GB, {memory.available / GIGABYTE:.1f} GB available",
         "disk": f"{disk.free / GIGABYTE:,.0f} GB free in this folder",
-        "GPU": _gpu(metadata.version("torch")),
+        "GPU": _gpu(),
     }
 
 
-def _gpu(version: str) -> str:
-    """Return the GPUs that this version of torch can use, or why there is none."""
-    if version.endswith("+cpu"):  # torch is not imported here: its import takes longer than all else
-        advice = "`UV_TORCH_BACKEND=auto make setup` in a new .venv installs one that has"
-        return f"none: torch {version} has no CUDA; {advice}"
+def _gpu() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-        return ", ".join(f"{each.name} ({each.total_memory / GIGABYTE:.0f} GB)" for each in devices)
-    if torch.backends.mps.is_available():
-        return "mps (Apple)"
-    return f"none: torch {version} finds no CUDA device; does `nvidia-smi` list one?"
+    if not torch.cuda.is_available():
+        return f"none that torch {torch.__version__} can use"
+    return ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
 
 
 def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
@@ -136,7 +127,7 @@ def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
         from huggingface_hub.constants import HF_HUB_CACHE
 
         folder = Path(HF_HUB_CACHE, f"models--{spec.repo.replace('/', '--')}")
-        # `cached_model` imports the hub's client, which takes long.
+        # `cached_model` imports the hub's client, which takes a second.
         if folder.is_dir() and cached_model(spec.repo, spec.revision):
             return "ready: in the hub's cache"
         if hub_answers:
