@@ -11,8 +11,9 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,16 +21,15 @@ from typing import Annotated, Any
 import typer
 
 from compactgpt.common.console import Progress, ProgressBar, handle_user_errors, report, silent
-from compactgpt.common.errors import BadConfig, Busy
+from compactgpt.common.errors import BadConfig, Busy, CheckFailed, UserError
 from compactgpt.common.git import git_facts
 from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
-from compactgpt.common.storage import MANIFEST, read_manifest, write_json
+from compactgpt.common.storage import MANIFEST, read_json, read_manifest, write_json, write_text
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
-from compactgpt.tracking import journal
-from compactgpt.tracking.dvc_files import TOKENS, keep_lock
-from compactgpt.tracking.journal import Journal, NullTracker, process_facts, state_folder
-from compactgpt.tracking.stage_inputs import describe_position, params_sha256, read_inputs
+from compactgpt.tracking import dvc_files, journal
+from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, params_sha256
+from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_facts, state_folder
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
@@ -39,6 +39,8 @@ ON_TOKENS: dict[str, dict[str, str]] = {
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
+LARGE = ("corpus", "data", "models")  # folders that can have gigabytes
+ESTIMATED_ON = "two-cpu-cores"  # the machine of reports/estimate.json whose time stands for this machine
 
 
 def new_app() -> typer.Typer:
@@ -60,7 +62,7 @@ class Stage:
 
     name: str  # of a matrix stage with the item: `baseline@xz`
     params: Params
-    tracker: Journal
+    tracker: Journal | NullTracker
     params_sha256: str = ""  # of the stage's parameters, as dvc.lock has them
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
@@ -106,13 +108,8 @@ def open_stage(
 ) -> Iterator[Stage]:
     """Open a stage for a `with` block: lock it, open its run, and close the run at the end.
 
-    Args:
-        name: the stage's name in dvc.yaml.
-        params_file: the path of params.yaml.
-        tracker: `mlflow` or `none`.
-        logged: the sections of params.yaml to log: the stage's `params` in dvc.yaml.
-        item: the item of a matrix stage.
-        held: the tracker writes nothing before `begin`, because the stage may resume an interrupted run.
+    `logged` has the sections of params.yaml to log, `item` the item of a matrix stage. With `held`, the
+    tracker writes nothing before `begin`, because the stage may resume an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -124,17 +121,19 @@ def open_stage(
             yield Stage(full_name, load_params(params_file), NullTracker(), is_main_process=False)
             return
         with _only_one(full_name):
-            inputs, stages = read_inputs(full_name)  # before params.yaml is checked
-            under_dvc = "DVC_STAGE" in os.environ and full_name in stages
-            if under_dvc:
-                keep_lock(Path())
-                report(describe_position(stages, full_name, state_folder()))
-            params = load_params(params_file)
+            stages = dvc_files.read_stages(Folder(Path()))
+            definition = stages.get(full_name, dvc_files.StageDefinition([], [], []))
+            inputs = _read_inputs(definition)  # before params.yaml is checked
+            if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
+                dvc_files.keep_lock(Path())
+                report(_describe_position([*stages], full_name))
+            params, begin = load_params(params_file), time.time()
             run, status = _start_run(tracker, full_name, params, logged, held=held), "FAILED"
             try:
-                yield Stage(full_name, params, run, params_sha256(inputs.params) if inputs.params else "")
-                if under_dvc:
-                    inputs.require_unchanged()
+                yield Stage(full_name, params, run, params_sha256(inputs[0]) if inputs[0] else "")
+                if is_dvc:
+                    _require_unchanged(full_name, inputs, _read_inputs(definition))
+                    write_text(_seconds_file(full_name), f"{time.time() - begin:.0f}\n")
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
                 status = "KILLED"
@@ -143,7 +142,67 @@ def open_stage(
                 run.end(status)
 
 
-def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool) -> Journal:
+def _read_inputs(definition: dvc_files.StageDefinition) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a stage's parameters by key, and the state of its dependencies by path.
+
+    The state is the MD5 of code or a report, and the size and time of each file of data.
+    """
+    params = dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS)
+    states: dict[str, Any] = {}
+    for name in definition.deps if "DVC_STAGE" in os.environ else []:
+        path = Path(name)
+        if path.parts[0] not in LARGE:
+            states[name] = dvc_files.md5_path(path)
+            continue
+        states[name] = set()
+        for file in [path, *path.rglob("*")]:
+            with suppress(OSError):  # a link to no file or to itself, or a file that was just deleted
+                if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
+                    states[name].add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return dvc_files.values_at(params, definition.params), states
+
+
+def _require_unchanged(
+    stage: str, inputs: tuple[dict[str, Any], ...], now: tuple[dict[str, Any], ...]
+) -> None:
+    """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
+
+    DVC hashes both after a stage's command, and would record values that the stage did not use
+    (treeverse/dvc#11058).
+    """
+    old, new = flatten(inputs[0]), flatten(now[0])
+    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    changed = [f"{key} ({old.get(key)} -> {new.get(key)})" for key in keys]
+    changed += [path for path, state in inputs[1].items() if now[1][path] != state]
+    if changed:
+        raise CheckFailed(
+            f"changed while {stage} ran: {', '.join(changed[:5])}. The results are of the earlier version, "
+            "so DVC must not record them: run `dvc repro` again, or restore the earlier version and keep "
+            f"these results with `dvc commit -f {stage}`"
+        )
+
+
+def _seconds_file(stage: str) -> Path:
+    return state_folder() / "seconds" / stage
+
+
+def _describe_position(stages: list[str], stage: str) -> str:
+    """Return the number of a stage, and how long it and all later stages took in their last runs here."""
+    position, seconds = stages.index(stage), 0.0
+    for one in stages[position:]:
+        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # unknown, or a damaged file
+            if _seconds_file(one).exists():
+                seconds += float(_seconds_file(one).read_text())
+            elif one == "training":
+                minutes = read_json(Path("reports/estimate.json"))["compact"]["minutes"]
+                seconds += float(minutes[ESTIMATED_ON]) * 60
+    left = f", about {seconds / 60:,.0f} min left if every later stage runs" if seconds >= 30 else ""
+    return f"stage {position + 1} of {len(stages)}: {stage}{left}"
+
+
+def _start_run(
+    tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool
+) -> Journal | NullTracker:
     if tracker == "none":
         return NullTracker()
     if tracker != "mlflow":
@@ -167,14 +226,9 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...],
 
 
 def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
-    """Start the processes of training.launcher, wait for their end, and exit with their exit code.
+    """Start a stage script's module in the processes of training.launcher, and exit with their exit code.
 
-    Return at once if their number is 1, or if torchrun started this process.
-
-    Args:
-        module: the stage script's module.
-        params_file: the path of params.yaml.
-        options: the stage script's command-line options, by name.
+    `options` are the stage script's. Return at once for one process, or if torchrun started this process.
     """
     with handle_user_errors():
         check_environment()

@@ -30,7 +30,7 @@ from compactgpt.reporting.verify import (
     check_renderings,
     differences,
 )
-from compactgpt.tracking.stage_inputs import params_sha256
+from compactgpt.tracking.dvc_files import params_sha256
 from tests.support.comparison_inputs import PARAMS, ROOT, edit, make_place, run_comparison
 
 

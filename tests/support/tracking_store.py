@@ -48,6 +48,7 @@ def git(root: Path, *words: str) -> str:
 
 
 def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
+    """Open a stage's journal, as the stage's script does."""
     facts = {"tags": {}, "workspace": str(root), **process_facts(), **start}
     run = Journal(root / ".state", stage, facts, held=held)
     run.keep_before(Path(facts["workspace"]))

@@ -1,4 +1,4 @@
-"""The model in MLflow: logged once a set of weights, registered when the gate promotes it."""
+"""The model in MLflow: logged once for each set of weights, registered when the gate promotes it."""
 
 from pathlib import Path
 
@@ -36,22 +36,20 @@ def test_weights_are_logged_once_with_parameters_source_run_and_metrics_with_dat
     assert [one.model_id for one in pipeline.outputs.model_outputs] == [model.model_id]
     assert [one.model_id for one in opened.client.get_run(second).inputs.model_inputs] == [model.model_id]
     assert model.params == {"model.n_layer": "2", "training.max_steps": "9", "download.a": "1"}
-    assert {metric.run_id for metric in model.metrics} == {run_id, second}
-    metric = next(metric for metric in model.metrics if metric.run_id == run_id)
+    (metric,) = model.metrics
     assert (metric.key, metric.value, metric.dataset_name) == ("eval/loss", 2.0, "val.tokens")
     assert metric.dataset_digest == sha256_file(trained_project / "data/tokens/val.tokens")[:36]
-    assert abs(metric.timestamp - pipeline.info.end_time) < 60_000
+    assert (metric.run_id, abs(metric.timestamp - pipeline.info.end_time) < 60_000) == (run_id, True)
     assert opened.client.search_registered_models() == []
 
 
-def test_a_logged_model_is_the_hugging_face_form_and_answers_within_its_context(trained_project):
+def test_a_logged_model_is_in_hugging_faces_format_and_answers_within_its_context(trained_project):
     register(trained_project)
     (model,) = open_store(trained_project).client.search_logged_models(["1"])
     folder = Path(mlflow.artifacts.download_artifacts(model.model_uri))
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= SUFFIXES
     assert weights(trained_project) in (folder / "model_card.md").read_text()
     loaded = mlflow.pyfunc.load_model(str(folder))
-    assert list(loaded.metadata.signature.params.to_dict()[0].values())[:1] == ["do_sample"]
     assert loaded.input_example == ["The future of AI is"]
     encoding = load_encoding(trained_project / "data/tokenizer")
     network = load_model(trained_project / "models/compact")
@@ -64,9 +62,8 @@ def test_a_logged_model_is_the_hugging_face_form_and_answers_within_its_context(
     expected = encoding.decode([one for one in tokens if one != encoding.eot_token])
     (answer, _) = loaded.predict(["the cat", "in the"], params={"do_sample": False})
     assert "the cat" + answer == expected
-    for prompt in ("the cat", "the cat" * 500):  # the second is longer than the context
-        (answer,) = loaded.predict([prompt], params={"max_new_tokens": 100_000})
-        assert len(encoding.encode_ordinary(answer)) <= 4 * MAX_NEW_TOKENS
+    (answer,) = loaded.predict(["the cat" * 500], params={"max_new_tokens": 100_000})  # a long prompt
+    assert len(encoding.encode_ordinary(answer)) <= 4 * MAX_NEW_TOKENS
 
 
 def test_only_promotion_registers_and_another_configuration_needs_a_reason(trained_project):

@@ -22,7 +22,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
 from compactgpt.common.git import git_text, run_git
 from compactgpt.common.sections import YAML_ERRORS, find_conflict
-from compactgpt.common.storage import inside, write_bytes
+from compactgpt.common.storage import inside, json_bytes, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
@@ -259,6 +259,11 @@ def deps(entry: Entry) -> dict[str, str]:
 def entry_params(entry: Entry) -> dict[str, Any]:
     """Return the parameters that a stage ran with."""
     return dict(entry.get("params", {}).get(PARAMS, {}))
+
+
+def params_sha256(params: Mapping[str, Any]) -> str:
+    """Return the hash of a stage's parameters, as dvc.lock has them."""
+    return hashlib.sha256(json_bytes(params)).hexdigest()
 
 
 def md5_of(content: bytes) -> str:

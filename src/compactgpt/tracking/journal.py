@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from itertools import islice
@@ -54,10 +54,7 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the folder of resumable state and journals. Git and DVC ignore this folder.
-
-    If DVC runs an experiment in a temporary folder, the state folder is still in the original repository.
-    """
+    """Return the folder of resumable state and journals, also for an experiment in a temporary folder."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
@@ -75,7 +72,7 @@ class PasswordFilter(logging.Formatter):
     """A log formatter that hides user and password in URLs: MLflow's errors quote MLFLOW_TRACKING_URI."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record and its traceback as a string, without passwords."""
+        """Return the record and its traceback without passwords."""
         return without_password(super().format(record))
 
 
@@ -97,10 +94,7 @@ def tracking_store() -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) -> dict[str, Scalar]:
-    """Return nested mappings as one mapping with dotted keys.
-
-    Lists, and mappings deeper than `max_depth`, become JSON strings.
-    """
+    """Return nested mappings with dotted keys. Lists, and mappings below `max_depth`, become JSON strings."""
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and max_depth > 1:
@@ -119,10 +113,7 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters that MLflow gets, the most often tuned first.
-
-    A key has at most three parts. A deeper mapping, such as the versions of 30 packages, is one parameter.
-    """
+    """Return the parameters that MLflow gets. A deep mapping, such as package versions, is one parameter."""
     params: dict[str, Scalar] = {}
     for section in _SECTIONS:
         if isinstance(values := tree.get(section), Mapping):
@@ -146,10 +137,7 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the token files of a manifest as data sets for `Journal.inputs`.
-
-    `contexts` has MLflow's context of each split: `training`, `validation` or `evaluation`.
-    """
+    """Return a manifest's token files as data sets for `Journal.inputs`; a split has a context of MLflow."""
     found = []
     for split, context in contexts.items():
         if file := files.get(name := f"{split}.tokens"):
@@ -159,10 +147,7 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 
 
 def process_facts() -> dict[str, Any]:
-    """Return host, process id and start time of this process, and of the `dvc` process that started it.
-
-    The stages of one `dvc` process share a run folder, and a parent run in MLflow.
-    """
+    """Return host, id and start time of this process, and (`pipeline`) of the `dvc` process above it."""
     import psutil
 
     own = psutil.Process()
@@ -242,7 +227,7 @@ class Journal:
         earlier = JournalFile(self.run_folder.parent / note.read_text().strip()) if note.exists() else None
         if earlier and earlier.path.exists() and earlier.start:
             self._resumes = True
-            start = (self._held or [{}])[0] | {"continues": earlier.first, "begin_ms": earlier.begin_ms}
+            start = (self._held or [{}])[0] | {"continues": earlier.first}
             lines = [line for line in earlier.read()[0] if line["kind"] in ("params", "metrics", "inputs")]
             for line in lines:
                 if line["kind"] == "metrics":
@@ -291,23 +276,12 @@ class Journal:
         os.close(self._file)
 
 
-class NullTracker(Journal):
+class NullTracker:
     """A tracker that logs nothing: for `--tracker none`, and for all processes except the main process."""
 
-    def __init__(self) -> None:
-        self._resumes, self._logged = False, {}
-
-    def begin(self, note: Path) -> None:
-        """Do nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Do nothing."""
-
-    def end(self, status: str) -> None:
-        """Do nothing."""
-
-    def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        pass
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Return a function that does nothing, for each method of a journal."""
+        return lambda *_arguments, **_options: None
 
 
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
@@ -336,11 +310,6 @@ class JournalFile:
     def first(self) -> str:
         """The name of the run's first journal."""
         return str(self.start.get("continues", self.folder.name))
-
-    @property
-    def begin_ms(self) -> int:
-        """The time at which the run began, in milliseconds."""
-        return int(self.start.get("begin_ms", self.start["time_ms"]))
 
     @property
     def last(self) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from compactgpt.tracking.store import Store, open_store, store_errors
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0  # how long to retry a store that fails after the runs have ended
-SAMPLE_SECONDS = 5.0  # between system metrics
 
 
 def start_logger(run_folder: Path) -> None:
@@ -60,7 +59,6 @@ class Copied:
     run_id: str
     offset: int = 0  # bytes of the journal
     is_complete: bool = False
-    monitor: Any = None  # MLflow's monitor of the machine, while the stage runs
 
 
 class Logger:
@@ -70,6 +68,7 @@ class Logger:
         self.folder, self.store, self.client = folder, store, store.client
         self.run_id = ""  # of the pipeline
         self.copied: dict[str, Copied] = {}  # by the journal's folder name
+        self.monitor: Any = None  # of the stage that runs now
 
     def copy(self) -> bool:
         """Copy new lines. Return whether all runs have ended and are completely copied."""
@@ -87,10 +86,10 @@ class Logger:
         return True
 
     def close(self) -> None:
-        """Stop MLflow's monitors."""
-        for copied in self.copied.values():
-            if copied.monitor:
-                copied.monitor.finish()
+        """Stop MLflow's monitor of system metrics."""
+        if self.monitor:
+            self.monitor.finish()
+        self.monitor = None
 
     def _start_pipeline(self) -> str:
         """Create the pipeline's parent run with its parameters and command, and return its id."""
@@ -115,18 +114,19 @@ class Logger:
         if copied.is_complete:
             return True
         status = file.status  # before the lines are read: a live process can append lines
-        if not status and not copied.monitor:
-            copied.monitor = self.store.start_monitor(copied.run_id, SAMPLE_SECONDS)
+        if not status and not self.monitor:
+            self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
         for line in lines:
-            if line["kind"] == "artifact" and (path := file.folder / line["path"]).exists():
-                self.store.log_artifact(copied.run_id, path, line["folder"])
+            if line["kind"] == "artifact":
+                self.client.log_artifact(
+                    copied.run_id, str(file.folder / line["path"]), line["folder"] or None
+                )
         if status:
-            if copied.monitor:
-                copied.monitor.finish()
+            self.close()
             if not (file.folder / CONTINUED).exists():
                 self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
         copied.offset, copied.is_complete = offset, bool(status)
@@ -138,7 +138,7 @@ class Logger:
         stage = file.start["stage"]
         script = f"stages/{stage.partition('@')[0]}.py"
         tags = {**file.start["tags"], **parent, "stage": stage, "mlflow.source.name": script}
-        run_id = self.store.create("journal", file.first, stage, file.begin_ms, tags)
+        run_id = self.store.create("journal", file.first, stage, file.start["time_ms"], tags)
         if "continues" in file.start and not (file.folder / CONTINUED).exists():
             self.store.log(run_id, [{"kind": "tags", "values": parent}])
             self.client.update_run(run_id, status="RUNNING")
@@ -152,6 +152,8 @@ class Logger:
         assert found is not None  # keep_after wrote it
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
+        if found.status != "FINISHED":
+            del tags["lock_sha256"]  # `sync` looks for a finished run of dvc.lock
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in ran:
@@ -192,7 +194,7 @@ def follow(folder: RunFolder) -> None:
             except (UserError, OSError) as error:
                 if logger:
                     logger.close()
-                logger = None
+                    logger = None
                 if str(error) != reported:
                     reported = str(error)
                     logging.exception("not copied; trying again")
@@ -271,7 +273,7 @@ def _record_unrun(root: Path, current: dict[str, str]) -> bool:
     place, store = Folder(root), open_store(root, current)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     with store_errors(current["uri"]):
-        if store.find("lock_sha256", lock, " and attributes.status = 'FINISHED'"):
+        if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
         if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do

@@ -22,15 +22,10 @@ PIPELINE_RUN = "pipeline_run"  # tag of a model version: id of the run with the 
 
 
 def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
-    """Log a trained model and its pipeline's metrics, once for each set of weights, and return its id.
+    """Log the trained model of a pipeline's run, once for each set of weights, and return the model's id.
 
-    Args:
-        store: the tracking store.
-        run_id: the pipeline's run.
-        after: the pipeline's files after its end.
-        cache: DVC's cache.
-        weights: the SHA-256 of the weights.
-        val: the SHA-256 of the val split; empty if the run has no val split.
+    `after` has the pipeline's files after its end; `weights` and `val` are the SHA-256 of the weights and of
+    the val split (empty if the run has none).
     """
     from mlflow.entities import LoggedModelInput, Metric
 
@@ -39,7 +34,7 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
     run, model = store.client.get_run(run_id), store.client.get_logged_model(model_id)
     if run_id != model.source_run_id and not run.inputs.model_inputs:
         store.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-    if run_id in [metric.run_id for metric in model.metrics or []]:
+    if model.metrics:
         return model_id
     data = ("val.tokens", val[:MAX_DIGEST]) if val else (None, None)
     for key in (key for key in run.data.metrics if key.startswith("eval/")):

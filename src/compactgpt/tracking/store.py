@@ -23,6 +23,7 @@ from compactgpt.tracking.journal import (
 )
 
 ARTIFACTS = "mlartifacts"
+SAMPLE_SECONDS = 5.0  # between system metrics
 _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -67,25 +68,20 @@ class Store:
     experiment: str  # the experiment's id
     identity: str  # changes if the store is deleted and created again
 
-    def find(self, tag: str, value: str, further: str = "") -> str:
-        """Return the id of the newest run whose tag has this value; an empty string if no run has it.
-
-        `further` is appended to MLflow's search filter.
-        """
-        wanted, newest = f"tags.`{tag}` = '{value}'{further}", ["attributes.start_time DESC"]
+    def find(self, tag: str, value: str) -> str:
+        """Return the id of the newest run whose tag has this value; an empty string if no run has it."""
+        wanted, newest = f"tags.`{tag}` = '{value}'", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the id of the run whose tag has this value. Create the run if it is missing.
-
-        `mlflow.start_run` takes no start time, so this method creates the run with MLflow's client.
-        """
+        """Return the id of the run whose tag has this value. Create the run if it is missing."""
         from mlflow.tracking.context.registry import resolve_tags
 
         if run_id := self.find(tag, value):
             return run_id
         tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # user, source type, commit
+        # `mlflow.start_run` takes no start time.
         return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
 
     def log(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -110,25 +106,18 @@ class Store:
         if inputs:
             self.client.log_inputs(run_id, inputs)
 
-    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
-        """Log a file or a folder to a run, below the artifact path `folder`."""
-        if path.is_dir():
-            self.client.log_artifacts(run_id, str(path), f"{folder}/{path.name}".lstrip("/"))
-        else:
-            self.client.log_artifact(run_id, str(path), folder or None)
-
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
         """Log the files of a folder to a run, under the artifact path `target`."""
         self.client.log_artifacts(run_id, str(folder), target)
         if (folder / DIFF).exists():  # again: `log_artifacts` drops file modes, `log_artifact` keeps them
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
-    def start_monitor(self, run_id: str, seconds: float) -> Any:
-        """Start to log the machine's system metrics to a run, and return MLflow's monitor."""
+    def start_monitor(self, run_id: str) -> Any:
+        """Start to log system metrics of this machine to a run, and return MLflow's monitor."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         uri = self.client.tracking_uri
-        monitor = SystemMetricsMonitor(run_id, seconds, resume_logging=True, tracking_uri=uri)
+        monitor = SystemMetricsMonitor(run_id, SAMPLE_SECONDS, resume_logging=True, tracking_uri=uri)
         monitor.start()
         return monitor
 
@@ -212,7 +201,6 @@ def store_errors(uri: str) -> Iterator[None]:
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = without_password(str(found).strip().partition("\n")[0][:300]) or type(error).__name__
-        uri = without_password(uri)
         if type(first) is sqlite3.DatabaseError:  # subclasses, such as a locked database, mean no damage
             name = uri.removeprefix(_SQLITE)
             raise BadData(
