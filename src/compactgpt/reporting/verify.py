@@ -23,7 +23,16 @@ from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, render_files
 from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
 from compactgpt.reporting.schemas import COMPACT, read_sources
-from compactgpt.tracking.dvc_files import LOCK, Folder, entries_of, entry_params, open_repo, outs, params_sha256, read_chain
+from compactgpt.tracking.dvc_files import (
+    LOCK,
+    Folder,
+    entries_of,
+    entry_params,
+    open_repo,
+    outs,
+    params_sha256,
+    read_chain,
+)
 
 _SHOWN = 5  # maximum number of differences that are printed for one file
 _FROM_DVC = ("data/", "models/")  # these folders are not in git: `dvc pull` downloads them
