@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData, CheckFailed
-from compactgpt.common.storage import atomic_folder, write_json
+from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_shards
-from compactgpt.data.validation import _read, document_row, require_success, validate
+from compactgpt.data.validation import document_row, require_success, validate
 from stages.validation import app
 from tests.support.data_docs import compiled_once  # noqa: F401
 
@@ -62,14 +61,6 @@ def test_a_row_describes_a_hand_worked_text():
     assert document_row(new_document(" \n", "x"))["excerpt"] is None
 
 
-def test_good_text_passes_even_if_a_few_documents_are_bad(tmp_path):
-    report = check(tmp_path, [*GOOD, *planted("short")])
-    assert report["success"]
-    assert report["documents"] == 33
-    assert len(report["expectations"]) == 14
-    assert (tmp_path / "docs" / "index.html").exists()
-
-
 # What is wrong, documents that are wrong in that way only, and the expectation that finds just them.
 SPOILED = {
     "short": (["short {}"], BETWEEN, "n_characters"),
@@ -89,10 +80,7 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
     fair = "Some text of fair length"
     documents = [*GOOD, *(each for kind in SPOILED for each in planted(kind))]
     documents += [new_document(" " * 30, "blank"), Document("Q" * 32, f"{fair} one", "form")]
-    documents += [
-        Document("0" * 32, f"{fair} two", "hash"),
-        Document(GOOD[0].id, f"{fair} three", "repeated"),
-    ]
+    documents += [Document("0" * 32, f"{fair} two", "hash"), Document(GOOD[0].id, f"{fair} 3", "repeated")]
     found = {
         key: (each["unexpected"], {row["source"] for row in each["examples"]})
         for key, each in failures(check(tmp_path, documents, bounds)).items()
@@ -138,8 +126,6 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
     twins = failures(report)[UNIQUE, "normalised"]
     # 800 of 1,600 documents have a twin; a sample by id would find a few of them only.
     assert 0.4 < twins["unexpected"] / report["rows"] < 0.6
-    _, rows = _read(write_folder(tmp_path / "again", documents[::-1]), 300, silent)
-    assert len(rows) == report["rows"]
 
 
 # --- messages
@@ -195,7 +181,6 @@ def test_a_sample_without_documents_is_one_sentence(tmp_path):
 def run_stage(tmp_path, monkeypatch):
     """Run the stage on the one document GOOD[0]; the current folder is its project."""
     write_folder(tmp_path / "data/documents", GOOD[:1])
-    write_json(tmp_path / "reports/download.json", {"left_out": {"empty": 0, "duplicate": 29}})
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
@@ -209,7 +194,7 @@ def test_the_stage_says_what_was_expected_and_writes_the_report_before_it_fails(
         "  documents: found 1, expected at least 1,000; let download take more of the corpus" in done.output
     )
     assert f"  bytes of text: found {len(GOOD[0].text)}, expected at least 10,000,000; " in done.output
-    assert done.output.endswith("complete result; download left out 29 duplicate (download.json)\n")
+    assert done.output.endswith("reports/validation.json has the complete result\n")
     assert "Data Docs: data/data_docs/documents/index.html" in done.output
     assert not json.loads(Path("reports/validation.json").read_text())["success"]
     (page,) = Path("data/data_docs/documents/validations/corpus/validation").rglob("*.html")

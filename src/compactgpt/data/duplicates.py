@@ -1,33 +1,21 @@
 """Find documents that repeat other documents, and text of val that is also in train.
 
-A word consists of letters, digits and underscores, in lower case. As in appendix C of the GPT-3 paper (Brown
-et al. 2020), punctuation, white space and case are ignored. In scripts that write no spaces between words,
-such as Chinese and Thai, each character is a word: a sentence as one word would be equal only as a whole. A
-64-bit hash represents each word. A polynomial of the word hashes represents a run, which is n consecutive
-words. Documents are compared in three ways:
-
     same words      Two documents have the same words in the same order.
-    near duplicate  Two documents have similar sets of 5-word runs. Their MinHash signatures (Broder 1997;
-                    computed by rensa) are compared by locality-sensitive hashing in bands. The similarity
-                    is the share of equal signature values, an estimate of the Jaccard similarity.
-    overlap         The share of a val document's 13-word runs that are also in train. GPT-3 and
-                    lm-evaluation-harness use 13 words too (docs/decontamination.md).
+    near duplicate  Two documents have similar sets of 5-word runs: see `find_near_duplicates`.
+    overlap         The share of a val document's 13-word runs that are also in train, as in GPT-3 (Brown et
+                    al. 2020, appendix C) and lm-evaluation-harness.
 
-This module compares the bands itself, because rensa's LSH needs 1.3 KB of memory per document. It also
-accepts only signature objects, which can't be created from the arrays that workers send. In this module a
-signature takes 4 bytes per value.
-
-Shapes: N documents, V documents of val, G different runs of words in val.
+A run is n consecutive words. Shapes: N documents, V documents of val, G different runs of words in val.
 """
 
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +26,11 @@ from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_row_group
 from compactgpt.data.tokenization import SplitRule
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
-Similarities = npt.NDArray[np.float64]
 
 # Scripts without spaces between words, by Unicode's blocks; with their marks: some are Thai or Khmer vowels.
 _UNSPACED = (
@@ -59,7 +48,12 @@ _OWNERS_PER_RUN = 10  # about how many train documents are stored for one run of
 
 
 def word_hashes(text: str) -> Hashes:
-    """Return the hash of each word of a text. (words,)"""
+    """Return the hash of each word of a text. (words,)
+
+    A word consists of letters, digits and underscores. As in GPT-3's appendix C, punctuation, white space and
+    case are ignored. In scripts without spaces, each character is a word: otherwise a sentence would be one
+    word, and equal only as a whole.
+    """
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
 
@@ -84,13 +78,12 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 # --- reading the documents
 
 
-@dataclass(frozen=True)
-class Digest:
+class Digest(NamedTuple):
     """Hashes and sizes of n documents: the documents of one row group, or all N documents."""
 
     ids: npt.NDArray[np.uint8]  # (n, 16)
     byte_lengths: Numbers  # (n,)
-    in_val: Flags  # (n,)
+    in_val: npt.NDArray[np.bool_]  # (n,)
     words: Hashes  # (n,) one hash of all words of a document
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash
     hit_runs: Numbers  # (hits,) index in `val_runs` of a run that a document contains
@@ -109,10 +102,12 @@ def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes
 
 def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
     """Return the digest of one row group: a pure function of files, so any process can run it."""
+    import rensa
+
     wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped: all workers share it
     documents = read_row_group(group)
     word_digests: list[int] = []
-    shingles: list[Hashes] = []
+    shingles: list[Hashes] = []  # the hashes that MinHash compares
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
@@ -122,29 +117,22 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
         shingles.append(runs if len(runs) else np.array(word_digests[-1:], np.uint64))
         runs = run_hashes(words, params.overlap_words)
         positions = np.searchsorted(wanted, runs)
-        positions[positions == len(wanted)] = 0  # greater than all of `wanted`, so never equal to wanted[0]
-        is_hit = wanted[positions] == runs if len(wanted) else np.zeros(len(runs), np.bool_)
-        hits.append(np.unique(positions[is_hit]))
-    return Digest(
-        np.frombuffer(bytes.fromhex("".join(each.id for each in documents)), np.uint8).reshape(-1, 16),
-        np.array([len(each.text.encode()) for each in documents], np.int64),
-        np.array(rule.in_val(group, documents), np.bool_),
-        np.array(word_digests, np.uint64),
-        _signatures(shingles, params),
-        np.concatenate([np.empty(0, np.int64), *hits]),
-        np.repeat(np.arange(len(hits)), [len(each) for each in hits]),
-    )
-
-
-def _signatures(shingles: list[Hashes], params: Inspection) -> npt.NDArray[np.uint32]:
-    """Return the MinHash signature of each document. (n, permutations)"""
-    import rensa
-
+        is_inside = positions < len(wanted)  # a greater position means: greater than all of `wanted`
+        positions, runs = positions[is_inside], runs[is_inside]
+        hits.append(np.unique(positions[wanted[positions] == runs]))
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate(shingles), ends, params.permutations, params.seed
     )
-    return np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations)
+    return Digest(
+        ids=np.frombuffer(bytes.fromhex("".join(each.id for each in documents)), np.uint8).reshape(-1, 16),
+        byte_lengths=np.array([len(each.text.encode()) for each in documents], np.int64),
+        in_val=np.array(rule.in_val(group, documents), np.bool_),
+        words=np.array(word_digests, np.uint64),
+        signatures=np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations),
+        hit_runs=np.concatenate(hits),
+        hit_documents=np.repeat(np.arange(len(hits)), [len(each) for each in hits]),
+    )
 
 
 def digest_documents(
@@ -155,14 +143,12 @@ def digest_documents(
     num_workers: int = 1,
     progress: Progress = silent,
 ) -> Digest:
-    """Return the digest of all `total` documents, whose splits `rule` says.
+    """Return the digest of all `total` documents; the result does not depend on the number of workers.
 
-    The corpus is read twice: first to find the runs of val, then to digest every document. The result does
-    not depend on the number of workers.
+    The corpus is read twice: first to find the runs of val, then to digest every document.
     """
     runs = val_runs(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(runs), np.int32)
-    signatures = np.empty((total, params.permutations), np.uint32)  # the largest array: filled in place
+    num_owners = np.zeros(len(runs), np.int32)  # how many train documents contain a run
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -170,59 +156,37 @@ def digest_documents(
         np.save(runs_file, runs)
         digest = partial(digest_group, params=params, rule=rule, runs_file=runs_file)
         for part in ordered_map(digest, groups, num_workers):
-            signatures[documents : documents + len(part.ids)] = part.signatures
-            hit_runs, hit_documents = _limit_owners(part, num_owners)
-            numbers = hit_documents + documents  # document numbers in the corpus
-            kept = replace(part, signatures=signatures[:0], hit_runs=hit_runs, hit_documents=numbers)
+            of_val = part.in_val[part.hit_documents]
+            # Without this limit, a text in every file of a corpus, such as a licence, would fill the memory.
+            is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
+            np.add.at(num_owners, part.hit_runs[~of_val], 1)
+            numbers = part.hit_documents + documents  # document numbers in the corpus
+            kept = part._replace(hit_runs=part.hit_runs[is_kept], hit_documents=numbers[is_kept])
             parts.append(kept)
             documents += len(part.ids)
             progress(documents, total)
-    names = [field.name for field in fields(Digest) if field.name != "signatures"]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return Digest(signatures=signatures, **columns)
-
-
-def _limit_owners(part: Digest, num_owners: npt.NDArray[np.int32]) -> tuple[Numbers, Numbers]:
-    """Return a part's hits in val, and its hits in train for runs with fewer than `_OWNERS_PER_RUN` owners.
-
-    An owner is a train document that contains the run. The function adds the part's owners to `num_owners`.
-    Without this limit, a text in every file of a corpus, such as a licence, would fill the memory.
-    """
-    of_val = part.in_val[part.hit_documents]
-    is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
-    np.add.at(num_owners, part.hit_runs[~of_val], 1)
-    return part.hit_runs[is_kept], part.hit_documents[is_kept]
+    return Digest(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 # --- twins: documents with the same or similar words
 
 
-@dataclass(frozen=True)
-class Twins:
-    """The twin of each document: the most similar other document."""
-
-    twin: Numbers  # (N,) number of the twin, -1 if there is none
-    similarity: Similarities  # (N,) similarity to the twin, 0 if there is none
-
-
-def find_same_words(corpus: Digest) -> tuple[Twins, Twins]:
-    """Find documents with the same words.
-
-    Returns:
-        Each document's twin among all documents, and its twin among the documents of the other split.
-    """
+def find_same_words(corpus: Digest) -> "pd.DataFrame":
+    """Return the twins of the documents that have the same words as another document: see `_find_twins`."""
     first, second = _candidates(corpus.words, corpus.in_val)
     return _find_twins(corpus, first, second, np.ones(len(first)))
 
 
-def find_near_duplicates(corpus: Digest, params: Inspection) -> tuple[Twins, Twins]:
-    """Find near duplicates.
+def find_near_duplicates(corpus: Digest, params: Inspection) -> "pd.DataFrame":
+    """Return the twins of the documents that are similar to another document: see `_find_twins`.
 
-    Returns:
-        Each document's twin among all documents, and its twin among the documents of the other split.
+    MinHash signatures (Broder 1997) are compared by locality-sensitive hashing: documents with an equal band
+    of values are candidates. The similarity is the share of equal values, an estimate of the Jaccard
+    similarity of the sets of 5-word runs.
     """
+    # rensa computes the signatures. Its own LSH accepts no arrays from workers and needs 1.3 KB per document.
     width = params.permutations // params.bands
-    found = []  # a pair with several equal bands is added several times
+    pairs = []  # a pair with several equal bands is added several times
     for band in range(params.bands):
         keys = np.zeros(len(corpus.words), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -233,12 +197,12 @@ def find_near_duplicates(corpus: Digest, params: Inspection) -> tuple[Twins, Twi
             equal += values[first] == values[second]
         similarity = equal / params.permutations
         is_near = similarity >= params.similarity
-        found.append((first[is_near], second[is_near], similarity[is_near]))
-    first, second, similarity = map(np.concatenate, zip(*found, strict=True))
+        pairs.append((first[is_near], second[is_near], similarity[is_near]))
+    first, second, similarity = map(np.concatenate, zip(*pairs, strict=True))
     return _find_twins(corpus, first, second, similarity)
 
 
-def _candidates(keys: Hashes, in_val: Flags) -> tuple[Numbers, Numbers]:
+def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
     """Return pairs of documents with equal keys. Documents with equal keys form a bucket.
 
     Each document is paired with the next `_NEIGHBOURS` documents of its bucket and with the bucket's first
@@ -258,61 +222,53 @@ def _candidates(keys: Hashes, in_val: Flags) -> tuple[Numbers, Numbers]:
 
 
 def _find_twins(
-    corpus: Digest, first: Numbers, second: Numbers, similarity: Similarities
-) -> tuple[Twins, Twins]:
-    """Return each document's twin from all pairs, and its twin from the pairs of train with val."""
-    across = corpus.in_val[first] != corpus.in_val[second]
-    size = len(corpus.words)
-    nearest = _nearest(size, first, second, similarity)
-    return nearest, _nearest(size, first[across], second[across], similarity[across])
+    corpus: Digest, first: Numbers, second: Numbers, similarity: npt.NDArray[np.float64]
+) -> "pd.DataFrame":
+    """Return a table of documents with a twin, which is the most similar document of a pair.
 
+    A document has at most two rows: its twin in the same split, and its twin in the other split (`across`).
+    The rows are sorted by document, the more similar twin first; with equal scores, the first in the corpus.
+    """
+    import pandas as pd
 
-def _nearest(size: int, first: Numbers, second: Numbers, similarity: Similarities) -> Twins:
-    """Return each document's most similar twin; with equal similarity, the first in the corpus."""
-    document, other = np.concatenate([first, second]), np.concatenate([second, first])
-    both = np.concatenate([similarity, similarity])
-    order = np.lexsort((other, -both, document))
-    documents, positions = np.unique(document[order], return_index=True)
-    best = order[positions]
-    twins = Twins(np.full(size, -1, np.int64), np.zeros(size))
-    twins.twin[documents], twins.similarity[documents] = other[best], both[best]
-    return twins
+    pairs = pd.DataFrame(
+        {
+            "document": np.concatenate([first, second]),
+            "twin": np.concatenate([second, first]),
+            "score": np.concatenate([similarity, similarity]),
+        }
+    )
+    pairs["in_val"] = corpus.in_val[pairs["document"]]
+    pairs["across"] = pairs["in_val"] != corpus.in_val[pairs["twin"]]
+    ordered = pairs.sort_values(["document", "score", "twin"], ascending=[True, False, True])
+    return ordered.drop_duplicates(["document", "across"])
 
 
 # --- overlap
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Numbers of runs of words in each val document, and how many are also in train."""
+def find_overlap(corpus: Digest) -> "pd.DataFrame":
+    """Return how much of each val document is in train: a table with V rows, in corpus order.
 
-    documents: Numbers  # (V,) number of the val document in the corpus
-    runs: Numbers  # (V,) number of different runs of the document
-    seen: Numbers  # (V,) number of these runs that are also in train
-    twins: Numbers  # (V,) number of the train document with most of these runs, -1 if there is none
+    `runs` is the number of a document's different runs, `seen` how many of these runs are in train, `score`
+    their share, and `twin` the train document with most of these runs, -1 if there is none.
+    """
+    import pandas as pd
 
-    @property
-    def share(self) -> Similarities:
-        """Share of each val document's runs that are also in train. (V,)"""
-        return self.seen / np.maximum(self.runs, 1)
-
-
-def find_overlap(corpus: Digest) -> Overlap:
-    """Return how many runs of each val document are in train, and the train document with most of them."""
+    hits = pd.DataFrame({"document": corpus.hit_documents, "run": corpus.hit_runs})
     of_val = corpus.in_val[corpus.hit_documents]
-    holders, holder_runs = corpus.hit_documents[of_val], corpus.hit_runs[of_val]  # sorted by document
-    by_run = np.argsort(corpus.hit_runs[~of_val], kind="stable")
-    owners, owner_runs = corpus.hit_documents[~of_val][by_run], corpus.hit_runs[~of_val][by_run]
-    # owners[low[hit] : high[hit]] are the train documents that contain the run of a hit.
-    low = np.searchsorted(owner_runs, holder_runs)
-    high = np.searchsorted(owner_runs, holder_runs, side="right")
-    documents, size = np.flatnonzero(corpus.in_val), len(corpus.in_val)
-    runs = np.bincount(holders, minlength=size)[documents]
-    seen = np.bincount(holders[high > low], minlength=size)[documents]
-    twins = np.full(len(documents), -1, np.int64)
-    for row in np.flatnonzero(seen).tolist():
-        start, end = np.searchsorted(holders, [documents[row], documents[row] + 1])
-        found = [owners[low[hit] : high[hit]] for hit in range(start, end)]
-        names, counts = np.unique(np.concatenate(found), return_counts=True)
-        twins[row] = names[counts.argmax()]
-    return Overlap(documents, runs, seen, twins)
+    shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="run")
+    counts = shared.groupby(["document", "twin"], as_index=False).size()
+    # With equal counts, the twin is the first in the corpus: the sort is stable.
+    counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
+    overlap = pd.DataFrame(
+        {
+            "runs": hits[of_val].groupby("document").size(),
+            "seen": shared.groupby("document")["run"].nunique(),
+            "twin": counts.set_index("document")["twin"],
+        },
+        index=pd.Index(np.flatnonzero(corpus.in_val), name="document"),
+    )
+    overlap = overlap.fillna({"runs": 0, "seen": 0, "twin": -1}).astype(np.int64)
+    overlap["score"] = overlap["seen"] / overlap["runs"].clip(lower=1)
+    return overlap.reset_index()

@@ -1,22 +1,14 @@
 """Check with Great Expectations that token files are intact, and that val does not repeat train.
 
-Three tables of one row are checked:
-
-    train, val     Token ids are below the vocabulary size. Every document ends with an end-of-text token and
-                   has no other. Ids, lengths and order of the documents are those of data/documents. The
-                   number of documents is at least the minimum. The split has its share of the documents
-                   (split `hash`) or of the bytes of text (split `tail`).
-    repetition     The shares of documents that repeat others, and of val documents that are in train, do
-                   not exceed their limits (duplicates.py).
-
-The report lists val documents that repeat others, each with its twin. Evaluation compares these flagged
-documents with the other documents. The result does not depend on the number of workers.
+Three tables of one row are checked: `train` and `val`, with counts of each token file, and `repetition`, with
+the shares of documents that repeat others (duplicates.py). The report lists val documents that repeat others,
+each with its twin. Evaluation compares these flagged documents with the other documents.
 """
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +18,6 @@ from compactgpt.config import Inspection
 from compactgpt.data.documents import RowGroup, read_names, row_groups
 from compactgpt.data.duplicates import (
     Digest,
-    Overlap,
-    Twins,
     digest_documents,
     find_near_duplicates,
     find_overlap,
@@ -37,12 +27,11 @@ from compactgpt.data.token_files import TokenFile, open_tokens
 from compactgpt.data.tokenization import SPLITS, SplitRule, split_rule
 from compactgpt.data.validation import Table, at_least, at_most, check_expectations
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _TOKENS_AT_ONCE = 2**24
 _GROUPS_PER_WORKER = 8  # with fewer row groups, another process costs more time than it saves
-
-# (number of a document, kind of repetition, number of the document's twin, score from 0 to 1)
-Repeat = tuple[int, str, int, float]
-TwinPair = tuple[Twins, Twins]  # (twins among all documents, twins in the other split)
 
 
 def inspect(
@@ -54,21 +43,11 @@ def inspect(
     num_workers: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check the token files, find documents that repeat others, and return the report.
+    """Check the token files, find documents that repeat others, write Data Docs, and return the report.
 
-    Args:
-        documents: folder of the document shards that the token files were made from.
-        tokens: folder of token files.
-        docs: folder for Data Docs, replaced.
-        params: the section `inspection` of params.yaml.
-        num_workers: number of processes; the result does not depend on it.
-        progress: called with the number of documents read.
-
-    Returns:
-        The report: `success`, facts of each split, `documents` (their number), `repetition` (counts and
-        shares), `flagged` (val documents that repeat others: id, source, kind, twin, score), `repeated` (the
-        most similar twins within train), and `expectations` (the results of `check_expectations`).
-
+    The report has facts of each split, the counts and shares of repeated documents (`repetition`), the val
+    documents that repeat others (`flagged`), the most similar twins within train (`repeated`), and the
+    results of `check_expectations`. It does not depend on the number of workers.
     Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
@@ -78,17 +57,27 @@ def inspect(
     rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
     corpus = digest_documents(groups, params, rule, corpus_facts["documents"], num_workers, progress)
-    repetition, flagged, repeated = _find_repetition(corpus, params)
+    twins, overlap = _find_all_twins(corpus, params), find_overlap(corpus)
+    repetition = _count_repetition(corpus, twins, overlap, params)
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
     results = check_expectations("inspection", tables, docs)
+    facts: dict[str, Any] = {
+        name: {
+            "documents": split.header.documents,
+            "tokens": split.header.tokens,
+            "bytes": int(split.byte_lengths.sum()),
+            "sha256": sha256_file(split.path),
+        }
+        for name, split in splits.items()
+    }
     return {
         "success": all(result["success"] for result in results),
-        **{name: _facts(split) for name, split in splits.items()},
+        **facts,
         "documents": len(corpus.ids),
         "repetition": repetition,
-        "flagged": _describe(flagged, groups),
-        "repeated": _describe(repeated, groups),
+        "flagged": _describe(_flagged(twins, overlap, params), groups),
+        "repeated": _describe(_repeated(twins, params), groups),
         "expectations": results,
     }
 
@@ -101,70 +90,49 @@ def passed(report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
 
-def _facts(split: TokenFile) -> dict[str, Any]:
-    return {
-        "documents": split.header.documents,
-        "tokens": split.header.tokens,
-        "bytes": int(split.byte_lengths.sum()),
-        "sha256": sha256_file(split.path),
-    }
-
-
 # --- the token files
 
 
 def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, params: Inspection) -> Table:
-    # The only row of the table.
-    row = {
-        "id": name,
-        "source": split.path.name,
-        "documents": split.header.documents,
-        **_count_tokens(split),
-        "documents_that_differ": _count_differences(split, corpus, corpus.in_val == (name == "val")),
-    }
+    documents = split.header.documents
+    row = {"documents": documents, **_count_tokens(split)}
+    row["documents_that_differ"] = _count_differences(split, corpus, corpus.in_val == (name == "val"))
     least = params.min_val_documents if name == "val" else 1
+    more = "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
+    more += f"{documents:,}, which makes intervals wide"
+    again = "run `dvc repro -f tokenization`"
     suite = [
-        at_least("documents", least, f"{name}: documents"),
-        at_most("highest_token", split.header.vocab_size - 1, f"{name}: highest token id"),
-        at_most("documents_without_end", 0, f"{name}: documents without end-of-text"),
-        at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents"),
-        at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents"),
+        at_least("documents", least, f"{name}: documents", more),
+        at_most("highest_token", split.header.vocab_size - 1, f"{name}: highest token id", again),
+        at_most("documents_without_end", 0, f"{name}: documents without end-of-text", again),
+        at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents", again),
+        at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents", again),
     ]
-    column, row[column], expectation = _share_check(split, name, corpus, rule, params)
-    suite.append(expectation)
-    advice = {
-        "documents": "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
-        f"{split.header.documents:,}, which makes intervals wide",
-        "share_deviation": "set tokenization.split to tail, or raise inspection.max_val_deviation",
-    }
-    return Table(name, [row], suite, dict.fromkeys(row, "run `dvc repro -f tokenization`") | advice)
-
-
-def _share_check(
-    split: TokenFile, name: str, corpus: Digest, rule: SplitRule, params: Inspection
-) -> tuple[str, float, Any]:
-    """Return a column, its value and its expectation: whether a split has its share of the corpus."""
+    # The split has its share of the documents (split `hash`) or of the bytes of text (split `tail`).
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
         expected = share * len(corpus.ids)
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
-        column, value = "share_deviation", abs(split.header.documents - expected) / deviation
+        row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
-        return column, value, at_most(column, params.max_val_deviation, what)
-    value = round(abs(int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum())))
-    # Val begins at a document, so its size may differ from its share by at most the longest document.
-    longest = int(corpus.byte_lengths.max())
-    column, what = "bytes_off_share", f"{name}: bytes that its share is off"
-    return column, value, at_most(column, longest, what)
+        advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
+        suite.append(at_most("share_deviation", params.max_val_deviation, what, advice))
+    else:
+        difference = int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum())
+        row["bytes_off_share"] = round(abs(difference))
+        # Val begins at a document, so its size may differ from its share by at most the longest document.
+        longest = int(corpus.byte_lengths.max())
+        suite.append(at_most("bytes_off_share", longest, f"{name}: bytes that its share is off", again))
+    return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
 
 
-def _count_tokens(split: TokenFile) -> dict[str, int]:
+def _count_tokens(split: TokenFile) -> dict[str, Any]:
     """Return the highest token id, and the numbers of missing and of misplaced end-of-text tokens."""
     eot, highest, ends = split.header.eot_token, 0, 0
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
-        piece = split.tokens[start : start + _TOKENS_AT_ONCE]
-        highest = max(highest, int(piece.max()))
-        ends += int(np.count_nonzero(piece == eot))
+        part = split.tokens[start : start + _TOKENS_AT_ONCE]
+        highest = max(highest, int(part.max()))
+        ends += int(np.count_nonzero(part == eot))
     # The last token of a document must be its only end-of-text token.
     closed = int(np.count_nonzero(split.tokens[split.offsets[1:] - 1] == eot))
     return {
@@ -179,92 +147,76 @@ def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
     ids, byte_lengths = corpus.ids[in_split], corpus.byte_lengths[in_split]
     # Compare the positions that both have. Each further document of the longer one is a difference.
     both = min(len(ids), len(split.ids))
-    differs = (ids[:both] != split.ids[:both]).any(axis=1) | (
-        byte_lengths[:both] != split.byte_lengths[:both]
-    )
-    return int(differs.sum()) + abs(len(ids) - len(split.ids))
+    same_ids = (ids[:both] == split.ids[:both]).all(axis=1)
+    same_lengths = byte_lengths[:both] == split.byte_lengths[:both]
+    return int((~(same_ids & same_lengths)).sum()) + abs(len(ids) - len(split.ids))
 
 
 # --- repetition
 
 
-def _find_repetition(corpus: Digest, params: Inspection) -> tuple[dict[str, Any], list[Repeat], list[Repeat]]:
-    """Return the report's `repetition`, `flagged` and `repeated`, with document numbers instead of ids."""
-    overlap = find_overlap(corpus)
-    twins = {"same words": find_same_words(corpus), "near duplicate": find_near_duplicates(corpus, params)}
-    return (
-        _count_repetition(corpus, twins, overlap, params),
-        _flagged(corpus, twins, overlap, params),
-        _repeated(corpus, twins, params.max_listed),
-    )
+def _find_all_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
+    """Return the twins of both kinds; `same words` comes before `near duplicate`."""
+    import pandas as pd
+
+    same_words, near_duplicates = find_same_words(corpus), find_near_duplicates(corpus, params)
+    kinds = [same_words.assign(kind="same words"), near_duplicates.assign(kind="near duplicate")]
+    return pd.concat(kinds, ignore_index=True)
 
 
 def _count_repetition(
-    corpus: Digest, twins: Mapping[str, TwinPair], overlap: Overlap, params: Inspection
+    corpus: Digest, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
     """Count the documents that have a twin, by kind, and the val documents that are in train."""
-    has_twin, has_twin_across = np.zeros((2, len(corpus.in_val)), np.bool_)
     counts = {}
-    for kind, (nearest, across) in twins.items():
-        found, found_across = nearest.twin >= 0, across.twin >= 0
-        has_twin |= found
-        has_twin_across |= found_across
-        counts[kind] = {
-            "documents": int(found.sum()),
-            "train": int((found & ~corpus.in_val).sum()),
-            "val": int((found & corpus.in_val).sum()),
-            "val_with_twin_in_train": int((found_across & corpus.in_val).sum()),
+    for key, kind in (("same_words", "same words"), ("near_duplicates", "near duplicate")):
+        of_kind = twins[twins["kind"] == kind]
+        in_val = of_kind.drop_duplicates("document")["in_val"]
+        counts[key] = {
+            "documents": len(in_val),
+            "train": int((~in_val).sum()),
+            "val": int(in_val.sum()),
+            "val_with_twin_in_train": int((of_kind["in_val"] & of_kind["across"]).sum()),
         }
-    overlaps = overlap.share >= params.leaked_overlap
-    leaked = has_twin_across[overlap.documents] | overlaps
+    overlaps = overlap["score"] >= params.leaked_overlap
+    leaked = overlaps | overlap["document"].isin(twins[twins["across"]]["document"])
     return {
-        "same_words": counts["same words"],
-        "near_duplicates": counts["near duplicate"],
-        "repeated_share": float(has_twin.sum() / max(1, len(has_twin))),
-        "leaked_share": float(leaked.sum() / max(1, len(leaked))),  # share of the val documents
+        **counts,
+        "repeated_share": twins["document"].nunique() / max(1, len(corpus.ids)),
+        "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # share of the val documents
         "overlap": {
             "words": params.overlap_words,
-            "runs": int(overlap.runs.sum()),
-            "runs_in_train": int(overlap.seen.sum()),
-            "val_documents": len(overlap.runs),
+            "runs": int(overlap["runs"].sum()),
+            "runs_in_train": int(overlap["seen"].sum()),
+            "val_documents": len(overlap),
             # A document of fewer words has no run: it is only compared with complete documents.
-            "val_documents_without_runs": int((overlap.runs == 0).sum()),
-            "val_documents_with_any": int((overlap.seen > 0).sum()),
+            "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
+            "val_documents_with_any": int((overlap["seen"] > 0).sum()),
             "val_documents_leaked": int(overlaps.sum()),
         },
     }
 
 
-def _flagged(
-    corpus: Digest, twins: Mapping[str, TwinPair], overlap: Overlap, params: Inspection
-) -> list[Repeat]:
-    """List the val documents that repeat others.
+def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
+    """Return the val documents that have a twin, or whose text is in train; a twin in train is preferred."""
+    import pandas as pd
 
-    These documents have a twin, or more than `flagged_overlap` of their runs of words are in train.
-    """
-    repeats: list[Repeat] = []
-    for kind, (nearest, across) in twins.items():
-        for number in np.flatnonzero((nearest.twin >= 0) & corpus.in_val).tolist():
-            best = across if across.twin[number] >= 0 else nearest  # prefer a twin in train
-            repeats.append((number, kind, int(best.twin[number]), float(best.similarity[number])))
-    for number, twin, share in zip(overlap.documents, overlap.twins, overlap.share, strict=True):
-        if twin >= 0 and share > params.flagged_overlap:
-            repeats.append((int(number), "overlap", int(twin), float(share)))
-    return sorted(repeats)
+    of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
+    in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
+    flagged = pd.concat([of_val.drop_duplicates(["kind", "document"]), in_train.assign(kind="overlap")])
+    return flagged.sort_values(["document", "kind"])
 
 
-def _repeated(corpus: Digest, twins: Mapping[str, TwinPair], max_listed: int) -> list[Repeat]:
-    """List the most similar twins within train, each pair once."""
-    pairs = {}
-    for kind in ("near duplicate", "same words"):  # if a pair is both, "same words" is kept
-        nearest, _ = twins[kind]
-        in_train = (nearest.twin >= 0) & ~corpus.in_val & ~corpus.in_val[nearest.twin]
-        for number in np.flatnonzero(in_train).tolist():
-            first, second = sorted((number, int(nearest.twin[number])))
-            pairs[first, second] = (first, kind, second, float(nearest.similarity[number]))
+def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
+    """Return the most similar twins within train, each pair once."""
+    nearest = twins.drop_duplicates(["kind", "document"])
+    pairs = nearest[~nearest["in_val"] & ~nearest["across"]]
+    lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
+    # A pair of both kinds is listed as `same words`, which comes first.
+    pairs = pairs.assign(document=lower, twin=higher).drop_duplicates(["document", "twin"])
     # Equal scores are sorted in corpus order, so that the list does not depend on the workers.
-    by_score = sorted(pairs.values(), key=lambda repeat: (-repeat[3], repeat[0], repeat[2]))
-    return by_score[:max_listed]
+    ordered = pairs.sort_values(["score", "document", "twin"], ascending=[False, True, True])
+    return ordered.head(params.max_listed)
 
 
 def uncompared(repetition: Mapping[str, Any]) -> str:
@@ -282,21 +234,23 @@ def uncompared(repetition: Mapping[str, Any]) -> str:
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
     leaked = f"share of val's documents that are in train{uncompared(repetition)}"
+    advice = "remove the documents that the report lists ({}), or raise inspection.max_{}"
     suite = [
-        at_most("repeated_share", params.max_repeated_share, "share of documents that have a twin"),
-        at_most("leaked_share", params.max_leaked_share, leaked),
+        at_most(
+            "repeated_share",
+            params.max_repeated_share,
+            "share of documents that have a twin",
+            advice.format("repeated, flagged", "repeated_share"),
+        ),
+        at_most("leaked_share", params.max_leaked_share, leaked, advice.format("flagged", "leaked_share")),
     ]
-    advice = {
-        key: f"remove the documents that the report lists ({listed}), or raise inspection.max_{key}"
-        for key, listed in (("repeated_share", "repeated, flagged"), ("leaked_share", "flagged"))
-    }
-    return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite, advice)
+    return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite)
 
 
-def _describe(repeats: list[Repeat], groups: list[RowGroup]) -> list[dict[str, Any]]:
+def _describe(repeats: "pd.DataFrame", groups: list[RowGroup]) -> list[dict[str, Any]]:
     """Replace document numbers by ids and sources, in one pass over the corpus."""
     # The lists are short, so reading the sources now takes less memory than keeping all of them.
-    wanted = {number for document, _, twin, _ in repeats for number in (document, twin)}
+    wanted = {*repeats["document"].tolist(), *repeats["twin"].tolist()}
     names = (name for group in groups for name in read_names(group))
     described = {
         number: {"id": document_id, "source": source}
@@ -304,6 +258,11 @@ def _describe(repeats: list[Repeat], groups: list[RowGroup]) -> list[dict[str, A
         if number in wanted
     }
     return [
-        {**described[document], "kind": kind, "twin": described[twin], "score": round(score, 6)}
-        for document, kind, twin, score in repeats
+        {
+            **described[row["document"]],
+            "kind": row["kind"],
+            "twin": described[row["twin"]],
+            "score": round(row["score"], 6),
+        }
+        for row in repeats.to_dict("records")
     ]

@@ -1,16 +1,8 @@
 """Check the documents with Great Expectations (GX) before a model is trained on them.
 
-Two tables are checked:
-
-    corpus     One row for all documents: the number of documents, bytes of text, repeated ids, and ids that
-               are not the hash of their text.
-    documents  One row per document (`document_row`). If the corpus has more than `validation.max_rows`
-               documents, the table is a sample of about `max_rows` documents: those whose normalised text
-               has a hash below a limit. Every machine takes the same sample. If documents differ only in
-               case and spacing, the sample has all of these documents or none.
-
-One row group is read at a time. Memory holds 16 bytes per document, and the rows. `check_expectations` runs
-one checkpoint per table and writes Data Docs. The stage `inspection` uses this function too.
+The table `corpus` has one row of counts of the whole corpus. The table `documents` has one row per document
+(`document_row`), or a sample. `check_expectations` runs one checkpoint per table and writes Data Docs. The
+stage `inspection` uses this function too.
 """
 
 import hashlib
@@ -20,22 +12,20 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, CheckFailed
-from compactgpt.common.storage import atomic_folder, read_manifest, verified_manifest
+from compactgpt.common.storage import atomic_folder, verified_manifest
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
 
 _EXCERPT_CHARACTERS = 80
 _EXAMPLES = 3  # how many documents the result of a failed expectation names
-_MEGABYTE = 1_000_000
 _PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
 # Parts of a page that load files from other servers. Without a network, the page would wait for these files.
 _REMOTE = re.compile(
@@ -43,61 +33,30 @@ _REMOTE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows to check, each with `id` and `source`, and the expectations of the rows."""
 
     name: str
     rows: list[dict[str, Any]]
     suite: list[Any]
-    advice: Mapping[str, str] = field(default_factory=dict)  # what to do if a column fails, by column
 
 
 def validate(
     documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Check the documents, write Data Docs, and return the report.
+    """Check the documents, write Data Docs, and return the report. The same documents give the same report.
 
-    Args:
-        documents: folder of document shards.
-        docs: folder for Data Docs, replaced. Data Docs contain the time, so no DVC output may depend on them.
-        params: the section `validation` of params.yaml, with the limits of the expectations.
-        progress: called with the number of documents read.
-
-    Returns:
-        The report: `success`, the counts of the whole corpus, `rows` (the number of rows in the table
-        `documents`), and `expectations` (the results of `check_expectations`). The same documents give the
-        same report.
-
-    Raises:
-        MissingInput: the folder of documents is missing.
-        BadData: the folder of documents is damaged.
-        BadConfig: the sample of `max_rows` documents has no document.
+    If there are more than `params.max_rows` documents, the rows are a sample: the documents whose normalised
+    text has a hash below a limit. So documents that differ only in case and spacing are all in the sample or
+    all outside. Memory holds 16 bytes per document, and the rows.
+    Raises MissingInput or BadData if the documents are missing or damaged, BadConfig if the sample is empty.
     """
-    counts, rows = _read(documents, params.max_rows, progress)
-    if not rows:
-        raise BadConfig(
-            f"the sample of {counts['documents']:,} documents is empty with validation.max_rows "
-            f"({params.max_rows:,}): set validation.max_rows to at least {counts['documents']:,}"
-        )
-    advice = _advise(read_manifest(documents), counts, rows, params)
-    corpus = [{"id": "corpus", "source": "all documents", **counts}]
-    tables = [
-        Table("corpus", corpus, corpus_expectations(params), advice),
-        Table("documents", rows, document_expectations(params), advice),
-    ]
-    results = check_expectations("validation", tables, docs)
-    success = all(result["success"] for result in results)
-    return {"success": success, **counts, "rows": len(rows), "expectations": results}
-
-
-def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Return the counts of the whole corpus, and the rows of all documents or of a sample."""
-    total = verified_manifest(folder)["documents"]
+    manifest = verified_manifest(documents)
+    total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
     ids = bytearray()  # 16-byte hash of each id, since a damaged id may have any length
     rows: list[dict[str, Any]] = []
-    for group in row_groups(folder):
+    for group in row_groups(documents):
         for document in read_row_group(group):
             content = document.text.encode()
             counts["documents"] += 1
@@ -105,12 +64,25 @@ def _read(folder: Path, max_rows: int, progress: Progress) -> tuple[dict[str, in
             counts["wrong_ids"] += _hash(content) != document.id
             ids += bytes.fromhex(_hash(document.id.encode()))
             # Compare integers, which are exact, so that every machine takes the same sample.
-            hash_bound = 2**64 * max_rows
-            if total <= max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
+            hash_bound = 2**64 * params.max_rows
+            if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
-    different = len(np.unique(np.frombuffer(ids, "S16")))
-    return {**counts, "repeated_ids": counts["documents"] - different}, rows
+    counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(ids, "S16")))
+    if not rows:
+        raise BadConfig(
+            f"the sample of {total:,} documents is empty with validation.max_rows ({params.max_rows:,}): "
+            f"set validation.max_rows to at least {total:,}"
+        )
+    advice = _advise(manifest, counts, rows, params)
+    corpus = {"id": "corpus", "source": "all documents", **counts}
+    tables = [
+        Table("corpus", [corpus], corpus_expectations(params, advice)),
+        Table("documents", rows, document_expectations(params, advice)),
+    ]
+    results = check_expectations("validation", tables, docs)
+    success = all(result["success"] for result in results)
+    return {"success": success, **counts, "rows": len(rows), "expectations": results}
 
 
 def _hash(content: bytes) -> str:
@@ -123,26 +95,19 @@ def _normalised(text: str) -> str:
 
 
 def document_row(document: Document) -> dict[str, Any]:
-    """Return the values of one document that the expectations check.
-
-    Returns:
-        A dict with id; source; excerpt (the first characters, None for a blank text); n_characters;
-        id_is_hash (whether the id is the hash of the text); normalised (hash of the text without case and
-        spacing); n_nul (number of NUL characters); letter_share (share of letters in the text without white
-        space); replacement_share (share of U+FFFD in all characters).
-    """
+    """Return the values of one document that the expectations check."""
     text = document.text
     dense = "".join(text.split())
     excerpt = " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
     return {
         "id": document.id,
         "source": document.source,
-        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,
+        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,  # None: the text is blank
         "n_characters": len(text),
         "id_is_hash": _hash(text.encode()) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
-        # The share of a text with only white space is 0.
+        # Of the characters that are not white space. A blank text has the share 0.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -151,17 +116,17 @@ def document_row(document: Document) -> dict[str, Any]:
 # --- expectations
 
 
-def at_least(column: str, value: float, what: str) -> Any:
+def at_least(column: str, value: float, what: str, advice: str) -> Any:
     """Return an expectation: the single value of a column is at least `value`."""
-    return _bound(column, what, f"at least {value:,}", min_value=value)
+    return _bound(column, what, f"at least {value:,}", advice, min_value=value)
 
 
-def at_most(column: str, value: float, what: str) -> Any:
+def at_most(column: str, value: float, what: str, advice: str) -> Any:
     """Return an expectation: the single value of a column is at most `value`."""
-    return _bound(column, what, f"at most {value:,}" if value else "none", max_value=value)
+    return _bound(column, what, f"at most {value:,}" if value else "none", advice, max_value=value)
 
 
-def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
+def _bound(column: str, what: str, expected: str, advice: str, **bounds: float) -> Any:
     from great_expectations import expectations as gxe
 
     # The table has one row, so the maximum of a column is its only value.
@@ -169,57 +134,65 @@ def _bound(column: str, what: str, expected: str, **bounds: float) -> Any:
         column=column,
         **bounds,
         description=f"{what}: {expected}",
-        meta={"what": what, "expected": expected},
+        meta={"what": what, "expected": expected, "advice": advice},
     )
 
 
-def corpus_expectations(params: Validation) -> list[Any]:
-    """Return the expectations of the table `corpus`."""
+def corpus_expectations(params: Validation, advice: Mapping[str, str]) -> list[Any]:
+    """Return the expectations of the table `corpus`, with the advice for each column."""
+    least_bytes = round(params.min_total_megabytes * 1_000_000)
+    repeated, wrong = (
+        "documents with the id of an earlier one",
+        "documents whose id is not the hash of their text",
+    )
     return [
-        at_least("documents", params.min_documents, "documents"),
-        at_least("bytes", round(params.min_total_megabytes * _MEGABYTE), "bytes of text"),
-        at_most("repeated_ids", 0, "documents with the id of an earlier one"),
-        at_most("wrong_ids", 0, "documents whose id is not the hash of their text"),
+        at_least("documents", params.min_documents, "documents", advice["documents"]),
+        at_least("bytes", least_bytes, "bytes of text", advice["bytes"]),
+        at_most("repeated_ids", 0, repeated, advice["repeated_ids"]),
+        at_most("wrong_ids", 0, wrong, advice["wrong_ids"]),
     ]
 
 
-def document_expectations(params: Validation) -> list[Any]:
-    """Return the expectations of the table `documents`."""
+def document_expectations(params: Validation, advice: Mapping[str, str]) -> list[Any]:
+    """Return the expectations of the table `documents`, with the advice for each column."""
     from great_expectations import expectations as gxe
 
-    def between(column: str, description: str, **bounds: float) -> Any:
-        return gxe.ExpectColumnValuesToBeBetween(
-            column=column, mostly=params.mostly, description=f"{most} {description}", **bounds
-        )
+    def values(column: str, kind: str, description: str, **arguments: Any) -> Any:
+        expectation = getattr(gxe, f"ExpectColumnValuesTo{kind}")
+        meta = {"advice": advice[column]}
+        return expectation(column=column, description=description, meta=meta, **arguments)
 
-    most = f"{100 * params.mostly:g} % of the documents have"
-    length = f"{params.min_characters:,} to {params.max_characters:,} characters"
-    letters = f"a share of letters of at least {params.min_letter_share:g}"
-    damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
+    def most(column: str, description: str, **bounds: float) -> Any:
+        description = f"{100 * params.mostly:g} % of the documents have {description}"
+        return values(column, "BeBetween", description, mostly=params.mostly, **bounds)
+
+    shortest, longest = params.min_characters, params.max_characters
+    letters, damage = params.min_letter_share, params.max_replacement_share
     unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
     return [
-        gxe.ExpectColumnValuesToBeUnique(column="id", description="every id is unique"),
-        gxe.ExpectColumnValuesToMatchRegex(
-            column="id", regex="^[0-9a-f]{32}$", description="every id has 32 hex digits"
+        values("id", "BeUnique", "every id is unique"),
+        values("id", "MatchRegex", "every id has 32 hex digits", regex="^[0-9a-f]{32}$"),
+        values("id_is_hash", "BeInSet", "every id is the hash of its text", value_set=[True]),
+        values("source", "NotBeNull", "every document names its source"),
+        values("excerpt", "NotBeNull", "no document is blank"),
+        most(
+            "n_characters",
+            f"{shortest:,} to {longest:,} characters",
+            min_value=shortest,
+            max_value=longest,
         ),
-        gxe.ExpectColumnValuesToBeInSet(
-            column="id_is_hash", value_set=[True], description="every id is the hash of its text"
+        most("letter_share", f"a share of letters of at least {letters:g}", min_value=letters),
+        most(
+            "replacement_share",
+            f"a share of U+FFFD (wrong decoding) of at most {damage:g}",
+            max_value=damage,
         ),
-        gxe.ExpectColumnValuesToNotBeNull(column="source", description="every document names its source"),
-        gxe.ExpectColumnValuesToNotBeNull(column="excerpt", description="no document is blank"),
-        between("n_characters", length, min_value=params.min_characters, max_value=params.max_characters),
-        between("letter_share", letters, min_value=params.min_letter_share),
-        between("replacement_share", damage, max_value=params.max_replacement_share),
-        between("n_nul", "no NUL character", max_value=0),
-        gxe.ExpectColumnValuesToBeUnique(
-            column="normalised", mostly=params.min_unique_share, description=unique
-        ),
+        most("n_nul", "no NUL character", max_value=0),
+        values("normalised", "BeUnique", unique, mostly=params.min_unique_share),
     ]
 
 
 # --- what to do about a failed expectation
-
-_DAMAGED = "the files of data/documents were altered: run `dvc repro -f download`"
 
 
 def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
@@ -230,7 +203,7 @@ def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dic
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
-    unique = sum(copies[row["normalised"]] == 1 for row in rows) / len(rows)
+    unique = sum(count == 1 for count in copies.values()) / len(rows)
     spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail
     return {
         "min_characters": min(params.min_characters, lengths[spare // 2]),
@@ -257,7 +230,8 @@ def _advise(
         more = f"{repeated:,} more were left out as duplicates; {more}"
     lengths = "set validation.min_characters to {min_characters:,} and max_characters to {max_characters:,}"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
-    return dict.fromkeys(("repeated_ids", "wrong_ids", "id", "id_is_hash", "source"), _DAMAGED) | {
+    damaged = "the files of data/documents were altered: run `dvc repro -f download`"
+    return dict.fromkeys(("repeated_ids", "wrong_ids", "id", "id_is_hash", "source"), damaged) | {
         "documents": f"{more}, or set validation.min_documents to at most {counts['documents']:,}",
         "bytes": f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}",
         "excerpt": "remove the blank documents",
@@ -269,23 +243,38 @@ def _advise(
     }
 
 
+def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
+    """Raise CheckFailed, which stops the pipeline, if an expectation in a stage's report failed.
+
+    The message names the checked data (`what`, a plural noun), and what was found, expected and advised.
+    """
+    lines = []
+    for result in report["expectations"]:
+        if result["success"]:
+            continue
+        if result["unexpected"] is None:  # an expectation of one value, not of many rows
+            line = f"{result['what']}: found {result['observed']:,}, expected {result['expected']}"
+        else:
+            examples = ", ".join(
+                f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"]
+            )
+            broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
+            line = f"expected: {result['description']}; {broken}, such as {examples}"
+        lines.append(f"  {line}; {result['advice']}\n")
+    if lines:
+        failed = f"{what} fail {len(lines)} of {len(report['expectations'])} expectations"
+        raise CheckFailed(f"{failed}:\n{''.join(lines)}{last_line}")
+
+
 # --- checkpoints
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Run one checkpoint per table, write Data Docs that need no network, and return the results.
+    """Run one checkpoint per table, write Data Docs into `docs`, and return a dict per expectation.
 
-    Args:
-        run_name: name of the validation run in Data Docs.
-        tables: the tables to check.
-        docs: folder for Data Docs, replaced; `index.html` lists the pages.
-
-    Returns:
-        One dict per expectation: its description and arguments, the observed value or the number of rows
-        that fail, and the first failing rows.
-
-    Raises:
-        NotAllowed: `docs` contains files that are not Data Docs of an earlier run.
+    The dict has the expectation's description and arguments, the observed value or the number of rows that
+    fail, and the first failing rows. The pages of Data Docs have the time of the run, and need no network.
+    Raises NotAllowed if `docs` contains files that are not Data Docs of an earlier run.
     """
     import great_expectations as gx
 
@@ -330,16 +319,17 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
         },
     )
     # GX does not escape values in its pages: HTML in a document would change the page.
-    rows = [
-        {key: html.escape(value) if isinstance(value, str) else value for key, value in row.items()}
-        for row in table.rows
-    ]
+    rows = pd.DataFrame([_convert_strings(row, html.escape) for row in table.rows])
     run = context.checkpoints.add(checkpoint).run(
-        batch_parameters={"dataframe": pd.DataFrame(rows)}, run_id=RunIdentifier(run_name=run_name)
+        batch_parameters={"dataframe": rows}, run_id=RunIdentifier(run_name=run_name)
     )
     # The checkpoint has one validation definition, and so one result.
     (validation,) = run.run_results.values()
     return [_result(table, each) for each in validation.to_json_dict()["results"]]
+
+
+def _convert_strings(row: Mapping[str, Any], convert: Callable[[str], str]) -> dict[str, Any]:
+    return {key: convert(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
@@ -347,29 +337,25 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not evaluate {config['type']}: {result['exception_info']}")
-    column = config["kwargs"]["column"]
-    examples = [
-        {"id": row["id"], "source": row["source"], "value": row[column]}
-        for row in found.get("partial_unexpected_index_list", [])
-    ]
-    for example in examples:
-        for key, value in example.items():
-            example[key] = html.unescape(value) if isinstance(value, str) else value
+    arguments = {key: value for key, value in config["kwargs"].items() if key != "batch_id"}
+    column = arguments.pop("column")
+    rows = found.get("partial_unexpected_index_list", [])
+    examples = [{"id": row["id"], "source": row["source"], "value": row[column]} for row in rows]
+    meta = dict(config["meta"])  # `advice`, and `what` and `expected` from `_bound`
+    if result["success"]:
+        del meta["advice"]
     return {
         "table": table.name,
         "rows": len(table.rows),
         "expectation": config["type"],
         "description": config["description"],
         "column": column,
-        "arguments": {
-            key: value for key, value in config["kwargs"].items() if key not in ("batch_id", "column")
-        },
+        "arguments": arguments,
         "success": result["success"],
-        **(config.get("meta") or {}),  # `what` and `expected` from `_bound`
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
-        "examples": examples,
-        **({} if result["success"] else {"advice": table.advice.get(column, "")}),
+        "examples": [_convert_strings(example, html.unescape) for example in examples],
+        **meta,
     }
 
 
@@ -389,34 +375,3 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
     template = Environment(loader=FileSystemLoader(_PLUGINS), autoescape=True).get_template("index.html.j2")
     style = (_PLUGINS / "custom_data_docs/styles/data_docs_custom_styles.css").read_text()
     (docs / "index.html").write_text(template.render(pages=pages, style=style), encoding="utf-8")
-
-
-def require_success(report: Mapping[str, Any], what: str, advice: str) -> None:
-    """Raise an error, which stops the pipeline, if an expectation failed.
-
-    Args:
-        report: the report of a stage; `expectations` contains the results of `check_expectations`.
-        what: name of the checked data in the message, a plural noun.
-        advice: the last line of the message.
-
-    Raises:
-        CheckFailed: an expectation failed. The message lists each failure with observed values and examples,
-            and what to do about it.
-    """
-    failed = [result for result in report["expectations"] if not result["success"]]
-    if failed:
-        lines = "\n".join(f"  {_sentence(result)}" for result in failed)
-        raise CheckFailed(
-            f"{what} fail {len(failed)} of {len(report['expectations'])} expectations:\n{lines}\n{advice}"
-        )
-
-
-def _sentence(result: Mapping[str, Any]) -> str:
-    """Return what was found, what was expected, and what to do."""
-    if result["unexpected"] is None:  # an expectation of one value, not of many rows
-        found = f"{result['what']}: found {result['observed']:,}, expected {result['expected']}"
-    else:
-        examples = ", ".join(f"{row['source']} {row['id']} ({row['value']})" for row in result["examples"])
-        broken = f"{result['unexpected']:,} of {result['rows']:,} {result['table']} do not fulfil this"
-        found = f"expected: {result['description']}; {broken}, such as {examples}"
-    return f"{found}; {result['advice']}" if result["advice"] else found
