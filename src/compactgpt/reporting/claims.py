@@ -6,15 +6,16 @@ intervals only overlap, the claim is undecided. Values that are only reported or
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from compactgpt.common.sections import Name, Section
 from compactgpt.config import Model
 
+COMPACT = "compact"  # the name of the model that this project trains
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
     "restated",  # the value is the note's own number, so the agreement proves nothing
@@ -53,12 +54,10 @@ class ByAgreement(Section):
     of: tuple[str, ...]
     reason: str = ""
 
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         needed = {"logarithm": 2, "ratio": 3}[self.through]
         if len(self.of) != needed:
-            raise ValueError(f"`through: {self.through}` takes {needed} claims, found {len(self.of)}")
-        return self
+            yield f"`through: {self.through}` takes {needed} claims, found {len(self.of)}"
 
 
 class ByHand(Section):
@@ -85,13 +84,12 @@ class Claim(Section):
     experiment: Name | None = None  # the experiment that measures the evidence
     judged: Annotated[ByEvidence | ByAgreement | ByHand, Field(discriminator="by")]
 
-    @model_validator(mode="after")
-    def _bounded(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
+        low, high = self.bounds
         if isinstance(self.judged, ByEvidence) and self.low is None and self.high is None:
-            raise ValueError("a claim judged by evidence needs low, high or both")
-        if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"low ({self.low}) must be at most high ({self.high})")
-        return self
+            yield "a claim judged by evidence needs low, high or both"
+        if low > high:
+            yield f"low ({low}) must be at most high ({high})"
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -114,57 +112,20 @@ class Claims(Section):
     claims: tuple[Claim, ...]
     table: tuple[Row, ...]
 
-    @model_validator(mode="after")
-    def _linked(self) -> Self:
+    def _mistakes(self) -> Iterator[str]:
         known = [claim.id for claim in self.claims]
         if repeated := sorted({name for name in known if known.count(name) > 1}):
-            raise ValueError(f"ids repeat themselves: {repeated}; each claim needs its own id")
-        named = [name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)]
+            yield f"ids repeat themselves: {repeated}; each claim needs its own id"
+        named = {name for row in self.table for name in (row.compact, row.gpt2, row.gpt2_xl)}
         # `_compare_claims` divides limits and takes their logarithm, so the limits must be above 0.
         positive = {c.id for c in self.claims if c.low is not None and c.low > 0 and c.high is not None}
         for claim in self.claims:
             if isinstance(claim.judged, ByAgreement):
-                named += claim.judged.of
+                named.update(claim.judged.of)
                 if unusable := sorted(set(claim.judged.of) - positive):
-                    raise ValueError(f"{claim.id}: agreement of {unusable} needs low (above 0) and high")
-        if unknown := sorted(set(named) - set(known)):
-            raise ValueError(f"no such claims: {unknown}; use ids of `claims`")
-        return self
-
-
-class PublishedValue(Section):
-    """A published number, with the same fields as `Evidence`."""
-
-    id: str
-    model: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    unit: str
-    exact: bool = False
-    corpus: str
-    known: Literal["published", "derived", "reported"]
-    source: str
-    context: int | None = None
-    stride: int | None = None
-    tokenizer: str = ""
-
-
-class Published(Section):
-    """The content of published.yaml: the published models' architectures and values."""
-
-    models: dict[Name, Model]
-    values: tuple[PublishedValue, ...]
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        models = ("gpt2", "gpt2-tuned", "nanogpt-124m")
-        needed = {f"{model}.openwebtext.loss" for model in models}
-        needed |= {"openwebtext.bytes_per_token", "gpt2.webtext_figure.perplexity"}
-        missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
-        if missing:
-            raise ValueError(f"the comparison needs {missing}: add what is missing")
-        return self
+                    yield f"{claim.id}: agreement of {unusable} needs low (above 0) and high"
+        if unknown := sorted(named - set(known)):
+            yield f"no such claims: {unknown}; use ids of `claims`"
 
 
 @dataclass(frozen=True)
@@ -193,10 +154,24 @@ class Evidence:
     @property
     def bounds(self) -> tuple[float, float]:
         """The value's interval. A missing end is the value itself."""
-        return (
-            self.value if self.low is None else self.low,
-            self.value if self.high is None else self.high,
-        )
+        low, high = (self.value if end is None else end for end in (self.low, self.high))
+        return low, high
+
+
+class Published(Section):
+    """The content of published.yaml: the published models' architectures and values."""
+
+    models: dict[Name, Model]
+    values: tuple[Evidence, ...]
+
+    def _mistakes(self) -> Iterator[str]:
+        needed = {f"{model}.openwebtext.loss" for model in ("gpt2", "gpt2-tuned", "nanogpt-124m")}
+        needed |= {"openwebtext.bytes_per_token", "gpt2.webtext_figure.perplexity"}
+        missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
+        if missing:
+            yield f"the comparison needs {missing}: add what is missing"
+        if own := [value.id for value in self.values if value.known in ("measured", "computed", "estimated")]:
+            yield f"{own}: `known` must be published, derived or reported"
 
 
 @dataclass(frozen=True)
@@ -239,21 +214,18 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
     ids = judged.ids if set(judged.ids) <= set(usable) else judged.until_measured or judged.ids
     found = [usable[name] for name in ids if name in usable]
     decisions = tuple(Decision(item.id, *item.bounds, relate(*item.bounds, *claim.bounds)) for item in found)
-    verdict: Verdict = "not yet measured"
-    if len(found) == len(ids):
-        verdict = _combine(decisions, exact=all(item.exact for item in found))
-    if judged.copied and verdict == "confirmed":
-        verdict = "restated"
-    return Judgement(verdict, decisions, reason=judged.reason)
-
-
-def _combine(decisions: Sequence[Decision], *, exact: bool) -> Verdict:
     relations = {decision.relation for decision in decisions}
-    if relations == {"inside"}:
-        return "confirmed" if exact else "supported"
-    if relations == {"outside"}:
-        return "contradicted"
-    return "misleading" if {"inside", "outside"} <= relations else "inconclusive"
+    verdict: Verdict = "inconclusive"
+    if len(found) < len(ids):
+        verdict = "not yet measured"
+    elif relations == {"inside"}:
+        is_exact = all(item.exact for item in found)
+        verdict = "supported" if not is_exact else "restated" if judged.copied else "confirmed"
+    elif relations == {"outside"}:
+        verdict = "contradicted"
+    elif {"inside", "outside"} <= relations:
+        verdict = "misleading"
+    return Judgement(verdict, decisions, reason=judged.reason)
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
@@ -273,10 +245,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return whether an interval is inside, outside or overlaps a claimed interval.
-
-    An interval that only touches the claimed interval is not outside.
-    """
+    """Return the relation of an interval to a claimed interval; touching from outside is "overlaps"."""
     if claim_low <= low and high <= claim_high:
         return "inside"
     return "outside" if high < claim_low or low > claim_high else "overlaps"

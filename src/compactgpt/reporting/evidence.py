@@ -1,9 +1,8 @@
 """Build the record, reports/evidence.json, from reports, claims and published values.
 
-`collect_evidence` yields the values. `build_record` judges the claims by these values and returns the record
-as plain JSON. The other modules of `reporting` read only the record, so every number that they show is in it.
-Ids have the form `<model>.<quantity>`. The model `note` is the note's model, and `compact` is the model
-trained in this project. The id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
+The other modules of `reporting` read only the record, so every number that they show is in it. Ids of values
+have the form `<model>.<quantity>`. The model `note` is the note's model, and `compact` is the model trained
+in this project. The id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
 """
 
 from collections import Counter
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from compactgpt.common.errors import BadConfig
-from compactgpt.config import ExpectedLoss, Model
+from compactgpt.config import Model
 from compactgpt.evaluation.likelihood import IN_WINDOW
-from compactgpt.evaluation.metrics import bits_per_byte, mcnemar, perplexity, perplexity_ratio
+from compactgpt.evaluation.metrics import Interval, bits_per_byte, mcnemar, perplexity, perplexity_ratio
 from compactgpt.evaluation.totals import Floats, figures
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.reporting.claims import Evidence, Published, judge_claims
+from compactgpt.reporting.claims import COMPACT, Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results
-from compactgpt.reporting.schemas import COMPACT, RECIPE, Forecast, Measured, Score, Sources, View
+from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sources, View
 
 NOTE = "note"
 NATS = "nats per token"
@@ -44,15 +43,22 @@ TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # every other text met
 def build_record(sources: Sources) -> dict[str, Any]:
     """Judge the claims and return the record as plain JSON.
 
-    Args:
-        sources: the reports, claims and published values from `schemas.read_sources`.
-
-    Raises:
-        BadConfig: two values have the same id.
+    Raises BadConfig if two values have the same id.
     """
-    evidence = _by_id(sources)
+    evidence: dict[str, Evidence] = {}
+    for item in collect_evidence(sources):
+        if item.id in evidence:
+            raise BadConfig(
+                f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
+                "the value in published.yaml"
+            )
+        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
+        evidence[item.id] = replace(item, code_sha256=code)
     claims = _judged_claims(sources, evidence)
-    score, scores = sources.compact.score, [sources.compact, *sources.baselines]
+    scores, estimate = [sources.compact, *sources.baselines], sources.estimate
+    validation, window = sources.compact.score.validation, sources.compact.score.window
+    loss = evidence[f"{COMPACT}.loss"].value
+    expected = {share: evidence[f"{COMPACT}.expected_loss_{share}"].bounds for share in ("80", "95")}
     return {
         "evidence": [asdict(item) for item in evidence.values()],
         "about_note": (sources.download.corpus, sources.download.name) in NOTE_CORPORA,
@@ -62,13 +68,13 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "models": {
             "measured": [row for one in scores for row in _table_rows(one)],
             "published": [n for n in sources.published.models if f"{n}.openwebtext.loss" in evidence],
-            "shape": sources.estimate.compact.model.model_dump(),
+            "shape": estimate.compact.model.model_dump(include={"block_size", "n_layer", "n_head", "n_embd"}),
         },
-        "forecast": _check_forecast(evidence),
-        "notes": sources.estimate.compact.notes,
-        "calibration": sources.estimate.calibration.model_dump(),
+        "forecast": {f"inside_{share}": low <= loss <= high for share, (low, high) in expected.items()},
+        "notes": estimate.compact.notes,
+        "calibration": estimate.calibration.model_dump(),
         "diverged": sources.training.diverged,
-        "validation": score.validation.model_dump() | {"window": score.window},
+        "validation": validation.model_dump() | {"window": window},
         "curve": sources.curve,
         # loss by position in the window, in nats per token of each model's own tokenizer
         "positions": {
@@ -81,20 +87,6 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "data": _describe_data(sources),
         "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
-
-
-def _by_id(sources: Sources) -> dict[str, Evidence]:
-    """Return all values by id, each with the hash of its stage's code."""
-    evidence: dict[str, Evidence] = {}
-    for item in collect_evidence(sources):
-        if item.id in evidence:
-            raise BadConfig(
-                f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
-                "the value in published.yaml"
-            )
-        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
-        evidence[item.id] = replace(item, code_sha256=code)
-    return evidence
 
 
 def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[dict[str, Any]]:
@@ -128,16 +120,6 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     return [about | {"view": "both" if "own" in measured.totals.views else "matched"}]
 
 
-def _check_forecast(evidence: Mapping[str, Evidence]) -> dict[str, bool]:
-    """Return, for each interval forecast before training, whether it contains the measured loss."""
-    measured = evidence[f"{COMPACT}.loss"].value
-    inside = {}
-    for share in ("80", "95"):
-        low, high = evidence[f"{COMPACT}.expected_loss_{share}"].bounds
-        inside[f"inside_{share}"] = low <= measured <= high
-    return inside
-
-
 def _align_samples(sources: Sources) -> list[dict[str, Any]]:
     """Return the text that each model generated after each of the note's prompts."""
     written = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
@@ -152,12 +134,11 @@ def _align_samples(sources: Sources) -> list[dict[str, Any]]:
 
 
 def _describe_data(sources: Sources) -> dict[str, Any]:
-    """Return the page's description of the data: the corpus, its sources, splits and inspection results."""
-    tokenized = sources.tokenization
+    tokenized = sources.tokenization.model_dump()
     return {
         **sources.download.model_dump(),
-        "tokenizer": tokenized.tokenizer.model_dump(),
-        "splits": {"train": tokenized.train.model_dump(), "val": tokenized.val.model_dump()},
+        "tokenizer": tokenized["tokenizer"],
+        "splits": {split: tokenized[split] for split in ("train", "val")},
         "checks": {
             stage: {"passed": sum(one.success for one in found.expectations), "of": len(found.expectations)}
             for stage, found in sources.inspections.items()
@@ -167,18 +148,23 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
 
 def collect_evidence(sources: Sources) -> Iterator[Evidence]:
     """Yield every value of the record: estimated, counted, published and measured."""
-    yield from _estimated(NOTE, sources.estimate.note)
-    yield _hand_set(sources.estimate.note.hand_set_loss)
+    note = sources.estimate.note
+    yield from _estimated(NOTE, note)
+    by_hand = note.hand_set_loss
+    source = f"params.yaml, estimate.note.hand_set_loss, written when a public log was known: {by_hand.basis}"
+    yield Evidence(
+        f"{NOTE}.hand_set_loss", by_hand.value, NATS, "estimated", NOTE, source, "OpenWebText val",
+        by_hand.low_95, by_hand.high_95, stage="estimate", report=ESTIMATE,
+    )  # fmt: skip
     yield from _estimated(COMPACT, sources.estimate.compact)
     for name, shape in sources.published.models.items():
         yield from _counted(name, shape)
-    yield from _size_ratios(sources)
+    yield from _size_ratios(note, sources.published.models["gpt2"])
     yield from _published(sources.published)
     yield from _trained(sources)
     for measured in (sources.compact, *sources.baselines):
         yield from _likelihood(measured, sources)
         yield from _task_scores(measured, sources)
-        yield from _text_figures(measured, sources)
         yield from _flagged_and_clean(measured, sources)
     for baseline in sources.baselines:
         yield from _perplexity_ratios(baseline, sources)
@@ -195,50 +181,32 @@ def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
     """Yield the size, token budget and expected loss of one of the two estimated runs."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
-    parameters = forecast.parameters.model_dump()
-    found = {f"parameters.{convention}": (n, "parameters") for convention, n in parameters.items()}
+    sizes = asdict(forecast.parameters).items()
+    found = {f"parameters.{convention}": (n, "parameters") for convention, n in sizes}
     found["context"] = (forecast.model.block_size, "tokens")
     found["sequences_per_step"] = (forecast.sequences_per_step, "sequences")
     found["tokens_per_step"] = (forecast.tokens_per_step, "tokens")
     found["tokens"] = (forecast.tokens, "tokens")
+    if forecast.epochs is not None:
+        found["epochs"] = (forecast.epochs, "share")
     for quantity, (value, unit) in found.items():
         yield Evidence(f"{model}.{quantity}", value, unit, "computed", source=source, exact=True, **about)
-    if forecast.epochs is not None:
-        name = f"{model}.epochs"
-        yield Evidence(name, forecast.epochs, "share", "computed", source=source, exact=True, **about)
-    yield from _expected(model, forecast.expected_loss, forecast.model.block_size, about)
+    expected, context = forecast.expected_loss, forecast.model.block_size
+    by_rule = about | {
+        "known": "estimated", "source": f"{ESTIMATE}, the fixed rule: {expected.basis}",
+        "corpus": "OpenWebText val" if model == NOTE else "", "context": context, "stride": context,
+    }  # fmt: skip
+    bounds_95 = (expected.low_95, expected.high_95)
+    intervals = {"": bounds_95, "_95": bounds_95, "_80": (expected.low_80, expected.high_80)}
+    for suffix, (low, high) in intervals.items():
+        yield Evidence(f"{model}.expected_loss{suffix}", expected.value, NATS, low=low, high=high, **by_rule)
+    bounds = Interval(expected.value, *bounds_95).map(perplexity)
+    yield _interval(f"{model}.expected_perplexity", bounds, "perplexity", by_rule)
     for law, found_by_law in forecast.laws.items():
         if found_by_law.better_than_guessing:
             name = f"{model}.law.{law}.loss"
             source = f"{ESTIMATE}: the law {law} as published, not calibrated"
             yield Evidence(name, found_by_law.loss, NATS, "estimated", source=source, **about)
-
-
-def _expected(
-    model: str, expected: ExpectedLoss, context: int, about: Mapping[str, Any]
-) -> Iterator[Evidence]:
-    """Yield the expected loss with its 80 % and 95 % intervals, and the expected perplexity.
-
-    An id without a suffix has the 95 % interval.
-    """
-    about = {**about, "source": f"{ESTIMATE}, the fixed rule: {expected.basis}", "known": "estimated"}
-    about |= {"context": context, "stride": context}
-    about["corpus"] = "OpenWebText val" if model == NOTE else ""
-    bounds_95 = (expected.low_95, expected.high_95)
-    intervals = {"": bounds_95, "_95": bounds_95, "_80": (expected.low_80, expected.high_80)}
-    for suffix, (low, high) in intervals.items():
-        yield Evidence(f"{model}.expected_loss{suffix}", expected.value, NATS, low=low, high=high, **about)
-    value, low, high = (perplexity(loss) for loss in (expected.value, *bounds_95))
-    yield Evidence(f"{model}.expected_perplexity", value, "perplexity", low=low, high=high, **about)
-
-
-def _hand_set(loss: ExpectedLoss) -> Evidence:
-    """Return the loss that a person expected of the note's run."""
-    source = f"params.yaml, estimate.note.hand_set_loss, written when a public log was known: {loss.basis}"
-    return Evidence(
-        f"{NOTE}.hand_set_loss", loss.value, NATS, "estimated", NOTE, source, "OpenWebText val",
-        loss.low_95, loss.high_95, stage="estimate", report=ESTIMATE,
-    )  # fmt: skip
 
 
 def _counted(name: str, shape: Model) -> Iterator[Evidence]:
@@ -250,15 +218,12 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
     yield Evidence(f"{name}.context", shape.block_size, "tokens", "published", **about)
 
 
-def _size_ratios(sources: Sources) -> Iterator[Evidence]:
+def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
     """Yield the ratios of the note's model to GPT-2 small: parameters and FLOPs per token."""
-    note, gpt2 = sources.estimate.note, sources.published.models["gpt2"]
-    sizes = note.parameters.model_dump()
-    ratios = {
-        f"parameters.{key}": sizes[key] / number for key, number in asdict(count_parameters(gpt2)).items()
-    }
-    flops = flops_per_token(gpt2)["with_attention"]
-    ratios["flops_per_token"] = note.flops_with_attention / flops
+    sizes = asdict(note.parameters)
+    counts = asdict(count_parameters(gpt2))
+    ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
+    ratios["flops_per_token"] = note.flops_with_attention / flops_per_token(gpt2)["with_attention"]
     for quantity, ratio in ratios.items():
         name, source = f"ratio.note_to_gpt2.{quantity}", "ratio of the two counts"
         yield Evidence(name, ratio, "share", "computed", NOTE, source, exact=True, report=ESTIMATE)
@@ -269,7 +234,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
     A derived value has the interval that the rounding of the published values leaves.
     """
-    found = {value.id: Evidence(**value.model_dump(), report=PUBLISHED) for value in published.values}
+    found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
     bytes_per_token = found["openwebtext.bytes_per_token"].value
     for loss in [item for item in found.values() if item.id.endswith(".loss")]:
@@ -314,12 +279,8 @@ def _nats_by_view(measured: Measured) -> dict[str, Floats]:
 def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
     """Return the fields that all values of one model's report share.
 
-    Args:
-        measured: the model and its report.
-        sources: the inputs of the record.
-        view: "" for values on the shared windows, ".own" for values in the model's own context, None for all
-            other values, which have neither a context nor a stride. Compressors and n-gram models have no
-            window either.
+    `view` is "" for values on the shared windows and ".own" for values in the model's own context. All other
+    values, and all values of compressors and n-gram models, have neither a context nor a stride.
     """
     score, ours, is_recipe = measured.score, measured.name == COMPACT, measured.name == RECIPE
     model = score.model
@@ -342,7 +303,7 @@ def _common(measured: Measured, sources: Sources, view: str | None = None) -> di
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield the number of tokens that the compact model was trained on, and its last training loss."""
+    """Yield the compact model's training tokens, training loss, and deviation of its loss between seeds."""
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",
@@ -361,7 +322,7 @@ def _trained(sources: Sources) -> Iterator[Evidence]:
         )  # fmt: skip
 
 
-def _interval(name: str, bounds: Any, unit: str, about: Mapping[str, Any]) -> Evidence:
+def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) -> Evidence:
     return Evidence(name, bounds.value, unit, low=bounds.low, high=bounds.high, **about)
 
 
@@ -373,30 +334,30 @@ def _scores(stem: str, found: Score | View, about: Mapping[str, Any]) -> Iterato
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's loss, perplexity and bits per byte; for a baseline, also its parameter counts."""
+    """Yield the scores on the shared windows and in other windows, and a baseline's parameter counts."""
     name, score = measured.name, measured.score
-    about = _common(measured, sources, "")
-    yield from _scores(name, score, about)
-    if name == COMPACT:  # `_estimated` yields its parameter counts
-        return
-    about |= {"corpus": "", "context": None, "stride": None, "data_sha256": ""}
-    sizes = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
-    for convention, size in sizes.items():
-        if size is not None:
-            yield Evidence(f"{name}.num_params.{convention}", size, "parameters", **about, exact=True)
+    on_windows, about = _common(measured, sources, ""), _common(measured, sources)
+    yield from _scores(name, score, on_windows)
+    counts = {"all_tensors": score.model.num_params, "non_embedding": score.model.num_params_non_embedding}
+    for convention, size in counts.items():
+        if size is not None and name != COMPACT:  # `_estimated` yields the compact model's parameter counts
+            without_data = about | {"corpus": "", "data_sha256": "", "exact": True}
+            yield Evidence(f"{name}.num_params.{convention}", size, "parameters", **without_data)
+    if score.word_perplexity is not None:
+        yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", on_windows)
+    for view, found in score.views.items():
+        yield from _scores(
+            f"{name}.{view}", found, about | {"context": found.context, "stride": found.stride}
+        )
 
 
 def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield one model's word perplexity, its loss with other windows and its score on each task."""
-    name, score = measured.name, measured.score
-    if score.word_perplexity is not None:
-        about = _common(measured, sources, "")
-        yield _interval(f"{name}.word_perplexity", score.word_perplexity, "perplexity", about)
-    about = _common(measured, sources)
-    for view, found in score.views.items():
-        sizes = {"context": found.context, "stride": found.stride}
-        yield from _scores(f"{name}.{view}", found, about | sizes)
-    for task, answers in score.tasks.items():
+    """Yield one model's score on each task, and the metrics of the text that it generated.
+
+    The metrics of human text are the same in all reports, so only the compact model's report yields them.
+    """
+    name, about = measured.name, _common(measured, sources)
+    for task, answers in measured.score.tasks.items():
         if answers.accuracy is not None:
             corpus = about["corpus"] if task == "cloze" else "LAMBADA"
             items = {"corpus": corpus, "data_sha256": answers.items_sha256}
@@ -408,21 +369,10 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
                 text = {"corpus": "WikiText", "data_sha256": answers.sha256}
                 text |= {"context": result.context, "stride": result.stride}
                 yield Evidence(value_id, value, "perplexity", **about | text)
-
-
-def _text_figures(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the metrics of the text that a model generated.
-
-    The metrics of human text are the same in all reports, so only the compact model's report yields them.
-    """
-    about = _common(measured, sources)
     for way, statistics in measured.score.text.statistics.items():
-        if way == "human" and measured.name != COMPACT:
-            continue
         for figure, bounds in statistics.items():
-            if bounds is not None:
-                name = f"{measured.name}.text.{way}.{figure}"
-                yield _interval(name, bounds, TEXT_UNITS.get(figure, "share"), about)
+            if bounds is not None and (way != "human" or name == COMPACT):
+                yield _interval(f"{name}.text.{way}.{figure}", bounds, TEXT_UNITS.get(figure, "share"), about)
 
 
 def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidence]:

@@ -13,8 +13,9 @@ from html import escape
 from typing import Any
 
 from compactgpt.common.errors import printable
+from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.messages import TEMPLATES, Language
-from compactgpt.reporting.tables import COMPACT, Item, Record, View, localized, show
+from compactgpt.reporting.tables import Item, Record, View, localized, show
 
 # Name of each CSS variable of the page -> its colour in PNG.
 COLOURS = {

@@ -1,14 +1,12 @@
 """The results store: the measured values of each finished experiment, results/<experiment>.json, in git.
 
 params.yaml and reports/ describe one run at a time. `compactgpt experiment record NAME` copies the measured
-values of a run from reports/ into results/NAME.json, under the experiment's name. For the experiment `note`,
+values of a run into results/NAME.json, with the experiment's name in their ids: for the experiment `note`,
 `compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The comparison adds the stored
-values to its record and judges the note's claims by them. The store also keeps per-document losses, so that
-two experiments on the same documents can be compared document by document.
+values to its record and judges the note's claims by them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,8 @@ from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.evaluation.totals import read_totals
 from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
+from compactgpt.reporting.claims import COMPACT
 
-FOLDER = Path("results")
-COMPACT = "compact"
 # The files of sweeps in results/ have another format, see compactgpt.forecast.sweep.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
 # id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
@@ -39,10 +36,15 @@ NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Metrics of text that claims compare with GPT-2: name in the ratio's id -> name of the metric.
-COMPARED_TEXT = {"repetition": "seq_rep_4", "distinct_2": "distinct_2", "length": "tokens"}
-# Decoding strategies in which a claim must hold -> what the ratio's id has before the metric.
-STRATEGIES = {"greedy": "", "nucleus": "sampled_"}
+# Ratios of text metrics to GPT-2's that claims name: end of the ratio's id -> decoding strategy and metric.
+TEXT_RATIOS = {
+    "repetition": "greedy.seq_rep_4",
+    "distinct_2": "greedy.distinct_2",
+    "length": "greedy.tokens",
+    "sampled_repetition": "nucleus.seq_rep_4",
+    "sampled_distinct_2": "nucleus.distinct_2",
+    "sampled_length": "nucleus.tokens",
+}
 
 
 class Documents(Section):
@@ -73,11 +75,7 @@ class Result(Section):
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read all results in a folder, sorted by name. Without the folder, return no results.
-
-    Raises:
-        BadConfig: a file is not valid JSON, or its fields are not those of `Result`.
-    """
+    """Read all results in a folder, sorted by name. Raises BadConfig if a file is not valid."""
     paths = sorted(path for path in folder.glob("*.json") if path.stem not in SWEEPS)
     return tuple(load_section(path, Result) for path in paths)
 
@@ -85,11 +83,15 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the measured values of an experiment's run to results/NAME.json and return the path.
 
-    Raises:
-        BadConfig: params.yaml does not contain the experiment, or reports/ describes another run.
-        MissingInput: a report is missing.
+    Raises BadConfig if params.yaml does not contain the experiment or reports/ describes another run, and
+    MissingInput if a report is missing.
     """
-    params = _check_experiment(name, root / "params.yaml", conf)
+    if experiments.find_experiment(name, conf).sweep:
+        raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
+    changes = experiments.apply(name, root / "params.yaml", conf=conf, write=False)
+    if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
+        raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
+    params = load_params(root / "params.yaml")
     record = read_json(root / "reports" / "evidence.json")
     values = {item["id"]: item["value"] for item in record["evidence"]}
     expected = {
@@ -104,19 +106,9 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
             )
     totals = read_totals(root / "data" / "evaluation" / "compact.parquet")
     documents = document_sums(totals.ids, totals.nats.tolist(), totals.tokens.tolist())
-    path = root / FOLDER / f"{name}.json"
+    path = root / "results" / f"{name}.json"
     write_json(path, make_result(name, record, params, documents).model_dump(mode="json"))
     return path
-
-
-def _check_experiment(name: str, params_file: Path, conf: Path) -> Params:
-    """Return the content of params.yaml; raise BadConfig if it differs from the experiment."""
-    if experiments.find_experiment(name, conf).sweep:
-        raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
-    changes = experiments.apply(name, params_file, conf=conf, write=False)
-    if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
-        raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
-    return load_params(params_file)
 
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
@@ -126,14 +118,7 @@ def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[in
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return the result of an experiment: the measured values of a record, with renamed ids.
-
-    Args:
-        name: the name of the experiment.
-        record: the content of reports/evidence.json.
-        params: the parameters of the run that the record describes.
-        documents: the compact model's per-document losses.
-    """
+    """Return the result of an experiment: the measured values of its record, with renamed ids."""
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
     kept = [_rename(item, name, baselines) for item in by_id.values() if item["known"] == "measured"]
@@ -142,10 +127,11 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
         value=at_95["value"], low_80=at_80["low"], high_80=at_80["high"],
         low_95=at_95["low"], high_95=at_95["high"], basis=at_95["source"],
     )  # fmt: skip
-    sections: dict[str, Any] = {"model": True, "training": True, "download": {"corpus"}}
     return Result(
         experiment=name,
-        params=params.model_dump(mode="json", include=sections),
+        params=params.model_dump(
+            mode="json", include={"model": True, "training": True, "download": {"corpus"}}
+        ),
         data_sha256=record["validation"]["sha256"],
         forecast=Forecast(expected_loss=expected, **record["forecast"]),
         documents=documents,
@@ -162,9 +148,8 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # Names may contain dots, so more than one baseline may match: the longest name is the right one.
-        owners = [other for other in baselines if item["id"].startswith(f"{other}.")]
-        owner = max(owners, key=len)
+        # A name may be the beginning of another name, so the longest name that matches is the right one.
+        owner = max((other for other in baselines if item["id"].startswith(f"{other}.")), key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
     return {**item, **renamed}
 
@@ -172,28 +157,24 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield values that claims need and no stage reports.
-
-    These values are the generalisation gap, val loss minus train loss, and the ratios of the text metrics to
-    GPT-2's.
-    """
+    """Yield the generalisation gap, val loss minus train loss, and the ratios of text metrics to GPT-2's."""
     by_id = {item["id"]: item for item in kept}
-    last = curve[-1]
-    if last["val_loss"] is not None and last["train_loss"] is not None:
-        yield {
-            **by_id[f"{name}.loss"],
+    val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
+    if val_loss is not None and train_loss is not None:
+        about = {
             "id": f"{name}.generalisation_gap",
-            "value": last["val_loss"] - last["train_loss"],
+            "value": val_loss - train_loss,
             "low": None,
             "high": None,
-            "source": f"experiment {name}: last row of reports/loss.csv, val less train",
         }
-    for (strategy, prefix), (quantity, figure) in product(STRATEGIES.items(), COMPARED_TEXT.items()):
-        ours, theirs = (by_id.get(f"{model}.text.{strategy}.{figure}") for model in (name, f"gpt2.{name}"))
+        source = f"experiment {name}: last row of reports/loss.csv, val less train"
+        yield {**by_id[f"{name}.loss"], **about, "source": source}
+    for quantity, figure in TEXT_RATIOS.items():
+        ours, theirs = by_id.get(f"{name}.text.{figure}"), by_id.get(f"gpt2.{name}.text.{figure}")
         if ours and theirs and theirs["low"] > 0:
             yield {
                 **ours,
-                "id": f"ratio.{name}_to_gpt2.{prefix}{quantity}",
+                "id": f"ratio.{name}_to_gpt2.{quantity}",
                 "unit": "ratio",
                 "value": ours["value"] / theirs["value"],
                 # the smallest and the largest ratio of values within the two intervals
@@ -213,10 +194,7 @@ def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
         tokens = np.array(one.documents.tokens, float)  # (documents,)
         scored = tokens > 0
         a, b = (np.array(result.documents.nats)[scored] for result in (one, other))
-        ratio = perplexity_ratio(a, b, tokens[scored])
-        if not ratio.as_report():
-            continue
-        loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
-        source = f"paired by document, results/{ours}.json and results/{theirs}.json"
-        about = {"id": value_id, "unit": "ratio", "source": source}
-        yield {**loss, **about, "value": ratio.value, "low": ratio.low, "high": ratio.high}
+        if ratio := perplexity_ratio(a, b, tokens[scored]).as_report():
+            loss = next(item for item in one.evidence if item["id"] == f"{ours}.loss")
+            source = f"paired by document, results/{ours}.json and results/{theirs}.json"
+            yield {**loss, "id": value_id, "unit": "ratio", "source": source, **ratio}

@@ -1,52 +1,40 @@
 """Typed schemas of the reports that the comparison and the gate read, and the functions that read them.
 
-If a report lacks a field or scores other documents, the error names the command that repairs the report.
+A schema has only the fields that are used. If a report lacks a field or scores other documents, the error
+names the command that repairs the report.
 """
 
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import load_section
-from compactgpt.common.storage import read_manifest
-from compactgpt.config import ExpectedLoss, Params
+from compactgpt.common.storage import json_bytes, read_manifest
+from compactgpt.config import ExpectedLoss, Model, Params
 from compactgpt.evaluation.likelihood import IN_WINDOW
+from compactgpt.evaluation.metrics import Interval
 from compactgpt.evaluation.totals import Totals, figures, read_totals
-from compactgpt.forecast.sweep import Sweep, SweepRun, documents_sha256, read_sweep, recipe
-from compactgpt.reporting.claims import Claims, Published
+from compactgpt.forecast.model_size import ParameterCounts
+from compactgpt.forecast.sweep import Sweep, documents_sha256, read_sweep, recipe
+from compactgpt.reporting.claims import COMPACT, Claims, Published
 from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import Direction, directions
 
-COMPACT = "compact"
 RECIPE = "nanogpt-recipe"  # an experiment: the recipe of nanoGPT with the compact model's tokens
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
 
 class Report(BaseModel):
-    """Base class of the schemas. A schema has the fields that are used and ignores all other fields."""
+    """Base class of the schemas."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Bounds(Report):
-    """A value and its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) is above high ({self.high})")
-        return self
 
 
 class _Model(Report):
@@ -73,16 +61,16 @@ class View(Report):
 
     context: int
     stride: int
-    loss: Bounds
-    perplexity: Bounds | None
-    bits_per_byte: Bounds
+    loss: Interval
+    perplexity: Interval | None
+    bits_per_byte: Interval
 
 
 class _Position(Report):
     first: int  # first position of the range in the window, counted from 1
     last: int  # last position of the range, included
     tokens: int
-    loss: Bounds
+    loss: Interval
 
 
 class _WikiText(Report):
@@ -96,7 +84,7 @@ class Task(Report):
     """Results of one task: the accuracy on questions, or the perplexity on WikiText by protocol."""
 
     items_sha256: str = ""
-    accuracy: Bounds | None = None
+    accuracy: Interval | None = None
     hits: str = ""  # "1" for each right answer, "0" for each wrong answer
     sha256: str = ""  # hash of the WikiText file
     no_overlap: _WikiText | None = None
@@ -119,7 +107,7 @@ class _Sample(Report):
 class Text(Report):
     """Generated text: metrics by decoding strategy, and samples. Also the schema of reports/samples.json."""
 
-    statistics: dict[str, dict[str, Bounds | None]] = {}
+    statistics: dict[str, dict[str, Interval | None]] = {}
     samples: list[_Sample] = []
 
 
@@ -129,10 +117,10 @@ class Score(Report):
     model: _Model
     validation: _Split
     window: int
-    loss: Bounds
-    perplexity: Bounds | None  # None: too large for a float
-    bits_per_byte: Bounds
-    word_perplexity: Bounds | None = None
+    loss: Interval
+    perplexity: Interval | None  # None: too large for a float
+    bits_per_byte: Interval
+    word_perplexity: Interval | None = None
     by_position: list[_Position] = []
     views: dict[str, View] = {}
     tasks: dict[str, Task] = {}
@@ -195,29 +183,16 @@ class Trained(Report):
     diverged: bool = False
 
 
-class _Sizes(Report):
-    all_tensors: int
-    nanogpt: int
-    non_embedding: int
-
-
 class _Law(Report):
     loss: float
     better_than_guessing: bool
 
 
-class _Shape(Report):
-    block_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-
-
 class Forecast(Report):
     """Schema of one of the two runs in reports/estimate.json."""
 
-    parameters: _Sizes
-    model: _Shape
+    parameters: ParameterCounts
+    model: Model
     sequences_per_step: int
     tokens_per_step: int
     tokens: int
@@ -288,28 +263,19 @@ class Sources:
     download: Downloaded
     tokenization: Tokenized
     inspections: dict[str, Inspection]  # by stage: `validation` and `inspection`
+    flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
     weights_sha256: str  # hash of the compact model's weights
     code: dict[str, str]  # SHA-256 of each stage's code
     results: tuple[Result, ...]  # the results store
     seed_losses: tuple[float, ...]  # losses of runs that differ from the compact model's only in their seed
     directions: tuple[Direction, ...]  # what small runs show about claims
 
-    @property
-    def flagged(self) -> frozenset[str]:
-        """Ids of val documents that are leaked or duplicated."""
-        return frozenset(flag.id for flag in self.inspections["inspection"].flagged)
-
 
 Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the report of another stage with the schema `kind`.
-
-    Raises:
-        MissingInput: the report is missing.
-        BadData: the report is not JSON, or a field is missing or has a wrong value.
-    """
+    """Read the report of another stage. Raises MissingInput if it is missing, else as `parse_report`."""
     try:
         return parse_report(path.read_bytes(), str(path), kind)
     except FileNotFoundError as error:
@@ -317,37 +283,28 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse a report with the schema `kind`.
+    """Parse a report, whose path is `name` in messages.
 
-    Args:
-        content: the bytes of the report.
-        name: the path of the report, for error messages.
-        kind: the schema.
-
-    Raises:
-        BadData: the report is not JSON, or a field is missing or has a wrong value.
+    Raises BadData if the report is not JSON, or a field is missing or has a wrong value.
     """
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        field = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        field = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         raise BadData(f"{name}: {field}{first['msg']}; delete it and run `dvc repro`") from error
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
     """Read the loss curve. A loss is None at a step where it was not measured.
 
-    Raises:
-        MissingInput: the file is missing.
-        BadData: a column is missing, or a value is not a number.
+    Raises MissingInput if the file is missing, BadData if a column is missing or a value is not a number.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            return [
-                {key: float(row[key]) if row[key] else None for key in keys} for row in csv.DictReader(file)
-            ]
+            rows = list(csv.DictReader(file))
+        return [{key: float(row[key]) if row[key] else None for key in keys} for row in rows]
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro training` to create it") from error
     except (KeyError, ValueError) as error:
@@ -355,43 +312,38 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 
 
 def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Params) -> Sources:
-    """Read all inputs of the record.
+    """Read all inputs of the record: the project's files, reports, per-document losses and weights' hash.
 
-    Args:
-        root: the project's folder, with claims.yaml, published.yaml, results/ and the code.
-        reports: the folder of the other stages' reports.
-        data: the folder of the per-document losses.
-        models: the folder of the models.
-        params: the content of params.yaml.
-
-    Raises:
-        MissingInput: a file is missing; the message names the command that creates it.
-        BadData: a report is damaged, or two reports score different documents.
-        BadConfig: claims.yaml, published.yaml or a file in results/ is not valid.
+    Raises MissingInput if a file is missing, BadData if a report is damaged or two reports score different
+    documents, and BadConfig if claims.yaml, published.yaml or a file in results/ is not valid.
     """
     compact, *baselines = _read_scores(reports, data, params.baseline.names)
     if recipe_run := _read_sweep(root, RECIPE, compact):
-        baselines.insert(0, _as_measured(recipe_run.runs[0], compact))
+        baselines.insert(0, _as_measured(recipe_run, compact))
+    seeds = _read_sweep(root, "seeds", compact)
     weights = read_manifest(models / COMPACT)["files"].get("model.safetensors")
     if weights is None:
         raise BadData(f"{models / COMPACT} has no model.safetensors: run `dvc repro training`")
+    stages = ("validation", "inspection")
+    inspections = {stage: read_report(reports / f"{stage}.json", Inspection) for stage in stages}
     return Sources(
-        load_section(root / "claims.yaml", Claims),
-        load_section(root / "published.yaml", Published),
-        read_report(reports / "estimate.json", Estimates),
-        read_report(reports / "training.json", Trained),
-        read_curve(reports / "loss.csv"),
-        compact,
-        baselines,
-        read_report(reports / "samples.json", Text).samples,
-        read_report(reports / "download.json", Downloaded),
-        read_report(reports / "tokenization.json", Tokenized),
-        {name: read_report(reports / f"{name}.json", Inspection) for name in ("validation", "inspection")},
-        weights["sha256"],
-        code_hashes(root),
-        read_results(root / "results"),
-        _seed_losses(root, compact, params),
-        directions(root),
+        claims=load_section(root / "claims.yaml", Claims),
+        published=load_section(root / "published.yaml", Published),
+        estimate=read_report(reports / "estimate.json", Estimates),
+        training=read_report(reports / "training.json", Trained),
+        curve=read_curve(reports / "loss.csv"),
+        compact=compact,
+        baselines=baselines,
+        samples=read_report(reports / "samples.json", Text).samples,
+        download=read_report(reports / "download.json", Downloaded),
+        tokenization=read_report(reports / "tokenization.json", Tokenized),
+        inspections=inspections,
+        flagged=frozenset(flag.id for flag in inspections["inspection"].flagged),
+        weights_sha256=weights["sha256"],
+        code=code_hashes(root),
+        results=read_results(root / "results"),
+        seed_losses=tuple(r.loss for r in seeds.runs) if seeds and seeds.settings == recipe(params) else (),
+        directions=directions(root),
     )
 
 
@@ -401,8 +353,7 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
     files |= {name: (f"baseline/{name}.json", f"baseline/{name}.parquet") for name in names}
     found = []
     for name, (report, totals) in files.items():
-        score = read_report(reports / report, Score)
-        losses = read_totals(data / totals)
+        score, losses = read_report(reports / report, Score), read_totals(data / totals)
         found.append(Measured(name, f"reports/{report}", score, f"data/{totals}", losses))
         _check_same_text(found[0], found[-1])
     return found
@@ -417,24 +368,23 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
     return found if is_same else None
 
 
-def _seed_losses(root: Path, compact: Measured, params: Params) -> tuple[float, ...]:
-    """Return the losses of runs with other seeds, if their recipe and documents are ours."""
-    seeds = _read_sweep(root, "seeds", compact)
-    return tuple(run.loss for run in seeds.runs) if seeds and seeds.settings == recipe(params) else ()
-
-
-def _as_measured(run: SweepRun, compact: Measured) -> Measured:
-    """Return a run of nanoGPT's recipe in the form of a baseline, which the main table shows."""
+def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
+    """Return the run of nanoGPT's recipe in the form of a baseline, which the main table shows."""
+    run = sweep.runs[0]
     totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
-    model = {"kind": "recipe", "label": RECIPE_LABEL, "context": IN_WINDOW, "num_params": run.num_params}
     report = {
-        "model": model,
+        "model": {
+            "kind": "recipe",
+            "label": RECIPE_LABEL,
+            "context": IN_WINDOW,
+            "num_params": run.num_params,
+        },
         "validation": compact.score.validation.model_dump(),
         "window": compact.score.window,
         **figures(totals.nats, totals),
     }
     path = f"results/{RECIPE}.json"
-    return Measured(RECIPE, path, Score.model_validate(report), path, totals)
+    return Measured(RECIPE, path, parse_report(json_bytes(report), path, Score), path, totals)
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:

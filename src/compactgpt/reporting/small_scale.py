@@ -17,8 +17,8 @@ from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio, ratio_interval, t_quantile
 from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
-from compactgpt.experiments import CONF, Comparison, Expected, TextComparison, TextFigure, find_experiment
-from compactgpt.forecast.sweep import Sweep, SweepRun, read_sweep
+from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_experiment
+from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
 Outcome = Literal["same way", "other way", "no effect found"]
@@ -45,13 +45,10 @@ class Direction(Section):
 
 
 def directions(root: Path) -> tuple[Direction, ...]:
-    """Return what the small runs show, in the order of conf/experiments/small-scale.yaml.
+    """Return what the small runs of the project `root` show, in the order of small-scale.yaml.
 
-    A comparison is left out if its runs are not recorded; all are if the two files of results are missing, or
-    differ in recipe or val documents.
-
-    Args:
-        root: the project's folder, with results/, reports/ and conf/.
+    A comparison is left out if its runs or texts are missing. All comparisons are left out if the two files
+    of results are missing, or differ in recipe or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -61,15 +58,16 @@ def directions(root: Path) -> tuple[Direction, ...]:
     for comparison in experiment.comparisons:
         found += _compare_runs(comparison, small, seeds)
     for texts in experiment.texts:
-        found += _compare_texts(texts, root / "reports")
+        pairs = _read_texts(root / "reports", texts.baseline)
+        if interval := text_difference(pairs, texts.figure):
+            found += _directions(texts, interval, (1, 1))
     return tuple(found)
 
 
 def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterator[Direction]:
     runs = [*small.runs, *seeds.runs]
-    ours, theirs = (
-        [run for run in runs if run.group == group] for group in (comparison.ours, comparison.theirs)
-    )
+    ours = [run.nats for run in runs if run.group == comparison.ours]
+    theirs = [run.nats for run in runs if run.group == comparison.theirs]
     if not ours or not theirs or small.documents is None:
         return
     tokens = np.array(small.documents.tokens, float)  # (documents,)
@@ -77,25 +75,18 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
     if comparison.source:
         scored &= np.array(small.documents.sources) == comparison.source
     tokens = tokens[scored]
-    ours_nats, theirs_nats, seed_nats = (_nats(group, scored) for group in (ours, theirs, seeds.runs))
+    groups = (ours, theirs, [run.nats for run in seeds.runs])
+    ours_nats, theirs_nats, seed_nats = (np.array(nats)[:, scored] for nats in groups)  # (runs, documents)
     by_document = perplexity_ratio(ours_nats.mean(0), theirs_nats.mean(0), tokens)
     between_seeds = seed_margin(seed_nats.sum(1) / tokens.sum(), len(ours), len(theirs))
-    interval = widen(by_document, between_seeds)
-    yield from _directions(comparison, interval, (len(ours), len(theirs)))
-
-
-def _nats(runs: Sequence[SweepRun], scored: Any) -> Any:
-    """Return the losses of runs by document. (runs, documents)"""
-    return np.array([run.nats for run in runs])[:, scored]
+    yield from _directions(comparison, widen(by_document, between_seeds), (len(ours), len(theirs)))
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
     """Return half the width of the 95 % interval of a difference of mean losses, by the seed alone.
 
-    Args:
-        losses: losses of runs that differ in their seed only; they give the standard deviation. (runs,)
-        ours: number of runs of the first mean.
-        theirs: number of runs of the second mean.
+    `losses` of runs that differ in their seed only give the standard deviation, (runs,). `ours` and `theirs`
+    are the numbers of runs of the two means.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
@@ -112,31 +103,27 @@ def widen(interval: Interval, margin: float) -> Interval:
     return Interval(interval.value, math.exp(low), math.exp(high))
 
 
-def _compare_texts(comparison: TextComparison, reports: Path) -> Iterator[Direction]:
-    """Compare the texts that our model and a baseline generated for the same prompts."""
-    samples = reports / "samples.json"
-    baseline = reports / "baseline" / f"{comparison.baseline}.json"
-    if not samples.exists() or not baseline.exists():
-        return
-    ours, theirs = (
-        {sample["document"]: sample["greedy"] for sample in report["samples"] if sample["document"]}
-        for report in (read_json(samples), read_json(baseline)["text"])
-    )
-    pairs = [(ours[document], theirs[document]) for document in ours if document in theirs]
-    if interval := text_difference(pairs, comparison.figure):
-        yield from _directions(comparison, interval, (1, 1))
+def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
+    """Return the greedy texts of our model and a baseline for the same beginnings of val documents."""
+    paths = (reports / "samples.json", reports / "baseline" / f"{baseline}.json")
+    if not all(path.exists() for path in paths):
+        return []
+    ours, theirs = read_json(paths[0])["samples"], read_json(paths[1])["text"]["samples"]
+    by_document = {sample["document"]: sample["greedy"] for sample in theirs if sample["document"]}
+    return [
+        (sample["greedy"], by_document[sample["document"]])
+        for sample in ours
+        if sample["document"] in by_document
+    ]
 
 
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean of a figure of the first texts less that of the second, with a 95 % interval.
+    """Return the mean of a figure of the first texts less that of the second, with Student's 95 % interval.
 
-    Each pair continues the same prompt. Student's t of the differences gives the interval, without the noise
-    between seeds. A pair with a text that is too short for the figure is left out.
-
-    Returns:
-        None if fewer than two pairs are left.
+    The interval has no noise between seeds. A pair with a text that is too short for the figure is left out;
+    the result is None if fewer than two pairs remain.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]

@@ -19,10 +19,11 @@ from compactgpt.evaluation.metrics import wilson
 from compactgpt.evaluation.totals import figures, read_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
+from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.evidence import build_record
 from compactgpt.reporting.html import RECORD, render_files
 from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
-from compactgpt.reporting.schemas import COMPACT, read_sources
+from compactgpt.reporting.schemas import read_sources
 from compactgpt.tracking.dvc_files import (
     LOCK,
     Folder,
