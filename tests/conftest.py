@@ -81,12 +81,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
 
 
-def pytest_sessionfinish():
-    """Collect garbage once; pytest would do it five times."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """A migrated, empty MLflow store: creating one takes seconds, copying it none."""
