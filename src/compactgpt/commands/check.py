@@ -78,7 +78,7 @@ def gate(
     against: Annotated[str, typer.Option(help="A .json file, git revision or `champion`.")] = ACCEPTED,
     accept: Annotated[str, typer.Option(metavar="REASON", help="Make these reports the reference.")] = "",
     bench: Annotated[Path | None, typer.Option(help="The file of benchmarks/training.py --json.")] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="Become MLflow's champion.")] = False,
+    promote: Annotated[bool, typer.Option("--promote", help="If it passes: make it champion.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
     as_json: AsJson = False,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +22,7 @@ app = typer.Typer()
 
 MODEL = "models/compact"
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # digits after the point
-MODELS = (
-    "A folder with a model, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
-)
+MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 AnyTokenizer = Annotated[
     Path | None, typer.Option("--tokenizer", help="The project's tokenizer, if not data/tokenizer.")
 ]
@@ -36,10 +34,7 @@ Card = Annotated[Path, typer.Option("--card", help="The model card; left out if 
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[PROMPT]", help="The text to continue; `-`: standard input. Without, the command asks."
-        ),
+        str | None, typer.Argument(metavar="[PROMPT]", help="`-`: standard input; none: the command asks.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
     compare: Annotated[str, typer.Option(metavar="MODEL", help="Also show another model's text.")] = "",
@@ -47,9 +42,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a continuation.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most probable token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Draw from the TOP_K most probable tokens.")] = 40,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**64 - 1, help="A seed gives always the same text.")
-    ] = 1337,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same text.")] = 1337,
     tokenizer: AnyTokenizer = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
@@ -61,16 +54,19 @@ def generate(
 
     names = [model, compare] if compare else [model]
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in names]
-    options: dict[str, Any] = {
-        "num_samples": num_samples,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "seed": seed,
-    }
 
     def show(prompt: str) -> None:
-        streams = [one.stream(prompt, **options) for one in models]
+        streams = [
+            one.stream(
+                prompt,
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+            )
+            for one in models
+        ]
         if compare:
             _show_in_columns(prompt, models, streams)
         else:
@@ -183,7 +179,7 @@ def export(
     model: ModelFolder = Path(MODEL),
     tokenizer: Tokenizer = Path("data/tokenizer"),
     card: Card = Path("reports/model_card.md"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a changed export.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an edited export.")] = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Export the trained model for transformers, with its tokenizer and model card.

@@ -49,9 +49,7 @@ def estimate(
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files or folders of text.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the values without asking.")] = False,
-    minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Training time; else an hour or less.")
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time; by default <= 60.")] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.
@@ -201,7 +199,7 @@ def check(params_file: ParamsFile = PARAMS) -> None:
 
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
-def sync(warn: Annotated[bool, typer.Option("--warn", help="Failure is a warning only.")] = False) -> None:
+def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, only warn.")] = False) -> None:
     """Copy the finished runs of this folder to MLflow.
 
     Example: compactgpt sync
