@@ -5,14 +5,12 @@ import lzma
 import math
 import re
 
-import huggingface_hub
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
 import zstandard
-from huggingface_hub.errors import RevisionNotFoundError
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -103,7 +101,6 @@ def test_a_span_never_ends_inside_a_character(tmp_path, encoding):
     """a | e with acute (2 tokens) | bc: windows of two tokens end inside the accented letter, then move."""
     split = save_split(tmp_path / "x.tokens", encoding, texts=["aébc"])
     assert text_spans(split, encoding, 0, 2) == ["aé", "b", "c"]
-    assert text_spans(split, encoding, 0, 1) == ["a", "é", "b", "c"]
 
 
 def byte_tokenizer(vocabulary=None, merges=()):
@@ -237,25 +234,14 @@ def test_a_vocabulary_is_gpt2s_only_with_its_bytes_at_its_ids(encoding):
         assert baselines.has_vocabulary_of(tokenizer, encoding) == expected
 
 
-def test_a_model_of_the_hub_is_read_from_its_cache_or_refused_at_once(
-    tmp_path, load, split, encoding, monkeypatch
-):
+def test_a_model_of_the_hub_is_read_from_its_cache_or_refused_at_once(tmp_path, load, monkeypatch):
     """conftest sets HF_HUB_OFFLINE, so that the hub's own client refuses."""
     spec = {"kind": "hub", "repo": "some/model", "revision": REVISION}
     with pytest.raises(Unreachable, match="the hub can't be reached for some/model"):
         load(**spec)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     save_gpt2(tmp_path / f"cache/models--some--model/snapshots/{REVISION}")
-    found = load(**spec)
-    assert found.facts["repo"] == "some/model"
-    assert evaluate(found, split, encoding, LIKELIHOOD).nats.sum() > 0
-
-    def raise_error(*_args, **_kwargs):
-        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", raise_error)
-    with pytest.raises(BadConfig, match="the hub does not have some/other at aaaa"):
-        load(kind="hub", repo="some/other", revision=REVISION)
+    assert load(**spec).facts["repo"] == "some/model"
 
 
 @pytest.mark.parametrize("change", [{"pre": "qwen2"}, {"architecture": "falcon"}])
@@ -287,6 +273,7 @@ def run_stage(tmp_path, load, split, monkeypatch):
 @pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "ngram-4", "smollm2-135m-instruct-q4"])
 def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(tmp_path, run_stage, split, name):
     outs = tmp_path / f"data/baseline/{name}.parquet", tmp_path / f"reports/baseline/{name}.json"
+    assert "'gpt5' is not a baseline: use one of ['gpt2'" in run_stage("gpt5").output
     written = []
     for _ in range(2):
         result = run_stage(name)
@@ -297,9 +284,3 @@ def test_the_stage_scores_each_kind_and_writes_the_same_bytes_twice(tmp_path, ru
     assert report["model"]["name"] == name
     assert report["validation"]["tokens"] == int(np.diff(split.offsets).sum()) - len(TEXTS)
     assert report["loss"]["low"] <= report["loss"]["value"] <= report["loss"]["high"]
-
-
-def test_the_stage_lists_the_known_baselines(run_stage):
-    result = run_stage("gpt5")
-    assert result.exit_code == BadConfig.exit_code
-    assert "'gpt5' is not a baseline: use one of ['gpt2'" in result.output

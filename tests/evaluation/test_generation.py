@@ -72,19 +72,14 @@ def test_models_of_transformers_write_the_same_with_their_cache(kind):
     assert write(replace(plain, decoder=decoder), prompts, 12) == write(plain, prompts, 12)
 
 
-def test_top_k_worked_by_hand():
+def test_top_k_and_nucleus_worked_by_hand():
     logits = np.log(np.array([1.0, 4.0, 2.0, 4.0]))
-    for temperature, top_k, expected in ((1.0, 3, [0, 0.4, 0.2, 0.4]), (1.0, 1, [0, 1, 0, 0])):
+    cases = [(1.0, 3, [0, 0.4, 0.2, 0.4]), (1.0, 1, [0, 1, 0, 0]), (0.5, 4, np.array([1, 16, 4, 16]) / 37)]
+    for temperature, top_k, expected in cases:
         found = generation.top_k_probabilities(logits, temperature=temperature, top_k=top_k)
         np.testing.assert_allclose(found, expected)
-    cooled = generation.top_k_probabilities(logits, temperature=0.5, top_k=4)
-    np.testing.assert_allclose(cooled, np.array([1, 16, 4, 16]) / 37)
-
-
-def test_nucleus_worked_by_hand():
     logits = np.log(np.array([0.1, 0.5, 0.15, 0.25]))
-    cases = {0.4: [0, 1, 0, 0], 0.7: [0, 2 / 3, 0, 1 / 3], 1.0: np.exp(logits)}
-    for top_p, expected in cases.items():
+    for top_p, expected in {0.4: [0, 1, 0, 0], 0.7: [0, 2 / 3, 0, 1 / 3], 1.0: np.exp(logits)}.items():
         np.testing.assert_allclose(generation.nucleus_probabilities(logits, top_p=top_p), expected)
     flat = generation.nucleus_probabilities(np.zeros(200_000), top_p=0.5)  # all unlikely: 5e-6 each
     assert np.count_nonzero(flat) == pytest.approx(100_000, abs=1)

@@ -21,7 +21,6 @@ def test_values_worked_by_hand():
     assert perplexity(math.log(50257)) == pytest.approx(50257)
     assert perplexity(710) == math.inf
     assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)  # eight coin flips a byte
-    assert bits_per_byte(3.12 * 1000, 4400) == pytest.approx(1.023, abs=5e-4)  # GPT-2 on OpenWebText
     found = ratio_interval(np.array([1.0, 30.0]), np.array([1.0, 10.0]))
     assert found.value == pytest.approx(31 / 11)  # not the mean of 1 and 3
 
@@ -34,9 +33,6 @@ def test_the_interval_is_students_with_the_jackknifes_standard_error(confidence)
     reach = scipy.stats.t.ppf((1 + confidence) / 2, 3) * error
     found = ratio_interval(nats, tokens, confidence=confidence)
     assert found == Interval(2.25, pytest.approx(2.25 - reach), pytest.approx(2.25 + reach))
-    equal = ratio_interval(nats, np.ones(4))  # the textbook's interval of a mean
-    expected = scipy.stats.t.interval(0.95, 3, nats.mean(), scipy.stats.sem(nats))
-    assert (equal.low, equal.high) == pytest.approx(expected)
     assert ratio_interval(nats[:1], tokens[:1]) == Interval(2.0, 2.0, 2.0)  # one document has no variance
 
 
@@ -64,21 +60,17 @@ def test_the_paired_ratio_finds_what_two_separate_intervals_hide():
     found = perplexity_ratio(worse, better, tokens)
     assert found.value == pytest.approx(math.exp((worse.sum() - better.sum()) / tokens.sum()))
     assert 1 < found.low < found.value < found.high < 1.04
-    one, two = (ratio_interval(n, tokens) for n in (worse, better))
+    one, two = (ratio_interval(nats, tokens) for nats in (worse, better))
     assert one.low < two.high
-    assert perplexity_ratio(worse, worse, tokens) == Interval(1.0, 1.0, 1.0)
-    assert perplexity_ratio(1e6 * worse, worse, tokens).value == math.inf
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (1678, 5153)])
-def test_wilsons_interval_is_scipys(successes, trials):
-    found = wilson(successes, trials)
-    expected = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert found.low <= found.value <= found.high
-
-
-@pytest.mark.parametrize(("one", "other"), [(0, 0), (5, 0), (7, 12), (400, 330)])
-def test_mcnemars_p_value_is_scipys_binomial_test(one, other):
-    expected = scipy.stats.binomtest(one, one + other, 0.5).pvalue if one + other else 1.0
-    assert mcnemar(one, other) == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize(("one", "other"), [(0, 10), (7, 3), (12, 7), (1678, 3475), (0, 0)])
+def test_wilson_and_mcnemar_are_scipys(one, other):
+    total = one + other
+    if total:
+        found = wilson(one, total)
+        expected = scipy.stats.binomtest(one, total).proportion_ci(method="wilson")
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert found.low <= found.value <= found.high
+    p_value = scipy.stats.binomtest(one, total, 0.5).pvalue if total else 1.0
+    assert mcnemar(one, other) == mcnemar(other, one) == pytest.approx(p_value, rel=1e-9)

@@ -1,6 +1,5 @@
 """The n-gram model equals the textbook's formula, computed with dictionaries, and sums to 1."""
 
-import math
 from collections import Counter
 from functools import cache
 from itertools import product
@@ -87,13 +86,11 @@ def test_every_probability_is_the_textbooks_and_they_sum_to_1(tmp_path, order, s
 def test_discounts_worked_by_hand():
     counts = np.repeat([1, 2, 3, 4, 0], [8, 4, 2, 1, 9])  # Y = 8 / 16
     assert discounts_of(counts).tolist() == pytest.approx([0, 0.5, 2 - 1.5 * 2 / 4, 3 - 2 / 2])
-    assert discounts_of(np.array([1, 1, 2])).tolist() == [0, 0.5, 1, 1.5]
 
 
 def test_only_the_first_documents_are_read_and_each_ngram_is_counted(tmp_path):
     train = save_documents(tmp_path / "train.tokens", [[0, 1, 0], [2, 3], [4]])
-    whole, part = train_ngrams(train, 3, 100), train_ngrams(train, 3, 8)
-    assert (whole.train_tokens, part.train_tokens) == (9, 7)  # with end-of-text
+    assert train_ngrams(train, 3, 100).train_tokens == 9  # with end-of-text
+    part = train_ngrams(train, 3, 8)
+    assert part.train_tokens == 7
     assert part.num_ngrams == V + 7 + 5  # no n-gram crosses the end of a document
-    nats = -np.log(whole.probabilities(np.array([END, 0, 1, 0])))
-    assert nats.sum() < 3 * math.log(V)

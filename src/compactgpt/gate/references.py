@@ -44,7 +44,7 @@ _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 class _Rows(Section):
     columns: tuple[str, ...]
-    of: int
+    of: int  # number of documents in the complete split
     rows: tuple[str, ...]  # one row for each document, with spaces between its columns
 
 
@@ -263,17 +263,14 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
-    reference = _Reference(
-        accepted=reason.strip(),
-        documents=_Rows(columns=("id", "tokens", *metrics), of=documents.of, rows=tuple(rows)),
-        tasks={task: _Hits(**found) for task, found in snapshot.tasks.items()},
-        baselines=dict(snapshot.baselines),
-        data=dict(snapshot.data),
-        figures=dict(snapshot.figures),
-        params=dict(snapshot.params),
-        ruler=dict(snapshot.fingerprint),  # wording: quoted
-    )
-    write_json(path, reference.model_dump(mode="json"))
+    same = {key: getattr(snapshot, key) for key in ("baselines", "data", "figures", "params", "tasks")}
+    reference = {
+        "version": 1,
+        "accepted": reason.strip(),
+        "ruler": snapshot.fingerprint,  # wording: quoted
+        "documents": {"columns": ["id", "tokens", *metrics], "of": documents.of, "rows": rows},
+    }
+    write_json(path, reference | same)
 
 
 def read_accepted(path: Path) -> Snapshot:
