@@ -1,7 +1,6 @@
 """The run of a whole `dvc repro`: the status of every stage, and the results of the run's own stages only."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from compactgpt.common.errors import Unreachable
 from compactgpt.common.storage import read_json
-from compactgpt.tracking import mlflow_logger, pipeline_run, registry
+from compactgpt.tracking import mlflow_logger, registry
 from compactgpt.tracking.journal import stage_metrics
 from compactgpt.tracking.mlflow_logger import Logger, sync
 from compactgpt.tracking.pipeline_run import RunFolder, run_folders
@@ -73,6 +72,10 @@ def run_pipeline(root: Path, *stages: str, status: str = "FINISHED", command: st
         run_stage(root, name, pipeline, status)
     sync(root)
     return runs(root, "pipeline")[-1]
+
+
+def refuse(*_):
+    raise Unreachable("no server")
 
 
 def wait_for_the_next_second() -> None:
@@ -158,10 +161,6 @@ def test_a_run_is_not_the_maker_of_outputs_that_dvc_did_not_record(root):
     assert runs(root, "pipeline")[0].info.status == "FAILED"
 
 
-def refuse(*_):
-    raise Unreachable("no server")
-
-
 def test_a_repro_that_runs_nothing_is_logged_once_if_the_lock_belongs_to_the_params(root, monkeypatch):
     params = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text("model: {n_layer: 3}")  # as after an experiment that failed
@@ -199,7 +198,8 @@ def test_files_of_a_run_that_a_dead_server_missed_are_kept_and_the_log_has_each_
 
 
 @pytest.mark.parametrize(
-    ("lock", "reason"), [("", "dvc.lock is empty or missing"), ("stages: {evaluation: [", "not valid YAML")]
+    ("lock", "reason"),
+    [("", "dvc.lock is empty or missing"), ("stages: {evaluation: [", "not a valid YAML mapping")],
 )
 def test_a_lock_that_is_empty_or_damaged_is_reported(root, lock, reason):
     run_stage(root, "evaluation", ended_dvc())
@@ -239,10 +239,7 @@ def test_a_resumed_training_has_the_whole_curve_whenever_its_first_part_is_copie
 
 
 def test_a_model_that_cannot_be_logged_leaves_the_run_complete_and_sync_tries_again(root, monkeypatch):
-    def fail(*_):
-        raise ValueError("no space")
-
-    monkeypatch.setattr(registry, "log_model", fail)
+    monkeypatch.setattr(registry, "log_model", refuse)
     (root / "models/compact").mkdir(parents=True)
     facts = {"files": {"model.safetensors": {"sha256": "0" * 64}}}
     (root / "models/compact/manifest.json").write_text(json.dumps(facts))
@@ -250,8 +247,8 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_complete_and_sync_tries_ag
     stages = {**STAGES, "training": ["models/compact", "reports/training.json"]}
     save_lock(root, stages, DEPS, model={"n_layer": 2})
     run_stage(root, "training", ended_dvc())
-    for _ in range(4):
-        with pytest.raises(Unreachable, match="no space"):
+    for _ in range(2):
+        with pytest.raises(Unreachable, match="no server"):
             sync(root)
     (parent,) = runs(root, "pipeline")
     assert (parent.info.status, parent.data.tags["weights_sha256"]) == ("FINISHED", "0" * 64)
@@ -285,26 +282,3 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path):
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "wide")
     assert parent.data.tags["lock_sha256"] == tracking_store.sha256(lock)
     assert parent.data.tags["mlflow.source.name"] == "dvc exp run -n wide"
-
-
-def test_an_experiment_without_a_commit_is_reported(root, monkeypatch):
-    tags = {"dvc.experiment": "lost", "dvc.baseline": "0" * 40}
-    journal(root, "training", pipeline=ended_dvc(), tags=tags).end("FINISHED")
-    assert not copy(root)
-    monkeypatch.setattr(pipeline_run, "OUTCOME_SECONDS", -1.0)
-    assert copy(root)
-    (parent,) = runs(root, "pipeline")
-    assert parent.info.status == "FAILED"
-
-
-@pytest.mark.parametrize("lost", ["before", "after/outcome.json"])
-def test_a_run_folder_whose_files_are_incomplete_is_copied(root, lost):
-    run_stage(root, "training", ended_dvc())
-    (folder,) = run_folders(root)
-    if lost == "before":  # the first stage was killed before it saved the files
-        shutil.rmtree(folder.path / lost)
-    else:
-        assert folder.keep_after()
-        (folder.path / lost).write_text('{"status": 1')
-    sync(root)
-    assert len(runs(root, "pipeline")) == 1

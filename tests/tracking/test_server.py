@@ -1,12 +1,10 @@
 """A real MLflow server on this machine, killed and restarted midway: nothing is lost, nothing doubled."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from contextlib import suppress
@@ -15,13 +13,9 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common.errors import Unreachable
-from compactgpt.model.weights import save_model
 from compactgpt.tracking.mlflow_logger import sync
-from compactgpt.tracking.registry import promote
 from compactgpt.tracking.store import open_store
-from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
 from tests.support.tracking_store import copy, enter_project, history, journal, runs
-from tests.support.trained_project import register, weights
 
 START_SECONDS = 300.0  # of a busy machine
 STAGES = "{training: {cmd: x}, evaluation: {cmd: x}}"
@@ -30,27 +24,28 @@ pytestmark = pytest.mark.skipif("TEST_SERVER" not in os.environ, reason="starts 
 
 
 class Server:
-    """A command of MLflow that serves on a free port of the loopback."""
+    """`mlflow server` on the project's database and a free port of the loopback, as `make ui` starts it."""
 
-    def __init__(self, folder: Path, ready: str, *words: str) -> None:
+    def __init__(self, root: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.uri = f"http://127.0.0.1:{free.getsockname()[1]}"
-        self.folder, self.ready = folder, ready
-        port = self.uri.rpartition(":")[2]
-        self.words = [sys.executable, "-m", "mlflow", *words, "--host", "127.0.0.1", "--port", port]
+        self.root, port = root, self.uri.rpartition(":")[2]
+        self.words = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{root}/mlflow.db",
+            "--artifacts-destination", str(root / "mlartifacts"), "--workers", "1",
+            "--host", "127.0.0.1", "--port", port,
+        ]  # fmt: skip
 
     def start(self) -> None:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": path}
-        with open(self.folder / "server.log", "ab") as log:
+        env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.root / "server.log", "ab") as log:
             self.process = subprocess.Popen(
                 self.words, stdout=log, stderr=log, env=env, start_new_session=True
             )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            with suppress(OSError), urllib.request.urlopen(self.uri + self.ready, timeout=5) as answer:
-                assert answer.status == 200
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                 return
             assert self.process.poll() is None, "the server ended"
             time.sleep(0.2)
@@ -69,11 +64,7 @@ def root(tmp_path, empty_store, monkeypatch):
 
 @pytest.fixture
 def server(root):
-    """`mlflow server` on the project's database, as `make ui` starts it."""
-    server = Server(
-        root, "/health", "server", "--backend-store-uri", f"sqlite:///{root}/mlflow.db",
-        "--artifacts-destination", str(root / "mlartifacts"), "--workers", "1",
-    )  # fmt: skip
+    server = Server(root)
     server.start()
     yield server
     server.kill()
@@ -93,7 +84,7 @@ def test_a_server_that_is_killed_and_restarted_loses_and_doubles_nothing(server,
     late.metrics({"eval/loss": 2.0})
     late.end("FINISHED")
     begin = time.monotonic()
-    with pytest.raises(Unreachable, match=f"{server.uri} failed .Connection refused"):
+    with pytest.raises(Unreachable, match=f"{server.uri} failed"):
         sync(root)
     assert time.monotonic() - begin < 15
     server.start()
@@ -127,41 +118,3 @@ def test_a_store_that_the_ui_has_open_is_written_next_to_it_and_both_see_all(ser
     address = f"{server.uri}/get-artifact?path=reports/report.json&run_id={found.info.run_id}"
     with urllib.request.urlopen(address, timeout=20) as answer:
         assert answer.read() == b"{}"
-
-
-def test_a_served_model_answers_within_its_context_and_ends_at_sigterm(root, monkeypatch):
-    (root / "params.yaml").write_text("model: {n_layer: 2}")
-    encoding = save_tokenizer(root / "data/tokenizer")
-    save_split(root / "data/tokens/val.tokens", encoding)
-    save_model(tiny_gpt(encoding.n_vocab, block_size=512, n_layer=8, n_embd=256), root / "models/compact", {})
-    register(root)
-    promote(open_store(root), weights(root))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    words = ["models", "serve", "-m", "models:/compactgpt@champion", "--env-manager", "local"]
-    served = Server(root, "/ping", *words)
-    served.start()
-    try:
-        answer = ask(served.uri, max_new_tokens=100_000)
-        assert len(encoding.encode_ordinary(answer["predictions"][0])) < 512
-        threading.Thread(target=ask, args=(served.uri,), daemon=True).start()
-        time.sleep(0.3)
-        begin = time.monotonic()
-        served.process.terminate()
-        served.process.wait(10)
-        with suppress(ProcessLookupError):  # the worker may still write an answer
-            while time.monotonic() - begin < 60:
-                os.killpg(served.process.pid, 0)
-                time.sleep(0.2)
-            raise AssertionError("the worker outlives its SIGTERM")
-    finally:
-        served.kill()
-
-
-def ask(address: str, **params) -> dict:
-    """Send two prompts; the second is longer than the context."""
-    body = json.dumps({"inputs": ["the cat", "the cat " * 900], "params": params}).encode()
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/invocations", body, headers, method="POST")
-    with suppress(ConnectionError), urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-    return {}

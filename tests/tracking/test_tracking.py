@@ -3,11 +3,9 @@
 import gc
 import getpass
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,11 +20,11 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger, store
-from compactgpt.tracking.journal import NullTracker, machine_facts, stage_metrics, tuned_params
+from compactgpt.tracking.journal import machine_facts, stage_metrics, tuned_params
 from compactgpt.tracking.mlflow_logger import sync
 from compactgpt.tracking.pipeline_run import RunFolder
 from compactgpt.tracking.store import open_store
-from tests.support.tracking_store import copy, ended_dvc, enter_project, history, journal, runs
+from tests.support.tracking_store import copy, enter_project, history, journal, runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,16 +45,6 @@ def log_run(root: Path) -> None:
     run.end("FINISHED")
 
 
-def test_without_a_tracker_no_file_is_written(tmp_path):
-    tracker = NullTracker()
-    tracker.begin(tmp_path / "note")
-    tracker.params({"a": 1})
-    tracker.metrics({"a": 1.0})
-    tracker.artifact(tmp_path)
-    tracker.end("FINISHED")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_mlflow_has_what_the_journal_has_as_start_run_would_log_it(root):
     log_run(root)
     (root / "report.json").write_text("changed after it was logged")
@@ -65,10 +53,8 @@ def test_mlflow_has_what_the_journal_has_as_start_run_would_log_it(root):
     assert (found.info.run_name, found.info.status) == ("training", "FINISHED")
     assert found.data.params == {"model.n_layer": "2"}
     assert history(root, found, "train/loss") == [(1, 3.0), (2, 2.0)]
-    names = {
-        f"mlflow.{key}": found.data.tags[f"mlflow.{key}"] for key in ("user", "source.name", "source.type")
-    }
-    assert [*names.values()] == [getpass.getuser(), "stages/training.py", "LOCAL"]
+    tags = [found.data.tags[f"mlflow.{key}"] for key in ("user", "source.name", "source.type")]
+    assert tags == [getpass.getuser(), "stages/training.py", "LOCAL"]
     client = open_store(root).client
     assert Path(client.download_artifacts(found.info.run_id, "reports/report.json")).read_text() == "{}"
     experiment = client.get_experiment(found.info.experiment_id)
@@ -91,8 +77,7 @@ def test_a_growing_journal_is_logged_once_even_if_a_copy_of_it_was_cut_off(root)
     (found,) = runs(root)
     assert history(root, found, "loss") == [(1, 3.0), (2, 1.5)]
     (logged,) = found.inputs.dataset_inputs
-    assert (logged.dataset.name, logged.dataset.digest) == ("val.tokens", data["digest"][:36])
-    assert json.loads(logged.dataset.profile)["sha256"] == data["digest"]
+    assert (logged.dataset.name, json.loads(logged.dataset.profile)["sha256"]) == ("val.tokens", "ab" * 32)
 
 
 def test_a_killed_stage_is_closed_as_killed(root):
@@ -111,30 +96,16 @@ def test_a_killed_stage_is_closed_as_killed(root):
 
 def test_a_run_is_copied_to_the_store_that_its_journal_names_and_to_no_other(root, monkeypatch):
     journal(root, "download").end("FINISHED")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
-    journal(root, "training").end("FINISHED")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # the discard port: no server listens
-    journal(root, "evaluation").end("FINISHED")
+    for stage, uri in [("training", f"sqlite:///{root}/other.db"), ("evaluation", "http://127.0.0.1:9")]:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # no server listens on the discard port
+        journal(root, stage).end("FINISHED")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(
-        Unreachable, match=r"http://127\.0\.0\.1:9 failed \(Connection refused\).*compactgpt sync"
-    ):
+    refused = r"http://127\.0\.0\.1:9 failed \(Connection refused\).*compactgpt sync"
+    with pytest.raises(Unreachable, match=refused):
         sync(root)
     assert [run.info.run_name for run in runs(root)] == ["download"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/other.db")
     assert [run.info.run_name for run in runs(root)] == ["training"]
-
-
-def test_sync_leaves_a_server_that_never_answers_within_seconds(root, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{silent.getsockname()[1]}")
-        journal(root).end("FINISHED")
-        journal(root).end("FINISHED")
-        begin = time.monotonic()
-        with pytest.raises(Unreachable, match="timed out") as caught:
-            sync(root, record_unrun=True)
-    assert time.monotonic() - begin < 15
-    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "foo://bar"])
@@ -146,10 +117,7 @@ def test_an_address_that_can_hold_no_runs_is_refused_at_once(root, monkeypatch, 
 
 def test_the_experiment_is_the_one_that_the_environment_names(root, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    run = journal(root)
-    run.end("FINISHED")
-    first = json.loads((run.folder / "journal.jsonl").read_text().splitlines()[0])
-    assert first["store"] == {"uri": "sqlite:///mlflow.db", "experiment": "mine", "experiment_id": ""}
+    journal(root).end("FINISHED")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
     sync(root)
     client = open_store(root).client
@@ -174,7 +142,6 @@ def test_a_damaged_database_is_named_and_a_deleted_one_is_filled_again_from_the_
     root = root.rename(root.with_name("moved"))  # MLflow caches the tables that an address has
     sync(root)
     (after,) = runs(root)
-    assert after.info.run_id != before.info.run_id
     assert (after.info.start_time, after.info.end_time) == (before.info.start_time, before.info.end_time)
     assert history(root, after, "train/loss") == [(1, 3.0), (2, 2.0)]
 
@@ -183,63 +150,26 @@ def test_a_database_of_another_version_of_mlflow_is_one_sentence(root):
     with closing(sqlite3.connect(root / "mlflow.db")) as database:
         database.execute("update alembic_version set version_num = '451aebb31d03'")
         database.commit()
-    (root / "dvc.lock").write_text("{}")
-    for read in (lambda: store.run_of_value(root, "training"), lambda: sync(root, record_unrun=True)):
-        with pytest.raises(
-            Unreachable, match=r"^MLflow at sqlite:\S*mlflow.db failed .*mlflow db upgrade"
-        ) as caught:
-            read()
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])
-def test_a_run_whose_note_is_damaged_is_copied_again_and_later_runs_are_copied(root, content):
-    (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-    run = journal(root, pipeline=ended_dvc())
-    run.metrics({"loss": 3.0}, 1)
-    run.end("FINISHED")
-    assert copy(root)
-    (run.run_folder / "mlflow.json").write_bytes(content)
-    journal(root, "evaluation").end("FINISHED")
-    sync(root)
-    assert [len(runs(root, stage)) for stage in ("pipeline", "training", "evaluation")] == [1, 1, 1]
-    assert history(root, runs(root, "training")[0], "loss") == [(1, 3.0)]
+    with pytest.raises(Unreachable, match=r"^MLflow at sqlite:\S*mlflow.db failed .*db upgrade[^\n]*$"):
+        store.run_of_value(root, "training")
 
 
 def test_a_copied_repository_writes_nothing_into_the_original(root, tmp_path, monkeypatch):
     log_run(root)
     sync(root)
     held = sorted((root / "mlartifacts").rglob("*.json"))
-    assert held
-    clone = tmp_path / "clone"
-    shutil.copytree(root, clone)
+    clone = shutil.copytree(root, tmp_path / "clone")
     monkeypatch.chdir(clone)
     log_run(clone)
     sync(clone)
     assert sorted((root / "mlartifacts").rglob("*.json")) == held
-    assert len(list((clone / "mlartifacts").rglob("*.json"))) == len(held) + 1
+    assert len(list((clone / "mlartifacts").rglob("*.json"))) == len(held) + 1 > 1
 
 
 def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path):
     with pytest.raises(MissingInput, match="run from the repository folder"):
         sync(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_ui_names_the_store_that_the_runs_are_in(tmp_path):
-    tools = tmp_path / ".venv/bin"
-    tools.mkdir(parents=True)
-    (tools / "python").symlink_to(sys.executable)
-    for tool in ("compactgpt", "mlflow"):
-        (tools / tool).write_text("#!/bin/sh\n")
-        (tools / tool).chmod(0o755)
-    for name in ("requirements.lock", "pyproject.toml", ".venv/.installed"):
-        (tmp_path / name).touch()
-    command = ["make", "-f", str(ROOT / "Makefile"), "ui", "PORT=0"]
-    for uri, is_named in (("", False), ("http://127.0.0.1:9", True)):
-        env = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-        assert ("These pages show mlflow.db. Runs go to another store" in done.stdout) == is_named
 
 
 def test_the_child_process_copies_a_run_with_system_metrics_and_ends(root, monkeypatch):
@@ -262,7 +192,7 @@ def test_the_child_process_copies_a_run_with_system_metrics_and_ends(root, monke
     assert 0 < found.data.metrics["system/system_memory_usage_percentage"] <= 100
 
 
-def test_metrics_are_figures_of_a_model_in_groups_and_counts_stay_in_the_report():
+def test_only_figures_of_a_model_and_parameters_that_change_it_are_logged():
     report = {
         "loss": {"value": 2.0, "low": 1.0, "high": 3.0},
         "model": {"num_params": 7},
@@ -274,13 +204,8 @@ def test_metrics_are_figures_of_a_model_in_groups_and_counts_stay_in_the_report(
     for stage, group in [("evaluation", "eval"), ("baseline@xz", "baselines/xz")]:
         assert stage_metrics(stage, report) == {f"{group}/{key}": value for key, value in figures.items()}
     assert stage_metrics("training", {"best_val_loss": 3.0, "steps": 4}) == {"val/best_loss": 3.0}
-    assert stage_metrics("tokenization", report) == {}
     assert 5 <= len(stage_metrics("evaluation", read_json(ROOT / "reports/evaluation.json"))) <= 12
-
-
-def test_only_parameters_that_change_a_model_are_logged_and_versions_of_packages_are_one_of_them():
     names = list(tuned_params(read_yaml(ROOT / "params.yaml")))
-    assert names[0].startswith("training.")
     assert [name for name in names if "distributions" in name] == ["download.docstrings.distributions"]
     assert not [name for name in names if name.startswith(("estimate", "regression"))]
 
@@ -318,9 +243,3 @@ def test_the_rest_of_an_interrupted_run_continues_the_same_run_without_doubled_s
     assert (found.info.status, found.data.params) == ("FINISHED", {"a": "1"})
     assert history(root, found, "loss") == [(step, 4.0 - step) for step in range(1, 7)]
     assert [step for step, _ in history(root, found, "val")] == [3, 4, 5, 6]
-
-
-def test_a_held_journal_that_ends_before_it_begins_is_a_run_of_its_own(root):
-    journal(root, held=True).end("FAILED")
-    sync(root)
-    assert runs(root)[0].info.status == "FAILED"

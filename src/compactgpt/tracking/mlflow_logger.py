@@ -120,11 +120,8 @@ class Logger:
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
-        for line in lines:
-            if line["kind"] == "artifact":
-                self.client.log_artifact(
-                    copied.run_id, str(file.folder / line["path"]), line["folder"] or None
-                )
+        for line in (line for line in lines if line["kind"] == "artifact"):
+            self.client.log_artifact(copied.run_id, str(file.folder / line["path"]), line["folder"] or None)
         if status:
             self.close()
             if not (file.folder / CONTINUED).exists():

@@ -132,7 +132,8 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would log all runs to this run
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.system_metrics"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     uri = wanted["uri"]
     if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # journals have no passwords
         uri = os.environ["MLFLOW_TRACKING_URI"]

@@ -21,7 +21,6 @@ from compactgpt.training.loss_curve import Row, divergence_warning, loss_csv
 from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
-MEASURED_STEPS = 10  # steps that are timed before the time left is printed
 SAMPLE_TOKENS = 40
 
 
@@ -31,25 +30,22 @@ class TrainingCallbacks:
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
         """Start with an open stage, the tokenizer's folder (for samples), and the loss curve's file."""
         self.stage, self.params, self.curve = stage, stage.params, curve
-        self.is_main_process = dist_info().is_main_process
-        processes = dist_info().world_size
+        self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.first_step: int | None = None  # this process's first step; not 1 in a resumed run
-        self.first_step_at = 0.0
         self.reported_at: float | None = None
-        self.loss = self.utilization = "-"
         self.warned: set[str] = set()  # tags of the warnings that were printed
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
         self.expected: ExpectedLoss = expected_loss(self.params)  # logged before the first step
+        interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
+        self.figures = {**dict.fromkeys(("loss", "tokens/s", "left", "of peak"), "-"), "expected": interval}
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
         if warning := warmup_warning(training):
             stage.print_message(warning)
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
-        # This assumes that each process is as fast as the main process.
-        device = resolve_device(runtime.device)
-        self.peak = processes * peak_flops(device, training.dtype) if self.is_main_process else 0.0
+        if self.is_main_process:  # this assumes that each process is as fast as the main process
+            self.peak = processes * peak_flops(resolve_device(runtime.device), training.dtype)
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
         """Return the functions that `trainer.train` calls."""
@@ -58,14 +54,14 @@ class TrainingCallbacks:
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
         """Log the training loss, learning rate and speed of a list of (step, loss)."""
         now, training, speed = time.monotonic(), self.params.training, {}
-        if self.reported_at is not None:
-            seconds = max(1e-9, now - self.reported_at)
-            tokens_per_second = len(losses) * training.tokens_per_step / seconds
-            speed["train/tokens_per_second"] = tokens_per_second
-            if self.peak:
-                speed["train/utilisation"] = tokens_per_second * self.flops_per_token / self.peak
-                self.utilization = f"{speed['train/utilisation']:.0%}"
-        self.reported_at, self.loss = now, f"{losses[-1][1]:.3f}"
+        if self.is_main_process and self.reported_at is not None:
+            tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
+            utilization = tokens_per_second * self.flops_per_token / self.peak
+            speed = {"train/tokens_per_second": tokens_per_second, "train/utilisation": utilization}
+            left = round((training.max_steps - losses[-1][0]) * training.tokens_per_step / tokens_per_second)
+            self.figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
+            self.figures["of peak"] = f"{utilization:.0%}"
+        self.reported_at, self.figures["loss"] = now, f"{losses[-1][1]:.3f}"
         for step, loss in losses:
             rate = training.learning_rate * lr_multiplier(training, step - 1)
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
@@ -85,33 +81,12 @@ class TrainingCallbacks:
             self.stage.tracker.tags({tag: warning})
 
     def on_step(self, step: int, model: GPT) -> None:
-        """Update the progress bar, print the time left once, and log a sample if one is due."""
-        max_steps, runtime = self.params.training.max_steps, self.params.runtime
-        if self.first_step is None:
-            self.first_step, self.first_step_at = step, time.monotonic()
-        figures = {"loss": self.loss, **self._speed(step), "of peak": self.utilization}
-        figures["expected"] = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
-        if step == self.first_step + MEASURED_STEPS:
-            names = ", ".join(self.params.baseline.names)
-            self.stage.print_message(
-                f"{figures['left']} left at the speed of this machine's first steps; then the evaluation and "
-                f"the baselines ({names})"
-            )
-        self.progress_bar(step, max_steps, figures)
+        """Update the progress bar, and log a sample if one is due."""
+        runtime = self.params.runtime
+        self.progress_bar(step, self.params.training.max_steps, self.figures)
         if self.encoding and step % runtime.sample_interval == 0:
             text = sample_text(model, self.encoding, runtime.sample_prompt)
             self.stage.text(f"step-{step:08d}.txt", text, "samples")
-
-    def _speed(self, step: int) -> dict[str, str]:
-        """Return the tokens per second since this process's first step, and the time left as M:SS."""
-        assert self.first_step is not None
-        if step == self.first_step:
-            return {"tokens/s": "-", "left": "-"}
-        training = self.params.training
-        seconds_per_step = (time.monotonic() - self.first_step_at) / (step - self.first_step)
-        left = round(seconds_per_step * (training.max_steps - step))
-        tokens_per_second = training.tokens_per_step / max(1e-9, seconds_per_step)
-        return {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
 
     def on_warning(self, message: str) -> None:
         """Print and log the warning that the number of processes has changed."""
@@ -144,16 +119,12 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> str | None:
-    """Return a warning if the loss is outside the 95 % interval of the expected final loss, or None.
-
-    A loss above the interval matters only at the last step. A loss below the interval matters at every step,
-    because the final loss will then be lower still.
-    """
+    """Return a warning if the loss is outside the 95 % interval of the expected final loss, or None."""
     where = f"val loss {row.val_loss:.3f} at step {row.step:,} of {max_steps:,}"
     interval = (
         f"the 95 % interval expected of the final loss, {expected.low_95:.3f} to {expected.high_95:.3f}"
     )
-    if row.val_loss < expected.low_95:
+    if row.val_loss < expected.low_95:  # at every step: the final loss will be lower still
         return (
             f"{where} is already below {interval}: better than any run that the estimate knows, or text "
             "of val among the training text"
