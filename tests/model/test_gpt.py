@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compactgpt.model.cross_entropy import (
-    LOSS_ROWS,
-    LinearCrossEntropy,
-    linear_cross_entropy,
-    token_nats,
-)
+from compactgpt.model.cross_entropy import LOSS_ROWS, LinearCrossEntropy, linear_cross_entropy, token_nats
 from compactgpt.model.gpt import GPT
+from compactgpt.model.huggingface import save_hf
 from tests.support.tiny_training import random_batch, tiny_shape
 
 
@@ -24,34 +20,16 @@ def test_the_notes_configuration_has_as_many_parameters_as_nanogpt_counts():
     assert counts == (30_135_168, 29_938_560, 10_621_824)
 
 
-def transformers_copy(model):
-    """The same weights in transformers' GPT-2; absent biases become zeros."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    shape = model.shape
-    config = GPT2Config(
-        vocab_size=shape.padded_vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd,
-        n_layer=shape.n_layer, n_head=shape.n_head, bos_token_id=0, eos_token_id=0,
-        activation_function={"erf": "gelu", "tanh": "gelu_new"}[shape.gelu],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    copy, own = GPT2LMHeadModel(config), model.state_dict()
-    with torch.no_grad():
-        for name, parameter in copy.transformer.named_parameters():
-            value = own.get(name, torch.zeros_like(parameter))
-            is_transposed = any(part in name for part in ("c_attn.w", "c_proj.w", "c_fc.w"))
-            parameter.copy_(value.T if is_transposed else value)
-    return copy
-
-
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("bias", "gelu"), [(False, "erf"), (True, "tanh")])
-def test_loss_and_gradients_are_those_of_transformers_gpt2(bias, gelu):
-    model = GPT(tiny_shape(bias=bias, gelu=gelu), seed=1)
+def test_loss_and_gradients_are_those_of_transformers_gpt2(tmp_path, bias, gelu):
+    from transformers import GPT2LMHeadModel
+
+    model = GPT(tiny_shape(bias=bias, gelu=gelu, vocab_size=64), seed=1)
     with torch.no_grad():  # large weights, so that the two GELUs differ
         for parameter in model.parameters():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.3
-    copy = transformers_copy(model)
+    save_hf(model, tmp_path / "hf")
+    copy = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     tokens, targets = random_batch(3, 8)
     expected = F.cross_entropy(copy(tokens).logits.flatten(0, 1), targets.flatten())
     loss = model(tokens, targets)
@@ -91,21 +69,6 @@ def test_the_embeddings_gradient_is_added_to_the_heads_without_a_copy():
     assert "aten::copy_" not in names
 
 
-def test_in_bfloat16_only_the_products_are_rounded():
-    """Logits that bfloat16 holds exactly: the softmax and the loss are then those of float64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-2, 3, (LOSS_ROWS + 9, 4), generator=generator).float().requires_grad_()
-    weight = torch.randint(-2, 3, (11, 4), generator=generator).float().requires_grad_()
-    targets = torch.randint(0, 11, (len(x),), generator=generator)
-    plain = F.cross_entropy((x @ weight.T).double(), targets)
-    expected = torch.autograd.grad(plain, (x, weight))
-    chunked = LinearCrossEntropy.apply(x, weight, targets, torch.bfloat16)
-    assert chunked.item() == pytest.approx(plain.item(), rel=1e-6)
-    for found, exact in zip(torch.autograd.grad(chunked, (x, weight)), expected, strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, exact, atol=0.01 * exact.abs().max().item(), rtol=0)
-
-
 @pytest.mark.parametrize("deviation", [4.0, 8.0])
 def test_gradients_in_bfloat16_are_as_exact_as_those_of_autocast(deviation):
     """The deviation is that of the logits. The model is right about its targets, as after training.
@@ -113,12 +76,14 @@ def test_gradients_in_bfloat16_are_as_exact_as_those_of_autocast(deviation):
     The reference is float64 without any rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(LOSS_ROWS, 64, generator=generator).requires_grad_()
+    x = torch.randn(LOSS_ROWS + 9, 64, generator=generator).requires_grad_()
     weight = (torch.randn(1000, 64, generator=generator) * deviation / 8).requires_grad_()
     targets = torch.multinomial((x @ weight.T).detach().softmax(1), 1, generator=generator)[:, 0]
-    exact = torch.autograd.grad(F.cross_entropy(x.double() @ weight.double().T, targets), (x, weight))
+    plain = F.cross_entropy(x.double() @ weight.double().T, targets)
+    exact = torch.autograd.grad(plain, (x, weight))
     with torch.autocast("cpu", torch.bfloat16):
         losses = F.cross_entropy(x @ weight.T, targets), linear_cross_entropy(x, weight, targets)
+    assert losses[1].item() == pytest.approx(plain.item(), rel=1e-3)
     errors = [
         [float((found - true).norm() / true.norm()) for found, true in zip(grads, exact, strict=True)]
         for grads in (torch.autograd.grad(loss, (x, weight)) for loss in losses)
@@ -133,11 +98,6 @@ def test_a_second_backward_pass_is_refused_as_torch_refuses_it(dtype):
     loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1, 4]), dtype)
     loss.backward()
     with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
-        loss.backward()
-    # With retain_graph, the scaled gradients would be scaled again: torch finds the change in place.
-    loss = LinearCrossEntropy.apply(x, weight, torch.tensor([1, 4]), dtype) / 2
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
@@ -167,20 +127,13 @@ def test_weights_are_drawn_as_nanogpt_draws_them_and_the_seed_alone_decides_them
 
 
 def test_no_position_depends_on_later_ones_and_a_longer_context_is_refused():
-    model = GPT(tiny_shape(), seed=1).eval()
+    model = GPT(tiny_shape(dropout=0.5), seed=1).eval()  # dropout acts in training only
     tokens, _ = random_batch(2, 8)
     changed = tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 50
     before, after = model.hidden(tokens), model.hidden(changed)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.equal(before, model.train().hidden(tokens))
     with pytest.raises(ValueError, match=r"got 9 tokens.*at most 8"):
         model.hidden(torch.zeros(1, 9, dtype=torch.int64))
-
-
-def test_dropout_acts_in_training_only():
-    model = GPT(tiny_shape(dropout=0.5), seed=1)
-    batch = random_batch(2, 8)
-    assert model(*batch) != model(*batch)
-    model.eval()
-    assert model(*batch) == model(*batch)

@@ -17,11 +17,11 @@ V, C, N = 60, 8, 12
 COUNTS = (1000 / np.arange(1, V + 1)).astype(np.int64)  # Zipf's law, as text has it
 
 
-def problem(scale=1.0):
+def problem():
     """Hidden states, head and targets. (N, C), (V, C), (N,)."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(N, C, generator=generator, dtype=torch.float64)
-    weight = scale * torch.randn(V, C, generator=generator, dtype=torch.float64)
+    weight = 0.5 * torch.randn(V, C, generator=generator, dtype=torch.float64)
     return x, weight, torch.randint(0, 10, (N,), generator=generator)
 
 
@@ -64,8 +64,6 @@ def test_a_sample_is_a_function_of_seed_and_step_and_has_the_tokens_of_the_batch
     assert a.ids.tolist() == b.ids.tolist()
     assert (a.ids[a.positions(batch)] == batch).all()
     assert (a.log_inclusion[a.positions(batch)] == 0).all()
-    outside = ~np.isin(a.ids, batch)
-    assert a.log_inclusion[outside] == pytest.approx(np.log(inclusion[a.ids[outside]]), abs=1e-6)
     others = [draw_sample(inclusion, batch, seed=1, step=step).ids for step in range(50)]
     assert len({tuple(ids) for ids in others}) > 40
     frequency = np.bincount(np.concatenate(others), minlength=V)[: V - 3] / 50
@@ -77,26 +75,9 @@ def test_a_sample_of_everything_is_the_full_softmax():
         torch.testing.assert_close(exact, found, atol=1e-12, rtol=1e-12)
 
 
-def test_the_estimate_of_the_softmax_sum_and_of_its_gradient_is_unbiased():
-    """Horvitz and Thompson: the mean over draws is the sum over all tokens within the error of the mean."""
-    x, weight, targets = problem(0.5)
-    inclusion = inclusion_probabilities(COUNTS, 20, 0.75)
-    logits = x @ weight.T
-    exact = torch.stack([logits.exp().sum(1), (logits.exp() @ weight)[:, 0]])  # Z and part of its gradient
-    draws = []
-    for step in range(4000):
-        sample = draw_sample(inclusion, targets.numpy(), seed=3, step=step)
-        e = (logits[:, sample.ids] - torch.from_numpy(sample.log_inclusion)).exp()
-        draws.append(torch.stack([e.sum(1), (e @ weight[sample.ids])[:, 0]]))
-    drawn = torch.stack(draws)  # (draws, 2, N)
-    error_of_mean = drawn.std(0) / math.sqrt(len(drawn))
-    assert ((drawn.mean(0) - exact).abs() < 4.5 * error_of_mean).all()
-    assert (error_of_mean[0] < 0.03 * exact[0]).all()
-
-
 def test_the_loss_is_too_low_by_half_the_relative_variance_and_the_bias_falls_with_the_sample():
     """The bias to the first order is -Var(Z') / (2 Z^2), the mean over rows (the module's docstring)."""
-    x, weight, targets = problem(0.5)
+    x, weight, targets = problem()
     exact, draws, gradient_bias = full(x, weight, targets), 4000, {}
     e = (x @ weight.T).exp().numpy()
     for size in (20, 45):

@@ -11,7 +11,7 @@ from compactgpt.common.errors import BadConfig, MissingInput
 from compactgpt.model.gpt import GPT
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import save_model
-from compactgpt.training.initialization import folder_sha256, initial_model, set_sinusoids, start_at_unigram
+from compactgpt.training.initialization import folder_sha256, initial_model
 from tests.support.tiny_models import save_random_gpt2
 from tests.support.tiny_training import random_batch, recipe, tiny_shape
 
@@ -39,35 +39,24 @@ def test_training_starts_from_gpt2_with_its_logits_a_shorter_context_and_padding
     assert model(tokens, targets).item() == pytest.approx(loss.item(), abs=0.3)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_training_starts_from_a_model_of_ours(tmp_path, bias):
-    source = GPT(tiny_shape(bias=bias), seed=4)
-    save_model(source, tmp_path / "own", {})
-    model = start_from(tmp_path / "own", tiny_shape(bias=bias, block_size=6, dropout=0.1))
+@pytest.mark.parametrize("save", [lambda model, folder: save_model(model, folder, {}), save_hf])
+def test_training_starts_from_a_model_of_ours_in_both_formats(tmp_path, save):
+    source = GPT(tiny_shape(), seed=4)
+    save(source, tmp_path / "saved")
+    model = start_from(tmp_path / "saved", tiny_shape(block_size=6, dropout=0.1))
     assert torch.equal(model.wte.weight[:50], source.wte.weight[:50])
     assert torch.equal(model.wpe.weight, source.wpe.weight[:6])
     assert torch.equal(model.h[1].mlp.c_fc.weight, source.h[1].mlp.c_fc.weight)
 
 
-def test_a_model_without_biases_comes_back_from_hugging_faces_form(tmp_path):
-    source = GPT(tiny_shape(), seed=4)
-    save_hf(source, tmp_path / "hf")
-    assert torch.equal(start_from(tmp_path / "hf", tiny_shape()).h[0].ln_1.weight, source.h[0].ln_1.weight)
-
-
-def test_other_weights_than_params_name_are_refused_with_the_hash_to_write(gpt2, tmp_path):
+def test_other_weights_or_shapes_than_params_name_are_refused(gpt2, tmp_path):
     _, folder = gpt2
     with pytest.raises(BadConfig, match=rf"init_sha256: found 0+, .* holds {folder_sha256(folder)}"):
         start_from(folder, tiny_shape(**GPT2), sha256="0" * 64)
     with pytest.raises(MissingInput, match="start from a copy"):
         start_from(tmp_path / "gone", tiny_shape())
-    for change in ({"init_from": "models/base"}, {"init_sha256": "0" * 64}):
-        with pytest.raises(ValueError, match="init_sha256"):
-            recipe(**change)
-
-
-def test_a_shape_that_does_not_fit_is_refused_key_by_key(gpt2):
-    _, folder = gpt2
+    with pytest.raises(ValueError, match="init_sha256"):
+        recipe(init_from="models/base")
     with pytest.raises(BadConfig) as caught:
         start_from(folder, tiny_shape(bias=True, n_layer=3, block_size=16))
     for part in ("model.n_layer: found 3", "has 2", "model.gelu: found erf", "model.block_size: found 16"):
@@ -80,10 +69,8 @@ def test_a_shape_that_does_not_fit_is_refused_key_by_key(gpt2):
 def test_a_model_starts_at_the_log_frequencies_of_the_tokens(amplitude):
     shape = tiny_shape(n_embd=64)
     counts = (1000 / np.arange(1, 51)).astype(np.int64)
-    plain, model = GPT(shape, seed=1), GPT(shape, seed=1)
-    if amplitude:
-        set_sinusoids(model, amplitude)
-    start_at_unigram(model, counts, 4.0)
+    plain = GPT(shape, seed=1)
+    model = initial_model(shape, recipe(init_unigram=4.0, init_positions=amplitude), counts)
     p = (counts + 1) / (counts + 1).sum()
     drawn = torch.from_numpy(np.random.default_rng(0).choice(50, (200, 9), p=p))
     tokens, targets = drawn[:, :-1], drawn[:, 1:]
@@ -93,8 +80,7 @@ def test_a_model_starts_at_the_log_frequencies_of_the_tokens(amplitude):
 
 
 def test_sinusoids_rotate_by_the_same_angles_from_one_position_to_the_next():
-    model = GPT(tiny_shape(), seed=1)
-    set_sinusoids(model, 0.5)
+    model = initial_model(tiny_shape(), recipe(init_positions=0.5))
     waves = torch.view_as_complex(model.wpe.weight.detach().view(8, 8, 2))  # (T, C / 2)
     torch.testing.assert_close(waves.abs(), torch.full((8, 8), 0.5))
     rotations = waves[1:] / waves[:-1]

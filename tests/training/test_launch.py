@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,8 +21,7 @@ STAGE = ["-m", "stages.training", "--tracker", "none"]
 
 def write_params(folder=Path(), **launcher):
     launcher = {"processes": 2, "max_restarts": 1, "timeout_seconds": 60, **launcher}
-    head = "full" if launcher.get("mode") == "fsdp" else "sampled"  # mode fsdp refuses the sampled head
-    tree = params_tree(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher, head=head)
+    tree = params_tree(max_steps=STEPS, eval_interval=30, checkpoint_interval=3, launcher=launcher)
     (folder / "params.yaml").write_text(json.dumps(tree))  # JSON is YAML
 
 
@@ -47,8 +47,7 @@ def workers_of(agent):
 
 
 def newest_state():
-    names = [path.name for path in Path(".state/training").glob("*/step-*")]
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
+    return max((int(path.name[5:]) for path in Path(".state/training").glob("*/step-*")), default=0)
 
 
 def wait_for_state_after(step, agent):
@@ -85,7 +84,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def outputs_of_two_processes(folder):
-    """What two processes write from here on, which nothing interrupts."""
+    """What two processes write from here on, uninterrupted."""
     assert run_ranks(2, _run_stage_in, folder) == [0, 0]
     return outputs()
 
@@ -96,9 +95,8 @@ def _run_stage_in(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fast", pytest.param("fsdp", marks=pytest.mark.robustness)])
-def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterrupted_run(folder, mode):
-    write_params(mode=mode)
+def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterrupted_run(folder):
+    write_params()
     uninterrupted = outputs_of_two_processes(folder)
     agent = start(*STAGE)
     before = workers_of(agent)
@@ -123,29 +121,25 @@ def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterr
 
 
 @pytest.mark.robustness
-def test_processes_whose_agent_is_killed_end_and_the_run_resumes(folder):
-    write_params()
+def test_processes_whose_agent_is_killed_end_and_a_run_that_lost_its_processes_too_often_fails(folder):
+    write_params(max_restarts=0)
     uninterrupted = outputs_of_two_processes(folder)
+    shutil.rmtree("models")
     agent = start(*STAGE)
     workers = workers_of(agent)
-    wait_for_state_after(0, agent)
+    step = wait_for_state_after(0, agent)
     agent.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
     agent.communicate()
     assert not alive
-    assert outputs_of_two_processes(folder) == uninterrupted
-
-
-@pytest.mark.robustness
-def test_a_run_that_lost_its_processes_too_often_fails(folder):
-    write_params(max_restarts=0)
     agent = start(*STAGE)
     workers = workers_of(agent)
-    wait_for_state_after(0, agent)
+    wait_for_state_after(step, agent)
     for worker in workers:
         worker.kill()
     assert end_of(agent)[0] == 1
     assert not Path("models").exists()
+    assert outputs_of_two_processes(folder) == uninterrupted
 
 
 def test_a_mistake_that_the_processes_find_is_one_sentence_and_is_not_tried_again(folder):

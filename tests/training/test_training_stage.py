@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from compactgpt.common.storage import write_text
 from compactgpt.config import ExpectedLoss
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import load_model
@@ -18,7 +17,7 @@ from tests.support.tiny_training import make_tokens, outputs, params_of, params_
 
 
 def write_params(**changes):
-    write_text(Path("params.yaml"), json.dumps(params_tree(**changes)))  # JSON is YAML
+    Path("params.yaml").write_text(json.dumps(params_tree(**changes)))  # JSON is YAML
 
 
 @pytest.fixture(autouse=True)
@@ -32,28 +31,17 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_stage_writes_model_curve_and_report_the_same_each_time(monkeypatch):
-    """The curve's file is complete after each validation, and only ever grows."""
-    curves, write = [], training_callbacks.write_text
-
-    def watch(path, content):
-        write(path, content)
-        curves.append(path.read_text())
-
-    monkeypatch.setattr(training_callbacks, "write_text", watch)
+def test_the_stage_writes_model_curve_and_report_the_same_each_time():
     first = run_stage()
     assert (first.exit_code, first.exception) == (0, None)
     written = outputs()
     report = json.loads(Path("reports/training.json").read_text())
-    found = [report[key] for key in ("tokens", "gradient_accumulation_steps", "train_loss_steps")]
-    assert found == [6 * 32, 2, 2]
-    curve = Path("reports/loss.csv").read_text()
-    lines = curve.splitlines()
+    found = [report[key] for key in ("tokens", "gradient_accumulation_steps", "train_loss_steps", "diverged")]
+    assert found == [6 * 32, 2, 2, False]
+    lines = Path("reports/loss.csv").read_text().splitlines()
     assert lines[0] == "step,train_loss,val_loss"
     assert lines[-1] == f"6,{report['train_loss']!r},{report['val_loss']!r}"
     assert [int(line.split(",")[0]) for line in lines[1:]] == [1, 2, 4, 6]
-    assert [text.count("\n") - 1 for text in curves] == [1, 2, 3, 4]
-    assert all(curve.startswith(text) for text in curves)
     assert not list(Path(".state/training").iterdir())
     assert run_stage().exit_code == 0
     assert outputs() == written
@@ -98,25 +86,21 @@ def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(p
 @pytest.mark.parametrize(
     ("changes", "environment", "message"),
     [
-        ({"training.seed": 2**64}, {}, "training.seed: found 18446744073709551616"),
         ({"training.seed": 2**63}, {}, "should be less than 9223372036854775808"),  # numpy: two seeds alike
         ({"runtime.device": "cuda"}, {}, "runtime.device: found cuda, but torch .* use auto, or cpu"),
-        ({"runtime.device": "mps"}, {}, "runtime.device: found mps, but torch .* use auto, or cpu"),
         ({}, {"RANK": "", "WORLD_SIZE": ""}, "RANK='' and WORLD_SIZE='', but torchrun did not start"),
         ({}, {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1"}, "run `unset RANK WORLD_SIZE"),
-        ({}, {"WORLD_SIZE": "8"}, "has WORLD_SIZE='8'"),
     ],
 )
 def test_impossible_seeds_devices_and_environments_are_one_sentence(
     monkeypatch, changes, environment, message
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     tree = params_tree()
     for key, value in changes.items():
         section, _, name = key.partition(".")
         tree[section][name] = value
-    write_text(Path("params.yaml"), json.dumps(tree))
+    Path("params.yaml").write_text(json.dumps(tree))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     result = run_stage()
@@ -125,15 +109,7 @@ def test_impossible_seeds_devices_and_environments_are_one_sentence(
     assert "Traceback" not in result.output
 
 
-def test_a_single_process_as_a_cluster_describes_it_trains(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert run_stage().exit_code == 0
-
-
-def test_a_diverged_training_is_reported_once_and_in_the_report(monkeypatch):
-    assert run_stage().exit_code == 0
-    assert json.loads(Path("reports/training.json").read_text())["diverged"] is False
+def test_a_diverged_training_is_reported_once_and_in_the_report():
     write_params(learning_rate=1e3, embedding_learning_rate=1e3, schedule="constant", warmup_steps=0)
     result = run_stage()
     assert result.exit_code == 0
@@ -149,11 +125,9 @@ def test_a_diverged_training_is_reported_once_and_in_the_report(monkeypatch):
 
 def test_a_warm_up_longer_than_the_training_says_what_happens():
     write_params(warmup_steps=11)
-    result = run_stage()
-    assert result.exit_code == 0
     says = "training.warmup_steps (11) is not below training.max_steps (6): the learning rate only rises, "
     says += "to 50 % of its peak, and never falls"
-    assert says in result.output
+    assert says in run_stage().output
 
 
 def test_missing_tokens_are_one_sentence():
