@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from compactgpt import config
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.device import resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import MANIFEST, read_manifest
-from compactgpt.data.token_files import VERSION, Header, TokenFile, pack_documents
+from compactgpt.data.token_files import TokenFile, pack_documents
 from compactgpt.data.tokenizer import TiktokenEncoder, load_encoding, save_gpt2
 from compactgpt.evaluation.likelihood import LanguageModel, NeuralModel
 
@@ -263,8 +261,4 @@ def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenF
         for content, text in zip(contents, documents, strict=True)
     ]
     vocabulary = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}
-    found = pack_documents(rows, **vocabulary)
-    dtype, tokens = found.tokens.dtype.name, len(found.tokens)
-    header = Header(VERSION, dtype, tokens, len(rows), tokenizer_sha256="", **vocabulary)
-    offsets = np.concatenate([[0], found.lengths.cumsum()])
-    return TokenFile(Path("the text"), header, found.tokens, offsets, found.byte_lengths, found.ids)
+    return pack_documents(Path("the text"), rows, tokenizer_sha256="", **vocabulary)

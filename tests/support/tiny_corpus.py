@@ -40,13 +40,6 @@ def make_documents(folder: Path, texts: list[str], shard_bytes: int = SHARD_BYTE
     return folder
 
 
-def write_token_file(path: Path, documents, **settings) -> Header:
-    """Write one split from (16-byte id, length in UTF-8 bytes, token ids) of each document.
-
-    Args:
-        path: of the token file.
-        documents: any iterable.
-        settings: vocab_size, eot_token, tokenizer_sha256.
-    """
-    sizes = {key: settings[key] for key in ("vocab_size", "eot_token")}
-    return write_tokens(path, [pack_documents(documents, **sizes)], **settings)
+def write_token_file(path: Path, documents, **vocabulary) -> Header:
+    """Write one split from (16-byte id, length in UTF-8 bytes, token ids) of each document."""
+    return write_tokens(path, [pack_documents(path, documents, **vocabulary)])

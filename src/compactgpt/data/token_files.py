@@ -7,8 +7,8 @@ Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,87 +62,13 @@ def index_path(path: Path) -> Path:
     return path.with_suffix(".index.safetensors")
 
 
-# --- writing
-
-
-@dataclass(frozen=True)
-class EncodedDocuments:
-    """Documents of one split as arrays."""
-
-    tokens: Tokens  # (tokens,) token ids; each document ends with end-of-text
-    lengths: Lengths  # (documents,) number of tokens of each document, end-of-text included
-    byte_lengths: Lengths  # (documents,) length of each document's text in UTF-8 bytes
-    ids: npt.NDArray[np.uint8]  # (documents, 16)
-
-
-def pack_documents(
-    documents: Iterable[tuple[bytes, int, Tokens]], *, vocab_size: int, eot_token: int
-) -> EncodedDocuments:
-    """Append end-of-text to each document, and join the documents into arrays.
-
-    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids.
-    Raises BadData if a token id is not below `vocab_size`.
-    """
-    rows = list(documents)
-    end_of_text = np.array([eot_token], np.uint32)
-    closed = [part for _, _, tokens in rows for part in (tokens, end_of_text)]
-    tokens = np.concatenate(closed) if closed else np.empty(0, np.uint32)
-    # Check before the cast: a cast to a smaller type would change a large id without an error.
-    if len(tokens) and int(tokens.max()) >= vocab_size:
-        raise BadData(f"a document has the token id {int(tokens.max())}, which is not below {vocab_size}")
-    return EncodedDocuments(
-        tokens.astype(token_dtype(vocab_size)),
-        np.array([len(tokens) + 1 for _, _, tokens in rows], np.int64),
-        np.array([byte_length for _, byte_length, _ in rows], np.int64),
-        np.frombuffer(b"".join(document_id for document_id, _, _ in rows), np.uint8).reshape(-1, 16),
-    )
-
-
-def write_tokens(
-    path: Path, parts: Iterable[EncodedDocuments], *, vocab_size: int, eot_token: int, tokenizer_sha256: str
-) -> Header:
-    """Write the token file of one split and its document index; return the header.
-
-    Memory holds one part at a time, and 32 bytes per document for the index.
-    """
-    dtype = token_dtype(vocab_size)
-    # Each list begins with an array of the right type and shape, in case there are no parts.
-    lengths = [np.zeros(1, np.int64)]
-    byte_lengths = [np.empty(0, np.int64)]
-    ids = [np.empty((0, 16), np.uint8)]
-    with atomic_file(path) as file:
-        file.seek(HEADER_BYTES)  # the header is written last, since it contains counts
-        for part in parts:
-            file.write(part.tokens.astype(dtype, copy=False).data)
-            lengths.append(part.lengths)
-            byte_lengths.append(part.byte_lengths)
-            ids.append(part.ids)
-        offsets = np.concatenate(lengths).cumsum()  # (documents + 1,)
-        index = {"offsets": offsets, "bytes": np.concatenate(byte_lengths), "ids": np.concatenate(ids)}
-        documents, tokens = len(offsets) - 1, int(offsets[-1])
-        header = Header(VERSION, dtype.name, tokens, documents, vocab_size, eot_token, tokenizer_sha256)
-        file.seek(0)
-        file.write(encode_header(header))
-        write_bytes(index_path(path), save(index))
-    return header
-
-
-def encode_header(header: Header) -> bytes:
-    """Return the first HEADER_BYTES bytes of a token file."""
-    text = json.dumps(asdict(header), sort_keys=True).encode()
-    return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
-
-
-# --- reading
-
-
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: the memory-mapped token file and its document index."""
+    """One split: its tokens and its document index, in memory or in two files."""
 
     path: Path
     header: Header
-    tokens: Tokens  # (tokens,) memory-mapped, read-only
+    tokens: Tokens  # (tokens,) read-only; memory-mapped if the tokens are in a file
     # Document d is tokens[offsets[d] : offsets[d + 1]], end-of-text included.
     offsets: Lengths  # (documents + 1,)
     byte_lengths: Lengths  # (documents,) length of each document's text in UTF-8 bytes
@@ -157,9 +83,78 @@ class TokenFile:
         """Return the token ids of one document without its end-of-text. (tokens,)"""
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
-    def all_documents(self) -> EncodedDocuments:
-        """Return all documents of the split as one input of `write_tokens`."""
-        return EncodedDocuments(self.tokens, np.diff(self.offsets), self.byte_lengths, self.ids)
+
+# --- writing
+
+
+def pack_documents(
+    path: Path,
+    documents: Iterable[tuple[bytes, int, Tokens]],
+    *,
+    vocab_size: int,
+    eot_token: int,
+    tokenizer_sha256: str,
+) -> TokenFile:
+    """Return a split in memory: append end-of-text to each document, and join the documents.
+
+    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. `path` names the
+    split in messages. Raises BadData if a token id is not below `vocab_size`.
+    """
+    ids: list[bytes] = []
+    byte_lengths: list[int] = []
+    lengths = [0]
+    closed: list[Tokens] = [np.empty(0, np.uint32)]
+    for document_id, byte_length, tokens in documents:
+        ids.append(document_id)
+        byte_lengths.append(byte_length)
+        lengths.append(len(tokens) + 1)
+        closed += [tokens, np.array([eot_token], np.uint32)]
+    joined = np.concatenate(closed)
+    # Check before the cast: a cast to a smaller type would change a large id without an error.
+    if len(joined) and int(joined.max()) >= vocab_size:
+        raise BadData(f"a document has the token id {int(joined.max())}, which is not below {vocab_size}")
+    dtype = token_dtype(vocab_size)
+    header = Header(
+        VERSION, dtype.name, len(joined), len(byte_lengths), vocab_size, eot_token, tokenizer_sha256
+    )
+    return TokenFile(
+        path,
+        header,
+        joined.astype(dtype),
+        np.cumsum(lengths, dtype=np.int64),
+        np.array(byte_lengths, np.int64),
+        np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16),
+    )
+
+
+def write_tokens(path: Path, parts: Sequence[TokenFile]) -> Header:
+    """Join the documents of one or more splits into a token file and its document index; return the header.
+
+    Memory holds 32 bytes per document for the index. Tokens are copied from file to file.
+    """
+    lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
+    index = {
+        "offsets": np.concatenate(lengths).cumsum(),
+        "bytes": np.concatenate([part.byte_lengths for part in parts]),
+        "ids": np.concatenate([part.ids for part in parts]),
+    }
+    documents, tokens = len(index["bytes"]), int(index["offsets"][-1])
+    header = replace(parts[0].header, documents=documents, tokens=tokens)
+    with atomic_file(path) as file:
+        file.write(encode_header(header))
+        for part in parts:
+            file.write(part.tokens.data)
+        write_bytes(index_path(path), save(index))
+    return header
+
+
+def encode_header(header: Header) -> bytes:
+    """Return the first HEADER_BYTES bytes of a token file."""
+    text = json.dumps(asdict(header), sort_keys=True).encode()
+    return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
+
+
+# --- reading
 
 
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:

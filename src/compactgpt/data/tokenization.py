@@ -22,7 +22,7 @@ from compactgpt.common.storage import atomic_folder, json_bytes, read_manifest, 
 from compactgpt.config import Tokenization
 from compactgpt.data.documents import Document, RowGroup, read_row_group, row_groups
 from compactgpt.data.engines import run_tasks
-from compactgpt.data.token_files import EncodedDocuments, open_tokens, pack_documents, write_tokens
+from compactgpt.data.token_files import TokenFile, open_tokens, pack_documents, write_tokens
 from compactgpt.data.tokenizer import load_encoder
 
 Split = Literal["train", "val"]
@@ -83,7 +83,7 @@ def tokenize(
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
-    settings = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
+    vocabulary = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
     # The name is a hash of everything that determines the chunks, so that no chunk is used for other inputs.
@@ -98,7 +98,7 @@ def tokenize(
         chunks=chunks,
         tokenizer=tokenizer,
         encoder_name=params.encoder,
-        settings=settings,
+        vocabulary=vocabulary,
         rule=split_rule(groups, params.split, params.val_fraction, corpus["bytes"]),
     )
     encoded_bytes = 0
@@ -111,10 +111,10 @@ def tokenize(
     with atomic_folder(folder, facts_of_files, kind="tokens") as temporary:
         for split in SPLITS:
             paths = [chunks / shard[0].path.stem / f"{split}.tokens" for shard in shards]
-            # `encode_shard` has verified or written these files.
-            parts = (open_tokens(path, verify=False).all_documents() for path in paths)
-            if not write_tokens(temporary / f"{split}.tokens", parts, **settings).documents:
+            parts = [open_tokens(path, verify=False) for path in paths]  # `encode_shard` has verified them
+            if not any(part.header.documents for part in parts):
                 raise BadData(_empty_split(split, corpus["documents"], params))
+            write_tokens(temporary / f"{split}.tokens", parts)
     shutil.rmtree(chunks, ignore_errors=True)
     report: dict[str, Any] = {"tokenizer": facts, "split": params.split}
     return report | {split: _split_report(folder, split) for split in SPLITS}
@@ -126,7 +126,7 @@ def encode_shard(
     chunks: Path,
     tokenizer: Path,
     encoder_name: Literal["gigatoken", "tiktoken"],
-    settings: dict[str, Any],
+    vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
     """Write the chunk of one shard, given as its row groups, and return the shard's bytes of text."""
@@ -136,8 +136,7 @@ def encode_shard(
     except (UserError, KeyError):
         pass  # the chunk is missing or damaged: write it
     encoder = load_encoder(tokenizer, encoder_name)
-    sizes = {key: settings[key] for key in ("vocab_size", "eot_token")}
-    parts: dict[Split, list[EncodedDocuments]] = {split: [] for split in SPLITS}
+    parts: dict[Split, list[TokenFile]] = {split: [] for split in SPLITS}
     text_bytes = 0
     for group in groups:
         rows: dict[Split, list[tuple[bytes, int, Any]]] = {split: [] for split in SPLITS}
@@ -148,10 +147,10 @@ def encode_shard(
             row = (bytes.fromhex(document.id), byte_length, encoder.encode(document.text))
             rows["val" if in_val else "train"].append(row)
         for split in SPLITS:  # packed, a token of GPT-2 takes 2 bytes of memory
-            parts[split].append(pack_documents(rows[split], **sizes))
+            parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
     with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
         for split in SPLITS:
-            write_tokens(temporary / f"{split}.tokens", parts[split], **settings)
+            write_tokens(temporary / f"{split}.tokens", parts[split])
     return text_bytes
 
 

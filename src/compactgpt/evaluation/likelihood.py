@@ -8,7 +8,7 @@ V tokens of the vocabulary, N targets.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -248,10 +248,13 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
     """Return a split in memory with other documents: rows of `pack_documents`. It keeps the split's path."""
     header = split.header
-    found = pack_documents(rows, vocab_size=header.vocab_size, eot_token=header.eot_token)
-    offsets = np.concatenate([[0], found.lengths.cumsum()])  # (documents + 1,)
-    header = replace(header, tokens=len(found.tokens), documents=len(found.lengths))
-    return TokenFile(split.path, header, found.tokens, offsets, found.byte_lengths, found.ids)
+    return pack_documents(
+        split.path,
+        rows,
+        vocab_size=header.vocab_size,
+        eot_token=header.eot_token,
+        tokenizer_sha256=header.tokenizer_sha256,
+    )
 
 
 def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
