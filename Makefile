@@ -8,8 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do c
 VENV ?= .venv
 STAMP := $(VENV)/.installed
 PORT ?= 5000
-# tests/conftest.py gives all tests of a file to one worker, so that they share fixtures, and orders the files.
-TWO_WORKERS := -n 2 --no-loadscope-reorder
+# All tests of a file run in one worker, so that they share fixtures; tests/conftest.py orders the files.
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -76,7 +76,7 @@ test-ray: $(STAMP) ## run the tests of the Ray engine (installs Ray into .state,
 	@PYTHONPATH=$(CURDIR)/.state/ray python -m pytest tests/data/test_engines.py
 
 test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk, damage inputs (10 minutes)
-	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' -n 2 tests/robustness tests/training/test_launch.py
+	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' $(TWO_WORKERS) tests/robustness tests/training/test_launch.py
 
 test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
 	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py tests/tracking/test_queue.py

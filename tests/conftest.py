@@ -36,49 +36,17 @@ def same_environment():
         os.environ.update(before)
 
 
-# Files with the same heavy imports run in one worker, which imports them once. Files that take longest come
-# first, so that at the end both workers have work.
-TOGETHER = {
-    "dvc": ("chain", "dvc_workflow", "dvc_yaml", "verify"),
-    "forks": ("distributed", "fsdp", "trainer"),
-    "mlflow": (
-        "faulty_servers", "pipeline_run", "provenance", "registry", "gate", "reproduce", "security",
-        "tracking",
-    ),
-    "great_expectations": ("inspection", "validation"),
-    "transformers": (
-        "bad_input", "baselines", "cli", "experiments", "huggingface", "generation", "initialization",
-        "metamorphic", "gpt",
-    ),
-}  # fmt: skip
+# Files that take longest come first, so that at the end both workers have work.
 LONGEST = (
-    "forks", "mlflow", "transformers", "launch", "dvc", "interrupted_stages", "great_expectations",
-    "sources",
+    "distributed", "trainer", "launch", "tracking", "reproduce", "registry", "baselines", "verify", "chain",
+    "dvc_workflow", "interrupted_stages", "validation", "inspection", "sources",
 )  # fmt: skip
 
 
-def group_of(stem):
-    """Return the group of tests that one worker runs: a file, or several."""
-    name = stem.removeprefix("test_")
-    return next((group for group, files in TOGETHER.items() if name in files), name)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Give each group to one worker, which xdist 3.8's own loadgroup does not do on pytest 9.2."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class LoadGroups(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return group_of(Path(nodeid.partition("::")[0]).stem)
-
-    return LoadGroups(config, log)
-
-
 def pytest_collection_modifyitems(items):
-    """Order the groups, and leave the tests of each in their order."""
-    order = {group: place for place, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(group_of(item.path.stem), len(order)))
+    """Order the files, and leave the tests of each in their order."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
