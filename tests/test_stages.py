@@ -27,6 +27,7 @@ STAGE = f"""
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT)!r}]
+from compactgpt.common.console import ProgressBar
 from compactgpt.common.errors import Busy
 from stages import _runner
 """
@@ -63,31 +64,32 @@ def journal_lines(here: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("error", "exit_code", "message"),
+    ("error", "exit_code", "message", "status"),
     [
-        *((kind("x is empty"), kind.exit_code, "error: x is empty\n") for kind in UserError.__subclasses__()),
-        (OSError(errno.ENOSPC, "No space left on device", "data/x"), 73, "error: no space left on the disk"),
-        (KeyboardInterrupt(), 130, "error: stopped; `dvc repro` resumes from here\n"),
-        (typer.Exit(5), 5, ""),
-        (ZeroDivisionError("a bug of ours is not hidden"), 1, ""),
+        *((kind("x"), kind.exit_code, "error: x\n", "FAILED") for kind in (UserError, BadData, CheckFailed)),
+        (Busy("x"), Busy.exit_code, "error: x\n", "KILLED"),
+        (OSError(errno.ENOSPC, "No space", "data/x"), 73, "error: no space left on the disk", "FAILED"),
+        (KeyboardInterrupt(), 130, "error: stopped; `dvc repro` resumes from here\n", "KILLED"),
+        (typer.Exit(5), 5, "", "FAILED"),
+        (ZeroDivisionError("a bug of ours is not hidden"), 1, "", "FAILED"),
     ],
 )
-def test_what_ends_a_stage_decides_its_exit_code(here, error, exit_code, message):
-    result = run(error)
+def test_an_error_decides_the_exit_code_of_a_stage_and_the_status_of_its_run(
+    here, error, exit_code, message, status
+):
+    result = run(error, tracker="mlflow")
     assert result.exit_code == exit_code
     assert result.output.startswith(message)
+    assert journal_lines(here)[-1]["status"] == status
 
 
 def test_bad_params_and_an_unknown_tracker_are_refused_before_any_work(here):
     worked = []
     result = run(worked.append, tracker="wandb")
     assert (result.exit_code, "mlflow or none" in result.output) == (2, True)
-    text = (here / "params.yaml").read_text().replace("  n_head: 4", "  n_haed: 4")
-    (here / "params.yaml").write_text(text)
+    replace("params.yaml", "  n_head: 4", "  n_haed: 4")
     result = run(worked.append)
-    assert result.exit_code == 78
-    assert "model.n_haed" in result.output
-    assert "did you mean n_head" in result.output
+    assert (result.exit_code, "did you mean n_head" in result.output) == (78, True)
     assert not worked
 
 
@@ -120,14 +122,6 @@ def test_a_report_is_stable_json_and_the_journal_has_params_metrics_and_the_end(
     assert lines[2]["values"] == {"val/best_loss": 2.0}
     assert next(here.glob(".state/tracking/*/before/params.yaml")).exists()
     assert lines[-1]["status"] == "FINISHED"
-
-
-@pytest.mark.parametrize(
-    ("error", "status"), [(BadData("x"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Busy("x"), "KILLED")]
-)
-def test_the_journal_has_how_a_run_failed(here, error, status):
-    run(error, tracker="mlflow")
-    assert journal_lines(here)[-1]["status"] == status
 
 
 @pytest.mark.parametrize(("name", "splits"), [("training", 2), ("baseline@xz", 1), ("download", 0)])
@@ -164,12 +158,7 @@ def test_a_sigterm_while_the_interpreter_exits_changes_neither_exit_code_nor_out
     assert (done.returncode, done.stderr) == (Busy.exit_code, "error: stopped at step 3\n")
 
 
-def test_a_progress_bar_prints_plain_lines_without_a_terminal_and_one_line_on_it(capsys, monkeypatch):
-    bar = ProgressBar("training", "tokens")
-    for done in (1000, 1500, 2000):
-        bar(done, 2000, {"loss": "5.1"} if done == 1000 else None)
-    lines = "training: 1,000 of 2,000 tokens, loss 5.1\ntraining: 2,000 of 2,000 tokens\n"
-    assert capsys.readouterr().err == lines
+def test_a_progress_bar_is_one_line_on_a_terminal(monkeypatch):
     shown = io.StringIO()
     shown.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", shown)

@@ -40,7 +40,6 @@ PIPELINE = "pipeline"  # the stage name of a journal that belongs to no stage
 AFTER = "after"  # the folder for the files that the `dvc` process left
 OUTCOME = "outcome.json"
 OUTCOME_SECONDS = 30.0  # how long to wait for the commit of a DVC experiment
-MAX_TABLE = 20_000_000  # bytes; a larger table of per-document losses is not saved with the run
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -131,9 +130,8 @@ class RunFolder:
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
             failed = any(file.status != "FINISHED" for file in self.stages())
-            return (
-                Folder(self.path / "no-commit") if failed or time.time() - newest > OUTCOME_SECONDS else None
-            )
+            is_lost = failed or time.time() - newest > OUTCOME_SECONDS
+            return Folder(self.path / "no-commit") if is_lost else None
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
@@ -143,7 +141,7 @@ class RunFolder:
         """Save the files of an ended `dvc` process to AFTER, before the next command changes them.
 
         AFTER has the new dvc.lock, the other files of `before/`, the list of installed packages, and the
-        run's reports and small tables of per-document losses. OUTCOME says which stages belong to the run.
+        run's reports and tables of per-document losses. OUTCOME says which stages belong to the run.
         """
         cache, making = Cache(self.root), self.path / "after.tmp"
         shutil.rmtree(making, ignore_errors=True)
@@ -160,9 +158,7 @@ class RunFolder:
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         try:
             for path, md5 in outs(place, found).items():
-                is_table = path.startswith(("data/evaluation", "data/baseline")) and cache.has(md5)
-                size = sum(file.stat().st_size for file in cache.files(md5).values()) if is_table else 0
-                if path.startswith("reports/") or (is_table and size <= MAX_TABLE):
+                if path.startswith(("reports/", "data/evaluation", "data/baseline")):
                     dvc_files.checkout(cache, place, path, md5, making / path)
         except UserError as error:  # a file in DVC's cache was altered
             found.reason = found.reason or str(error)

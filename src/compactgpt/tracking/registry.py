@@ -27,20 +27,17 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
     `after` has the pipeline's files after its end; `weights` and `val` are the SHA-256 of the weights and of
     the val split (empty if the run has none).
     """
-    from mlflow.entities import LoggedModelInput, Metric
+    from mlflow.entities import Metric
 
-    tags = {"weights_sha256": weights, "val_sha256": val}
-    model_id = _logged(store, weights) or _log(run_id, after, cache, tags)
-    run, model = store.client.get_run(run_id), store.client.get_logged_model(model_id)
-    if run_id != model.source_run_id and not run.inputs.model_inputs:
-        store.client.log_inputs(run_id, models=[LoggedModelInput(model_id)])
-    if model.metrics:
+    if model_id := _logged(store, weights):
         return model_id
+    model_id = _log(run_id, after, cache, {"weights_sha256": weights, "val_sha256": val})
     data = ("val.tokens", val[:MAX_DIGEST]) if val else (None, None)
-    for key in (key for key in run.data.metrics if key.startswith("eval/")):
-        history = store.client.get_metric_history(run_id, key)
-        points = [(key, one.value, one.timestamp, one.step, model_id, *data) for one in history]
-        store.client.log_batch(run_id, [Metric(*point, run_id) for point in points])
+    for key in store.client.get_run(run_id).data.metrics:
+        if key.startswith("eval/"):
+            history = store.client.get_metric_history(run_id, key)
+            points = [(key, one.value, one.timestamp, one.step, model_id, *data) for one in history]
+            store.client.log_batch(run_id, [Metric(*point, run_id) for point in points])
     return model_id
 
 
