@@ -45,10 +45,7 @@ def trace(
 
 @app.command()
 def verify(as_json: AsJson = False) -> None:
-    """Compare every file with dvc.lock and compute every reported number again (exit code 3: a difference).
-
-    Example: compactgpt verify
-    """
+    """Compare every file with dvc.lock, and compute every reported number again (exit code 3: differs)."""
     from compactgpt.reporting.verify import verify as verify_project
 
     found = verify_project(Path())

@@ -69,10 +69,7 @@ def init_corpus(
 
 @app.command()
 def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
-    """Show the hardware, the hub, the baselines and the MLflow store of this machine, and estimate run times.
-
-    Example: compactgpt doctor
-    """
+    """Show this machine's hardware, hub, baselines and MLflow store, and estimate how long runs take."""
     from compactgpt.doctor import examine, format_report
 
     found = examine(params_file)
@@ -81,10 +78,7 @@ def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
 
 @experiment.command("list")
 def list_experiments() -> None:
-    """List the named experiments in conf/experiments.
-
-    Example: compactgpt experiment list
-    """
+    """List the named experiments in conf/experiments."""
     from compactgpt.experiments import load_experiments
 
     for name, found in load_experiments().items():
@@ -186,10 +180,7 @@ def fit_experiment(
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def check(params_file: ParamsFile = PARAMS) -> None:
-    """Check params.yaml and the files that DVC reads, before a run.
-
-    Example: compactgpt check
-    """
+    """Check params.yaml and the files that DVC reads, before a run."""
     from compactgpt.config import load_params
     from compactgpt.data.inputs import check_dependencies
 
@@ -200,10 +191,7 @@ def check(params_file: ParamsFile = PARAMS) -> None:
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, only warn.")] = False) -> None:
-    """Copy the finished runs of this folder to MLflow.
-
-    Example: compactgpt sync
-    """
+    """Copy the finished runs of this folder to MLflow."""
     from compactgpt.tracking.mlflow_logger import sync as sync_runs
 
     try:
@@ -218,10 +206,7 @@ def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, onl
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
 def repair() -> None:
-    """Restore dvc.lock if DVC was killed while it wrote the file.
-
-    Example: compactgpt repair
-    """
+    """Restore dvc.lock if DVC was killed while it wrote the file."""
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
