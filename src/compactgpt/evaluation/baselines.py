@@ -9,7 +9,7 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -299,45 +299,9 @@ def read_folder(folder: Path) -> LoadedModel:
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
         if not any(folder.glob(pattern)):
             raise MissingInput(f"{folder} has no {pattern}: save a model there in Hugging Face format")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        _check_depth(AutoConfig.from_pretrained(folder, **local), folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="float32", use_safetensors=True, output_loading_info=True, **local
-        )
-        if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
-            raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
-        first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
-    except MemoryError:
-        raise
-    except Exception as error:  # transformers raises errors of any type
-        raise BadData(f"{folder} can't be read as a causal language model: {one_line(error)}") from error
-    plain = tokenizer.backend_tokenizer
-    plain.encode_special_tokens = True  # a document that contains a special token's name has no such token
-    plain.no_truncation()
-    plain.no_padding()
-    return LoadedModel(model.eval(), plain, first_token)
-
-
-def _check_depth(shape: Any, folder: Path) -> None:
-    """Raise ValueError if config.json has more layers than the weight files have tensors.
-
-    transformers builds every layer before it reads the weights, so a wrong count would fill the memory.
-    """
-    from safetensors import safe_open
-
-    tensors = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "numpy") as file:
-            tensors += len(file.keys())
-    layers = getattr(shape.get_text_config(), "num_hidden_layers", 0)
-    if layers > tensors:
-        raise ValueError(
-            f"config.json has {layers:,} layers, but the weight files have only {tensors:,} tensors"
-        )
+    with _load_errors(folder):
+        _check_depth(folder)
+        return _load(folder, use_safetensors=True)
 
 
 def read_gguf(path: Path) -> LoadedModel:
@@ -347,45 +311,71 @@ def read_gguf(path: Path) -> LoadedModel:
     architecture or tokenizer, and BadData if transformers can't load its model.
     """
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM
+    from tokenizers import pre_tokenizers
 
-    try:
+    names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    with (
+        _load_errors(path),
+        redirect_stderr(io.StringIO()),
+    ):  # its progress bars ignore transformers' settings
         fields = GGUFReader(path).fields
-        names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
         kind = tuple(fields[name].contents() for name in names)
         if kind != ("llama", "gpt2", "smollm"):
             raise BadConfig(
                 f"{path} has architecture, tokenizer and pre-tokenizer {kind}; only ('llama', 'gpt2', "
                 "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
-        tokens, merges, bos_token, eos_token = (
-            fields[f"tokenizer.ggml.{name}"].contents()
-            for name in ("tokens", "merges", "bos_token_id", "eos_token_id")
+        loaded = _load(path.parent, gguf_file=path.name)
+        # llama.cpp's `smollm` splits numbers into single digits. transformers' reader of GGUF joins the
+        # digits, which changes the tokens of 2 of the demo's 27 val documents.
+        loaded.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-        tokenizer = _smollm_tokenizer(tokens, merges)
-        first_token = first_token_of(tokenizer.get_vocab(), bos_token, eos_token)
-        with redirect_stderr(io.StringIO()):  # this progress bar ignores transformers' settings
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+        return loaded
+
+
+@contextmanager
+def _load_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (BadConfig, MemoryError):
         raise
     except Exception as error:  # gguf, tokenizers and transformers raise errors of any type
-        raise BadData(f"the model in {path} can't be loaded: {one_line(error)}") from error
-    return LoadedModel(model.eval(), tokenizer, first_token)
+        raise BadData(f"{path} can't be read as a causal language model: {one_line(error)}") from error
 
 
-def _smollm_tokenizer(tokens: list[str], merges: list[str]) -> "tokenizers.Tokenizer":
-    """Return llama.cpp's `smollm` tokenizer: byte-level BPE that splits numbers into single digits.
+def _load(folder: Path, **options: Any) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    The tokenizer that transformers reads from a GGUF file joins digits, which changes the tokens of 2 of the
-    demo's 27 val documents.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: rank for rank, token in enumerate(tokens)}
-    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    options |= {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float32", output_loading_info=True, **options
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
+        raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
+    first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    plain = tokenizer.backend_tokenizer
+    plain.encode_special_tokens = True  # a document that contains a special token's name has no such token
+    plain.no_truncation()
+    plain.no_padding()
+    return LoadedModel(model.eval(), plain, first_token)
+
+
+def _check_depth(folder: Path) -> None:
+    """Raise ValueError if config.json has more layers than the weight files have tensors.
+
+    transformers builds every layer before it reads the weights, so a wrong count would fill the memory.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    layers, tensors = getattr(shape.get_text_config(), "num_hidden_layers", 0), 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            tensors += len(file.keys())
+    if layers > tensors:
+        raise ValueError(
+            f"config.json has {layers:,} layers, but the weight files have only {tensors:,} tensors"
+        )

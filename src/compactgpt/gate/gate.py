@@ -124,11 +124,7 @@ class Verdict:
 
 
 def run_gate(
-    then: Snapshot,
-    now: Snapshot,
-    settings: Regression,
-    noise: Noise,
-    throughput: float | None = None,
+    then: Snapshot, now: Snapshot, settings: Regression, noise: Noise, throughput: float | None = None
 ) -> Verdict:
     """Compare the new state `now` with the accepted state `then`.
 
