@@ -5,16 +5,18 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from torch.nn import functional as F
 
-from compactgpt.common.errors import BadData, MissingInput, Unreachable
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import json_bytes, sha256_file
 from compactgpt.config import Source, load_params
 from compactgpt.evaluation import tasks
 from compactgpt.evaluation.compact import as_neural_model, plain_codec
 from compactgpt.evaluation.tasks import Item
-from compactgpt.evaluation.wikitext import score_wikitext
 from compactgpt.model.huggingface import save_hf
 from tests.support.tiny_models import ROOT, save_split
 
@@ -127,7 +129,7 @@ def test_the_report_keeps_each_answer_and_is_valid_json_for_a_diverged_model(enc
     assert tasks.answer_figures(items, nats * 1e6, hits)["perplexity"] is None
     neural = as_neural_model(model, 2, encoding)
     broken = replace(neural, head=neural.head * 1e5)
-    found = score_wikitext(broken, [" = The Hat = \n", " the cat in the hat \n"], 16, 8)
+    found = tasks.score_wikitext(broken, [" = The Hat = \n", " the cat in the hat \n"], 16, 8)
     assert found["no_overlap"]["perplexity"] is found["per_word"]["word_perplexity"] is None
     json_bytes(found)
 
@@ -140,6 +142,78 @@ def test_a_file_is_the_one_with_the_hash_or_refused(lambada):
     hub = Source(repo="some/set", revision="a" * 40, file="x.jsonl", sha256="0" * 64)
     with pytest.raises(Unreachable, match=r"the hub can't be reached for some/set .*evaluation\.tasks"):
         tasks.fetch_source(hub)
+
+
+LINES = [
+    "",
+    " = The Hat = \n",
+    "",
+    " the cat , in the ( other ) hat . \n",
+    " = = Then = = \n",
+    " = A = \n",
+    " in it \n",
+]
+
+
+def test_both_forms_give_the_same_lines(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": LINES}), tmp_path / "a.parquet")
+    (tmp_path / "a.raw").write_text("".join(line or " \n" for line in LINES))
+    for name in ("a.parquet", "a.raw"):
+        assert tasks.read_lines(tmp_path / name) == LINES
+    pyarrow.parquet.write_table(pyarrow.table({"words": LINES}), tmp_path / "b.parquet")
+    with pytest.raises(BadData, match="is not WikiText"):
+        tasks.read_lines(tmp_path / "b.parquet")
+
+
+def test_pages_open_with_titles_and_lose_their_spacing():
+    first, second = tasks.split_pages(LINES)
+    assert first.startswith(" = The Hat = \n\n the cat")
+    assert second == " = A = \n in it "
+    assert tasks.detokenize(first) == " = The Hat =\n\nthe cat, in the (other) hat.\n== Then == "
+    found = tasks.detokenize('dogs \' 1 @,@ 000 @.@ 5 [ a ] ; " b " at 3 ° N .')
+    assert found == 'dogs\' 1,000.5 [a]; "b" at 3°N .'
+
+
+@pytest.mark.parametrize(("length", "context", "stride"), [(20, 8, 8), (20, 8, 3), (17, 8, 4), (5, 8, 8)])
+def test_blocks_are_those_of_transformers_perplexity_page(length, context, stride):
+    """The page's own loop, with labels that the model shifts by one."""
+    expected, before = [], 0
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        labels = [-100] * (end - begin - (end - before)) + list(range(before, end))
+        scored = [label for label in labels[1:] if label != -100]
+        expected.append((list(range(begin, end)), scored))
+        before = end
+        if end == length:
+            break
+    found = [(w.tokens.tolist(), w.targets.tolist()) for w in tasks.blocks(range(length), context, stride)]
+    assert found == [(fed[:-1], scored) for fed, scored in expected if scored]
+
+
+def test_the_protocols_equal_plain_computations(encoding, model):
+    def nats(fed, targets):
+        logits = plain_logits(model, fed)[-len(targets) :]
+        return F.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
+
+    found = tasks.score_wikitext(as_neural_model(model, 3, encoding), LINES, 12, 5)
+    ids = encoding.encode_ordinary("\n\n".join(LINES))
+    parts = [ids[start : start + 12] for start in range(0, len(ids), 12)]
+    count = sum(len(part) - 1 for part in parts)
+    total = sum(nats(part[:-1], part[1:]) for part in parts if len(part) > 1)
+    assert found["no_overlap"]["own_tokens"] == count
+    assert found["no_overlap"]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found["strided"]["own_tokens"] == len(ids) - 1
+    texts, page_nats = tasks.split_pages(LINES), 0.0
+    for text in texts:
+        stream = [encoding.eot_token, *encoding.encode_ordinary(tasks.detokenize(text))]
+        for position in range(0, len(stream) - 1, 12):
+            end = min(position + 12, len(stream) - 1)
+            page_nats += nats(stream[max(0, end - 12) : end], stream[position + 1 : end + 1])
+    size = sum(len(text) for text in texts)
+    assert found["per_word"]["bytes"] == size
+    assert found["per_word"]["bits_per_byte"] == pytest.approx(page_nats / math.log(2) / size, rel=1e-5)
+    with pytest.raises(BadConfig, match="is above the context"):
+        tasks.score_wikitext(as_neural_model(model, 3, encoding), LINES, 12, 13)
 
 
 def test_lm_eval_on_the_export_gives_our_lambada(tmp_path, lambada, encoding, model):

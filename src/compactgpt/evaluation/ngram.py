@@ -5,12 +5,9 @@ tokens `c` before a token `w`, and `c'`, the same tokens without the first one:
 
     p(w | c) = (count(c w) - D(count(c w))) / total(c) + backoff(c) p(w | c')
 
-An n-gram of the highest order counts its occurrences. An n-gram of a lower order counts the different tokens
-that occur before it; at the start of a document, where no token is before it, it counts its occurrences. D is
-one of three discounts, for counts of 1, 2 and at least 3. `backoff(c)` is the sum of the discounts after c
-divided by total(c), so the probabilities sum to 1. The lowest order is interpolated with 1 / V.
-
-A document is end-of-text, its tokens, end-of-text. No n-gram crosses the end of a document.
+D is one of three discounts, for counts of 1, 2 and at least 3. `backoff(c)` is the sum of the discounts after
+c divided by total(c), so the probabilities sum to 1. The lowest order is interpolated with 1 / V. A document
+is end-of-text, its tokens, end-of-text. No n-gram crosses the end of a document.
 
 Shapes: V tokens of the vocabulary, N positions of the train split, K different n-grams of one order.
 """
@@ -71,7 +68,11 @@ class NgramModel:
 
 
 def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
-    """Return the n-gram model of the first documents of a split, up to `max_tokens` tokens."""
+    """Return the n-gram model of the first documents of a split, up to `max_tokens` tokens.
+
+    An n-gram of the highest order counts its occurrences. An n-gram of a lower order counts the different
+    tokens that occur before it; at the start of a document, it counts its occurrences.
+    """
     V = train.header.vocab_size
     documents = max(1, int(np.searchsorted(train.offsets, max_tokens, side="right")) - 1)
     offsets = train.offsets[: documents + 1]
