@@ -21,22 +21,18 @@ def main(
 ) -> None:
     """Download the corpus and the tokenizer, and write both folders."""
     from compactgpt.data.inputs import require_corpus
-    from compactgpt.data.sources import download
+    from compactgpt.data.sources import collect, corpus_name, download_tokenizer, limits_of, open_corpus
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
-        if stage.params.download.reads_folder:
-            require_corpus(state_folder().parent)
-        facts = download(
-            stage.params.download,
-            documents,
-            tokenizer,
-            root=Path(),
-            state=state_folder(),
-            num_workers=stage.params.runtime.num_workers,
-            progress=stage.progress("texts" if stage.params.download.corpus == "hub" else "files"),
-            log=stage.print_message,
-        )
-        stage.report(report, facts)
+        params, state, log = stage.params.download, state_folder(), stage.print_message
+        if params.reads_folder:
+            require_corpus(state.parent)
+        # Tokenizer first: it is small, so a missing network is reported at once.
+        tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
+        progress = stage.progress("texts" if params.corpus == "hub" else "files")
+        corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)
+        facts = collect(corpus, documents, limits_of(params), state=state / "download", log=log)
+        stage.report(report, {**facts, "name": corpus_name(params), "tokenizer": tokenizer_facts})
 
 
 if __name__ == "__main__":

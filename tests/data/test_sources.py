@@ -84,7 +84,7 @@ def test_a_stopped_download_resumes_to_the_same_bytes(tmp_path, undisturbed, sto
     report, _ = collect_in(tmp_path, numbered(read=read), LIMITS, messages.append)
     assert (report, content(tmp_path / "documents")) == undisturbed
     # What finished shards hold was not read again.
-    assert (read[0] > 0) == bool(messages) == (stop_at > 20)
+    assert (read[0] > 0) == ("of an earlier run are kept" in messages[0]) == (stop_at > 20)
 
 
 @pytest.mark.parametrize("name", ["documents-00002.parquet", "progress.json"])
@@ -95,7 +95,6 @@ def test_after_a_damaged_file_the_corpus_is_read_again(tmp_path, undisturbed, na
     messages = []
     report, _ = collect_in(tmp_path, numbered(), LIMITS, messages.append)
     assert (report, content(tmp_path / "documents")) == undisturbed
-    assert len(messages) == 1
     assert name in messages[0]
 
 
@@ -104,7 +103,7 @@ def test_another_corpus_or_other_limits_take_over_no_shard(tmp_path, identity, l
     stop_after(tmp_path, 63)
     messages = []
     collect_in(tmp_path, numbered(identity=identity), limits, messages.append)
-    assert messages == []
+    assert len(messages) == 1  # how many documents there are
 
 
 @pytest.mark.parametrize("shard_bytes", [100, 10**6])

@@ -80,7 +80,7 @@ def test_a_heading_that_can_not_work_is_refused(changes, message):
         parse_params(tree)
 
 
-def test_the_stage_says_how_files_were_cut(tmp_path):
+def test_the_stage_says_how_many_documents_there_are(tmp_path):
     for name, text in (
         ("a.txt", "One.\n\nTwo.\n\nOne.\n"),
         ("b.txt", "Three.\n"),
@@ -91,7 +91,7 @@ def test_the_stage_says_how_files_were_cut(tmp_path):
     messages = []
     _, documents = write_corpus(tmp_path, params, messages=messages)
     assert [each.text for each in documents] == ["One.", "Two.", "Three.", "Four."]
-    assert messages == ["3 of the files -> 6 documents by blank lines (download.files.split: blank-lines)"]
+    assert messages == ["4 documents; left out: 2 duplicate"]
 
 
 READ_100_MB = """

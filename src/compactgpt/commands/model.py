@@ -180,28 +180,21 @@ def export(
     tokenizer: Tokenizer = Path("data/tokenizer"),
     card: Card = Path("reports/model_card.md"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an edited export.")] = False,
-    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Export the trained model for transformers, with its tokenizer and model card.
 
     Example: compactgpt export exported
     """
-    _export(folder, model, tokenizer, card, params_file, overwrite=overwrite)
+    _export(folder, model, tokenizer, card, overwrite=overwrite)
     echo(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
-def _export(
-    folder: Path, model: Path, tokenizer: Path, card: Path, params_file: Path, *, overwrite: bool = False
-) -> None:
-    from compactgpt.config import load_params
-    from compactgpt.data.hub import with_base_model
+def _export(folder: Path, model: Path, tokenizer: Path, card: Path, *, overwrite: bool = False) -> None:
     from compactgpt.model.huggingface import save_hf
     from compactgpt.model.weights import load_model
     from compactgpt.reporting.model_card import read_card
 
     text, why_none = read_card(model, card)
-    if text and params_file.exists():
-        text = with_base_model(text, load_params(params_file).training.init_from)
     save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)
     if why_none:
         echo(f"without a model card: {why_none}")
@@ -215,7 +208,6 @@ def push_to_hub(
     model: ModelFolder = Path(MODEL),
     tokenizer: Tokenizer = Path("data/tokenizer"),
     card: Card = Path("reports/model_card.md"),
-    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Export the trained model and upload it to the Hugging Face hub; needs HF_TOKEN or `hf auth login`.
 
@@ -226,7 +218,7 @@ def push_to_hub(
 
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         folder = Path(scratch) / "model"
-        _export(folder, model, tokenizer, card, params_file)
+        _export(folder, model, tokenizer, card)
         (folder / MANIFEST).unlink()  # only this project reads it
         for path in sorted(folder.iterdir()):
             echo(f"{path.stat().st_size:>12,}  {path.name}")

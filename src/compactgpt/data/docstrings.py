@@ -33,7 +33,6 @@ class Module(NamedTuple):
 
     name: str  # for example `scipy.stats`
     path: Path
-    source: str  # `<distribution>/<name>`
 
 
 def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -> Corpus:
@@ -55,7 +54,7 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
         texts = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
         for number, text in enumerate(texts, done + 1):
             part, module = modules[number - 1]
-            yield Text(text, module.source, part, number)
+            yield Text(text, f"{parts[part].name}/{module.name}", part, number)
             progress(number, len(modules))
 
     lengths = range(params.min_characters, params.max_characters + 1)
@@ -83,28 +82,26 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         )
     # Not `found.files`: since Python 3.12 it leaves out files that are missing on disk.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
-    files = sorted(PurePosixPath(row[0]) for row in record if row)
     modules = []
     left_out = {*exclude, ".."}
-    for file in files:
+    for file in sorted(PurePosixPath(row[0]) for row in record if row):
         if file.suffix == ".py" and left_out.isdisjoint([*file.parts[:-1], file.stem]):
             dotted = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
-            modules.append(Module(dotted, Path(str(found.locate_file(file))), f"{name}/{dotted}"))
+            modules.append(Module(dotted, Path(str(found.locate_file(file)))))
     if not modules:
         raise MissingInput(f"{name} {version} is installed without a list of its modules: {_REPAIR}")
     return Part(name, version, short_licence(found.metadata)), modules
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the name of the licence from a distribution's metadata.
+    """Return the SPDX expression of a distribution's licence; else its short name, else the classifiers.
 
-    The name is the SPDX expression; else the field License, if it is short; else the classifiers
-    (packaging.python.org, Core metadata specifications).
+    The fields: packaging.python.org, Core metadata specifications.
     """
-    licence = (metadata.get("License") or "").strip()
     if expression := metadata.get("License-Expression"):
         return str(expression)
-    if licence and len(licence) <= _SHORT_LICENCE and "\n" not in licence:
+    licence = (metadata.get("License") or "").strip()
+    if 0 < len(licence) <= _SHORT_LICENCE and "\n" not in licence:
         return str(licence)
     classifiers = metadata.get_all("Classifier") or []
     names = [each.rsplit(" :: ", 1)[-1] for each in classifiers if each.startswith("License :: ")]

