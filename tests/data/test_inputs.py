@@ -172,7 +172,7 @@ def test_the_first_stage_refuses_a_pipe_that_dvc_would_wait_for(project):
     YAML().dump(tree, project / "dvc.yaml")
     os.mkfifo(project / "corpus/odd.txt")
     (project / "dvc.lock").unlink()
-    done = run(project, "dvc", "repro", "download", seconds=30)
+    done = run(project, "dvc", "repro", "download")
     assert done.returncode
     assert "error: corpus/odd.txt is not a regular file" in done.stderr
     assert not (project / "X").exists()
