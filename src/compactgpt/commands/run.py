@@ -165,10 +165,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 
 @experiment.command("fit")
-def fit_experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of a finished sweep.")] = "ladder",
-    params_file: ParamsFile = PARAMS,
-) -> None:
+def fit_experiment(name: ExperimentName = "ladder", params_file: ParamsFile = PARAMS) -> None:
     """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
 
     Example: compactgpt experiment fit ladder
