@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,13 +123,14 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
     return known[name]
 
 
-def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF) -> None:
-    """Set the values of the demo, of the experiment's parts and of the experiment in a tree of params."""
+def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
+    """Set the values of the demo, of the experiment and its parts, and `key=value` settings in a tree."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
         merge_patch(tree, load_section(conf / "parts" / f"{part}.yaml", Part).params)
     merge_patch(tree, experiment.params)
+    set_values(tree, settings)
 
 
 def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
@@ -226,25 +228,20 @@ def apply(
 
     Comments and layout do not change. Without `write`, the file does not change.
     """
-
-    def change(tree: dict[str, Any]) -> None:
-        set_experiment(tree, name, conf)
-        set_values(tree, settings)
-
+    change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
     if write and changes:
         write_text(params_file, content)
     return changes
 
 
-def describe(name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF) -> list[str]:
+def describe(name: str, params_file: Path, settings: Sequence[str] = ()) -> list[str]:
     """Return lines with the purpose of an experiment, what it needs, and what it would change."""
-    experiment = find_experiment(name, conf)
-    lines = [experiment.purpose, f"needs {experiment.needs}"]
-    if experiment.sweep:
-        points = sweep_points(name, params_file, settings, conf)
-        return [*lines, *(f"{point.name}: {point.values}" for point in points)]
-    return [*lines, *apply(name, params_file, settings, conf, write=False)]
+    experiment = find_experiment(name)
+    changes = [f"{point.name}: {point.values}" for point in sweep_points(name, params_file, settings)]
+    if not experiment.sweep:
+        changes = apply(name, params_file, settings, write=False)
+    return [experiment.purpose, f"needs {experiment.needs}", *changes]
 
 
 def sweep_points(
@@ -270,8 +267,7 @@ def configurations(
     if find_experiment(name, conf).sweep:
         return [point.params for point in sweep_points(name, params_file, settings, conf)]
     tree = _read_tree(params_file)
-    set_experiment(tree, name, conf)
-    set_values(tree, settings)
+    set_experiment(tree, name, conf, settings)
     return [parse_params(tree, f"params.yaml with {name}")]
 
 
