@@ -61,7 +61,6 @@ def message_of(tree) -> str:
         ("evaluation.likelihood.window", 256, "evaluation.likelihood.window (256) must be at most"),
         ("baseline.names", ["xz", "gpt9"], "baseline: names ['gpt9'] have no entry in specs"),
         ("baseline.names", ["xz", "xz"], "baseline: names ['xz', 'xz'] must be different"),
-        ("estimate.note.hand_set_loss.low_80", 4.1, "estimate.note.hand_set_loss: low_95, low_80, value"),
         ("download.docstrings.max_characters", 100, "max_characters (100) must be at least min_characters"),
         ("download.hub.name", "c4", "download.hub: name 'c4' has no entry in sets; it has ['fineweb"),
         (f"{SHAKESPEARE}.opens_document", "x", f"{SHAKESPEARE}: opens_document joins rows and separator"),

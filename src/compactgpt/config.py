@@ -21,16 +21,13 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-# A wheel of the package index, pinned: `name==version`.
-Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]
-# A path of a file or folder. `~` is the home folder.
-UserPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]  # name==version
+UserPath = Annotated[NonEmpty, AfterValidator(os.path.expanduser)]  # `~` is the home folder
 FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # kinds of text files that are read
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-# An additional way to measure a model: in windows of its own context, or in windows that overlap.
-View = Literal["own", "strided"]
+View = Literal["own", "strided"]  # measured in windows of the model's own context, or that overlap
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
 
 
@@ -440,11 +437,6 @@ class ExpectedLoss(Section):
     low_95: Loss
     high_95: Loss
     basis: str
-
-    def _mistakes(self) -> Iterator[str]:
-        bounds = [self.low_95, self.low_80, self.value, self.high_80, self.high_95]
-        if bounds != sorted(bounds):
-            yield f"low_95, low_80, value, high_80, high_95 must ascend, found {bounds}"
 
 
 class NoteRun(Model):
