@@ -145,14 +145,6 @@ def test_loss_by_position_adds_up_and_is_where_it_was_scored(encoding, split, mo
         assert row["loss"]["value"] == pytest.approx(values.mean(), rel=1e-6)
 
 
-def test_a_model_of_zeros_knows_nothing_but_the_size_of_the_real_vocabulary(encoding, split, model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    report = summarize(as_neural_model(model, 4), split, encoding)
-    assert report["perplexity"]["value"] == pytest.approx(model.shape.vocab_size, rel=1e-5)  # not padded
-
-
 def fixed(nats=()):
     """Return a model that gives fixed nats, and has no tokens."""
     facts = {"kind": "fixed", "num_params": None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compactgpt.data.token_files import open_tokens
-from compactgpt.evaluation.ngram import discounts_of, train_ngrams
+from compactgpt.evaluation.ngram import train_ngrams
 from tests.support.tiny_corpus import write_token_file
 
 V, END = 6, 5  # five tokens and end-of-text
@@ -81,11 +81,6 @@ def test_every_probability_is_the_textbooks_and_they_sum_to_1(tmp_path, order, s
     each = [expected(token, context) for token, context in zip(stream[1:], contexts, strict=True)]
     assert together.tolist() == pytest.approx(each, rel=1e-12)
     assert model.probabilities(np.array([END])).tolist() == []
-
-
-def test_discounts_worked_by_hand():
-    counts = np.repeat([1, 2, 3, 4, 0], [8, 4, 2, 1, 9])  # Y = 8 / 16
-    assert discounts_of(counts).tolist() == pytest.approx([0, 0.5, 2 - 1.5 * 2 / 4, 3 - 2 / 2])
 
 
 def test_only_the_first_documents_are_read_and_each_ngram_is_counted(tmp_path):

@@ -51,17 +51,6 @@ def test_intervals_are_students_and_shares_stay_within_0_and_1():
     assert 0.0 == looped["seq_rep_4"]["low"] < looped["seq_rep_4"]["value"]
 
 
-def test_the_interval_of_distinct_n_covers_the_truth_about_as_often_as_it_claims():
-    """Truth: the mean of distinct-2 over many corpora of the same size; a bootstrap would lie below it."""
-    generator = np.random.default_rng(5)
-    corpora = [generator.zipf(1.7, (16, 48)).tolist() for _ in range(250)]
-    truth = np.mean([text_metrics.distinct_n(corpus, 2) for corpus in corpora])
-    found = [
-        text_metrics.jackknife(one, lambda some: text_metrics.distinct_n(some, 2)) for one in corpora[:80]
-    ]
-    assert 0.85 <= np.mean([one.low <= truth <= one.high for one in found]) <= 1
-
-
 def test_statistics_of_text_that_was_cut_have_no_end():
     found = text_metrics.statistics([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], None)
     assert "ended" not in found

@@ -211,26 +211,6 @@ def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
     assert new == Check("accuracy.cloze", "warn", "not in the reference", None, 0.5)
 
 
-def failing_share(rise, documents_noise=1.0, between_runs=0.012, trials=1000):
-    """Of runs on 27 documents whose perplexity truly rose; the noise is estimated from eight runs each."""
-    generator, failed = np.random.default_rng(5), 0
-    for _ in range(trials):
-        tokens = generator.integers(90, 3000, 27).astype(float)
-        losses = between_runs * generator.standard_normal(10)  # the last two are compared
-        shift = math.log1p(rise) + losses[8] - losses[9]
-        own = documents_noise * np.sqrt(4e-4 + 0.14 / tokens) * generator.standard_normal(27)
-        noise = Noise(losses[:8].std(ddof=1), 7, "")
-        found = gate.perplexity_rise((shift + own) * tokens, np.zeros(27), tokens, noise, 0.01)
-        failed += gate.decide(found, 0.01) == "fail"
-    return failed / trials
-
-
-def test_both_errors_are_rare_though_the_noise_is_estimated():
-    assert failing_share(0.0) <= 0.01
-    assert failing_share(0.0, documents_noise=0.0) <= 0.012  # the noise between runs alone
-    assert failing_share(0.12) > 0.9
-
-
 def seeds_file(path, state, *, losses=(4.0, 4.03, 3.98), **changes):
     """Write results/seeds.json for a state's recipe and documents."""
     sizes = dict.fromkeys(("num_params", "num_params_non_embedding", "max_steps", "tokens_per_step"), 9)

@@ -6,7 +6,6 @@ Every other token is scored exactly once. Shapes: B windows, T tokens of the lon
 V tokens of the vocabulary, N targets.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -139,7 +138,6 @@ class NeuralModel:
         positions = Positions(np.zeros((documents, buckets)), np.zeros((documents, buckets), np.int64))
         lengths = np.diff(split.offsets) - 1  # without end-of-text
         total = int(np.sum(-(-lengths // stride)))  # windows
-        started = time.monotonic()
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)
@@ -149,8 +147,7 @@ class NeuralModel:
             np.add.at(positions.nats[scored.document], bucket, values)
             np.add.at(positions.tokens[scored.document], bucket, 1)
             if done % self.batch_size == 0 and done < total:
-                rate = own_tokens.sum() / (time.monotonic() - started)
-                progress(done, total, {"tokens/s": f"{rate:,.0f}"})
+                progress(done, total)
         progress(total, total)
         return DocumentScores(nats, own_tokens, positions)
 

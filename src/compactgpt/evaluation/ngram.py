@@ -107,14 +107,14 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
 
 def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
     """Return the weight of each n-gram, (K,), and the backoff of each of `size` contexts."""
-    discounts = discounts_of(counts)[np.minimum(counts, 3)]  # (K,)
+    discounts = _discounts_of(counts)[np.minimum(counts, 3)]  # (K,)
     totals = np.bincount(contexts, counts, size)
     removed = np.bincount(contexts, discounts, size)
     backoff = np.divide(removed, totals, out=np.ones(size), where=totals > 0)
     return (counts - discounts) / np.maximum(totals, 1)[contexts], backoff
 
 
-def discounts_of(counts: Ids) -> Floats:
+def _discounts_of(counts: Ids) -> Floats:
     """Return the discounts of the counts 0, 1, 2 and at least 3 (Chen and Goodman 1998).
 
     Too few n-grams to estimate them, as in a tiny corpus, give the values 0.5, 1 and 1.5, as in KenLM.
