@@ -28,7 +28,7 @@ from compactgpt.common.storage import MANIFEST, read_json, read_manifest, write_
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
 from compactgpt.tracking import dvc_files, journal
-from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, params_sha256
+from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, StageDefinition, params_sha256
 from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_facts, state_folder
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
@@ -122,17 +122,20 @@ def open_stage(
             return
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
-            definition = stages.get(full_name, dvc_files.StageDefinition([], [], []))
-            inputs = _read_inputs(definition)  # before params.yaml is checked
+            definition = stages.get(full_name, StageDefinition([], [], []))
+            hashed, inputs = (
+                _read_params(definition),
+                _read_inputs(definition),
+            )  # before params.yaml is checked
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
                 report(_describe_position([*stages], full_name))
             params, begin = load_params(params_file), time.time()
             run, status = _start_run(tracker, full_name, params, logged, held=held), "FAILED"
             try:
-                yield Stage(full_name, params, run, params_sha256(inputs[0]) if inputs[0] else "")
+                yield Stage(full_name, params, run, params_sha256(hashed) if hashed else "")
                 if is_dvc:
-                    _require_unchanged(full_name, inputs, _read_inputs(definition))
+                    _require_unchanged(full_name, definition, inputs)
                     write_text(_seconds_file(full_name), f"{time.time() - begin:.0f}\n")
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
@@ -142,12 +145,16 @@ def open_stage(
                 run.end(status)
 
 
-def _read_inputs(definition: dvc_files.StageDefinition) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a stage's parameters by key, and the state of its dependencies by path.
+def _read_params(definition: StageDefinition) -> dict[str, Any]:
+    """Return a stage's parameters by the keys that dvc.yaml names, as DVC writes them to dvc.lock."""
+    return dvc_files.values_at(dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS), definition.params)
+
+
+def _read_inputs(definition: StageDefinition) -> dict[str, Any]:
+    """Return a stage's parameters by dotted key, and the state of its dependencies by path.
 
     The state is the MD5 of code or a report, and the size and time of each file of data.
     """
-    params = dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS)
     states: dict[str, Any] = {}
     for name in definition.deps if "DVC_STAGE" in os.environ else []:
         path = Path(name)
@@ -159,21 +166,20 @@ def _read_inputs(definition: dvc_files.StageDefinition) -> tuple[dict[str, Any],
             with suppress(OSError):  # a link to no file or to itself, or a file that was just deleted
                 if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
                     states[name].add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return dvc_files.values_at(params, definition.params), states
+    return flatten(_read_params(definition)) | states
 
 
-def _require_unchanged(
-    stage: str, inputs: tuple[dict[str, Any], ...], now: tuple[dict[str, Any], ...]
-) -> None:
+def _require_unchanged(stage: str, definition: StageDefinition, inputs: Mapping[str, Any]) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
 
     DVC hashes both after a stage's command, and would record values that the stage did not use
     (treeverse/dvc#11058).
     """
-    old, new = flatten(inputs[0]), flatten(now[0])
-    keys = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    changed = [f"{key} ({old.get(key)} -> {new.get(key)})" for key in keys]
-    changed += [path for path, state in inputs[1].items() if now[1][path] != state]
+    changed, now = [], _read_inputs(definition)
+    for key in {**inputs, **now}:
+        old, new = inputs.get(key), now.get(key)
+        if old != new:
+            changed.append(key if key in definition.deps else f"{key} ({old} -> {new})")
     if changed:
         raise CheckFailed(
             f"changed while {stage} ran: {', '.join(changed[:5])}. The results are of the earlier version, "

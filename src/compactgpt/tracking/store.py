@@ -174,17 +174,15 @@ def _set_experiment(wanted: Mapping[str, str], database: Path | None) -> Any:
 
     client, name = mlflow.MlflowClient(), wanted["experiment"]
     if name and not client.get_experiment_by_name(name):
-        client.create_experiment(name, str(database.parent / ARTIFACTS) if database else None)
+        artifacts = str(database.parent / ARTIFACTS) if database else None
+        client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
         if database:
             # MLflow makes the path absolute. Then a copy of the repository would write into the original.
             with closing(sqlite3.connect(database, timeout=20)) as store, store:
                 store.execute(
                     "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
                 )
-    experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
-    for key in EXPERIMENT_TAGS.keys() - experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
-    return experiment
+    return mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
 
 
 @contextmanager
