@@ -1,5 +1,7 @@
 """A long text file is cut into documents, and no text is lost."""
 
+import gzip
+import re
 import subprocess
 import sys
 from io import BytesIO
@@ -98,22 +100,35 @@ READ_100_MB = """
 import resource, sys
 from pathlib import Path
 import pyarrow.parquet
+from compactgpt.common.errors import BadData
 from compactgpt.data.text_files import read_file
 from tests.support.corpora import download_params
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-documents = sum(1 for _ in read_file(Path(sys.argv[1]), "a.txt", download_params()))
-print(documents, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+try:
+    found = sum(1 for _ in read_file(Path(sys.argv[1]), sys.argv[2], download_params(max_row_megabytes=3)))
+except BadData as error:
+    found = str(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, found)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
-@pytest.mark.parametrize("text", [PARAGRAPH * 4 + "\n", "word " * 100], ids=["enwik8", "text8"])
-def test_100_mb_are_read_in_bounded_memory(tmp_path, text):
-    (tmp_path / "a.txt").write_bytes(text.encode() * (100_000_000 // len(text)))
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("enwik8.txt", PARAGRAPH * 4 + "\n", r"\d{5}$"),
+        ("text8.txt", "word " * 100, r"\d{5}$"),
+        ("a.jsonl.gz", "x" * 1000, r"a\.jsonl\.gz, line 1 is longer than 3 MB"),
+    ],
+)
+def test_100_mb_are_read_in_bounded_memory(tmp_path, name, text, found):
+    content = text.encode() * (1_000_000 // len(text))
+    compress = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(compress(content) * 100)
     done = subprocess.run(
-        [sys.executable, "-c", READ_100_MB, str(tmp_path)],
+        [sys.executable, "-c", READ_100_MB, str(tmp_path), name],
         capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": f"{ROOT}:{ROOT}/src"},
     )  # fmt: skip
-    documents, kilobytes = map(int, done.stdout.split())
-    assert 30_000 < documents < 100_000
-    assert kilobytes < 20_000
+    kilobytes, _, result = done.stdout.strip().partition(" ")
+    assert re.match(found, result)
+    assert int(kilobytes) < 20_000

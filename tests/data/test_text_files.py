@@ -5,11 +5,8 @@ import gzip
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -97,7 +94,7 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found columns \['body'\].*text_column"),
-        ("a.jsonl", b'["a"]\n', r"a\.jsonl, line 1: found list, expected text in the column 'text'"),
+        ("a.jsonl", b'"a"\n["a"]\n', r"a\.jsonl, line 2: found list, expected text in the column 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: character 1 of the text is a lone surrogate"),
         ("a.jsonl", b"\n" + LONG, r"a\.jsonl, line 2 is longer than 1 MB .*max_row_megabytes"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], expected one column 'text'"),
@@ -177,7 +174,7 @@ def test_the_default_reads_every_kind_in_any_case_and_names_the_others(tmp_path)
     )
     assert ".txt .md .jsonl .json .csv .parquet (also with .gz or .zst)" in message
     open_corpus(download_params(corpus="hub"), tmp_path, 1, silent, messages.append)
-    assert messages[-1].endswith("download.corpus is hub, and files reads them")
+    assert messages[-1].startswith("not read: 41 of the files in corpus/")
     with pytest.raises(MissingInput, match=r"no file matches .*not read: 41 of the files in corpus/"):
         write_corpus(tmp_path, files("corpus/*.none.txt", "corpus/none/**"))
 
@@ -286,35 +283,3 @@ def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):
         DiskFull, match=r"needs more space .*2,000 MB must stay free .*min_free_disk_megabytes"
     ):
         write_corpus(tmp_path, files("a.parquet.gz"))
-
-
-READ_IN_BOUNDED_MEMORY = """
-import re, resource, sys
-from pathlib import Path
-from compactgpt.common.errors import BadData
-from compactgpt.data.text_files import read_file
-from tests.support.corpora import download_params
-import pyarrow.parquet
-params = download_params(max_document_megabytes=4, max_row_megabytes=3, files={"split": "none"})
-used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000,) * 2)
-try:
-    list(read_file(Path(sys.argv[1]), sys.argv[2], params))
-except BadData as error:
-    print(error)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited and read as on Linux")
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz"])
-def test_a_line_without_an_end_is_refused_in_bounded_memory(tmp_path, name):
-    """100 MB of one line, 60 MB of memory."""
-    compress = gzip.compress if name.endswith(".gz") else bytes
-    (tmp_path / name).write_bytes(compress(b'{"text": "') + compress(b"x" * 1_000_000) * 100)
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/src", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    done = subprocess.run(
-        [sys.executable, "-c", READ_IN_BOUNDED_MEMORY, str(tmp_path), name],
-        capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
-    what = f"{name}, line 1 is longer than 3 MB" if "json" in name else f"{name} is longer than 4 MB"
-    assert done.stdout.startswith(what), done.stderr

@@ -78,8 +78,7 @@ def open_corpus(params: Download, root: Path, num_workers: int, progress: Progre
     if params.corpus == "files":
         return file_corpus(params, root, progress, log)
     copy = params.hub.sets[params.hub.name].file if params.corpus == "hub" else None
-    reason = f"download.corpus is {params.corpus}, and files reads them"
-    if message := unread_files(root, {copy or ""}, reason):
+    if message := unread_files(root, {copy or ""}):
         log(message)
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)

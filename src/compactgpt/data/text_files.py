@@ -64,9 +64,8 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
     """Return (index of the pattern, path relative to `root`) of each file, sorted by pattern and path.
 
-    The pattern `folder/**` stands for every file below the folder of the kinds that are read.
-    Raises MissingInput if no file matches, or a pattern without wildcards is the path of a missing file;
-    MissingInput or BadData as `check_files` does.
+    The pattern `folder/**` stands for every file below the folder of the kinds that are read. Raises
+    MissingInput if no file matches, or a file that a pattern names is missing; the errors of `check_files`.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)
@@ -97,24 +96,18 @@ def file_kind(name: str) -> str:
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def unread_files(root: Path, read: Collection[str], reason: str = "") -> str:
-    """Return a message about the files in the folder corpus/ that are not in `read`; empty without any.
-
-    The message ends with `reason`; by default, that no pattern matches or the kinds are not read.
-    """
-    names = sorted(
-        name
-        for name in _matching_files(f"{FOLDER}/**", root)
-        if name not in read and not name.endswith(".dvc")  # DVC writes a .dvc file for each added file
-    )
+def unread_files(root: Path, read: Collection[str]) -> str:
+    """Return a message about the files in the folder corpus/ that are not in `read`; empty without any."""
+    found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
+    names = sorted(found.difference(read))  # DVC writes a .dvc file for each added file
     if not names:
         return ""
-    reason = reason or (
-        "no pattern of download.files.patterns matches, or their kind is not one of "
-        f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
-    )
     shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
-    return f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}): {reason}"
+    return (
+        f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). Files are read if download.corpus is "
+        f"files, a pattern of download.files.patterns matches, and the kind is one of {' '.join(FILE_KINDS)} "
+        "(also with .gz or .zst)"
+    )
 
 
 # --- reading files
@@ -193,24 +186,19 @@ def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
         yield line
 
 
-def _read_jsonl(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
+def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
+    """Yield the rows of a JSON array, which is read at once, or of a file with a JSON value in each line."""
+    column, megabytes = params.files.text_column, params.max_document_megabytes
+    if file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
+        content = file.read(megabytes * MEGABYTE + 1)
+        check_size(len(content), f"{name}, a JSON array,", "max_document_megabytes", megabytes)
+        for number, row in enumerate(_parse_json(content, name), 1):
+            yield Piece(number, text_of_row(row, f"{name}, row {number:,}", column, _KEY))
+        return
     for line in _rows(file, name, params):
         if line.text.strip():
             where = f"{name}, line {line.number:,}"
-            row = _parse_json(line.text, where)
-            yield Piece(line.number, text_of_row(row, where, params.files.text_column, _KEY))
-
-
-def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
-    if not file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
-        yield from _read_jsonl(file, name, params)  # many .json files have one object per line
-        return
-    megabytes = params.max_document_megabytes
-    content = file.read(megabytes * MEGABYTE + 1)
-    check_size(len(content), f"{name}, a JSON array,", "max_document_megabytes", megabytes)
-    for number, row in enumerate(_parse_json(content, name), 1):
-        text = text_of_row(row, f"{name}, row {number:,}", params.files.text_column, _KEY)
-        yield Piece(number, text)
+            yield Piece(line.number, text_of_row(_parse_json(line.text, where), where, column, _KEY))
 
 
 def _parse_json(content: str | bytes, where: str) -> Any:
@@ -218,8 +206,7 @@ def _parse_json(content: str | bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
         raise BadData(
-            f"{where} is not valid JSON ({error}): correct it; a row of .jsonl or .json is one line, and a "
-            "file of one JSON array has the name .json"
+            f"{where} is not valid JSON ({error}): correct it; a file has one array, or one row in each line"
         ) from error
 
 
@@ -283,4 +270,4 @@ def _check_column(columns: Sequence[str], name: str, column: str) -> None:
         )
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
