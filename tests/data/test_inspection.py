@@ -2,22 +2,19 @@
 
 import json
 import random
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadConfig, BadData, CheckFailed
+from compactgpt.common.errors import BadData, CheckFailed
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
-from compactgpt.config import Inspection, Tokenization, parse_params
+from compactgpt.config import Inspection, Tokenization
 from compactgpt.data.documents import Document, new_document, row_groups, write_shards
-from compactgpt.data.duplicates import digest_documents, find_near_duplicates, run_hashes, word_hashes
+from compactgpt.data.duplicates import digest_documents, find_twins
 from compactgpt.data.inspection import inspect, passed
 from compactgpt.data.tokenization import SplitRule, tokenize
 from stages.inspection import app
@@ -95,38 +92,26 @@ def test_good_token_files_pass_and_the_report_has_their_hashes(tmp_path):
     assert (tmp_path / "docs/index.html").exists()
 
 
-def drop_a_document(name, rows):
+def spoil_documents(name, rows):
     if name == "train":
-        del rows[3]
-
-
-def swap_shorten_and_end_inside(name, rows):
-    if name == "train":
-        rows[5] = (rows[5][0], rows[5][1] - 1, rows[5][2])
+        rows[5] = (rows[5][0], rows[5][1] - 1, rows[5][2])  # another length
+        del rows[-1]
     else:
         rows[0], rows[1] = rows[1], rows[0]
         rows[3] = (*rows[3][:2], np.where(np.arange(len(rows[3][2])) == 7, EOT, rows[3][2]))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "expected"),
-    [
-        (drop_a_document, {"documents_that_differ": {"train": 33}}),
-        (
-            swap_shorten_and_end_inside,
-            {"documents_that_differ": {"train": 1, "val": 2}, "ends_inside": {"val": 1}},
-        ),
-    ],
-)
-def test_documents_that_differ_from_the_corpus_fail_their_expectation_only(tmp_path, spoil, expected):
+def test_documents_that_differ_from_the_corpus_are_counted(tmp_path):
     texts = random_texts(40)
-    assert failures(check(write_inputs(tmp_path, texts[:36], texts[36:], spoil))) == expected
+    report = check(write_inputs(tmp_path, texts[:36], texts[36:], spoil_documents))
+    expected = {"documents_that_differ": {"train": 2, "val": 2}, "ends_inside": {"val": 1}}
+    assert failures(report) == expected
 
 
 def test_altered_tokens_are_found_even_if_the_manifest_was_altered_too(tmp_path):
     texts = random_texts(40)
     folder = write_inputs(tmp_path, texts[:36], texts[36:])
-    path, manifest = folder / "tokens/train.tokens", folder / "tokens/manifest.json"
+    path = folder / "tokens/train.tokens"
     content = bytearray(path.read_bytes())
     tokens = np.frombuffer(content, "<u2", offset=1024)
     tokens[10] = EOT + 6  # not in the vocabulary
@@ -134,23 +119,28 @@ def test_altered_tokens_are_found_even_if_the_manifest_was_altered_too(tmp_path)
     path.write_bytes(content)
     with pytest.raises(BadData, match=r"train\.tokens was altered"):
         check(folder)
-    facts = json.loads(manifest.read_text())
-    facts["files"]["train.tokens"]["sha256"] = sha256_file(path)
-    manifest.write_text(json.dumps(facts))
+    change_manifest(folder, "files", "train.tokens", "sha256", value=sha256_file(path))
     expected = {"highest_token": {"train": EOT + 6}, "documents_without_end": {"train": 1}}
     assert failures(check(folder)) == expected
+
+
+def change_manifest(folder, *keys, value):
+    path = folder / "tokens/manifest.json"
+    node = facts = json.loads(path.read_text())
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    path.write_text(json.dumps(facts))
 
 
 def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
     texts = random_texts(40)
     folder = write_inputs(tmp_path, texts[:36], texts[36:])
-    manifest = folder / "tokens/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"val_fraction": 0.5}))
+    change_manifest(folder, "val_fraction", value=0.5)
     found = failures(check(folder, PARAMS.model_copy(update={"min_val_documents": 5})))
-    assert found.pop("documents") == {"val": 4}
     # 4 of 40 where 20 are expected: 16 / sqrt(40 x .5 x .5) = 5.06 standard deviations
-    assert found.pop("share_deviation") == pytest.approx({"train": 5.06, "val": 5.06}, abs=0.005)
-    assert not found
+    deviations = pytest.approx({"train": 5.06, "val": 5.06}, abs=0.005)
+    assert found == {"documents": {"val": 4}, "share_deviation": deviations}
 
 
 def test_a_split_by_position_may_be_off_its_share_by_one_document(tmp_path):
@@ -161,8 +151,7 @@ def test_a_split_by_position_may_be_off_its_share_by_one_document(tmp_path):
     report = check(tmp_path)
     assert report["success"], failures(report)
     assert report["val"]["documents"] == 8
-    manifest = tmp_path / "tokens/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"val_fraction": 0.5}))
+    change_manifest(tmp_path, "val_fraction", value=0.5)
     found = failures(check(tmp_path))
     assert found["documents_that_differ"] == {"train": 12, "val": 20}
     longest = max(map(len, random_texts(40)))
@@ -231,21 +220,21 @@ def test_a_text_that_occurs_very_often_is_found_in_train_for_each_copy_in_val(tm
     assert numbers["leaked_share"] == 1.0
 
 
-# 300 characters as a text has them: some marks, no space.
+# 300 characters of each script.
 UNSPACED = {
-    "Chinese": [chr(0x4E00 + n) for n in range(900)],
-    "Japanese": [*map(chr, range(0x3041, 0x3097)), *map(chr, range(0x30A1, 0x30FB))],
-    "Thai": [*map(chr, range(0xE01, 0xE2F)), *map(chr, range(0xE30, 0xE3A))],
-    "Lao": list(map(chr, [*range(0xE94, 0xE98), *range(0xE99, 0xEA0), *range(0xEB0, 0xEBA)])),
-    "Khmer": list(map(chr, range(0x1780, 0x17C6))),
-    "Burmese": list(map(chr, range(0x1000, 0x1032))),
+    "Chinese": range(0x4E00, 0x5184),
+    "Japanese": [*range(0x3041, 0x3097), *range(0x30A1, 0x30FB)],
+    "Thai": [*range(0xE01, 0xE2F), *range(0xE30, 0xE3A)],
+    "Lao": [*range(0xE94, 0xE98), *range(0xE99, 0xEA0), *range(0xEB0, 0xEBA)],
+    "Khmer": range(0x1780, 0x17C6),
+    "Burmese": range(0x1000, 0x1032),
 }
 
 
 @pytest.mark.parametrize("script", UNSPACED)
 def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp_path, script):
     generator = random.Random(4)
-    train = ["".join(generator.choices(UNSPACED[script], k=300)) for _ in range(20)]
+    train = ["".join(map(chr, generator.choices(UNSPACED[script], k=300))) for _ in range(20)]
     val = [f"{text[:150]}{'一' if script == 'Chinese' else text[7]}{text[151:]}" for text in train]
     numbers = check(write_inputs(tmp_path, train, val))["repetition"]
     assert numbers["leaked_share"] == 1.0
@@ -255,18 +244,12 @@ def test_a_changed_character_does_not_hide_a_copy_in_a_script_without_spaces(tmp
 
 
 def test_a_check_that_compared_hardly_anything_says_so(tmp_path):
-    texts = random_texts(20, words=8) + random_texts(4)
+    texts = [*random_texts(20, words=8), *random_texts(4), "!!! ???", "... ---", "--- ..."]
     report = check(write_inputs(tmp_path, texts[5:], texts[:5]))
     assert report["repetition"]["overlap"]["val_documents_without_runs"] == 5
+    assert report["repetition"]["repeated_share"] == 0  # documents without words are not twins
     described = [each["description"] for each in report["expectations"] if each["column"] == "leaked_share"]
     assert "(5 of 5 have fewer than 13 words: of these only copies are found" in described[0]
-
-
-def test_documents_without_words_have_no_twins(tmp_path):
-    texts = [*random_texts(20), "!!! ???", "... ---", "--- ..."]
-    report = check(write_inputs(tmp_path, texts[:12] + texts[20:], texts[12:20]))
-    assert report["repetition"]["repeated_share"] == 0
-    assert report["repetition"]["overlap"]["val_documents_with_any"] == 0
 
 
 def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
@@ -275,22 +258,10 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
     groups = row_groups(write_inputs(tmp_path, texts[:50], texts[50:]) / "documents")
     assert len(groups) > 16
     one, two = (digest_documents(groups, PARAMS, SplitRule(1 / 6), 60, workers) for workers in (1, 2))
-    assert [column.tolist() for column in one] == [column.tolist() for column in two]
-    assert len(one.hit_runs) > 1000
-
-
-TEXTS = st.lists(st.sampled_from(["a", "B", "c.", "é", "D_1", "中", "中a文"]), max_size=30).map(" ".join)
-
-
-@given(TEXTS, TEXTS)
-def test_hashes_of_runs_are_equal_where_the_words_are(one, other):
-    def runs(text):
-        words = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text.lower())
-        return [tuple(words[n : n + 4]) for n in range(len(words) - 3)]
-
-    hashes = [run_hashes(word_hashes(text), 4) for text in (one, other)]
-    equal = hashes[0][:, None] == hashes[1][None, :]
-    assert equal.tolist() == [[a == b for b in runs(other)] for a in runs(one)]
+    assert one.documents.equals(two.documents)
+    assert one.hits.equals(two.hits)
+    np.testing.assert_array_equal(one.signatures, two.signatures)
+    assert len(one.hits) > 1000
 
 
 def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_path):
@@ -302,7 +273,7 @@ def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_
     params = PARAMS.model_copy(update={"similarity": 0.3, "bands": 64})
     groups = row_groups(tmp_path / "documents")
     corpus = digest_documents(groups, params, SplitRule(0.1), 6)
-    twins = find_near_duplicates(corpus, params)
+    twins = find_twins(corpus, params)
     across = twins[twins["across"]].set_index("document")
 
     def shingles(text):
@@ -340,8 +311,3 @@ def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
     assert json.loads(Path("data/inspection.json").read_text())["val"]["passed"]
-
-
-def test_bands_must_divide_the_permutations():
-    with pytest.raises(BadConfig, match=r"permutations \(128\) must be a multiple of bands \(15\)"):
-        parse_params(TREE | {"inspection": TREE["inspection"] | {"bands": 15}})

@@ -1,11 +1,9 @@
 """Find documents that repeat other documents, and text of val that is also in train.
 
-    same words      Two documents have the same words in the same order.
-    near duplicate  Two documents have similar sets of 5-word runs: see `find_near_duplicates`.
-    overlap         The share of a val document's 13-word runs that are also in train, as in GPT-3 (Brown et
-                    al. 2020, appendix C) and lm-evaluation-harness.
-
-A run is n consecutive words. Shapes: N documents, V documents of val, G different runs of words in val.
+Two documents are twins if their words are the same, or if their sets of 5-word runs are similar. The overlap
+of a val document is the share of its 13-word runs that are also in train, as in GPT-3 (Brown et al. 2020,
+appendix C) and lm-evaluation-harness. A run is n consecutive words.
+Shapes: N documents, G different runs of words in val.
 """
 
 import hashlib
@@ -81,13 +79,9 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 class Digest(NamedTuple):
     """Hashes and sizes of n documents: the documents of one row group, or all N documents."""
 
-    ids: npt.NDArray[np.uint8]  # (n, 16)
-    byte_lengths: Numbers  # (n,)
-    in_val: npt.NDArray[np.bool_]  # (n,)
-    words: Hashes  # (n,) one hash of all words of a document
+    documents: "pd.DataFrame"  # n rows: id, source, bytes of text, in_val, words (one hash of all words)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash
-    hit_runs: Numbers  # (hits,) index in `val_runs` of a run that a document contains
-    hit_documents: Numbers  # (hits,) number of the document that contains the run
+    hits: "pd.DataFrame"  # the number of a document, and the index in `val_runs` of a run that it contains
 
 
 def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
@@ -102,6 +96,7 @@ def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes
 
 def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
     """Return the digest of one row group: a pure function of files, so any process can run it."""
+    import pandas as pd
     import rensa
 
     wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped: all workers share it
@@ -124,15 +119,17 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate(shingles), ends, params.permutations, params.seed
     )
-    return Digest(
-        ids=np.frombuffer(bytes.fromhex("".join(each.id for each in documents)), np.uint8).reshape(-1, 16),
-        byte_lengths=np.array([len(each.text.encode()) for each in documents], np.int64),
-        in_val=np.array(rule.in_val(group, documents), np.bool_),
-        words=np.array(word_digests, np.uint64),
-        signatures=np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations),
-        hit_runs=np.concatenate(hits),
-        hit_documents=np.repeat(np.arange(len(hits)), [len(each) for each in hits]),
-    )
+    columns = {
+        "id": [each.id for each in documents],
+        "source": [each.source for each in documents],
+        "bytes": [len(each.text.encode()) for each in documents],
+        "in_val": rule.in_val(group, documents),
+        "words": np.array(word_digests, np.uint64),
+    }
+    numbers = np.repeat(np.arange(len(hits)), [len(each) for each in hits])
+    signatures = np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations)
+    hit_table = pd.DataFrame({"document": numbers, "run": np.concatenate(hits)})
+    return Digest(pd.DataFrame(columns), signatures, hit_table)
 
 
 def digest_documents(
@@ -147,6 +144,8 @@ def digest_documents(
 
     The corpus is read twice: first to find the runs of val, then to digest every document.
     """
+    import pandas as pd
+
     runs = val_runs(groups, rule, params.overlap_words)
     num_owners = np.zeros(len(runs), np.int32)  # how many train documents contain a run
     parts: list[Digest] = []
@@ -156,29 +155,52 @@ def digest_documents(
         np.save(runs_file, runs)
         digest = partial(digest_group, params=params, rule=rule, runs_file=runs_file)
         for part in ordered_map(digest, groups, num_workers):
-            of_val = part.in_val[part.hit_documents]
+            hits = part.hits
+            of_val = part.documents["in_val"].to_numpy()[hits["document"]]
             # Without this limit, a text in every file of a corpus, such as a licence, would fill the memory.
-            is_kept = of_val | (num_owners[part.hit_runs] < _OWNERS_PER_RUN)
-            np.add.at(num_owners, part.hit_runs[~of_val], 1)
-            numbers = part.hit_documents + documents  # document numbers in the corpus
-            kept = part._replace(hit_runs=part.hit_runs[is_kept], hit_documents=numbers[is_kept])
-            parts.append(kept)
-            documents += len(part.ids)
+            is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
+            np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
+            hits = hits.assign(document=hits["document"] + documents)  # document numbers in the corpus
+            parts.append(part._replace(hits=hits[is_kept]))
+            documents += len(part.documents)
             progress(documents, total)
-    return Digest(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Digest(
+        pd.concat([part.documents for part in parts], ignore_index=True),
+        np.concatenate([part.signatures for part in parts]),
+        pd.concat([part.hits for part in parts], ignore_index=True),
+    )
 
 
 # --- twins: documents with the same or similar words
 
 
-def find_same_words(corpus: Digest) -> "pd.DataFrame":
-    """Return the twins of the documents that have the same words as another document: see `_find_twins`."""
-    first, second = _candidates(corpus.words, corpus.in_val)
-    return _find_twins(corpus, first, second, np.ones(len(first)))
+def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
+    """Return a table of documents that have a twin, with the most similar twin and its score from 0 to 1.
+
+    A document has at most two rows of each kind, `same words` and `near duplicate`: its twin in the same
+    split, and its twin in the other split (`across`). The rows are sorted by kind and document, the higher
+    score first; with equal scores, the first twin in the corpus.
+    """
+    import pandas as pd
+
+    in_val = corpus.documents["in_val"].to_numpy()
+    first, second = _candidates(corpus.documents["words"].to_numpy(), in_val)
+    same_words = {"kind": "same words", "document": first, "twin": second, "score": 1.0}
+    first, second, score = _near_duplicates(corpus.signatures, in_val, params)
+    near = {"kind": "near duplicate", "document": first, "twin": second, "score": score}
+    pairs = pd.concat([pd.DataFrame(same_words), pd.DataFrame(near)])
+    pairs = pd.concat([pairs, pairs.rename(columns={"document": "twin", "twin": "document"})])
+    pairs["in_val"] = in_val[pairs["document"]]
+    pairs["across"] = pairs["in_val"] != in_val[pairs["twin"]]
+    order = {"kind": False, "document": True, "score": False, "twin": True}  # `same words` comes first
+    pairs = pairs.sort_values([*order], ascending=[*order.values()])
+    return pairs.drop_duplicates(["kind", "document", "across"])
 
 
-def find_near_duplicates(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return the twins of the documents that are similar to another document: see `_find_twins`.
+def _near_duplicates(
+    signatures: npt.NDArray[np.uint32], in_val: npt.NDArray[np.bool_], params: Inspection
+) -> tuple[Numbers, Numbers, npt.NDArray[np.float64]]:
+    """Return pairs of similar documents, and the similarity of each pair.
 
     MinHash signatures (Broder 1997) are compared by locality-sensitive hashing: documents with an equal band
     of values are candidates. The similarity is the share of equal values, an estimate of the Jaccard
@@ -188,18 +210,18 @@ def find_near_duplicates(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     width = params.permutations // params.bands
     pairs = []  # a pair with several equal bands is added several times
     for band in range(params.bands):
-        keys = np.zeros(len(corpus.words), np.uint64)
+        keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
-            keys = keys * _FACTOR + corpus.signatures[:, column]
-        first, second = _candidates(keys, corpus.in_val)
+            keys = keys * _FACTOR + signatures[:, column]
+        first, second = _candidates(keys, in_val)
         equal = np.zeros(len(first), np.int64)
-        for values in corpus.signatures.T:  # one column at a time, to save memory
+        for values in signatures.T:  # one column at a time, to save memory
             equal += values[first] == values[second]
         similarity = equal / params.permutations
         is_near = similarity >= params.similarity
         pairs.append((first[is_near], second[is_near], similarity[is_near]))
     first, second, similarity = map(np.concatenate, zip(*pairs, strict=True))
-    return _find_twins(corpus, first, second, similarity)
+    return first, second, similarity
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
@@ -221,42 +243,19 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
     return order[np.concatenate(first)], order[np.concatenate(second)]
 
 
-def _find_twins(
-    corpus: Digest, first: Numbers, second: Numbers, similarity: npt.NDArray[np.float64]
-) -> "pd.DataFrame":
-    """Return a table of documents with a twin, which is the most similar document of a pair.
-
-    A document has at most two rows: its twin in the same split, and its twin in the other split (`across`).
-    The rows are sorted by document, the more similar twin first; with equal scores, the first in the corpus.
-    """
-    import pandas as pd
-
-    pairs = pd.DataFrame(
-        {
-            "document": np.concatenate([first, second]),
-            "twin": np.concatenate([second, first]),
-            "score": np.concatenate([similarity, similarity]),
-        }
-    )
-    pairs["in_val"] = corpus.in_val[pairs["document"]]
-    pairs["across"] = pairs["in_val"] != corpus.in_val[pairs["twin"]]
-    ordered = pairs.sort_values(["document", "score", "twin"], ascending=[True, False, True])
-    return ordered.drop_duplicates(["document", "across"])
-
-
 # --- overlap
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
-    """Return how much of each val document is in train: a table with V rows, in corpus order.
+    """Return how much of each val document is in train: one row per val document, in corpus order.
 
     `runs` is the number of a document's different runs, `seen` how many of these runs are in train, `score`
     their share, and `twin` the train document with most of these runs, -1 if there is none.
     """
     import pandas as pd
 
-    hits = pd.DataFrame({"document": corpus.hit_documents, "run": corpus.hit_runs})
-    of_val = corpus.in_val[corpus.hit_documents]
+    in_val, hits = corpus.documents["in_val"].to_numpy(), corpus.hits
+    of_val = in_val[hits["document"]]
     shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="run")
     counts = shared.groupby(["document", "twin"], as_index=False).size()
     # With equal counts, the twin is the first in the corpus: the sort is stable.
@@ -267,7 +266,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
             "seen": shared.groupby("document")["run"].nunique(),
             "twin": counts.set_index("document")["twin"],
         },
-        index=pd.Index(np.flatnonzero(corpus.in_val), name="document"),
+        index=pd.Index(np.flatnonzero(in_val), name="document"),
     )
     overlap = overlap.fillna({"runs": 0, "seen": 0, "twin": -1}).astype(np.int64)
     overlap["score"] = overlap["seen"] / overlap["runs"].clip(lower=1)

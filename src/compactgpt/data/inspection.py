@@ -15,14 +15,8 @@ import numpy as np
 from compactgpt.common.console import Progress, silent
 from compactgpt.common.storage import sha256_file, verified_manifest
 from compactgpt.config import Inspection
-from compactgpt.data.documents import RowGroup, read_names, row_groups
-from compactgpt.data.duplicates import (
-    Digest,
-    digest_documents,
-    find_near_duplicates,
-    find_overlap,
-    find_same_words,
-)
+from compactgpt.data.documents import row_groups
+from compactgpt.data.duplicates import Digest, digest_documents, find_overlap, find_twins
 from compactgpt.data.token_files import TokenFile, open_tokens
 from compactgpt.data.tokenization import SPLITS, SplitRule, split_rule
 from compactgpt.data.validation import Table, at_least, at_most, check_expectations
@@ -57,8 +51,8 @@ def inspect(
     rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
     num_workers = min(num_workers, max(1, len(groups) // _GROUPS_PER_WORKER))
     corpus = digest_documents(groups, params, rule, corpus_facts["documents"], num_workers, progress)
-    twins, overlap = _find_all_twins(corpus, params), find_overlap(corpus)
-    repetition = _count_repetition(corpus, twins, overlap, params)
+    twins, overlap = find_twins(corpus, params), find_overlap(corpus)
+    repetition = _count_repetition(len(corpus.documents), twins, overlap, params)
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
     results = check_expectations("inspection", tables, docs)
@@ -74,10 +68,10 @@ def inspect(
     return {
         "success": all(result["success"] for result in results),
         **facts,
-        "documents": len(corpus.ids),
+        "documents": len(corpus.documents),
         "repetition": repetition,
-        "flagged": _describe(_flagged(twins, overlap, params), groups),
-        "repeated": _describe(_repeated(twins, params), groups),
+        "flagged": _describe(_flagged(twins, overlap, params), corpus),
+        "repeated": _describe(_repeated(twins, params), corpus),
         "expectations": results,
     }
 
@@ -94,9 +88,9 @@ def passed(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, params: Inspection) -> Table:
-    documents = split.header.documents
+    documents, of_split = split.header.documents, corpus.documents["in_val"] == (name == "val")
     row = {"documents": documents, **_count_tokens(split)}
-    row["documents_that_differ"] = _count_differences(split, corpus, corpus.in_val == (name == "val"))
+    row["documents_that_differ"] = _count_differences(split, corpus.documents[of_split])
     least = params.min_val_documents if name == "val" else 1
     more = "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
     more += f"{documents:,}, which makes intervals wide"
@@ -111,18 +105,18 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     # The split has its share of the documents (split `hash`) or of the bytes of text (split `tail`).
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
-        expected = share * len(corpus.ids)
+        expected = share * len(corpus.documents)
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
         suite.append(at_most("share_deviation", params.max_val_deviation, what, advice))
     else:
-        difference = int(split.byte_lengths.sum()) - share * int(corpus.byte_lengths.sum())
-        row["bytes_off_share"] = round(abs(difference))
+        sizes = corpus.documents["bytes"]
+        row["bytes_off_share"] = round(abs(int(split.byte_lengths.sum()) - share * int(sizes.sum())))
         # Val begins at a document, so its size may differ from its share by at most the longest document.
-        longest = int(corpus.byte_lengths.max())
-        suite.append(at_most("bytes_off_share", longest, f"{name}: bytes that its share is off", again))
+        what = f"{name}: bytes that its share is off"
+        suite.append(at_most("bytes_off_share", int(sizes.max()), what, again))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
 
 
@@ -142,30 +136,20 @@ def _count_tokens(split: TokenFile) -> dict[str, Any]:
     }
 
 
-def _count_differences(split: TokenFile, corpus: Digest, in_split: Any) -> int:
-    """Count the documents of a split whose id or length differs from the corpus at the same position."""
-    ids, byte_lengths = corpus.ids[in_split], corpus.byte_lengths[in_split]
+def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
+    """Count the documents of a split whose id or length is not the expected one at the same position."""
     # Compare the positions that both have. Each further document of the longer one is a difference.
-    both = min(len(ids), len(split.ids))
-    same_ids = (ids[:both] == split.ids[:both]).all(axis=1)
-    same_lengths = byte_lengths[:both] == split.byte_lengths[:both]
-    return int((~(same_ids & same_lengths)).sum()) + abs(len(ids) - len(split.ids))
+    both = min(len(expected), split.header.documents)
+    other_ids = expected["id"].to_numpy()[:both] != np.array(split.document_ids[:both], object)
+    other_lengths = expected["bytes"].to_numpy()[:both] != split.byte_lengths[:both]
+    return int((other_ids | other_lengths).sum()) + abs(len(expected) - split.header.documents)
 
 
 # --- repetition
 
 
-def _find_all_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return the twins of both kinds; `same words` comes before `near duplicate`."""
-    import pandas as pd
-
-    same_words, near_duplicates = find_same_words(corpus), find_near_duplicates(corpus, params)
-    kinds = [same_words.assign(kind="same words"), near_duplicates.assign(kind="near duplicate")]
-    return pd.concat(kinds, ignore_index=True)
-
-
 def _count_repetition(
-    corpus: Digest, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
+    documents: int, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
     """Count the documents that have a twin, by kind, and the val documents that are in train."""
     counts = {}
@@ -182,7 +166,7 @@ def _count_repetition(
     leaked = overlaps | overlap["document"].isin(twins[twins["across"]]["document"])
     return {
         **counts,
-        "repeated_share": twins["document"].nunique() / max(1, len(corpus.ids)),
+        "repeated_share": twins["document"].nunique() / max(1, documents),
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # share of the val documents
         "overlap": {
             "words": params.overlap_words,
@@ -233,36 +217,29 @@ def uncompared(repetition: Mapping[str, Any]) -> str:
 
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
-    leaked = f"share of val's documents that are in train{uncompared(repetition)}"
+    twin, leaked = "share of documents that have a twin", "share of val's documents that are in train"
+    leaked += uncompared(repetition)
     advice = "remove the documents that the report lists ({}), or raise inspection.max_{}"
+    repeated_advice = advice.format("repeated, flagged", "repeated_share")
+    leaked_advice = advice.format("flagged", "leaked_share")
     suite = [
-        at_most(
-            "repeated_share",
-            params.max_repeated_share,
-            "share of documents that have a twin",
-            advice.format("repeated, flagged", "repeated_share"),
-        ),
-        at_most("leaked_share", params.max_leaked_share, leaked, advice.format("flagged", "leaked_share")),
+        at_most("repeated_share", params.max_repeated_share, twin, repeated_advice),
+        at_most("leaked_share", params.max_leaked_share, leaked, leaked_advice),
     ]
     return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite)
 
 
-def _describe(repeats: "pd.DataFrame", groups: list[RowGroup]) -> list[dict[str, Any]]:
-    """Replace document numbers by ids and sources, in one pass over the corpus."""
-    # The lists are short, so reading the sources now takes less memory than keeping all of them.
-    wanted = {*repeats["document"].tolist(), *repeats["twin"].tolist()}
-    names = (name for group in groups for name in read_names(group))
-    described = {
-        number: {"id": document_id, "source": source}
-        for number, (document_id, source) in enumerate(names)
-        if number in wanted
-    }
+def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
+    """Return a list for the report, with ids and sources in place of document numbers."""
+    numbers = sorted({*repeats["document"], *repeats["twin"]})
+    names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
+    rows: list[dict[Any, Any]] = repeats.to_dict("records")
     return [
         {
-            **described[row["document"]],
+            **names[row["document"]],
             "kind": row["kind"],
-            "twin": described[row["twin"]],
+            "twin": names[row["twin"]],
             "score": round(row["score"], 6),
         }
-        for row in repeats.to_dict("records")
+        for row in rows
     ]

@@ -25,6 +25,7 @@ from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
 
 _EXCERPT_CHARACTERS = 80
+_ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
 _EXAMPLES = 3  # how many documents the result of a failed expectation names
 _PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
 # Parts of a page that load files from other servers. Without a network, the page would wait for these files.
@@ -74,11 +75,10 @@ def validate(
             f"the sample of {total:,} documents is empty with validation.max_rows ({params.max_rows:,}): "
             f"set validation.max_rows to at least {total:,}"
         )
-    advice = _advise(manifest, counts, rows, params)
     corpus = {"id": "corpus", "source": "all documents", **counts}
     tables = [
-        Table("corpus", [corpus], corpus_expectations(params, advice)),
-        Table("documents", rows, document_expectations(params, advice)),
+        Table("corpus", [corpus], corpus_expectations(params, counts, _ask_for_text(manifest, rows))),
+        Table("documents", rows, document_expectations(params, fitting_limits(rows, params))),
     ]
     results = check_expectations("validation", tables, docs)
     success = all(result["success"] for result in results)
@@ -138,61 +138,70 @@ def _bound(column: str, what: str, expected: str, advice: str, **bounds: float) 
     )
 
 
-def corpus_expectations(params: Validation, advice: Mapping[str, str]) -> list[Any]:
-    """Return the expectations of the table `corpus`, with the advice for each column."""
+def corpus_expectations(params: Validation, counts: Mapping[str, int], more: str) -> list[Any]:
+    """Return the expectations of the table `corpus`; `more` is the advice for a corpus that is too small."""
+    megabytes = math.floor(counts["bytes"] / 10_000) / 100
+    fewer = f"{more}, or set validation.min_documents to at most {counts['documents']:,}"
+    smaller = f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}"
     least_bytes = round(params.min_total_megabytes * 1_000_000)
-    repeated, wrong = (
-        "documents with the id of an earlier one",
-        "documents whose id is not the hash of their text",
-    )
     return [
-        at_least("documents", params.min_documents, "documents", advice["documents"]),
-        at_least("bytes", least_bytes, "bytes of text", advice["bytes"]),
-        at_most("repeated_ids", 0, repeated, advice["repeated_ids"]),
-        at_most("wrong_ids", 0, wrong, advice["wrong_ids"]),
+        at_least("documents", params.min_documents, "documents", fewer),
+        at_least("bytes", least_bytes, "bytes of text", smaller),
+        at_most("repeated_ids", 0, "documents with the id of an earlier one", _ALTERED),
+        at_most("wrong_ids", 0, "documents whose id is not the hash of their text", _ALTERED),
     ]
 
 
-def document_expectations(params: Validation, advice: Mapping[str, str]) -> list[Any]:
-    """Return the expectations of the table `documents`, with the advice for each column."""
+def _ask_for_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    more = "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
+    if manifest.get("corpus") != "files":
+        more = "let download take more of the corpus"
+    elif manifest["documents"] == 1:
+        file = re.sub(r":\d+$", "", rows[0]["source"])  # without the number of the row or line
+        more = f"the corpus is one file, {file}: set download.files.split, "
+        more += "or run `compactgpt init-corpus corpus/`"
+    if repeated := manifest.get("left_out", {}).get("duplicate"):
+        more = f"{repeated:,} more were left out as duplicates; {more}"
+    return more
+
+
+def document_expectations(params: Validation, limits: Mapping[str, float]) -> list[Any]:
+    """Return the expectations of the table `documents`; the advice proposes `limits`."""
     from great_expectations import expectations as gxe
 
-    def values(column: str, kind: str, description: str, **arguments: Any) -> Any:
+    def values(kind: str, column: str, description: str, advice: str, **arguments: Any) -> Any:
         expectation = getattr(gxe, f"ExpectColumnValuesTo{kind}")
-        meta = {"advice": advice[column]}
-        return expectation(column=column, description=description, meta=meta, **arguments)
+        return expectation(column=column, description=description, meta={"advice": advice}, **arguments)
 
-    def most(column: str, description: str, **bounds: float) -> Any:
+    def between(column: str, description: str, advice: str, **bounds: float) -> Any:
         description = f"{100 * params.mostly:g} % of the documents have {description}"
-        return values(column, "BeBetween", description, mostly=params.mostly, **bounds)
+        return values("BeBetween", column, description, advice, mostly=params.mostly, **bounds)
 
     shortest, longest = params.min_characters, params.max_characters
-    letters, damage = params.min_letter_share, params.max_replacement_share
+    lengths = f"set validation.min_characters to {limits['min_characters']:,} and "
+    lengths += f"max_characters to {limits['max_characters']:,}"
+    length = f"{shortest:,} to {longest:,} characters"
+    letters = f"a share of letters of at least {params.min_letter_share:g}"
+    fewer_letters = f"remove them, or set validation.min_letter_share to {limits['min_letter_share']:g}"
+    damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
+    decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
+    not_text = f"{decoding}, or remove it if it is not text"
     unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
+    copies = f"remove copies, or set validation.min_unique_share to {limits['min_unique_share']:g}"
     return [
-        values("id", "BeUnique", "every id is unique"),
-        values("id", "MatchRegex", "every id has 32 hex digits", regex="^[0-9a-f]{32}$"),
-        values("id_is_hash", "BeInSet", "every id is the hash of its text", value_set=[True]),
-        values("source", "NotBeNull", "every document names its source"),
-        values("excerpt", "NotBeNull", "no document is blank"),
-        most(
-            "n_characters",
-            f"{shortest:,} to {longest:,} characters",
-            min_value=shortest,
-            max_value=longest,
+        values("BeUnique", "id", "every id is unique", _ALTERED),
+        values("MatchRegex", "id", "every id has 32 hex digits", _ALTERED, regex="^[0-9a-f]{32}$"),
+        values("BeInSet", "id_is_hash", "every id is the hash of its text", _ALTERED, value_set=[True]),
+        values("NotBeNull", "source", "every document names its source", _ALTERED),
+        values("NotBeNull", "excerpt", "no document is blank", "remove the blank documents"),
+        between(
+            "n_characters", length, f"remove or cut them, or {lengths}", min_value=shortest, max_value=longest
         ),
-        most("letter_share", f"a share of letters of at least {letters:g}", min_value=letters),
-        most(
-            "replacement_share",
-            f"a share of U+FFFD (wrong decoding) of at most {damage:g}",
-            max_value=damage,
-        ),
-        most("n_nul", "no NUL character", max_value=0),
-        values("normalised", "BeUnique", unique, mostly=params.min_unique_share),
+        between("letter_share", letters, fewer_letters, min_value=params.min_letter_share),
+        between("replacement_share", damage, decoding, max_value=params.max_replacement_share),
+        between("n_nul", "no NUL character", not_text, max_value=0),
+        values("BeUnique", "normalised", unique, copies, mostly=params.min_unique_share),
     ]
-
-
-# --- what to do about a failed expectation
 
 
 def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
@@ -210,36 +219,6 @@ def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dic
         "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
         "min_letter_share": min(params.min_letter_share, math.floor(100 * letters[spare]) / 100),
         "min_unique_share": min(params.min_unique_share, math.floor(1000 * unique) / 1000),
-    }
-
-
-def _advise(
-    manifest: Mapping[str, Any], counts: Mapping[str, int], rows: list[dict[str, Any]], params: Validation
-) -> dict[str, str]:
-    """Return for each column what to do if its expectation fails, with limits that this corpus fulfils."""
-    limits = fitting_limits(rows, params)
-    megabytes = math.floor(counts["bytes"] / 10_000) / 100
-    more = "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
-    if manifest.get("corpus") != "files":
-        more = "let download take more of the corpus"
-    elif counts["documents"] == 1:
-        file = re.sub(r":\d+$", "", rows[0]["source"])  # without the number of the row or line
-        more = f"the corpus is one file, {file}: set download.files.split, "
-        more += "or run `compactgpt init-corpus corpus/`"
-    if repeated := manifest.get("left_out", {}).get("duplicate"):
-        more = f"{repeated:,} more were left out as duplicates; {more}"
-    lengths = "set validation.min_characters to {min_characters:,} and max_characters to {max_characters:,}"
-    decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
-    damaged = "the files of data/documents were altered: run `dvc repro -f download`"
-    return dict.fromkeys(("repeated_ids", "wrong_ids", "id", "id_is_hash", "source"), damaged) | {
-        "documents": f"{more}, or set validation.min_documents to at most {counts['documents']:,}",
-        "bytes": f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}",
-        "excerpt": "remove the blank documents",
-        "n_characters": f"remove or cut them, or {lengths.format(**limits)}",
-        "letter_share": f"remove them, or set validation.min_letter_share to {limits['min_letter_share']:g}",
-        "replacement_share": decoding,
-        "n_nul": f"{decoding}, or remove it if it is not text",
-        "normalised": f"remove copies, or set validation.min_unique_share to {limits['min_unique_share']:g}",
     }
 
 
