@@ -79,7 +79,7 @@ test-robustness: $(STAMP) ## kill stages, dvc repro and torchrun, fill the disk,
 	@BAD_INPUTS=50 python -m pytest -m 'robustness or not robustness' $(TWO_WORKERS) tests/robustness tests/training/test_launch.py
 
 test-server: $(STAMP) ## run the tests that start MLflow servers and DVC queues (five minutes)
-	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py tests/tracking/test_queue.py
+	@TEST_SERVER=1 python -m pytest tests/tracking/test_server.py
 
 coverage: $(STAMP) ## run the tests and measure the coverage of the library and the stage scripts (at least 95 %)
 	@mkdir -p .state/coverage
