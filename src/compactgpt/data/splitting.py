@@ -112,9 +112,9 @@ def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
     Raises BadData if the file is not UTF-8. A byte-order mark is removed.
     """
     # The decoder keeps an incomplete character at the end of a part for the next part.
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     number, is_start, rest = 1, True, ""
-    content = file.readline(max_bytes)
+    content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)
     while content:
         following = file.readline(max_bytes)
         try:
