@@ -289,9 +289,9 @@ class Worker:
         self.losses: list[float] = []
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=work, args=(theirs, name, options, training, model), daemon=True
-        )
+        # A daemon: after an error of one engine, the others must not keep the program from ending.
+        arguments = (theirs, name, options, training, model)
+        self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 

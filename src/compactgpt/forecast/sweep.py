@@ -7,7 +7,7 @@ determine five constants, so two forms with fewer constants are fitted, too.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -258,7 +258,9 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     fit, run = sweep.fit, configured_run(params)
     if fit is None:
         raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
-    differs = _different_settings(recipe(params), sweep.settings)
+    ours, theirs = recipe(params), sweep.settings
+    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}  # the law holds for any
+    differs = sorted(key for key in (ours.keys() | theirs) - free if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
     runs = []
@@ -276,12 +278,6 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
         "data_sha256": sweep.data_sha256,
         "runs": runs,
     }
-
-
-def _different_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the keys of two recipes that differ, except the sizes that the law holds for."""
-    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
-    return sorted(key for key in (ours.keys() | theirs) - free if ours.get(key) != theirs.get(key))
 
 
 def fit_sweep(path: Path, params_file: Path) -> str:

@@ -41,16 +41,6 @@ def shard_model(
     return model
 
 
-def full_model(model: GPT, group: Group) -> GPT:
-    """Return the full model on the CPU of the main process; other processes get a model without weights."""
-    full = group.gather(model.state_dict())
-    with torch.device("meta"):
-        copy = GPT(model.shape)
-    if group.is_main_process:
-        copy.load_state_dict(full, assign=True)
-    return copy
-
-
 def orthogonalize_sharded(
     matrices: Sequence[Tensor], orthogonalize: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:

@@ -197,12 +197,15 @@ class Trainer:
         return model, Optimizers(model, training)
 
     def full_model(self) -> GPT:
-        """Return the full model. If it is sharded, only the main process gets the weights."""
+        """Return the full model. If it is sharded, only the main process gets the weights, on the CPU."""
         if not self.group.is_sharded:
             return self.model
-        from compactgpt.training.fsdp import full_model
-
-        return full_model(self.model, self.group)
+        full = self.group.gather(self.model.state_dict())
+        with torch.device("meta"):
+            model = GPT(self.shape)
+        if self.group.is_main_process:
+            model.load_state_dict(full, assign=True)
+        return model
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors of a training state, by name; they share memory with model and optimizers."""
