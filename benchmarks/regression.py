@@ -38,15 +38,10 @@ def trial(
     settings: Regression, tokens: np.ndarray, rise: float, deviation: float, uneven: float,
     generator: np.random.Generator,
 ) -> bool:  # fmt: skip
-    """Return whether the gate fails: two runs are compared, of which the second is worse by `rise`.
+    """Return whether the gate fails: the perplexity of the second of two runs is higher by the share `rise`.
 
-    Args:
-        settings: of the gate.
-        tokens: of each document.
-        rise: true rise of the perplexity, as a share.
-        deviation: true standard deviation of a run's loss, nats per token.
-        uneven: how many times as unevenly the documents change as between two seeds.
-        generator: of the draws.
+    `tokens` are those of each document, `deviation` is the true standard deviation of a run's loss in nats
+    per token, and the documents change `uneven` times as unevenly as between two seeds.
     """
     share = tokens / tokens.sum()
     own = np.sqrt((OWN + TOKEN / tokens) / 2)  # of one run

@@ -2,7 +2,6 @@
 
     python -m benchmarks.tokenization                      # 100 MB
     python -m benchmarks.tokenization --megabytes 1000
-    python -m benchmarks.tokenization --document 30        # one document of 30 MB, our way alone
 
 nanoGPT's way is the recipe of its data/openwebtext/prepare.py, written again: the `datasets` library loads
 the documents into its cache, `map` encodes each with tiktoken in several processes, and the ids are copied
@@ -25,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +54,6 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="nanoGPT's way of tokenizing and ours, side by side")
     parser.add_argument("--megabytes", type=int, default=100, help="of text in the corpus")
-    parser.add_argument("--document", type=int, default=0, help="instead, one document of so many megabytes")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--documents", default="data/documents", help="what the corpus is made from")
     parser.add_argument("--tokenizer", default="data/tokenizer")
@@ -72,10 +69,10 @@ def compare(scratch: Path, options: argparse.Namespace) -> None:
     make_corpus(scratch / "documents", options)
     size = json.loads((scratch / "documents" / "manifest.json").read_text())
     print(f"corpus: {size['bytes'] / 1e6:,.0f} MB of text, {size['documents']:,} documents")
-    heads = ("seconds", "CPU s", "MB/s", "tokens/s", "memory MiB", "written MB", "on disk MB")
+    heads = ("seconds", "CPU s", "MB/s", "tokens/s", "memory MiB", "written MB")
     print(" ".join([f"{'way':10}", *(f"{head:>11}" for head in heads)]))
     results = {}
-    for way in ["ours"] if options.document else options.ways:
+    for way in options.ways:
         results[way] = found = measure(way, scratch, options)
         megabytes, seconds = size["bytes"] / 1e6, found["seconds"]
         figures = [
@@ -85,7 +82,6 @@ def compare(scratch: Path, options: argparse.Namespace) -> None:
             f"{found['tokens'] / seconds:,.0f}",
             f"{found['memory'] / 2**20:,.0f}",
             f"{found['written'] / 1e6:,.0f}",
-            f"{found['disk'] / 1e6:,.0f}",
         ]
         print(" ".join([f"{way:10}", *(f"{figure:>11}" for figure in figures)]), flush=True)
     if len(results) == 2:
@@ -96,7 +92,7 @@ def compare(scratch: Path, options: argparse.Namespace) -> None:
 
 
 def make_corpus(folder: Path, options: argparse.Namespace) -> None:
-    wanted = 1_000_000 * (options.document or options.megabytes)
+    wanted = 1_000_000 * options.megabytes
     groups = row_groups(Path(options.documents))
     generator = random.Random(1)  # noqa: S311 (no secret)
     made = {"documents": 0, "bytes": 0}
@@ -111,9 +107,7 @@ def make_corpus(folder: Path, options: argparse.Namespace) -> None:
                         yield text
 
     def documents() -> Iterator[Document]:
-        short = (f"short document {number}" for number in range(20))  # so that no split is empty
-        stream = chain(["\n".join(texts())], short) if options.document else texts()
-        for text in stream:
+        for text in texts():
             made["documents"] += 1
             yield new_document(text, f"bench/{made['documents']}")
 
@@ -131,13 +125,12 @@ def vary(text: str, generator: random.Random) -> str:
 
 
 def measure(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one way in a process of its own, and look at its memory and its folder ten times a second."""
+    """Run one way in a process of its own, and look at its memory ten times a second."""
     folder = scratch / way
     folder.mkdir()
     words = [
         *("--only", way, "--folder", str(folder), "--workers", str(options.workers)),
         *("--tokenizer", str(Path(options.tokenizer).resolve()), "--encoder", options.encoder),
-        *("--document", str(options.document)),
     ]
     environment = {**os.environ, "HF_HOME": str(folder / "cache"), "HF_DATASETS_OFFLINE": "1"}
     with open(folder / "log", "w") as log:
@@ -147,17 +140,16 @@ def measure(way: str, scratch: Path, options: argparse.Namespace) -> dict[str, A
             stdout=subprocess.DEVNULL,
             stderr=log,
         )
-    memory = disk = 0
+    memory = 0
     while process.poll() is None:
         memory = max(memory, held(process.pid))
-        disk = max(disk, stored(folder))
         time.sleep(0.1)
     if process.returncode:
         sys.exit((folder / "log").read_text())
     found = json.loads((folder / "result.json").read_text())
     ids = count_ids(folder)
     shutil.rmtree(folder)
-    return {**found, "ids": ids, "tokens": sum(ids), "memory": memory, "disk": disk}
+    return {**found, "ids": ids, "tokens": sum(ids), "memory": memory}
 
 
 def held(pid: int) -> int:
@@ -174,19 +166,6 @@ def held(pid: int) -> int:
     return total
 
 
-def stored(folder: Path) -> int:
-    """Bytes of the files in a folder; a file with two names counts once."""
-    found = {}
-    for path in folder.rglob("*"):
-        try:
-            facts = path.stat()
-        except OSError:
-            continue
-        if path.is_file():
-            found[facts.st_ino] = facts.st_size
-    return sum(found.values())
-
-
 def finish(folder: Path) -> None:
     """Leave what only this process knows: /proc counts what it and its dead children wrote."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -200,7 +179,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
         folder.parent / "documents",
         Path(options.tokenizer),
         folder / "tokens",
-        Tokenization(val_fraction=0.5 if options.document else 0.0065, encoder=options.encoder),
+        Tokenization(val_fraction=0.0065, encoder=options.encoder),
         num_workers=options.workers,
         state=folder / "state",
     )
