@@ -135,28 +135,23 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def advice_without_hub(params: HubCorpus) -> str:
-    """Return what a user can do if the hub does not give the data set `download.hub.name`."""
-    chosen = params.sets[params.name]
-    if chosen.file is not None:
-        return f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
-    return f"correct download.hub.sets.{params.name}, or name a copy of the repository in download.hub.mirror"
-
-
 def check_data_set(params: HubCorpus) -> None:
     """Check that the data set `download.hub.name` has a local copy, or that the hub has its commit.
 
     Raises the errors of `hub_errors`, and BadConfig if params.yaml has no commit.
     """
-    chosen = params.sets[params.name]
+    chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
     if params.mirror is not None or (chosen.file is not None and os.path.lexists(chosen.file)):
         return
     if chosen.revision is None:
         raise BadConfig(
-            f"download.hub.sets.{params.name}.revision is empty: write the commit there (40 hex digits), as "
-            "`git ls-remote` shows it for the data set's repository; a branch moves, a commit does not"
+            f"{key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` shows it for "
+            "the data set's repository; a branch moves, a commit does not"
         )
-    require_on_hub("dataset", chosen.repo, chosen.revision, advice_without_hub(params))
+    advice = f"correct {key}, or name a copy of the repository in download.hub.mirror"
+    if chosen.file is not None:
+        advice = f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
+    require_on_hub("dataset", chosen.repo, chosen.revision, advice)
 
 
 def check_sources(params: Params) -> None:

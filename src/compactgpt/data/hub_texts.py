@@ -18,7 +18,7 @@ from compactgpt.common.console import Progress
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.config import Download, HubCorpus, HubSet
 from compactgpt.data.documents import Corpus, Part, Text, check_size, text_of_row
-from compactgpt.data.hub import advice_without_hub, check_data_set, hub_errors, one_line
+from compactgpt.data.hub import check_data_set, hub_errors, one_line
 from compactgpt.data.inputs import check_files, regular_status
 
 _PROGRESS_ROWS = 1000
@@ -85,7 +85,6 @@ class _DataSet:
             self.chosen = self.chosen.model_copy(update={"splits": (self.copy.name,)})
         self.names = [f"{self.chosen.repo}/{split}" for split in self.chosen.splits]
         self._key = f"download.hub.sets.{params.hub.name}"
-        self._advice = advice_without_hub(params.hub)
         self._max_row_megabytes = params.max_row_megabytes
 
     def check_hash(self) -> None:
@@ -167,7 +166,7 @@ class _DataSet:
 
         where = str(self.copy or self.chosen.repo)
         try:
-            with nullcontext() if self.copy else hub_errors(where, self._advice):
+            with nullcontext() if self.copy else hub_errors(where, f"correct {self._key}"):
                 yield
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             raise BadData(
