@@ -145,8 +145,8 @@ def check_data_set(params: HubCorpus) -> None:
         return
     if chosen.revision is None:
         raise BadConfig(
-            f"{key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` shows it for "
-            "the data set's repository; a branch moves, a commit does not"
+            f"{key}.revision is empty: write the commit there (40 hex digits), as `git ls-remote` shows it "
+            "for the data set's repository; a branch moves, a commit does not"
         )
     advice = f"correct {key}, or name a copy of the repository in download.hub.mirror"
     if chosen.file is not None:
