@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compactgpt.data.token_files import open_tokens
-from compactgpt.evaluation.ngram import train_ngrams
+from compactgpt.evaluation.document_models import train_ngrams
 from tests.support.tiny_corpus import write_token_file
 
 V, END = 6, 5  # five tokens and end-of-text

@@ -266,11 +266,11 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
     GPT-2's ids are the ranks of its merges, so equal ids mean equal merges.
     """
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
-    expected = {}
-    for rank in range(encoding.n_vocab):
-        if rank != encoding.eot_token:
-            spelled = encoding.decode_single_token_bytes(rank)
-            expected["".join(characters[byte] for byte in spelled)] = rank
+    expected = {
+        "".join(characters[byte] for byte in encoding.decode_single_token_bytes(rank)): rank
+        for rank in range(encoding.n_vocab)
+        if rank != encoding.eot_token
+    }
     found = tokenizer.get_vocab().items()
     return {token: rank for token, rank in found if rank != encoding.eot_token} == expected
 

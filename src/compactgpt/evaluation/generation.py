@@ -34,10 +34,7 @@ STRATEGIES = ("greedy", "top_k", "nucleus")
 
 
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
-    """Return softmax(logits / temperature) over the `top_k` largest logits, else 0. (V,)
-
-    Top-k sampling: Fan et al. 2018.
-    """
+    """Return softmax(logits / temperature) over the `top_k` largest logits, else 0 (Fan et al. 2018). (V,)"""
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
     kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
     kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
@@ -48,10 +45,9 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 
 
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
-    """Return the softmax over the nucleus, else 0. (V,)
+    """Return the softmax over the nucleus, else 0 (Holtzman et al. 2020). (V,)
 
-    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p` (Holtzman et al.
-    2020).
+    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p`.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
@@ -192,9 +188,8 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    `samples` has each prompt with its continuations. `statistics` has, for each strategy, the statistics of
-    the texts that continue documents, and those of human text of the same length. Raises BadConfig if the
-    split has too few documents to continue.
+    The statistics are those of the texts that continue documents, and of human text of the same length.
+    Raises BadConfig if the split has too few documents to continue.
     """
     prompts = choose_prompts(text, split, encoding)
     samples: list[dict[str, Any]]

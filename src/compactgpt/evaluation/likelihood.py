@@ -87,13 +87,11 @@ class Codec:
 
 @dataclass(frozen=True)
 class NeuralModel:
-    """A causal neural model whose logits are `hidden(tokens) @ head.T`.
-
-    No position may depend on tokens to its right, because the windows of a batch are padded on the right.
-    """
+    """A causal neural model whose logits are `hidden(tokens) @ head.T`."""
 
     facts: Mapping[str, Any]  # for the report: kind, num_params, context and the source of the weights
-    hidden: "Callable[[torch.Tensor], torch.Tensor]"  # (B, T) int64 -> (B, T, C)
+    # (B, T) int64 -> (B, T, C); a batch is padded on the right, so no position depends on tokens to its right
+    hidden: "Callable[[torch.Tensor], torch.Tensor]"
     head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
     block_size: int  # the largest T that `hidden` accepts
     batch_size: int  # windows in one forward pass
@@ -104,10 +102,7 @@ class NeuralModel:
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses in windows of `window` tokens of the split.
-
-        The windows end at the same positions of the text for every model.
-        """
+        """Return the per-document losses in windows of `window` tokens, the same text for every model."""
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
@@ -191,7 +186,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets, (targets, ...), in another order.
+    """Yield each window with the scores of its targets, (targets, ...); not in the order of `windows`.
 
     Raises BadConfig if a window is longer than the model's context.
     """

@@ -24,10 +24,7 @@ class Interval:
     high: float
 
     def map(self, increasing: Callable[[float], float]) -> "Interval":
-        """Apply an increasing function to the estimate and to both limits.
-
-        An increasing function keeps the order of values, so the limits remain the same percentiles.
-        """
+        """Apply an increasing function to the estimate and to both limits, which it keeps in order."""
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
     def as_report(self) -> dict[str, float] | None:
@@ -54,10 +51,7 @@ def bits_per_byte(total_nats: float, total_bytes: int) -> float:
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the share of successes with its 95 % Wilson score interval (Wilson 1927).
-
-    The interval is valid for few trials and for shares near 0 or 1.
-    """
+    """Return the share of successes with its 95 % Wilson score interval (1927), valid also near 0 or 1."""
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     share = successes / trials
     centre = share + z * z / (2 * trials)
@@ -67,8 +61,8 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(share, min(share, (centre - spread) / scale), max(share, (centre + spread) / scale))
 
 
-def t_quantile(probability: float, degrees: int) -> float:
-    """Return the quantile of Student's t distribution with a number of degrees of freedom."""
+def t_quantile(probability: float, degrees: float) -> float:
+    """Return the quantile of Student's t distribution; infinite degrees of freedom: of the normal one."""
     from scipy.special import stdtrit  # here, since scipy's import would delay stages that need no interval
 
     return float(stdtrit(degrees, probability))

@@ -1,8 +1,7 @@
 """Train and score the runs of a sweep in this process: `compactgpt experiment run seeds`.
 
 All runs use the token files that `dvc repro tokenization` wrote, and are scored as the stage `evaluation`
-scores. results/NAME.json is written after each run. A run that is already in the file is not run again, and a
-run that was stopped resumes.
+scores. A run that is already in results/NAME.json is not run again, and a run that was stopped resumes.
 """
 
 import time

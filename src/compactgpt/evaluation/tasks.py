@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,20 +107,14 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    items: list[Item] = []
-    # Each turn takes one item of each document, until the number is reached or no document has a candidate.
-    while candidates and len(items) < settings.cloze_items:
-        turn = [(document, next(document, None)) for document in candidates]
-        items += [item for _, item in turn if item is not None]
-        candidates = [document for document, item in turn if item is not None]
-    return items[: settings.cloze_items]
+    # Each turn takes one item of each document that has another one.
+    turns = zip_longest(*candidates)
+    items = (item for turn in turns for item in turn if item is not None)
+    return list(islice(items, settings.cloze_items))
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield the possible items of a document, in the order of a hash of their positions.
-
-    Each target occurs in one item only.
-    """
+    """Yield the possible items of a document, each with another target, in the order of a hash."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
@@ -136,12 +131,9 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 
 
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
-    """Return an item as a window whose targets are the tokens after the context.
-
-    As in lm-evaluation-harness, the number of context tokens is found by encoding the context alone.
-    """
+    """Return an item as a window whose targets are the tokens after the context."""
     tokens = codec.encode(item.context + item.target)
-    context = len(codec.encode(item.context))
+    context = len(codec.encode(item.context))  # encoded alone, as in lm-evaluation-harness
     if not context:
         tokens, context = [codec.first_token, *tokens], 1
     targets = len(tokens) - context

@@ -83,7 +83,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
     """Return all statistics of the continuations by one strategy, each with its interval.
 
-    `ended` says whether each continuation reached end-of-text; it is None for human text, which is cut.
+    `ended` says whether each text reached end-of-text; it is None for human text, which is cut.
     """
     shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),

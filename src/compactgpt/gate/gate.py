@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -40,15 +39,13 @@ class Noise:
     """
 
     deviation: float  # standard deviation of a run's loss, nats per token
-    degrees_of_freedom: int | None  # of the estimate; None if the deviation is an assumption
+    degrees_of_freedom: float  # of the estimate; infinite if the deviation is an assumption
     source: str  # where the number comes from, for the verdict
 
     def quantile(self, level: float) -> float:
         """Return the difference of two runs' losses that is exceeded with the probability `level`."""
-        degrees = self.degrees_of_freedom
-        quantile = NormalDist().inv_cdf(1 - level) if degrees is None else t_quantile(1 - level, degrees)
         # Both runs have noise, so the variance of the difference is twice that of one run.
-        return quantile * math.sqrt(2) * self.deviation
+        return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
 
 @dataclass(frozen=True)
@@ -216,14 +213,13 @@ def _check_baselines(
     A baseline's model never changes, so another loss shows that the evaluation or the data changed. The check
     is a failure, or a warning if `explained`: a parameter or the data changed.
     """
-    shared = sorted(set(then.baselines) & set(now.baselines))
-    moved = 0
-    for name in shared:
-        before, after = then.baselines[name], now.baselines[name]
-        if abs(after - before) > settings.max_baseline_change:
-            moved += 1
-            says = "the baseline's loss changed: the evaluation or its text changed"
-            yield Check(f"baseline.{name}", "warn" if explained else "fail", says, before, after)
+    before, after = then.baselines, now.baselines
+    shared = sorted(before.keys() & after.keys())
+    moved = [name for name in shared if abs(after[name] - before[name]) > settings.max_baseline_change]
+    for name in moved:
+        says = "the baseline's loss changed: the evaluation or its text changed"
+        status: Status = "warn" if explained else "fail"
+        yield Check(f"baseline.{name}", status, says, before[name], after[name])
     if shared and not moved:
         yield Check("baselines", "pass", f"baselines with the same loss as before: {len(shared)}")
 

@@ -6,6 +6,7 @@ small JSON file in git, which is reviewed like code. Its per-document losses mak
 
 import csv
 import hashlib
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -86,9 +87,9 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return the noise between the runs of several seeds in a file, or `regression.fallback_noise`.
+    """Return the noise between the runs of a file, or `regression.fallback_noise` if they do not fit.
 
-    The runs must have the recipe of one of the two states, and must be scored on the same documents.
+    They fit with the recipe of one of the two states, scored on the same documents.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -104,7 +105,7 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
     says = f"{SEEDS} {missing}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
-    return Noise(assumed, None, f"{says}; `compactgpt experiment run seeds` measures it")
+    return Noise(assumed, math.inf, f"{says}; `compactgpt experiment run seeds` measures it")
 
 
 # --- reading states
