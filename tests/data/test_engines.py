@@ -10,7 +10,6 @@ import pytest
 
 from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.config import Tokenization
-from compactgpt.data import documents as documents_module
 from compactgpt.data.engines import run_tasks
 from compactgpt.data.tokenization import tokenize
 from tests.support.tiny_corpus import make_documents, make_tokenizer
@@ -26,15 +25,13 @@ def ray_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
-@pytest.mark.parametrize(
-    ("engine", "num_workers"),
-    [("local", 1), ("local", 2), pytest.param("ray", 2, marks=[needs_ray, pytest.mark.slow])],
-)
+@needs_ray
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_results_are_in_the_order_of_the_tasks_and_an_error_is_the_tasks_own(ray_path, engine, num_workers):
-    assert list(run_tasks(engine, square, range(12), num_workers)) == [n * n for n in range(12)]
+def test_results_are_in_the_order_of_the_tasks_and_an_error_is_the_tasks_own(ray_path):
+    assert list(run_tasks("ray", square, range(12), 2)) == [n * n for n in range(12)]
     with pytest.raises(BadData, match=r"^thirteen is refused$"):
-        list(run_tasks(engine, square, [1, 13], num_workers))
+        list(run_tasks("ray", square, [1, 13], 2))
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
@@ -59,11 +56,10 @@ def test_a_worker_of_the_cluster_that_is_killed_midway_changes_nothing(ray_path,
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_token_files_of_a_cluster_are_those_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "ROW_GROUP_BYTES", 50_000)
+def test_token_files_of_a_cluster_are_those_of_this_machine(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     texts = [f"hello {n} world, {n * n}\n" * 500 for n in range(100)]
-    documents = make_documents(tmp_path / "documents", texts)
+    documents = make_documents(tmp_path / "documents", texts, shard_bytes=100_000)
     files = []
     for engine in ("local", "ray"):
         params, out = Tokenization(val_fraction=0.5, engine=engine), tmp_path / engine

@@ -14,7 +14,7 @@ from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
 from compactgpt.config import Inspection, Tokenization
 from compactgpt.data.documents import Document, new_document, row_groups, write_shards
-from compactgpt.data.duplicates import digest_documents, find_twins
+from compactgpt.data.duplicates import digest_documents
 from compactgpt.data.inspection import inspect, passed
 from compactgpt.data.tokenization import SplitRule, tokenize
 from stages.inspection import app
@@ -264,28 +264,6 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
     assert len(one.hits) > 1000
 
 
-def test_similarity_is_jaccards_of_the_shingles_within_four_standard_errors(tmp_path):
-    (base,) = random_texts(1, words=400)
-    texts = [base, *(replace_words(base, count) + f" {count}" for count in (1, 2, 4, 8, 12))]
-    documents = [make_document(text, in_val=n == 0) for n, text in enumerate(texts)]
-    with atomic_folder(tmp_path / "documents") as temporary:
-        list(write_shards(temporary, documents))
-    params = PARAMS.model_copy(update={"similarity": 0.3, "bands": 64})
-    groups = row_groups(tmp_path / "documents")
-    corpus = digest_documents(groups, params, SplitRule(0.1), 6)
-    twins = find_twins(corpus, params)
-    across = twins[twins["across"]].set_index("document")
-
-    def shingles(text):
-        words = text.split()
-        return {tuple(words[n : n + 5]) for n in range(len(words) - 4)}
-
-    for number, text in enumerate(texts[1:], 1):
-        exact = len(shingles(base) & shingles(text)) / len(shingles(base) | shingles(text))
-        assert across.twin[number] == 0
-        assert abs(across.score[number] - exact) < 4 * (exact * (1 - exact) / 128) ** 0.5 + 1e-6
-
-
 # --- the stage
 
 
@@ -298,10 +276,8 @@ def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == CheckFailed.exit_code
-    message = (
-        "the token files fail 1 of 14 expectations:\n  val: documents: found 4, expected at least 5; raise"
-    )
-    assert message in done.output
+    assert "the token files fail 1 of 14 expectations:" in done.output
+    assert "  val: documents: found 4, expected at least 5; raise" in done.output
     assert "Data Docs: data/data_docs/tokens/index.html" in done.output
     pages = {path.parts[4:6] for path in Path("data/data_docs/tokens").rglob("validations/**/*.html")}
     assert pages == {(table, "inspection") for table in ("train", "val", "repetition")}

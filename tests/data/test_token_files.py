@@ -23,17 +23,13 @@ def write(path, documents=DOCUMENTS, vocab_size=300, eot_token=299):
     )
 
 
-def test_the_bytes_on_disk_are_the_documented_ones(tmp_path):
-    write(tmp_path / "val.tokens")
+def test_the_bytes_on_disk_are_the_documented_ones_and_are_read_back(tmp_path):
+    header = write(tmp_path / "val.tokens")
     raw = (tmp_path / "val.tokens").read_bytes()
     assert raw.startswith(b"CGPTTOK\n")
-    header = token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
+    assert header == token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
     assert json.loads(raw[8:1024]) == dataclasses.asdict(header)
     assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 3, 299, 299, 4, 299]
-
-
-def test_what_is_written_is_read_back(tmp_path):
-    header = write(tmp_path / "val.tokens")
     split = token_files.open_tokens(tmp_path / "val.tokens")
     assert split.header == header
     assert [split.document(n).tolist() for n in range(3)] == [[1, 2, 3], [], [4]]
@@ -56,11 +52,6 @@ def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_split_can_be_read(tmp_path):
-    write(tmp_path / "a.tokens", [])
-    assert len(token_files.open_tokens(tmp_path / "a.tokens").tokens) == 0
-
-
 def rewrite_header(path, **changes):
     raw = path.read_bytes()
     header = token_files.Header(**(json.loads(raw[8:1024]) | changes))
@@ -71,7 +62,6 @@ def rewrite_header(path, **changes):
     ("damage", "says"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short or altered"),
-        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "cut short or altered"),
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "is not a token file"),
         (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is not a token file"),
         (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
@@ -97,47 +87,36 @@ def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
         token_files.open_tokens(tmp_path / "a.tokens")
 
 
-def test_a_file_that_differs_from_its_manifest_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("name", ["val.tokens", "val.index.safetensors"])
+def test_a_file_that_differs_from_its_manifest_is_refused_by_name(tmp_path, name):
     with atomic_folder(tmp_path / "tokens") as temporary:
         write(temporary / "val.tokens")
-    for name in ("val.tokens", "val.index.safetensors"):
-        path = tmp_path / "tokens" / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(BadData, match=rf"{name} was altered"):
-            token_files.open_tokens(tmp_path / "tokens/val.tokens")
-        path.write_bytes(content)
+    content = (tmp_path / "tokens" / name).read_bytes()
+    (tmp_path / "tokens" / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BadData, match=rf"{name} was altered"):
+        token_files.open_tokens(tmp_path / "tokens/val.tokens")
 
 
-def batch(step, seed=1, tokens=None):
-    tokens = np.arange(100) if tokens is None else tokens
+def batch(step, seed=1, length=100):
+    tokens = np.arange(length)
     return token_files.training_batch(tokens, seed=seed, step=step, sequences=8, block_size=5)
 
 
-def test_targets_are_the_tokens_one_position_further():
+def test_a_batch_is_a_function_of_seed_and_step_and_its_targets_are_the_next_tokens():
     tokens, targets = batch(step=3)
     assert tokens.shape == targets.shape == (8, 5)
     assert tokens.dtype == targets.dtype == np.int64
     np.testing.assert_array_equal(targets, tokens + 1)
-
-
-def test_a_batch_is_a_function_of_seed_and_step_alone():
-    first = batch(step=3)[0]
     np.random.seed(0)
-    batch(step=9)
-    np.testing.assert_array_equal(first, batch(step=3)[0])
-    assert not np.array_equal(first, batch(step=4)[0])
-    assert not np.array_equal(first, batch(step=3, seed=2)[0])
+    np.testing.assert_array_equal(tokens, batch(step=3)[0])
+    assert not np.array_equal(tokens, batch(step=4)[0])
+    assert not np.array_equal(tokens, batch(step=3, seed=2)[0])
 
 
 def test_a_sequence_can_start_at_every_position_of_the_stream():
-    starts = {int(row[0]) for step in range(200) for row in batch(step, tokens=np.arange(10))[0]}
-    assert starts == {0, 1, 2, 3, 4}
-
-
-def test_a_stream_shorter_than_a_sequence_is_refused():
+    assert {int(row[0]) for step in range(200) for row in batch(step, length=10)[0]} == {0, 1, 2, 3, 4}
     with pytest.raises(BadData, match=r"has 5 tokens, one sequence needs 6.*block_size"):
-        batch(step=0, tokens=np.arange(5))
+        batch(step=0, length=5)
 
 
 def test_windows_of_a_hand_worked_document(tmp_path):
