@@ -10,8 +10,7 @@ import pytest
 
 from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.config import Tokenization
-from compactgpt.data.engines import run_tasks
-from compactgpt.data.tokenization import tokenize
+from compactgpt.data.tokenization import run_on_ray, tokenize
 from tests.support.tiny_corpus import make_documents, make_tokenizer
 from tests.support.worker_functions import square, wait_first_time
 
@@ -29,22 +28,22 @@ def ray_path(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_results_are_in_the_order_of_the_tasks_and_an_error_is_the_tasks_own(ray_path):
-    assert list(run_tasks("ray", square, range(12), 2)) == [n * n for n in range(12)]
+    assert list(run_on_ray(square, list(range(12)), 2)) == [n * n for n in range(12)]
     with pytest.raises(BadData, match=r"^thirteen is refused$"):
-        list(run_tasks("ray", square, [1, 13], 2))
+        list(run_on_ray(square, [1, 13], 2))
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
 def test_ray_that_is_not_installed_is_one_sentence():
     with pytest.raises(BadConfig, match=r"tokenization\.engine is ray, which is not installed: pip install"):
-        list(run_tasks("ray", square, [1], 1))
+        list(run_on_ray(square, [1], 1))
 
 
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_the_cluster_that_is_killed_midway_changes_nothing(ray_path, tmp_path):
-    results = run_tasks("ray", wait_first_time, [(tmp_path, number) for number in range(8)], 2)
+    results = run_on_ray(wait_first_time, [(tmp_path, number) for number in range(8)], 2)
     assert [next(results), next(results)] == [0, 1]
     pid_file = tmp_path / "2.pid"
     while not pid_file.exists() or not pid_file.read_text():

@@ -6,28 +6,32 @@ token files do not depend on the number of workers, on the engine, or on how oft
 """
 
 import hashlib
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import BadData, UserError
+from compactgpt.common.errors import BadConfig, BadData, Busy, Unreachable, UserError
 from compactgpt.common.storage import atomic_folder, json_bytes, read_manifest, verified_manifest
+from compactgpt.common.workers import ordered_map
 from compactgpt.config import Tokenization
 from compactgpt.data.documents import Document, RowGroup, read_row_group, row_groups
-from compactgpt.data.engines import run_tasks
 from compactgpt.data.token_files import TokenFile, open_tokens, pack_documents, write_tokens
 from compactgpt.data.tokenizer import load_encoder
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 STATE_VERSION = 5  # of the chunks
+RETRIES = 5  # how often Ray runs a task again after its worker died
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def tokenize(
         rule=split_rule(groups, params.split, params.val_fraction, corpus["bytes"]),
     )
     encoded_bytes = 0
-    for size in run_tasks(params.engine, encode, shards, max(1, min(num_workers, len(shards)))):
+    run_tasks = ordered_map if params.engine == "local" else run_on_ray
+    for size in run_tasks(encode, shards, max(1, min(num_workers, len(shards)))):
         encoded_bytes += size
         progress(encoded_bytes, corpus["bytes"])
     facts_of_files = {**facts, "val_fraction": params.val_fraction}
@@ -177,3 +182,56 @@ def _split_report(folder: Path, split: Split) -> dict[str, Any]:
         "longest_document_share": longest / file.header.tokens,
         "sha256": read_manifest(folder)["files"][f"{split}.tokens"]["sha256"],
     }
+
+
+# --- Ray
+
+
+def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
+    """Yield `function(task)` for each task, in order, from the cluster at RAY_ADDRESS or one started here.
+
+    Every node needs this package installed and the project's folder at the same path. Raises the function's
+    UserError, BadConfig if Ray is not installed, Unreachable if no cluster answers, Busy if workers die.
+    """
+    ray = _connect(num_workers)
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
+        for reference in [remote.remote(function, task) for task in tasks]:
+            yield ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # the function's own error, without Ray's traceback
+            raise error.cause from error
+        raise
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise Busy(
+            f"the Ray worker of a task died {RETRIES + 1} times, most often because memory ran out: "
+            "give the workers more memory, and run the same command again"
+        ) from error
+    finally:
+        ray.shutdown()
+
+
+def _call(function: Callable[[T], R], task: T) -> R:
+    return function(task)  # Ray accepts a function, but not a functools.partial
+
+
+def _connect(num_workers: int) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise BadConfig(
+            "tokenization.engine is ray, which is not installed: "
+            "pip install 'compactgpt[ray]', or set tokenization.engine to local in params.yaml"
+        ) from error
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address or "local"}
+    if not address:
+        options["num_cpus"] = num_workers
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unreachable(
+            f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
+            "check RAY_ADDRESS, or set tokenization.engine to local in params.yaml"
+        ) from error
+    return ray
