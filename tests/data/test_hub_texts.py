@@ -12,10 +12,8 @@ import pytest
 
 from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
-from compactgpt.common.sections import read_yaml
-from compactgpt.config import parse_params
 from compactgpt.data.hub_texts import hub_corpus
-from tests.support.corpora import DOWNLOAD, ROOT, download_params, write_corpus
+from tests.support.corpora import DOWNLOAD, download_params, write_corpus
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SET = {"repo": "owner/name", "config": None, "splits": ["train"], "text_column": "text"}
@@ -160,20 +158,3 @@ def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch
         write_corpus(tmp_path, params(None))
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 10
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"revision": "main"}, r"revision"),
-        ({"revision": "refs/convert/parquet"}, "is a branch, which moves: give the sha256"),
-        ({"separator": "x", "opens_document": "y"}, "one of the two at most"),
-        ({"join_characters": 9}, "give a separator, too"),
-        ({"file": "corpus/a.txt"}, "file and file_url: give both"),
-    ],
-)
-def test_a_data_set_that_cannot_work_is_refused_before_anything_runs(changes, message):
-    tree = read_yaml(ROOT / "params.yaml")
-    tree["download"]["hub"] |= {"sets": {"tiny": SET | changes}, "name": "tiny"}
-    with pytest.raises(BadConfig, match=message):
-        parse_params(tree)

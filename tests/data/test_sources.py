@@ -12,9 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadData
+from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import verified_manifest
+from compactgpt.config import parse_params
 from compactgpt.data.documents import Corpus, Part, Text
 from compactgpt.data.sources import Limits, corpus_name
 from compactgpt.data.tokenizer import load_encoding
@@ -163,6 +164,45 @@ def test_a_process_killed_with_sigkill_loses_only_its_unfinished_shard(tmp_path,
 )
 def test_a_corpus_has_a_name(corpus, files, name):
     assert corpus_name(download_params(corpus=corpus, files=files)) == name
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        *(
+            ("files", {"patterns": [pattern]}, r"download\.files\.patterns")
+            for pattern in (
+                "/data/*.txt",
+                "corpus/../a.txt",
+                "**/*.txt",
+                "~/a.txt",
+                "corpus/*.pdf",
+                "corpus/*.gz",
+            )
+        ),
+        ("files", {"split": "heading"}, "write the regular expression"),
+        ("files", {"heading": "("}, "not a valid regular expression"),
+        ("hub", {"revision": "main"}, "revision"),
+        (
+            "hub",
+            {"revision": "refs/convert/parquet", "sha256": None},
+            "is a branch, which moves",
+        ),
+        ("hub", {"opens_document": "y"}, "one of the two at most"),
+        ("hub", {"separator": None}, "give a separator, too"),
+        ("hub", {"file_url": None}, "file and file_url: give both"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_runs(section, changes, message):
+    tree = read_yaml(ROOT / "params.yaml")
+    tree["download"]["corpus"] = section
+    changed = tree["download"]["files"]
+    if section == "hub":
+        tree["download"]["hub"]["name"] = "tiny-shakespeare"
+        changed = tree["download"]["hub"]["sets"]["tiny-shakespeare"]
+    changed |= changes
+    with pytest.raises(BadConfig, match=message):
+        parse_params(tree)
 
 
 def test_the_stage_writes_both_folders_and_the_report(tmp_path, monkeypatch):

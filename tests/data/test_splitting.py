@@ -8,9 +8,7 @@ from io import BytesIO
 
 import pytest
 
-from compactgpt.common.errors import BadConfig, BadData
-from compactgpt.common.sections import read_yaml
-from compactgpt.config import parse_params
+from compactgpt.common.errors import BadData
 from compactgpt.data.splitting import split_text
 from tests.support.corpora import ROOT, download_params, write_corpus
 
@@ -69,17 +67,6 @@ def test_a_piece_over_the_limit_ends_the_reading_soon():
 def test_a_byte_that_is_not_utf8_is_named_with_its_line(text, way):
     with pytest.raises(BadData, match=r"a\.txt, line 2,001: byte 0x(ff|c3) is not UTF-8"):
         split(text, split=way)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"split": "heading"}, "write the regular expression"), ({"heading": "("}, "not a valid regular")],
-)
-def test_a_heading_that_can_not_work_is_refused(changes, message):
-    tree = read_yaml(ROOT / "params.yaml")
-    tree["download"]["files"] |= changes
-    with pytest.raises(BadConfig, match=message):
-        parse_params(tree)
 
 
 def test_the_stage_says_how_many_documents_there_are(tmp_path):
