@@ -183,8 +183,8 @@ def _require_unchanged(stage: str, definition: StageDefinition, inputs: Mapping[
     if changed:
         raise CheckFailed(
             f"changed while {stage} ran: {', '.join(changed[:5])}. The results are of the earlier version, "
-            "so DVC must not record them: run `dvc repro` again, or restore the earlier version and keep "
-            f"these results with `dvc commit -f {stage}`"
+            "so DVC does not record them. To get results of the new version, run `dvc repro` again. To keep "
+            "the earlier version, restore it, then run `dvc repro`: training resumes from its last state"
         )
 
 

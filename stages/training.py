@@ -47,7 +47,8 @@ def main(
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-            remove_states(states)
+    if stage.is_main_process:  # only after the stage succeeded: a stage that failed resumes from its states
+        remove_states(states)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from compactgpt.common.errors import CheckFailed
 from compactgpt.config import ExpectedLoss
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import load_model
 from compactgpt.tracking import training_callbacks
+from compactgpt.tracking.journal import NullTracker
 from compactgpt.training import trainer
 from compactgpt.training.initialization import folder_sha256
 from tests.support.tiny_training import make_tokens, outputs, params_of, params_tree, run_stage
@@ -45,6 +47,22 @@ def test_the_stage_writes_model_curve_and_report_the_same_each_time():
     assert not list(Path(".state/training").iterdir())
     assert run_stage().exit_code == 0
     assert outputs() == written
+
+
+def test_a_stage_that_failed_at_its_end_resumes_from_its_last_state(monkeypatch):
+    assert run_stage().exit_code == 0
+    written = outputs()
+
+    def fail(*_):
+        raise CheckFailed("params.yaml changed while the stage ran")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NullTracker, "end", fail, raising=False)  # the last step of open_stage
+        assert run_stage().exit_code == CheckFailed.exit_code
+    monkeypatch.setattr(trainer.Trainer, "make_step", None)  # no step is left
+    assert run_stage().exit_code == 0
+    assert outputs() == written
+    assert not list(Path(".state/training").iterdir())
 
 
 def test_a_user_sees_batch_progress_time_left_and_a_loss_outside_the_expected_interval(monkeypatch):
