@@ -6,15 +6,12 @@ more moments of all of them.
 """
 
 import io
-import json
 import os
-import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import time
 
 import pytest
 
@@ -24,7 +21,6 @@ from tests.support.tiny_pipeline import (
     STAGES,
     make_place,
     outs_of,
-    params_tree,
     run_stage,
     warm_up,
     write_inputs,
@@ -74,13 +70,6 @@ def run_interrupted(stage, place, log, way="kill", at=-1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         log.write_text(printed.getvalue())
         log.with_suffix(".changes").write_text(str(changes))
-
-
-def run_for(stage, place, log, seconds):
-    """Run a stage that a signal ends after some time. For forks."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    run_interrupted(stage, place, log)
 
 
 def files_of(place):
@@ -186,22 +175,3 @@ def test_every_stage_interrupted_at_many_moments_too(tmp_path):
     chain = Chain(tmp_path, STAGES)
     try_moments(chain, per_stage=15)
     chain.server.close()
-
-
-def test_training_killed_at_random_moments_ends_with_the_same_bytes(quick_chain):
-    place = quick_chain.place_before("training")
-    tree = params_tree(1)
-    tree["training"] |= {"max_steps": 150, "eval_interval": 10, "checkpoint_interval": 5}
-    (place / "params.yaml").write_text(json.dumps(tree))
-    start = copy(place, place.with_name("start"))
-    begin = time.monotonic()
-    assert quick_chain.run("training", place) == 0, quick_chain.log.read_text()
-    seconds, uninterrupted = time.monotonic() - begin, files_of(place)
-    place, moments, codes = copy(start, place), random.Random(4), []
-    while 0 not in codes and len(codes) < 20:
-        after = moments.uniform(0.1, 0.5) * seconds
-        codes.append(quick_chain.server.run(run_for, "training", place, quick_chain.log, after))
-    assert set(codes) <= {0, -signal.SIGALRM}
-    assert codes.count(-signal.SIGALRM) >= 2
-    assert 0 in codes or quick_chain.run("training", place) == 0
-    assert files_of(place) == uninterrupted
