@@ -213,10 +213,3 @@ def test_shards_of_another_form_are_refused_by_name(tmp_path, tokenizer, columns
         pq.write_table(pa.table(columns), temporary / "documents-00000.parquet")
     with pytest.raises(BadData, match=rf"documents-00000\.parquet.* {message}"):
         tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens")
-
-
-def test_altered_documents_are_refused(tmp_path, tokenizer, documents):
-    path = row_groups(documents)[1].path
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BadData, match=r"documents-00000\.parquet has"):
-        tokenize(documents, tokenizer, tmp_path / "tokens")

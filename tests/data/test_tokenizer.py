@@ -185,13 +185,12 @@ def test_ids_that_differ_from_tiktokens_stop_the_stage(pairs):
         ids(encoder, "hello wide world")
 
 
-def test_tiktoken_is_used_where_gigatoken_cannot_be(tiny, tmp_path, monkeypatch):
+def test_tiktoken_is_used_where_gigatoken_cannot_be(tiny, monkeypatch):
     assert type(load_encoder(tiny, "gigatoken")) is GigatokenEncoder
     assert type(load_encoder(tiny, "tiktoken")) is TiktokenEncoder
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    other = tiktoken.Encoding("o", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
-    tokenizer._save(tmp_path / "other", other, {"ranks.tiktoken": tokenizer._format_ranks(ranks)})
-    assert type(load_encoder(tmp_path / "other", "gigatoken")) is TiktokenEncoder
+    monkeypatch.setattr(tokenizer, "GPT2_PATTERN", "another pattern")
+    assert type(load_encoder(tiny, "gigatoken")) is TiktokenEncoder
+    monkeypatch.undo()
     monkeypatch.setattr(tokenizer, "find_spec", lambda _name: None)
     assert type(load_encoder(tiny, "gigatoken")) is TiktokenEncoder
 

@@ -120,8 +120,8 @@ def _format_ranks(ranks: Ranks) -> bytes:
 def unicode_to_bytes() -> dict[str, int]:
     """Return a dict from each character in GPT-2's files to its byte, in the order of the bytes' ids.
 
-    In these files a printable byte is the same character. Other bytes are the characters from U+0100 on.
-    The dict is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
+    A printable byte is the same character, other bytes are the characters from U+0100 on: the inverse of
+    bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
