@@ -6,7 +6,8 @@ Shapes: N = all rows (tokens), R = rows of one chunk, C = channels, V = rows of 
 """
 
 import importlib.util
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -145,7 +146,8 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
 
     The exponentials are summed before they are rounded to bfloat16, the type of `x`, `weight` and `out`.
     """
-    if x.is_cuda and importlib.util.find_spec("triton"):
+    has_triton = x.is_cuda and importlib.util.find_spec("triton")
+    if has_triton:
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
 
         if is_supported(x, weight):
@@ -155,9 +157,21 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
     logits = torch.mm(x, weight.T, out=out)
     # The product has rounded all logits. Only the rounded logit of the target gives exp(z_t - z_t) = 1.
     target_logits = logits.gather(1, targets[:, None]).float()  # (R, 1)
+    replace_logits = _compiled_pass() if has_triton else _exponentials_pass
+    return replace_logits(logits, target_logits)
+
+
+def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Replace the logits, (R, V), by their exponentials in place, and return the sum of each row, (R,)."""
     e = (logits.float() - target_logits).clamp(max=CAP).exp()
-    logits.copy_(e)  # in place
+    logits.copy_(e)
     return e.sum(1)
+
+
+@cache
+def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
+    """Compile the pass, so that a GPU without the Triton kernel reads the logits once instead of four times."""
+    return torch.compile(_exponentials_pass)
 
 
 @torch.no_grad()
