@@ -170,7 +170,7 @@ def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 @cache
 def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile the pass, so that a GPU without the Triton kernel reads the logits once instead of four times."""
+    """Return `_exponentials_pass` as one kernel, for GPUs on which the Triton kernel does not run."""
     return torch.compile(_exponentials_pass)
 
 
