@@ -1,9 +1,9 @@
-"""The journal of a stage: an append-only local file with everything that the stage logs.
+"""Write and read journals. A journal is a local file to which a stage appends everything that it logs.
 
-Each `dvc` process, and each stage that is run by hand, has a run folder `.state/tracking/<time>-<name>/`.
-Its folder `before/` has the project's files from before the first stage. Each stage has a folder
-`<time>-<stage>-<random>/` with `journal.jsonl` and `artifacts/`, the copies of logged files. A journal has
-one JSON object per line; `kind` is start, params, tags, metrics, inputs, artifact or end.
+Each `dvc` process, and each stage that a user starts by hand, has a run folder in `.state/tracking/`. The run
+folder contains `before/`, with copies of the project's files from before the first stage, and one folder for
+each stage, with `journal.jsonl` and `artifacts/` (copies of the logged files). Each line of a journal is a
+JSON object, whose `kind` is start, params, tags, metrics, inputs, artifact or end.
 """
 
 import functools
@@ -32,19 +32,19 @@ DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the reposit
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
 BEFORE = "before"
-CONTINUED = "continued"  # an empty file: another journal continues this journal's run
+CONTINUED = "continued"  # name of an empty file in a stage's folder: a later journal continues the run
 LOCKED = "requirements.lock"
-MAX_DIGEST = 36  # characters of a data set's digest: MLflow's limit
-_TAIL = 65_536  # bytes at the end of a journal that contain its last line
+MAX_DIGEST = 36  # characters: MLflow accepts no longer hash of a data set
+_TAIL = 65_536  # bytes to read from the end of a journal, to find its last line
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
 # Processor flags and environment variables that change the order or the precision of floating-point sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-# Sections of params.yaml that MLflow gets, the most often tuned first. The other sections change no model.
+# The sections of params.yaml that are logged to MLflow. The other sections do not change the model.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Patterns of dotted keys in a stage's report, and the names of the metrics in MLflow.
+# Each pair: a pattern of dotted keys in a stage's report, and the name of the metric in MLflow.
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -54,12 +54,12 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the folder of resumable state and journals, also for an experiment in a temporary folder."""
+    """Return the folder `.state` of the repository, also if DVC runs an experiment in a temporary folder."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
 def tracking_folder(root: Path) -> Path:
-    """Return the folder that contains a repository's run folders."""
+    """Return the folder that contains the run folders of a repository."""
     return root / ".state" / "tracking"
 
 
@@ -69,15 +69,15 @@ def without_password(text: str) -> str:
 
 
 class PasswordFilter(logging.Formatter):
-    """A log formatter that hides user and password in URLs: MLflow's errors quote MLFLOW_TRACKING_URI."""
+    """A log formatter that hides passwords: MLflow's error messages quote the URL in MLFLOW_TRACKING_URI."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record and its traceback without passwords."""
+        """Return the log record as text, with its traceback, without passwords."""
         return without_password(super().format(record))
 
 
 def tracking_store() -> dict[str, str]:
-    """Return address and experiment of the tracking store that MLflow's environment variables name.
+    """Return `uri`, `experiment` and `experiment_id` of the tracking store that MLflow's variables name.
 
     Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
@@ -94,7 +94,10 @@ def tracking_store() -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) -> dict[str, Scalar]:
-    """Return nested mappings with dotted keys. Lists, and mappings below `max_depth`, become JSON strings."""
+    """Return the values of nested mappings by dotted key, such as `model.n_layer`.
+
+    A list becomes a JSON string. A mapping that is nested deeper than `max_depth` also becomes a JSON string.
+    """
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and max_depth > 1:
@@ -107,13 +110,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) ->
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return all numbers of a nested report as floats, by dotted key."""
+    """Return all numbers of a nested report as floats, by dotted key such as `loss.value`."""
     found = {key: value for key, value in flatten(report).items() if not isinstance(value, bool)}
     return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters that MLflow gets. A deep mapping, such as package versions, is one parameter."""
+    """Return the parameters to log to MLflow, by dotted key, from the sections of params.yaml.
+
+    A mapping inside a section, such as package versions, becomes one parameter.
+    """
     params: dict[str, Scalar] = {}
     for section in _SECTIONS:
         if isinstance(values := tree.get(section), Mapping):
@@ -122,7 +128,10 @@ def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the main metrics of the JSON report of a stage (`baseline@xz`), in MLflow's chart groups."""
+    """Return the metrics to log to MLflow, from the report of a stage such as `baseline@xz`.
+
+    The part of a metric's name before `/` is the group of charts in which MLflow shows the metric.
+    """
     name, _, item = stage.partition("@")
     if name == "training":
         return {"val/best_loss": report["best_val_loss"]} if "best_val_loss" in report else {}
@@ -137,7 +146,10 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return a manifest's token files as data sets for `Journal.inputs`; a split has a context of MLflow."""
+    """Return a description of each token file in a manifest, as `Journal.inputs` logs it.
+
+    `files` is the manifest's mapping by file name. `contexts` maps a split to what MLflow shows as its use.
+    """
     found = []
     for split, context in contexts.items():
         if file := files.get(name := f"{split}.tokens"):
@@ -147,7 +159,10 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 
 
 def process_facts() -> dict[str, Any]:
-    """Return host, id and start time of this process, and (`pipeline`) of the `dvc` process above it."""
+    """Return the host, the id and the start time of this process.
+
+    If `dvc` started this process, the key `pipeline` has the id, start time and command of `dvc`.
+    """
     import psutil
 
     own = psutil.Process()
@@ -163,9 +178,9 @@ def process_facts() -> dict[str, Any]:
 
 
 class Journal:
-    """A tracker that appends to a journal. Each line is one write: a kill damages at most the last line.
+    """A tracker that appends to a journal. If the process is killed, at most the last line is incomplete.
 
-    A stage that may resume an interrupted run sets `held`: nothing is written before `begin` or `end`.
+    A stage that may resume an interrupted run sets `held`. Then lines stay in memory until `begin` or `end`.
     """
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
@@ -179,14 +194,17 @@ class Journal:
         make_folder(self.folder / "artifacts")
         self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         fsync_folder(self.folder)
-        self._torn = False
-        self._held: list[dict[str, Any]] | None = [] if held else None
+        self._torn = False  # whether the last line may be incomplete
+        self._held: list[dict[str, Any]] | None = [] if held else None  # lines to write later
         self._resumes = False
-        self._logged: dict[str, int] = {}  # the last step of each metric before the interruption
+        self._logged: dict[str, int] = {}  # by metric: its last step before the interruption
         self._append("start", {"stage": stage, "store": tracking_store(), **start})
 
     def keep_before(self, workspace: Path) -> None:
-        """Copy dvc.lock, params.yaml and uncommitted changes to `before/`, unless the folder exists."""
+        """Copy dvc.yaml, dvc.lock, params.yaml, requirements.lock and the uncommitted changes to `before/`.
+
+        If `before/` exists, an earlier stage of this `dvc` process made it, and nothing is copied.
+        """
         before = self.run_folder / BEFORE
         if before.exists():
             return
@@ -207,7 +225,7 @@ class Journal:
             self._held.append(line)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        """Append a line. If the disk took only a part of the last line, write a line break first."""
+        """Append a line. If a full disk cut off the last line, first write a line break."""
         content = b"\n" * self._torn + json.dumps(line, ensure_ascii=False).encode() + b"\n"
         self._torn = True
         while content:
@@ -220,9 +238,10 @@ class Journal:
             self._write(line)
 
     def begin(self, note: Path) -> None:
-        """Start to write. Continue the run whose last journal the file `note` names; else create the file.
+        """Write the lines in memory to the journal, and write each later line at once.
 
-        The earlier lines are copied, so that this journal has the whole run. Their parameters stay.
+        If the file `note` exists, it names the journal of an interrupted run, and this journal continues that
+        run: it begins with the lines of the earlier journal. Then `note` is written with this journal's name.
         """
         earlier = JournalFile(self.run_folder.parent / note.read_text().strip()) if note.exists() else None
         if earlier and earlier.path.exists() and earlier.start:
@@ -239,27 +258,27 @@ class Journal:
         write_text(note, f"{self.run_folder.name}/{self.folder.name}\n")
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters. Nested mappings get dotted keys."""
+        """Log parameters, with a dotted key for each value of a nested mapping."""
         if not self._resumes:
             self._append("params", {"values": flatten(values)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a step. The values must be finite."""
+        """Log metrics at a training step. Values that an interrupted run has already logged are left out."""
         new = {key: value for key, value in values.items() if not step or step > self._logged.get(key, 0)}
         if new:
             self._append("metrics", {"values": new, "step": step})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Log tags. MLflow can search runs by tag."""
+        """Log tags: texts by which MLflow can search runs."""
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log the data sets that the run reads, in the form that `token_files` returns."""
+        """Log the data sets that the run reads. `token_files` returns their descriptions."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a copy of a small file or folder."""
+        """Log a copy of a small file or folder. `folder` is the folder in MLflow that receives the copy."""
         target = self.folder / "artifacts" / folder / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -269,7 +288,7 @@ class Journal:
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:
-        """Close the run with the status FINISHED, FAILED or KILLED."""
+        """Write the last line with the status FINISHED, FAILED or KILLED, and close the journal."""
         self._append("end", {"status": status})
         self._release()
         os.fsync(self._file)
@@ -277,15 +296,15 @@ class Journal:
 
 
 class NullTracker:
-    """A tracker that logs nothing: for `--tracker none`, and for all processes except the main process."""
+    """A tracker that logs nothing. `--tracker none` and all processes except the main process use it."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Return a function that does nothing, for each method of a journal."""
+        """Return a function that does nothing, instead of a method of `Journal`."""
         return lambda *_arguments, **_options: None
 
 
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
-    """Return the complete lines of a journal. Incomplete and damaged lines are left out."""
+    """Parse the bytes of a journal and return its lines. Incomplete and damaged lines are left out."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
@@ -301,14 +320,14 @@ class JournalFile:
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
-        """The first line; empty if the stage has not started to write, or after a power loss."""
+        """The first line, of kind `start`. It is empty if the journal has no complete first line."""
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
 
     @property
     def first(self) -> str:
-        """The name of the run's first journal."""
+        """The name of the journal with which the run began; another journal if a run was interrupted."""
         return str(self.start.get("continues", self.folder.name))
 
     @property
@@ -319,13 +338,13 @@ class JournalFile:
 
     @property
     def status(self) -> str:
-        """MLflow's status of the stage; an empty string while its process runs."""
-        alive = is_alive(self.start)  # before the last line is read: a live process can append lines
+        """The stage's status in MLflow, such as FINISHED, or an empty string while the stage runs."""
+        alive = is_alive(self.start)  # before the last line is read: a running stage can append lines
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
 
     def read(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """Return the complete lines that start at or after `offset`, and the offset of the next line."""
+        """Return the complete lines after the first `offset` bytes, and the offset after these lines."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             raw = file.read()
@@ -333,7 +352,10 @@ class JournalFile:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Return whether the process with this `pid` and this start time (`created`) runs on this machine."""
+    """Return whether a process still runs, from its `pid` and `created` (its start time in seconds).
+
+    Two processes can have one pid, one after the other. So the start time is compared, too.
+    """
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -344,7 +366,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return the facts of this machine that can change rounding: processor, libraries, settings."""
+    """Return the processor, library versions and settings of this machine, which can change rounding."""
     facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": ""}
     with suppress(metadata.PackageNotFoundError):
         facts["torch"] = metadata.version("torch")
@@ -359,7 +381,7 @@ def machine_facts() -> dict[str, str]:
 
 @functools.cache
 def packages() -> str:
-    """Return the installed packages, one `name==version` per line."""
+    """Return the installed packages as text with one line `name==version` for each package."""
     named = [one for one in metadata.distributions() if one.name]
     found = {(one.name.lower().replace("_", "-"), one.version) for one in named}
     return "".join(f"{name}=={version}\n" for name, version in sorted(found))

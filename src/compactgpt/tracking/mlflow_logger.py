@@ -1,9 +1,10 @@
-"""Copy journals to MLflow in a child process.
+"""Copy the journals of stages to MLflow in a child process.
 
-`start_logger` starts one child process for each run folder. It copies new lines of the journals, logs system
-metrics, and closes the runs of killed stages (KILLED). When the `dvc` process has ended, it completes the
-pipeline's run. If the server does not answer, `compactgpt sync` copies the lines later. A second copy changes
-nothing, because metrics have the journal's time and step.
+`start_logger` starts one child process for each run folder. The child process copies new lines of the
+journals, logs system metrics, and gives the runs of killed stages the status KILLED. After the `dvc` process
+has ended, the child process completes the pipeline's run. If the server does not answer, `compactgpt sync`
+copies the lines later. MLflow ignores a metric that it has with the same time and step, so lines may be
+copied twice.
 """
 
 import hashlib
@@ -28,12 +29,12 @@ from compactgpt.tracking.journal import BEFORE, CONTINUED, DEFAULT_URI, JournalF
 from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 
-POLL_SECONDS = 1.0
-PATIENCE_SECONDS = 60.0  # how long to retry a store that fails after the runs have ended
+POLL_SECONDS = 1.0  # between two looks for new lines
+PATIENCE_SECONDS = 60.0  # after the end of all runs, give up if the tracking store fails for this time
 
 
 def start_logger(run_folder: Path) -> None:
-    """Start a child process that copies a run folder, unless another process already copies it."""
+    """Start a child process that copies a run folder to MLflow, unless a process copies it already."""
     with RunFolder(run_folder).locked() as is_free:
         pass
     if is_free:
@@ -46,7 +47,7 @@ def start_logger(run_folder: Path) -> None:
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the identity of the store to which a run folder is completely copied; else an empty string."""
+    """Return the `Store.identity` of the store that has everything of a run folder, or an empty string."""
     with suppress(UserError, LookupError, TypeError):  # the file is missing or damaged: copy again
         return str(read_json(folder.path / "mlflow.json")["store"])
     return ""
@@ -54,24 +55,24 @@ def copied_to(folder: RunFolder) -> str:
 
 @dataclass
 class Copied:
-    """How much of a journal this process has copied."""
+    """The part of a journal that this process has copied to MLflow."""
 
-    run_id: str
-    offset: int = 0  # bytes of the journal
-    is_complete: bool = False
+    run_id: str  # the stage's run in MLflow
+    offset: int = 0  # copied bytes of the journal
+    is_complete: bool = False  # the stage has ended, and all lines are copied
 
 
 class Logger:
-    """Copies one run folder to its tracking store."""
+    """Copies the journals of one run folder to a tracking store."""
 
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
-        self.run_id = ""  # of the pipeline
-        self.copied: dict[str, Copied] = {}  # by the journal's folder name
-        self.monitor: Any = None  # of the stage that runs now
+        self.run_id = ""  # the pipeline's run in MLflow
+        self.copied: dict[str, Copied] = {}  # by the folder name of the journal
+        self.monitor: Any = None  # logs the system metrics of the stage that runs now
 
     def copy(self) -> bool:
-        """Copy new lines. Return whether all runs have ended and are completely copied."""
+        """Copy new lines of all journals. Return whether all runs have ended and are copied completely."""
         if copied_to(self.folder) == self.store.identity:
             return True
         is_pipeline = "pipeline" in self.folder.start
@@ -92,7 +93,7 @@ class Logger:
         self.monitor = None
 
     def _start_pipeline(self) -> str:
-        """Create the pipeline's parent run with its parameters and command, and return its id."""
+        """Create the run of the pipeline, with its parameters and `dvc` command, and return the run's id."""
         start = self.folder.start
         named = time.strftime("pipeline %m-%d %H:%M:%S", time.localtime(start["time_ms"] / 1000))
         name, command = start["tags"].get("dvc.experiment", named), self.folder.command
@@ -106,14 +107,14 @@ class Logger:
         return run_id
 
     def _copy_journal(self, file: JournalFile) -> bool:
-        """Copy one journal's new lines. Return whether the stage has ended and the journal is copied."""
+        """Copy the new lines of one journal. Return whether the stage has ended and all lines are copied."""
         name = file.folder.name
         if name not in self.copied:
             self.copied[name] = Copied(self._start_stage(file))
         copied = self.copied[name]
         if copied.is_complete:
             return True
-        status = file.status  # before the lines are read: a live process can append lines
+        status = file.status  # before the lines are read: a running stage can append lines
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
@@ -130,7 +131,7 @@ class Logger:
         return copied.is_complete
 
     def _start_stage(self, file: JournalFile) -> str:
-        """Create a stage's run, or find the run that its journal continues, and return its id."""
+        """Create the run of a stage, or find the run that the journal continues. Return the run's id."""
         parent = {"mlflow.parentRunId": self.run_id} if self.run_id else {}
         stage = file.start["stage"]
         script = f"stages/{stage.partition('@')[0]}.py"
@@ -144,13 +145,17 @@ class Logger:
         return run_id
 
     def _complete_pipeline(self) -> None:
-        """Log the files that the `dvc` process left, close its run, and log the model if the run finished."""
+        """Log the files that the `dvc` process left, and end the pipeline's run.
+
+        If the run finished and has a model, also log the model.
+        """
         after, found, cache = self.folder.after, self.folder.outcome(), Cache(self.folder.root)
         assert found is not None  # keep_after wrote it
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
-            del tags["lock_sha256"]  # `sync` looks for a finished run of dvc.lock
+            del tags["lock_sha256"]  # by this tag, `sync` finds a finished run of dvc.lock
+        # By stage: `links` has a link to the run that made the outputs, `ran` the name of the journal.
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in ran:
@@ -176,13 +181,16 @@ class Logger:
 
 
 def follow(folder: RunFolder) -> None:
-    """Copy a run folder until it is complete, or its store fails for PATIENCE_SECONDS after the runs' end."""
+    """Copy a run folder again and again, until all of it is copied.
+
+    Give up if, after the end of the runs, the tracking store fails for PATIENCE_SECONDS.
+    """
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
                 if folder.journals():
-                    folder.keep_after()  # first: this step needs no server
+                    folder.keep_after()  # first, because saving the files needs no server
                     logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                     with store_errors(folder.start["store"]["uri"]):
                         if logger.copy():
@@ -200,22 +208,22 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path, *, record_unrun: bool = False) -> str:
-    """Copy ended runs to their tracking stores, and return the address of the current store.
+    """Copy all ended runs to their tracking stores, and return the address of the current tracking store.
 
-    A run that can't be copied does not stop the other runs. `record_unrun` also logs a dvc.lock that no run
-    in the store produced, as in a fresh clone. Raises the first error after all runs were tried.
+    With `record_unrun`, also log a dvc.lock of which the store has no run, as in a fresh clone. If a run
+    can't be copied, the other runs are copied, and then the first error is raised.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
-        with suppress(UserError), folder.locked() as is_ours:  # else its child process does this
+        with suppress(UserError), folder.locked() as is_ours:  # if False, a child process copies the folder
             if is_ours:
                 folder.keep_after()
     note = root / ".state/tracking/synced.json"
     if record_unrun and note.exists() and note.read_text() == _synced_state(root, current, ended):
-        return current["uri"]  # without MLflow, whose import takes seconds
+        return current["uri"]  # return before MLflow is imported, which takes seconds
     stores = [current, *(folder.start["store"] for folder in ended)]
     for wanted in {json.dumps(store): store for store in stores}.values():
         folders = [one for one in ended if one.start["store"] == wanted]
@@ -232,7 +240,7 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to their store, and return the errors."""
+    """Copy run folders to the tracking store `wanted`, and return the errors."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
@@ -251,7 +259,10 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
 
 
 def _synced_state(root: Path, store: dict[str, str], ended: list[RunFolder]) -> str:
-    """Return the state that `sync` leaves; another text each time for a server, which may have lost runs."""
+    """Return a text that stays equal until `sync` has something to copy.
+
+    For a server, each call returns another text, because a server can lose runs without notice.
+    """
     lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
     copied = [(folder.path.name, copied_to(folder)) for folder in ended]
     address = f"{(root / 'mlflow.db').resolve().as_uri()}?mode=ro"
@@ -263,9 +274,9 @@ def _synced_state(root: Path, store: dict[str, str], ended: list[RunFolder]) -> 
 
 
 def _record_unrun(root: Path, current: dict[str, str]) -> bool:
-    """Log dvc.lock as a run in which DVC skipped every stage, as after `dvc pull` in a clone.
+    """If the store has no finished run of dvc.lock, log such a run, in which DVC skipped every stage.
 
-    Return whether the store has a finished run of dvc.lock, now or before.
+    Return whether the store has a finished run of dvc.lock at the end.
     """
     place, store = Folder(root), open_store(root, current)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()

@@ -1,8 +1,9 @@
-"""The run folder of one `dvc` process: its journals, and the outcome of each stage.
+"""Read the run folder of one `dvc` process: the journals of its stages, and the outcome of each stage.
 
-If DVC skips a stage or takes it from its run cache, no stage script runs and no journal exists. So the
-outcome comes from dvc.lock, after the `dvc` process has ended. The run gets the outputs of the stages that
-ran. It gets a skipped stage's outputs only if dvc.lock has them with the run's parameters, code and data.
+If DVC skips a stage, or takes the stage's outputs from its run cache, no stage script runs and no journal
+exists. So the outcome is read from dvc.lock after the `dvc` process has ended. The outputs of the stages that
+ran belong to the run. The outputs of a skipped stage belong to the run only if dvc.lock says that they were
+made from the run's parameters, code and data.
 """
 
 import csv
@@ -36,41 +37,41 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
-PIPELINE = "pipeline"  # the stage name of a journal that belongs to no stage
-AFTER = "after"  # the folder for the files that the `dvc` process left
+PIPELINE = "pipeline"  # instead of a stage's name, in a journal that belongs to no stage
+AFTER = "after"  # name of the folder with the project's files from after the `dvc` process
 OUTCOME = "outcome.json"
-OUTCOME_SECONDS = 30.0  # how long to wait for the commit of a DVC experiment
+OUTCOME_SECONDS = 30.0  # DVC must commit an experiment within this time after its last stage
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
 class Outcome(BaseModel):
-    """The outcome of a `dvc` process, saved as OUTCOME in the folder AFTER."""
+    """The outcome of a `dvc` process. It is saved as the file OUTCOME in the folder AFTER."""
 
-    status: str = "FINISHED"  # MLflow's run status
-    reason: str = ""  # why the run is incomplete
-    stages: dict[str, str] = {}  # ran, skipped or not reached
-    entries: dict[str, str] = {}  # hash of a stage's entry in dvc.lock, if the entry belongs to the run
+    status: str = "FINISHED"  # the run's status in MLflow
+    reason: str = ""  # why the run is incomplete, as a sentence
+    stages: dict[str, str] = {}  # by stage: `ran`, `skipped` or `not reached`, with details
+    entries: dict[str, str] = {}  # by stage: hash of its entry in dvc.lock; only entries of this run
 
 
 class RunFolder:
-    """The journals of one `dvc` process, or of one stage that was run by hand: see `tracking.journal`."""
+    """A run folder: the journals of one `dvc` process, or of one stage that a user started by hand."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parents[2]
         self.before, self.after = Folder(path / BEFORE), Folder(path / AFTER)
 
     def journals(self) -> list[JournalFile]:
-        """Return the journals that have a first line, oldest first."""
+        """Return all journals with a complete first line, the oldest journal first."""
         found = sorted(path.parent for path in self.path.glob(f"*/{JOURNAL}"))
         return [file for folder in found if (file := JournalFile(folder)).start]
 
     def stages(self) -> list[JournalFile]:
-        """Return the journals of stages."""
+        """Return the journals that belong to a stage, the oldest journal first."""
         return [file for file in self.journals() if file.start["stage"] != PIPELINE]
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """The first line of the first journal. With `pipeline` a `dvc` process ran the stages."""
+        """The first line of the oldest journal, with the key `pipeline` if a `dvc` process ran the stages."""
         return self.journals()[0].start
 
     @property
@@ -82,7 +83,7 @@ class RunFolder:
 
     @property
     def alive(self) -> bool:
-        """Whether the `dvc` process or a stage still runs, and may add lines."""
+        """Whether the `dvc` process or one of its stages still runs."""
         if "pipeline" in self.start and is_alive(self.start["pipeline"]):
             return True
         return not all(file.status for file in self.journals())
@@ -91,7 +92,7 @@ class RunFolder:
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
         """Lock the folder, so that only one process copies it. Yield whether this process has the lock.
 
-        With `wait`, wait until another process releases the lock, at most a minute after the runs' end.
+        With `wait`, wait until another process releases the lock.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -102,13 +103,13 @@ class RunFolder:
                 yield True
 
     def outcome(self) -> Outcome | None:
-        """Return the outcome of the `dvc` process; None if it is not saved yet, or its file is damaged."""
+        """Return the saved outcome of the `dvc` process, or None if the file is missing or damaged."""
         with suppress(UserError, ValueError):
             return Outcome.model_validate(read_json(self.after.root / OUTCOME))
         return None
 
     def keep_after(self) -> bool:
-        """Save the files of the `dvc` process if it has ended. Return whether all files are saved."""
+        """Save the project's files to AFTER if the `dvc` process has ended. Return whether they are saved."""
         if "pipeline" not in self.start or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
@@ -117,10 +118,11 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the place from which to read dvc.lock; None if DVC has not made an experiment's commit yet.
+        """Return the place with the dvc.lock of this run, or None if the run's commit does not exist yet.
 
-        DVC removes an experiment's temporary folder, or uses it for the next experiment. After `dvc repro`,
-        the next run may have started already: its `before/` folder has the files that this run left.
+        The place of an experiment is its commit, because DVC deletes or reuses an experiment's temporary
+        folder. The place of `dvc repro` is the work tree. But if a later run has started, dvc.lock may have
+        changed in the work tree. Then the place is the folder `before/` of the later run.
         """
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
@@ -138,22 +140,22 @@ class RunFolder:
         return Folder(Path(workspace))
 
     def _write_after(self, place: Place) -> None:
-        """Save the files of an ended `dvc` process to AFTER, before the next command changes them.
+        """Save the files that an ended `dvc` process left to AFTER, before the next command changes them.
 
-        AFTER has the new dvc.lock, the other files of `before/`, the list of installed packages, and the
-        run's reports and tables of per-document losses. OUTCOME says which stages belong to the run.
+        AFTER gets the new dvc.lock, the other files of `before/`, the list of installed packages, the reports
+        and tables of per-document losses that belong to the run, and OUTCOME.
         """
         cache, making = Cache(self.root), self.path / "after.tmp"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
-        if self.before.root.exists():  # a first stage that was killed at once has kept none
+        if self.before.root.exists():  # the folder is missing if the first stage was killed at once
             kept = shutil.ignore_patterns(LOCK)
-            shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)  # with file modes
+            shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)  # keeps modes
         if lock := place.read(LOCK):
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # `place` may be the next run's `before/`, which has no code: the work tree has it.
+        # Code is read from the work tree, because `place` may be the folder `before/` of a later run.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         try:
@@ -168,7 +170,7 @@ class RunFolder:
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return the run folders of a repository that have a journal, oldest first."""
+    """Return the run folders of a repository that have a journal, the oldest run folder first."""
     found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
     return [folder for folder in found if folder.journals()]
 
@@ -182,8 +184,9 @@ def find_outcome(
         place: the files after the `dvc` process: the work tree, or the commit of a DVC experiment.
         before: the files before the first stage.
         journals: the journals of the stages that ran.
-        command: the `dvc` command. If it names stages, the other stages need no results.
-        tree: the work tree, whose code and data the results must belong to; None for a commit.
+        command: the `dvc` command. If it names stages, the run is complete without the other stages.
+        tree: the work tree. Outputs belong to the run only if its code and data are those in dvc.lock.
+            None for a commit, which needs no such check.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -192,7 +195,7 @@ def find_outcome(
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
     found = Outcome()
-    for stage in chain.stages:  # in dvc.yaml, a stage comes after the stages that it depends on
+    for stage in chain.stages:  # dvc.yaml has each stage after all stages on which it depends
         entry = chain.entries.get(stage, {})
         found.stages[stage] = NOT_REACHED
         if stage in ran:
@@ -214,7 +217,7 @@ def find_outcome(
 
 
 def _is_recorded(file: JournalFile, entry: Entry) -> bool:
-    """Return whether the reports that a stage logged have the hashes in dvc.lock."""
+    """Return whether each report in a stage's journal has the hash that dvc.lock has for the report."""
     named = {Path(path).name: md5 for path, md5 in dvc_files.outs(entry).items()}
     logged = {path.name: dvc_files.md5_file(path) for path in (file.folder / "artifacts/reports").glob("*")}
     return all(named.get(name, md5) == md5 for name, md5 in logged.items())
@@ -223,7 +226,11 @@ def _is_recorded(file: JournalFile, entry: Entry) -> bool:
 def _is_current(
     entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry has these parameters, outputs of valid stages, and the tree's files."""
+    """Return whether a stage's entry in dvc.lock has these parameters and current dependencies.
+
+    A dependency is current if it is an output of a stage in `valid`, or a file of the work tree with the
+    recorded hash.
+    """
     wanted = dvc_files.entry_params(entry)
     if not entry or dvc_files.values_at(params, [*wanted]) != wanted:
         return False
@@ -232,20 +239,23 @@ def _is_current(
         inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # DVC commits only experiments that succeeded. In the work tree a missing file counts as changed.
+        # Without a tree, the place is a commit. DVC commits an experiment only if all its stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return the MD5 of each output that belongs to a run."""
+    """Return the MD5 of each output that belongs to a run, by path."""
     entries = dvc_files.read_chain(place).entries if found.entries else {}
     return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of valid stages that DVC skipped, read from their reports, as journal lines."""
+    """Yield the metrics of each skipped stage that belongs to the run, in the form of journal lines.
+
+    The metrics come from the reports in the folder `after`.
+    """
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
@@ -262,7 +272,11 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the SHA-256 of dvc.lock and of the weights as tags, and the token files for `Journal.inputs`."""
+    """Return tags and data sets of a pipeline's run.
+
+    The tags are the SHA-256 of dvc.lock and of the weights. The data sets are the token files, as
+    `Journal.inputs` logs them. `made` has the MD5 of each output of the run, by path.
+    """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
         if cache.has(md5) and (manifest := cache.files(md5).get(MANIFEST)):
@@ -274,7 +288,10 @@ def hashes(
 
 
 def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Return a run's description in Markdown. `links` has, for each stage, a link to the run that ran it."""
+    """Return the description of a pipeline's run in Markdown, with a table of its stages.
+
+    `links` has, by stage, a link to the run that made the stage's outputs.
+    """
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]
     for stage, text in found.stages.items():

@@ -1,4 +1,4 @@
-"""The compact model in MLflow: log each set of weights once, register the model that the gate promotes."""
+"""Log the compact model to MLflow, register it as the champion, and download a model from MLflow."""
 
 import os
 import shutil
@@ -15,17 +15,18 @@ from compactgpt.tracking.journal import DEFAULT_URI, MAX_DIGEST, tracking_store
 from compactgpt.tracking.store import Store, open_store, store_errors
 
 NAME = "compactgpt"
-CHAMPION = "champion"
+CHAMPION = "champion"  # alias of the model version that the gate promoted
 EXAMPLE = "The future of AI is"
-MAX_NEW_TOKENS = 64  # of one answer; half of the context if that is less
-PIPELINE_RUN = "pipeline_run"  # tag of a model version: id of the run with the reports and dvc.lock
+MAX_NEW_TOKENS = 64  # in one answer of a served model, or half of the block size if that is less
+PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of the pipeline's run
 
 
 def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
-    """Log the trained model of a pipeline's run, once for each set of weights, and return the model's id.
+    """Log the trained model of a pipeline's run and return the model's id.
 
-    `after` has the pipeline's files after its end; `weights` and `val` are the SHA-256 of the weights and of
-    the val split (empty if the run has none).
+    If MLflow has a model with the same weights, return the id of that model and log nothing. `after` has the
+    files that the pipeline left. `weights` is the SHA-256 of the weights, and `val` the SHA-256 of the val
+    split, or an empty string if the run has no val split.
     """
     from mlflow.entities import Metric
 
@@ -42,7 +43,10 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
 
 
 def _logged(store: Store, weights: str) -> str:
-    """Return the id of the logged model with these weights, or an empty string. Delete incomplete models."""
+    """Return the id of the logged model with these weights, or an empty string.
+
+    Delete models with these weights that were not logged completely.
+    """
     wanted = f"tags.weights_sha256 = '{weights}'"
     found = store.client.search_logged_models([store.experiment], filter_string=wanted)
     for model in found:
@@ -52,7 +56,7 @@ def _logged(store: Store, weights: str) -> str:
 
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
-    """Export a model to Hugging Face's format, log it to its run in MLflow, and return the model's id."""
+    """Convert the model of a run to Hugging Face's format, log it to MLflow, and return the model's id."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,9 +79,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             else f"# compactgpt\n\nSHA-256 of the weights: `{tags['weights_sha256']}`.\n"
         )
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
-        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults of a request
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults for requests
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # fails as a path with transformers 5.23
+            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails with a path (5.23)
             name="compact",
             task="text-generation",
             run_id=run_id,
@@ -102,8 +106,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights as the champion, and return its version number.
 
-    `reason` says why a model with another configuration may replace the champion. Raises MissingInput if
-    MLflow has no model with these weights, CheckFailed if the configuration differs and `reason` is empty.
+    `weights` is the SHA-256 of the weights. `reason` says why a model with another configuration may replace
+    the champion. Raises MissingInput if MLflow has no model with these weights, and CheckFailed if the
+    configuration differs and `reason` is empty.
     """
     import mlflow
 
@@ -111,7 +116,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        present_id = present.source.removeprefix("models:/")  # SQLite stores leave model_id empty
+        present_id = present.source.removeprefix("models:/")  # in SQLite, model_id is empty
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
     number = max((str(one.version) for one in known), key=int, default="")
@@ -136,8 +141,8 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 def download_model(uri: str, folder: Path) -> Path:
     """Download a model from MLflow, and return its folder in Hugging Face's format, with its tokenizer.
 
-    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`;
-    `folder` is an empty folder for the files. Raises MissingInput if MLflow has no such model.
+    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`. The
+    files are written to the empty folder `folder`. Raises MissingInput if MLflow has no model with this URI.
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():
@@ -160,7 +165,7 @@ def download_model(uri: str, folder: Path) -> Path:
 
 
 def champion(store: Store) -> Any:
-    """Return the model version with the alias `champion`, or None. Its tag PIPELINE_RUN names its run."""
+    """Return MLflow's model version with the alias `champion`, or None if there is no champion."""
     found = store.client.search_registered_models(f"name = '{NAME}'")
     if not found or CHAMPION not in found[0].aliases:
         return None

@@ -1,4 +1,4 @@
-"""Open MLflow's tracking store, write to its runs, and turn its errors into one-sentence messages."""
+"""Open a tracking store of MLflow, write to its runs, and turn its errors into one-sentence messages."""
 
 import fcntl
 import json
@@ -22,20 +22,20 @@ from compactgpt.tracking.journal import (
     without_password,
 )
 
-ARTIFACTS = "mlartifacts"
-SAMPLE_SECONDS = 5.0  # between system metrics
+ARTIFACTS = "mlartifacts"  # folder of the default store's artifacts
+SAMPLE_SECONDS = 5.0  # between two samples of the system metrics
 _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # No automatic retries: the server may have executed a request without an answer. The logger first checks
-    # what the store has, then tries again.
+    # No automatic retries: a server may execute a request and then fail to answer, and MLflow would repeat
+    # the request. Instead, the logger looks up what the store has before it tries again.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# The view that `?viewStateShareKey=pipelines` opens: only pipelines, with the loss curves first. MLflow
-# appends the other sections and charts.
+# The charts that MLflow shows at `?viewStateShareKey=pipelines`: only runs of pipelines, with the loss curves
+# first. MLflow adds the charts of all other metrics.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
@@ -62,30 +62,33 @@ EXPERIMENT_TAGS = {
 
 @dataclass(frozen=True)
 class Store:
-    """An open tracking store."""
+    """An open tracking store of MLflow, with one experiment."""
 
     client: Any  # an mlflow.MlflowClient
     experiment: str  # the experiment's id
-    identity: str  # changes if the store is deleted and created again
+    identity: str  # a text that changes if the store is deleted and created again
 
     def find(self, tag: str, value: str) -> str:
-        """Return the id of the newest run whose tag has this value; an empty string if no run has it."""
+        """Return the id of the newest run whose tag has this value, or an empty string if there is no run."""
         wanted, newest = f"tags.`{tag}` = '{value}'", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the id of the run whose tag has this value. Create the run if it is missing."""
+        """Return the id of the run whose tag has this value. Create the run if it does not exist.
+
+        `time_ms` is the start of a new run in milliseconds since 1970; `tags` are further tags.
+        """
         from mlflow.tracking.context.registry import resolve_tags
 
         if run_id := self.find(tag, value):
             return run_id
-        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # user, source type, commit
-        # `mlflow.start_run` takes no start time.
+        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # adds MLflow's tags: user, commit
+        # The client creates the run, because `mlflow.start_run` accepts no start time.
         return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
 
     def log(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log the parameters, metrics, tags and data sets of journal lines to a run."""
+        """Log the parameters, metrics, tags and data sets in the lines of a journal to a run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
         params, metrics, tags, inputs = [], [], [], []
@@ -107,13 +110,14 @@ class Store:
             self.client.log_inputs(run_id, inputs)
 
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
-        """Log the files of a folder to a run, under the artifact path `target`."""
+        """Log the files of a folder to a run. `target` is the artifact folder in MLflow."""
         self.client.log_artifacts(run_id, str(folder), target)
-        if (folder / DIFF).exists():  # again: `log_artifacts` drops file modes, `log_artifact` keeps them
+        if (folder / DIFF).exists():
+            # `log_artifacts` makes the file readable for all users. `log_artifact` keeps the file private.
             self.client.log_artifact(run_id, str(folder / DIFF), target)
 
     def start_monitor(self, run_id: str) -> Any:
-        """Start to log system metrics of this machine to a run, and return MLflow's monitor."""
+        """Start to log the system metrics of this machine to a run. Return MLflow's monitor."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         uri = self.client.tracking_uri
@@ -123,19 +127,20 @@ class Store:
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open a tracking store of a repository. Create the database and the experiment if they are missing.
+    """Open a tracking store. Create the SQLite database and the experiment if they are missing.
 
-    `wanted` is the store as `tracking_store` returns it; by default the store that the environment names.
-    Raises BadData if the SQLite database is damaged, Unreachable if the server fails or does not answer.
+    `root` is the repository. `wanted` names the store in the form that `tracking_store` returns; without
+    `wanted`, environment variables name the store. Raises BadData if the SQLite database is damaged, and
+    Unreachable if the server fails or does not answer.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ.pop("MLFLOW_RUN_ID", None)  # MLflow would log all runs to this run
+    os.environ.pop("MLFLOW_RUN_ID", None)  # else MLflow would log every run to this run
     for name in ("alembic", "mlflow.system_metrics"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = wanted["uri"]
-    if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # journals have no passwords
+    if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # `wanted` has no password
         uri = os.environ["MLFLOW_TRACKING_URI"]
     database = root.resolve() / uri.removeprefix(_SQLITE) if uri.startswith(_SQLITE) else None
     uri = f"{_SQLITE}{database}" if database else uri
@@ -143,14 +148,14 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not create one database
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not create the database at once
         environment = dict(os.environ)
         try:
             if database:
                 _check_database(database)
             mlflow.set_tracking_uri(uri)
             experiment = _set_experiment(wanted, database)
-        finally:  # MLflow's setters change environment variables, which journals read as the user's settings
+        finally:  # MLflow sets environment variables, which a journal would take for the user's settings
             os.environ.clear()
             os.environ.update(environment)
     identity = f"{experiment.experiment_id}@{experiment.creation_time}"
@@ -158,18 +163,21 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 
 def _check_database(path: Path) -> None:
-    """Raise sqlite3.DatabaseError if a database is damaged. Create an empty database if it is missing."""
+    """Raise sqlite3.DatabaseError if a database is damaged. If the file is missing, create the database."""
     is_new = not path.exists()
     with closing(sqlite3.connect(path)) as database:
         if is_new:
-            database.execute("pragma journal_mode=wal")  # readers and the writer do not wait for each other
+            database.execute("pragma journal_mode=wal")  # so that a reader never waits for a writer
         (found,) = database.execute("pragma quick_check(1)").fetchone()
     if found != "ok":
         raise sqlite3.DatabaseError(" ".join(found.split()))
 
 
 def _set_experiment(wanted: Mapping[str, str], database: Path | None) -> Any:
-    """Set MLflow's active experiment and return it. If a named experiment is missing, create it."""
+    """Return the experiment that `wanted` names, and make it MLflow's active experiment.
+
+    Create the experiment if the store has none with this name.
+    """
     import mlflow
 
     client, name = mlflow.MlflowClient(), wanted["experiment"]
@@ -177,7 +185,7 @@ def _set_experiment(wanted: Mapping[str, str], database: Path | None) -> Any:
         artifacts = str(database.parent / ARTIFACTS) if database else None
         client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
         if database:
-            # MLflow makes the path absolute. Then a copy of the repository would write into the original.
+            # MLflow saves an absolute path: a copied repository would write its artifacts into the original.
             with closing(sqlite3.connect(database, timeout=20)) as store, store:
                 store.execute(
                     "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
@@ -187,7 +195,10 @@ def _set_experiment(wanted: Mapping[str, str], database: Path | None) -> Any:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn errors of the server, MLflow or SQLAlchemy into one sentence with the address and the reason."""
+    """Turn an error of the server, MLflow or SQLAlchemy into a UserError with the store's address.
+
+    An error of the local disk, such as a full disk, stays as it is.
+    """
     try:
         yield
     except UserError:
@@ -200,7 +211,7 @@ def store_errors(uri: str) -> Iterator[None]:
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = without_password(str(found).strip().partition("\n")[0][:300]) or type(error).__name__
-        if type(first) is sqlite3.DatabaseError:  # subclasses, such as a locked database, mean no damage
+        if type(first) is sqlite3.DatabaseError:  # a subclass, such as OperationalError, means no damage
             name = uri.removeprefix(_SQLITE)
             raise BadData(
                 f"{name} is damaged ({reason}): move it away (`mv {name} {name}.old`); "
@@ -213,12 +224,15 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return the id of the run that wrote a stage's entry in dvc.lock, or a sentence why no id is known."""
+    """Return the id of the run that made the outputs of a stage in dvc.lock.
+
+    Return a sentence with the reason if no run is known.
+    """
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
-        return "no MLflow store here: `make repro` keeps one"
+        return "no MLflow store here: `make repro` creates mlflow.db"
     if tracking_store()["uri"] == DEFAULT_URI and not os.access(root, os.W_OK):
-        return "not looked up: SQLite writes next to mlflow.db, and this folder is read-only"
+        return "not looked up: SQLite must write next to mlflow.db, but this folder is read-only"
     entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
     with store_errors(tracking_store()["uri"]):
         run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
-    return f"{run_id} ({stage})" if run_id else f"no run in the store made what dvc.lock has of {stage}"
+    return f"{run_id} ({stage})" if run_id else f"no run in MLflow made the outputs of {stage} in dvc.lock"

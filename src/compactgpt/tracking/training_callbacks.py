@@ -1,4 +1,4 @@
-"""Callbacks that show the training's progress and log it to MLflow. They change no result."""
+"""Callbacks that show the progress of training and log it to MLflow. They change no result of training."""
 
 import time
 from collections.abc import Callable
@@ -21,22 +21,26 @@ from compactgpt.training.loss_curve import Row, divergence_warning, loss_csv
 from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
-SAMPLE_TOKENS = 40
+SAMPLE_TOKENS = 40  # number of new tokens in a sample text
 
 
 class TrainingCallbacks:
-    """Reports a training's progress to the user and to the tracker. Each process has its own instance."""
+    """Prints and logs the progress of training. Each training process has an instance of this class."""
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
-        """Start with an open stage, the tokenizer's folder (for samples), and the loss curve's file."""
+        """Print and log what is known before the first step.
+
+        `stage` is the open training stage, `tokenizer` the folder of the tokenizer, which sample texts need,
+        and `curve` the file for the loss curve.
+        """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.reported_at: float | None = None
-        self.warned: set[str] = set()  # tags of the warnings that were printed
+        self.reported_at: float | None = None  # seconds, time of the last losses
+        self.warned: set[str] = set()  # names of the warnings that were printed
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
-        self.expected: ExpectedLoss = expected_loss(self.params)  # logged before the first step
+        self.expected: ExpectedLoss = expected_loss(self.params)
         interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
         self.figures = {**dict.fromkeys(("loss", "tokens/s", "left", "of peak"), "-"), "expected": interval}
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
@@ -44,15 +48,15 @@ class TrainingCallbacks:
         if warning := warmup_warning(training):
             stage.print_message(warning)
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
-        if self.is_main_process:  # this assumes that each process is as fast as the main process
+        if self.is_main_process:  # only the main process measures, and all processes count as equally fast
             self.peak = processes * peak_flops(resolve_device(runtime.device), training.dtype)
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
-        """Return the functions that `trainer.train` calls."""
+        """Return the callbacks of this instance, and `should_stop`, for `trainer.train`."""
         return Callbacks(self.on_losses, self.on_row, self.on_step, self.on_warning, should_stop)
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
-        """Log the training loss, learning rate and speed of a list of (step, loss)."""
+        """Log training loss, learning rate and speed. `losses` has a pair (step, loss) for each new step."""
         now, training, speed = time.monotonic(), self.params.training, {}
         if self.is_main_process and self.reported_at is not None:
             tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
@@ -67,10 +71,13 @@ class TrainingCallbacks:
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
     def on_row(self, rows: list[Row]) -> None:
-        """Log the validation loss, write the loss curve, and warn once if training diverges or surprises."""
+        """Log the last val loss and write the loss curve. `rows` has all rows of the loss curve.
+
+        Warn once if training diverges, and once if the val loss is outside the expected interval.
+        """
         row, training = rows[-1], self.params.training
         self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
-        if self.is_main_process:  # the file is complete at each time, so `dvc plots show` can draw it
+        if self.is_main_process:  # during training, so that `dvc plots show` can draw the curve
             write_text(self.curve, loss_csv(rows))
         diverged = divergence_warning(rows, training, self.params.model.vocab_size)
         warning = diverged or expected_loss_warning(self.expected, row, training.max_steps)
@@ -81,7 +88,7 @@ class TrainingCallbacks:
             self.stage.tracker.tags({tag: warning})
 
     def on_step(self, step: int, model: GPT) -> None:
-        """Update the progress bar, and log a sample if one is due."""
+        """Update the progress bar. At every `runtime.sample_interval` steps, also log a sample text."""
         runtime = self.params.runtime
         self.progress_bar(step, self.params.training.max_steps, self.figures)
         if self.encoding and step % runtime.sample_interval == 0:
@@ -89,13 +96,13 @@ class TrainingCallbacks:
             self.stage.text(f"step-{step:08d}.txt", text, "samples")
 
     def on_warning(self, message: str) -> None:
-        """Print and log the warning that the number of processes has changed."""
+        """Print and log a warning of the trainer: that the number of processes has changed."""
         self.stage.print_message(message)
         self.stage.tracker.tags({"number_of_processes": message})
 
 
 def warmup_warning(training: Training) -> str | None:
-    """Return a warning if training ends before the learning rate reaches its peak, or None."""
+    """Return a warning if training ends before the learning rate reaches its peak, else None."""
     if training.warmup_steps < training.max_steps:
         return None
     reached = lr_multiplier(training, training.max_steps - 1)
@@ -107,7 +114,7 @@ def warmup_warning(training: Training) -> str | None:
 
 
 def describe_batch(params: Params, processes: int) -> str:
-    """Return a sentence: how a step's tokens are divided into processes, micro-batches and sequences."""
+    """Return a message that says how the tokens of a step are divided into sequences and processes."""
     training, block_size = params.training, params.model.block_size
     micro_batches = training.tokens_per_step // block_size // training.micro_batch_size // processes
     named = "process" if processes == 1 else "processes"
@@ -119,15 +126,18 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> str | None:
-    """Return a warning if the loss is outside the 95 % interval of the expected final loss, or None."""
+    """Return a warning if the val loss is outside the 95 % interval of the expected final loss, else None.
+
+    Only the last step can be above the interval, because the val loss falls during training.
+    """
     where = f"val loss {row.val_loss:.3f} at step {row.step:,} of {max_steps:,}"
     interval = (
         f"the 95 % interval expected of the final loss, {expected.low_95:.3f} to {expected.high_95:.3f}"
     )
-    if row.val_loss < expected.low_95:  # at every step: the final loss will be lower still
+    if row.val_loss < expected.low_95:  # no step may be below, because the loss falls during training
         return (
             f"{where} is already below {interval}: better than any run that the estimate knows, or text "
-            "of val among the training text"
+            "of the val split is in the train split"
         )
     if row.val_loss > expected.high_95 and row.step == max_steps:
         return (
@@ -138,7 +148,7 @@ def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> s
 
 
 def peak_flops(device: str, dtype: str) -> float:
-    """Return the floating-point operations per second of this device, measured with large matrix products."""
+    """Measure and return the floating-point operations per second of a device in large matrix products."""
     size = 8192 if device == "cuda" else 1024
     set_precision(dtype)
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -154,7 +164,7 @@ def peak_flops(device: str, dtype: str) -> float:
 
 @torch.no_grad()
 def sample_text(model: GPT, encoding: Encoding, prompt: str) -> str:
-    """Return the prompt and its greedy continuation. The random state does not change."""
+    """Return the prompt with the most likely next tokens. The function does not change the random state."""
     model.eval()
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     start, block_size = len(tokens), model.shape.block_size
