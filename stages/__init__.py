@@ -1,1 +1,1 @@
-"""One typer script per DVC stage, run as `python -m stages.X` from the repository folder."""
+"""The scripts of the DVC stages. `python -m stages.training` in the repository folder runs one stage."""

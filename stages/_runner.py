@@ -1,7 +1,7 @@
 """Code that all stage scripts share.
 
-It reads params.yaml, locks the stage, opens a run, shows progress and writes the report. It turns a user's
-mistake into a one-sentence message and an exit code.
+A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens a run. A
+user's mistake becomes a one-sentence message and an exit code.
 """
 
 import ctypes
@@ -31,43 +31,47 @@ from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, StageDefinition, params_sha256
 from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_facts, state_folder
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="The parameters of the run.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="File with the parameters of all stages.")]
 TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
-# The splits that each stage reads, and MLflow's context of each split.
+# By stage: the splits that the stage reads, and what MLflow shows as the use of each split.
 ON_TOKENS: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
-LARGE = ("corpus", "data", "models")  # folders that can have gigabytes
-ESTIMATED_ON = "two-cpu-cores"  # the machine of reports/estimate.json whose time stands for this machine
+LARGE = ("corpus", "data", "models")  # folders whose files are too large to hash in each stage
+ESTIMATED_ON = "two-cpu-cores"  # the machine in reports/estimate.json whose time is used for this machine
 
 
 def new_app() -> typer.Typer:
-    """Return a Typer app with the project's settings."""
+    """Return the Typer app of a stage script."""
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def matrix_item() -> str:
-    """Return the item of the matrix stage that DVC runs: the part of the stage's name after `@`.
+    """Return the part after `@` in the name of the stage that DVC runs: `xz` for the stage `baseline@xz`.
 
-    DVC sets the name in the environment. So no value of params.yaml becomes part of a shell command.
+    DVC sets DVC_STAGE to the stage's name. The environment is safer than a shell command, in which a name in
+    params.yaml could contain a command.
     """
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An open stage: its parameters, its tracker, and methods that report to the user."""
+    """An open stage: its parameters, its tracker, and methods that print and log."""
 
-    name: str  # of a matrix stage with the item: `baseline@xz`
-    params: Params
+    name: str  # as in dvc.lock, such as `training` or `baseline@xz`
+    params: Params  # all sections of params.yaml
     tracker: Journal | NullTracker
-    params_sha256: str = ""  # of the stage's parameters, as dvc.lock has them
+    params_sha256: str = ""  # hash of the parameters on which the stage depends; empty outside of dvc.yaml
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
-        """Return a progress bar with this unit, such as `steps`. Only the main process draws it."""
+        """Return a progress bar that counts in `unit`, such as `steps`, after the name `what`.
+
+        By default `what` is the stage's name. Only the main process shows a progress bar.
+        """
         return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
 
     def print_message(self, message: str) -> None:
@@ -76,14 +80,17 @@ class Stage:
             report(f"{self.name.partition('@')[0]}: {message}")
 
     def text(self, name: str, content: str, folder: str) -> None:
-        """Log a short string as a text file."""
+        """Log `content` as a text file with this name. `folder` is the folder in MLflow."""
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
             path = Path(scratch) / name
             path.write_text(content, encoding="utf-8")
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write the stage's report with the hash of its parameters, and log the file and its metrics."""
+        """Write a report of the stage to `path`, with the hash of the stage's parameters.
+
+        Then log the file and its main metrics.
+        """
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):
@@ -91,7 +98,7 @@ class Stage:
         self.tracker.artifact(path, "reports")
 
     def data_docs(self, folder: Path) -> None:
-        """Log the Data Docs of Great Expectations, and print the path of their index page."""
+        """Log a folder of Data Docs, the HTML pages of Great Expectations, and print their path."""
         self.tracker.artifact(folder, "data_docs")
         self.print_message(f"Data Docs: {folder / 'index.html'}")
 
@@ -106,10 +113,10 @@ def open_stage(
     *,
     held: bool = False,
 ) -> Iterator[Stage]:
-    """Open a stage for a `with` block: lock it, open its run, and close the run at the end.
+    """Open a stage for a `with` block: lock the stage, open its run, and close the run after the block.
 
-    `logged` has the sections of params.yaml to log, `item` the item of a matrix stage. With `held`, the
-    tracker writes nothing before `begin`, because the stage may resume an interrupted run.
+    `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`. With
+    `held`, the tracker writes nothing before `begin`, because the stage may resume an interrupted run.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -123,10 +130,8 @@ def open_stage(
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, StageDefinition([], [], []))
-            hashed, inputs = (
-                _read_params(definition),
-                _read_inputs(definition),
-            )  # before params.yaml is checked
+            # Before the check of params.yaml, so that a change of the file during the check is noticed.
+            hashed, inputs = _read_params(definition), _read_inputs(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
                 report(_describe_position([*stages], full_name))
@@ -146,14 +151,15 @@ def open_stage(
 
 
 def _read_params(definition: StageDefinition) -> dict[str, Any]:
-    """Return a stage's parameters by the keys that dvc.yaml names, as DVC writes them to dvc.lock."""
+    """Return the parameters that dvc.yaml names for a stage, by dotted key, as in dvc.lock."""
     return dvc_files.values_at(dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS), definition.params)
 
 
 def _read_inputs(definition: StageDefinition) -> dict[str, Any]:
-    """Return a stage's parameters by dotted key, and the state of its dependencies by path.
+    """Return a stage's parameters by dotted key, and the states of its dependencies by path.
 
-    The state is the MD5 of code or a report, and the size and time of each file of data.
+    The state of code or a report is its MD5. The state of a folder in LARGE is a set with the path, size and
+    modification time of each file.
     """
     states: dict[str, Any] = {}
     for name in definition.deps if "DVC_STAGE" in os.environ else []:
@@ -163,7 +169,7 @@ def _read_inputs(definition: StageDefinition) -> dict[str, Any]:
             continue
         states[name] = set()
         for file in [path, *path.rglob("*")]:
-            with suppress(OSError):  # a link to no file or to itself, or a file that was just deleted
+            with suppress(OSError):  # a broken link, or a file that was just deleted
                 if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
                     states[name].add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
     return flatten(_read_params(definition)) | states
@@ -172,8 +178,8 @@ def _read_inputs(definition: StageDefinition) -> dict[str, Any]:
 def _require_unchanged(stage: str, definition: StageDefinition, inputs: Mapping[str, Any]) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
 
-    DVC hashes both after a stage's command, and would record values that the stage did not use
-    (treeverse/dvc#11058).
+    DVC reads parameters and dependencies after the stage's command, and would write values to dvc.lock that
+    the stage did not use (treeverse/dvc#11058).
     """
     changed, now = [], _read_inputs(definition)
     for key in {**inputs, **now}:
@@ -193,10 +199,13 @@ def _seconds_file(stage: str) -> Path:
 
 
 def _describe_position(stages: list[str], stage: str) -> str:
-    """Return the number of a stage, and how long it and all later stages took in their last runs here."""
+    """Return a message with the stage's number and the minutes that are left.
+
+    The time is the sum of the last times of this stage and all later stages on this machine.
+    """
     position, seconds = stages.index(stage), 0.0
     for one in stages[position:]:
-        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # unknown, or a damaged file
+        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # damaged file
             if _seconds_file(one).exists():
                 seconds += float(_seconds_file(one).read_text())
             elif one == "training":
@@ -232,16 +241,17 @@ def _start_run(
 
 
 def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
-    """Start a stage script's module in the processes of training.launcher, and exit with their exit code.
+    """Start a stage script in as many processes as params.yaml says, and exit with their exit code.
 
-    `options` are the stage script's. Return at once for one process, or if torchrun started this process.
+    `module` is the stage script's module and `options` its command-line options. If training.launcher has one
+    process, or if torchrun started this process, return at once.
     """
     with handle_user_errors():
         check_environment()
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
-        from compactgpt.training.distributed import launch  # imports torch
+        from compactgpt.training.distributed import launch  # here, because this imports torch
 
         _die_with_parent()
         words = [f"--{name}={value}" for name, value in options.items()]
@@ -252,7 +262,7 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Exit cleanly on SIGTERM. Ignore SIGTERM after the stage, when Python would print a traceback."""
+    """Exit with code 143 on SIGTERM. After the block, ignore SIGTERM: Python would print a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -261,15 +271,21 @@ def _stoppable() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """On Linux, exit if the parent (`dvc` or torchrun) is killed, so that no two processes train at once."""
+    """On Linux, make this process end if `dvc` or torchrun, its parent process, is killed.
+
+    Otherwise it would still train when the user starts `dvc repro` again.
+    """
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        set_death_signal = 1  # PR_SET_PDEATHSIG in the manual page prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 @contextmanager
 def _only_one(name: str) -> Iterator[None]:
-    """Hold the stage's lock, so that two processes never write to one folder. Raise Busy if it is held."""
+    """Lock a stage for a `with` block, so that two processes never write to one folder.
+
+    Raise Busy if another process has locked the stage.
+    """
     path = state_folder() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:

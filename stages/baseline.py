@@ -1,4 +1,4 @@
-"""Stage script: evaluate one baseline on the val split. Reads data/tokens/."""
+"""Stage `baseline`: evaluate one baseline on the val split; write a report and per-document losses."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,12 +16,12 @@ def main(
     name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
     tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
-    totals: Annotated[Path, typer.Option(help="The folder for per-document losses.")] = Path("data/baseline"),
-    reports: Annotated[Path, typer.Option(help="The folder for reports.")] = Path("reports/baseline"),
+    totals: Annotated[Path, typer.Option(help="Folder for per-document losses.")] = Path("data/baseline"),
+    reports: Annotated[Path, typer.Option(help="Folder for reports.")] = Path("reports/baseline"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Score one baseline on the val split. A neural baseline also generates text and runs the tasks."""
+    """Evaluate one baseline on the val split. A neural baseline also generates text and runs the tasks."""
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import BaselineInputs, load_baseline

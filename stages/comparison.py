@@ -1,4 +1,4 @@
-"""Stage comparison: judge the claims, then write reports/evidence.json and the files rendered from it."""
+"""Stage `comparison`: judge the claims; write the record (reports/evidence.json), tables and pages."""
 
 import shutil
 from pathlib import Path
@@ -10,8 +10,8 @@ from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
-SHOWN_SECTIONS = 5
-LEAST_WIDTH = 140  # columns; in a narrower terminal, rich would cut off numbers
+SHOWN_SECTIONS = 5  # of reports/comparison.md, counted from its beginning
+LEAST_WIDTH = 140  # characters in a line; with fewer characters, rich cuts off numbers
 
 
 @app.command()
@@ -23,7 +23,7 @@ def main(
     ] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Judge the note's claims, and write the record, tables, plots, HTML page and model card to reports/."""
+    """Judge the claims of the note, and write the record, tables, plots, page and model card to reports/."""
     tracker = "none" if show or quote else tracker
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:

@@ -1,4 +1,4 @@
-"""Stage `download`: write data/documents/, data/tokenizer/ and reports/download.json."""
+"""Stage `download`: read the corpus; write document shards, the tokenizer and a report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +13,13 @@ app = new_app()
 
 @app.command()
 def main(
-    documents: Annotated[Path, typer.Option(help="Shard folder to write.")] = Path("data/documents"),
-    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder to write.")] = Path("data/tokenizer"),
+    documents: Annotated[Path, typer.Option(help="Folder for document shards.")] = Path("data/documents"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder for the tokenizer.")] = Path("data/tokenizer"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/download.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Download the corpus and the tokenizer, and write both folders."""
+    """Read the corpus, download the tokenizer, and write both to data/."""
     from compactgpt.data.inputs import require_corpus
     from compactgpt.data.sources import collect, corpus_name, download_tokenizer, limits_of, open_corpus
 
@@ -27,7 +27,7 @@ def main(
         params, state, log = stage.params.download, state_folder(), stage.print_message
         if params.reads_folder:
             require_corpus(state.parent)
-        # Tokenizer first: it is small, so a missing network is reported at once.
+        # The tokenizer is small. It comes first, so that the user sees at once if there is no network.
         tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")
         progress = stage.progress("texts" if params.corpus == "hub" else "files")
         corpus = open_corpus(params, Path(), stage.params.runtime.num_workers, progress, log)

@@ -1,4 +1,4 @@
-"""Stage script `estimate`: check the inputs, and write reports/estimate.json and data/inputs.json."""
+"""Stage `estimate`: check the inputs of all stages; write the estimate of size, time and loss."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def main(
     ),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the inputs of all stages, and estimate the run's size, time and loss before it starts."""
+    """Check the inputs of all stages, and estimate size, time and loss of the training before it starts."""
     from compactgpt.data.inputs import check_dependencies
     from compactgpt.forecast.estimate import estimate
     from compactgpt.forecast.sweep import read_sweep
@@ -31,7 +31,7 @@ def main(
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:
         check_dependencies(Path())
-        # All other stages depend on this file, so its content must never change.
+        # All other stages depend on this file. If its content changed, DVC would run all stages again.
         write_json(checked, {"checked": ["params.yaml", "files of the dependencies"]})
         stage.report(report, estimate(stage.params, read_sweep(ladder)))
 

@@ -1,4 +1,4 @@
-"""Stage script: evaluate our model on the val split. Reads models/compact/ and data/tokens/."""
+"""Stage `evaluation`: evaluate the trained model on the val split; write reports and per-document losses."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,17 +12,17 @@ app = new_app()
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="The checkpoint's folder.")] = Path("models/compact"),
+    model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = Path("models/compact"),
     tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
-    totals: Annotated[Path, typer.Option(help="The file for per-document losses.")] = Path(
+    totals: Annotated[Path, typer.Option(help="File to write per-document losses to.")] = Path(
         "data/evaluation/compact.parquet"
     ),
-    reports: Annotated[Path, typer.Option(help="The folder for reports.")] = Path("reports"),
+    reports: Annotated[Path, typer.Option(help="Folder for reports.")] = Path("reports"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Score our model on the val split, generate text and run the tasks."""
+    """Evaluate the trained model on the val split, generate text and run the tasks."""
     from compactgpt.common.device import prepare_process, resolve_device
     from compactgpt.common.storage import write_json, write_text
     from compactgpt.data.token_files import open_tokens
@@ -44,7 +44,7 @@ def main(
         found = evaluate(compact, split, encoding, likelihood, windows)
         write_totals(totals, found)
         text = generate_texts(compact, split, encoding, settings.text, texts)
-        samples = {key: text.pop(key) for key in ("settings", "samples")}  # these two keys go to other files
+        samples = {key: text.pop(key) for key in ("settings", "samples")}  # they get their own report
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}

@@ -1,4 +1,4 @@
-"""Stage `inspection`: check the token files; write two JSON reports and Data Docs."""
+"""Stage `inspection`: check the token files; write a report and Data Docs (HTML pages)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,17 +12,17 @@ app = new_app()
 
 @app.command()
 def main(
-    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
-    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
+    documents: Annotated[Path, typer.Option(help="Folder of the document shards.")] = Path("data/documents"),
+    tokens: Annotated[Path, typer.Option(help="Folder of the token files.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/inspection.json"),
     pass_file: Annotated[Path, typer.Option(help="File to write if all checks pass.")] = Path(
         "data/inspection.json"
     ),
-    docs: Annotated[Path, typer.Option(help="Data Docs folder to write.")] = Path("data/data_docs/tokens"),
+    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/tokens"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the token files. The report is written before a failed expectation stops the pipeline."""
+    """Check the token files and write a report. Then stop the pipeline if an expectation failed."""
     from compactgpt.common.storage import write_json
     from compactgpt.data.inspection import inspect, passed, uncompared
     from compactgpt.data.validation import require_success

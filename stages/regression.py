@@ -1,6 +1,7 @@
-"""Run the gate, as `compactgpt gate` does. The gate is not a DVC stage.
+"""Run the gate, as the command `compactgpt gate` does.
 
-DVC does not write a failed stage to dvc.lock, so it would run a failed gate again at every `dvc repro`.
+The gate is no DVC stage: DVC keeps no result of a failed stage, so every `dvc repro` would run a failed gate
+again.
 """
 
 import sys

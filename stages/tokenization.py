@@ -1,4 +1,4 @@
-"""Stage `tokenization`: encode data/documents/ with data/tokenizer/; write data/tokens/."""
+"""Stage `tokenization`: encode the documents; write the token files of the train split and the val split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,14 +13,14 @@ app = new_app()
 
 @app.command()
 def main(
-    documents: Annotated[Path, typer.Option(help="Folder of document shards.")] = Path("data/documents"),
+    documents: Annotated[Path, typer.Option(help="Folder of the document shards.")] = Path("data/documents"),
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    tokens: Annotated[Path, typer.Option(help="Folder of token files to write.")] = Path("data/tokens"),
+    tokens: Annotated[Path, typer.Option(help="Folder for token files.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/tokenization.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Encode the documents and write the token files of train and val."""
+    """Encode the documents, and write the token files of the train split and the val split."""
     from compactgpt.data.tokenization import tokenize
 
     with open_stage("tokenization", params_file, tracker, ("tokenization",)) as stage:

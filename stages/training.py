@@ -1,4 +1,4 @@
-"""Stage script `training`: train the model on the token files; write model, loss curve and report."""
+"""Stage `training`: train the model on the token files; write the model, its loss curve and a report."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +15,11 @@ app = new_app()
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    tokens: Annotated[Path, typer.Option(help="Folder of token files.")] = Path("data/tokens"),
-    model: Annotated[Path, typer.Option(help="Folder to write the model to.")] = Path("models/compact"),
+    tokens: Annotated[Path, typer.Option(help="Folder of the token files.")] = Path("data/tokens"),
+    model: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("models/compact"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/training.json"),
-    curve: Annotated[Path, typer.Option(help="Loss curve to write.")] = Path("reports/loss.csv"),
-    tokenizer: Annotated[Path, typer.Option(help="Tokenizer to print samples with.")] = Path(
+    curve: Annotated[Path, typer.Option(help="Loss curve to write (CSV).")] = Path("reports/loss.csv"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer, for sample texts.")] = Path(
         "data/tokenizer"
     ),
     tracker: TrackerName = "mlflow",
@@ -29,7 +29,7 @@ def main(
     start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # These modules import torch, which must not happen before the number of threads is set.
+        # These modules import torch. The number of threads must be set before the import.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs, remove_states
