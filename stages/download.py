@@ -25,7 +25,8 @@ def main(
 
     with open_stage("download", params_file, tracker, ("download",)) as stage:
         params, state, log = stage.params.download, state_folder(), stage.print_message
-        if params.reads_folder:
+        local_copy = params.hub.sets[params.hub.name].file
+        if params.corpus == "files" or (params.corpus == "hub" and local_copy is not None):
             require_corpus(state.parent)
         # The tokenizer is small. It comes first, so that the user sees at once if there is no network.
         tokenizer_facts = download_tokenizer(params.tokenizer, tokenizer, state / "wheels")

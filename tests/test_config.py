@@ -48,7 +48,7 @@ def message_of(tree) -> str:
         ("training.optimizer", "sgd", "training.optimizer: found \"sgd\"; input should be 'adamw' or 'muon'"),
         ("model", [], "model: Input should be an object"),
         ("download.docstrings.distributions", {"a/b": "1"}, 'distributions.a/b: found "a/b"; a name has'),
-        ("download.hub.sets.wikitext-103.opens_document", "(", "is not a valid regular expression"),
+        ("download.hub.sets.wikitext-103.opens_document", "(", "should be a valid regular expression"),
         # rules between several keys
         (
             "evaluation.text.prompts",

@@ -206,6 +206,7 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     assert done.exit_code == Unreachable.exit_code
     assert done.output.startswith("error: the hub can't be reached for karpathy/tiny_shakespeare ")
     assert "bring the text: curl -fLo corpus/input.txt https://raw.githubusercontent.com/" in done.output
+    assert "or cp YOUR_COPY corpus/input.txt (if you have the file)" in done.output
     assert done.output.count("\n") == 1
     assert params_file.read_text() == TEXT
     assert not words_of_dvc.exists()

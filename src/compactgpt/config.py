@@ -1,8 +1,4 @@
-"""The sections of params.yaml as immutable typed objects.
-
-A stage script reads params.yaml once, when it starts, and passes these objects to the functions that it
-calls. The comments in params.yaml explain each value and its unit.
-"""
+"""The sections of params.yaml as immutable typed objects. Its comments explain each value and its unit."""
 
 import os
 import re
@@ -32,25 +28,14 @@ SCRATCH = "scratch"  # the value of training.init_from for a model that starts f
 
 
 def _check_glob(pattern: str) -> str:
-    kinds = "|".join(kind[1:] for kind in FILE_KINDS)
+    kinds = "|".join(FILE_KINDS).replace(".", "")
     if not re.fullmatch(rf"(?i)[^/\\:~][^\\:]*(/\*\*|\.({kinds})(\.gz|\.zst)?)", pattern):
-        raise ValueError(
-            "a pattern is a path inside the project, and ends in /** (every kind of text file) or in "
-            f"{', '.join(FILE_KINDS)}, also with .gz or .zst"
-        )
-    return pattern
-
-
-def _check_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"is not a valid regular expression ({error})") from error
+        allowed = f"/** (every kind of text file) or in {', '.join(FILE_KINDS)}, also with .gz or .zst"
+        raise ValueError(f"a pattern is a path inside the project, and ends in {allowed}")
     return pattern
 
 
 FileGlob = Annotated[str, AfterValidator(_check_glob)]
-Regex = Annotated[NonEmpty, AfterValidator(_check_regex)]
 
 
 class Runtime(Section):
@@ -71,9 +56,8 @@ class Lengths(Section):
     max_characters: PositiveInt
 
     def _mistakes(self) -> Iterator[str]:
-        low, high = self.min_characters, self.max_characters
-        if high < low:
-            yield f"max_characters ({high}) must be at least min_characters ({low})"
+        if (high := self.max_characters) < self.min_characters:
+            yield f"max_characters ({high}) must be at least min_characters ({self.min_characters})"
 
 
 class Docstrings(Lengths):
@@ -90,7 +74,7 @@ class Files(Section):
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
     text_column: NonEmpty
     split: Literal["auto", "blank-lines", "lines", "heading", "size", "none"]
-    heading: Regex | None
+    heading: re.Pattern[str] | None
     split_characters: PositiveInt
     split_over_characters: PositiveInt
     max_decompressed_megabytes: PositiveInt
@@ -112,7 +96,7 @@ class HubSet(Section):
     revision: HubCommit | Literal["refs/convert/parquet"] | None
     licence: str
     sha256: Sha256 | None = None
-    opens_document: Regex | None = None
+    opens_document: re.Pattern[str] | None = None
     separator: NonEmpty | None = None
     join_characters: PositiveInt | None = None
     file: UserPath | None = None
@@ -164,12 +148,6 @@ class Download(Section):
     files: Files
     hub: HubCorpus
     tokenizer: Tokenizer
-
-    @property
-    def reads_folder(self) -> bool:
-        """Whether the text may come from the folder corpus/."""
-        copy = self.hub.sets[self.hub.name].file
-        return self.corpus == "files" or (self.corpus == "hub" and copy is not None)
 
 
 class Validation(Lengths):
@@ -231,9 +209,8 @@ class Model(Section):
     def _mistakes(self) -> Iterator[str]:
         if self.n_embd % self.n_head:
             yield f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})"
-        real, padded = self.vocab_size, self.padded_vocab_size
-        if padded < real:
-            yield f"padded_vocab_size ({padded}) must be at least vocab_size ({real})"
+        if (padded := self.padded_vocab_size) < self.vocab_size:
+            yield f"padded_vocab_size ({padded}) must be at least vocab_size ({self.vocab_size})"
 
 
 class Launcher(Section):
@@ -285,10 +262,10 @@ class Training(Section):
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            yield (
-                f"init_sha256 ({self.init_sha256 or 'empty'}) must be the hash of the folder init_from "
-                f"({self.init_from}), and empty for {SCRATCH}; with 64 zeros the stage prints the hash"
+            rule = (
+                f"empty for {SCRATCH}, else the hash of the folder; with 64 zeros the stage prints the hash"
             )
+            yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
 class Likelihood(Section):
@@ -296,7 +273,9 @@ class Likelihood(Section):
 
     document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
     window: PositiveInt
-    views: tuple[View, ...] = ()  # of every neural model, in addition to the matched windows
+    views: tuple[
+        Literal["own", "strided"], ...
+    ] = ()  # of every neural model, in addition to the matched windows
     batch_size: PositiveInt
     own_context: PositiveInt
     stride_share: PositiveShare
@@ -368,8 +347,7 @@ class Compressor(Section):
     train_megabytes: NonNegativeInt
 
     def _mistakes(self) -> Iterator[str]:
-        highest = {"xz": 9, "zstd": 22}[self.codec]
-        if self.level > highest:
+        if self.level > (highest := {"xz": 9, "zstd": 22}[self.codec]):
             yield f"level ({self.level}) must be at most {highest} for {self.codec}"
         if self.codec == "xz" and self.train_megabytes:
             yield "train_megabytes must be 0 for xz, which takes no dictionary; zstd does"
@@ -516,23 +494,18 @@ class Params(Section):
     regression: Regression
 
     def _mistakes(self) -> Iterator[str]:
-        processes = self.training.launcher.processes
-        unit = self.training.micro_batch_size * self.model.block_size * processes
-        if self.training.tokens_per_step % unit:
-            yield (
-                f"training.tokens_per_step ({self.training.tokens_per_step}) must be a multiple of "
-                f"training.micro_batch_size x model.block_size x training.launcher.processes ({unit})"
-            )
+        training, longest = self.training, self.model.block_size
+        unit = training.micro_batch_size * longest * training.launcher.processes
+        if (step := training.tokens_per_step) % unit:
+            factors = "training.micro_batch_size x model.block_size x training.launcher.processes"
+            yield f"training.tokens_per_step ({step}) must be a multiple of {factors} ({unit})"
         if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
             yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
-                yield (
-                    f"download.files.patterns: found {pattern}, must begin with corpus/, which DVC watches: "
-                    "`dvc add PATH -o corpus/NAME` brings a file or a folder there"
-                )
-        window, longest = self.evaluation.likelihood.window, self.model.block_size
-        if window > longest:
+                rule = "must begin with corpus/, which DVC watches: `dvc add PATH -o corpus/NAME` copies it"
+                yield f"download.files.patterns: found {pattern}, {rule}"
+        if (window := self.evaluation.likelihood.window) > longest:
             yield f"evaluation.likelihood.window ({window}) must be at most model.block_size ({longest})"
 
 

@@ -70,9 +70,9 @@ def format_report(found: Mapping[str, Any]) -> str:
             times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
     groups = {
         "this machine": found["machine"],
-        "baselines in baseline.names": found["baselines"],
-        "other baselines": found["other_baselines"],
-        "time on this processor at the speed above": times,
+        "models to compare with (baseline.names in params.yaml)": found["baselines"],
+        "other models that baseline.names may list": found["other_baselines"],
+        "estimated time without a GPU, at the speed above": times,
     }
     lines = []
     for title, rows in groups.items():
@@ -132,7 +132,7 @@ def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
             return "ready: in the hub's cache"
         if hub_answers:
             return "can be downloaded from the hub"
-        return "needs the hub; or a copy of its files: {kind: folder, path: /a/folder}"
+        return "needs the hub; or a copy: its entry in baseline.specs is then {kind: folder, path: /a/folder}"
     if isinstance(spec, Gguf):
         if (state_folder() / "wheels" / spec.sha256).is_file():
             return "ready: downloaded"

@@ -218,10 +218,11 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     about, ways = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.ways))
     copies = f"; {sample.copies:,} copies are left out" if sample.copies else ""
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
+    measured = f"about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}"
     return values | training | _evaluation(params, sample.tokens, val_documents), [
         f"found {about}{documents:,} documents{f' by {ways}' if ways else ''}{copies}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
-        f"val ({split}): about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}",
+        f"held out for measurement (val, {split}): {measured}",
         time,
     ]
 

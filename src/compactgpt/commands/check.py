@@ -24,6 +24,7 @@ def trace(
 ) -> None:
     """Show where a number comes from: its report, stage, inputs, git commit and MLflow run.
 
+    Prints a line for each of these. Writes no file.
     Example: compactgpt trace compact.loss
     """
     from compactgpt.common.storage import read_json
@@ -45,7 +46,11 @@ def trace(
 
 @app.command()
 def verify(as_json: AsJson = False) -> None:
-    """Compare every file with dvc.lock, and compute every reported number again (exit code 3: differs)."""
+    """Compare every file with dvc.lock, and compute every reported number again.
+
+    Prints each difference, and ends with exit code 3 if there is one. Writes no file.
+    Example: compactgpt verify
+    """
     from compactgpt.reporting.verify import verify as verify_project
 
     found = verify_project(Path())
@@ -62,6 +67,7 @@ def diff(
 ) -> None:
     """Compare the parameters, data, code, environment and metrics of two versions.
 
+    Prints each difference, and whether the difference of a metric may be random. Writes no file.
     Example: compactgpt diff HEAD~1 workspace
     """
     from compactgpt.tracking import compare_runs
@@ -81,8 +87,10 @@ def gate(
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Check that the model is not worse than an accepted model (exit code 3: the model is worse).
+    """Check that the model is not worse than an accepted model.
 
+    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. Writes only the file
+    of --against with --accept, and those of --markdown and --junit.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params
@@ -119,6 +127,7 @@ def reproduce(
 ) -> None:
     """Run a version again in a temporary checkout, and compare the hash of every output.
 
+    Prints the comparison, and ends with exit code 3 if a hash differs. Writes no file in this folder.
     Example: compactgpt reproduce HEAD --check
     """
     from compactgpt.tracking import reproduce as tracking

@@ -1,5 +1,6 @@
 """Commands that use the trained model."""
 
+import io
 import json
 import sys
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
+PIECE = 1000  # characters; a single text of at least five times as many is cut into documents
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 AnyTokenizer = Annotated[
@@ -48,6 +50,7 @@ def generate(
 ) -> None:
     """Continue a text with the trained model.
 
+    Prints the prompt and the new text as the model generates them. Writes no file.
     Example: compactgpt generate "The future of AI is" --num-samples 3
     """
     from compactgpt.api import load
@@ -129,17 +132,22 @@ def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[
 def evaluate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; `-`: standard input.")],
     model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; can be repeated.")] = [MODEL],  # noqa: B006 (typer copies it)
+    whole: Annotated[bool, typer.Option("--whole", help="Score a single file as one document.")] = False,
     tokenizer: AnyTokenizer = None,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Measure how well models predict a text: nats per token, perplexity and bits per byte.
 
+    Prints a line per model, with 95 % intervals over documents: the files, or the pieces of a single long
+    file. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
     from compactgpt.api import load
 
-    documents = [_read_text(name) for name in files]
+    documents, cut = [_read_text(name) for name in files], ""
+    if len(documents) == 1 and not whole:
+        documents, cut = _cut(documents[0], files[0])
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
     window = min(one.window for one in models)  # the same context for every model
     scores = {
@@ -149,6 +157,8 @@ def evaluate(
     if as_json:
         echo(json.dumps({name: asdict(score) for name, score in scores.items()}, indent=2))
         return
+    if cut:
+        echo(cut)
     score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
@@ -161,7 +171,21 @@ def evaluate(
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if not score.intervals:
-        echo("no intervals: an interval needs several files")
+        echo("no intervals: an interval needs several files, or one longer file without --whole")
+
+
+def _cut(text: str, name: str) -> tuple[list[str], str]:
+    """Return the documents of a long text, and a message; a shorter text is one document, without one."""
+    from compactgpt.config import Files
+    from compactgpt.data.splitting import split_text
+
+    auto = Files.model_construct(
+        split="auto", heading=None, split_characters=PIECE, split_over_characters=5 * PIECE
+    )
+    pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
+    way = pieces[0].way if pieces else ""
+    message = f"{name}: {len(pieces):,} documents by {way}; --whole scores one document"
+    return [piece.text for piece in pieces], message if way else ""
 
 
 def _format_figure(score: "Score", name: str, digits: int) -> str:
@@ -183,6 +207,7 @@ def export(
 ) -> None:
     """Export the trained model for transformers, with its tokenizer and model card.
 
+    Writes the model's files to FOLDER, which `from_pretrained` loads.
     Example: compactgpt export exported
     """
     _export(folder, model, tokenizer, card, overwrite=overwrite)
@@ -211,6 +236,7 @@ def push_to_hub(
 ) -> None:
     """Export the trained model and upload it to the Hugging Face hub; needs HF_TOKEN or `hf auth login`.
 
+    Prints the uploaded files and the address of the commit. Writes no file here.
     Example: compactgpt push-to-hub me/compact-gpt --dry-run
     """
     from compactgpt.common.storage import MANIFEST

@@ -30,6 +30,7 @@ def estimate(
 ) -> None:
     """Estimate the size, time, memory and loss of a run before it starts.
 
+    Prints a table. Runs and writes nothing.
     Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
     """
     from compactgpt.experiments import load_changed_params
@@ -54,6 +55,7 @@ def init_corpus(
 ) -> None:
     """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.
 
+    Prints what was found and each changed value, and asks before it writes.
     Example: compactgpt init-corpus my.txt --yes
     """
     from compactgpt.init_corpus import apply_plan, plan_corpus
@@ -69,7 +71,11 @@ def init_corpus(
 
 @app.command()
 def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
-    """Show this machine's hardware, hub, baselines and MLflow store, and estimate how long runs take."""
+    """Show this machine's hardware, hub, baselines and MLflow store, and estimate how long runs take.
+
+    Prints one screen of text. Writes no file.
+    Example: compactgpt doctor
+    """
     from compactgpt.doctor import examine, format_report
 
     found = examine(params_file)
@@ -78,7 +84,10 @@ def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
 
 @experiment.command("list")
 def list_experiments() -> None:
-    """List the named experiments in conf/experiments."""
+    """List the named experiments in conf/experiments: what each is for, and what it needs to run.
+
+    Example: compactgpt experiment list
+    """
     from compactgpt.experiments import load_experiments
 
     for name, found in load_experiments().items():
@@ -90,7 +99,7 @@ def list_experiments() -> None:
 def show_experiment(
     name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
 ) -> None:
-    """Show the values of params.yaml that an experiment changes.
+    """Show the purpose of an experiment, and the values of params.yaml that it changes. Writes no file.
 
     Example: compactgpt experiment show note
     """
@@ -121,6 +130,8 @@ def apply_experiment(
 def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
     """Apply an experiment and run the pipeline with `dvc exp run`, or train all runs of a sweep.
 
+    Prints the expected time, the progress and the measured loss. Writes params.yaml, dvc.lock,
+    data/, models/ and reports/; a sweep writes results/NAME.json instead.
     Example: compactgpt experiment run shakespeare-quick
     """
     from compactgpt import experiments
@@ -168,6 +179,7 @@ def record_experiment(name: ExperimentName) -> None:
 def fit_experiment(name: ExperimentName = "ladder", params_file: ParamsFile = PARAMS) -> None:
     """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
 
+    Prints the law and the prediction, and writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
     """
     from compactgpt.forecast.sweep import fit_sweep

@@ -150,7 +150,8 @@ def check_data_set(params: HubCorpus) -> None:
         )
     advice = f"correct {key}, or name a copy of the repository in download.hub.mirror"
     if chosen.file is not None:
-        advice = f"bring the text: curl -fLo {chosen.file} {chosen.file_url}"
+        get, copy = f"curl -fLo {chosen.file} {chosen.file_url}", f"cp YOUR_COPY {chosen.file}"
+        advice = f"bring the text: {get} (with a network), or {copy} (if you have the file)"
     require_on_hub("dataset", chosen.repo, chosen.revision, advice)
 
 

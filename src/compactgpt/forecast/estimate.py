@@ -244,13 +244,21 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "  non-embedding", f"{sizes['non_embedding']:,}"
     yield "steps", f"{found['steps']:,} of {found['tokens_per_step']:,} tokens"
     yield "tokens", f"{found['tokens']:,}"
-    unknown = f"{found['corpus']}: size unknown before it is read"
+    unknown = f"unknown: the corpus ({found['corpus']}) is counted only when the pipeline reads the corpus"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
-    yield "FLOPs", "{six_n:.3g} (6 N), {with_attention:.3g} with attention".format(**found["flops"])
+    simple, counted = found["flops"]["six_n"], found["flops"]["with_attention"]
+    yield "FLOPs by the usual rule, 6 N D", f"{simple:.3g}  (6 x parameters x tokens)"
+    why = "attention added"
+    if counted < simple:
+        why += "; no product with the input embedding, and only a sample of the output layer"
+    yield "FLOPs as counted", f"{counted:.3g}  ({why})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
     yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
-    yield "  logits, were they held at once", memory["logits_if_held_at_once"]
+    yield (
+        "  logits, were they held at once",
+        f"{memory['logits_if_held_at_once']}  (the loss holds only a part)",
+    )
     yield "time", ""
     for name, minutes in found["minutes"].items():
         machine = found["machines"][name]
@@ -260,10 +268,12 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
         measured = f"({rate}, measured just now: no report has it)"
         yield "  this machine", f"{format_minutes(here['minutes'])}  {measured}"
+    yield "", "      computing time of the training alone, at the stated share of the machine's peak speed;"
+    yield "", "      the rest of the pipeline (reading the corpus, evaluation, baselines) comes on top"
 
 
 def _loss_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "loss by each law, unscaled", "nats per token"
+    yield "loss by published laws", "nats per token; each law as published, not fitted to this text"
     for name, law in found["laws"].items():
         where = "inside" if law["inside_validity"] else "outside"
         worth = "" if law["better_than_guessing"] else "worse than guessing, "
@@ -272,10 +282,12 @@ def _loss_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         constants = ", ".join(f"{key} {value:g}" for key, value in law["constants"].items())
         yield "", f"       {constants}; fitted on {law['validity']}"
     checks, sweep = found["calibration"], found["ladder"]
-    held = f"80 % held {checks['held_80']} of {checks['of']}, 95 % held {checks['held_95']}"
+    of, low, high = checks["of"], checks["held_80"], checks["held_95"]
+    verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"
     yield from _interval_rows("the frozen rule", found["expected_loss"])
-    yield "", f"       of measured runs, each predicted from the others: {held}"
+    yield "", f"      checked on {of} measured runs, each predicted from the others, these intervals are"
+    yield "", f"      {verdict}: the 80 % interval contained {low} of {of}, the 95 % interval {high} of {of}"
     yield from _interval_rows("the rule calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
         yield from _interval_rows("our ladder's law", sweep["expected_loss"])
