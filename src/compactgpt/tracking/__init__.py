@@ -1,4 +1,4 @@
-"""Log stages to local journals, copy the journals to MLflow, and compare or reproduce runs."""
+"""Log what stages do, copy the logs to MLflow, and compare or reproduce runs."""
 
 from compactgpt.tracking.journal import state_folder
 

@@ -1,7 +1,7 @@
 """Compare two versions of the project: parameters, data, code, packages, machine and metrics.
 
-If both versions have per-document losses of the same documents, the comparison is paired over documents:
-`metrics.perplexity_ratio` returns the ratio of the two perplexities with its 95 % interval.
+If the two versions have losses of the same documents, the ratio of their perplexities is computed, with a
+95 % interval from the paired losses of each document.
 """
 
 import json
@@ -26,36 +26,37 @@ from compactgpt.tracking.records import (
 )
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
+# Keys in a report: the metrics to compare, and the ends of the keys of other losses.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The ratio of a model's perplexities: version B over version A, on the same documents."""
+    """A model's perplexity in version B divided by its perplexity in version A, on the same documents."""
 
     model: str
-    documents: int
-    value: float
-    low: float
-    high: float
-    significant: bool  # the interval excludes 1
+    documents: int  # number of documents
+    value: float  # the ratio
+    low: float  # lower end of the 95 % interval
+    high: float  # upper end of the 95 % interval
+    significant: bool  # the interval does not contain 1
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The differences between versions A and B. Equal values are left out."""
+    """The differences between versions A and B. A `Pair` has the value in A and the value in B."""
 
-    a: str
-    b: str
-    params: dict[str, Pair]
-    data: dict[str, Pair]  # MD5 hashes by path
-    code: str  # output of `git diff --stat`
-    packages: dict[str, Pair]
-    machine: dict[str, Pair]
-    metrics: dict[str, Pair]
-    ratios: list[Ratio]
-    unpaired: list[str]  # models without a paired comparison, each with the reason
+    a: str  # name of version A
+    b: str  # name of version B
+    params: dict[str, Pair]  # by dotted key
+    data: dict[str, Pair]  # MD5 hashes, by path
+    code: str  # the changed files, from `git diff --stat`
+    packages: dict[str, Pair]  # package versions, by name
+    machine: dict[str, Pair]  # facts of `journal.machine_facts`
+    metrics: dict[str, Pair]  # by model and metric
+    ratios: list[Ratio]  # of each model that has the losses of the same documents in A and B
+    unpaired: list[str]  # sentences: why a model has no ratio
 
     def lines(self) -> list[str]:
         """Return the differences as lines for the terminal."""
@@ -87,7 +88,7 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions, which have names as in `records.find_version`."""
+    """Return the differences between two versions. `records.find_version` finds each version by its name."""
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         versions = []
         for label, name in (("a", first), ("b", second)):
@@ -111,7 +112,7 @@ def compare(first: str, second: str, root: Path) -> Difference:
 
 
 def _data_hashes(version: Version) -> dict[str, str]:
-    """Return the MD5 hash of the corpus, and of every output except reports, by path."""
+    """Return the MD5 of the corpus and of each output that is no report, by path."""
     found: dict[str, str] = {}
     for entry in version.chain.entries.values():
         found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}
@@ -120,7 +121,7 @@ def _data_hashes(version: Version) -> dict[str, str]:
 
 
 def _figures(version: Version) -> dict[str, Any]:
-    """Return loss, perplexity and bits per byte of every model, and the training stage's losses."""
+    """Return the losses, perplexities and bits per byte in the reports of a version, by model and metric."""
     found = {}
     for stage, entry in version.chain.entries.items():
         name, _, item = stage.partition("@")
@@ -137,7 +138,7 @@ def _figures(version: Version) -> dict[str, Any]:
 
 
 def _changed_code(a: Version, b: Version, root: Path) -> str:
-    """Return `git diff --stat` between the two commits, and the names of files with uncommitted changes."""
+    """Return the output of `git diff --stat` between two versions, and the files with uncommitted changes."""
     lines = []
     if a.commit and b.commit and a.commit != b.commit:
         paths = ("--", ".", ":(exclude)reports", ":(exclude)dvc.lock", ":(exclude)params.yaml")
@@ -156,7 +157,10 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
 
 
 def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio], list[str]]:
-    """Return the perplexity ratio of each model that both versions have, and why a model has no ratio."""
+    """Return the perplexity ratio of each model, and a sentence for each model that has no ratio.
+
+    A model that only one of the two versions has is left out.
+    """
     ratios, unpaired = [], []
     for path in _table_paths(a):
         if path not in _table_paths(b):
@@ -175,14 +179,17 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio]
 
 
 def _table_paths(version: Version) -> list[str]:
-    """Return the paths of the version's tables of per-document losses."""
+    """Return the paths of a version's tables of per-document losses, one table for each model."""
     paths = [path for entry in version.chain.entries.values() for path in outs(entry)]
     tables = [path for path in paths if path.startswith("data/baseline/")]
     return tables + (["data/evaluation/compact.parquet"] if "data/evaluation" in paths else [])
 
 
 def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
-    """Read per-document losses from the version's files or DVC's cache; return None if neither has them."""
+    """Read a table of per-document losses from the files of a version, or from DVC's cache.
+
+    Return None if the table is not in the files and not in the cache.
+    """
     if isinstance(version.place, Folder) and (version.place.root / path).exists():
         return read_totals(version.place.root / path)
     for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):

@@ -1,8 +1,7 @@
-"""Read DVC's files: dvc.yaml, dvc.lock, params.yaml, and the cache.
+"""Read dvc.yaml, dvc.lock, params.yaml, and DVC's cache.
 
-These functions read a version of the project from a `Place`: a folder, such as the files of an MLflow run, or
-a git commit. Stages use them, too, so DVC itself, which takes half a second to import, is imported only in
-`open_repo`.
+A `Place` is a version of the project: a folder, such as the files of an MLflow run, or a git commit. This
+module imports DVC only where it must: the import takes half a second, in which each stage would wait.
 """
 
 import configparser
@@ -26,12 +25,14 @@ from compactgpt.common.storage import inside, json_bytes, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
-CODE = ("src/", "stages/")
+CODE = ("src/", "stages/")  # folders of the project's code
 Entry = dict[str, Any]  # the entry of one stage in dvc.lock
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # each work tree has its own copy
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # in the work tree: two work trees need two copies
+# The name of an object in DVC's cache.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
+# `${KEY}` in dvc.yaml: a reference to a value of params.yaml.
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-# Names of files and folders that .dvcignore excludes inside a dependency: byte code, files of editors.
+# Names that .dvcignore excludes from a dependency: byte code of Python, and temporary files of editors.
 _IGNORED = re.compile(r"__pycache__|.*\.(pyc|egg-info)|\..*\.sw.|.*~|#.*#|\.#.*|4913|\.DS_Store")
 
 
@@ -42,7 +43,7 @@ class Folder:
     root: Path
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file; None if there is no such file."""
+        """Return the content of a file in the folder, or None if the file does not exist."""
         try:
             return inside(self.root, path, follow=False).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -53,21 +54,21 @@ class Folder:
 class Commit:
     """A version of the project in a git commit."""
 
-    root: Path
-    revision: str
+    root: Path  # the repository
+    revision: str  # the commit
 
     def read(self, path: str) -> bytes | None:
-        """Return the content of a file; None if there is no such file."""
+        """Return the content of a file in the commit, or None if the file does not exist."""
         with suppress(UserError):
             return run_git(self.root, "show", f"{self.revision}:{path}")
         return None
 
 
-Place = Folder | Commit  # the source of a version's files
+Place = Folder | Commit  # a version of the project, from which files are read
 
 
 def commit_named(root: Path, name: str) -> str:
-    """Return the commit of a git revision or a DVC experiment; an empty string if neither exists."""
+    """Return the commit that a git revision or a DVC experiment names, or an empty string if none exists."""
     with suppress(UserError):
         refs = git_text(root, "for-each-ref", "--format=%(refname)", "refs/exps").split()
         revision = next((ref for ref in refs if name and ref.endswith(f"/{name}")), name)
@@ -110,9 +111,9 @@ class _Lock(BaseModel):
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """Parse a dvc.lock and return its entries by stage.
+    """Parse the content of dvc.lock, and return its entries by stage.
 
-    Raises BadData if it is not a valid dvc.lock, or OutsideFolder if it has a path outside of the project.
+    Raises BadData if dvc.lock is not valid, and OutsideFolder if an entry has a path outside of the project.
     """
     tree = parse_yaml(lock, LOCK)
     try:
@@ -128,7 +129,7 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class StageDefinition:
-    """The dependencies, outputs and parameters of a stage in dvc.yaml."""
+    """The dependencies, outputs and parameters that dvc.yaml has for a stage."""
 
     deps: list[str]  # paths
     outs: list[str]  # paths
@@ -137,21 +138,21 @@ class StageDefinition:
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of dvc.yaml in their order, and the entries of dvc.lock."""
+    """The stages of dvc.yaml in the order of the file, and their entries in dvc.lock."""
 
-    stages: dict[str, StageDefinition]  # a matrix stage has one name per item: `baseline@xz`
-    entries: dict[str, Entry]
-    lock: bytes = b""
+    stages: dict[str, StageDefinition]  # by name, such as `training` or `baseline@xz`
+    entries: dict[str, Entry]  # by the stage's name
+    lock: bytes = b""  # the content of dvc.lock
 
     def out(self, path: str) -> str:
-        """Return the MD5 of an out; an empty string if no entry of dvc.lock has this out."""
+        """Return the MD5 that dvc.lock has for an output, or an empty string if dvc.lock lacks the output."""
         return next((found for entry in self.entries.values() if (found := outs(entry).get(path))), "")
 
 
 def read_chain(place: Place) -> Chain:
     """Return the stages of dvc.yaml, and their entries in dvc.lock. Raises BadData if a file is not valid.
 
-    Entries of stages that dvc.yaml no longer has are left out: DVC keeps them (treeverse/dvc#5293).
+    DVC keeps the entries of deleted stages in dvc.lock (treeverse/dvc#5293). These entries are left out.
     """
     stages, lock = read_stages(place), place.read(LOCK) or b""
     entries = {stage: entry for stage, entry in entries_of(lock).items() if stage in stages or not stages}
@@ -159,7 +160,10 @@ def read_chain(place: Place) -> Chain:
 
 
 def read_stages(place: Place) -> dict[str, StageDefinition]:
-    """Return the stages of dvc.yaml by name, in their order. Raises BadData if a file is not valid."""
+    """Return the stages of dvc.yaml by name, in the order of the file.
+
+    Raises BadData if dvc.yaml or params.yaml is not valid.
+    """
     params, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
     try:
         for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params):
@@ -172,7 +176,10 @@ def read_stages(place: Place) -> dict[str, StageDefinition]:
 
 
 def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and body of each stage; a matrix stage of one variable gives one stage for each item."""
+    """Yield the name and the YAML mapping of each stage.
+
+    A matrix stage, such as `baseline`, gives one stage for each item of its matrix: `baseline@xz`.
+    """
     for name, body in bodies.items():
         if not body.get("matrix"):
             yield name, body
@@ -180,14 +187,14 @@ def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tu
         ((variable, values),) = body["matrix"].items()
         if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
             values = _value_at(params, reference[1])
-        # A wrong value is refused later, with its key in params.yaml.
+        # If params.yaml has no list here, there are no stages. The check of params.yaml reports the mistake.
         for value in values if isinstance(values, list) else []:
             quoted = json.dumps(str(value))[1:-1]
             yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
 def values_at(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Return the values at dotted keys, by key; None for a key that the tree does not have."""
+    """Return the value at each dotted key of a nested mapping, by key. A missing key has the value None."""
     return {key: _value_at(tree, key) for key in keys}
 
 
@@ -198,26 +205,25 @@ def _value_at(tree: Any, key: str) -> Any:
 
 
 def overlap(path: str, other: str) -> bool:
-    """Return whether two paths of the project are the same, or one is in the other."""
+    """Return whether two paths are equal, or one path is a folder that contains the other path."""
     return is_inside(path, other) or is_inside(other, path)
 
 
 def is_inside(path: str, parent: str, separator: str = "/") -> bool:
-    """Return whether a path is `parent` or in it; with the separator `.`, the same for keys."""
+    """Return whether `path` is `parent` or is inside `parent`. Dotted keys need the separator `.`."""
     return f"{path}{separator}".startswith(f"{parent}{separator}")
 
 
 def keep_lock(root: Path) -> None:
-    """Save a copy of dvc.lock. DVC rewrites dvc.lock in place: a killed DVC can leave it incomplete."""
+    """Save a copy of dvc.lock for `restore_lock`, because a killed DVC can leave dvc.lock incomplete."""
     if (root / LOCK).is_file():
         write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
 
 
 def restore_lock(root: Path) -> bool:
-    """Restore dvc.lock from its copy if DVC was killed while it wrote the file.
+    """Restore dvc.lock from its copy if dvc.lock is incomplete, and return whether it was restored.
 
-    Return whether it was restored. Raises BadData if there is no complete copy, or if dvc.lock contains git's
-    conflict markers.
+    Raises BadData if there is no complete copy, or if dvc.lock contains git's conflict markers.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
     if not lock.exists() or _is_complete(lock):
@@ -234,51 +240,51 @@ def _is_complete(lock: Path) -> bool:
     try:
         entries_of(lock.read_bytes())
         return "schema" in parse_yaml(lock.read_bytes(), LOCK)  # an incomplete file can be valid YAML
-    except OutsideFolder:  # the file is complete, but unsafe: a restored copy would hide this
+    except OutsideFolder:  # an unsafe file is reported and not replaced
         raise
     except BadData:
         return False
 
 
 def entry_key(entry: Entry) -> str:
-    """Return the SHA-256 of a stage's entry in dvc.lock: command, dependencies, parameters and outs."""
+    """Return the SHA-256 of a stage's complete entry in dvc.lock."""
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each out, by path. The MD5 of a folder ends in `.dir`."""
+    """Return the MD5 of each output in an entry of dvc.lock, by path. The MD5 of a folder ends in `.dir`."""
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each dependency, by path."""
+    """Return the MD5 of each dependency in an entry of dvc.lock, by path."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
 def entry_params(entry: Entry) -> dict[str, Any]:
-    """Return the parameters that a stage ran with."""
+    """Return the parameters in an entry of dvc.lock, by dotted key."""
     return dict(entry.get("params", {}).get(PARAMS, {}))
 
 
 def params_sha256(params: Mapping[str, Any]) -> str:
-    """Return the hash of a stage's parameters, as dvc.lock has them."""
+    """Return the SHA-256 of a stage's parameters."""
     return hashlib.sha256(json_bytes(params)).hexdigest()
 
 
 def md5_of(content: bytes) -> str:
-    """Return the MD5 of the content, as DVC's cache uses it. MD5 does not protect against forgery."""
+    """Return the MD5 of a content. DVC's cache names files by MD5, which does not protect against forgery."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def md5_file(path: Path) -> str:
-    """Return the MD5 of a file, in bounded memory."""
+    """Return the MD5 of a file. The file may be larger than the memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def md5_path(path: Path) -> str:
-    """Return DVC's hash of a file or a folder; an empty string if the path does not exist."""
+    """Return the MD5 that DVC computes for a file or a folder, or an empty string if the path is missing."""
     if path.is_file():
         return md5_file(path)
     if not path.is_dir():
@@ -293,12 +299,12 @@ def md5_path(path: Path) -> str:
 
 
 def is_ignored(name: str) -> bool:
-    """Return whether .dvcignore excludes a file or a folder with this name inside a dependency."""
+    """Return whether .dvcignore excludes a file or folder with this name from a dependency."""
     return bool(_IGNORED.fullmatch(name))
 
 
 class Cache:
-    """DVC's local cache, which stores each file under its MD5."""
+    """DVC's cache on this machine. The name of a file in the cache is the file's MD5."""
 
     def __init__(self, root: Path) -> None:
         settings = configparser.ConfigParser(interpolation=None)
@@ -307,9 +313,10 @@ class Cache:
         self.folder = (root / ".dvc" / folder).resolve()
 
     def files(self, md5: str) -> dict[str, Path]:
-        """Return the cached files of an out, by their path inside the out: an empty string for a single file.
+        """Return the files of an output in the cache, by their path inside the output.
 
-        Raises MissingInput if the cache lacks a file, or OutsideFolder if a hash or a path leads out of it.
+        If the output is a single file, the path inside the output is an empty string. Raises MissingInput if
+        the cache lacks a file, and OutsideFolder if a hash or a path leads out of the cache.
         """
         if not md5.endswith(".dir"):
             return {"": self._object(md5)}
@@ -319,7 +326,7 @@ class Cache:
         return {item["relpath"]: self._object(item["md5"]) for item in listing}
 
     def has(self, md5: str) -> bool:
-        """Return whether the cache has all files of an out."""
+        """Return whether the cache has all files of the output with this MD5."""
         try:
             self.files(md5)
         except (MissingInput, ValueError):
@@ -327,7 +334,7 @@ class Cache:
         return True
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # any other string could be a path out of the cache
+        if not _OBJECT.fullmatch(md5):  # another text could be a path out of the cache
             raise OutsideFolder(f"dvc.lock names {md5!r}, which is not a hash of DVC's cache")
         path = self.folder / "files" / "md5" / md5[:2] / md5[2:]
         if not path.is_file():
@@ -336,10 +343,10 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy an out to `target`: from the cache, or else from `path` in the version's files.
+    """Copy an output with the hash `md5` to `target`. Return False if no content has this hash.
 
-    Return whether content with this hash was found: a later run may have overwritten the file at `path`.
-    Raises BadData if a cached file was altered.
+    The content comes from the cache, or from `path` in `place`, where a later run may have overwritten it.
+    Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)
@@ -359,7 +366,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """Open a folder as a DVC repository without git. DVC then computes every hash from the files themselves.
+    """Open a folder as a DVC repository without git. DVC computes each hash again from the files.
 
     Raises BadData if DVC can't read dvc.yaml or dvc.lock.
     """
@@ -368,17 +375,17 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC stores file hashes in site_cache_dir, and reuses a hash if the file's time and size are the
-            # same. A damaged disk changes the content but not time or size. So each check starts empty.
+            # DVC keeps hashes in site_cache_dir. It uses a hash again if time and size of the file are equal.
+            # A damaged disk changes neither, so a new empty folder makes DVC compute each hash again.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
-    except (DvcException, ImportError) as error:  # ImportError: DVC lacks the plugin of a remote path
+    except (DvcException, ImportError) as error:  # ImportError: a remote needs another package
         raise BadData(f"DVC can't read this version: {error}") from error
 
 
 def stages_before(root: Path, name: str) -> list[str]:
-    """Return the stages whose outs a stage needs, in the order in which DVC runs them."""
+    """Return the stages whose outputs a stage needs, in the order in which DVC runs these stages."""
     from dvc.repo.reproduce import plan_repro
 
     with open_repo(root) as repo:

@@ -1,4 +1,4 @@
-"""Find a version of the project by name: an MLflow run, a git revision, or the current work tree."""
+"""Find a version of the project. A version is an MLflow run, a git revision, or the current work tree."""
 
 import re
 from collections.abc import Mapping
@@ -12,35 +12,35 @@ from compactgpt.common.git import DIFF, git_facts, require_repository, uncommitt
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, Chain, Commit, Folder, Place, commit_named, read_chain
 from compactgpt.tracking.journal import LOCKED, machine_facts, packages, tracking_store
 
-WORKSPACE = "workspace"
+WORKSPACE = "workspace"  # name of the version in the current work tree
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
-Pair = tuple[Any, Any]  # one key's values in two versions; None if a version lacks the key
+Pair = tuple[Any, Any]  # a value in the first and in the second version; None in a version without the value
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of the project, and known facts of the machine on which its stages ran."""
+    """A version of the project, and what is known about the machine on which its stages ran."""
 
     name: str  # for messages
     place: Place  # the version's files: params.yaml, dvc.lock, dvc.yaml, reports/
-    commit: str = ""
-    diff: bytes | None = b""  # uncommitted changes; None if the run did not save them
-    machine: dict[str, str] = field(default_factory=dict)  # from `journal.machine_facts`
-    packages: dict[str, str] = field(default_factory=dict)  # package versions by name
+    commit: str = ""  # full hash; empty if unknown
+    diff: bytes | None = b""  # the uncommitted changes; None if the run did not save its changes
+    machine: dict[str, str] = field(default_factory=dict)  # see `journal.machine_facts`
+    packages: dict[str, str] = field(default_factory=dict)  # version of each package, by name
 
     @cached_property
     def chain(self) -> Chain:
-        """The version's stages and their entries in dvc.lock."""
+        """The stages in the dvc.yaml of this version, and their entries in dvc.lock."""
         return read_chain(self.place)
 
 
 def find_version(root: Path, wanted: str, scratch: Path) -> Version:
-    """Return the version with this name.
+    """Return the version with the name `wanted`.
 
     The name is the id of an MLflow run or its first characters, a git revision, the name of a DVC experiment,
     or `workspace`. The files of an MLflow run are downloaded to the empty folder `scratch`. Raises BadConfig
-    if no version has this name, or several runs, and MissingInput if the run has no dvc.lock.
+    if no version has this name or if several runs have it, and MissingInput if the run has no dvc.lock.
     """
     if wanted == WORKSPACE:
         if not (root / CHAIN).exists():
@@ -58,17 +58,19 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
             f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    asked = parse_versions((place.read(LOCKED) or b"").decode())  # git has no list of installed packages
+    asked = parse_versions((place.read(LOCKED) or b"").decode())  # the installed ones are unknown
     return Version(f"{wanted} ({commit[:9]})", place, commit, packages=asked)
 
 
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
-    """Return the version of the MLflow run whose id begins with `wanted`, or of its pipeline."""
+    """Return the version of the MLflow run whose id begins with `wanted`, or None if no id does.
+
+    If the run is a stage's run, its files come from the pipeline's run.
+    """
     from compactgpt.tracking.store import open_store, store_errors
 
     with store_errors(tracking_store()["uri"]):
         store = open_store(root)
-        # MLflow compares upper and lower case alike; ids and `wanted` have lower case only.
         runs = store.client.search_runs([store.experiment], f"attributes.run_id LIKE '{wanted}%'")
         if not runs:
             return None
@@ -86,7 +88,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     return Version(
         name,
         place,
-        commit if _COMMIT.fullmatch(commit) else "",  # git could read any other value as an option
+        commit if _COMMIT.fullmatch(commit) else "",  # another text could be an option of git
         None if tags.get("git.dirty") == "true" and not diff else diff,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
         parse_versions((place.read("environment/packages.txt") or b"").decode()),
@@ -94,9 +96,9 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
 
 
 def parse_versions(requirements: str) -> dict[str, str]:
-    """Return package versions by name, from lines `name==version` or `name==version ; marker`.
+    """Return the version of each package by name, from lines `name==version` or `name==version ; marker`.
 
-    Lines whose marker excludes this machine are left out, and the build labels of versions: 2.13.0+cpu.
+    A line is left out if its marker excludes this machine. The version 2.13.0+cpu becomes 2.13.0.
     """
     from packaging.markers import Marker
 
@@ -110,16 +112,16 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return both values of each key whose value differs between two mappings."""
+    """Return, by key, the values of two mappings, for each key whose value differs."""
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 
 def changed_machine(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the facts that differ between the machines of two versions; empty if a machine is unknown."""
+    """Return the differences between the machines of two versions; no differences if a machine is unknown."""
     return differing(a.machine, b.machine) if a.machine and b.machine else {}
 
 
 def changed_packages(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the packages that both versions have in different versions."""
+    """Return the package versions that differ, by name, for the packages of `a` that `b` has, too."""
     common = sorted(a.packages.keys() & b.packages.keys())
     return differing(*({name: one.packages[name] for name in common} for one in (a, b)))

@@ -1,11 +1,11 @@
-"""Run a version of the project again in a temporary checkout, and compare every hash and every loss.
+"""Run a version of the project again in a temporary checkout, and compare all hashes and losses.
 
-The checkout has the version's commit, its uncommitted changes and its params.yaml. The data comes from DVC's
-cache or remote, by hash; every other stage runs with the packages that are installed on this machine.
+The checkout has the version's commit, its uncommitted changes and its params.yaml. The outputs of the
+download stage come from DVC's cache or remote; all other stages run with the installed packages.
 
-A version contains code, and anyone who can write to the MLflow store or push a branch can change that code.
-So the user must confirm a version that is not in the history of the current commit, no path of the version
-may lead out of the checkout, and DVC's settings and keys are not copied to it.
+A version contains code, which may come from somebody else: from an MLflow server or a pushed branch. So the
+user must confirm a version that is not in the history of HEAD, no path of a version may lead out of the
+checkout, and the checkout gets no settings and keys of DVC.
 """
 
 import json
@@ -57,16 +57,20 @@ from compactgpt.tracking.records import (
     parse_versions,
 )
 
-DATA, CORPUS = "download", "corpus"  # this stage's outs come from the cache: its inputs may have changed
+# The outputs of the stage DATA come from DVC's cache, because the corpus may have changed since the run.
+DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# Relative. Another order of floating-point sums changed the demo's loss by 0.15 % (README, How exact).
+# The largest relative difference of a loss that rounding explains. Another order of floating-point sums
+# changed the loss of the demo by 0.15 %.
 LOSS_TOLERANCE = 0.01
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # facts that can change rounding
-# These settings replace the version's and this machine's settings: no remote, and a cache in the checkout.
+# The settings of DVC in the checkout. The checkout has no remote, and its own cache.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-_OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}  # not copied from .state
+# Folders in .state that the checkout does not get. It gets the other folders, which have downloaded files.
+_OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
-# Its stdin has the process groups to kill. It closes when this process ends, also by SIGKILL.
+# Code of a process that waits until its stdin closes: when this process ends, also by SIGKILL. Then it kills
+# the process groups whose ids it has read from stdin, and deletes the folder of the checkout.
 _WATCHDOG = """
 import os, shutil, signal, sys, time
 for group in sys.stdin.read().split():
@@ -74,7 +78,7 @@ for group in sys.stdin.read().split():
         os.killpg(int(group), signal.SIGKILL)
     except ProcessLookupError:
         pass
-deadline = time.monotonic() + 10  # killed processes may still write
+deadline = time.monotonic() + 10  # seconds; killed processes may still write files
 while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
     shutil.rmtree(sys.argv[1], ignore_errors=True)
     time.sleep(0.02)
@@ -83,15 +87,15 @@ while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
 
 @dataclass(frozen=True)
 class Check:
-    """The result of `--check`: what this machine lacks, and how it differs from the version's machine."""
+    """The result of `compactgpt reproduce --check`: what this machine lacks to run a version again."""
 
-    name: str
-    missing: list[str]  # the version can't run without these items
-    notes: list[str]  # differences of processor, settings and packages
+    name: str  # of the version
+    missing: list[str]  # sentences: what the version needs and this machine lacks
+    notes: list[str]  # sentences: differences of processor, settings and packages
 
     @property
     def exit_code(self) -> int:
-        """0 if the version can run on this machine."""
+        """The exit code of the command: 0 if the version can run on this machine."""
         return MissingInput.exit_code if self.missing else 0
 
     def lines(self) -> list[str]:
@@ -104,15 +108,15 @@ class Check:
 class Result:
     """The comparison of a version with its second run."""
 
-    name: str
-    verdict: str
+    name: str  # of the version
+    verdict: str  # identical, within rounding, or different
     first: str  # the first stage that differs; empty if all stages are identical
-    why: str
-    stages: dict[str, str]  # `identical`, or the stage's first difference: code, params, inputs or outs
+    why: str  # the reason for the verdict, as a sentence
+    stages: dict[str, str]  # by stage: `identical`, or its first difference, such as `other code`
 
     @property
     def exit_code(self) -> int:
-        """0 if all hashes are identical, or rounding explains the difference."""
+        """The exit code of the command: 0 if the verdict is `identical` or `within rounding`."""
         return CheckFailed.exit_code if self.verdict == DIFFERENT else 0
 
     def lines(self) -> list[str]:
@@ -135,13 +139,14 @@ def reproduce(
 ) -> Result | Check:
     """Run a version again in a temporary checkout, and return the comparison with its recorded results.
 
-        wanted: the version's name, see `records.find_version`.
+    Args:
+        wanted: the version's name, as in `records.find_version`.
         root: the repository.
-        check: run nothing; only return what this machine lacks, as a `Check`.
-        rebuild: run the download stage, too, even if its outs are in the cache.
-        keep: do not delete the checkout.
-        log: prints a progress message.
-        confirm: shows the commands to the user and returns whether they may run.
+        check: run nothing, and return a `Check`: what this machine lacks for the run.
+        rebuild: run the download stage, too, even if its outputs are in DVC's cache.
+        keep: do not delete the checkout at the end.
+        log: a function that prints a progress message.
+        confirm: a function that shows the commands to the user and returns whether they may run.
 
     Raises MissingInput if this machine lacks something for the run, OutsideFolder if a path of the version
     leads out of the checkout, NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
@@ -169,28 +174,31 @@ def reproduce(
         restored = not rebuild and _restore_data(version, root, tree)
         log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
         if _run_dvc(tree, watchdog):
-            raise CheckFailed("the version can't be run again: a stage failed (its message is above)")
+            raise CheckFailed("the version can't be run again: a stage failed, see its message above")
         return compare_hashes(version, Version("the second run", Folder(tree)), environment)
 
 
 @contextmanager
 def _temporary_folder(folders: Path, *, keep: bool) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """Create a folder, and a watchdog that removes it when the block ends or this process is killed."""
+    """Create a folder for a `with` block, and delete it after the block.
+
+    A second process, the watchdog, deletes the folder, so that it is deleted even if this process is killed.
+    """
     folders.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=folders))
     words = [sys.executable, "-c", _WATCHDOG, "" if keep else str(folder)]
-    # In a session of its own, so that Ctrl-C in the terminal does not reach the watchdog.
+    # A new session, so that Ctrl-C in the terminal does not stop the watchdog.
     watchdog = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield folder, watchdog
     finally:
-        watchdog.communicate()  # closes its stdin, and waits
+        watchdog.communicate()  # closes the watchdog's stdin, and waits for its end
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
-    """Return what this machine lacks to run the version again, one sentence per item."""
+    """Return what this machine lacks to run a version again, as a list of sentences."""
     if not version.commit:
-        return ["the run names no commit: it ran outside of git"]
+        return ["the run names no commit: it did not run in a git repository"]
     try:
         git_text(root, "cat-file", "-e", f"{version.commit}^{{commit}}")
     except UserError:
@@ -205,12 +213,15 @@ def find_missing(version: Version, root: Path) -> list[str]:
 
 
 def _has_corpus(folder: Path, entry: Entry) -> bool:
-    """Return whether a folder has the corpus from which the download stage made its outs."""
+    """Return whether a folder has the corpus from which the download stage made its outputs.
+
+    `entry` is the entry of the download stage in dvc.lock.
+    """
     return CORPUS not in deps(entry) or md5_path(folder / CORPUS) == deps(entry)[CORPUS]
 
 
 def changed_environment(version: Version) -> dict[str, Pair]:
-    """Return the differences between the version's machine and this one: processor, settings, packages."""
+    """Return how processor, settings and packages of a version's machine differ from this machine."""
     installed = parse_versions(packages())
     here = Version("here", Folder(Path()), machine=machine_facts(), packages=installed)
     return changed_machine(version, here) | changed_packages(version, here)
@@ -224,19 +235,19 @@ def _describe(environment: Mapping[str, Pair]) -> list[str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether all code and settings of a version are in the history of the current commit."""
+    """Return whether the history of HEAD has the version. A run of MLflow is never in the history."""
     if not isinstance(version.place, Commit):
         return False
     return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # empty if HEAD has it
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
-    """Check out the commit with its uncommitted changes and parameters.
+    """Check out a version to the folder `tree`: its commit, uncommitted changes and parameters.
 
-    Return lines for the user: the commit, the changed files, and the command of each stage.
+    Return lines that the user can check: the commit, the changed files, and the command of each stage.
     """
-    # The checkout is a separate repository that only reads the project's git objects. So code in the checkout
-    # can't change the project's branches.
+    # The checkout is a repository that shares only git's objects with the project. So code in the checkout
+    # can't change a branch of the project.
     git_text(root, "init", "--quiet", "--template=", str(tree))
     objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
     write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
@@ -246,16 +257,16 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     if version.diff:
         patch = tree.with_name("changes.diff")
         patch.write_bytes(version.diff)
-        # git refuses paths out of the tree.
+        # `git apply` refuses a path that leads out of the tree.
         git_text(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))
         changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
     for path in tree.rglob("*"):
-        if path.is_symlink():  # a stage would write through the link
+        if path.is_symlink():  # a stage could write through a link to a file outside
             inside(tree, path.relative_to(tree).as_posix())
     write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
     write_text(inside(tree, ".dvc/config"), _DVC_SETTINGS)
     inside(tree, ".dvc/config.local").unlink(missing_ok=True)
-    (tree / LOCK).unlink(missing_ok=True)  # DVC runs stages that have no entry
+    (tree / LOCK).unlink(missing_ok=True)  # without dvc.lock, DVC runs all stages
     commands = _stage_commands(tree)
     width = max(map(len, commands), default=0)
     names = ", ".join(line.split()[-1] for line in changed) or "none"
@@ -269,7 +280,10 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
 
 
 def _stage_commands(tree: Path) -> dict[str, str]:
-    """Return each stage's command as DVC would run it, after checking that no path is out of the checkout."""
+    """Return the command of each stage, by stage.
+
+    Raises OutsideFolder if a path in dvc.yaml leads out of the checkout.
+    """
     with open_repo(tree) as repo:
         for one in (*repo.index.outs, *repo.index.deps):
             name = os.path.relpath(one.fs_path, tree) if one.protocol == "local" else f"/{one.def_path}"
@@ -278,7 +292,7 @@ def _stage_commands(tree: Path) -> dict[str, str]:
 
 
 def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
-    """Copy earlier downloads, and the corpus if it still has the recorded hash."""
+    """Copy downloaded files and the corpus to the checkout. Leave out a corpus that has another hash."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
@@ -287,7 +301,7 @@ def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """Create a hard link to a file that no stage changes. Copy the file if the file system is another."""
+    """Create a hard link to a file that no stage changes, or copy the file to another file system."""
     try:
         os.link(source, target)
     except OSError:
@@ -295,9 +309,9 @@ def _link(source: str, target: str) -> None:
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
-    """Restore the outs of the download stage from the project's cache or remote, so that DVC skips the stage.
+    """Restore the outputs of the download stage from DVC's cache or remote, so that DVC skips the stage.
 
-    Return whether all outs are restored. If not, the stage runs again.
+    Return whether all outputs are restored. If False, DVC runs the download stage again.
     """
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
@@ -306,7 +320,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     entry = version.chain.entries.get(DATA, {})
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
-        if content is not None and md5_of(content) == md5:  # a small report
+        if content is not None and md5_of(content) == md5:  # a report, of which the version has a copy
             write_bytes(inside(tree, path), content)
     with open_repo(root) as project, open_repo(tree) as repo:
         sources = [project.cache.local]
@@ -315,11 +329,12 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
             # `shallow=False` also copies the files in folders. `verify` refuses files with a wrong hash.
-            with suppress(Exception):  # each kind of remote raises other errors
+            with suppress(Exception):  # each kind of remote has its own errors
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
-        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is YAML
+        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # YAML accepts JSON
         try:
-            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)  # DVC looks up a bare name in the cwd
+            # With the stage's name alone, DVC would look for dvc.yaml in the current folder.
+            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)
         except DvcException:
             (tree / LOCK).unlink()
             return False
@@ -327,7 +342,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
 
 
 def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
-    """Run `dvc repro` in the checkout with this Python and the checkout's code, and return its exit code."""
+    """Run `dvc repro` in the checkout with this Python and the checkout's code, and return the exit code."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
         **kept,
@@ -337,7 +352,8 @@ def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
         "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
     words = [sys.executable, "-m", "dvc", "repro"]
-    # stdout is for the result. A session of its own makes all that the command starts one process group.
+    # DVC prints to stderr, because stdout is for the result. A new session puts all processes that DVC starts
+    # into one process group, which the watchdog can kill.
     with subprocess.Popen(
         words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
     ) as command:
@@ -347,11 +363,11 @@ def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
 
 
 def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
-    """Compare the dvc.lock of a version with that of its second run, and return the verdict.
+    """Compare the dvc.lock of a version with the dvc.lock of its second run, and return the verdict.
 
-    - identical: every out has the recorded hash.
-    - within rounding: code, parameters and data are the same; processor, threads or libraries differ
-      (`environment`, from `changed_environment`); and every loss is within LOSS_TOLERANCE.
+    - identical: every output has the recorded hash.
+    - within rounding: code, parameters and data are equal; processor, settings or packages differ
+      (`environment`, from `changed_environment`); and no loss differs by more than LOSS_TOLERANCE.
     - different: all other cases.
     """
     old, new = version.chain.entries, second.chain.entries
@@ -359,7 +375,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     stages = {stage: _first_change(old[stage], new.get(stage)) for stage in known}
     changed = {stage: change for stage, change in stages.items() if change != IDENTICAL}
     if not changed:
-        why = f"every out of {len(stages)} stages has the recorded hash"
+        why = f"every output of {len(stages)} stages has the recorded hash"
         return Result(version.name, IDENTICAL, "", why, stages)
     files = [
         path
@@ -371,7 +387,8 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    # Rounding in a stage changes its outs, and with them the inputs of later stages.
+    # Rounding changes the outputs of a stage, which are the inputs of later stages. So rounding can explain
+    # other outputs and other inputs, but no other code and no other parameters.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict, why = DIFFERENT, f"{files[0]} has another hash"
@@ -385,7 +402,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return the first difference of a stage: parameters, code, inputs, or only outs."""
+    """Return the first difference between two entries of a stage: in parameters, code, inputs or outputs."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):
@@ -399,7 +416,10 @@ def _first_change(old: Entry, new: Entry | None) -> str:
 
 
 def _loss_differences(path: str, old: Place, new: Place) -> Iterator[tuple[float, str]]:
-    """Yield the relative difference and the name of each loss in a report; 1.0 if a report is missing."""
+    """Yield the relative difference and the name of each loss in the report `path` of two versions.
+
+    If a version has no such report, yield the difference 1.0.
+    """
     contents = old.read(path), new.read(path)
     if None in contents:
         yield 1.0, path
