@@ -181,7 +181,7 @@ def test_a_corpus_has_a_name(corpus, files, name):
             )
         ),
         ("files", {"split": "heading"}, "write the regular expression"),
-        ("files", {"heading": "("}, "not a valid regular expression"),
+        ("files", {"heading": "("}, "should be a valid regular expression"),
         ("hub", {"revision": "main"}, "revision"),
         (
             "hub",
