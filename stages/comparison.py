@@ -37,7 +37,7 @@ def main(
 def _compare(stage: Stage) -> None:
     from compactgpt.common.storage import write_bytes
     from compactgpt.reporting.evidence import build_record
-    from compactgpt.reporting.html import render_files
+    from compactgpt.reporting.pages import render_files
     from compactgpt.reporting.schemas import read_sources
 
     sources = read_sources(ROOT, REPORTS, Path("data"), Path("models"), stage.params)
@@ -59,8 +59,7 @@ def _show() -> None:
 
 def _replace_tables(pages: list[Path]) -> None:
     from compactgpt.common.storage import read_json, write_text
-    from compactgpt.reporting.html import RECORD
-    from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
+    from compactgpt.reporting.pages import RECORD, render_quoted_tables, replace_tables
 
     tables = render_quoted_tables(read_json(REPORTS / RECORD))
     for page in pages:

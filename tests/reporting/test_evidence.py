@@ -16,15 +16,15 @@ from compactgpt.common.sections import load_section
 from compactgpt.evaluation.totals import read_totals, write_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun, documents_sha256
-from compactgpt.reporting import html, tables
+from compactgpt.reporting import pages, tables
 from compactgpt.reporting.claims import Claims, Known
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.markdown import (
+from compactgpt.reporting.pages import (
     render_comparison,
+    render_model_card,
     render_quoted_tables,
     replace_tables,
 )
-from compactgpt.reporting.model_card import render_model_card
 from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.schemas import RECIPE_LABEL
 from compactgpt.reporting.small_scale import Direction
@@ -117,19 +117,19 @@ def test_every_value_has_a_unit_a_source_and_a_way_it_is_known(place):
 @pytest.mark.parametrize(
     ("verdicts", "sentence"),
     [
-        (["confirmed"], "Of the note's 1 claims and citations, 1 holds."),
-        (["contradicted", "misleading"], "Of the note's 2 claims and citations, 2 do not hold."),
+        (["confirmed"], "1 holds"),
+        (["contradicted", "misleading"], "2 do not hold"),
         (
             ["supported", "misleading", "not yet measured"],
-            "Of the note's 3 claims and citations, 1 holds, 1 does not hold and 1 waits for an experiment.",
+            "1 holds, 1 does not hold and 1 waits for an experiment",
         ),
     ],
 )
 def test_the_verdict_is_a_sentence_made_by_rule(place, verdicts, sentence):
     record = record_of(place)
-    record["claims"] = [{"id": str(n), "verdict": verdict} for n, verdict in enumerate(verdicts)]
     record["tally"] = [[verdict, verdicts.count(verdict)] for verdict in dict.fromkeys(verdicts)]
-    assert tables.View(record).sums() == sentence
+    number = len(record["claims"])
+    assert tables.View(record).sums() == f"Of the note's {number} claims and citations, {sentence}."
 
 
 def test_the_headline_says_what_is_claimed_known_and_measured(place):
@@ -142,7 +142,7 @@ def test_the_headline_says_what_is_claimed_known_and_measured(place):
         assert words.replace(".", ",") in french
     rule = evidence_of(record)["note.expected_perplexity"]
     held = "held in {held_95} of {of} runs".format(**record["calibration"])
-    assert f"{held}, expects {tables.show_evidence(rule)}" in headline
+    assert f"{held}, expects {tables.View(record).show(rule)}" in headline
     claim = next(claim for claim in record["claims"] if claim["id"] == "L1")
     claim["decisions"] = [{"source": "note.tokens", "low": 1, "high": 1, "relation": "outside"}]
     assert "was measured at 655,360,000" in tables.View(record).headline()
@@ -242,7 +242,7 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
     before = record_of(place)
     edit(place / "reports" / report, change)
     after = record_of(place)
-    for render in (render_comparison, tables.render_csv):
+    for render in (render_comparison, pages.render_csv):
         assert render(before) != render(after)
     assert shown not in render_comparison(before)
     assert shown in render_comparison(after)
@@ -251,9 +251,9 @@ def test_altering_a_report_changes_every_rendering(place, report, change, shown)
 def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
     record = record_of(place)
     claims = {claim["id"]: claim for claim in record["claims"]}
-    text, lines = render_comparison(record), list(csv.DictReader(io.StringIO(tables.render_csv(record))))
+    text, lines = render_comparison(record), list(csv.DictReader(io.StringIO(pages.render_csv(record))))
     for row in record["table"]:
-        for column in tables.COLUMNS:
+        for column in tables.COLUMNS["note"]:
             claim = claims[row[column]]
             assert f"{claim['english']}”".replace("~", "\\~") in text
             assert claim["english"] == claim["quote"] or f"(« {claim['quote']} »)" in text
@@ -339,7 +339,7 @@ def test_tasks_text_and_flagged_documents_stand_beside(place):
     assert "| - | human | distinct_2 | 25.0%" in page
 
 
-@pytest.mark.parametrize("render", [render_comparison, render_model_card, html.render_page])
+@pytest.mark.parametrize("render", [render_comparison, render_model_card, pages.render_page])
 def test_both_views_have_a_row_with_their_ratio(place, render):
     """The compact model gains nothing from a longer context; the baseline gains 0.7 nats per token."""
     record = record_of(place)
@@ -360,7 +360,7 @@ def test_both_views_have_a_row_with_their_ratio(place, render):
     assert contexts[0] == "same 128-token windows (its own context)"
     assert contexts[-2:] == ["same 128-token windows", "own context: 1,024 tokens"]
     assert {row[0].text for row in view.measured_rows()[-2:]} == {"SmolLM2 135M, Instruct, 4 bits (Q4_1)"}
-    assert len(tables.MEASURED_COLUMNS) <= 9
+    assert len(tables.COLUMNS["measured"]) <= 9
 
 
 def test_the_notes_run_has_one_headline_and_a_persons_forecast_beside(place):
@@ -371,7 +371,7 @@ def test_the_notes_run_has_one_headline_and_a_persons_forecast_beside(place):
         rule[key] for key in ("value", "low_95", "high_95")
     ]
     assert (known["note.hand_set_loss"]["value"], known["note.hand_set_loss"]["known"]) == (4.0, "estimated")
-    for text in (render_comparison(record), html.render_page(record)):
+    for text in (render_comparison(record), pages.render_page(record)):
         assert (
             "4.000 (3.820 to 4.200) nats per token, stands in params.yaml; it was written down when" in text
         )
@@ -390,7 +390,7 @@ def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
     deviation = evidence_of(record)["compact.seed_deviation"]
     assert deviation["value"] == pytest.approx(0.02)
     assert (deviation["data_sha256"], deviation["weights_sha256"]) == ("a" * 64, "")  # val; of many runs
-    for text in (render_comparison(record), html.render_page(record)):
+    for text in (render_comparison(record), pages.render_page(record)):
         assert "standard deviation between seeds: 0.020" in text
         assert line in text
     assert "à l'échelle de la démo : va dans l'autre sens" in render_comparison(record, "fr")
@@ -424,7 +424,7 @@ def test_a_diverged_training_is_said_so(place):
     edit(place / "reports/training.json", lambda report: report.update(diverged=True))
     record = record_of(place)
     assert "This model's training diverged." in render_comparison(record)
-    assert "This model&#39;s training diverged." in html.render_page(record)
+    assert "This model&#39;s training diverged." in pages.render_page(record)
 
 
 CLAIMS = load_section(ROOT / "claims.yaml", Claims).claims

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.reporting import html
-from compactgpt.reporting.messages import TEMPLATES, load_messages
-from compactgpt.reporting.tables import COLUMNS, MEASURED_COLUMNS, PUBLISHED_COLUMNS, TRAINED_HERE, View
+from compactgpt.reporting import pages
+from compactgpt.reporting.tables import COLUMNS, TRAINED_HERE, View
+from compactgpt.reporting.templating import TEMPLATES, load_messages
 from tests.support.comparison_inputs import edit, make_place, record_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,7 +27,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(record):
-    return html.render_page(record)
+    return pages.render_page(record)
 
 
 class Tags(HTMLParser):
@@ -148,7 +148,7 @@ def test_the_browsers_cells_are_the_records(opened, record):
     for row, cells in zip(record["table"], rows, strict=True):
         *cells, here = cells
         assert here == f"compact.{TRAINED_HERE[row['id']]}"
-        for column, (quote, chip) in zip(COLUMNS, cells, strict=True):
+        for column, (quote, chip) in zip(COLUMNS["note"], cells, strict=True):
             claim = view.claims[row[column]]
             translation = view.translation(claim)
             words = [translation, claim["quote"]] if translation else [claim["quote"]]
@@ -190,7 +190,9 @@ def test_on_a_phone_a_tap_opens_the_source_where_the_number_is(opened):
 
 def test_on_a_phone_every_column_of_the_models_is_in_sight(opened, record):
     window = opened(390, touch=True)
-    names = [load_messages("en")["text"][key] for key in (*MEASURED_COLUMNS[1:], *PUBLISHED_COLUMNS[1:])]
+    names = [
+        load_messages("en")["text"][key] for key in (*COLUMNS["measured"][1:], *COLUMNS["published"][1:])
+    ]
     cells = window.eval_on_selector_all(
         "article[lang=en] table.models td",
         """all => all.map(td => [td.dataset.label, getComputedStyle(td, '::before').content,
@@ -218,7 +220,7 @@ def long_names(record):
     """The page of a user's own corpus whose name and sources are long words."""
     name = "corpus" * 16
     parts = [{**record["data"]["sources"][0], "name": f"{name}.txt", "licence": name}]
-    return html.render_page(
+    return pages.render_page(
         {**record, "about_note": False, "data": {**record["data"], "name": name, "sources": parts}}
     )
 

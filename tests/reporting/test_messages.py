@@ -3,25 +3,26 @@
 import ast
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from compactgpt.common.sections import load_section
 from compactgpt.experiments import find_experiment
 from compactgpt.forecast.estimate import estimate
-from compactgpt.reporting.claims import Claims
-from compactgpt.reporting.messages import TEMPLATES, load_messages, translate_phrase
+from compactgpt.reporting.claims import Claims, Known, Verdict
+from compactgpt.reporting.templating import TEMPLATES, load_messages, translate
 from tests.support.comparison_inputs import PARAMS, ROOT
 
-RENDERING = ("html", "markdown", "messages", "model_card", "plots", "tables", "templating")
+RENDERING = ("pages", "plots", "tables", "templating")
 MODULES = [ROOT / f"src/compactgpt/reporting/{name}.py" for name in RENDERING]
 
 
 def test_both_languages_have_the_same_keys_in_the_same_order():
-    english, french = load_messages("en"), load_messages("fr")
-    assert [*english, "phrases"] == list(french)
-    for section in english:
-        assert list(english[section]) == list(french[section]), section
+    assert list(load_messages("en")["text"]) == list(load_messages("fr")["text"])
+    french = load_messages("fr")
+    assert set(get_args(Verdict)) == set(french["verdicts"])
+    assert set(get_args(Known)) == set(french["known"])
 
 
 def test_both_languages_have_the_same_placeholders():
@@ -50,14 +51,14 @@ def test_every_sentence_of_the_record_has_a_translation():
     for compared in (*small.comparisons, *small.texts):
         sentences += [compared.quantity, compared.otherwise]
     assert len(sentences) >= 15
-    assert [one for one in sentences if translate_phrase("fr", one) == one] == []
-    assert [one for one in sentences if translate_phrase("en", one) != one] == []
+    assert [one for one in sentences if translate("fr", "phrases", one) == one] == []
+    assert [one for one in sentences if translate("en", "phrases", one) != one] == []
 
 
 def test_a_sentence_with_a_name_in_it_is_translated_around_the_name():
     sentence = "the corpus is {0} <b>, for which no law is calibrated"
-    assert translate_phrase("fr", sentence) == "le corpus est {0} <b>, pour lequel aucune loi n'est calée"
-    assert translate_phrase("fr", "something else") == "something else"
+    assert translate("fr", "phrases", sentence) == "le corpus est {0} <b>, pour lequel aucune loi n'est calée"
+    assert translate("fr", "phrases", "something else") == "something else"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

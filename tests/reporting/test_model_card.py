@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from compactgpt.reporting.model_card import read_card, render_model_card
+from compactgpt.reporting.pages import read_card, render_model_card
 from tests.support.comparison_inputs import make_place, record_of
 
 

@@ -16,9 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from compactgpt.common.errors import printable
-from compactgpt.reporting import html, plots, tables
-from compactgpt.reporting.markdown import render_comparison
-from compactgpt.reporting.model_card import render_model_card
+from compactgpt.reporting import pages, plots, tables
+from compactgpt.reporting.pages import render_comparison, render_model_card
 from tests.support import tiny_pipeline
 from tests.support.comparison_inputs import ROOT, edit, make_place, record_of
 
@@ -67,13 +66,13 @@ def test_the_reports_begin_with_the_users_text_and_no_score_of_it_is_in_the_note
 
 
 def test_the_page_begins_with_the_users_text(record):
-    page = html.render_page(record)
+    page = pages.render_page(record)
     headline = tables.View(record).headline()
     assert f"<h1>{entities.escape(headline, quote=True)}</h1>".replace("&#x27;", "&#39;") in page
     first = page[page.index('<article lang="en">') : page.index('<article lang="fr">')]
     assert first.index('id="en-demo"') < first.index('id="en-table"') < first.index('id="en-claims"')
     assert 'class="here"' not in first
-    rows = list(csv.DictReader(io.StringIO(tables.render_csv(record))))
+    rows = list(csv.DictReader(io.StringIO(pages.render_csv(record))))
     assert not {row["evidence"] for row in rows if row["claim"]} & {"compact.loss", "compact.perplexity"}
 
 
@@ -166,7 +165,7 @@ def test_hostile_names_stay_text_in_markdown(hostile, render):
 
 
 def test_hostile_names_stay_text_in_the_page(hostile):
-    page = html.render_page(hostile)
+    page = pages.render_page(hostile)
     assert not re.search("<script|[\u202a-\u202e\u2066-\u2069\x00-\x08\x1b]", page)
     assert printable(HOSTILE) in entities.unescape(re.sub(r"<[^>]*>", "", page))
 

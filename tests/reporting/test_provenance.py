@@ -108,7 +108,7 @@ def test_code_is_hashed_by_the_modules_that_a_stage_imports(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
     before = code_hashes(tmp_path)
     assert before == code_hashes(ROOT)
-    assert "reporting/html" in stage_modules(ROOT, ROOT / "stages/comparison.py")
+    assert "reporting/pages" in stage_modules(ROOT, ROOT / "stages/comparison.py")
     with open(tmp_path / "src/compactgpt/training/optim.py", "a") as file:
         file.write("# another line\n")
     after = code_hashes(tmp_path)

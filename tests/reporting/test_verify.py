@@ -19,7 +19,7 @@ from compactgpt.config import load_params
 from compactgpt.evaluation.totals import figures, read_totals
 from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
-from compactgpt.reporting.html import render_files
+from compactgpt.reporting.pages import render_files
 from compactgpt.reporting.verify import (
     Verification,
     check_estimate,

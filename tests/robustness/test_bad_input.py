@@ -36,7 +36,7 @@ from compactgpt.model.huggingface import load_hf, save_hf
 from compactgpt.model.weights import load_model, save_model
 from compactgpt.reporting.claims import Claims, judge_claims
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.markdown import render_comparison
+from compactgpt.reporting.pages import render_comparison
 from compactgpt.reporting.schemas import read_sources
 from compactgpt.reporting.verify import Verification, check_numbers, run_check
 from compactgpt.tracking.dvc_files import entries_of, outs

@@ -217,7 +217,7 @@ def export(
 def _export(folder: Path, model: Path, tokenizer: Path, card: Path, *, overwrite: bool = False) -> None:
     from compactgpt.model.huggingface import save_hf
     from compactgpt.model.weights import load_model
-    from compactgpt.reporting.model_card import read_card
+    from compactgpt.reporting.pages import read_card
 
     text, why_none = read_card(model, card)
     save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)

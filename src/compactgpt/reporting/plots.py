@@ -14,8 +14,8 @@ from typing import Any
 
 from compactgpt.common.errors import printable
 from compactgpt.reporting.claims import COMPACT
-from compactgpt.reporting.messages import TEMPLATES, Language
 from compactgpt.reporting.tables import Item, Record, View, localized, show
+from compactgpt.reporting.templating import TEMPLATES, Language
 
 # Name of each CSS variable of the page -> its colour in PNG.
 COLOURS = {
@@ -198,7 +198,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
 def _calibration(view: View, axes: Axes) -> None:
     """Draw the expected and the measured loss of the compact run, the note's run and the calibration runs."""
     runs = [(COMPACT, f"{COMPACT}.loss")]
-    names = [view.say("run_here", corpus=view.corpus)]
+    names = [view.say("run_here")]
     if view.about_note:
         runs.append(("note", "reported.loss"))
         names.append(view.words["note_run"])

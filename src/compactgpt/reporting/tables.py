@@ -1,31 +1,33 @@
-"""Format the record as rows of cells, for the templates, the terminal and CSV.
+"""Format the record as sentences and as rows of cells, for the templates, the plots and the model card.
 
-This module computes no values: each number is a value of the record, formatted by `show`. The templates, the
-plots and the model card read the record through a `View`.
+This module computes no values: each number is a value of the record, formatted by `show`.
 """
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from compactgpt.common.errors import BadData
-from compactgpt.reporting.messages import Language, Section, load_messages, translate_phrase
+from compactgpt.reporting.claims import COMPACT
+from compactgpt.reporting.templating import Language, load_messages, translate
 
 Record = Mapping[str, Any]
 Item = Mapping[str, Any]  # a value of the record's evidence
 
-COMPACT = "compact"
-COLUMNS = ("compact", "gpt2", "gpt2_xl")  # columns of the note's table
-CLAIMS_COLUMNS = ("claim", "says", "range", "verdict", "because")
-SIZE_COLUMNS = ("parameters_all", "parameters_non_embedding")
-SCORE_COLUMNS = ("val_loss", "val_perplexity", "bits_per_byte")
-MEASURED_COLUMNS = (
-    "model", "parameters_all", "seen_context", "val_loss", "clean_loss", "val_perplexity", "bits_per_byte",
-    "ratio",
-)  # fmt: skip
-PUBLISHED_COLUMNS = ("model", *SIZE_COLUMNS, "seen_context", "published_text", *SCORE_COLUMNS, "source")
+# The columns of each table. The columns of the note's table are the names of its models.
+COLUMNS = {
+    "note": ("compact", "gpt2", "gpt2_xl"),
+    "claims": ("claim", "says", "range", "verdict", "because"),
+    "measured": (
+        "model", "parameters_all", "seen_context", "val_loss", "clean_loss", "val_perplexity",
+        "bits_per_byte", "ratio",
+    ),
+    "published": (
+        "model", "parameters_all", "parameters_non_embedding", "seen_context", "published_text", "val_loss",
+        "val_perplexity", "bits_per_byte", "source",
+    ),
+}  # fmt: skip
 # Row of the note's table -> quantity of the compact model, in the form `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
@@ -56,12 +58,7 @@ FORMATS = {
 }
 # A perplexity or a ratio outside of these bounds is shown with three significant digits.
 SMALL_RATIO, LARGE_PERPLEXITY = 0.1, 1e9
-_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ","})  # \u202f is a narrow no-break space
-CSV_VALUE = (
-    "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
-    "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
-)  # fmt: skip
-CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *CSV_VALUE[1:])
+_FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ",", "%": "\u202f%"})  # \u202f: narrow no-break space
 
 
 def show(value: float, unit: str, language: Language = "en") -> str:
@@ -73,25 +70,7 @@ def show(value: float, unit: str, language: Language = "en") -> str:
 
 def localized(number: str, language: Language) -> str:
     """Replace the English separators of a formatted number by those of the language."""
-    return number.translate(_FRENCH_MARKS).replace("%", "\u202f%") if language == "fr" else number
-
-
-def show_interval(low: float | None, high: float | None, unit: str, language: Language = "en") -> str:
-    """Format an interval. None means no limit at that end; without limits, return an empty string."""
-    words = load_messages(language)["text"]
-    if low is not None and high is not None:
-        ends = (show(low, unit, language), show(high, unit, language))
-        return ends[0] if low == high else f"{ends[0]} {words['to']} {ends[1]}"
-    if high is not None:
-        return f"{words['at_most']} {show(high, unit, language)}"
-    return "" if low is None else f"{words['at_least']} {show(low, unit, language)}"
-
-
-def show_evidence(item: Item, language: Language = "en") -> str:
-    """Format a value of the record with its interval, if it has one."""
-    text = show(item["value"], item["unit"], language)
-    bounds = show_interval(item["low"], item["high"], item["unit"], language)
-    return f"{text} ({bounds})" if bounds else text
+    return number.translate(_FRENCH_MARKS) if language == "fr" else number
 
 
 @dataclass(frozen=True)
@@ -106,8 +85,7 @@ class Cell:
 class View:
     """Access to the values, claims and messages of a record, formatted in one language.
 
-    Raises:
-        BadData: an older version of compactgpt wrote the record.
+    Raises BadData if an older version of compactgpt wrote the record.
     """
 
     def __init__(self, record: Record, language: Language = "en") -> None:
@@ -127,21 +105,76 @@ class View:
 
     # --- words and numbers
 
-    def say(self, key: str, **values: Any) -> str:
-        """Return the message `key` as plain text, with its placeholders replaced by the values."""
-        return self.words[key].replace("*", "").format(**values)
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """The formatted values that all messages may name in their placeholders, such as `{corpus}`."""
+        record, words = self.record, self.words
+        row = next(row for row in record["table"] if row["id"] == "perplexity")
+        small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
+        decided = [self.evidence[d["source"]] for d in small["decisions"] if d["source"] in self.evidence]
+        small_key = "answer_measured" if decided else "answer_expected"
+        known = (decided or [self.evidence["note.expected_perplexity"]])[0]
+        held = {"held": self.number(record["calibration"]["held_95"])}
+        held["of"] = self.number(record["calibration"]["of"])
+        reached = self.evidence.get(f"{COMPACT}.perplexity")
 
-    def word(self, section: Section, key: str) -> str:
-        """Return the translation of `key` in a section; without a translation, return `key`."""
-        return load_messages(self.language)[section].get(key, key)
+        def figure(item: Item) -> str:
+            return show(item["value"], item["unit"], self.language)
+
+        counted = ("documents", "tokens", "bytes", "window")
+        return {
+            **{key: self.number(record["validation"][key]) for key in counted},
+            **{key: self.value(f"{COMPACT}.{key}") for key in ("loss", "perplexity", "bits_per_byte")},
+            **{key: words["inside" if inside else "outside"] for key, inside in record["forecast"].items()},
+            **held,
+            "corpus": self.corpus,
+            "sha256": record["validation"]["sha256"],
+            "flagged": str(record["flagged"]),
+            "parameters": self.value(f"{COMPACT}.parameters.all_tensors"),
+            "without": self.value(f"{COMPACT}.parameters.non_embedding"),
+            "layers": self.number(record["models"]["shape"]["n_layer"]),
+            "width": self.number(record["models"]["shape"]["n_embd"]),
+            "seen": self.value(f"{COMPACT}.tokens_seen"),
+            "expected_loss": self.value(f"{COMPACT}.expected_loss"),
+            "basis": self.evidence[f"{COMPACT}.expected_loss"]["source"],
+            "note_loss": self.value("note.expected_loss"),
+            "note_perplexity": self.value("note.expected_perplexity"),
+            "by_hand": self.value("note.hand_set_loss"),
+            "claimed": self.quoted(small),
+            "claimed_gpt2": self.quoted(gpt2),
+            "published": ", ".join(map(figure, self.known_items(gpt2))) or words["none"],
+            "small": words[small_key].format(found=self.show(known), **held),
+            "reached": show(reached["value"], "perplexity", self.language)
+            if reached
+            else words["not_defined"],
+        }
+
+    def say(self, key: str, **values: Any) -> str:
+        """Return the message `key` as plain text, with its placeholders replaced by facts and values."""
+        return self.words[key].replace("*", "").format(**{**self.facts, **values})
+
+    def word(self, section: str, key: str) -> str:
+        """Return the translation of a verdict, a unit or a way of knowing a value."""
+        return translate(self.language, section, key)
 
     def phrase(self, sentence: str) -> str:
         """Translate a sentence of the record; without a translation, return it unchanged."""
-        return translate_phrase(self.language, sentence)
+        return translate(self.language, "phrases", sentence)
 
     def show(self, item: Item) -> str:
-        """Format a value with its interval."""
-        return show_evidence(item, self.language)
+        """Format a value of the record with its interval, if it has one."""
+        text = show(item["value"], item["unit"], self.language)
+        bounds = self.interval(item["low"], item["high"], item["unit"])
+        return f"{text} ({bounds})" if bounds else text
+
+    def interval(self, low: float | None, high: float | None, unit: str) -> str:
+        """Format an interval. None means no limit at that end; without limits, return an empty string."""
+        if low is not None and high is not None:
+            ends = (show(low, unit, self.language), show(high, unit, self.language))
+            return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
+        if high is not None:
+            return f"{self.words['at_most']} {show(high, unit, self.language)}"
+        return "" if low is None else f"{self.words['at_least']} {show(low, unit, self.language)}"
 
     def number(self, count: float | None) -> str:
         """Format a count, or return a dash for None."""
@@ -161,14 +194,10 @@ class View:
         """Return a cell with the value of the id `name`, or with a dash if the record has no such value."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
-    def known(self, item: Item) -> str:
-        """Return how a value was obtained, such as "measured", in the view's language."""
-        return self.word("known", item["known"])
-
     def known_on(self, item: Item) -> str:
         """Return how a value was obtained, and on which text if it depends on one."""
         corpus = f" ({self.phrase(item['corpus'])})" if item["corpus"] else ""
-        return self.known(item) + corpus
+        return self.word("known", item["known"]) + corpus
 
     def conditions(self, item: Item) -> str:
         """Return a value's corpus, context, stride and tokenizer as a string, or a dash if all are empty."""
@@ -185,49 +214,9 @@ class View:
 
     # --- sentences
 
-    def title(self) -> str:
-        """Return the report's title, which depends on whether the record checks the note."""
-        return self.say("title") if self.about_note else self.say("own_title", corpus=self.corpus)
-
     def headline(self) -> str:
         """Return the main result in one sentence: the answer about the note, or the model's scores."""
-        if self.about_note:
-            return self.say("answer", **self.answer())
-        figures = {key: self.value(f"{COMPACT}.{key}") for key in ("loss", "perplexity", "bits_per_byte")}
-        return self.say("own_headline", corpus=self.corpus, **figures)
-
-    def answer(self) -> dict[str, str]:
-        """Return the values of the message `answer`: the claimed, published and measured perplexities."""
-        row = next(row for row in self.record["table"] if row["id"] == "perplexity")
-        small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
-
-        def figure(item: Item) -> str:
-            return show(item["value"], item["unit"], self.language)
-
-        decided = [self.evidence[d["source"]] for d in small["decisions"] if d["source"] in self.evidence]
-        known = decided or [self.evidence["note.expected_perplexity"]]
-        measured = self.evidence.get(f"{COMPACT}.perplexity")  # None: too large for a float
-        published = [figure(item) for item in self.known_items(gpt2)] or [self.words["none"]]
-        return {
-            "claimed": self.quoted(small),
-            "claimed_gpt2": self.quoted(gpt2),
-            "published": ", ".join(published),
-            "small": self.say(
-                "answer_measured" if decided else "answer_expected", found=self.show(known[0]), **self.held()
-            ),
-            "found": figure(measured) if measured else self.words["not_defined"],
-            "corpus": self.corpus,
-        }
-
-    def held(self) -> dict[str, str]:
-        """Return in how many of how many runs the fixed rule's 95 % interval contained the loss."""
-        calibration = self.record["calibration"]
-        return {"held": self.number(calibration["held_95"]), "of": self.number(calibration["of"])}
-
-    def note_forecast(self) -> dict[str, str]:
-        """Return the values of the message `note_forecast`: the rule's estimate and the person's."""
-        names = {"loss": "expected_loss", "perplexity": "expected_perplexity", "by_hand": "hand_set_loss"}
-        return {key: self.value(f"note.{name}") for key, name in names.items()} | self.held()
+        return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
         """Return the summary sentence: the verdicts on the note, or the comparison with the baselines."""
@@ -297,7 +286,7 @@ class View:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
             if decision["source"] not in self.evidence:  # the source is other claims, not a value
-                bounds = show_interval(decision["low"], decision["high"], claim["unit"], self.language)
+                bounds = self.interval(decision["low"], decision["high"], claim["unit"])
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
 
@@ -309,8 +298,7 @@ class View:
             line = self.say(
                 "small_scale", outcome=self.words[f"small_{found['outcome'].replace(' ', '_')}"],
                 quantity=self.phrase(found["quantity"]), value=show(found["value"], unit, self.language),
-                interval=show_interval(found["low"], found["high"], unit, self.language),
-                ours=ours, theirs=theirs,
+                interval=self.interval(found["low"], found["high"], unit), ours=ours, theirs=theirs,
             )  # fmt: skip
             reason = [self.phrase(found["otherwise"])] if found["otherwise"] else []
             lines.append("; ".join([line, *reason]))
@@ -318,15 +306,13 @@ class View:
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
         """Format the claimed interval, or return a dash."""
-        bounds = show_interval(claim["low"], claim["high"], claim["unit"], self.language)
-        return bounds or self.words["none"]
+        return self.interval(claim["low"], claim["high"], claim["unit"]) or self.words["none"]
 
     # --- tables
 
     def note_head(self) -> list[str]:
         """Return the column headings of the note's table."""
-        trained_here = [self.say("trained_here", corpus=self.corpus)] if self.about_note else []
-        return ["", *self.head(COLUMNS), *trained_here]
+        return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
         """Return the rows of the note's table: title, claims, and the compact model's value, if any."""
@@ -334,10 +320,10 @@ class View:
         for row in self.record["table"]:
             name = f"{COMPACT}.{TRAINED_HERE[row['id']]}"
             here = [self.evidence[name]] if self.about_note and name in self.evidence else []
-            rows.append((self.words[row["id"]], [self.claims[row[column]] for column in COLUMNS], here))
+            rows.append((self.words[row["id"]], [self.claims[row[one]] for one in COLUMNS["note"]], here))
         return rows
 
-    def measured_rows(self, columns: Sequence[str] = MEASURED_COLUMNS) -> list[list[Cell]]:
+    def measured_rows(self) -> list[list[Cell]]:
         """Return the rows of the main table: one for each view in which a model was measured."""
         rows = []
         for row in self.rows:
@@ -349,17 +335,16 @@ class View:
                 note = self.say("seed_note", deviation=self.value(f"{COMPACT}.seed_deviation"))
                 cells["val_loss"] = replace(cells["val_loss"], note=note)
             cells["ratio"] = self.cell(f"ratio.{COMPACT}_to_{row['scores']}.perplexity")
-            rows.append([cells[column] for column in columns])
+            rows.append([cells[column] for column in COLUMNS["measured"]])
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
         """Return what a row's model sees of the text before a token."""
         if row["view"] == "document":
             return self.phrase(row["context"])
-        window, tokens = (self.number(n) for n in (self.record["validation"]["window"], row.get("tokens")))
-        return self.say(f"context_{row['view']}", window=window, tokens=tokens)
+        return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
 
-    def published_rows(self, columns: Sequence[str] = PUBLISHED_COLUMNS) -> list[list[Cell]]:
+    def published_rows(self) -> list[list[Cell]]:
         """Return one row of cells for each model with a published score."""
         rows = []
         for name in self.record["models"]["published"]:
@@ -367,7 +352,7 @@ class View:
             cells = self._sizes_and_scores(name, f"{name}.openwebtext")
             cells["seen_context"] = self.cell(f"{name}.context")
             cells |= {"published_text": Cell(loss["corpus"]), "source": Cell(loss["source"])}
-            rows.append([cells[column] for column in columns])
+            rows.append([cells[column] for column in COLUMNS["published"]])
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
@@ -381,23 +366,6 @@ class View:
             "val_perplexity": self.cell(f"{scores}.perplexity"),
             "bits_per_byte": self.cell(f"{scores}.bits_per_byte"),
         }
-
-    def demo(self) -> dict[str, str]:
-        """Return the values of the message `page_demo_lead`: the compact model's size and training."""
-        shape = self.record["models"]["shape"]
-        sizes = {"parameters": "all_tensors", "without": "non_embedding"}
-        return {
-            **{key: self.value(f"{COMPACT}.parameters.{name}") for key, name in sizes.items()},
-            "layers": self.number(shape["n_layer"]),
-            "width": self.number(shape["n_embd"]),
-            "seen": self.value(f"{COMPACT}.tokens_seen"),
-            "corpus": self.corpus,
-        }
-
-    def counted(self) -> dict[str, str]:
-        """Return the formatted numbers of val documents, tokens and bytes, and the window size."""
-        validation = self.record["validation"]
-        return {key: self.number(validation[key]) for key in ("documents", "tokens", "bytes", "window")}
 
     def task_rows(self) -> list[list[str]]:
         """Return one row for each measured score that the main table lacks: model, quantity, value, p-value.
@@ -430,41 +398,3 @@ class View:
                 writer = self.words["none"] if way == "human" else model
                 rows.append([writer, way, quantity, self.value(name)])
         return rows
-
-    def forecast_head(self) -> list[str]:
-        """Return the column headings of the forecast's table; one heading contains the measured loss."""
-        found = f"{self.words['found']}{self.words['colon']}{self.value(f'{COMPACT}.loss')}"
-        return ["", self.words["expected"], found]
-
-    def forecast_rows(self) -> list[list[str]]:
-        """Return one row for each interval of the expected loss: share, limits, and inside or outside."""
-        rows = []
-        for share in ("80", "95"):
-            where = "inside" if self.record["forecast"][f"inside_{share}"] else "outside"
-            expected = self.value(f"{COMPACT}.expected_loss_{share}")
-            rows.append([self.words[share], expected, self.words[where]])
-        return rows
-
-    def notes(self) -> list[str]:
-        """Return the notes on the forecast: the basis of the expected loss, then the estimate's notes."""
-        basis = self.say("basis", basis=self.evidence[f"{COMPACT}.expected_loss"]["source"])
-        return [basis, *map(self.phrase, self.record["notes"])]
-
-
-def render_csv(record: Record) -> str:
-    """Render the record as reports/comparison.csv: the values of each claim, then of each measured model."""
-    view, buffer = View(record), io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
-    cells = {row[column]: ("note", row["id"], column) for row in record["table"] for column in COLUMNS}
-    for claim in record["claims"]:
-        cell = cells.get(claim["id"], ("claims", "", ""))
-        for item in view.known_items(claim) or [{}]:
-            values = [item.get(key) for key in CSV_VALUE]
-            writer.writerow([*cell, claim["id"], claim["quote"], claim["verdict"], *values])
-    for model in view.models:
-        for name, item in view.evidence.items():
-            if name.startswith(f"{model}.") or name == f"ratio.{COMPACT}_to_{model}.perplexity":
-                quantity, values = name.removeprefix(f"{model}."), [item[key] for key in CSV_VALUE]
-                writer.writerow(["measured", model, quantity, "", "", "", *values])
-    return buffer.getvalue()

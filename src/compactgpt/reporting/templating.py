@@ -1,18 +1,43 @@
-"""Jinja2 environments for HTML and Markdown. They escape all values, but not the messages of templates/."""
+"""The messages of the reports in English and French, and Jinja2 environments for HTML and Markdown.
 
-from collections.abc import Callable
+The environments escape all values. The messages of templates/en.yaml and fr.yaml are markup already.
+"""
+
+import re
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from compactgpt.common.errors import printable
 from compactgpt.common.escaping import markdown_block, markdown_code, markdown_text
-from compactgpt.reporting.messages import TEMPLATES, Language, load_messages
+from compactgpt.common.sections import read_yaml
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
 
-MARKS = {"**": "strong", "*": "em", "`": "code"}  # Markdown mark in a message -> HTML element
+Language = Literal["en", "fr"]
+LANGUAGES: tuple[Language, ...] = ("en", "fr")
+TEMPLATES = Path(__file__).parent / "templates"
+_HTML_TAGS = {"**": "strong", "*": "em", "`": "code"}  # Markdown mark in a message -> HTML element
+
+
+@lru_cache
+def load_messages(language: Language) -> Mapping[str, Mapping[str, str]]:
+    """Return all messages of a language, by section and key."""
+    sections: Mapping[str, Mapping[str, str]] = read_yaml(TEMPLATES / f"{language}.yaml")
+    return sections
+
+
+def translate(language: Language, section: str, text: str) -> str:
+    """Return the translation of a word or sentence of the record; without a translation, return the text."""
+    for english, translation in load_messages(language).get(section, {}).items():
+        # A placeholder `{name}` in the English text matches any text.
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
+        if found := re.fullmatch(pattern, text):
+            return translation.format(**found.groupdict())
+    return text
 
 
 @lru_cache
@@ -45,16 +70,18 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
     Jinja2's autoescaping knows only HTML. So `finalize` escapes each value before autoescaping and returns it
     as `Markup`. Jinja2 does not escape `Markup` again, such as a macro's output or a message.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
     from markupsafe import Markup
 
     def finalize(value: Any) -> Markup:
         return value if isinstance(value, Markup) else escape(str(value))
 
-    def message(language: Language, key: str, **values: Any) -> Markup:
-        """Return the message `key` as markup, with escaped values in its placeholders."""
-        template = str(environment.filters["marked"](load_messages(language)["text"][key]))
-        escaped = {name: str(finalize(value)) for name, value in values.items()}
+    @pass_context
+    def message(context: Mapping[str, Any], key: str, **values: Any) -> Markup:
+        """Return a message of the template's `view` as markup, with escaped values in its placeholders."""
+        view = context["view"]
+        template = str(environment.filters["marked"](view.words[key]))
+        escaped = {name: finalize(value) for name, value in {**view.facts, **values}.items()}
         return Markup(template.format(**escaped))  # noqa: S704 (the values are escaped above)
 
     environment = Environment(
@@ -75,7 +102,7 @@ def _marks_to_html(text: str) -> "Markup":
     from markupsafe import Markup, escape
 
     html = str(escape(text))
-    for mark, tag in MARKS.items():
+    for mark, tag in _HTML_TAGS.items():
         parts = html.split(mark)
         for inside in range(1, len(parts) - 1, 2):  # every second part is between two marks
             parts[inside] = f"<{tag}>{parts[inside]}</{tag}>"

@@ -21,8 +21,7 @@ from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.html import RECORD, render_files
-from compactgpt.reporting.markdown import render_quoted_tables, replace_tables
+from compactgpt.reporting.pages import RECORD, render_files, render_quoted_tables, replace_tables
 from compactgpt.reporting.schemas import read_sources
 from compactgpt.tracking.dvc_files import (
     LOCK,
