@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -66,26 +67,20 @@ def repository(tmp_path_factory):
 
 def fill(place: Path) -> None:
     """Create what dvc.yaml names and the place lacks: deps from this repository, outs as empty JSON."""
-    stages = YAML(typ="safe").load(place / "dvc.yaml")["stages"].values()
-    deps = {dep for body in stages for dep in body["deps"]}
-    outs = {
-        path
-        for body in stages
-        for kind in ("outs", "metrics", "plots")
-        for out in body.get(kind, ())
-        for path in (out if isinstance(out, dict) else [out])
-    }
-    for path in sorted(deps | outs):
-        target = place / path
-        if "{" in path or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path in outs:
-            target.write_text("{}\n")
-        elif (ROOT / path).is_dir():
-            shutil.copytree(ROOT / path, target)
-        else:
-            shutil.copyfile(ROOT / path, target)
+    for body in YAML(typ="safe").load(place / "dvc.yaml")["stages"].values():
+        outs = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind, ())]
+        paths = [path for out in outs for path in (out if isinstance(out, dict) else [out])]
+        for path in body["deps"] + paths:
+            target = place / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if "{" in path or target.exists():
+                continue
+            if path in paths or not (ROOT / path).exists():
+                target.write_text("{}\n")
+            elif (ROOT / path).is_dir():
+                shutil.copytree(ROOT / path, target)
+            else:
+                shutil.copyfile(ROOT / path, target)
 
 
 def reports_of(place: Path) -> dict[Path, Path]:
@@ -151,17 +146,13 @@ def test_any_byte_of_data_weights_code_and_pictures_is_found(repository):
 
 def test_a_stage_that_dvc_yaml_no_longer_has_is_a_note(repository):
     lock = repository / "dvc.lock"
-    before, tree = lock.read_bytes(), YAML(typ="safe").load(lock)
-    stages = tree["stages"]
-    stages["baseline@removed"] = json.loads(
-        json.dumps(stages["estimate"]).replace("estimate.json", "removed.json")
-    )
-    lock.write_text(json.dumps(tree))
-    assert run_checks(repository, check_lock).differences == []
-    assert run_checks(repository, check_lock).notes == [
-        "dvc.lock has baseline@removed, which dvc.yaml no longer has: DVC ignores it"
-    ]
+    before, text = lock.read_bytes(), lock.read_text()
+    removed = re.search(r"  estimate:\n(    .*\n|  - .*\n)*", text)[0].replace("estimate", "removed")
+    lock.write_text(text.replace("stages:\n", f"stages:\n{removed}"))
+    found = run_checks(repository, check_lock)
     lock.write_bytes(before)
+    assert found.differences == []
+    assert found.notes == ["dvc.lock has removed, which dvc.yaml no longer has: DVC ignores it"]
 
 
 def test_a_report_of_other_parameters_than_those_of_the_lock_is_found(repository):
@@ -187,7 +178,6 @@ def test_another_number_in_params_is_named(repository):
     ("name", "before", "cell"),
     [
         ("reports/evaluation.json", '"loss": {"value": ', "loss.value is "),
-        ("reports/evaluation.json", '"low": ', ".low is "),
         ("reports/baseline/xz.json", '"perplexity": {"value": ', "perplexity.value is "),
     ],
 )
@@ -215,18 +205,10 @@ def renderings(repository):
     return rendered
 
 
-def test_the_comparison_writes_all_renderings_and_shows_them(repository, renderings, tmp_path, monkeypatch):
-    for name, content in renderings.items():
-        assert (repository / "reports" / name).read_bytes() == content
-        assert b"Software" not in content  # of PNG: the library's version
+def test_the_comparison_writes_what_dvc_yaml_lists(repository, renderings):
     listed = YAML(typ="safe").load(repository / "dvc.yaml")["stages"]["comparison"]["outs"]
     assert {f"reports/{name}" for name in renderings} == {path for out in listed for path in out}
-    monkeypatch.chdir(repository)
-    shutil.move(repository / "data", tmp_path / "data")
-    shown = run_comparison(repository, "--show")
-    shutil.move(tmp_path / "data", repository / "data")
-    assert shown.exit_code == 0
-    assert "655,360,000" in shown.output
+    assert not [name for name, content in renderings.items() if b"Software" in content]  # PNG: its library
 
 
 def test_a_changed_rendering_is_named_with_its_cell_or_line(repository, renderings, monkeypatch):

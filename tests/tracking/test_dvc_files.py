@@ -45,26 +45,18 @@ def test_the_chain_has_the_items_of_a_matrix_and_the_hashes_of_dvc(root):
     chain = read_chain(Folder(root))
     assert [*chain.stages] == ["a", "b@one", "b@two"]
     assert chain.out("x") == "8ea7b150bb7c692952804d00767e8840.dir"  # what `dvc add` of 3.67.1 writes for it
-    assert chain.out("y") == ""
     entry = chain.entries["a"]
     assert entry_key(entry) == entry_key(dict(reversed(entry.items())))
     assert entry_key(entry) != entry_key({**entry, "cmd": "other"})
-
-
-def test_a_matrix_without_values_has_no_items_and_one_of_two_variables_is_refused(root):
-    for params in ("b: {names: 5}", "b: 5", ""):
-        (root / "params.yaml").write_text(params)
-        assert [*read_chain(Folder(root)).stages] == ["a"]
-    (root / "dvc.yaml").write_text("stages: {b: {matrix: {x: [1], y: [2]}}}")
-    with pytest.raises(BadData, match=r"^dvc\.yaml is not as DVC reads it"):
-        read_chain(Folder(root))
+    (root / "params.yaml").write_text("b: {names: 5}")
+    assert [*read_chain(Folder(root)).stages] == ["a"]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["- a", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [x]}}", "stages: {a: {outs: [{path: x}]}}",
-     "stages: {a: {deps: null}}", "stages: {a: {params: {params.yaml: 1}}}", "stages: &a {b: {cmd: *a}}",
-     "a: 2001-99-99", "[" * 500, "stages: {a: {deps: [{path: x, md5: {1: y, z: 0}}]}}"],
+    ["- a", "stages: [a]", "stages: {a: 1}", "stages: {a: {outs: [x]}}", "stages: {a: {deps: null}}",
+     "stages: {a: {params: {params.yaml: 1}}}", "stages: &a {b: {cmd: *a}}", "a: 2001-99-99", "[" * 500,
+     "stages: {a: {deps: [{path: x, md5: {1: y, z: 0}}]}}"],
 )  # fmt: skip
 def test_a_damaged_lock_is_refused_by_name(root, text):
     (root / "dvc.lock").write_text(text)
@@ -72,8 +64,7 @@ def test_a_damaged_lock_is_refused_by_name(root, text):
         read_chain(Folder(root))
 
 
-@pytest.mark.parametrize("kind", ["deps", "outs"])
-@pytest.mark.parametrize("path", ["../../other", "/etc/passwd", "data/../../x", ""])
+@pytest.mark.parametrize(("kind", "path"), [("deps", "../other"), ("outs", "/etc/passwd"), ("outs", "")])
 def test_a_lock_with_a_path_out_of_the_project_is_refused(root, kind, path):
     lock = {"schema": "2.0", "stages": {"a": {"cmd": "x", kind: [{"path": path, "md5": "0" * 32}]}}}
     (root / "dvc.lock").write_text(json.dumps(lock))
@@ -93,19 +84,19 @@ def test_an_out_comes_from_the_cache_and_is_checked(root):
         checkout(Cache(root), Folder(root), "x", md5, target)
 
 
-@pytest.mark.parametrize("md5", ["../../../../etc/passwd", "..", "ab/../../" + "0" * 23, "0" * 31 + "/"])
+@pytest.mark.parametrize("md5", ["../../../../etc/passwd", "ab/../../" + "0" * 23])
 def test_a_hash_that_is_a_path_is_refused(root, md5):
     with pytest.raises(OutsideFolder, match="not a hash of DVC's cache"):
         Cache(root).has(md5)
 
 
-@pytest.mark.parametrize("name", ["../other/a", "/{tmp}/other/a", "link/a"])
+@pytest.mark.parametrize("name", ["../other/a", "link/a"])
 def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(root, name):
     (root / "other").mkdir()
     (root / "copy").mkdir()
     (root / "copy/link").symlink_to(root / "other")
     (root / "new").write_text("from someone else")
-    listing = [{"md5": tracking_store.cache_out(root, "new"), "relpath": name.format(tmp=root)}]
+    listing = [{"md5": tracking_store.cache_out(root, "new"), "relpath": name}]
     (cached := root / ".dvc/cache/files/md5/00" / f"{'0' * 30}.dir").parent.mkdir()
     cached.write_text(json.dumps(listing))
     with pytest.raises(OutsideFolder):
@@ -121,22 +112,15 @@ def test_a_commit_is_read_without_touching_the_work_tree(root):
     assert Commit(root, "HEAD").read("absent") is None
 
 
-@pytest.mark.parametrize("before", [b"schema", b"\n  ", b"md5: "])
-def test_a_lock_that_dvc_was_writing_when_it_was_killed_is_restored(root, before):
-    lock = root / "dvc.lock"
-    lock.write_bytes(complete := (ROOT / "dvc.lock").read_bytes())
+def test_a_lock_that_dvc_was_writing_when_it_was_killed_is_restored(root):
+    lock, complete = root / "dvc.lock", (ROOT / "dvc.lock").read_bytes()
+    lock.write_bytes(complete)
     assert not restore_lock(root)
     keep_lock(root)
-    lock.write_bytes(complete[: complete.index(before)])
-    assert restore_lock(root)
-    assert lock.read_bytes() == complete
-
-
-def test_a_complete_lock_is_left_alone_and_one_without_a_copy_is_named(root):
-    lock = root / "dvc.lock"
-    keep_lock(root)
-    lock.write_text("schema: '2.0'\nstages: {}\n")
-    assert not restore_lock(root)
+    for before in (b"schema", b"\n  ", b"md5: "):
+        lock.write_bytes(complete[: complete.index(before)])
+        assert restore_lock(root)
+        assert lock.read_bytes() == complete
     lock.write_text("")
     shutil.rmtree(root / ".dvc")
     with pytest.raises(BadData, match=r"`git checkout dvc\.lock` restores it"):
