@@ -38,51 +38,33 @@ def project(tmp_path, monkeypatch):
     return place
 
 
-@pytest.fixture
-def conflict(project):
-    """The project while a merge of two different runs is not resolved."""
+def test_a_lock_with_conflict_markers_is_left_to_the_user_with_advice_that_works(project):
     for branch, number in (("theirs", 22), ("main", 333)):  # of other sizes, for git
         git(project, "checkout", "-q", *(["-b"] if branch == "theirs" else []), branch)
         (project / "params.yaml").write_text(f"n: {number}\n")
         dvc(project, "repro", "-q")
         git(project, "commit", "-q", "-a", "-m", branch)
     assert run(project, "git", "merge", "theirs", check=False).returncode == 1
-    return project
-
-
-def test_a_lock_with_conflict_markers_is_left_to_the_user_with_advice_that_works(conflict):
-    lock = conflict / "dvc.lock"
-    (copy := conflict / ".dvc/tmp/compactgpt/dvc.lock").parent.mkdir()
+    lock = project / "dvc.lock"
+    (copy := project / ".dvc/tmp/compactgpt/dvc.lock").parent.mkdir()
     copy.write_text("schema: '2.0'\nstages: {}\n")  # of a stage
     before = lock.read_bytes()
-    done = CliRunner().invoke(app, ["repair"])
-    assert done.exit_code == BadData.exit_code
-    assert "dvc.lock has conflict markers of an unresolved merge: keep one side" in done.output
+    for command, exit_code, advice in (
+        ("repair", BadData.exit_code, "dvc.lock has conflict markers of an unresolved merge: keep one side"),
+        ("estimate", BadConfig.exit_code, "params.yaml has conflict markers of an unresolved merge: choose"),
+    ):
+        done = CliRunner().invoke(app, [command])
+        assert done.exit_code == exit_code
+        assert advice in done.output
     assert lock.read_bytes() == before
-    done = CliRunner().invoke(app, ["estimate"])
-    assert done.exit_code == BadConfig.exit_code
-    assert "params.yaml has conflict markers of an unresolved merge: choose the lines" in done.output
     # The advice, as it is written.
-    (conflict / "params.yaml").write_text("n: 333\n")
-    git(conflict, "add", "params.yaml", "reports")
-    git(conflict, "checkout", "--ours", "dvc.lock")
-    dvc(conflict, "repro", "-q")
-    git(conflict, "add", "dvc.lock", "params.yaml", "reports")
-    git(conflict, "commit", "-q", "-m", "merged")
-    assert "up to date" in dvc(conflict, "status")
-
-
-@pytest.mark.parametrize(
-    "left", [b"=======\n>>>>>>> theirs\n", b"<<<<<<< HEAD\r\n=======\r\n>>>>>>> theirs\r\n"]
-)
-def test_a_lock_with_one_marker_left_or_lines_of_windows_is_kept(project, left):
-    lock = project / "dvc.lock"
-    (project / ".dvc/tmp/compactgpt").mkdir(parents=True)
-    shutil.copy(lock, project / ".dvc/tmp/compactgpt/dvc.lock")  # a stage's copy
-    lock.write_bytes(lock.read_bytes() + left)
-    done = CliRunner().invoke(app, ["repair"])
-    assert done.exit_code == BadData.exit_code
-    assert lock.read_bytes().endswith(left)
+    (project / "params.yaml").write_text("n: 333\n")
+    git(project, "add", "params.yaml", "reports")
+    git(project, "checkout", "--ours", "dvc.lock")
+    dvc(project, "repro", "-q")
+    git(project, "add", "dvc.lock", "params.yaml", "reports")
+    git(project, "commit", "-q", "-m", "merged")
+    assert "up to date" in dvc(project, "status")
 
 
 EDITED = """
@@ -115,21 +97,6 @@ def test_dvc_records_no_parameter_that_changed_while_the_stage_ran(project):
     assert (project / "data/out").read_text() == "1400"
 
 
-def test_the_tutorials_undo_goes_back_to_the_commit(project):
-    (undo,) = re.findall(r"`(git checkout .*&& dvc checkout)`", (ROOT / "docs/tutorial.md").read_text())
-    (project / "params.yaml").write_text(
-        "n: 22\n"
-    )  # of another size: git sees no change of one second and size
-    dvc(project, "repro", "-q")  # stages dvc.lock in git (core.autostage)
-    assert (project / "data/out").read_text() == "n: 22\n"
-    run(project, "bash", "-c", undo)
-    assert git(project, "status", "--porcelain") == ""
-    for path in ("params.yaml", "data/out", "reports/n.yaml"):
-        assert (project / path).read_text() == "n: 1\n"
-    dvc(project, "repro", "-q")
-    assert (project / "ran").read_text().count("ran") == 2  # the first run, and the one that was undone
-
-
 def repro_as_make_does(project):
     """Run what `make repro` runs of DVC; `compactgpt check` wants the whole project."""
     lines = [line for line in run(ROOT, "make", "-n", "repro").stdout.splitlines() if line.startswith("dvc ")]
@@ -149,15 +116,6 @@ def test_make_repro_runs_only_what_the_cache_lacks(project):
     (project / "params.yaml").write_text("n: 4\n")
     assert repro_as_make_does(project).stderr == ""
     assert (project / "data/out").read_text() == "n: 4\n"
-
-
-def test_dvc_commit_after_a_harmless_edit_runs_nothing(project):
-    (project / "input").write_text("1  # a comment")
-    assert "modified" in dvc(project, "status")
-    dvc(project, "commit", "-f", "copy")
-    dvc(project, "repro", "-q")
-    assert (project / "ran").read_text() == "ran\n"
-    assert "up to date" in dvc(project, "status")
 
 
 def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project, tmp_path):
@@ -190,9 +148,7 @@ def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project,
     assert hashlib.md5(b"ac").hexdigest() in lock
 
 
-@pytest.mark.parametrize(
-    ("remote", "package"), [("s3://bucket/x", "dvc[s3]"), ("gs://bucket/x", "dvc[gs]"), ("{}/remote", "")]
-)
+@pytest.mark.parametrize(("remote", "package"), [("gs://bucket/x", "dvc[gs]"), ("{}/remote", "")])
 def test_make_push_installs_the_package_of_the_remotes_scheme(project, tmp_path, remote, package):
     (programs := tmp_path / "programs").mkdir()
     # None of DVC's plugins is installed, for this `python`; `uv` only notes what it should install.

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from compactgpt.cli import app
@@ -27,56 +28,44 @@ VALUE = {
     "weights_sha256": "",
 }
 RECORD = {"evidence": [VALUE, {**VALUE, "id": "compact.perplexity"}]}
-LOCK = """schema: '2.0'
-stages:
-  tokenization:
-    cmd: exec python -m stages.tokenization
-    outs:
-    - path: data/tokens
-      md5: aaa.dir
-  training:
-    cmd: exec python -m stages.training
-    deps:
-    - path: data/tokens
-      md5: aaa.dir
-    outs:
-    - path: models/compact
-      md5: bbb.dir
-  evaluation:
-    cmd: exec python -m stages.evaluation
-    deps:
-    - path: data/tokens
-      md5: aaa.dir
-    - path: models/compact
-      md5: bbb.dir
-    outs:
-    - path: reports/evaluation.json
-      md5: ccc
-"""
+MD5 = {"data/tokens": "aaa.dir", "models/compact": "bbb.dir", "reports/evaluation.json": "ccc"}
+STAGES = {  # deps and outs
+    "evaluation": (["data/tokens", "models/compact"], ["reports/evaluation.json"]),
+    "tokenization": ([], ["data/tokens"]),
+    "training": (["data/tokens"], ["models/compact"]),
+}
 
-PIPELINE = """
-stages:
-  evaluation:
-    cmd: exec python -m stages.evaluation
-    deps: [data/tokens, models/compact]
-    outs: [reports/evaluation.json]
-  tokenization: {cmd: exec python -m stages.tokenization, outs: [data/tokens]}
-  training: {cmd: exec python -m stages.training, deps: [data/tokens], outs: [models/compact]}
-  other: {cmd: exec python -m stages.other, outs: [data/other]}
-"""
+
+def write_stages(path, first_line="", **md5):
+    """Write dvc.yaml or dvc.lock in DVC's format."""
+
+    def listed(paths):
+        return (
+            [{"path": one, "md5": {**MD5, **md5}[one]} for one in paths] if path.suffix == ".lock" else paths
+        )
+
+    stages = {
+        stage: {"cmd": f"exec python -m stages.{stage}", "deps": listed(deps), "outs": listed(outs)}
+        for stage, (deps, outs) in STAGES.items()
+    }
+    with open(path, "w") as file:
+        file.write(first_line)
+        YAML().dump(
+            {"schema": "2.0", "stages": stages} if path.suffix == ".lock" else {"stages": stages}, file
+        )
 
 
 @pytest.fixture
 def place(tmp_path):
     """Three commits: the second changes the evaluation's entry in dvc.lock, the third another line."""
     git(tmp_path, "init", "-q")
-    changed = LOCK.replace("ccc", "eee")
-    for text, subject in ((LOCK, "first"), (changed, "mine"), (f"# a\n{changed}", "other")):
-        (tmp_path / "dvc.lock").write_text(text)
+    changed = {"reports/evaluation.json": "eee"}
+    for md5, subject, first_line in (({}, "first", ""), (changed, "mine", ""), (changed, "other", "# a\n")):
+        write_stages(tmp_path / "dvc.lock", first_line, **md5)
         git(tmp_path, "add", ".")
         git(tmp_path, "commit", "-qm", subject)
     (tmp_path / ".dvc").mkdir()
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    write_stages(tmp_path / "dvc.yaml")
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports/evidence.json").write_text(json.dumps(RECORD))
     return tmp_path
@@ -91,13 +80,10 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(place):
     assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
     assert found["wrote"] == "reports/evaluation.json  md5 eee"
     assert found["commit"].endswith(" mine")
-    (place / "dvc.lock").write_text(LOCK)
+    write_stages(place / "dvc.lock")
     assert find_lock_commit(place, "evaluation") == "not committed yet"
     shutil.rmtree(place / ".git")
     assert find_lock_commit(place, "evaluation") == "not under git"
-
-
-def test_an_unknown_value_is_answered_with_similar_names():
     with pytest.raises(MissingInput, match=r"compact\.los; similar ids: compact\.loss"):
         find_value(RECORD, "compact.los")
 
@@ -124,14 +110,13 @@ def test_the_run_that_wrote_what_the_lock_has_is_found(place, empty_store, monke
     store = open_store(place)
     entry = read_chain(Folder(place)).entries["evaluation"]
     wanted = store.client.create_run(store.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
-    assert run_of_value(place, "evaluation") == f"{wanted} (evaluation)"
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
     assert wanted in done.output
     facts = json.loads(CliRunner().invoke(app, ["trace", "compact.loss", "--json"]).stdout)
     assert facts["evidence"]["id"] == "compact.loss"
-    assert wanted in facts["MLflow run"][0]
+    assert facts["MLflow run"] == [f"{wanted} (evaluation)"]
     (place / "mlflow.db").write_bytes(b"no database" * 400)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert (done.exit_code, done.output.count("\n")) == (65, 1)
