@@ -39,7 +39,7 @@ ON_TOKENS: dict[str, dict[str, str]] = {
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
-LARGE = ("corpus", "data", "models")  # folders whose files are too large to hash in each stage
+LARGE = ("corpus", "data", "models")  # folders with files that are too large to hash in each stage
 ESTIMATED_ON = "two-cpu-cores"  # the machine in reports/estimate.json whose time is used for this machine
 
 
@@ -130,7 +130,7 @@ def open_stage(
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, StageDefinition([], [], []))
-            # Before the check of params.yaml, so that a change of the file during the check is noticed.
+            # Read before `load_params`, so that the end of the stage notices a later change of params.yaml.
             hashed, inputs = _read_params(definition), _read_inputs(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
@@ -205,7 +205,7 @@ def _describe_position(stages: list[str], stage: str) -> str:
     """
     position, seconds = stages.index(stage), 0.0
     for one in stages[position:]:
-        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # damaged file
+        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # skip damaged files
             if _seconds_file(one).exists():
                 seconds += float(_seconds_file(one).read_text())
             elif one == "training":
@@ -251,7 +251,7 @@ def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) 
         launcher = load_params(params_file).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
-        from compactgpt.training.distributed import launch  # here, because this imports torch
+        from compactgpt.training.distributed import launch  # not at the top: this imports torch
 
         _die_with_parent()
         words = [f"--{name}={value}" for name, value in options.items()]

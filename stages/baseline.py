@@ -14,8 +14,8 @@ app = new_app()
 @app.command()
 def main(
     name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
-    tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
+    tokens: Annotated[Path, typer.Option(help="Folder of the token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     totals: Annotated[Path, typer.Option(help="Folder for per-document losses.")] = Path("data/baseline"),
     reports: Annotated[Path, typer.Option(help="Folder for reports.")] = Path("reports/baseline"),
     params_file: ParamsFile = Path("params.yaml"),

@@ -10,7 +10,7 @@ from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
-SHOWN_SECTIONS = 5  # of reports/comparison.md, counted from its beginning
+SHOWN_SECTIONS = 5  # `--show` prints this number of sections of reports/comparison.md
 LEAST_WIDTH = 140  # characters in a line; with fewer characters, rich cuts off numbers
 
 
@@ -53,7 +53,7 @@ def _show() -> None:
     from rich.markdown import Markdown
 
     sections = (REPORTS / "comparison.md").read_text("utf-8").split("\n## ")
-    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich does not show HTML
+    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich can't show HTML tags
     Console(width=max(shutil.get_terminal_size().columns, LEAST_WIDTH)).print(Markdown(text))
 
 

@@ -31,7 +31,7 @@ def main(
     logged = ("model", "training", "estimate")
     with open_stage("estimate", params_file, tracker, logged) as stage:
         check_dependencies(Path())
-        # All other stages depend on this file. If its content changed, DVC would run all stages again.
+        # All other stages depend on this file. A change of its content would make DVC run all stages again.
         write_json(checked, {"checked": ["params.yaml", "files of the dependencies"]})
         stage.report(report, estimate(stage.params, read_sweep(ladder)))
 

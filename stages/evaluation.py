@@ -13,8 +13,8 @@ app = new_app()
 @app.command()
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the trained model.")] = Path("models/compact"),
-    tokens: Annotated[Path, typer.Option(help="The folder of the token files.")] = Path("data/tokens"),
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")] = Path("data/tokenizer"),
+    tokens: Annotated[Path, typer.Option(help="Folder of the token files.")] = Path("data/tokens"),
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
     totals: Annotated[Path, typer.Option(help="File to write per-document losses to.")] = Path(
         "data/evaluation/compact.parquet"
     ),
@@ -44,7 +44,7 @@ def main(
         found = evaluate(compact, split, encoding, likelihood, windows)
         write_totals(totals, found)
         text = generate_texts(compact, split, encoding, settings.text, texts)
-        samples = {key: text.pop(key) for key in ("settings", "samples")}  # they get their own report
+        samples = {key: text.pop(key) for key in ("settings", "samples")}  # these go to samples.json
         write_text(reports / "samples.md", samples_markdown(samples))
         stage.report(reports / "samples.json", samples)
         report = summarize("compact", compact, found, split, likelihood) | {"text": text}

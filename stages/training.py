@@ -29,7 +29,7 @@ def main(
     start_processes("stages.training", params_file, {**paths, "tracker": tracker})
     with open_stage("training", params_file, tracker, ("model", "training", "runtime"), held=True) as stage:
         prepare_process(stage.params.runtime.num_threads)
-        # These modules import torch. The number of threads must be set before the import.
+        # Import these modules late: they import torch, before which the number of threads must be set.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
         from compactgpt.training.checkpoint import prune_runs, remove_states
@@ -47,7 +47,7 @@ def main(
             stage.tracker.artifact(curve, "reports")
             stage.tracker.artifact(model / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
-    if stage.is_main_process:  # only after the stage succeeded: a stage that failed resumes from its states
+    if stage.is_main_process:  # only after success, because a failed stage resumes from its training states
         remove_states(states)
 
 

@@ -26,7 +26,7 @@ from compactgpt.tracking.records import (
 )
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# Keys in a report: the metrics to compare, and the ends of the keys of other losses.
+# The metrics to compare: full keys in a report, and (for the losses of training) ends of keys.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
@@ -36,8 +36,8 @@ class Ratio:
     """A model's perplexity in version B divided by its perplexity in version A, on the same documents."""
 
     model: str
-    documents: int  # number of documents
-    value: float  # the ratio
+    documents: int  # the number of documents
+    value: float  # the ratio of the two perplexities
     low: float  # lower end of the 95 % interval
     high: float  # upper end of the 95 % interval
     significant: bool  # the interval does not contain 1
@@ -49,14 +49,14 @@ class Difference:
 
     a: str  # name of version A
     b: str  # name of version B
-    params: dict[str, Pair]  # by dotted key
-    data: dict[str, Pair]  # MD5 hashes, by path
+    params: dict[str, Pair]  # by dotted key of params.yaml
+    data: dict[str, Pair]  # MD5 hashes of data and models, by path
     code: str  # the changed files, from `git diff --stat`
-    packages: dict[str, Pair]  # package versions, by name
-    machine: dict[str, Pair]  # facts of `journal.machine_facts`
-    metrics: dict[str, Pair]  # by model and metric
-    ratios: list[Ratio]  # of each model that has the losses of the same documents in A and B
-    unpaired: list[str]  # sentences: why a model has no ratio
+    packages: dict[str, Pair]  # versions of the installed packages, by package name
+    machine: dict[str, Pair]  # processor, library versions and settings, by name
+    metrics: dict[str, Pair]  # by model and metric, such as `xz: loss`
+    ratios: list[Ratio]  # one ratio for each model that A and B evaluated on the same documents
+    unpaired: list[str]  # for each model without a ratio, a sentence with the reason
 
     def lines(self) -> list[str]:
         """Return the differences as lines for the terminal."""

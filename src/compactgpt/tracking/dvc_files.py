@@ -27,8 +27,8 @@ LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
 CODE = ("src/", "stages/")  # folders of the project's code
 Entry = dict[str, Any]  # the entry of one stage in dvc.lock
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # in the work tree: two work trees need two copies
-# The name of an object in DVC's cache.
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock from before the stage
+# The name of a file or folder in DVC's cache: the MD5 of its content.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 # `${KEY}` in dvc.yaml: a reference to a value of params.yaml.
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -131,9 +131,9 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 class StageDefinition:
     """The dependencies, outputs and parameters that dvc.yaml has for a stage."""
 
-    deps: list[str]  # paths
-    outs: list[str]  # paths
-    params: list[str]  # keys of params.yaml
+    deps: list[str]  # paths of the dependencies
+    outs: list[str]  # paths of the outputs
+    params: list[str]  # dotted keys of params.yaml
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def restore_lock(root: Path) -> bool:
 def _is_complete(lock: Path) -> bool:
     try:
         entries_of(lock.read_bytes())
-        return "schema" in parse_yaml(lock.read_bytes(), LOCK)  # an incomplete file can be valid YAML
-    except OutsideFolder:  # an unsafe file is reported and not replaced
+        return "schema" in parse_yaml(lock.read_bytes(), LOCK)  # a part of a YAML file can be valid YAML
+    except OutsideFolder:  # report an unsafe path, and do not replace the file
         raise
     except BadData:
         return False
@@ -334,11 +334,11 @@ class Cache:
         return True
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # another text could be a path out of the cache
-            raise OutsideFolder(f"dvc.lock names {md5!r}, which is not a hash of DVC's cache")
+        if not _OBJECT.fullmatch(md5):  # a text that is no hash could lead out of the cache
+            raise OutsideFolder(f"{LOCK} names {md5!r}, which is not a hash: `git checkout {LOCK}` restores it")
         path = self.folder / "files" / "md5" / md5[:2] / md5[2:]
         if not path.is_file():
-            raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` fetches it if a remote has it")
+            raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` downloads it if a remote has it")
         return path
 
 
@@ -375,12 +375,12 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC keeps hashes in site_cache_dir. It uses a hash again if time and size of the file are equal.
-            # A damaged disk changes neither, so a new empty folder makes DVC compute each hash again.
+            # DVC saves hashes in site_cache_dir. It uses a saved hash again if time and size of a file are
+            # unchanged, even if a damaged disk changed the content. So this folder must be empty.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
-    except (DvcException, ImportError) as error:  # ImportError: a remote needs another package
+    except (DvcException, ImportError) as error:  # ImportError: a missing package of a remote
         raise BadData(f"DVC can't read this version: {error}") from error
 
 

@@ -32,9 +32,9 @@ DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the reposit
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
 BEFORE = "before"
-CONTINUED = "continued"  # name of an empty file in a stage's folder: a later journal continues the run
+CONTINUED = "continued"  # name of an empty file, which says that a later journal continues the run
 LOCKED = "requirements.lock"
-MAX_DIGEST = 36  # characters: MLflow accepts no longer hash of a data set
+MAX_DIGEST = 36  # characters: the longest hash of a data set that MLflow accepts
 _TAIL = 65_536  # bytes to read from the end of a journal, to find its last line
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
@@ -170,7 +170,7 @@ def process_facts() -> dict[str, Any]:
     for parent in own.parents():
         with suppress(psutil.Error, ValueError):
             words = parent.cmdline()
-            position = [Path(word).name for word in words[:3]].index("dvc")  # finds `python .../dvc repro`
+            position = [Path(word).name for word in words[:3]].index("dvc")  # or `python dvc repro`
             command = " ".join(["dvc", *words[position + 1 :]])
             pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
             return {**facts, "pipeline": pipeline}
@@ -195,9 +195,9 @@ class Journal:
         self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         fsync_folder(self.folder)
         self._torn = False  # whether the last line may be incomplete
-        self._held: list[dict[str, Any]] | None = [] if held else None  # lines to write later
-        self._resumes = False
-        self._logged: dict[str, int] = {}  # by metric: its last step before the interruption
+        self._held: list[dict[str, Any]] | None = [] if held else None  # lines for `begin` to write
+        self._resumes = False  # whether this journal continues an interrupted run
+        self._logged: dict[str, int] = {}  # by metric: the last step that an interrupted run logged
         self._append("start", {"stage": stage, "store": tracking_store(), **start})
 
     def keep_before(self, workspace: Path) -> None:
@@ -218,7 +218,7 @@ class Journal:
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow's time unit
+        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow wants milliseconds
         if self._held is None:
             self._write(line)
         else:
@@ -284,7 +284,7 @@ class Journal:
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copy(path, target)  # keeps the file mode: private files stay private
+            shutil.copy(path, target)  # keeps the file mode, so that a private file stays private
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:

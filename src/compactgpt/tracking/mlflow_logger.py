@@ -29,8 +29,8 @@ from compactgpt.tracking.journal import BEFORE, CONTINUED, DEFAULT_URI, JournalF
 from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 
-POLL_SECONDS = 1.0  # between two looks for new lines
-PATIENCE_SECONDS = 60.0  # after the end of all runs, give up if the tracking store fails for this time
+POLL_SECONDS = 1.0  # time between two reads of the journals
+PATIENCE_SECONDS = 60.0  # after the runs have ended, stop if the tracking store fails for this time
 
 
 def start_logger(run_folder: Path) -> None:
@@ -42,13 +42,13 @@ def start_logger(run_folder: Path) -> None:
             subprocess.Popen(
                 [sys.executable, "-m", "compactgpt.tracking.mlflow_logger", str(run_folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                cwd=run_folder.parents[2],  # not an experiment's scratch folder, which DVC removes
+                cwd=run_folder.parents[2],  # the repository: DVC deletes an experiment's temporary folder
             )  # fmt: skip
 
 
 def copied_to(folder: RunFolder) -> str:
     """Return the `Store.identity` of the store that has everything of a run folder, or an empty string."""
-    with suppress(UserError, LookupError, TypeError):  # the file is missing or damaged: copy again
+    with suppress(UserError, LookupError, TypeError):  # a missing or damaged file: copy again
         return str(read_json(folder.path / "mlflow.json")["store"])
     return ""
 
@@ -68,7 +68,7 @@ class Logger:
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
         self.run_id = ""  # the pipeline's run in MLflow
-        self.copied: dict[str, Copied] = {}  # by the folder name of the journal
+        self.copied: dict[str, Copied] = {}  # by the name of the journal's folder
         self.monitor: Any = None  # logs the system metrics of the stage that runs now
 
     def copy(self) -> bool:
@@ -150,7 +150,7 @@ class Logger:
         If the run finished and has a model, also log the model.
         """
         after, found, cache = self.folder.after, self.folder.outcome(), Cache(self.folder.root)
-        assert found is not None  # keep_after wrote it
+        assert found is not None  # `keep_after` has saved the outcome
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
@@ -190,7 +190,7 @@ def follow(folder: RunFolder) -> None:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
                 if folder.journals():
-                    folder.keep_after()  # first, because saving the files needs no server
+                    folder.keep_after()  # before the store is opened, which can fail
                     logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                     with store_errors(folder.start["store"]["uri"]):
                         if logger.copy():
@@ -218,12 +218,12 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
-        with suppress(UserError), folder.locked() as is_ours:  # if False, a child process copies the folder
+        with suppress(UserError), folder.locked() as is_ours:  # if not, a child process copies the folder
             if is_ours:
                 folder.keep_after()
     note = root / ".state/tracking/synced.json"
     if record_unrun and note.exists() and note.read_text() == _synced_state(root, current, ended):
-        return current["uri"]  # return before MLflow is imported, which takes seconds
+        return current["uri"]  # before the import of MLflow, which takes seconds
     stores = [current, *(folder.start["store"] for folder in ended)]
     for wanted in {json.dumps(store): store for store in stores}.values():
         folders = [one for one in ended if one.start["store"] == wanted]
@@ -253,7 +253,7 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
                     raise Busy("DVC has not written its files yet: run `compactgpt sync` again later")
         except UserError as problem:
             problems.append(problem)
-            if not store:  # the server does not answer
+            if not store:  # the store can't be opened, so all other copies would fail
                 break
     return problems
 

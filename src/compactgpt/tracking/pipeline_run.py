@@ -37,10 +37,10 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
-PIPELINE = "pipeline"  # instead of a stage's name, in a journal that belongs to no stage
+PIPELINE = "pipeline"  # in journals and tags: the name of the whole pipeline instead of a stage's name
 AFTER = "after"  # name of the folder with the project's files from after the `dvc` process
 OUTCOME = "outcome.json"
-OUTCOME_SECONDS = 30.0  # DVC must commit an experiment within this time after its last stage
+OUTCOME_SECONDS = 30.0  # how long to wait, after the last stage, for DVC to commit an experiment
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -50,7 +50,7 @@ class Outcome(BaseModel):
     status: str = "FINISHED"  # the run's status in MLflow
     reason: str = ""  # why the run is incomplete, as a sentence
     stages: dict[str, str] = {}  # by stage: `ran`, `skipped` or `not reached`, with details
-    entries: dict[str, str] = {}  # by stage: hash of its entry in dvc.lock; only entries of this run
+    entries: dict[str, str] = {}  # by stage: hash of its entry in dvc.lock, if the entry belongs to the run
 
 
 class RunFolder:
@@ -78,7 +78,7 @@ class RunFolder:
     def command(self) -> str:
         """The `dvc` command that ran the stages."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
-        # `dvc exp exec-run` is a worker of DVC's queue, which a user can't start.
+        # DVC's queue runs `dvc exp exec-run`, a command that a user can't run.
         return f"dvc exp run -n {name}" if name and "exec-run" in command else command
 
     @property
@@ -128,7 +128,7 @@ class RunFolder:
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
             reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
-            with suppress(UserError):  # there is no such reference
+            with suppress(UserError):  # git has no commit of this experiment
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
             failed = any(file.status != "FINISHED" for file in self.stages())
@@ -150,7 +150,7 @@ class RunFolder:
         making.mkdir()
         if self.before.root.exists():  # the folder is missing if the first stage was killed at once
             kept = shutil.ignore_patterns(LOCK)
-            shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)  # keeps modes
+            shutil.copytree(self.before.root, making, ignore=kept, dirs_exist_ok=True)
         if lock := place.read(LOCK):
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()

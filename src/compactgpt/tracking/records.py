@@ -22,11 +22,11 @@ Pair = tuple[Any, Any]  # a value in the first and in the second version; None i
 class Version:
     """A version of the project, and what is known about the machine on which its stages ran."""
 
-    name: str  # for messages
+    name: str  # the version's name in messages
     place: Place  # the version's files: params.yaml, dvc.lock, dvc.yaml, reports/
-    commit: str = ""  # full hash; empty if unknown
+    commit: str = ""  # the full hash of the commit; empty if unknown
     diff: bytes | None = b""  # the uncommitted changes; None if the run did not save its changes
-    machine: dict[str, str] = field(default_factory=dict)  # see `journal.machine_facts`
+    machine: dict[str, str] = field(default_factory=dict)  # processor and settings: `machine_facts`
     packages: dict[str, str] = field(default_factory=dict)  # version of each package, by name
 
     @cached_property
@@ -58,7 +58,8 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
             f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    asked = parse_versions((place.read(LOCKED) or b"").decode())  # the installed ones are unknown
+    # A commit has no list of installed packages. Its requirements.lock is nearest to this list.
+    asked = parse_versions((place.read(LOCKED) or b"").decode())
     return Version(f"{wanted} ({commit[:9]})", place, commit, packages=asked)
 
 
@@ -88,7 +89,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     return Version(
         name,
         place,
-        commit if _COMMIT.fullmatch(commit) else "",  # another text could be an option of git
+        commit if _COMMIT.fullmatch(commit) else "",  # a text that is no commit could be an option of git
         None if tags.get("git.dirty") == "true" and not diff else diff,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
         parse_versions((place.read("environment/packages.txt") or b"").decode()),

@@ -57,7 +57,7 @@ def _logged(store: Store, weights: str) -> str:
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
     """Convert the model of a run to Hugging Face's format, log it to MLflow, and return the model's id."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all files are local
+    os.environ["HF_HUB_OFFLINE"] = "1"  # no network is needed: all files are on this machine
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(scratch)
@@ -81,7 +81,7 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults for requests
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails with a path (5.23)
+            pipeline("text-generation", model=str(folder / NAME)),  # not a path: MLflow fails on it
             name="compact",
             task="text-generation",
             run_id=run_id,
@@ -116,7 +116,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        present_id = present.source.removeprefix("models:/")  # in SQLite, model_id is empty
+        present_id = present.source.removeprefix("models:/")  # with SQLite, MLflow leaves model_id empty
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
     number = max((str(one.version) for one in known), key=int, default="")
@@ -146,7 +146,7 @@ def download_model(uri: str, folder: Path) -> Path:
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():
-        raise MissingInput(f"{uri}: there is no mlflow.db here; set MLFLOW_TRACKING_URI, or run `make repro`")
+        raise MissingInput(f"{uri}: there is no mlflow.db here: set MLFLOW_TRACKING_URI, or run `make repro`")
     open_store(Path())
     import mlflow
 
@@ -159,7 +159,7 @@ def download_model(uri: str, folder: Path) -> Path:
             raise MissingInput(f"MLflow at {address} has no model {uri}: {one_line(error)}") from error
     if not (found / "model").is_dir():
         raise MissingInput(
-            f"{uri} is not a model of this project, which MLflow keeps in transformers' format"
+            f"{uri} is not a model that this project logged: name one that `make ui` shows in the experiment"
         )
     return Path(shutil.copytree(found / "components/tokenizer", found / "model", dirs_exist_ok=True))
 

@@ -63,14 +63,15 @@ IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
 # The largest relative difference of a loss that rounding explains. Another order of floating-point sums
 # changed the loss of the demo by 0.15 %.
 LOSS_TOLERANCE = 0.01
-_ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}  # facts that can change rounding
-# The settings of DVC in the checkout. The checkout has no remote, and its own cache.
+# The facts of a machine that can change rounding.
+_ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
+# DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 # Folders in .state that the checkout does not get. It gets the other folders, which have downloaded files.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
-# Code of a process that waits until its stdin closes: when this process ends, also by SIGKILL. Then it kills
-# the process groups whose ids it has read from stdin, and deletes the folder of the checkout.
+# The code of a second process. Its stdin closes when this process ends, also by SIGKILL. Then the second
+# process kills the process groups whose ids it has read from stdin, and deletes the checkout.
 _WATCHDOG = """
 import os, shutil, signal, sys, time
 for group in sys.stdin.read().split():
@@ -90,8 +91,8 @@ class Check:
     """The result of `compactgpt reproduce --check`: what this machine lacks to run a version again."""
 
     name: str  # of the version
-    missing: list[str]  # sentences: what the version needs and this machine lacks
-    notes: list[str]  # sentences: differences of processor, settings and packages
+    missing: list[str]  # one sentence for each thing that this machine lacks
+    notes: list[str]  # one sentence for each difference of processor, settings or packages
 
     @property
     def exit_code(self) -> int:
@@ -152,7 +153,9 @@ def reproduce(
     leads out of the checkout, NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
     """
     if wanted == WORKSPACE:
-        raise BadConfig(f"{WORKSPACE} is not a run: name a run's id or a revision (`make ui` shows the runs)")
+        raise BadConfig(
+            f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
+        )
     require_repository(root)
     root = root.resolve()
     with _temporary_folder(root / ".state/reproductions", keep=keep and not check) as (folder, watchdog):
@@ -238,7 +241,8 @@ def is_in_history(version: Version, root: Path) -> bool:
     """Return whether the history of HEAD has the version. A run of MLflow is never in the history."""
     if not isinstance(version.place, Commit):
         return False
-    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")  # empty if HEAD has it
+    # git prints nothing if the history of HEAD has the commit.
+    return not git_text(root, "rev-list", "-1", version.commit, "^HEAD")
 
 
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
@@ -261,7 +265,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
         git_text(tree, "apply", "--binary", "--whitespace=nowarn", str(patch))
         changed = git_text(tree, "apply", "--numstat", str(patch)).splitlines()
     for path in tree.rglob("*"):
-        if path.is_symlink():  # a stage could write through a link to a file outside
+        if path.is_symlink():  # a link could lead a stage to a file outside of the checkout
             inside(tree, path.relative_to(tree).as_posix())
     write_bytes(inside(tree, PARAMS), version.place.read(PARAMS) or b"")
     write_text(inside(tree, ".dvc/config"), _DVC_SETTINGS)
@@ -320,7 +324,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     entry = version.chain.entries.get(DATA, {})
     for path, md5 in outs(entry).items():
         content = version.place.read(path)
-        if content is not None and md5_of(content) == md5:  # a report, of which the version has a copy
+        if content is not None and md5_of(content) == md5:  # the version itself has this small file
             write_bytes(inside(tree, path), content)
     with open_repo(root) as project, open_repo(tree) as repo:
         sources = [project.cache.local]
@@ -329,9 +333,9 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
         hashes = [HashInfo("md5", md5) for md5 in outs(entry).values()]
         for source in sources:
             # `shallow=False` also copies the files in folders. `verify` refuses files with a wrong hash.
-            with suppress(Exception):  # each kind of remote has its own errors
+            with suppress(Exception):  # each kind of remote raises its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
-        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # YAML accepts JSON
+        write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is valid YAML
         try:
             # With the stage's name alone, DVC would look for dvc.yaml in the current folder.
             repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)

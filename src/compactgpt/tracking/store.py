@@ -22,7 +22,7 @@ from compactgpt.tracking.journal import (
     without_password,
 )
 
-ARTIFACTS = "mlartifacts"  # folder of the default store's artifacts
+ARTIFACTS = "mlartifacts"  # the folder for artifacts if the tracking store is mlflow.db
 SAMPLE_SECONDS = 5.0  # between two samples of the system metrics
 _SQLITE = "sqlite:///"
 _SETTINGS = {
@@ -83,7 +83,7 @@ class Store:
 
         if run_id := self.find(tag, value):
             return run_id
-        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # adds MLflow's tags: user, commit
+        tags = resolve_tags({**tags, tag: value, "mlflow.runName": name})  # MLflow adds user and commit
         # The client creates the run, because `mlflow.start_run` accepts no start time.
         return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
 
@@ -140,7 +140,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     for name in ("alembic", "mlflow.system_metrics"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = wanted["uri"]
-    if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # `wanted` has no password
+    if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # a journal has no password
         uri = os.environ["MLFLOW_TRACKING_URI"]
     database = root.resolve() / uri.removeprefix(_SQLITE) if uri.startswith(_SQLITE) else None
     uri = f"{_SQLITE}{database}" if database else uri
@@ -148,7 +148,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes must not create the database at once
+        fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create one database
         environment = dict(os.environ)
         try:
             if database:
@@ -204,7 +204,7 @@ def store_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the local disk
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, such as no space left
             raise
         first: BaseException = error
         while first.__context__:  # MLflow and its libraries wrap the first error several times

@@ -36,7 +36,7 @@ class TrainingCallbacks:
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.reported_at: float | None = None  # seconds, time of the last losses
+        self.reported_at: float | None = None  # clock in seconds at the last report
         self.warned: set[str] = set()  # names of the warnings that were printed
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
@@ -48,7 +48,7 @@ class TrainingCallbacks:
         if warning := warmup_warning(training):
             stage.print_message(warning)
         self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
-        if self.is_main_process:  # only the main process measures, and all processes count as equally fast
+        if self.is_main_process:  # all processes are taken to be as fast as this process
             self.peak = processes * peak_flops(resolve_device(runtime.device), training.dtype)
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
@@ -134,7 +134,7 @@ def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> s
     interval = (
         f"the 95 % interval expected of the final loss, {expected.low_95:.3f} to {expected.high_95:.3f}"
     )
-    if row.val_loss < expected.low_95:  # no step may be below, because the loss falls during training
+    if row.val_loss < expected.low_95:  # at any step, because the loss falls further until the last step
         return (
             f"{where} is already below {interval}: better than any run that the estimate knows, or text "
             "of the val split is in the train split"
@@ -157,7 +157,7 @@ def peak_flops(device: str, dtype: str) -> float:
     for _ in range(8):
         start = time.perf_counter()
         product = matrix @ matrix
-        product[0, 0].item()  # waits until the GPU has finished
+        product[0, 0].item()  # reads a value, so Python waits until the GPU has finished
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
