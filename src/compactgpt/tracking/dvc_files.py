@@ -335,7 +335,9 @@ class Cache:
 
     def _object(self, md5: str) -> Path:
         if not _OBJECT.fullmatch(md5):  # a text that is no hash could lead out of the cache
-            raise OutsideFolder(f"{LOCK} names {md5!r}, which is not a hash: `git checkout {LOCK}` restores it")
+            raise OutsideFolder(
+                f"{LOCK} names {md5!r}, not a hash of DVC's cache: `git checkout {LOCK}` restores {LOCK}"
+            )
         path = self.folder / "files" / "md5" / md5[:2] / md5[2:]
         if not path.is_file():
             raise MissingInput(f"DVC's cache lacks {md5}: `dvc pull` downloads it if a remote has it")
