@@ -136,8 +136,6 @@ class Tokenizer(Section):
 
 
 class Download(Section):
-    """The sources of the corpus and of the tokenizer."""
-
     corpus: Literal["docstrings", "files", "hub"]
     max_documents: PositiveInt | None
     max_bytes: PositiveInt | None
@@ -262,9 +260,7 @@ class Training(Section):
         if (self.init_unigram or self.init_positions) and self.init_from != SCRATCH:
             yield f"init_unigram and init_positions must be 0.0 unless init_from is {SCRATCH}"
         if (self.init_from == SCRATCH) != (not self.init_sha256):
-            rule = (
-                f"empty for {SCRATCH}, else the hash of the folder; with 64 zeros the stage prints the hash"
-            )
+            rule = f"empty for {SCRATCH}, else the folder's hash; with 64 zeros the stage prints the hash"
             yield f"init_from is {self.init_from}: init_sha256 ({self.init_sha256 or 'empty'}) must be {rule}"
 
 
@@ -273,9 +269,7 @@ class Likelihood(Section):
 
     document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
     window: PositiveInt
-    views: tuple[
-        Literal["own", "strided"], ...
-    ] = ()  # of every neural model, in addition to the matched windows
+    views: tuple[View, ...] = ()  # of every neural model, in addition to the matched windows
     batch_size: PositiveInt
     own_context: PositiveInt
     stride_share: PositiveShare
@@ -309,8 +303,6 @@ class Tasks(Section):
 
 
 class Text(Section):
-    """The texts that every neural model generates."""
-
     prompts: tuple[str, ...]
     documents: Annotated[int, Field(ge=2)]
     prompt_tokens: PositiveInt
@@ -323,8 +315,6 @@ class Text(Section):
 
 
 class Evaluation(Section):
-    """How models are measured."""
-
     likelihood: Likelihood
     tasks: Tasks
     text: Text
@@ -338,8 +328,6 @@ class Unigram(Section):
 
 
 class Compressor(Section):
-    """A general-purpose compressor."""
-
     label: str = ""
     kind: Literal["compressor"]
     codec: Literal["xz", "zstd"]
@@ -394,8 +382,6 @@ BaselineSpec = Annotated[Unigram | Compressor | Ngram | Gguf | Folder | Hub, Fie
 
 
 class Baseline(Section):
-    """The other models that are measured in the same way."""
-
     names: tuple[Name, ...]
     specs: dict[Name, BaselineSpec]
 
@@ -428,8 +414,6 @@ class NoteRun(Model):
 
 
 class Machine(Section):
-    """A machine whose training time is estimated."""
-
     peak_teraflops: PositiveFloat
     utilisation: PositiveShare
     source: str
@@ -461,8 +445,6 @@ class Estimate(Section):
 
 
 class Comparison(Section):
-    """The language of the reports."""
-
     language: Literal["en", "fr"]
 
 
@@ -478,8 +460,6 @@ class Regression(Section):
 
 
 class Params(Section):
-    """All of params.yaml."""
-
     runtime: Runtime
     download: Download
     validation: Validation

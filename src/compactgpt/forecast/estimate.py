@@ -250,7 +250,7 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "FLOPs by the usual rule, 6 N D", f"{simple:.3g}  (6 x parameters x tokens)"
     why = "attention added"
     if counted < simple:
-        why += "; no product with the input embedding, and only a sample of the output layer"
+        why += "; the output layer uses only a sample of the vocabulary"
     yield "FLOPs as counted", f"{counted:.3g}  ({why})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
