@@ -1,4 +1,4 @@
-"""The sections of params.yaml as immutable typed objects. Its comments explain each value and its unit."""
+"""The sections of params.yaml as immutable typed objects. The comments of params.yaml explain each value."""
 
 import os
 import re
@@ -269,7 +269,7 @@ class Likelihood(Section):
 
     document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
     window: PositiveInt
-    views: tuple[View, ...] = ()  # of every neural model, in addition to the matched windows
+    views: tuple[View, ...] = ()  # further measurements of each neural model, besides the matched windows
     batch_size: PositiveInt
     own_context: PositiveInt
     stride_share: PositiveShare
@@ -323,7 +323,7 @@ class Evaluation(Section):
 class Unigram(Section):
     """A model that knows only the token frequencies of the train split."""
 
-    label: str = ""  # of every kind of baseline: the name in tables; empty: the key in `specs`
+    label: str = ""  # the name of the baseline in tables; empty: its key in `specs`
     kind: Literal["unigram"]
 
 
@@ -366,7 +366,9 @@ class Folder(Section):
     label: str = ""
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = None  # of its files; without it the stage stops and prints it
+    sha256: Sha256 | None = (
+        None  # the hash of the folder; without it, the stage stops and prints the folder's hash
+    )
 
 
 class Hub(Section):
@@ -431,7 +433,9 @@ class Anchor(Section):
     loss: PositiveFloat
     corpus: str
     source: str
-    assumed_budget: bool = False  # the loss then only checks the estimates, and no law is scaled to it
+    assumed_budget: bool = (
+        False  # True: the loss only checks the estimates, and no law is scaled to this loss
+    )
 
 
 class Estimate(Section):

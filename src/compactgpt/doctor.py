@@ -23,10 +23,10 @@ from compactgpt.tracking.journal import machine_facts, tracking_store
 
 WAIT_SECONDS = 2.0
 GIGABYTE = 10**9
-EXPERIMENTS = ("gpt2", "note")  # whose time is estimated besides that of `make repro`
+EXPERIMENTS = ("gpt2", "note")  # experiments whose time is estimated, besides `make repro`
 TOKENIZATION = Path("reports/tokenization.json")
-LAMBADA_TOKENS = 450_000  # about, of its test split
-WIKITEXT_TOKENS = 290_000  # the same of WikiText-2's
+LAMBADA_TOKENS = 450_000  # approximate size of LAMBADA's test split
+WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 
 
 def examine(params_file: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Expected(Section):
     claims: tuple[str, ...]  # ids in claims.yaml
     expected: Literal["above", "below"]  # where the claims put the value: above or below that of no effect
     quantity: Line
-    otherwise: Line  # what it means if the runs do not point the same way
+    otherwise: Line  # the conclusion if the runs do not support the claims
 
 
 class Comparison(Expected):

@@ -25,13 +25,13 @@ from compactgpt.data.validation import document_row, fitting_limits
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
-SAMPLE_BYTES = 16 * MEGABYTE  # of text; read and described in a few seconds
+SAMPLE_BYTES = 16 * MEGABYTE  # the most text that is read: it takes a few seconds
 # Bytes of text per GPT-2 token, to count without a tokenizer. Measured: 3.1 on docstrings, 3.3 on tiny
 # Shakespeare, 5.3 on simple English; 1.7 on Russian, 1.5 on Thai, 1.3 on Chinese.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # wanted in val: so that a split by hash hardly ever has fewer than 20
-VAL_TOKENS = 30_000  # wanted in val: every model scores them in minutes
+VAL_DOCUMENTS = 50  # wanted in val, so that a split by hash hardly ever has fewer than 20
+VAL_TOKENS = 30_000  # wanted in val; every model scores this many in minutes
 MAX_VAL_FRACTION = 0.2
 MIN_DOCUMENTS = 10  # a fifth of them is val, where text statistics need two documents
 FEW_DOCUMENTS = 100  # with fewer, shorter files are cut, too
@@ -39,8 +39,8 @@ FEW_DOCUMENTS = 100  # with fewer, shorter files are cut, too
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-SCORED_TOKENS = 200_000  # of val, at most: of each document so many from its beginning
-CONTINUED_DOCUMENTS = 8  # of val: at least so many must be long enough for a prompt and its continuation
+SCORED_TOKENS = 200_000  # the most tokens of val that are scored: the beginning of each document
+CONTINUED_DOCUMENTS = 8  # this many val documents must be long enough for a prompt and its continuation
 MAX_REPEATED = 0.1  # a greater share of repeated documents is a mistake in the corpus, not its nature
 
 
@@ -63,7 +63,7 @@ class Plan:
     found: list[str]  # messages about the text
     additions: list[list[str]]  # the arguments of each `dvc add`
     changes: list[str]  # a line for each value of params.yaml that changes
-    content: str  # of params.yaml
+    content: str  # the new text of params.yaml
 
 
 def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None = None) -> Plan:
@@ -143,7 +143,9 @@ def _place(path: Path) -> tuple[str, list[str]]:
         )
     if is_inside:
         return target, []
-    is_earlier = Path(f"{target}.dvc").exists()  # from an earlier `dvc add`: replaced by the present text
+    is_earlier = Path(
+        f"{target}.dvc"
+    ).exists()  # an earlier `dvc add` wrote the target, so the text may replace it
     if Path(target).exists() and not is_earlier:
         raise BadConfig(f"{target} exists already: rename it, or run `compactgpt init-corpus {target}`")
     return target, [str(path), "-o", target, *(["-f"] if is_earlier else [])]
@@ -246,7 +248,9 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
     """Return how many tokens of a val document are scored and continued; `tokens` has those of each."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
-    share = min(1.0, CONTINUED_DOCUMENTS / val_documents)  # of the documents: these are long enough
+    share = min(
+        1.0, CONTINUED_DOCUMENTS / val_documents
+    )  # the share of val documents that must be long enough
     # A quarter of the length of such a document each: half of it is spare, since tokens are estimated.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {

@@ -93,7 +93,7 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
 
 
 def extra_with(module: str) -> str:
-    """Return the extra of this package that installs a module; an empty string if no extra does."""
+    """Return the extra (a group of optional dependencies) that installs a module; empty if no extra does."""
     from importlib.metadata import PackageNotFoundError, requires  # takes 50 ms, and is rarely needed
 
     wanted = module.partition(".")[0].replace("_", "-")

@@ -1,4 +1,4 @@
-"""Text from outside (a corpus, a file's name, a model's output) as text in Markdown and on a screen."""
+"""Escape text from a corpus, a file name or a model, so that Markdown shows it and does not interpret it."""
 
 import re
 
@@ -22,7 +22,7 @@ _ENTITIES = {
 
 
 def markdown_text(text: str) -> str:
-    """Return the text so that Markdown shows it as it is, on one line, also inside a table."""
+    """Return the text on one line, escaped so that Markdown shows it unchanged, also inside a table."""
     marked = _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text))
     return re.sub("[&<>@]", lambda found: _ENTITIES[found[0]], marked)
 
@@ -35,7 +35,7 @@ def markdown_code(text: str) -> str:
 
 
 def markdown_block(text: str) -> str:
-    """Return the text as a code block, with a fence that it does not contain."""
+    """Return the text as a code block, with a fence that the text does not contain."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return "\n".join([f"{fence}text", printable(text, keep="\n\t"), fence])
 

@@ -1,4 +1,4 @@
-"""git, as the other modules use it: one function that runs it, and what is not committed in the work tree."""
+"""Run git, and find the changes of the work tree that are not committed."""
 
 import os
 import subprocess

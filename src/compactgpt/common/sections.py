@@ -83,7 +83,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 def find_conflict(name: str, content: bytes) -> str:
-    """Return a sentence about a file that has the markers of an unresolved merge, empty where it has none."""
+    """Return a sentence about the markers of an unresolved merge in a file; empty if there are none."""
     if not _MARKER.search(content):  # one is enough: the user may have removed the others already
         return ""
     found = f"{name} has conflict markers of an unresolved merge"

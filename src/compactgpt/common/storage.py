@@ -41,7 +41,7 @@ def _system_errors(path: Path) -> Iterator[None]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power loss."""
+    """Sync a folder to the disk, so that files created or renamed in it survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -224,7 +224,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Rename a folder to the path of another. Between the two renames nothing has this path."""
+    """Replace `folder` by two renames. Between the two renames no folder has the path of `folder`."""
     old = _temporary_path(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # from an earlier call, if the disk refused to delete it

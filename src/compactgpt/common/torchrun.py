@@ -1,4 +1,4 @@
-"""Which of the processes that torchrun started this one is: torchrun puts it into the environment."""
+"""Read from torchrun's environment variables which of its processes this process is."""
 
 import os
 from dataclasses import dataclass
