@@ -273,10 +273,10 @@ def _stoppable() -> Iterator[None]:
 def _die_with_parent() -> None:
     """On Linux, make this process end if `dvc` or torchrun, its parent process, is killed.
 
-    Otherwise it would still train when the user starts `dvc repro` again.
+    Otherwise this process would still train when the user starts `dvc repro` again.
     """
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG in the manual page prctl(2)
+        set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 

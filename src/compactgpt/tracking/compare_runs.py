@@ -130,7 +130,8 @@ def _figures(version: Version) -> dict[str, Any]:
             try:
                 found_here = numbers(json.loads(version.place.read(path) or "{}"))
             except (AttributeError, ValueError) as error:
-                raise BadData(f"{path} of {version.name} is not a JSON object: was it edited?") from error
+                advice = "restore the file, or compare another version"
+                raise BadData(f"{path} of {version.name} is not a JSON object: {advice}") from error
             for key, value in found_here.items():
                 if key in _FIGURES or key.endswith(_LOSSES):
                     found[f"{item or name}: {key.removesuffix('.value')}"] = value

@@ -140,8 +140,8 @@ class StageDefinition:
 class Chain:
     """The stages of dvc.yaml in the order of the file, and their entries in dvc.lock."""
 
-    stages: dict[str, StageDefinition]  # by name, such as `training` or `baseline@xz`
-    entries: dict[str, Entry]  # by the stage's name
+    stages: dict[str, StageDefinition]  # by the name of the stage, such as `training` or `baseline@xz`
+    entries: dict[str, Entry]  # entries of dvc.lock, by the name of the stage
     lock: bytes = b""  # the content of dvc.lock
 
     def out(self, path: str) -> str:
@@ -377,8 +377,7 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # DVC saves hashes in site_cache_dir. It uses a saved hash again if time and size of a file are
-            # unchanged, even if a damaged disk changed the content. So this folder must be empty.
+            # An empty folder for saved hashes: a saved hash would hide content that a damaged disk changed.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo

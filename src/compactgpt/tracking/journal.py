@@ -238,7 +238,7 @@ class Journal:
             self._write(line)
 
     def begin(self, note: Path) -> None:
-        """Write the lines in memory to the journal, and write each later line at once.
+        """Write all lines that are in memory to the journal, and write each later line at once.
 
         If the file `note` exists, it names the journal of an interrupted run, and this journal continues that
         run: it begins with the lines of the earlier journal. Then `note` is written with this journal's name.

@@ -76,7 +76,7 @@ class RunFolder:
 
     @property
     def command(self) -> str:
-        """The `dvc` command that ran the stages."""
+        """The `dvc` command that ran the stages, as a user can run it again."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
         # DVC's queue runs `dvc exp exec-run`, a command that a user can't run.
         return f"dvc exp run -n {name}" if name and "exec-run" in command else command

@@ -60,8 +60,7 @@ from compactgpt.tracking.records import (
 # The outputs of the stage DATA come from DVC's cache, because the corpus may have changed since the run.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# The largest relative difference of a loss that rounding explains. Another order of floating-point sums
-# changed the loss of the demo by 0.15 %.
+# Rounding explains this relative difference of a loss: in the demo, a loss changed by 0.15 %.
 LOSS_TOLERANCE = 0.01
 # The facts of a machine that can change rounding.
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
@@ -70,8 +69,7 @@ _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 # Folders in .state that the checkout does not get. It gets the other folders, which have downloaded files.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
-# The code of a second process. Its stdin closes when this process ends, also by SIGKILL. Then the second
-# process kills the process groups whose ids it has read from stdin, and deletes the checkout.
+# Code of a second process: when this process has ended, it kills the stages and deletes the checkout.
 _WATCHDOG = """
 import os, shutil, signal, sys, time
 for group in sys.stdin.read().split():
@@ -250,8 +248,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
 
     Return lines that the user can check: the commit, the changed files, and the command of each stage.
     """
-    # The checkout is a repository that shares only git's objects with the project. So code in the checkout
-    # can't change a branch of the project.
+    # The checkout is another repository, so that code in the checkout can't change a branch of the project.
     git_text(root, "init", "--quiet", "--template=", str(tree))
     objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
     write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
@@ -356,8 +353,7 @@ def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
         "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
     words = [sys.executable, "-m", "dvc", "repro"]
-    # DVC prints to stderr, because stdout is for the result. A new session puts all processes that DVC starts
-    # into one process group, which the watchdog can kill.
+    # DVC's messages go to stderr (2). In a new session, DVC and its stages form one process group to kill.
     with subprocess.Popen(
         words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
     ) as command:
@@ -391,8 +387,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    # Rounding changes the outputs of a stage, which are the inputs of later stages. So rounding can explain
-    # other outputs and other inputs, but no other code and no other parameters.
+    # Rounding changes outputs and, in later stages, inputs. Rounding explains no other code or parameters.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict, why = DIFFERENT, f"{files[0]} has another hash"

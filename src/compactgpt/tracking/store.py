@@ -28,14 +28,12 @@ _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # No automatic retries: a server may execute a request and then fail to answer, and MLflow would repeat
-    # the request. Instead, the logger looks up what the store has before it tries again.
+    # No retries by MLflow, because a retry would repeat a request that the server executed without an answer.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# The charts that MLflow shows at `?viewStateShareKey=pipelines`: only runs of pipelines, with the loss curves
-# first. MLflow adds the charts of all other metrics.
+# The charts at the address `?viewStateShareKey=pipelines`: only runs of pipelines, the loss curves first.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
