@@ -366,9 +366,7 @@ class Folder(Section):
     label: str = ""
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = (
-        None  # the hash of the folder; without it, the stage stops and prints the folder's hash
-    )
+    sha256: Sha256 | None = None  # of the folder; without it, the stage stops and prints the hash
 
 
 class Hub(Section):
@@ -433,9 +431,7 @@ class Anchor(Section):
     loss: PositiveFloat
     corpus: str
     source: str
-    assumed_budget: bool = (
-        False  # True: the loss only checks the estimates, and no law is scaled to this loss
-    )
+    assumed_budget: bool = False  # True: the loss only checks the estimates; no law is scaled to it
 
 
 class Estimate(Section):
