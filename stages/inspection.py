@@ -1,4 +1,4 @@
-"""Stage `inspection`: check the token files; write a report and Data Docs (HTML pages)."""
+"""Stage `inspection` checks the token files, and writes a report and Data Docs (HTML pages)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,13 @@ def main(
     pass_file: Annotated[Path, typer.Option(help="File to write if all checks pass.")] = Path(
         "data/inspection.json"
     ),
-    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/tokens"),
+    docs: Annotated[Path, typer.Option(help="Folder to write Data Docs (HTML pages) to.")] = Path(
+        "data/data_docs/tokens"
+    ),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the token files and write a report. Then stop the pipeline if an expectation failed."""
+    """Check the token files, write a report, and stop the pipeline if an expectation failed."""
     from compactgpt.common.storage import write_json
     from compactgpt.data.inspection import inspect, passed, uncompared
     from compactgpt.data.validation import require_success

@@ -1,4 +1,4 @@
-"""Stage `tokenization`: encode the documents; write the token files of the train split and the val split."""
+"""Stage `tokenization` encodes the documents, and writes a token file for each of the two splits."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ app = new_app()
 def main(
     documents: Annotated[Path, typer.Option(help="Folder of the document shards.")] = Path("data/documents"),
     tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    tokens: Annotated[Path, typer.Option(help="Folder for token files.")] = Path("data/tokens"),
+    tokens: Annotated[Path, typer.Option(help="Folder to write the token files to.")] = Path("data/tokens"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/tokenization.json"),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",

@@ -1,4 +1,4 @@
-"""Stage `validation`: check the documents; write a report and Data Docs (HTML pages)."""
+"""Stage `validation` checks the documents, and writes a report and Data Docs (HTML pages)."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +14,13 @@ app = new_app()
 def main(
     documents: Annotated[Path, typer.Option(help="Folder of the document shards.")] = Path("data/documents"),
     report: Annotated[Path, typer.Option(help="Report to write.")] = Path("reports/validation.json"),
-    docs: Annotated[Path, typer.Option(help="Folder for Data Docs.")] = Path("data/data_docs/documents"),
+    docs: Annotated[Path, typer.Option(help="Folder to write Data Docs (HTML pages) to.")] = Path(
+        "data/data_docs/documents"
+    ),
     params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Check the documents and write a report. Then stop the pipeline if an expectation failed."""
+    """Check the documents, write a report, and stop the pipeline if an expectation failed."""
     from compactgpt.data.validation import require_success, validate
 
     with open_stage("validation", params_file, tracker, ("validation",)) as stage:

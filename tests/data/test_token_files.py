@@ -47,7 +47,7 @@ def test_the_smallest_type_that_holds_every_id_is_used(tmp_path, vocab_size, dty
 
 
 def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(BadData, match="token id 300, which is not below 300"):
+    with pytest.raises(BadData, match="token id 300, but the tokenizer has only 300"):
         write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([300]))])
     assert list(tmp_path.iterdir()) == []
 
@@ -65,7 +65,7 @@ def rewrite_header(path, **changes):
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "is not a token file"),
         (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is not a token file"),
         (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
-        (lambda path: rewrite_header(path, version=2), "has version 2, this program reads 1"),
+        (lambda path: rewrite_header(path, version=2), "has format version 2, but this program reads"),
         (lambda path: rewrite_header(path, documents=2), "does not fit"),
         (lambda path: token_files.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
     ],
@@ -115,7 +115,7 @@ def test_a_batch_is_a_function_of_seed_and_step_and_its_targets_are_the_next_tok
 
 def test_a_sequence_can_start_at_every_position_of_the_stream():
     assert {int(row[0]) for step in range(200) for row in batch(step, length=10)[0]} == {0, 1, 2, 3, 4}
-    with pytest.raises(BadData, match=r"has 5 tokens, one sequence needs 6.*block_size"):
+    with pytest.raises(BadData, match=r"has 5 tokens, but one sequence needs 6.*block_size"):
         batch(step=0, length=5)
 
 

@@ -94,7 +94,7 @@ def test_an_encoding_that_cannot_be_fetched_is_one_sentence(tmp_path, monkeypatc
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
     with pytest.raises(BadConfig, match=r"encoding: found 'gpt22'; allowed: .*cl100k_base"):
         save_named(tmp_path / "tokenizer", "gpt22")
-    with pytest.raises(Unreachable, match=r"can't fetch the encoding cl100k_base .* or use gpt2"):
+    with pytest.raises(Unreachable, match=r"can't fetch the encoding cl100k_base .*encoding to gpt2"):
         save_named(tmp_path / "tokenizer", "cl100k_base")
     assert list(tmp_path.iterdir()) == []
 
@@ -115,7 +115,7 @@ def test_an_altered_tokenizer_is_refused(tmp_path):
     folder = make_tokenizer(tmp_path / "tokenizer")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"pattern": "."}))
-    with pytest.raises(BadData, match="not the tokenizer that was saved"):
+    with pytest.raises(BadData, match=r"tokenizer was altered: delete"):
         load_encoding(folder)
     (folder / "vocab.bpe").write_bytes((folder / "vocab.bpe").read_bytes().replace(b"l l", b"l o"))
     with pytest.raises(BadData, match=r"vocab\.bpe was altered"):
@@ -181,7 +181,7 @@ def test_ids_that_differ_from_tiktokens_stop_the_stage(pairs):
             return np.zeros(len(text), np.uint32)
 
     encoder._fast = Wrong()
-    with pytest.raises(BadData, match=r"tokenization\.encoder to tiktoken .* begins 'hello"):
+    with pytest.raises(BadData, match=r"begins 'hello.* tokenization\.encoder to tiktoken"):
         ids(encoder, "hello wide world")
 
 

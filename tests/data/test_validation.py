@@ -126,7 +126,7 @@ def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_tw
 def test_a_sample_without_documents_is_one_sentence(tmp_path):
     # The sample is chosen by hash: of these, none is in a sample of about one document.
     upper_half = [each for each in GOOD if document_row(each)["normalised"] > "8"]
-    with pytest.raises(BadConfig, match=r"documents is empty with validation.max_rows \(1\): set"):
+    with pytest.raises(BadConfig, match=r"max_rows is 1, and the sample of 18 documents is empty: set"):
         check(tmp_path, upper_half, BOUNDS.model_copy(update={"max_rows": 1}))
 
 

@@ -1,9 +1,9 @@
-"""Find documents that repeat other documents, and text of val that is also in train.
+"""Find documents that repeat other documents, and text of the val split that is also in the train split.
 
-Two documents are twins if their words are the same, or if their sets of 5-word runs are similar. The overlap
-of a val document is the share of its 13-word runs that are also in train, as in GPT-3 (Brown et al. 2020,
-appendix C) and lm-evaluation-harness. A run is n consecutive words.
-Shapes: N documents, G different runs of words in val.
+A run is a sequence of n consecutive words of one document (an n-gram). Two documents are twins if their words
+are equal, or if their sets of 5-word runs are similar. The overlap of a val document is the share of its
+13-word runs that some train document contains, as in GPT-3 (Brown et al. 2020, appendix C).
+Shapes: N documents, G different runs in the val split.
 """
 
 import hashlib
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
-# Scripts without spaces between words, by Unicode's blocks; with their marks: some are Thai or Khmer vowels.
+# Characters of scripts without spaces between words, as ranges of Unicode. Combining marks are
+# included, since some Thai and Khmer vowels are combining marks.
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u0f00-\u0fff"  # Tibetan
@@ -40,22 +41,24 @@ _UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication modulo 2^64 is a bijection
-_NEIGHBOURS = 8  # a document is compared with this many next documents in its bucket
-_OWNERS_PER_RUN = 10  # about how many train documents are stored for one run of val
+_FACTOR = np.uint64(
+    0x9E3779B97F4A7C15
+)  # odd: multiplying by an odd number modulo 2^64 keeps different hashes different
+_NEIGHBOURS = 8  # number of next documents in a bucket with which a document is compared
+_OWNERS_PER_RUN = 10  # about the highest number of train documents that are stored for one run
 
 
 def word_hashes(text: str) -> Hashes:
-    """Return the hash of each word of a text. (words,)
+    """Return the hash of each word of a text, shape (words,).
 
-    A word consists of letters, digits and underscores. As in GPT-3's appendix C, punctuation, white space and
-    case are ignored. In scripts without spaces, each character is a word: otherwise a sentence would be one
-    word, and equal only as a whole.
+    A word consists of letters, digits and underscores. Punctuation, white space and case are ignored, as in
+    GPT-3's appendix C. In a script without spaces, such as Chinese, each character is a word: otherwise a
+    whole sentence would be one word, and parts of sentences would never be equal.
     """
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
 
-@lru_cache(maxsize=2**19)  # most words occur many times
+@lru_cache(maxsize=2**19)  # saves time, since most words occur many times
 def _word_hash(word: str) -> int:
     return _hash(word.encode())
 
@@ -65,11 +68,14 @@ def _hash(content: bytes) -> int:
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
-    """Return the hash of each run of `length` words. (max(0, words - length + 1),)"""
+    """Return the hash of each run, which is a sequence of `length` consecutive words.
+
+    `words` are the hashes of a document's words. The result has the shape (max(0, words - length + 1),).
+    """
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
-        hashes = hashes * _FACTOR + words[offset : offset + count]  # wraps around at 2^64
+        hashes = hashes * _FACTOR + words[offset : offset + count]  # modulo 2^64
     return hashes
 
 
@@ -77,15 +83,15 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 
 
 class Digest(NamedTuple):
-    """Hashes and sizes of n documents: the documents of one row group, or all N documents."""
+    """Tables about n documents, which are the documents of one row group or of the whole corpus."""
 
-    documents: "pd.DataFrame"  # n rows: id, source, bytes of text, in_val, words (one hash of all words)
-    signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash
-    hits: "pd.DataFrame"  # the number of a document, and the index in `val_runs` of a run that it contains
+    documents: "pd.DataFrame"  # n rows: id, source, bytes of text, in_val, words (a hash of all words)
+    signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
+    hits: "pd.DataFrame"  # rows: number of a document, index in `val_runs` of a run in this document
 
 
 def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
-    """Read the val documents, and return the sorted hashes of their runs of words. (G,)"""
+    """Return the sorted hashes of all runs of `length` words in the val documents of `groups`, shape (G,)."""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
@@ -95,24 +101,27 @@ def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes
 
 
 def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
-    """Return the digest of one row group: a pure function of files, so any process can run it."""
+    """Return the digest of one row group. Worker processes call this function.
+
+    `runs_file` contains the result of `val_runs`.
+    """
     import pandas as pd
     import rensa
 
-    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped: all workers share it
+    wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped, so that the workers share one copy
     documents = read_row_group(group)
     word_digests: list[int] = []
-    shingles: list[Hashes] = []  # the hashes that MinHash compares
+    shingles: list[Hashes] = []  # of each document, the hashes that MinHash compares
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
-        # A document without words is hashed by its id, so that it equals no other document.
+        # A document without words has the hash of its id. Without this, all empty documents would be twins.
         word_digests.append(_hash(words.tobytes() or bytes.fromhex(document.id)))
         runs = run_hashes(words, params.shingle_words)
         shingles.append(runs if len(runs) else np.array(word_digests[-1:], np.uint64))
         runs = run_hashes(words, params.overlap_words)
         positions = np.searchsorted(wanted, runs)
-        is_inside = positions < len(wanted)  # a greater position means: greater than all of `wanted`
+        is_inside = positions < len(wanted)  # False if a hash is greater than all hashes in `wanted`
         positions, runs = positions[is_inside], runs[is_inside]
         hits.append(np.unique(positions[wanted[positions] == runs]))
     ends = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
@@ -140,14 +149,15 @@ def digest_documents(
     num_workers: int = 1,
     progress: Progress = silent,
 ) -> Digest:
-    """Return the digest of all `total` documents; the result does not depend on the number of workers.
+    """Return the digest of the whole corpus, which has `total` documents in the row groups `groups`.
 
-    The corpus is read twice: first to find the runs of val, then to digest every document.
+    The corpus is read twice: first to find the runs of the val split, then to compute the digest.
+    `progress` is called with the number of documents in the digest so far, and with `total`.
     """
     import pandas as pd
 
     runs = val_runs(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(runs), np.int32)  # how many train documents contain a run
+    num_owners = np.zeros(len(runs), np.int32)  # (G,) number of train documents that contain the run
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -157,10 +167,12 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Without this limit, a text in every file of a corpus, such as a licence, would fill the memory.
+            # Without this limit, a text that is in every document, such as a licence, would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
-            hits = hits.assign(document=hits["document"] + documents)  # document numbers in the corpus
+            hits = hits.assign(
+                document=hits["document"] + documents
+            )  # make numbers in the row group numbers in the corpus
             parts.append(part._replace(hits=hits[is_kept]))
             documents += len(part.documents)
             progress(documents, total)
@@ -175,11 +187,12 @@ def digest_documents(
 
 
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return a table of documents that have a twin, with the most similar twin and its score from 0 to 1.
+    """Return a table of the documents that have a twin: another document with equal or similar words.
 
-    A document has at most two rows of each kind, `same words` and `near duplicate`: its twin in the same
-    split, and its twin in the other split (`across`). The rows are sorted by kind and document, the higher
-    score first; with equal scores, the first twin in the corpus.
+    A row has the numbers of a document and of its twin, the kind (`same words` or `near duplicate`), and the
+    similarity `score` from 0 to 1. For each kind, a document has at most two rows: the most similar twin in
+    the document's own split, and the most similar twin in the other split (`across` is True). The rows are
+    sorted by kind, document and falling score.
     """
     import pandas as pd
 
@@ -192,7 +205,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     pairs = pd.concat([pairs, pairs.rename(columns={"document": "twin", "twin": "document"})])
     pairs["in_val"] = in_val[pairs["document"]]
     pairs["across"] = pairs["in_val"] != in_val[pairs["twin"]]
-    order = {"kind": False, "document": True, "score": False, "twin": True}  # `same words` comes first
+    order = {"kind": False, "document": True, "score": False, "twin": True}  # value: True for rising order
     pairs = pairs.sort_values([*order], ascending=[*order.values()])
     return pairs.drop_duplicates(["kind", "document", "across"])
 
@@ -200,15 +213,15 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 def _near_duplicates(
     signatures: npt.NDArray[np.uint32], in_val: npt.NDArray[np.bool_], params: Inspection
 ) -> tuple[Numbers, Numbers, npt.NDArray[np.float64]]:
-    """Return pairs of similar documents, and the similarity of each pair.
+    """Return the first documents, the second documents, and the similarities of pairs of similar documents.
 
-    MinHash signatures (Broder 1997) are compared by locality-sensitive hashing: documents with an equal band
-    of values are candidates. The similarity is the share of equal values, an estimate of the Jaccard
-    similarity of the sets of 5-word runs.
+    A signature has the MinHash values of a document (Broder 1997), which are divided into bands. Documents
+    that have equal values in a whole band are compared (locality-sensitive hashing). The similarity is the
+    share of equal values, which estimates the Jaccard similarity of the two documents' sets of 5-word runs.
     """
-    # rensa computes the signatures. Its own LSH accepts no arrays from workers and needs 1.3 KB per document.
+    # The LSH class of the library rensa is not used: it accepts no arrays, and needs 1.3 KB per document.
     width = params.permutations // params.bands
-    pairs = []  # a pair with several equal bands is added several times
+    pairs = []  # a pair with two equal bands is added twice; `find_twins` drops repeated pairs
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -225,17 +238,18 @@ def _near_duplicates(
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return pairs of documents with equal keys. Documents with equal keys form a bucket.
+    """Return the first and the second documents of pairs of documents that have equal keys.
 
-    Each document is paired with the next `_NEIGHBOURS` documents of its bucket and with the bucket's first
-    document. All pairs would be too many: a text that occurs 100,000 times has 5 billion pairs. Train
-    documents come first in a bucket, so each val document is paired with a train document if there is one.
+    All documents with one key form a bucket. Each document is paired with the bucket's first document and
+    with the next `_NEIGHBOURS` documents. All pairs would be too many: a text that occurs 100,000 times has
+    5 billion pairs. Train documents come first in a bucket, so that a val document is paired with a train
+    document if the bucket has one.
     """
-    order = np.lexsort((in_val, keys))  # by key, then train before val, then in corpus order
+    order = np.lexsort((in_val, keys))  # sorted by key; for equal keys, train documents come first
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
-    first, second = [bucket_starts[repeats]], [repeats]  # positions in `order`
+    first, second = [bucket_starts[repeats]], [repeats]  # indices in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
         first.append(same)
@@ -247,10 +261,12 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
-    """Return how much of each val document is in train: one row per val document, in corpus order.
+    """Return a table with one row per val document: how much of the document is in the train split.
 
-    `runs` is the number of a document's different runs, `seen` how many of these runs are in train, `score`
-    their share, and `twin` the train document with most of these runs, -1 if there is none.
+    A run is a sequence of `overlap_words` consecutive words (params.yaml). In the table, `runs` is the number
+    of different runs in the val document, and `seen` is the number of these runs that some train document
+    contains. `score` is `seen` / `runs`. `twin` is the number of the train document that contains most of
+    these runs, or -1 if no train document contains a run.
     """
     import pandas as pd
 
@@ -258,7 +274,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     of_val = in_val[hits["document"]]
     shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="run")
     counts = shared.groupby(["document", "twin"], as_index=False).size()
-    # With equal counts, the twin is the first in the corpus: the sort is stable.
+    # The sort is stable: of two train documents with equal counts, the first in the corpus is the twin.
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {

@@ -1,8 +1,9 @@
-"""Check with Great Expectations that token files are intact, and that val does not repeat train.
+"""Check that the token files are correct, and that the val split does not repeat the train split.
 
-Three tables of one row are checked: `train` and `val`, with counts of each token file, and `repetition`, with
-the shares of documents that repeat others (duplicates.py). The report lists val documents that repeat others,
-each with its twin. Evaluation compares these flagged documents with the other documents.
+Great Expectations checks three tables of one row: `train` and `val` have counts of a token file, and
+`repetition` has the shares of documents that repeat other documents (duplicates.py). The report lists the
+val documents that repeat another document: the flagged documents. Evaluation compares the flagged documents
+with the other val documents.
 """
 
 import math
@@ -24,8 +25,9 @@ from compactgpt.data.validation import Table, at_least, at_most, check_expectati
 if TYPE_CHECKING:
     import pandas as pd
 
-_TOKENS_AT_ONCE = 2**24
-_GROUPS_PER_WORKER = 8  # with fewer row groups, another process costs more time than it saves
+_TOKENS_AT_ONCE = 2**24  # number of tokens in memory at a time
+# With fewer row groups per worker process, a process takes more time to start than it saves.
+_GROUPS_PER_WORKER = 8
 
 
 def inspect(
@@ -37,15 +39,15 @@ def inspect(
     num_workers: int,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Check the token files, find documents that repeat others, write Data Docs, and return the report.
+    """Check the token files in `tokens`, write Data Docs into `docs`, and return the report.
 
-    The report has facts of each split, the counts and shares of repeated documents (`repetition`), the val
-    documents that repeat others (`flagged`), the most similar twins within train (`repeated`), and the
-    results of `check_expectations`. It does not depend on the number of workers.
+    The report has the size of each split, the counts of repeated documents (`repetition`), the val documents
+    that repeat another document (`flagged`), the most similar pairs of train documents (`repeated`), and the
+    results of the expectations. The report does not depend on the number of workers.
     Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
-    # `verified_manifest` has verified the hashes.
+    # `verified_manifest` has verified the hashes of the token files.
     splits = {name: open_tokens(tokens / f"{name}.tokens", verify=False) for name in SPLITS}
     groups = row_groups(documents)
     rule = split_rule(groups, manifest.get("split", "hash"), manifest["val_fraction"], corpus_facts["bytes"])
@@ -77,9 +79,9 @@ def inspect(
 
 
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what training depends on: the hash of each token file, and whether the checks passed.
+    """Return what training depends on: the hash of each token file, and whether all checks passed.
 
-    The limits are not included, so that training does not run again when a limit changes.
+    The limits of the checks are not included. So DVC does not run training again when a limit changes.
     """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
@@ -102,11 +104,13 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents", again),
         at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents", again),
     ]
-    # The split has its share of the documents (split `hash`) or of the bytes of text (split `tail`).
+    # The split `hash` divides the number of documents, and `tail` divides the bytes. Check the divided one.
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
         expected = share * len(corpus.documents)
-        deviation = math.sqrt(max(expected * (1 - share), 1e-9))  # of a binomial count
+        deviation = math.sqrt(
+            max(expected * (1 - share), 1e-9)
+        )  # standard deviation of a binomial distribution
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
@@ -114,20 +118,20 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     else:
         sizes = corpus.documents["bytes"]
         row["bytes_off_share"] = round(abs(int(split.byte_lengths.sum()) - share * int(sizes.sum())))
-        # Val begins at a document, so its size may differ from its share by at most the longest document.
+        # The val split begins with a whole document, so its size can be wrong by the size of one document.
         what = f"{name}: bytes that its share is off"
         suite.append(at_most("bytes_off_share", int(sizes.max()), what, again))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
 
 
 def _count_tokens(split: TokenFile) -> dict[str, Any]:
-    """Return the highest token id, and the numbers of missing and of misplaced end-of-text tokens."""
+    """Return the highest token id, and the numbers of end-of-text tokens that are missing or misplaced."""
     eot, highest, ends = split.header.eot_token, 0, 0
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
         part = split.tokens[start : start + _TOKENS_AT_ONCE]
         highest = max(highest, int(part.max()))
         ends += int(np.count_nonzero(part == eot))
-    # The last token of a document must be its only end-of-text token.
+    # A document must end with an end-of-text token, and must have no other end-of-text token.
     closed = int(np.count_nonzero(split.tokens[split.offsets[1:] - 1] == eot))
     return {
         "highest_token": highest,
@@ -137,8 +141,11 @@ def _count_tokens(split: TokenFile) -> dict[str, Any]:
 
 
 def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
-    """Count the documents of a split whose id or length is not the expected one at the same position."""
-    # Compare the positions that both have. Each further document of the longer one is a difference.
+    """Return how many documents of a token file differ in id or length from the document that is expected.
+
+    Document i of the token file is compared with row i of `expected`.
+    """
+    # If the numbers of documents differ, each surplus document is counted as a difference.
     both = min(len(expected), split.header.documents)
     other_ids = expected["id"].to_numpy()[:both] != np.array(split.document_ids[:both], object)
     other_lengths = expected["bytes"].to_numpy()[:both] != split.byte_lengths[:both]
@@ -151,7 +158,7 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
 def _count_repetition(
     documents: int, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
-    """Count the documents that have a twin, by kind, and the val documents that are in train."""
+    """Count the documents that have a twin, and the val documents whose text is in the train split."""
     counts = {}
     for key, kind in (("same_words", "same words"), ("near_duplicates", "near duplicate")):
         of_kind = twins[twins["kind"] == kind]
@@ -167,13 +174,13 @@ def _count_repetition(
     return {
         **counts,
         "repeated_share": twins["document"].nunique() / max(1, documents),
-        "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # share of the val documents
+        "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # as a share of all val documents
         "overlap": {
             "words": params.overlap_words,
             "runs": int(overlap["runs"].sum()),
             "runs_in_train": int(overlap["seen"].sum()),
             "val_documents": len(overlap),
-            # A document of fewer words has no run: it is only compared with complete documents.
+            # A document with fewer than `overlap_words` words has no run, so `find_overlap` finds nothing.
             "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
             "val_documents_with_any": int((overlap["seen"] > 0).sum()),
             "val_documents_leaked": int(overlaps.sum()),
@@ -182,7 +189,10 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return the val documents that have a twin, or whose text is in train; a twin in train is preferred."""
+    """Return a table of the val documents that have a twin, or whose text is in the train split.
+
+    If a val document has a train document and a val document as twins, the row names the train document.
+    """
     import pandas as pd
 
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
@@ -192,19 +202,19 @@ def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection)
 
 
 def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return the most similar twins within train, each pair once."""
+    """Return a table of the pairs of train documents that are most similar, each pair once."""
     nearest = twins.drop_duplicates(["kind", "document"])
     pairs = nearest[~nearest["in_val"] & ~nearest["across"]]
     lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
-    # A pair of both kinds is listed as `same words`, which comes first.
+    # A pair of two kinds keeps its first row, which has the kind `same words`.
     pairs = pairs.assign(document=lower, twin=higher).drop_duplicates(["document", "twin"])
-    # Equal scores are sorted in corpus order, so that the list does not depend on the workers.
+    # Pairs with equal scores are sorted by document number, so that the order is always identical.
     ordered = pairs.sort_values(["score", "document", "twin"], ascending=[False, True, True])
     return ordered.head(params.max_listed)
 
 
 def uncompared(repetition: Mapping[str, Any]) -> str:
-    """Return a note if most val documents are too short for the search of overlap, else an empty text."""
+    """Return a note if most val documents are too short for `find_overlap`, else an empty string."""
     overlap = repetition["overlap"]
     short, total = overlap["val_documents_without_runs"], overlap["val_documents"]
     if 2 * short <= total:
@@ -230,7 +240,7 @@ def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Tabl
 
 
 def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
-    """Return a list for the report, with ids and sources in place of document numbers."""
+    """Return the rows of `repeats` for the report, with id and source in place of each document number."""
     numbers = sorted({*repeats["document"], *repeats["twin"]})
     names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
     rows: list[dict[Any, Any]] = repeats.to_dict("records")

@@ -1,8 +1,8 @@
-"""Token files, training batches and evaluation windows.
+"""Write and read token files, and cut them into training batches and evaluation windows.
 
-A split has two files. `<split>.tokens` contains a header and the token ids of all documents. Each document
-ends with the end-of-text token. `<split>.index.safetensors` has one entry per document: see `TokenFile`.
-The header is MAGIC and one line of JSON, padded with spaces to HEADER_BYTES.
+A token file `<split>.tokens` contains the token ids of all documents of a split, after a header of
+HEADER_BYTES bytes. The header is MAGIC and one line of JSON, padded with spaces. Each document ends with the
+end-of-text token. The document index `<split>.index.safetensors` has the arrays of `TokenFile`.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
 
-# The files of a GPT-2 tokenizer, and its token between documents.
+# The names of the two files of a GPT-2 tokenizer, and the token that ends each document.
 VOCAB_BPE = "vocab.bpe"
 ENCODER_JSON = "encoder.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -41,46 +41,46 @@ class Header:
     """The header of a token file."""
 
     version: int
-    dtype: str  # numpy name of the ids' type: uint16 or uint32; stored in little-endian order
-    tokens: Count
+    dtype: str  # numpy type of the stored token ids: uint16 or uint32, in little-endian byte order
+    tokens: Count  # number of tokens in the file, end-of-text tokens included
     documents: Count
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
-    eot_token: Count
+    eot_token: Count  # id of the end-of-text token
     tokenizer_sha256: str
 
 
-_HEADER = TypeAdapter(Header)  # parses the header's JSON, and checks the types
+_HEADER = TypeAdapter(Header)  # parses the JSON of a header, and checks the types of the values
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest unsigned numpy type for token ids below `vocab_size`."""
+    """Return the smallest unsigned integer type that can store every token id below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def index_path(path: Path) -> Path:
-    """Return the path of a token file's document index."""
+    """Return the path of the document index that belongs to the token file at `path`."""
     return path.with_suffix(".index.safetensors")
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: its tokens and its document index, in memory or in two files."""
+    """The tokens and the document index of one split, in memory or in files."""
 
     path: Path
     header: Header
-    tokens: Tokens  # (tokens,) read-only; memory-mapped if the tokens are in a file
-    # Document d is tokens[offsets[d] : offsets[d + 1]], end-of-text included.
-    offsets: Lengths  # (documents + 1,)
-    byte_lengths: Lengths  # (documents,) length of each document's text in UTF-8 bytes
+    tokens: Tokens  # (tokens,) read-only token ids; memory-mapped if they are stored in a file
+    # Document d, with its end-of-text token, is tokens[offsets[d] : offsets[d + 1]].
+    offsets: Lengths  # (documents + 1,) indices in `tokens`
+    byte_lengths: Lengths  # (documents,) length of each document in UTF-8 bytes
     ids: npt.NDArray[np.uint8]  # (documents, 16) first bytes of the SHA-256 of each document's text
 
     @cached_property
     def document_ids(self) -> list[str]:
-        """The id of each document as 32 hex digits."""
+        """The id of each document, as a string of 32 hex digits."""
         return [row.tobytes().hex() for row in self.ids]
 
     def document(self, index: int) -> Tokens:
-        """Return the token ids of one document without its end-of-text. (tokens,)"""
+        """Return the token ids of document number `index` without the end-of-text token, shape (tokens,)."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
 
@@ -95,10 +95,10 @@ def pack_documents(
     eot_token: int,
     tokenizer_sha256: str,
 ) -> TokenFile:
-    """Return a split in memory: append end-of-text to each document, and join the documents.
+    """Append the end-of-text token to each document, join the documents, and return a TokenFile in memory.
 
-    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. `path` names the
-    split in messages. Raises BadData if a token id is not below `vocab_size`.
+    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. No file is written;
+    `path` is stored in the TokenFile. Raises BadData if a token id is `vocab_size` or greater.
     """
     ids: list[bytes] = []
     byte_lengths: list[int] = []
@@ -110,9 +110,12 @@ def pack_documents(
         lengths.append(len(tokens) + 1)
         closed += [tokens, np.array([eot_token], np.uint32)]
     joined = np.concatenate(closed)
-    # Check before the cast: a cast to a smaller type would change a large id without an error.
+    # Check the ids before `astype` below, which would change a large id without an error.
     if len(joined) and int(joined.max()) >= vocab_size:
-        raise BadData(f"a document has the token id {int(joined.max())}, which is not below {vocab_size}")
+        raise BadData(
+            f"a document has the token id {int(joined.max())}, but the tokenizer has only {vocab_size} ids: "
+            "run `dvc repro -f download` to write the tokenizer again"
+        )
     dtype = token_dtype(vocab_size)
     header = Header(
         VERSION, dtype.name, len(joined), len(byte_lengths), vocab_size, eot_token, tokenizer_sha256
@@ -128,9 +131,9 @@ def pack_documents(
 
 
 def write_tokens(path: Path, parts: Sequence[TokenFile]) -> Header:
-    """Join the documents of one or more splits into a token file and its document index; return the header.
+    """Join `parts` into one token file at `path`, write the document index, and return the header.
 
-    Memory holds 32 bytes per document for the index. Tokens are copied from file to file.
+    The index takes 32 bytes of memory per document. The tokens of the parts are not loaded into memory.
     """
     lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
     index = {
@@ -149,7 +152,7 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> Header:
 
 
 def encode_header(header: Header) -> bytes:
-    """Return the first HEADER_BYTES bytes of a token file."""
+    """Return the header as the first HEADER_BYTES bytes of a token file."""
     text = json.dumps(asdict(header), sort_keys=True).encode()
     return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
@@ -160,8 +163,8 @@ def encode_header(header: Header) -> bytes:
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     """Open a token file and its document index.
 
-    If `verify` is true and the folder has a manifest, both files are compared with the manifest's hashes.
-    Raises MissingInput if a file is missing, BadData if a file is damaged or the two do not fit each other.
+    If `verify` is true and the folder has a manifest, the two files must have the hashes in the manifest.
+    Raises MissingInput if a file is missing, BadData if a file is damaged or the index is of another file.
     """
     index_file = index_path(path)
     for each in (path, index_file):
@@ -172,7 +175,7 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
         files = read_manifest(path.parent)["files"]
         for each in (path, index_file):
             if each.name not in files:
-                raise _damaged(path.parent / MANIFEST, f"does not name {each.name}")
+                raise _damaged(path.parent / MANIFEST, f"has no hash of the file {each.name}")
             verify_file(each, files[each.name]["sha256"], files[each.name]["bytes"])
     try:
         index = load_file(index_file)
@@ -189,30 +192,30 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     )
     if not fits:
         raise _damaged(index_file, f"does not fit {path}")
-    tokens: Tokens = np.empty(0, header.dtype)  # an empty file can't be mapped
+    tokens: Tokens = np.empty(0, header.dtype)  # np.memmap can't map a file without tokens
     if header.tokens:
         tokens = np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
     return TokenFile(path, header, tokens, offsets, byte_lengths, ids)
 
 
 def _read_header(path: Path) -> Header:
-    """Return a token file's header, after a check that the header fits the file's size."""
+    """Return the header of a token file. Raises BadData if the header or the size of the file is wrong."""
     with open(path, "rb") as file:
         raw = file.read(HEADER_BYTES)
     if not raw.startswith(MAGIC) or len(raw) < HEADER_BYTES:
-        raise _damaged(path, "is not a token file")
+        raise _damaged(path, "is not a token file, which must begin with a header")
     try:
         header = _HEADER.validate_json(raw[len(MAGIC) :])
     except ValidationError as error:
         raise _damaged(path, "has a damaged header") from error
     if header.version != VERSION:
-        raise _damaged(path, f"has version {header.version}, this program reads {VERSION}")
+        raise _damaged(path, f"has format version {header.version}, but this program reads version {VERSION}")
     dtype = token_dtype(header.vocab_size)
     if header.dtype != dtype.name or header.eot_token >= header.vocab_size:
         raise _damaged(path, "has a damaged header")
     size, expected = path.stat().st_size, HEADER_BYTES + header.tokens * dtype.itemsize
     if size != expected:
-        what = f"has {size:,} bytes, its header says {expected:,}: it was cut short or altered"
+        what = f"has {size:,} bytes, but its header says {expected:,}. The file was cut short or altered"
         raise _damaged(path, what)
     return header
 
@@ -227,17 +230,17 @@ def _damaged(path: Path, what: str) -> BadData:
 def training_batch(
     tokens: Tokens, *, seed: int, step: int, sequences: int, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Draw the batch of one training step: tokens and targets, each (B, T) int64.
+    """Return the batch of one training step: the input tokens (B, T) and the target tokens (B, T), as int64.
 
-    The target of a token is the next token of the stream. Sequences start at uniformly random positions of
-    the stream, as in nanoGPT's get_batch. The function is pure: the random generator is counter-based with
-    the key (seed, step), so a resumed run needs no generator state.
-    Raises BadData if the split is shorter than one sequence.
+    `tokens` are all tokens of the train split. The target of a token is the next token. A sequence starts at
+    a random index in `tokens`, as in nanoGPT's get_batch. The result depends only on the arguments, so a
+    resumed training needs no state of a random generator.
+    Raises BadData if `tokens` is too short for one sequence.
     """
     if len(tokens) <= block_size:
         raise BadData(
-            f"the training split has {len(tokens):,} tokens, one sequence needs {block_size + 1:,}: "
-            "add text, or lower model.block_size"
+            f"the train split has {len(tokens):,} tokens, but one sequence needs {block_size + 1:,}: "
+            "add text, or lower model.block_size in params.yaml"
         )
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(tokens) - block_size, sequences)
@@ -248,19 +251,19 @@ def training_batch(
 
 @dataclass(frozen=True)
 class Window:
-    """A slice of one document: the tokens that a model reads, and the targets that it predicts."""
+    """A part of one document: the tokens that a model reads, and the tokens that the model must predict."""
 
-    document: int  # index in the token file
-    start: int  # position of the first target in the document
-    tokens: npt.NDArray[np.int64]  # (T,) input; the first is end-of-text or the token before `start`
+    document: int  # number of the document in the token file, from 0
+    start: int  # index of the first target among the tokens of the document
+    tokens: npt.NDArray[np.int64]  # (T,) tokens to read, which begin one token before `targets`
     targets: npt.NDArray[np.int64]  # (T,) tokens to predict
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
-    """Cut every document into windows of at most `window` targets, in order, without overlap.
+    """Cut every document into windows of at most `window` targets, and yield the windows in document order.
 
-    Every token of every document is a target exactly once. The input of a document's first window begins
-    with the end-of-text token. End-of-text is never a target, since it encodes no text.
+    Every token of every document is a target exactly once. The first window of a document begins with the
+    end-of-text token. The end-of-text token is never a target, since it encodes no text.
     """
     eot = split.header.eot_token
     for index in range(split.header.documents):

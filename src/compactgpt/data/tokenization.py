@@ -1,8 +1,9 @@
-"""Encode documents and write the token files of train and val.
+"""Encode the documents, and write a token file for the train split and a token file for the val split.
 
-Each worker encodes one document shard into a chunk: a folder in `state` with a token file for each split.
-After a killed run, the next run skips the shards that have a chunk. At the end, the chunks are joined. The
-token files do not depend on the number of workers, on the engine, or on how often the run was killed.
+A worker process encodes one document shard (a parquet file) into a chunk: a folder with a token file for
+each split. If a run is killed, the next run keeps the finished chunks and encodes only the other shards. At
+the end, the chunks are joined. The token files do not depend on the number of workers, on the engine (local
+processes or Ray), or on how often the run was killed.
 """
 
 import hashlib
@@ -28,25 +29,25 @@ from compactgpt.data.tokenizer import load_encoder
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
-STATE_VERSION = 5  # of the chunks
-RETRIES = 5  # how often Ray runs a task again after its worker died
+STATE_VERSION = 5  # version of the chunk format; chunks of another version are not used
+RETRIES = 5  # Ray starts a task again at most 5 times if the worker process of the task dies
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule that chooses the documents of val: by hash, or all documents from a position on."""
+    """The rule that chooses the documents of the val split, by their hash or by their place in the corpus."""
 
-    val_fraction: float
-    # Shard, row group and row of val's first document; None: documents are chosen by hash.
+    val_fraction: float  # the wanted size of the val split, as a share of the corpus from 0 to 1
+    # (shard's file name, row group, row) of the first val document; None if documents are chosen by hash.
     val_start: tuple[str, int, int] | None = None
 
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
-        """Return for each document of a row group whether the document is in val.
+        """Return a list of booleans: True for each document of the row group that is in the val split.
 
-        By hash, it is in val if the first 64 bits of its id, divided by 2^64, are less than `val_fraction`.
-        So a document keeps its split when the corpus grows.
+        If `val_start` is None, a document is in the val split if the first 64 bits of its id, divided by
+        2^64, are less than `val_fraction`. So a document keeps its split when the corpus grows.
         """
         if self.val_start is None:
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
@@ -54,15 +55,16 @@ class SplitRule:
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
-    """Return the rule that splits the corpus in `groups`, which has `size` bytes of text.
+    """Return the rule that divides the corpus into the train split and the val split.
 
-    `val_fraction` is val's share of the documents with split `hash`, of the bytes of text with `tail`. With
-    `tail` val is the end of the corpus, as in nanoGPT: the pieces of one file are two contiguous blocks.
+    `groups` are the row groups of the corpus, and `size` is the corpus's size in bytes of text. If `split` is
+    `hash`, the val split has about the share `val_fraction` of the documents. If `split` is `tail`, the val
+    split is the end of the corpus, as in nanoGPT, and has the share `val_fraction` of the bytes of text.
     """
     if split == "hash":
         return SplitRule(val_fraction)
     wanted = val_fraction * size
-    for group in reversed(groups):  # only the end of the corpus is read
+    for group in reversed(groups):  # from the end, so that only the val documents are read
         for row, document in reversed([*enumerate(read_row_group(group))]):
             wanted -= len(document.text.encode())
             if wanted <= 0:
@@ -80,17 +82,18 @@ def tokenize(
     state: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write train.tokens and val.tokens, each with its index, into `folder`, and return the report.
+    """Write the token files of the train split and the val split into `folder`, and return the report.
 
-    The chunks of a killed run are in `state`. `progress` is called with the bytes of text encoded.
-    Raises MissingInput or BadData if an input is missing or damaged, BadData if a split has no document.
+    The folder `state` keeps the finished chunks, so that the next run can use the chunks of a killed run.
+    `progress` is called with two numbers: the bytes of text encoded so far, and the corpus's bytes of text.
+    Raises MissingInput if an input is missing, BadData if an input is damaged or a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     vocabulary = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
-    # The name is a hash of everything that determines the chunks, so that no chunk is used for other inputs.
+    # The folder name is a hash of all inputs of the chunks. So chunks of other inputs are never used.
     rule_facts = [params.val_fraction, params.split]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, rule_facts, params.encoder])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
@@ -111,12 +114,14 @@ def tokenize(
         encoded_bytes += size
         progress(encoded_bytes, corpus["bytes"])
     facts_of_files = {**facts, "val_fraction": params.val_fraction}
-    if params.split != "hash":  # without `split`, a manifest means `hash`, as in earlier versions
+    if params.split != "hash":  # manifests of earlier versions have no key `split`, and mean `hash`
         facts_of_files["split"] = params.split
     with atomic_folder(folder, facts_of_files, kind="tokens") as temporary:
         for split in SPLITS:
             paths = [chunks / shard[0].path.stem / f"{split}.tokens" for shard in shards]
-            parts = [open_tokens(path, verify=False) for path in paths]  # `encode_shard` has verified them
+            parts = [
+                open_tokens(path, verify=False) for path in paths
+            ]  # `encode_shard` has verified the hashes of the chunks
             if not any(part.header.documents for part in parts):
                 raise BadData(_empty_split(split, corpus["documents"], params))
             write_tokens(temporary / f"{split}.tokens", parts)
@@ -134,10 +139,10 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Write the chunk of one shard, given as its row groups, and return the shard's bytes of text."""
+    """Encode the row groups of one shard, write the shard's chunk, and return the shard's bytes of text."""
     chunk = chunks / groups[0].path.stem
     try:
-        return int(verified_manifest(chunk)["text_bytes"])  # the shard was finished by an earlier run
+        return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
     except (UserError, KeyError):
         pass  # the chunk is missing or damaged: write it
     encoder = load_encoder(tokenizer, encoder_name)
@@ -151,7 +156,7 @@ def encode_shard(
             text_bytes += byte_length
             row = (bytes.fromhex(document.id), byte_length, encoder.encode(document.text))
             rows["val" if in_val else "train"].append(row)
-        for split in SPLITS:  # packed, a token of GPT-2 takes 2 bytes of memory
+        for split in SPLITS:  # packing saves memory: a token of GPT-2 takes 2 bytes
             parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
     with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
         for split in SPLITS:
@@ -169,7 +174,10 @@ def _empty_split(split: Split, documents: int, params: Tokenization) -> str:
 
 
 def _split_report(folder: Path, split: Split) -> dict[str, Any]:
-    """Return a split's numbers of documents, tokens (end-of-text included) and bytes, and its file's hash."""
+    """Return the report on one split: its size, and the hash of its token file.
+
+    The number of tokens includes the end-of-text token of each document.
+    """
     file = open_tokens(folder / f"{split}.tokens", verify=False)
     total_bytes = int(file.byte_lengths.sum())
     longest = int(np.diff(file.offsets).max())
@@ -177,7 +185,7 @@ def _split_report(folder: Path, split: Split) -> dict[str, Any]:
         "documents": file.header.documents,
         "tokens": file.header.tokens,
         "bytes": total_bytes,
-        # Do not count end-of-text tokens: they encode no text.
+        # End-of-text tokens are subtracted, since an end-of-text token encodes no text.
         "bytes_per_token": total_bytes / (file.header.tokens - file.header.documents),
         "longest_document_share": longest / file.header.tokens,
         "sha256": read_manifest(folder)["files"][f"{split}.tokens"]["sha256"],
@@ -188,10 +196,12 @@ def _split_report(folder: Path, split: Split) -> dict[str, Any]:
 
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Yield `function(task)` for each task, in order, from the cluster at RAY_ADDRESS or one started here.
+    """Run `function(task)` for each task on a Ray cluster, and yield the results in the order of the tasks.
 
-    Every node needs this package installed and the project's folder at the same path. Raises the function's
-    UserError, BadConfig if Ray is not installed, Unreachable if no cluster answers, Busy if workers die.
+    The cluster is at the address in RAY_ADDRESS; without RAY_ADDRESS, it is started on this machine. Every
+    machine of the cluster needs this package installed, and the project's folder at an equal path.
+    Raises BadConfig if Ray is not installed, Unreachable if no cluster answers, Busy if a worker process dies
+    too often, and any UserError that the function raises.
     """
     ray = _connect(num_workers)
     try:
@@ -199,20 +209,20 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
         for reference in [remote.remote(function, task) for task in tasks]:
             yield ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):  # the function's own error, without Ray's traceback
+        if isinstance(error.cause, UserError):  # show the function's error, not Ray's traceback
             raise error.cause from error
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise Busy(
-            f"the Ray worker of a task died {RETRIES + 1} times, most often because memory ran out: "
-            "give the workers more memory, and run the same command again"
+            f"the Ray worker of a task died {RETRIES + 1} times. The usual cause is too little memory: "
+            "give the workers more memory, and run this command again"
         ) from error
     finally:
         ray.shutdown()
 
 
 def _call(function: Callable[[T], R], task: T) -> R:
-    return function(task)  # Ray accepts a function, but not a functools.partial
+    return function(task)  # ray.remote accepts a function, but not a functools.partial
 
 
 def _connect(num_workers: int) -> Any:
@@ -232,6 +242,7 @@ def _connect(num_workers: int) -> Any:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unreachable(
             f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
-            "check RAY_ADDRESS, or set tokenization.engine to local in params.yaml"
+            "set RAY_ADDRESS to the address of a running cluster, "
+            "or set tokenization.engine to local in params.yaml"
         ) from error
     return ray

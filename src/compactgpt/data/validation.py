@@ -1,8 +1,8 @@
-"""Check the documents with Great Expectations (GX) before a model is trained on them.
+"""Check the documents with Great Expectations (GX) before a model is trained on the documents.
 
-The table `corpus` has one row of counts of the whole corpus. The table `documents` has one row per document
-(`document_row`), or a sample. `check_expectations` runs one checkpoint per table and writes Data Docs. The
-stage `inspection` uses this function too.
+An expectation is a rule that GX checks for a column of a table. The table `corpus` has one row with counts of
+the whole corpus. The table `documents` has one row per document, or one row per document of a sample. GX
+writes the results as HTML pages (Data Docs). The stage `inspection` calls `check_expectations` too.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from compactgpt.data.documents import Document, read_row_group, row_groups
 
 _EXCERPT_CHARACTERS = 80
 _ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
-_EXAMPLES = 3  # how many documents the result of a failed expectation names
-_PLUGINS = Path(__file__).parent / "data_docs"  # style sheet and index page of Data Docs
-# Parts of a page that load files from other servers. Without a network, the page would wait for these files.
+_EXAMPLES = 3  # number of documents that the result of a failed expectation names
+_PLUGINS = Path(__file__).parent / "data_docs"  # folder of the style sheet and the index page of Data Docs
+# HTML that loads files from other servers. Without a network, a browser would wait for these files.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
 )
 
 
 class Table(NamedTuple):
-    """Rows to check, each with `id` and `source`, and the expectations of the rows."""
+    """A table to check: its rows, each with the keys `id` and `source`, and its expectations (`suite`)."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -45,17 +45,18 @@ class Table(NamedTuple):
 def validate(
     documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Check the documents, write Data Docs, and return the report. The same documents give the same report.
+    """Check the documents in the folder `documents`, write Data Docs into `docs`, and return the report.
 
-    If there are more than `params.max_rows` documents, the rows are a sample: the documents whose normalised
-    text has a hash below a limit. So documents that differ only in case and spacing are all in the sample or
-    all outside. Memory holds 16 bytes per document, and the rows.
+    If there are more than `params.max_rows` documents, a sample of about `params.max_rows` documents is
+    checked. A document is in the sample if the hash of its normalised text is below a limit, so copies that
+    differ only in case and white space are sampled together. The function needs memory for the sample, and
+    16 bytes for each document.
     Raises MissingInput or BadData if the documents are missing or damaged, BadConfig if the sample is empty.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # 16-byte hash of each id, since a damaged id may have any length
+    ids = bytearray()  # hashes of the ids, 16 bytes each: a damaged id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
@@ -64,7 +65,7 @@ def validate(
             counts["bytes"] += len(content)
             counts["wrong_ids"] += _hash(content) != document.id
             ids += bytes.fromhex(_hash(document.id.encode()))
-            # Compare integers, which are exact, so that every machine takes the same sample.
+            # Integers are exact, so every machine takes an identical sample.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -72,8 +73,8 @@ def validate(
     counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(ids, "S16")))
     if not rows:
         raise BadConfig(
-            f"the sample of {total:,} documents is empty with validation.max_rows ({params.max_rows:,}): "
-            f"set validation.max_rows to at least {total:,}"
+            f"validation.max_rows is {params.max_rows:,}, and the sample of {total:,} documents is empty: "
+            f"set validation.max_rows to at least {total:,} in params.yaml, which checks all documents"
         )
     corpus = {"id": "corpus", "source": "all documents", **counts}
     tables = [
@@ -90,24 +91,24 @@ def _hash(content: bytes) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Return the hash of a text without white space and case."""
+    """Remove white space and case from a text, and return the hash of the rest."""
     return _hash("".join(text.split()).casefold().encode())
 
 
 def document_row(document: Document) -> dict[str, Any]:
-    """Return the values of one document that the expectations check."""
+    """Return the row of one document for the table `documents`."""
     text = document.text
     dense = "".join(text.split())
     excerpt = " ".join(text.split(None, _EXCERPT_CHARACTERS)[:_EXCERPT_CHARACTERS])
     return {
         "id": document.id,
         "source": document.source,
-        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,  # None: the text is blank
+        "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,  # None if the text is blank
         "n_characters": len(text),
         "id_is_hash": _hash(text.encode()) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
-        # Of the characters that are not white space. A blank text has the share 0.
+        # The share among the characters that are not white space. It is 0 if the text is blank.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -117,19 +118,22 @@ def document_row(document: Document) -> dict[str, Any]:
 
 
 def at_least(column: str, value: float, what: str, advice: str) -> Any:
-    """Return an expectation: the single value of a column is at least `value`."""
+    """Return the expectation that the value of `column` in a table of one row is at least `value`.
+
+    `what` describes the value in messages. `advice` is printed if the expectation fails.
+    """
     return _bound(column, what, f"at least {value:,}", advice, min_value=value)
 
 
 def at_most(column: str, value: float, what: str, advice: str) -> Any:
-    """Return an expectation: the single value of a column is at most `value`."""
+    """Return the expectation that the value of `column` is at most `value`. See `at_least`."""
     return _bound(column, what, f"at most {value:,}" if value else "none", advice, max_value=value)
 
 
 def _bound(column: str, what: str, expected: str, advice: str, **bounds: float) -> Any:
     from great_expectations import expectations as gxe
 
-    # The table has one row, so the maximum of a column is its only value.
+    # The table has one row, so the maximum of the column is the value in this row.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
         **bounds,
@@ -139,7 +143,7 @@ def _bound(column: str, what: str, expected: str, advice: str, **bounds: float) 
 
 
 def corpus_expectations(params: Validation, counts: Mapping[str, int], more: str) -> list[Any]:
-    """Return the expectations of the table `corpus`; `more` is the advice for a corpus that is too small."""
+    """Return the expectations of the table `corpus`. `more` is the advice for a corpus that is too small."""
     megabytes = math.floor(counts["bytes"] / 10_000) / 100
     fewer = f"{more}, or set validation.min_documents to at most {counts['documents']:,}"
     smaller = f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}"
@@ -157,7 +161,7 @@ def _ask_for_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> st
     if manifest.get("corpus") != "files":
         more = "let download take more of the corpus"
     elif manifest["documents"] == 1:
-        file = re.sub(r":\d+$", "", rows[0]["source"])  # without the number of the row or line
+        file = re.sub(r":\d+$", "", rows[0]["source"])  # the source without its row number or line number
         more = f"the corpus is one file, {file}: set download.files.split, "
         more += "or run `compactgpt init-corpus corpus/`"
     if repeated := manifest.get("left_out", {}).get("duplicate"):
@@ -166,7 +170,7 @@ def _ask_for_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> st
 
 
 def document_expectations(params: Validation, limits: Mapping[str, float]) -> list[Any]:
-    """Return the expectations of the table `documents`; the advice proposes `limits`."""
+    """Return the expectations of the table `documents`. Their advice proposes the values in `limits`."""
     from great_expectations import expectations as gxe
 
     def values(kind: str, column: str, description: str, advice: str, **arguments: Any) -> Any:
@@ -205,15 +209,16 @@ def document_expectations(params: Validation, limits: Mapping[str, float]) -> li
 
 
 def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
-    """Return values of those limits in params.yaml that differ from corpus to corpus, so that the rows pass.
+    """Return the limits of params.yaml that depend on the corpus, changed so that all expectations pass.
 
-    A limit that the rows fulfil keeps its value. Limits that find wrong decoding are not returned.
+    A limit that `rows` fulfil keeps its value. Limits that find wrongly decoded text are not in the result,
+    since a user must repair this text and not raise the limit.
     """
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
     unique = sum(count == 1 for count in copies.values()) / len(rows)
-    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail
+    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail an expectation
     return {
         "min_characters": min(params.min_characters, lengths[spare // 2]),
         "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
@@ -223,15 +228,16 @@ def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dic
 
 
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
-    """Raise CheckFailed, which stops the pipeline, if an expectation in a stage's report failed.
+    """Raise CheckFailed, which stops the pipeline, if an expectation in the report of a stage failed.
 
-    The message names the checked data (`what`, a plural noun), and what was found, expected and advised.
+    `what` names the checked data by a plural noun. For each failed expectation, the message has a line with
+    the value found, the value expected, and advice. `last_line` ends the message.
     """
     lines = []
     for result in report["expectations"]:
         if result["success"]:
             continue
-        if result["unexpected"] is None:  # an expectation of one value, not of many rows
+        if result["unexpected"] is None:  # the expectation checks one value, not many rows
             line = f"{result['what']}: found {result['observed']:,}, expected {result['expected']}"
         else:
             examples = ", ".join(
@@ -249,15 +255,15 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Run one checkpoint per table, write Data Docs into `docs`, and return a dict per expectation.
+    """Check the expectations of `tables`, write Data Docs into `docs`, and return a result per expectation.
 
-    The dict has the expectation's description and arguments, the observed value or the number of rows that
-    fail, and the first failing rows. The pages of Data Docs have the time of the run, and need no network.
+    A result has the description and the arguments of the expectation, whether it succeeded, the observed
+    value or the number of failed rows, and the first failed rows. `run_name` is in the heading of the pages.
     Raises NotAllowed if `docs` contains files that are not Data Docs of an earlier run.
     """
     import great_expectations as gx
 
-    # GX logs a traceback if it can't write a page. The stage itself reports a full disk in one sentence.
+    # Hide the traceback that GX logs if the disk is full: the stage reports a full disk in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     with atomic_folder(docs, kind="data docs") as temporary:
         context = gx.get_context(mode="ephemeral")
@@ -297,12 +303,12 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
             "partial_unexpected_count": _EXAMPLES,
         },
     )
-    # GX does not escape values in its pages: HTML in a document would change the page.
+    # GX writes values into its pages without escaping. So HTML in a document would become part of the page.
     rows = pd.DataFrame([_convert_strings(row, html.escape) for row in table.rows])
     run = context.checkpoints.add(checkpoint).run(
         batch_parameters={"dataframe": rows}, run_id=RunIdentifier(run_name=run_name)
     )
-    # The checkpoint has one validation definition, and so one result.
+    # The checkpoint has one validation definition, so it has exactly one result.
     (validation,) = run.run_results.values()
     return [_result(table, each) for each in validation.to_json_dict()["results"]]
 
@@ -312,15 +318,15 @@ def _convert_strings(row: Mapping[str, Any], convert: Callable[[str], str]) -> d
 
 
 def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a GX result that are the same in every run."""
+    """Return the parts of a GX result that do not change from run to run, such as no time and no run id."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
-        raise RuntimeError(f"GX could not evaluate {config['type']}: {result['exception_info']}")
+        raise RuntimeError(f"GX could not check {config['type']}: {result['exception_info']}")
     arguments = {key: value for key, value in config["kwargs"].items() if key != "batch_id"}
     column = arguments.pop("column")
     rows = found.get("partial_unexpected_index_list", [])
     examples = [{"id": row["id"], "source": row["source"], "value": row[column]} for row in rows]
-    meta = dict(config["meta"])  # `advice`, and `what` and `expected` from `_bound`
+    meta = dict(config["meta"])  # keys: `advice`; from `_bound` also `what` and `expected`
     if result["success"]:
         del meta["advice"]
     return {
@@ -339,15 +345,17 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Remove links to files on other servers from the pages, and write an index page without scripts."""
+    """Remove links to other servers from all pages in `docs`, and write an index page without scripts."""
     from jinja2 import Environment, FileSystemLoader
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    shutil.rmtree(docs / "static", ignore_errors=True)  # fonts, logos and tutorial films
+    shutil.rmtree(
+        docs / "static", ignore_errors=True
+    )  # fonts, logos and videos of GX, which no page uses now
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):
-        path = page.relative_to(docs)  # validations/<table>/<run>/...
+        path = page.relative_to(docs)  # its form is validations/<table>/<run>/...
         of_table = [result for result in results if result["table"] == path.parts[1]]
         failed = [result["description"] for result in of_table if not result["success"]]
         pages.append({"name": path.parts[1], "path": path, "of": len(of_table), "failed": failed})
