@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
-# Characters of scripts without spaces between words, as ranges of Unicode. Combining marks are
-# included, since some Thai and Khmer vowels are combining marks.
+# Ranges of Unicode with the characters of scripts that write no space between words.
+# Combining marks are included, since some Thai and Khmer vowels are combining marks.
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u0f00-\u0fff"  # Tibetan
@@ -257,7 +257,7 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
     return order[np.concatenate(first)], order[np.concatenate(second)]
 
 
-# --- overlap
+# --- overlap: text of val documents that is also in train documents
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":

@@ -110,7 +110,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         expected = share * len(corpus.documents)
         deviation = math.sqrt(
             max(expected * (1 - share), 1e-9)
-        )  # standard deviation of a binomial distribution
+        )  # standard deviation of the number of documents
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
@@ -152,7 +152,7 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
     return int((other_ids | other_lengths).sum()) + abs(len(expected) - split.header.documents)
 
 
-# --- repetition
+# --- documents that repeat other documents
 
 
 def _count_repetition(
@@ -174,7 +174,7 @@ def _count_repetition(
     return {
         **counts,
         "repeated_share": twins["document"].nunique() / max(1, documents),
-        "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # as a share of all val documents
+        "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
         "overlap": {
             "words": params.overlap_words,
             "runs": int(overlap["runs"].sum()),
@@ -206,7 +206,7 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
     nearest = twins.drop_duplicates(["kind", "document"])
     pairs = nearest[~nearest["in_val"] & ~nearest["across"]]
     lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
-    # A pair of two kinds keeps its first row, which has the kind `same words`.
+    # A pair can have a row of each kind. Keep the first row, which has the kind `same words`.
     pairs = pairs.assign(document=lower, twin=higher).drop_duplicates(["document", "twin"])
     # Pairs with equal scores are sorted by document number, so that the order is always identical.
     ordered = pairs.sort_values(["score", "document", "twin"], ascending=[False, True, True])

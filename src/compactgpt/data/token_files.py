@@ -38,7 +38,7 @@ Count = Annotated[int, Field(ge=0)]
 
 @checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class Header:
-    """The header of a token file."""
+    """The facts in the header of a token file, as JSON stores them."""
 
     version: int
     dtype: str  # numpy type of the stored token ids: uint16 or uint32, in little-endian byte order
@@ -181,7 +181,7 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
         index = load_file(index_file)
         offsets, byte_lengths, ids = index["offsets"], index["bytes"], index["ids"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(index_file, "is damaged") from error
+        raise _damaged(index_file, "is damaged, and can't be read as a document index") from error
     number = header.documents
     fits = (
         (offsets.shape, byte_lengths.shape, ids.shape) == ((number + 1,), (number,), (number, 16))
@@ -191,7 +191,7 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
         and np.all(byte_lengths >= 0)
     )
     if not fits:
-        raise _damaged(index_file, f"does not fit {path}")
+        raise _damaged(index_file, f"does not fit the token file {path}")
     tokens: Tokens = np.empty(0, header.dtype)  # np.memmap can't map a file without tokens
     if header.tokens:
         tokens = np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
@@ -256,7 +256,7 @@ class Window:
     document: int  # number of the document in the token file, from 0
     start: int  # index of the first target among the tokens of the document
     tokens: npt.NDArray[np.int64]  # (T,) tokens to read, which begin one token before `targets`
-    targets: npt.NDArray[np.int64]  # (T,) tokens to predict
+    targets: npt.NDArray[np.int64]  # (T,) the next token of each token in `tokens`
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:

@@ -29,8 +29,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 CHECK_EVERY_BYTES = 2**20  # gigatoken's ids are compared with tiktoken's after each MiB of text
 CHECK_CHARACTERS = 2**11  # number of characters that are compared
-# gigatoken keeps every word in memory: 0.3 MB per MB of documentation, 9 MB per MB of random words. So it is
-# started again after this many bytes of text.
+# gigatoken keeps every word in memory: 0.3 MB per MB of documentation, 9 MB per MB of random words.
+# So gigatoken is loaded again, with empty memory, after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
 
 Ranks = Mapping[bytes, int]
@@ -175,16 +175,16 @@ class TiktokenEncoder:
         # `encode` returns a Python list, which takes 10 times the memory of this array.
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError as error:  # tiktoken fails at a million spaces in a row
+        except ValueError as error:  # such as for a million spaces in a row
             raise BadData(
                 f"tiktoken can't encode a document that begins {text[:40]!r} ({error}): remove the document, "
                 "or remove its long white space"
             ) from error
 
 
-# gigatoken knows the letters and digits of Unicode 17; tiktoken knows only the letters and digits of Unicode
-# 16. In UTF-8, every character that is new in Unicode 17 begins with bytes that match this expression. A text
-# with a match is encoded by tiktoken. Some older characters match too (Telugu, Kannada, rare scripts).
+# gigatoken knows the letters and digits of Unicode 17, but tiktoken knows only Unicode 16.
+# In UTF-8, every character that is new in Unicode 17 begins with bytes that match this expression.
+# A text with a match is encoded by tiktoken. Some older characters match too (Telugu, Kannada, rare scripts).
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 

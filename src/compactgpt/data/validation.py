@@ -126,7 +126,10 @@ def at_least(column: str, value: float, what: str, advice: str) -> Any:
 
 
 def at_most(column: str, value: float, what: str, advice: str) -> Any:
-    """Return the expectation that the value of `column` is at most `value`. See `at_least`."""
+    """Return the expectation that the value of `column` in a table of one row is at most `value`.
+
+    `what` describes the value in messages. `advice` is printed if the expectation fails.
+    """
     return _bound(column, what, f"at most {value:,}" if value else "none", advice, max_value=value)
 
 
@@ -251,7 +254,7 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
         raise CheckFailed(f"{failed}:\n{''.join(lines)}{last_line}")
 
 
-# --- checkpoints
+# --- running Great Expectations
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
@@ -318,7 +321,7 @@ def _convert_strings(row: Mapping[str, Any], convert: Callable[[str], str]) -> d
 
 
 def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the parts of a GX result that do not change from run to run, such as no time and no run id."""
+    """Return the result of one expectation without times and run ids, which change from run to run."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not check {config['type']}: {result['exception_info']}")
@@ -326,7 +329,7 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     column = arguments.pop("column")
     rows = found.get("partial_unexpected_index_list", [])
     examples = [{"id": row["id"], "source": row["source"], "value": row[column]} for row in rows]
-    meta = dict(config["meta"])  # keys: `advice`; from `_bound` also `what` and `expected`
+    meta = dict(config["meta"])  # the texts that the expectation was made with, such as its advice
     if result["success"]:
         del meta["advice"]
     return {
