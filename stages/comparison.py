@@ -1,25 +1,32 @@
 """Stage `comparison`: judge the claims; write the record (reports/evidence.json), tables and pages."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
 
+if TYPE_CHECKING:
+    from compactgpt.reporting.tables import View
+    from compactgpt.reporting.templating import Language
+
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
-SHOWN_SECTIONS = 5  # `--show` prints this number of sections of reports/comparison.md
-LEAST_WIDTH = 140  # characters in a line; with fewer characters, rich cuts off numbers
+LEAST_WIDTH = 140  # characters in a line of `--show`; rich breaks numbers in shorter lines
+SHOWN_COLUMNS = ("model", "seen_context", "val_loss", "val_perplexity", "bits_per_byte", "ratio")
 
 
 @app.command()
 def main(
     params_file: ParamsFile = Path("params.yaml"),
-    show: Annotated[bool, typer.Option("--show", help="Print the last run's tables; write nothing.")] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the answer and two tables of the last run; write no file.")
+    ] = False,
     quote: Annotated[
-        list[Path] | None, typer.Option(help="Replace the tables in this page; write nothing else.")
+        list[Path] | None, typer.Option(help="Replace the tables in this page; write no other file.")
     ] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
@@ -27,7 +34,7 @@ def main(
     tracker = "none" if show or quote else tracker
     with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
         if show:
-            _show()
+            _show(stage.params.comparison.language)
         elif quote:
             _replace_tables(quote)
         else:
@@ -47,14 +54,54 @@ def _compare(stage: Stage) -> None:
         stage.tracker.artifact(REPORTS / name, "reports")
 
 
-def _show() -> None:
-    """Print the beginning of reports/comparison.md: the answer and the first tables."""
+def _show(language: "Language") -> None:
+    """Print the answer, the note's table, and a short form of the table of measured scores."""
+    from rich import box
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.table import Table
+    from rich.text import Text
 
-    sections = (REPORTS / "comparison.md").read_text("utf-8").split("\n## ")
-    text = "\n## ".join(sections[:SHOWN_SECTIONS]).replace("<br>", ", ")  # rich can't show HTML tags
-    Console(width=max(shutil.get_terminal_size().columns, LEAST_WIDTH)).print(Markdown(text))
+    from compactgpt.common.errors import printable
+    from compactgpt.common.storage import read_json
+    from compactgpt.reporting.pages import RECORD
+    from compactgpt.reporting.tables import View
+
+    def text(content: str) -> Text:
+        return Text(printable(content, keep="\n"))  # unlike a str, a Text has no markup for rich
+
+    view = View(read_json(REPORTS / RECORD), language)
+    note = (view.words["table" if view.about_note else "table_own"], view.note_head(), _note_rows(view))
+    measured = (view.say("measured"), view.head(SHOWN_COLUMNS), _measured_rows(view))
+    console = Console(width=max(shutil.get_terminal_size().columns, LEAST_WIDTH))
+    console.print(text(f"{view.headline()} {view.summary()}\n"))
+    for title, head, rows in (note, measured) if view.about_note else (measured, note):
+        table = Table(title=text(title), title_justify="left", box=box.SIMPLE_HEAD, expand=True)
+        for name in head:
+            table.add_column(text(name))
+        for row in rows:
+            table.add_row(*map(text, row))
+        console.print(table)
+
+
+def _note_rows(view: "View") -> Iterator[list[str]]:
+    """Yield the rows of the note's table: title, claims with values and verdicts, the model trained here."""
+    for title, claims, here in view.note_rows():
+        row = [title]
+        for claim in claims:
+            known = [f"{view.known_on(item)}: {view.show(item)}" for item in view.known_items(claim)]
+            row.append("\n".join([view.quoted(claim), *known, view.verdict(claim)]))
+        yield row + [f"{view.known_on(item)}: {view.show(item)}" for item in here]
+
+
+def _measured_rows(view: "View") -> Iterator[list[str]]:
+    """Yield SHOWN_COLUMNS of each row of the table of measured scores; only ratios keep their interval."""
+    from compactgpt.reporting.tables import COLUMNS
+
+    for cells in view.measured_rows():
+        row = {column: cell.text for column, cell in zip(COLUMNS["measured"], cells, strict=True)}
+        for column in ("val_loss", "val_perplexity", "bits_per_byte"):
+            row[column] = row[column].partition(" (")[0]
+        yield [row[column] for column in SHOWN_COLUMNS]
 
 
 def _replace_tables(pages: list[Path]) -> None:

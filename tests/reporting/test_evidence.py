@@ -261,13 +261,21 @@ def test_every_cell_of_the_notes_table_stands_in_every_rendering(place):
             assert {line["verdict"] for line in found} == {claim["verdict"]}
 
 
-def test_the_terminal_shows_the_answer_and_the_tables_with_whole_numbers(place):
-    (place / "reports/comparison.md").write_text(render_comparison(record_of(place)))
+def test_the_terminal_shows_the_answer_and_two_tables_with_whole_numbers_in_60_lines(place):
+    record = record_of(place)
+    record["data"]["name"] = "[red]docstrings"
+    (place / "reports/evidence.json").write_text(json.dumps(record))
     done = run_comparison(place, "--show")
     assert done.exit_code == 0, done.output
     for word in ("1,557,611,200", "124,439,808", "655,360,000", "409,600", "12.68", "80-120", "SmolLM2"):
         assert word in done.output
+    view = tables.View(record)
+    assert view.headline().split() == done.output.split()[: len(view.headline().split())]
+    assert all(row[-1].text in done.output for row in view.measured_rows())
     assert "…" not in done.output
+    lines = done.output.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 140
 
 
 @pytest.mark.parametrize(
