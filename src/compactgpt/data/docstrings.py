@@ -21,11 +21,12 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # characters: a longer field contains the full licence text, not a name
+_SHORT_LICENCE = 40  # characters; a longer field contains the text of the licence, not its name
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node that contain statements
+# Names of the fields of a syntax tree's node that contain statements.
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
 class Module(NamedTuple):
@@ -48,7 +49,7 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
         parts.append(part)
 
     def read(position: Any) -> Iterator[Text]:
-        done = position or 0  # number of modules that were read already
+        done = position or 0  # number of modules that an earlier run has read
         left = [module for _, module in modules[done:]]
         tasks = [left[start : start + _MODULES_PER_TASK] for start in range(0, len(left), _MODULES_PER_TASK)]
         texts = chain.from_iterable(ordered_map(read_modules, tasks, num_workers))
@@ -124,7 +125,7 @@ def _read_module(module: Module) -> str:
         content = module.path.read_bytes()
         content.decode("utf-8")  # ast.parse would accept another encoding, declared in the first line
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for example about invalid escape sequences
+            warnings.simplefilter("ignore")  # Python warns, for example, about invalid escape sequences
             tree = ast.parse(content)
     except FileNotFoundError as error:
         raise MissingInput(f"{module.path} is missing: {_REPAIR}") from error

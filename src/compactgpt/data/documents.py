@@ -45,7 +45,7 @@ class Corpus:
     name: str  # the value of `download.corpus` in params.yaml
     identity: Any  # a JSON value that changes when the texts may have changed
     parts: Sequence[Part]  # in reading order
-    read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; all texts if it is None
+    read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
 
 
@@ -91,9 +91,9 @@ def check_size(size: int, what: str, key: str, megabytes: int) -> None:
 
 
 def text_of_row(row: Any, where: str, column: str, key: str) -> str:
-    """Return the text of a row: the row itself, or its column `column`, which the section `key` names.
+    """Return the text of a row: the row itself if it is a string, else its column `column`.
 
-    Raises BadData if that is not a text.
+    Raises BadData if the row has no text; the message names the setting `{key}.text_column`.
     """
     text = row.get(column) if isinstance(row, dict) else row
     if isinstance(text, str):
@@ -124,11 +124,11 @@ def write_shards(
     # `part` is unused. Removing this column would change the hash of every corpus.
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-    # No dictionary for ids and texts: they do not repeat, so a dictionary would only take space.
+    # Ids and texts do not repeat, so a dictionary of their values would only take space.
     options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
     stream = iter(documents)
     for number in count(first):
-        missing = shard_bytes  # bytes that the shard still needs
+        missing = shard_bytes  # bytes of text that the shard still needs
         group, size = _take(stream, min(ROW_GROUP_BYTES, missing))
         if not group:
             return
@@ -182,9 +182,9 @@ def row_groups(folder: Path) -> list[RowGroup]:
 
 def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
     with _open_shard(group.path) as shard:
-        # No threads: the callers already read in several processes.
+        # Threads would not help: the callers already read in several processes.
         table = shard.read_row_group(group.index, columns=list(columns), use_threads=False)
-        table.validate(full=True)  # for example, strings must be valid UTF-8
+        table.validate(full=True)  # checks, for example, that strings are valid UTF-8
         return zip(*(table.column(name).to_pylist() for name in columns), strict=True)
 
 

@@ -18,10 +18,10 @@ from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.config import Folder, Hub, HubCorpus, Params
 
 DOWNLOADED = Path("reports/download.json")  # DVC deletes this report before the stage `download` starts
-_TIMEOUT_SECONDS = 5  # of the request before a download
-# The files that `from_pretrained` needs with safetensors weights. They contain no pickles and no code.
+_TIMEOUT_SECONDS = 5  # how long the request before a download waits for an answer
+# The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
-# Subfolders contain weights in other formats.
+# Subfolders are not downloaded: they contain weights in other formats.
 _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
 
 
@@ -44,7 +44,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
-    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # JSONDecodeError: a login page
+    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # a login page is not JSON
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network, "
             f"run the same command again, or {advice}"
@@ -73,7 +73,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
         with hub_errors(repo, advice):
             folder = Path(snapshot_download(repo, revision=revision, **_WANTED))
     for path in sorted(folder.glob("*.safetensors")):
-        # The cache names a large file by its SHA-256.
+        # The cache names a large file by its SHA-256, so a changed file is found without a request.
         blob = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_file(blob) != blob.name:
             raise BadData(f"{path} was altered or damaged: delete {blob} and run the same command again")

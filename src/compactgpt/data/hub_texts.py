@@ -1,8 +1,8 @@
 """A data set of the Hugging Face hub as a corpus.
 
-The library `datasets` streams the rows of a pinned commit in their order, without copying them to its cache:
-only the document shards store the text. params.yaml may have the SHA-256 of the text of a small data set; the
-data set is then read twice. A local copy of the text (`file`) is read as a data set of one row.
+The library `datasets` streams the rows of one commit in their order, and does not copy the rows to its cache.
+If params.yaml has the SHA-256 of the text, the data set is read twice: first to compare the hash. A local copy
+of the text (`file` in params.yaml) is read as a data set of one row.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
     def read(position: Any) -> Iterator[Text]:
         check_data_set(params.hub)
-        data_set.check_hash()  # before the first text is used
+        data_set.check_hash()  # no text may be used before the hash was compared
         first_split, rows, state, done = position or (0, 0, None, 0)
         for split in range(first_split, len(chosen.splits)):
             for row, before, texts in data_set.texts(split, rows, state):
@@ -122,7 +122,7 @@ class _DataSet:
                 first, state_before, size = row, before, 0
             joined.append(text)
             size += len(text)
-            # Without a match, all rows are joined.
+            # If `opens_document` never matches, all rows are joined, so the size must be limited here.
             check_size(size, f"{self.names[split]}:{first}", "max_row_megabytes", self._max_row_megabytes)
         if joined:
             yield first, state_before, ["".join(joined)]
@@ -137,7 +137,7 @@ class _DataSet:
             if state is not None:
                 data.load_state_dict(state)
             before = state or data.state_dict()
-            for row, values in enumerate(data, rows + 1):  # values: dict of all columns
+            for row, values in enumerate(data, rows + 1):  # values: key: column; value: its content
                 where = f"{self.names[split]}, row {row:,}"
                 text = text_of_row(values, where, self.chosen.text_column, self._key)
                 check_size(len(text), where, "max_row_megabytes", self._max_row_megabytes)
@@ -150,7 +150,11 @@ class _DataSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
         if self._is_text:
-            options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}  # one row
+            options = {
+                "data_files": str(self.copy),
+                "sample_by": "document",
+                "split": "train",
+            }  # the file is one row
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
         if self.copy is not None:

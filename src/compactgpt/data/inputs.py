@@ -18,7 +18,7 @@ def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    for name in sorted(name for name in names if "${" not in name):  # outputs of other stages contain `${`
+    for name in sorted(name for name in names if "${" not in name):  # `${`: output of a stage
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -66,13 +66,14 @@ def require_corpus(original: Path) -> None:
 def regular_status(path: Path, name: str) -> os.stat_result:
     """Return the status of a regular file without opening the file. Links are followed.
 
-    Raises MissingInput if the file does not exist, BadData if it is not a regular file; messages name `name`.
+    Raises MissingInput if the file does not exist, BadData if it is not a regular file.
+    The messages call the file `name`.
     """
     try:
         status = path.stat()  # not `open`: opening a named pipe would wait
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise  # for example, a disk error
+            raise  # for example, the disk cannot be read
         raise MissingInput(
             f"{name} is missing, or a link to nothing, or a loop of links: remove it"
         ) from error

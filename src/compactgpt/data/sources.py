@@ -1,8 +1,8 @@
 """The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
-The stage writes the shards one by one into the folder `.state/download`, and after each shard the file
-progress.json: the counts and the position in the corpus. A stopped run resumes after its last finished shard.
-When all shards are finished, they become the folder of documents.
+The stage writes the shards one by one into the folder `.state/download`. After each shard it writes the
+counts and the position in the corpus to progress.json, so that a stopped run resumes after its last finished
+shard. When all shards are finished, they become the files of the folder of documents.
 """
 
 import hashlib
@@ -58,14 +58,15 @@ class Limits(NamedTuple):
 
 @dataclass
 class Collected:
-    """What was collected of a corpus, up to a position in the corpus."""
+    """The counts and the finished shards of a corpus that was read up to `position`."""
 
     documents: list[int]  # number of kept documents of each part
     bytes: list[int]  # UTF-8 bytes of kept text of each part
-    left_out: dict[str, int]  # number of texts by reason
+    left_out: dict[str, int]  # key: why texts were left out; value: number of these texts
     position: Any = None  # position of the last counted text
-    shards: dict[str, dict[str, int]] = field(default_factory=dict)  # documents and bytes of finished shards
-    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of finished shards
+    # Key: file name of a finished shard; value: its number of documents and bytes.
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # key: the file name; value: the file's SHA-256
 
 
 def limits_of(params: Download) -> Limits:
@@ -97,7 +98,7 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write the tokenizer folder, and return its facts. The files of GPT-2 come from a wheel."""
+    """Write the tokenizer to `folder`, and return the facts of its manifest."""
     if params.encoding != "gpt2":
         return save_named(folder, params.encoding)
     contents = []
@@ -127,7 +128,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         for name in collected.shards:
             try:
                 os.link(state / name, temporary / name)
-            except OSError:  # this file system has no hard links
+            except OSError:  # some file systems have no hard links
                 shutil.copyfile(state / name, temporary / name)
         # Parts are stored one after another, so the ids of a part are consecutive.
         ids = _read_ids(state, collected.shards)
@@ -146,9 +147,9 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        if group.path.name in shards:  # not an unfinished one of an earlier run
+        if group.path.name in shards:  # an earlier run may have left an unfinished shard in the folder
             for document_id, _ in read_names(group):
-                yield bytes.fromhex(document_id)  # half the size of the hex digits
+                yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
 
 
 def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:
@@ -161,7 +162,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     collected = _read_progress(folder, key, log)
     if collected is None:
-        shutil.rmtree(folder, ignore_errors=True)  # the shards of another corpus, or damaged ones
+        shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus, and damaged shards
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
     # A later text may repeat a document of a finished shard. Memory: 100 bytes each, 0.8 GB for OpenWebText.
@@ -179,7 +180,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
 
 
 def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return what an earlier run collected, or None if that was another corpus, or a file is damaged."""
+    """Return what an earlier run collected; None if it read another corpus or a file is damaged."""
     path = folder / "progress.json"
     if not path.exists():
         return None
@@ -207,7 +208,7 @@ def _select(
     max_bytes = limits.max_bytes or sys.maxsize
     # Test the limit before `next`, so that no text after the last document is read.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
-        collected.position = text.position  # also for a text that is left out
+        collected.position = text.position  # a resumed run must not count a left-out text again
         if not text.text.strip():
             collected.left_out["empty"] += 1
             continue

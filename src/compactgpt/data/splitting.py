@@ -12,17 +12,18 @@ from typing import IO, NamedTuple
 from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
-_LARGE = 10  # auto: a passage without blank lines is cut when it has this many times `split_characters`
-_WAYS = {"blank-lines": "blank lines", "heading": "headings"}  # other values are their own names
+_LARGE = 10  # auto: text without blank lines is cut when it is this many times longer than `split_characters`
+# Key: value of `download.files.split`; value: its name in messages. Other values are their own names.
+_WAYS = {"blank-lines": "blank lines", "heading": "headings"}
 
 
 class Line(NamedTuple):
-    """A line with its end. A very long line is read in parts, which end at spaces."""
+    """A line of a file, including its line break; or a part of a very long line, which ends at a space."""
 
     number: int  # from 1
     text: str
-    is_start: bool  # False for the second and later parts of a line
-    is_end: bool  # False for the first part of a line and all others but the last
+    is_start: bool  # True for the first part of a line
+    is_end: bool  # True for the last part of a line
 
 
 class Piece(NamedTuple):
@@ -36,8 +37,9 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    A complete file is not changed. Blank lines at the start of a piece, and white space at its end, are
-    removed. The caller refuses a piece of more than `max_characters`, so that piece may end at any line.
+    If the file is one document, its text is not changed. Otherwise blank lines at the start of each document,
+    and white space at its end, are removed. The caller refuses a piece of more than
+    `max_characters`; such a piece ends at its next line, so that memory stays small.
 
     Raises BadData if the file is not UTF-8.
     """

@@ -45,7 +45,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
         log(message)
 
     def read(position: Any) -> Iterator[Text]:
-        first, done = position or (0, 0)  # index of the first file, and how many of its texts to skip
+        first, done = position or (0, 0)  # index of the file to start in, and number of its texts to skip
         for number, (part, name) in enumerate(names[first:], first):
             for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:
@@ -99,7 +99,7 @@ def file_kind(name: str) -> str:
 def unread_files(root: Path, read: Collection[str]) -> str:
     """Return a message about the files in the folder corpus/ that are not in `read`; empty without any."""
     found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
-    names = sorted(found.difference(read))  # DVC writes a .dvc file for each added file
+    names = sorted(found.difference(read))  # `dvc add` writes a .dvc file beside each file
     if not names:
         return ""
     shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
@@ -116,7 +116,9 @@ def unread_files(root: Path, read: Collection[str]) -> str:
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
     """Yield (text, source, way) of each document of the file `name`, which is relative to `root`.
 
-    The way is the value of `Piece.way`. Raises BadData if the file is empty, damaged or not UTF-8, lacks the
+    The way says where the file was cut, and is empty if it was not cut.
+
+    Raises BadData if the file is empty, damaged or not UTF-8, lacks the
     text column, or exceeds a limit; MissingInput if it is missing; DiskFull if a compressed parquet file does
     not fit on the disk.
     """
@@ -131,7 +133,7 @@ def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, st
             for line, text, way in read(file, shown, params):
                 yield text, f"{name}:{line}" if line else name, way
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # for example, a disk error
+        if isinstance(error, OSError) and error.errno is not None:  # for example, the disk cannot be read
             raise
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)})") from error
@@ -187,7 +189,7 @@ def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
 
 
 def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
-    """Yield the rows of a JSON array, which is read at once, or of a file with a JSON value in each line."""
+    """Yield the rows of a JSON array, which is read into memory, or of a file with one JSON value a line."""
     column, megabytes = params.files.text_column, params.max_document_megabytes
     if file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         content = file.read(megabytes * MEGABYTE + 1)
@@ -204,7 +206,7 @@ def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator
 def _parse_json(content: str | bytes, where: str) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
+    except (ValueError, RecursionError) as error:  # deeply nested brackets cause a RecursionError
         raise BadData(
             f"{where} is not valid JSON ({error}): correct it; a file has one array, or one row in each line"
         ) from error
@@ -221,7 +223,7 @@ def _read_csv(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
     rows = csv.DictReader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         for row in rows:
-            # DictReader gives surplus values the key None, and missing ones the value None.
+            # DictReader stores surplus values under the key None, and sets missing values to None.
             if None in row or None in row.values():
                 raise csv.Error("it does not have as many values as the header")
             yield Piece(rows.line_num, row[column])
