@@ -108,9 +108,8 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
         expected = share * len(corpus.documents)
-        deviation = math.sqrt(
-            max(expected * (1 - share), 1e-9)
-        )  # standard deviation of the number of documents
+        # The standard deviation of the number of documents, which is binomial.
+        deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
