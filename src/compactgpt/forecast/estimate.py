@@ -24,9 +24,15 @@ ADAM_MOMENTS = 2
 # of both layer norms (4), queries, keys and values (3), the output of attention (1), and the 4 C channels
 # before and after the GELU (8).
 KEPT_WIDTHS = 16
-LAW_FIELDS = ("source", "validity", "formula", "constants", "counted")  # those that the report has
-MATRIX_SIZE = 1536  # rows and columns; large enough to reach full speed
-MEASURE_SECONDS = 1.0
+LAW_FIELDS = (
+    "source",
+    "validity",
+    "formula",
+    "constants",
+    "counted",
+)  # fields of a Law that reports/estimate.json states
+MATRIX_SIZE = 1536  # rows and columns of the measured product; large enough to reach full speed
+MEASURE_SECONDS = 1.0  # time that the measurement of the speed takes
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _used_anchors(params: Params) -> list[Anchor]:
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
-    """Return the number of tokens of the training split, from a sweep or params.yaml; None if unknown."""
+    """Return the number of tokens of the train split, from a sweep or params.yaml; None if it is unknown."""
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download
@@ -135,7 +141,7 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # in fp32
+        "memory_bytes": {  # key: what the memory holds, all in float32; value: bytes
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,

@@ -10,15 +10,16 @@ class ParameterCounts:
     """The number of parameters of a GPT, counted by three different conventions."""
 
     all_tensors: int  # all parameters; the matrix of head and token embedding is counted once
-    # All parameters except position embeddings (get_num_params of nanoGPT): N of 6N and of Hoffmann's law.
+    # All parameters except position embeddings, as get_num_params of nanoGPT counts: N of Hoffmann's law.
     nanogpt: int
-    non_embedding: int  # all parameters except token and position embeddings: N of Kaplan's law
+    non_embedding: int  # parameters except token and position embeddings: N of Kaplan's law
 
 
 def count_parameters(model: Model) -> ParameterCounts:
     """Return the parameter counts of nanoGPT's architecture with a tied head (nanoGPT, model.py)."""
     C = model.n_embd
-    # Weights of the four linear layers and of both layer norms; with `bias` 9 C + 2 C biases.
+    # A block has the weights of four linear layers and of two layer norms. With `bias`, the linear layers
+    # have 9 C biases, and the layer norms have 2 C.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm

@@ -50,15 +50,14 @@ class Law:
 
     name: str
     loss: Callable[[Run], float]
-    irreducible: float  # loss in nats per token of an infinite model with infinite data
+    irreducible: float  # limit of the loss for an infinite model and infinite data, in nats per token
     source: str
     formula: str
     constants: Mapping[str, float]
     counted: Literal["nanogpt", "non_embedding"]  # which parameters N counts
-    # The runs that the law was fitted on: in words, and as ranges of parameters and tokens.
-    validity: str
-    parameters: tuple[float, float]
-    tokens: tuple[float, float]
+    validity: str  # the runs that the law was fitted on, in words
+    parameters: tuple[float, float]  # smallest and largest number of parameters of these runs
+    tokens: tuple[float, float]  # smallest and largest number of training tokens of these runs
 
     def covers(self, run: Run) -> bool:
         """Return whether the law was fitted on runs of this size and this number of tokens."""
@@ -67,7 +66,11 @@ class Law:
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` by this law, whose reducible part is scaled to fit a reference run."""
+        """Return the loss of `run` by the scaled law, in nats per token.
+
+        The law is scaled so that it gives the measured loss of the reference run `anchor`: the loss minus the
+        irreducible loss is multiplied by a factor.
+        """
         reducible = self.loss(reference_run(anchor)) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
         return self.irreducible + scale * (self.loss(run) - self.irreducible)
@@ -139,13 +142,13 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals.
 
-    Each law is scaled by the reference run that is nearest in compute, of equally near ones by one with the
-    same optimizer. The range of the scaled laws' losses is widened on both sides by w for the 80 % interval,
-    and by 2 w for the 95 % interval. w is the largest error of the unscaled laws at the largest reference
-    run, times the decades of compute between `run` and the nearest reference run (at least 1). No limit is
-    above ln(vocab_size), the loss of a uniform guess.
+    Each law is scaled by the reference run that is nearest in compute. Among equally near reference runs, a
+    run with the optimizer of `run` is used. The range of the scaled laws' losses is widened on both sides by
+    w for the 80 % interval, and by 2 w for the 95 % interval. w is the largest error of the unscaled laws at
+    the largest reference run, times the decades of compute between `run` and the nearest reference run (at
+    least 1). No limit is above ln(vocab_size), the loss of a uniform guess.
     """
-    # Rounding makes equal distances equal.
+    # Without rounding, two equal distances could differ in their last bits.
     distances = {
         anchor.name: round(abs(math.log10(run.flops / reference_run(anchor).flops)), 9) for anchor in anchors
     }

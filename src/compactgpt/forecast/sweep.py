@@ -25,9 +25,9 @@ Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
-RESAMPLES = 400
+RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
-# Settings that change the loss of a run not at all, or by chance only.
+# Settings of `training` that do not change the loss of a run, or change it only by chance.
 NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
@@ -37,9 +37,9 @@ NOT_RECIPE = {
 class SweepRun(Section):
     """One finished run of a sweep."""
 
-    name: str  # its group and its seed
+    name: str  # group and seed of the run
     group: str  # runs of one group differ in their seed only
-    params: dict[str, Any]  # the values that the sweep sets for this run, by dotted key
+    params: dict[str, Any]  # key such as training.seed -> value that the sweep sets for this run
     seed: int
     num_params: int  # counted by nanoGPT's convention
     num_params_non_embedding: int
@@ -57,9 +57,9 @@ class SweepRun(Section):
 
 
 class ScoredDocuments(Section):
-    """The documents of the val split, in its order."""
+    """The documents of the val split that were scored, in the order of the val split."""
 
-    ids_sha256: Sha256  # of the documents' ids and numbers of tokens, see `documents_sha256`
+    ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens, see `documents_sha256`
     tokens: tuple[int, ...]  # number of scored tokens of each document
     sources: tuple[str, ...]  # where each document comes from, for example the distribution `scipy`
 
@@ -70,7 +70,7 @@ class Fit(Section):
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]  # the constants of each bootstrap resample
-    misses: tuple[float, ...]  # log(measured / predicted loss) of each extrapolated run, by the chosen form
+    misses: tuple[float, ...]  # log(measured / predicted loss) of each extrapolated run, in the chosen form
     errors: dict[FormName, float]  # root mean square of the misses of each form
 
 
@@ -79,7 +79,7 @@ class Sweep(Section):
 
     corpus: dict[str, Any]  # see `corpus_settings`
     settings: dict[str, Any]  # the recipe of params.yaml, see `recipe`
-    data_sha256: Sha256  # of the token file of the val split
+    data_sha256: Sha256  # hash of the token file of the val split
     train_tokens: int
     val_tokens: int  # number of scored tokens
     document_tokens: int | None = None  # tokens of each val document that are scored; None: all
@@ -167,7 +167,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     while len(draws) < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
         sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        # A sample that is too small for a fit is drawn again.
+        # A sample that has too few different runs for a fit is drawn again.
         if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
             draws.append(_fit_form(form, sample, [constants]))
     return Fit(
@@ -198,7 +198,8 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """Return the loss that the fitted law predicts for a run, with bootstrap intervals.
 
-    They combine the constants fitted to resampled runs with the errors of the extrapolations.
+    The intervals combine the constants that were fitted to resampled runs with the errors of the
+    extrapolations.
     """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
@@ -217,12 +218,12 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the scored documents: losses by document can be compared if it is the same."""
+    """Return a hash of the scored documents; equal hashes mean that losses by document are comparable."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
 def corpus_settings(params: Params) -> dict[str, Any]:
-    """Return the settings that determine the text of the training and validation splits."""
+    """Return the settings that determine the text of the train split and the val split."""
     download = params.download
     readers = {"docstrings": download.docstrings, "files": download.files, "hub": download.hub}
     not_text = {"mirror"} if download.corpus == "hub" else {"name"}  # settings that do not change the text
@@ -233,7 +234,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # Only a rule other than the first one is stated: results/ladder.json of earlier versions has no key.
+        # The rule `hash` has no key here, because results/ladder.json of earlier versions has no key for it.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
@@ -259,7 +260,12 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     if fit is None:
         raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
     ours, theirs = recipe(params), sweep.settings
-    free = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}  # the law holds for any
+    free = {
+        "model.n_layer",
+        "model.n_head",
+        "model.n_embd",
+        "training.max_steps",
+    }  # settings that the law predicts
     differs = sorted(key for key in (ours.keys() | theirs) - free if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")

@@ -58,7 +58,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the GPT: attention and MLP, both with a residual connection."""
+    """One layer of the GPT: attention and then an MLP, each with a residual connection."""
 
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream sums 2 n_layer projections: a smaller deviation keeps its variance.
+                # The residual stream is a sum of 2 n_layer projections. A smaller standard deviation of the
+                # projections keeps the variance of the sum.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
@@ -122,7 +123,8 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
-        `tokens` are token ids. With a `table`, a few rows of `wte.weight`, they are indices of its rows.
+        `tokens` are token ids. If `table`, a matrix of some rows of `wte.weight`, is given, `tokens` are
+        indices of rows of `table`.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table

@@ -23,10 +23,11 @@ from compactgpt.model.weights import load_gpt
 
 # transformers' Conv1D (pytorch_utils.py) multiplies x @ W where Linear multiplies x @ W.T.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Our name of a GELU -> the name in transformers.
 GELUS = {"erf": "gelu", "tanh": "gelu_new"}
-PREFIX = "transformer."
-EPSILON = 1e-5  # of layer norms: the default of torch's LayerNorm, and GPT-2's value
-# The values of a GPT2Config that our GPT supports. The first value is transformers' default.
+PREFIX = "transformer."  # start of the name of each tensor in files that transformers writes
+EPSILON = 1e-5  # added to the variance in each layer norm: the default of torch's LayerNorm, as in GPT-2
+# Key of a GPT2Config -> the values that our GPT supports. The first value is the default in transformers.
 SUPPORTED: dict[str, list[Any]] = {
     "activation_function": ["gelu_new", "gelu"],
     "layer_norm_epsilon": [EPSILON],
@@ -62,7 +63,7 @@ def save_hf(
             settings = {
                 "tokenizer_class": "GPT2Tokenizer",
                 "model_max_length": block_size,
-                "truncation_side": "left",  # of a long prompt, the model reads the end
+                "truncation_side": "left",  # drop the start of a prompt that is longer than block_size
                 **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
             }
             write_json(temporary / "tokenizer_config.json", settings)
@@ -71,7 +72,7 @@ def save_hf(
 
 
 def _hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return the tensors as transformers stores them: without padding rows, missing biases as zeros."""
+    """Return tensors as transformers stores them: without padding rows, and with zeros for missing biases."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}

@@ -25,12 +25,15 @@ class Sample:
     log_inclusion: npt.NDArray[np.float32]  # (K,) log of each token's probability of being in the sample
 
     def positions(self, tokens: Ints) -> Ints:
-        """Return the position in `ids` of each token; every token must be in the sample. Any shape."""
+        """Return the position of each token in `ids`, in an array of the same shape as `tokens`.
+
+        Every token must be in the sample.
+        """
         return np.searchsorted(self.ids, tokens)
 
 
 def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
-    """Return how often each token occurs in a split, in bounded memory. (tokens,) -> (vocab_size,)."""
+    """Return how often each token id occurs in `tokens`, in bounded memory. (tokens,) -> (vocab_size,)."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(tokens), COUNTED_AT_ONCE):
         counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
@@ -38,7 +41,7 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return the probability of each token of being in a sample, from its count in the training split.
+    """Return the probability of each token of being in a sample, from its count in the train split.
 
     The probability is min(1, c (count + 1)^power). c is chosen so that a sample has `size` tokens on average.
     Mikolov et al. 2013 use the power 0.75. (V,) -> (V,).

@@ -26,8 +26,8 @@ def save_model(
 ) -> None:
     """Write the tensors of a model and config.json, which also states `facts`, to a folder.
 
-    The folder `best` of the run's best model is copied to `folder`/best. `private` is that of
-    `storage.atomic_folder`.
+    `best` is the folder of the run's best model, if that is another model: it is copied to `folder`/best.
+    With `private`, a damaged folder is replaced, too.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -40,10 +40,13 @@ def save_model(
 
 
 def load_model(folder: Path, device: str = "cpu") -> GPT:
-    """Load a model that `save_model` wrote, in evaluation mode; raise MissingInput or BadData if it can't."""
+    """Load a model that `save_model` wrote, in evaluation mode.
+
+    Raises MissingInput if a file is missing, and BadData if a file is damaged.
+    """
     verified_manifest(folder)
     try:
-        # Strict sections take a list for a tuple only from JSON text.
+        # The sections of config.py are strict: pydantic accepts a list for a tuple only in JSON text.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(
@@ -115,7 +118,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         fields[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(fields, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)  # with spaces to a multiple of 8 bytes
+    header = header.ljust(-(-len(header) // 8) * 8)  # add spaces: the format wants a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.writelines(tensor.cpu().contiguous().numpy().data for tensor in ordered.values())

@@ -1,7 +1,8 @@
-"""Save and load training states: atomic writes of safetensors and JSON, verified when read.
+"""Save and load training states. A state is written whole or not at all; its hashes are checked on reading.
 
 A state is a folder such as `step-00000200`: `state.safetensors` has the full tensors of the model and the
-optimizers, `progress.json` has the rest. All states of a run are in one folder, whose name is the run key.
+optimizers, `progress.json` has the losses. All states of a run are in one folder. The name of this folder is
+the run key, a hash of everything that the result of the run depends on.
 """
 
 import logging
@@ -17,9 +18,10 @@ from compactgpt.common.storage import atomic_folder, read_json, verified_manifes
 from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
-STATE_KIND = "training state"  # in a state's manifest
-KEPT_STATES = 2
-# Unfinished runs to keep besides the current one. A user who restores an old setting resumes that run.
+STATE_KIND = "training state"  # value of `kind` in the manifest.json of a state
+KEPT_STATES = 2  # states to keep of a run: if the newest is damaged, training resumes from the older
+# Number of unfinished runs, besides the current run, whose states are kept. When a user restores earlier
+# settings, the run that was trained with these settings resumes.
 KEPT_RUNS = 2
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
@@ -31,11 +33,12 @@ def save_state(
     step: int,
     tensors: Mapping[str, Tensor],
     progress: Mapping[str, Any],
-    group: Group = Group(),  # noqa: B008  it never changes
+    group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> None:
     """Write the state of a run after `step` updates, and keep only the newest KEPT_STATES states of the run.
 
-    All processes call this function, because sharded tensors are gathered; the main process writes.
+    All processes must call this function, because each process holds a part of a sharded tensor. Only the
+    main process writes files.
     """
     full = group.gather(tensors)
 
@@ -55,12 +58,12 @@ def load_newest_state(
     folder: Path,
     run_key: str,
     tensors: Mapping[str, Tensor],
-    group: Group = Group(),  # noqa: B008  it never changes
+    group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Read the newest valid state into `tensors`, and return its step and progress; None without a state.
+    """Copy the newest valid training state into `tensors`, and return the state's step and progress.
 
-    Each invalid state is skipped with a warning. All processes call this function. Only the main process
-    reads the file, because other nodes may not see the folder.
+    Returns None if no state is valid. Each invalid state is skipped with a warning. All processes must call
+    this function. Only the main process reads the file, because other nodes may not see the folder.
     """
     full: dict[str, Tensor] = {}
 
@@ -90,7 +93,7 @@ def _check_manifest(state: Path, run_key: str) -> int:
     step = int(state.name.removeprefix("step-"))
     expected = {"kind": STATE_KIND, "run_key": run_key, "step": step}
     if {key: manifest.get(key) for key in expected} != expected:
-        raise BadData(f"{state / 'manifest.json'} names another run or another step")
+        raise BadData(f"{state / 'manifest.json'} belongs to another run or another step")
     return step
 
 
@@ -100,7 +103,10 @@ def remove_states(folder: Path) -> None:
 
 
 def prune_runs(folder: Path, key: str) -> None:
-    """Remove the states of other runs than `key`, except those of the KEPT_RUNS most recent runs."""
+    """Remove the training states of old runs: keep the run `key` and the KEPT_RUNS most recent other runs.
+
+    `folder` has one folder for each run, and the name of that folder is the run key.
+    """
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
     for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
         log.info("removing the training states of run %s: newer unfinished runs exist", old.name)

@@ -1,8 +1,9 @@
 """Train one model with several processes: torchrun starts the processes, torch.distributed connects them.
 
-Every process draws the whole batch of a step and takes its slice, so tokens_per_step does not depend on the
-number of processes. Two runs with the same number of processes give the same bits. Two modes exist: `fast` is
-data parallel, with one all-reduce of the gradient per step; `fsdp` shards the model (module `fsdp`).
+Every process draws the whole batch of a step and trains on its own slice of the batch, so tokens_per_step
+does not depend on the number of processes. Two runs with the same number of processes give bit-identical
+weights. Two modes exist: in mode `fast`, each process holds the whole model, and the gradients are summed
+once per step; in mode `fsdp`, each process holds a part of the model (module `fsdp`).
 """
 
 import datetime
@@ -23,8 +24,8 @@ from compactgpt.common.errors import BadConfig, Busy, PeerLost, UserError
 from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
 
-# Environment variable with the URL at which the processes of `launch` connect. Without it, torch uses
-# MASTER_ADDR.
+# Name of the environment variable with the URL at which the processes of `launch` connect. If the variable is
+# not set, the processes connect at the address in MASTER_ADDR, as torch does by default.
 INIT_METHOD = "COMPACTGPT_INIT_METHOD"
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 class Group:
     """The processes that train one model; by default a single process."""
 
-    def __init__(self, info: DistInfo = DistInfo(), mode: str = "fast") -> None:  # noqa: B008  it is frozen
+    def __init__(self, info: DistInfo = DistInfo(), mode: str = "fast") -> None:  # noqa: B008  a DistInfo is frozen
         self.rank, self.world_size, self.is_main_process = info.rank, info.world_size, info.is_main_process
         self.is_sharded = mode == "fsdp" and info.world_size > 1
 
@@ -46,7 +47,8 @@ class Group:
             raise BadConfig(
                 f"training.tokens_per_step: {sequences} sequences can't be divided evenly "
                 f"into micro-batches of {micro_batch_size} (training.micro_batch_size) among "
-                f"{self.world_size} processes: change one of the three"
+                f"{self.world_size} processes: change tokens_per_step, micro_batch_size or the number of "
+                "processes"
             )
         own = sequences // self.world_size
         return slice(self.rank * own, (self.rank + 1) * own)
@@ -76,18 +78,21 @@ class Group:
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Raise BadConfig if a process has another value than process 0; the message says `what` differs."""
+        """Raise BadConfig if a process has another `value` than process 0; `what` says what the value is."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         others = [rank for rank, other in enumerate(values) if other != values[0]]
         if others:
             raise BadConfig(
-                f"processes {others} have another {what} than process 0: use the same on all nodes"
+                f"processes {others} have another {what} than process 0: use the same {what} on all nodes"
             )
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return full tensors for the main process: sharded ones are gathered on its CPU."""
+        """Return the full tensors, by name, in the main process; sharded tensors are gathered on its CPU.
+
+        Every process must call this function. In the other processes, sharded tensors stay sharded.
+        """
         full = dict(tensors)
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
@@ -116,8 +121,8 @@ class Group:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only, and return its result in every process.
 
-        If `work` fails, the main process raises its error and the others exit with 0: with another exit code
-        torchrun would stop the main process before it can print the error.
+        If `work` fails, the main process raises the error, and the other processes exit with code 0. With
+        another code, torchrun would stop the main process before it can print the error.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -138,7 +143,10 @@ class Group:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather the embeddings, the head and the last layer norm of a sharded model inside the context."""
+    """Hold the full embeddings, head and last layer norm of a sharded model while the context is active.
+
+    A model that is not sharded stays unchanged.
+    """
     if not hasattr(model, "unshard"):
         yield
         return
@@ -150,9 +158,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Connect the processes that torchrun started, and yield them; a single process works without torchrun.
+    """Connect the processes that torchrun started, and yield their Group; one process needs no torchrun.
 
-    Raises PeerLost if another process ended, or did not answer for launcher.timeout_seconds.
+    Raises PeerLost if another process ended, or did not answer within launcher.timeout_seconds.
     """
     info = dist_info()
     if info.world_size == 1:
@@ -225,7 +233,9 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
             shutdown_timeout=launcher.timeout_seconds,
         )
         os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
-        if sys.platform == "linux":  # all processes are on this machine: gloo needs no other interface
+        if (
+            sys.platform == "linux"
+        ):  # all processes of `launch` are on this machine, so the loopback is enough
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         logging.disable(logging.CRITICAL)  # hide the tracebacks that torchrun logs
         try:

@@ -1,7 +1,7 @@
-"""Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes, to train models larger than one device.
+"""Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes.
 
-Each process holds some rows of every tensor. FSDP2 gathers the weights of a block when the block runs. Only
-mode fsdp imports this module.
+So a model can be larger than the memory of one device. Each process holds some rows of every tensor. FSDP2
+gathers the weights of a block when the block runs. Only mode fsdp imports this module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,18 +21,22 @@ from compactgpt.training.distributed import Group
 def shard_model(
     full: Mapping[str, Tensor], shape: Model, device: str, group: Group, *, compiles: bool = False
 ) -> GPT:
-    """Return a sharded model of this shape with the main process's full weights."""
+    """Return a model that is sharded over the processes of `group`, on `device`.
+
+    `full` has the full weights, by name, in the main process; the other processes may pass an empty dict.
+    """
     with torch.device("meta"):  # only the main process allocates the full model
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:
-        if compiles:  # FSDP2's gathering of weights is not compiled
+        if compiles:  # compile each block without FSDP2's gathering of its weights
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Sum gradients, do not average: the trainer has divided each loss by the number of micro-batches.
+            # FSDP2 averages gradients by default. It must sum the gradients here, because the trainer has
+            # already divided each loss by the number of micro-batches of all processes.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")

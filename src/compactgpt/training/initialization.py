@@ -1,7 +1,7 @@
 """Build the model that training starts from: random weights, or the weights of a saved model.
 
 A saved model is a folder in our own format or in Hugging Face's GPT-2 format. params.yaml states the folder
-and the hash of its content, so that DVC notices when the weights change.
+and the hash of its content, so that DVC trains again when the weights change.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from compactgpt.model.weights import load_model
 
 # The slowest sinusoid changes by about one radian over this many positions: more than a context of 512.
 SINUSOID_BASE = 1000.0
+# The files of a model folder that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
 
 
@@ -40,7 +41,7 @@ def folder_sha256(folder: Path) -> str:
 def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64] | None = None) -> GPT:
     """Return the model that training starts from, on the CPU.
 
-    `counts` is how often each token occurs in the training split, (vocab_size,); only training.init_unigram
+    `counts` is how often each token occurs in the train split, (vocab_size,); only training.init_unigram
     uses it. Raises BadConfig if the weights of training.init_from have another hash or another shape.
     """
     model = GPT(shape, training.seed)
@@ -55,7 +56,7 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
     if sha256 != training.init_sha256:
         raise BadConfig(
             f"training.init_sha256: found {training.init_sha256}, but {folder} holds {sha256}: "
-            "write that into params.yaml if these are the weights you mean"
+            "if these are the weights to start from, write this hash into params.yaml"
         )
     is_ours = (folder / MANIFEST).is_file() and b'"model_type"' not in (folder / "config.json").read_bytes()
     _copy_weights(model, load_model(folder) if is_ours else load_hf(folder), training.init_from)
@@ -63,7 +64,11 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy the weights of a model that may have a longer context and another padding of the vocabulary."""
+    """Copy the weights of `source` into `model`; `name` is the folder of `source`, for messages.
+
+    `source` may have a longer context and another number of padding rows. Raises BadConfig if another setting
+    of the shape differs.
+    """
     wanted, found = model.shape, source.shape
     wrong = [
         f"model.{key}: found {getattr(wanted, key)}, {name} has {getattr(found, key)}"
@@ -80,7 +85,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
         if tensors[key].any():
             raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
         del tensors[key]
-    for key in own.keys() - tensors.keys():  # a missing bias is the same as zeros
+    for key in own.keys() - tensors.keys():  # a model without a bias computes what a bias of zeros gives
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
     # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,
@@ -127,6 +132,6 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
-    logs -= (logs * smooth).sum() / smooth.sum()  # the mean over the split's tokens is 0
+    logs -= (logs * smooth).sum() / smooth.sum()  # now the mean over the tokens of the train split is 0
     after_norm = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
     model.wte.weight += torch.from_numpy(logs / after_norm).float()[:, None] * u

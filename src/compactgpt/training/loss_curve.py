@@ -13,9 +13,9 @@ from compactgpt.model.cross_entropy import token_nats
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
 
-# Nats per token. The noise of a few windows, and of the first steps, is smaller.
+# Margin of the divergence check, in nats per token. It is larger than the noise of a loss on a few windows.
 DIVERGENCE_MARGIN = 0.5
-# Advice of several messages.
+# The settings that several messages advise to change when training diverges.
 LOWER_RATES = (
     "lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
     "training.warmup_steps"
@@ -44,8 +44,8 @@ def loss_csv(rows: list[Row]) -> str:
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
     """Return a warning if training has diverged although all losses are finite, otherwise None.
 
-    After the warm-up, the validation loss must not be above ln(vocab_size), the loss of a uniform guess, and
-    not above the first row's loss. Both limits have a margin of DIVERGENCE_MARGIN.
+    After the warm-up, the validation loss must be at most ln(vocab_size), the loss of a uniform guess, and at
+    most the validation loss of the first row. DIVERGENCE_MARGIN is added to each of these limits.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:
@@ -61,7 +61,10 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
 
 
 def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return `count` windows at regular distances in the split; raise BadData if the split has no window."""
+    """Return at most `count` windows of the val split, at regular distances; a window is part of a document.
+
+    Raises BadData if the val split has no window.
+    """
     windows = list(evaluation_windows(val, block_size))
     if not windows:
         raise BadData(
@@ -73,9 +76,10 @@ def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
 
 @torch.no_grad()
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Return the mean loss over evaluation windows in nats per token, without the padding rows.
+    """Return the mean loss over the targets of `windows` in nats per token, without the padding rows.
 
-    This is an estimate for the loss curve. The comparison quotes the loss of the stage `evaluation` instead.
+    This loss is an estimate for the loss curve. The comparison with baselines uses the loss of the stage
+    `evaluation`, which scores the whole val split.
     """
     model.eval()
     nats: list[float] = []
@@ -86,7 +90,7 @@ def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float
 
 
 def window_nats(model: GPT, windows: list[Window]) -> list[float]:
-    """Return the cross-entropy of every target of the windows, in nats."""
+    """Return the cross-entropy of each target in nats, window after window."""
     head = model.wte.weight[: model.shape.vocab_size]  # (vocab_size, C)
     T = max(len(window.tokens) for window in windows)
     tokens = torch.zeros(len(windows), T, dtype=torch.int64)

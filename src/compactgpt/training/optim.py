@@ -20,7 +20,10 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""A function that applies a function of full matrices, (count, rows, columns), to sharded matrices."""
+"""A function that gets sharded matrices and a function of full matrices, (count, rows, columns).
+
+It applies this function to the full form of each matrix, and returns the sharded results.
+"""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
@@ -74,9 +77,10 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
 def newton_schulz(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Return matrices with all singular values moved towards 1 (Newton-Schulz, Jordan et al. 2024).
+    """Return the matrices with all singular values moved towards 1 (Newton-Schulz, Jordan et al. 2024).
 
-    `coefficients` are those of x, x^3 and x^5. (count, rows, columns) -> (count, rows, columns).
+    Each step applies a polynomial to the singular values; `coefficients` are its factors of x, x^3 and x^5.
+    (count, rows, columns) -> (count, rows, columns).
     """
     a, b, c = coefficients
     # torch.optim.Muon computes in bfloat16. A CPU computes in float32 instead: without bfloat16 instructions,
@@ -103,7 +107,7 @@ class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
     `state` has the state tensors of the optimizers, by name; all are zeros before the first step.
-    `run_sharded` orthogonalizes the matrices of a sharded model.
+    `run_sharded` orthogonalizes the matrices of a sharded model; it is None if the model is not sharded.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -176,14 +180,14 @@ class Optimizers:
         """Return the Euclidean norm of the gradient, a scalar on the gradient's device."""
         grads = [p.grad for p in self.trained_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        # if the gradients are sharded, the norm is a DTensor
+        # If the gradients are sharded, the norm is a DTensor, which must be combined over the processes.
         return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
     def update(self, step: int, grad_norm: Tensor) -> None:
         """Clip the gradient to training.grad_clip, update the weights, and clear the gradient.
 
-        The number of the update, counted from 0, decides the learning rate.
+        `step`, the number of the update counted from 0, decides the learning rate.
         """
         multiplier = lr_multiplier(self.training, step)
         for group, peak in self._peaks:
@@ -225,7 +229,10 @@ class Optimizers:
             matrix.index_copy_(0, rows.ids, updated)
 
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Return the scalar of torch's clip_grad_norm_ that divides the gradient; None to leave it."""
+        """Return the scalar that the gradient must be divided by, as in torch's clip_grad_norm_.
+
+        Returns None if the gradient needs no clipping.
+        """
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)

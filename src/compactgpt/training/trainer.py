@@ -43,12 +43,12 @@ from compactgpt.training.optim import Optimizers
 
 # The source files that compute a training state. If one of these files changes, a run starts from step 0.
 SOURCES = ("data/token_files.py", "model/*.py", "training/*.py")
-BEST = "best"  # folder of the best model so far, next to the training states
+BEST = "best"  # folder of the model with the lowest validation loss so far, next to the training states
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The token files of the training and validation splits, and the hash of their manifest."""
+    """The token files of the train split and the val split, and a hash of their manifest."""
 
     train: TokenFile
     val: TokenFile
@@ -66,14 +66,14 @@ def open_splits(folder: Path) -> Splits:
 class Callbacks:
     """Functions that `train` calls, in every process at the same steps. Steps are counted from 1."""
 
-    # with (step, training loss) pairs that were not reported yet; on a GPU, with several pairs at once
+    # Gets the (step, training loss) pairs since its last call; on a GPU, several pairs at once.
     on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
-    # with all rows of the loss curve, after a row was added
+    # Gets all rows of the loss curve, after a row was added.
     on_row: Callable[[list[Row]], None] = lambda _rows: None
-    # after every step, with its number and the model, which the function must not change
+    # Gets the number of the step and the model after every step; the function must not change the model.
     on_step: Callable[[int, GPT], None] = lambda _step, _model: None
-    on_warning: Callable[[str], None] = lambda _message: None  # with a warning for the user
-    should_stop: Callable[[], bool] = lambda: False  # after every step; True stops training
+    on_warning: Callable[[str], None] = lambda _message: None  # gets a warning for the user
+    should_stop: Callable[[], bool] = lambda: False  # called after every step; True stops training
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Trained:
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Return the key of a run: a hash of everything that its result depends on.
+    """Return the key of a run: a hash of everything that the result of the run depends on.
 
-    The number of processes is not part of the key, so a run can resume with another number of processes. The
-    result is then the same within rounding only.
+    The number of processes is not part of the key, so a run can resume with another number of processes. Then
+    the result equals the result of an uninterrupted run only within rounding.
     """
     package = Path(__file__).parents[1]
     sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
@@ -130,7 +130,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             # All processes must stop at the same step, so that no process waits for another one.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                trainer.report(callbacks)  # a state may contain only losses that were read
+                trainer.report(callbacks)  # a state contains only losses that `read_losses` has read
                 trainer.save()
             callbacks.on_step(trainer.step, trainer.model)
             if stops:
@@ -158,9 +158,9 @@ class Trainer:
         self.defers_losses = self.device == "cuda"
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         self.val_tokens = sum(len(window.targets) for window in self.windows)
-        # probability of each token of being in a sample, (vocab_size,)
+        # With a sampled softmax: the probability that a token is in a step's sample, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
-        counts = None  # how often each token occurs in the training split, (vocab_size,)
+        counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
         if self.training.head == "sampled" and counts is not None:
@@ -208,7 +208,7 @@ class Trainer:
         return model
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of a training state, by name; they share memory with model and optimizers."""
+        """Return the tensors of the model and the optimizers, by name, without copying the tensors."""
         return {**self.model.state_dict(), **self.optimizers.state}
 
     def save(self) -> None:
@@ -269,7 +269,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Compute the gradient of the step's mean loss, and return the loss, both over all processes.
+        """Compute the gradient of the mean loss of the step's whole batch, and return this mean loss.
 
         `tokens`, `targets` and `head` are the arguments that `_batch` returns.
         """
@@ -325,7 +325,7 @@ class Trainer:
         found = " and the ".join(f"{name} is {float(number)}" for name, number in numbers.items())
         raise NotFinite(
             f"step {step + 1} of {self.training.max_steps}: the {found}. The step was not saved, and its "
-            f"batch (seed {self.training.seed}, step {step} from 0) would give the same again: in "
+            f"batch (seed {self.training.seed}, step {step} from 0) would give the same numbers again: in "
             f"params.yaml {LOWER_RATES}, then run `dvc repro`"
         )
 
