@@ -1,8 +1,8 @@
 """The corpus `docstrings`: the docstrings of installed distributions.
 
-The source files are parsed and never imported. Each module becomes one document: its docstrings in source
-order, each below the qualified name of its object. The text depends only on the versions of the
-distributions, not on the platform or the Python version.
+The source files are parsed and never imported. Each module becomes one document, which has the
+module's docstrings in source order, each below the name of its function or class. The text depends only on
+the versions of the distributions, not on the platform or the Python version.
 """
 
 import ast

