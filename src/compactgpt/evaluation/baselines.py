@@ -1,8 +1,8 @@
 """Load the baselines of params.yaml: n-gram models, compressors, and models of transformers in float32.
 
 **All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
-model. A model with another tokenizer reads the same text spans: the targets of a GPT-2 window decode to a
-span of bytes, and a span that would end inside a UTF-8 character ends after it (see `OwnTokens`).
+model. For a model with another tokenizer, the targets of each window are decoded to a text span, and the
+model reads the tokens of this span (see `OwnTokens`).
 """
 
 import inspect
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaselineInputs:
-    """The inputs that loading a baseline needs besides its entry in `baseline.specs`."""
+    """The inputs of `load_baseline` that are the same for every baseline."""
 
     train: Path  # the train split's token file
     encoding: "tiktoken.Encoding"  # the encoding of the token files
     batch_size: int  # windows in one forward pass
     runtime: config.Runtime
-    state: Path  # the folder for downloaded weights
+    state: Path  # the folder in which downloaded weights are kept
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,16 @@ class LoadedModel:
     """A causal language model of transformers, with its tokenizer."""
 
     model: Any  # transformers.PreTrainedModel, in float32 and eval mode
-    tokenizer: "tokenizers.Tokenizer"  # it encodes the names of special tokens as plain text
+    tokenizer: "tokenizers.Tokenizer"  # encodes the name of a special token, such as </s>, as plain text
     first_token: int  # the start token, which precedes every document
 
 
 def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    Raises BadConfig if `baseline.specs` has no entry `name` or the model's logits can't be computed here,
-    MissingInput, BadData or Unreachable if a file is missing, damaged or can't be downloaded.
+    Raises BadConfig if `baseline.specs` has no entry `name`, or if the model's logits are not its hidden
+    states times one matrix; MissingInput, BadData or Unreachable if a file of the model is missing, is
+    damaged, or can't be downloaded.
     """
     if name not in params.specs:
         raise BadConfig(
@@ -115,7 +116,7 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
     Raises BadConfig if the model's logits are not its hidden states times one matrix.
     """
     model, tokenizer = loaded.model.to(resolve_device(inputs.runtime.device)), loaded.tokenizer
-    rows = max(tokenizer.get_vocab().values()) + 1  # V; later rows of the head are padding
+    rows = max(tokenizer.get_vocab().values()) + 1  # V; the head's rows after V are padding
     head = model.get_output_embeddings().weight.detach()[:rows]  # (V, C)
 
     def hidden(tokens: Any) -> Any:
@@ -143,7 +144,9 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
         facts,
         hidden,
         head,
-        getattr(model.config, "max_position_embeddings", sys.maxsize),  # models with ALiBi have no limit
+        getattr(
+            model.config, "max_position_embeddings", sys.maxsize
+        ),  # a model without position embeddings has no limit
         inputs.batch_size,
         evaluation_windows if is_gpt2 else own_tokens.windows,
         document_streams if is_gpt2 else own_tokens.streams,
@@ -153,7 +156,7 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
-    """Raise BadConfig if the logits are not `hidden(tokens) @ head.T`: some models scale or cap logits."""
+    """Raise BadConfig if the model's logits are not `hidden(tokens) @ head.T`: some models scale logits."""
     import torch
 
     tokens = torch.arange(8, device=head.device)[None]  # (1, T)
@@ -168,9 +171,9 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
 
 
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
-    """Return a `NeuralModel.decoder` that uses the model's key-value cache.
+    """Return a function for `NeuralModel.decoder` that reads texts with the model's key-value cache.
 
-    The result is None if the model has no argument `position_ids`, which texts of unequal length need.
+    Returns None if the model has no argument `position_ids`: texts of different lengths in one batch need it.
     """
     import torch
 
@@ -206,19 +209,19 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Make windows and streams of the same text for a model whose tokenizer is not GPT-2's.
+    """Cut documents into the text spans of our model's windows, for a model with a tokenizer of its own.
 
-    Each span is tokenized separately, and all its tokens are scored. One token precedes each span: the start
-    token for a document's first span, else the last token of the previous span. The nats of a document are
-    therefore those of its complete text under every model. No model sees more text in a window than our
-    model does, but its window may have more or fewer tokens.
+    The model's tokenizer encodes each span separately, and all tokens of a span are scored. One token
+    precedes each span: the start token before a document's first span, else the last token of the previous
+    span. The nats of a document are therefore those of its complete text under every model. The model sees
+    as much text in a window as our model does, although the numbers of tokens differ.
     """
 
     codec: Codec
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield each text span of a split as a window of the model's tokens."""
+        """Yield each text span of a split, from windows of `window` GPT-2 tokens, in the model's tokens."""
         for document in range(split.header.documents):
             before, start = self.codec.first_token, 0
             for span in text_spans(split, self.encoding, document, window):
@@ -227,14 +230,14 @@ class OwnTokens:
                 before, start = int(stream[-1]), start + len(stream) - 1
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield the index of every document with its tokens, after the start token."""
+        """Yield the index of every document, and an array of the start token and the document's tokens."""
         for document in range(split.header.documents):
             text = document_text(split, self.encoding, document).decode()
             ids = self._encode(split, document, text) if text else []
             yield document, np.array([self.codec.first_token, *ids], np.int64)
 
     def _encode(self, split: TokenFile, document: int, text: str) -> list[int]:
-        """Return the tokens of a text; raises BadData if they lose text: lost bytes would add no nats."""
+        """Return the tokens of a text; raises BadData if the tokens do not decode to the complete text."""
         ids = self.codec.encode(text)
         if not ids or self.codec.decode(ids) != text:
             raise BadData(
@@ -245,9 +248,9 @@ class OwnTokens:
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Return the text of each window of a document; a character at a window's end belongs to that window.
+    """Return the text of each window of a document, where a window has `window` tokens.
 
-    Empty spans are left out.
+    A character that is cut by the end of a window belongs to this window. Windows without text are left out.
     """
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
@@ -261,9 +264,9 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
-    """Return whether every id, except end-of-text, has the same bytes in the tokenizer and in `encoding`.
+    """Return whether the tokenizer and `encoding` have the same bytes for every token except end-of-text.
 
-    GPT-2's ids are the ranks of its merges, so equal ids mean equal merges.
+    The id of a GPT-2 token is its place in the list of merges, so equal ids mean that all merges are equal.
     """
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
@@ -276,10 +279,11 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
-    """Return the start token: end-of-text if the vocabulary has it, else the id of BOS, else of EOS.
+    """Return the start token: end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
 
-    Pretraining puts end-of-text between documents. The BOS token of a chat model is often its turn marker:
-    after `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats more for the first 128 tokens of a document.
+    Pretraining puts end-of-text between documents. The BOS token (beginning of sequence) of a chat model
+    often begins a message instead: after `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats more
+    for the first 128 tokens of a document.
     """
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
@@ -305,19 +309,17 @@ def read_folder(folder: Path) -> LoadedModel:
 
 
 def read_gguf(path: Path) -> LoadedModel:
-    """Load a GGUF file that has the Llama architecture and SmolLM's tokenizer, with weights in float32.
+    """Load a GGUF file with the Llama architecture and SmolLM's tokenizer; weights become float32.
 
-    The file's content is trusted: params.yaml has its SHA-256. Raises BadConfig if the file has another
-    architecture or tokenizer, and BadData if transformers can't load its model.
+    The file's content is trusted, because its SHA-256 is in params.yaml. Raises BadConfig if the file has
+    another architecture or tokenizer, and BadData if transformers can't load the model of the file.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
     names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    with (
-        _load_errors(path),
-        redirect_stderr(io.StringIO()),
-    ):  # its progress bars ignore transformers' settings
+    # stderr is hidden, since transformers shows progress bars for GGUF even if they are disabled.
+    with _load_errors(path), redirect_stderr(io.StringIO()):
         fields = GGUFReader(path).fields
         kind = tuple(fields[name].contents() for name in names)
         if kind != ("llama", "gpt2", "smollm"):
@@ -352,11 +354,11 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", output_loading_info=True, **options
     )
-    if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
+    if missing := sorted(loading["missing_keys"]):  # transformers would give these weights random values
         raise ValueError(f"it has no weights for {', '.join(missing[:5])}")
     first_token = first_token_of(tokenizer.get_vocab(), tokenizer.bos_token_id, tokenizer.eos_token_id)
     plain = tokenizer.backend_tokenizer
-    plain.encode_special_tokens = True  # a document that contains a special token's name has no such token
+    plain.encode_special_tokens = True  # a document may contain the name of a special token as text
     plain.no_truncation()
     plain.no_padding()
     return LoadedModel(model.eval(), plain, first_token)
@@ -365,7 +367,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
 def _check_depth(folder: Path) -> None:
     """Raise ValueError if config.json has more layers than the weight files have tensors.
 
-    transformers builds every layer before it reads the weights, so a wrong count would fill the memory.
+    transformers builds every layer before it reads the weights, so too large a number would fill the memory.
     """
     from safetensors import safe_open
     from transformers import AutoConfig

@@ -1,6 +1,7 @@
-"""Wrap our GPT as a `NeuralModel`.
+"""Make a `NeuralModel`, which evaluation can score, of our GPT.
 
-Shapes: B texts, T tokens in one call, S tokens read so far, C channels, nh heads, hs channels per head.
+Shapes: B texts, T tokens in one call, S tokens that were read up to now, C channels, nh heads, hs channels
+per head, V tokens of the vocabulary.
 """
 
 from collections.abc import Iterable
@@ -19,12 +20,15 @@ from compactgpt.model.weights import load_model
 
 
 def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> NeuralModel:
-    """Load our trained model; raises MissingInput without a checkpoint, and BadData if it is damaged."""
+    """Load our trained model from a folder.
+
+    Raises MissingInput if the folder has no model, and BadData if the model is damaged.
+    """
     return as_neural_model(load_model(folder, device), batch_size, encoding)
 
 
 def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | None = None) -> NeuralModel:
-    """Return a GPT as a `NeuralModel`; its head has no padding rows."""
+    """Return our GPT as a `NeuralModel`, without the rows of its head that only pad the vocabulary."""
     shape = model.shape
     facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
     head = model.eval().wte.weight.detach()[: shape.vocab_size]  # (V, C)
@@ -34,14 +38,14 @@ def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | N
 
 
 def plain_codec(encoding: tiktoken.Encoding) -> Codec:
-    """Return the codec of a tiktoken encoding, in which the names of special tokens are plain text."""
+    """Return the codec of a tiktoken encoding; it encodes the name of a special token as plain text."""
     return Codec(encoding.encode_ordinary, encoding.decode, encoding.eot_token)
 
 
 class CachedReader:
     """Run our GPT on texts step by step, with a cache of keys and values.
 
-    Shorter texts are padded on the left. Only padding attends to padding.
+    Texts of different lengths are padded on the left. No token of a text attends to padding.
     """
 
     def __init__(self, model: GPT, padding: Tensor) -> None:
@@ -51,14 +55,14 @@ class CachedReader:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens and return the hidden state of the last token. (B, T) int64 -> (B, C)"""
+        """Read the next tokens of each text, (B, T); return the hidden state of the last one, (B, C)."""
         model, start = self._model, self._read
         self._read = end = start + tokens.shape[1]
         columns = torch.arange(start, end, device=tokens.device)  # (T,)
         seen = torch.arange(end, device=tokens.device)  # (S,)
         is_text = (seen >= self._padding)[:, None]  # (B, 1, S)
         is_before, is_self = seen <= columns[:, None], seen == columns[:, None]  # (T, S)
-        # Padding attends to itself: the softmax of a row without any allowed position is not finite.
+        # Padding attends to itself, because the softmax of a row without an allowed position would be NaN.
         mask = (is_text & is_before) | is_self  # (B, T, S)
         positions = (columns - self._padding).clamp_min(0)  # (B, T)
         x = model.wte(tokens) + model.wpe(positions)  # (B, T, C)
@@ -68,7 +72,7 @@ class CachedReader:
         return cast(Tensor, model.ln_f(x[:, -1]))
 
     def _attend(self, layer: int, attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
-        """Return one layer's attention over all cached tokens. (B, T, C), mask (B, 1, T, S) -> (B, T, C)"""
+        """Return one layer's attention output, (B, T, C); `x` is (B, T, C), and `mask` is (B, 1, T, S)."""
         B, T, C = x.shape
         heads = attention.c_attn(x).view(B, T, 3, attention.n_head, C // attention.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)

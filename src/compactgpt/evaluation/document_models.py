@@ -29,9 +29,11 @@ def make_unigram(train: TokenFile) -> DocumentModel:
     """
     tokens, vocab_size = len(train.tokens), train.header.vocab_size
     counts = np.zeros(vocab_size, np.int64)  # (V,)
-    for start in range(0, tokens, COUNTED_AT_ONCE):  # in steps, to limit memory
+    for start in range(
+        0, tokens, COUNTED_AT_ONCE
+    ):  # in steps, because a large token file does not fit in memory
         counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-    # (V,); end-of-text has a probability, as in the neural models, although it is never scored
+    # (V,). End-of-text has a probability, as in the neural models, although end-of-text is never scored.
     log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)
     facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
 
@@ -57,10 +59,10 @@ def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return a model that scores a document by its compressed size, without the file format's own bytes.
+    """Return a model that scores a document by its compressed size, without headers of the file format.
 
-    A document's nats are ln 2 x 8 x its compressed bytes. With `train_megabytes`, the dictionary is the start
-    of the train split: the compressor knows the corpus, as a trained model does.
+    The nats of a document are ln 2 x 8 x the number of its compressed bytes. If `train_megabytes` is above 0,
+    the compressor's dictionary is the start of the train split: text that occurs there needs fewer bytes.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -73,7 +75,7 @@ def make_compressor(
     compress: Callable[[bytes], bytes]
     if spec.codec == "xz":
         chain = [{"id": lzma.FILTER_LZMA2, "preset": spec.level | lzma.PRESET_EXTREME}]
-        compress = partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)  # no .xz container
+        compress = partial(lzma.compress, format=lzma.FORMAT_RAW, filters=chain)  # without a file header
     else:
         compress = _zstd(spec.level, bytes(known[: spec.train_megabytes * 10**6]))
 
@@ -85,7 +87,7 @@ def make_compressor(
 
 
 def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with zstd and a dictionary, without optional header fields."""
+    """Return a function that compresses bytes with zstd, with `known` as its dictionary."""
     import zstandard
 
     settings = zstandard.ZstdCompressionParameters.from_level(
@@ -108,12 +110,12 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class _Order:
-    """All n-grams of one order above 1; the id of an n-gram is its index."""
+    """All n-grams of one length above 1 (order); the id of an n-gram is its index in the arrays."""
 
     # (K,) ascending: c V + w, where w is the last token and c is the id of the n-gram without w.
     keys: Ids
-    weights: Floats  # (K,) the discounted count divided by the total of the context
-    backoff: Floats  # (contexts,) weight of the lower order; 1 for a context that no token follows
+    weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
+    backoff: Floats  # (contexts,), weight of the shorter n-gram; 1 for a context that no token follows
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,12 @@ class NgramModel:
         return len(self.unigrams) + sum(len(order.keys) for order in self.orders)
 
     def probabilities(self, stream: Ids) -> Floats:
-        """Return the probability of each token of a document after the tokens before it. (T,)
+        """Return the probability of each token of a document, (T,), given the tokens before this token.
 
-        Args:
-            stream: end-of-text and the tokens of the document. (T + 1,)
+        `stream`, (T + 1,), has end-of-text and the T tokens of the document.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # id of the context of each target, or -1: not in the train split
+        contexts = stream[:-1]  # id of each target's context; -1 if the train split does not have the context
         for order in self.orders:
             if not len(contexts):
                 break
@@ -173,13 +174,13 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     offsets = train.offsets[: documents + 1]
     end_of_text = np.array([train.header.eot_token], np.int64)
     stream = np.concatenate([end_of_text, train.tokens[: offsets[-1]]]).astype(np.int64)  # (N + 1,)
-    # Distance of each position to the end-of-text before it. An n-gram that is longer would cross it.
+    # The number of tokens since the last end-of-text. A longer n-gram would cross the end of a document.
     distance = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids, sizes = stream, [V]  # id of the n-gram that ends at each position
     found: list[tuple[Ids, Ids, Ids]] = []  # keys, occurrences and suffixes of the n-grams of each order
     for length in range(2, order + 1):
         ends = np.flatnonzero(distance >= length - 1) + 1
-        if not len(ends):  # all documents are shorter
+        if not len(ends):  # all documents have fewer tokens than the n-gram
             break
         keys, inverse, occurrences = np.unique(
             ids[ends - 1] * V + stream[ends], return_inverse=True, return_counts=True
@@ -193,8 +194,11 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            before = np.bincount(found[place + 1][2], minlength=len(keys))  # different tokens before each
-            counts[before > 0] = before[before > 0]  # 0: the n-gram starts a document
+            # The number of different tokens that occur before each n-gram.
+            before = np.bincount(found[place + 1][2], minlength=len(keys))
+            counts[before > 0] = before[
+                before > 0
+            ]  # an n-gram at the start of a document keeps its occurrences
         orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))
@@ -212,7 +216,7 @@ def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
 def _discounts_of(counts: Ids) -> Floats:
     """Return the discounts of the counts 0, 1, 2 and at least 3 (Chen and Goodman 1998).
 
-    Too few n-grams to estimate them, as in a tiny corpus, give the values 0.5, 1 and 1.5, as in KenLM.
+    If a tiny corpus has too few n-grams to estimate the discounts, they are 0.5, 1 and 1.5, as in KenLM.
     """
     n1, n2, n3, n4 = (int((counts == count).sum()) for count in (1, 2, 3, 4))
     if min(n1, n2, n3) > 0:

@@ -1,7 +1,7 @@
 """Generate text with a neural model by greedy decoding, top-k sampling and nucleus sampling.
 
-The prompts are those of params.yaml and the beginnings of val documents. The rest of a val document is the
-human text that generated text is compared with. The start token precedes every prompt, as it precedes every
+The prompts are those of params.yaml and the beginnings of val documents. Generated text is compared with the
+human text that follows in the val document. The start token precedes every prompt, as it precedes every
 document in evaluation. Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
 """
 
@@ -34,7 +34,10 @@ STRATEGIES = ("greedy", "top_k", "nucleus")
 
 
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
-    """Return softmax(logits / temperature) over the `top_k` largest logits, else 0 (Fan et al. 2018). (V,)"""
+    """Return softmax(logits / temperature) of the `top_k` largest logits, and 0 for all other tokens. (V,)
+
+    This is top-k sampling (Fan et al. 2018).
+    """
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
     kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
     kept = kept[np.argsort(-logits[kept], kind="stable")][:top_k]
@@ -45,9 +48,10 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 
 
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
-    """Return the softmax over the nucleus, else 0 (Holtzman et al. 2020). (V,)
+    """Return the softmax over the tokens of the nucleus, and 0 for all other tokens. (V,)
 
-    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p`.
+    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p` (Holtzman et al.
+    2020).
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
@@ -66,14 +70,16 @@ def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
 
 
 def draw(generator: np.random.Generator, probabilities: Floats) -> int:
-    """Return a token drawn from probabilities, with one random number."""
+    """Return a token that is drawn at random with the given probabilities, (V,)."""
     bounds = np.cumsum(probabilities)
     token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-    return min(token, int(np.flatnonzero(probabilities)[-1]))  # rounding may exceed the last token
+    return min(
+        token, int(np.flatnonzero(probabilities)[-1])
+    )  # rounding could give a token after the last possible one
 
 
 def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
-    """Return the random generator of one prompt, which depends only on the seed and the prompt."""
+    """Return the random generator of one prompt; the other prompts of a batch do not change its numbers."""
     key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 
@@ -100,7 +106,7 @@ def generate_tokens(
     max_new_tokens: int,
     end: int,
 ) -> Iterator[list[int | None]]:
-    """Continue all prompts in one batch, and yield the next token of each; None after the end of a text.
+    """Continue all prompts in one batch; each step yields a token of every text, or None after its end.
 
     A text ends with the token `end`, or after `max_new_tokens`. If prompts and new tokens fit the model's
     context, the model's `decoder` reads each token once. Otherwise the model reads the last `block_size`
@@ -127,7 +133,7 @@ def generate_tokens(
         ended = [token is None or token == end for token in tokens]
         if all(ended):
             break
-        # A text that has ended reads `end` again; its logits are ignored.
+        # A text that has ended reads `end` again, since all rows of a batch have one length.
         unread = [[end if token is None else token] for token in tokens]
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
@@ -149,11 +155,11 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue. If the text begins a document, `human` is the document's next text."""
+    """A text that a model continues: a prompt of params.yaml, or the beginning of a document."""
 
     text: str
-    document: str | None = None  # the id of the document that the text begins
-    human: tuple[int, ...] = ()  # the next tokens of the document, in the split's tokens
+    document: str | None = None  # the document's id; None for a prompt of params.yaml
+    human: tuple[int, ...] = ()  # the document's next tokens, in GPT-2's tokenizer
 
 
 def choose_prompts(text: Text, split: TokenFile, encoding: "tiktoken.Encoding") -> list[Prompt]:
@@ -188,7 +194,7 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    The statistics are those of the texts that continue documents, and of human text of the same length.
+    Statistics are computed of the texts that continue documents, and of human text of the same length.
     Raises BadConfig if the split has too few documents to continue.
     """
     prompts = choose_prompts(text, split, encoding)
@@ -212,7 +218,7 @@ def generate_texts(
 
 
 def _continue(model: NeuralModel, jobs: Sequence[tuple[str, str]], text: Text) -> Iterator[dict[str, Any]]:
-    """Yield the continuation of each (prompt, strategy), all generated in one batch."""
+    """Yield the continuation of each pair (prompt, strategy) in `jobs`; one batch generates all of them."""
     codec = model.codec
     assert codec is not None
     end = codec.first_token

@@ -1,8 +1,8 @@
-"""Score a language model on the val split: per-document losses, and the report that is made from them.
+"""Score a language model on the val split, and make the report of its per-document losses.
 
-All models see the same text: each document is cut into windows, and one token precedes each window,
-end-of-text at a document's start, else the last token of the previous window. End-of-text is never scored.
-Every other token is scored exactly once. Shapes: B windows, T tokens of the longest window, C channels,
+All models see the same text. Each document is cut into windows. One token precedes each window: end-of-text
+at the start of a document, else the last token of the previous window. Every token of a document is scored
+exactly once; end-of-text is never scored. Shapes: B windows, T tokens of the longest window, C channels,
 V tokens of the vocabulary, N targets.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 
-IN_WINDOW = "the window of the document"  # what reports state as a neural model's context
+IN_WINDOW = "the window of the document"  # the text before a token that a neural model sees; for reports
 HEAD_ROWS = 256  # rows of one product with the head: 51 MB of float32 logits at 50,257 tokens
-CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: a larger pass needs more memory and is no faster
+CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens need more memory and save no time
 SORTED_WINDOWS = 4096  # windows sorted by length in one group, so that batches have little padding
 
 Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the start token and the document's tokens
@@ -49,16 +49,16 @@ class DocumentScores:
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the index of every document with its tokens, after the end-of-text token."""
+    """Yield the index of every document, and an array of end-of-text and the document's tokens."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into overlapping windows of at most `context` tokens, each one `stride` after the previous.
+    """Cut streams into overlapping windows of at most `context` tokens; each starts `stride` tokens later.
 
-    Every token of a stream except the first is a target exactly once. It has at least context - stride tokens
-    before it, or all earlier tokens of the document (transformers, perplexity.md).
+    Every token of a stream except the first is a target exactly once. A model sees at least context - stride
+    tokens before a target, or all tokens before it in the document (transformers, perplexity.md).
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -82,15 +82,15 @@ class Codec:
 
     encode: Callable[[str], list[int]]  # encodes the names of special tokens as plain text
     decode: Callable[[list[int]], str]
-    first_token: int  # the start token, which precedes a document and also ends one
+    first_token: int  # the start token: it precedes a document, and ends a generated text
 
 
 @dataclass(frozen=True)
 class NeuralModel:
     """A causal neural model whose logits are `hidden(tokens) @ head.T`."""
 
-    facts: Mapping[str, Any]  # for the report: kind, num_params, context and the source of the weights
-    # (B, T) int64 -> (B, T, C); a batch is padded on the right, so no position depends on tokens to its right
+    facts: Mapping[str, Any]  # goes to the report: kind, num_params, context, and where the weights are from
+    # (B, T) int64 -> (B, T, C); padding is on the right, where no token depends on it
     hidden: "Callable[[torch.Tensor], torch.Tensor]"
     head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
     block_size: int  # the largest T that `hidden` accepts
@@ -102,15 +102,15 @@ class NeuralModel:
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses in windows of `window` tokens, the same text for every model."""
+        """Return the per-document losses; each window has the text of `window` GPT-2 tokens."""
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
         self, split: TokenFile, view: View, likelihood: Likelihood, progress: Progress
     ) -> DocumentScores:
-        """Return the per-document losses in a view: windows of the model's own tokens and context.
+        """Return the per-document losses in a view, whose windows have the length of the model's own context.
 
-        The windows of the view `own` do not overlap. Those of `strided` overlap.
+        The windows of the view `own` do not overlap. The windows of the view `strided` overlap.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
@@ -120,7 +120,7 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the context and the stride of a view, in the model's tokens."""
+        """Return the length of a view's windows and the distance of their starts, in the model's tokens."""
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
@@ -151,12 +151,12 @@ class NeuralModel:
 class DocumentModel:
     """A model that scores each complete document, without windows."""
 
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any]  # goes to the report: kind, num_params and context
     document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
-    reads_tokens: bool
+    reads_tokens: bool  # False for a model of bytes, which has no tokens of its own
 
     def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses."""
+        """Return the per-document losses; the window has no effect."""
         total = split.header.documents
         nats = np.empty(total)
         for document in range(total):
@@ -172,7 +172,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, in the order of `score_targets`."""
+    """Yield each window with the nats of its targets, (targets,); not in the order of `windows`."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -209,7 +209,7 @@ def score_targets(
 
 
 def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[Floats]:
-    """Return the scores of each window's targets; the first window is the longest."""
+    """Return an array of target scores for each window of a batch; the first window is the longest."""
     import torch
 
     device, T = model.head.device, len(batch[0].tokens)
@@ -238,7 +238,10 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
-    """Return a split in memory with other documents: rows of `pack_documents`. It keeps the split's path."""
+    """Return a token file in memory with other documents, and with the path and tokenizer of `split`.
+
+    A row has the id of a document, its length in bytes, and its tokens.
+    """
     header = split.header
     return pack_documents(
         split.path,
@@ -250,7 +253,7 @@ def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArra
 
 
 def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
-    """Return a split in memory with some documents of another one."""
+    """Return a token file in memory with some documents of a split, given by their index."""
     return with_documents(
         split,
         (
@@ -263,8 +266,8 @@ def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
 def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
     """Return the part of a split that every model scores: the first `document_tokens` of each document.
 
-    A long document would dominate the metrics and widen their intervals. A cut that falls inside a UTF-8
-    character is moved to the front of the character, since some tokenizers read only valid text.
+    A very long document would dominate the metrics and widen their intervals. If the last token ends inside
+    a UTF-8 character, the cut is before this token, because some tokenizers read only valid text.
     """
     limit = likelihood.document_tokens
     if limit is None:
@@ -316,7 +319,7 @@ def evaluate(
         is_own = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
             found = scores
-            if view != "own" or not is_own:  # else the windows are those that are scored already
+            if view != "own" or not is_own:  # otherwise the view has the windows that are scored already
                 found = model.score_view(split, view, likelihood, progress)
             views[view] = found.nats
     for nats in (scores.nats, *views.values()):
@@ -342,9 +345,9 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report of one model.
 
-    Loss and perplexity are per token of the split's tokenizer (GPT-2's), even if the model has another
-    tokenizer, so that all models can be compared. Word perplexity is defined as in lm-evaluation-harness:
-    exp(nats of the complete text, with white space / number of words).
+    Loss and perplexity are per GPT-2 token, even if the model has another tokenizer, so that all models can
+    be compared. Word perplexity is exp(nats of the complete text / number of words), as in
+    lm-evaluation-harness.
     """
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
     report = {

@@ -1,8 +1,8 @@
 """Compute perplexity, bits per byte, confidence intervals and tests.
 
-Each mean is a total over all documents divided by the total count, not a mean of per-document means. Word,
-byte and token perplexity are defined as in EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's
-loss_eval.py.
+A mean is the sum over all documents divided by the total number of tokens, words or bytes, so a longer
+document has more weight. Perplexity is defined as in EleutherAI's lm-evaluation-harness, and bits per byte
+as in nanochat's loss_eval.py.
 """
 
 import math
@@ -24,16 +24,16 @@ class Interval:
     high: float
 
     def map(self, increasing: Callable[[float], float]) -> "Interval":
-        """Apply an increasing function to the estimate and to both limits, which it keeps in order."""
+        """Return the interval with an increasing function applied to the estimate and to its two limits."""
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
     def as_report(self) -> dict[str, float] | None:
-        """Return the interval for a report; None if a limit is infinite, which JSON can't state."""
+        """Return the interval as a dict; None if a number is infinite, which JSON can't store."""
         return asdict(self) if math.isfinite(self.value + self.high) else None
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return exp of the mean cross-entropy in nats per token; infinite if a float can't hold it."""
+    """Return exp(nats per token); infinite if the result is too large for a float."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:
@@ -41,17 +41,17 @@ def perplexity(nats_per_token: float) -> float:
 
 
 def finite_or_none(value: float) -> float | None:
-    """Return a value for a report; None if it is infinite, which JSON can't state."""
+    """Return the value; None if the value is infinite, which JSON can't store."""
     return value if math.isfinite(value) else None
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Return nats / (ln 2 x bytes), which does not depend on a tokenizer (Gao et al. 2020, section 3.1)."""
+    """Return nats / (ln 2 x bytes), which no tokenizer affects (Gao et al. 2020, section 3.1)."""
     return total_nats / (math.log(2) * total_bytes)
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the share of successes with its 95 % Wilson score interval (1927), valid also near 0 or 1."""
+    """Return the share of successes with its 95 % Wilson score interval (1927), valid also near 0 and 1."""
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     share = successes / trials
     centre = share + z * z / (2 * trials)
@@ -62,25 +62,25 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def t_quantile(probability: float, degrees: float) -> float:
-    """Return the quantile of Student's t distribution; infinite degrees of freedom: of the normal one."""
-    from scipy.special import stdtrit  # here, since scipy's import would delay stages that need no interval
+    """Return a quantile of Student's t distribution; infinite `degrees` of freedom give the normal one."""
+    from scipy.special import stdtrit  # imported here: scipy would delay stages that need no interval
 
     return float(stdtrit(degrees, probability))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test (1947) for different accuracies.
+    """Return the two-sided p-value of McNemar's exact test (1947) that two models have different accuracies.
 
-    The arguments are the numbers of items that only one of the two models answers correctly.
+    The first model alone answers `only_one` items correctly; the second model alone answers `only_other`.
     """
     fewer, more = sorted((only_one, only_other))
     return min(1.0, 2 * mcnemar_one_sided(more, fewer))
 
 
 def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the one-sided p-value of McNemar's exact test (1947) for a fall of the accuracy.
+    """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy fell.
 
-    Only the first model answers `lost` items correctly, only the second model `won` items.
+    The old model alone answers `lost` items correctly; the new model alone answers `won` items correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
@@ -89,11 +89,11 @@ def mcnemar_one_sided(lost: int, won: int) -> float:
 def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 0.95) -> Interval:
     """Return sum(numerator) / sum(denominator) with its confidence interval; both arrays are (documents,).
 
-    Complete documents are left out one at a time (the jackknife), because the tokens of one document are not
-    independent. The interval is Student's, with documents - 1 degrees of freedom. In simulations it contains
-    the truth more often than percentile and BCa bootstrap intervals (benchmarks/intervals.py). One document
-    gives no variance: the limits are then the ratio itself. Raises ValueError if the arrays are empty or
-    differ in length, or if a denominator is not positive.
+    The jackknife leaves out one complete document at a time, because the tokens of a document are not
+    independent of each other. The interval is Student's, with documents - 1 degrees of freedom. In
+    simulations, this interval contains the true ratio more often than percentile and BCa bootstrap intervals
+    do (benchmarks/intervals.py). For a single document, the limits are equal to the ratio. Raises ValueError
+    if the arrays are empty or differ in length, or if a denominator is not positive.
     """
     if numerator.shape != denominator.shape or numerator.ndim != 1 or not len(numerator):
         raise ValueError(f"need two vectors of equal length, got {numerator.shape} and {denominator.shape}")
@@ -110,9 +110,10 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 
 
 def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
-    """Return the ratio of the perplexities of two models on the same documents, with a paired 95 % interval.
+    """Return the first model's perplexity / the second model's perplexity, with a paired 95 % interval.
 
-    The ratio is exp of the difference of the two losses. The interval is that of the difference by document,
-    so the difficulty of the documents cancels out. All arrays are (documents,), in the same order.
+    The ratio is exp(first loss - second loss). The interval is computed from the differences of the nats of
+    each document, so a document that is difficult for the two models does not widen the interval. All arrays
+    are (documents,), in the same order of documents.
     """
     return ratio_interval(nats - other_nats, tokens).map(perplexity)

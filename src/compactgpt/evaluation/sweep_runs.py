@@ -1,7 +1,8 @@
 """Train and score the runs of a sweep in this process: `compactgpt experiment run seeds`.
 
-All runs use the token files that `dvc repro tokenization` wrote, and are scored as the stage `evaluation`
-scores. A run that is already in results/NAME.json is not run again, and a run that was stopped resumes.
+A sweep is a group of training runs that differ in a few parameters. All runs use the token files that
+`dvc repro tokenization` wrote, and are scored as in the stage `evaluation`. A run that is already in
+results/NAME.json is not trained again, and a run that was stopped resumes.
 """
 
 import time
@@ -47,11 +48,11 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs of a sweep that `path` does not have yet; write `path` after each run.
+    """Train and score the runs of a sweep that the file `path` does not have yet; add each to the file.
 
-    `settings` are `key=value` settings for all runs. `folder` holds training states, and the models that
-    later runs start from. Raises MissingInput if the token files do not exist, and Busy if the user stopped
-    the run; its training state is saved.
+    `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training states
+    and for models from which later runs start. Raises MissingInput if the token files do not exist, and Busy
+    if the user stopped a run; the training state of this run is saved.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -75,7 +76,7 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the runs that are not finished, and the runs whose missing weights these start from."""
+    """Return the unfinished runs, and the runs from whose missing weights an unfinished run starts."""
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
     starts = {point.sweep.start for point in points if point.name in names and point.sweep.start}
@@ -84,18 +85,18 @@ def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> l
 
 
 class SweepRunner:
-    """The token files and the scored part of val, which all runs of a sweep share."""
+    """Trains and scores the runs of a sweep; all runs share the token files."""
 
     def __init__(self, params: Params, folder: Path) -> None:
         self.params, self.folder = params, folder
         self.splits, self.encoding = open_splits(DATA / "tokens"), load_encoding(DATA / "tokenizer")
         self.scored = scored_split(self.splits.val, self.encoding, params.evaluation.likelihood)
-        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # of each scored document
+        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # number of scored tokens of each document
         names = [name for group in row_groups(DATA / "documents") for name in read_names(group)]
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the content of `path` if its runs have our corpus and recipe, else a result without runs."""
+        """Return the sweep in `path`; a sweep without runs if the file has another corpus or recipe."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),
@@ -115,7 +116,7 @@ class SweepRunner:
         return found if found and found.model_copy(update={"runs": (), "fit": None}) == empty else empty
 
     def train(self, point: SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
-        """Return the trained model of a run, and the mean training loss of its last steps."""
+        """Train a run; return its model and the training loss in the last row of its loss curve."""
         params, splits = point.params, self.splits
         if chosen := self._train_documents(point.sweep):
             splits = replace(
@@ -131,7 +132,7 @@ class SweepRunner:
         return trained.model, trained.rows[-1].train_loss
 
     def _train_documents(self, sweep: SweepGroup) -> list[int]:
-        """Return the train documents of a run, by index; an empty list stands for all."""
+        """Return the indices of the train documents that a run uses; an empty list means all documents."""
         ids = self.splits.train.document_ids
         if sweep.train_source:
             chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]
@@ -143,7 +144,7 @@ class SweepRunner:
         return []
 
     def score(self, point: SweepPoint, model: GPT, train_loss: float) -> SweepRun:
-        """Return a run with its losses on the val split, as the stage `evaluation` computes them."""
+        """Return the result of a trained run: its settings, and its losses on the val split."""
         likelihood, training = point.params.evaluation.likelihood, point.params.training
         scores = as_neural_model(model, likelihood.batch_size).score(self.scored, likelihood.window, silent)
         return SweepRun(

@@ -1,7 +1,7 @@
-"""Run the tasks of a neural model: predict the last word of a passage (LAMBADA and a cloze), and WikiText.
+"""Run tasks with a neural model: predict the last word of a passage (LAMBADA, cloze), and score WikiText.
 
-Publications report different scores under one name. Each score has its own name here: see `run_tasks` for
-those of LAMBADA, and `score_wikitext` for those of WikiText.
+Publications use one name for different scores of LAMBADA and of WikiText. Here each score has a name of its
+own: see `run_tasks` for the scores of LAMBADA, and `score_wikitext` for the scores of WikiText.
 """
 
 import hashlib
@@ -55,14 +55,14 @@ class Item:
     """A passage without its last word, and the last word."""
 
     context: str
-    target: str  # with the space before it
+    target: str  # the last word, with the space before the word
 
 
 def fetch_source(source: Source) -> Path:
     """Return the path of a task's file: a local file, or a file in the hub's standard cache.
 
-    Raises MissingInput, Unreachable or BadConfig if there is no such file here or on the hub, and BadData if
-    its SHA-256 is not the hash in params.yaml.
+    Raises MissingInput, Unreachable or BadConfig if the file is neither on this machine nor on the hub, and
+    BadData if the SHA-256 of the file is not the SHA-256 in params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -74,15 +74,15 @@ def fetch_source(source: Source) -> Path:
     found = sha256_file(path)
     if found != source.sha256:
         raise BadData(
-            f"{path} has SHA-256 {found}, evaluation.tasks expects {source.sha256}: correct file or hash"
+            f"{path} has SHA-256 {found}, evaluation.tasks expects {source.sha256}: correct the path or hash"
         )
     return path
 
 
 def read_lambada(path: Path) -> list[Item]:
-    """Read the passages of a LAMBADA file: JSON lines with the key `text`. Raises BadData for another file.
+    """Return the passages of a LAMBADA file, which has one JSON object with the key `text` on each line.
 
-    The target is the text after the last space.
+    The target of a passage is the text after its last space. Raises BadData if the file has another format.
     """
     items = []
     try:
@@ -99,29 +99,29 @@ def read_lambada(path: Path) -> list[Item]:
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
     """Return the items of the cloze, chosen from the documents of a split.
 
-    A target is a word of four or more letters that occurs earlier in its passage, so the context helps; four
-    of five targets of LAMBADA have this property. All documents have nearly the same weight, and a change of
-    one document does not change the candidates of another.
+    The target of an item is a word of four or more letters that occurs earlier in the passage, as four of
+    five targets of LAMBADA do. Documents take turns to give an item, so they have nearly equal weights. A
+    change of one document does not change the candidates of another document.
     """
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    # Each turn takes one item of each document that has another one.
+    # Each turn takes one item of each document that has unused items.
     turns = zip_longest(*candidates)
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield the possible items of a document, each with another target, in the order of a hash."""
+    """Yield the possible items of a document in a pseudorandom order; no word is the target of two items."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
 
     used = set()
     for match in sorted(_WORD.finditer(text), key=order):
-        start = text.find(" ", max(0, match.start() - characters)) + 1  # a passage begins with a whole word
+        start = text.find(" ", max(0, match.start() - characters)) + 1  # the first word must be complete
         context, word = text[start : match.start()], match[1]
         if len(context) < characters / 2 or word in used:
             continue
@@ -133,19 +133,19 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
     """Return an item as a window whose targets are the tokens after the context."""
     tokens = codec.encode(item.context + item.target)
-    context = len(codec.encode(item.context))  # encoded alone, as in lm-evaluation-harness
+    context = len(codec.encode(item.context))  # the context is encoded alone, as in lm-evaluation-harness
     if not context:
         tokens, context = [codec.first_token, *tokens], 1
     targets = len(tokens) - context
-    stream = np.array(tokens, np.int64)[-(block_size + 1) :]  # cut at the start
+    stream = np.array(tokens, np.int64)[-(block_size + 1) :]  # a long context loses its first tokens
     return Window(index, 0, stream[:-1], stream[1:][-targets:])
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Score a model's prediction of the last word of every passage; each array is (T, 3), T target tokens.
+    """Return the scores of the T tokens of each passage's last word, (T, 3) for each passage.
 
-    The columns are the nats of the token; whether it is the most likely token; whether it is the most likely
-    token that is not a stop word.
+    Column 0 has the nats of the token. Column 1 is 1 if the model gives this token the highest probability.
+    Column 2 is 1 if the model gives this token the highest probability of all tokens that are no stop words.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -170,9 +170,9 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
 def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
 
-    `nats` are those of each item's target, `hits` are True for correct answers; both are (items,). The
-    report's `hits` has a 1 for each correct answer and a 0 for each other answer. Two models can be compared
-    item by item if their `items_sha256` are equal.
+    `nats`, (items,), has the loss of each item's target. `hits`, (items,), is True for each correct answer;
+    in the report, `hits` is a string of 1 and 0. The answers of two models can be compared item by item if
+    their reports have equal `items_sha256`.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
     loss = ratio_interval(nats, np.ones(len(items)))
@@ -191,8 +191,8 @@ def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str
 def read_lines(path: Path) -> list[str]:
     """Return the lines of WikiText from Parquet with a column `text`, or from raw text.
 
-    As in the hub's dataset, an empty line is "", and every other line ends with a newline. Raises BadData if
-    the file has neither format.
+    An empty line is "", and every other line ends with a newline, as in the data set of the hub. Raises
+    BadData if the file is neither Parquet nor UTF-8 text.
     """
     content = path.read_bytes()
     try:
@@ -220,7 +220,7 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# The replacements of lm_eval/tasks/wikitext/preprocess_wikitext.py, in the same order.
+# (old, new): the replacements of lm_eval/tasks/wikitext/preprocess_wikitext.py, in their order.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -250,8 +250,8 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
     - per_word: each page is detokenized and follows end-of-text, and all its tokens are scored. Perplexity is
       per word of the page before detokenization (EleutherAI's lm-evaluation-harness, task wikitext).
 
-    `context` and `stride` are in tokens; a model with a shorter context uses its own. Raises BadConfig if the
-    stride is longer than the context.
+    `context` and `stride` are numbers of tokens; the context is never longer than the model's `block_size`.
+    Raises BadConfig if the stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
     assert codec is not None
@@ -270,7 +270,10 @@ def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, strid
 
 
 def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]:
-    """Yield the blocks of a stream as transformers' perplexity.md does; its first token is never scored."""
+    """Yield the blocks of a stream of tokens, as transformers' perplexity.md cuts them.
+
+    The first token of the stream is never scored.
+    """
     tokens, scored = np.array(stream, np.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + context, len(tokens))

@@ -1,8 +1,7 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-Each statistic is a total over all continuations by one strategy, divided once. Texts are in the split's
-tokens (GPT-2's) for every model, and the caller cuts them to the same length, so that all models and human
-text can be compared. All intervals are 95 % intervals.
+Texts are in GPT-2's tokens, whatever the model's tokenizer is, and the caller cuts all texts to the same
+length, so that the statistics of models and of human text can be compared. All intervals are 95 % intervals.
 """
 
 import math
@@ -48,14 +47,14 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
 
 
 def ends_in_loop(tokens: Tokens) -> bool:
-    """Return whether a text ends in three copies of a phrase of two or more tokens."""
+    """Return whether a text ends with one phrase, of two or more tokens, three times in a row."""
     text = list(tokens)
     # `size` is the length of the phrase, at most a third of the text's length.
     return any(text[-size:] * 3 == text[-size * 3 :] for size in range(2, len(text) // 3 + 1))
 
 
 def zipf(texts: Sequence[Tokens]) -> float | None:
-    """Return the Zipf coefficient of the tokens' frequencies; None for fewer than two distinct tokens."""
+    """Return the slope of log frequency over log rank of the tokens, negated (Zipf); None for one token."""
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None
@@ -66,14 +65,15 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
 
-    One text is left out at a time (Efron and Stein 1981, The Jackknife Estimate of Variance). The interval is
-    Student's, with n - 1 degrees of freedom. None: the statistic is undefined for all texts or without one.
+    The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
+    The interval is Student's, with n - 1 degrees of freedom for n texts. Returns None if `figure` has no
+    value for all texts, or has no value for the texts without one of them.
     """
     value, n = figure(texts), len(texts)
     # A bootstrap would draw a continuation twice and count the copy as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
-    if value is None or len(known) < n or n < 2:  # one text has no variance
+    if value is None or len(known) < n or n < 2:  # one text gives no variance
         return None
     squares = float(np.sum((np.array(known) - np.mean(known)) ** 2))
     reach = t_quantile(0.975, n - 1) * math.sqrt((n - 1) / n * squares)
@@ -81,9 +81,9 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 
 
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
-    """Return all statistics of the continuations by one strategy, each with its interval.
+    """Return all statistics of the texts that one decoding strategy generated, each with its interval.
 
-    `ended` says whether each text reached end-of-text; it is None for human text, which is cut.
+    `ended` has True for each text that reached end-of-text; it is None for human text, which is cut.
     """
     shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),
@@ -94,7 +94,7 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
     found = {name: jackknife(texts, figure, highest=1.0) for name, figure in shares.items()}
     found["zipf"] = jackknife(texts, zipf)
     found["tokens"] = jackknife(texts, lambda some: sum(map(len, some)) / len(some) if some else None)
-    # Each continuation counts as 0 or 1, so Wilson's interval applies.
+    # Each text counts as 0 or 1, so the interval is Wilson's interval of a share.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
         found["ended"] = wilson(sum(ended), len(ended))

@@ -1,4 +1,4 @@
-"""Per-document losses: the metrics that are computed from them, and their Parquet file."""
+"""Compute metrics from the per-document losses, and write and read the losses as a Parquet file."""
 
 import io
 from collections.abc import Mapping
@@ -18,39 +18,39 @@ Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 _COUNTS = ("bytes", "tokens", "own_tokens", "words")
-_VIEW = "nats_"  # a view's column is called nats_<view>
+_VIEW = "nats_"  # the losses of the view `strided` are in the column `nats_strided`
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Per-document losses by position in the window, in buckets.
+    """The nats of each document, summed over buckets of positions in the window.
 
-    Bucket 0 is the first target of a window. Bucket b has the targets 2^(b-1) + 1 to 2^b.
+    Bucket 0 has the first target of each window. Bucket b has the targets 2^(b-1) + 1 to 2^b of each window.
     """
 
-    nats: Floats  # (documents, buckets), total of each bucket
-    tokens: Counts  # (documents, buckets), in the model's own tokens
+    nats: Floats  # (documents, buckets), total nats in each bucket
+    tokens: Counts  # (documents, buckets), number of targets, in the tokens of the model's tokenizer
 
 
 @dataclass(frozen=True)
 class Totals:
     """The per-document losses and counts, in the split's order, from which all metrics are computed."""
 
-    ids: list[str]  # hex
+    ids: list[str]  # the id of each document, in hexadecimal digits
     bytes: Counts  # (documents,), bytes of UTF-8 text
-    tokens: Counts  # (documents,), tokens of the split's tokenizer, each scored once
-    own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer
+    tokens: Counts  # (documents,), scored tokens, in the token file's tokenizer
+    own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer
     nats: Floats  # (documents,), negative log-likelihood
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    views: Mapping[str, Floats] = field(default_factory=dict)  # nats in each other view, (documents,)
+    views: Mapping[str, Floats] = field(default_factory=dict)  # view: nats of each document, (documents,)
     positions: Positions | None = None  # `write_totals` does not write it
 
 
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte of a view, each with its 95 % interval.
 
-    `nats` are those of the view, `chosen` selects documents; both are (documents,). A perplexity is None if
-    it is too large for a float: that of a diverged model, or that of the words of a text without spaces.
+    `nats`, (documents,), are the losses in the view. `chosen`, (documents,), is True for the documents that
+    count; None selects all documents. A perplexity that is too large for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:
@@ -72,7 +72,7 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
 
 
 def by_position(positions: Positions) -> list[dict[str, Any]]:
-    """Return the loss of each range of positions in the window, in nats per own token, with its interval."""
+    """Return the loss in each bucket of positions, in nats per token of the model, with its 95 % interval."""
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
         reached = tokens > 0
@@ -109,7 +109,7 @@ def write_totals(path: Path, totals: Totals) -> None:
 def read_totals(path: Path) -> Totals:
     """Read a file that `write_totals` wrote.
 
-    Raises MissingInput if the file does not exist, and BadData if it is damaged or of another kind.
+    Raises MissingInput if the file does not exist, and BadData if its content is not per-document losses.
     """
     import pyarrow
     import pyarrow.parquet
@@ -129,7 +129,7 @@ def read_totals(path: Path) -> Totals:
 
 
 def _checked(name: str, column: Any) -> Any:
-    """Return a column as an array, or None for an optional one with nulls; raises ValueError if it is bad."""
+    """Return a column as an array; None for a column without values. Raises ValueError for a bad value."""
     if name in ("own_tokens", "words") and column.null_count:
         return None
     values = column.to_numpy()
