@@ -9,7 +9,6 @@ import pytest
 from compactgpt.common.errors import BadData, OutsideFolder
 from compactgpt.tracking.dvc_files import (
     Cache,
-    Commit,
     Folder,
     checkout,
     entry_key,
@@ -102,14 +101,6 @@ def test_a_listing_of_the_cache_writes_nothing_outside_of_its_folder(root, name)
     with pytest.raises(OutsideFolder):
         checkout(Cache(root), Folder(root), "x", "0" * 32 + ".dir", root / "copy")
     assert list((root / "other").iterdir()) == []
-
-
-def test_a_commit_is_read_without_touching_the_work_tree(root):
-    for words in [["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]]:
-        tracking_store.git(root, *words)
-    (root / "params.yaml").write_text("changed")
-    assert Commit(root, "HEAD").read("params.yaml") == b"b: {names: [one, two]}"
-    assert Commit(root, "HEAD").read("absent") is None
 
 
 def test_a_lock_that_dvc_was_writing_when_it_was_killed_is_restored(root):

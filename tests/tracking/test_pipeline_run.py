@@ -116,25 +116,25 @@ def test_a_skipped_stage_is_named_with_a_link_to_the_run_that_made_it(root):
     assert stage_statuses(third)["training"] == ("skipped: from the run cache of DVC", link)
 
 
-def test_a_pipeline_that_dvc_did_not_bring_to_its_end_is_not_finished(root):
-    """`dvc` was killed between two stages: no stage failed, and the outputs of the next stage are older."""
+@pytest.mark.parametrize(
+    ("ended", "command", "status"),
+    [
+        ("FINISHED", "dvc repro", "FAILED"),  # `dvc` was killed between the stages
+        ("FINISHED", "dvc repro training", "FINISHED"),
+        ("KILLED", "dvc repro", "KILLED"),
+    ],
+)
+def test_a_pipeline_that_did_not_reach_its_end_has_no_metric_of_an_older_model(root, ended, command, status):
+    run_pipeline(root, "training", "evaluation")
     (root / "params.yaml").write_text("model: {n_layer: 3}")
     save_lock(root, {"training": STAGES["training"]}, DEPS, model={"n_layer": 3})
-    stopped = run_pipeline(root, "training")
-    assert stopped.info.status == "FAILED"
-    assert "dvc.lock has no results for evaluation" in stopped.data.tags["mlflow.note.content"]
-    asked = run_pipeline(root, "training", command="dvc repro training")
-    assert asked.info.status == "FINISHED"
-
-
-def test_a_stopped_run_has_no_metric_of_an_older_model(root):
-    run_pipeline(root, "training", "evaluation")
-    (root / "params.yaml").write_text("model: {n_layer: 60}")
-    stopped = run_pipeline(root, "training", status="KILLED")
-    assert (stopped.info.status, stopped.data.params) == ("KILLED", {"model.n_layer": "60"})
-    assert "eval/loss" not in stopped.data.metrics
-    statuses = {stage: what for stage, (what, _) in stage_statuses(stopped).items()}
-    assert statuses == {"training": "ran (killed)", "evaluation": "not reached"}
+    found = run_pipeline(root, "training", status=ended, command=command)
+    assert (found.info.status, found.data.params) == (status, {"model.n_layer": "3"})
+    assert "eval/loss" not in found.data.metrics
+    statuses = {stage: what for stage, (what, _) in stage_statuses(found).items()}
+    assert statuses == {"training": f"ran ({ended.lower()})", "evaluation": "not reached"}
+    has_reason = "dvc.lock has no results for" in found.data.tags["mlflow.note.content"]
+    assert has_reason == (status != "FINISHED")
 
 
 @pytest.mark.parametrize(

@@ -102,26 +102,6 @@ def test_a_server_that_is_killed_and_restarted_loses_and_doubles_nothing(server,
     assert evaluation.data.metrics == {"eval/loss": 2.0}
 
 
-def test_a_store_that_the_ui_has_open_is_written_next_to_it_and_both_see_all(server, root, monkeypatch):
-    run = journal(root)
-    run.metrics({"train/loss": 3.0}, 1)
-    assert not copy(root)
-    with monkeypatch.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", server.uri)
-        (found,) = runs(root)
-        assert history(root, found, "train/loss") == [(1, 3.0)]
-        open_store(root).client.set_tag(found.info.run_id, "looked", "yes")  # the page writes, too
-    (root / "report.json").write_text("{}")
-    run.artifact(root / "report.json", "reports")
-    run.end("FINISHED")
-    sync(root)
-    (found,) = runs(root)
-    assert (found.info.status, found.data.tags["looked"]) == ("FINISHED", "yes")
-    address = f"{server.uri}/get-artifact?path=reports/report.json&run_id={found.info.run_id}"
-    with urllib.request.urlopen(address, timeout=20) as answer:
-        assert answer.read() == b"{}"
-
-
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
