@@ -50,7 +50,7 @@ MEMORY_BYTES = 2**31  # that a reader may take in addition to the tests
 SECONDS = 5  # that a reader may take, on a busy machine
 
 POSITIONS = st.floats(0, 1, exclude_max=True)
-EDITS = st.sampled_from(["change", "cut", "insert", "repeat"])
+EDITS = st.sampled_from(["change", "cut", "insert"])
 DAMAGE = st.lists(st.tuples(EDITS, POSITIONS, st.binary(min_size=1, max_size=6)), min_size=1, max_size=3)
 NUMBERS = [True, -1, 0, 1, 10**30, 1e308, -0.5, 2**63, 2**31]
 OTHERS = [None, "", "x", "../../etc/passwd", "\x00", "1e3", "nan", "漢" * 99, [], {}, [[]], {"": {}}, [None]]
@@ -63,24 +63,17 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=3)
 def examples(number):
     """Settings of a property: how many examples `make test` tries."""
     return settings(
-        max_examples=EXAMPLES or number,
-        derandomize=not EXAMPLES,
-        deadline=None,
-        database=None,
+        max_examples=EXAMPLES or number, derandomize=not EXAMPLES, deadline=None, database=None,
         phases=[Phase.generate],  # the damage is small as it is drawn
         suppress_health_check=list(HealthCheck),
-    )
+    )  # fmt: skip
 
 
 def damage_bytes(content: bytes, damage) -> bytes:
     for edit, position, new in damage:
         at = int(position * len(content))
-        content = {
-            "change": content[:at] + new + content[at + len(new) :],
-            "cut": content[:at],
-            "insert": content[:at] + new + content[at:],
-            "repeat": content[:at] + content[: min(at, 4096)] + content[at:],
-        }[edit]
+        rest = {"change": new + content[at + len(new) :], "cut": b"", "insert": new + content[at:]}[edit]
+        content = content[:at] + rest
     return content
 
 
@@ -121,10 +114,10 @@ def is_refused(read, *arguments) -> bool:
     try:
         read(*arguments)
     except UserError as error:
-        message = str(error)
+        message = str(error).strip()
     finally:
         signal.alarm(0)
-    assert message is None or 0 < len(message.strip()) < 20_000
+    assert message is None or 0 < len(message) < 20_000
     return message is not None
 
 
@@ -155,15 +148,6 @@ LOCK = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": "c", "md
 ACCEPTED = ROOT / "reports/accepted.json"
 
 
-def read_claims(tree, _):
-    judge_claims(check_section(tree, Claims, "claims.yaml").claims, {})
-
-
-def read_lock(tree, _):
-    for entry in entries_of(json_bytes(tree)).values():
-        outs(entry)
-
-
 def read_reference(tree, folder):
     (folder / "accepted.json").write_text(json.dumps(tree))
     accepted = references.read_reference("accepted.json", folder)
@@ -175,8 +159,11 @@ def read_reference(tree, folder):
     ("tree", "read"),
     [
         (read_yaml(ROOT / "params.yaml"), lambda tree, _: parse_params(tree)),
-        (read_yaml(ROOT / "claims.yaml"), read_claims),
-        (LOCK, read_lock),
+        (
+            read_yaml(ROOT / "claims.yaml"),
+            lambda tree, _: judge_claims(check_section(tree, Claims, "claims.yaml").claims, {}),
+        ),
+        (LOCK, lambda tree, _: [outs(entry) for entry in entries_of(json_bytes(tree)).values()]),
         (json.loads(ACCEPTED.read_bytes()), read_reference),
     ],
     ids=["params.yaml", "claims.yaml", "dvc.lock", "accepted.json"],
@@ -229,19 +216,15 @@ FILES = {
 }
 
 
-def read_any(path):
-    if path.suffix == ".whl":
-        wheels.read_member(path, "a==1", "a/x")
-    else:
-        list(read_file(path.parent, path.name, PARAMS.download))
-
-
 @pytest.mark.parametrize("name", FILES)
 @examples(20)
 @given(damage=DAMAGE)
 def test_files_with_other_bytes(scratch, name, damage):
     (scratch / name).write_bytes(damage_bytes(FILES[name], damage))
-    is_refused(read_any, scratch / name)
+    if name.endswith(".whl"):
+        is_refused(wheels.read_member, scratch / name, "a==1", "a/x")
+    else:
+        is_refused(lambda: list(read_file(scratch, name, PARAMS.download)))
 
 
 @examples(60)
@@ -307,14 +290,13 @@ def folders(scratch):
     save_state(scratch / "states", "key", 2, {"weight": torch.ones(3)}, {"rows": []})
     save_hf(tiny_gpt(encoding.n_vocab, n_layer=1, n_embd=4), scratch / "foreign", scratch / "tokenizer")
     baselines.read_folder(scratch / "foreign")  # imports take more time than a reader may take
-    readers = {
-        "tokens": read_tokens,
-        "tokenizer": load_encoding,
-        "model": load_model,
-        "foreign": read_foreign,
+    return {
+        "tokens": Folder(scratch / "tokens", read_tokens),
+        "tokenizer": Folder(scratch / "tokenizer", load_encoding),
+        "model": Folder(scratch / "model", load_model),
+        "foreign": Folder(scratch / "foreign", read_foreign),
+        "state": Folder(scratch / "states/step-00000002", read_state),
     }
-    found = {name: Folder(scratch / name, read) for name, read in readers.items()}
-    return {**found, "state": Folder(scratch / "states/step-00000002", read_state)}
 
 
 @pytest.mark.parametrize("name", ["tokens", "tokenizer", "model", "state", "foreign"])
@@ -365,8 +347,7 @@ def test_a_model_of_more_layers_than_it_has_tensors_is_refused_before_it_is_buil
     folder = folders["foreign"]
     config = json.loads(folder.files["config.json"]) | {"n_layer": 10**12}
     folder.write("config.json", json_bytes(config), new_manifest=True)
-    message = "has 1,000,000,000,000 layers, but the weight files have only 16 tensors"
-    with pytest.raises(BadData, match=message):
+    with pytest.raises(BadData, match="has 1,000,000,000,000 layers, but the weight files have only 16"):
         baselines.read_folder(folder.path)
 
 

@@ -53,7 +53,6 @@ def test_what_was_written_is_synced_before_it_is_renamed_and_its_name_after(tmp_
 
 def test_a_line_of_the_journal_that_was_written_in_part_damages_no_other(tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, content[:7]))  # the rest follows
     journal = Journal(tmp_path, "training", {"tags": {}})
 
     def fail_halfway(handle, content):
@@ -63,23 +62,22 @@ def test_a_line_of_the_journal_that_was_written_in_part_damages_no_other(tmp_pat
     monkeypatch.setattr(os, "write", fail_halfway)
     with pytest.raises(OSError, match="refused"):
         journal.metrics({"loss": 3.0}, 1)
-    monkeypatch.setattr(os, "write", real)
+    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, content[:7]))  # the rest follows
     journal.metrics({"loss": 2.0}, 2)
     journal.end("FINISHED")
-    (path,) = tmp_path.glob("**/journal.jsonl")
-    kinds = [(line["kind"], line.get("step")) for line in journal_lines(path.read_bytes())]
+    lines = journal_lines((journal.folder / "journal.jsonl").read_bytes())
+    kinds = [(line["kind"], line.get("step")) for line in lines]
     assert kinds == [("start", None), ("metrics", 2), ("end", None)]
 
 
 def test_a_folder_whose_successor_cannot_be_renamed_stays(tmp_path, monkeypatch):
     write_folder(tmp_path / "out")
     before = storage.verified_manifest(tmp_path / "out")
-    real = os.rename
+    real, refused = os.rename, [OSError(errno.EIO, "refused")]
 
     def fail_once(source, target):
-        if not Path(target).name.startswith("."):
-            monkeypatch.setattr(os, "rename", real)
-            raise OSError(errno.EIO, "refused")
+        if refused and not Path(target).name.startswith("."):
+            raise refused.pop()
         real(source, target)
 
     monkeypatch.setattr(os, "rename", fail_once)

@@ -22,6 +22,7 @@ from tests.support.tracking_store import journal, runs
 
 FAULTS = ["stall", "cut", "mute", "refused", "nonsense"]
 SECONDS = 25  # on a busy machine
+NAME = "tiny-1.0-py3-none-any.whl"
 
 
 def make_wheel():
@@ -39,31 +40,28 @@ def make_wheel():
 WHEEL = make_wheel()
 
 
+LINK = f'<a href="/files/{NAME}#sha256={sha256(WHEEL).hexdigest()}">{NAME}</a>'
+
+
 class Handler(socketserver.BaseRequestHandler):
     """Answers one request with the fault of the server."""
 
     def handle(self):
-        words = self.request.recv(65536).split()
-        fault = self.server.fault
+        request, fault = self.request.recv(65536), self.server.fault
         self.server.asked = True
-        status, kind, body = self.page(words[1].decode() if len(words) > 1 else "", fault)
+        status, kind, body = "200 OK", "application/octet-stream", WHEEL
+        if fault == "refused":
+            status, kind, body = "503 Service Unavailable", "text/plain", b"come back later"
+        elif fault == "nonsense":
+            kind, body = "text/html", b"<html>a hotel's page: log in</html>"
+        elif b" /simple/" in request:
+            kind, body = "text/html", f"<!DOCTYPE html><html><body>{LINK}</body></html>".encode()
         head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
         if fault != "mute":
             self.request.sendall(f"{head}Connection: close\r\n\r\n".encode())
             self.request.sendall(body[: len(body) // 2] if fault in ("stall", "cut") else body)
         if fault in ("mute", "stall"):
             self.server.closing.wait()  # leaves the connection open
-
-    def page(self, path, fault):
-        if fault == "refused":
-            return "503 Service Unavailable", "text/plain", b"come back later"
-        if fault == "nonsense":
-            return "200 OK", "text/html", b"<html>a hotel's page: log in</html>"
-        if path.startswith("/simple/"):
-            file = "tiny-1.0-py3-none-any.whl"
-            link = f'<a href="/files/{file}#sha256={sha256(WHEEL).hexdigest()}">{file}</a>'
-            return "200 OK", "text/html", f"<!DOCTYPE html><html><body>{link}</body></html>".encode()
-        return "200 OK", "application/octet-stream", WHEEL
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.support.tiny_pipeline import ROOT, make_place, params_tree, write_inputs
+from tests.support.tracking_store import git
 
 pytestmark = pytest.mark.robustness
 
@@ -31,12 +32,11 @@ PYTHON = Path(sys.executable)
 
 def make_clone(target):
     """Copy what git would commit now into a repository with the tiny chain's parameters and inputs."""
-    named = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, named.stdout.split("\0")):
+    for name in git(ROOT, "ls-files", "-z").split("\0"):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target / name)
-    subprocess.run(["git", "init", "-q"], cwd=target, check=True)
+    git(target, "init", "-q")
     shutil.move(make_place(target / "inputs") / ".state", target / ".state")
     shutil.rmtree(target / "inputs")
     write_inputs(target, 1)

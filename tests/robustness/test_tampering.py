@@ -18,6 +18,7 @@ from compactgpt.reporting.verify import Verification, check_lock, check_manifest
 from tests.support.comparison_inputs import PARAMS, ROOT
 from tests.support.tiny_corpus import make_documents
 from tests.support.tiny_models import save_split, save_tokenizer, tiny_gpt
+from tests.support.tracking_store import git
 
 ROUNDS, OF_LOCK = 12, 40
 DVC = "from dvc.repo import Repo; Repo.init(no_scm=True).commit(force=True)"
@@ -48,18 +49,11 @@ def chain(tmp_path):
     sums = np.arange(1, 4)
     totals = Totals(["a", "b", "c"], sums, sums, sums, sums / 3)
     write_totals(tmp_path / "data/evaluation/compact.parquet", totals)
-    listed = subprocess.run(
-        ["git", "ls-files", "reports"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
+    for name in git(ROOT, "ls-files", "reports").splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     subprocess.run([sys.executable, "-c", DVC], cwd=tmp_path, check=True, capture_output=True)
     return tmp_path
-
-
-def outs_with(chain: Path, path: Path) -> list[str]:
-    return [out for _, outs in CHAIN.values() for out in outs if path.is_relative_to(chain / out)]
 
 
 def find_differences(place: Path) -> str:
@@ -82,7 +76,8 @@ def test_changed_bytes_are_found_and_each_output_is_named(chain):
             path.write_bytes(content[:place] + bytes([content[place] ^ change]) + content[place + 1 :])
         found = find_differences(chain)
         for path, content in before.items():
-            assert any(f"{out} is not what dvc.lock has" in found for out in outs_with(chain, path)), path
+            (out,) = (out for _, outs in CHAIN.values() for out in outs if path.is_relative_to(chain / out))
+            assert f"{out} is not what dvc.lock has" in found, path
             path.write_bytes(content)
     lock, content = chain / "dvc.lock", (chain / "dvc.lock").read_bytes()
     values = re.finditer(rb"(?:md5|path|cmd|n_layer): (.+)", content)  # sizes are not compared

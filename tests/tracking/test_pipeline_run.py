@@ -18,6 +18,7 @@ from tests.support.tracking_store import (
     copy,
     ended_dvc,
     enter_project,
+    git,
     history,
     journal,
     runs,
@@ -259,10 +260,10 @@ def test_a_model_that_cannot_be_logged_leaves_the_run_complete_and_sync_tries_ag
 
 def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path):
     """Its scratch folder is being removed; the commit comes some seconds after its process has ended."""
-    tracking_store.git(root, "init", "-q")
-    tracking_store.git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
-    tracking_store.git(root, "commit", "-qm", "x")
-    baseline = tracking_store.git(root, "rev-parse", "HEAD")
+    git(root, "init", "-q")
+    git(root, "add", "dvc.yaml", "params.yaml", "dvc.lock", "reports")
+    git(root, "commit", "-qm", "x")
+    baseline = git(root, "rev-parse", "HEAD")
     (scratch := tmp_path / "scratch").mkdir()
     (scratch / "dvc.yaml").write_bytes((root / "dvc.yaml").read_bytes())
     (scratch / "params.yaml").write_text("model: {n_layer: 3}")
@@ -273,8 +274,8 @@ def test_an_experiment_is_read_from_the_commit_that_dvc_keeps(root, tmp_path):
     (root / "params.yaml").write_text("model: {n_layer: 3}")
     (root / "reports/training.json").write_text(json.dumps({"best_val_loss": 1.0}))
     save_lock(root, STAGES, DEPS, model={"n_layer": 3})
-    tracking_store.git(root, "commit", "-qam", "wide")
-    tracking_store.git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
+    git(root, "commit", "-qam", "wide")
+    git(root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/wide", "HEAD")
     lock = (root / "dvc.lock").read_bytes()
     make(root, 9.0)  # another experiment, in the workspace
     sync(root)

@@ -33,6 +33,7 @@ from compactgpt.tracking.reproduce import DIFFERENT, IDENTICAL, ROUNDING, compar
 from compactgpt.tracking.store import open_store
 from tests.support import tracking_store
 from tests.support.dvc_projects import dvc
+from tests.support.tracking_store import git
 
 CHAIN = """
 stages:
@@ -85,10 +86,10 @@ def finished(tmp_path_factory, empty_store):
     (root / "corpus").mkdir()
     (root / "corpus/text").write_text("some text")
     (root / "mlflow.db").write_bytes(empty_store)
-    tracking_store.git(root, "init", "-q")
+    git(root, "init", "-q")
     dvc(root, "init", "-q")
-    tracking_store.git(root, "add", ".")
-    tracking_store.git(root, "commit", "-qm", "x")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "x")
     (root / "params.yaml").write_text("training:\n  steps: 4\n")
     dvc(root, "repro", "-q")
     with pytest.MonkeyPatch.context() as patched:
@@ -132,7 +133,7 @@ def commit_to_branch(root):
     def commit(files):
         names.append(f"branch-{len(names)}-{os.getpid()}")
         tree = root.parent / names[-1]
-        tracking_store.git(root, "worktree", "add", "-q", "-b", names[-1], str(tree), "HEAD")
+        git(root, "worktree", "add", "-q", "-b", names[-1], str(tree), "HEAD")
         for path, content in {"dvc.lock": (root / "dvc.lock").read_text(), **files}.items():
             (tree / path).parent.mkdir(parents=True, exist_ok=True)
             (tree / path).unlink(missing_ok=True)
@@ -140,14 +141,14 @@ def commit_to_branch(root):
                 (tree / path).symlink_to(content)
             else:
                 (tree / path).write_text(content)
-            tracking_store.git(tree, "add", "-f", path)
-        tracking_store.git(tree, "commit", "-qm", "\x1b[2Jof someone else")
-        tracking_store.git(root, "worktree", "remove", "--force", str(tree))
+            git(tree, "add", "-f", path)
+        git(tree, "commit", "-qm", "\x1b[2Jof someone else")
+        git(root, "worktree", "remove", "--force", str(tree))
         return names[-1]
 
     yield commit
     for name in names:
-        tracking_store.git(root, "branch", "-D", "-q", name)
+        git(root, "branch", "-D", "-q", name)
 
 
 def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc(
@@ -155,15 +156,13 @@ def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc
 ):
     settings = root / ".dvc/config.local"
     settings.write_text("['remote \"store\"']\nurl = s3://bucket\nsecret_access_key = KEY\n")
-    before, lines = tracking_store.git(root, "status", "--porcelain"), []
-    try:
-        result = reproduce(version, log=lines.append, keep=True)
-    finally:
-        settings.unlink()
+    before, lines = git(root, "status", "--porcelain"), []
+    result = reproduce(version, log=lines.append, keep=True)
+    settings.unlink()
     assert (result.verdict, list(result.stages)) == (IDENTICAL, ["estimate", "download", "training"])
     assert lines[-1] == "the data comes from DVC's cache, by its hash"
     assert "Stage 'download' didn't change, skipping" in capfd.readouterr().err
-    assert tracking_store.git(root, "status", "--porcelain") == before
+    assert git(root, "status", "--porcelain") == before
     (folder,) = (root / ".state/reproductions").iterdir()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files if b"secret_access_key" in path.read_bytes()]
@@ -206,8 +205,8 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
     text.write_text("changed since")
     assert "corpus has changed since the data was made" in find_missing(version, root)[0]
     text.write_text(content)
-    other = {**version.packages, "numpy": "0.1"}
-    other = replace(version, packages=other, machine={**version.machine, "cpu.vectors": "sve"})
+    versions, machine = {**version.packages, "numpy": "0.1"}, {**version.machine, "cpu.vectors": "sve"}
+    other = replace(version, packages=versions, machine=machine)
     check = reproduce(other, check=True)
     assert [note.partition(",")[0] for note in check.notes] == ["cpu.vectors was sve", "numpy was 0.1"]
     assert check.lines()[-1].endswith("can be run again here")
@@ -225,18 +224,15 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
 def test_another_processor_explains_a_small_difference_of_a_loss(
     tmp_path, loss, machine, params, verdict, why
 ):
-    places = []
     for name, value, changed in (("old", 4.857, {}), ("new", loss, params)):
-        places.append(Folder(tmp_path / name))
         (tmp_path / name / "reports").mkdir(parents=True)
         (tmp_path / name / "reports/training.json").write_text(json.dumps({"val_loss": value}))
         (tmp_path / name / "dvc.yaml").write_text("stages: {training: {cmd: x}}")
         tracking_store.save_lock(tmp_path / name, {"training": ["reports/training.json"]}, **changed)
-    old, new = places
-    facts = {**machine_facts(), **machine}
-    known = parse_versions(packages())
-    recorded = Version("run", old, machine=facts, packages=known)
-    result = compare_hashes(recorded, Version("again", new), module.changed_environment(recorded))
+    facts, known = {**machine_facts(), **machine}, parse_versions(packages())
+    recorded = Version("run", Folder(tmp_path / "old"), machine=facts, packages=known)
+    second = Version("again", Folder(tmp_path / "new"))
+    result = compare_hashes(recorded, second, module.changed_environment(recorded))
     assert result.verdict == verdict
     assert why in result.why
     assert result.lines()[-1].startswith(f"run: {verdict}, first in training: ")
@@ -269,14 +265,9 @@ def victim(tmp_path):
 
 @pytest.mark.parametrize(
     "body",
-    [
-        "outs: [../../../../victim]",
-        "outs: ['${{training.steps}}']",
-        "deps: [{victim}/documents/a]",
-        "wdir: {victim}, outs: [documents]",
-        "outs: ['s3://bucket/file']",
-    ],
-)
+    ["outs: [../../../../victim]", "outs: ['${{training.steps}}']", "deps: [{victim}/documents/a]",
+     "wdir: {victim}, outs: [documents]", "outs: ['s3://bucket/file']"],
+)  # fmt: skip
 def test_a_stage_with_a_path_out_of_the_checkout_never_runs(
     commit_to_branch, reproduce, victim, tmp_path, body
 ):
@@ -339,9 +330,8 @@ def test_the_command_shows_code_of_others_and_runs_it_only_with_trust(root, comm
     name = commit_to_branch({"dvc.yaml": f"stages: {{evil: {{cmd: '{command}'}}}}"})
     done = CliRunner().invoke(app, ["reproduce", name])
     assert done.exit_code == NotAllowed.exit_code, done.output
-    assert f"evil  {command}" in done.output
-    assert "without a terminal run `compactgpt reproduce" in done.output
-    assert "--trust" in done.output
+    for text in (f"evil  {command}", "without a terminal run `compactgpt reproduce", "--trust"):
+        assert text in done.output
     assert "\x1b" not in done.output
     assert not (tmp_path / "ran").exists()
     done = CliRunner().invoke(app, ["reproduce", "--trust", name])
@@ -362,12 +352,10 @@ def test_on_a_terminal_the_user_is_asked(root, commit_to_branch, tmp_path, answe
 
 
 def test_a_commit_of_the_present_history_needs_no_consent(root, version, commit_to_branch):
-    def is_in_history(name):
-        commit = tracking_store.git(root, "rev-parse", name)
-        return module.is_in_history(replace(version, commit=commit, place=Commit(root, commit)), root)
-
-    assert is_in_history("HEAD")
-    assert not is_in_history(commit_to_branch({}))
+    for name, expected in (("HEAD", True), (commit_to_branch({}), False)):
+        commit = git(root, "rev-parse", name)
+        found = module.is_in_history(replace(version, commit=commit, place=Commit(root, commit)), root)
+        assert found == expected
     assert not module.is_in_history(version, root)
 
 
