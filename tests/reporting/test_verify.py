@@ -170,7 +170,7 @@ def test_a_report_of_other_parameters_than_those_of_the_lock_is_found(repository
 def test_another_number_in_params_is_named(repository):
     with altered(repository, {"params.yaml": digit_after(repository / "params.yaml", "max_steps: ")}):
         found = run_checks(repository, check_lock, check_estimate).differences
-    assert "dvc.lock: training: training is not that of params.yaml: run `dvc repro`" in found
+    assert "dvc.lock: training: training differs from params.yaml: run `dvc repro`" in found
     assert any(line.startswith("reports/estimate.json: compact.") for line in found)
 
 

@@ -1,8 +1,9 @@
 """The claims of the note *Performance de NanoGPT Compact contre GPT-2*, the evidence, and the verdicts.
 
-A claim is an interval. Evidence is an interval too, or a point if it has no uncertainty. Evidence inside the
-claimed interval supports the claim. Evidence outside the claimed interval contradicts the claim. If the two
-intervals only overlap, the claim is undecided. Values that are only reported or estimated decide no claim.
+A claim is an interval. Evidence is also an interval, or one number if it has no uncertainty. Evidence inside
+the claimed interval supports the claim, and evidence outside the claimed interval contradicts the claim. If
+the two intervals only overlap, the claim is undecided. Values that are only reported or estimated decide no
+claim.
 """
 
 import math
@@ -24,30 +25,33 @@ Verdict = Literal[
     "contradicted",
     "inconclusive",  # the evidence overlaps the claimed interval, but is not inside it
     "self-inconsistent",  # the claim contradicts another claim of the note
-    "misleading",  # true in one reading, false in another
+    "misleading",  # the claim is true in one reading and false in another reading
     "unverifiable",
     "not yet measured",
 ]
 # `derived`: calculated from published values, with the interval that their rounding leaves.
 Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims whose intervals share less than this part of the shorter interval contradict each other.
+# Two claims contradict each other if their intervals share less than this part of the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
 
 class ByEvidence(Section):
-    """The rule to judge a claim by values of the evidence."""
+    """The rule of a claim that is judged by values of the record."""
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]
-    until_measured: tuple[str, ...] = ()  # values that decide as long as a value of `ids` is missing
+    until_measured: tuple[str, ...] = ()  # ids of the values that decide while a value of `ids` is missing
     copied: bool = False  # True: the value is the note's own number
     reason: str = ""
 
 
 class ByAgreement(Section):
-    """The rule to compare claims: a perplexity with a loss, or two perplexities with their ratio."""
+    """The rule of a claim that is judged by other claims of the note.
+
+    `of` names the claims: a perplexity and a loss, or two perplexities and their ratio.
+    """
 
     by: Literal["agreement"]
     through: Literal["logarithm", "ratio"]
@@ -123,7 +127,7 @@ class Claims(Section):
             if isinstance(claim.judged, ByAgreement):
                 named.update(claim.judged.of)
                 if unusable := sorted(set(claim.judged.of) - positive):
-                    yield f"{claim.id}: agreement of {unusable} needs low (above 0) and high"
+                    yield f"{claim.id}: agreement of {unusable} needs low (above 0) and high in each claim"
         if unknown := sorted(named - set(known)):
             yield f"no such claims: {unknown}; use ids of `claims`"
 
@@ -145,7 +149,7 @@ class Evidence:
     stage: str = "comparison"  # the stage that computed the value
     report: str = ""  # the file that contains the value
     context: int | None = None  # the maximum number of tokens that the model could see
-    stride: int | None = None  # tokens between the starts of two windows
+    stride: int | None = None  # number of tokens between the starts of two neighbouring windows
     tokenizer: str = ""  # the model's tokenizer
     data_sha256: str = ""  # hash of the token file on which the value was measured
     weights_sha256: str = ""
@@ -153,7 +157,7 @@ class Evidence:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The value's interval. A missing end is the value itself."""
+        """The value's interval (low, high). The value replaces an end that is missing."""
         low, high = (self.value if end is None else end for end in (self.low, self.high))
         return low, high
 
@@ -169,9 +173,9 @@ class Published(Section):
         needed |= {"openwebtext.bytes_per_token", "gpt2.webtext_figure.perplexity"}
         missing = sorted(needed - {value.id for value in self.values}) + sorted({"gpt2"} - set(self.models))
         if missing:
-            yield f"the comparison needs {missing}: add what is missing"
+            yield f"the comparison needs {missing}: add these values or models to published.yaml"
         if own := [value.id for value in self.values if value.known in ("measured", "computed", "estimated")]:
-            yield f"{own}: `known` must be published, derived or reported"
+            yield f"{own}: `known` must be published, derived or reported in published.yaml"
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return the relation of an interval to a claimed interval; touching from outside is "overlaps"."""
+    """Say how an interval lies to a claimed interval. Two intervals that share only an end overlap."""
     if claim_low <= low and high <= claim_high:
         return "inside"
     return "outside" if high < claim_low or low > claim_high else "overlaps"

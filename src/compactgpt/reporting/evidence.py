@@ -1,8 +1,8 @@
 """Build the record, reports/evidence.json, from reports, claims and published values.
 
-The other modules of `reporting` read only the record, so every number that they show is in it. Ids of values
-have the form `<model>.<quantity>`. The model `note` is the note's model, and `compact` is the model trained
-in this project. The id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
+Pages, tables and plots show only values of the record. Ids of values have the form `<model>.<quantity>`. The
+model `note` is the note's model, and `compact` is the model trained in this project. The id of a value on
+another corpus contains the corpus: `gpt2.openwebtext.loss`.
 """
 
 from collections import Counter
@@ -31,13 +31,14 @@ NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-# Ratios of published perplexities: id -> stems of the ids of numerator and denominator.
+# id of a ratio of published perplexities -> the beginnings of the ids of its numerator and denominator
 PUBLISHED_RATIOS = {
     "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
     "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
     "ratio.gpt2_openwebtext_to_webtext.perplexity": ("gpt2.openwebtext", "gpt2.webtext_figure"),
 }
-TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}  # every other text metric is a share
+# Units of text metrics. Every other text metric is a share.
+TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
 
 
 def build_record(sources: Sources) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "diverged": sources.training.diverged,
         "validation": validation.model_dump() | {"window": window},
         "curve": sources.curve,
-        # loss by position in the window, in nats per token of each model's own tokenizer
+        # model -> loss at each range of positions in the window, in nats per token of the model's tokenizer
         "positions": {
             one.name: [row.model_dump() for row in one.score.by_position]
             for one in scores
@@ -104,11 +105,12 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
-    """Return a model's rows of the main table: one for each view of the text.
+    """Return a model's rows of the main table: one row for each context with which the model was measured.
 
-    `scores` is the start of the ids of a row's values. `view` is `matched` (the windows that neural models
-    share), `own` (the model's own context), `both` (its own context is that window), or `document` for a
-    model without windows; `context` says what such a model sees.
+    `scores` is the beginning of the ids of the row's values. `view` is `matched` (the windows that all neural
+    models share), `own` (the model's own maximum context), `both` (the own context is the shared window), or
+    `document` (a compressor or n-gram model, which has no windows). `context` says what a model without
+    windows sees of the text.
     """
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
@@ -178,7 +180,7 @@ def collect_evidence(sources: Sources) -> Iterator[Evidence]:
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
-    """Yield the size, token budget and expected loss of one of the two estimated runs."""
+    """Yield the size, the training tokens and the expected loss of one run of reports/estimate.json."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
     sizes = asdict(forecast.parameters).items()
@@ -230,9 +232,10 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
 
 
 def _published(published: Published) -> Iterator[Evidence]:
-    """Yield the published values, and what follows from them: perplexities, bits per byte, and ratios.
+    """Yield the published values, and the perplexities, bits per byte and ratios calculated from them.
 
-    A derived value has the interval that the rounding of the published values leaves.
+    Published values are rounded. The interval of a calculated value contains every value that this rounding
+    allows.
     """
     found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
@@ -254,7 +257,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Return another quantity of a published loss: the function of the loss and of its limits."""
+    """Return the value and the interval that an increasing function gives for a published loss."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(
@@ -268,16 +271,17 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return the per-document nats on the shared windows, key "", and in the model's own context, key ".own".
+    """Return each document's loss in nats, (documents,), on shared windows and with the model's own context.
 
-    The second key is missing if the model has no context of its own, or if that context is the shared window.
+    The keys are "" for the windows that all models share and ".own" for the model's own context. ".own" is
+    missing if the model has no windows, or if the model's own context is the shared window.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
 def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
-    """Return the fields that all values of one model's report share.
+    """Return the fields of Evidence that are equal for all values of one model's report.
 
     `view` is "" for values on the shared windows and ".own" for values in the model's own context. All other
     values, and all values of compressors and n-gram models, have neither a context nor a stride.
@@ -327,14 +331,14 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Score | View, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, perplexity and bits per byte; a perplexity that is too large for a float is left out."""
+    """Yield loss, perplexity and bits per byte, without a perplexity that is too large for a float."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
             yield _interval(f"{stem}.{quantity}", bounds, unit, about)
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the scores on the shared windows and in other windows, and a baseline's parameter counts."""
+    """Yield a model's scores with each context, and the numbers of parameters of a baseline."""
     name, score = measured.name, measured.score
     on_windows, about = _common(measured, sources, ""), _common(measured, sources)
     yield from _scores(name, score, on_windows)
@@ -352,7 +356,7 @@ def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 
 
 def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield one model's score on each task, and the metrics of the text that it generated.
+    """Yield a model's score on each task, and the metrics of the text that the model generated.
 
     The metrics of human text are the same in all reports, so only the compact model's report yields them.
     """
@@ -394,9 +398,9 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the ratio of the compact model's perplexity to a baseline's in each view, paired, if finite.
+    """Yield the compact model's perplexity divided by a baseline's, on shared windows and with own contexts.
 
-    In the view `own`, each of the two models has its own context.
+    The ratio is calculated from pairs of losses, one pair for each document. An infinite ratio is left out.
     """
     compact = sources.compact
     ours = compact.totals
@@ -411,7 +415,7 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield McNemar's p-value for each task where the compact model and the baseline have the same items."""
+    """Yield the p-value of McNemar's test for each task that both models answered on the same items."""
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
     about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"

@@ -2,7 +2,8 @@
 
 The page is one file that needs no network, no script and no other file. Each language is an <article>. Two
 radio buttons and a CSS rule select the visible <article>. Plots are inline SVG and use the page's CSS
-variables as colours. Every number shows its source, and links to its row in the page's last table.
+variables as colours. Every number shows its source and links to the row of the last table that
+describes the number.
 """
 
 import csv
@@ -43,7 +44,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     `language` is the language of the Markdown and the plots, and the first visible language of the page.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # sort the keys, as in the written file
+    record = json.loads(content)  # in the written file, keys are sorted
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),
@@ -99,7 +100,7 @@ def render_csv(record: Record) -> str:
 
 
 def render_quoted_tables(record: Record) -> dict[str, str]:
-    """Return the tables that README.md contains, in English, by name."""
+    """Return the tables of README.md in English: name of the table -> Markdown."""
     macros: Any = markdown_environment().get_template("macros.md.j2")
     macros = macros.make_module({"view": View(record), "columns": COLUMNS})
     names = ("note", "measured", "published")
@@ -128,7 +129,7 @@ def render_model_card(record: Record) -> str:
 
     view, data = View(record), record["data"]
     corpus = printable(view.corpus)
-    # The evidence has no perplexity that is too large for a float.
+    # A perplexity that is too large for a float is not in the record.
     found = {metric: view.evidence.get(f"{COMPACT}.{metric}") for metric in CARD_METRICS}
     metrics = [
         {"type": metric, "name": CARD_METRICS[metric], "value": item["value"]}
@@ -143,7 +144,7 @@ def render_model_card(record: Record) -> str:
     task = {"type": "text-generation", "name": "Language modeling"}
     results = [{"task": task, "dataset": dataset, "metrics": metrics}]
     metadata: dict[str, Any] = {"tags": ["gpt2", "compactgpt", "from-scratch"]}
-    if data["corpus"] == "hub":  # whose sources have the form `owner/name/split`
+    if data["corpus"] == "hub":  # source names of hub data have the form `owner/name/split`
         metadata["datasets"] = sorted({printable(one["name"].rpartition("/")[0]) for one in data["sources"]})
     metadata["model-index"] = [{"name": "compactgpt", "results": results}]
     as_json = {key: Markup(json_bytes(value).decode().strip()) for key, value in metadata.items()}  # noqa: S704
@@ -152,9 +153,9 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return the card of the model in the folder `model` and "", or "" and the reason why it has no card.
+    """Return (text of the card, "") of the model in a folder, or ("", reason) if the model has no card.
 
-    A card belongs to a model if it contains the hash of the model's weights.
+    A card belongs to a model if the card contains the hash of the model's weights.
     """
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"

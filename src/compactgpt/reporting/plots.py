@@ -29,7 +29,7 @@ COLOURS = {
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters of one line of a label next to an axis
-HEIGHT, LINE_HEIGHT = 3.3, 0.24  # inches: of a plot without rows, and of one line of a row's label
+HEIGHT, LINE_HEIGHT = 3.3, 0.24  # inches: height of a plot without rows; height of a line
 MOST_TICKS = 8  # maximum number of ticks on a logarithmic axis; the labels of more ticks would overlap
 Axes = Any
 
@@ -48,7 +48,7 @@ def _loss(view: View, axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=width)
     _label_curves(view, axes, curve)
     final = view.evidence["compact.loss"]
-    # With few documents, a percentile interval may not contain the value. Error bars must not be negative.
+    # With few documents, an interval may not contain the value. matplotlib refuses negative error bars.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
@@ -121,7 +121,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the label of a row of the main table; the view `own` is on a second line."""
+    """Return the label of a row of the main table: the model's name, and its own context if that was used."""
     return "\n".join([row["name"], *([view.seen_context(row)] if row["view"] == "own" else [])])
 
 
@@ -150,7 +150,7 @@ def _ratio(view: View, axes: Axes) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return at most MOST_TICKS ticks between two limits: 1, 2, 5 times powers of ten, or only the powers."""
+    """Return at most MOST_TICKS ticks between two limits: powers of ten times 1, 2, 5, or only powers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     fine = [digit * 10.0**n for n in decades for digit in (1, 2, 5) if low <= digit * 10.0**n <= high]
     if len(fine) <= MOST_TICKS:
@@ -287,7 +287,7 @@ def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
     prefix = f"{language}-{name}-"  # the page has many plots, and each id must be unique
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", body)
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would apply to the whole page
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # a <style> element changes the whole page
     body = re.sub(r" font-family: [^;\"]*;", "", body)
     box = re.search(r'viewBox="[^"]*"', body)
     opening = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}" stroke-linejoin="round">'
@@ -327,4 +327,4 @@ def _localize_ticks(axis: Any, language: Language) -> None:
     own = axis.get_major_formatter()
     if isinstance(own, ScalarFormatter):
         axis.set_major_formatter(FuncFormatter(lambda x, tick: localized(own(x, tick), language)))
-        axis.get_major_formatter().set_locs = own.set_locs  # to choose the decimals
+        axis.get_major_formatter().set_locs = own.set_locs  # chooses the number of decimals

@@ -31,12 +31,12 @@ PAIRS = {
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# Parameters in which a run may differ from its experiment: machine, baselines, initial weights, user paths.
+# Beginnings of the names of parameters in which a run may differ from its experiment.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Ratios of text metrics to GPT-2's that claims name: end of the ratio's id -> decoding strategy and metric.
+# Claims compare these text metrics with GPT-2's: end of the ratio's id -> decoding strategy and metric.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -48,9 +48,9 @@ TEXT_RATIOS = {
 
 
 class Documents(Section):
-    """Total loss and number of tokens of each document, in the order of the val split."""
+    """Total loss in nats and number of tokens of each document, in the order of the val split."""
 
-    ids_sha256: Sha256
+    ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens
     nats: tuple[float, ...]
     tokens: tuple[int, ...]
 
@@ -71,7 +71,7 @@ class Result(Section):
     data_sha256: Sha256  # hash of the val split's token file
     forecast: Forecast
     documents: Documents
-    evidence: tuple[dict[str, Any], ...]  # measured values, with the experiment's name in their ids
+    evidence: tuple[dict[str, Any], ...]  # measured values; each id contains the experiment's name
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
@@ -90,7 +90,11 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
     changes = experiments.apply(name, root / "params.yaml", conf=conf, write=False)
     if other := [line for line in changes if not line.startswith(NOT_COMPARED)]:
-        raise BadConfig(f"params.yaml is not the experiment {name}, which has\n  " + "\n  ".join(other))
+        raise BadConfig(
+            f"params.yaml is not the experiment {name}, which has\n  "
+            + "\n  ".join(other)
+            + f"\nrun `compactgpt experiment apply {name}` and `dvc repro` first"
+        )
     params = load_params(root / "params.yaml")
     record = read_json(root / "reports" / "evidence.json")
     values = {item["id"]: item["value"] for item in record["evidence"]}
@@ -118,7 +122,7 @@ def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[in
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return the result of an experiment: the measured values of its record, with renamed ids."""
+    """Return an experiment's result: the measured values of the record, with the experiment's name in ids."""
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
     kept = [_rename(item, name, baselines) for item in by_id.values() if item["known"] == "measured"]
@@ -157,7 +161,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the generalisation gap, val loss minus train loss, and the ratios of text metrics to GPT-2's."""
+    """Yield the val loss less the train loss, and the text metrics divided by GPT-2's text metrics."""
     by_id = {item["id"]: item for item in kept}
     val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
     if val_loss is not None and train_loss is not None:
@@ -185,7 +189,7 @@ def _derive(
 
 
 def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Yield the perplexity ratio of each pair in PAIRS that was measured on the same documents."""
+    """Yield the perplexity ratio of each pair of experiments in PAIRS whose val documents are equal."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)

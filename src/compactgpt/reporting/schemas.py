@@ -27,24 +27,24 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import Direction, directions
 
-RECIPE = "nanogpt-recipe"  # an experiment: the recipe of nanoGPT with the compact model's tokens
+RECIPE = "nanogpt-recipe"  # experiment: nanoGPT's recipe with the compact model's tokens
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
 
 class Report(BaseModel):
-    """Base class of the schemas."""
+    """Base class of the schemas of reports."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class _Model(Report):
     kind: str
-    label: str = ""  # the name in tables, with training kind and quantisation
+    label: str = ""  # the model's name in tables
     context: str
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
-    # A model has one of two hashes, depending on its kind: of one file, or of all weight files.
+    # A model in one file has `sha256`. A model in several weight files has `weights_sha256`.
     sha256: str = ""
     weights_sha256: str = ""
 
@@ -157,8 +157,8 @@ class Tokenized(Report):
 
 class _CorpusPart(Report):
     name: str
-    version: str | None = None  # None for a user's own file, as is the licence
-    licence: str | None = None
+    version: str | None = None  # None for a user's own file
+    licence: str | None = None  # None for a user's own file
     documents: int | None = None
     bytes: int | None = None
 
@@ -167,7 +167,7 @@ class Downloaded(Report):
     """Schema of reports/download.json."""
 
     corpus: str
-    name: str  # display name of the corpus
+    name: str  # the corpus' name in tables
     documents: int
     bytes: int
     left_out: dict[str, int] = {}
@@ -189,7 +189,7 @@ class _Law(Report):
 
 
 class Forecast(Report):
-    """Schema of one of the two runs in reports/estimate.json."""
+    """Schema of a run in reports/estimate.json: the run of params.yaml, or the note's run."""
 
     parameters: ParameterCounts
     model: Model
@@ -207,7 +207,7 @@ class _OwnForecast(Forecast):
 
 
 class _NoteForecast(Forecast):
-    hand_set_loss: ExpectedLoss  # a person's forecast; `expected_loss` is the fixed rule's
+    hand_set_loss: ExpectedLoss  # a person's forecast; the fixed rule gives `expected_loss`
 
 
 class _Check(Report):
@@ -223,9 +223,9 @@ class _Check(Report):
 class Calibration(Report):
     """How often the fixed rule's intervals contained the measured loss of a run."""
 
-    of: int
-    held_80: int
-    held_95: int
+    of: int  # number of runs
+    held_80: int  # number of runs whose loss is inside their 80 % interval
+    held_95: int  # number of runs whose loss is inside their 95 % interval
     checks: list[_Check]
 
 
@@ -239,7 +239,7 @@ class Estimates(Report):
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's report and its per-document losses, each with its path."""
+    """One model's report and per-document losses, and the paths of these two files."""
 
     name: str
     source: str
@@ -262,12 +262,12 @@ class Sources:
     samples: list[_Sample]  # the compact model's samples
     download: Downloaded
     tokenization: Tokenized
-    inspections: dict[str, Inspection]  # by stage: `validation` and `inspection`
+    inspections: dict[str, Inspection]  # stage (`validation`, `inspection`) -> its report
     flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
     weights_sha256: str  # hash of the compact model's weights
-    code: dict[str, str]  # SHA-256 of each stage's code
+    code: dict[str, str]  # stage -> SHA-256 of the stage's code
     results: tuple[Result, ...]  # the results store
-    seed_losses: tuple[float, ...]  # losses of runs that differ from the compact model's only in their seed
+    seed_losses: tuple[float, ...]  # losses of runs that differ from the compact run only in their seed
     directions: tuple[Direction, ...]  # what small runs show about claims
 
 
@@ -275,7 +275,7 @@ Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the report of another stage. Raises MissingInput if it is missing, else as `parse_report`."""
+    """Read the report of another stage. Raises MissingInput if it is missing, BadData if it is damaged."""
     try:
         return parse_report(path.read_bytes(), str(path), kind)
     except FileNotFoundError as error:
@@ -283,7 +283,7 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse a report, whose path is `name` in messages.
+    """Parse the bytes of a report. `name` is the report's path in error messages.
 
     Raises BadData if the report is not JSON, or a field is missing or has a wrong value.
     """

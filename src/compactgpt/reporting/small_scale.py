@@ -22,7 +22,7 @@ from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
 Outcome = Literal["same way", "other way", "no effect found"]
-# The figures of one generated text, of words or of the model's own tokens. None: the text is too short.
+# name -> function that returns a figure of one generated text, or None if the text is too short
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -31,7 +31,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 class Direction(Section):
-    """The difference that the small runs show for one claim, and whether it points the way the claim says."""
+    """The difference that small runs show for one claim, and whether its sign is the one of the claim."""
 
     claim: str  # id in claims.yaml
     outcome: Outcome
@@ -40,8 +40,8 @@ class Direction(Section):
     value: float
     low: float  # 95 % interval
     high: float
-    runs: tuple[int, int]  # number of runs, each with another seed, above and below the fraction line
-    otherwise: str  # what the outcome means if it is not "same way"; otherwise empty
+    runs: tuple[int, int]  # numbers of runs of the two groups that are compared
+    otherwise: str  # explanation of an outcome other than "same way"; empty for "same way"
 
 
 def directions(root: Path) -> tuple[Direction, ...]:
@@ -83,9 +83,9 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference of mean losses, by the seed alone.
+    """Return half the width of the 95 % interval of a difference of mean losses, if only the seed varies.
 
-    `losses` of runs that differ in their seed only give the standard deviation, (runs,). `ours` and `theirs`
+    `losses`, (runs,), of runs that differ only in their seed give the standard deviation. `ours` and `theirs`
     are the numbers of runs of the two means.
     """
     deviation = float(np.std(losses, ddof=1))
@@ -93,9 +93,9 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Return the interval of a ratio with another, independent error: `margin` of the ratio's logarithm.
+    """Widen a ratio's interval by an independent error, whose half width in the logarithm is `margin`.
 
-    The two half widths are added as the lengths of two orthogonal vectors.
+    The new half width is the square root of the sum of the two squared half widths.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -104,7 +104,7 @@ def widen(interval: Interval, margin: float) -> Interval:
 
 
 def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
-    """Return the greedy texts of our model and a baseline for the same beginnings of val documents."""
+    """Return pairs of greedy texts (compact model, baseline) after the same beginning of a val document."""
     paths = (reports / "samples.json", reports / "baseline" / f"{baseline}.json")
     if not all(path.exists() for path in paths):
         return []
@@ -120,16 +120,16 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean of a figure of the first texts less that of the second, with Student's 95 % interval.
+    """Return the mean of a figure's differences, first text less second, with Student's 95 % interval.
 
-    The interval has no noise between seeds. A pair with a text that is too short for the figure is left out;
-    the result is None if fewer than two pairs remain.
+    The interval does not include the noise between seeds. A pair with a text that is too short for
+    the figure is left out. The result is None if fewer than two pairs remain.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
     if len(differences) < 2:
         return None
-    # With equal denominators the jackknife's standard error is that of the mean.
+    # With equal denominators, the jackknife gives the standard error of the mean.
     return ratio_interval(np.array(differences), np.ones(len(differences)))
 
 

@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {  # groups of verdicts, for the summary se
     "open": ("inconclusive", "unverifiable"),
     "waits": ("not yet measured",),
 }
-FORMATS = {
+FORMATS = {  # unit -> format of a number
     "parameters": "{:,.0f}",
     "tokens": "{:,.0f}",
     "sequences": "{:,.0f}",
@@ -75,7 +75,7 @@ def localized(number: str, language: Language) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's text, and the id of the value that it shows, or "" for a cell without a value."""
+    """A table cell: its text, and the id of the value that the cell shows, or "" without a value."""
 
     text: str
     id: str = ""
@@ -99,7 +99,7 @@ class View:
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
         self.about_note: bool = record["about_note"]  # False: the run used the user's own corpus
-        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # one for each model and view
+        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # of the main table
         self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
 
@@ -154,7 +154,7 @@ class View:
         return self.words[key].replace("*", "").format(**{**self.facts, **values})
 
     def word(self, section: str, key: str) -> str:
-        """Return the translation of a verdict, a unit or a way of knowing a value."""
+        """Translate a word of the record: a verdict, a unit, or the kind of a value, such as `measured`."""
         return translate(self.language, section, key)
 
     def phrase(self, sentence: str) -> str:
@@ -191,7 +191,7 @@ class View:
         return self.words["not_defined" if is_too_large else "none"]
 
     def cell(self, name: str) -> Cell:
-        """Return a cell with the value of the id `name`, or with a dash if the record has no such value."""
+        """Return a cell with the value whose id is `name`, or with a dash if the record lacks the value."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
@@ -242,7 +242,7 @@ class View:
         return self.say("tally", number=len(self.record["claims"]), counts=", ".join(counts))
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return the groups of verdicts that occur: name, number of claims, and count of each verdict."""
+        """Return each group of verdicts that has claims: its name, number of claims, and a text."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
@@ -280,7 +280,7 @@ class View:
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return the reason for a verdict, the experiment to wait for, and intervals from other claims."""
+        """Return the reasons for a verdict: a sentence, the experiment to run, other claims' intervals."""
         reasons = [self.phrase(claim["reason"])] if claim["reason"] else []
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
@@ -356,7 +356,7 @@ class View:
         return rows
 
     def _sizes_and_scores(self, name: str, scores: str) -> dict[str, Cell]:
-        # `parameters` is counted from the architecture, `num_params` is reported by the baseline
+        # `parameters` was counted from the architecture, `num_params` was reported by the stage `baseline`.
         counted = "parameters" if f"{name}.parameters.all_tensors" in self.evidence else "num_params"
         return {
             "model": Cell(name),

@@ -45,7 +45,7 @@ class Verification:
     differences: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=dict)  # number of comparisons of each kind
-    notes: list[str] = field(default_factory=list)  # remarks that are no differences
+    notes: list[str] = field(default_factory=list)  # remarks for the user that are not errors
 
     def lines(self) -> list[str]:
         """Return the results as lines for the terminal."""
@@ -81,7 +81,7 @@ def verify(root: Path) -> Verification:
 def run_check(
     check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
 ) -> None:
-    """Run one check. A file that the check can't read is added as a difference."""
+    """Run one check. If the check can't read a file, add a difference that names the file."""
     try:
         check(root, params, found)
     except UserError as error:
@@ -91,30 +91,28 @@ def run_check(
 
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
-    """Compare dvc.lock with dvc.yaml, params.yaml and the files as `dvc status` does, but read every file."""
+    """Compare dvc.lock with dvc.yaml, params.yaml and all files, like `dvc status`, but read every file."""
     entries = entries_of(Folder(root).read(LOCK))  # raises UserError for a path outside the project
     names, compared = set(), set()
     with open_repo(root) as repo:
         for stage in (one for one in repo.index.stages if one.cmd):  # a .dvc file has no command
             names.add(stage.name)
             if stage.cmd_changed:
-                found.differences.append(
-                    f"{LOCK}: {stage.name}: cmd is not that of dvc.yaml: run `dvc repro`"
-                )
+                found.differences.append(f"{LOCK}: {stage.name}: cmd differs from dvc.yaml: run `dvc repro`")
             for item in (*stage.deps, *stage.outs):
                 compared.add(item.def_path)
                 for name, state in item.workspace_status().items():
                     if isinstance(state, dict):
                         found.differences += [
-                            f"{LOCK}: {stage.name}: {key} is not that of params.yaml: run `dvc repro`"
+                            f"{LOCK}: {stage.name}: {key} differs from params.yaml: run `dvc repro`"
                             for key in state
                         ]
                     elif state == "deleted" and name.startswith(_FROM_DVC):
                         found.unchecked.append(name)
                     else:
                         found.differences.append(
-                            f"{name} is not what {LOCK} has ({state}): it was altered, or its stage has not "
-                            "run since; run `dvc repro`"
+                            f"{name} is not what {LOCK} has ({state}): the file was altered, or its stage "
+                            "must run again; run `dvc repro`"
                         )
     found.notes += [
         f"{LOCK} has {stage}, which dvc.yaml no longer has: DVC ignores it"
@@ -124,7 +122,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
-    """Compare the parameters of each report, by the hash that the report has, with those of dvc.lock."""
+    """Compare the hash of parameters in each report with the hash of the parameters in dvc.lock."""
     for stage, entry in read_chain(Folder(root)).entries.items():
         for path in outs(entry):
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
@@ -208,10 +206,10 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
 
 
 def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
-    """Yield a message for each leaf that differs between two JSON values, `where` of the whole value.
+    """Yield a message for each part that differs between two JSON values.
 
-    A list item is named by its `id` if it has one, else by its index. `partial`: ignore keys that only
-    `found` has.
+    `where` is the path of the two values in the whole JSON. A list item is named by its `id`, or by its index
+    if it has no `id`. `partial` ignores keys that only `found` has.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in expected if partial else sorted({*expected, *found}):
