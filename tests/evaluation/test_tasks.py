@@ -144,15 +144,8 @@ def test_a_file_is_the_one_with_the_hash_or_refused(lambada):
         tasks.fetch_source(hub)
 
 
-LINES = [
-    "",
-    " = The Hat = \n",
-    "",
-    " the cat , in the ( other ) hat . \n",
-    " = = Then = = \n",
-    " = A = \n",
-    " in it \n",
-]
+LINES = ["", " = The Hat = \n", "", " the cat , in the ( other ) hat . \n", " = = Then = = \n"]
+LINES += [" = A = \n", " in it \n"]
 
 
 def test_both_forms_give_the_same_lines(tmp_path):

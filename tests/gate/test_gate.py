@@ -278,37 +278,40 @@ def project(folder, loss=4.0):
     return folder
 
 
-def test_an_accepted_reference_is_read_back_as_it_was(tmp_path):
-    now = references.read_present(project(tmp_path))
-    references.accept(now, " a better recipe ", tmp_path / "reports/accepted.json", 2000)
+@pytest.fixture
+def present(tmp_path):
+    return references.read_present(project(tmp_path))
+
+
+def test_an_accepted_reference_is_read_back_as_it_was(tmp_path, present):
+    references.accept(present, " a better recipe ", tmp_path / "reports/accepted.json", 2000)
     then = references.read_reference("reports/accepted.json", tmp_path)
     assert then.reason == "a better recipe"
     for key in ("fingerprint", "data", "params", "figures", "baselines", "tasks"):
-        assert getattr(then, key) == getattr(now, key)
-    assert then.documents.ids == now.documents.ids
-    for metric, nats in now.documents.nats.items():
+        assert getattr(then, key) == getattr(present, key)
+    assert then.documents.ids == present.documents.ids
+    for metric, nats in present.documents.nats.items():
         assert np.array_equal(then.documents.nats[metric], nats)
 
 
-def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path):
-    now = references.read_present(project(tmp_path))
-    backwards = replace(now, documents=now.documents.select(now.documents.ids[::-1]))
-    for name, state in (("one", now), ("other", backwards)):
-        references.accept(state, "why", tmp_path / f"{name}.json", 10)
-    one, other = (references.read_accepted(tmp_path / f"{name}.json") for name in ("one", "other"))
-    assert set(one.documents.ids) == set(other.documents.ids)
-    verdict = gate.run_gate(one, now, SETTINGS, NOISE)
+def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path, present):
+    backwards = replace(present, documents=present.documents.select(present.documents.ids[::-1]))
+    samples = []
+    for state in (backwards, present):
+        references.accept(state, "why", tmp_path / "accepted.json", 10)
+        samples.append(references.read_accepted(tmp_path / "accepted.json"))
+    assert set(samples[0].documents.ids) == set(samples[1].documents.ids)
+    verdict = gate.run_gate(samples[1], present, SETTINGS, NOISE)
     assert (verdict.failures, verdict.metrics[0].says) == ([], "10 documents of 30")
 
 
-def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path):
+def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path, present):
     path = tmp_path / "accepted.json"
-    now = references.read_present(project(tmp_path))
     with pytest.raises(BadConfig, match="reason"):
-        references.accept(now, "  ", path, 10)
+        references.accept(present, "  ", path, 10)
     with pytest.raises(MissingInput, match="--accept"):
         references.read_accepted(path)
-    references.accept(now, "why", path, 10)
+    references.accept(present, "why", path, 10)
     content = read_json(path)
     for damage in ({"documents": {**content["documents"], "rows": ["a b"]}}, {"version": 9}):
         write_json(path, {**content, **damage})
@@ -381,14 +384,6 @@ ODD = Check(
 ODD_VERDICT = Verdict("then", "why | not", [ODD], [replace(ODD, status="warn"), replace(ODD, status="pass")])
 
 
-def test_junit_has_a_case_for_each_check_and_keeps_odd_text():
-    suite = ElementTree.fromstring(formats.render_junit(ODD_VERDICT).encode()).find("testsuite")
-    counts = {key: suite.get(key) for key in ("tests", "failures", "errors")}
-    assert counts == {"tests": "3", "failures": "1", "errors": "0"}
-    assert len(suite.findall("testcase")) == 3
-    assert "50% of <b>" in suite.find("testcase/failure").get("message")
-
-
 def test_a_comment_survives_odd_text_and_folds_what_does_not_fit_one_screen():
     curve = ((1, 10.0, 9.0), (2, 9.5, None), (11, 8.0, 8.0), (41, 5.0, 6.0))
     text = formats.render_markdown(replace(ODD_VERDICT, curve=curve))
@@ -404,13 +399,16 @@ def test_a_comment_survives_odd_text_and_folds_what_does_not_fit_one_screen():
     assert folded.count("a sentence") == 30
 
 
-def test_inside_github_the_summary_grows(tmp_path, monkeypatch):
+def test_the_files_of_ci_keep_odd_text_and_the_summary_grows(tmp_path, monkeypatch):
     summary = tmp_path / "summary.md"
     summary.write_text("of another step\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     formats.publish(ODD_VERDICT, tmp_path / "gate.md", tmp_path / "gate.xml")
     assert summary.read_text() == "of another step\n" + (tmp_path / "gate.md").read_text()
-    ElementTree.parse(tmp_path / "gate.xml")
+    suite = ElementTree.parse(tmp_path / "gate.xml").find("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "errors")] == ["3", "1", "0"]
+    assert len(suite.findall("testcase")) == 3
+    assert "50% of <b>" in suite.find("testcase/failure").get("message")
 
 
 def run(*words):

@@ -13,21 +13,21 @@ from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Point, Verdict
 
 _TEMPLATE = Path(__file__).parent / "templates/comment.md.j2"
-_MOST_LINES = 5  # failures and warnings above the table, so that the comment fits on one screen
-_MOST_POINTS = 40  # points of a curve in the chart
+_MOST_LINES = 5  # the most failures and warnings above the table: the comment must fit on one screen
+_MOST_POINTS = 40  # the largest number of points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}
 _ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write the verdict to the named files; inside GitHub Actions, also write it to the step's summary."""
+    """Write the verdict to the given files, and append it to the summary of a step of GitHub Actions."""
     if markdown_file:
         write_text(markdown_file, render_markdown(verdict))
     if junit_file:
         write_text(junit_file, render_junit(verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary, "a", encoding="utf-8") as file:  # append: other steps write to this file, too
+        with open(summary, "a", encoding="utf-8") as file:  # append, because other steps write to this file
             file.write(render_markdown(verdict))
 
 
@@ -96,7 +96,7 @@ def render_junit(verdict: Verdict) -> str:
 def _make_chart(curve: Sequence[Point]) -> dict[str, Any] | None:
     """Return the values of Mermaid's chart of the loss curves; None if fewer than two steps have both losses.
 
-    Mermaid's xychart needs evenly spaced points.
+    Mermaid's xychart needs points at equal distances, so the curves are interpolated.
     """
     known = [(step, train, val) for step, train, val in curve if train is not None and val is not None]
     if len(known) < 2:
@@ -118,7 +118,7 @@ def _against(verdict: Verdict) -> str:
 
 
 def _cells(check: Check) -> tuple[str, ...]:
-    """Return a check as a row of the table; the columns are those of `_HEADER`."""
+    """Return the cells of a check, in the columns of `_HEADER`."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"

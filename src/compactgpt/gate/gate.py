@@ -1,8 +1,9 @@
 """The gate: check whether a new model is worse than an accepted model, evaluated on the same documents.
 
-A metric fails if it is worse by more than its tolerance *and* by more than chance: the sample of documents,
-and the noise between training runs. If only one of the two is true, the check is a warning. All tests share
-`regression.false_alarms` (Bonferroni). docs/decisions/15-gate.md has the reasons and the error rates.
+The check of a metric fails if the metric is worse by more than its tolerance *and* by more than chance can
+explain. Chance is the choice of the val documents, and the noise between training runs. If only one of the
+two conditions is true, the check is a warning. The probability `regression.false_alarms` is divided among
+all tests (Bonferroni). docs/decisions/15-gate.md has the reasons and the error rates.
 """
 
 import math
@@ -21,30 +22,30 @@ Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
 Point = tuple[int, float | None, float | None]  # step, train loss, val loss
 
-# Parameters that do not affect the compared metrics: tolerances, limits, reporting, speed.
+# Prefixes of parameters that do not change the compared metrics, but only limits, reports or speed.
 _NO_EFFECT = (
     "regression.", "comparison.", "estimate.", "validation.", "inspection.", "runtime.num_workers",
     "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
     "training.init_from", "training.launcher.",
 )  # fmt: skip
-_MOST_NAMED = 5  # differences in one message
+_MOST_NAMED = 5  # the largest number of differences in one message
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How much the losses of two training runs differ, although nothing but chance differs.
+    """The standard deviation of the loss between training runs that differ in their seeds only.
 
-    The runs differ in their seeds. Runs of one seed differ less, but a change of the code that only reorders
-    floating-point additions gives another model, too.
+    Runs with one seed differ less. But a change of the code that only reorders floating-point additions
+    gives another model, as another seed does.
     """
 
     deviation: float  # standard deviation of a run's loss, nats per token
-    degrees_of_freedom: float  # of the estimate; infinite if the deviation is an assumption
-    source: str  # where the number comes from, for the verdict
+    degrees_of_freedom: float  # of the estimated deviation; infinite for an assumed deviation
+    source: str  # a sentence for the verdict: where the deviation is from
 
     def quantile(self, level: float) -> float:
-        """Return the difference of two runs' losses that is exceeded with the probability `level`."""
-        # Both runs have noise, so the variance of the difference is twice that of one run.
+        """Return the loss difference (nats per token) which two runs exceed with the probability `level`."""
+        # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
 
@@ -69,30 +70,30 @@ class Documents:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The metrics, parameters and hashes of one state of the project, as the gate compares them."""
+    """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
-    name: str  # label of the state in the verdict
-    fingerprint: Mapping[str, Any]  # metrics can be compared only if it is equal
-    data: Mapping[str, str]  # hashes of the train split and of the tokenizer
-    params: Mapping[str, Any]  # dotted key: value
+    name: str  # how the verdict calls this version
+    fingerprint: Mapping[str, Any]  # name: hash or size of the val split and its windows
+    data: Mapping[str, str]  # `train` and `tokenizer`: SHA-256
+    params: Mapping[str, Any]  # key of params.yaml with dots, such as `training.seed`: value
     figures: Mapping[str, float]  # metric: value
-    baselines: Mapping[str, float]  # baseline: loss
-    tasks: Mapping[str, Mapping[str, str]]  # task: its items_sha256 and hits
+    baselines: Mapping[str, float]  # baseline: loss, nats per token
+    tasks: Mapping[str, Mapping[str, str]]  # task: `items_sha256` and `hits`, a 1 or 0 for each item
     documents: Documents
-    reason: str = ""  # why the state was accepted
+    reason: str = ""  # why a person accepted this version as the reference
     curve: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check: a line of the verdict."""
+    """The result of one check: a row in the table of the verdict."""
 
     name: str
     status: Status
     says: str
     then: float | None = None
     now: float | None = None
-    change: float | None = None  # share of the perplexity or of the task's items; above 0 is worse
+    change: float | None = None  # relative rise of the perplexity, or fall of the accuracy; above 0: worse
     bounds: tuple[float, float] | None = None  # confidence interval of `change`
     tolerance: float | None = None
 
@@ -105,13 +106,13 @@ class Verdict:
     reason: str
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
-    watched: list[Check] = field(default_factory=list)  # metrics that can't fail
-    differences: list[str] = field(default_factory=list)  # changed parameters and data
-    curve: tuple[Point, ...] = ()  # loss curve of the new state
+    watched: list[Check] = field(default_factory=list)  # metrics that are shown, and can't fail
+    differences: list[str] = field(default_factory=list)  # a line for each changed parameter or hash
+    curve: tuple[Point, ...] = ()  # loss curve of the new version
 
     @property
     def checks(self) -> list[Check]:
-        """The checks that can fail."""
+        """The checks that can fail, guards first."""
         return [*self.guards, *self.metrics]
 
     @property
@@ -123,10 +124,10 @@ class Verdict:
 def run_gate(
     then: Snapshot, now: Snapshot, settings: Regression, noise: Noise, throughput: float | None = None
 ) -> Verdict:
-    """Compare the new state `now` with the accepted state `then`.
+    """Compare the new version `now` with the accepted version `then`, and return the verdict.
 
-    `throughput` is the ratio of our training throughput to nanoGPT's on the same machine, so it does not
-    depend on the machine; None skips its check.
+    `throughput` is our tokens per second in training / nanoGPT's tokens per second on one machine. None skips
+    the check of the throughput.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason, differences=differences, curve=now.curve)
@@ -152,7 +153,7 @@ def run_gate(
 
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
-    """Check that the two states were evaluated on the same text, in the same windows."""
+    """Check that the two versions were evaluated on equal text, in equal windows."""
     if changes := _compare(then.fingerprint, now.fingerprint):
         says = (
             f"not comparable: {', '.join(changes)}. Restore it, or accept these reports as the new reference"
@@ -177,16 +178,16 @@ def _shorten(value: Any) -> str:
 
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
-    """Return a line for each changed parameter or hash of data that can affect the metrics."""
+    """Return a line for each parameter or hash of data that changed and can affect the metrics."""
     without: tuple[str, ...] = _NO_EFFECT
-    if then.data == now.data:  # the changed parameters of the data made the same data
+    if then.data == now.data:  # changed parameters of the data have no effect if the data are equal
         without += ("download.", "tokenization.")
     before, after = (_acting_params(state.params, without) for state in (then, now))
     return _compare(before, after) + _compare(then.data, now.data)
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the parameters that affect the metrics, without those of unused baselines."""
+    """Return the parameters that affect the metrics; parameters of unused baselines do not."""
     used = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
     in_use = tuple(f"baseline.specs.{name}." for name in used)
     return {
@@ -208,10 +209,11 @@ def _check_parameters(differences: list[str]) -> Check:
 def _check_baselines(
     then: Snapshot, now: Snapshot, settings: Regression, *, explained: bool
 ) -> Iterator[Check]:
-    """Yield a check for each baseline whose loss changed; a passed check if no loss changed.
+    """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
 
-    A baseline's model never changes, so another loss shows that the evaluation or the data changed. The check
-    is a failure, or a warning if `explained`: a parameter or the data changed.
+    The model of a baseline never changes, so a changed loss shows that the evaluation or the data changed.
+    The check is a warning if `explained` is true: a changed parameter or changed data can be the cause.
+    Otherwise the check is a failure.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -260,16 +262,16 @@ def choose_accuracies(
     """Return the accuracies whose test can fail, and the level of each group of tests.
 
     `hits` has, for each accuracy, a string with 1 for each item that the accepted model answers correctly.
-    All perplexities are one group, since they rise and fall together, and each accuracy is one. The choice
-    depends only on the accepted model's answers: it is made before the test, so the rate of false alarms
-    stays as stated.
+    All perplexities are one group, because they rise and fall together. Each accuracy is a group of its own.
+    The choice depends only on the answers of the accepted model. The new model's answers have no part in the
+    choice, so the probability of a false alarm stays `regression.false_alarms`.
     """
-    # The worst outcome is to lose all right answers: the fall is their share, and p is 0.5 to their number.
+    # At worst, the new model loses all n right answers: then p is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -lost[name])
     while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # without the metric with the fewest right answers, the others have a higher level
+        able.pop()  # without the accuracy with the fewest right answers, the level of the others is higher
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 
@@ -277,7 +279,7 @@ def _check_perplexity(
     then: Snapshot, now: Snapshot, name: str, tolerance: float, noise: Noise, level: float
 ) -> Check:
     sample = now.documents.select(then.documents.ids)
-    assert sample is not None  # _check_fingerprint compared the ids
+    assert sample is not None  # _check_fingerprint has found all ids
     rise = perplexity_rise(sample.nats[name], then.documents.nats[name], sample.tokens, noise, level)
     says = f"{len(sample.ids):,} documents" + (f" of {sample.of:,}" if sample.of > len(sample.ids) else "")
     before, after = then.figures.get(name), now.figures.get(name)
@@ -288,22 +290,26 @@ def _check_perplexity(
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
     """Return the relative rise of the perplexity on the same documents, with its confidence interval.
 
-    The arrays, (documents,), are the nats under the new and the accepted model, and the number of tokens.
-    With the probability `level`, the interval is above 0 although the perplexity did not rise.
+    `nats` and `nats_then`, (documents,), are the losses of the new and of the accepted model, and `tokens`,
+    (documents,), are the scored tokens. If the perplexity did not rise, the interval is above 0 with the
+    probability `level`.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The two sources of variance are independent: add the squares of their distances from the estimate.
+    # The choice of documents and the noise are independent, so their squared distances are added.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return `fail` if a change is above the tolerance and its interval above 0, `warn` if only one is."""
+    """Return `fail` if the change is above the tolerance and its interval is above 0.
+
+    Returns `warn` if only one of the two conditions is true.
+    """
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 

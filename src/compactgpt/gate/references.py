@@ -1,7 +1,8 @@
-"""Read the states that the gate compares: the project's reports, and the reference.
+"""Read the two versions of the project that the gate compares: the present one, and the reference.
 
-The reference is the accepted reference, a commit, or the registry's champion. The accepted reference is a
-small JSON file in git, which is reviewed like code. Its per-document losses make each comparison paired.
+The reference is the accepted reference, a commit, or the champion of the model registry. The accepted
+reference is a small JSON file in git, which people review like code. It has the loss of each document, so
+the gate compares two models document by document.
 """
 
 import csv
@@ -36,17 +37,17 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import flatten, tracking_store
 
-SEEDS = "results/seeds.json"  # runs that differ in their seed only
+SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_SAME_SUM = 1e-9  # nats per token; sums of equal values in another order differ by less
+_SAME_SUM = 1e-9  # nats per token; the order of a sum changes a loss by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 
 class _Rows(Section):
     columns: tuple[str, ...]
     of: int  # number of documents in the complete split
-    rows: tuple[str, ...]  # one row for each document, with spaces between its columns
+    rows: tuple[str, ...]  # one row for each document: the values of the columns, with spaces between
 
 
 class _Hits(Section):
@@ -58,7 +59,7 @@ class _Reference(Section):
     """The JSON file of an accepted reference."""
 
     version: Literal[1] = 1
-    accepted: str  # the reason
+    accepted: str  # the reason why a person accepted this version
     baselines: dict[str, float]
     data: dict[str, str]
     documents: _Rows
@@ -71,8 +72,8 @@ class _Reference(Section):
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
     """Compare the project in the folder `root` with the reference `against`; see `read_reference`.
 
-    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of throughput.
-    Raises BadData if the file has no throughput.
+    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of the throughput.
+    Raises BadData if the file `bench` has no throughput.
     """
     throughput = None
     if bench is not None:
@@ -87,9 +88,10 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return the noise between the runs of a file, or `regression.fallback_noise` if they do not fit.
+    """Return the noise between the training runs in the file `path`.
 
-    They fit with the recipe of one of the two states, scored on the same documents.
+    Returns the noise `regression.fallback_noise` if the file is missing, if its runs have the recipe of
+    neither version, or if they were scored on other documents than the new version.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -112,12 +114,15 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
 
 
 def read_present(root: Path) -> Snapshot:
-    """Read the state of the project in a folder; raises as `_read_state` does."""
+    """Read the present version of the project in the folder `root`.
+
+    Raises MissingInput if a report is missing, and BadData if a report is damaged.
+    """
     return _read_state("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
-    """Read a reference: a .json file that `accept` wrote, `champion`, or a commit, branch, tag or experiment.
+    """Read a reference: a .json file of `accept`, `champion`, or a commit, branch, tag or DVC experiment.
 
     Raises MissingInput if the reference or its per-document losses do not exist, BadData if the reference is
     damaged, and BadConfig if git does not know the name.
@@ -145,7 +150,7 @@ def read_reference(name: str, root: Path) -> Snapshot:
 
 
 def _read_champion(root: Path) -> Snapshot:
-    """Read the state of the registry's champion from the artifacts of its MLflow run."""
+    """Read the version of the registry's champion model from the files of its MLflow run."""
     from compactgpt.tracking.registry import PIPELINE_RUN, champion
     from compactgpt.tracking.store import open_store, store_errors
 
@@ -163,8 +168,8 @@ def _read_champion(root: Path) -> Snapshot:
 def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
     """Read the reports, params.yaml and the per-document losses of one version of the project.
 
-    Raises MissingInput if a report is missing, and BadData if a report is damaged, or if the report and the
-    per-document losses are from different runs.
+    Raises MissingInput if a report is missing, and BadData if a report is damaged, or if the reports and
+    the per-document losses are from different runs.
     """
 
     def report(path: str, schema: type[Any]) -> Any:
@@ -207,7 +212,7 @@ def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
 
 
 def _read_curve(content: bytes | None) -> tuple[Point, ...]:
-    """Return the points of the loss curve; empty if reports/loss.csv is missing."""
+    """Return the points of the loss curve; none if reports/loss.csv is missing."""
 
     def number(text: str) -> float | None:
         return float(text) if text else None
@@ -217,7 +222,7 @@ def _read_curve(content: bytes | None) -> tuple[Point, ...]:
 
 
 def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
-    """Return all metrics that the gate compares or shows, by name."""
+    """Return the value of each metric that the gate compares or shows."""
     greedy = evaluation.text.statistics.get("greedy", {})
     found = {
         "perplexity": evaluation.perplexity,
@@ -248,10 +253,11 @@ def _read_documents(path: Path, reported: float) -> Documents:
 
 
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
-    """Write a state as the accepted reference; every verdict against the reference shows the reason.
+    """Write a version as the accepted reference; every verdict against the reference shows the reason.
 
-    A reference of more than `max_documents` documents has those whose ids have the smallest hashes. Raises
-    BadConfig if the reason is empty, and NotAllowed if the path has a file that is no accepted reference.
+    The reference has the losses of at most `max_documents` documents: if the version has more, the ids with
+    the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if `path` is a file
+    that is not an accepted reference.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -260,7 +266,7 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     ids = snapshot.documents.ids
     sample = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:max_documents])
     documents = snapshot.documents.select(tuple(name for name in ids if name in sample))
-    assert documents is not None  # the ids are the snapshot's own
+    assert documents is not None  # all ids are from the snapshot
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
@@ -277,7 +283,7 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
 def read_accepted(path: Path) -> Snapshot:
     """Read the accepted reference.
 
-    Raises MissingInput if no state was accepted yet, and BadData if the file is damaged.
+    Raises MissingInput if the file does not exist, and BadData if the file is damaged.
     """
     if not path.exists():
         raise MissingInput(
@@ -307,8 +313,9 @@ def read_accepted(path: Path) -> Snapshot:
 def promote(root: Path, reason: str = "") -> str:
     """Register the model that the gate checked as the champion, and return its version.
 
-    `reason` says why a model of another configuration or val split than the champion's is accepted. Raises
-    MissingInput if the weights are missing here or in MLflow, and CheckFailed if the reason is missing.
+    `reason` says why the model is accepted although its configuration or val split is not the champion's.
+    Raises MissingInput if the weights are missing in models/ or in MLflow, and CheckFailed if a reason is
+    needed and empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
