@@ -1,4 +1,4 @@
-"""One function over many tasks, on this machine or on a Ray cluster: the same results in the same order."""
+"""A Ray cluster gives the results of this machine, in the same order."""
 
 import os
 import signal
@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.common.errors import BadData
 from compactgpt.config import Tokenization
 from compactgpt.data.tokenization import run_on_ray, tokenize
 from tests.support.tiny_corpus import make_documents, make_tokenizer
 from tests.support.worker_functions import square, wait_first_time
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make test-ray")
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: make test-ray"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 @pytest.fixture
@@ -24,24 +28,12 @@ def ray_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_results_are_in_the_order_of_the_tasks_and_an_error_is_the_tasks_own(ray_path):
     assert list(run_on_ray(square, list(range(12)), 2)) == [n * n for n in range(12)]
     with pytest.raises(BadData, match=r"^thirteen is refused$"):
         list(run_on_ray(square, [1, 13], 2))
 
 
-@pytest.mark.skipif(find_spec("ray") is not None, reason="ray is installed")
-def test_ray_that_is_not_installed_is_one_sentence():
-    with pytest.raises(BadConfig, match=r"tokenization\.engine is ray, which is not installed: pip install"):
-        list(run_on_ray(square, [1], 1))
-
-
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_a_worker_of_the_cluster_that_is_killed_midway_changes_nothing(ray_path, tmp_path):
     results = run_on_ray(wait_first_time, [(tmp_path, number) for number in range(8)], 2)
     assert [next(results), next(results)] == [0, 1]
@@ -52,9 +44,6 @@ def test_a_worker_of_the_cluster_that_is_killed_midway_changes_nothing(ray_path,
     assert list(results) == [number * number for number in range(2, 8)]
 
 
-@needs_ray
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_token_files_of_a_cluster_are_those_of_this_machine(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     texts = [f"hello {n} world, {n * n}\n" * 500 for n in range(100)]

@@ -64,6 +64,12 @@ def write_inputs(folder, train, val, spoil=None):
     return folder
 
 
+def write_split(folder, spoil=None):
+    """Write 36 train documents and 4 val documents that differ."""
+    texts = random_texts(40)
+    return write_inputs(folder, texts[:36], texts[36:], spoil)
+
+
 def check(folder, params=PARAMS):
     return inspect(folder / "documents", folder / "tokens", folder / "docs", params, num_workers=1)
 
@@ -81,8 +87,7 @@ def failures(report):
 
 
 def test_good_token_files_pass_and_the_report_has_their_hashes(tmp_path):
-    texts = random_texts(40)
-    report = check(write_inputs(tmp_path, texts[:36], texts[36:]))
+    report = check(write_split(tmp_path))
     assert report["success"], failures(report)
     assert (report["documents"], report["train"]["documents"], report["val"]["documents"]) == (40, 36, 4)
     assert report["val"]["sha256"] == sha256_file(tmp_path / "tokens/val.tokens")
@@ -102,15 +107,13 @@ def spoil_documents(name, rows):
 
 
 def test_documents_that_differ_from_the_corpus_are_counted(tmp_path):
-    texts = random_texts(40)
-    report = check(write_inputs(tmp_path, texts[:36], texts[36:], spoil_documents))
+    report = check(write_split(tmp_path, spoil_documents))
     expected = {"documents_that_differ": {"train": 2, "val": 2}, "ends_inside": {"val": 1}}
     assert failures(report) == expected
 
 
 def test_altered_tokens_are_found_even_if_the_manifest_was_altered_too(tmp_path):
-    texts = random_texts(40)
-    folder = write_inputs(tmp_path, texts[:36], texts[36:])
+    folder = write_split(tmp_path)
     path = folder / "tokens/train.tokens"
     content = bytearray(path.read_bytes())
     tokens = np.frombuffer(content, "<u2", offset=1024)
@@ -134,8 +137,7 @@ def change_manifest(folder, *keys, value):
 
 
 def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
-    texts = random_texts(40)
-    folder = write_inputs(tmp_path, texts[:36], texts[36:])
+    folder = write_split(tmp_path)
     change_manifest(folder, "val_fraction", value=0.5)
     found = failures(check(folder, PARAMS.model_copy(update={"min_val_documents": 5})))
     # 4 of 40 where 20 are expected: 16 / sqrt(40 x .5 x .5) = 5.06 standard deviations
@@ -268,10 +270,9 @@ def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
 
 
 def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp_path, monkeypatch):
-    texts = random_texts(40)
     section = TREE["inspection"] | {"min_val_documents": 5}
     YAML().dump(TREE | {"inspection": section}, tmp_path / "params.yaml")
-    write_inputs(tmp_path / "data", texts[:36], texts[36:])
+    write_split(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     done = CliRunner().invoke(app, ["--tracker", "none"])

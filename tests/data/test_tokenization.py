@@ -1,9 +1,6 @@
 """Documents become token files of two splits, the same with any workers, encoder and interruptions."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import atomic_folder, sha256_file, verified_manifest
 from compactgpt.config import Tokenization
 from compactgpt.data import documents as documents_module
 from compactgpt.data import tokenization
-from compactgpt.data.documents import Document, RowGroup, new_document, row_groups
+from compactgpt.data.documents import Document, RowGroup, new_document
 from compactgpt.data.token_files import open_tokens
 from compactgpt.data.tokenization import SplitRule
 from compactgpt.data.tokenizer import load_encoding
@@ -135,34 +132,25 @@ def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, doc
     assert "nowhere/manifest.json is missing" in done.output
 
 
+def test_ray_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # so that `import ray` fails
+    with pytest.raises(BadConfig, match=r"tokenization\.engine is ray, which is not installed: pip install"):
+        list(tokenization.run_on_ray(str, [1], 1))
+
+
 # --- interrupted runs
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from compactgpt.data import tokenization
-from compactgpt.config import Tokenization
 
-def progress(done, total, figures=None):
+def interrupt(done, total):
     if done > total // 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-if __name__ == "__main__":
-    documents, tokenizer, out, state = map(Path, sys.argv[1:])
-    params = Tokenization(val_fraction=0.5)
-    tokenization.tokenize(documents, tokenizer, out, params, num_workers=2, state=state, progress=progress)
-"""
+        raise KeyboardInterrupt
 
 
-def test_a_killed_run_resumes_after_its_finished_shards_and_gives_the_same_bytes(
+def test_an_interrupted_run_resumes_after_its_finished_shards_and_gives_the_same_bytes(
     tmp_path, monkeypatch, tokenizer, documents
 ):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    paths = [documents, tokenizer, tmp_path / "tokens", tmp_path / "state"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, script, *paths], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(documents, tokenizer, tmp_path / "tokens", progress=interrupt)
     assert not (tmp_path / "tokens").exists()
     (chunks,) = (tmp_path / "state").iterdir()
     damaged = chunks / "documents-00001/train.tokens"
@@ -173,7 +161,6 @@ def test_a_killed_run_resumes_after_its_finished_shards_and_gives_the_same_bytes
         tokenization, "read_row_group", lambda group: encoded.append(group) or read_row_group(group)
     )
     tokenize(documents, tokenizer, tmp_path / "tokens")
-    assert len(encoded) < len(row_groups(documents))
     shards = {group.path.stem for group in encoded}
     assert "documents-00001" in shards
     assert "documents-00000" not in shards
@@ -183,9 +170,6 @@ def test_a_killed_run_resumes_after_its_finished_shards_and_gives_the_same_bytes
 
 
 def test_chunks_of_other_inputs_are_deleted(tmp_path, tokenizer, documents):
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
     keys = []
     for params in (HALF, Tokenization(val_fraction=0.4)):
         with pytest.raises(KeyboardInterrupt):

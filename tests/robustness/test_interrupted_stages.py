@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -108,10 +109,6 @@ class Chain:
         self.log.write_text("")
         return self.server.run(run_interrupted, stage, place, self.log, *interruption)
 
-    def place_before(self, stage):
-        """A folder as it is before the stage."""
-        return copy(self.folder / "before" / stage, self.folder / "work")
-
     def check_old_or_new(self, stage, found):
         """Each output is old, new or, between two renames of a folder, missing; all else is unchanged."""
         complete = {name: content for name, content in found.items() if not LEFTOVER.search(name)}
@@ -131,27 +128,8 @@ class Chain:
         assert now == old
 
 
-@pytest.fixture(scope="module")
-def quick_chain(tmp_path_factory):
-    chain = Chain(tmp_path_factory.mktemp("chain"), QUICK)
-    yield chain
-    chain.server.close()
-
-
-def try_moments(chain, per_stage):
-    """Interrupt each stage at moments spread over its changes, one way after the other."""
-    for stage, changes in chain.changes.items():
-        step = max(1, changes // per_stage)
-        for number, at in enumerate(range(step // 2, changes, step)):
-            way = WAYS[number % len(WAYS)]
-            try:
-                try_moment(chain, stage, way, at)
-            except AssertionError as error:
-                raise AssertionError(f"{stage}, {way} before change {at} of {changes}") from error
-
-
 def try_moment(chain, stage, way, at):
-    place = chain.place_before(stage)
+    place = copy(chain.folder / "before" / stage, chain.folder / "work")  # as it is before the stage
     code = chain.run(stage, place, way, at)
     printed = chain.log.read_text()
     allowed = {"kill": {-signal.SIGKILL}, "stop": {STOPPED}, "full disk": {DiskFull.exit_code, 0}}
@@ -165,13 +143,24 @@ def try_moment(chain, stage, way, at):
     assert files_of(place) == chain.after[stage]
 
 
-@pytest.mark.slow
-def test_an_interrupted_stage_leaves_old_or_new_outputs_and_the_next_run_ends_the_same(quick_chain):
-    try_moments(quick_chain, per_stage=5)
-
-
-@pytest.mark.robustness
-def test_every_stage_interrupted_at_many_moments_too(tmp_path):
-    chain = Chain(tmp_path, STAGES)
-    try_moments(chain, per_stage=15)
-    chain.server.close()
+@pytest.mark.parametrize(
+    ("stages", "per_stage"),
+    [
+        pytest.param(QUICK, 5, marks=pytest.mark.slow, id="quick stages"),
+        pytest.param(STAGES, 15, marks=pytest.mark.robustness, id="all stages"),
+    ],
+)
+def test_an_interrupted_stage_leaves_old_or_new_outputs_and_the_next_run_ends_the_same(
+    tmp_path, stages, per_stage
+):
+    """Each stage is interrupted at moments spread over its changes, one way after the other."""
+    chain = Chain(tmp_path, stages)
+    with closing(chain.server):
+        for stage, changes in chain.changes.items():
+            step = max(1, changes // per_stage)
+            for number, at in enumerate(range(step // 2, changes, step)):
+                way = WAYS[number % len(WAYS)]
+                try:
+                    try_moment(chain, stage, way, at)
+                except AssertionError as error:
+                    raise AssertionError(f"{stage}, {way} before change {at} of {changes}") from error

@@ -30,8 +30,10 @@ STEPS = 600  # enough that there is time to stop the training after its first st
 PYTHON = Path(sys.executable)
 
 
-def make_clone(target):
-    """Copy what git would commit now into a repository with the tiny chain's parameters and inputs."""
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what git would commit now, as a repository with the tiny chain's parameters and inputs."""
+    target = tmp_path_factory.mktemp("a clone")
     for name in git(ROOT, "ls-files", "-z").split("\0"):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +116,6 @@ def results(clone):
     """The reports and the model."""
     files = (path for name in ("reports", "models") for path in (clone / name).rglob("*") if path.is_file())
     return {path.relative_to(clone).as_posix(): path.read_bytes() for path in files}
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    return make_clone(tmp_path_factory.mktemp("a clone"))
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,16 @@
-"""Great Expectations' pages: it compiles its templates for every page again, which takes most of the time."""
+"""A fixture for tests that write Data Docs, since GX compiles each template for each page."""
 
 from functools import partial
 
 import pytest
-from jinja2 import BytecodeCache, Environment
-
-
-class Compiled(BytecodeCache):
-    """What templates were compiled to, for the length of a process."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, bytes] = {}
-
-    def load_bytecode(self, bucket) -> None:
-        if bucket.key in self.known:
-            bucket.bytecode_from_string(self.known[bucket.key])
-
-    def dump_bytecode(self, bucket) -> None:
-        self.known[bucket.key] = bucket.bytecode_to_string()
-
-
-COMPILED = Compiled()
+from jinja2 import Environment, FileSystemBytecodeCache
 
 
 @pytest.fixture(scope="module")
-def compiled_once():
-    """Let every page be made from templates that were compiled for the first one."""
+def compiled_once(tmp_path_factory):
+    """Compile each template once per test module, which saves most of the time."""
+    cache = FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
     with pytest.MonkeyPatch.context() as patch:
-        kept = partial(Environment, bytecode_cache=COMPILED)
-        patch.setattr("great_expectations.render.view.view.Environment", kept)
+        cached = partial(Environment, bytecode_cache=cache)
+        patch.setattr("great_expectations.render.view.view.Environment", cached)
         yield
