@@ -151,10 +151,7 @@ def test_a_distribution_that_is_not_installed_as_pinned_is_named(tmp_path, insta
     [
         ({"License-Expression": "BSD-3-Clause AND MIT", "License": "other"}, "BSD-3-Clause AND MIT"),
         ({"License": "BSD"}, "BSD"),
-        (
-            {"License": "The text\nof it", "Classifier": "License :: OSI Approved :: BSD License"},
-            "BSD License",
-        ),
+        ({"License": "Long\ntext", "Classifier": "License :: OSI Approved :: BSD License"}, "BSD License"),
         ({"License": "The text in one line " * 9, "Classifier": "Topic :: Text"}, "unknown"),
     ],
 )

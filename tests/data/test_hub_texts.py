@@ -146,12 +146,11 @@ def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypat
         write_corpus(tmp_path, params(None, **copy))
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch, offline):
+def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     # No program listens at that port now.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
     start = time.monotonic()
     with pytest.raises(Unreachable, match=r"can't be reached for owner/name .*hub\.mirror") as caught:

@@ -10,7 +10,7 @@ import pytest
 
 from compactgpt.common.errors import BadData
 from compactgpt.data.splitting import split_text
-from tests.support.corpora import ROOT, download_params, write_corpus
+from tests.support.corpora import ROOT, download_params
 
 PARAGRAPH = "One sentence of a paragraph.\nAnd another one, of the same.\n"
 
@@ -67,20 +67,6 @@ def test_a_piece_over_the_limit_ends_the_reading_soon():
 def test_a_byte_that_is_not_utf8_is_named_with_its_line(text, way):
     with pytest.raises(BadData, match=r"a\.txt, line 2,001: byte 0x(ff|c3) is not UTF-8"):
         split(text, split=way)
-
-
-def test_the_stage_says_how_many_documents_there_are(tmp_path):
-    for name, text in (
-        ("a.txt", "One.\n\nTwo.\n\nOne.\n"),
-        ("b.txt", "Three.\n"),
-        ("c.txt", "Four.\n\nTwo.\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    params = download_params(corpus="files", files={"patterns": ["*.txt"], "split": "blank-lines"})
-    messages = []
-    _, documents = write_corpus(tmp_path, params, messages=messages)
-    assert [each.text for each in documents] == ["One.", "Two.", "Three.", "Four."]
-    assert messages == ["4 documents; left out: 2 duplicate"]
 
 
 READ_100_MB = """
