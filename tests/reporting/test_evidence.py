@@ -88,23 +88,6 @@ def test_a_published_value_has_its_kind_and_interval(place, name, known, low, va
     assert ends == pytest.approx([low, value, high], rel=0.003)
 
 
-def test_the_reported_run_is_about_an_unknown_text(place):
-    """Its validation stands beside a claim on validation, its training beside a claim on training."""
-    record = record_of(place)
-    known = evidence_of(record)
-    corpora = {name: item["corpus"] for name, item in known.items() if name.startswith("reported.")}
-    assert all(corpus.startswith("unknown local subset") for corpus in corpora.values())
-    beside = {claim["id"]: claim["beside"] for claim in record["claims"]}
-    assert corpora[beside["L1"][-1]].endswith("val")
-    assert corpora[beside["L2"][-1]].endswith("train")
-    assert [known[name]["value"] for name in beside["C7"]] == [-0.0356, 0.1547]
-
-
-def test_random_windows_have_no_stride(place):
-    for item in record_of(place)["evidence"]:
-        assert ".openwebtext." not in item["id"] or item["stride"] is None
-
-
 def test_every_value_has_a_unit_a_source_and_a_way_it_is_known(place):
     for item in record_of(place)["evidence"]:
         assert item["unit"]
@@ -233,7 +216,6 @@ def test_the_loss_is_held_against_the_interval_predicted_before(place):
     [
         ("evaluation.json", lambda r: r["loss"].update(value=4.56789, high=5), "4.568"),
         ("baseline/xz.json", lambda r: r["bits_per_byte"].update(value=7.65432, high=8), "7.654"),
-        ("baseline/zstd.json", lambda r: r["perplexity"].update(high=98765.4), "98,765.40"),
         ("estimate.json", lambda r: r["note"].update(tokens=655_360_001), "655,360,001"),
         ("estimate.json", lambda r: r["compact"]["parameters"].update(non_embedding=787_585), "787,585"),
     ],
@@ -371,20 +353,6 @@ def test_both_views_have_a_row_with_their_ratio(place, render):
     assert len(tables.COLUMNS["measured"]) <= 9
 
 
-def test_the_notes_run_has_one_headline_and_a_persons_forecast_beside(place):
-    record = record_of(place)
-    known = evidence_of(record)
-    rule = estimate(PARAMS)["note"]["expected_loss"]
-    assert [known["note.expected_loss"][key] for key in ("value", "low", "high")] == [
-        rule[key] for key in ("value", "low_95", "high_95")
-    ]
-    assert (known["note.hand_set_loss"]["value"], known["note.hand_set_loss"]["known"]) == (4.0, "estimated")
-    for text in (render_comparison(record), pages.render_page(record)):
-        assert (
-            "4.000 (3.820 to 4.200) nats per token, stands in params.yaml; it was written down when" in text
-        )
-
-
 def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
     sources = sources_of(place)
     line = "at demo scale: points the other way: perplexity is 1.100 (1.050 to 1.200; runs: 2 and 3); because"
@@ -459,5 +427,5 @@ def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
 def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):
     record = record_of(place)
     del record["about_note"]
-    with pytest.raises(BadData, match=r"evidence\.json is of an older version of compactgpt"):
+    with pytest.raises(BadData, match=r"an older version of compactgpt wrote reports/evidence\.json"):
         render_comparison(record)

@@ -215,26 +215,13 @@ def test_the_language_is_switched_without_the_network(opened, record):
     assert english.is_visible()
 
 
-@pytest.fixture(scope="module")
-def long_names(record):
-    """The page of a user's own corpus whose name and sources are long words."""
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_window(opened, record, width):
+    """Here, the name of the corpus and its licence are long words."""
     name = "corpus" * 16
     parts = [{**record["data"]["sources"][0], "name": f"{name}.txt", "licence": name}]
-    return pages.render_page(
-        {**record, "about_note": False, "data": {**record["data"], "name": name, "sources": parts}}
-    )
-
-
-def test_long_names_are_no_wider_than_a_phone(opened, long_names):
-    window = opened(390, page=long_names, touch=True)
-    for language in ("en", "fr"):
-        window.locator(f"#in-{language}").check(force=True)
-        assert window.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(opened, width):
-    window = opened(width)
+    data = {**record["data"], "name": name, "sources": parts}
+    window = opened(width, page=pages.render_page({**record, "about_note": False, "data": data}))
     for language in ("en", "fr"):
         window.locator(f"#in-{language}").check(force=True)
         assert window.evaluate("document.documentElement.scrollWidth") <= width

@@ -1,11 +1,7 @@
 """Both languages say the same, and the templates hold all that the reports say."""
 
-import ast
 import re
-from pathlib import Path
 from typing import get_args
-
-import pytest
 
 from compactgpt.common.sections import load_section
 from compactgpt.experiments import find_experiment
@@ -59,18 +55,3 @@ def test_a_sentence_with_a_name_in_it_is_translated_around_the_name():
     sentence = "the corpus is {0} <b>, for which no law is calibrated"
     assert translate("fr", "phrases", sentence) == "le corpus est {0} <b>, pour lequel aucune loi n'est calée"
     assert translate("fr", "phrases", "something else") == "something else"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_no_html_css_or_prose_in_python(path: Path):
-    """Strings of the modules, docstrings aside, hold no tag, no rule of style and no sentence."""
-    tree = ast.parse(path.read_text("utf-8"))
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, documented)}
-    strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    for text in strings - docstrings:
-        text = re.sub(
-            r"<(svg|style|metadata)[^>]*>?|</(style|metadata)>|\\g<1>", "", text
-        )  # cut out of matplotlib's
-        assert not re.search(r"</\w|<\w+[ >]|\w: ?[^;{}]+;[^;]*}", text), text
-        assert len(re.findall(r"\b[a-z]+\b", text)) < 8 or "`dvc repro" in text, text

@@ -96,16 +96,6 @@ def test_a_small_ratio_keeps_its_digits(ratio, shown):
     assert tables.show(ratio, "ratio") == shown
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.126, 12.2), (1e-6, 3), (0.3, 1e9), (0.9, 1.2), (2e-30, 1e20)])
-def test_a_wide_axis_has_few_ticks(low, high):
-    ticks = plots.log_ticks(low, high)
-    assert 1 in ticks
-    assert 1 <= len(ticks) <= plots.MOST_TICKS
-    assert ticks == sorted(ticks)
-    assert low <= ticks[0]
-    assert ticks[-1] <= high
-
-
 @pytest.mark.parametrize("name", ["ratio", "positions", "bits_per_byte"])
 def test_labels_do_not_overlap_with_ratios_far_from_one(record, name):
     changed = json.loads(json.dumps(record))
@@ -170,14 +160,11 @@ def test_hostile_names_stay_text_in_the_page(hostile):
     assert printable(HOSTILE) in entities.unescape(re.sub(r"<[^>]*>", "", page))
 
 
-def test_hostile_names_stay_text_in_plots(hostile):
-    picture = plots.draw_svg(hostile, "bits_per_byte", "en", HOSTILE)
-    assert "<script" not in picture
-    assert "\u202e" not in plots.draw_svg(hostile, "calibration", "en", "")
+def test_hostile_names_stay_text_in_plots(hostile, tmp_path):
+    assert "<script" not in plots.draw_svg(hostile, "calibration", "en", HOSTILE)
+    picture = plots.draw_svg(hostile, "bits_per_byte", "en", "")
+    assert not re.search("<script|\u202e", picture)
     assert printable(HOSTILE)[:20] in entities.unescape(picture)
-
-
-def test_a_dollar_sign_in_a_plot_is_no_formula(tmp_path):
     record = record_of(own(make_place(tmp_path), r"$x$ and $\frac$"))
     assert r">Bits per byte, $x$ and $\frac$ val<" in plots.draw_svg(record, "bits_per_byte", "en", "")
 

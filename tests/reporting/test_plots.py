@@ -51,14 +51,6 @@ def test_the_curve_and_the_places_in_the_window_are_drawn(record, pictures):
     record["curve"][1]["val_loss"], record["positions"]["compact"][0]["loss"]["value"] = kept
 
 
-def test_runs_that_the_estimate_was_tried_on_are_drawn(record, pictures):
-    bounds = {"low_80": 3.0, "high_80": 4.0, "low_95": 2.0, "high_95": 5.0}
-    record["calibration"]["checks"].append({"name": "another run", "measured": 3.5, **bounds})
-    assert plots.draw_png(record, "calibration") != pictures["calibration"]
-    assert ">another run<" in plots.draw_svg(record, "calibration", "en", "")
-    record["calibration"]["checks"].pop()
-
-
 @pytest.mark.parametrize("name", plots.PLOTS)
 def test_svg_is_named_is_text_and_takes_its_colours_from_the_page(record, name):
     text = plots.draw_svg(record, name, "fr", 'what "it" shows')

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -142,17 +141,6 @@ def test_any_byte_of_data_weights_code_and_pictures_is_found(repository):
     for name, named in names.items():
         assert any(line.startswith(f"{named} is not what dvc.lock has") for line in found.differences), name
     assert any("model.safetensors was altered: its SHA-256" in line for line in manifests)
-
-
-def test_a_stage_that_dvc_yaml_no_longer_has_is_a_note(repository):
-    lock = repository / "dvc.lock"
-    before, text = lock.read_bytes(), lock.read_text()
-    removed = re.search(r"  estimate:\n(    .*\n|  - .*\n)*", text)[0].replace("estimate", "removed")
-    lock.write_text(text.replace("stages:\n", f"stages:\n{removed}"))
-    found = run_checks(repository, check_lock)
-    lock.write_bytes(before)
-    assert found.differences == []
-    assert found.notes == ["dvc.lock has removed, which dvc.yaml no longer has: DVC ignores it"]
 
 
 def test_a_report_of_other_parameters_than_those_of_the_lock_is_found(repository):

@@ -249,7 +249,10 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Say how an interval lies to a claimed interval. Two intervals that share only an end overlap."""
+    """Return whether an interval is inside, outside or only overlaps a claimed interval.
+
+    Two intervals that share only an end overlap.
+    """
     if claim_low <= low and high <= claim_high:
         return "inside"
     return "outside" if high < claim_low or low > claim_high else "overlaps"

@@ -121,7 +121,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the label of a row of the main table: the model's name, and its own context if that was used."""
+    """Return the model's name, and the context in a row of scores with the model's own context."""
     return "\n".join([row["name"], *([view.seen_context(row)] if row["view"] == "own" else [])])
 
 

@@ -56,7 +56,7 @@ def stage_modules(root: Path, script: Path) -> set[str]:
 
 
 def imported_modules(root: Path, path: Path) -> set[str]:
-    """Return the modules of compactgpt that a file imports, at its top or inside functions."""
+    """Return the modules of compactgpt that a file imports, at the top of the file or inside functions."""
     found = set()
     for name in _imported_names(path.read_bytes()):
         # In `from compactgpt.a import b`, b is a module of the package a, or a name in the module a.

@@ -360,7 +360,7 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
 
 
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
-    """Return the runs of a sweep, or None if they were not scored on the documents of the compact model."""
+    """Return a sweep, or None if its runs were not scored on the val documents of the compact model."""
     found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
     if found is None or not found.runs or found.documents is None:
         return None

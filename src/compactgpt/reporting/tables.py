@@ -91,7 +91,7 @@ class View:
     def __init__(self, record: Record, language: Language = "en") -> None:
         if "about_note" not in record or "scores" not in record["models"]["measured"][0]:
             raise BadData(
-                "reports/evidence.json is of an older version of compactgpt: run `dvc repro` to update it"
+                "an older version of compactgpt wrote reports/evidence.json: run `dvc repro` to update it"
             )
         self.record, self.language = record, language
         self.words = load_messages(language)["text"]
@@ -158,7 +158,7 @@ class View:
         return translate(self.language, section, key)
 
     def phrase(self, sentence: str) -> str:
-        """Translate a sentence of the record; without a translation, return it unchanged."""
+        """Translate a sentence of the record. A sentence without a translation is returned unchanged."""
         return translate(self.language, "phrases", sentence)
 
     def show(self, item: Item) -> str:
@@ -168,7 +168,7 @@ class View:
         return f"{text} ({bounds})" if bounds else text
 
     def interval(self, low: float | None, high: float | None, unit: str) -> str:
-        """Format an interval. None means no limit at that end; without limits, return an empty string."""
+        """Format an interval. None means that an end has no limit. Without limits, return an empty string."""
         if low is not None and high is not None:
             ends = (show(low, unit, self.language), show(high, unit, self.language))
             return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
@@ -305,7 +305,7 @@ class View:
         return lines
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
-        """Format the claimed interval, or return a dash."""
+        """Format the interval that a claim gives, or return a dash if the claim gives no interval."""
         return self.interval(claim["low"], claim["high"], claim["unit"]) or self.words["none"]
 
     # --- tables
@@ -339,7 +339,7 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return what a row's model sees of the text before a token."""
+        """Return which part of the text before a token the model of a row sees."""
         if row["view"] == "document":
             return self.phrase(row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
