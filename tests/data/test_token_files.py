@@ -59,6 +59,8 @@ def rewrite_header(path, **changes):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
+        (lambda path: path.unlink(), r"tokens is missing: run `dvc repro tokenization`"),
+        (lambda path: token_files.index_path(path).unlink(), r"index\.safetensors is missing: run"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short or altered"),
         (lambda path: path.write_bytes(path.read_bytes()[:100]), "is not a token file"),
         (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is not a token file"),
@@ -68,21 +70,13 @@ def rewrite_header(path, **changes):
         (lambda path: token_files.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
     ],
 )
-def test_a_damaged_file_is_refused_by_name(tmp_path, damage, says):
+def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path, damage, says):
     path = tmp_path / "val.tokens"
     write(path)
     damage(path)
-    with pytest.raises(BadData, match=f"val.*{says}"):
+    error = MissingInput if "is missing" in says else BadData
+    with pytest.raises(error, match=f"val.*{says}"):
         token_files.open_tokens(path)
-
-
-def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(MissingInput, match="dvc repro tokenization"):
-        token_files.open_tokens(tmp_path / "a.tokens")
-    write(tmp_path / "a.tokens")
-    token_files.index_path(tmp_path / "a.tokens").unlink()
-    with pytest.raises(MissingInput, match=r"a\.index\.safetensors"):
-        token_files.open_tokens(tmp_path / "a.tokens")
 
 
 @pytest.mark.parametrize("name", ["val.tokens", "val.index.safetensors"])
