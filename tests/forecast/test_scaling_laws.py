@@ -49,6 +49,7 @@ def test_counts_are_those_of_the_built_model(bias):
 
 
 def test_arithmetic_of_the_notes_run():
+    assert count_parameters(NOTE).non_embedding == 10_621_824
     assert flops_per_token(NOTE)["six_n"] == 6 * 29_938_560
     assert flops_per_token(NOTE)["with_attention"] == pytest.approx(193.8e6, rel=1e-3)
     note = estimate(PARAMS)["note"]

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,22 +58,6 @@ def test_the_order_of_documents_the_run_and_a_second_copy_change_no_figure(tmp_p
     found = [figures(totals.nats, totals) for totals in (once, twice)]
     for figure in ("loss", "perplexity", "bits_per_byte", "word_perplexity"):
         assert found[1][figure]["value"] == pytest.approx(found[0][figure]["value"], rel=1e-6)
-
-
-def test_a_model_that_knows_every_next_token_scores_zero(tmp_path, inputs):
-    alphabet = "abcdefghij"
-    split = save_split(tmp_path / "val.tokens", inputs.encoding, texts=[alphabet, alphabet[:4]])
-    stream = [split.header.eot_token, *split.document(0).tolist()]
-    V = split.header.vocab_size
-    follows = torch.zeros(V, V)
-    follows[stream[:-1], stream[1:]] = 1000.0
-    model = as_neural_model(tiny_gpt(inputs.encoding.n_vocab), 3)
-    perfect = replace(model, hidden=lambda tokens: follows[tokens], head=torch.eye(V))
-    totals = evaluate(perfect, split, inputs.encoding, LIKELIHOOD)
-    found = figures(totals.nats, totals)
-    assert totals.nats.tolist() == [0, 0]
-    assert found["loss"] == {"value": 0, "low": 0, "high": 0}
-    assert (found["bits_per_byte"]["value"], found["perplexity"]["value"]) == (0, 1)
 
 
 def test_uniform_logits_score_the_logarithm_of_gpt2s_vocabulary_without_padding_rows(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ruamel.yaml import YAML
 
+from compactgpt.common.sections import read_yaml
 from compactgpt.config import Likelihood, Model
 from compactgpt.data.token_files import TokenFile, open_tokens
 from compactgpt.data.tokenizer import load_encoding, save_gpt2, unicode_to_bytes
@@ -23,13 +23,7 @@ TEXTS = [
     "Return the <|endoftext|> inner thing in there, rather than the other one.  Then the end.\n",
     "then",
 ]
-LIKELIHOOD = Likelihood(
-    window=8,
-    batch_size=3,
-    own_context=16,
-    stride_share=0.25,
-    views=("own",),
-)
+LIKELIHOOD = Likelihood(window=8, batch_size=3, own_context=16, stride_share=0.25, views=("own",))
 
 
 def vocabulary() -> dict[str, int]:
@@ -46,36 +40,20 @@ def save_tokenizer(folder: Path):
 
 def save_split(path: Path, encoding, texts=TEXTS) -> TokenFile:
     """Write a split and open it."""
-    documents = (
-        (
-            hashlib.sha256(text.encode()).digest()[:16],
-            len(text.encode()),
-            np.array(encoding.encode_ordinary(text), np.int64),
-        )
-        for text in texts
-    )
-    write_token_file(
-        path,
-        documents,
-        vocab_size=encoding.n_vocab,
-        eot_token=encoding.eot_token,
-        tokenizer_sha256="0" * 64,
-    )
+    documents = []
+    for text in texts:
+        content, tokens = text.encode(), np.array(encoding.encode_ordinary(text), np.int64)
+        documents.append((hashlib.sha256(content).digest()[:16], len(content), tokens))
+    about = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token, "tokenizer_sha256": "0" * 64}
+    write_token_file(path, documents, **about)
     return open_tokens(path)
 
 
 def tiny_gpt(vocab_size: int, **changes) -> GPT:
     """A GPT with weights large enough that every part of it matters."""
-    shape = {
-        "block_size": 16,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_embd": 16,
-        "vocab_size": vocab_size,
-        "padded_vocab_size": vocab_size + 9,
-        "bias": True,
-        "dropout": 0.5,  # a model in training mode would show
-    }
+    shape = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
+    shape |= {"vocab_size": vocab_size, "padded_vocab_size": vocab_size + 9}
+    shape |= {"dropout": 0.5}  # a model in training mode would show
     model = GPT(Model(**{**shape, **changes}))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -101,7 +79,7 @@ def save_random_gpt2(folder: Path, **changes):
 
 def save_params(path: Path, change) -> None:
     """Write the project's params.yaml with `change` made to its tree."""
-    tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    tree = read_yaml(ROOT / "params.yaml")
     tree["evaluation"]["likelihood"] = LIKELIHOOD.model_dump()
     tree["evaluation"]["text"] |= {"documents": 2, "prompt_tokens": 4, "max_new_tokens": 5, "batch_size": 7}
     tree["evaluation"]["tasks"] |= {"cloze_items": 3, "cloze_characters": 30}
@@ -115,23 +93,15 @@ def save_gguf(path, pre="smollm", architecture="llama"):
 
     generator = np.random.default_rng(4)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(list(vocabulary()))
-    writer.add_token_types([1] * len(vocabulary()))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+    facts = {
+        "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64,
+        "head_count": 4, "head_count_kv": 2, "rope_freq_base": 10000.0, "rope_dimension_count": 8,
+        "layer_norm_rms_eps": 1e-5, "tokenizer_model": "gpt2", "tokenizer_pre": pre,
+        "token_list": list(vocabulary()), "token_types": [1] * len(vocabulary()), "token_merges": MERGES,
+        "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0,
+    }  # fmt: skip
+    for name, value in facts.items():
+        getattr(writer, f"add_{name}")(value)
     shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
     shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
     shapes |= {"attn_norm": (32,), "ffn_norm": (32,)}

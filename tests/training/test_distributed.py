@@ -17,14 +17,9 @@ from compactgpt.training.distributed import Group, init_process_group
 from compactgpt.training.initialization import folder_sha256
 from compactgpt.training.optim import Optimizers
 from tests.support.processes import run_ranks
-from tests.support.tiny_training import make_tokens, params_of
+from tests.support.tiny_training import params_of
 
 BY_MODE = pytest.mark.parametrize("mode", ["fast", "fsdp"])
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return make_tokens(tmp_path_factory.mktemp("data") / "tokens")
 
 
 def parameters(mode="fast", **changes):

@@ -73,31 +73,21 @@ def listens_at(process):
     return {one.laddr.ip for one in process.net_connections("inet") if one.status == "LISTEN"}
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A repository folder with tiny params.yaml and tokens, not under DVC."""
-    for name in ("DVC_ROOT", "DVC_STAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    make_tokens(Path("data/tokens"))
-    return tmp_path
-
-
-def outputs_of_two_processes(folder):
+def outputs_of_two_processes(project):
     """What two processes write from here on, uninterrupted."""
-    assert run_ranks(2, _run_stage_in, folder) == [0, 0]
+    assert run_ranks(2, _run_stage_in, project) == [0, 0]
     return outputs()
 
 
-def _run_stage_in(folder):
-    os.chdir(folder)
+def _run_stage_in(project):
+    os.chdir(project)
     assert run_stage().exit_code == 0
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterrupted_run(folder):
+def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterrupted_run(project):
     write_params()
-    uninterrupted = outputs_of_two_processes(folder)
+    uninterrupted = outputs_of_two_processes(project)
     agent = start(*STAGE)
     before = workers_of(agent)
     step = wait_for_state_after(0, agent)
@@ -117,13 +107,13 @@ def test_a_killed_process_is_started_again_and_the_result_is_that_of_an_uninterr
     ]
     assert not any(worker.is_running() for worker in after)
     assert newest_state() < STEPS
-    assert outputs_of_two_processes(folder) == uninterrupted
+    assert outputs_of_two_processes(project) == uninterrupted
 
 
 @pytest.mark.robustness
-def test_processes_whose_agent_is_killed_end_and_a_run_that_lost_its_processes_too_often_fails(folder):
+def test_processes_whose_agent_is_killed_end_and_a_run_that_lost_its_processes_too_often_fails(project):
     write_params(max_restarts=0)
-    uninterrupted = outputs_of_two_processes(folder)
+    uninterrupted = outputs_of_two_processes(project)
     shutil.rmtree("models")
     agent = start(*STAGE)
     workers = workers_of(agent)
@@ -139,12 +129,12 @@ def test_processes_whose_agent_is_killed_end_and_a_run_that_lost_its_processes_t
         worker.kill()
     assert end_of(agent)[0] == 1
     assert not Path("models").exists()
-    assert outputs_of_two_processes(folder) == uninterrupted
+    assert outputs_of_two_processes(project) == uninterrupted
 
 
-def test_a_mistake_that_the_processes_find_is_one_sentence_and_is_not_tried_again(folder):
+def test_a_mistake_that_the_processes_find_is_one_sentence_and_is_not_tried_again(project):
     write_params(max_restarts=3)
-    (folder / "data/tokens/train.tokens").unlink()
+    (project / "data/tokens/train.tokens").unlink()
     code, messages = end_of(start(*STAGE))
     (message,) = set(messages)  # each process reads the file for itself
     assert "data/tokens/train.tokens is missing" in message
@@ -153,13 +143,13 @@ def test_a_mistake_that_the_processes_find_is_one_sentence_and_is_not_tried_agai
 
 
 @pytest.mark.robustness
-def test_two_machines_train_one_model_with_torchruns_own_command(folder):
+def test_two_machines_train_one_model_with_torchruns_own_command(project):
     """Two agents in folders of their own, as docs/scale.md starts them on two machines."""
     write_params(processes=2)
-    of_one_machine = outputs_of_two_processes(folder)
+    of_one_machine = outputs_of_two_processes(project)
     command = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:29517", "--local-addr=127.0.0.1", *STAGE]
-    machines = [folder / "node0", folder / "node1"]
+    machines = [project / "node0", project / "node1"]
     for machine in machines:
         make_tokens(machine / "data/tokens")
         write_params(machine, processes=2)

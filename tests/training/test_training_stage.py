@@ -15,22 +15,13 @@ from compactgpt.tracking import training_callbacks
 from compactgpt.tracking.journal import NullTracker
 from compactgpt.training import trainer
 from compactgpt.training.initialization import folder_sha256
-from tests.support.tiny_training import make_tokens, outputs, params_of, params_tree, run_stage
+from tests.support.tiny_training import outputs, params_of, params_tree, run_stage
+
+pytestmark = pytest.mark.usefixtures("project")
 
 
 def write_params(**changes):
     Path("params.yaml").write_text(json.dumps(params_tree(**changes)))  # JSON is YAML
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    """The current folder, with params.yaml and tokens, not under DVC."""
-    for name in ("DVC_ROOT", "DVC_STAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    write_params()
-    make_tokens(Path("data/tokens"))
-    return tmp_path
 
 
 def test_the_stage_writes_model_curve_and_report_the_same_each_time():
