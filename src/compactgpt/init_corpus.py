@@ -143,11 +143,12 @@ def _place(path: Path) -> tuple[str, list[str]]:
         )
     if is_inside:
         return target, []
-    is_earlier = Path(
-        f"{target}.dvc"
-    ).exists()  # an earlier `dvc add` wrote the target, so the text may replace it
+    is_earlier = Path(f"{target}.dvc").exists()  # an earlier `dvc add` wrote it, so it may be replaced
     if Path(target).exists() and not is_earlier:
-        raise BadConfig(f"{target} exists already: rename it, or run `compactgpt init-corpus {target}`")
+        raise BadConfig(
+            f"{target} exists already: rename your text, or use the existing text: "
+            f"`compactgpt init-corpus {target}`"
+        )
     return target, [str(path), "-o", target, *(["-f"] if is_earlier else [])]
 
 

@@ -31,7 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 16  # number of parquet rows that are read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # bytes that every file may have when decompressed, whatever the ratio is
+_ANY_RATIO_BYTES = 2**24  # decompressed size below which max_decompression_ratio does not apply
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:

@@ -194,7 +194,8 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    Statistics are computed of the texts that continue documents, and of human text of the same length.
+    Some prompts are beginnings of documents. For these prompts, the report has statistics of the model's
+    texts, and of the documents' own text of the same length.
     Raises BadConfig if the split has too few documents to continue.
     """
     prompts = choose_prompts(text, split, encoding)

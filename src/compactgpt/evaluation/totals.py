@@ -47,10 +47,10 @@ class Totals:
 
 
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
-    """Return loss, perplexity, word perplexity and bits per byte of a view, each with its 95 % interval.
+    """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), are the losses in the view. `chosen`, (documents,), is True for the documents that
-    count; None selects all documents. A perplexity that is too large for a float is None.
+    `nats`, (documents,), are the losses of the documents, for example in windows of one length. `chosen`,
+    (documents,), is True for the documents that count; None selects all documents. A perplexity that is too large for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:

@@ -49,7 +49,8 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
-    # Probabilities are clipped at 1. For each number k of clipped tokens, compute c from the other tokens.
+    # A probability is min(1, c * weight). For each number k of tokens whose probability is cut to 1,
+    # compute the c that gives the other tokens the rest of the sample.
     ordered = np.sort(weights)[::-1]
     rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of the weights from each index on
     k = np.arange(len(ordered))

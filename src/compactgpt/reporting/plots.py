@@ -121,7 +121,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the model's name, and the context in a row of scores with the model's own context."""
+    """Return the model's name, with its context length if it was scored with its own context length."""
     return "\n".join([row["name"], *([view.seen_context(row)] if row["view"] == "own" else [])])
 
 

@@ -284,7 +284,9 @@ def _record_unrun(root: Path, current: dict[str, str]) -> bool:
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # `dvc repro` has something to do
+        if (
+            not found.stages or found.status != "FINISHED"
+        ):  # dvc.lock lacks results that `dvc repro` would make
             return False
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
