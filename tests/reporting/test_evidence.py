@@ -131,9 +131,17 @@ def test_the_headline_says_what_is_claimed_known_and_measured(place):
     assert "was measured at 655,360,000" in tables.View(record).headline()
 
 
-def test_numbers_in_french_have_french_marks(place):
+def test_numbers_have_the_marks_of_the_language_and_small_ratios_their_digits(place):
     assert tables.show(1234567.5, "perplexity", "fr") == "1\u202f234\u202f567,50"
     assert tables.show(0.256, "share", "fr") == "25,6\u202f%"
+    ratios = {0.00004567: "4.57e-05", 0.01234: "0.0123", 0.2: "0.200", 4321.5: "4,321.500"}
+    for ratio, shown in ratios.items():
+        (0.00004567, "4.57e-05"),
+        (0.01234, "0.0123"),
+        (0.2, "0.200"),
+        (4321.5, "4,321.500"),
+    ):
+        assert tables.show(ratio, "ratio") == shown
     page = render_comparison(record_of(place), "fr")
     assert "655\u202f360\u202f000" in page
     assert "contredit" in page

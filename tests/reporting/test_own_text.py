@@ -89,13 +89,6 @@ def test_the_ranking_follows_the_paired_intervals(record):
     )
 
 
-@pytest.mark.parametrize(
-    ("ratio", "shown"), [(0.00004567, "4.57e-05"), (0.01234, "0.0123"), (0.2, "0.200"), (4321.5, "4,321.500")]
-)
-def test_a_small_ratio_keeps_its_digits(ratio, shown):
-    assert tables.show(ratio, "ratio") == shown
-
-
 @pytest.mark.parametrize("name", ["ratio", "positions", "bits_per_byte"])
 def test_labels_do_not_overlap_with_ratios_far_from_one(record, name):
     changed = json.loads(json.dumps(record))
