@@ -148,7 +148,8 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
     """Return a description of each token file in a manifest, as `Journal.inputs` logs it.
 
-    `files` is the manifest's mapping by file name. `contexts` maps a split to what MLflow shows as its use.
+    `files` is the manifest's mapping by file name. `contexts` has, by split, the use of the split in the
+    words of MLflow: training, validation or evaluation.
     """
     found = []
     for split, context in contexts.items():

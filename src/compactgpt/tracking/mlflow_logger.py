@@ -208,10 +208,11 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path, *, record_unrun: bool = False) -> str:
-    """Copy all ended runs to their tracking stores, and return the address of the current tracking store.
+    """Copy all ended runs to their tracking stores, and return the address of the current store.
 
-    With `record_unrun`, also log a dvc.lock of which the store has no run, as in a fresh clone. If a run
-    can't be copied, the other runs are copied, and then the first error is raised.
+    The current store is the tracking store that environment variables name. With `record_unrun`, also log a
+    dvc.lock of which the current store has no run, as in a fresh clone. If a run can't be copied, the other
+    runs are copied, and then the first error is raised.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")

@@ -158,9 +158,7 @@ def download_model(uri: str, folder: Path) -> Path:
                 raise
             raise MissingInput(f"MLflow at {address} has no model {uri}: {one_line(error)}") from error
     if not (found / "model").is_dir():
-        raise MissingInput(
-            f"{uri} is not a model that this project logged: name one that `make ui` shows in the experiment"
-        )
+        raise MissingInput(f"{uri} is not a model of this project: `make ui` shows the models that exist")
     return Path(shutil.copytree(found / "components/tokenizer", found / "model", dirs_exist_ok=True))
 
 

@@ -175,7 +175,7 @@ def reproduce(
         restored = not rebuild and _restore_data(version, root, tree)
         log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
         if _run_dvc(tree, watchdog):
-            raise CheckFailed("the version can't be run again: a stage failed, see its message above")
+            raise CheckFailed("the version can't be run again: a stage failed, read its message above")
         return compare_hashes(version, Version("the second run", Folder(tree)), environment)
 
 
