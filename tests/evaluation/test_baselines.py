@@ -48,9 +48,8 @@ def load(tmp_path, encoding):
         try:
             return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
         except BadConfig as error:  # as a user does: the message has the hash of a folder
-            if "sha256" in spec or not (
-                found := re.search(r"sha256: found nothing, .* holds (\w{64})", str(error))
-            ):
+            found = re.search(r"sha256: found nothing, .* holds (\w{64})", str(error))
+            if "sha256" in spec or not found:
                 raise
         return load(batch_size, **spec, sha256=found[1])
 

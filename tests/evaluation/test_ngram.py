@@ -24,10 +24,8 @@ def save_documents(path, documents):
 def textbook(documents, order):
     """Return p(token, context) of interpolated modified Kneser-Ney by Chen and Goodman's equations."""
     padded = [(END, *document, END) for document in documents]
-    seen = {
-        n: Counter(text[i : i + n] for text in padded for i in range(len(text) - n + 1))
-        for n in range(1, order + 1)
-    }
+    grams = {n: [d[i : i + n] for d in padded for i in range(len(d) - n + 1)] for n in range(1, order + 1)}
+    seen = {n: Counter(found) for n, found in grams.items()}
 
     @cache
     def count(gram):

@@ -105,9 +105,8 @@ def test_the_cloze_is_a_function_of_the_documents(tmp_path, encoding):
 
 def test_each_task_that_has_a_file_runs(tmp_path, encoding, model, split, lambada):
     (tmp_path / "wiki.raw").write_text(" = The Hat = \n the cat in the hat \n" * 9)
-    source, wiki = (
-        Source(path=str(path), sha256=sha256_file(path)) for path in (lambada, tmp_path / "wiki.raw")
-    )
+    files = (lambada, tmp_path / "wiki.raw")
+    source, wiki = (Source(path=str(path), sha256=sha256_file(path)) for path in files)
     changes = {"lambada": source, "lambada_original": source, "cloze_items": 0}
     changes |= {"wikitext": {"wikitext-2": wiki}, "wikitext_stride": 8}
     settings = SETTINGS.model_copy(update=changes)

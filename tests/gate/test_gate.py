@@ -62,17 +62,15 @@ def test_a_state_passes_against_itself():
     assert verdict.metrics[0].bounds == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("low", "value", "status"),
-    [
-        (-0.01, 0.01, "pass"),  # just what is tolerated
-        (0.0, 0.02, "warn"),  # no change is just inside
+def test_worse_must_be_more_than_tolerated_and_more_than_chance():
+    """A change equal to the tolerance is tolerated, and an interval from 0 is not above 0."""
+    for low, value, status in (
+        (-0.01, 0.01, "pass"),
+        (0, 0.02, "warn"),
         (0.001, 0.005, "warn"),
         (0.001, 0.02, "fail"),
-    ],
-)
-def test_worse_must_be_more_than_tolerated_and_more_than_chance(low, value, status):
-    assert gate.decide(gate.Interval(value, low, 0.5), 0.01) == status
+    ):
+        assert gate.decide(gate.Interval(value, low, 0.5), 0.01) == status
 
 
 def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
@@ -111,13 +109,9 @@ def test_the_chance_of_a_false_alarm_is_divided_among_the_groups(count):
     ],
 )
 def test_a_task_that_cannot_fail_is_watched_and_takes_no_part_of_the_false_alarms(hits, gated, level):
-    tasks = {
-        name: {"items_sha256": "c", "hits": ("1" * right).ljust(of, "0")}
-        for name, (right, of) in hits.items()
-    }
-    tolerances = {"perplexity": 0.01, **{f"accuracy.{name}": 0.01 for name in hits}}
-    judged = SETTINGS.model_copy(update={"tolerances": tolerances})
-    strings = {f"accuracy.{name}": task["hits"] for name, task in tasks.items()}
+    strings = {f"accuracy.{name}": ("1" * right).ljust(of, "0") for name, (right, of) in hits.items()}
+    tasks = {name: {"items_sha256": "c", "hits": strings[f"accuracy.{name}"]} for name in hits}
+    judged = SETTINGS.model_copy(update={"tolerances": dict.fromkeys(["perplexity", *strings], 0.01)})
     names, found = gate.choose_accuracies(strings, judged, has_perplexity=True)
     assert (names, found) == ([f"accuracy.{name}" for name in gated], level)
     none_right = {name: {**task, "hits": "0" * len(task["hits"])} for name, task in tasks.items()}
@@ -130,17 +124,15 @@ def test_a_task_that_cannot_fail_is_watched_and_takes_no_part_of_the_false_alarm
 @pytest.mark.parametrize(
     ("lost", "won", "tolerance", "status"),
     [
-        (7, 0, 0.02, "fail"),  # by chance once in 128 times, which is what is allowed
-        (6, 0, 0.02, "warn"),  # once in 64
-        (9, 7, 0.02, "pass"),  # the fall is what is tolerated
-        (9, 0, 0.09, "pass"),  # and here, sure as it is
+        (7, 0, 0.02, "fail"),
+        (6, 0, 0.02, "warn"),
+        (9, 7, 0.02, "pass"),
+        (9, 0, 0.09, "pass"),
         (0, 9, 0.02, "pass"),
     ],
 )
-def test_a_task_fails_when_more_answers_are_lost_than_is_tolerated_and_by_chance(
-    lost, won, tolerance, status
-):
-    """Of 100 items; a task's name may have a dot."""
+def test_a_task_fails_by_more_lost_answers_than_tolerance_and_chance(lost, won, tolerance, status):
+    """Of 100 items. By chance, 7 answers are lost once in 128 times: the allowed rate."""
     right = "1" * 50 + "0" * 50
     hits = "0" * lost + right[lost : 100 - won] + "1" * won
     then, now = ({"wikitext.2": {"items_sha256": "c", "hits": each}} for each in (right, hits))
@@ -204,9 +196,8 @@ def test_a_baseline_that_moved_fails_unless_something_explains_it():
 def test_a_metric_that_is_no_longer_measured_fails_and_a_new_one_does_not():
     without = snapshot(tasks={}, figures={"accuracy.cloze": 0.4})
     having = snapshot(figures={"accuracy.cloze": 0.5})
-    lost, new = (
-        gate.run_gate(*pair, SETTINGS, NOISE).metrics[1] for pair in ((having, without), (without, having))
-    )
+    lost = gate.run_gate(having, without, SETTINGS, NOISE).metrics[1]
+    new = gate.run_gate(without, having, SETTINGS, NOISE).metrics[1]
     assert lost == Check("accuracy.cloze", "fail", "no longer measured", 0.5)
     assert new == Check("accuracy.cloze", "warn", "not in the reference", None, 0.5)
 
@@ -319,24 +310,23 @@ def test_a_reference_wants_a_reason_and_a_damaged_one_is_refused(tmp_path, prese
             references.read_accepted(path)
 
 
-def with_dvc(folder):
-    """What DVC keeps of a project: its lock, and the sums by document in its cache, by hash."""
-    outs = ["data/evaluation", "reports/evaluation.json", "reports/training.json"]
-    for path in outs:
+def with_dvc(folder, locked, **stage):
+    """Write what DVC keeps of a project: its lock, and the outs in its cache."""
+    for path in locked:
         tracking_store.cache_out(folder, path)
-    tracking_store.save_lock(folder, {"evaluation": outs})
-    write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", "outs": outs}}})
+    tracking_store.save_lock(folder, {"evaluation": locked})
+    write_json(folder / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x", **stage}}})
 
 
 def test_any_revision_is_a_reference_while_dvc_has_its_sums(tmp_path):
-    with_dvc(project(tmp_path))
+    outs = ["data/evaluation", "reports/evaluation.json", "reports/training.json"]
+    with_dvc(project(tmp_path), outs, outs=outs)
     (tmp_path / ".gitignore").write_text("/data/\n/.dvc/\n")
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a run"]):
         tracking_store.git(tmp_path, *words)
     project(tmp_path, loss=4.2)  # a later run, not committed
-    verdict = gate.run_gate(
-        references.read_reference("HEAD", tmp_path), references.read_present(tmp_path), SETTINGS, NOISE
-    )
+    then, now = references.read_reference("HEAD", tmp_path), references.read_present(tmp_path)
+    verdict = gate.run_gate(then, now, SETTINGS, NOISE)
     assert verdict.metrics[0].change == pytest.approx(math.exp(0.2) - 1)
     with pytest.raises(BadConfig, match="no commit"):
         references.read_reference("nothing-of-that-name", tmp_path)
@@ -358,10 +348,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
     outs = ["data/evaluation", "data/tokenizer", "models/compact"]
     outs += [str(path.relative_to(tmp_path)) for path in (tmp_path / "reports").rglob("*.json")]
-    for path in outs:
-        tracking_store.cache_out(tmp_path, path)
-    tracking_store.save_lock(tmp_path, {"evaluation": outs})
-    write_json(tmp_path / "dvc.yaml", {"stages": {"evaluation": {"cmd": "x"}}})
+    with_dvc(tmp_path, outs)
     with pytest.raises(MissingInput, match="no model with these weights"):
         references.promote(tmp_path)
     sync(tmp_path, record_unrun=True)
@@ -378,9 +365,8 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
 
 # --- what is said ------------------------------------------------------------------------------------------
 
-ODD = Check(
-    "odd|name: a, b", "fail", "50% of <b>\r\nit \x00 is `odd` | @you", 1.0, 2.0, 0.5, (0.4, 0.6), 0.01
-)
+ODD_TEXT = "50% of <b>\r\nit \x00 is `odd` | @you"
+ODD = Check("odd|name: a, b", "fail", ODD_TEXT, 1.0, 2.0, 0.5, (0.4, 0.6), 0.01)
 ODD_VERDICT = Verdict("then", "why | not", [ODD], [replace(ODD, status="warn"), replace(ODD, status="pass")])
 
 
