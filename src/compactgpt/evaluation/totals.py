@@ -50,7 +50,8 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
     `nats`, (documents,), are the losses of the documents, for example in windows of one length. `chosen`,
-    (documents,), is True for the documents that count; None selects all documents. A perplexity that is too large for a float is None.
+    (documents,), is True for the documents that count; None selects all documents. A perplexity that is too
+    large for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:
