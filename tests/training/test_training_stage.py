@@ -127,7 +127,7 @@ def test_a_diverged_training_is_reported_once_and_in_the_report():
     assert report["val_loss"] > 10
     (warning,) = [line for line in result.output.splitlines() if "diverged" in line]
     assert re.match(
-        r"training: training has diverged: the val loss at step \d of 6 is [\d,.]+, that", warning
+        r"training: training has diverged: the val loss at step \d of 6 is [\d,.]+, the loss of", warning
     )
     assert "lower training.learning_rate" in warning
 

@@ -167,7 +167,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     """Return the n-gram model of the first documents of a split, up to `max_tokens` tokens.
 
     An n-gram of the highest order counts its occurrences. An n-gram of a lower order counts the different
-    tokens that occur before it; at the start of a document, it counts its occurrences.
+    tokens that occur before it. An n-gram that begins with end-of-text always counts its occurrences.
     """
     V = train.header.vocab_size
     documents = max(1, int(np.searchsorted(train.offsets, max_tokens, side="right")) - 1)
@@ -194,11 +194,11 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # The number of different tokens that occur before each n-gram.
+            # Replace the counts by the number of different tokens that occur before each n-gram.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
             counts[before > 0] = before[
                 before > 0
-            ]  # an n-gram at the start of a document keeps its occurrences
+            ]  # an n-gram that begins with end-of-text has no token before it, and keeps its count
         orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))

@@ -319,7 +319,7 @@ def evaluate(
         is_own = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
             found = scores
-            if view != "own" or not is_own:  # otherwise the view has the windows that are scored already
+            if view != "own" or not is_own:  # otherwise `scores` already has the nats of this view
                 found = model.score_view(split, view, likelihood, progress)
             views[view] = found.nats
     for nats in (scores.nats, *views.values()):

@@ -69,7 +69,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test (1947) that two models have different accuracies.
+    """Return the two-sided p-value of McNemar's exact test (1947); a small one shows unequal accuracies.
 
     The first model alone answers `only_one` items correctly; the second model alone answers `only_other`.
     """
@@ -78,7 +78,7 @@ def mcnemar(only_one: int, only_other: int) -> float:
 
 
 def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy fell.
+    """Return the one-sided p-value of McNemar's exact test (1947); a small one shows a fall of the accuracy.
 
     The old model alone answers `lost` items correctly; the new model alone answers `won` items correctly.
     """

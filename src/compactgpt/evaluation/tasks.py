@@ -318,9 +318,10 @@ def run_tasks(
     - cloze: passages of `split`. An answer is correct if each token of the word is the most likely token.
     - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored as the cloze. This is
       lambada_openai of EleutherAI's lm-evaluation-harness, with the same tokens.
-    - lambada_last_token: only the last token of the word, which may be no stop word, as in the GPT-2 paper
-      (Radford et al. 2019, section 3.3). The paper does not list its stop words: these are NLTK's 127 words.
-    - lambada_original: the authors' text, scored as lambada_word.
+    - lambada_last_token: the model answers only the last token of the word, and stop words are not allowed as
+      answers, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop
+      words: here they are NLTK's 127 words.
+    - lambada_original: the text that LAMBADA's authors published, scored as lambada_word.
 
     Perplexity is exp of the mean nats of a target. No token precedes a passage, as in lm-evaluation-harness.
     """

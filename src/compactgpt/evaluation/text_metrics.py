@@ -54,7 +54,7 @@ def ends_in_loop(tokens: Tokens) -> bool:
 
 
 def zipf(texts: Sequence[Tokens]) -> float | None:
-    """Return the slope of log frequency over log rank of the tokens, negated (Zipf); None for one token."""
+    """Return minus the slope of log frequency over log rank (Zipf); None if all tokens are equal."""
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None
@@ -66,11 +66,11 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
     """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
 
     The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
-    The interval is Student's, with n - 1 degrees of freedom for n texts. Returns None if `figure` has no
-    value for all texts, or has no value for the texts without one of them.
+    The interval is Student's, with n - 1 degrees of freedom for n texts. Returns None for a
+    single text, and if `figure` returns None for all texts together or after a text is left out.
     """
     value, n = figure(texts), len(texts)
-    # A bootstrap would draw a continuation twice and count the copy as repetition.
+    # Not a bootstrap: it would draw some texts twice, and count the copies as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # one text gives no variance

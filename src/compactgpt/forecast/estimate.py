@@ -39,7 +39,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json: estimates of the configured run and of the note's run.
 
     The note is *Performance de NanoGPT Compact contre GPT-2*. `hand_set_loss` is the loss that a person
-    expected of its run. `ladder` is the prediction of our own sweep, or null without `sweep`.
+    expected of the note's run. `ladder` is the prediction of our own sweep; it is null if `sweep` is None.
     """
     training, settings, note = params.training, params.estimate, params.estimate.note
     run, vocab_size = configured_run(params), params.model.vocab_size
@@ -60,7 +60,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     }
     sizes = count_parameters(note)
     note_run = Run(sizes.nanogpt, sizes.non_embedding, note.max_steps, note.tokens_per_step)
-    # The note states AdamW. Its expected loss is the fixed rule's, as for every other run.
+    # The note names AdamW as its optimizer. The fixed rule predicts the loss, as for every other run.
     note_loss = expect_loss(note_run, "adamw", note.vocab_size, _used_anchors(params))
     described = estimate_run(note, note_run, note.micro_batch_size, note.corpus_tokens, note_loss, settings)
     return {

@@ -234,7 +234,8 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # The rule `hash` has no key here, because results/ladder.json of earlier versions has no key for it.
+        # The key `split` is left out for the rule `hash`: results/ladder.json of earlier versions has no
+        # such key, and stays comparable.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 

@@ -112,7 +112,7 @@ class Verdict:
 
     @property
     def checks(self) -> list[Check]:
-        """The checks that can fail, guards first."""
+        """The checks that can fail: the guards, then the checks of metrics."""
         return [*self.guards, *self.metrics]
 
     @property
@@ -187,7 +187,7 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the parameters that affect the metrics; parameters of unused baselines do not."""
+    """Return the parameters that affect the metrics, without the parameters of unused baselines."""
     used = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
     in_use = tuple(f"baseline.specs.{name}." for name in used)
     return {
@@ -299,7 +299,8 @@ def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, 
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The choice of documents and the noise are independent, so their squared distances are added.
+    # The choice of documents and the noise are independent, so the square of the half-width of the interval
+    # is the sum of the squares of both.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)

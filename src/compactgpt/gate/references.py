@@ -40,7 +40,7 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_SAME_SUM = 1e-9  # nats per token; the order of a sum changes a loss by less
+_SAME_SUM = 1e-9  # nats per token; the same loss, summed in another order, differs by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
 
 

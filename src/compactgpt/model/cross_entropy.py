@@ -17,7 +17,7 @@ from torch import Tensor
 # 8,192 x 50,304 logits in bfloat16 take 0.8 GB.
 LOSS_ROWS = 512
 GPU_LOSS_ROWS = 8192
-# Largest exponent of exp. 50,304 times exp(60) does not overflow fp32.
+# Limit of the argument of `exp` in fp32: a sum of 50,304 terms exp(60) does not overflow.
 CAP = 60.0
 
 
@@ -53,7 +53,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Return the mean loss, a scalar, and store both gradients for `backward`."""
         is_rounded = dtype != weight.dtype
         if is_rounded and correction is not None:
-            raise ValueError("a correction of the logits needs products in the weights' own precision")
+            raise ValueError(
+                "the logits can't be corrected under autocast: compute in the precision of the weights"
+            )
         add_chunk = _add_rounded_chunk if is_rounded else partial(_add_chunk, correction=correction)
         N = len(x)
         dx, dw = torch.empty_like(x), torch.empty_like(weight)
@@ -75,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # On a CPU, skip the multiplication by 1. On a GPU, always multiply: reading the value would wait.
+        # On a CPU, skip a multiplication by 1. On a GPU, always multiply: to read the value is to wait.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -108,7 +110,8 @@ def _add_chunk(
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
-    # The smallest normal fp32 number bounds the loss of a token at 87.3 nats. The gradient is not clamped.
+    # A probability of 0 would give an infinite loss. The clamp limits the loss of a token to 87.3 nats, and
+    # does not change the gradient.
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 
 

@@ -40,7 +40,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel can run: the GPU is a Hopper (no other was tested) and rows are aligned."""
+    """Return whether the kernel can run: on a Hopper, the only tested GPU, if C and V are multiples of 8."""
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 

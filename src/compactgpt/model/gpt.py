@@ -99,8 +99,8 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream is a sum of 2 n_layer projections. A smaller standard deviation of the
-                # projections keeps the variance of the sum.
+                # The residual stream is a sum of 2 n_layer projections. With this smaller standard deviation
+                # of the projections, the variance of the sum does not grow with n_layer.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
@@ -153,8 +153,9 @@ class GPT(nn.Module):
         vector `correction`, (K,), is added to the logits of every position.
         """
         table = self.wte.weight if table is None else table
-        # `expand_as` only records the head in autograd before the embedding. The backward pass then adds the
-        # head's dense gradient after the embedding's sparse one, which avoids a copy of the dense gradient.
+        # `expand_as` changes no value, but lets autograd record the head before the embedding. The backward
+        # pass then adds the head's dense gradient after the embedding's sparse gradient, which avoids a copy
+        # of the dense gradient.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

@@ -1,8 +1,9 @@
 """Convert our GPT to and from Hugging Face's GPT-2 format: a folder with config.json and model.safetensors.
 
-Both formats describe the same architecture, with three differences. Hugging Face's format stores four
-matrices of each layer transposed (Conv1D). It always has biases. It calls our GELU `erf` `gelu`, and our
-`tanh` `gelu_new`; OpenAI trained GPT-2 with `gelu_new`. The package transformers is not needed.
+Our format and Hugging Face's format describe the same architecture, with three differences. Hugging Face's
+format stores four matrices of each layer transposed (Conv1D). It always has biases. Its names of the GELUs
+are `gelu` (ours: `erf`) and `gelu_new` (ours: `tanh`); OpenAI trained GPT-2 with `gelu_new`. This module does
+not need the package transformers.
 """
 
 from collections.abc import Mapping

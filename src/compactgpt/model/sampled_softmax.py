@@ -61,12 +61,13 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
-    """Draw the sample of a step, counted from 0, by the probability of each token, `inclusion`, (V,).
+    """Draw the sample of `step`, counted from 0; `inclusion`, (V,), is the probability of each token.
 
     All tokens of the step's batch are added with probability 1, so the logit of a target needs no correction.
     `batch` has the inputs and targets of all processes, which therefore all get the same sample.
     """
-    # `training_batch` uses the same key: another counter makes the sample independent of the batch.
+    # The generator of `training_batch` has the same key, but another counter. So the random numbers of the
+    # sample are independent of those of the batch.
     generator = np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, 1]))
     chosen = generator.random(len(inclusion)) < inclusion
     probability = inclusion.copy()

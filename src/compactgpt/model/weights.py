@@ -27,7 +27,7 @@ def save_model(
     """Write the tensors of a model and config.json, which also states `facts`, to a folder.
 
     `best` is the folder of the run's best model, if that is another model: it is copied to `folder`/best.
-    With `private`, a damaged folder is replaced, too.
+    With `private`, for a folder in which users keep no files, a damaged folder is replaced, too.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -46,7 +46,8 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
     """
     verified_manifest(folder)
     try:
-        # The sections of config.py are strict: pydantic accepts a list for a tuple only in JSON text.
+        # Convert the section back to JSON text: only there does pydantic accept a list for a tuple, because
+        # the sections of config.py are strict.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(

@@ -64,7 +64,8 @@ class Group:
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Copy the sums into autograd's tensors: a kernel's rounding may depend on the address of a tensor.
+        # Copy the sums into autograd's tensors instead of replacing these: a new tensor may have another
+        # address in memory, and the rounding of some kernels depends on the address.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
@@ -158,7 +159,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Connect the processes that torchrun started, and yield their Group; one process needs no torchrun.
+    """Connect the processes that torchrun started, and yield their Group; a single process needs no torchrun.
 
     Raises PeerLost if another process ended, or did not answer within launcher.timeout_seconds.
     """
@@ -235,7 +236,7 @@ def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) ->
         os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
         if (
             sys.platform == "linux"
-        ):  # all processes of `launch` are on this machine, so the loopback is enough
+        ):  # all processes of `launch` are on this machine, so use only the loopback interface
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         logging.disable(logging.CRITICAL)  # hide the tracebacks that torchrun logs
         try:

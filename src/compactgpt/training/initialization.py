@@ -85,7 +85,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
         if tensors[key].any():
             raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
         del tensors[key]
-    for key in own.keys() - tensors.keys():  # a model without a bias computes what a bias of zeros gives
+    for key in own.keys() - tensors.keys():  # biases of zeros do not change the result of the model
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
     # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,

@@ -1,4 +1,4 @@
-"""The loss curve of a training run: the validation loss, its rows, and a check for divergence."""
+"""The loss curve of a training run: its rows, the validation loss, and a check for divergence."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from compactgpt.training.distributed import gathered
 
 # Margin of the divergence check, in nats per token. It is larger than the noise of a loss on a few windows.
 DIVERGENCE_MARGIN = 0.5
-# The settings that several messages advise to change when training diverges.
+# Advice that is part of several messages: the settings to change when training diverges.
 LOWER_RATES = (
     "lower training.learning_rate, embedding_learning_rate or muon_learning_rate, or raise "
     "training.warmup_steps"
@@ -56,7 +56,7 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
         return None
     return (
         f"training has diverged: the val loss at step {last.step:,} of {training.max_steps:,} is "
-        f"{last.val_loss:,.3f}, that of {name} is {limit:.3f}: stop it, and {LOWER_RATES}"
+        f"{last.val_loss:,.3f}, the loss of {name} is {limit:.3f}: stop the training, and {LOWER_RATES}"
     )
 
 

@@ -237,7 +237,7 @@ class Trainer:
         tokens, targets, *head = self._batch()
         loss = self._accumulate_gradient(tokens, targets, *head)
         grad_norm = self.optimizers.grad_norm()
-        if not self.defers_losses:  # a CPU checks before the update, a GPU when losses are read
+        if not self.defers_losses:  # on a GPU, `read_losses` checks the numbers later
             self._check_finite(self.step, {"training loss": loss, "norm of its gradient": grad_norm})
         self.unreported.append((self.step, loss, grad_norm))
         self.optimizers.update(self.step, grad_norm)
@@ -338,7 +338,8 @@ class Trainer:
         self.rows.append(row)
         self.losses = []
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
-        # Other machines may round differently, so the main process decides for all processes.
+        # The losses of two machines may differ by rounding, so the main process decides for all processes
+        # whether the model is the best.
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
