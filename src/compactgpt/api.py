@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # tokens
+LONGEST_WINDOW = 1024  # maximum number of tokens in a window of `score`
 BATCH_SIZE = 16
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
@@ -170,7 +170,7 @@ def load(
 
     A folder has a model of this project, or a model in Hugging Face's format. A model in MLflow is named as
     `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. `tokenizer` is the folder of the project's
-    tokenizer. By default, the first one that exists is used: data/tokenizer of the model's project,
+    tokenizer. By default, the first of these that exists is used: data/tokenizer of the model's project,
     data/tokenizer of the current folder, or the GPT-2 tokenizer in the model's folder.
     """
     name, folder = str(model), Path(model).expanduser()

@@ -1,7 +1,7 @@
 """The command `compactgpt`: what a user does with the project besides `dvc repro`.
 
 The commands are in the folder `commands`. Each command reads its options and calls one function of the
-library. It imports that function only then, so that `--help` is quick.
+library. A command imports its function only when the command runs, so that `--help` is quick.
 """
 
 from typing import Annotated, Any

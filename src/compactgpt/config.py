@@ -23,7 +23,7 @@ FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # kinds of 
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-View = Literal["own", "strided"]  # measured in windows of the model's own context, or that overlap
+View = Literal["own", "strided"]  # own: windows of the model's own context; strided: windows that overlap
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
 
 
@@ -342,12 +342,12 @@ class Compressor(Section):
 
 
 class Ngram(Section):
-    """An n-gram model of the training split."""
+    """An n-gram model of the train split."""
 
     label: str = ""
     kind: Literal["ngram"]
     order: Annotated[int, Field(ge=3, le=5)]
-    train_tokens: PositiveInt  # at most this many, from the start of the split
+    train_tokens: PositiveInt  # maximum number of tokens, from the start of the train split
 
 
 class Gguf(Section):
@@ -366,7 +366,7 @@ class Folder(Section):
     label: str = ""
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = None  # of the folder; without it, the stage stops and prints the hash
+    sha256: Sha256 | None = None  # hash of the folder; without a value, the stage stops and prints the hash
 
 
 class Hub(Section):
@@ -431,11 +431,11 @@ class Anchor(Section):
     loss: PositiveFloat
     corpus: str
     source: str
-    assumed_budget: bool = False  # True: the loss only checks the estimates; no law is scaled to it
+    assumed_budget: bool = False  # True: the loss only checks estimates, and no law is scaled to it
 
 
 class Estimate(Section):
-    """The configuration, the machines and the reference runs of the estimate."""
+    """The note's configuration, and the machines and reference runs of the estimate."""
 
     note: NoteRun
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)

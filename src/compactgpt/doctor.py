@@ -158,7 +158,7 @@ def _measured_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # Matched windows; and the views: of overlapping windows each token is read several times.
+    # One pass over the matched windows, and the passes of each view: overlapping windows repeat tokens.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)
@@ -166,7 +166,7 @@ def _measured_tokens(params: Params) -> float:
 
 
 def _num_params(name: str, params: Params) -> float:
-    """Return about how many parameters a neural baseline has; 0 for others, and if its name does not say."""
+    """Return about how many parameters a baseline has; 0 if it is not neural, or its size is unknown."""
     if not isinstance(params.baseline.specs[name], Gguf | Folder | Hub):
         return 0.0
     for anchor in params.estimate.anchors:

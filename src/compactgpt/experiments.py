@@ -56,7 +56,7 @@ class Expected(Section):
     """The value that some claims of the note predict for small runs."""
 
     claims: tuple[str, ...]  # ids in claims.yaml
-    expected: Literal["above", "below"]  # where the claims put the value: above or below that of no effect
+    expected: Literal["above", "below"]  # where the claims put it, relative to no effect
     quantity: Line
     otherwise: Line  # the conclusion if the runs do not support the claims
 
@@ -70,7 +70,7 @@ class Comparison(Expected):
 
 
 class TextComparison(Expected):
-    """The difference of a figure of our model's texts and of a baseline's, for the same prompts."""
+    """The difference of one figure between our model's and a baseline's texts after the same prompts."""
 
     baseline: Name
     figure: TextFigure
@@ -95,7 +95,7 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
-    comparisons: tuple[Comparison, ...] = ()  # between groups of this sweep, and the sweep `seeds`
+    comparisons: tuple[Comparison, ...] = ()  # of run groups in this sweep and in the sweep `seeds`
     texts: tuple[TextComparison, ...] = ()  # which metrics of the generated texts in reports/ are compared
 
     def _mistakes(self) -> Iterator[str]:
@@ -274,7 +274,7 @@ def configurations(
 def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
     """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`.
 
-    Raises MissingInput, before params.yaml changes, without DVC or a git repository.
+    Raises MissingInput, before params.yaml changes, if DVC or a git repository is missing.
     """
     dvc_environment()
     require_repository(Path())

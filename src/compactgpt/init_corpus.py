@@ -25,21 +25,21 @@ from compactgpt.data.validation import document_row, fitting_limits
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
-SAMPLE_BYTES = 16 * MEGABYTE  # the most text that is read: it takes a few seconds
+SAMPLE_BYTES = 16 * MEGABYTE  # the maximum amount of text that is read, in a few seconds
 # Bytes of text per GPT-2 token, to count without a tokenizer. Measured: 3.1 on docstrings, 3.3 on tiny
 # Shakespeare, 5.3 on simple English; 1.7 on Russian, 1.5 on Thai, 1.3 on Chinese.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # wanted in val, so that a split by hash hardly ever has fewer than 20
-VAL_TOKENS = 30_000  # wanted in val; every model scores this many in minutes
+VAL_DOCUMENTS = 50  # wanted in val; then a split by hash hardly ever has fewer than 20 val documents
+VAL_TOKENS = 30_000  # wanted in val; every model scores this number of tokens in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # a fifth of them is val, where text statistics need two documents
-FEW_DOCUMENTS = 100  # with fewer, shorter files are cut, too
+MIN_DOCUMENTS = 10  # a fifth of the documents is val, and text statistics need two val documents
+FEW_DOCUMENTS = 100  # in a corpus with fewer documents, shorter files are cut, too
 # Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-SCORED_TOKENS = 200_000  # the most tokens of val that are scored: the beginning of each document
+SCORED_TOKENS = 200_000  # maximum number of val tokens that are scored, at the start of each document
 CONTINUED_DOCUMENTS = 8  # this many val documents must be long enough for a prompt and its continuation
 MAX_REPEATED = 0.1  # a greater share of repeated documents is a mistake in the corpus, not its nature
 
@@ -51,7 +51,7 @@ class Sample:
     rows: list[dict[str, Any]] = field(default_factory=list)  # see `document_row`
     tokens: list[float] = field(default_factory=list)  # estimated tokens of each document
     bytes: int = 0
-    copies: int = 0  # documents that were left out, since an earlier document is equal
+    copies: int = 0  # number of documents that were left out, since each equals an earlier document
     ways: set[str] = field(default_factory=set)  # how files were cut into documents: see `splitting.Piece`
     scale: float = 1.0  # size of the corpus divided by the size of the sample
 
@@ -153,7 +153,7 @@ def _place(path: Path) -> tuple[str, list[str]]:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Return (folder, name in it) of each text file of a path."""
+    """Return (folder, path in this folder) of each text file of a path."""
     if path.is_file():
         return [(path.parent, path.name)]
     return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
@@ -203,12 +203,13 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # Neighbouring pieces of a file belong together, and a few documents are no fair sample: val is the end.
+    # If files are cut into pieces, or val has few documents, val is the end of the corpus: neighbouring
+    # pieces belong together, and a hash would choose too few documents for a fair sample.
     split = "tail" if sample.ways or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
-        # Half of the text that was found: if much text is lost later, the stage fails.
+        # The limits are half of the text found now, so the stage fails if much of the text is lost later.
         "validation.min_documents": documents // 2,
         "validation.min_total_megabytes": round(megabytes / 2, 3),
         "tokenization.val_fraction": fraction,
@@ -231,9 +232,9 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
 
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
-    """Return steps and intervals, and a message about the time of the training."""
+    """Return the values of params.yaml for training, and a message about the time of the training."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
-    epoch = tokens / params.training.tokens_per_step  # steps
+    epoch = tokens / params.training.tokens_per_step  # number of steps in an epoch
     found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
     steps = max(10, int(float(f"{found:.2g}")))
     time = format_minutes(steps * step_minutes)
@@ -247,12 +248,12 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
-    """Return how many tokens of a val document are scored and continued; `tokens` has those of each."""
+    """Return the values of params.yaml for evaluation; `tokens` has the estimated tokens of each document."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     share = min(
         1.0, CONTINUED_DOCUMENTS / val_documents
     )  # the share of val documents that must be long enough
-    # A quarter of the length of such a document each: half of it is spare, since tokens are estimated.
+    # Prompt and continuation each get a quarter of such a document. The rest allows for a wrong estimate.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

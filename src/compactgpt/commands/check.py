@@ -24,7 +24,7 @@ def trace(
 ) -> None:
     """Show where a number comes from: its report, stage, inputs, git commit and MLflow run.
 
-    Prints a line for each of these. Writes no file.
+    Prints one line or more for each of these facts. Writes no file.
     Example: compactgpt trace compact.loss
     """
     from compactgpt.common.storage import read_json
@@ -89,8 +89,8 @@ def gate(
 ) -> None:
     """Check that the model is not worse than an accepted model.
 
-    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. Writes only the file
-    of --against with --accept, and those of --markdown and --junit.
+    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. --accept writes the
+    file of --against; --markdown and --junit write the files that they name.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params

@@ -149,7 +149,7 @@ def evaluate(
     if len(documents) == 1 and not whole:
         documents, cut = _cut(documents[0], files[0])
     models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
-    window = min(one.window for one in models)  # the same context for every model
+    window = min(one.window for one in models)  # every model is measured with the same context
     scores = {
         one.name: one.score(documents, window=window, progress=ProgressBar(one.name, "windows"))
         for one in models
@@ -175,7 +175,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Return the documents of a long text, and a message; a shorter text is one document, without one."""
+    """Return the documents that a long text is cut into, and a message, which is empty without a cut."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 

@@ -1,1 +1,1 @@
-"""What every other folder may use."""
+"""Functions and classes that the modules of every other folder may use."""

@@ -22,14 +22,14 @@ from compactgpt.common.torchrun import dist_info, under_torchrun
 
 
 class Progress(Protocol):
-    """A function that long work calls repeatedly: `done` of `total` units, and a few formatted figures."""
+    """A function that long work calls repeatedly to report its progress, with a few formatted figures."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished."""
 
 
 def silent(done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
-    """Show nothing: the default `progress` of every function that has one."""
+    """Show no progress. Functions with an argument `progress` use this function by default."""
 
 
 class ProgressBar:
@@ -65,7 +65,7 @@ class ProgressBar:
 
 @contextmanager
 def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
-    """Print a user's mistake as one sentence on stderr, and exit with its code. Ctrl-C prints `stopped`."""
+    """Print a user's mistake as one sentence on stderr; exit with its exit code. Ctrl-C prints `stopped`."""
     try:
         yield
     except UserError as error:

@@ -14,10 +14,10 @@ from types import FrameType
 
 from compactgpt.common.errors import BadConfig
 
-# glibc's malloc.h
+# Constants of glibc's malloc.h
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
-# Linux's mman.h
+# A constant of Linux's mman.h
 _MADV_HUGEPAGE = 14
 
 
@@ -42,7 +42,7 @@ def prepare_heap() -> bool:
     heap = libc.malloc(ctypes.c_size_t(size))
     if not heap:  # `ulimit -v` limits the address space
         return False
-    first = -(-heap // page) * page  # madvise needs the address of a page
+    first = -(-heap // page) * page  # madvise needs an address at which a page starts
     failed = libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(heap + size - first), _MADV_HUGEPAGE)
     libc.free(ctypes.c_void_p(heap))
     return not failed

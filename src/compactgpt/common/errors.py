@@ -1,7 +1,7 @@
 """Errors that a user can act on, each with an exit code that scripts can test.
 
 A stage or command prints the message of a `UserError` as one sentence, and exits with its `exit_code`. Any
-other exception is a bug of this project. The exit codes are those of sysexits.h, if it has a suitable one.
+other exception is a bug of this project. Exit codes are taken from sysexits.h where it has a suitable code.
 """
 
 import errno

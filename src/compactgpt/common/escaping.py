@@ -4,7 +4,7 @@ import re
 
 from compactgpt.common.errors import printable
 
-# What Markdown (CommonMark and GitHub's extensions) would take for markup. Underscores inside a word and
+# Matches what Markdown (CommonMark and GitHub's extensions) takes for markup. Underscores inside a word and
 # single signs inside a line are text already, and stay readable.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
@@ -18,7 +18,7 @@ _ENTITIES = {
     "<": "&lt;",
     ">": "&gt;",
     "@": "@\u200b",
-}  # no space: no mention
+}  # GitHub takes `@name` for a mention of a user; an invisible space after `@` prevents this
 
 
 def markdown_text(text: str) -> str:

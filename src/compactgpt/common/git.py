@@ -7,15 +7,15 @@ from pathlib import Path
 
 from compactgpt.common.errors import MissingInput, UserError, printable
 
-DIFF = "uncommitted.diff"  # name of the artifact
-OUTPUTS = ("dvc.lock", "reports")  # what stages write and git keeps: never a change of the user's
+DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the changes
+OUTPUTS = ("dvc.lock", "reports")  # outputs of stages that git tracks: their changes are not the user's
 NEW_FILES = ("conf", "src", "stages")  # folders whose new files are part of the changes
 # Code, settings and templates. Anything else there (a key, a database, an archive) does not belong in a log.
 NEW_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
-MAX_BYTES = 1_000_000  # of all changes together
+MAX_BYTES = 1_000_000  # maximum size of all changes together
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
@@ -58,14 +58,14 @@ def require_repository(root: Path) -> None:
 class Changes:
     """The difference between the commit and the work tree, as far as it may be logged."""
 
-    diff: bytes = b""  # for `git apply`
+    diff: bytes = b""  # the changes in the format that `git apply` reads
     left_out: list[str] = field(default_factory=list)  # new files, and why each is not part of `diff`
 
 
 def git_facts(root: Path) -> dict[str, str]:
     """Return the tags of a run that name the commit and whether the work tree is clean; empty without git.
 
-    Changes to OUTPUTS do not count. `git.left_out` names changes that are too large, or of no kind to log.
+    Changes to OUTPUTS do not count. `git.left_out` names changes that are too large or of an unlogged kind.
     """
     try:
         commit = git_text(root, "rev-parse", "HEAD")
@@ -96,7 +96,7 @@ def uncommitted_changes(root: Path) -> Changes:
             left_out.append(f"{printable(name)} ({reason})")
         else:
             words = ["diff", *options, "--no-index", "--", os.devnull, name]
-            diff += run_git(root, *words, allowed=(0, 1))  # 1: the two differ
+            diff += run_git(root, *words, allowed=(0, 1))  # exit code 1: the two files differ
     return Changes(diff, left_out)
 
 
@@ -111,6 +111,6 @@ def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:
 
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that only this user can read, whatever the umask is."""
-    path.unlink(missing_ok=True)  # its mode would stay
+    path.unlink(missing_ok=True)  # an existing file would keep its permissions
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)

@@ -94,7 +94,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
             fsync_folder(path.parent)
     finally:
-        with suppress(OSError):  # then the next writer of this path deletes it
+        with suppress(OSError):  # if this fails, the next writer of `path` deletes the temporary file
             temporary.unlink(missing_ok=True)
 
 
@@ -141,7 +141,7 @@ def sha256_file(path: Path) -> str:
 
 
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
-    """Return the path of a file in a folder, by a name that another person may have written.
+    """Return the path of the file `name` in a folder. The name may come from another person.
 
     Raises OutsideFolder if the name is absolute or has `..`, or, with `follow`, if a symbolic link leads out.
     DVC itself may link outputs to its cache.
@@ -180,7 +180,7 @@ def atomic_folder(
             temporary.mkdir()
             yield temporary
             _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-            # Again, because the block may have taken hours.
+            # Check again: the block may have taken hours, and `folder` may have changed since.
             _check_replaceable(target, kind, overwrite=overwrite, private=private)
             _replace_folder(temporary, target)
     finally:
@@ -227,7 +227,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     """Replace `folder` by two renames. Between the two renames no folder has the path of `folder`."""
     old = _temporary_path(folder, "old")
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)  # from an earlier call, if the disk refused to delete it
+        shutil.rmtree(old, ignore_errors=True)  # an earlier call may have failed to delete it
         os.rename(folder, old)
     try:
         os.rename(temporary, folder)

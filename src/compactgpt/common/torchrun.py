@@ -12,7 +12,7 @@ class DistInfo:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among the processes of this machine
+    local_rank: int = 0  # rank among the processes of this machine
 
     @property
     def is_main_process(self) -> bool:

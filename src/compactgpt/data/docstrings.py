@@ -97,7 +97,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 def short_licence(metadata: Any) -> str:
     """Return the SPDX expression of a distribution's licence; else its short name, else the classifiers.
 
-    The fields: packaging.python.org, Core metadata specifications.
+    The fields are defined in the Core metadata specifications (packaging.python.org).
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)

@@ -82,7 +82,7 @@ def new_document(text: str, source: str) -> Document:
 
 
 def check_size(size: int, what: str, key: str, megabytes: int) -> None:
-    """Raise BadData if a text or a row has more than `megabytes`, the value of `download.{key}`."""
+    """Raise BadData if the text or row `what` has more than `megabytes` MB, the limit `download.{key}`."""
     if size > megabytes * MEGABYTE:
         raise BadData(
             f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "

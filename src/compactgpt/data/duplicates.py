@@ -172,7 +172,7 @@ def digest_documents(
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             hits = hits.assign(
                 document=hits["document"] + documents
-            )  # make numbers in the row group numbers in the corpus
+            )  # convert each document's number in the row group to its number in the corpus
             parts.append(part._replace(hits=hits[is_kept]))
             documents += len(part.documents)
             progress(documents, total)

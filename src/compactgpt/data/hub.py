@@ -108,7 +108,7 @@ def check_model_folder(name: str, spec: Folder) -> None:
     if found != spec.sha256:
         raise BadConfig(
             f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
-            f"{found}: write that into params.yaml if these are the weights you mean, or give it with "
+            f"{found}: write this hash into params.yaml if these are the weights you mean, or give it with "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
 
@@ -156,12 +156,12 @@ def check_data_set(params: HubCorpus) -> None:
 
 
 def check_sources(params: Params) -> None:
-    """Check, before a run, that models, task files and corpus of params.yaml are here or on the hub.
+    """Check, before a run, that models, task files and corpus of params.yaml are local or on the hub.
 
     Raises MissingInput if a local folder or file does not exist, and the errors of `check_model_folder` and
     `hub_errors`. The message lists the settings for local copies.
     """
-    needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}  # by the setting for a local copy
+    needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}  # key: setting of a local copy
     for name in params.baseline.names:
         spec = params.baseline.specs[name]
         if isinstance(spec, Folder):

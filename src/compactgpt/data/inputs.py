@@ -41,8 +41,8 @@ def check_files(folder: Path) -> None:
         for path in (Path(parent, name) for name in folders):
             if path.is_symlink():
                 raise BadData(
-                    f"{path} is a link to a folder, where DVC sees no change: remove the link, then bring "
-                    f"its files: `dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
+                    f"{path} is a link to a folder, and DVC notices no change there: remove the link, then "
+                    f"add its files: `dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
                 )
         for path in (Path(parent, name) for name in files):
             regular_status(path, str(path))

@@ -104,11 +104,12 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents", again),
         at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents", again),
     ]
-    # The split `hash` divides the number of documents, and `tail` divides the bytes. Check the divided one.
+    # The split `hash` divides the number of documents, and `tail` divides the bytes.
+    # The share of the divided quantity is checked.
     share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
     if rule.val_start is None:
         expected = share * len(corpus.documents)
-        # The standard deviation of the number of documents, which is binomial.
+        # The number of documents in a split has a binomial distribution with this standard deviation.
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"

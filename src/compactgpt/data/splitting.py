@@ -39,7 +39,7 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
 
     If the file is one document, its text is not changed. Otherwise blank lines at the start of each document,
     and white space at its end, are removed. The caller refuses a piece of more than
-    `max_characters`; such a piece ends at its next line, so that memory stays small.
+    `max_characters`; such a piece is cut at the next line break, so that memory stays small.
 
     Raises BadData if the file is not UTF-8.
     """

@@ -97,7 +97,7 @@ def file_kind(name: str) -> str:
 
 
 def unread_files(root: Path, read: Collection[str]) -> str:
-    """Return a message about the files in the folder corpus/ that are not in `read`; empty without any."""
+    """Return a message about the files in corpus/ that are not in `read`; empty if there are none."""
     found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
     names = sorted(found.difference(read))  # `dvc add` writes a .dvc file beside each file
     if not names:
@@ -180,7 +180,7 @@ def _read_text(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
 
 
 def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
-    """Yield the lines of a file with a row in each line."""
+    """Yield the rows of a file in which each line is a row."""
     max_bytes = params.max_row_megabytes * MEGABYTE + 1
     for line in read_lines(file, name, max_bytes):
         size = len(line.text) if line.is_end else max_bytes

@@ -161,7 +161,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the val loss less the train loss, and the text metrics divided by GPT-2's text metrics."""
+    """Yield the val loss minus the train loss, and the text metrics divided by GPT-2's text metrics."""
     by_id = {item["id"]: item for item in kept}
     val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
     if val_loss is not None and train_loss is not None:

@@ -1,8 +1,9 @@
 """Say what small runs show about the note's claims: the direction of each effect, at the demo's size.
 
-The runs are those of results/small-scale.json. conf/experiments/small-scale.yaml says what the claims lead to
-expect. No verdict about a claim depends on these results. An interval covers two kinds of chance: the choice
-of val documents (a paired interval), and the seed, whose standard deviation comes from results/seeds.json.
+The runs are those of results/small-scale.json. conf/experiments/small-scale.yaml says which direction
+follows from each claim. No verdict about a claim depends on these results. An interval covers two kinds of
+chance: the choice of val documents (a paired interval), and the seed, whose standard deviation comes from
+results/seeds.json.
 """
 
 import math
@@ -31,7 +32,7 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 class Direction(Section):
-    """The difference that small runs show for one claim, and whether its sign is the one of the claim."""
+    """The difference that small runs show for one claim, and whether its sign agrees with the claim."""
 
     claim: str  # id in claims.yaml
     outcome: Outcome
@@ -120,7 +121,7 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean of a figure's differences, first text less second, with Student's 95 % interval.
+    """Return the mean of a figure's differences, first text minus second, with Student's 95 % interval.
 
     The interval does not include the noise between seeds. A pair with a text that is too short for
     the figure is left out. The result is None if fewer than two pairs remain.
