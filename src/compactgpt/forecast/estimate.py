@@ -213,7 +213,7 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     specs = runs[0].baseline.specs
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
-        "bar corrects it after the first steps",
+        "bar shows a better estimate after the first steps",
         *(
             f"baseline {name}: scores the val split too, and may take as long as the training; "
             "to leave it out, remove it from baseline.names"

@@ -155,9 +155,7 @@ def run_gate(
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
     """Check that the two versions were evaluated on equal text, in equal windows."""
     if changes := _compare(then.fingerprint, now.fingerprint):
-        says = (
-            f"not comparable: {', '.join(changes)}. Restore it, or accept these reports as the new reference"
-        )
+        says = f"not comparable: {', '.join(changes)}. Restore the old values, or accept the new ones"
         return Check("validation", "fail", says)
     if now.documents.select(then.documents.ids) is None:
         return Check("validation", "fail", "not comparable: the reference has documents that are missing now")
@@ -203,7 +201,7 @@ def _check_parameters(differences: list[str]) -> Check:
         return Check("parameters", "pass", says)
     named, more = differences[:_MOST_NAMED], len(differences) - _MOST_NAMED
     says = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
-    return Check("parameters", "warn", f"changes that can explain other metrics: {says}")
+    return Check("parameters", "warn", f"these changes can be the reason for changed metrics: {says}")
 
 
 def _check_baselines(
@@ -250,7 +248,7 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
             yield _check_accuracy(then, now, name, settings.tolerances[name], level)
         elif name in hits:
             lost, of = hits[name].count("1"), len(hits[name])
-            says = f"not gated: to lose all {lost} right answers of {of:,} has p = {0.5**lost:.2g}"
+            says = f"not gated: the loss of all {lost} right answers (of {of:,}) has p = {0.5**lost:.2g}"
             yield Check(name, "info", f"{says}, and the level is {level:.2g}", before, after)
         else:
             yield _check_perplexity(then, now, name, settings.tolerances[name], noise, level)

@@ -107,7 +107,7 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
     says = f"{SEEDS} {missing}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
-    return Noise(assumed, math.inf, f"{says}; `compactgpt experiment run seeds` measures it")
+    return Noise(assumed, math.inf, f"{says}; to measure the noise, run `compactgpt experiment run seeds`")
 
 
 # --- reading states

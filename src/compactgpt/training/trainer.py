@@ -90,7 +90,7 @@ def run_key(params: Params, splits: Splits) -> str:
     """Return the key of a run: a hash of everything that the result of the run depends on.
 
     The number of processes is not part of the key, so a run can resume with another number of processes. Then
-    the result equals the result of an uninterrupted run only within rounding.
+    the result can differ by rounding from the result of an uninterrupted run.
     """
     package = Path(__file__).parents[1]
     sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
@@ -228,7 +228,7 @@ class Trainer:
         if before != now:
             callbacks.on_warning(
                 f"training.launcher.processes was {before} up to step {self.step} and is now {now}: the "
-                "result equals that of an uninterrupted run only within rounding"
+                "result can differ by rounding from the result of an uninterrupted run"
             )
         return self.step
 
