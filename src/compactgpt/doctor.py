@@ -32,8 +32,9 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
-    The keys are `machine` (name -> text), `baselines` of baseline.names and `other_baselines` (name -> what
-    it needs), and `minutes` (command -> minutes of each part on the processor, or why it can't run).
+    `machine` has a text for each part of the machine. `baselines` (those in baseline.names) and
+    `other_baselines` have, by name, what a baseline needs to run. `minutes` has, by command, the minutes of
+    training and of each baseline on this processor, or the reason why the command can't run.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 

@@ -15,7 +15,7 @@ NEW_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
 }  # fmt: skip
-MAX_BYTES = 1_000_000  # maximum size of all changes together
+MAX_BYTES = 1_000_000  # maximum size of the uncommitted changes that are logged with a run
 
 
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:

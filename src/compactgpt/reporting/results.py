@@ -144,7 +144,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a value, with the experiment's name in its id, report and source."""
+    """Return a copy of an evidence value whose id, report and source name the experiment `name`."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:

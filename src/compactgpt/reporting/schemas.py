@@ -1,7 +1,7 @@
 """Typed schemas of the reports that the comparison and the gate read, and the functions that read them.
 
-A schema has only the fields that are used. If a report lacks a field or scores other documents, the error
-names the command that repairs the report.
+A schema has only the fields that are used. If a report lacks a field, or two
+reports have scores of different documents, the error names the command that repairs the report.
 """
 
 import csv

@@ -81,7 +81,7 @@ def verify(root: Path) -> Verification:
 def run_check(
     check: Callable[[Path, Params, Verification], None], root: Path, params: Params, found: Verification
 ) -> None:
-    """Run one check. If the check can't read a file, add a difference that names the file."""
+    """Run one check, which adds differences to `found`. An unreadable file is a difference, too."""
     try:
         check(root, params, found)
     except UserError as error:

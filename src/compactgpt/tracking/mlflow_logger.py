@@ -241,7 +241,10 @@ def sync(root: Path, *, record_unrun: bool = False) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to the tracking store `wanted`, and return the errors."""
+    """Copy run folders to a tracking store, and return the errors of folders that were not copied.
+
+    `wanted` is the result of `journal.tracking_store`.
+    """
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
