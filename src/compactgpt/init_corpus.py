@@ -69,7 +69,7 @@ class Plan:
 def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None = None) -> Plan:
     """Read the files and folders `paths`, and return a proposal. Nothing is written.
 
-    The training takes `minutes`; by default an hour, or less for a small corpus.
+    The training takes at most `minutes`, by default an hour, and at most MAX_EPOCHS epochs.
     """
     params = _with_limits_of_demo(params_file)
     # Absolute paths, but a link keeps its name.
@@ -235,16 +235,18 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
     """Return the values of params.yaml for training, and a message about the time of the training."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     epoch = tokens / params.training.tokens_per_step  # number of steps in an epoch
-    found = minutes / step_minutes if minutes else min(DEFAULT_MINUTES / step_minutes, MAX_EPOCHS * epoch)
+    found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * epoch)
     steps = max(10, int(float(f"{found:.2g}")))
-    time = format_minutes(steps * step_minutes)
+    time = f"about {format_minutes(steps * step_minutes)} on a quiet machine (estimated)"
+    if found == MAX_EPOCHS * epoch:
+        time += "; with more epochs, a model often learns so little text by heart"
     values = {
         "training.max_steps": steps,
         "training.warmup_steps": max(1, steps // 70),
         "training.eval_interval": max(1, steps // 10),
         "training.checkpoint_interval": max(1, steps // 4),
     }
-    return values, f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, about {time} (estimated)"
+    return values, f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, {time}"
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:

@@ -49,6 +49,18 @@ def test_a_curve_that_leaves_its_expected_interval_is_reported_once(
     assert found == warned_at
 
 
+@pytest.mark.parametrize(
+    ("train_loss", "val_loss", "warned"),
+    [(1.4, 7.5, True), (1.4, 5.05, False), (6.0, 7.5, False)],  # overfits; varies; both losses rise
+)
+def test_a_model_that_overfits_is_reported(train_loss, val_loss, warned):
+    rows = [Row(1, 7.0, 6.95), Row(350, 5.0, 5.03), Row(700, train_loss, val_loss)]
+    warning = training_callbacks.overfitting_warning(rows)
+    assert bool(warning) == warned
+    if warned:
+        assert "since step 350 the val loss has risen from 5.030 to 7.500" in warning
+
+
 @pytest.mark.parametrize(("head", "rows"), [("full", 50_304), ("sampled", 1_000)])
 def test_utilization_is_the_models_flops_over_the_machines_peak(callbacks_of, monkeypatch, head, rows):
     training = PARAMS.training.model_copy(update={"head": head, "sample_tokens": 1_000})

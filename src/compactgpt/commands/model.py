@@ -162,7 +162,7 @@ def evaluate(
     score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
-        f"windows of {window:,} tokens"
+        f"windows of {window:,} tokens (always of the project's tokenizer)"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
     for name, score in scores.items():

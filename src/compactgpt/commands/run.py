@@ -50,7 +50,9 @@ def estimate(
 def init_corpus(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Text files or folders of text.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Apply the values without asking.")] = False,
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time; by default <= 60.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Training time at most (default: 60).")
+    ] = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.

@@ -17,11 +17,12 @@ from compactgpt.forecast.estimate import expected_loss
 from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
-from compactgpt.training.loss_curve import Row, divergence_warning, loss_csv
+from compactgpt.training.loss_curve import Row, best_row, divergence_warning, loss_csv
 from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
 SAMPLE_TOKENS = 40  # number of new tokens in a sample text
+OVERFITTING = 0.1  # nats per token; the val loss of a run that still learns varies by less
 
 
 class TrainingCallbacks:
@@ -41,8 +42,9 @@ class TrainingCallbacks:
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
         self.expected: ExpectedLoss = expected_loss(self.params)
-        interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f} at the end"
-        self.figures = {**dict.fromkeys(("loss", "tokens/s", "left", "of peak"), "-"), "expected": interval}
+        self.figures = dict.fromkeys(("train loss", "val loss", "tokens/s", "left", "of peak"), "-")
+        interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f}"
+        self.figures["val loss expected at the end"] = interval
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
         if warning := warmup_warning(training):
@@ -65,7 +67,7 @@ class TrainingCallbacks:
             left = round((training.max_steps - losses[-1][0]) * training.tokens_per_step / tokens_per_second)
             self.figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
             self.figures["of peak"] = f"{utilization:.0%}"
-        self.reported_at, self.figures["loss"] = now, f"{losses[-1][1]:.3f}"
+        self.reported_at, self.figures["train loss"] = now, f"{losses[-1][1]:.3f}"
         for step, loss in losses:
             rate = training.learning_rate * lr_multiplier(training, step - 1)
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
@@ -73,15 +75,19 @@ class TrainingCallbacks:
     def on_row(self, rows: list[Row]) -> None:
         """Log the last val loss and write the loss curve. `rows` has all rows of the loss curve.
 
-        Warn once if training diverges, and once if the val loss is outside the expected interval.
+        Warn once if the model overfits, once if training diverges, and once if the val loss is outside the
+        expected interval.
         """
         row, training = rows[-1], self.params.training
+        self.figures["val loss"] = f"{row.val_loss:.3f}"
         self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
         if self.is_main_process:  # during training, so that `dvc plots show` can draw the curve
             write_text(self.curve, loss_csv(rows))
         diverged = divergence_warning(rows, training, self.params.model.vocab_size)
         warning = diverged or expected_loss_warning(self.expected, row, training.max_steps)
         tag = "diverged" if diverged else "outside_expected_band"
+        if overfits := overfitting_warning(rows):
+            warning, tag = overfits, "overfits"
         if warning and tag not in self.warned:
             self.warned.add(tag)
             self.stage.print_message(warning)
@@ -122,6 +128,18 @@ def describe_batch(params: Params, processes: int) -> str:
         f"tokens_per_step {training.tokens_per_step:,} = {training.micro_batch_size} sequences x "
         f"{block_size} tokens x {micro_batches} micro-batches x {processes} {named}; "
         f"{training.max_steps:,} steps, {training.max_steps * training.tokens_per_step:,} tokens"
+    )
+
+
+def overfitting_warning(rows: list[Row]) -> str | None:
+    """Return a warning if the val loss has risen by OVERFITTING while the train loss fell, else None."""
+    best, last = best_row(rows), rows[-1]
+    if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
+        return None
+    return (
+        f"the model overfits: since step {best.step:,} the val loss has risen from {best.val_loss:.3f} to "
+        f"{last.val_loss:.3f}, while the train loss fell. Train for fewer steps (training.max_steps) or on "
+        "more text. After the training, the folder `best` of the model has the weights of the best step"
     )
 
 
