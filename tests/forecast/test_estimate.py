@@ -88,14 +88,14 @@ def test_a_data_set_whose_tokens_are_stated_has_epochs():
     assert estimate_configuration(part, NO_SWEEP)["epochs"] is None
 
 
-def test_this_machine_is_measured_when_asked(monkeypatch):
+def test_the_time_of_training_comes_from_the_measured_speed_of_products(monkeypatch):
     monkeypatch.setattr(module, "MEASURE_SECONDS", 0.05)
-    found = estimate_configuration(PARAMS, NO_SWEEP, measure=True)
-    here = found["measured_here"]
-    assert 1e8 < here["products_flops_per_second"] < 1e14
-    speed = here["products_flops_per_second"] * PARAMS.estimate.utilisation_of_products
-    assert here["minutes"] == pytest.approx(found["flops"]["with_attention"] / speed / 60)
-    assert "measured just now: no report has it" in format_estimate(found)
+    found, measured = estimate_configuration(PARAMS, NO_SWEEP), module.measure_flops()
+    assert 1e8 < measured < 1e14
+    speed = measured * PARAMS.estimate.utilisation_of_products
+    assert module.training_minutes(PARAMS, measured) == pytest.approx(
+        found["flops"]["with_attention"] / speed / 60
+    )
 
 
 def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most():

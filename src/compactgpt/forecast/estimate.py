@@ -168,19 +168,12 @@ def estimate_run(
 # -- the command `compactgpt estimate` -----------------------------------------------------------------
 
 
-def estimate_configuration(params: Params, ladder: Path, *, measure: bool = False) -> dict[str, Any]:
-    """Return the estimate of one configuration; with `measure`, also the training time on this machine."""
+def estimate_configuration(params: Params, ladder: Path) -> dict[str, Any]:
+    """Return the estimate of one configuration."""
     report = estimate(params, read_sweep(ladder))
     found: dict[str, Any] = {**report["compact"], "ladder": report["ladder"]}
     found |= {key: report[key] for key in ("machines", "calibration")}
     found["laws"] = {name: facts | report["laws"][name] for name, facts in found["laws"].items()}
-    if measure:
-        speed = measure_flops()
-        found["measured_here"] = {
-            "products_flops_per_second": speed,
-            "utilisation": params.estimate.utilisation_of_products,
-            "minutes": training_minutes(params, speed),
-        }
     return found
 
 
@@ -270,10 +263,6 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         machine = found["machines"][name]
         rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
         yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
-    if here := found.get("measured_here"):
-        rate = f"{here['utilisation']:.0%} of {here['products_flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        measured = f"({rate}, measured just now: no report has it)"
-        yield "  this machine", f"{format_minutes(here['minutes'])}  {measured}"
     yield "", "      computing time of the training alone, at the stated share of the machine's peak speed;"
     yield "", "      the rest of the pipeline (reading the corpus, evaluation, baselines) comes on top"
 
