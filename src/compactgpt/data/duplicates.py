@@ -41,9 +41,8 @@ _UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_FACTOR = np.uint64(
-    0x9E3779B97F4A7C15
-)  # odd: multiplying by an odd number modulo 2^64 keeps different hashes different
+# An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEIGHBOURS = 8  # number of next documents in a bucket with which a document is compared
 _OWNERS_PER_RUN = 10  # about the highest number of train documents that are stored for one run
 
@@ -170,9 +169,8 @@ def digest_documents(
             # Without this limit, a text that is in every document, such as a licence, would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
-            hits = hits.assign(
-                document=hits["document"] + documents
-            )  # convert each document's number in the row group to its number in the corpus
+            # Convert each document's number in the row group to its number in the corpus.
+            hits = hits.assign(document=hits["document"] + documents)
             parts.append(part._replace(hits=hits[is_kept]))
             documents += len(part.documents)
             progress(documents, total)
