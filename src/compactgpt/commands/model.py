@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -170,6 +171,9 @@ def evaluate(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for one in models:
+        if scores[one.name].loss > math.log(one.encoding.n_vocab):
+            echo(f"{one.name} predicts this text worse than a random guess: its training text was too different")
     if not score.intervals:
         echo("no intervals: an interval needs several files, or one longer file without --whole")
 

@@ -68,7 +68,9 @@ def init_corpus(
         echo("nothing was changed; next: the same command with --yes")
         return
     apply_plan(plan, params_file)
-    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change of parameters")
+    copies = [f"{target}.dvc" for _, _, target, *_ in plan.additions]
+    remove = f"; dvc remove --outs {shlex.join(copies)}" if copies else ""
+    echo(f"next: make repro\nto undo: git checkout HEAD -- {params_file}{remove}")
 
 
 @app.command()

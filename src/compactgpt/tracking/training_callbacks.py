@@ -42,7 +42,7 @@ class TrainingCallbacks:
         runtime, training = self.params.runtime, self.params.training
         self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
         self.expected: ExpectedLoss = expected_loss(self.params)
-        self.figures = dict.fromkeys(("train loss", "val loss", "tokens/s", "left", "of peak"), "-")
+        self.figures = dict.fromkeys(("train loss", "val loss", "tokens/s", "left"), "-")
         interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f}"
         self.figures["val loss expected at the end"] = interval
         stage.tracker.params({"expected_loss": self.expected.model_dump()})
@@ -66,7 +66,6 @@ class TrainingCallbacks:
             speed = {"train/tokens_per_second": tokens_per_second, "train/utilisation": utilization}
             left = round((training.max_steps - losses[-1][0]) * training.tokens_per_step / tokens_per_second)
             self.figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
-            self.figures["of peak"] = f"{utilization:.0%}"
         self.reported_at, self.figures["train loss"] = now, f"{losses[-1][1]:.3f}"
         for step, loss in losses:
             rate = training.learning_rate * lr_multiplier(training, step - 1)
