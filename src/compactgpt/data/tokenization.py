@@ -1,9 +1,8 @@
 """Encode the documents, and write a token file for the train split and a token file for the val split.
 
 A worker process encodes one document shard (a parquet file) into a chunk: a folder with a token file for
-each split. If a run is killed, the next run keeps the finished chunks and encodes only the other shards. At
-the end, the chunks are joined. The token files do not depend on the number of workers, on the engine (local
-processes or Ray), or on how often the run was killed.
+each split. At the end, the stage joins the chunks. If a run is killed, the next run keeps the finished
+chunks, and encodes only the other shards.
 """
 
 import hashlib
@@ -16,10 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import BadConfig, BadData, Busy, Unreachable, UserError
+from compactgpt.common.errors import BadData, Unreachable, UserError
 from compactgpt.common.storage import atomic_folder, json_bytes, read_manifest, verified_manifest
 from compactgpt.common.workers import ordered_map
 from compactgpt.config import Tokenization
@@ -30,7 +27,6 @@ from compactgpt.data.tokenizer import load_encoder
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 STATE_VERSION = 5  # version of the chunk format; chunks of another version are not used
-RETRIES = 5  # Ray starts a task again at most 5 times if the worker process of the task dies
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -90,12 +86,11 @@ def tokenize(
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
-    vocabulary = {key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
     # The folder name is a hash of all inputs of the chunks. So chunks of other inputs are never used.
-    rule_facts = [params.val_fraction, params.split]
-    inputs = json_bytes([STATE_VERSION, corpus["files"], facts, rule_facts, params.encoder])
+    settings = [params.val_fraction, params.split, params.encoder]
+    inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
     for other in state.iterdir() if state.exists() else ():
         if other != chunks:
@@ -104,8 +99,8 @@ def tokenize(
         encode_shard,
         chunks=chunks,
         tokenizer=tokenizer,
-        encoder_name=params.encoder,
-        vocabulary=vocabulary,
+        library=params.encoder,
+        vocabulary={key: facts[key] for key in ("vocab_size", "eot_token", "tokenizer_sha256")},
         rule=split_rule(groups, params.split, params.val_fraction, corpus["bytes"]),
     )
     encoded_bytes = 0
@@ -113,21 +108,23 @@ def tokenize(
     for size in run_tasks(encode, shards, max(1, min(num_workers, len(shards)))):
         encoded_bytes += size
         progress(encoded_bytes, corpus["bytes"])
-    facts_of_files = {**facts, "val_fraction": params.val_fraction}
-    if params.split != "hash":  # manifests of earlier versions have no key `split`, and mean `hash`
-        facts_of_files["split"] = params.split
-    with atomic_folder(folder, facts_of_files, kind="tokens") as temporary:
+    how = {"val_fraction": params.val_fraction}
+    if params.split != "hash":  # without the key `split`, a manifest means `hash`
+        how["split"] = params.split
+    with atomic_folder(folder, {**facts, **how}, kind="tokens") as temporary:
         for split in SPLITS:
+            # `encode_shard` has verified the hashes of the chunks.
             paths = [chunks / shard[0].path.stem / f"{split}.tokens" for shard in shards]
-            parts = [
-                open_tokens(path, verify=False) for path in paths
-            ]  # `encode_shard` has verified the hashes of the chunks
+            parts = [open_tokens(path, verify=False) for path in paths]
             if not any(part.header.documents for part in parts):
-                raise BadData(_empty_split(split, corpus["documents"], params))
+                raise BadData(
+                    f"{split} has none of the {corpus['documents']:,} documents: change "
+                    f"tokenization.val_fraction ({params.val_fraction}) or tokenization.split "
+                    f"({params.split}), or set download.files.split, which cuts a file into documents"
+                )
             write_tokens(temporary / f"{split}.tokens", parts)
     shutil.rmtree(chunks, ignore_errors=True)
-    report: dict[str, Any] = {"tokenizer": facts, "split": params.split}
-    return report | {split: _split_report(folder, split) for split in SPLITS}
+    return {"tokenizer": facts, "split": params.split, **describe_splits(folder)}
 
 
 def encode_shard(
@@ -135,7 +132,7 @@ def encode_shard(
     *,
     chunks: Path,
     tokenizer: Path,
-    encoder_name: Literal["gigatoken", "tiktoken"],
+    library: Literal["gigatoken", "tiktoken"],
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
@@ -145,7 +142,7 @@ def encode_shard(
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
     except (UserError, KeyError):
         pass  # the chunk is missing or damaged: write it
-    encoder = load_encoder(tokenizer, encoder_name)
+    encode = load_encoder(tokenizer, library)
     parts: dict[Split, list[TokenFile]] = {split: [] for split in SPLITS}
     text_bytes = 0
     for group in groups:
@@ -154,7 +151,7 @@ def encode_shard(
         for document, in_val in zip(documents, rule.in_val(group, documents), strict=True):
             byte_length = len(document.text.encode())
             text_bytes += byte_length
-            row = (bytes.fromhex(document.id), byte_length, encoder.encode(document.text))
+            row = (bytes.fromhex(document.id), byte_length, encode(document.text))
             rows["val" if in_val else "train"].append(row)
         for split in SPLITS:  # packing saves memory: a token of GPT-2 takes 2 bytes
             parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
@@ -164,35 +161,22 @@ def encode_shard(
     return text_bytes
 
 
-def _empty_split(split: Split, documents: int, params: Tokenization) -> str:
-    found = f"no document of {documents:,} is in {split}"
-    if documents == 1:
-        return f"{found}, since train and val need one each: set download.files.split, or add text"
-    tail = ", or set tokenization.split to tail," if params.split == "hash" else ""
-    change = f"change tokenization.val_fraction ({params.val_fraction}){tail} in params.yaml"
-    return f"{found}: {change}, or add text"
-
-
-def _split_report(folder: Path, split: Split) -> dict[str, Any]:
-    """Return the report on one split: its size, and the hash of its token file.
+def describe_splits(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the size of each split in a folder of token files, and the SHA-256 of its token file.
 
     The number of tokens includes the end-of-text token of each document.
     """
-    file = open_tokens(folder / f"{split}.tokens", verify=False)
-    total_bytes = int(file.byte_lengths.sum())
-    longest = int(np.diff(file.offsets).max())
+    files = read_manifest(folder)["files"]
+    splits = {split: open_tokens(folder / f"{split}.tokens", verify=False) for split in SPLITS}
     return {
-        "documents": file.header.documents,
-        "tokens": file.header.tokens,
-        "bytes": total_bytes,
-        # End-of-text tokens are subtracted, since an end-of-text token encodes no text.
-        "bytes_per_token": total_bytes / (file.header.tokens - file.header.documents),
-        "longest_document_share": longest / file.header.tokens,
-        "sha256": read_manifest(folder)["files"][f"{split}.tokens"]["sha256"],
+        split: {
+            "documents": file.header.documents,
+            "tokens": file.header.tokens,
+            "bytes": int(file.byte_lengths.sum()),
+            "sha256": files[file.path.name]["sha256"],
+        }
+        for split, file in splits.items()
     }
-
-
-# --- Ray
 
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
@@ -200,49 +184,26 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
 
     The cluster is at the address in RAY_ADDRESS; without RAY_ADDRESS, it is started on this machine. Every
     machine of the cluster needs this package installed, and the project's folder at an equal path.
-    Raises BadConfig if Ray is not installed, Unreachable if no cluster answers, Busy if a worker process dies
-    too often, and any UserError that the function raises.
+    Raises Unreachable if no cluster answers, and any error that the function raises.
     """
-    ray = _connect(num_workers)
-    try:
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
-        for reference in [remote.remote(function, task) for task in tasks]:
-            yield ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):  # show the function's error, not Ray's traceback
-            raise error.cause from error
-        raise
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise Busy(
-            f"the Ray worker of a task died {RETRIES + 1} times. The usual cause is too little memory: "
-            "give the workers more memory, and run this command again"
-        ) from error
-    finally:
-        ray.shutdown()
+    import ray
 
-
-def _call(function: Callable[[T], R], task: T) -> R:
-    return function(task)  # ray.remote accepts a function, but not a functools.partial
-
-
-def _connect(num_workers: int) -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise BadConfig(
-            "tokenization.engine is ray, which is not installed: "
-            "pip install 'compactgpt[ray]', or set tokenization.engine to local in params.yaml"
-        ) from error
     address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": address or "local"}
-    if not address:
-        options["num_cpus"] = num_workers
+    num_cpus = None if address else num_workers  # Ray accepts it only for a cluster that it starts
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
+        ray.init(address or "local", num_cpus=num_cpus, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unreachable(
-            f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): "
-            "set RAY_ADDRESS to the address of a running cluster, "
-            "or set tokenization.engine to local in params.yaml"
+            f"no Ray cluster answers at {address or 'this machine'} ({type(error).__name__}): set "
+            "RAY_ADDRESS to the address of a running cluster, or set tokenization.engine to local"
         ) from error
-    return ray
+    try:
+        # `function` is a functools.partial, which ray.remote does not accept.
+        remote = ray.remote(num_cpus=1)(lambda task: function(task))  # noqa: PLW0108
+        for reference in [remote.remote(task) for task in tasks]:
+            yield ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error  # the function's own error
+    finally:
+        ray.shutdown()

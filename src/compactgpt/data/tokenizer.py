@@ -1,8 +1,7 @@
-"""Save a tokenizer in a folder, load a saved tokenizer without a network, and encode text.
+"""Save GPT-2's tokenizer in a folder, load it without a network, and encode text.
 
-A tokenizer is an encoding of the library tiktoken. GPT-2's tokenizer is saved as OpenAI's two published
-files. Every other tokenizer is saved as the file `ranks.tiktoken` in tiktoken's format. Text is encoded by
-tiktoken, or by the library gigatoken, which returns equal token ids 14 times as fast (docs/benchmarks.md).
+The tokenizer is saved as OpenAI's two published files, vocab.bpe and encoder.json. Text is encoded by the
+library tiktoken, or by gigatoken, which returns equal token ids 14 times as fast (docs/benchmarks.md).
 """
 
 import base64
@@ -10,8 +9,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from compactgpt.common.errors import BadConfig, BadData, Unreachable
+from compactgpt.common.errors import BadData
 from compactgpt.common.storage import atomic_folder, verified_manifest, write_bytes
 from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 
-RANKS = "ranks.tiktoken"
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
@@ -33,7 +31,6 @@ CHECK_CHARACTERS = 2**11  # number of characters that are compared
 # So gigatoken is loaded again, with empty memory, after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
 
-Ranks = Mapping[bytes, int]
 TokenIds = npt.NDArray[np.uint32]
 
 
@@ -41,87 +38,58 @@ TokenIds = npt.NDArray[np.uint32]
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save GPT-2's two published files in a tokenizer folder, and return the facts in the folder's manifest.
+    """Save the contents of vocab.bpe and encoder.json in a tokenizer folder, and return the manifest's facts.
 
-    Raises BadData if a file is damaged, or if the token ids in the two files differ.
+    Raises BadData if `encoder_json` is damaged.
     """
-    ranks = _gpt2_ranks(vocab_bpe, encoder_json)
-    encoding = tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-    return _save(folder, encoding, {VOCAB_BPE: vocab_bpe, ENCODER_JSON: encoder_json})
-
-
-def save_named(folder: Path, name: str) -> dict[str, Any]:
-    """Download the tiktoken encoding `name`, save it in a tokenizer folder, and return the manifest's facts.
-
-    Raises BadConfig if tiktoken has no encoding with this name or the encoding has no end-of-text token,
-    Unreachable if tiktoken can't download the files of the encoding.
-    """
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise BadConfig(f"download.tokenizer.encoding: found {name!r}; allowed: {', '.join(known)}")
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:
-        raise Unreachable(
-            f"tiktoken can't fetch the encoding {name} ({type(error).__name__}): check the network, "
-            "set TIKTOKEN_CACHE_DIR to a folder that contains the encoding, "
-            "or set download.tokenizer.encoding to gpt2"
-        ) from error
-    if END_OF_TEXT not in encoding._special_tokens:
-        raise BadConfig(
-            f"download.tokenizer.encoding: the encoding {name} has no token {END_OF_TEXT}, which must end "
-            "each document: choose gpt2 or another encoding that has this token"
-        )
-    return _save(folder, encoding, {RANKS: _format_ranks(encoding._mergeable_ranks)})
-
-
-def _save(folder: Path, encoding: tiktoken.Encoding, files: Mapping[str, bytes]) -> dict[str, Any]:
+    encoding = _gpt2_encoding(encoder_json)
+    pattern, special_tokens = encoding._pat_str, encoding._special_tokens
+    settings = json.dumps([pattern, special_tokens], sort_keys=True)
     facts = {
         "encoding": encoding.name,
         "vocab_size": encoding.n_vocab,
         "eot_token": encoding.eot_token,
-        "pattern": encoding._pat_str,
-        "special_tokens": encoding._special_tokens,
-        "tokenizer_sha256": _sha256(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens),
+        "pattern": pattern,
+        "special_tokens": special_tokens,
+        # The hash of everything that determines the token ids.
+        "tokenizer_sha256": hashlib.sha256(_format_ranks(encoding) + settings.encode()).hexdigest(),
     }
     with atomic_folder(folder, facts, kind="tokenizer") as temporary:
-        for name, content in files.items():
-            write_bytes(temporary / name, content)
+        write_bytes(temporary / VOCAB_BPE, vocab_bpe)
+        write_bytes(temporary / ENCODER_JSON, encoder_json)
     return facts
 
 
 def load_encoding(folder: Path) -> tiktoken.Encoding:
     """Return the tiktoken encoding that is saved in a tokenizer folder, without using the network.
 
-    Raises MissingInput if the folder does not exist, BadData if a file or the manifest was altered.
+    Raises MissingInput if the folder does not exist, BadData if a file was altered.
     """
-    manifest = verified_manifest(folder)
-    if RANKS in manifest["files"]:
-        lines = (folder / RANKS).read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    else:
-        ranks = _gpt2_ranks((folder / VOCAB_BPE).read_bytes(), (folder / ENCODER_JSON).read_bytes())
-    facts: list[Any] = [manifest.get(key) for key in ("encoding", "pattern", "special_tokens")]
-    name, pattern, special_tokens = facts
-    is_same = _sha256(ranks, pattern, special_tokens) == manifest.get("tokenizer_sha256")
-    if not is_same or not isinstance(name, str):
-        raise BadData(
-            f"the tokenizer in {folder} was altered: delete the folder, and run `dvc repro download`"
+    verified_manifest(folder)
+    return _gpt2_encoding((folder / ENCODER_JSON).read_bytes())
+
+
+def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
+    """Return GPT-2's encoding with the token ids of encoder.json, whose ids are also the order of merges."""
+    table = unicode_to_bytes()
+    try:
+        ids = json.loads(encoder_json)
+        special_tokens = {END_OF_TEXT: ids.pop(END_OF_TEXT, len(ids))}
+        ranks = {bytes(table[character] for character in word): ids[word] for word in ids}
+        if sorted([*ranks.values(), *special_tokens.values()]) != list(range(len(ranks) + 1)):
+            raise ValueError("the token ids are not 0, 1, 2, ...")
+        return tiktoken.Encoding(
+            "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens
         )
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadData(
+            f"{ENCODER_JSON} is not a file of GPT-2's tokenizer ({error!r}): download it again"
+        ) from error
 
 
-def _sha256(ranks: Ranks, pattern: Any, special_tokens: Any) -> str:
-    """Return a hash of everything that determines the token ids. The encoding's name is not included."""
-    settings = json.dumps([pattern, special_tokens], sort_keys=True)
-    return hashlib.sha256(_format_ranks(ranks) + settings.encode()).hexdigest()
-
-
-def _format_ranks(ranks: Ranks) -> bytes:
+def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
     """Return the content of a `.tiktoken` file: one line per token: its bytes in base64, a space, its id."""
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
@@ -138,48 +106,22 @@ def unicode_to_bytes() -> dict[str, int]:
     return table
 
 
-def _gpt2_ranks(vocab_bpe: bytes, encoder_json: bytes) -> dict[bytes, int]:
-    """Read GPT-2's two files, and return the id of each token: first the single bytes, then the merges."""
-    table = unicode_to_bytes()
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(table.values())}
+# --- encoding
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
+    """Return tiktoken's token ids of a text, shape (tokens,). `<|endoftext|>` is encoded as ordinary text.
+
+    Raises BadData if tiktoken can't encode the text.
+    """
+    # `Encoding.encode` would return a Python list, which takes 10 times the memory of this array.
     try:
-        for line in vocab_bpe.decode("utf-8").split("\n")[1:-1]:  # the first line is the file version
-            first, second = line.split()
-            ranks[bytes(table[character] for character in first + second)] = len(ranks)
-        ids = json.loads(encoder_json)
-        end_of_text = ids.pop(END_OF_TEXT, len(ranks))
-        published = {bytes(table[character] for character in word): ids[word] for word in ids}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError as error:  # such as for a million spaces in a row
         raise BadData(
-            f"{VOCAB_BPE} or {ENCODER_JSON} is not a GPT-2 tokenizer file ({error!r}): "
-            "download the two files again"
+            f"tiktoken can't encode a document that begins {text[:40]!r} ({error}): remove the document, "
+            "or remove its long white space"
         ) from error
-    if published != ranks or end_of_text != len(ranks):
-        raise BadData(
-            f"{VOCAB_BPE} and {ENCODER_JSON} do not agree on the token ids: use two files of one tokenizer"
-        )
-    return ranks
-
-
-# --- encoders
-
-
-class TiktokenEncoder:
-    """An encoder that uses tiktoken. It works for every encoding."""
-
-    def __init__(self, encoding: tiktoken.Encoding) -> None:
-        self.encoding = encoding
-
-    def encode(self, text: str) -> TokenIds:
-        """Return the token ids of a text, shape (tokens,). `<|endoftext|>` is encoded as ordinary text."""
-        # `encode` returns a Python list, which takes 10 times the memory of this array.
-        try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError as error:  # such as for a million spaces in a row
-            raise BadData(
-                f"tiktoken can't encode a document that begins {text[:40]!r} ({error}): remove the document, "
-                "or remove its long white space"
-            ) from error
 
 
 # gigatoken knows the letters and digits of Unicode 17, but tiktoken knows only Unicode 16.
@@ -188,11 +130,11 @@ class TiktokenEncoder:
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
-class GigatokenEncoder(TiktokenEncoder):
-    """A fast encoder that uses gigatoken. It works for encodings that cut text into words as GPT-2 does."""
+class GigatokenEncoder:
+    """A fast encoder that uses gigatoken, and compares some of gigatoken's token ids with tiktoken's."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
-        super().__init__(encoding)
+        self.encoding = encoding
         self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the ids of the first text are compared
         self._start()
 
@@ -201,7 +143,7 @@ class GigatokenEncoder(TiktokenEncoder):
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            file.write(_format_ranks(self.encoding._mergeable_ranks))
+            file.write(_format_ranks(self.encoding))
             file.flush()
             self._fast: Any = BPETokenizer.from_tiktoken(file.name, "gpt2")
         self._bytes_since_start = 0
@@ -214,14 +156,14 @@ class GigatokenEncoder(TiktokenEncoder):
         """
         content = text.encode()
         if not text.isascii() and _MAY_BE_NEW.search(content):
-            return super().encode(text)
+            return encode(self.encoding, text)
         tokens: TokenIds = self._fast.encode(content)
         self._unchecked_bytes += len(content)
         self._bytes_since_start += len(content)
         if self._unchecked_bytes >= CHECK_EVERY_BYTES:
             self._unchecked_bytes = 0
             sample = text[:CHECK_CHARACTERS]
-            if not np.array_equal(self._fast.encode(sample.encode()), super().encode(sample)):
+            if not np.array_equal(self._fast.encode(sample.encode()), encode(self.encoding, sample)):
                 raise BadData(
                     f"the token ids of gigatoken and tiktoken differ for a text that begins {sample[:80]!r}: "
                     "set tokenization.encoder to tiktoken in params.yaml, and report this text"
@@ -231,12 +173,10 @@ class GigatokenEncoder(TiktokenEncoder):
         return tokens
 
 
-def load_encoder(folder: Path, choice: Literal["gigatoken", "tiktoken"]) -> TiktokenEncoder:
-    """Return the encoder `choice` for the tokenizer in `folder`. Raises the errors of `load_encoding`.
+def load_encoder(folder: Path, library: Literal["gigatoken", "tiktoken"]) -> Callable[[str], TokenIds]:
+    """Return a function that encodes text by `library`, with the tokenizer in `folder`.
 
-    The encoder uses tiktoken instead of gigatoken if gigatoken is not installed, or if the tokenizer cuts
-    text into words in another way than GPT-2.
+    Raises the errors of `load_encoding`.
     """
     encoding = load_encoding(folder)
-    can_be_fast = encoding._pat_str == GPT2_PATTERN and find_spec("gigatoken") is not None
-    return GigatokenEncoder(encoding) if choice == "gigatoken" and can_be_fast else TiktokenEncoder(encoding)
+    return GigatokenEncoder(encoding).encode if library == "gigatoken" else partial(encode, encoding)
