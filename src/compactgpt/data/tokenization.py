@@ -108,7 +108,7 @@ def tokenize(
     for size in run_tasks(encode, shards, max(1, min(num_workers, len(shards)))):
         encoded_bytes += size
         progress(encoded_bytes, corpus["bytes"])
-    how = {"val_fraction": params.val_fraction}
+    how: dict[str, Any] = {"val_fraction": params.val_fraction}
     if params.split != "hash":  # without the key `split`, a manifest means `hash`
         how["split"] = params.split
     with atomic_folder(folder, {**facts, **how}, kind="tokens") as temporary:
