@@ -27,7 +27,7 @@ def windows(split: TokenFile, length: int, longest: int, step: int) -> Iterator[
     """Yield a window of `length` tokens before each `step`-th target that has `longest` tokens before it."""
     for document, stream in document_streams(split):
         for target in range(longest, len(stream), step):
-            yield Window(document, target - 1, stream[target - length : target], stream[target : target + 1])
+            yield Window(document, stream[target - length : target], stream[target : target + 1])
 
 
 def sums(

@@ -73,7 +73,7 @@ def ours(windows: Windows) -> Callable[[], float]:
     neural = as_neural_model(model, BATCH_SIZE)
 
     def run() -> float:
-        cut = [Window(index, 0, tokens[:-1], tokens[1:]) for index, tokens in enumerate(windows)]
+        cut = [Window(index, tokens[:-1], tokens[1:]) for index, tokens in enumerate(windows)]
         return float(sum(values.sum() for _, values in target_nats(neural, cut)))
 
     return run

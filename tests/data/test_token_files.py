@@ -1,6 +1,5 @@
 """Token files, training batches and evaluation windows, compared with bytes and loops written by hand."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -16,20 +15,19 @@ DOCUMENTS = [(IDS[0], 5, np.array([1, 2, 3])), (IDS[1], 0, np.array([], int)), (
 
 
 def write(path, documents=DOCUMENTS, vocab_size=300, eot_token=299):
-    return write_token_file(
-        path, documents, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256="ab" * 32
-    )
+    write_token_file(path, documents, vocab_size=vocab_size, eot_token=eot_token, tokenizer_sha256="ab" * 32)
 
 
 def test_the_bytes_on_disk_are_the_documented_ones_and_are_read_back(tmp_path):
-    header = write(tmp_path / "val.tokens")
+    write(tmp_path / "val.tokens")
     raw = (tmp_path / "val.tokens").read_bytes()
     assert raw.startswith(b"CGPTTOK\n")
-    assert header == token_files.Header(1, "uint16", 7, 3, 300, 299, "ab" * 32)
-    assert json.loads(raw[8:1024]) == dataclasses.asdict(header)
+    header = {"version": 1, "dtype": "uint16", "tokens": 7, "documents": 3}
+    header |= {"vocab_size": 300, "eot_token": 299, "tokenizer_sha256": "ab" * 32}
+    assert raw[8:1024] == json.dumps(header, sort_keys=True).encode().ljust(1015) + b"\n"
     assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 3, 299, 299, 4, 299]
     split = token_files.open_tokens(tmp_path / "val.tokens")
-    assert split.header == header
+    assert split.header.model_dump() == header
     assert [split.document(n).tolist() for n in range(3)] == [[1, 2, 3], [], [4]]
     assert split.byte_lengths.tolist() == [5, 0, 9]
     assert split.document_ids == ["00" * 16, "01" * 16, "02" * 16]
@@ -44,16 +42,10 @@ def test_the_smallest_type_that_holds_every_id_is_used(tmp_path, vocab_size, dty
     assert split.tokens.tolist() == [top, top]
 
 
-def test_an_id_outside_the_vocabulary_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(BadData, match="token id 300, but the tokenizer has only 300"):
-        write(tmp_path / "a.tokens", [(IDS[0], 1, np.array([300]))])
-    assert list(tmp_path.iterdir()) == []
-
-
 def rewrite_header(path, **changes):
     raw = path.read_bytes()
-    header = token_files.Header(**(json.loads(raw[8:1024]) | changes))
-    path.write_bytes(token_files.encode_header(header) + raw[1024:])
+    header = json.dumps(json.loads(raw[8:1024]) | changes).encode()
+    path.write_bytes(raw[:8] + header.ljust(1016) + raw[1024:])
 
 
 @pytest.mark.parametrize(
@@ -61,13 +53,14 @@ def rewrite_header(path, **changes):
     [
         (lambda path: path.unlink(), r"tokens is missing: run `dvc repro tokenization`"),
         (lambda path: token_files.index_path(path).unlink(), r"index\.safetensors is missing: run"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short or altered"),
-        (lambda path: path.write_bytes(path.read_bytes()[:100]), "is not a token file"),
-        (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "is not a token file"),
-        (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged header"),
-        (lambda path: rewrite_header(path, version=2), "has format version 2, but this program reads"),
-        (lambda path: rewrite_header(path, documents=2), "does not fit"),
-        (lambda path: token_files.index_path(path).write_bytes(b"x"), "index.safetensors is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "damaged"),
+        (lambda path: path.write_bytes(b"PK" + path.read_bytes()[2:]), "damaged"),
+        (lambda path: path.write_bytes(b"CGPTTOK\n" + b"{" * 2000), "damaged"),
+        (lambda path: rewrite_header(path, version=2), "damaged"),
+        (lambda path: rewrite_header(path, documents=2), "damaged, or the two files do not belong"),
+        (lambda path: token_files.index_path(path).write_bytes(b"x"), "damaged"),
     ],
 )
 def test_a_missing_or_damaged_file_is_refused_by_name(tmp_path, damage, says):
@@ -114,11 +107,11 @@ def test_a_sequence_can_start_at_every_position_of_the_stream():
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        (2, [(0, 0, [299, 1], [1, 2]), (0, 2, [2], [3]), (2, 0, [299], [4])]),
-        (3, [(0, 0, [299, 1, 2], [1, 2, 3]), (2, 0, [299], [4])]),
+        (2, [(0, [299, 1], [1, 2]), (0, [2], [3]), (2, [299], [4])]),
+        (3, [(0, [299, 1, 2], [1, 2, 3]), (2, [299], [4])]),
     ],
 )
 def test_every_token_is_a_target_of_one_window_in_order(tmp_path, size, expected):
     write(tmp_path / "a.tokens")
     windows = token_files.evaluation_windows(token_files.open_tokens(tmp_path / "a.tokens"), size)
-    assert [(w.document, w.start, w.tokens.tolist(), w.targets.tolist()) for w in windows] == expected
+    assert [(w.document, w.tokens.tolist(), w.targets.tolist()) for w in windows] == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compactgpt.common.storage import atomic_folder
 from compactgpt.data.documents import SHARD_BYTES, new_document, write_shards
-from compactgpt.data.token_files import Header, pack_documents, write_tokens
+from compactgpt.data.token_files import pack_documents, write_tokens
 from compactgpt.data.tokenizer import save_gpt2
 
 # As bytes_to_unicode of openai/gpt-2 puts it: printable bytes first, then the others from U+0100 on.
@@ -40,6 +40,6 @@ def make_documents(folder: Path, texts: list[str], shard_bytes: int = SHARD_BYTE
     return folder
 
 
-def write_token_file(path: Path, documents, **vocabulary) -> Header:
+def write_token_file(path: Path, documents, **vocabulary) -> None:
     """Write one split from (16-byte id, length in UTF-8 bytes, token ids) of each document."""
-    return write_tokens(path, [pack_documents(path, documents, **vocabulary)])
+    write_tokens(path, [pack_documents(path, documents, **vocabulary)])

@@ -2,21 +2,20 @@
 
 A token file `<split>.tokens` contains the token ids of all documents of a split, after a header of
 HEADER_BYTES bytes. The header is MAGIC and one line of JSON, padded with spaces. Each document ends with the
-end-of-text token. The document index `<split>.index.safetensors` has the arrays of `TokenFile`.
+end-of-text token. The document index `<split>.index.safetensors` has the arrays `offsets`, `bytes` and `ids`.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -29,32 +28,21 @@ ENCODER_JSON = "encoder.json"
 END_OF_TEXT = "<|endoftext|>"
 
 MAGIC = b"CGPTTOK\n"
-VERSION = 1
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-Count = Annotated[int, Field(ge=0)]
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
-class Header:
+class Header(BaseModel, frozen=True, strict=True):
     """The facts in the header of a token file, as JSON stores them."""
 
-    version: int
-    dtype: str  # numpy type of the stored token ids: uint16 or uint32, in little-endian byte order
-    tokens: Count  # number of tokens in the file, end-of-text tokens included
-    documents: Count
-    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
-    eot_token: Count  # id of the end-of-text token
+    version: Literal[1] = 1  # version of the file format
+    dtype: Literal["uint16", "uint32"]  # numpy type of the stored token ids
+    tokens: NonNegativeInt  # number of tokens in the file, end-of-text tokens included
+    documents: NonNegativeInt
+    vocab_size: PositiveInt
+    eot_token: NonNegativeInt  # id of the end-of-text token
     tokenizer_sha256: str
-
-
-_HEADER = TypeAdapter(Header)  # parses the JSON of a header, and checks the types of the values
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest unsigned integer type that can store every token id below `vocab_size`."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def index_path(path: Path) -> Path:
@@ -98,40 +86,38 @@ def pack_documents(
     """Append the end-of-text token to each document, join the documents, and return a TokenFile in memory.
 
     A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. No file is written;
-    `path` is stored in the TokenFile. Raises BadData if a token id is `vocab_size` or greater.
+    `path` is stored in the TokenFile.
     """
     ids: list[bytes] = []
     byte_lengths: list[int] = []
-    lengths = [0]
+    offsets = [0]
     closed: list[Tokens] = [np.empty(0, np.uint32)]
     for document_id, byte_length, tokens in documents:
         ids.append(document_id)
         byte_lengths.append(byte_length)
-        lengths.append(len(tokens) + 1)
+        offsets.append(offsets[-1] + len(tokens) + 1)
         closed += [tokens, np.array([eot_token], np.uint32)]
-    joined = np.concatenate(closed)
-    # Check the ids before `astype` below, which would change a large id without an error.
-    if len(joined) and int(joined.max()) >= vocab_size:
-        raise BadData(
-            f"a document has the token id {int(joined.max())}, but the tokenizer has only {vocab_size} ids: "
-            "run `dvc repro -f download` to write the tokenizer again"
-        )
-    dtype = token_dtype(vocab_size)
+    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
     header = Header(
-        VERSION, dtype.name, len(joined), len(byte_lengths), vocab_size, eot_token, tokenizer_sha256
+        dtype=dtype,
+        tokens=offsets[-1],
+        documents=len(ids),
+        vocab_size=vocab_size,
+        eot_token=eot_token,
+        tokenizer_sha256=tokenizer_sha256,
     )
     return TokenFile(
         path,
         header,
-        joined.astype(dtype),
-        np.cumsum(lengths, dtype=np.int64),
+        np.concatenate(closed).astype(dtype),
+        np.array(offsets, np.int64),
         np.array(byte_lengths, np.int64),
         np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16),
     )
 
 
-def write_tokens(path: Path, parts: Sequence[TokenFile]) -> Header:
-    """Join `parts` into one token file at `path`, write the document index, and return the header.
+def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
+    """Join `parts` into one token file at `path`, and write the document index.
 
     The index takes 32 bytes of memory per document. The tokens of the parts are not loaded into memory.
     """
@@ -141,19 +127,17 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> Header:
         "bytes": np.concatenate([part.byte_lengths for part in parts]),
         "ids": np.concatenate([part.ids for part in parts]),
     }
-    documents, tokens = len(index["bytes"]), int(index["offsets"][-1])
-    header = replace(parts[0].header, documents=documents, tokens=tokens)
+    sizes = {"documents": len(index["bytes"]), "tokens": int(index["offsets"][-1])}
     with atomic_file(path) as file:
-        file.write(encode_header(header))
+        file.write(encode_header(parts[0].header.model_copy(update=sizes)))
         for part in parts:
             file.write(part.tokens.data)
         write_bytes(index_path(path), save(index))
-    return header
 
 
 def encode_header(header: Header) -> bytes:
     """Return the header as the first HEADER_BYTES bytes of a token file."""
-    text = json.dumps(asdict(header), sort_keys=True).encode()
+    text = json.dumps(header.model_dump(), sort_keys=True).encode()
     return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
 
@@ -170,58 +154,32 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     for each in (path, index_file):
         if not each.exists():
             raise MissingInput(f"{each} is missing: run `dvc repro tokenization`")
-    header = _read_header(path)
     if verify and (path.parent / MANIFEST).exists():
         files = read_manifest(path.parent)["files"]
         for each in (path, index_file):
-            if each.name not in files:
-                raise _damaged(path.parent / MANIFEST, f"has no hash of the file {each.name}")
-            verify_file(each, files[each.name]["sha256"], files[each.name]["bytes"])
+            verify_file(each, files[each.name]["sha256"])
     try:
-        index = load_file(index_file)
-        offsets, byte_lengths, ids = index["offsets"], index["bytes"], index["ids"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(index_file, "is damaged, and can't be read as a document index") from error
-    number = header.documents
-    fits = (
-        (offsets.shape, byte_lengths.shape, ids.shape) == ((number + 1,), (number,), (number, 16))
-        and (offsets.dtype.name, byte_lengths.dtype.name, ids.dtype.name) == ("int64", "int64", "uint8")
-        and (offsets[0], offsets[-1]) == (0, header.tokens)
-        and np.all(np.diff(offsets) >= 1)
-        and np.all(byte_lengths >= 0)
-    )
-    if not fits:
-        raise _damaged(index_file, f"does not fit the token file {path}")
-    tokens: Tokens = np.empty(0, header.dtype)  # np.memmap can't map a file without tokens
-    if header.tokens:
-        tokens = np.memmap(path, mode="r", dtype=header.dtype, offset=HEADER_BYTES, shape=(header.tokens,))
-    return TokenFile(path, header, tokens, offsets, byte_lengths, ids)
+        return _read(path, index_file)
+    except (SafetensorError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise BadData(
+            f"{path} or {index_file.name} is damaged, or the two files do not belong together: "
+            "run `dvc repro -f tokenization`"
+        ) from error
 
 
-def _read_header(path: Path) -> Header:
-    """Return the header of a token file. Raises BadData if the header or the size of the file is wrong."""
+def _read(path: Path, index_file: Path) -> TokenFile:
     with open(path, "rb") as file:
-        raw = file.read(HEADER_BYTES)
-    if not raw.startswith(MAGIC) or len(raw) < HEADER_BYTES:
-        raise _damaged(path, "is not a token file, which must begin with a header")
-    try:
-        header = _HEADER.validate_json(raw[len(MAGIC) :])
-    except ValidationError as error:
-        raise _damaged(path, "has a damaged header") from error
-    if header.version != VERSION:
-        raise _damaged(path, f"has format version {header.version}, but this program reads version {VERSION}")
-    dtype = token_dtype(header.vocab_size)
-    if header.dtype != dtype.name or header.eot_token >= header.vocab_size:
-        raise _damaged(path, "has a damaged header")
-    size, expected = path.stat().st_size, HEADER_BYTES + header.tokens * dtype.itemsize
-    if size != expected:
-        what = f"has {size:,} bytes, but its header says {expected:,}. The file was cut short or altered"
-        raise _damaged(path, what)
-    return header
-
-
-def _damaged(path: Path, what: str) -> BadData:
-    return BadData(f"{path} {what}: run `dvc repro -f tokenization`")
+        header = Header.model_validate_json(file.read(HEADER_BYTES).removeprefix(MAGIC))
+    tokens = np.memmap(path, np.uint8, "r")[HEADER_BYTES:].view(header.dtype)
+    index = load_file(index_file)
+    arrays = [index[name] for name in ("offsets", "bytes", "ids")]
+    number = header.documents
+    shapes = [("int64", (number + 1,)), ("int64", (number,)), ("uint8", (number, 16))]
+    if [(array.dtype.name, array.shape) for array in arrays] != shapes:
+        raise ValueError("the index has other arrays than the header says")
+    if not len(tokens) == header.tokens == arrays[0][-1]:
+        raise ValueError("the number of tokens is not the header's")
+    return TokenFile(path, header, tokens, *arrays)
 
 
 # --- batches and windows
@@ -254,7 +212,6 @@ class Window:
     """A part of one document: the tokens that a model reads, and the tokens that the model must predict."""
 
     document: int  # number of the document in the token file, from 0
-    start: int  # index of the first target among the tokens of the document
     tokens: npt.NDArray[np.int64]  # (T,) tokens to read, which begin one token before `targets`
     targets: npt.NDArray[np.int64]  # (T,) the next token of each token in `tokens`
 
@@ -265,13 +222,8 @@ def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
     Every token of every document is a target exactly once. The first window of a document begins with the
     end-of-text token. The end-of-text token is never a target, since it encodes no text.
     """
-    eot = split.header.eot_token
     for index in range(split.header.documents):
-        stream = np.concatenate([[eot], split.document(index)]).astype(np.int64)
+        stream = np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
         for start in range(0, len(stream) - 1, window):
-            yield Window(
-                index,
-                start,
-                stream[start : start + window][: len(stream) - 1 - start],
-                stream[start + 1 : start + window + 1],
-            )
+            end = min(start + window, len(stream) - 1)
+            yield Window(index, stream[start:end], stream[start + 1 : end + 1])

@@ -223,11 +223,11 @@ class OwnTokens:
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
         """Yield each text span of a split, from windows of `window` GPT-2 tokens, in the model's tokens."""
         for document in range(split.header.documents):
-            before, start = self.codec.first_token, 0
+            before = self.codec.first_token
             for span in text_spans(split, self.encoding, document, window):
                 stream = np.array([before, *self._encode(split, document, span)], np.int64)
-                yield Window(document, start, stream[:-1], stream[1:])
-                before, start = int(stream[-1]), start + len(stream) - 1
+                yield Window(document, stream[:-1], stream[1:])
+                before = int(stream[-1])
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
         """Yield the index of every document, and an array of the start token and the document's tokens."""

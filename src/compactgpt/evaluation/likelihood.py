@@ -64,7 +64,7 @@ def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Ite
         start, end = 0, min(context, len(stream) - 1)
         while start < end:
             fed = stream[max(0, end - context) : end]
-            yield Window(document, start, fed, stream[start + 1 : end + 1])
+            yield Window(document, fed, stream[start + 1 : end + 1])
             start, end = end, min(end + stride, len(stream) - 1)
 
 
@@ -73,7 +73,7 @@ def own_windows(streams: Iterable[Stream], context: int) -> Iterator[Window]:
     for document, stream in streams:
         for start in range(0, len(stream) - 1, context):
             end = min(start + context, len(stream) - 1)
-            yield Window(document, start, stream[start:end], stream[start + 1 : end + 1])
+            yield Window(document, stream[start:end], stream[start + 1 : end + 1])
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
         tokens, context = [codec.first_token, *tokens], 1
     targets = len(tokens) - context
     stream = np.array(tokens, np.int64)[-(block_size + 1) :]  # a long context loses its first tokens
-    return Window(index, 0, stream[:-1], stream[1:][-targets:])
+    return Window(index, stream[:-1], stream[1:][-targets:])
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
@@ -279,7 +279,7 @@ def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]
         end = min(start + context, len(tokens))
         first = max(scored, start + 1)  # first target of this block
         if first < end:
-            yield Window(0, first, tokens[start : end - 1], tokens[first:end])
+            yield Window(0, tokens[start : end - 1], tokens[first:end])
         scored = end  # later blocks use the tokens before `end` only as context
         if end == len(tokens):
             return
