@@ -40,8 +40,8 @@ def main(
         )
         stage.report(report, facts)
         stage.data_docs(docs)
-        if note := uncompared(facts["repetition"]):
-            stage.print_message(f"the documents of val{note}")
+        if message := uncompared(facts["repetition"]):
+            stage.print_message(message)
         require_success(facts, "the token files", f"{report} has the complete result")
         write_json(pass_file, passed(facts))
 

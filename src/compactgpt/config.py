@@ -157,7 +157,7 @@ class Validation(Lengths):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
-    max_rows: PositiveInt
+    max_rows: Annotated[int, Field(ge=1000)]  # with fewer rows, the sample could be empty
 
 
 class Tokenization(Section):

@@ -8,19 +8,20 @@ with the other val documents.
 
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.storage import sha256_file, verified_manifest
+from compactgpt.common.storage import verified_manifest
 from compactgpt.config import Inspection
 from compactgpt.data.documents import row_groups
 from compactgpt.data.duplicates import Digest, digest_documents, find_overlap, find_twins
 from compactgpt.data.token_files import TokenFile, open_tokens
-from compactgpt.data.tokenization import SPLITS, SplitRule, split_rule
-from compactgpt.data.validation import Table, at_least, at_most, check_expectations
+from compactgpt.data.tokenization import SPLITS, SplitRule, describe_splits, split_rule
+from compactgpt.data.validation import Table, bound, check_expectations
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,18 +59,9 @@ def inspect(
     tables = [_split_table(splits[name], name, corpus, rule, params) for name in SPLITS]
     tables.append(_repetition_table(repetition, params))
     results = check_expectations("inspection", tables, docs)
-    facts: dict[str, Any] = {
-        name: {
-            "documents": split.header.documents,
-            "tokens": split.header.tokens,
-            "bytes": int(split.byte_lengths.sum()),
-            "sha256": sha256_file(split.path),
-        }
-        for name, split in splits.items()
-    }
     return {
         "success": all(result["success"] for result in results),
-        **facts,
+        **describe_splits(tokens),
         "documents": len(corpus.documents),
         "repetition": repetition,
         "flagged": _describe(_flagged(twins, overlap, params), corpus),
@@ -94,15 +86,16 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     row = {"documents": documents, **_count_tokens(split)}
     row["documents_that_differ"] = _count_differences(split, corpus.documents[of_split])
     least = params.min_val_documents if name == "val" else 1
-    more = "raise tokenization.val_fraction, add text, or set inspection.min_val_documents to "
-    more += f"{documents:,}, which makes intervals wide"
+    more = "add text, raise tokenization.val_fraction, or lower inspection.min_val_documents, "
+    more += "which makes intervals wide"
     again = "run `dvc repro -f tokenization`"
+    highest = split.header.vocab_size - 1
     suite = [
-        at_least("documents", least, f"{name}: documents", more),
-        at_most("highest_token", split.header.vocab_size - 1, f"{name}: highest token id", again),
-        at_most("documents_without_end", 0, f"{name}: documents without end-of-text", again),
-        at_most("ends_inside", 0, f"{name}: end-of-text tokens inside documents", again),
-        at_most("documents_that_differ", 0, f"{name}: documents that differ from data/documents", again),
+        bound("documents", f"{name}: documents", more, least=least),
+        bound("highest_token", f"{name}: highest token id", again, most=highest),
+        bound("documents_without_end", f"{name}: documents without end-of-text", again, most=0),
+        bound("ends_inside", f"{name}: end-of-text tokens inside documents", again, most=0),
+        bound("documents_that_differ", f"{name}: documents that differ from data/documents", again, most=0),
     ]
     # The split `hash` divides the number of documents, and `tail` divides the bytes.
     # The share of the divided quantity is checked.
@@ -114,13 +107,13 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         row["share_deviation"] = abs(documents - expected) / deviation
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
-        suite.append(at_most("share_deviation", params.max_val_deviation, what, advice))
+        suite.append(bound("share_deviation", what, advice, most=params.max_val_deviation))
     else:
         sizes = corpus.documents["bytes"]
         row["bytes_off_share"] = round(abs(int(split.byte_lengths.sum()) - share * int(sizes.sum())))
         # The val split begins with a whole document, so its size can be wrong by the size of one document.
         what = f"{name}: bytes that its share is off"
-        suite.append(at_most("bytes_off_share", int(sizes.max()), what, again))
+        suite.append(bound("bytes_off_share", what, again, most=int(sizes.max())))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
 
 
@@ -145,11 +138,9 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
 
     Document i of the token file is compared with row i of `expected`.
     """
-    # If the numbers of documents differ, each surplus document is counted as a difference.
-    both = min(len(expected), split.header.documents)
-    other_ids = expected["id"].to_numpy()[:both] != np.array(split.document_ids[:both], object)
-    other_lengths = expected["bytes"].to_numpy()[:both] != split.byte_lengths[:both]
-    return int((other_ids | other_lengths).sum()) + abs(len(expected) - split.header.documents)
+    found = zip(split.document_ids, split.byte_lengths, strict=True)
+    wanted = zip(expected["id"], expected["bytes"], strict=True)
+    return sum(one != other for one, other in zip_longest(found, wanted))
 
 
 # --- documents that repeat other documents
@@ -214,27 +205,26 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
 
 
 def uncompared(repetition: Mapping[str, Any]) -> str:
-    """Return a note if most val documents are too short for `find_overlap`, else an empty string."""
+    """Return a message if most val documents are too short for `find_overlap`, else an empty string."""
     overlap = repetition["overlap"]
     short, total = overlap["val_documents_without_runs"], overlap["val_documents"]
     if 2 * short <= total:
         return ""
     return (
-        f" ({short:,} of {total:,} have fewer than {overlap['words']} words: of these only copies are found, "
-        "so this check says little; longer documents or a lower inspection.overlap_words say more)"
+        f"{short:,} of {total:,} val documents have fewer than {overlap['words']} words: of these, only "
+        "copies are found in train; use longer documents, or lower inspection.overlap_words"
     )
 
 
 def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Table:
     shares = {key: repetition[key] for key in ("repeated_share", "leaked_share")}
-    twin, leaked = "share of documents that have a twin", "share of val's documents that are in train"
-    leaked += uncompared(repetition)
-    advice = "remove the documents that the report lists ({}), or raise inspection.max_{}"
-    repeated_advice = advice.format("repeated, flagged", "repeated_share")
-    leaked_advice = advice.format("flagged", "leaked_share")
+    twins, leaked = "share of documents that have a twin", "share of val's documents that are in train"
+    remove = "remove the documents that the report lists under `flagged`"
+    twins_advice = f"{remove} and `repeated`, or raise inspection.max_repeated_share"
+    leaked_advice = f"{remove}, or raise inspection.max_leaked_share"
     suite = [
-        at_most("repeated_share", params.max_repeated_share, twin, repeated_advice),
-        at_most("leaked_share", params.max_leaked_share, leaked, leaked_advice),
+        bound("repeated_share", twins, twins_advice, most=params.max_repeated_share),
+        bound("leaked_share", leaked, leaked_advice, most=params.max_leaked_share),
     ]
     return Table("repetition", [{"id": "corpus", "source": "all documents", **shares}], suite)
 

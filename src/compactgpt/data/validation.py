@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compactgpt.common.console import Progress, silent
-from compactgpt.common.errors import BadConfig, CheckFailed
+from compactgpt.common.errors import CheckFailed
 from compactgpt.common.storage import atomic_folder, verified_manifest
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, read_row_group, row_groups
@@ -51,48 +51,42 @@ def validate(
     checked. A document is in the sample if the hash of its normalised text is below a limit, so copies that
     differ only in case and white space are sampled together. The function needs memory for the sample, and
     16 bytes for each document.
-    Raises MissingInput or BadData if the documents are missing or damaged, BadConfig if the sample is empty.
+    Raises MissingInput or BadData if the documents are missing or damaged.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # hashes of the ids, 16 bytes each: a damaged id may have any length
+    ids = bytearray()  # hashes of the ids, 16 bytes each: a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
-            content = document.text.encode()
             counts["documents"] += 1
-            counts["bytes"] += len(content)
-            counts["wrong_ids"] += _hash(content) != document.id
-            ids += bytes.fromhex(_hash(document.id.encode()))
+            counts["bytes"] += len(document.text.encode())
+            counts["wrong_ids"] += _hash(document.text) != document.id
+            ids += bytes.fromhex(_hash(document.id))
             # Integers are exact, so every machine takes an identical sample.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
     counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(ids, "S16")))
-    if not rows:
-        raise BadConfig(
-            f"validation.max_rows is {params.max_rows:,}, and the sample of {total:,} documents is empty: "
-            f"set validation.max_rows to at least {total:,} in params.yaml, which checks all documents"
-        )
     corpus = {"id": "corpus", "source": "all documents", **counts}
     tables = [
-        Table("corpus", [corpus], corpus_expectations(params, counts, _ask_for_text(manifest, rows))),
-        Table("documents", rows, document_expectations(params, fitting_limits(rows, params))),
+        Table("corpus", [corpus], corpus_expectations(params, manifest)),
+        Table("documents", rows, document_expectations(params)),
     ]
     results = check_expectations("validation", tables, docs)
     success = all(result["success"] for result in results)
     return {"success": success, **counts, "rows": len(rows), "expectations": results}
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _normalised(text: str) -> str:
-    """Remove white space and case from a text, and return the hash of the rest."""
-    return _hash("".join(text.split()).casefold().encode())
+    """Return a hash that is equal for texts that differ only in case and white space."""
+    return _hash("".join(text.split()).casefold())
 
 
 def document_row(document: Document) -> dict[str, Any]:
@@ -105,7 +99,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "source": document.source,
         "excerpt": excerpt[:_EXCERPT_CHARACTERS] or None,  # None if the text is blank
         "n_characters": len(text),
-        "id_is_hash": _hash(text.encode()) == document.id,
+        "id_is_hash": _hash(text) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
         # The share among the characters that are not white space. It is 0 if the text is blank.
@@ -117,63 +111,48 @@ def document_row(document: Document) -> dict[str, Any]:
 # --- expectations
 
 
-def at_least(column: str, value: float, what: str, advice: str) -> Any:
-    """Return the expectation that the value of `column` in a table of one row is at least `value`.
+def bound(
+    column: str, what: str, advice: str, *, least: float | None = None, most: float | None = None
+) -> Any:
+    """Return the expectation that the value of `column` in a table of one row is in its bound.
 
-    `what` describes the value in messages. `advice` is printed if the expectation fails.
+    The bound is the minimum `least` or the maximum `most`. Messages call the value `what`. `advice` is
+    printed if the expectation fails.
     """
-    return _bound(column, what, f"at least {value:,}", advice, min_value=value)
-
-
-def at_most(column: str, value: float, what: str, advice: str) -> Any:
-    """Return the expectation that the value of `column` in a table of one row is at most `value`.
-
-    `what` describes the value in messages. `advice` is printed if the expectation fails.
-    """
-    return _bound(column, what, f"at most {value:,}" if value else "none", advice, max_value=value)
-
-
-def _bound(column: str, what: str, expected: str, advice: str, **bounds: float) -> Any:
     from great_expectations import expectations as gxe
 
+    expected = f"at most {most:,}" if most else "none"
+    if least is not None:
+        expected = f"at least {least:,}"
+    limits = {"min_value": least, "max_value": most}
     # The table has one row, so the maximum of the column is the value in this row.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
-        **bounds,
+        **{name: value for name, value in limits.items() if value is not None},
         description=f"{what}: {expected}",
         meta={"what": what, "expected": expected, "advice": advice},
     )
 
 
-def corpus_expectations(params: Validation, counts: Mapping[str, int], more: str) -> list[Any]:
-    """Return the expectations of the table `corpus`. `more` is the advice for a corpus that is too small."""
-    megabytes = math.floor(counts["bytes"] / 10_000) / 100
-    fewer = f"{more}, or set validation.min_documents to at most {counts['documents']:,}"
-    smaller = f"{more}, or set validation.min_total_megabytes to at most {megabytes:g}"
+def corpus_expectations(params: Validation, manifest: Mapping[str, Any]) -> list[Any]:
+    """Return the expectations of the table `corpus`. `manifest` is the manifest of the documents' folder."""
+    more = "let download take more of the corpus"
+    if manifest.get("corpus") == "files":
+        more = "add text"
+        if manifest["documents"] == 1:
+            more = "the corpus is one file: set download.files.split"
+        more += ", or run `compactgpt init-corpus corpus/`, which sets limits that fit"
     least_bytes = round(params.min_total_megabytes * 1_000_000)
     return [
-        at_least("documents", params.min_documents, "documents", fewer),
-        at_least("bytes", least_bytes, "bytes of text", smaller),
-        at_most("repeated_ids", 0, "documents with the id of an earlier one", _ALTERED),
-        at_most("wrong_ids", 0, "documents whose id is not the hash of their text", _ALTERED),
+        bound("documents", "documents", more, least=params.min_documents),
+        bound("bytes", "bytes of text", more, least=least_bytes),
+        bound("repeated_ids", "documents with the id of an earlier one", _ALTERED, most=0),
+        bound("wrong_ids", "documents whose id is not the hash of their text", _ALTERED, most=0),
     ]
 
 
-def _ask_for_text(manifest: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    more = "add text, or run `compactgpt init-corpus corpus/`, which proposes limits"
-    if manifest.get("corpus") != "files":
-        more = "let download take more of the corpus"
-    elif manifest["documents"] == 1:
-        file = re.sub(r":\d+$", "", rows[0]["source"])  # the source without its row number or line number
-        more = f"the corpus is one file, {file}: set download.files.split, "
-        more += "or run `compactgpt init-corpus corpus/`"
-    if repeated := manifest.get("left_out", {}).get("duplicate"):
-        more = f"{repeated:,} more were left out as duplicates; {more}"
-    return more
-
-
-def document_expectations(params: Validation, limits: Mapping[str, float]) -> list[Any]:
-    """Return the expectations of the table `documents`. Their advice proposes the values in `limits`."""
+def document_expectations(params: Validation) -> list[Any]:
+    """Return the expectations of the table `documents`."""
     from great_expectations import expectations as gxe
 
     def values(kind: str, column: str, description: str, advice: str, **arguments: Any) -> Any:
@@ -185,29 +164,34 @@ def document_expectations(params: Validation, limits: Mapping[str, float]) -> li
         return values("BeBetween", column, description, advice, mostly=params.mostly, **bounds)
 
     shortest, longest = params.min_characters, params.max_characters
-    lengths = f"set validation.min_characters to {limits['min_characters']:,} and "
-    lengths += f"max_characters to {limits['max_characters']:,}"
     length = f"{shortest:,} to {longest:,} characters"
+    cut = "remove or cut them, or change validation.min_characters and validation.max_characters"
     letters = f"a share of letters of at least {params.min_letter_share:g}"
-    fewer_letters = f"remove them, or set validation.min_letter_share to {limits['min_letter_share']:g}"
     damage = f"a share of U+FFFD (wrong decoding) of at most {params.max_replacement_share:g}"
     decoding = "convert the file to UTF-8 from the encoding that it was written in (iconv)"
-    not_text = f"{decoding}, or remove it if it is not text"
     unique = f"{100 * params.min_unique_share:g} % of the documents are unique, case and spacing aside"
-    copies = f"remove copies, or set validation.min_unique_share to {limits['min_unique_share']:g}"
     return [
         values("BeUnique", "id", "every id is unique", _ALTERED),
         values("MatchRegex", "id", "every id has 32 hex digits", _ALTERED, regex="^[0-9a-f]{32}$"),
         values("BeInSet", "id_is_hash", "every id is the hash of its text", _ALTERED, value_set=[True]),
         values("NotBeNull", "source", "every document names its source", _ALTERED),
         values("NotBeNull", "excerpt", "no document is blank", "remove the blank documents"),
+        between("n_characters", length, cut, min_value=shortest, max_value=longest),
         between(
-            "n_characters", length, f"remove or cut them, or {lengths}", min_value=shortest, max_value=longest
+            "letter_share",
+            letters,
+            "remove them, or lower validation.min_letter_share",
+            min_value=params.min_letter_share,
         ),
-        between("letter_share", letters, fewer_letters, min_value=params.min_letter_share),
         between("replacement_share", damage, decoding, max_value=params.max_replacement_share),
-        between("n_nul", "no NUL character", not_text, max_value=0),
-        values("BeUnique", "normalised", unique, copies, mostly=params.min_unique_share),
+        between("n_nul", "no NUL character", f"{decoding}, or remove it if it is not text", max_value=0),
+        values(
+            "BeUnique",
+            "normalised",
+            unique,
+            "remove copies, or lower validation.min_unique_share",
+            mostly=params.min_unique_share,
+        ),
     ]
 
 
