@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
+from statistics import linear_regression
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,9 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None
-    ranks = np.log(np.arange(1, len(counts) + 1))  # (distinct tokens,), most frequent first
-    return float(-np.polyfit(ranks, np.log(counts), 1)[0])
+    # Not numpy: its logarithms and fits differ in the last digit between processors.
+    ranks = [math.log(rank) for rank in range(1, len(counts) + 1)]  # the most frequent token has rank 1
+    return -linear_regression(ranks, [math.log(count) for count in counts]).slope
 
 
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
