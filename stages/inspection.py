@@ -40,7 +40,7 @@ def main(
         )
         stage.report(report, facts)
         stage.data_docs(docs)
-        if message := uncompared(facts["repetition"]):
+        if message := uncompared(facts, stage.params.inspection.overlap_words):
             stage.print_message(message)
         require_success(facts, "the token files", f"{report} has the complete result")
         write_json(pass_file, passed(facts))

@@ -3,7 +3,6 @@
 A run is a sequence of n consecutive words of one document (an n-gram). Two documents are twins if their words
 are equal, or if their sets of 5-word runs are similar. The overlap of a val document is the share of its
 13-word runs that some train document contains, as in GPT-3 (Brown et al. 2020, appendix C).
-Shapes: N documents, G different runs in the val split.
 """
 
 import hashlib
@@ -43,8 +42,8 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # number of next documents in a bucket with which a document is compared
-_OWNERS_PER_RUN = 10  # about the highest number of train documents that are stored for one run
+_NEIGHBOURS = 8  # number of documents after a document in its bucket with which the document is compared
+_OWNERS_PER_RUN = 10  # highest number of train documents that are stored for a run (a few more are possible)
 
 
 def word_hashes(text: str) -> Hashes:
@@ -67,10 +66,7 @@ def _hash(content: bytes) -> int:
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
-    """Return the hash of each run, which is a sequence of `length` consecutive words.
-
-    `words` are the hashes of a document's words. The result has the shape (max(0, words - length + 1),).
-    """
+    """Return the hash of each sequence of `length` consecutive words, given the hash of each word."""
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
@@ -84,13 +80,15 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 class Digest(NamedTuple):
     """Tables about n documents, which are the documents of one row group or of the whole corpus."""
 
-    documents: "pd.DataFrame"  # n rows: id, source, bytes of text, in_val, words (a hash of all words)
+    documents: "pd.DataFrame"  # n rows; columns: id, source, bytes of text, in_val, words (hash of all words)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    hits: "pd.DataFrame"  # rows: number of a document, index in `val_runs` of a run in this document
+    # A row for each run of val that a document contains; columns: the number of the document from 0, and the
+    # index of the run in the result of `val_runs`.
+    hits: "pd.DataFrame"
 
 
 def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
-    """Return the sorted hashes of all runs of `length` words in the val documents of `groups`, shape (G,)."""
+    """Return the sorted hashes of all runs of `length` words in the val documents, shape (runs,)."""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
@@ -100,10 +98,7 @@ def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes
 
 
 def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file: Path) -> Digest:
-    """Return the digest of one row group. Worker processes call this function.
-
-    `runs_file` contains the result of `val_runs`.
-    """
+    """Return the digest of one row group. The file `runs_file` contains the result of `val_runs`."""
     import pandas as pd
     import rensa
 
@@ -145,7 +140,7 @@ def digest_documents(
     params: Inspection,
     rule: SplitRule,
     total: int,
-    num_workers: int = 1,
+    num_workers: int,
     progress: Progress = silent,
 ) -> Digest:
     """Return the digest of the whole corpus, which has `total` documents in the row groups `groups`.
@@ -156,7 +151,7 @@ def digest_documents(
     import pandas as pd
 
     runs = val_runs(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(runs), np.int32)  # (G,) number of train documents that contain the run
+    num_owners = np.zeros(len(runs), np.int32)  # (runs,) number of train documents that contain the run
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -189,8 +184,8 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 
     A row has the numbers of a document and of its twin, the kind (`same words` or `near duplicate`), and the
     similarity `score` from 0 to 1. For each kind, a document has at most two rows: the most similar twin in
-    the document's own split, and the most similar twin in the other split (`across` is True). The rows are
-    sorted by kind, document and falling score.
+    its own split, and the most similar twin in the other split (`across` is True). The rows are sorted by
+    kind, document and falling score.
     """
     import pandas as pd
 
@@ -211,15 +206,15 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 def _near_duplicates(
     signatures: npt.NDArray[np.uint32], in_val: npt.NDArray[np.bool_], params: Inspection
 ) -> tuple[Numbers, Numbers, npt.NDArray[np.float64]]:
-    """Return the first documents, the second documents, and the similarities of pairs of similar documents.
+    """Return the first document, the second document, and the similarity of each pair of similar documents.
 
-    A signature has the MinHash values of a document (Broder 1997), which are divided into bands. Documents
-    that have equal values in a whole band are compared (locality-sensitive hashing). The similarity is the
-    share of equal values, which estimates the Jaccard similarity of the two documents' sets of 5-word runs.
+    The MinHash values of a document (Broder 1997) are divided into bands. Documents that have equal values in
+    a whole band are compared (locality-sensitive hashing). The similarity is the share of equal values, which
+    estimates the Jaccard similarity of the two documents' sets of 5-word runs.
     """
-    # The LSH class of the library rensa is not used: it accepts no arrays, and needs 1.3 KB per document.
+    # The library rensa has such an index too, but it needs 1.3 KB per document (docs/decisions).
     width = params.permutations // params.bands
-    pairs = []  # a pair with two equal bands is added twice; `find_twins` drops repeated pairs
+    pairs = []  # a pair that is equal in two bands is added twice, and `find_twins` drops one of the two
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -236,14 +231,14 @@ def _near_duplicates(
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return the first and the second documents of pairs of documents that have equal keys.
+    """Return the first document and the second document of each pair of documents with equal keys.
 
     All documents with one key form a bucket. Each document is paired with the bucket's first document and
     with the next `_NEIGHBOURS` documents. All pairs would be too many: a text that occurs 100,000 times has
-    5 billion pairs. Train documents come first in a bucket, so that a val document is paired with a train
-    document if the bucket has one.
+    5 billion pairs.
     """
-    order = np.lexsort((in_val, keys))  # sorted by key; for equal keys, train documents come first
+    # Train documents come first in a bucket. So a val document is paired with a train document if it can be.
+    order = np.lexsort((in_val, keys))
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
@@ -261,10 +256,9 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table with one row per val document: how much of the document is in the train split.
 
-    A run is a sequence of `overlap_words` consecutive words (params.yaml). In the table, `runs` is the number
-    of different runs in the val document, and `seen` is the number of these runs that some train document
-    contains. `score` is `seen` / `runs`. `twin` is the number of the train document that contains most of
-    these runs, or -1 if no train document contains a run.
+    `runs` is the number of different runs in the val document, and `seen` is the number of these runs that
+    some train document contains. `score` is `seen` / `runs`. `twin` is the number of the train document that
+    contains most of these runs, or -1 if no train document contains a run.
     """
     import pandas as pd
 

@@ -149,33 +149,19 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
 def _count_repetition(
     documents: int, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
-    """Count the documents that have a twin, and the val documents whose text is in the train split."""
-    counts = {}
-    for key, kind in (("same_words", "same words"), ("near_duplicates", "near duplicate")):
-        of_kind = twins[twins["kind"] == kind]
-        in_val = of_kind.drop_duplicates("document")["in_val"]
-        counts[key] = {
-            "documents": len(in_val),
-            "train": int((~in_val).sum()),
-            "val": int(in_val.sum()),
-            "val_with_twin_in_train": int((of_kind["in_val"] & of_kind["across"]).sum()),
-        }
-    overlaps = overlap["score"] >= params.leaked_overlap
-    leaked = overlaps | overlap["document"].isin(twins[twins["across"]]["document"])
+    """Count the documents that repeat another document, and the text of val that is also in train."""
+    leaked = overlap["score"] >= params.leaked_overlap
+    leaked |= overlap["document"].isin(twins[twins["across"]]["document"])
+    with_twin = twins.groupby("kind")["document"].nunique()
     return {
-        **counts,
+        "same_words": int(with_twin.get("same words", 0)),
+        "near_duplicates": int(with_twin.get("near duplicate", 0)),
         "repeated_share": twins["document"].nunique() / max(1, documents),
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
-        "overlap": {
-            "words": params.overlap_words,
-            "runs": int(overlap["runs"].sum()),
-            "runs_in_train": int(overlap["seen"].sum()),
-            "val_documents": len(overlap),
-            # A document with fewer than `overlap_words` words has no run, so `find_overlap` finds nothing.
-            "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
-            "val_documents_with_any": int((overlap["seen"] > 0).sum()),
-            "val_documents_leaked": int(overlaps.sum()),
-        },
+        "runs": int(overlap["runs"].sum()),
+        "runs_in_train": int(overlap["seen"].sum()),
+        # A document with fewer than `overlap_words` words has no run, so `find_overlap` finds nothing.
+        "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
     }
 
 
@@ -204,15 +190,17 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
     return ordered.head(params.max_listed)
 
 
-def uncompared(repetition: Mapping[str, Any]) -> str:
-    """Return a message if most val documents are too short for `find_overlap`, else an empty string."""
-    overlap = repetition["overlap"]
-    short, total = overlap["val_documents_without_runs"], overlap["val_documents"]
+def uncompared(report: Mapping[str, Any], words: int) -> str:
+    """Return a message if most val documents are too short for `find_overlap`, else an empty string.
+
+    `words` is the length of a run.
+    """
+    short, total = report["repetition"]["val_documents_without_runs"], report["val"]["documents"]
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {overlap['words']} words: of these, only "
-        "copies are found in train; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: of these, only copies are "
+        "found in train; use longer documents, or lower inspection.overlap_words"
     )
 
 

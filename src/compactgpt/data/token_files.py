@@ -85,23 +85,19 @@ def pack_documents(
 ) -> TokenFile:
     """Append the end-of-text token to each document, join the documents, and return a TokenFile in memory.
 
-    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. No file is written;
-    `path` is stored in the TokenFile.
+    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. The function writes
+    no file: it only stores `path` in the TokenFile.
     """
-    ids: list[bytes] = []
-    byte_lengths: list[int] = []
-    offsets = [0]
-    closed: list[Tokens] = [np.empty(0, np.uint32)]
-    for document_id, byte_length, tokens in documents:
-        ids.append(document_id)
-        byte_lengths.append(byte_length)
-        offsets.append(offsets[-1] + len(tokens) + 1)
-        closed += [tokens, np.array([eot_token], np.uint32)]
-    dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
+    rows = list(documents)
+    end = np.array([eot_token], np.uint32)
+    closed = [part for _, _, tokens in rows for part in (tokens, end)]
+    joined = np.concatenate([np.empty(0, np.uint32), *closed])
+    ids = b"".join(document_id for document_id, _, _ in rows)
+    lengths = [len(tokens) + 1 for _, _, tokens in rows]  # end-of-text tokens included
     header = Header(
-        dtype=dtype,
-        tokens=offsets[-1],
-        documents=len(ids),
+        dtype="uint16" if vocab_size <= 2**16 else "uint32",
+        tokens=len(joined),
+        documents=len(rows),
         vocab_size=vocab_size,
         eot_token=eot_token,
         tokenizer_sha256=tokenizer_sha256,
@@ -109,10 +105,10 @@ def pack_documents(
     return TokenFile(
         path,
         header,
-        np.concatenate(closed).astype(dtype),
-        np.array(offsets, np.int64),
-        np.array(byte_lengths, np.int64),
-        np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16),
+        joined.astype(header.dtype),
+        np.cumsum([0, *lengths], dtype=np.int64),
+        np.array([byte_length for _, byte_length, _ in rows], np.int64),
+        np.frombuffer(ids, np.uint8).reshape(-1, 16),
     )
 
 
@@ -128,17 +124,13 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
         "ids": np.concatenate([part.ids for part in parts]),
     }
     sizes = {"documents": len(index["bytes"]), "tokens": int(index["offsets"][-1])}
+    header = parts[0].header.model_copy(update=sizes)
+    text = json.dumps(header.model_dump(), sort_keys=True).encode()
     with atomic_file(path) as file:
-        file.write(encode_header(parts[0].header.model_copy(update=sizes)))
+        file.write(MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n")
         for part in parts:
             file.write(part.tokens.data)
         write_bytes(index_path(path), save(index))
-
-
-def encode_header(header: Header) -> bytes:
-    """Return the header as the first HEADER_BYTES bytes of a token file."""
-    text = json.dumps(header.model_dump(), sort_keys=True).encode()
-    return MAGIC + text.ljust(HEADER_BYTES - len(MAGIC) - 1) + b"\n"
 
 
 # --- reading

@@ -33,29 +33,27 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule that chooses the documents of the val split, by their hash or by their place in the corpus."""
+    """The rule that chooses the documents of val, by their hash or by their position in the corpus."""
 
-    val_fraction: float  # the wanted size of the val split, as a share of the corpus from 0 to 1
-    # (shard's file name, row group, row) of the first val document; None if documents are chosen by hash.
+    val_fraction: float  # the wanted size of val, as a share of the corpus from 0 to 1
+    # The position of the first val document: the file name of its shard, the index of the row group in the
+    # shard, the index of the row in the row group. None: documents are chosen by hash.
     val_start: tuple[str, int, int] | None = None
 
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
-        """Return a list of booleans: True for each document of the row group that is in the val split.
-
-        If `val_start` is None, a document is in the val split if the first 64 bits of its id, divided by
-        2^64, are less than `val_fraction`. So a document keeps its split when the corpus grows.
-        """
+        """Return for each document of a row group whether it is in val."""
         if self.val_start is None:
+            # The id is a hash, so its first 64 bits are a random number. A document keeps its split when the
+            # corpus grows.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.index, row) >= self.val_start for row in range(len(documents))]
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
-    """Return the rule that divides the corpus into the train split and the val split.
+    """Return the rule that divides a corpus, which has `size` bytes of text, into train and val.
 
-    `groups` are the row groups of the corpus, and `size` is the corpus's size in bytes of text. If `split` is
-    `hash`, the val split has about the share `val_fraction` of the documents. If `split` is `tail`, the val
-    split is the end of the corpus, as in nanoGPT, and has the share `val_fraction` of the bytes of text.
+    If `split` is `hash`, val has about the share `val_fraction` of the documents. If `split` is `tail`, val
+    is the end of the corpus, as in nanoGPT, and has the share `val_fraction` of the bytes of text.
     """
     if split == "hash":
         return SplitRule(val_fraction)
@@ -81,7 +79,6 @@ def tokenize(
     """Write the token files of the train split and the val split into `folder`, and return the report.
 
     The folder `state` keeps the finished chunks, so that the next run can use the chunks of a killed run.
-    `progress` is called with two numbers: the bytes of text encoded so far, and the corpus's bytes of text.
     Raises MissingInput if an input is missing, BadData if an input is damaged or a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)

@@ -309,8 +309,7 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not check {config['type']}: {result['exception_info']}")
-    arguments = {key: value for key, value in config["kwargs"].items() if key != "batch_id"}
-    column = arguments.pop("column")
+    column = config["kwargs"]["column"]
     rows = found.get("partial_unexpected_index_list", [])
     examples = [{"id": row["id"], "source": row["source"], "value": row[column]} for row in rows]
     meta = dict(config["meta"])  # the texts that the expectation was made with, such as its advice
@@ -322,7 +321,6 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
         "expectation": config["type"],
         "description": config["description"],
         "column": column,
-        "arguments": arguments,
         "success": result["success"],
         "observed": found.get("observed_value"),
         "unexpected": found.get("unexpected_count"),
@@ -337,9 +335,8 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    shutil.rmtree(
-        docs / "static", ignore_errors=True
-    )  # fonts, logos and videos of GX, which no page uses now
+    # The fonts, logos and videos of GX, which no page uses now.
+    shutil.rmtree(docs / "static", ignore_errors=True)
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):
         path = page.relative_to(docs)  # its form is validations/<table>/<run>/...
