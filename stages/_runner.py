@@ -13,34 +13,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from compactgpt.common.console import Progress, ProgressBar, handle_user_errors, report, silent
-from compactgpt.common.errors import BadConfig, Busy, CheckFailed, UserError
+from compactgpt.common.errors import BadConfig, Busy, CheckFailed
 from compactgpt.common.git import git_facts
 from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
-from compactgpt.common.storage import MANIFEST, read_json, read_manifest, write_json, write_text
+from compactgpt.common.storage import MANIFEST, read_manifest, write_json, write_text
 from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
 from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, StageDefinition, params_sha256
 from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_facts, state_folder
+from compactgpt.tracking.records import differing
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="File with the parameters of all stages.")]
-TrackerName = Annotated[str, typer.Option("--tracker", envvar="COMPACTGPT_TRACKER", help="mlflow or none.")]
-# By stage: the splits that the stage reads, and what MLflow shows as the use of each split.
+TrackerName = Annotated[Literal["mlflow", "none"], typer.Option(envvar="COMPACTGPT_TRACKER")]
+# Stage -> the splits that the stage reads -> what MLflow shows as the use of the split.
 ON_TOKENS: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
 LARGE = ("corpus", "data", "models")  # folders with files that are too large to hash in each stage
-ESTIMATED_ON = "two-cpu-cores"  # the machine in reports/estimate.json whose time is used for this machine
+_PARAMS = Path(PARAMS)
 
 
 def new_app() -> typer.Typer:
@@ -105,13 +105,7 @@ class Stage:
 
 @contextmanager
 def open_stage(
-    name: str,
-    params_file: Path,
-    tracker: str,
-    logged: tuple[str, ...] = (),
-    item: str = "",
-    *,
-    held: bool = False,
+    name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "", *, held: bool = False
 ) -> Iterator[Stage]:
     """Open a stage for a `with` block: lock the stage, open its run, and close the run after the block.
 
@@ -125,22 +119,22 @@ def open_stage(
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
         if not dist_info().is_main_process:
-            yield Stage(full_name, load_params(params_file), NullTracker(), is_main_process=False)
+            yield Stage(full_name, load_params(_PARAMS), NullTracker(), is_main_process=False)
             return
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, StageDefinition([], [], []))
             # Read before `load_params`, so that the end of the stage notices a later change of params.yaml.
-            hashed, inputs = _read_params(definition), _read_inputs(definition)
+            hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
                 report(_describe_position([*stages], full_name))
-            params, begin = load_params(params_file), time.time()
+            params, begin = load_params(_PARAMS), time.time()
             run, status = _start_run(tracker, full_name, params, logged, held=held), "FAILED"
             try:
                 yield Stage(full_name, params, run, params_sha256(hashed) if hashed else "")
                 if is_dvc:
-                    _require_unchanged(full_name, definition, inputs)
+                    _require_unchanged(full_name, definition, hashed, files)
                     write_text(_seconds_file(full_name), f"{time.time() - begin:.0f}\n")
                 status = "FINISHED"
             except (KeyboardInterrupt, SystemExit, Busy):
@@ -155,37 +149,34 @@ def _read_params(definition: StageDefinition) -> dict[str, Any]:
     return dvc_files.values_at(dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS), definition.params)
 
 
-def _read_inputs(definition: StageDefinition) -> dict[str, Any]:
-    """Return a stage's parameters by dotted key, and the states of its dependencies by path.
+def _read_files(definition: StageDefinition) -> dict[str, Any]:
+    """Return the state of each file in a stage's dependencies, by path.
 
-    The state of code or a report is its MD5. The state of a folder in LARGE is a set with the path, size and
-    modification time of each file.
+    The state is the file's MD5, or for a file in LARGE the time of its last change.
     """
     states: dict[str, Any] = {}
-    for name in definition.deps if "DVC_STAGE" in os.environ else []:
-        path = Path(name)
-        if path.parts[0] not in LARGE:
-            states[name] = dvc_files.md5_path(path)
-            continue
-        states[name] = set()
+    for path in map(Path, definition.deps):
         for file in [path, *path.rglob("*")]:
-            with suppress(OSError):  # a broken link, or a file that was just deleted
-                if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
-                    states[name].add((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return flatten(_read_params(definition)) | states
+            if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
+                is_large = path.parts[0] in LARGE
+                states[str(file)] = file.stat().st_mtime_ns if is_large else dvc_files.md5_file(file)
+    return states
 
 
-def _require_unchanged(stage: str, definition: StageDefinition, inputs: Mapping[str, Any]) -> None:
+def _require_unchanged(
+    stage: str, definition: StageDefinition, params: Mapping[str, Any], files: Mapping[str, Any]
+) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
 
     DVC reads parameters and dependencies after the stage's command, and would write values to dvc.lock that
     the stage did not use (treeverse/dvc#11058).
     """
-    changed, now = [], _read_inputs(definition)
-    for key in {**inputs, **now}:
-        old, new = inputs.get(key), now.get(key)
-        if old != new:
-            changed.append(key if key in definition.deps else f"{key} ({old} -> {new})")
+    new_params, new_files = _read_params(definition), _read_files(definition)
+    changed = [
+        f"{key} ({old} -> {new})"
+        for key, (old, new) in differing(flatten(params), flatten(new_params)).items()
+    ]
+    changed += differing(files, new_files)
     if changed:
         raise CheckFailed(
             f"changed while {stage} ran: {', '.join(changed[:5])}. The results are of the earlier version, "
@@ -203,15 +194,10 @@ def _describe_position(stages: list[str], stage: str) -> str:
 
     The time is the sum of the last times of this stage and all later stages on this machine.
     """
-    position, seconds = stages.index(stage), 0.0
-    for one in stages[position:]:
-        with suppress(OSError, UserError, LookupError, TypeError, ValueError):  # skip damaged files
-            if _seconds_file(one).exists():
-                seconds += float(_seconds_file(one).read_text())
-            elif one == "training":
-                minutes = read_json(Path("reports/estimate.json"))["compact"]["minutes"]
-                seconds += float(minutes[ESTIMATED_ON]) * 60
-    left = f", about {seconds / 60:,.0f} min left if every later stage runs" if seconds >= 30 else ""
+    position = stages.index(stage)
+    files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
+    minutes = sum(float(file.read_text()) for file in files) / 60
+    left = f", about {minutes:,.0f} min left if every later stage runs" if minutes >= 0.5 else ""
     return f"stage {position + 1} of {len(stages)}: {stage}{left}"
 
 
@@ -220,8 +206,6 @@ def _start_run(
 ) -> Journal | NullTracker:
     if tracker == "none":
         return NullTracker()
-    if tracker != "mlflow":
-        raise typer.BadParameter(f"{tracker!r} is not a tracker: use mlflow or none", param_hint="--tracker")
     from compactgpt.tracking.mlflow_logger import start_logger
 
     here = Path.cwd()
@@ -240,23 +224,22 @@ def _start_run(
     return run
 
 
-def start_processes(module: str, params_file: Path, options: Mapping[str, Any]) -> None:
+def start_processes(module: str, tracker: str) -> None:
     """Start a stage script in as many processes as params.yaml says, and exit with their exit code.
 
-    `module` is the stage script's module and `options` its command-line options. If training.launcher has one
-    process, or if torchrun started this process, return at once.
+    `module` is the stage script's module. If training.launcher has one process, or if torchrun started this
+    process, return at once.
     """
     with handle_user_errors():
         check_environment()
-        launcher = load_params(params_file).training.launcher
+        launcher = load_params(_PARAMS).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return
         from compactgpt.training.distributed import launch  # not at the top: this imports torch
 
         _die_with_parent()
-        words = [f"--{name}={value}" for name, value in options.items()]
         with _stoppable():
-            exit_code = launch(module, [f"--params={params_file}", *words], launcher)
+            exit_code = launch(module, [f"--tracker={tracker}"], launcher)
         raise typer.Exit(exit_code)
 
 

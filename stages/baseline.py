@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from compactgpt.tracking import state_folder
-from stages._runner import ParamsFile, TrackerName, matrix_item, new_app, open_stage
+from stages._runner import TrackerName, matrix_item, new_app, open_stage
 
 app = new_app()
 
@@ -14,11 +14,6 @@ app = new_app()
 @app.command()
 def main(
     name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
-    tokens: Annotated[Path, typer.Option(help="Folder of the token files.")] = Path("data/tokens"),
-    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")] = Path("data/tokenizer"),
-    totals: Annotated[Path, typer.Option(help="Folder for per-document losses.")] = Path("data/baseline"),
-    reports: Annotated[Path, typer.Option(help="Folder for reports.")] = Path("reports/baseline"),
-    params_file: ParamsFile = Path("params.yaml"),
     tracker: TrackerName = "mlflow",
 ) -> None:
     """Evaluate one baseline on the val split. A neural baseline also generates text and runs the tasks."""
@@ -35,22 +30,22 @@ def main(
         raise typer.BadParameter(
             "no baseline is named: use a name from baseline.specs in params.yaml", param_hint="NAME"
         )
-    with open_stage("baseline", params_file, tracker, ("evaluation", "baseline"), item=name) as stage:
+    with open_stage("baseline", tracker, ("evaluation", "baseline"), item=name) as stage:
         params, settings = stage.params, stage.params.evaluation
-        likelihood, encoding = settings.likelihood, load_encoding(tokenizer)
-        train = tokens / "train.tokens"
-        split = scored_split(open_tokens(tokens / "val.tokens"), encoding, likelihood)
+        likelihood, encoding = settings.likelihood, load_encoding(Path("data/tokenizer"))
+        split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
+        train = Path("data/tokens/train.tokens")
         inputs = BaselineInputs(train, encoding, likelihood.batch_size, params.runtime, state_folder())
         model = load_baseline(name, params.baseline, inputs)
         progress = stage.progress("done", name)
         found = evaluate(model, split, encoding, likelihood, progress)
-        write_totals(totals / f"{name}.parquet", found)
+        write_totals(Path(f"data/baseline/{name}.parquet"), found)
         report = summarize(name, model, found, split, likelihood)
         report["model"]["label"] = params.baseline.specs[name].label or name
         if isinstance(model, NeuralModel):
             report["text"] = generate_texts(model, split, encoding, settings.text, progress)
             report["tasks"] = run_tasks(model, split, encoding, settings.tasks, progress)
-        stage.report(reports / f"{name}.json", report)
+        stage.report(Path(f"reports/baseline/{name}.json"), report)
 
 
 if __name__ == "__main__":

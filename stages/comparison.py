@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stages._runner import ParamsFile, Stage, TrackerName, new_app, open_stage
+from stages._runner import Stage, TrackerName, new_app, open_stage
 
 if TYPE_CHECKING:
     from compactgpt.reporting.tables import View
@@ -21,7 +21,6 @@ SHOWN_COLUMNS = ("model", "seen_context", "val_loss", "val_perplexity", "bits_pe
 
 @app.command()
 def main(
-    params_file: ParamsFile = Path("params.yaml"),
     show: Annotated[
         bool, typer.Option("--show", help="Print the answer and two tables of the last run; write no file.")
     ] = False,
@@ -32,7 +31,7 @@ def main(
 ) -> None:
     """Judge the claims of the note, and write the record, tables, plots, page and model card to reports/."""
     tracker = "none" if show or quote else tracker
-    with open_stage("comparison", params_file, tracker, ("comparison",)) as stage:
+    with open_stage("comparison", tracker, ("comparison",)) as stage:
         if show:
             _show(stage.params.comparison.language)
         elif quote:

@@ -71,7 +71,8 @@ EDITED = """
 import sys; sys.path.insert(0, {root!r})
 from pathlib import Path
 from stages._runner import open_stage
-with open_stage("training", params := Path("params.yaml"), "none") as stage:
+params = Path("params.yaml")
+with open_stage("training", "none") as stage:
     Path("data/out").write_text(str(stage.params.training.max_steps))
     if not Path("edited").exists():
         params.write_text(params.read_text().replace("max_steps: 1400", "max_steps: 90"))

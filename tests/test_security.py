@@ -138,7 +138,7 @@ def test_packages_are_pinned_and_every_one_but_torch_has_hashes():
 
 
 def run_a_stage():
-    with _runner.open_stage("training", Path("params.yaml"), "mlflow", ("training", "runtime")) as stage:
+    with _runner.open_stage("training", "mlflow", ("training", "runtime")) as stage:
         stage.report(Path("reports/training.json"), {"loss": 2.0})
         stage.text("x.txt", "words", "texts")
 

@@ -28,7 +28,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT)!r}]
 from stages import _runner
-with _runner.open_stage("training", Path("params.yaml"), "none"):
+with _runner.open_stage("training", "none"):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -51,7 +51,7 @@ def run(work, tracker: str = "none"):
 
     @app.command()
     def main() -> None:
-        with _runner.open_stage("training", Path("params.yaml"), tracker, ("model",)) as stage:
+        with _runner.open_stage("training", tracker, ("model",)) as stage:
             if isinstance(work, BaseException):
                 raise work
             work(stage)
@@ -84,11 +84,9 @@ def test_an_error_decides_the_exit_code_of_a_stage_and_the_status_of_its_run(
     assert journal_lines(here)[-1]["status"] == status
 
 
-def test_bad_params_and_an_unknown_tracker_are_refused_before_any_work(here):
-    worked = []
-    result = run(worked.append, tracker="wandb")
-    assert (result.exit_code, "mlflow or none" in result.output) == (2, True)
+def test_bad_params_are_refused_before_any_work(here):
     replace("params.yaml", "  n_head: 4", "  n_haed: 4")
+    worked = []
     result = run(worked.append)
     assert (result.exit_code, "did you mean n_head" in result.output) == (78, True)
     assert not worked
@@ -129,7 +127,7 @@ def test_a_report_is_stable_json_and_the_journal_has_params_metrics_and_the_end(
 def test_a_run_names_the_token_files_that_it_reads(here, name, splits):
     files = {f"{split}.tokens": {"sha256": "a" * 64, "bytes": 9} for split in ("train", "val")}
     write_json(here / "data/tokens/manifest.json", {"files": files})
-    with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
+    with _runner.open_stage(name, "mlflow"):
         pass
     inputs = [line for line in journal_lines(here) if line["kind"] == "inputs"]
     assert [len(line["datasets"]) for line in inputs] == [splits] * bool(splits)
@@ -194,10 +192,10 @@ def replace(path, old, new):
     ("edit", "message"),
     [
         (lambda: replace("params.yaml", "steps: 1400", "steps: 90"), "training.max_steps (1400 -> 90)"),
-        (lambda: write("corpus/b.txt", "b"), "corpus"),
-        (lambda: write("src/a.py", "a = 2"), "src"),
-        (lambda: write("data/documents/a", "b"), "data/documents"),
-        (lambda: shutil.rmtree("data/documents"), "data/documents"),
+        (lambda: write("corpus/b.txt", "b"), "corpus/b.txt"),
+        (lambda: write("src/a.py", "a = 2"), "src/a.py"),
+        (lambda: write("data/documents/a", "b"), "data/documents/a"),
+        (lambda: shutil.rmtree("data/documents"), "data/documents/a"),
     ],
 )
 def test_inputs_that_change_while_a_stage_runs_fail_it(chain, edit, message):
@@ -236,11 +234,7 @@ def test_dvc_ignores_the_same_files_inside_a_dependency(tmp_path):
 def test_a_stage_prints_its_position_and_the_time_that_is_left(chain):
     names = read_yaml(chain / "params.yaml")["baseline"]["names"]
     position = f"stage 2 of {2 + len(names)}: training"
-    write(chain / "reports/estimate.json", "{")  # a damaged file stops no stage
     assert run(lambda stage: None).output == f"{position}\n"
-    shutil.rmtree(".state/seconds")
-    write_json(chain / "reports/estimate.json", {"compact": {"minutes": {"two-cpu-cores": 3.0}}})
-    assert f"{position}, about 3 min left if every later" in run(lambda stage: None).output
     for stage in ("training", *(f"baseline@{name}" for name in names)):
         write(f".state/seconds/{stage}", "60")
     assert f"{position}, about {1 + len(names)} min left" in run(lambda stage: None).output

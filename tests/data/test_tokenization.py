@@ -115,15 +115,18 @@ def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, doc
     params = (ROOT / "params.yaml").read_text().replace("num_workers: 2", "num_workers: 1")
     (tmp_path / "params.yaml").write_text(params)
     monkeypatch.chdir(tmp_path)
-    options = ["--documents", str(documents), "--tokenizer", str(tokenizer), "--tracker", "none"]
-    done = CliRunner().invoke(app, options)
+    Path("data").mkdir()
+    Path("data/documents").symlink_to(documents)
+    Path("data/tokenizer").symlink_to(tokenizer)
+    done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
     report = json.loads(Path("reports/tokenization.json").read_text())
     assert report["val"]["sha256"] == sha256_file(Path("data/tokens/val.tokens"))
     assert report["val"]["documents"] + report["train"]["documents"] == 60
-    done = CliRunner().invoke(app, [*options, "--documents", "nowhere"])
+    Path("data/documents").unlink()
+    done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == MissingInput.exit_code
-    assert "nowhere/manifest.json is missing" in done.output
+    assert "data/documents/manifest.json is missing" in done.output
 
 
 # --- interrupted runs

@@ -259,8 +259,10 @@ def run_stage(tmp_path, load, split, monkeypatch):
         tree["baseline"]["specs"]["smollm2-135m-instruct-q4"]["sha256"] = kept.name
 
     save_params(tmp_path / "params.yaml", change)
-    words = ["--tokens", ".", "--tokenizer", "tokenizer", "--tracker", "none"]
-    return lambda name: CliRunner().invoke(app, [name, *words])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/tokens").symlink_to(tmp_path)
+    (tmp_path / "data/tokenizer").symlink_to(tmp_path / "tokenizer")
+    return lambda name: CliRunner().invoke(app, [name, "--tracker", "none"])
 
 
 @pytest.mark.parametrize("name", ["unigram", "xz", "zstd-primed", "ngram-4", "smollm2-135m-instruct-q4"])
