@@ -55,34 +55,33 @@ def test_two_revisions_are_compared_in_all_that_differs(root):
     assert list(found.data) == ["data/evaluation"]
     assert list(found.metrics) == ["evaluation: loss"]
     assert "src/new.py" in found.code
-    (ratio,) = found.ratios
     expected = perplexity_ratio(better, NATS, TOKENS.astype(float))
-    assert (ratio.value, ratio.low, ratio.high) == (expected.value, expected.low, expected.high)
-    assert ratio.significant
+    assert found.ratios == {"compact": expected}
     text = "\n".join(found.lines())
     assert "training.steps  1 -> 2" in text
     assert f"compact: {expected.value:.4f}" in text
-    assert json.loads(json.dumps(asdict(found)))["ratios"][0]["significant"] is True
+    assert text.endswith(": significant")
+    assert json.loads(json.dumps(asdict(found)))["ratios"]["compact"]["value"] == expected.value
 
 
 def test_equal_versions_do_not_differ(root):
     found = compare("HEAD", "HEAD", root)
     assert (found.params, found.data, found.code, found.metrics) == ({}, {}, "", {})
-    assert "1.0000 (1.0000 to 1.0000), 4 documents: equal" in "\n".join(found.lines())
+    assert "1.0000 (1.0000 to 1.0000): no significant difference" in "\n".join(found.lines())
 
 
 def test_chance_is_not_called_a_difference(root):
     commit_evaluation(root, NATS * [1.02, 0.99, 0.98, 1.005])
-    (ratio,) = compare("HEAD~1", "HEAD", root).ratios
-    assert ratio.low < 1.0 < ratio.high
-    assert not ratio.significant
+    found = compare("HEAD~1", "HEAD", root)
+    assert found.ratios["compact"].low < 1.0 < found.ratios["compact"].high
+    assert found.lines()[-1].endswith("no significant difference")
 
 
 def test_other_documents_are_not_paired_and_uncommitted_changes_are_named(root):
     commit_evaluation(root, NATS, ids=("a", "b", "c", "e"))
     (root / "dvc.yaml").write_text("stages: {evaluation: {cmd: other}}")
     found = compare("HEAD~1", "workspace", root)
-    assert found.ratios == []
+    assert found.ratios == {}
     assert found.unpaired == ["compact: the documents of the val split are not the same"]
     assert found.code.endswith("workspace had uncommitted changes: dvc.yaml")
 

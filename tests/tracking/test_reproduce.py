@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,11 +113,11 @@ def version(root, tmp_path):
 def reproduce(root, monkeypatch):
     """Reproduces a version, or the version of a name; the user confirms."""
 
-    def run(version, **options):
+    def run(version, log=lambda _: None):
         if isinstance(version, Version):
             monkeypatch.setattr(module, "find_version", lambda *_: version)
         name = version.name if isinstance(version, Version) else version
-        return module.reproduce(name, root, **{"confirm": lambda _: True, **options})
+        return module.reproduce(name, root, log, lambda _: True)
 
     return run
 
@@ -152,21 +149,29 @@ def commit_to_branch(root):
 
 
 def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc(
-    root, version, reproduce, capfd
+    root, version, reproduce, capfd, monkeypatch
 ):
     settings = root / ".dvc/config.local"
     settings.write_text("['remote \"store\"']\nurl = s3://bucket\nsecret_access_key = KEY\n")
+    seen, real = [], module._run_dvc
+
+    def run_dvc(tree):
+        seen.extend(path for path in tree.parent.rglob("*") if path.is_file())
+        assert not [path for path in seen if b"secret_access_key" in path.read_bytes()]
+        return real(tree)
+
+    monkeypatch.setattr(module, "_run_dvc", run_dvc)
+    killed = root / ".state/reproductions/.run.999999999.compactgpt-tmp"  # as a killed process leaves it
+    killed.mkdir(parents=True)
     before, lines = git(root, "status", "--porcelain"), []
-    result = reproduce(version, log=lines.append, keep=True)
+    result = reproduce(version, log=lines.append)
     settings.unlink()
+    assert seen
     assert (result.verdict, list(result.stages)) == (IDENTICAL, ["estimate", "download", "training"])
     assert lines[-1] == "the data comes from DVC's cache, by its hash"
     assert "Stage 'download' didn't change, skipping" in capfd.readouterr().err
     assert git(root, "status", "--porcelain") == before
-    (folder,) = (root / ".state/reproductions").iterdir()
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert not [path for path in files if b"secret_access_key" in path.read_bytes()]
-    shutil.rmtree(folder)
+    assert list((root / ".state/reproductions").iterdir()) == []
 
 
 def test_data_comes_from_the_projects_remote_and_a_changed_hash_is_different(
@@ -181,12 +186,12 @@ def test_data_comes_from_the_projects_remote_and_a_changed_hash_is_different(
     try:
         result = reproduce(changed, log=lines.append)
         assert lines[-1] == "the data comes from DVC's cache, by its hash"
-        assert (result.verdict, result.first, result.exit_code) == (DIFFERENT, "training", 3)
+        assert (result.verdict, result.first) == (DIFFERENT, "training")
         assert "models/compact" in result.why
-        assert list((root / ".state/reproductions").iterdir()) == []
-        monkeypatch.setattr(module, "_run_dvc", lambda *_: 1)
+        shutil.rmtree(tmp_path / "remote")
+        monkeypatch.setattr(module, "_run_dvc", lambda _: 1)
         with pytest.raises(CheckFailed, match="a stage failed"):
-            reproduce(version, log=lines.append, rebuild=True)
+            reproduce(version, log=lines.append)
         assert lines[-1] == "the download stage runs again"
     finally:
         (root / ".dvc/config.local").unlink()
@@ -207,9 +212,10 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
     text.write_text(content)
     versions, machine = {**version.packages, "numpy": "0.1"}, {**version.machine, "cpu.vectors": "sve"}
     other = replace(version, packages=versions, machine=machine)
-    check = reproduce(other, check=True)
-    assert [note.partition(",")[0] for note in check.notes] == ["cpu.vectors was sve", "numpy was 0.1"]
-    assert check.lines()[-1].endswith("can be run again here")
+    monkeypatch.setattr(module, "find_version", lambda *_: other)
+    missing, notes = module.list_missing("run", root)
+    assert [note.partition(",")[0] for note in notes] == ["cpu.vectors was sve", "numpy was 0.1"]
+    assert missing == []
 
 
 @pytest.mark.parametrize(
@@ -217,7 +223,7 @@ def test_what_is_missing_is_named_before_anything_runs(root, version, reproduce,
     [
         (4.864, {"cpu.vectors": "sse"}, {}, ROUNDING, "at most 0.14%; cpu.vectors was sse, on this"),
         (4.864, {}, {}, DIFFERENT, "val_loss differs by 0.14%"),
-        (5.2, {"cpu.vectors": "sse"}, {}, DIFFERENT, "more than rounding"),
+        (5.2, {"cpu.vectors": "sse"}, {}, DIFFERENT, "val_loss differs by 7.06%"),
         (4.864, {"cpu.vectors": "sse"}, {"steps": 5}, DIFFERENT, "training has other params"),
     ],
 )
@@ -338,17 +344,16 @@ def test_the_command_shows_code_of_others_and_runs_it_only_with_trust(root, comm
     assert (tmp_path / "ran").exists(), done.output
 
 
-@pytest.mark.parametrize(("answer", "agreed"), [(b"n\n", False), (b"y\n", True)])
-def test_on_a_terminal_the_user_is_asked(root, commit_to_branch, tmp_path, answer, agreed):
+def test_on_a_terminal_the_user_is_asked(root, commit_to_branch, tmp_path):
     name = commit_to_branch({"dvc.yaml": f"stages: {{evil: {{cmd: touch {tmp_path}/ran}}}}"})
     ours, terminal = os.openpty()
-    os.write(ours, answer)
+    os.write(ours, b"n\n")
     done = subprocess.run(
         [*COMMAND, name], cwd=root, stdin=terminal, capture_output=True, text=True, check=False
     )
     assert "Run this code? [y/N]" in done.stderr
-    assert (tmp_path / "ran").exists() == agreed
-    assert (done.returncode == NotAllowed.exit_code) == (not agreed)
+    assert done.returncode == NotAllowed.exit_code
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_commit_of_the_present_history_needs_no_consent(root, version, commit_to_branch):
@@ -357,47 +362,3 @@ def test_a_commit_of_the_present_history_needs_no_consent(root, version, commit_
         found = module.is_in_history(replace(version, commit=commit, place=Commit(root, commit)), root)
         assert found == expected
     assert not module.is_in_history(version, root)
-
-
-# --- a kill leaves nothing
-
-SLOW = """
-import os, pathlib, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if len(sys.argv) == 1:
-    subprocess.Popen([sys.executable, __file__, "child"])
-name = "child" if len(sys.argv) > 1 else "parent"
-pathlib.Path("{folder}", name).write_text(str(os.getpid()))
-time.sleep(600)
-"""
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_reproduction_leaves_neither_processes_nor_a_checkout(
-    root, commit_to_branch, tmp_path, number
-):
-    files = {
-        "slow.py": SLOW.format(folder=tmp_path),
-        "dvc.yaml": "stages: {slow: {cmd: python slow.py, deps: [slow.py], outs: [out]}}",
-    }
-    words = [*COMMAND, "--trust", commit_to_branch(files)]
-    pids = [tmp_path / "parent", tmp_path / "child"]
-    with subprocess.Popen(words, cwd=root, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        wait_for(lambda: all(path.exists() and path.read_text() for path in pids) or process.poll())
-        os.kill(process.pid, number)
-        process.wait()
-    wait_for(lambda: not any(is_running(int(path.read_text())) for path in pids))
-    wait_for(lambda: not list((root / ".state/reproductions").iterdir()))

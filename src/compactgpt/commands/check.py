@@ -10,7 +10,7 @@ import typer
 
 from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
 from compactgpt.common.console import echo, report
-from compactgpt.common.errors import CheckFailed
+from compactgpt.common.errors import CheckFailed, MissingInput
 
 ACCEPTED = "reports/accepted.json"
 VERSION = "A git revision, the ID of an MLflow run or its first characters, or `workspace`: the files here."
@@ -120,8 +120,6 @@ def gate(
 def reproduce(
     run: Annotated[str, typer.Argument(help=VERSION)],
     check: Annotated[bool, typer.Option("--check", help="Only list the inputs that are missing.")] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Also run the stages of the data.")] = False,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary checkout.")] = False,
     trust: Annotated[bool, typer.Option("--trust", help="Run the version's code without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -136,11 +134,15 @@ def reproduce(
         report(plan)
         return trust or (sys.stdin.isatty() and typer.confirm("Run this code?", err=True))
 
-    found = tracking.reproduce(
-        run, Path(), check=check, rebuild=rebuild, keep=keep, log=report, confirm=confirm
-    )
+    if check:
+        missing, notes = tracking.list_missing(run, Path())
+        for line in notes:
+            echo(f"  note: {line}")
+        if missing:
+            raise MissingInput(f"{run} can't be run again here: {'; '.join(missing)}")
+        echo(f"{run} can be run again here\nnext: compactgpt reproduce {run}")
+        return
+    found = tracking.reproduce(run, Path(), report, confirm)
     echo(json.dumps(asdict(found), indent=2) if as_json else "\n".join(found.lines()))
-    if found.exit_code:
-        raise typer.Exit(found.exit_code)
-    if check and not as_json:
-        echo(f"next: compactgpt reproduce {run}")
+    if found.verdict == tracking.DIFFERENT:
+        raise typer.Exit(CheckFailed.exit_code)

@@ -12,7 +12,7 @@ from typing import Any
 
 from compactgpt.common.errors import BadData, UserError
 from compactgpt.common.git import git_text
-from compactgpt.evaluation.metrics import perplexity_ratio
+from compactgpt.evaluation.metrics import Interval, perplexity_ratio
 from compactgpt.evaluation.totals import Totals, read_totals
 from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
@@ -26,21 +26,9 @@ from compactgpt.tracking.records import (
 )
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# The metrics to compare: full keys in a report, and (for the losses of training) ends of keys.
+# The metrics to compare: keys of a report with this name, and keys that end in one of these names.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A model's perplexity in version B divided by its perplexity in version A, on the same documents."""
-
-    model: str
-    documents: int  # the number of documents
-    value: float  # the ratio of the two perplexities
-    low: float  # lower end of the 95 % interval
-    high: float  # upper end of the 95 % interval
-    significant: bool  # the interval does not contain 1
 
 
 @dataclass(frozen=True)
@@ -55,7 +43,7 @@ class Difference:
     packages: dict[str, Pair]  # versions of the installed packages, by package name
     machine: dict[str, Pair]  # processor, library versions and settings, by name
     metrics: dict[str, Pair]  # by model and metric, such as `xz: loss`
-    ratios: list[Ratio]  # one ratio for each model that A and B evaluated on the same documents
+    ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
     unpaired: list[str]  # for each model without a ratio, a sentence with the reason
 
     def lines(self) -> list[str]:
@@ -78,29 +66,21 @@ class Difference:
         code = self.code.splitlines()
         text += ["", "code:" if code else "code: the same", *(f"  {line}" for line in code)]
         text += ["", "perplexity of B / perplexity of A, paired over documents (95 % interval):"]
-        for one in self.ratios:
-            verdict = "significant" if one.significant else "no significant difference"
-            if one.low == one.high == 1.0:
-                verdict = "equal"
-            interval = f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})"
-            text.append(f"  {one.model}: {interval}, {one.documents:,} documents: {verdict}")
+        for model, ratio in self.ratios.items():
+            verdict = "no significant difference" if ratio.low <= 1.0 <= ratio.high else "significant"
+            text.append(f"  {model}: {ratio.value:.4f} ({ratio.low:.4f} to {ratio.high:.4f}): {verdict}")
         return [*text, *(f"  {line}" for line in self.unpaired)]
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
     """Return the differences between two versions. `records.find_version` finds each version by its name."""
-    with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-        versions = []
-        for label, name in (("a", first), ("b", second)):
-            folder = Path(scratch) / label
-            folder.mkdir()
-            versions.append(find_version(root, name, folder))
-        a, b = versions
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
+        a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(other))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
         return Difference(
             a.name,
             b.name,
-            params=differing(*(flatten(parse_yaml(one.place.read(PARAMS), PARAMS)) for one in versions)),
+            params=differing(_params(a), _params(b)),
             data=differing(_data_hashes(a), _data_hashes(b)),
             code=_changed_code(a, b, root),
             packages=changed_packages(a, b),
@@ -109,6 +89,10 @@ def compare(first: str, second: str, root: Path) -> Difference:
             ratios=ratios,
             unpaired=unpaired,
         )
+
+
+def _params(version: Version) -> dict[str, Any]:
+    return flatten(parse_yaml(version.place.read(PARAMS), PARAMS))
 
 
 def _data_hashes(version: Version) -> dict[str, str]:
@@ -157,44 +141,37 @@ def _changed_code(a: Version, b: Version, root: Path) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[list[Ratio], list[str]]:
+def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, Interval], list[str]]:
     """Return the perplexity ratio of each model, and a sentence for each model that has no ratio.
 
     A model that only one of the two versions has is left out.
     """
-    ratios, unpaired = [], []
-    for path in _table_paths(a):
-        if path not in _table_paths(b):
-            continue
-        model = Path(path).stem
-        first, second = _read_table(a, cache, path), _read_table(b, cache, path)
-        if first is None or second is None:
+    ratios, unpaired = {}, []
+    first, second = _read_losses(a, cache), _read_losses(b, cache)
+    for model in (name for name in first if name in second):
+        old, new = first[model], second[model]
+        if old is None or new is None:
             unpaired.append(f"{model}: no per-document losses in the run's files or in DVC's cache")
-        elif first.ids != second.ids or list(first.tokens) != list(second.tokens):
+        elif old.ids != new.ids or list(old.tokens) != list(new.tokens):
             unpaired.append(f"{model}: the documents of the val split are not the same")
         else:
-            found = perplexity_ratio(second.nats, first.nats, second.tokens.astype(float))
-            significant = not found.low <= 1.0 <= found.high
-            ratios.append(Ratio(model, len(first.ids), found.value, found.low, found.high, significant))
+            ratios[model] = perplexity_ratio(new.nats, old.nats, new.tokens.astype(float))
     return ratios, unpaired
 
 
-def _table_paths(version: Version) -> list[str]:
-    """Return the paths of a version's tables of per-document losses, one table for each model."""
-    paths = [path for entry in version.chain.entries.values() for path in outs(entry)]
-    tables = [path for path in paths if path.startswith("data/baseline/")]
-    return tables + (["data/evaluation/compact.parquet"] if "data/evaluation" in paths else [])
+def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
+    """Return a version's per-document losses by model, or None for a model whose losses are nowhere.
 
-
-def _read_table(version: Version, cache: Cache, path: str) -> Totals | None:
-    """Read a table of per-document losses from the files of a version, or from DVC's cache.
-
-    Return None if the table is not in the files and not in the cache.
+    The losses are in the files of the version or in DVC's cache.
     """
-    if isinstance(version.place, Folder) and (version.place.root / path).exists():
-        return read_totals(version.place.root / path)
-    for out, name in ((path, ""), (str(Path(path).parent), Path(path).name)):
-        md5 = version.chain.out(out)
-        if md5 and cache.has(md5) and name in cache.files(md5):
-            return read_totals(cache.files(md5)[name])
-    return None
+    found: dict[str, Totals | None] = {}
+    for out, md5 in (item for entry in version.chain.entries.values() for item in outs(entry).items()):
+        if out != "data/evaluation" and not out.startswith("data/baseline/"):
+            continue
+        name = "compact.parquet" if out == "data/evaluation" else ""  # the file inside the output
+        path = Path(out, name)
+        if isinstance(version.place, Folder) and (version.place.root / path).exists():
+            found[path.stem] = read_totals(version.place.root / path)
+        else:
+            found[path.stem] = read_totals(cache.files(md5)[name]) if cache.has(md5) else None
+    return found

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, JsonValue, ValidationError
-
 from compactgpt.common.errors import BadData, MissingInput, OutsideFolder, UserError
 from compactgpt.common.git import git_text, run_git
 from compactgpt.common.sections import YAML_ERRORS, find_conflict
@@ -30,8 +28,7 @@ Entry = dict[str, Any]  # the entry of one stage in dvc.lock
 _LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock from before the stage
 # The name of a file or folder in DVC's cache: the MD5 of its content.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
-# `${KEY}` in dvc.yaml: a reference to a value of params.yaml.
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_RESTORE_LOCK = f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it"
 # Names that .dvcignore excludes from a dependency: byte code of Python, and temporary files of editors.
 _IGNORED = re.compile(r"__pycache__|.*\.(pyc|egg-info)|\..*\.sw.|.*~|#.*#|\.#.*|4913|\.DS_Store")
 
@@ -69,12 +66,11 @@ Place = Folder | Commit  # a version of the project, from which files are read
 
 def commit_named(root: Path, name: str) -> str:
     """Return the commit that a git revision or a DVC experiment names, or an empty string if none exists."""
+    # DVC keeps the commit of an experiment under the name refs/exps/<2 digits>/<38 digits>/<experiment>.
+    refs = git_text(root, "for-each-ref", "--format=%(refname)", f"refs/exps/**/{name}").split()
+    revision = f"{(refs or [name])[0]}^{{commit}}"
     with suppress(UserError):
-        refs = git_text(root, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-        revision = next((ref for ref in refs if name and ref.endswith(f"/{name}")), name)
-        return git_text(
-            root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"
-        )
+        return git_text(root, "rev-parse", "--verify", "--quiet", "--end-of-options", revision)
     return ""
 
 
@@ -87,27 +83,10 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
 
     content = content or b"{}"
     try:
-        tree = YAML(typ="safe").load(content.decode()) or {}
-        return {**tree}
+        return {**(YAML(typ="safe").load(content.decode()) or {})}
     except YAML_ERRORS as error:
         advice = f"{name} is not a valid YAML mapping: `git checkout {name}` restores it"
         raise BadData(find_conflict(name, content) or advice) from error
-
-
-class _Path(BaseModel):
-    path: str
-    md5: str
-
-
-class _Entry(BaseModel):
-    cmd: str | list[str] = ""
-    outs: list[_Path] = []
-    deps: list[_Path] = []
-    params: dict[str, dict[str, JsonValue]] = {}
-
-
-class _Lock(BaseModel):
-    stages: dict[str, _Entry] = {}
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
@@ -115,15 +94,14 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
     Raises BadData if dvc.lock is not valid, and OutsideFolder if an entry has a path outside of the project.
     """
-    tree = parse_yaml(lock, LOCK)
+    stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
-        checked = _Lock.model_validate(tree).stages
-    except (ValidationError, RecursionError) as error:
-        raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it") from error
-    for entry in checked.values():
-        for one in (*entry.deps, *entry.outs):
-            inside(Path(), one.path, follow=False)
-    stages: dict[str, Entry] = tree.get("stages", {})
+        for entry in stages.values():
+            for path in {**outs(entry), **deps(entry)}:
+                inside(Path(), path, follow=False)
+            entry_params(entry)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadData(_RESTORE_LOCK) from error
     return stages
 
 
@@ -167,9 +145,9 @@ def read_stages(place: Place) -> dict[str, StageDefinition]:
     params, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
     try:
         for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params):
-            written = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind) or []]
-            paths = [out if isinstance(out, str) else next(iter(out)) for out in written]
-            stages[stage] = StageDefinition([*(body.get("deps") or [])], paths, [*(body.get("params") or [])])
+            outputs = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind, [])]
+            paths = [out if isinstance(out, str) else next(iter(out)) for out in outputs]
+            stages[stage] = StageDefinition(body.get("deps", []), paths, body.get("params", []))
     except (AttributeError, TypeError, ValueError) as error:
         raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
     return stages
@@ -181,16 +159,16 @@ def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tu
     A matrix stage, such as `baseline`, gives one stage for each item of its matrix: `baseline@xz`.
     """
     for name, body in bodies.items():
-        if not body.get("matrix"):
+        if "matrix" not in body:
             yield name, body
             continue
-        ((variable, values),) = body["matrix"].items()
-        if isinstance(values, str) and (reference := _REFERENCE.fullmatch(values)):
-            values = _value_at(params, reference[1])
+        ((variable, items),) = body["matrix"].items()
+        if isinstance(items, str):  # a reference to params.yaml, such as `${baseline.names}`
+            items = _value_at(params, items.strip("${}"))
         # If params.yaml has no list here, there are no stages. The check of params.yaml reports the mistake.
-        for value in values if isinstance(values, list) else []:
-            quoted = json.dumps(str(value))[1:-1]
-            yield f"{name}@{value}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
+        for item in items if isinstance(items, list) else []:
+            quoted = json.dumps(str(item))[1:-1]
+            yield f"{name}@{item}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
 def values_at(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
@@ -206,12 +184,7 @@ def _value_at(tree: Any, key: str) -> Any:
 
 def overlap(path: str, other: str) -> bool:
     """Return whether two paths are equal, or one path is a folder that contains the other path."""
-    return is_inside(path, other) or is_inside(other, path)
-
-
-def is_inside(path: str, parent: str, separator: str = "/") -> bool:
-    """Return whether `path` is `parent` or is inside `parent`. Dotted keys need the separator `.`."""
-    return f"{path}{separator}".startswith(f"{parent}{separator}")
+    return f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/")
 
 
 def keep_lock(root: Path) -> None:
@@ -231,7 +204,7 @@ def restore_lock(root: Path) -> bool:
     if conflict := find_conflict(LOCK, lock.read_bytes()):
         raise BadData(conflict)
     if not (copy.exists() and _is_complete(copy)):
-        raise BadData(f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it")
+        raise BadData(_RESTORE_LOCK)
     write_bytes(lock, copy.read_bytes())
     return True
 

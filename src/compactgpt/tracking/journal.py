@@ -215,7 +215,7 @@ class Journal:
             if (workspace / name).is_file():
                 shutil.copyfile(workspace / name, making / name)
         if git_facts(workspace).get("git.dirty") == "true":
-            write_private(making / DIFF, uncommitted_changes(workspace).diff)
+            write_private(making / DIFF, uncommitted_changes(workspace)[0])
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
         if not (root / CHAIN).exists():
             raise MissingInput("dvc.yaml is missing: run from the repository folder")
         commit = git_facts(root).get("git.commit", "")
-        diff = uncommitted_changes(root).diff if commit else b""
+        diff = uncommitted_changes(root)[0] if commit else b""
         installed = parse_versions(packages())
         return Version(WORKSPACE, Folder(root), commit, diff, machine_facts(), installed)
     if _RUN_ID.fullmatch(wanted) and (version := _find_run(root, wanted, scratch)):
@@ -101,14 +102,16 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
     A line is left out if its marker excludes this machine. The version 2.13.0+cpu becomes 2.13.0.
     """
-    from packaging.markers import Marker
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
 
-    found = {}
+    found: dict[str, str] = {}
     for line in requirements.splitlines():
-        pinned, _, marker = line.rstrip(" \\").partition(";")
-        name, equals, version = pinned.strip().partition("==")
-        if equals and (not marker or Marker(marker).evaluate()):
-            found[re.sub(r"[-_.]+", "-", name).lower()] = version.partition("+")[0]
+        with suppress(InvalidRequirement):  # such as a line with the hash of a file
+            package = Requirement(line.rstrip(" \\"))
+            if package.marker is None or package.marker.evaluate():
+                version = str(package.specifier).removeprefix("==")
+                found[canonicalize_name(package.name)] = version.partition("+")[0]
     return found
 
 

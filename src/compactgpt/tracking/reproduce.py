@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from compactgpt.common.errors import (
     printable,
 )
 from compactgpt.common.git import git_text, require_repository
-from compactgpt.common.storage import inside, write_bytes, write_text
+from compactgpt.common.storage import inside, temporary_path, write_bytes, write_text
 from compactgpt.tracking.dvc_files import (
     CHAIN,
     CODE,
@@ -69,54 +68,17 @@ _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
 # Folders in .state that the checkout does not get. It gets the other folders, which have downloaded files.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
-# Code of a second process: when this process has ended, it kills the stages and deletes the checkout.
-_WATCHDOG = """
-import os, shutil, signal, sys, time
-for group in sys.stdin.read().split():
-    try:
-        os.killpg(int(group), signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-deadline = time.monotonic() + 10  # seconds; killed processes may still write files
-while os.path.exists(sys.argv[1]) and time.monotonic() < deadline:
-    shutil.rmtree(sys.argv[1], ignore_errors=True)
-    time.sleep(0.02)
-"""
-
-
-@dataclass(frozen=True)
-class Check:
-    """The result of `compactgpt reproduce --check`: what this machine lacks to run a version again."""
-
-    name: str  # of the version
-    missing: list[str]  # one sentence for each thing that this machine lacks
-    notes: list[str]  # one sentence for each difference of processor, settings or packages
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of the command: 0 if the version can run on this machine."""
-        return MissingInput.exit_code if self.missing else 0
-
-    def lines(self) -> list[str]:
-        """Return the result as lines for the terminal."""
-        found = [f"  missing: {line}" for line in self.missing] + [f"  note: {line}" for line in self.notes]
-        return [*found, f"{self.name} {'cannot' if self.missing else 'can'} be run again here"]
 
 
 @dataclass(frozen=True)
 class Result:
     """The comparison of a version with its second run."""
 
-    name: str  # of the version
-    verdict: str  # identical, within rounding, or different
+    name: str  # the version's name
+    verdict: str  # IDENTICAL, ROUNDING or DIFFERENT
     first: str  # the first stage that differs; empty if all stages are identical
     why: str  # the reason for the verdict, as a sentence
-    stages: dict[str, str]  # by stage: `identical`, or its first difference, such as `other code`
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of the command: 0 if the verdict is `identical` or `within rounding`."""
-        return CheckFailed.exit_code if self.verdict == DIFFERENT else 0
+    stages: dict[str, str]  # stage -> IDENTICAL, or the stage's first difference, such as `other code`
 
     def lines(self) -> list[str]:
         """Return the result as lines for the terminal."""
@@ -126,43 +88,32 @@ class Result:
         return [*found, f"{self.name}: {self.verdict}{first}: {self.why}"]
 
 
-def reproduce(
-    wanted: str,
-    root: Path,
-    *,
-    check: bool = False,
-    rebuild: bool = False,
-    keep: bool = False,
-    log: Callable[[str], None] = lambda _: None,
-    confirm: Callable[[str], bool] = lambda _: False,
-) -> Result | Check:
+def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
+    """Return what this machine lacks to run a version again, and how this machine is different.
+
+    Both are lists of sentences. `wanted` is the version's name, as in `records.find_version`.
+    """
+    with _temporary_folder(root) as folder:
+        version = _find(wanted, root, folder)
+        return find_missing(version, root), _describe(changed_environment(version))
+
+
+def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
     """Run a version again in a temporary checkout, and return the comparison with its recorded results.
 
     Args:
         wanted: the version's name, as in `records.find_version`.
         root: the repository.
-        check: run nothing, and return a `Check`: what this machine lacks for the run.
-        rebuild: run the download stage, too, even if its outputs are in DVC's cache.
-        keep: do not delete the checkout at the end.
         log: a function that prints a progress message.
         confirm: a function that shows the commands to the user and returns whether they may run.
 
     Raises MissingInput if this machine lacks something for the run, OutsideFolder if a path of the version
     leads out of the checkout, NotAllowed if the user did not confirm, and CheckFailed if a stage failed.
     """
-    if wanted == WORKSPACE:
-        raise BadConfig(
-            f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
-        )
-    require_repository(root)
     root = root.resolve()
-    with _temporary_folder(root / ".state/reproductions", keep=keep and not check) as (folder, watchdog):
-        (folder / "artifacts").mkdir()
-        version, tree = find_version(root, wanted, folder / "artifacts"), folder / "tree"
-        missing, environment = find_missing(version, root), changed_environment(version)
-        if check:
-            return Check(version.name, missing, _describe(environment))
-        if missing:
+    with _temporary_folder(root) as folder:
+        version, tree = _find(wanted, root, folder), folder / "tree"
+        if missing := find_missing(version, root):
             raise MissingInput(f"{version.name} can't be run again: {'; '.join(missing)}")
         plan = _check_out(version, root, tree)
         if not (is_in_history(version, root) or confirm("\n".join(plan))):
@@ -172,28 +123,34 @@ def reproduce(
             )
         log(f"{version.name}: commit {version.commit[:9]} in {tree}")
         _copy_inputs(version, root, tree)
-        restored = not rebuild and _restore_data(version, root, tree)
+        restored = _restore_data(version, root, tree)
         log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
-        if _run_dvc(tree, watchdog):
+        if _run_dvc(tree):
             raise CheckFailed("the version can't be run again: a stage failed, read its message above")
-        return compare_hashes(version, Version("the second run", Folder(tree)), environment)
+        return compare_hashes(version, Version("the second run", Folder(tree)), changed_environment(version))
 
 
 @contextmanager
-def _temporary_folder(folders: Path, *, keep: bool) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """Create a folder for a `with` block, and delete it after the block.
-
-    A second process, the watchdog, deletes the folder, so that it is deleted even if this process is killed.
-    """
-    folders.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=folders))
-    words = [sys.executable, "-c", _WATCHDOG, "" if keep else str(folder)]
-    # A new session, so that Ctrl-C in the terminal does not stop the watchdog.
-    watchdog = subprocess.Popen(words, stdin=subprocess.PIPE, text=True, start_new_session=True)
+def _temporary_folder(root: Path) -> Iterator[Path]:
+    """Create a folder for a `with` block, and delete the folder after the block."""
+    # `temporary_path` also deletes the folders that killed processes left.
+    folder = temporary_path(root / ".state/reproductions/run")
+    folder.mkdir(parents=True)
     try:
-        yield folder, watchdog
+        yield folder
     finally:
-        watchdog.communicate()  # closes the watchdog's stdin, and waits for its end
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _find(wanted: str, root: Path, folder: Path) -> Version:
+    """Return the version with the name `wanted`. The files of an MLflow run are downloaded to `folder`."""
+    if wanted == WORKSPACE:
+        raise BadConfig(
+            f"{WORKSPACE} is not a run: use a run id (`make ui` shows all runs) or a git revision"
+        )
+    require_repository(root)
+    (folder / "artifacts").mkdir()
+    return find_version(root, wanted, folder / "artifacts")
 
 
 def find_missing(version: Version, root: Path) -> list[str]:
@@ -249,10 +206,8 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     Return lines that the user can check: the commit, the changed files, and the command of each stage.
     """
     # The checkout is another repository, so that code in the checkout can't change a branch of the project.
-    git_text(root, "init", "--quiet", "--template=", str(tree))
-    objects = git_text(root, "rev-parse", "--path-format=absolute", "--git-path", "objects")
-    write_text(tree / ".git/objects/info/alternates", f"{objects}\n")
     no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+    git_text(root, "clone", "--quiet", "--shared", "--no-checkout", "--template=", str(root), str(tree))
     git_text(tree, *no_hooks, "checkout", "--quiet", "--detach", version.commit)
     changed = []
     if version.diff:
@@ -296,17 +251,10 @@ def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
     """Copy downloaded files and the corpus to the checkout. Leave out a corpus that has another hash."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
-            shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=_link)
+            # Hard links take no space, and no stage changes a downloaded file.
+            shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=os.link)
     if _has_corpus(root, version.chain.entries.get(DATA, {})) and (root / CORPUS).is_dir():
         shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
-
-
-def _link(source: str, target: str) -> None:
-    """Create a hard link to a file that no stage changes, or copy the file to another file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
@@ -342,7 +290,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     return True
 
 
-def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
+def _run_dvc(tree: Path) -> int:
     """Run `dvc repro` in the checkout with this Python and the checkout's code, and return the exit code."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     environment = {
@@ -353,13 +301,9 @@ def _run_dvc(tree: Path, watchdog: subprocess.Popen[str]) -> int:
         "PYTHONPATH": f"{tree / 'src'}{os.pathsep}{tree}",
     }
     words = [sys.executable, "-m", "dvc", "repro"]
-    # DVC's messages go to stderr (2). In a new session, DVC and its stages form one process group to kill.
-    with subprocess.Popen(
-        words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
-    ) as command:
-        assert watchdog.stdin
-        print(command.pid, file=watchdog.stdin, flush=True)
-        return command.wait()
+    # stdout=2: DVC's messages go to stderr, because the command prints its result to stdout.
+    done = subprocess.run(words, cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
+    return done.returncode
 
 
 def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
@@ -390,13 +334,13 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     # Rounding changes outputs and, in later stages, inputs. Rounding explains no other code or parameters.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
-    verdict, why = DIFFERENT, f"{files[0]} has another hash"
+    verdict = DIFFERENT
     if other:
         why = other[0]
     elif causes and largest <= LOSS_TOLERANCE:
         verdict, why = ROUNDING, f"losses differ by at most {largest:.2%}; {'; '.join(causes)}"
-    elif largest:
-        why += f"; {where} differs by {largest:.2%}{', more than rounding' if causes else ''}"
+    else:
+        why = f"{files[0]} has another hash" + (f"; {where} differs by {largest:.2%}" if largest else "")
     return Result(version.name, verdict, next(iter(changed)), why, stages)
 
 
