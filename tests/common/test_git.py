@@ -31,14 +31,14 @@ def test_new_files_are_logged_only_if_they_are_small_code_or_settings(project):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("x" * (2_000_000 if name == "src/big.txt" else 1))
     (project / "src/link.py").symlink_to("/etc/passwd")
-    changes = uncommitted_changes(project)
-    assert all(f"+++ b/{name}".encode() in changes.diff for name in kept)
-    assert changes.diff.count(b"+++ b/") == len(kept)
-    assert {line.partition(" ")[0] for line in changes.left_out} == {*left_out, "src/link.py"}
+    diff, reasons = uncommitted_changes(project)
+    assert all(f"+++ b/{name}".encode() in diff for name in kept)
+    assert diff.count(b"+++ b/") == len(kept)
+    assert {line.partition(" ")[0] for line in reasons} == {*left_out, "src/link.py"}
     (project / "src/code.py").write_bytes(b"y\n" * 1_000_000)
-    changes, facts = uncommitted_changes(project), git_facts(project)
-    assert len(changes.diff) < 1000
-    assert changes.left_out[0].startswith("changes to tracked files (")
+    (diff, reasons), facts = uncommitted_changes(project), git_facts(project)
+    assert len(diff) < 1000
+    assert reasons[0].startswith("changes to tracked files (")
     assert facts["git.dirty"] == "true"
     assert "src/big.txt (2,000,000 bytes)" in facts["git.left_out"]
 
@@ -60,7 +60,7 @@ def test_the_first_stage_of_a_pipeline_logs_the_changes_for_this_user_only(proje
     (project / "mlflow.db").write_bytes(empty_store)
     (project / "src/code.py").write_text("changed\n")
     for name in ("estimate", "validation"):
-        with _runner.open_stage(name, Path("params.yaml"), "mlflow"):
+        with _runner.open_stage(name, "mlflow"):
             pass
     assert [path.parent.name for path in (project / ".state").rglob(DIFF)] == ["before"]
     (project / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from compactgpt.common import storage
-from compactgpt.common.errors import DiskFailed
 from compactgpt.tracking.journal import Journal, journal_lines
 
 
@@ -68,19 +67,3 @@ def test_a_line_of_the_journal_that_was_written_in_part_damages_no_other(tmp_pat
     lines = journal_lines((journal.folder / "journal.jsonl").read_bytes())
     kinds = [(line["kind"], line.get("step")) for line in lines]
     assert kinds == [("start", None), ("metrics", 2), ("end", None)]
-
-
-def test_a_folder_whose_successor_cannot_be_renamed_stays(tmp_path, monkeypatch):
-    write_folder(tmp_path / "out")
-    before = storage.verified_manifest(tmp_path / "out")
-    real, refused = os.rename, [OSError(errno.EIO, "refused")]
-
-    def fail_once(source, target):
-        if refused and not Path(target).name.startswith("."):
-            raise refused.pop()
-        real(source, target)
-
-    monkeypatch.setattr(os, "rename", fail_once)
-    with pytest.raises(DiskFailed):
-        write_folder(tmp_path / "out")
-    assert storage.verified_manifest(tmp_path / "out") == before

@@ -1,5 +1,6 @@
 """Print progress, results and messages; turn a user's mistake into one sentence and an exit code."""
 
+import errno
 import re
 import signal
 import sys
@@ -11,12 +12,13 @@ from typing import Any, Protocol
 
 from compactgpt.common.errors import (
     BadData,
+    DiskFailed,
     DiskFull,
     MissingInput,
+    NotAllowed,
     OutOfMemory,
     UserError,
     printable,
-    user_error_of,
 )
 from compactgpt.common.torchrun import dist_info, under_torchrun
 
@@ -68,41 +70,51 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
     """Print a user's mistake as one sentence on stderr; exit with its exit code. Ctrl-C prints `stopped`."""
     try:
         yield
-    except UserError as error:
-        # If several processes make the same mistake at the same step, only the main process prints it.
-        if dist_info().is_main_process or isinstance(error, BadData | DiskFull | MissingInput | OutOfMemory):
-            report(f"error: {error}")
-        if under_torchrun():  # torchrun sends SIGTERM to the other processes, and to this one while it exits
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(error.exit_code) from error
-    except OSError as error:  # an error of a file that common.storage does not write, such as a journal
-        user_error = user_error_of(error, Path.cwd())
-        if user_error is None:
-            raise
-        report(f"error: {user_error}")
-        raise SystemExit(user_error.exit_code) from error
-    except ModuleNotFoundError as error:
-        extra = extra_with(error.name or "")
-        if not extra:
-            raise
-        report(f"error: this needs {error.name}, which is not installed: pip install 'compactgpt[{extra}]'")
-        raise SystemExit(MissingInput.exit_code) from error
     except KeyboardInterrupt as error:
         report(f"error: {stopped}")
         raise SystemExit(130) from error
+    except Exception as error:
+        user_error = _user_error_of(error)
+        if user_error is None:  # a bug, which needs its traceback
+            raise
+        # If several processes make the same mistake at the same step, only the main process prints it.
+        own_errors = BadData | DiskFull | MissingInput | OutOfMemory  # these can occur in one process alone
+        if dist_info().is_main_process or isinstance(user_error, own_errors):
+            report(f"error: {user_error}")
+        if under_torchrun():  # torchrun sends SIGTERM to the other processes, and to this one while it exits
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(user_error.exit_code) from error
 
 
-def extra_with(module: str) -> str:
+def _user_error_of(error: Exception) -> UserError | None:
+    """Return the `UserError` for an exception; None for a bug of this project."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name or "")):
+        return MissingInput(f"{error.name} is not installed: run `pip install 'compactgpt[{extra}]'`")
+    if isinstance(error, OSError):
+        name = error.filename or Path.cwd()
+        if error.errno == errno.EIO:
+            return DiskFailed(f"the disk failed ({name}): check it, then run again")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return DiskFull(f"no space left on the disk ({name}): free some space and run again")
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            advice = "run in a folder where you may read and write, or change its permissions"
+            return NotAllowed(f"{name}: {error.strerror}: {advice}")
+    return None
+
+
+def _extra_with(module: str) -> str:
     """Return the extra (a group of optional dependencies) that installs a module; empty if no extra does."""
-    from importlib.metadata import PackageNotFoundError, requires  # takes 50 ms, and is rarely needed
+    from importlib import metadata  # takes 50 ms, and is rarely needed
 
-    wanted = module.partition(".")[0].replace("_", "-")
-    with suppress(PackageNotFoundError):
-        for line in requires("compactgpt") or []:
-            name = re.match(r"[\w.-]+", line)
-            extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-            if name and extra and name[0].replace("_", "-") == wanted:
-                return extra[1]
+    package = module.partition(".")[0].replace("_", "-")
+    with suppress(metadata.PackageNotFoundError):  # compactgpt may run without being installed
+        for line in metadata.requires("compactgpt") or []:
+            # Such as `dvc>=3.67; extra == "pipeline"`. `dvc-s3` is another package than `dvc`.
+            found = re.match(rf"{package}(?![\w.-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-"))
+            if found:
+                return found[1]
     return ""
 
 

@@ -4,9 +4,7 @@ A stage or command prints the message of a `UserError` as one sentence, and exit
 other exception is a bug of this project. Exit codes are taken from sysexits.h where it has a suitable code.
 """
 
-import errno
 import unicodedata
-from pathlib import Path
 
 # Unicode categories: control, format (also marks for the direction of text), surrogate (which stands for a
 # byte that is not UTF-8), line separator, paragraph separator.
@@ -103,19 +101,3 @@ class NotFinite(UserError):
     """A loss or a gradient is NaN or infinite."""
 
     exit_code = 79
-
-
-def user_error_of(error: OSError, path: Path) -> UserError | None:
-    """Return the `UserError` for an error of the disk or of permissions; None for any other error.
-
-    The message names the error's file, or `path` if the error has none.
-    """
-    name = error.filename or path
-    if error.errno == errno.EIO:
-        return DiskFailed(f"the disk failed ({name}): check it, then run again")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFull(f"no space left on the disk ({name}): free some space and run again")
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "run in a folder where you may read and write, or change its permissions"
-        return NotAllowed(f"{name}: {error.strerror}: {advice}")
-    return None

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from compactgpt.common.errors import MissingInput, UserError, printable
@@ -43,23 +42,13 @@ def require_repository(root: Path) -> None:
     """Raise MissingInput if a folder is not in a git repository with a commit."""
     try:
         run_git(root, "rev-parse", "--verify", "HEAD")
+    except MissingInput:
+        raise
     except UserError as error:
-        if isinstance(error, MissingInput):
-            raise
-        if "dubious ownership" in str(error):
-            raise MissingInput(f"this folder belongs to another user: {error}") from error
         raise MissingInput(
             "this folder is not a git repository with a commit (an unpacked ZIP has none): run "
-            '`git init && git add . && git commit -m "first commit"`, then the same command again'
+            f'`git init && git add . && git commit -m "first commit"`, then the same command again ({error})'
         ) from error
-
-
-@dataclass(frozen=True)
-class Changes:
-    """The difference between the commit and the work tree, as far as it may be logged."""
-
-    diff: bytes = b""  # the changes in the format that `git apply` reads
-    left_out: list[str] = field(default_factory=list)  # new files, and why each is not part of `diff`
 
 
 def git_facts(root: Path) -> dict[str, str]:
@@ -69,16 +58,16 @@ def git_facts(root: Path) -> dict[str, str]:
     """
     try:
         commit = git_text(root, "rev-parse", "HEAD")
-        changes = uncommitted_changes(root)
+        diff, left_out = uncommitted_changes(root)
     except UserError:
         return {}
-    left_out = {"git.left_out": "; ".join(changes.left_out)} if changes.left_out else {}
-    dirty = str(bool(changes.diff or changes.left_out)).lower()
-    return {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit, **left_out}
+    dirty = str(bool(diff or left_out)).lower()
+    tags = {"git.commit": commit, "git.dirty": dirty, "mlflow.source.git.commit": commit}
+    return tags | ({"git.left_out": "; ".join(left_out)} if left_out else {})
 
 
-def uncommitted_changes(root: Path) -> Changes:
-    """Return the changes that `git apply` needs to turn the commit into the work tree.
+def uncommitted_changes(root: Path) -> tuple[bytes, list[str]]:
+    """Return the uncommitted changes as a diff for `git apply`, and a text for each file that is left out.
 
     New files are included only from the folders NEW_FILES, with a suffix in NEW_SUFFIXES, not hidden, and
     while all changes together have at most MAX_BYTES. Larger changes to tracked files are left out as a
@@ -97,7 +86,7 @@ def uncommitted_changes(root: Path) -> Changes:
         else:
             words = ["diff", *options, "--no-index", "--", os.devnull, name]
             diff += run_git(root, *words, allowed=(0, 1))  # exit code 1: the two files differ
-    return Changes(diff, left_out)
+    return diff, left_out
 
 
 def _reason_to_leave_out(path: Path, name: str, limit: int) -> str:

@@ -16,28 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from compactgpt.common.errors import (
-    BadData,
-    MissingInput,
-    NotAllowed,
-    OutsideFolder,
-    UserError,
-    user_error_of,
-)
+from compactgpt.common.errors import BadData, MissingInput, NotAllowed, OutsideFolder, UserError
 
 MANIFEST = "manifest.json"
 _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
-
-
-@contextmanager
-def _system_errors(path: Path) -> Iterator[None]:
-    """Raise a full disk, a failing disk or a lack of permission as a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if user_error := user_error_of(error, path):
-            raise user_error from error
-        raise
 
 
 def fsync_folder(folder: Path) -> None:
@@ -57,7 +39,7 @@ def make_folder(folder: Path) -> None:
         fsync_folder(path.parent)
 
 
-def _temporary_path(path: Path, suffix: str = "tmp") -> Path:
+def temporary_path(path: Path, suffix: str = "tmp") -> Path:
     """Return a path next to `path` for this process, and delete those of killed processes."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
@@ -83,16 +65,15 @@ def _is_running(pid: int) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary file that replaces `path` only when the block ends without an error."""
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     try:
-        with _system_errors(path):
-            make_folder(path.parent)
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
+        make_folder(path.parent)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
     finally:
         with suppress(OSError):  # if this fails, the next writer of `path` deletes the temporary file
             temporary.unlink(missing_ok=True)
@@ -171,18 +152,17 @@ def atomic_folder(
     keep no files) also a damaged one. Raises NotAllowed if `folder` has files that the caller did not write.
     """
     target = folder.resolve()
-    temporary = _temporary_path(target)
+    temporary = temporary_path(target)
     _check_replaceable(target, kind, overwrite=overwrite, private=private)
     try:
-        with _system_errors(folder):
-            make_folder(target.parent)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            yield temporary
-            _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-            # Check again: the block may have taken hours, and `folder` may have changed since.
-            _check_replaceable(target, kind, overwrite=overwrite, private=private)
-            _replace_folder(temporary, target)
+        make_folder(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
+        # Check again: the block may have taken hours, and `folder` may have changed since.
+        _check_replaceable(target, kind, overwrite=overwrite, private=private)
+        _replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -225,16 +205,11 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Replace `folder` by two renames. Between the two renames no folder has the path of `folder`."""
-    old = _temporary_path(folder, "old")
+    old = temporary_path(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # an earlier call may have failed to delete it
         os.rename(folder, old)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        with suppress(OSError):
-            os.rename(old, folder)
-        raise
+    os.rename(temporary, folder)
     fsync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
