@@ -173,7 +173,7 @@ def evaluate(
         echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for one in models:
         if scores[one.name].loss > math.log(one.encoding.n_vocab):
-            echo(f"{one.name} predicts this text worse than a random guess: its training text was too different")
+            echo(f"{one.name} predicts this text worse than a random guess: it was trained on other text")
     if not score.intervals:
         echo("no intervals: an interval needs several files, or one longer file without --whole")
 
