@@ -1,7 +1,7 @@
 """Render the gate's verdict as a table, as Markdown for a pull request, and as JUnit XML."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,13 +10,13 @@ import numpy as np
 
 from compactgpt.common.errors import printable
 from compactgpt.common.storage import write_text
-from compactgpt.gate.gate import Check, Point, Verdict
+from compactgpt.gate.gate import Check, Verdict
 
 _TEMPLATE = Path(__file__).parent / "templates/comment.md.j2"
-_MOST_LINES = 5  # the most failures and warnings above the table: the comment must fit on one screen
+_MOST_LINES = 5  # the largest number of failures and warnings above the table of the comment
 _MOST_POINTS = 40  # the largest number of points of a curve in the chart
-_WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}
-_ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}
+_WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}  # status -> word in the terminal
+_ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the comment
 _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
@@ -27,16 +27,8 @@ def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | Non
     if junit_file:
         write_text(junit_file, render_junit(verdict))
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary, "a", encoding="utf-8") as file:  # append, because other steps write to this file
+        with open(summary, "a", encoding="utf-8") as file:
             file.write(render_markdown(verdict))
-
-
-def headline(verdict: Verdict) -> str:
-    """Return one line that says whether the gate passed, with the names of failed checks or of warnings."""
-    if failed := verdict.failures:
-        return f"gate: failed ({', '.join(check.name for check in failed)})"
-    warned = [check.name for check in verdict.checks if check.status == "warn"]
-    return "gate: passed" + (f", with warnings ({', '.join(warned)})" if warned else "")
 
 
 def render_terminal(verdict: Verdict) -> str:
@@ -50,7 +42,7 @@ def render_terminal(verdict: Verdict) -> str:
         lines.append("  ".join([*left, *right]).rstrip())
     shown = [check for check in [*verdict.checks, *verdict.watched] if check.says]
     notes = [f"{_WORDS[check.status]:4}  {check.name}: {check.says}" for check in shown]
-    return "\n".join([*lines, "", *notes, "", headline(verdict)])
+    return "\n".join([*lines, "", *notes, "", _headline(verdict)])
 
 
 def render_markdown(verdict: Verdict) -> str:
@@ -63,7 +55,7 @@ def render_markdown(verdict: Verdict) -> str:
         verdict=verdict,
         icon=_ICONS[attention[0].status if attention else "pass"],
         icons=_ICONS,
-        headline=headline(verdict).capitalize(),
+        headline=_headline(verdict).capitalize(),
         against=_against(verdict),
         attention=attention,
         most_lines=_MOST_LINES,
@@ -74,36 +66,33 @@ def render_markdown(verdict: Verdict) -> str:
 
 def render_junit(verdict: Verdict) -> str:
     """Return the verdict as JUnit XML (Jenkins' junit-10.xsd): one test case for each check."""
-    counts = {"tests": str(len(verdict.checks)), "failures": str(len(verdict.failures)), "errors": "0"}
-    root = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(root, "testsuite", counts, name="gate", skipped="0", time="0")
-    for kind, checks in (("guards", verdict.guards), ("metrics", verdict.metrics)):
-        for check in checks:
-            names = {"classname": f"gate.{kind}", "name": printable(check.name)}
-            case = ElementTree.SubElement(suite, "testcase", names, time="0")
-            cells = zip(_HEADER[2:], _cells(check)[2:], strict=True)
-            values = [f"{name} {cell}" for name, cell in cells if cell]
-            message = printable("; ".join([*values, check.says]))
-            if check.status == "fail":
-                failure = ElementTree.SubElement(case, "failure", message=message, type="regression")
-                failure.text = message
-            else:
-                ElementTree.SubElement(case, "system-out").text = f"{check.status}: {message}"
-    ElementTree.indent(root)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(root, "unicode")}\n'
+    counts = {"tests": str(len(verdict.checks)), "failures": str(len(verdict.failures))}
+    suite = ElementTree.Element("testsuite", counts, name="gate")
+    for check in verdict.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname="gate", name=printable(check.name))
+        values = [
+            f"{name} {cell}" for name, cell in zip(_HEADER, _cells(check), strict=True) if name and cell
+        ]
+        message = printable("; ".join([*values, check.says]))
+        if check.status == "fail":
+            ElementTree.SubElement(case, "failure", message=message)
+        else:
+            ElementTree.SubElement(case, "system-out").text = f"{check.status}: {message}"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(suite, "unicode")}\n'
 
 
-def _make_chart(curve: Sequence[Point]) -> dict[str, Any] | None:
+def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
     """Return the values of Mermaid's chart of the loss curves; None if fewer than two steps have both losses.
 
     Mermaid's xychart needs points at equal distances, so the curves are interpolated.
     """
-    known = [(step, train, val) for step, train, val in curve if train is not None and val is not None]
+    rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in curve]
+    known = [row for row in rows if None not in row]
     if len(known) < 2:
         return None
     steps, *losses = np.array(known, np.float64).T
     even = np.linspace(steps[0], steps[-1], min(len(known), _MOST_POINTS))
-    lines = np.array([np.interp(even, steps, values) for values in losses]).round(3)  # (2, points)
+    lines = np.array([np.interp(even, steps, values) for values in losses]).round(3)  # (2 curves, points)
     return {
         "first": int(steps[0]),
         "last": int(steps[-1]),
@@ -113,21 +102,29 @@ def _make_chart(curve: Sequence[Point]) -> dict[str, Any] | None:
     }
 
 
+def _headline(verdict: Verdict) -> str:
+    """Return whether the gate passed, with the names of failed checks or of warnings."""
+    if failed := verdict.failures:
+        return f"gate: failed ({', '.join(check.name for check in failed)})"
+    warned = [check.name for check in verdict.checks if check.status == "warn"]
+    return "gate: passed" + (f", with warnings ({', '.join(warned)})" if warned else "")
+
+
 def _against(verdict: Verdict) -> str:
     return f"against {verdict.against}" + (f", accepted because: {verdict.reason}" if verdict.reason else "")
 
 
 def _cells(check: Check) -> tuple[str, ...]:
     """Return the cells of a check, in the columns of `_HEADER`."""
+    low, high = check.bounds or (None, None)
+    chance = f"{_percent(low)} to {_percent(high)}" if check.bounds else ""
+    values = (_number(check.then), _number(check.now), _percent(check.change), chance)
+    return (_WORDS[check.status], check.name, *values, _percent(check.tolerance))
 
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
 
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f} %"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}" if abs(value) >= 100 else f"{value:.4f}"
 
-    chance = "" if check.bounds is None else f"{share(check.bounds[0])} to {share(check.bounds[1])}"
-    return (
-        _WORDS[check.status], check.name, number(check.then), number(check.now), share(check.change),
-        chance, share(check.tolerance),
-    )  # fmt: skip
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"

@@ -20,31 +20,28 @@ from compactgpt.evaluation.metrics import Interval, mcnemar_one_sided, ratio_int
 
 Array = npt.NDArray[np.float64]
 Status = Literal["pass", "warn", "fail", "info"]
-Point = tuple[int, float | None, float | None]  # step, train loss, val loss
 
-# Prefixes of parameters that do not change the compared metrics, but only limits, reports or speed.
+# Prefixes of parameters that change only limits, reports or speed, but not the compared metrics.
 _NO_EFFECT = (
     "regression.", "comparison.", "estimate.", "validation.", "inspection.", "runtime.num_workers",
     "runtime.log_interval", "runtime.sample_", "baseline.names", "training.checkpoint_interval",
     "training.init_from", "training.launcher.",
 )  # fmt: skip
-_MOST_NAMED = 5  # the largest number of differences in one message
 
 
 @dataclass(frozen=True)
 class Noise:
     """The standard deviation of the loss between training runs that differ in their seeds only.
 
-    Runs with one seed differ less. But a change of the code that only reorders floating-point additions
-    gives another model, as another seed does.
+    Code that only adds numbers in another order gives another model, as another seed does.
     """
 
     deviation: float  # standard deviation of a run's loss, nats per token
-    degrees_of_freedom: float  # of the estimated deviation; infinite for an assumed deviation
+    degrees_of_freedom: float  # number of measured runs - 1; infinite for an assumed deviation
     source: str  # a sentence for the verdict: where the deviation is from
 
     def quantile(self, level: float) -> float:
-        """Return the loss difference (nats per token) which two runs exceed with the probability `level`."""
+        """Return the difference of two runs' losses that chance exceeds with the probability `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -55,8 +52,8 @@ class Documents:
 
     ids: tuple[str, ...]
     tokens: Array  # (documents,)
-    nats: Mapping[str, Array]  # metric, such as `perplexity.strided`: nats of each document, (documents,)
-    of: int  # number of documents in the complete split
+    nats: Mapping[str, Array]  # metric, such as `perplexity.strided` -> nats, (documents,)
+    of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents | None":
         """Return the losses of the documents `ids`, in the order of `ids`; None if a document is missing."""
@@ -72,16 +69,15 @@ class Documents:
 class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
-    name: str  # how the verdict calls this version
-    fingerprint: Mapping[str, Any]  # name: hash or size of the val split and its windows
-    data: Mapping[str, str]  # `train` and `tokenizer`: SHA-256
-    params: Mapping[str, Any]  # key of params.yaml with dots, such as `training.seed`: value
-    figures: Mapping[str, float]  # metric: value
-    baselines: Mapping[str, float]  # baseline: loss, nats per token
-    tasks: Mapping[str, Mapping[str, str]]  # task: `items_sha256` and `hits`, a 1 or 0 for each item
+    name: str  # name of this version in the verdict
+    fingerprint: Mapping[str, Any]  # `val` -> SHA-256 of the val split; other names -> lengths of windows
+    data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
+    params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
+    figures: Mapping[str, float]  # metric -> value
+    baselines: Mapping[str, float]  # baseline -> loss, nats per token
+    tasks: Mapping[str, Mapping[str, str]]  # task -> `items_sha256`, and `hits`: 1 for a right answer, else 0
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
-    curve: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,8 @@ class Check:
     name: str
     status: Status
     says: str
-    then: float | None = None
-    now: float | None = None
+    then: float | None = None  # value of the accepted version
+    now: float | None = None  # value of the new version
     change: float | None = None  # relative rise of the perplexity, or fall of the accuracy; above 0: worse
     bounds: tuple[float, float] | None = None  # confidence interval of `change`
     tolerance: float | None = None
@@ -102,17 +98,17 @@ class Check:
 class Verdict:
     """The results of all checks of the gate."""
 
-    against: str
-    reason: str
+    against: str  # name of the accepted version
+    reason: str  # why a person accepted this version
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
     watched: list[Check] = field(default_factory=list)  # metrics that are shown, and can't fail
-    differences: list[str] = field(default_factory=list)  # a line for each changed parameter or hash
-    curve: tuple[Point, ...] = ()  # loss curve of the new version
+    # Rows of reports/loss.csv of the new version: `step`, `train_loss` and `val_loss`.
+    curve: list[dict[str, float | None]] = field(default_factory=list)
 
     @property
     def checks(self) -> list[Check]:
-        """The checks that can fail: the guards, then the checks of metrics."""
+        """The guards, then the checks of metrics that can fail."""
         return [*self.guards, *self.metrics]
 
     @property
@@ -130,7 +126,7 @@ def run_gate(
     the check of the throughput.
     """
     differences = _list_differences(then, now)
-    verdict = Verdict(then.name, then.reason, differences=differences, curve=now.curve)
+    verdict = Verdict(then.name, then.reason)
     same_text = _check_fingerprint(then, now)
     verdict.guards.extend([same_text, _check_parameters(differences)])
     verdict.guards.extend(_check_baselines(then, now, settings, explained=bool(differences)))
@@ -147,9 +143,6 @@ def run_gate(
     for name in sorted({*then.figures, *now.figures} - checked):
         verdict.watched.append(Check(name, "info", "", then.figures.get(name), now.figures.get(name)))
     return verdict
-
-
-# --- guards
 
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
@@ -170,9 +163,8 @@ def _compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 
 def _shorten(value: Any) -> str:
-    """Return a value as a string; a SHA-256 is cut to 12 digits."""
     text = str(value)
-    return text[:12] if len(text) == 64 else text
+    return text[:12] if len(text) == 64 else text  # a SHA-256 has 64 digits
 
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
@@ -185,23 +177,20 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the parameters that affect the metrics, without the parameters of unused baselines."""
-    used = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # names of a JSON list
-    in_use = tuple(f"baseline.specs.{name}." for name in used)
-    return {
-        key: value
-        for key, value in params.items()
-        if not key.startswith(without) and (not key.startswith("baseline.specs.") or key.startswith(in_use))
-    }
+    """Return the parameters without those that begin with `without`, and those of unused baselines."""
+    names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # the value is a JSON list
+    in_use = tuple(f"baseline.specs.{name}." for name in names)
+    acting = {key: value for key, value in params.items() if not key.startswith(without)}
+    unused = {key for key in acting if key.startswith("baseline.specs.") and not key.startswith(in_use)}
+    return {key: value for key, value in acting.items() if key not in unused}
 
 
 def _check_parameters(differences: list[str]) -> Check:
     if not differences:
         says = "parameters and data are equal: only code changes and chance can change the metrics"
         return Check("parameters", "pass", says)
-    named, more = differences[:_MOST_NAMED], len(differences) - _MOST_NAMED
-    says = "; ".join(named) + (f"; and {more} more" if more > 0 else "")
-    return Check("parameters", "warn", f"these changes can be the reason for changed metrics: {says}")
+    changes = "; ".join(differences)
+    return Check("parameters", "warn", f"these changes can be the reason for changed metrics: {changes}")
 
 
 def _check_baselines(
@@ -210,8 +199,8 @@ def _check_baselines(
     """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
 
     The model of a baseline never changes, so a changed loss shows that the evaluation or the data changed.
-    The check is a warning if `explained` is true: a changed parameter or changed data can be the cause.
-    Otherwise the check is a failure.
+    `explained` says whether a changed parameter or changed data can be the cause: then the check is a
+    warning, and otherwise a failure.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -222,9 +211,6 @@ def _check_baselines(
         yield Check(f"baseline.{name}", status, says, before[name], after[name])
     if shared and not moved:
         yield Check("baselines", "pass", f"baselines with the same loss as before: {len(shared)}")
-
-
-# --- metrics
 
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: Noise) -> Iterator[Check]:
@@ -259,10 +245,10 @@ def choose_accuracies(
 ) -> tuple[list[str], float]:
     """Return the accuracies whose test can fail, and the level of each group of tests.
 
-    `hits` has, for each accuracy, a string with 1 for each item that the accepted model answers correctly.
-    All perplexities are one group, because they rise and fall together. Each accuracy is a group of its own.
-    The choice depends only on the answers of the accepted model. The new model's answers have no part in the
-    choice, so the probability of a false alarm stays `regression.false_alarms`.
+    The level is the probability that chance alone makes a test of the group fail. All perplexities are one
+    group, because they rise and fall together. Each accuracy is a group of its own. `hits` has, for each
+    accuracy, a 1 for each item that the accepted model answers correctly, and a 0 for the other items. The
+    answers of the new model have no part in the choice: they would change the probability of a false alarm.
     """
     # At worst, the new model loses all n right answers: then p is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}

@@ -5,26 +5,25 @@ reference is a small JSON file in git, which people review like code. It has the
 the gate compares two models document by document.
 """
 
-import csv
 import hashlib
 import math
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
-from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed
+from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.common.git import require_repository
 from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json, sha256_file, write_json
 from compactgpt.config import Regression
 from compactgpt.evaluation.totals import read_totals
 from compactgpt.forecast.sweep import documents_sha256, read_sweep
-from compactgpt.gate.gate import Documents, Noise, Point, Snapshot, Verdict, run_gate
-from compactgpt.reporting.schemas import Score, Tokenized, Trained, parse_report
+from compactgpt.gate.gate import Documents, Noise, Snapshot, Verdict, run_gate
+from compactgpt.reporting.schemas import Score, Tokenized, Trained, parse_report, read_curve
 from compactgpt.tracking.dvc_files import (
     MODEL,
     Cache,
@@ -41,22 +40,17 @@ SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed onl
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
 _SAME_SUM = 1e-9  # nats per token; the same loss, summed in another order, differs by less
-_STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")
+_STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
 class _Rows(Section):
     columns: tuple[str, ...]
-    of: int  # number of documents in the complete split
-    rows: tuple[str, ...]  # one row for each document: the values of the columns, with spaces between
-
-
-class _Hits(Section):
-    items_sha256: str
-    hits: Annotated[str, Field(pattern="^[01]+$")]
+    of: int  # number of documents in the complete val split
+    rows: tuple[str, ...]  # the values of the columns for one document, with spaces between them
 
 
 class _Reference(Section):
-    """The JSON file of an accepted reference."""
+    """The JSON file of an accepted reference. A key without a comment is a field of `Snapshot`."""
 
     version: Literal[1] = 1
     accepted: str  # the reason why a person accepted this version
@@ -65,8 +59,8 @@ class _Reference(Section):
     documents: _Rows
     figures: dict[str, float]
     params: dict[str, Any]
-    ruler: dict[str, Any]  # wording: quoted
-    tasks: dict[str, _Hits]
+    ruler: dict[str, Any]  # `Snapshot.fingerprint`; wording: quoted
+    tasks: dict[str, dict[str, str]]
 
 
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
@@ -80,11 +74,12 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
         try:
             throughput = float(read_json(bench)["engines"]["ours"]["ratio"])
         except (LookupError, TypeError, ValueError) as error:
-            raise BadData(
-                f"{bench} has no engines.ours.ratio: write it with `benchmarks/training.py --json`"
-            ) from error
+            advice = "write it with `benchmarks/training.py --json`"
+            raise BadData(f"{bench} has no engines.ours.ratio: {advice}") from error
     then, now = read_reference(against, root), read_present(root)
-    return run_gate(then, now, settings, read_noise(root / SEEDS, then, now, settings), throughput)
+    noise = read_noise(root / SEEDS, then, now, settings)
+    curve = read_curve(root / "reports/loss.csv")
+    return replace(run_gate(then, now, settings, noise, throughput), curve=curve)
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
@@ -95,22 +90,19 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
-        missing = "is missing"
+        problem = "is missing"
     elif sweep.documents is None or sweep.documents.ids_sha256 != documents_sha256(now.documents.ids, tokens):
-        missing = "is of another val split"
+        problem = "is of another val split"
     elif not any(sweep.settings.items() <= state.params.items() for state in (now, then)):
-        missing = "is of another recipe"
+        problem = "is of another recipe"
     else:
         losses = [run.loss for run in sweep.runs]
         deviation = statistics.stdev(losses)
         says = f"the deviation between {len(losses)} seeds is {deviation:.4f} nats per token ({SEEDS})"
         return Noise(deviation, len(losses) - 1, says)
     assumed = settings.fallback_noise
-    says = f"{SEEDS} {missing}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
+    says = f"{SEEDS} {problem}: the gate assumes {assumed} nats per token (regression.fallback_noise)"
     return Noise(assumed, math.inf, f"{says}; to measure the noise, run `compactgpt experiment run seeds`")
-
-
-# --- reading states
 
 
 def read_present(root: Path) -> Snapshot:
@@ -118,7 +110,7 @@ def read_present(root: Path) -> Snapshot:
 
     Raises MissingInput if a report is missing, and BadData if a report is damaged.
     """
-    return _read_state("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
+    return _read_version("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
@@ -135,18 +127,15 @@ def read_reference(name: str, root: Path) -> Snapshot:
     if not (commit := commit_named(root, name)):
         raise BadConfig(f"--against {name}: git has no commit, branch, tag or experiment of that name")
     version, label = Commit(root, commit), f"{name} ({commit[:9]})"
-    md5 = read_chain(version).out(_DOCUMENTS)
-    if not md5:
-        raise MissingInput(
-            f"{label} has no evaluation in its dvc.lock: choose a commit that was made after `dvc repro`"
-        )
+    if not (md5 := read_chain(version).out(_DOCUMENTS)):
+        advice = "choose a commit that was made after `dvc repro`"
+        raise MissingInput(f"{label} has no evaluation in its dvc.lock: {advice}")
     try:
-        return _read_state(label, version, Cache(root).files(md5)[_TOTALS])
+        totals = Cache(root).files(md5)[_TOTALS]
     except MissingInput as error:
-        raise MissingInput(
-            f"DVC's cache lacks the per-document losses of {label}: if a remote has them, run "
-            "`dvc fetch --all-commits evaluation` (docs/ci.md)"
-        ) from error
+        advice = "if a remote has them, run `dvc fetch --all-commits evaluation` (docs/ci.md)"
+        raise MissingInput(f"DVC's cache lacks the per-document losses of {label}: {advice}") from error
+    return _read_version(label, version, totals)
 
 
 def _read_champion(root: Path) -> Snapshot:
@@ -162,10 +151,10 @@ def _read_champion(root: Path) -> Snapshot:
             store.client.download_artifacts(found.tags[PIPELINE_RUN], "", scratch)
         folder = Path(scratch)
         label = f"champion, version {found.version}"
-        return _read_state(label, Folder(folder), folder / _DOCUMENTS / _TOTALS)
+        return _read_version(label, Folder(folder), folder / _DOCUMENTS / _TOTALS)
 
 
-def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
+def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
     """Read the reports, params.yaml and the per-document losses of one version of the project.
 
     Raises MissingInput if a report is missing, and BadData if a report is damaged, or if the reports and
@@ -180,45 +169,25 @@ def _read_state(name: str, version: Place, totals: Path) -> Snapshot:
 
     evaluation: Score = report("reports/evaluation.json", Score)
     tokenized: Tokenized = report("reports/tokenization.json", Tokenized)
-    trained: Trained = report("reports/training.json", Trained)
     params = parse_yaml(version.read("params.yaml"), "params.yaml")
-    try:
-        losses = {
-            each: report(f"reports/baseline/{each}.json", Score).loss.value
-            for each in params["baseline"]["names"]
-        }
-        curve = _read_curve(version.read("reports/loss.csv"))
-    except (LookupError, TypeError, ValueError) as error:
-        raise BadData(f"{name}: params.yaml or reports/loss.csv is damaged ({error!r})") from error
+    baselines = params.get("baseline", {}).get("names", [])
     fingerprint = {"val": evaluation.validation.sha256, "window": evaluation.window}
     for view, found in evaluation.views.items():
         fingerprint |= {f"{view}.context": found.context, f"{view}.stride": found.stride}
-    tasks = {
-        task: {"items_sha256": found.items_sha256, "hits": found.hits}
-        for task, found in evaluation.tasks.items()
-        if found.hits
-    }
     return Snapshot(
         name,
         fingerprint,
         {"train": tokenized.train.sha256, "tokenizer": tokenized.tokenizer.tokenizer_sha256},
         flatten(params),
-        _figures(evaluation, trained),
-        losses,
-        tasks,
+        _figures(evaluation, report("reports/training.json", Trained)),
+        {each: report(f"reports/baseline/{each}.json", Score).loss.value for each in baselines},
+        {
+            task: {"items_sha256": found.items_sha256, "hits": found.hits}
+            for task, found in evaluation.tasks.items()
+            if found.hits
+        },
         _read_documents(totals, evaluation.loss.value),
-        curve=curve,
     )
-
-
-def _read_curve(content: bytes | None) -> tuple[Point, ...]:
-    """Return the points of the loss curve; none if reports/loss.csv is missing."""
-
-    def number(text: str) -> float | None:
-        return float(text) if text else None
-
-    rows = csv.DictReader((content or b"").decode().splitlines())
-    return tuple((int(row["step"]), number(row["train_loss"]), number(row["val_loss"])) for row in rows)
 
 
 def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
@@ -233,7 +202,7 @@ def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
         **{f"accuracy.{task}": one.accuracy for task, one in evaluation.tasks.items() if one.hits},
         **{f"text.{key}": greedy.get(key) for key in _STATISTICS},
     }
-    figures = {name: bounds.value for name, bounds in found.items() if bounds is not None}
+    figures = {name: interval.value for name, interval in found.items() if interval is not None}
     return figures | {"training.train_loss": trained.train_loss, "training.val_loss": trained.val_loss}
 
 
@@ -249,20 +218,16 @@ def _read_documents(path: Path, reported: float) -> Documents:
     return Documents(tuple(totals.ids), totals.tokens.astype(float), nats, len(totals.ids))
 
 
-# --- the accepted reference
-
-
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
     """Write a version as the accepted reference; every verdict against the reference shows the reason.
 
     The reference has the losses of at most `max_documents` documents: if the version has more, the ids with
-    the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if `path` is a file
-    that is not an accepted reference.
+    the smallest hashes are kept. Raises BadConfig if the reason is empty, or `path` is no .json file.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
-    if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
-        raise NotAllowed(f"{path} is not an accepted reference, and was not replaced: name another file")
+    if path.suffix != ".json":
+        raise BadConfig(f"--against {path}: --accept writes a .json file; leave out --against or name one")
     ids = snapshot.documents.ids
     sample = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:max_documents])
     documents = snapshot.documents.select(tuple(name for name in ids if name in sample))
@@ -270,14 +235,14 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     metrics = sorted(documents.nats)
     columns = [documents.tokens.astype(int).tolist(), *(documents.nats[key].tolist() for key in metrics)]
     rows = [" ".join(map(str, row)) for row in zip(documents.ids, *columns, strict=True)]
-    same = {key: getattr(snapshot, key) for key in ("baselines", "data", "figures", "params", "tasks")}
     reference = {
         "version": 1,
         "accepted": reason.strip(),
         "ruler": snapshot.fingerprint,  # wording: quoted
         "documents": {"columns": ["id", "tokens", *metrics], "of": documents.of, "rows": rows},
     }
-    write_json(path, reference | same)
+    unchanged = ("baselines", "data", "figures", "params", "tasks")
+    write_json(path, reference | {key: getattr(snapshot, key) for key in unchanged})
 
 
 def read_accepted(path: Path) -> Snapshot:
@@ -286,27 +251,20 @@ def read_accepted(path: Path) -> Snapshot:
     Raises MissingInput if the file does not exist, and BadData if the file is damaged.
     """
     if not path.exists():
-        raise MissingInput(
-            f'{path} is missing: run `compactgpt gate --accept "the first reference"` to make it'
-        )
+        raise MissingInput(f'{path} is missing: run `compactgpt gate --accept "the first reference"`')
     try:
         reference = _Reference.model_validate_json(path.read_bytes())
         rows = [row.split(" ") for row in reference.documents.rows]
-        table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns)
+        table = np.array([row[1:] for row in rows], np.float64)  # (documents, columns after the id)
         columns = dict(zip(reference.documents.columns[1:], table.T, strict=True))
         tokens = columns.pop("tokens")
-        if not np.isfinite(table).all() or not (tokens > 0).any():
-            raise ValueError("a value is not finite, or no document has a token")
     except (LookupError, ValueError) as error:
-        raise BadData(
-            f"{path} is not a valid reference ({error}): restore it with `git checkout {path}`, or make it "
-            'again with `compactgpt gate --accept "why"`'
-        ) from error
+        advice = f"restore it with `git checkout {path}`"
+        raise BadData(f"{path} is not a valid reference ({error}): {advice}") from error
     documents = Documents(tuple(row[0] for row in rows), tokens, columns, reference.documents.of)
-    tasks = {task: hits.model_dump() for task, hits in reference.tasks.items()}
     return Snapshot(
         str(path), reference.ruler, reference.data, reference.params, reference.figures,  # wording: quoted
-        reference.baselines, tasks, documents, reference.accepted,
+        reference.baselines, reference.tasks, documents, reference.accepted,
     )  # fmt: skip
 
 
