@@ -112,8 +112,7 @@ def test_a_split_without_documents_is_refused_and_the_old_files_stay(tmp_path, t
 
 
 def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, documents):
-    params = (ROOT / "params.yaml").read_text().replace("num_workers: 2", "num_workers: 1")
-    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/documents").symlink_to(documents)
@@ -122,7 +121,6 @@ def test_the_stage_writes_files_and_report(tmp_path, monkeypatch, tokenizer, doc
     assert done.exit_code == 0, done.output
     report = json.loads(Path("reports/tokenization.json").read_text())
     assert report["val"]["sha256"] == sha256_file(Path("data/tokens/val.tokens"))
-    assert report["val"]["documents"] + report["train"]["documents"] == 60
     Path("data/documents").unlink()
     done = CliRunner().invoke(app, ["--tracker", "none"])
     assert done.exit_code == MissingInput.exit_code
@@ -169,22 +167,10 @@ def test_chunks_of_other_inputs_are_deleted(tmp_path, tokenizer, documents):
     assert len(set(keys)) == len(keys) == 2
 
 
-# --- damaged inputs
-
-NOT_UTF8 = pa.Array.from_buffers(
-    pa.string(), 1, [None, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xed\xa0")]
-)
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"id": ["00" * 16], "text": ["x"]}, "is damaged .*source"),
-        ({"id": ["00" * 16], "text": NOT_UTF8, "source": ["x"]}, "is damaged .*UTF8"),
-    ],
-)
-def test_shards_of_another_form_are_refused_by_name(tmp_path, tokenizer, columns, message):
+def test_a_shard_that_is_not_utf8_is_refused_by_name(tmp_path, tokenizer):
+    buffers = [None, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xed\xa0")]
+    columns = {"id": ["00" * 16], "text": pa.Array.from_buffers(pa.string(), 1, buffers), "source": ["x"]}
     with atomic_folder(tmp_path / "documents", {"documents": 1, "bytes": 3}) as temporary:
         pq.write_table(pa.table(columns), temporary / "documents-00000.parquet")
-    with pytest.raises(BadData, match=rf"documents-00000\.parquet.* {message}"):
+    with pytest.raises(BadData, match=r"documents-00000\.parquet is damaged .*UTF8"):
         tokenize(tmp_path / "documents", tokenizer, tmp_path / "tokens")
