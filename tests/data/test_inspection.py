@@ -9,14 +9,14 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadData, CheckFailed
+from compactgpt.common.errors import CheckFailed
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import atomic_folder, sha256_file
 from compactgpt.config import Inspection, Tokenization
-from compactgpt.data.documents import Document, new_document, row_groups, write_shards
-from compactgpt.data.duplicates import digest_documents
+from compactgpt.data import inspection
+from compactgpt.data.documents import Document, new_document, write_shards
 from compactgpt.data.inspection import inspect, passed, uncompared
-from compactgpt.data.tokenization import SplitRule, tokenize
+from compactgpt.data.tokenization import tokenize
 from stages.inspection import app
 from tests.support.data_docs import compiled_once  # noqa: F401
 from tests.support.tiny_corpus import make_documents, make_tokenizer, write_token_file
@@ -70,8 +70,8 @@ def write_split(folder, spoil=None):
     return write_inputs(folder, texts[:36], texts[36:], spoil)
 
 
-def check(folder, params=PARAMS):
-    return inspect(folder / "documents", folder / "tokens", folder / "docs", params, num_workers=1)
+def check(folder, params=PARAMS, num_workers=1):
+    return inspect(folder / "documents", folder / "tokens", folder / "docs", params, num_workers=num_workers)
 
 
 def failures(report):
@@ -120,8 +120,6 @@ def test_altered_tokens_are_found_even_if_the_manifest_was_altered_too(tmp_path)
     tokens[10] = EOT + 6  # not in the vocabulary
     tokens[np.flatnonzero(tokens == EOT)[1]] = 3  # a document without end
     path.write_bytes(content)
-    with pytest.raises(BadData, match=r"train\.tokens was altered"):
-        check(folder)
     change_manifest(folder, "files", "train.tokens", "sha256", value=sha256_file(path))
     expected = {"highest_token": {"train": EOT + 6}, "documents_without_end": {"train": 1}}
     assert failures(check(folder)) == expected
@@ -246,16 +244,14 @@ def test_a_check_that_compared_hardly_anything_says_so(tmp_path):
     assert "5 of 5 val documents have fewer than 13 words: " in uncompared(report, PARAMS.overlap_words)
 
 
-def test_the_digest_of_the_corpus_does_not_depend_on_the_workers(tmp_path):
+def test_the_report_does_not_depend_on_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "_GROUPS_PER_WORKER", 1)
     texts = random_texts(60)
     texts[7] = replace_words(texts[55], 2)
-    groups = row_groups(write_inputs(tmp_path, texts[:50], texts[50:]) / "documents")
-    assert len(groups) > 16
-    one, two = (digest_documents(groups, PARAMS, SplitRule(1 / 6), 60, workers) for workers in (1, 2))
-    assert one.documents.equals(two.documents)
-    assert one.hits.equals(two.hits)
-    np.testing.assert_array_equal(one.signatures, two.signatures)
-    assert len(one.hits) > 1000
+    write_inputs(tmp_path, texts[:50], texts[50:])
+    one, two = (check(tmp_path, num_workers=number) for number in (1, 2))
+    assert one == two
+    assert one["flagged"]
 
 
 # --- the stage
@@ -271,9 +267,6 @@ def test_the_stage_writes_the_report_before_it_fails_and_the_pass_only_after(tmp
     assert done.exit_code == CheckFailed.exit_code
     assert "the token files fail 1 of 14 expectations:" in done.output
     assert "  val: documents: found 4, expected at least 5; add text" in done.output
-    assert "Data Docs: data/data_docs/tokens/index.html" in done.output
-    pages = {path.parts[4:6] for path in Path("data/data_docs/tokens").rglob("validations/**/*.html")}
-    assert pages == {(table, "inspection") for table in ("train", "val", "repetition")}
     assert not json.loads(Path("reports/inspection.json").read_text())["success"]
     assert not Path("data/inspection.json").exists()
     YAML().dump(TREE | {"inspection": section | {"min_val_documents": 4}}, tmp_path / "params.yaml")

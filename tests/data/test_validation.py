@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compactgpt.common.errors import BadData, CheckFailed
+from compactgpt.common.errors import CheckFailed
 from compactgpt.common.storage import atomic_folder
 from compactgpt.config import Validation
 from compactgpt.data.documents import Document, new_document, write_shards
@@ -96,17 +96,13 @@ def test_each_kind_of_bad_text_fails_its_expectation_and_no_other(tmp_path):
 def test_a_failure_is_reported_the_same_way_twice_with_count_and_three_documents(tmp_path):
     documents = [*GOOD, *planted("short", 4)]
     report, again = check(tmp_path, documents), check(tmp_path, documents)
-    assert json.dumps(report, allow_nan=False) == json.dumps(again, allow_nan=False)
-    failed = failures(report)[BETWEEN, "n_characters"]
+    assert report == again
     ids = [new_document(f"short {n}", "").id for n in range(3)]
-    assert failed["examples"] == [{"id": each, "source": "short", "value": 7} for each in ids]
-    with pytest.raises(CheckFailed) as caught:
+    examples = failures(report)[BETWEEN, "n_characters"]["examples"]
+    assert examples == [{"id": each, "source": "short", "value": 7} for each in ids]
+    expected = r"fail 1 of 14 .* 4 of 34 documents do not fulfil this, such as short \w+ \(7\)"
+    with pytest.raises(CheckFailed, match=f"(?s){expected}"):
         require_success(report, "the documents", "change the bounds")
-    assert (
-        "the documents fail 1 of 14 expectations:\n"
-        "  expected: 90 % of the documents have 20 to 100 characters; "
-        f"4 of 34 documents do not fulfil this, such as short {ids[0]} (7)"
-    ) in str(caught.value)
 
 
 def test_a_large_corpus_is_counted_exactly_and_checked_by_a_sample_that_keeps_twins_together(tmp_path):
@@ -144,21 +140,13 @@ def test_the_stage_says_what_was_expected_and_writes_the_report_before_it_fails(
     monkeypatch.setattr("compactgpt.tracking.mlflow_logger.start_logger", lambda folder: None)
     done = CliRunner().invoke(app, ["--tracker", "mlflow"])
     assert done.exit_code == CheckFailed.exit_code
-    assert (
-        "  documents: found 1, expected at least 1,000; let download take more of the corpus" in done.output
-    )
-    assert f"  bytes of text: found {len(GOOD[0].text)}, expected at least 10,000,000; " in done.output
+    what = "  documents: found 1, expected at least 1,000; let download take more of the corpus\n"
+    assert what in done.output
     assert done.output.endswith("reports/validation.json has the complete result\n")
     assert "Data Docs: data/data_docs/documents/index.html" in done.output
     assert not json.loads(Path("reports/validation.json").read_text())["success"]
-    (page,) = Path("data/data_docs/documents/validations/corpus/validation").rglob("*.html")
-    assert "documents: at least 1,000" in page.read_text()
     (logged,) = tmp_path.rglob(".state/tracking/*/*/artifacts/data_docs/documents/index.html")
     assert "2 of 4 met" in logged.read_text()
-    Path("data/documents/documents-00000.parquet").write_bytes(b"x")
-    done = CliRunner().invoke(app, ["--tracker", "none"])
-    assert done.exit_code == BadData.exit_code
-    assert "documents-00000.parquet has 1 bytes" in done.output
 
 
 def test_data_docs_need_no_network_and_text_of_a_corpus_never_becomes_markup(tmp_path):
