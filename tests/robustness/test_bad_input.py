@@ -52,11 +52,10 @@ SECONDS = 5  # that a reader may take, on a busy machine
 POSITIONS = st.floats(0, 1, exclude_max=True)
 EDITS = st.sampled_from(["change", "cut", "insert"])
 DAMAGE = st.lists(st.tuples(EDITS, POSITIONS, st.binary(min_size=1, max_size=6)), min_size=1, max_size=3)
+DROP = "a value that means: delete the key"
 NUMBERS = [True, -1, 0, 1, 10**30, 1e308, -0.5, 2**63, 2**31]
 OTHERS = [None, "", "x", "../../etc/passwd", "\x00", "1e3", "nan", "漢" * 99, [], {}, [[]], {"": {}}, [None]]
-CHANGE = st.tuples(
-    st.sampled_from(["drop", "rename", "replace", "add"]), POSITIONS, st.sampled_from([*NUMBERS, *OTHERS])
-)
+CHANGE = st.tuples(POSITIONS, st.sampled_from([DROP, *NUMBERS, *OTHERS]))
 CHANGES = st.lists(CHANGE, min_size=1, max_size=3)
 
 
@@ -78,21 +77,15 @@ def damage_bytes(content: bytes, damage) -> bytes:
 
 
 def change_tree(tree, changes):
-    """Return a tree of JSON with changes at some of its nodes."""
+    """Return a tree of JSON where some values are deleted or have another type."""
     tree = copy.deepcopy(tree)
-    for edit, position, value in changes:
-        nodes = list(_nodes(tree))
-        if not nodes:
-            break
-        parent, key = nodes[int(position * len(nodes))]
-        if edit == "drop":
-            del parent[key]
-        elif edit == "replace" or isinstance(parent, list):
-            parent[key] = copy.deepcopy(value)
-        elif edit == "rename":
-            parent[key + "x"] = parent.pop(key)
-        else:
-            parent["unknown"] = copy.deepcopy(value)
+    for position, value in changes:
+        if nodes := list(_nodes(tree)):
+            parent, key = nodes[int(position * len(nodes))]
+            if value == DROP:
+                del parent[key]
+            else:
+                parent[key] = copy.deepcopy(value)
     return tree
 
 
@@ -148,6 +141,15 @@ LOCK = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": "c", "md
 ACCEPTED = ROOT / "reports/accepted.json"
 
 
+def read_claims(tree, _folder):
+    judge_claims(check_section(tree, Claims, "claims.yaml").claims, {})
+
+
+def read_lock(tree, _folder):
+    for entry in entries_of(json_bytes(tree)).values():
+        outs(entry)
+
+
 def read_reference(tree, folder):
     (folder / "accepted.json").write_text(json.dumps(tree))
     accepted = references.read_reference("accepted.json", folder)
@@ -158,15 +160,11 @@ def read_reference(tree, folder):
 @pytest.mark.parametrize(
     ("tree", "read"),
     [
-        (read_yaml(ROOT / "params.yaml"), lambda tree, _: parse_params(tree)),
-        (
-            read_yaml(ROOT / "claims.yaml"),
-            lambda tree, _: judge_claims(check_section(tree, Claims, "claims.yaml").claims, {}),
-        ),
-        (LOCK, lambda tree, _: [outs(entry) for entry in entries_of(json_bytes(tree)).values()]),
-        (json.loads(ACCEPTED.read_bytes()), read_reference),
+        pytest.param(read_yaml(ROOT / "params.yaml"), lambda tree, _: parse_params(tree), id="params.yaml"),
+        pytest.param(read_yaml(ROOT / "claims.yaml"), read_claims, id="claims.yaml"),
+        pytest.param(LOCK, read_lock, id="dvc.lock"),
+        pytest.param(json.loads(ACCEPTED.read_bytes()), read_reference, id="accepted.json"),
     ],
-    ids=["params.yaml", "claims.yaml", "dvc.lock", "accepted.json"],
 )
 @examples(50)
 @given(changes=CHANGES)
@@ -177,9 +175,8 @@ def test_files_with_other_keys_and_types(scratch, tree, read, changes):
 @pytest.mark.parametrize(
     "text",
     [
-        *("a: 2001-99-99\n", "a: !!int word\n", "a: !!float x\n", "a: !!timestamp x\n", "a: !!binary é\n"),
-        *("a: " + "9" * 5000 + "\n", "[" * 500, "{a: " * 500, "\x00"),
-        *("a: !!python/name:os.system\n", "<<: 1\n", "&a [*a, *a]\n"),
+        *("a: 2001-99-99\n", "a: !!int word\n", "a: !!binary é\n", "a: " + "9" * 5000 + "\n"),
+        *("[" * 500, "{a: " * 500, "\x00", "a: !!python/name:os.system\n", "<<: 1\n", "&a [*a, *a]\n"),
     ],
 )
 def test_yaml_that_is_made_to_break_its_reader(scratch, text):
@@ -199,8 +196,8 @@ def parquet_bytes():
     return file.getvalue()
 
 
-def wheel_bytes(compression):
-    with zipfile.ZipFile(file := io.BytesIO(), "w", compression) as archive:
+def wheel_bytes():
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/x", b"content" * 9)
     return file.getvalue()
 
@@ -210,9 +207,7 @@ FILES = {
     "a.jsonl.gz": gzip.compress(LINES),
     "a.txt": "\ufeffone\ntwo ä".encode(),
     "a.parquet": parquet_bytes(),
-    "stored.whl": wheel_bytes(zipfile.ZIP_STORED),
-    "deflated.whl": wheel_bytes(zipfile.ZIP_DEFLATED),
-    "lzma.whl": wheel_bytes(zipfile.ZIP_LZMA),
+    "a.whl": wheel_bytes(),
 }
 
 
@@ -245,8 +240,8 @@ class Folder:
         self.path, self.read = path, partial(read, path)
         self.files = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
 
-    def write(self, name: str, content: bytes, *, new_manifest: bool) -> bool:
-        """Restore all files but one, which gets other content; return whether that changed it.
+    def write(self, name: str, content: bytes, *, new_manifest: bool) -> None:
+        """Restore all files but one, which gets other content.
 
         With `new_manifest` the manifest has its new hash, as an attacker would write it.
         """
@@ -257,16 +252,11 @@ class Folder:
             facts = {"bytes": len(content), "sha256": storage.sha256_file(self.path / name)}
             manifest["files"][name] = facts
             storage.write_json(self.path / MANIFEST, manifest)
-        return content != self.files[name]
 
 
 def read_tokens(path):
     storage.verified_manifest(path)
-    split = open_tokens(path / "val.tokens")
-    for document in range(split.header.documents):
-        split.document(document).tolist()
-    assert split.document_ids is not None
-    list(evaluation_windows(split, 8))
+    list(evaluation_windows(open_tokens(path / "val.tokens"), 8))
 
 
 def read_state(path):
@@ -308,8 +298,8 @@ def test_folders_with_files_of_other_bytes(folders, name, data):
     file = data.draw(st.sampled_from(sorted(folder.files)))
     new_manifest = data.draw(st.booleans())
     content = damage_bytes(folder.files[file], data.draw(DAMAGE))
-    is_changed = folder.write(file, content, new_manifest=new_manifest)
-    may_be_read = new_manifest or file == MANIFEST or name == "foreign" or not is_changed
+    folder.write(file, content, new_manifest=new_manifest)
+    may_be_read = new_manifest or file == MANIFEST or name == "foreign" or content == folder.files[file]
     assert is_refused(folder.read) or may_be_read
 
 
@@ -354,10 +344,7 @@ def test_a_model_of_more_layers_than_it_has_tensors_is_refused_before_it_is_buil
 # --- reports
 
 
-REPORTS = [
-    *("evaluation", "baseline/xz", "baseline/smollm2-135m-instruct-q4", "estimate", "training", "samples"),
-    *("validation", "inspection", "download", "tokenization"),
-]
+REPORTS = ["evaluation", "baseline/xz", "estimate", "training", "inspection", "download", "tokenization"]
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +368,7 @@ def test_a_changed_report_is_a_difference_for_verify_and_no_bug_for_the_comparis
     path.write_bytes(change_json(content, changes))
     try:
         is_refused(lambda: render_comparison(build_record(sources(project))))
-        if name in REPORTS[:3]:
+        if name in REPORTS[:2]:
             assert not is_refused(run_check, check_numbers, project, params, found)
             assert found.differences
     finally:
