@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from compactgpt.cli import app
 from compactgpt.common.errors import MissingInput
-from compactgpt.reporting.provenance import code_hashes, find_lock_commit, find_value, stage_modules, trace
+from compactgpt.reporting.provenance import code_hashes, find_value, trace
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.store import open_store, run_of_value
 from tests.support.comparison_inputs import ROOT
@@ -80,27 +80,26 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(place):
     assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
     assert found["wrote"] == "reports/evaluation.json  md5 eee"
     assert found["commit"].endswith(" mine")
-    write_stages(place / "dvc.lock")
-    assert find_lock_commit(place, "evaluation") == "not committed yet"
+    write_stages(place / "dvc.lock", **{"reports/evaluation.json": "fff"})
+    assert trace(place, RECORD, "compact.loss")[-1] == ("commit", "not committed yet")
     shutil.rmtree(place / ".git")
-    assert find_lock_commit(place, "evaluation") == "not under git"
+    assert trace(place, RECORD, "compact.loss")[-1] == ("commit", "not under git")
     with pytest.raises(MissingInput, match=r"compact\.los; similar ids: compact\.loss"):
         find_value(RECORD, "compact.los")
 
 
-def test_code_is_hashed_by_the_modules_that_a_stage_imports(tmp_path):
-    without = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("src", "stages"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
-    before = code_hashes(tmp_path)
-    assert before == code_hashes(ROOT)
-    assert "reporting/pages" in stage_modules(ROOT, ROOT / "stages/comparison.py")
-    with open(tmp_path / "src/compactgpt/training/optim.py", "a") as file:
-        file.write("# another line\n")
-    after = code_hashes(tmp_path)
-    changed = {stage for stage in before if before[stage] != after[stage]}
-    assert "training" in changed
-    assert not changed & {"download", "tokenization", "baseline", "comparison", "estimate"}
+def test_a_stages_code_is_hashed_by_the_dependencies_of_dvc_yaml(place):
+    stages = {"a": {"cmd": "a", "deps": ["src/b", "stages/a.py", "data"]}, "b": {"cmd": "b"}}
+    (place / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    hashes = []
+    for changed in ("", "src/b/c.py", "stages/a.py", "data/d.py", "src/e.py"):
+        for path in ("src/b/c.py", "src/e.py", "stages/a.py", "data/d.py"):
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).write_text(f"# {path == changed}")
+        hashes.append(code_hashes(place))
+    first, *others = hashes
+    assert [one["a"] == first["a"] for one in others] == [False, False, True, True]
+    assert all(one["b"] == first["b"] for one in others)
 
 
 def test_the_run_that_wrote_what_the_lock_has_is_found(place, empty_store, monkeypatch):

@@ -53,7 +53,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
                 f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
                 "the value in published.yaml"
             )
-        code = item.code_sha256 or sources.code[item.stage.partition("@")[0]]
+        code = item.code_sha256 or sources.code[item.stage]
         evidence[item.id] = replace(item, code_sha256=code)
     claims = _judged_claims(sources, evidence)
     scores, estimate = [sources.compact, *sources.baselines], sources.estimate
@@ -86,7 +86,6 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "samples": _align_samples(sources),
         "flagged": len(sources.flagged & set(sources.compact.totals.ids)),
         "data": _describe_data(sources),
-        "code": {item.stage: item.code_sha256 for item in evidence.values()},
     }
 
 

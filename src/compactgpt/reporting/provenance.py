@@ -1,82 +1,34 @@
-"""Trace a value of the record to its stage's code, its input files and the commit of its dvc.lock entry.
+"""Trace a value of the record to its stage's code, its input files and the commit of its report.
 
 Identical runs must write identical reports, so reports contain no commit and no run id. They contain the hash
 of the stage's code. `compactgpt trace` finds the input files and the commit.
 """
 
-import ast
 import hashlib
-import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import BadData, MissingInput, UserError
 from compactgpt.common.git import git_text
 from compactgpt.common.storage import sha256_file
-from compactgpt.tracking.dvc_files import Folder, deps, outs, read_chain, stages_before
+from compactgpt.tracking.dvc_files import CODE, Folder, deps, outs, read_chain, read_stages, stages_before
 
 RECORD = Path("reports/evidence.json")
-# Modules that can't change a stage's output: they write messages, progress and MLflow logs.
-# config.py only reads params.yaml, and DVC tracks the values of params.yaml as params.
-UNTRACKED = {
-    "common/console",
-    "common/errors",
-    "common/sections",
-    "config",
-    "tracking/journal",
-    "tracking/training_callbacks",
-}
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a hash of each stage's code: the stage script and the modules that it imports.
+    """Return a hash of the code of each stage: of the Python files that dvc.yaml names as its dependencies.
 
     The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
-    for script in sorted((root / "stages").glob("[!_]*.py")):
-        modules = (f"src/compactgpt/{name}.py" for name in stage_modules(root, script))
-        files = sorted([f"stages/{script.name}", *modules])
-        lines = [f"{sha256_file(root / path)}  {path}\n" for path in files]
-        hashes[script.stem] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    for stage, definition in read_stages(Folder(root)).items():
+        code = [root / path for path in definition.deps if f"{path}/".startswith(CODE)]
+        files = {file for path in code for file in (path.rglob("*.py") if path.is_dir() else [path])}
+        lines = [f"{sha256_file(file)}  {file.relative_to(root)}\n" for file in sorted(files)]
+        hashes[stage] = hashlib.sha256("".join(lines).encode()).hexdigest()
     return hashes
-
-
-def stage_modules(root: Path, script: Path) -> set[str]:
-    """Return the modules that a stage script imports, directly or indirectly, such as `common/escaping`."""
-    seen: set[str] = set()
-    todo = imported_modules(root, script) - UNTRACKED
-    while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= imported_modules(root, root / f"src/compactgpt/{name}.py") - UNTRACKED - seen
-    return seen
-
-
-def imported_modules(root: Path, path: Path) -> set[str]:
-    """Return the modules of compactgpt that a file imports, at the top of the file or inside functions."""
-    found = set()
-    for name in _imported_names(path.read_bytes()):
-        # In `from compactgpt.a import b`, b is a module of the package a, or a name in the module a.
-        candidates = (name, name.rpartition("/")[0])
-        modules = [one for one in candidates if one and (root / f"src/compactgpt/{one}.py").is_file()]
-        found.update(modules[:1])
-    return found
-
-
-@lru_cache(maxsize=256)
-def _imported_names(source: bytes) -> frozenset[str]:
-    """Return the names that Python source imports from compactgpt: `a/b` for `from compactgpt.a import b`."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    ours = {name.removeprefix("compactgpt.") for name in found if name.startswith("compactgpt.")}
-    return frozenset(name.replace(".", "/") for name in ours)
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -111,22 +63,15 @@ def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, s
     lines += [("read", f"{path}  md5 {md5}") for path, md5 in deps(entry).items()]
     lines += [("wrote", f"{path}  md5 {md5}") for path, md5 in outs(entry).items()]
     lines.append(("needs", " -> ".join(stages_before(root, stage)) or "params.yaml only"))
-    lines.append(("commit", find_lock_commit(root, stage)))
+    results = outs(entry)
+    lines.append(("commit", find_commit(root, results.get(value["report"], results.get(str(RECORD), "")))))
     return lines
 
 
-def find_lock_commit(root: Path, stage: str) -> str:
-    """Return the commit that last changed a stage's entry in dvc.lock: its hash, date and subject."""
-    block = _stage_lines((root / "dvc.lock").read_text(encoding="utf-8"), stage)
+def find_commit(root: Path, md5: str) -> str:
+    """Return the first commit whose dvc.lock contains the MD5 of a report: its hash, date and subject."""
     try:
-        if _stage_lines(git_text(root, "show", "HEAD:dvc.lock") + "\n", stage) != block:
-            return "not committed yet"
-        lines = f"/^  {stage}:$/,+{block.count(chr(10))}:dvc.lock"
-        return git_text(root, "log", "-1", "--no-patch", "--format=%h %as %s", "-L", lines)
+        found = git_text(root, "log", "--reverse", "--format=%h %as %s", f"-Smd5: {md5}", "--", "dvc.lock")
     except UserError:
         return "not under git"
-
-
-def _stage_lines(lock: str, stage: str) -> str:
-    found = re.search(rf"^  {re.escape(stage)}:\n(?:    .*\n)*", lock, re.MULTILINE)
-    return found[0] if found else ""
+    return found.partition("\n")[0] or "not committed yet"
