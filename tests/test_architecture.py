@@ -28,8 +28,8 @@ PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 HEAVY = ["mlflow", "dvc", "typer", "great_expectations", "transformers", "datasets", "pandas", "pyarrow"]
 
 
-# Modules that can't change a stage's output: they write messages, progress and MLflow logs. `config` only reads
-# params.yaml, whose values DVC tracks as params.
+# Modules that can't change a stage's output: they write messages, progress and MLflow logs. The module
+# `config` only reads params.yaml, and DVC tracks the values of params.yaml as params.
 UNTRACKED = {
     "common.console", "common.errors", "common.sections", "config", "tracking.journal",
     "tracking.training_callbacks",
@@ -38,7 +38,7 @@ UNTRACKED = {
 
 @cache
 def imported_names(path: Path) -> frozenset[str]:
-    """Return what a file imports, at the top or inside functions: `a.b` for `import a.b`, `from a import b`."""
+    """Return what a file imports, at its top or inside functions: `a.b` for `from a import b`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def libraries(path: Path) -> set[str]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Return the modules of compactgpt that a file imports. In `from m import n`, `n` may be a module or not."""
+    """Return the modules of compactgpt that a file imports. In `from m import n`, `n` may be a module."""
     names = {name.removeprefix("compactgpt.") for name in imported_names(path)}
     return {one for name in names for one in (name, name.rpartition(".")[0]) if one in MODULES}
 

@@ -27,7 +27,6 @@ from compactgpt.reporting.pages import (
 )
 from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.schemas import RECIPE_LABEL
-from compactgpt.reporting.small_scale import Direction
 from tests.support.comparison_inputs import (
     DOCUMENTS,
     LIKELIHOOD,
@@ -359,11 +358,9 @@ def test_both_views_have_a_row_with_their_ratio(place, render):
 def test_small_runs_and_seeds_stand_beside_and_decide_nothing(place):
     sources = sources_of(place)
     line = "at demo scale: points the other way: perplexity is 1.100 (1.050 to 1.200; runs: 2 and 3); because"
-    found = Direction(
-        claim="C7", outcome="other way", quantity="perplexity", unit="ratio", value=1.1, low=1.05, high=1.2,
-        runs=(2, 3), otherwise="because",
-    )  # fmt: skip
-    changed = replace(sources, seed_losses=(4.40, 4.42, 4.44), directions=(found,))
+    found = {"claim": "C7", "outcome": "other way", "quantity": "perplexity", "unit": "ratio", "value": 1.1}
+    found |= {"low": 1.05, "high": 1.2, "runs": (2, 3), "otherwise": "because"}
+    changed = replace(sources, seed_losses=(4.40, 4.42, 4.44), directions=[found])
     before, record = (json.loads(json.dumps(build_record(one))) for one in (sources, changed))
     assert [c["verdict"] for c in record["claims"]] == [c["verdict"] for c in before["claims"]]
     deviation = evidence_of(record)["compact.seed_deviation"]

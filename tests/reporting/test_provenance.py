@@ -12,7 +12,6 @@ from compactgpt.common.errors import MissingInput
 from compactgpt.reporting.provenance import code_hashes, find_value, trace
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.store import open_store, run_of_value
-from tests.support.comparison_inputs import ROOT
 from tests.support.tracking_store import git
 
 VALUE = {

@@ -13,7 +13,7 @@ from compactgpt.evaluation.metrics import Interval
 from compactgpt.experiments import find_experiment
 from compactgpt.forecast.sweep import ScoredDocuments, Sweep, SweepRun
 from compactgpt.reporting.claims import Claims
-from compactgpt.reporting.small_scale import directions, seed_margin, text_difference, widen
+from compactgpt.reporting.small_scale import find_directions, seed_margin, text_difference, widen
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = find_experiment("small-scale", ROOT / "conf")
@@ -56,26 +56,26 @@ def project(tmp_path):
 
 
 def test_each_claim_has_a_direction_with_interval_and_number_of_runs(project):
-    found = directions(project)
-    outcomes = [(one.claim, one.outcome, one.runs) for one in found]
+    found = find_directions(project)
+    outcomes = [(one["claim"], one["outcome"], one["runs"]) for one in found]
     assert outcomes == [
         ("L14", "same way", (2, 8)), ("L14", "same way", (8, 1)),
         ("R5", "no effect found", (8, 1)), ("L15", "no effect found", (8, 1)),
         ("R3", "other way", (1, 1)), ("R4", "same way", (1, 1)), ("C11", "same way", (1, 1)),
     ]  # fmt: skip
     ratio, tuned = found[0], found[-1]
-    assert ratio.value == pytest.approx(math.exp(0.195))
+    assert ratio["value"] == pytest.approx(math.exp(0.195))
     # t(0.975, 7) = 2.3646 times the deviation 0.005345, for two runs and eight
     expected = 2.3646 * 0.005345 * math.sqrt(1 / 2 + 1 / 8)
-    assert math.log(ratio.high / ratio.value) == pytest.approx(expected, rel=1e-3)
-    assert tuned.value == pytest.approx(math.exp(-0.5))
-    assert (ratio.otherwise, found[2].otherwise) == ("", SHIPPED.comparisons[2].otherwise)
+    assert math.log(ratio["high"] / ratio["value"]) == pytest.approx(expected, rel=1e-3)
+    assert tuned["value"] == pytest.approx(math.exp(-0.5))
+    assert (ratio["otherwise"], found[2]["otherwise"]) == ("", SHIPPED.comparisons[2].otherwise)
 
 
 def test_runs_on_other_documents_are_not_compared(project):
     other = make_sweep(SMALL).model_copy(update={"documents": None})
     write_json(project / "results/small-scale.json", other.model_dump(mode="json"))
-    assert directions(project) == ()
+    assert find_directions(project) == []
 
 
 def test_the_seed_widens_an_interval_as_an_independent_error():
@@ -97,8 +97,8 @@ def test_texts_are_compared_by_prompt(project):
     write_json(project / "reports/samples.json", {"samples": ours})
     report = {"text": {"samples": theirs}}
     write_json(project / f"reports/baseline/{SHIPPED.texts[0].baseline}.json", report)
-    last = directions(project)[-1]
-    assert (last.claim, last.unit, last.outcome) == ("C9", "difference", "no effect found")
+    last = find_directions(project)[-1]
+    assert (last["claim"], last["unit"], last["outcome"]) == ("C9", "difference", "no effect found")
 
 
 def test_the_shipped_file_names_known_claims_and_groups():

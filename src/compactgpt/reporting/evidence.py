@@ -69,7 +69,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "models": {
             "measured": [row for one in scores for row in _table_rows(one)],
             "published": [n for n in sources.published.models if f"{n}.openwebtext.loss" in evidence],
-            "shape": estimate.compact.model.model_dump(include={"block_size", "n_layer", "n_head", "n_embd"}),
+            "shape": estimate.compact.model.model_dump(include={"n_layer", "n_head", "n_embd"}),
         },
         "forecast": {f"inside_{share}": low <= loss <= high for share, (low, high) in expected.items()},
         "notes": estimate.compact.notes,
@@ -92,13 +92,10 @@ def build_record(sources: Sources) -> dict[str, Any]:
 def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[dict[str, Any]]:
     """Return the claims with their judgements, and with what small runs show about them."""
     claims = sources.claims.claims
-    small: dict[str, list[dict[str, Any]]] = {claim.id: [] for claim in claims}
-    for direction in sources.directions:
-        small[direction.claim].append(direction.model_dump(mode="json"))
     return [
         claim.model_dump(exclude={"judged"}, mode="json")
         | asdict(judgement)
-        | {"small_scale": small[claim.id]}
+        | {"small_scale": [one for one in sources.directions if one["claim"] == claim.id]}
         for claim, judgement in zip(claims, judge_claims(claims, evidence), strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""Draw the record's plots as PNG for Markdown and MLflow, and as SVG for the HTML page.
+"""Draw the record's plots as PNG for DVC and MLflow, and as SVG for the HTML page.
 
 One function draws each plot on matplotlib axes. PNG uses the light palette. SVG uses the page's CSS variables
 as colours, so one SVG serves the light and the dark theme. Text in SVG stays text, in the page's font.
@@ -6,7 +6,6 @@ Equal records give equal bytes: the output has no date and no version, and ignor
 """
 
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -29,8 +28,8 @@ COLOURS = {
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters of one line of a label next to an axis
-HEIGHT, LINE_HEIGHT = 3.3, 0.24  # inches: height of a plot without rows; height of a line
-MOST_TICKS = 8  # maximum number of ticks on a logarithmic axis; the labels of more ticks would overlap
+WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot without rows
+LINE_HEIGHT = 0.24  # inches: height of a line of a row's label
 Axes = Any
 
 
@@ -45,35 +44,18 @@ def _loss(view: View, axes: Axes) -> None:
     axes.text(curve[0]["step"], wide["low"], view.words["band"], color=MUTED, va="bottom", fontsize=9)
     for key, colour, width in (("train_loss", OTHER, 1.4), ("val_loss", DEMO, 2.2)):
         points = [(row["step"], row[key]) for row in curve if row[key] is not None]
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width)
-    _label_curves(view, axes, curve)
+        label = view.words[f"{key}_curve"]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, label=label)
     final = view.evidence["compact.loss"]
     # With few documents, an interval may not contain the value. matplotlib refuses negative error bars.
     errors = [[max(0.0, final["value"] - final["low"])], [max(0.0, final["high"] - final["value"])]]
     axes.errorbar([last * 1.03], [final["value"]], errors, fmt="o", color=DEMO, capsize=0, markersize=5)
     label = show(final["value"], final["unit"], view.language)
     axes.text(last * 1.05, final["value"], label, color=DEMO, va="center", weight="bold")
+    axes.legend()
     axes.set_xlim(right=last * 1.17)
     axes.set_xlabel(view.words["step"])
     axes.set_ylabel(view.words["loss_axis"])
-
-
-def _label_curves(view: View, axes: Axes, curve: list[Mapping[str, float]]) -> None:
-    """Label the two loss curves at the step where they are furthest apart."""
-    rows = [row for row in curve[1:] if row["train_loss"] is not None and row["val_loss"] is not None]
-    if not rows:
-        return
-    row = max(rows, key=lambda one: abs(one["train_loss"] - one["val_loss"]))
-    for key, colour in (("train_loss", MUTED), ("val_loss", DEMO)):
-        above = row[key] == max(row["train_loss"], row["val_loss"])
-        offset = (8, 4) if above else (-4, -14)
-        _annotate(axes, view.words[f"{key}_curve"], (row["step"], row[key]), offset, color=colour)
-
-
-def _annotate(
-    axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], **style: str
-) -> None:
-    axes.annotate(text, point, offset, textcoords="offset points", **style)
 
 
 def _draw_rows(
@@ -122,7 +104,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
     """Return the model's name, with its context length if it was scored with its own context length."""
-    return "\n".join([row["name"], *([view.seen_context(row)] if row["view"] == "own" else [])])
+    return f"{row['name']}\n{view.seen_context(row)}" if row["view"] == "own" else str(row["name"])
 
 
 def _value(item: Item) -> float:
@@ -133,66 +115,43 @@ def _ratio(view: View, axes: Axes) -> None:
     """Draw the ratio of the compact model's perplexity to each baseline's perplexity."""
     ids = {f"ratio.{COMPACT}_to_{row['scores']}.perplexity": row for row in view.rows}
     items = sorted((view.evidence[name] for name in ids if name in view.evidence), key=_value)
-    names = [_row_label(view, ids[item["id"]]) for item in items]
-    axes.set_xscale("log")
     axes.axvline(1, color=MUTED, linewidth=1)
-    _draw_rows(view, axes, items, names)
+    _draw_rows(view, axes, items, [_row_label(view, ids[item["id"]]) for item in items])
+    _set_log_axis(view, axes, 10)
     ends = [item[key] for item in items for key in ("low", "high")]
-    low, high = min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25
-    ticks = log_ticks(low, high)
-    axes.set_xticks(ticks, [show(t, "", view.language) for t in ticks], minor=False)
-    axes.set_xticks([], minor=True)
-    axes.set_xlim(low, high)
+    axes.set_xlim(min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25)
     # The words are at the ends of the axis, not next to 1: if 1 is near an end, a word would be cut off.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return at most MOST_TICKS ticks between two limits: powers of ten times 1, 2, 5, or only powers."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    fine = [digit * 10.0**n for n in decades for digit in (1, 2, 5) if low <= digit * 10.0**n <= high]
-    if len(fine) <= MOST_TICKS:
-        return fine
-    powers = [n for n in decades if low <= 10.0**n <= high]
-    step = math.ceil(len(powers) / MOST_TICKS)
-    return [10.0**n for n in powers if n % step == 0]  # n = 0, the tick 1, is always included
+def _set_log_axis(view: View, axes: Axes, base: int) -> None:
+    """Make the x axis logarithmic, with ticks at powers of `base`."""
+    axes.set_xscale("log", base=base)
+    axes.set_xticks([], minor=True)
+    _format_ticks(view, axes.xaxis)
+
+
+def _format_ticks(view: View, axis: Any) -> None:
+    axis.set_major_formatter(lambda number, _: localized(f"{number:g}", view.language))
 
 
 def _positions(view: View, axes: Axes) -> None:
     """Draw each model's loss by position in the window, per token of the model's tokenizer."""
-    axes.set_xscale("log", base=2)
-    last = 1
-    ends: list[tuple[float, str, str, int]] = []
     for name, rows in view.record["positions"].items():
         colour, width = (DEMO, 2.2) if name == COMPACT else (INK, 1.4)
         positions = [row["last"] for row in rows]
-        last = max(last, *positions)
         low, high, values = ([row["loss"][key] for row in rows] for key in ("low", "high", "value"))
         axes.fill_between(positions, low, high, color=colour, alpha=0.13, linewidth=0)
-        axes.plot(positions, values, color=colour, linewidth=width, marker="o", markersize=4)
-        ends.append((values[-1], name, colour, positions[-1]))
-    _label_ends(axes, ends)
-    exponents = range(last.bit_length())
-    step = math.ceil(len(exponents) / MOST_TICKS)
-    ticks = [2**n for n in exponents if n % step == 0]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    axes.set_xlim(0.9, last * 3)
+        axes.plot(
+            positions, values, color=colour, linewidth=width, marker="o", markersize=4, label=_label(name)
+        )
+    _set_log_axis(view, axes, 2)
+    if view.record["positions"]:
+        axes.legend()
     axes.set_xlabel(view.words["position_axis"])
     axes.set_ylabel(view.words["loss_axis"])
-
-
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str, int]]) -> None:
-    """Label each line at its right end, and move labels up if they would overlap."""
-    low, high = axes.get_ylim()
-    line = 0.07 * (high - low)  # height of a label, in units of the y axis
-    previous = -math.inf
-    for value, name, colour, x in sorted(ends):
-        height = max(value, previous + line)
-        previous = height
-        _annotate(axes, printable(name), (x, height), (7, 0), color=colour, va="center")
-    axes.set_ylim(low, max(high, previous + line))
 
 
 def _calibration(view: View, axes: Axes) -> None:
@@ -260,25 +219,12 @@ PLOTS: dict[str, Callable[[View, Axes], None]] = {
 
 
 def draw_png(record: Record, name: str, language: Language = "en") -> bytes:
-    """Draw one plot as PNG, without matplotlib's version in the metadata.
-
-    Args:
-        record: the comparison's record.
-        name: a key of PLOTS.
-        language: the language of the labels.
-    """
+    """Draw one plot, a key of PLOTS, as PNG, without matplotlib's version in the metadata."""
     return _draw(record, name, language, "png", metadata={"Software": None}, dpi=130)
 
 
 def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
-    """Draw one plot as an <svg> element for the page.
-
-    Args:
-        record: the comparison's record.
-        name: a key of PLOTS.
-        language: the language of the labels.
-        label: a description of the plot for screen readers.
-    """
+    """Draw one plot, a key of PLOTS, as an <svg> element. Screen readers say the text `label`."""
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = _draw(record, name, language, "svg", metadata=nothing).decode()
     body = text[text.index("<svg") :].strip()
@@ -312,19 +258,9 @@ def make_figure(view: View, name: str) -> Any:
     """Return the matplotlib figure of the plot `name`, a key of PLOTS."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.subplots()
-    PLOTS[name](view, axes)
     for axis in (axes.xaxis, axes.yaxis):
-        _localize_ticks(axis, view.language)
+        _format_ticks(view, axis)
+    PLOTS[name](view, axes)
     return figure
-
-
-def _localize_ticks(axis: Any, language: Language) -> None:
-    """Format the tick labels of a linear axis in the number format of a language."""
-    from matplotlib.ticker import FuncFormatter, ScalarFormatter
-
-    own = axis.get_major_formatter()
-    if isinstance(own, ScalarFormatter):
-        axis.set_major_formatter(FuncFormatter(lambda x, tick: localized(own(x, tick), language)))
-        axis.get_major_formatter().set_locs = own.set_locs  # chooses the number of decimals

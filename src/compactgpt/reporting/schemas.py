@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +25,7 @@ from compactgpt.forecast.sweep import Sweep, documents_sha256, read_sweep, recip
 from compactgpt.reporting.claims import COMPACT, Claims, Published
 from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
-from compactgpt.reporting.small_scale import Direction, directions
+from compactgpt.reporting.small_scale import find_directions
 
 RECIPE = "nanogpt-recipe"  # experiment: nanoGPT's recipe with the compact model's tokens
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
@@ -67,10 +67,8 @@ class View(Report):
 
 
 class _Position(Report):
-    first: int  # first position of the range in the window, counted from 1
-    last: int  # last position of the range, included
-    tokens: int
-    loss: Interval
+    last: int  # last position of the range in the window, counted from 1
+    loss: Interval  # nats per token of the model's tokenizer
 
 
 class _WikiText(Report):
@@ -202,7 +200,7 @@ class Forecast(Report):
     expected_loss: ExpectedLoss
 
 
-class _OwnForecast(Forecast):
+class _CompactForecast(Forecast):
     notes: list[str]
 
 
@@ -212,8 +210,7 @@ class _NoteForecast(Forecast):
 
 class _Check(Report):
     name: str  # name of the published run
-    measured: float
-    value: float  # the loss of this run, predicted from the other published runs
+    measured: float  # loss of the run; the intervals are predicted from the other runs
     low_80: float
     high_80: float
     low_95: float
@@ -224,7 +221,6 @@ class Calibration(Report):
     """How often the fixed rule's intervals contained the measured loss of a run."""
 
     of: int  # number of runs
-    held_80: int  # number of runs whose loss is inside their 80 % interval
     held_95: int  # number of runs whose loss is inside their 95 % interval
     checks: list[_Check]
 
@@ -232,7 +228,7 @@ class Calibration(Report):
 class Estimates(Report):
     """Schema of reports/estimate.json."""
 
-    compact: _OwnForecast  # the run of params.yaml
+    compact: _CompactForecast  # the run of params.yaml
     note: _NoteForecast
     calibration: Calibration
 
@@ -268,7 +264,7 @@ class Sources:
     code: dict[str, str]  # stage -> SHA-256 of the stage's code
     results: tuple[Result, ...]  # the results store
     seed_losses: tuple[float, ...]  # losses of runs that differ from the compact run only in their seed
-    directions: tuple[Direction, ...]  # what small runs show about claims
+    directions: list[dict[str, Any]]  # what small runs show about claims, see `find_directions`
 
 
 Kind = TypeVar("Kind", bound=Report)
@@ -343,7 +339,7 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Pa
         code=code_hashes(root),
         results=read_results(root / "results"),
         seed_losses=tuple(r.loss for r in seeds.runs) if seeds and seeds.settings == recipe(params) else (),
-        directions=directions(root),
+        directions=find_directions(root),
     )
 
 

@@ -1,20 +1,19 @@
 """Say what small runs show about the note's claims: the direction of each effect, at the demo's size.
 
-The runs are those of results/small-scale.json. conf/experiments/small-scale.yaml says which direction
-follows from each claim. No verdict about a claim depends on these results. An interval covers two kinds of
-chance: the choice of val documents (a paired interval), and the seed, whose standard deviation comes from
-results/seeds.json.
+results/small-scale.json has the runs, and conf/experiments/small-scale.yaml the direction that each claim
+predicts. No verdict depends on these results. An interval covers two kinds of chance: the choice of val
+documents (a paired interval), and the seed, whose standard deviation comes from results/seeds.json.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json
 from compactgpt.evaluation.metrics import Interval, perplexity_ratio, ratio_interval, t_quantile
 from compactgpt.evaluation.text_metrics import distinct_n, seq_rep_4
@@ -22,7 +21,6 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-Outcome = Literal["same way", "other way", "no effect found"]
 # name -> function that returns a figure of one generated text, or None if the text is too short
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
@@ -31,41 +29,29 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 }
 
 
-class Direction(Section):
-    """The difference that small runs show for one claim, and whether its sign agrees with the claim."""
+def find_directions(root: Path) -> list[dict[str, Any]]:
+    """Return what the small runs of the project `root` show: one dict for each claim of each comparison.
 
-    claim: str  # id in claims.yaml
-    outcome: Outcome
-    quantity: str
-    unit: Literal["ratio", "difference"]
-    value: float
-    low: float  # 95 % interval
-    high: float
-    runs: tuple[int, int]  # numbers of runs of the two groups that are compared
-    otherwise: str  # explanation of an outcome other than "same way"; empty for "same way"
-
-
-def directions(root: Path) -> tuple[Direction, ...]:
-    """Return what the small runs of the project `root` show, in the order of small-scale.yaml.
-
-    A comparison is left out if its runs or texts are missing. All comparisons are left out if the two files
-    of results are missing, or differ in recipe or val documents.
+    A dict has the claim's id, the outcome (`same way`, `other way` or `no effect found`), the value with its
+    95 % interval, the unit (`ratio` or `difference`), and the numbers of runs of the two groups. The result
+    has no comparison whose runs or texts are missing. It is empty if one of the two files of results is
+    missing, or if the files differ in recipe or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
-        return ()
+        return []
     experiment = find_experiment(NAME, root / CONF)
-    found: list[Direction] = []
+    found: list[dict[str, Any]] = []
     for comparison in experiment.comparisons:
         found += _compare_runs(comparison, small, seeds)
     for texts in experiment.texts:
         pairs = _read_texts(root / "reports", texts.baseline)
         if interval := text_difference(pairs, texts.figure):
-            found += _directions(texts, interval, (1, 1))
-    return tuple(found)
+            found += _outcomes(texts, interval, (1, 1))
+    return found
 
 
-def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterator[Direction]:
+def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterator[dict[str, Any]]:
     runs = [*small.runs, *seeds.runs]
     ours = [run.nats for run in runs if run.group == comparison.ours]
     theirs = [run.nats for run in runs if run.group == comparison.theirs]
@@ -80,7 +66,7 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
     ours_nats, theirs_nats, seed_nats = (np.array(nats)[:, scored] for nats in groups)  # (runs, documents)
     by_document = perplexity_ratio(ours_nats.mean(0), theirs_nats.mean(0), tokens)
     between_seeds = seed_margin(seed_nats.sum(1) / tokens.sum(), len(ours), len(theirs))
-    yield from _directions(comparison, widen(by_document, between_seeds), (len(ours), len(theirs)))
+    yield from _outcomes(comparison, widen(by_document, between_seeds), (len(ours), len(theirs)))
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
@@ -140,18 +126,21 @@ def _numbered_words(text: str) -> list[int]:
     return [words.index(word) for word in words]
 
 
-def _directions(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[Direction]:
+def _outcomes(expected: Expected, interval: Interval, runs: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """Yield the outcome for each claim of a comparison."""
     is_ratio = isinstance(expected, Comparison)
     neutral = 1 if is_ratio else 0
-    outcome: Outcome = "no effect found"
+    outcome = "no effect found"
     if interval.low > neutral or interval.high < neutral:
         is_above = interval.low > neutral
         outcome = "same way" if is_above == (expected.expected == "above") else "other way"
     for claim in expected.claims:
-        yield Direction(
-            claim=claim, outcome=outcome, quantity=expected.quantity,
-            unit="ratio" if is_ratio else "difference",
-            value=interval.value, low=interval.low, high=interval.high, runs=runs,
-            otherwise="" if outcome == "same way" else expected.otherwise,
-        )  # fmt: skip
+        yield {
+            "claim": claim,
+            "outcome": outcome,
+            "quantity": expected.quantity,
+            "unit": "ratio" if is_ratio else "difference",
+            "runs": runs,
+            "otherwise": "" if outcome == "same way" else expected.otherwise,
+            **asdict(interval),
+        }
