@@ -24,7 +24,6 @@ from compactgpt.reporting.verify import (
     Verification,
     check_estimate,
     check_lock,
-    check_manifests,
     check_numbers,
     check_params,
     check_renderings,
@@ -117,7 +116,7 @@ def digit_after(path: Path, text: str, number: int = 0) -> int:
 
 
 def test_nothing_differs_where_all_fits(repository):
-    found = run_checks(repository, check_lock, check_manifests, check_estimate, check_numbers)
+    found = run_checks(repository, check_lock, check_estimate, check_numbers)
     assert (found.differences, found.unchecked) == ([], [])
     assert found.checked["files, parameters and commands"] > 50
     assert found.checked["reports of models"] == len(reports_of(repository))
@@ -137,10 +136,8 @@ def test_any_byte_of_data_weights_code_and_pictures_is_found(repository):
     places = {name: dice.randrange((repository / name).stat().st_size) for name in names}
     with altered(repository, places):
         found = run_checks(repository, check_lock)
-        manifests = run_checks(repository, check_manifests).differences
     for name, named in names.items():
         assert any(line.startswith(f"{named} is not what dvc.lock has") for line in found.differences), name
-    assert any("model.safetensors was altered: its SHA-256" in line for line in manifests)
 
 
 def test_a_report_of_other_parameters_than_those_of_the_lock_is_found(repository):
@@ -213,7 +210,6 @@ def test_a_changed_rendering_is_named_with_its_cell_or_line(repository, renderin
         found = "\n".join(run_checks(repository, check_renderings).differences)
     assert "reports/evidence.json: evidence[xz.loss]." in found
     assert "reports/comparison.csv: line" in found
-    assert "reports/ratio.png: is another picture from byte 900 on" in found
     for name in places:
         assert f"reports/{name}: " in found
 
@@ -223,7 +219,7 @@ def test_without_the_data_it_names_what_it_could_not_check(repository, tmp_path)
     for folder in folders:
         shutil.move(repository / folder, tmp_path / Path(folder).name)
     try:
-        found = run_checks(repository, check_lock, check_manifests, check_numbers)
+        found = run_checks(repository, check_lock, check_numbers)
     finally:
         for folder in folders:
             shutil.move(tmp_path / Path(folder).name, repository / folder)
@@ -231,24 +227,20 @@ def test_without_the_data_it_names_what_it_could_not_check(repository, tmp_path)
     assert {"data/tokens", "models/compact", "data/evaluation/compact.parquet"} <= set(found.unchecked)
 
 
-def test_the_command_names_what_differs_and_what_only_deserves_a_note(repository, renderings, monkeypatch):
+def test_the_command_names_what_differs(repository, renderings, monkeypatch):
     def render(record, _language):
         return renderings | {"evidence.json": json_bytes(record)}
 
     monkeypatch.setattr("compactgpt.reporting.verify.render_files", render)  # drawing takes seconds
     monkeypatch.chdir(repository)
-    readme = repository / "README.md"
-    readme.write_text("<!-- table note -->\nof another run\n<!-- end -->\n")
     name = "reports/training.json"
     with altered(repository, {name: digit_after(repository / name, ": ")}):
         done = CliRunner().invoke(app, ["verify"])
         as_json = CliRunner().invoke(app, ["verify", "--json"])
-    readme.unlink()
     assert done.exit_code == as_json.exit_code == CheckFailed.exit_code == 3
     assert len(json.loads(as_json.stdout)["differences"]) == done.output.count("differs: ")
     assert f"differs: {name} is not what dvc.lock has (modified)" in done.output
     assert "evidence[compact.tokens_seen].value is 409600, but the inputs give 509600" in done.output
-    assert "note: README.md quotes the tables of another run: `make readme` replaces them" in done.output
 
 
 def test_differences_name_the_leaf():

@@ -1,11 +1,12 @@
 """Check that the project's files match their inputs: `compactgpt verify`.
 
-Files, commands and parameters are compared with dvc.lock, and files with the manifests of their folders. The
-estimate, losses, intervals and accuracies, the record and its tables, plots and page are computed again. A
-file that `dvc pull` has not downloaded is reported as unchecked.
+Files, commands and parameters are compared with dvc.lock. The estimate, losses, intervals and accuracies, the
+record and its tables, plots and page are computed again. A file that `dvc pull` has not downloaded is
+reported as unchecked.
 """
 
 import json
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compactgpt.common.errors import UserError
-from compactgpt.common.storage import MANIFEST, json_bytes, read_json, verified_manifest
+from compactgpt.common.storage import MANIFEST, json_bytes, read_json
 from compactgpt.config import Params, load_params
 from compactgpt.evaluation.metrics import wilson
 from compactgpt.evaluation.totals import figures, read_totals
@@ -21,7 +22,7 @@ from compactgpt.forecast.estimate import estimate
 from compactgpt.forecast.sweep import read_sweep
 from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.evidence import build_record
-from compactgpt.reporting.pages import RECORD, render_files, render_quoted_tables, replace_tables
+from compactgpt.reporting.pages import RECORD, render_files
 from compactgpt.reporting.schemas import read_sources
 from compactgpt.tracking.dvc_files import (
     LOCK,
@@ -45,14 +46,12 @@ class Verification:
     differences: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=dict)  # number of comparisons of each kind
-    notes: list[str] = field(default_factory=list)  # remarks for the user that are not errors
 
     def lines(self) -> list[str]:
         """Return the results as lines for the terminal."""
         return [
             *(f"{what}: {number} checked" for what, number in self.checked.items()),
             *(f"not checked, because it is missing (run `dvc pull`): {path}" for path in self.unchecked),
-            *(f"note: {note}" for note in self.notes),
             *([f"differs: {line}" for line in self.differences] or ["nothing differs"]),
         ]
 
@@ -71,7 +70,7 @@ class Verification:
 def verify(root: Path) -> Verification:
     """Run all checks on the project in a folder. Raises UserError only if params.yaml can't be read."""
     found, params = Verification(), load_params(root / "params.yaml")
-    for check in (check_lock, check_params, check_manifests, check_estimate, check_numbers, check_renderings):
+    for check in (check_lock, check_params, check_estimate, check_numbers, check_renderings):
         run_check(check, root, params, found)
     found.differences = list(dict.fromkeys(found.differences))
     found.unchecked = list(dict.fromkeys(found.unchecked))
@@ -92,11 +91,11 @@ def run_check(
 
 def check_lock(root: Path, _params: Params, found: Verification) -> None:
     """Compare dvc.lock with dvc.yaml, params.yaml and all files, like `dvc status`, but read every file."""
-    entries = entries_of(Folder(root).read(LOCK))  # raises UserError for a path outside the project
-    names, compared = set(), set()
+    entries_of(Folder(root).read(LOCK))  # raises UserError for a path outside the project
+    compared = set()
     with open_repo(root) as repo:
         for stage in (one for one in repo.index.stages if one.cmd):  # a .dvc file has no command
-            names.add(stage.name)
+            compared.add(stage.name)
             if stage.cmd_changed:
                 found.differences.append(f"{LOCK}: {stage.name}: cmd differs from dvc.yaml: run `dvc repro`")
             for item in (*stage.deps, *stage.outs):
@@ -114,11 +113,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
                             f"{name} is not what {LOCK} has ({state}): the file was altered, or its stage "
                             "must run again; run `dvc repro`"
                         )
-    found.notes += [
-        f"{LOCK} has {stage}, which dvc.yaml no longer has: DVC ignores it"
-        for stage in sorted(entries.keys() - names)
-    ]
-    found.count("files, parameters and commands", len(compared) + len(names))
+    found.count("files, parameters and commands", len(compared))
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
@@ -133,15 +128,6 @@ def check_params(root: Path, _params: Params, found: Verification) -> None:
                 found.differences.append(
                     f"{path} was made with other parameters than {LOCK} has: run `dvc repro -f {stage}`"
                 )
-
-
-def check_manifests(root: Path, _params: Params, found: Verification) -> None:
-    """Compare the SHA-256 and the size of each file with its folder's manifest, if the folder has one."""
-    for manifest in sorted((*root.glob("data/*/" + MANIFEST), *root.glob("models/*/" + MANIFEST))):
-        try:
-            found.count("files of manifests", len(verified_manifest(manifest.parent)["files"]))
-        except UserError as error:
-            found.differences.append(str(error).replace(f"{root}/", ""))
 
 
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
@@ -198,11 +184,6 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
             cells = list(differences(record, read_json(path))) if name == RECORD and content else []
             found.add_differences(f"reports/{name}", cells or [_first_difference(expected, content)])
         found.count("renderings")
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if replace_tables(text, render_quoted_tables(record)) != text:
-        # A user's own run has other tables, so other tables are no difference.
-        found.notes.append("README.md quotes the tables of another run: `make readme` replaces them")
 
 
 def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
@@ -228,13 +209,9 @@ def differences(expected: Any, found: Any, where: str = "", *, partial: bool = F
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message with the position of a file's first difference, and the expected text around it."""
+    """Return a message with the line of a file's first difference."""
     if not found:
         return "is missing: run `dvc repro`"
-    pairs = enumerate(zip(expected, found, strict=False))
-    position = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(found)))
-    if expected.startswith(b"\x89PNG"):
-        return f"is another picture from byte {position:,} on"
-    line = expected.count(b"\n", 0, position) + 1
-    around = expected[max(0, position - 40) : position + 20].decode("utf-8", "replace")
-    return f"line {line}: the inputs give ...{around}..."
+    position = len(os.path.commonprefix([expected, found]))
+    number = expected.count(b"\n", 0, position) + 1
+    return f"line {number} is not what the inputs give: run `dvc repro`"
