@@ -6,10 +6,10 @@ reported as unchecked.
 """
 
 import json
-import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,6 @@ def _first_difference(expected: bytes, found: bytes) -> str:
     """Return a message with the line of a file's first difference."""
     if not found:
         return "is missing: run `dvc repro`"
-    position = len(os.path.commonprefix([expected, found]))
-    number = expected.count(b"\n", 0, position) + 1
+    pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)
+    number = next((number for number, (one, other) in pairs if one != other), 1)  # 1: other line endings
     return f"line {number} is not what the inputs give: run `dvc repro`"
