@@ -187,7 +187,6 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
     near = pytest.approx(0.9, abs=0.1)
     # 60 words in a row hold 48 runs of 13, a document of 120 words has 108; 20 words hold 8.
     assert scores == {
-        ("same words", "val 0", "train 10"): 1.0,
         ("near duplicate", "val 0", "train 10"): 1.0,
         ("near duplicate", "val 1", "train 11"): near,
         ("near duplicate", "val 3", "val 4"): near,
@@ -199,7 +198,7 @@ def test_planted_twins_and_overlap_are_found_with_their_twin_and_score(tmp_path)
     }
     (pair,) = report["repeated"]
     assert {names[pair["id"]], names[pair["twin"]["id"]]} == {"train 12", "train 13"}
-    assert (report["repetition"]["same_words"], report["repetition"]["near_duplicates"]) == (2, 8)
+    assert report["repetition"]["near_duplicates"] == 8
     assert failures(report) == {
         "leaked_share": {"repetition": 0.2},
         "repeated_share": {"repetition": pytest.approx(8 / 60)},
@@ -211,7 +210,7 @@ def test_a_text_that_occurs_very_often_is_found_in_train_for_each_copy_in_val(tm
     train = [f"{texts[0]} {'!' * n}" for n in range(30)] + texts[1:]
     val = [f"{texts[0]} {'?' * n}" for n in range(20)]
     numbers = check(write_inputs(tmp_path, train, val))["repetition"]
-    assert (numbers["same_words"], numbers["near_duplicates"], numbers["leaked_share"]) == (50, 50, 1.0)
+    assert (numbers["near_duplicates"], numbers["leaked_share"]) == (50, 1.0)
 
 
 # 300 characters of each script.

@@ -1,8 +1,8 @@
 """Find documents that repeat other documents, and text of the val split that is also in the train split.
 
-A run is a sequence of n consecutive words of one document (an n-gram). Two documents are twins if their words
-are equal, or if their sets of 5-word runs are similar. The overlap of a val document is the share of its
-13-word runs that some train document contains, as in GPT-3 (Brown et al. 2020, appendix C).
+A run is a sequence of n consecutive words of one document (an n-gram). Two documents are twins if their sets
+of 5-word runs are similar. The overlap of a val document is the share of its 13-word runs that some train
+document contains, as in GPT-3 (Brown et al. 2020, appendix C).
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 class Digest(NamedTuple):
     """Tables about n documents, which are the documents of one row group or of the whole corpus."""
 
-    documents: "pd.DataFrame"  # n rows; columns: id, source, bytes of text, in_val, words (hash of all words)
+    documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
     # A row for each run of val that a document contains; columns: the number of the document from 0, and the
     # index of the run in the result of `val_runs`.
@@ -104,15 +104,16 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
 
     wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped, so that the workers share one copy
     documents = read_row_group(group)
-    word_digests: list[int] = []
     shingles: list[Hashes] = []  # of each document, the hashes that MinHash compares
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
-        # A document without words has the hash of its id. Without this, all empty documents would be twins.
-        word_digests.append(_hash(words.tobytes() or bytes.fromhex(document.id)))
         runs = run_hashes(words, params.shingle_words)
-        shingles.append(runs if len(runs) else np.array(word_digests[-1:], np.uint64))
+        if not len(runs):
+            # A short document has one hash, of its words. If it has no word, its id is used instead of the
+            # words: otherwise all documents without words would be twins.
+            runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
+        shingles.append(runs)
         runs = run_hashes(words, params.overlap_words)
         positions = np.searchsorted(wanted, runs)
         is_inside = positions < len(wanted)  # False if a hash is greater than all hashes in `wanted`
@@ -127,7 +128,6 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
         "source": [each.source for each in documents],
         "bytes": [len(each.text.encode()) for each in documents],
         "in_val": rule.in_val(group, documents),
-        "words": np.array(word_digests, np.uint64),
     }
     numbers = np.repeat(np.arange(len(hits)), [len(each) for each in hits])
     signatures = np.array(matrix.to_rows(), np.uint32).reshape(-1, params.permutations)
@@ -176,45 +176,26 @@ def digest_documents(
     )
 
 
-# --- twins: documents with the same or similar words
+# --- twins: documents with similar words
 
 
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
-    """Return a table of the documents that have a twin: another document with equal or similar words.
+    """Return a table of the documents that have a twin: another document with similar words.
 
-    A row has the numbers of a document and of its twin, the kind (`same words` or `near duplicate`), and the
-    similarity `score` from 0 to 1. For each kind, a document has at most two rows: the most similar twin in
-    its own split, and the most similar twin in the other split (`across` is True). The rows are sorted by
-    kind, document and falling score.
-    """
-    import pandas as pd
-
-    in_val = corpus.documents["in_val"].to_numpy()
-    first, second = _candidates(corpus.documents["words"].to_numpy(), in_val)
-    same_words = {"kind": "same words", "document": first, "twin": second, "score": 1.0}
-    first, second, score = _near_duplicates(corpus.signatures, in_val, params)
-    near = {"kind": "near duplicate", "document": first, "twin": second, "score": score}
-    pairs = pd.concat([pd.DataFrame(same_words), pd.DataFrame(near)])
-    pairs = pd.concat([pairs, pairs.rename(columns={"document": "twin", "twin": "document"})])
-    pairs["in_val"] = in_val[pairs["document"]]
-    pairs["across"] = pairs["in_val"] != in_val[pairs["twin"]]
-    order = {"kind": False, "document": True, "score": False, "twin": True}  # value: True for rising order
-    pairs = pairs.sort_values([*order], ascending=[*order.values()])
-    return pairs.drop_duplicates(["kind", "document", "across"])
-
-
-def _near_duplicates(
-    signatures: npt.NDArray[np.uint32], in_val: npt.NDArray[np.bool_], params: Inspection
-) -> tuple[Numbers, Numbers, npt.NDArray[np.float64]]:
-    """Return the first document, the second document, and the similarity of each pair of similar documents.
+    A row has the numbers of a document and of its twin, and the similarity `score` from 0 to 1. A document
+    has at most two rows: the most similar twin in its own split, and the most similar twin in the other split
+    (`across` is True). The rows are sorted by document and falling score.
 
     The MinHash values of a document (Broder 1997) are divided into bands. Documents that have equal values in
     a whole band are compared (locality-sensitive hashing). The similarity is the share of equal values, which
     estimates the Jaccard similarity of the two documents' sets of 5-word runs.
     """
+    import pandas as pd
+
+    in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
     # The library rensa has such an index too, but it needs 1.3 KB per document (docs/decisions).
     width = params.permutations // params.bands
-    pairs = []  # a pair that is equal in two bands is added twice, and `find_twins` drops one of the two
+    found = []
     for band in range(params.bands):
         keys = np.zeros(len(signatures), np.uint64)
         for column in range(band * width, (band + 1) * width):
@@ -223,11 +204,14 @@ def _near_duplicates(
         equal = np.zeros(len(first), np.int64)
         for values in signatures.T:  # one column at a time, to save memory
             equal += values[first] == values[second]
-        similarity = equal / params.permutations
-        is_near = similarity >= params.similarity
-        pairs.append((first[is_near], second[is_near], similarity[is_near]))
-    first, second, similarity = map(np.concatenate, zip(*pairs, strict=True))
-    return first, second, similarity
+        pairs = pd.DataFrame({"document": first, "twin": second, "score": equal / params.permutations})
+        found.append(pairs[pairs["score"] >= params.similarity])
+    found += [pairs.rename(columns={"document": "twin", "twin": "document"}) for pairs in found]
+    twins = pd.concat(found)
+    twins["in_val"] = in_val[twins["document"]]
+    twins["across"] = twins["in_val"] != in_val[twins["twin"]]
+    twins = twins.sort_values(["document", "score", "twin"], ascending=[True, False, True])
+    return twins.drop_duplicates(["document", "across"])
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:

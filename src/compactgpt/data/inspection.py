@@ -152,11 +152,10 @@ def _count_repetition(
     """Count the documents that repeat another document, and the text of val that is also in train."""
     leaked = overlap["score"] >= params.leaked_overlap
     leaked |= overlap["document"].isin(twins[twins["across"]]["document"])
-    with_twin = twins.groupby("kind")["document"].nunique()
+    near_duplicates = twins["document"].nunique()
     return {
-        "same_words": int(with_twin.get("same words", 0)),
-        "near_duplicates": int(with_twin.get("near duplicate", 0)),
-        "repeated_share": twins["document"].nunique() / max(1, documents),
+        "near_duplicates": near_duplicates,
+        "repeated_share": near_duplicates / max(1, documents),
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
         "runs": int(overlap["runs"].sum()),
         "runs_in_train": int(overlap["seen"].sum()),
@@ -173,18 +172,17 @@ def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection)
     import pandas as pd
 
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
+    of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
-    flagged = pd.concat([of_val.drop_duplicates(["kind", "document"]), in_train.assign(kind="overlap")])
-    return flagged.sort_values(["document", "kind"])
+    return pd.concat([of_val, in_train.assign(kind="overlap")]).sort_values(["document", "kind"])
 
 
 def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
     """Return a table of the pairs of train documents that are most similar, each pair once."""
-    nearest = twins.drop_duplicates(["kind", "document"])
-    pairs = nearest[~nearest["in_val"] & ~nearest["across"]]
+    pairs = twins[~twins["in_val"] & ~twins["across"]]
     lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
-    # A pair can have a row of each kind. Keep the first row, which has the kind `same words`.
-    pairs = pairs.assign(document=lower, twin=higher).drop_duplicates(["document", "twin"])
+    pairs = pairs.assign(document=lower, twin=higher, kind="near duplicate")
+    pairs = pairs.drop_duplicates(["document", "twin"])
     # Pairs with equal scores are sorted by document number, so that the order is always identical.
     ordered = pairs.sort_values(["score", "document", "twin"], ascending=[False, True, True])
     return ordered.head(params.max_listed)
