@@ -270,10 +270,11 @@ def test_gpt2_runs_from_the_cache_of_the_hub(params_file, words_of_dvc, tmp_path
 
 
 def test_the_command_lists_shows_and_applies(params_file, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(params_file.parent)
+    (params_file.parent / "conf").symlink_to(ROOT / "conf")
     listed = CliRunner().invoke(app, ["experiment", "list"]).output
     assert all(f"{name}\n  {one.purpose}\n  needs {one.needs}\n" in listed for name, one in NAMED.items())
-    options = ["--params", str(params_file), "--set-param", "training.max_steps=7"]
+    options = ["--set-param", "training.max_steps=7"]
     shown = CliRunner().invoke(app, ["experiment", "show", "note", *options]).output
     assert params_file.read_text() == TEXT
     applied = CliRunner().invoke(app, ["experiment", "apply", "note", *options]).output

@@ -22,17 +22,21 @@ NO_SWEEP = Path("none.json")
 
 
 def run_command(*words):
-    words = ["estimate", "--params", str(ROOT / "params.yaml"), "--ladder", str(NO_SWEEP), *words]
-    return CliRunner().invoke(app, words)
+    return CliRunner().invoke(app, ["estimate", *words])
 
 
-def test_the_stage_writes_the_estimate(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A folder with params.yaml alone, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    Path("dvc.yaml").write_text("stages: {}\n")  # the stage checks the files that DVC reads
     Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+
+
+def test_the_stage_writes_the_estimate():
+    Path("dvc.yaml").write_text("stages: {}\n")  # the stage checks the files that DVC reads
     done = CliRunner().invoke(stage, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "reports/estimate.json").read_text()) == estimate(PARAMS)
+    assert json.loads(Path("reports/estimate.json").read_text()) == estimate(PARAMS)
 
 
 def test_the_notes_headline_is_the_rules_next_to_the_hand_set_forecast():

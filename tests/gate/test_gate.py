@@ -361,7 +361,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
     assert champion.name == "champion, version 1"
     assert len(champion.documents.ids) == 30
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 400)
-    done = run("--against", "champion", "--params", ROOT / "params.yaml")
+    done = run("--against", "champion")
     assert done.exit_code == 65
     assert "mlflow.db is damaged" in done.output
 

@@ -111,10 +111,7 @@ def test_the_run_that_wrote_what_the_lock_has_is_found(place, empty_store, monke
     monkeypatch.chdir(place)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
-    assert wanted in done.output
-    facts = json.loads(CliRunner().invoke(app, ["trace", "compact.loss", "--json"]).stdout)
-    assert facts["evidence"]["id"] == "compact.loss"
-    assert facts["MLflow run"] == [f"{wanted} (evaluation)"]
+    assert f"{wanted} (evaluation)" in done.output
     (place / "mlflow.db").write_bytes(b"no database" * 400)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert (done.exit_code, done.output.count("\n")) == (65, 1)

@@ -51,7 +51,7 @@ def test_two_revisions_are_compared_in_all_that_differs(root):
     commit_evaluation(root, better, steps=2)
     found = compare("HEAD~1", "HEAD", root)
     assert found.params == {"training.steps": (1, 2)}
-    assert found.packages == {"numpy": ("1.0", "1.1")}
+    assert found.environment == {"numpy": ("1.0", "1.1")}
     assert list(found.data) == ["data/evaluation"]
     assert list(found.metrics) == ["evaluation: loss"]
     assert "src/new.py" in found.code

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.commands.options import PARAMS, AsJson, ParamsFile
+from compactgpt.commands.options import PARAMS, AsJson
 from compactgpt.common.console import echo, report
 from compactgpt.common.errors import CheckFailed, MissingInput
 
@@ -19,9 +19,7 @@ app = typer.Typer()
 
 
 @app.command()
-def trace(
-    name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")], as_json: AsJson = False
-) -> None:
+def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.json.")]) -> None:
     """Show where a number comes from: its report, stage, inputs, git commit and MLflow run.
 
     Prints one line or more for each of these facts. Writes no file.
@@ -35,13 +33,7 @@ def trace(
     lines = provenance.trace(Path(), record, name)
     value = provenance.find_value(record, name)
     lines.append(("MLflow run", run_of_value(Path.cwd(), value["stage"])))
-    if as_json:
-        facts: dict[str, list[str]] = {}
-        for what, found in lines:  # a stage reads and writes several files
-            facts.setdefault(what, []).append(found)
-        echo(json.dumps({**facts, "evidence": value}, indent=2))
-    else:
-        echo("\n".join(f"{what:<12}{found}" for what, found in lines))
+    echo("\n".join(f"{what:<12}{found}" for what, found in lines))
 
 
 @app.command()
@@ -85,7 +77,6 @@ def gate(
     markdown: Annotated[Path | None, typer.Option(help="A Markdown file to write.")] = None,
     junit: Annotated[Path | None, typer.Option(help="A JUnit XML file to write.")] = None,
     as_json: AsJson = False,
-    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Check that the model is not worse than an accepted model.
 
@@ -96,7 +87,7 @@ def gate(
     from compactgpt.config import load_params
     from compactgpt.gate import formats, references
 
-    settings = load_params(params_file).regression
+    settings = load_params(PARAMS).regression
     if accept and not promote:
         references.accept(references.read_present(Path()), accept, Path(against), settings.max_documents)
         echo(f"{against} is the new reference: commit the file")

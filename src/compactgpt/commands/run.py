@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, ParamsFile, Settings
+from compactgpt.commands.options import PARAMS, AsJson, ExperimentName, Settings
 from compactgpt.common.console import echo, report
 from compactgpt.common.errors import UserError
 from compactgpt.common.storage import read_json
@@ -22,12 +22,7 @@ app.add_typer(experiment, name="experiment")
 
 
 @app.command()
-def estimate(
-    settings: Settings = None,
-    as_json: AsJson = False,
-    params_file: ParamsFile = PARAMS,
-    ladder: Annotated[Path, typer.Option(help="The results of a sweep.")] = Path("results/ladder.json"),
-) -> None:
+def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
     """Estimate the size, time, memory and loss of a run before it starts.
 
     Prints a table. Runs and writes nothing.
@@ -36,14 +31,14 @@ def estimate(
     from compactgpt.experiments import load_changed_params
     from compactgpt.forecast.estimate import estimate_configuration, format_estimate
 
-    found = estimate_configuration(load_changed_params(params_file, settings or []), ladder)
+    sweep = Path("results/ladder.json")  # if the file is missing, the estimate uses published runs only
+    found = estimate_configuration(load_changed_params(PARAMS, settings or []), sweep)
     if as_json:
         echo(json.dumps(found, indent=2))
         return
     echo(format_estimate(found))
-    if params_file == PARAMS:
-        changes = [word for setting in settings or [] for word in ("-S", setting)]
-        echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
+    changes = [word for setting in settings or [] for word in ("-S", setting)]
+    echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 
 
 @app.command()
@@ -53,7 +48,6 @@ def init_corpus(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Training time at most (default: 60).")
     ] = None,
-    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Use your own text: copy the text to corpus/, and set the values of params.yaml that fit the text.
 
@@ -62,19 +56,19 @@ def init_corpus(
     """
     from compactgpt.init_corpus import apply_plan, plan_corpus
 
-    plan = plan_corpus(paths, params_file, minutes)
-    echo("\n".join([*plan.found, *(plan.changes or [f"{params_file} has these values already"])]))
+    plan = plan_corpus(paths, PARAMS, minutes)
+    echo("\n".join([*plan.found, *(plan.changes or [f"{PARAMS} has these values already"])]))
     if not yes and not (sys.stdin.isatty() and typer.confirm("Apply these values?")):
         echo("nothing was changed; next: the same command with --yes")
         return
-    apply_plan(plan, params_file)
+    apply_plan(plan, PARAMS)
     copies = [f"{target}.dvc" for _, _, target, *_ in plan.additions]
     remove = f"; dvc remove --outs {shlex.join(copies)}" if copies else ""
-    echo(f"next: make repro\nto undo: git checkout HEAD -- {params_file}{remove}")
+    echo(f"next: make repro\nto undo: git checkout HEAD -- {PARAMS}{remove}")
 
 
 @app.command()
-def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show this machine's hardware, hub, baselines and MLflow store, and estimate how long runs take.
 
     Prints one screen of text. Writes no file.
@@ -82,7 +76,7 @@ def doctor(as_json: AsJson = False, params_file: ParamsFile = PARAMS) -> None:
     """
     from compactgpt.doctor import examine, format_report
 
-    found = examine(params_file)
+    found = examine(PARAMS)
     echo(json.dumps(found, indent=2) if as_json else format_report(found))
 
 
@@ -100,16 +94,14 @@ def list_experiments() -> None:
 
 
 @experiment.command("show")
-def show_experiment(
-    name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS
-) -> None:
+def show_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """Show the purpose of an experiment, and the values of params.yaml that it changes. Writes no file.
 
     Example: compactgpt experiment show note
     """
     from compactgpt import experiments
 
-    echo("\n".join(experiments.describe(name, params_file, settings or [])))
+    echo("\n".join(experiments.describe(name, PARAMS, settings or [])))
     echo(f"next: compactgpt experiment run {name} (or first: compactgpt experiment apply {name})")
 
 
@@ -117,7 +109,6 @@ def show_experiment(
 def apply_experiment(
     name: ExperimentName,
     settings: Settings = None,
-    params_file: ParamsFile = PARAMS,
 ) -> None:
     """Write the values of an experiment to params.yaml, and keep the comments of the file.
 
@@ -125,13 +116,13 @@ def apply_experiment(
     """
     from compactgpt import experiments
 
-    changes = experiments.apply(name, params_file, settings or [])
-    echo("\n".join(changes) or f"{params_file} has these values already")
-    echo(f"next: make repro; git checkout HEAD -- {params_file} undoes the change")
+    changes = experiments.apply(name, PARAMS, settings or [])
+    echo("\n".join(changes) or f"{PARAMS} has these values already")
+    echo(f"next: make repro; git checkout HEAD -- {PARAMS} undoes the change")
 
 
 @experiment.command("run")
-def run_experiment(name: ExperimentName, settings: Settings = None, params_file: ParamsFile = PARAMS) -> None:
+def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
     """Apply an experiment and run the pipeline with `dvc exp run`, or train all runs of a sweep.
 
     Prints the expected time, the progress and the measured loss. Writes params.yaml, dvc.lock,
@@ -142,20 +133,20 @@ def run_experiment(name: ExperimentName, settings: Settings = None, params_file:
     from compactgpt.data.hub import check_sources
     from compactgpt.forecast.estimate import announce_times
 
-    runs = experiments.configurations(name, params_file, settings or [])
+    runs = experiments.configurations(name, PARAMS, settings or [])
     if experiments.find_experiment(name).sweep:
         echo(announce_times(runs)[0])
-        _run_sweep(name, params_file, settings or [], runs[0].runtime.num_threads)
+        _run_sweep(name, settings or [], runs[0].runtime.num_threads)
         return
     check_sources(runs[0])
     echo("\n".join(announce_times(runs)))
-    experiments.run(name, params_file, settings or [])
+    experiments.run(name, PARAMS, settings or [])
     metrics = read_json(METRICS)
     echo("our model, measured: loss {loss:.3f}, perplexity {perplexity:.2f}".format(**metrics))
     echo(f"The page: reports/index.html\nnext: compactgpt experiment record {name}")
 
 
-def _run_sweep(name: str, params_file: Path, settings: list[str], num_threads: int) -> None:
+def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
     from compactgpt.common.device import prepare_process
 
     prepare_process(num_threads)  # before the next import, which loads torch
@@ -163,7 +154,7 @@ def _run_sweep(name: str, params_file: Path, settings: list[str], num_threads: i
     from compactgpt.tracking import state_folder
 
     path = Path("results", f"{name}.json")
-    run_sweep(name, params_file, settings, path, state_folder() / name, echo)
+    run_sweep(name, PARAMS, settings, path, state_folder() / name, echo)
     echo(f"{path}: commit the file" + ("; next: compactgpt experiment fit" if name == "ladder" else ""))
 
 
@@ -180,7 +171,7 @@ def record_experiment(name: ExperimentName) -> None:
 
 
 @experiment.command("fit")
-def fit_experiment(name: ExperimentName = "ladder", params_file: ParamsFile = PARAMS) -> None:
+def fit_experiment(name: ExperimentName = "ladder") -> None:
     """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
 
     Prints the law and the prediction, and writes the law to results/NAME.json.
@@ -188,16 +179,16 @@ def fit_experiment(name: ExperimentName = "ladder", params_file: ParamsFile = PA
     """
     from compactgpt.forecast.sweep import fit_sweep
 
-    echo(fit_sweep(Path("results", f"{name}.json"), params_file))
+    echo(fit_sweep(Path("results", f"{name}.json"), PARAMS))
 
 
 @app.command(rich_help_panel=CALLED_BY_MAKE)
-def check(params_file: ParamsFile = PARAMS) -> None:
+def check() -> None:
     """Check params.yaml and the files that DVC reads, before a run."""
     from compactgpt.config import load_params
     from compactgpt.data.inputs import check_dependencies
 
-    load_params(params_file)
+    load_params(PARAMS)
     check_dependencies(Path())
     echo("params.yaml is valid, and DVC can read every dependency")
 

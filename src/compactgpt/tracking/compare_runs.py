@@ -16,14 +16,7 @@ from compactgpt.evaluation.metrics import Interval, perplexity_ratio
 from compactgpt.evaluation.totals import Totals, read_totals
 from compactgpt.tracking.dvc_files import PARAMS, Cache, Folder, deps, outs, parse_yaml
 from compactgpt.tracking.journal import flatten, numbers
-from compactgpt.tracking.records import (
-    Pair,
-    Version,
-    changed_machine,
-    changed_packages,
-    differing,
-    find_version,
-)
+from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
 # The metrics to compare: keys of a report with this name, and keys that end in one of these names.
@@ -40,8 +33,7 @@ class Difference:
     params: dict[str, Pair]  # by dotted key of params.yaml
     data: dict[str, Pair]  # MD5 hashes of data and models, by path
     code: str  # the changed files, from `git diff --stat`
-    packages: dict[str, Pair]  # versions of the installed packages, by package name
-    machine: dict[str, Pair]  # processor, library versions and settings, by name
+    environment: dict[str, Pair]  # processor, settings, and versions of packages, by name
     metrics: dict[str, Pair]  # by model and metric, such as `xz: loss`
     ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
     unpaired: list[str]  # for each model without a ratio, a sentence with the reason
@@ -54,8 +46,7 @@ class Difference:
         for title, pairs in [
             ("parameters", self.params),
             ("data and models", hashes),
-            ("packages", self.packages),
-            ("machine", self.machine),
+            ("packages and machine", self.environment),
             ("metrics", figures),
         ]:
             text += ["", f"{title}:" if pairs else f"{title}: the same"]
@@ -83,8 +74,7 @@ def compare(first: str, second: str, root: Path) -> Difference:
             params=differing(_params(a), _params(b)),
             data=differing(_data_hashes(a), _data_hashes(b)),
             code=_changed_code(a, b, root),
-            packages=changed_packages(a, b),
-            machine=changed_machine(a, b),
+            environment=changed_environment(a, b),
             metrics=differing(_figures(a), _figures(b)),
             ratios=ratios,
             unpaired=unpaired,

@@ -120,12 +120,11 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 
-def changed_machine(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the differences between the machines of two versions; no differences if a machine is unknown."""
-    return differing(a.machine, b.machine) if a.machine and b.machine else {}
+def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
+    """Return how processor, settings and packages of two versions differ, by name.
 
-
-def changed_packages(a: Version, b: Version) -> dict[str, Pair]:
-    """Return the package versions that differ, by name, for the packages of `a` that `b` has, too."""
+    A package that only one version has is left out, and so is a machine that is unknown.
+    """
     common = sorted(a.packages.keys() & b.packages.keys())
-    return differing(*({name: one.packages[name] for name in common} for one in (a, b)))
+    packages = differing(*({name: one.packages[name] for name in common} for one in (a, b)))
+    return packages | (differing(a.machine, b.machine) if a.machine and b.machine else {})

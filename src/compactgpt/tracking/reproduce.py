@@ -9,6 +9,7 @@ checkout, and the checkout gets no settings and keys of DVC.
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,14 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from compactgpt.common.errors import (
-    BadConfig,
-    CheckFailed,
-    MissingInput,
-    NotAllowed,
-    UserError,
-    printable,
-)
+from compactgpt.common.errors import BadConfig, CheckFailed, MissingInput, NotAllowed, UserError, printable
 from compactgpt.common.git import git_text, require_repository
 from compactgpt.common.storage import inside, temporary_path, write_bytes, write_text
 from compactgpt.tracking.dvc_files import (
@@ -50,8 +44,7 @@ from compactgpt.tracking.records import (
     WORKSPACE,
     Pair,
     Version,
-    changed_machine,
-    changed_packages,
+    changed_environment,
     find_version,
     parse_versions,
 )
@@ -95,7 +88,7 @@ def list_missing(wanted: str, root: Path) -> tuple[list[str], list[str]]:
     """
     with _temporary_folder(root) as folder:
         version = _find(wanted, root, folder)
-        return find_missing(version, root), _describe(changed_environment(version))
+        return find_missing(version, root), _describe(differences_here(version))
 
 
 def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Callable[[str], bool]) -> Result:
@@ -122,12 +115,15 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
                 f"run `compactgpt reproduce {wanted} --trust`"
             )
         log(f"{version.name}: commit {version.commit[:9]} in {tree}")
-        _copy_inputs(version, root, tree)
-        restored = _restore_data(version, root, tree)
-        log("the data comes from DVC's cache, by its hash" if restored else "the download stage runs again")
+        _copy_downloads(root, tree)
+        if _restore_data(version, root, tree):
+            log("the data comes from DVC's cache, by its hash")
+        else:
+            shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
+            log("the download stage runs again")
         if _run_dvc(tree):
             raise CheckFailed("the version can't be run again: a stage failed, read its message above")
-        return compare_hashes(version, Version("the second run", Folder(tree)), changed_environment(version))
+        return compare_hashes(version, Version("the second run", Folder(tree)), differences_here(version))
 
 
 @contextmanager
@@ -165,24 +161,16 @@ def find_missing(version: Version, root: Path) -> list[str]:
     missing += [f"the run has no {name}" for name in (PARAMS, LOCK) if version.place.read(name) is None]
     entry, cache = version.chain.entries.get(DATA, {}), Cache(root)
     has_data = all(cache.has(md5) or version.place.read(path) for path, md5 in outs(entry).items())
-    if not has_data and not _has_corpus(root, entry):
+    if not has_data and md5_path(root / CORPUS) != deps(entry).get(CORPUS, ""):
         missing.append(f"DVC's cache lacks the data, and {CORPUS} has changed since the data was made")
     return missing
 
 
-def _has_corpus(folder: Path, entry: Entry) -> bool:
-    """Return whether a folder has the corpus from which the download stage made its outputs.
-
-    `entry` is the entry of the download stage in dvc.lock.
-    """
-    return CORPUS not in deps(entry) or md5_path(folder / CORPUS) == deps(entry)[CORPUS]
-
-
-def changed_environment(version: Version) -> dict[str, Pair]:
+def differences_here(version: Version) -> dict[str, Pair]:
     """Return how processor, settings and packages of a version's machine differ from this machine."""
     installed = parse_versions(packages())
     here = Version("here", Folder(Path()), machine=machine_facts(), packages=installed)
-    return changed_machine(version, here) | changed_packages(version, here)
+    return changed_environment(version, here)
 
 
 def _describe(environment: Mapping[str, Pair]) -> list[str]:
@@ -247,14 +235,11 @@ def _stage_commands(tree: Path) -> dict[str, str]:
         return {stage.name: str(stage.cmd) for stage in repo.index.stages if stage.cmd}
 
 
-def _copy_inputs(version: Version, root: Path, tree: Path) -> None:
-    """Copy downloaded files and the corpus to the checkout. Leave out a corpus that has another hash."""
+def _copy_downloads(root: Path, tree: Path) -> None:
+    """Give the checkout the downloaded files of the project, as hard links: no stage changes these files."""
     for folder in (root / ".state").iterdir():
         if folder.is_dir() and folder.name not in _OWN_STATE:
-            # Hard links take no space, and no stage changes a downloaded file.
             shutil.copytree(folder, inside(tree, f".state/{folder.name}"), copy_function=os.link)
-    if _has_corpus(root, version.chain.entries.get(DATA, {})) and (root / CORPUS).is_dir():
-        shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
 
 
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
@@ -281,9 +266,11 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
             with suppress(Exception):  # each kind of remote raises its own exceptions
                 transfer(source, repo.cache.local, hashes, shallow=False, verify=True)
         write_text(tree / LOCK, json.dumps({"schema": "2.0", "stages": {DATA: entry}}))  # JSON is valid YAML
+        stage = f"{tree / CHAIN}:{DATA}"  # for the name alone, DVC looks for dvc.yaml in the current folder
         try:
-            # With the stage's name alone, DVC would look for dvc.yaml in the current folder.
-            repo.checkout([f"{tree / CHAIN}:{DATA}"], force=True)
+            repo.checkout([stage], force=True)
+            logging.getLogger("dvc").setLevel(logging.WARNING)  # DVC would print to stdout
+            repo.freeze(stage)  # or DVC would run the stage if the corpus has changed since
         except DvcException:
             (tree / LOCK).unlink()
             return False
@@ -311,7 +298,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
 
     - identical: every output has the recorded hash.
     - within rounding: code, parameters and data are equal; processor, settings or packages differ
-      (`environment`, from `changed_environment`); and no loss differs by more than LOSS_TOLERANCE.
+      (`environment`, from `differences_here`); and no loss differs by more than LOSS_TOLERANCE.
     - different: all other cases.
     """
     old, new = version.chain.entries, second.chain.entries
