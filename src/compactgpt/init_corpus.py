@@ -5,10 +5,12 @@ that is longer than the sample, the numbers of documents and tokens are estimate
 """
 
 import json
+import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +20,10 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, printable
 from compactgpt.common.git import require_repository
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_text
-from compactgpt.config import FILE_KINDS, Download, Params, load_params, parse_params
+from compactgpt.config import FILE_KINDS, Download, Params, Validation, load_params, parse_params
 from compactgpt.data.documents import MEGABYTE, new_document
 from compactgpt.data.text_files import FOLDER, file_kind, list_files, read_file
-from compactgpt.data.validation import document_row, fitting_limits
+from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
@@ -206,7 +208,7 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     # If files are cut into pieces, or val has few documents, val is the end of the corpus: neighbouring
     # pieces belong together, and a hash would choose too few documents for a fair sample.
     split = "tail" if sample.ways or val_documents < VAL_DOCUMENTS / 2 else "hash"
-    limits = fitting_limits(sample.rows, params.validation)
+    limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
         # The limits are half of the text found now, so the stage fails if much of the text is lost later.
@@ -229,6 +231,25 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
         f"held out for measurement (val, {split}): {measured}",
         time,
     ]
+
+
+def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
+    """Return limits of the section `validation` that the documents in `rows` fulfil.
+
+    A limit of `params` that they fulfil keeps its value. No limit for wrongly decoded text is returned, since
+    the user must repair such text.
+    """
+    lengths = sorted(row["n_characters"] for row in rows)
+    letters = sorted(row["letter_share"] for row in rows)
+    copies = Counter(row["normalised"] for row in rows)
+    unique = sum(count == 1 for count in copies.values()) / len(rows)
+    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail an expectation
+    return {
+        "min_characters": min(params.min_characters, lengths[spare // 2]),
+        "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
+        "min_letter_share": min(params.min_letter_share, math.floor(100 * letters[spare]) / 100),
+        "min_unique_share": min(params.min_unique_share, math.floor(1000 * unique) / 1000),
+    }
 
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:

@@ -8,10 +8,8 @@ writes the results as HTML pages (Data Docs). The stage `inspection` calls `chec
 import hashlib
 import html
 import logging
-import math
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +47,7 @@ def validate(
 
     If there are more than `params.max_rows` documents, a sample of about `params.max_rows` documents is
     checked. A document is in the sample if the hash of its normalised text is below a limit, so copies that
-    differ only in case and white space are sampled together. The function needs memory for the sample, and
-    16 bytes for each document.
+    differ only in case and white space are sampled together.
     Raises MissingInput or BadData if the documents are missing or damaged.
     """
     manifest = verified_manifest(documents)
@@ -195,25 +192,6 @@ def document_expectations(params: Validation) -> list[Any]:
     ]
 
 
-def fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
-    """Return the limits of params.yaml that depend on the corpus, changed so that all expectations pass.
-
-    A limit that `rows` fulfil keeps its value. Limits that find wrongly decoded text are not in the result,
-    since a user must repair this text and not raise the limit.
-    """
-    lengths = sorted(row["n_characters"] for row in rows)
-    letters = sorted(row["letter_share"] for row in rows)
-    copies = Counter(row["normalised"] for row in rows)
-    unique = sum(count == 1 for count in copies.values()) / len(rows)
-    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail an expectation
-    return {
-        "min_characters": min(params.min_characters, lengths[spare // 2]),
-        "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
-        "min_letter_share": min(params.min_letter_share, math.floor(100 * letters[spare]) / 100),
-        "min_unique_share": min(params.min_unique_share, math.floor(1000 * unique) / 1000),
-    }
-
-
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
     """Raise CheckFailed, which stops the pipeline, if an expectation in the report of a stage failed.
 
@@ -244,8 +222,8 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
     """Check the expectations of `tables`, write Data Docs into `docs`, and return a result per expectation.
 
-    A result has the description and the arguments of the expectation, whether it succeeded, the observed
-    value or the number of failed rows, and the first failed rows. `run_name` is in the heading of the pages.
+    A result has the description of the expectation, whether it succeeded, the observed value or the number of
+    failed rows, and the first failed rows. `run_name` is in the heading of the pages.
     Raises NotAllowed if `docs` contains files that are not Data Docs of an earlier run.
     """
     import great_expectations as gx
