@@ -143,7 +143,7 @@ def test_a_val_split_that_is_too_small_or_not_a_fair_draw_is_found(tmp_path):
     assert found == {"documents": {"val": 4}, "share_deviation": deviations}
 
 
-def test_a_split_by_position_may_be_off_its_share_by_one_document(tmp_path):
+def test_the_split_tail_passes_and_is_compared_with_the_documents(tmp_path):
     documents = make_documents(tmp_path / "documents", random_texts(40))
     params = Tokenization(val_fraction=0.2, split="tail")
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
@@ -152,10 +152,7 @@ def test_a_split_by_position_may_be_off_its_share_by_one_document(tmp_path):
     assert report["success"], failures(report)
     assert report["val"]["documents"] == 8
     change_manifest(tmp_path, "val_fraction", value=0.5)
-    found = failures(check(tmp_path))
-    assert found["documents_that_differ"] == {"train": 12, "val": 20}
-    longest = max(map(len, random_texts(40)))
-    assert found["bytes_off_share"]["val"] == pytest.approx(12 * longest, rel=0.1)
+    assert failures(check(tmp_path)) == {"documents_that_differ": {"train": 12, "val": 20}}
 
 
 # --- repetition

@@ -49,14 +49,13 @@ _OWNERS_PER_RUN = 10  # highest number of train documents that are stored for a 
 def word_hashes(text: str) -> Hashes:
     """Return the hash of each word of a text, shape (words,).
 
-    A word consists of letters, digits and underscores. Punctuation, white space and case are ignored, as in
-    GPT-3's appendix C. In a script without spaces, such as Chinese, each character is a word: otherwise a
-    whole sentence would be one word, and parts of sentences would never be equal.
+    Punctuation, white space and case are ignored, as in GPT-3's appendix C. In a script without spaces, such
+    as Chinese, each character is a word: otherwise a whole sentence would be one word.
     """
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
 
-@lru_cache(maxsize=2**19)  # saves time, since most words occur many times
+@lru_cache(maxsize=2**19)  # number of words; most words occur many times
 def _word_hash(word: str) -> int:
     return _hash(word.encode())
 
@@ -146,7 +145,6 @@ def digest_documents(
     """Return the digest of the whole corpus, which has `total` documents in the row groups `groups`.
 
     The corpus is read twice: first to find the runs of the val split, then to compute the digest.
-    `progress` is called with the number of documents in the digest so far, and with `total`.
     """
     import pandas as pd
 
@@ -161,7 +159,7 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Without this limit, a text that is in every document, such as a licence, would fill the memory.
+            # Without this limit, a licence that every document contains would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.

@@ -2,8 +2,8 @@
 
 Great Expectations checks three tables of one row: `train` and `val` have counts of a token file, and
 `repetition` has the shares of documents that repeat other documents (duplicates.py). The report lists the
-val documents that repeat another document: the flagged documents. Evaluation compares the flagged documents
-with the other val documents.
+flagged documents: the val documents that repeat another document. The comparison also has the losses without
+the flagged documents.
 """
 
 import math
@@ -88,8 +88,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
     least = params.min_val_documents if name == "val" else 1
     more = "add text, raise tokenization.val_fraction, or lower inspection.min_val_documents, "
     more += "which makes intervals wide"
-    again = "run `dvc repro -f tokenization`"
-    highest = split.header.vocab_size - 1
+    again, highest = "run `dvc repro -f tokenization`", split.header.vocab_size - 1
     suite = [
         bound("documents", f"{name}: documents", more, least=least),
         bound("highest_token", f"{name}: highest token id", again, most=highest),
@@ -97,10 +96,8 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         bound("ends_inside", f"{name}: end-of-text tokens inside documents", again, most=0),
         bound("documents_that_differ", f"{name}: documents that differ from data/documents", again, most=0),
     ]
-    # The split `hash` divides the number of documents, and `tail` divides the bytes.
-    # The share of the divided quantity is checked.
-    share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
-    if rule.val_start is None:
+    if rule.val_start is None:  # the split `hash`, which draws the documents of val
+        share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
         expected = share * len(corpus.documents)
         # The number of documents in a split has a binomial distribution with this standard deviation.
         deviation = math.sqrt(max(expected * (1 - share), 1e-9))
@@ -108,18 +105,12 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         what = f"{name}: standard deviations of its size from a fair split"
         advice = "set tokenization.split to tail, or raise inspection.max_val_deviation"
         suite.append(bound("share_deviation", what, advice, most=params.max_val_deviation))
-    else:
-        sizes = corpus.documents["bytes"]
-        row["bytes_off_share"] = round(abs(int(split.byte_lengths.sum()) - share * int(sizes.sum())))
-        # The val split begins with a whole document, so its size can be wrong by the size of one document.
-        what = f"{name}: bytes that its share is off"
-        suite.append(bound("bytes_off_share", what, again, most=int(sizes.max())))
     return Table(name, [{"id": name, "source": split.path.name, **row}], suite)
 
 
 def _count_tokens(split: TokenFile) -> dict[str, Any]:
     """Return the highest token id, and the numbers of end-of-text tokens that are missing or misplaced."""
-    eot, highest, ends = split.header.eot_token, 0, 0
+    eot, highest, ends = split.header.eot_token, 0, 0  # `ends` counts the end-of-text tokens
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
         part = split.tokens[start : start + _TOKENS_AT_ONCE]
         highest = max(highest, int(part.max()))
@@ -134,10 +125,7 @@ def _count_tokens(split: TokenFile) -> dict[str, Any]:
 
 
 def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
-    """Return how many documents of a token file differ in id or length from the document that is expected.
-
-    Document i of the token file is compared with row i of `expected`.
-    """
+    """Return how many documents of a token file differ in id or length from the same row of `expected`."""
     found = zip(split.document_ids, split.byte_lengths, strict=True)
     wanted = zip(expected["id"], expected["bytes"], strict=True)
     return sum(one != other for one, other in zip_longest(found, wanted))
@@ -189,10 +177,7 @@ def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
 
 
 def uncompared(report: Mapping[str, Any], words: int) -> str:
-    """Return a message if most val documents are too short for `find_overlap`, else an empty string.
-
-    `words` is the length of a run.
-    """
+    """Return a message if most val documents have fewer than `words` words, else an empty string."""
     short, total = report["repetition"]["val_documents_without_runs"], report["val"]["documents"]
     if 2 * short <= total:
         return ""
