@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -135,10 +136,8 @@ def encode_shard(
 ) -> int:
     """Encode the row groups of one shard, write the shard's chunk, and return the shard's bytes of text."""
     chunk = chunks / groups[0].path.stem
-    try:
+    with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
-    except (UserError, KeyError):
-        pass  # the chunk is missing or damaged: write it
     encode = load_encoder(tokenizer, library)
     parts: dict[Split, list[TokenFile]] = {split: [] for split in SPLITS}
     text_bytes = 0
@@ -150,7 +149,7 @@ def encode_shard(
             text_bytes += byte_length
             row = (bytes.fromhex(document.id), byte_length, encode(document.text))
             rows["val" if in_val else "train"].append(row)
-        for split in SPLITS:  # packing saves memory: a token of GPT-2 takes 2 bytes
+        for split in SPLITS:  # packing saves memory, since a packed token takes 2 bytes
             parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
     with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
         for split in SPLITS:
@@ -186,7 +185,7 @@ def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int)
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    num_cpus = None if address else num_workers  # Ray accepts it only for a cluster that it starts
+    num_cpus = None if address else num_workers  # a running cluster has its own number of processors
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address or "local", num_cpus=num_cpus, **quiet)

@@ -25,8 +25,8 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-CHECK_EVERY_BYTES = 2**20  # gigatoken's ids are compared with tiktoken's after each MiB of text
-CHECK_CHARACTERS = 2**11  # number of characters that are compared
+CHECK_EVERY_BYTES = 2**20  # bytes of text between two comparisons of gigatoken's ids with tiktoken's
+CHECK_CHARACTERS = 2**11  # number of characters of a text whose ids are compared
 # gigatoken keeps every word in memory: 0.3 MB per MB of documentation, 9 MB per MB of random words.
 # So gigatoken is loaded again, with empty memory, after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
@@ -70,7 +70,7 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
-    """Return GPT-2's encoding with the token ids of encoder.json, whose ids are also the order of merges."""
+    """Return GPT-2's encoding. A token's id in encoder.json is also its rank in the order of merges."""
     table = unicode_to_bytes()
     try:
         ids = json.loads(encoder_json)
@@ -88,16 +88,17 @@ def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
 
 
 def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
-    """Return the content of a `.tiktoken` file: one line per token: its bytes in base64, a space, its id."""
+    """Return the content of a `.tiktoken` file. A line has the bytes of a token in base64, and its id."""
     ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return the byte that each character in GPT-2's published files stands for, in the order of token ids.
+    """Return a table from each character in GPT-2's published files to the byte that it stands for.
 
-    GPT-2's files write a printable byte as the character with this code, and each other byte as a character
-    from U+0100 on. This table is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
+    The files write a printable byte as the character with this code, and each other byte as a character from
+    U+0100 on. The table is in the order of token ids. It is the inverse of bytes_to_unicode in openai/gpt-2,
+    src/encoder.py.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
@@ -131,7 +132,7 @@ _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9
 
 
 class GigatokenEncoder:
-    """A fast encoder that uses gigatoken, and compares some of gigatoken's token ids with tiktoken's."""
+    """Encodes text by gigatoken, and compares some of gigatoken's token ids with tiktoken's."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding

@@ -53,7 +53,7 @@ def validate(
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # hashes of the ids, 16 bytes each: a wrong id may have any length
+    ids = bytearray()  # a hash of each id, 16 bytes long, since a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
