@@ -50,11 +50,10 @@ MAX_REPEATED = 0.1  # a greater share of repeated documents is a mistake in the 
 class Sample:
     """The documents at the beginning of a corpus."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)  # see `document_row`
-    tokens: list[float] = field(default_factory=list)  # estimated tokens of each document
-    bytes: int = 0
-    copies: int = 0  # number of documents that were left out, since each equals an earlier document
-    ways: set[str] = field(default_factory=set)  # how files were cut into documents: see `splitting.Piece`
+    rows: list[dict[str, Any]] = field(default_factory=list)  # `document_row` of each document
+    tokens: list[float] = field(default_factory=list)  # estimated number of tokens of each document
+    bytes: int = 0  # UTF-8 bytes of all documents
+    cuts: set[str] = field(default_factory=set)  # where files were cut, such as "blank lines"
     scale: float = 1.0  # size of the corpus divided by the size of the sample
 
 
@@ -74,11 +73,9 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     The training takes at most `minutes`, by default an hour, and at most MAX_EPOCHS epochs.
     """
     params = _with_limits_of_demo(params_file)
-    # Absolute paths, but a link keeps its name.
+    # Not `Path.resolve`, which replaces the name of a link by the name of its target.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
-    targets, additions = zip(*map(_place, paths), strict=True)
-    if len({*targets}) < len(targets):
-        raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
+    targets, additions = zip(*map(_target, paths), strict=True)
     sample, longest = _choose_cutting([each for path in paths for each in _files(path)], params.download)
     if len(sample.rows) < MIN_DOCUMENTS:
         raise BadData(
@@ -123,8 +120,8 @@ def _with_limits_of_demo(params_file: Path) -> Params:
     return parse_params(tree)
 
 
-def _place(path: Path) -> tuple[str, list[str]]:
-    """Return where in corpus/ the text of an absolute path belongs, and the arguments of its `dvc add`.
+def _target(path: Path) -> tuple[str, list[str]]:
+    """Return the path in corpus/ to which `dvc add` copies a text, and the arguments of `dvc add`.
 
     The arguments are empty for a text that is in corpus/ already.
     """
@@ -134,18 +131,15 @@ def _place(path: Path) -> tuple[str, list[str]]:
     if path in corpus.parents:
         raise BadConfig(f"{path} contains the folder {FOLDER}/: give the files or folders of your text")
     is_inside = path.is_relative_to(corpus)
-    name = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
-    target = name
-    if path.is_file() and file_kind(name) not in FILE_KINDS:  # such as enwik8 or enwik8.gz
-        target = re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
-    if re.search(r"[][*?:\\]", name) or (is_inside and target != name):
+    target = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
+    if re.search(r"[][*?:\\]", target) or (path.is_file() and file_kind(target) not in FILE_KINDS):
         raise BadConfig(
-            f"rename {name}, so that download.files.patterns can name it: without *?[]:\\, and with a suffix "
-            f"that is read ({', '.join(FILE_KINDS)})"
+            f"{path}: the name must end with {', '.join(FILE_KINDS)} (also with .gz or .zst), and must not "
+            r"have any of *?[]:\, which have a meaning in download.files.patterns: rename it"
         )
     if is_inside:
         return target, []
-    is_earlier = Path(f"{target}.dvc").exists()  # an earlier `dvc add` wrote it, so it may be replaced
+    is_earlier = Path(f"{target}.dvc").exists()  # an earlier `dvc add` wrote the target: replace it
     if Path(target).exists() and not is_earlier:
         raise BadConfig(
             f"{target} exists already: rename your text, or use the existing text: "
@@ -179,22 +173,21 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     """Read documents until the sample has `SAMPLE_BYTES` of text."""
     sample, seen = Sample(), set()
     for folder, name in files:
-        for text, source, way in read_file(folder, name, download):
+        for text, source, cut in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
-                # A compressed file holds more text than its size: the scale is then too low.
+                # The scale is too low for compressed files, which hold more text than their size.
                 size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
             document = new_document(text, source)
             if document.id in seen or not text.strip():
-                sample.copies += document.id in seen
                 continue
             seen.add(document.id)
             length, n_ascii = len(text.encode()), sum(map(str.isascii, text))
             sample.rows.append(document_row(document))
             sample.tokens.append(n_ascii / ASCII_BYTES_PER_TOKEN + (length - n_ascii) / OTHER_BYTES_PER_TOKEN)
             sample.bytes += length
-            sample.ways |= {way} - {""}
+            sample.cuts |= {cut} - {""}
     return sample
 
 
@@ -205,9 +198,9 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # If files are cut into pieces, or val has few documents, val is the end of the corpus: neighbouring
-    # pieces belong together, and a hash would choose too few documents for a fair sample.
-    split = "tail" if sample.ways or val_documents < VAL_DOCUMENTS / 2 else "hash"
+    # Val is the end of the corpus if files are cut, since neighbouring documents belong together, or if val
+    # has few documents, since a choice by hash could be too few of them.
+    split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
@@ -221,12 +214,11 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
         "inspection.max_repeated_share": max(params.inspection.max_repeated_share, repeated),
     }
     training, time = _training(params, tokens, minutes)
-    about, ways = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.ways))
-    copies = f"; {sample.copies:,} copies are left out" if sample.copies else ""
+    about, cuts = "about " if sample.scale > 1 else "", "; ".join(sorted(sample.cuts))
     wide = ": few, so intervals will be wide" if val_documents < 20 else ""
     measured = f"about {val_documents:,.0f} documents, about {fraction * tokens:,.0f} tokens{wide}"
     return values | training | _evaluation(params, sample.tokens, val_documents), [
-        f"found {about}{documents:,} documents{f' by {ways}' if ways else ''}{copies}",
+        f"found {about}{documents:,} documents{f' by {cuts}' if cuts else ''}",
         f"{about}{megabytes:,.2f} MB of text, about {tokens:,.0f} tokens",
         f"held out for measurement (val, {split}): {measured}",
         time,
@@ -273,10 +265,9 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
     """Return the values of params.yaml for evaluation; `tokens` has the estimated tokens of each document."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
-    share = min(
-        1.0, CONTINUED_DOCUMENTS / val_documents
-    )  # the share of val documents that must be long enough
-    # Prompt and continuation each get a quarter of such a document. The rest allows for a wrong estimate.
+    # The share of val documents that must be long enough for a prompt and its continuation.
+    share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
+    # Prompt and continuation each get a quarter of such a document. The rest is for errors of the estimate.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

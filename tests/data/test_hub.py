@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from compactgpt import cli
-from compactgpt.common.errors import BadConfig, BadData, NotAllowed, Unreachable
+from compactgpt.common.errors import BadConfig, BadData, Unreachable
 from compactgpt.data import hub
 from compactgpt.model.huggingface import save_hf
 from compactgpt.model.weights import save_model
@@ -113,7 +113,7 @@ def test_a_push_that_cannot_work_is_one_message(trained, server, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
     done = push(trained)
-    assert (done.exit_code, "hf auth login" in done.output) == (NotAllowed.exit_code, True), done.output
+    assert (done.exit_code, "hf auth login" in done.output) == (Unreachable.exit_code, True), done.output
     server.close()
     start = time.monotonic()
     done = push(trained)

@@ -50,7 +50,7 @@ def test_documents_begin_where_params_say(way, text, expected):
 )
 def test_auto_cuts_any_text_into_documents_of_a_sensible_length(text, way, longest):
     pieces = split(text)
-    assert {piece.way for piece in pieces} == {f"{way}, of at least 100 characters"}
+    assert {piece.cut for piece in pieces} == {f"{way}, of at least 100 characters"}
     assert min(len(piece.text) for piece in pieces) >= 99
     assert max(len(piece.text) for piece in pieces) <= longest
     assert "".join("".join(piece.text for piece in pieces).split()) == "".join(text.split())

@@ -187,9 +187,9 @@ def _cut(text: str, name: str) -> tuple[list[str], str]:
         split="auto", heading=None, split_characters=PIECE, split_over_characters=5 * PIECE
     )
     pieces = list(split_text(io.BytesIO(text.encode()), name, auto, sys.maxsize))
-    way = pieces[0].way if pieces else ""
-    message = f"{name}: {len(pieces):,} documents by {way}; --whole scores one document"
-    return [piece.text for piece in pieces], message if way else ""
+    cut = pieces[0].cut if pieces else ""
+    message = f"{name}: {len(pieces):,} documents by {cut}; --whole scores one document"
+    return [piece.text for piece in pieces], message if cut else ""
 
 
 def _format_figure(score: "Score", name: str, digits: int) -> str:

@@ -1,27 +1,26 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
-Files in the hub's standard cache are used without a network. Before a download, one request with a short
-timeout checks that the hub answers: the hub's client alone would try for half a minute.
+Files in the hub's standard cache are used without a network. Before a download, one request checks that the
+hub answers within a few seconds. Without this request, the hub's client would try for half a minute.
 """
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed, Unreachable
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.config import Folder, Hub, HubCorpus, Params
 
 DOWNLOADED = Path("reports/download.json")  # DVC deletes this report before the stage `download` starts
-_TIMEOUT_SECONDS = 5  # how long the request before a download waits for an answer
+_TIMEOUT_SECONDS = 5  # for the answer to the request before a download
 # The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
-# Subfolders are not downloaded: they contain weights in other formats.
+# Arguments of `snapshot_download`. Subfolders are ignored, since they contain weights in other formats.
 _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*/*"]}
 
 
@@ -34,25 +33,30 @@ def one_line(error: Exception) -> str:
 def hub_errors(what: str, advice: str) -> Iterator[None]:
     """Convert errors of the hub's client into user errors that name `what` and end with `advice`.
 
-    Raises BadConfig if the repository or the commit does not exist or is not public; Unreachable if the hub
-    does not answer, or HF_HUB_OFFLINE forbids requests.
+    Raises BadConfig if the repository or the commit does not exist, is not public or has no valid name;
+    Unreachable if the hub does not answer or refuses access, or HF_HUB_OFFLINE forbids requests.
     """
     import httpx2
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         yield
+    except HFValidationError as error:
+        raise BadConfig(f"{what!r} is not a repository name (owner/name): {one_line(error)}") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
     except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # a login page is not JSON
         raise Unreachable(
-            f"the hub can't be reached for {what} ({one_line(error)}): check the network, "
-            f"run the same command again, or {advice}"
+            f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
+            f"(`hf auth login`, or HF_TOKEN), run the same command again, or {advice}"
         ) from error
 
 
 def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, advice: str) -> None:
-    """Check that the hub has the repository `owner/name` at a commit or branch; see `hub_errors`."""
+    """Check that the hub has the repository `owner/name` at a commit or branch.
+
+    Raises the errors of `hub_errors`.
+    """
     from huggingface_hub import HfApi
 
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
@@ -73,7 +77,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
         with hub_errors(repo, advice):
             folder = Path(snapshot_download(repo, revision=revision, **_WANTED))
     for path in sorted(folder.glob("*.safetensors")):
-        # The cache names a large file by its SHA-256, so a changed file is found without a request.
+        # The path is a link to a file that the cache names by its SHA-256.
         blob = path.resolve()
         if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_file(blob) != blob.name:
             raise BadData(f"{path} was altered or damaged: delete {blob} and run the same command again")
@@ -81,7 +85,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def cached_model(repo: str, revision: str) -> Path | None:
-    """Return a model's folder in the cache, or None if a file that `from_pretrained` loads is missing."""
+    """Return a model's folder in the hub's standard cache, or None if a file of the model is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -89,7 +93,7 @@ def cached_model(repo: str, revision: str) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_WANTED))
     except LocalEntryNotFoundError:
         return None
-    # A cache that `from_pretrained` filled has no list of the repository's files.
+    # `snapshot_download` also returns the folder if another program has downloaded only some of the files.
     needed = ("config.json", "*.safetensors", "tokenizer*.json")
     return folder if all(any(folder.glob(pattern)) for pattern in needed) else None
 
@@ -135,13 +139,26 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+def local_copy(params: HubCorpus) -> Path | None:
+    """Return the folder or the text file that is read instead of the hub; None if there is no copy.
+
+    Raises MissingInput if the folder `download.hub.mirror` does not exist.
+    """
+    if params.mirror is not None:
+        if not Path(params.mirror).is_dir():
+            raise MissingInput(f"download.hub.mirror: there is no folder {params.mirror}")
+        return Path(params.mirror)
+    file = params.sets[params.name].file
+    return Path(file) if file is not None and Path(file).is_file() else None
+
+
 def check_data_set(params: HubCorpus) -> None:
     """Check that the data set `download.hub.name` has a local copy, or that the hub has its commit.
 
-    Raises the errors of `hub_errors`, and BadConfig if params.yaml has no commit.
+    Raises the errors of `hub_errors` and `local_copy`, and BadConfig if params.yaml has no commit.
     """
     chosen, key = params.sets[params.name], f"download.hub.sets.{params.name}"
-    if params.mirror is not None or (chosen.file is not None and os.path.lexists(chosen.file)):
+    if local_copy(params) is not None:
         return
     if chosen.revision is None:
         raise BadConfig(
@@ -159,9 +176,10 @@ def check_sources(params: Params) -> None:
     """Check, before a run, that models, task files and corpus of params.yaml are local or on the hub.
 
     Raises MissingInput if a local folder or file does not exist, and the errors of `check_model_folder` and
-    `hub_errors`. The message lists the settings for local copies.
+    `hub_errors`. If the hub lacks a repository, the message lists the settings for local copies.
     """
-    needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}  # key: setting of a local copy
+    # Setting that names a local copy -> (kind of repository, owner/name, commit) on the hub.
+    needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
     for name in params.baseline.names:
         spec = params.baseline.specs[name]
         if isinstance(spec, Folder):
@@ -194,29 +212,14 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
 
     A repository that does not exist is created, as a private one if `private` is true.
 
-    Raises NotAllowed if there is no token, or the token does not allow writing to `repo`; BadConfig if `repo`
-    is not a valid name; Unreachable if the hub does not answer.
+    Raises the errors of `hub_errors`.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
-    try:
-        with hub_errors(repo, "push to another repository"):
-            api.create_repo(repo, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message="Upload from compactgpt export"
-            )
-    except HFValidationError as error:
-        raise BadConfig(f"{repo!r} is not a repository name (owner/name): {one_line(error)}") from error
-    except Unreachable as error:
-        cause = error.__cause__
-        if isinstance(cause, LocalTokenNotFoundError) or (
-            isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
-        ):
-            raise NotAllowed(
-                f"the hub does not allow writing to {repo} ({one_line(cause)}): run `hf auth login`, or set "
-                "HF_TOKEN, then run the same command again"
-            ) from cause
-        raise
+    with hub_errors(repo, "push to another repository"):
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Upload from compactgpt export"
+        )
     return str(commit.commit_url)

@@ -1,25 +1,22 @@
 """A data set of the Hugging Face hub as a corpus.
 
-The library `datasets` streams the rows of one commit in their order, and does not copy the rows to its cache.
-If params.yaml has the SHA-256 of the text, the data set is read twice: first to compare the hash. A local
-copy of the text (`file` in params.yaml) is read as a data set of one row.
+The library `datasets` streams the rows of one commit in their order, without a copy on the disk. If
+params.yaml has the SHA-256 of the text, the data set is read twice, first to compare the hash. A local copy
+of the text (`file` in params.yaml) is read as a data set of one row.
 """
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from compactgpt.common.console import Progress
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
-from compactgpt.config import Download, HubCorpus, HubSet
+from compactgpt.common.errors import BadConfig, BadData
+from compactgpt.config import Download, HubSet
 from compactgpt.data.documents import Corpus, Part, Text, check_size, text_of_row
-from compactgpt.data.hub import check_data_set, hub_errors, one_line
-from compactgpt.data.inputs import check_files, regular_status
+from compactgpt.data.hub import check_data_set, hub_errors, local_copy, one_line
 
 _PROGRESS_ROWS = 1000
 
@@ -27,8 +24,8 @@ _PROGRESS_ROWS = 1000
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
     """Return the data set `download.hub.name` as a corpus; the first read opens the data set.
 
-    The position of a text is [split, number of complete rows, state of the `datasets` iterator after these
-    rows, number of texts of the next row that were read].
+    The position of a text is [index of the split, number of complete rows, state of the `datasets` iterator
+    after these rows, number of texts of the next row that were read].
     """
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
@@ -38,12 +35,12 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 
     def read(position: Any) -> Iterator[Text]:
         check_data_set(params.hub)
-        data_set.check_hash()  # no text may be used before the hash was compared
+        data_set.check_hash()
         first_split, rows, state, done = position or (0, 0, None, 0)
         for split in range(first_split, len(chosen.splits)):
             for row, before, texts in data_set.texts(split, rows, state):
-                if row % _PROGRESS_ROWS == 0:  # 0: the total number of rows is unknown
-                    progress(row, 0)
+                if row % _PROGRESS_ROWS == 0:
+                    progress(row, 0)  # 0, since the total number of rows is unknown
                 for number, text in enumerate(texts[done:], done + 1):
                     yield Text(
                         text, f"{data_set.names[split]}:{row}", split, [split, row - 1, before, number]
@@ -55,21 +52,6 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
     return Corpus("hub", identity, parts, read)
 
 
-def _local_copy(params: HubCorpus) -> Path | None:
-    """Return the folder or the text file that is read instead of the hub; None if there is no copy."""
-    if params.mirror is not None:
-        mirror = Path(params.mirror)
-        if not mirror.is_dir():
-            raise MissingInput(f"download.hub.mirror: there is no folder {mirror}")
-        check_files(mirror)  # `datasets` would wait for a named pipe
-        return mirror
-    file = params.sets[params.name].file
-    if file is None or not os.path.lexists(file):
-        return None
-    regular_status(Path(file), file)
-    return Path(file)
-
-
 class _DataSet:
     """Reads the rows and the texts of one data set.
 
@@ -78,7 +60,7 @@ class _DataSet:
     """
 
     def __init__(self, params: Download) -> None:
-        self.copy = _local_copy(params.hub)
+        self.copy = local_copy(params.hub)
         self.chosen: HubSet = params.hub.sets[params.hub.name]
         self._is_text = self.copy is not None and not self.copy.is_dir()
         if self.copy is not None and self._is_text:
@@ -88,7 +70,7 @@ class _DataSet:
         self._max_row_megabytes = params.max_row_megabytes
 
     def check_hash(self) -> None:
-        """Compare the SHA-256 of all text with the one in params.yaml, if there is one."""
+        """Compare the SHA-256 of all text with the hash in params.yaml, if there is one."""
         if self.chosen.sha256 is None:
             return
         hasher = hashlib.sha256()
@@ -103,9 +85,9 @@ class _DataSet:
             )
 
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, list[str]]]:
-        """Yield (row number, state before the row, texts that begin in the row).
+        """Yield (row number, state before the row, texts that begin in the row) after the first `rows` rows.
 
-        A text is one row, several rows (`opens_document`), or a part of a row (`separator`).
+        With `opens_document` in params.yaml, a text is several rows; with `separator`, it is a part of a row.
         """
         if self.chosen.opens_document is None:
             for row, before, text in self._rows(split, rows, state):
@@ -128,16 +110,16 @@ class _DataSet:
             yield first, state_before, ["".join(joined)]
 
     def _rows(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, str]]:
-        """Yield (row number from 1, state of the `datasets` iterator before the row, text).
+        """Yield (row number from 1, state of the `datasets` iterator before the row, text) of each row.
 
-        Reading starts after the first `rows` rows, where the iterator has the state `state`.
+        Skips the first `rows` rows; `state` is the iterator's state after them.
         """
         with self._errors():
             data = self._open(self.chosen.splits[split])
             if state is not None:
                 data.load_state_dict(state)
             before = state or data.state_dict()
-            for row, values in enumerate(data, rows + 1):  # `values`: key: column name; value: its value
+            for row, values in enumerate(data, rows + 1):  # `values` maps a column name to a value
                 where = f"{self.names[split]}, row {row:,}"
                 text = text_of_row(values, where, self.chosen.text_column, self._key)
                 check_size(len(text), where, "max_row_megabytes", self._max_row_megabytes)
@@ -150,7 +132,7 @@ class _DataSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(logging.CRITICAL)  # `_errors` reports the errors
         if self._is_text:
-            # With `sample_by`, the complete file is one row.
+            # `sample_by` makes the complete file one row.
             options = {"data_files": str(self.copy), "sample_by": "document", "split": "train"}
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
@@ -181,7 +163,7 @@ class _DataSet:
 
 
 def _split_row(text: str, chosen: HubSet) -> list[str]:
-    """Cut a row at `separator`, and join short parts until each text has `join_characters`."""
+    """Cut a row at `separator`, and join the parts until each text has at least `join_characters`."""
     if chosen.separator is None:
         return [text]
     texts: list[str] = []

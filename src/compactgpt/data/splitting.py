@@ -12,18 +12,19 @@ from typing import IO, NamedTuple
 from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
-_LARGE = 10  # auto: text without blank lines is cut when it is this many times longer than `split_characters`
-# Key: value of `download.files.split`; value: its name in messages. Other values are their own names.
-_WAYS = {"blank-lines": "blank lines", "heading": "headings"}
+# With `auto`, a document without a blank line ends after this many times `split_characters` characters.
+_LARGE = 10
+# Value of `download.files.split` -> its name in messages. A value that is not here is its own name.
+_MESSAGE_NAMES = {"blank-lines": "blank lines", "heading": "headings"}
 
 
 class Line(NamedTuple):
-    """A line of a file, including its line break; or a part of a very long line, which ends at a space."""
+    """A line with its line break, or a part of a very long line, which ends at a space if there is one."""
 
     number: int  # from 1
     text: str
-    is_start: bool  # True for the first part of a line
-    is_end: bool  # True for the last part of a line
+    is_start: bool  # whether `text` begins where the line begins
+    is_end: bool  # whether `text` ends where the line ends
 
 
 class Piece(NamedTuple):
@@ -31,18 +32,19 @@ class Piece(NamedTuple):
 
     line: int  # number of the document's first line or row, from 1; 0 if the document is the complete file
     text: str
-    way: str = ""  # says in messages where the file was cut; empty if the file was not cut
+    cut: str = ""  # where the file was cut, such as "blank lines"; empty if the file was not cut
 
 
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    If the file is one document, its text is not changed. Otherwise blank lines at the start of each document,
-    and white space at its end, are removed. The caller refuses a piece of more than
-    `max_characters`; such a piece is cut at the next line break, so that memory stays small.
+    A file that is one document is not changed. If the file is cut, blank lines at the start of each document
+    and white space at its end are removed. A document ends soon after `max_characters`, so that memory stays
+    small. The caller must refuse documents that are longer than `max_characters`.
 
     Raises BadData if the file is not UTF-8.
     """
+    # A document has at least `least` characters, and ends at the next line break after `most` characters.
     split, least, most = params.split, 1, max_characters + 1
     lines = read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
@@ -60,18 +62,17 @@ def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -
             split = "size"
     if split == "size":
         least = params.split_characters
-    way = _WAYS.get(split, split) + (f", of at least {least:,} characters" if least > 1 else "")
+    cut = _MESSAGE_NAMES.get(split, split) + (f", of at least {least:,} characters" if least > 1 else "")
     heading = re.compile(params.heading or "")
     for piece in _cut(lines, split, heading, least, most):
         text = "".join(line.text for line in piece)
         if split == "none":
             yield Piece(0, text)
         elif text.strip():
-            yield Piece(piece[0].number, text.strip("\r\n").rstrip(), way)
+            yield Piece(piece[0].number, text.strip("\r\n").rstrip(), cut)
 
 
 def _is_boundary(split: str, heading: re.Pattern[str], before: Line, line: Line) -> bool:
-    """Return whether a document may begin at `line`; `before` is the line before it."""
     if split == "size":
         return True
     if split == "none" or not line.is_start:
@@ -90,8 +91,8 @@ def _cut(
 ) -> Iterator[list[Line]]:
     """Yield the lines of each piece.
 
-    A piece ends before the first boundary after `least` characters, or at any line after `most` characters.
-    The last piece is joined to the piece before it if it is shorter than `least`.
+    A piece ends at the first boundary after `least` characters, or at the first line break after `most`
+    characters. A last piece that is shorter than `least` is joined to the piece before.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
@@ -109,9 +110,9 @@ def _cut(
 
 
 def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file in UTF-8. A line over `max_bytes` is yielded in parts of about `max_bytes`.
+    """Yield the lines of a file without its byte-order mark. Longer lines are cut into parts of `max_bytes`.
 
-    Raises BadData if the file is not UTF-8. A byte-order mark is removed.
+    Raises BadData if the file is not UTF-8.
     """
     # The decoder keeps an incomplete character at the end of a part for the next part.
     decoder = codecs.getincrementaldecoder("utf-8")()

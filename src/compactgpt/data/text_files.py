@@ -2,14 +2,14 @@
 
 A .txt or .md file is one document, or is cut into documents (module `splitting`). In a file of another kind,
 each row is one document. Files may be compressed (.gz or .zst). Memory holds the names of all files, and one
-document; of a .json file with an array it holds the complete content.
+document. A .json file with an array is read into memory completely.
 """
 
 import csv
 import io
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
@@ -21,31 +21,31 @@ from compactgpt.common.errors import BadData, DiskFull, MissingInput, printable
 from compactgpt.config import FILE_KINDS, Download, Files
 from compactgpt.data.documents import MEGABYTE, Corpus, Part, Text, check_size, text_of_row
 from compactgpt.data.hub import one_line
-from compactgpt.data.inputs import check_files, regular_status
+from compactgpt.data.inputs import check_files
 from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 
 _KEY = "download.files"
-FOLDER = "corpus"  # the stage lists the files in this folder that it does not read
-_OWN_PAGE = "corpus/README.md"  # the project's page about this folder; it is never read
+_KINDS = f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
+FOLDER = "corpus"  # the folder of the user's text
+_OWN_PAGE = "corpus/README.md"  # the project's page about the folder; it is no text of the corpus
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 16  # number of parquet rows that are read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # decompressed size below which max_decompression_ratio does not apply
+_ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content that is longer than this
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
     """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
 
-    A message to `log` says which files in corpus/ are not read. Raises the errors of `list_files`.
+    The names of the files in corpus/ that are not read are logged. Raises the errors of `list_files`.
     """
     names = list_files(params.files.patterns, root)
-    stats = [regular_status(root / name, printable(name)) for _, name in names]
-    if message := unread_files(root, {name for _, name in names}):
-        log(message)
+    stats = [(root / name).stat() for _, name in names]
+    _log_unread_files(root, {name for _, name in names}, log)
 
     def read(position: Any) -> Iterator[Text]:
-        first, done = position or (0, 0)  # index of the file to start in, and number of its texts to skip
+        first, done = position or (0, 0)  # index of the first file, and the number of its texts to skip
         for number, (part, name) in enumerate(names[first:], first):
             for index, (text, source, _) in enumerate(read_file(root, name, params), 1):
                 if number > first or index > done:
@@ -62,10 +62,13 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the pattern, path relative to `root`) of each file, sorted by pattern and path.
+    """Return (index of the first matching pattern, path relative to `root`) of each file of the corpus.
 
-    The pattern `folder/**` stands for every file below the folder of the kinds that are read. Raises
-    MissingInput if no file matches, or a pattern without `*` matches none; and the errors of `check_files`.
+    The files are sorted by pattern and path. The pattern `folder/**` matches every file below the folder.
+    Files of other kinds than FILE_KINDS are left out.
+
+    Raises MissingInput if no file matches, or a pattern without `*` matches none; and the errors of
+    `check_files`.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)
@@ -77,10 +80,9 @@ def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
         for name in names:
             found.setdefault(name, index)
     if not found:
-        unread = unread_files(root, set())
         raise MissingInput(
-            f"no file matches download.files.patterns ({', '.join(patterns)}): put text there, or correct "
-            f"the patterns in params.yaml{unread and '; '}{unread}"
+            f"no file matches download.files.patterns ({', '.join(patterns)}) and has one of the suffixes "
+            f"{_KINDS}: put text there, or correct the patterns in params.yaml"
         )
     return [(index, name) for name, index in found.items()]
 
@@ -92,49 +94,44 @@ def _matching_files(pattern: str, root: Path) -> Iterator[str]:
 
 
 def file_kind(name: str) -> str:
-    """Return the suffix of a file in lower case, without .gz or .zst."""
+    """Return the suffix of a file's name in lower case, such as `.txt` also for `a.TXT.gz`."""
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def unread_files(root: Path, read: Collection[str]) -> str:
-    """Return a message about the files in corpus/ that are not in `read`; empty if there are none."""
+def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) -> None:
     found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
-    names = sorted(found.difference(read))  # `dvc add` writes a .dvc file beside each file
-    if not names:
-        return ""
-    shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
-    return (
-        f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). Files are read if download.corpus is "
-        f"files, a pattern of download.files.patterns matches, and the kind is one of {' '.join(FILE_KINDS)} "
-        "(also with .gz or .zst)"
-    )
+    if names := sorted(found - read):  # `dvc add` writes a .dvc file beside each file
+        shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
+        log(
+            f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). A file is read if a pattern of "
+            f"download.files.patterns matches, and its name ends with one of {_KINDS}"
+        )
 
 
 # --- reading files
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
-    """Yield (text, source, way) of each document of the file `name`, which is relative to `root`.
+    """Yield the documents of the file `name`, which is relative to `root`.
 
-    The way says where the file was cut, and is empty if it was not cut.
+    A document is (text, source, cut); cut says in words where the file was cut, and is empty if it was not.
 
-    Raises BadData if the file is empty, damaged or not UTF-8, lacks the
-    text column, or exceeds a limit; MissingInput if it is missing; DiskFull if a compressed parquet file does
-    not fit on the disk.
+    Raises BadData if the file is empty, damaged or not UTF-8, lacks the text column, or exceeds a limit;
+    DiskFull if a compressed parquet file does not fit on the disk.
     """
     import pyarrow as pa
 
     path, shown = root / name, printable(name)
-    if not regular_status(path, shown).st_size:
+    if not path.stat().st_size:
         raise BadData(f"{shown} is empty: remove it from the corpus")
     read = _READERS.get(file_kind(name), _read_text)
     try:
         with _open(path, shown, params) as file:
-            for line, text, way in read(file, shown, params):
-                yield text, f"{name}:{line}" if line else name, way
+            for line, text, cut in read(file, shown, params):
+                yield text, f"{name}:{line}" if line else name, cut
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # for example, the disk cannot be read
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # an error of the disk, not of the file's content
         problem = "is damaged, or was cut short, or is not of the kind that its name says"
         raise BadData(f"{shown} {problem} ({one_line(error)})") from error
 
@@ -146,7 +143,7 @@ def _open(path: Path, name: str, params: Download) -> io.BufferedReader:
 
 
 class _Decompressed(io.RawIOBase):
-    """The decompressed content of a file. Reading raises BadData if the content is larger than allowed."""
+    """Reads a compressed file. Raises BadData if the decompressed content is larger than allowed."""
 
     def __init__(self, path: Path, name: str, params: Files) -> None:
         import pyarrow as pa
@@ -180,7 +177,6 @@ def _read_text(file: IO[bytes], name: str, params: Download) -> Iterator[Piece]:
 
 
 def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
-    """Yield the rows of a file in which each line is a row."""
     max_bytes = params.max_row_megabytes * MEGABYTE + 1
     for line in read_lines(file, name, max_bytes):
         size = len(line.text) if line.is_end else max_bytes
@@ -189,7 +185,7 @@ def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
 
 
 def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
-    """Yield the rows of a JSON array, which is read into memory, or of a file with one JSON value a line."""
+    """Yield the rows of a file that is one JSON array, or has one JSON value in each line."""
     column, megabytes = params.files.text_column, params.max_document_megabytes
     if file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         content = file.read(megabytes * MEGABYTE + 1)
@@ -242,7 +238,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piec
         if not file.seekable():  # a compressed file; parquet is read from its end
             _copy(file, temporary, name, params.files.min_free_disk_megabytes)
             file = temporary
-        # Raise an error if a page's checksum differs. Files without checksums are accepted.
+        # pyarrow checks the checksums of pages, if the file has checksums.
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             _check_column(table.schema_arrow.names, name, column)
             for batch in table.iter_batches(_ROWS, columns=[column]):
