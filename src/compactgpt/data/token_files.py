@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -41,7 +41,7 @@ class Header(BaseModel, frozen=True, strict=True):
     tokens: NonNegativeInt  # number of tokens in the file, end-of-text tokens included
     documents: NonNegativeInt
     vocab_size: PositiveInt
-    eot_token: NonNegativeInt  # id of the end-of-text token
+    eot_token: Annotated[int, Field(ge=0, lt=2**32)]  # id of the end-of-text token
     tokenizer_sha256: str
 
 
