@@ -50,18 +50,12 @@ def message_of(tree) -> str:
         ("download.docstrings.distributions", {"a/b": "1"}, 'distributions.a/b: found "a/b"; a name has'),
         ("download.hub.sets.wikitext-103.opens_document", "(", "should be a valid regular expression"),
         # rules between several keys
-        (
-            "evaluation.text.prompts",
-            ["a ${model.n_layer} b"],
-            "found 'a ${model.n_layer} b': `dvc exp run -S`",
-        ),
         ("model.n_embd", 130, "model: n_embd (130) must be a multiple of n_head (4)"),
         ("model.padded_vocab_size", 50000, "model: padded_vocab_size (50000) must be at least vocab_size"),
         ("training.tokens_per_step", 500, "training.tokens_per_step (500) must be a multiple of"),
         ("evaluation.likelihood.window", 256, "evaluation.likelihood.window (256) must be at most"),
         ("baseline.names", ["xz", "gpt9"], "baseline: names ['gpt9'] have no entry in specs"),
         ("baseline.names", ["xz", "xz"], "baseline: names ['xz', 'xz'] must be different"),
-        ("download.docstrings.max_characters", 100, "max_characters (100) must be at least min_characters"),
         ("download.hub.name", "c4", "download.hub: name 'c4' has no entry in sets; it has ['fineweb"),
         (f"{SHAKESPEARE}.opens_document", "x", f"{SHAKESPEARE}: opens_document joins rows and separator"),
         (f"{SHAKESPEARE}.sha256", None, f"{SHAKESPEARE}: revision is a branch, which moves"),

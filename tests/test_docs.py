@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from compactgpt import experiments
 from compactgpt.cli import app
 from compactgpt.experiments import load_changed_params
-from compactgpt.forecast.estimate import estimate_configuration
+from compactgpt.forecast.estimate import estimate
 from tests.support.comparison_inputs import ROOT
 
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text()
@@ -43,7 +43,7 @@ def test_the_real_run_quotes_the_estimate(tmp_path):
     params_file = tmp_path / "params.yaml"
     params_file.write_text((ROOT / "params.yaml").read_text())
     experiments.apply("note", params_file, [], ROOT / "conf")
-    note = estimate_configuration(load_changed_params(params_file, []), ROOT / "results/ladder.json")
+    note = estimate(load_changed_params(params_file, []))["compact"]
     loss, minutes = note["expected_loss"], note["minutes"]
     bounds = f"{loss['low_95']:.2f} to {loss['high_95']:.2f}"
     assert f"{loss['value']:.2f} nats per token expected (95 %: {bounds})" in REAL_RUN

@@ -95,7 +95,7 @@ def test_a_mistake_in_an_experiment_is_named_and_changes_nothing(params_file, tm
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*it has ci, .*, note,"):
+    with pytest.raises(BadConfig, match=r"no experiment 'nte'.*has ci, .*, note,"):
         experiments.find_experiment("nte", CONF)
 
 

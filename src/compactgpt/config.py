@@ -19,11 +19,11 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]  # name==version
 UserPath = Annotated[NonEmpty, AfterValidator(os.path.expanduser)]  # `~` is the home folder
-FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # kinds of text files that are read
+FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # endings of files that are read
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-View = Literal["own", "strided"]  # own: windows of the model's own context; strided: windows that overlap
+View = Literal["own", "strided"]  # own: windows as long as the model allows; strided: overlapping windows
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
 
 
@@ -49,21 +49,12 @@ class Runtime(Section):
     sample_prompt: str = ""
 
 
-class Lengths(Section):
-    """The allowed lengths of a document."""
+class Docstrings(Section):
+    """The built-in corpus: the docstrings of installed distributions."""
 
     min_characters: NonNegativeInt
     max_characters: PositiveInt
-
-    def _mistakes(self) -> Iterator[str]:
-        if (high := self.max_characters) < self.min_characters:
-            yield f"max_characters ({high}) must be at least min_characters ({self.min_characters})"
-
-
-class Docstrings(Lengths):
-    """The built-in corpus: the docstrings of installed distributions, by name and version."""
-
-    distributions: Annotated[dict[Name, str], Field(min_length=1)]
+    distributions: Annotated[dict[Name, str], Field(min_length=1)]  # name -> version
     exclude: tuple[str, ...]
 
 
@@ -105,12 +96,8 @@ class HubSet(Section):
     def _mistakes(self) -> Iterator[str]:
         if self.opens_document is not None and self.separator is not None:
             yield "opens_document joins rows and separator cuts them: one of the two at most"
-        if self.join_characters is not None and self.separator is None:
-            yield "join_characters joins the parts that separator cuts: give a separator, too"
         if str(self.revision).startswith("refs/") and self.sha256 is None:
             yield "revision is a branch, which moves: give the sha256 of the text, or a commit"
-        if (self.file is None) != (self.file_url is None):
-            yield "file and file_url: give both, or none of the two"
 
 
 class HubCorpus(Section):
@@ -148,9 +135,11 @@ class Download(Section):
     tokenizer: Tokenizer
 
 
-class Validation(Lengths):
+class Validation(Section):
     """The limits that the Great Expectations suite checks for documents."""
 
+    min_characters: NonNegativeInt
+    max_characters: PositiveInt
     min_documents: PositiveInt
     min_total_megabytes: NonNegativeFloat
     min_letter_share: Share
@@ -366,7 +355,7 @@ class Folder(Section):
     label: str = ""
     kind: Literal["folder"]
     path: UserPath
-    sha256: Sha256 | None = None  # hash of the folder; without a value, the stage stops and prints the hash
+    sha256: Sha256 | None = None  # hash of the folder; if it is None, the stage stops and prints the hash
 
 
 class Hub(Section):
@@ -419,19 +408,34 @@ class Machine(Section):
     source: str
 
 
-class Anchor(Section):
-    """A reference run: its size, budget and measured loss."""
+class Run(Section):
+    """The size and the budget of a training run."""
 
-    name: Name
-    num_params: PositiveInt
+    num_params: PositiveInt  # counted by nanoGPT's convention
     num_params_non_embedding: PositiveInt
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the run trains on; a repeated token counts each time."""
+        return self.max_steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> int:
+        """Training compute in FLOPs: 6 times parameters times tokens."""
+        return 6 * self.num_params * self.tokens
+
+
+class Anchor(Run):
+    """A reference run: a finished run whose loss was measured."""
+
+    name: Name
     optimizer: Literal["adamw", "muon"]
-    loss: PositiveFloat
+    loss: PositiveFloat  # nats per token
     corpus: str
     source: str
-    assumed_budget: bool = False  # True: the loss only checks estimates, and no law is scaled to it
+    assumed_budget: bool = False  # True: max_steps is a guess, so no law is scaled to this run
 
 
 class Estimate(Section):
@@ -479,8 +483,6 @@ class Params(Section):
         if (step := training.tokens_per_step) % unit:
             factors = "training.micro_batch_size x model.block_size x training.launcher.processes"
             yield f"training.tokens_per_step ({step}) must be a multiple of {factors} ({unit})"
-        if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
-            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
                 rule = "must begin with corpus/, which DVC watches: `dvc add PATH -o corpus/NAME` copies it"

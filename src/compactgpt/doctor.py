@@ -22,7 +22,6 @@ from compactgpt.tracking import state_folder
 from compactgpt.tracking.journal import machine_facts, tracking_store
 
 WAIT_SECONDS = 2.0
-GIGABYTE = 10**9
 EXPERIMENTS = ("gpt2", "note")  # experiments whose time is estimated, besides `make repro`
 TOKENIZATION = Path("reports/tokenization.json")
 LAMBADA_TOKENS = 450_000  # approximate size of LAMBADA's test split
@@ -32,9 +31,9 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
-    `machine` has a text for each part of the machine. `baselines` (those in baseline.names) and
-    `other_baselines` have, by name, what a baseline needs to run. `minutes` has, by command, the minutes of
-    training and of each baseline on this processor, or the reason why the command can't run.
+    `machine` has a text for each part of the machine. `baselines` has, by name, what a baseline needs to run.
+    `minutes` has, by command, the minutes of training and of each baseline on this processor, or the reason
+    why the command can't run.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -42,7 +41,6 @@ def examine(params_file: Path) -> dict[str, Any]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     hub = "not asked: HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else _ask(endpoint)
     speed = measure_flops()
-    baselines = {name: _readiness(spec, hub == "answers") for name, spec in params.baseline.specs.items()}
     minutes: dict[str, Any] = {"make repro": _minutes([params], speed)}
     for name in EXPERIMENTS:
         try:
@@ -56,8 +54,7 @@ def examine(params_file: Path) -> dict[str, Any]:
             "hub": f"{endpoint}: {hub}",
             "MLflow": _mlflow(),
         },
-        "baselines": {name: baselines.pop(name) for name in params.baseline.names},
-        "other_baselines": baselines,
+        "baselines": {name: _need(spec, hub == "answers") for name, spec in params.baseline.specs.items()},
         "minutes": minutes,
     }
 
@@ -71,8 +68,7 @@ def format_report(found: Mapping[str, Any]) -> str:
             times[command] = f"about {format_minutes(sum(parts.values()))} ({detail})"
     groups = {
         "this machine": found["machine"],
-        "models to compare with (baseline.names in params.yaml)": found["baselines"],
-        "other models that baseline.names may list": found["other_baselines"],
+        "models that baseline.names in params.yaml may list": found["baselines"],
         "estimated time without a GPU, at the speed above": times,
     }
     lines = []
@@ -82,7 +78,7 @@ def format_report(found: Mapping[str, Any]) -> str:
 
 
 def _ask(address: str) -> str:
-    """Return whether the server at an address answers, with any status."""
+    """Return whether the server at an address answers; an error status is an answer, too."""
     try:
         urllib.request.urlopen(address, timeout=WAIT_SECONDS).close()  # noqa: S310 (the user's setting)
     except urllib.error.HTTPError:
@@ -102,34 +98,23 @@ def _mlflow() -> str:
 
 def _hardware() -> dict[str, str]:
     import psutil
+    import torch
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = machine_facts().get("cpu") or "unknown"
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
-        "processor": f"{cpu}, {usable} cores usable, load average {os.getloadavg()[0]:.1f}",
-        "memory": f"{memory.total / GIGABYTE:.1f} GB, {memory.available / GIGABYTE:.1f} GB available",
-        "disk": f"{disk.free / GIGABYTE:,.0f} GB free in this folder",
-        "GPU": _gpu(),
+        "processor": f"{machine_facts().get('cpu') or 'unknown'}, {usable} cores usable",
+        "memory": f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available",
+        "disk": f"{disk.free / 1e9:,.0f} GB free in this folder",
+        "GPU": ", ".join(gpus) or f"none that torch {torch.__version__} can use",
     }
 
 
-def _gpu() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"none that torch {torch.__version__} can use"
-    return ", ".join(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count()))
-
-
-def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
+def _need(spec: BaselineSpec, hub_answers: bool) -> str:
     """Return whether a baseline can run here, or what it needs."""
     if isinstance(spec, Hub):
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        folder = Path(HF_HUB_CACHE, f"models--{spec.repo.replace('/', '--')}")
-        # `cached_model` imports the hub's client, which takes a second.
-        if folder.is_dir() and cached_model(spec.repo, spec.revision):
+        if cached_model(spec.repo, spec.revision):
             return "ready: in the hub's cache"
         if hub_answers:
             return "can be downloaded from the hub"
@@ -144,18 +129,18 @@ def _readiness(spec: BaselineSpec, hub_answers: bool) -> str:
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
-    """Return the estimated minutes of the training, and of measuring each neural baseline."""
+    """Return the estimated minutes of the training, and of the evaluation of each neural baseline."""
     params = runs[0]
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:
-        if size := _num_params(name, params):  # two operations per parameter and token
-            flops = 2 * size * _measured_tokens(params)
+        if size := _num_params(name, params):
+            flops = 2 * size * _evaluated_tokens(params)  # two operations per parameter and token
             parts[name] = flops / (speed * params.estimate.utilisation_of_products) / 60
     return parts
 
 
-def _measured_tokens(params: Params) -> float:
-    """Return about how many tokens a neural model reads in its measurement."""
+def _evaluated_tokens(params: Params) -> float:
+    """Return about how many tokens a neural model reads in its evaluation."""
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
@@ -168,10 +153,6 @@ def _measured_tokens(params: Params) -> float:
 
 def _num_params(name: str, params: Params) -> float:
     """Return about how many parameters a baseline has; 0 if it is not neural, or its size is unknown."""
-    if not isinstance(params.baseline.specs[name], Gguf | Folder | Hub):
-        return 0.0
-    for anchor in params.estimate.anchors:
-        if anchor.name == name:
-            return float(anchor.num_params)
+    known = {anchor.name: float(anchor.num_params) for anchor in params.estimate.anchors}
     stated = re.search(r"(\d+)M\b", name, re.IGNORECASE)
-    return float(stated[1]) * 1e6 if stated else 0.0
+    return known.get(name, float(stated[1]) * 1e6 if stated else 0.0)

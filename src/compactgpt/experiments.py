@@ -1,8 +1,8 @@
 """Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
 
 `conf/experiments/<name>.yaml` states the purpose of an experiment, what it needs and the values that it sets.
-`conf/parts/` has settings that several experiments share. The values of the demo are set first, so that the
-result does not depend on an experiment that was applied before. An experiment with a `sweep` has many runs:
+`conf/parts/` has settings that several experiments share. The values of the demo are set first: otherwise
+values of an experiment that was applied before would remain. An experiment with a `sweep` has many runs:
 `evaluation.sweep_runs` trains them one after the other, and does not change params.yaml.
 """
 
@@ -45,24 +45,25 @@ class Part(Section):
 class SweepGroup(Section):
     """Runs of a sweep that differ only in their seed."""
 
-    params: dict[str, int | float | str] = Field(default_factory=dict)  # values by dotted key
-    seeds: tuple[int, ...] = ()  # one run for each; empty: one run, with the seed of params.yaml
-    start: Name | None = None  # an earlier run of this sweep, whose weights these runs start from
-    train_documents: int | None = None  # train on only this many documents, spread evenly over the split
-    train_source: str | None = None  # train on the documents of this distribution only
+    params: dict[str, int | float | str] = Field(default_factory=dict)  # dotted key of params.yaml -> value
+    seeds: tuple[int, ...] = ()  # the seed of each run; empty: a single run, with the seed of params.yaml
+    start: Name | None = None  # name of an earlier run of this sweep, from whose weights these runs start
+    train_documents: int | None = None  # number of train documents, spread evenly over the split; None: all
+    train_source: str | None = None  # train only on the documents of this distribution, such as `torch`
 
 
 class Expected(Section):
-    """The value that some claims of the note predict for small runs."""
+    """A quantity that small runs measure, and what claims of the note say about the quantity."""
 
-    claims: tuple[str, ...]  # ids in claims.yaml
-    expected: Literal["above", "below"]  # where the claims put it, relative to no effect
-    quantity: Line
-    otherwise: Line  # the conclusion if the runs do not support the claims
+    claims: tuple[str, ...]  # ids of the claims in claims.yaml
+    # The claims say that a ratio is above or below 1, or that a difference is above or below 0.
+    expected: Literal["above", "below"]
+    quantity: Line  # the name of the quantity in the report
+    otherwise: Line  # the conclusion in the report if the runs do not support the claims
 
 
 class Comparison(Expected):
-    """The ratio of the perplexities of two groups of runs, on the same val documents."""
+    """The quantity is the perplexity of the group `ours` divided by that of the group `theirs`."""
 
     ours: Name
     theirs: Name
@@ -70,7 +71,7 @@ class Comparison(Expected):
 
 
 class TextComparison(Expected):
-    """The difference of one figure between our model's and a baseline's texts after the same prompts."""
+    """The quantity is a figure of our model's generated texts minus the same figure of a baseline's texts."""
 
     baseline: Name
     figure: TextFigure
@@ -83,7 +84,7 @@ class SweepPoint:
     name: str
     group: str
     sweep: SweepGroup
-    values: dict[str, Any]  # all values in which the run differs from the other runs of the sweep
+    values: dict[str, Any]  # dotted key or field of SweepGroup -> the value that the sweep sets for this run
     params: Params
 
 
@@ -94,9 +95,9 @@ class Experiment(Part):
     needs: Line
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
-    sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # many runs instead of one, by group
-    comparisons: tuple[Comparison, ...] = ()  # of run groups in this sweep and in the sweep `seeds`
-    texts: tuple[TextComparison, ...] = ()  # which metrics of the generated texts in reports/ are compared
+    sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
+    comparisons: tuple[Comparison, ...] = ()  # comparisons of groups of this sweep and of the sweep `seeds`
+    texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
         if self.sweep and (self.params or self.parts):
@@ -117,14 +118,12 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise BadConfig(
-            f"there is no experiment {name!r} in {conf}/experiments: it has {', '.join(known)}{hint}"
-        )
+        raise BadConfig(f"there is no experiment {name!r}: {conf}/experiments has {', '.join(known)}{hint}")
     return known[name]
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Set the values of the demo, of the experiment and its parts, and `key=value` settings in a tree."""
+    """Set values in the tree of params.yaml: of the demo, of the experiment, and `key=value` settings."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -137,21 +136,20 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
     """Change a tree in place by JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            was_empty = not tree[key]
             merge_patch(tree[key], value)
-            if not tree[key] and not was_empty:
+            if not tree[key]:
                 tree[key] = {}  # ruamel.yaml would write the emptied mapping without its indentation
         elif value is None:
             if tree.get(key) is not None:  # a key that is null keeps its line and comment
                 del tree[key]
-        elif tree.get(key) != value:  # an equal value keeps its form, such as 2.0e-3
+        elif tree.get(key) != value:  # an equal value keeps its notation, such as 2.0e-3
             tree[key] = copy.deepcopy(value)
 
 
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
     """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
 
-    An unknown key is also set; `parse_params` refuses it later.
+    An unknown key is also set: `parse_params` reports it later.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -167,7 +165,7 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if key not in node or node[key] != value:  # an equal value keeps its form
+        if key not in node or node[key] != value:  # an equal value keeps its notation
             node[key] = value
 
 
@@ -190,8 +188,8 @@ def edit_params(
 ) -> tuple[str, list[str]]:
     """Return the text of params.yaml after a change of its tree, and a line for each value that differs.
 
-    Nothing is written. Comments and layout do not change: the YAML library is that of `dvc exp run -S`.
-    `source` names the changed file in messages. Raises BadConfig if the file is not valid before or after.
+    Nothing is written. Comments and layout do not change. `source` names the changed file in messages.
+    Raises BadConfig if the file is not valid before or after the change.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -226,7 +224,7 @@ def apply(
 ) -> list[str]:
     """Write an experiment, and then `key=value` settings, into params.yaml; return a line per change.
 
-    Comments and layout do not change. Without `write`, the file does not change.
+    Comments and layout do not change. If `write` is false, nothing is written.
     """
     change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
@@ -276,16 +274,16 @@ def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
 
     Raises MissingInput, before params.yaml changes, if DVC or a git repository is missing.
     """
-    dvc_environment()
+    _dvc_environment()
     require_repository(Path())
     check_dependencies(params_file.parent)
     apply(name, params_file, settings)
-    # DVC would refuse a second experiment of the same name.
+    # The time makes the name new: DVC refuses a second experiment of the same name.
     run_dvc(["exp", "run", "-n", time.strftime(f"{name}-%Y%m%d-%H%M%S")])
 
 
-def dvc_environment() -> dict[str, str]:
-    """Return the environment with this Python's programs first on the PATH, after checking for DVC."""
+def _dvc_environment() -> dict[str, str]:
+    """Return the environment with the folder of this Python, which has DVC, first on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
         raise MissingInput("this needs DVC, which is not installed: pip install 'compactgpt[pipeline]'")
@@ -294,5 +292,5 @@ def dvc_environment() -> dict[str, str]:
 
 def run_dvc(words: list[str]) -> None:
     """Run DVC; raises CheckFailed if DVC failed, after DVC has printed why."""
-    if subprocess.run(["dvc", *words], check=False, env=dvc_environment()).returncode:
+    if subprocess.run(["dvc", *words], check=False, env=_dvc_environment()).returncode:
         raise CheckFailed(f"dvc {' '.join(words)} failed: correct what it reports above, then run it again")

@@ -142,8 +142,6 @@ def test_a_corpus_has_a_name(corpus, files, name):
         ("hub", {"revision": "main"}, "revision"),
         ("hub", {"revision": "refs/convert/parquet", "sha256": None}, "is a branch, which moves"),
         ("hub", {"opens_document": "y"}, "one of the two at most"),
-        ("hub", {"separator": None}, "give a separator, too"),
-        ("hub", {"file_url": None}, "file and file_url: give both"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_runs(section, changes, message):

@@ -13,36 +13,26 @@ from typer.testing import CliRunner
 from compactgpt.cli import app
 from compactgpt.experiments import load_changed_params
 from compactgpt.forecast import estimate as module
-from compactgpt.forecast.estimate import announce_times, estimate, estimate_configuration, format_estimate
-from compactgpt.forecast.scaling_laws import Run, expect_loss
+from compactgpt.forecast.estimate import announce_times, estimate, format_estimate
+from compactgpt.forecast.scaling_laws import expect_loss, run_of
+from compactgpt.forecast.sweep import read_sweep
 from stages.estimate import app as stage
 from tests.support.comparison_inputs import PARAMS, ROOT
 
-NO_SWEEP = Path("none.json")
 
-
-def run_command(*words):
-    return CliRunner().invoke(app, ["estimate", *words])
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    """A folder with params.yaml alone, as the current folder."""
+def test_the_stage_writes_the_estimate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-
-
-def test_the_stage_writes_the_estimate():
     Path("dvc.yaml").write_text("stages: {}\n")  # the stage checks the files that DVC reads
+    Path("params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     done = CliRunner().invoke(stage, ["--tracker", "none"])
     assert done.exit_code == 0, done.output
-    assert json.loads(Path("reports/estimate.json").read_text()) == estimate(PARAMS)
+    assert json.loads((tmp_path / "reports/estimate.json").read_text()) == estimate(PARAMS)
 
 
 def test_the_notes_headline_is_the_rules_next_to_the_hand_set_forecast():
-    note = estimate(PARAMS)["note"]
-    used = [anchor for anchor in PARAMS.estimate.anchors if not anchor.assumed_budget]
-    rule = expect_loss(Run(29_938_560, 10_621_824, 20_000, 32_768), "adamw", 50_257, used)
+    note, settings = estimate(PARAMS)["note"], PARAMS.estimate
+    used = [anchor for anchor in settings.anchors if not anchor.assumed_budget]
+    rule = expect_loss(run_of(settings.note, settings.note), "adamw", 50_257, used)
     assert note["expected_loss"] == rule.model_dump()
     assert "owt-small-328m" in rule.basis  # with 45M parameters the nearest in compute
     bounds = [note["hand_set_loss"][key] for key in ("low_95", "low_80", "value", "high_80", "high_95")]
@@ -58,48 +48,35 @@ def test_the_demos_estimate_states_what_limits_its_worth():
     assert worse == {"besiroglu-2024"}
 
 
-def test_the_command_estimates_the_changed_configuration():
-    words = ["--json", "-S", "training.max_steps=100000", "-S", "model.n_layer=12"]
-    found = json.loads(run_command(*words).output)
-    training = PARAMS.training.model_copy(update={"max_steps": 100_000})
-    model = PARAMS.model.model_copy(update={"n_layer": 12})
-    expected = estimate(PARAMS.model_copy(update={"training": training, "model": model}))["compact"]
-    same = ("parameters", "tokens", "flops", "memory_bytes", "minutes", "expected_loss", "calibrated_loss")
-    assert {key: found[key] for key in same} == {key: expected[key] for key in same}
-    assert found["laws"]["kaplan-2020"]["constants"]["Nc"] == 6.5e13
+def test_the_command_estimates_the_changed_configuration(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["-S", "training.max_steps=100000", "-S", "model.n_layer=12"]
+    found = json.loads(CliRunner().invoke(app, ["estimate", "--json", *words]).output)
+    params = load_changed_params(ROOT / "params.yaml", words[1::2])
+    assert found == estimate(params, read_sweep(ROOT / "results/ladder.json"))
+    assert found["compact"]["tokens"] == 100_000 * PARAMS.training.tokens_per_step
 
 
 def test_the_table_has_all_figures_of_the_estimate_and_of_the_sweep():
-    printed = run_command().output
-    own = estimate(PARAMS)["compact"]
+    report = estimate(PARAMS, read_sweep(ROOT / "results/ladder.json"))
+    printed, own = format_estimate(report, PARAMS.estimate), report["compact"]
     expected = own["expected_loss"]
     wanted = [f"{number:,}" for number in (*own["parameters"].values(), own["tokens"])]
     wanted += [f"{law['loss']:.3f}" for law in own["laws"].values()]
     wanted += [f"95 %: {expected['low_95']:.2f} to {expected['high_95']:.2f}", "h100", "calibrated"]
+    wanted += ["our ladder's law                does not apply here: other "]
     assert [text for text in wanted if text not in printed] == []
-    found = estimate_configuration(PARAMS, ROOT / "results/ladder.json")
-    assert "our ladder's law                does not apply here: other " in format_estimate(found)
-    found["ladder"]["expected_loss"] = found["expected_loss"]
-    assert re.search(r"our ladder's law +\d\.\d\d  \(80 %", format_estimate(found))
+    report["ladder"]["expected_loss"] = expected
+    assert re.search(r"our ladder's law +\d\.\d\d  \(80 %", format_estimate(report, PARAMS.estimate))
 
 
 def test_a_data_set_whose_tokens_are_stated_has_epochs():
     hub = ["download.corpus=hub", "download.hub.name=openwebtext", "tokenization.val_fraction=0.0005"]
-    found = estimate_configuration(load_changed_params(ROOT / "params.yaml", hub), NO_SWEEP)
+    found = estimate(load_changed_params(ROOT / "params.yaml", hub))["compact"]
     tokens = PARAMS.training.max_steps * PARAMS.training.tokens_per_step
     assert found["epochs"] == pytest.approx(tokens / (9_040_017_095 * 0.9995))
     part = load_changed_params(ROOT / "params.yaml", [*hub, "download.max_documents=5"])
-    assert estimate_configuration(part, NO_SWEEP)["epochs"] is None
-
-
-def test_the_time_of_training_comes_from_the_measured_speed_of_products(monkeypatch):
-    monkeypatch.setattr(module, "MEASURE_SECONDS", 0.05)
-    found, measured = estimate_configuration(PARAMS, NO_SWEEP), module.measure_flops()
-    assert 1e8 < measured < 1e14
-    speed = measured * PARAMS.estimate.utilisation_of_products
-    assert module.training_minutes(PARAMS, measured) == pytest.approx(
-        found["flops"]["with_attention"] / speed / 60
-    )
+    assert estimate(part)["compact"]["epochs"] is None
 
 
 def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most():
@@ -115,6 +92,8 @@ def test_the_command_loads_no_torch_and_takes_two_seconds_of_processor_at_most()
 
 
 def test_the_times_of_training_and_of_each_neural_baseline_are_announced(monkeypatch):
+    monkeypatch.setattr(module, "MEASURE_SECONDS", 0.05)
+    assert 1e8 < module.measure_flops() < 1e14
     monkeypatch.setattr(module, "measure_flops", lambda: 1e11)
     training, baseline = announce_times([PARAMS])
     speed = 1e11 * PARAMS.estimate.utilisation_of_products

@@ -8,15 +8,22 @@ import torch
 from compactgpt import config
 from compactgpt.forecast.estimate import estimate, estimate_run
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Calibration, Run, calibrate, expect_loss, reference_run
+from compactgpt.forecast.scaling_laws import LAWS, Calibration, calibrate, expect_loss
 from compactgpt.model.gpt import GPT
 from tests.support.comparison_inputs import PARAMS
 
 NOTE = PARAMS.estimate.note
-NOTE_RUN = Run(29_938_560, 10_621_824, 20_000, 32_768)
 ANCHORS = PARAMS.estimate.anchors
 LAW = {law.name: law for law in LAWS}
 VOCABULARY = 50257
+
+
+def make_run(num_params, non_embedding, max_steps, tokens_per_step):
+    sizes = {"num_params": num_params, "num_params_non_embedding": non_embedding}
+    return config.Run(**sizes, max_steps=max_steps, tokens_per_step=tokens_per_step)
+
+
+NOTE_RUN = make_run(29_938_560, 10_621_824, 20_000, 32_768)
 
 
 def shape(n_layer, n_embd, n_head, **changes):
@@ -73,7 +80,8 @@ def test_activation_memory_is_what_autograd_keeps_for_two_more_layers():
             model.hidden(torch.zeros(2, 128, dtype=torch.int64))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         kept[layers] = sum(size for pointer, size in storages.items() if pointer not in weights)
-        found = estimate_run(small, Run(1, 1, 1, 256), 2, None, NOTE.hand_set_loss, PARAMS.estimate)
+        training = PARAMS.training.model_copy(update={"micro_batch_size": 2})
+        found = estimate_run(small, training, None, "adamw", PARAMS.estimate)
         estimated[layers] = found["memory_bytes"]["activations"]
     assert kept[3] - kept[1] == pytest.approx(estimated[3] - estimated[1], rel=0.02)
 
@@ -88,9 +96,9 @@ GPT2_SMALL = (123_653_376, 85_056_000)  # nanoGPT measured a loss of 2.85
         ("hoffmann-2022", NOTE_RUN, 4.253, 0.0005),
         ("hoffmann-2022-exact", NOTE_RUN, 4.140, 0.0005),
         ("besiroglu-2024", NOTE_RUN, 4.269, 0.0005),
-        ("kaplan-2020", Run(*GPT2_SMALL, 600_000, 491_520), 2.876, 0.0009),  # nanoGPT's own number of steps
-        ("hoffmann-2022", Run(*GPT2_SMALL, 610_352, 491_520), 2.661, 0.0009),  # 300B tokens
-        ("besiroglu-2024", Run(*GPT2_SMALL, 610_352, 491_520), 2.688, 0.0009),
+        ("kaplan-2020", make_run(*GPT2_SMALL, 600_000, 491_520), 2.876, 0.0009),  # nanoGPT's steps
+        ("hoffmann-2022", make_run(*GPT2_SMALL, 610_352, 491_520), 2.661, 0.0009),  # 300B tokens
+        ("besiroglu-2024", make_run(*GPT2_SMALL, 610_352, 491_520), 2.688, 0.0009),
     ],
 )
 def test_laws_at_the_notes_run_and_at_nanogpts_gpt2(law, run, loss, tolerance):
@@ -108,21 +116,20 @@ def test_reference_runs_are_counted_as_their_sources_built_them():
 def test_the_nearest_reference_run_is_taken_and_the_optimizer_breaks_a_tie():
     adamw = ANCHORS[0].model_copy(update={"name": "a", "optimizer": "adamw", "loss": 5.5})
     muon = ANCHORS[0].model_copy(update={"name": "m", "optimizer": "muon", "loss": 4.5})
-    near, far = reference_run(muon), reference_run(ANCHORS[2])
-    assert expect_loss(near, "muon", VOCABULARY, (adamw, muon, ANCHORS[2])).value == pytest.approx(4.5)
-    assert expect_loss(near, "adamw", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(5.5)
-    assert expect_loss(far, "muon", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(2.85)
+    assert expect_loss(muon, "muon", VOCABULARY, (adamw, muon, ANCHORS[2])).value == pytest.approx(4.5)
+    assert expect_loss(muon, "adamw", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(5.5)
+    assert expect_loss(ANCHORS[2], "muon", VOCABULARY, (muon, adamw, ANCHORS[2])).value == pytest.approx(2.85)
 
 
 def test_the_interval_is_the_laws_spread_widened_by_their_miss():
     anchor = ANCHORS[2]
-    here = reference_run(anchor)  # where all laws meet, so that the width is the miss alone
-    miss = max(abs(law.loss(here) - 2.85) for law in LAWS)
-    found = expect_loss(here, "adamw", VOCABULARY, [anchor])
+    # All laws meet at the reference run, so the width of the interval is the miss alone.
+    miss = max(abs(law.loss(anchor) - 2.85) for law in LAWS)
+    found = expect_loss(anchor, "adamw", VOCABULARY, [anchor])
     assert (found.low_80, found.high_80) == pytest.approx((2.85 - miss, 2.85 + miss))
     assert (found.low_95, found.high_95) == pytest.approx((2.85 - 2 * miss, 2.85 + 2 * miss))
     # A hundred times the tokens: two decades away, twice the miss in addition to the spread.
-    further = Run(here.num_params, here.num_params_non_embedding, here.max_steps * 100, here.tokens_per_step)
+    further = anchor.model_copy(update={"max_steps": anchor.max_steps * 100})
     losses = [law.loss_through(anchor, further) for law in LAWS]
     wide = expect_loss(further, "adamw", VOCABULARY, [anchor])
     assert (wide.low_80, wide.high_80) == pytest.approx((min(losses) - 2 * miss, max(losses) + 2 * miss))
@@ -130,7 +137,7 @@ def test_the_interval_is_the_laws_spread_widened_by_their_miss():
 
 @pytest.mark.parametrize("steps", [1, 10**9])
 def test_no_bound_is_above_guessing_or_below_zero(steps):
-    found = expect_loss(Run(100, 50, steps, 512), "muon", VOCABULARY, ANCHORS)
+    found = expect_loss(make_run(100, 50, steps, 512), "muon", VOCABULARY, ANCHORS)
     guess = math.log(VOCABULARY)
     assert 0 < found.low_95 < found.low_80 < found.value <= found.high_80 <= found.high_95 <= guess
 
@@ -141,7 +148,7 @@ def test_a_run_is_never_predicted_from_itself_or_from_an_assumed_budget():
     assert len(known) < len(ANCHORS)
     for anchor, check in zip(ANCHORS, report["checks"], strict=True):
         others = [other for other in known if other.name != anchor.name]
-        rule = expect_loss(reference_run(anchor), anchor.optimizer, VOCABULARY, others)
+        rule = expect_loss(anchor, anchor.optimizer, VOCABULARY, others)
         assert (check["low_80"], check["value"], check["high_95"]) == (rule.low_80, rule.value, rule.high_95)
         assert check["inside_80"] == (rule.low_80 <= anchor.loss <= rule.high_80)
     held = sum(check["low_95"] <= check["measured"] <= check["high_95"] for check in report["checks"])
@@ -160,7 +167,7 @@ def test_a_run_is_never_predicted_from_itself_or_from_an_assumed_budget():
 def test_the_factor_is_the_conformal_quantile_and_widens_the_interval(factors, share, factor):
     found = Calibration(ANCHORS[:3], tuple({"factor": each} for each in factors))
     assert found.factor(share) == pytest.approx(factor)
-    run = reference_run(ANCHORS[0])
+    run = ANCHORS[0]
     rule = expect_loss(run, "muon", VOCABULARY, found.anchors)
     wide = found.calibrated_loss(run, "muon", VOCABULARY)
     half = found.factor(0.80) * (rule.high_80 - rule.low_80) / 2

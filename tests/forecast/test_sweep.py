@@ -9,7 +9,7 @@ from compactgpt.common.errors import BadConfig, BadData
 from compactgpt.common.storage import write_json
 from compactgpt.forecast import sweep
 from compactgpt.forecast.estimate import estimate
-from compactgpt.forecast.scaling_laws import configured_run
+from compactgpt.forecast.scaling_laws import run_of
 from compactgpt.forecast.sweep import FORMS, Sweep, SweepRun, fit_runs, predict_loss, sweep_report
 from tests.support.comparison_inputs import PARAMS, ROOT
 
@@ -93,7 +93,7 @@ def test_the_shipped_fit_predicts_the_losses_of_its_own_runs():
 
 
 def test_the_report_predicts_the_configured_run_unless_text_or_settings_differ(finished, fit):
-    run = configured_run(PARAMS)
+    run = run_of(PARAMS.model, PARAMS.training)
     report = sweep_report(finished, PARAMS)
     assert report["differs"] == []
     assert report["expected_loss"] == predict_loss(fit, run.num_params, run.tokens).model_dump()

@@ -29,14 +29,17 @@ def estimate(settings: Settings = None, as_json: AsJson = False) -> None:
     Example: compactgpt estimate -S training.max_steps=20000 -S model.n_layer=6
     """
     from compactgpt.experiments import load_changed_params
-    from compactgpt.forecast.estimate import estimate_configuration, format_estimate
+    from compactgpt.forecast.estimate import estimate as estimate_params
+    from compactgpt.forecast.estimate import format_estimate
+    from compactgpt.forecast.sweep import read_sweep
 
-    sweep = Path("results/ladder.json")  # if the file is missing, the estimate uses published runs only
-    found = estimate_configuration(load_changed_params(PARAMS, settings or []), sweep)
+    sweep = read_sweep(Path("results/ladder.json"))  # None if the file is missing
+    params = load_changed_params(PARAMS, settings or [])
+    found = estimate_params(params, sweep)
     if as_json:
         echo(json.dumps(found, indent=2))
         return
-    echo(format_estimate(found))
+    echo(format_estimate(found, params.estimate))
     changes = [word for setting in settings or [] for word in ("-S", setting)]
     echo(f"next: {shlex.join(['dvc', 'exp', 'run', *changes]) if changes else 'make repro'}")
 

@@ -10,13 +10,12 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from compactgpt.config import Anchor, Estimate, ExpectedLoss, Model, Params, Training
+from compactgpt.config import Anchor, Estimate, ExpectedLoss, Model, NoteRun, Params, Training
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
-from compactgpt.forecast.scaling_laws import LAWS, Run, calibrate, configured_run, expect_loss
-from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, read_sweep, sweep_report
+from compactgpt.forecast.scaling_laws import LAWS, calibrate, expect_loss, run_of
+from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_report
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
@@ -24,15 +23,8 @@ ADAM_MOMENTS = 2
 # of both layer norms (4), queries, keys and values (3), the output of attention (1), and the 4 C channels
 # before and after the GELU (8).
 KEPT_WIDTHS = 16
-LAW_FIELDS = (
-    "source",
-    "validity",
-    "formula",
-    "constants",
-    "counted",
-)  # fields of a Law that reports/estimate.json states
 MATRIX_SIZE = 1536  # rows and columns of the measured product; large enough to reach full speed
-MEASURE_SECONDS = 1.0  # time that the measurement of the speed takes
+MEASURE_SECONDS = 1.0  # duration of the measurement of the speed
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
@@ -41,40 +33,26 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     The note is *Performance de NanoGPT Compact contre GPT-2*. `hand_set_loss` is the loss that a person
     expected of the note's run. `ladder` is the prediction of our own sweep; it is null if `sweep` is None.
     """
-    training, settings, note = params.training, params.estimate, params.estimate.note
-    run, vocab_size = configured_run(params), params.model.vocab_size
-    train_tokens, size = _train_tokens(params, sweep), training.micro_batch_size
+    model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
     measured = [
         Anchor(**done.model_dump(include=shared), corpus="ours", source="results/ladder.json")
         for done in (sweep.runs if sweep else ())
     ]
-    calibration = calibrate([*settings.anchors, *measured], vocab_size)
-    compact = estimate_run(
-        params.model, run, size, train_tokens, expected_loss(params), settings, training=training
-    )
-    compact |= {
-        "calibrated_loss": calibration.calibrated_loss(run, training.optimizer, vocab_size).model_dump(),
+    calibration = calibrate([*settings.anchors, *measured], model.vocab_size)
+    run = run_of(model, training)
+    compact = estimate_run(model, training, _train_tokens(params, sweep), training.optimizer, settings) | {
+        "calibrated_loss": calibration.calibrated_loss(
+            run, training.optimizer, model.vocab_size
+        ).model_dump(),
         "corpus": params.download.corpus,
         "notes": _notes(params),
     }
-    sizes = count_parameters(note)
-    note_run = Run(sizes.nanogpt, sizes.non_embedding, note.max_steps, note.tokens_per_step)
-    # The note names AdamW as its optimizer. The fixed rule predicts the loss, as for every other run.
-    note_loss = expect_loss(note_run, "adamw", note.vocab_size, _used_anchors(params))
-    described = estimate_run(note, note_run, note.micro_batch_size, note.corpus_tokens, note_loss, settings)
+    note = settings.note
+    note_estimate = estimate_run(note, note, note.corpus_tokens, "adamw", settings)  # the note names AdamW
     return {
         "compact": compact,
-        "note": {**described, "hand_set_loss": note.hand_set_loss.model_dump()},
-        "laws": {
-            law.name: {
-                **{key: getattr(law, key) for key in LAW_FIELDS},
-                **dict(zip(("parameters_from", "parameters_to"), law.parameters, strict=True)),
-                **dict(zip(("tokens_from", "tokens_to"), law.tokens, strict=True)),
-            }
-            for law in LAWS
-        },
-        "machines": {name: machine.model_dump() for name, machine in settings.machines.items()},
+        "note": note_estimate | {"hand_set_loss": note.hand_set_loss.model_dump()},
         "calibration": calibration.report(),
         "ladder": sweep_report(sweep, params) if sweep else None,
     }
@@ -82,13 +60,14 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 def expected_loss(params: Params) -> ExpectedLoss:
     """Return the loss that the fixed rule predicts for the configured run."""
-    run, vocab_size = configured_run(params), params.model.vocab_size
-    return expect_loss(run, params.training.optimizer, vocab_size, _used_anchors(params))
+    return _expected_loss(params.model, params.training, params.training.optimizer, params.estimate)
 
 
-def _used_anchors(params: Params) -> list[Anchor]:
-    """Return the reference runs that laws are scaled to: those whose training budget is published."""
-    return [anchor for anchor in params.estimate.anchors if not anchor.assumed_budget]
+def _expected_loss(
+    model: Model, training: Training | NoteRun, optimizer: str, settings: Estimate
+) -> ExpectedLoss:
+    anchors = [anchor for anchor in settings.anchors if not anchor.assumed_budget]
+    return expect_loss(run_of(model, training), optimizer, model.vocab_size, anchors)
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
@@ -106,7 +85,7 @@ def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
 def _notes(params: Params) -> list[str]:
     """Return notes on the limits of the configured run's estimate."""
     notes = []
-    if not all(law.covers(configured_run(params)) for law in LAWS):
+    if not all(law.covers(run_of(params.model, params.training)) for law in LAWS):
         notes.append("the laws are extrapolated far below the sizes and budgets that they were fitted on")
     if params.download.corpus == "docstrings":
         notes.append("the corpus is docstrings, for which no law is calibrated")
@@ -117,20 +96,18 @@ def _notes(params: Params) -> list[str]:
 
 def estimate_run(
     model: Model,
-    run: Run,
-    micro_batch_size: int,
+    training: Training | NoteRun,
     train_tokens: int | None,
-    loss: ExpectedLoss,
+    optimizer: str,
     settings: Estimate,
-    *,
-    training: Training | None = None,
 ) -> dict[str, Any]:
     """Return the estimate of one run; `epochs` is null if `train_tokens` is None."""
-    flops_each = flops_per_token(model, training)
+    run = run_of(model, training)
+    flops_each = flops_per_token(model, training if isinstance(training, Training) else None)
     flops = {key: value * run.tokens for key, value in flops_each.items()}
     sizes, guess = count_parameters(model), math.log(model.vocab_size)
     weights = sizes.all_tensors * FP32_BYTES
-    batch_tokens = micro_batch_size * model.block_size
+    batch_tokens = training.micro_batch_size * model.block_size
     return {
         "model": model.model_dump(include=set(Model.model_fields)),
         "parameters": asdict(sizes),
@@ -141,12 +118,12 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # key: what the memory holds, all in float32; value: bytes
+        "memory_bytes": {  # content of the memory, all in float32 -> bytes
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
             "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
-            # only for comparison: our loss computes the logits, (B, T, V), in chunks
+            # Only for comparison: our loss computes the logits, (B, T, V), in chunks.
             "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
         },
         "minutes": {
@@ -161,20 +138,8 @@ def estimate_run(
             }
             for law in LAWS
         },
-        "expected_loss": loss.model_dump(),
+        "expected_loss": _expected_loss(model, training, optimizer, settings).model_dump(),
     }
-
-
-# -- the command `compactgpt estimate` -----------------------------------------------------------------
-
-
-def estimate_configuration(params: Params, ladder: Path) -> dict[str, Any]:
-    """Return the estimate of one configuration."""
-    report = estimate(params, read_sweep(ladder))
-    found: dict[str, Any] = {**report["compact"], "ladder": report["ladder"]}
-    found |= {key: report[key] for key in ("machines", "calibration")}
-    found["laws"] = {name: facts | report["laws"][name] for name, facts in found["laws"].items()}
-    return found
 
 
 def measure_flops() -> float:
@@ -194,7 +159,8 @@ def measure_flops() -> float:
 
 def training_minutes(params: Params, speed: float) -> float:
     """Return the minutes of training on a machine whose products have `speed` in FLOP/s."""
-    flops = flops_per_token(params.model, params.training)["with_attention"] * configured_run(params).tokens
+    tokens = run_of(params.model, params.training).tokens
+    flops = flops_per_token(params.model, params.training)["with_attention"] * tokens
     return flops / (speed * params.estimate.utilisation_of_products) / 60
 
 
@@ -226,14 +192,14 @@ def format_minutes(minutes: float) -> str:
     return f"{hours:.3g} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
-def format_estimate(found: Mapping[str, Any]) -> str:
-    """Format the result of `estimate_configuration` as a table for a terminal."""
-    rows = [*_cost_rows(found), *_loss_rows(found)]
+def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
+    """Format the estimate of the configured run, by `estimate`, as a table for a terminal."""
+    rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)
 
 
-def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[str, str]]:
     sizes, epochs = found["parameters"], found["epochs"]
     memory = {key: f"{count / 2**20:,.0f} MiB" for key, count in found["memory_bytes"].items()}
     state = sum(found["memory_bytes"][key] for key in ("weights", "gradients", "optimizer"))
@@ -245,38 +211,30 @@ def _cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{found['tokens']:,}"
     unknown = f"unknown: the corpus ({found['corpus']}) is counted only when the pipeline reads the corpus"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
-    simple, counted = found["flops"]["six_n"], found["flops"]["with_attention"]
-    yield "FLOPs by the usual rule, 6 N D", f"{simple:.3g}  (6 x parameters x tokens)"
-    why = "attention added"
-    if counted < simple:
-        why += "; the output layer uses only a sample of the vocabulary"
-    yield "FLOPs as counted", f"{counted:.3g}  ({why})"
+    yield "FLOPs by the usual rule, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
+    counted = "with attention, and with the sampled part of the output layer only"
+    yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
     yield "  weights, gradients, optimizer", f"{state / 2**20:,.0f} MiB"
     yield "  kept for the backward pass", f"{memory['activations']} of one micro-batch"
-    yield (
-        "  logits, were they held at once",
-        f"{memory['logits_if_held_at_once']}  (the loss holds only a part)",
-    )
+    yield "  logits, were they held at once", f"{memory['logits_if_held_at_once']}  (only a part is held)"
     yield "time", ""
     for name, minutes in found["minutes"].items():
-        machine = found["machines"][name]
-        rate = f"{machine['utilisation']:.0%} of {machine['peak_teraflops']:g} TFLOP/s"
+        machine = settings.machines[name]
+        rate = f"{machine.utilisation:.0%} of {machine.peak_teraflops:g} TFLOP/s"
         yield f"  {name}", f"{format_minutes(minutes)}  ({rate})"
-    yield "", "      computing time of the training alone, at the stated share of the machine's peak speed;"
-    yield "", "      the rest of the pipeline (reading the corpus, evaluation, baselines) comes on top"
+    yield "", "      of the training alone; reading the corpus, evaluation and baselines take time, too"
 
 
-def _loss_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    found, checks, sweep = report["compact"], report["calibration"], report["ladder"]
     yield "loss by published laws", "nats per token; each law as published, not fitted to this text"
-    for name, law in found["laws"].items():
-        where = "inside" if law["inside_validity"] else "outside"
-        worth = "" if law["better_than_guessing"] else "worse than guessing, "
-        yield f"  {name}", f"{law['loss']:.3f}  ({worth}{where} its range)"
-        yield "", f"       {law['source']}: {law['formula']}"
-        constants = ", ".join(f"{key} {value:g}" for key, value in law["constants"].items())
-        yield "", f"       {constants}; fitted on {law['validity']}"
-    checks, sweep = found["calibration"], found["ladder"]
+    for law in LAWS:
+        estimated = found["laws"][law.name]
+        where = "inside" if estimated["inside_validity"] else "outside"
+        worth = "" if estimated["better_than_guessing"] else "worse than guessing, "
+        yield f"  {law.name}", f"{estimated['loss']:.3f}  ({worth}{where} its range)"
+        yield "", f"       {law.source}: {law.formula}; fitted on {law.validity}"
     of, low, high = checks["of"], checks["held_80"], checks["held_95"]
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"

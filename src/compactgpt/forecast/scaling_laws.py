@@ -1,7 +1,7 @@
 """Published scaling laws, a rule that predicts the loss of a run from these laws, and checks of the rule.
 
-A reference run is a finished run whose loss was measured; `estimate.anchors` in params.yaml lists the
-reference runs. The rule, `expect_loss`, was fixed before the demo was trained, and has not changed since.
+The rule is `expect_loss`. It was fixed before the demo was trained, and has not changed since. The rule uses
+reference runs: finished runs whose loss was measured. `estimate.anchors` in params.yaml lists them.
 """
 
 import math
@@ -9,39 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compactgpt.config import Anchor, ExpectedLoss, Params
+from compactgpt.config import Anchor, ExpectedLoss, Model, NoteRun, Run, Training
 from compactgpt.forecast.model_size import count_parameters
 
 
-@dataclass(frozen=True)
-class Run:
-    """The size and the budget of a training run."""
-
-    num_params: int  # counted by nanoGPT's convention
-    num_params_non_embedding: int
-    max_steps: int
-    tokens_per_step: int
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that the run trains on; a repeated token counts each time."""
-        return self.max_steps * self.tokens_per_step
-
-    @property
-    def flops(self) -> int:
-        """Training compute in FLOPs: 6 times parameters times tokens."""
-        return 6 * self.num_params * self.tokens
-
-
-def configured_run(params: Params) -> Run:
-    """Return the run that params.yaml describes."""
-    sizes, training = count_parameters(params.model), params.training
-    return Run(sizes.nanogpt, sizes.non_embedding, training.max_steps, training.tokens_per_step)
-
-
-def reference_run(anchor: Anchor) -> Run:
-    """Return the size and the budget of a reference run."""
-    return Run(anchor.num_params, anchor.num_params_non_embedding, anchor.max_steps, anchor.tokens_per_step)
+def run_of(model: Model, training: Training | NoteRun) -> Run:
+    """Return the size of a model, and the budget of its training."""
+    sizes = count_parameters(model)
+    return Run(
+        num_params=sizes.nanogpt,
+        num_params_non_embedding=sizes.non_embedding,
+        max_steps=training.max_steps,
+        tokens_per_step=training.tokens_per_step,
+    )
 
 
 @dataclass(frozen=True)
@@ -53,14 +33,13 @@ class Law:
     irreducible: float  # limit of the loss for an infinite model and infinite data, in nats per token
     source: str
     formula: str
-    constants: Mapping[str, float]
-    counted: Literal["nanogpt", "non_embedding"]  # which parameters N counts
-    validity: str  # the runs that the law was fitted on, in words
+    counted: Literal["nanogpt", "non_embedding"]  # the convention by which the law counts parameters
+    validity: str  # a description of the runs that the law was fitted on
     parameters: tuple[float, float]  # smallest and largest number of parameters of these runs
     tokens: tuple[float, float]  # smallest and largest number of training tokens of these runs
 
     def covers(self, run: Run) -> bool:
-        """Return whether the law was fitted on runs of this size and this number of tokens."""
+        """Return whether the run is as large, and as long, as the runs that the law was fitted on."""
         size = run.num_params if self.counted == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
@@ -68,10 +47,10 @@ class Law:
     def loss_through(self, anchor: Anchor, run: Run) -> float:
         """Return the loss of `run` by the scaled law, in nats per token.
 
-        The law is scaled so that it gives the measured loss of the reference run `anchor`: the loss minus the
-        irreducible loss is multiplied by a factor.
+        The difference between the loss and the irreducible loss is multiplied by a factor, so that the law
+        gives the measured loss of the reference run `anchor`.
         """
-        reducible = self.loss(reference_run(anchor)) - self.irreducible
+        reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
         return self.irreducible + scale * (self.loss(run) - self.irreducible)
 
@@ -100,7 +79,6 @@ def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
         irreducible=c["E"],
         source=source,
         formula="E + A / N^alpha + B / D^beta",
-        constants=constants,
         counted="nanogpt",
         validity="7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
         parameters=(7e7, 1.6e10),
@@ -115,7 +93,6 @@ LAWS = (
         irreducible=0.0,
         source="Kaplan et al. 2020, arXiv 2001.08361, L(N, S)",
         formula="(Nc / N)^aN + (Sc / Smin)^aS, Smin = S / (1 + Bcrit / B), Bcrit = Bstar / L^(1 / aB)",
-        constants=KAPLAN,
         counted="non_embedding",
         validity="768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
         parameters=(768, 1.5e9),
@@ -142,22 +119,21 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals.
 
-    Each law is scaled by the reference run that is nearest in compute. Among equally near reference runs, a
-    run with the optimizer of `run` is used. The range of the scaled laws' losses is widened on both sides by
-    w for the 80 % interval, and by 2 w for the 95 % interval. w is the largest error of the unscaled laws at
-    the largest reference run, times the decades of compute between `run` and the nearest reference run (at
-    least 1). No limit is above ln(vocab_size), the loss of a uniform guess.
+    Each law is scaled to the reference run that is nearest in compute. If two reference runs are equally
+    near, a run with the same `optimizer` is used. The interval begins at the smallest loss of the scaled
+    laws and ends at the largest one. It is widened on both sides by w for 80 %, and by 2 w for 95 %. w is
+    the largest error of the unscaled laws at the largest reference run, times the decades of compute between
+    `run` and the nearest reference run (at least 1). No limit is above ln(vocab_size), the loss of a
+    uniform guess.
     """
-    # Without rounding, two equal distances could differ in their last bits.
-    distances = {
-        anchor.name: round(abs(math.log10(run.flops / reference_run(anchor).flops)), 9) for anchor in anchors
-    }
+    # Rounding makes distances equal that differ in their last bits only.
+    distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
     guess = math.log(vocab_size)
     losses = [min(law.loss_through(nearest, run), guess) for law in LAWS]
     low, high = min(losses), max(losses)
-    largest = max(anchors, key=lambda anchor: reference_run(anchor).flops)
-    miss = max(abs(law.loss(reference_run(largest)) - largest.loss) for law in LAWS)
+    largest = max(anchors, key=lambda anchor: anchor.flops)
+    miss = max(abs(law.loss(largest) - largest.loss) for law in LAWS)
     width = miss * max(1.0, distances[nearest.name])
 
     def bound(loss: float) -> float:
@@ -179,17 +155,19 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
 class Calibration:
     """The checks of the rule on all measured runs, and the reference runs used for predictions.
 
-    The factor of a check is the number by which the 80 % interval must be multiplied to just contain the
-    measured loss. The calibrated interval is the rule's interval times the k-th smallest of n factors, with
-    k = ceil(share (n + 1)), or times the largest factor if k > n (split conformal prediction, Papadopoulos
-    et al. 2002).
+    Each check has a factor: if the width of the 80 % interval is multiplied by the factor, the interval just
+    contains the measured loss.
     """
 
     anchors: tuple[Anchor, ...]
-    checks: tuple[dict[str, Any], ...]  # one for each measured run, as in reports/estimate.json
+    checks: tuple[dict[str, Any], ...]  # a check of each measured run: a row of reports/estimate.json
 
     def factor(self, share: float) -> float:
-        """Return the factor that makes the 80 % interval contain this share of the measured runs."""
+        """Return the factor that makes the 80 % interval contain this share of the measured runs.
+
+        This is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), or the largest
+        factor if k > n (split conformal prediction, Papadopoulos et al. 2002).
+        """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
         return float(ordered[min(rank, len(ordered)) - 1])
@@ -220,26 +198,24 @@ class Calibration:
             "held_95": sum(check["inside_95"] for check in self.checks),
             "factor_80": self.factor(0.80),
             "factor_95": self.factor(0.95),
-            "enough_for_95": len(self.checks) >= 19,  # with fewer runs, k > n
         }
 
 
 def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
-    """Check the rule on every measured run: predict the run's loss from all other runs.
+    """Check the rule on every measured run: predict the run's loss from the other runs.
 
-    The training budget of GPT-2 was never published. So the checks of GPT-2's runs assume a budget, and these
-    runs are not used to predict other runs.
+    A run whose budget is assumed, because it was never published, predicts no other run.
     """
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     checks = []
     for anchor in measured:
         others = [other for other in known if other.name != anchor.name]
-        rule = expect_loss(reference_run(anchor), anchor.optimizer, vocab_size, others)
+        rule = expect_loss(anchor, anchor.optimizer, vocab_size, others)
         middle, half = _middle_and_half(rule)
         about = {"name", "corpus", "optimizer", "num_params", "assumed_budget"}
         check = {
             **anchor.model_dump(include=about),
-            "tokens": reference_run(anchor).tokens,
+            "tokens": anchor.tokens,
             "measured": anchor.loss,
             **rule.model_dump(exclude={"basis"}),
             "inside_80": rule.low_80 <= anchor.loss <= rule.high_80,

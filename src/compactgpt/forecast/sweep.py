@@ -1,8 +1,8 @@
 """Fit a scaling law for our own corpus to a sweep of small runs: `compactgpt experiment fit`.
 
 The law is L(N, D) = E + A / N^a + B / D^b, in nats per token (Hoffmann et al. 2022, equation 2). N is the
-number of parameters in nanoGPT's convention, D the number of training tokens. A few small runs can't
-determine five constants, so two forms with fewer constants are fitted, too.
+number of parameters in nanoGPT's convention, D the number of training tokens. A few small runs may not
+determine five constants, so two forms of the law with fewer constants are fitted, too.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from compactgpt.common.errors import BadData
 from compactgpt.common.sections import Section, load_section
 from compactgpt.common.storage import write_json
-from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
-from compactgpt.forecast.scaling_laws import configured_run
+from compactgpt.config import ExpectedLoss, Params, Run, Sha256, load_params
+from compactgpt.forecast.scaling_laws import run_of
 
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
@@ -32,28 +32,21 @@ NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
+# Settings from which the law predicts the loss: they may differ between the sweep and the predicted run.
+SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
-class SweepRun(Section):
+class SweepRun(Run):
     """One finished run of a sweep."""
 
     name: str  # group and seed of the run
     group: str  # runs of one group differ in their seed only
     params: dict[str, Any]  # key such as training.seed -> value that the sweep sets for this run
     seed: int
-    num_params: int  # counted by nanoGPT's convention
-    num_params_non_embedding: int
-    max_steps: int
-    tokens_per_step: int
     optimizer: Literal["adamw", "muon"]
     train_loss: float | None = None  # nats per token, the mean of the last steps
     loss: float  # nats per token, of all scored tokens of the val split
     nats: tuple[float, ...] = ()  # total loss of each document, in the order of the val split
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that the run trained on."""
-        return self.max_steps * self.tokens_per_step
 
 
 class ScoredDocuments(Section):
@@ -70,15 +63,15 @@ class Fit(Section):
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]  # the constants of each bootstrap resample
-    misses: tuple[float, ...]  # log(measured / predicted loss) of each extrapolated run, in the chosen form
-    errors: dict[FormName, float]  # root mean square of the misses of each form
+    misses: tuple[float, ...]  # log(measured / predicted loss) of each run that the law did not see
+    errors: dict[FormName, float]  # form -> root mean square of its misses
 
 
 class Sweep(Section):
     """The content of results/<sweep>.json: the finished runs of a sweep, and the law fitted to them."""
 
-    corpus: dict[str, Any]  # see `corpus_settings`
-    settings: dict[str, Any]  # the recipe of params.yaml, see `recipe`
+    corpus: dict[str, Any]  # the result of `corpus_settings`
+    settings: dict[str, Any]  # the result of `recipe`
     data_sha256: Sha256  # hash of the token file of the val split
     train_tokens: int
     val_tokens: int  # number of scored tokens
@@ -90,52 +83,64 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Form:
-    """A form of the law: a sum of terms, where the logarithm of each term is linear in the constants."""
+    """A form of the law: a sum of terms such as A / N^a.
+
+    The fit uses logarithms. The logarithm of this term is log A - a log N: the constant log A times 1, plus
+    the constant a times -log N. `factors` returns these multipliers, and 0 for the constants of other terms.
+    """
 
     formula: str
-    design: Callable[[float, float], list[list[float]]]  # log N, log D -> (terms, constants)
-    starts: tuple[tuple[float, ...], ...]  # initial constants of the fit
+    factors: Callable[[float, float], list[list[float]]]  # log N and log D -> (terms, constants)
+    starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithm of the predicted loss. (..., constants) -> (...)."""
-        design = np.array(self.design(math.log(num_params), math.log(tokens)))
-        terms = np.asarray(constants) @ design.T  # (..., terms)
-        log_sums: Floats = np.logaddexp.reduce(terms, axis=-1)
-        return log_sums
+        """Return the logarithm of the predicted loss for each row of constants.
+
+        `constants` has the shape (rows, constants), or (constants,) for a single loss.
+        """
+        factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
+        log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
+        log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
+        return log_losses
 
 
 FORMS: dict[FormName, Form] = {
-    "floor": Form(  # Hoffmann's own parameters: log E, log A, a, log B, b
+    "floor": Form(  # constants: log E, log A, a, log B, b
         "E + A / N^a + B / D^b",
         lambda n, d: [[1, 0, 0, 0, 0], [0, 1, -n, 0, 0], [0, 0, 0, 1, -d]],
         ((0.5, 5.0, 0.34, 5.0, 0.28), (1.0, 3.0, 0.2, 8.0, 0.7), (1.3, 1.0, 0.1, 10.0, 1.0)),
     ),
-    "sum": Form(  # log A, a, log B, b
+    "sum": Form(  # constants: log A, a, log B, b
         "A / N^a + B / D^b",
         lambda n, d: [[1, -n, 0, 0], [0, 0, 1, -d]],
         ((3.0, 0.1, 5.0, 0.4), (6.0, 0.34, 6.0, 0.28)),
     ),
-    "product": Form("A / (N^a D^b)", lambda n, d: [[1, -n, -d]], ((3.0, 0.05, 0.1),)),  # log A, a, b
+    "product": Form(  # constants: log A, a, b
+        "A / (N^a D^b)",
+        lambda n, d: [[1, -n, -d]],
+        ((3.0, 0.05, 0.1),),
+    ),
 }
 
 
 def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Return the constants of a form that fit the runs best; the fit runs once from each of `starts`.
+    """Return the constants of the best of several fits, one from each of `starts`.
 
-    It minimizes the Huber loss of the difference of log losses (Hoffmann et al. 2022, appendix D.2).
+    A fit minimizes the Huber loss of the differences between predicted and measured log losses (Hoffmann et
+    al. 2022, appendix D.2).
     """
     from scipy.optimize import least_squares
     from scipy.special import softmax
 
-    designs = [form.design(math.log(run.num_params), math.log(run.tokens)) for run in runs]
-    design = np.array(designs)  # (runs, terms, constants)
+    by_run = [form.factors(math.log(run.num_params), math.log(run.tokens)) for run in runs]
+    factors = np.array(by_run)  # (runs, terms, constants)
     measured = np.log([run.loss for run in runs])
 
     def residuals(constants: Floats) -> Any:
-        return np.logaddexp.reduce(design @ constants, axis=1) - measured  # (runs,)
+        return np.logaddexp.reduce(factors @ constants, axis=1) - measured  # (runs,)
 
     def jacobian(constants: Floats) -> Any:
-        return np.einsum("rt,rtc->rc", softmax(design @ constants, axis=1), design)  # (runs, constants)
+        return np.einsum("rt,rtc->rc", softmax(factors @ constants, axis=1), factors)  # (runs, constants)
 
     fits = [least_squares(residuals, start, jacobian, loss="huber", f_scale=HUBER_DELTA) for start in starts]
     best = min(fits, key=lambda found: float(found.cost))
@@ -148,7 +153,7 @@ def _rounded(value: float, digits: int = 9) -> float:
 
 
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
-    """Choose the form with the smallest extrapolation errors, and fit it to all runs.
+    """Choose the form that predicts larger runs best, and fit this form to all runs.
 
     Raises BadData if the runs are too few, or have too few sizes or numbers of tokens.
     """
@@ -167,7 +172,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     while len(draws) < resamples:
         sample = [runs[index] for index in generator.integers(0, len(runs), len(runs))]
         sizes, budgets = {run.num_params for run in sample}, {run.tokens for run in sample}
-        # A sample that has too few different runs for a fit is drawn again.
+        # If the resample has too few different runs for a fit, another one is drawn.
         if len({run.name for run in sample}) > len(constants) and min(len(sizes), len(budgets)) > 1:
             draws.append(_fit_form(form, sample, [constants]))
     return Fit(
@@ -176,10 +181,10 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted loss) of the runs with most tokens, then of those with most parameters.
+    """Return log(measured / predicted loss) of the largest runs, which a fit to smaller runs predicts.
 
-    Each of the two groups is predicted by a fit to all other runs. The list is empty if the other runs are
-    too few to fit the constants.
+    The first values are of the runs with most tokens, the others of the runs with most parameters. The list
+    is empty if the smaller runs are too few for a fit.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -198,8 +203,7 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """Return the loss that the fitted law predicts for a run, with bootstrap intervals.
 
-    The intervals combine the constants that were fitted to resampled runs with the errors of the
-    extrapolations.
+    The intervals contain two errors: of the constants, by the bootstrap, and of predictions of larger runs.
     """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
@@ -218,7 +222,7 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the scored documents; equal hashes mean that losses by document are comparable."""
+    """Return a hash of the scored documents: losses by document are comparable if their hashes are equal."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
@@ -234,8 +238,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # The key `split` is left out for the rule `hash`: results/ladder.json of earlier versions has no
-        # such key, and stays comparable.
+        # Files of sweeps from before the key `split` lack it; their split was `hash`.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
@@ -254,36 +257,23 @@ def recipe(params: Params) -> dict[str, Any]:
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
     """Return the section `ladder` of reports/estimate.json: the fit, and the configured run's expected loss.
 
-    If the configured run has another text or other settings than the sweep, `differs` names them, and
-    `expected_loss` is null.
+    `expected_loss` is null if the configured run has another text or other settings than the sweep. Then
+    `differs` names the settings.
     """
-    fit, run = sweep.fit, configured_run(params)
+    fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
         raise BadData("the runs of the sweep have no law yet: run `compactgpt experiment fit ladder`")
     ours, theirs = recipe(params), sweep.settings
-    free = {
-        "model.n_layer",
-        "model.n_head",
-        "model.n_embd",
-        "training.max_steps",
-    }  # settings that the law predicts
-    differs = sorted(key for key in (ours.keys() | theirs) - free if ours.get(key) != theirs.get(key))
+    keys = (ours.keys() | theirs) - SIZE_AND_BUDGET
+    differs = sorted(key for key in keys if ours.get(key) != theirs.get(key))
     if sweep.corpus != corpus_settings(params):
         differs.insert(0, "corpus")
-    runs = []
-    for done in sweep.runs:
-        log_loss = FORMS[fit.form].log_loss(fit.constants, done.num_params, done.tokens)
-        fitted = {"tokens": done.tokens, "fitted": _rounded(math.exp(log_loss), 6)}
-        runs.append(done.model_dump(include={"name", "num_params", "loss"}) | fitted)
     return {
         "expected_loss": None if differs else predict_loss(fit, run.num_params, run.tokens).model_dump(),
         "differs": differs,
         "formula": FORMS[fit.form].formula,
-        "form": fit.form,
         "constants": list(fit.constants),
         "errors": dict(fit.errors),
-        "data_sha256": sweep.data_sha256,
-        "runs": runs,
     }
 
 
@@ -294,11 +284,14 @@ def fit_sweep(path: Path, params_file: Path) -> str:
     `path` is not the file of a sweep, and BadData if the runs are too few.
     """
     found, params = load_section(path, Sweep), load_params(params_file)
-    sweep = found.model_copy(update={"fit": fit_runs(found.runs)})
+    fit = fit_runs(found.runs)
+    sweep = found.model_copy(update={"fit": fit})
     write_json(path, sweep.model_dump(mode="json"))
     report = sweep_report(sweep, params)
-    loss = report["expected_loss"]
-    lines = [f"{run['name']}: {run['loss']:.4f}, fitted {run['fitted']:.4f}" for run in report["runs"]]
+    loss, lines = report["expected_loss"], []
+    for run in sweep.runs:
+        log_loss = FORMS[fit.form].log_loss(fit.constants, run.num_params, run.tokens)
+        lines.append(f"{run.name}: {run.loss:.4f}, fitted {math.exp(log_loss):.4f}")
     lines.append(f"{report['formula']}, constants {', '.join(f'{c:.4g}' for c in report['constants'])}")
     lines.append(
         f"the configured run: {loss['value']:.3f} ({loss['low_95']:.3f} to {loss['high_95']:.3f}, 95 %)"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from compactgpt.common.errors import BadConfig, BadData, MissingInput
+from compactgpt.common.errors import BadConfig, BadData, MissingInput, NotAllowed
 from compactgpt.common.git import require_repository
 from compactgpt.common.sections import Section
 from compactgpt.common.storage import read_json, sha256_file, write_json
@@ -222,12 +222,13 @@ def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> N
     """Write a version as the accepted reference; every verdict against the reference shows the reason.
 
     The reference has the losses of at most `max_documents` documents: if the version has more, the ids with
-    the smallest hashes are kept. Raises BadConfig if the reason is empty, or `path` is no .json file.
+    the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if `path` is a file
+    that is not an accepted reference.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
-    if path.suffix != ".json":
-        raise BadConfig(f"--against {path}: --accept writes a .json file; leave out --against or name one")
+    if path.exists() and not (path.suffix == ".json" and "accepted" in read_json(path)):
+        raise NotAllowed(f"{path} is not an accepted reference, and was not replaced: name another file")
     ids = snapshot.documents.ids
     sample = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).digest())[:max_documents])
     documents = snapshot.documents.select(tuple(name for name in ids if name in sample))
