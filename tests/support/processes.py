@@ -2,11 +2,8 @@
 
 import multiprocessing
 import os
-import select
 import signal
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +64,7 @@ class ForkServer:
         os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
         self._end, theirs = multiprocessing.Pipe()
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(target=_serve_forks, args=(theirs, prepare, args), daemon=True)
+        self._process = spawn.Process(target=_serve_forks, args=(theirs, prepare, args))
         self._process.start()
         theirs.close()
         assert self._end.poll(seconds), "the server does not start"
@@ -88,32 +85,13 @@ class ForkServer:
 
 def _serve_forks(end: Any, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
     prepare(*args)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
     end.send(None)
     while True:
         function, args, seconds = end.recv()
-        child = os.fork()
-        if not child:
-            os._exit(_exit_code_of(function, args))
-        hangs = not select.select([ended := os.pidfd_open(child)], [], [], seconds)[0]
-        if hangs:
-            os.kill(child, signal.SIGKILL)
-        os.close(ended)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        end.send(None if hangs else code)
-
-
-def _exit_code_of(function: Callable[..., Any], args: tuple[Any, ...]) -> int:
-    """Call a function as the only work of a process. Returns the exit code that the process should have."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    code: Any = 0
-    try:
-        function(*args)
-    except SystemExit as leave:
-        code = leave.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code
+        fork = multiprocessing.get_context("fork").Process(target=function, args=args)
+        fork.start()
+        fork.join(seconds)
+        end.send(fork.exitcode)
+        fork.kill()
