@@ -422,10 +422,3 @@ def test_the_stage_renews_the_tables_of_pages(place, tmp_path):
     assert done.exit_code == 0, done.output
     record = json.loads((place / "reports/evidence.json").read_text())
     assert render_quoted_tables(record)["measured"] in page.read_text()
-
-
-def test_a_record_of_an_older_version_is_refused_in_a_sentence(place):
-    record = record_of(place)
-    del record["about_note"]
-    with pytest.raises(BadData, match=r"an older version of compactgpt wrote reports/evidence\.json"):
-        render_comparison(record)

@@ -27,7 +27,7 @@ COLOURS = {
     "paper": "#fffefb",
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
-LONGEST_LABEL = 30  # maximum number of characters of one line of a label next to an axis
+LONGEST_LABEL = 30  # maximum number of characters in a line of a label
 WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot without rows
 LINE_HEIGHT = 0.24  # inches: height of a line of a row's label
 Axes = Any
@@ -72,7 +72,6 @@ def _draw_rows(
 
 
 def _write_value(view: View, axes: Axes, row: int, value: float, unit: str, colour: str) -> None:
-    """Write a formatted value to the right of the axes."""
     text = show(value, unit, view.language)
     axes.text(1.02, row, text, color=colour, va="center", transform=axes.get_yaxis_transform())
 
@@ -103,7 +102,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the model's name, with its context length if it was scored with its own context length."""
+    """Return the model's name, with its context on a second line if it is not the shared window."""
     return f"{row['name']}\n{view.seen_context(row)}" if row["view"] == "own" else str(row["name"])
 
 

@@ -16,7 +16,7 @@ from compactgpt import experiments
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.sections import Name, Section, load_section
 from compactgpt.common.storage import read_json, write_json
-from compactgpt.config import ExpectedLoss, Params, Sha256, load_params
+from compactgpt.config import Params, Sha256, load_params
 from compactgpt.evaluation.metrics import perplexity_ratio
 from compactgpt.evaluation.totals import read_totals
 from compactgpt.forecast.model_size import count_parameters
@@ -31,12 +31,12 @@ PAIRS = {
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# Beginnings of the names of parameters in which a run may differ from its experiment.
+# A run may differ from its experiment in the parameters whose names begin like this.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Claims compare these text metrics with GPT-2's: end of the ratio's id -> decoding strategy and metric.
+# Claims compare these text metrics with GPT-2's: end of the ratio's id -> `<decoding strategy>.<metric>`.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -55,21 +55,11 @@ class Documents(Section):
     tokens: tuple[int, ...]
 
 
-class Forecast(Section):
-    """The loss expected before the run, and whether its intervals contain the measured loss."""
-
-    expected_loss: ExpectedLoss
-    inside_80: bool
-    inside_95: bool
-
-
 class Result(Section):
     """The content of one file in results/."""
 
-    experiment: Name
+    experiment: Name  # of conf/experiments
     params: dict[str, Any]  # from params.yaml: `model`, `training` and `download.corpus`
-    data_sha256: Sha256  # hash of the val split's token file
-    forecast: Forecast
     documents: Documents
     evidence: tuple[dict[str, Any], ...]  # measured values; each id contains the experiment's name
 
@@ -117,8 +107,8 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
     """Return the per-document losses, in the order of the val split, in nats rounded to 6 decimals."""
-    digest = documents_sha256(ids, tokens)
-    return Documents(ids_sha256=digest, nats=tuple(round(n, 6) for n in nats), tokens=tuple(tokens))
+    rounded = tuple(round(n, 6) for n in nats)
+    return Documents(ids_sha256=documents_sha256(ids, tokens), nats=rounded, tokens=tuple(tokens))
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
@@ -126,18 +116,11 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
     kept = [_rename(item, name, baselines) for item in by_id.values() if item["known"] == "measured"]
-    at_95, at_80 = (by_id[f"{COMPACT}.expected_loss_{share}"] for share in ("95", "80"))
-    expected = ExpectedLoss(
-        value=at_95["value"], low_80=at_80["low"], high_80=at_80["high"],
-        low_95=at_95["low"], high_95=at_95["high"], basis=at_95["source"],
-    )  # fmt: skip
     return Result(
         experiment=name,
         params=params.model_dump(
             mode="json", include={"model": True, "training": True, "download": {"corpus"}}
         ),
-        data_sha256=record["validation"]["sha256"],
-        forecast=Forecast(expected_loss=expected, **record["forecast"]),
         documents=documents,
         evidence=(*kept, *_derive(name, kept, record["curve"])),
     )
@@ -165,14 +148,9 @@ def _derive(
     by_id = {item["id"]: item for item in kept}
     val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
     if val_loss is not None and train_loss is not None:
-        about = {
-            "id": f"{name}.generalisation_gap",
-            "value": val_loss - train_loss,
-            "low": None,
-            "high": None,
-        }
-        source = f"experiment {name}: last row of reports/loss.csv, val less train"
-        yield {**by_id[f"{name}.loss"], **about, "source": source}
+        gap = {"id": f"{name}.generalisation_gap", "value": val_loss - train_loss, "low": None, "high": None}
+        source = f"experiment {name}: last row of reports/loss.csv, val minus train"
+        yield {**by_id[f"{name}.loss"], **gap, "source": source}
     for quantity, figure in TEXT_RATIOS.items():
         ours, theirs = by_id.get(f"{name}.text.{figure}"), by_id.get(f"gpt2.{name}.text.{figure}")
         if ours and theirs and theirs["low"] > 0:

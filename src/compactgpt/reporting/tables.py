@@ -1,6 +1,6 @@
 """Format the record as sentences and as rows of cells, for the templates, the plots and the model card.
 
-This module computes no values: each number is a value of the record, formatted by `show`.
+This module computes no values. It formats values of the record.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from compactgpt.common.errors import BadData
 from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.templating import Language, load_messages, translate
 
@@ -28,7 +27,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> quantity of the compact model, in the form `compact.<quantity>`.
+# Row of the note's table -> the same quantity of the model trained here: the end of the id `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -36,14 +35,16 @@ TRAINED_HERE = {
     "tokens": "tokens_seen",
     "loss": "loss",
 }
-GROUPS: dict[str, tuple[str, ...]] = {  # groups of verdicts, for the summary sentence
+# Name of a group in the summary sentence -> the verdicts that the group counts.
+GROUPS: dict[str, tuple[str, ...]] = {
     "holds": ("confirmed", "supported"),
     "repeats": ("restated", "consistent"),
     "fails": ("contradicted", "self-inconsistent", "misleading"),
     "open": ("inconclusive", "unverifiable"),
     "waits": ("not yet measured",),
 }
-FORMATS = {  # unit -> format of a number
+# Unit of a number -> format of the number.
+FORMATS = {
     "parameters": "{:,.0f}",
     "tokens": "{:,.0f}",
     "sequences": "{:,.0f}",
@@ -75,31 +76,24 @@ def localized(number: str, language: Language) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text, and the id of the value that the cell shows, or "" without a value."""
+    """A cell of a table."""
 
     text: str
-    id: str = ""
-    note: str = ""  # shown below the text
+    id: str = ""  # id of the value that the cell shows, or "" if the text is no value of the record
+    note: str = ""  # a second line below the text
 
 
 class View:
-    """Access to the values, claims and messages of a record, formatted in one language.
-
-    Raises BadData if an older version of compactgpt wrote the record.
-    """
+    """The values, claims and messages of a record, formatted in one language."""
 
     def __init__(self, record: Record, language: Language = "en") -> None:
-        if "about_note" not in record or "scores" not in record["models"]["measured"][0]:
-            raise BadData(
-                "an older version of compactgpt wrote reports/evidence.json: run `dvc repro` to update it"
-            )
         self.record, self.language = record, language
         self.words = load_messages(language)["text"]
         self.evidence: dict[str, Item] = {item["id"]: item for item in record["evidence"]}
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
         self.about_note: bool = record["about_note"]  # False: the run used the user's own corpus
-        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # of the main table
+        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # rows of the main table
         self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
 
@@ -107,20 +101,16 @@ class View:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """The formatted values that all messages may name in their placeholders, such as `{corpus}`."""
+        """Placeholder of a message, such as `corpus` -> formatted value. All messages may use them."""
         record, words = self.record, self.words
         row = next(row for row in record["table"] if row["id"] == "perplexity")
         small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
         decided = [self.evidence[d["source"]] for d in small["decisions"] if d["source"] in self.evidence]
         small_key = "answer_measured" if decided else "answer_expected"
         known = (decided or [self.evidence["note.expected_perplexity"]])[0]
-        held = {"held": self.number(record["calibration"]["held_95"])}
-        held["of"] = self.number(record["calibration"]["of"])
+        calibration = record["calibration"]
+        held = {"held": self.number(calibration["held_95"]), "of": self.number(calibration["of"])}
         reached = self.evidence.get(f"{COMPACT}.perplexity")
-
-        def figure(item: Item) -> str:
-            return show(item["value"], item["unit"], self.language)
-
         counted = ("documents", "tokens", "bytes", "window")
         return {
             **{key: self.number(record["validation"][key]) for key in counted},
@@ -142,33 +132,30 @@ class View:
             "by_hand": self.value("note.hand_set_loss"),
             "claimed": self.quoted(small),
             "claimed_gpt2": self.quoted(gpt2),
-            "published": ", ".join(map(figure, self.known_items(gpt2))) or words["none"],
+            "published": ", ".join(map(self.figure, self.known_items(gpt2))) or words["none"],
             "small": words[small_key].format(found=self.show(known), **held),
-            "reached": show(reached["value"], "perplexity", self.language)
-            if reached
-            else words["not_defined"],
+            "reached": self.figure(reached) if reached else words["not_defined"],
         }
 
     def say(self, key: str, **values: Any) -> str:
         """Return the message `key` as plain text, with its placeholders replaced by facts and values."""
         return self.words[key].replace("*", "").format(**{**self.facts, **values})
 
-    def word(self, section: str, key: str) -> str:
-        """Translate a word of the record: a verdict, a unit, or the kind of a value, such as `measured`."""
-        return translate(self.language, section, key)
+    def translate(self, section: str, text: str) -> str:
+        """Translate a word or sentence of the record. Without a translation, return the text unchanged."""
+        return translate(self.language, section, text)
 
-    def phrase(self, sentence: str) -> str:
-        """Translate a sentence of the record. A sentence without a translation is returned unchanged."""
-        return translate(self.language, "phrases", sentence)
+    def figure(self, item: Item) -> str:
+        """Format a value of the record without its interval."""
+        return show(item["value"], item["unit"], self.language)
 
     def show(self, item: Item) -> str:
         """Format a value of the record with its interval, if it has one."""
-        text = show(item["value"], item["unit"], self.language)
         bounds = self.interval(item["low"], item["high"], item["unit"])
-        return f"{text} ({bounds})" if bounds else text
+        return f"{self.figure(item)} ({bounds})" if bounds else self.figure(item)
 
     def interval(self, low: float | None, high: float | None, unit: str) -> str:
-        """Format an interval. None means that an end has no limit. Without limits, return an empty string."""
+        """Format an interval. An end is None if it has no limit. If both are None, return an empty string."""
         if low is not None and high is not None:
             ends = (show(low, unit, self.language), show(high, unit, self.language))
             return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
@@ -181,9 +168,10 @@ class View:
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format the value with the id `name`, or return a dash if the record has no such value.
+        """Format the value with the id `name`. If the record lacks the value, return a dash.
 
-        A perplexity that is too large for a float is not in the record, but its loss is.
+        The record lacks a perplexity that is too large for a float, but has its loss. The text for such a
+        perplexity is `not defined`.
         """
         if name in self.evidence:
             return self.show(self.evidence[name])
@@ -195,9 +183,9 @@ class View:
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
-        """Return how a value was obtained, and on which text if it depends on one."""
-        corpus = f" ({self.phrase(item['corpus'])})" if item["corpus"] else ""
-        return self.word("known", item["known"]) + corpus
+        """Return how a value is known, such as `measured`, and on which corpus it was measured."""
+        corpus = f" ({self.translate('phrases', item['corpus'])})" if item["corpus"] else ""
+        return self.translate("known", item["known"]) + corpus
 
     def conditions(self, item: Item) -> str:
         """Return a value's corpus, context, stride and tokenizer as a string, or a dash if all are empty."""
@@ -215,7 +203,7 @@ class View:
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result in one sentence: the answer about the note, or the model's scores."""
+        """Return the main result: the answer about the note, or the scores on the user's own corpus."""
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
@@ -238,15 +226,18 @@ class View:
 
     def tally(self) -> str:
         """Return the number of claims with each verdict, as one sentence."""
-        counts = [f"{number} {self.word('verdicts', verdict)}" for verdict, number in self.record["tally"]]
-        return self.say("tally", number=len(self.record["claims"]), counts=", ".join(counts))
+        counts = ", ".join(self._count(*pair) for pair in self.record["tally"])
+        return self.say("tally", number=len(self.record["claims"]), counts=counts)
+
+    def _count(self, verdict: str, number: int) -> str:
+        return f"{number} {self.translate('verdicts', verdict)}"
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return each group of verdicts that has claims: its name, number of claims, and a text."""
+        """Return (name, number of claims, text) of each group of verdicts that has claims."""
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
-            names = ", ".join(f"{tally[verdict]} {self.word('verdicts', verdict)}" for verdict in present)
+            names = ", ".join(self._count(verdict, tally[verdict]) for verdict in present)
             if present:
                 found.append((group, sum(tally[verdict] for verdict in present), names))
         return found
@@ -260,12 +251,12 @@ class View:
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in English, or "" if the view is French or the quote needs no translation."""
+        """Return the claim in English, or "" if the language is French or the quote needs no translation."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
     def quoted(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in the view's language, between quotation marks."""
+        """Return the claim in the language of the report, between quotation marks."""
         text = self.translation(claim) or claim["quote"]
         return f"{self.words['quote_open']}{text}{self.words['quote_close']}"
 
@@ -276,12 +267,12 @@ class View:
 
     def verdict(self, claim: Mapping[str, Any]) -> str:
         """Return a claim's verdict, with a mark if a person decided it."""
-        word = self.word("verdicts", claim["verdict"])
+        word = self.translate("verdicts", claim["verdict"])
         return f"{word} ({self.words['by_hand']})" if claim["by_hand"] else word
 
     def reasons(self, claim: Mapping[str, Any]) -> list[str]:
-        """Return the reasons for a verdict: a sentence, the experiment to run, other claims' intervals."""
-        reasons = [self.phrase(claim["reason"])] if claim["reason"] else []
+        """Return the reasons for a verdict, as sentences."""
+        reasons = [self.translate("phrases", claim["reason"])] if claim["reason"] else []
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
@@ -294,13 +285,17 @@ class View:
         """Return what small runs show about a claim, one sentence for each comparison."""
         lines = []
         for found in claim["small_scale"]:
-            unit, (ours, theirs) = found["unit"], found["runs"]
+            ours, theirs = found["runs"]
             line = self.say(
-                "small_scale", outcome=self.words[f"small_{found['outcome'].replace(' ', '_')}"],
-                quantity=self.phrase(found["quantity"]), value=show(found["value"], unit, self.language),
-                interval=self.interval(found["low"], found["high"], unit), ours=ours, theirs=theirs,
-            )  # fmt: skip
-            reason = [self.phrase(found["otherwise"])] if found["otherwise"] else []
+                "small_scale",
+                outcome=self.words[f"small_{found['outcome'].replace(' ', '_')}"],
+                quantity=self.translate("phrases", found["quantity"]),
+                value=self.figure(found),
+                interval=self.interval(found["low"], found["high"], found["unit"]),
+                ours=ours,
+                theirs=theirs,
+            )
+            reason = [self.translate("phrases", found["otherwise"])] if found["otherwise"] else []
             lines.append("; ".join([line, *reason]))
         return lines
 
@@ -315,7 +310,7 @@ class View:
         return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the rows of the note's table: title, claims, and the compact model's value, if any."""
+        """Return the rows of the note's table: (title, claims, list of the compact model's value, if any)."""
         rows = []
         for row in self.record["table"]:
             name = f"{COMPACT}.{TRAINED_HERE[row['id']]}"
@@ -324,7 +319,7 @@ class View:
         return rows
 
     def measured_rows(self) -> list[list[Cell]]:
-        """Return the rows of the main table: one for each view in which a model was measured."""
+        """Return the rows of the main table: one for each context with which a model was measured."""
         rows = []
         for row in self.rows:
             cells = self._sizes_and_scores(row["name"], row["scores"])
@@ -339,9 +334,9 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return which part of the text before a token the model of a row sees."""
+        """Return how much of the text before a token a model sees."""
         if row["view"] == "document":
-            return self.phrase(row["context"])
+            return self.translate("phrases", row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
 
     def published_rows(self) -> list[list[Cell]]:
@@ -368,9 +363,9 @@ class View:
         }
 
     def task_rows(self) -> list[list[str]]:
-        """Return one row for each measured score that the main table lacks: model, quantity, value, p-value.
+        """Return (model, quantity, value, p-value) of each measured score that the main table lacks.
 
-        A perplexity that follows from a loss has no row of its own.
+        A perplexity has no row if the record has its loss.
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]
@@ -389,7 +384,7 @@ class View:
         return rows
 
     def text_rows(self) -> list[list[str]]:
-        """Return one row for each metric of generated or human text: model, strategy, metric, value."""
+        """Return (model, decoding strategy, metric, value) of each metric of generated or human text."""
         rows = []
         for name in self.evidence:
             model, _, figure = name.partition(".text.")

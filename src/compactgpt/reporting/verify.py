@@ -36,7 +36,7 @@ from compactgpt.tracking.dvc_files import (
 )
 
 _SHOWN = 5  # maximum number of differences that are printed for one file
-_FROM_DVC = ("data/", "models/")  # these folders are not in git: `dvc pull` downloads them
+_FROM_DVC = ("data/", "models/")  # folders that `dvc pull` downloads, because git does not have them
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Verification:
 
     differences: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-    checked: dict[str, int] = field(default_factory=dict)  # number of comparisons of each kind
+    checked: dict[str, int] = field(default_factory=dict)  # kind of comparison -> number of comparisons
 
     def lines(self) -> list[str]:
         """Return the results as lines for the terminal."""
