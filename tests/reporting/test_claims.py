@@ -16,9 +16,8 @@ from compactgpt.reporting.claims import (
     Published,
     judge_claims,
 )
-from tests.support.comparison_inputs import make_place, record_of
+from tests.support.comparison_inputs import ROOT
 
-ROOT = Path(__file__).parents[2]
 CLAIMS = load_section(ROOT / "claims.yaml", Claims)
 BY_ID = {claim.id: claim for claim in CLAIMS.claims}
 
@@ -147,9 +146,8 @@ EXPECTED = {
 }
 
 
-def test_the_notes_verdicts(tmp_path):
-    claims = record_of(make_place(tmp_path))["claims"]
-    assert {claim["id"]: claim["verdict"] for claim in claims} == EXPECTED
+def test_the_notes_verdicts(record):
+    assert {claim["id"]: claim["verdict"] for claim in record["claims"]} == EXPECTED
 
 
 @pytest.mark.parametrize(

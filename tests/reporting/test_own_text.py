@@ -5,8 +5,6 @@ import html as entities
 import io
 import json
 import re
-import subprocess
-import sys
 from itertools import combinations
 
 import pytest
@@ -18,8 +16,7 @@ from matplotlib.text import Text
 from compactgpt.common.errors import printable
 from compactgpt.reporting import pages, plots, tables
 from compactgpt.reporting.pages import render_comparison, render_model_card
-from tests.support import tiny_pipeline
-from tests.support.comparison_inputs import ROOT, edit, make_place, record_of
+from tests.support.comparison_inputs import edit, make_place, record_of
 
 HOSTILE = "*Ham<script>let</script>* `x` [a](b) | $y$ \u202etxt.exe\x1b[31m"
 NAME = "Shakespeare's plays"
@@ -160,34 +157,3 @@ def test_hostile_names_stay_text_in_plots(hostile, tmp_path):
     assert printable(HOSTILE)[:20] in entities.unescape(picture)
     record = record_of(own(make_place(tmp_path), r"$x$ and $\frac$"))
     assert r">Bits per byte, $x$ and $\frac$ val<" in plots.draw_svg(record, "bits_per_byte", "en", "")
-
-
-RUN = """
-import os, sys
-from pathlib import Path
-from tests.support import tiny_pipeline
-project = Path(sys.argv[1])
-for stage in tiny_pipeline.STAGES:
-    try:
-        tiny_pipeline.run_stage(stage, project, "none")
-    except SystemExit as ended:
-        assert not ended.code, stage
-"""
-
-
-@pytest.mark.slow
-def test_a_real_chain_on_own_text_reports_on_that_text(tmp_path):
-    project = tiny_pipeline.make_place(tmp_path / "project")
-    tiny_pipeline.write_inputs(project, 1)
-    params = json.loads((project / "params.yaml").read_text())
-    params["download"]["files"]["name"] = NAME
-    (project / "params.yaml").write_text(json.dumps(params))
-    paths = {"PYTHONPATH": f"{ROOT}/src:{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", RUN, str(project)], check=True, cwd=project, env=paths)
-    text = (project / "reports/comparison.md").read_text()
-    assert text.startswith(f"# A compact GPT on {NAME}\n\nOn {NAME}, the compact model reaches a loss of")
-    assert f"tokens of {NAME}" in (project / "reports/model_card.md").read_text()
-    page = (project / "reports/index.html").read_text()
-    assert "tokens of files" not in page + text
-    assert "0.000 (0.000 to 0.000)" not in page + text
-    assert "files val" not in page + text

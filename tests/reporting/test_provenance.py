@@ -28,7 +28,7 @@ VALUE = {
 }
 RECORD = {"evidence": [VALUE, {**VALUE, "id": "compact.perplexity"}]}
 MD5 = {"data/tokens": "aaa.dir", "models/compact": "bbb.dir", "reports/evaluation.json": "ccc"}
-STAGES = {  # deps and outs
+STAGES = {  # name -> (deps, outs)
     "evaluation": (["data/tokens", "models/compact"], ["reports/evaluation.json"]),
     "tokenization": ([], ["data/tokens"]),
     "training": (["data/tokens"], ["models/compact"]),
@@ -36,12 +36,11 @@ STAGES = {  # deps and outs
 
 
 def write_stages(path, first_line="", **md5):
-    """Write dvc.yaml or dvc.lock in DVC's format."""
+    """Write dvc.yaml, or dvc.lock with the MD5 of each path, in DVC's format."""
+    is_lock, hashes = path.suffix == ".lock", {**MD5, **md5}
 
     def listed(paths):
-        return (
-            [{"path": one, "md5": {**MD5, **md5}[one]} for one in paths] if path.suffix == ".lock" else paths
-        )
+        return [{"path": one, "md5": hashes[one]} for one in paths] if is_lock else paths
 
     stages = {
         stage: {"cmd": f"exec python -m stages.{stage}", "deps": listed(deps), "outs": listed(outs)}
@@ -49,13 +48,11 @@ def write_stages(path, first_line="", **md5):
     }
     with open(path, "w") as file:
         file.write(first_line)
-        YAML().dump(
-            {"schema": "2.0", "stages": stages} if path.suffix == ".lock" else {"stages": stages}, file
-        )
+        YAML().dump({"stages": stages} | ({"schema": "2.0"} if is_lock else {}), file)
 
 
 @pytest.fixture
-def place(tmp_path):
+def project(tmp_path):
     """Three commits: the second changes the evaluation's entry in dvc.lock, the third another line."""
     git(tmp_path, "init", "-q")
     changed = {"reports/evaluation.json": "eee"}
@@ -70,8 +67,8 @@ def place(tmp_path):
     return tmp_path
 
 
-def test_a_value_is_traced_to_report_stage_files_and_commit(place):
-    lines = trace(place, RECORD, "compact.loss")
+def test_a_value_is_traced_to_report_stage_files_and_commit(project):
+    lines = trace(project, RECORD, "compact.loss")
     found = dict(lines)
     assert found["value"] == "4.5 nats per token, measured"
     assert found["needs"] == "tokenization -> training"
@@ -79,40 +76,40 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(place):
     assert read == ["data/tokens  md5 aaa.dir", "models/compact  md5 bbb.dir"]
     assert found["wrote"] == "reports/evaluation.json  md5 eee"
     assert found["commit"].endswith(" mine")
-    write_stages(place / "dvc.lock", **{"reports/evaluation.json": "fff"})
-    assert trace(place, RECORD, "compact.loss")[-1] == ("commit", "not committed yet")
-    shutil.rmtree(place / ".git")
-    assert trace(place, RECORD, "compact.loss")[-1] == ("commit", "not under git")
+    write_stages(project / "dvc.lock", **{"reports/evaluation.json": "fff"})
+    assert trace(project, RECORD, "compact.loss")[-1] == ("commit", "not committed yet")
+    shutil.rmtree(project / ".git")
+    assert trace(project, RECORD, "compact.loss")[-1] == ("commit", "not under git")
     with pytest.raises(MissingInput, match=r"compact\.los; similar ids: compact\.loss"):
         find_value(RECORD, "compact.los")
 
 
-def test_a_stages_code_is_hashed_by_the_dependencies_of_dvc_yaml(place):
+def test_a_stages_code_is_hashed_by_the_dependencies_of_dvc_yaml(project):
     stages = {"a": {"cmd": "a", "deps": ["src/b", "stages/a.py", "data"]}, "b": {"cmd": "b"}}
-    (place / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    (project / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     hashes = []
     for changed in ("", "src/b/c.py", "stages/a.py", "data/d.py", "src/e.py"):
         for path in ("src/b/c.py", "src/e.py", "stages/a.py", "data/d.py"):
-            (place / path).parent.mkdir(parents=True, exist_ok=True)
-            (place / path).write_text(f"# {path == changed}")
-        hashes.append(code_hashes(place))
+            (project / path).parent.mkdir(parents=True, exist_ok=True)
+            (project / path).write_text(f"# {path == changed}")
+        hashes.append(code_hashes(project))
     first, *others = hashes
     assert [one["a"] == first["a"] for one in others] == [False, False, True, True]
     assert all(one["b"] == first["b"] for one in others)
 
 
-def test_the_run_that_wrote_what_the_lock_has_is_found(place, empty_store, monkeypatch):
+def test_the_run_that_wrote_what_the_lock_has_is_found(project, empty_store, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert run_of_value(place, "evaluation").startswith("no MLflow store here")
-    (place / "mlflow.db").write_bytes(empty_store)
-    store = open_store(place)
-    entry = read_chain(Folder(place)).entries["evaluation"]
+    assert run_of_value(project, "evaluation").startswith("no MLflow store here")
+    (project / "mlflow.db").write_bytes(empty_store)
+    store = open_store(project)
+    entry = read_chain(Folder(project)).entries["evaluation"]
     wanted = store.client.create_run(store.experiment, tags={"lock_entry": entry_key(entry)}).info.run_id
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(project)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert done.exit_code == 0, done.output
     assert f"{wanted} (evaluation)" in done.output
-    (place / "mlflow.db").write_bytes(b"no database" * 400)
+    (project / "mlflow.db").write_bytes(b"no database" * 400)
     done = CliRunner().invoke(app, ["trace", "compact.loss"])
     assert (done.exit_code, done.output.count("\n")) == (65, 1)
     assert "mlflow.db is damaged" in done.output

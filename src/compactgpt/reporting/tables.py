@@ -27,7 +27,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> end of the id `compact.<end>`: the same quantity of the model that was trained here.
+# Row of the note's table -> the same quantity of the model trained here, as `compact.<quantity>`.
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
