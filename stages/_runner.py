@@ -104,13 +104,10 @@ class Stage:
 
 
 @contextmanager
-def open_stage(
-    name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "", *, held: bool = False
-) -> Iterator[Stage]:
+def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
     """Open a stage for a `with` block: lock the stage, open its run, and close the run after the block.
 
-    `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`. With
-    `held`, the tracker writes nothing before `begin`, because the stage may resume an interrupted run.
+    `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`.
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
@@ -130,7 +127,7 @@ def open_stage(
                 dvc_files.keep_lock(Path())
                 report(_describe_position([*stages], full_name))
             params, begin = load_params(_PARAMS), time.time()
-            run, status = _start_run(tracker, full_name, params, logged, held=held), "FAILED"
+            run, status = _start_run(tracker, full_name, params, logged), "FAILED"
             try:
                 yield Stage(full_name, params, run, params_sha256(hashed) if hashed else "")
                 if is_dvc:
@@ -201,9 +198,7 @@ def _describe_position(stages: list[str], stage: str) -> str:
     return f"stage {position + 1} of {len(stages)}: {stage}{left}"
 
 
-def _start_run(
-    tracker: str, name: str, params: Params, logged: tuple[str, ...], *, held: bool
-) -> Journal | NullTracker:
+def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...]) -> Journal | NullTracker:
     if tracker == "none":
         return NullTracker()
     from compactgpt.tracking.mlflow_logger import start_logger
@@ -213,7 +208,7 @@ def _start_run(
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
         tags["dvc.baseline"] = os.environ.get("DVC_EXP_BASELINE_REV", "")
-    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()}, held=held)
+    run = Journal(state_folder(), name, {"tags": tags, "workspace": str(here), **process_facts()})
     run.keep_before(here)
     sections = params.model_dump(mode="json")
     run.params(journal.tuned_params({key: sections[key] for key in logged}))

@@ -14,7 +14,7 @@ MODEL, CURVE = Path("models/compact"), Path("reports/loss.csv")
 def main(tracker: TrackerName = "mlflow") -> None:
     """Train the compact model, or resume an interrupted run."""
     start_processes("stages.training", tracker)
-    with open_stage("training", tracker, ("model", "training", "runtime"), held=True) as stage:
+    with open_stage("training", tracker, ("model", "training", "runtime")) as stage:
         prepare_process(stage.params.runtime.num_threads)
         # Import these modules late: they import torch, before which the number of threads must be set.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
@@ -23,12 +23,15 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
         splits = trainer.open_splits(Path("data/tokens"))
         states = state_folder() / "training" / trainer.run_key(stage.params, splits)
-        stage.tracker.begin(states / "journal")
         if stage.is_main_process:
             prune_runs(states.parent, states.name)
         callbacks = TrainingCallbacks(stage, Path("data/tokenizer"), CURVE)
         with stop_requests() as should_stop:
             trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
+        for row in trained.rows:
+            if row.step <= trained.resumed_from:  # so that the curve of a resumed run is complete
+                losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
+                stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:
             report = trainer.save_results(stage.params, splits, trained, states, MODEL, CURVE)
             stage.report(Path("reports/training.json"), report)

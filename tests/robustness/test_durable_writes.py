@@ -1,7 +1,7 @@
 """What a power loss must not undo: content is synced before the rename that publishes it, the name after."""
 
-import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -50,20 +50,16 @@ def test_what_was_written_is_synced_before_it_is_renamed_and_its_name_after(tmp_
     assert {journal.folder, journal.folder / "journal.jsonl"} <= synced
 
 
-def test_a_line_of_the_journal_that_was_written_in_part_damages_no_other(tmp_path, monkeypatch):
-    real = os.write
+def test_a_line_of_the_journal_that_a_full_disk_cut_off_is_completed_later(tmp_path):
     journal = Journal(tmp_path, "training", {"tags": {}})
-
-    def fail_halfway(handle, content):
-        real(handle, content[: len(content) // 2])
-        raise OSError(errno.EIO, "refused")
-
-    monkeypatch.setattr(os, "write", fail_halfway)
-    with pytest.raises(OSError, match="refused"):
-        journal.metrics({"loss": 3.0}, 1)
-    monkeypatch.setattr(os, "write", lambda handle, content: real(handle, content[:7]))  # the rest follows
+    path, (soft, hard) = journal.folder / "journal.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        with pytest.raises(OSError, match="File too large"):
+            journal.metrics({"loss": 3.0}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     journal.metrics({"loss": 2.0}, 2)
     journal.end("FINISHED")
-    lines = journal_lines((journal.folder / "journal.jsonl").read_bytes())
-    kinds = [(line["kind"], line.get("step")) for line in lines]
-    assert kinds == [("start", None), ("metrics", 2), ("end", None)]
+    kinds = [(line["kind"], line.get("step")) for line in journal_lines(path.read_bytes())]
+    assert kinds == [("start", None), ("metrics", 1), ("metrics", 2), ("end", None)]

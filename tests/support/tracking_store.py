@@ -47,10 +47,10 @@ def git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def journal(root: Path, stage: str = "training", *, held=False, **start) -> Journal:
+def journal(root: Path, stage: str = "training", **start) -> Journal:
     """Open a stage's journal, as the stage's script does."""
     facts = {"tags": {}, "workspace": str(root), **process_facts(), **start}
-    run = Journal(root / ".state", stage, facts, held=held)
+    run = Journal(root / ".state", stage, facts)
     run.keep_before(Path(facts["workspace"]))
     return run
 

@@ -92,7 +92,7 @@ def finished(tmp_path_factory, empty_store):
     with pytest.MonkeyPatch.context() as patched:
         patched.delenv("MLFLOW_TRACKING_URI", raising=False)
         patched.chdir(root)
-        sync(root, record_unrun=True)
+        sync(root)
     return root
 
 

@@ -172,5 +172,5 @@ def test_every_experiment_has_a_complete_pipeline_run(tmp_path, empty_store, mon
         lock = tracking_store.git(root, "show", f"{commit}:dvc.lock") + "\n"
         assert run.data.tags["lock_sha256"] == tracking_store.sha256(lock.encode())
     dvc(root, "exp", "apply", "-q", "queued-3")
-    sync(root, record_unrun=True)  # its dvc.lock has a run
+    sync(root)  # its dvc.lock has a run
     assert len(runs(root, "pipeline")) == 4

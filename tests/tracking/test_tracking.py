@@ -4,7 +4,6 @@ import gc
 import getpass
 import json
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
+from compactgpt.common.errors import BadConfig, MissingInput, Unreachable
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import read_json
 from compactgpt.tracking import mlflow_logger, store
@@ -130,15 +129,14 @@ def test_the_experiment_is_the_one_that_the_environment_names(root, monkeypatch)
 
 def test_a_damaged_database_is_named_and_a_deleted_one_is_filled_again_from_the_journals(root):
     log_run(root)
-    sync(root)
-    (before,), content = runs(root), (root / "mlflow.db").read_bytes()
-    for damaged in (b"no database" * 400, content[: len(content) // 2]):
-        for path in root.glob("mlflow.db*"):
-            path.unlink()
-        (root / "mlflow.db").write_bytes(damaged)
-        with pytest.raises(BadData, match=r"mlflow.db is damaged .*`mv \S*mlflow.db \S*mlflow.db.old`"):
-            sync(root)
+    (root / "mlflow.db").write_bytes(b"no database" * 400)
+    with pytest.raises(Unreachable, match=r"failed \(.*file is not a database\): no run is lost"):
+        sync(root)
     (root / "mlflow.db").unlink()
+    sync(root)
+    (before,) = runs(root)
+    for path in root.glob("mlflow.db*"):
+        path.unlink()
     root = root.rename(root.with_name("moved"))  # MLflow caches the tables that an address has
     sync(root)
     (after,) = runs(root)
@@ -152,18 +150,6 @@ def test_a_database_of_another_version_of_mlflow_is_one_sentence(root):
         database.commit()
     with pytest.raises(Unreachable, match=r"^MLflow at sqlite:\S*mlflow.db failed .*db upgrade[^\n]*$"):
         store.run_of_value(root, "training")
-
-
-def test_a_copied_repository_writes_nothing_into_the_original(root, tmp_path, monkeypatch):
-    log_run(root)
-    sync(root)
-    held = sorted((root / "mlartifacts").rglob("*.json"))
-    clone = shutil.copytree(root, tmp_path / "clone")
-    monkeypatch.chdir(clone)
-    log_run(clone)
-    sync(clone)
-    assert sorted((root / "mlartifacts").rglob("*.json")) == held
-    assert len(list((clone / "mlartifacts").rglob("*.json"))) == len(held) + 1 > 1
 
 
 def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path):
@@ -216,30 +202,3 @@ def test_machine_facts_name_what_rounds_sums(monkeypatch):
     facts = machine_facts()
     assert facts["torch"].startswith("2.")
     assert facts["arithmetic"] == '{"ATEN_CPU_CAPABILITY": "default"}'
-
-
-def test_the_rest_of_an_interrupted_run_continues_the_same_run_without_doubled_steps(root):
-    note = root / "state" / "journal"
-    first = journal(root, held=True)
-    first.params({"a": 1})
-    assert not (first.folder / "journal.jsonl").read_text()
-    first.begin(note)
-    for step in (1, 2, 3):
-        first.metrics({"loss": 4.0 - step}, step)
-    first.end("KILLED")
-    sync(root)
-    for last in (5, 6):  # interrupted twice; the state on disk is of step 2 both times
-        rest = journal(root, held=True)
-        rest.params({"a": 2})
-        rest.begin(note)
-        for step in range(3, last + 1):
-            rest.metrics({"loss": 4.0 - step, "val": 1.0}, step)
-        if last == 5:
-            assert not copy(root)
-            assert runs(root)[0].info.status == "RUNNING"
-        rest.end("FINISHED")
-    sync(root)
-    (found,) = runs(root)
-    assert (found.info.status, found.data.params) == ("FINISHED", {"a": "1"})
-    assert history(root, found, "loss") == [(step, 4.0 - step) for step in range(1, 7)]
-    assert [step for step, _ in history(root, found, "val")] == [3, 4, 5, 6]

@@ -202,7 +202,7 @@ def sync(warn: Annotated[bool, typer.Option("--warn", help="If MLflow fails, onl
     from compactgpt.tracking.mlflow_logger import sync as sync_runs
 
     try:
-        address = sync_runs(Path.cwd(), record_unrun=True)
+        address = sync_runs(Path.cwd())
     except UserError as error:
         if not warn:
             raise

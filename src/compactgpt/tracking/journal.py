@@ -1,14 +1,14 @@
 """Write and read journals. A journal is a local file to which a stage appends everything that it logs.
 
 Each `dvc` process, and each stage that a user starts by hand, has a run folder in `.state/tracking/`. The run
-folder contains `before/`, with copies of the project's files from before the first stage, and one folder for
-each stage, with `journal.jsonl` and `artifacts/` (copies of the logged files). Each line of a journal is a
-JSON object, whose `kind` is start, params, tags, metrics, inputs, artifact or end.
+folder contains `before/`, with copies of the project's files from before the first stage. For each stage it
+contains a folder with `journal.jsonl` and copies of the logged files. A line of a journal is a JSON object,
+whose `kind` is start, params, tags, metrics, inputs, artifact or end. A stage that resumes interrupted work
+starts a new journal.
 """
 
 import functools
 import json
-import logging
 import os
 import platform
 import re
@@ -24,27 +24,26 @@ from typing import Any
 
 from compactgpt.common.errors import BadConfig
 from compactgpt.common.git import DIFF, git_facts, uncommitted_changes, write_private
-from compactgpt.common.storage import fsync_folder, make_folder, write_text
+from compactgpt.common.storage import fsync_folder, make_folder
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, TOKENS
 
 Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
-BEFORE = "before"
-CONTINUED = "continued"  # name of an empty file, which says that a later journal continues the run
+BEFORE = "before"  # name of the folder with the project's files from before the first stage
 LOCKED = "requirements.lock"
-MAX_DIGEST = 36  # characters: the longest hash of a data set that MLflow accepts
-_TAIL = 65_536  # bytes to read from the end of a journal, to find its last line
+MAX_DIGEST = 36  # the greatest number of characters that MLflow accepts as the hash of a data set
+_TAIL = 65_536  # number of bytes at the end of a journal that contain its last line
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
-# Processor flags and environment variables that change the order or the precision of floating-point sums.
+# Processor flags and environment variables that can change the rounding of floating-point sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 # The sections of params.yaml that are logged to MLflow. The other sections do not change the model.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Each pair: a pattern of dotted keys in a stage's report, and the name of the metric in MLflow.
+# Pairs of a pattern and a name: a value of a report whose dotted key matches has this name in MLflow.
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -68,16 +67,8 @@ def without_password(text: str) -> str:
     return _PASSWORD.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
 
 
-class PasswordFilter(logging.Formatter):
-    """A log formatter that hides passwords: MLflow's error messages quote the URL in MLFLOW_TRACKING_URI."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the log record as text, with its traceback, without passwords."""
-        return without_password(super().format(record))
-
-
 def tracking_store() -> dict[str, str]:
-    """Return `uri`, `experiment` and `experiment_id` of the tracking store that MLflow's variables name.
+    """Return the `uri`, `experiment` and `experiment_id` that MLflow's environment variables name.
 
     Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
     """
@@ -148,8 +139,8 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
     """Return a description of each token file in a manifest, as `Journal.inputs` logs it.
 
-    `files` is the manifest's mapping by file name. `contexts` has, by split, the use of the split in the
-    words of MLflow: training, validation or evaluation.
+    `files` is the manifest's mapping by file name. `contexts` has, for each split, MLflow's word for its use:
+    training, validation or evaluation.
     """
     found = []
     for split, context in contexts.items():
@@ -179,12 +170,10 @@ def process_facts() -> dict[str, Any]:
 
 
 class Journal:
-    """A tracker that appends to a journal. If the process is killed, at most the last line is incomplete.
+    """A tracker that appends to a journal. If the process is killed, at most the last line is incomplete."""
 
-    A stage that may resume an interrupted run sets `held`. Then lines stay in memory until `begin` or `end`.
-    """
-
-    def __init__(self, state: Path, stage: str, start: Mapping[str, Any], *, held: bool = False) -> None:
+    def __init__(self, state: Path, stage: str, start: Mapping[str, Any]) -> None:
+        first = {"stage": stage, "store": tracking_store(), **start}
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{stage}-{secrets.token_hex(3)}"
         group = name
         if pipeline := start.get("pipeline"):
@@ -193,18 +182,14 @@ class Journal:
         self.run_folder = state / "tracking" / group
         self.folder = self.run_folder / name
         make_folder(self.folder / "artifacts")
-        self._file = os.open(self.folder / JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open(self.folder / JOURNAL, "ab")  # noqa: SIM115  `end` closes the file
         fsync_folder(self.folder)
-        self._torn = False  # whether the last line may be incomplete
-        self._held: list[dict[str, Any]] | None = [] if held else None  # lines for `begin` to write
-        self._resumes = False  # whether this journal continues an interrupted run
-        self._logged: dict[str, int] = {}  # by metric: the last step that an interrupted run logged
-        self._append("start", {"stage": stage, "store": tracking_store(), **start})
+        self._append("start", first)
 
     def keep_before(self, workspace: Path) -> None:
         """Copy dvc.yaml, dvc.lock, params.yaml, requirements.lock and the uncommitted changes to `before/`.
 
-        If `before/` exists, an earlier stage of this `dvc` process made it, and nothing is copied.
+        Only the first stage of a `dvc` process copies these files.
         """
         before = self.run_folder / BEFORE
         if before.exists():
@@ -219,67 +204,29 @@ class Journal:
         making.rename(before)
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}  # MLflow wants milliseconds
-        if self._held is None:
-            self._write(line)
-        else:
-            self._held.append(line)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        """Append a line. If a full disk cut off the last line, first write a line break."""
-        content = b"\n" * self._torn + json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        self._torn = True
-        while content:
-            content = content[os.write(self._file, content) :]
-        self._torn = False
-
-    def _release(self) -> None:
-        lines, self._held = self._held or [], None
-        for line in lines:
-            self._write(line)
-
-    def begin(self, note: Path) -> None:
-        """Write all lines that are in memory to the journal, and write each later line at once.
-
-        If the file `note` exists, it names the journal of an interrupted run, and this journal continues that
-        run: it begins with the lines of the earlier journal. Then `note` is written with this journal's name.
-        """
-        earlier = JournalFile(self.run_folder.parent / note.read_text().strip()) if note.exists() else None
-        if earlier and earlier.path.exists() and earlier.start:
-            self._resumes = True
-            start = (self._held or [{}])[0] | {"continues": earlier.first}
-            lines = [line for line in earlier.read()[0] if line["kind"] in ("params", "metrics", "inputs")]
-            for line in lines:
-                if line["kind"] == "metrics":
-                    for key in line["values"]:
-                        self._logged[key] = max(line["step"], self._logged.get(key, 0))
-            self._held = [start, *lines]
-            (earlier.folder / CONTINUED).touch()
-        self._release()
-        write_text(note, f"{self.run_folder.name}/{self.folder.name}\n")
+        line = {"kind": kind, "time_ms": time.time_ns() // 1_000_000, **content}
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters, with a dotted key for each value of a nested mapping."""
-        if not self._resumes:
-            self._append("params", {"values": flatten(values)})
+        self._append("params", {"values": flatten(values)})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a training step. Values that an interrupted run has already logged are left out."""
-        new = {key: value for key, value in values.items() if not step or step > self._logged.get(key, 0)}
-        if new:
-            self._append("metrics", {"values": new, "step": step})
+        """Log metrics at a training step."""
+        self._append("metrics", {"values": dict(values), "step": step})
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Log tags: texts by which MLflow can search runs."""
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log the data sets that the run reads. `token_files` returns their descriptions."""
+        """Log data sets that the stage reads, as `token_files` describes them."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Log a copy of a small file or folder. `folder` is the folder in MLflow that receives the copy."""
+        """Log a copy of a small file or folder. MLflow shows the copy in `folder`."""
         target = self.folder / "artifacts" / folder / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -291,9 +238,8 @@ class Journal:
     def end(self, status: str) -> None:
         """Write the last line with the status FINISHED, FAILED or KILLED, and close the journal."""
         self._append("end", {"status": status})
-        self._release()
-        os.fsync(self._file)
-        os.close(self._file)
+        os.fsync(self._file.fileno())
+        self._file.close()
 
 
 class NullTracker:
@@ -325,11 +271,6 @@ class JournalFile:
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
-
-    @property
-    def first(self) -> str:
-        """The name of the journal with which the run began; another journal if a run was interrupted."""
-        return str(self.start.get("continues", self.folder.name))
 
     @property
     def last(self) -> dict[str, Any]:

@@ -3,18 +3,16 @@
 `start_logger` starts one child process for each run folder. The child process copies new lines of the
 journals, logs system metrics, and gives the runs of killed stages the status KILLED. After the `dvc` process
 has ended, the child process completes the pipeline's run. If the server does not answer, `compactgpt sync`
-copies the lines later. MLflow ignores a metric that it has with the same time and step, so lines may be
-copied twice.
+copies the lines later. A line may be copied twice, because MLflow stores equal metrics once.
 """
 
 import hashlib
 import json
 import logging
-import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,12 @@ from compactgpt.common.git import git_facts
 from compactgpt.common.storage import read_json, write_json, write_text
 from compactgpt.tracking import journal, pipeline_run
 from compactgpt.tracking.dvc_files import CHAIN, LOCK, PARAMS, Cache, Folder, parse_yaml
-from compactgpt.tracking.journal import BEFORE, CONTINUED, DEFAULT_URI, JournalFile, tracking_store
+from compactgpt.tracking.journal import BEFORE, DEFAULT_URI, JournalFile, tracking_folder, tracking_store
 from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 
 POLL_SECONDS = 1.0  # time between two reads of the journals
-PATIENCE_SECONDS = 60.0  # after the runs have ended, stop if the tracking store fails for this time
+PATIENCE_SECONDS = 60.0  # how long to try to copy runs that have ended, if MLflow fails
 
 
 def start_logger(run_folder: Path) -> None:
@@ -47,10 +45,9 @@ def start_logger(run_folder: Path) -> None:
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` of the store that has everything of a run folder, or an empty string."""
-    with suppress(UserError, LookupError, TypeError):  # a missing or damaged file: copy again
-        return str(read_json(folder.path / "mlflow.json")["store"])
-    return ""
+    """Return the `Store.identity` of the store to which a run folder is copied, or an empty string."""
+    note = folder.path / "mlflow.json"
+    return str(read_json(note)["store"]) if note.exists() else ""
 
 
 @dataclass
@@ -63,13 +60,13 @@ class Copied:
 
 
 class Logger:
-    """Copies the journals of one run folder to a tracking store."""
+    """Copies the journals of one run folder to MLflow."""
 
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
-        self.run_id = ""  # the pipeline's run in MLflow
-        self.copied: dict[str, Copied] = {}  # by the name of the journal's folder
-        self.monitor: Any = None  # logs the system metrics of the stage that runs now
+        self.run_id = ""  # the id of the pipeline's run in MLflow
+        self.copied: dict[str, Copied] = {}  # name of a journal's folder -> what is copied of the journal
+        self.monitor: Any = None  # MLflow's monitor, which logs the system metrics of the running stage
 
     def copy(self) -> bool:
         """Copy new lines of all journals. Return whether all runs have ended and are copied completely."""
@@ -93,7 +90,6 @@ class Logger:
         self.monitor = None
 
     def _start_pipeline(self) -> str:
-        """Create the run of the pipeline, with its parameters and `dvc` command, and return the run's id."""
         start = self.folder.start
         named = time.strftime("pipeline %m-%d %H:%M:%S", time.localtime(start["time_ms"] / 1000))
         name, command = start["tags"].get("dvc.experiment", named), self.folder.command
@@ -125,21 +121,16 @@ class Logger:
             self.client.log_artifact(copied.run_id, str(file.folder / line["path"]), line["folder"] or None)
         if status:
             self.close()
-            if not (file.folder / CONTINUED).exists():
-                self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
+            self.client.set_terminated(copied.run_id, status, file.last["time_ms"])
         copied.offset, copied.is_complete = offset, bool(status)
         return copied.is_complete
 
     def _start_stage(self, file: JournalFile) -> str:
-        """Create the run of a stage, or find the run that the journal continues. Return the run's id."""
         parent = {"mlflow.parentRunId": self.run_id} if self.run_id else {}
         stage = file.start["stage"]
         script = f"stages/{stage.partition('@')[0]}.py"
         tags = {**file.start["tags"], **parent, "stage": stage, "mlflow.source.name": script}
-        run_id = self.store.create("journal", file.first, stage, file.start["time_ms"], tags)
-        if "continues" in file.start and not (file.folder / CONTINUED).exists():
-            self.store.log(run_id, [{"kind": "tags", "values": parent}])
-            self.client.update_run(run_id, status="RUNNING")
+        run_id = self.store.create("journal", file.folder.name, stage, file.start["time_ms"], tags)
         if not parent and self.folder.before.root.exists():
             self.store.log_folder(run_id, self.folder.before.root, BEFORE)
         return run_id
@@ -155,7 +146,7 @@ class Logger:
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
             del tags["lock_sha256"]  # by this tag, `sync` finds a finished run of dvc.lock
-        # By stage: `links` has a link to the run that made the outputs, `ran` the name of the journal.
+        # links: name of a stage -> link to the run that made its outputs. ran: name of a stage -> journal.
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in ran:
@@ -181,70 +172,68 @@ class Logger:
 
 
 def follow(folder: RunFolder) -> None:
-    """Copy a run folder again and again, until all of it is copied.
+    """Copy the new lines of a run folder every second, until the runs have ended and are copied.
 
-    Give up if, after the end of the runs, the tracking store fails for PATIENCE_SECONDS.
+    If MLflow fails, try again. Give up PATIENCE_SECONDS after the runs have ended.
     """
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                if folder.journals():
-                    folder.keep_after()  # before the store is opened, which can fail
-                    logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
-                    with store_errors(folder.start["store"]["uri"]):
-                        if logger.copy():
-                            return
-                    last_work = time.monotonic()
+                folder.keep_after()  # before the store is opened, which can fail
+                logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
+                with store_errors(folder.start["store"]["uri"]):
+                    if logger.copy():
+                        return
+                last_work = time.monotonic()
             except (UserError, OSError) as error:
                 if logger:
                     logger.close()
                     logger = None
                 if str(error) != reported:
                     reported = str(error)
-                    logging.exception("not copied; trying again")
+                    logging.warning("not copied, trying again: %s", error)
                 last_work = time.monotonic() if folder.alive else last_work
             time.sleep(POLL_SECONDS)
 
 
-def sync(root: Path, *, record_unrun: bool = False) -> str:
-    """Copy all ended runs to their tracking stores, and return the address of the current store.
+def sync(root: Path) -> str:
+    """Copy all ended runs to the MLflow stores that their journals name.
 
-    The current store is the tracking store that environment variables name. With `record_unrun`, also log a
-    dvc.lock of which the current store has no run, as in a fresh clone. If a run can't be copied, the other
-    runs are copied, and then the first error is raised.
+    Then log dvc.lock if the current store has no run of it, as in a fresh clone. MLFLOW_TRACKING_URI names
+    the current store. Return its address. If a run can't be copied, the other runs are copied, and then the
+    first error is raised.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
     problems: list[UserError] = []
     current, ended = tracking_store(), [one for one in run_folders(root) if not one.alive]
     for folder in ended:
-        with suppress(UserError), folder.locked() as is_ours:  # if not, a child process copies the folder
+        with suppress(UserError), folder.locked() as is_ours:
             if is_ours:
                 folder.keep_after()
-    note = root / ".state/tracking/synced.json"
-    if record_unrun and note.exists() and note.read_text() == _synced_state(root, current, ended):
-        return current["uri"]  # before the import of MLflow, which takes seconds
+    # If mlflow.db has everything, return before the import of MLflow, which takes seconds.
+    lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
+    note, content = tracking_folder(root) / "synced.json", json.dumps({**current, "lock_sha256": lock})
+    is_local = current["uri"] == DEFAULT_URI and (root / "mlflow.db").exists()
+    if is_local and note.exists() and note.read_text() == content and all(map(copied_to, ended)):
+        return current["uri"]
     stores = [current, *(folder.start["store"] for folder in ended)]
     for wanted in {json.dumps(store): store for store in stores}.values():
         folders = [one for one in ended if one.start["store"] == wanted]
         if wanted != current:
             folders = [one for one in folders if not copied_to(one)]
         problems += _sync_store(root, wanted, folders)
-    is_recorded = record_unrun and not problems and _record_unrun(root, current)
+    is_recorded = not problems and _record_unrun(root, current)
     if problems:
         raise problems[0]
     if is_recorded:
-        ended = [one for one in run_folders(root) if not one.alive]
-        write_text(note, _synced_state(root, current, ended))
+        write_text(note, content)
     return current["uri"]
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to a tracking store, and return the errors of folders that were not copied.
-
-    `wanted` is the result of `journal.tracking_store`.
-    """
+    """Copy run folders to the store `wanted`, and return the errors of folders that were not copied."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
@@ -262,21 +251,6 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
     return problems
 
 
-def _synced_state(root: Path, store: dict[str, str], ended: list[RunFolder]) -> str:
-    """Return a text that stays equal until `sync` has something to copy.
-
-    For a server, each call returns another text, because a server can lose runs without notice.
-    """
-    lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
-    copied = [(folder.path.name, copied_to(folder)) for folder in ended]
-    address = f"{(root / 'mlflow.db').resolve().as_uri()}?mode=ro"
-    if store["uri"] == DEFAULT_URI:
-        with suppress(sqlite3.Error), closing(sqlite3.connect(address, uri=True)) as database:
-            experiments = database.execute("select experiment_id, creation_time from experiments").fetchall()
-            return json.dumps([store, experiments, lock, copied])
-    return str(time.time())
-
-
 def _record_unrun(root: Path, current: dict[str, str]) -> bool:
     """If the store has no finished run of dvc.lock, log such a run, in which DVC skipped every stage.
 
@@ -288,9 +262,7 @@ def _record_unrun(root: Path, current: dict[str, str]) -> bool:
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if (
-            not found.stages or found.status != "FINISHED"
-        ):  # dvc.lock lacks results that `dvc repro` would make
+        if not found.stages or found.status != "FINISHED":  # `dvc repro` would run a stage
             return False
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}
@@ -302,7 +274,5 @@ def _record_unrun(root: Path, current: dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
-    handler = logging.StreamHandler()
-    handler.setFormatter(journal.PasswordFilter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(handlers=[handler])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     follow(RunFolder(Path(sys.argv[1])))

@@ -1,9 +1,8 @@
 """Read the run folder of one `dvc` process: the journals of its stages, and the outcome of each stage.
 
-If DVC skips a stage, or takes the stage's outputs from its run cache, no stage script runs and no journal
-exists. So the outcome is read from dvc.lock after the `dvc` process has ended. The outputs of the stages that
-ran belong to the run. The outputs of a skipped stage belong to the run only if dvc.lock says that they were
-made from the run's parameters, code and data.
+A stage that DVC skips, or whose outputs DVC takes from its run cache, has no journal. So this module reads
+the outcome of each stage from dvc.lock after the `dvc` process has ended. The outputs of a skipped stage
+belong to the run only if dvc.lock says that they were made from the run's parameters, code and data.
 """
 
 import csv
@@ -37,20 +36,20 @@ from compactgpt.tracking.dvc_files import (
 )
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
-PIPELINE = "pipeline"  # in journals and tags: the name of the whole pipeline instead of a stage's name
+PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
 AFTER = "after"  # name of the folder with the project's files from after the `dvc` process
 OUTCOME = "outcome.json"
-OUTCOME_SECONDS = 30.0  # how long to wait, after the last stage, for DVC to commit an experiment
+COMMIT_SECONDS = 30.0  # after this time, DVC will make no commit for an experiment whose process has ended
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
 class Outcome(BaseModel):
-    """The outcome of a `dvc` process. It is saved as the file OUTCOME in the folder AFTER."""
+    """The outcome of a `dvc` process, which `RunFolder` saves as `after/outcome.json`."""
 
-    status: str = "FINISHED"  # the run's status in MLflow
-    reason: str = ""  # why the run is incomplete, as a sentence
-    stages: dict[str, str] = {}  # by stage: `ran`, `skipped` or `not reached`, with details
-    entries: dict[str, str] = {}  # by stage: hash of its entry in dvc.lock, if the entry belongs to the run
+    status: str = "FINISHED"  # the status of the pipeline's run in MLflow
+    reason: str = ""  # a sentence that says why the run is incomplete
+    stages: dict[str, str] = {}  # name of a stage -> a text such as `ran (finished)` or `not reached`
+    entries: dict[str, str] = {}  # name of a stage with results -> SHA-256 of its entry in dvc.lock
 
 
 class RunFolder:
@@ -90,9 +89,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
-        """Lock the folder, so that only one process copies it. Yield whether this process has the lock.
+        """Lock the folder for a `with` block, and yield whether this process has the lock.
 
-        With `wait`, wait until another process releases the lock.
+        If another process has the lock, yield False, or wait for that process if `wait` is true.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -103,13 +102,12 @@ class RunFolder:
                 yield True
 
     def outcome(self) -> Outcome | None:
-        """Return the saved outcome of the `dvc` process, or None if the file is missing or damaged."""
-        with suppress(UserError, ValueError):
-            return Outcome.model_validate(read_json(self.after.root / OUTCOME))
-        return None
+        """Return the saved outcome of the `dvc` process, or None if no outcome is saved yet."""
+        saved = self.after.read(OUTCOME)
+        return Outcome.model_validate_json(saved) if saved else None
 
     def keep_after(self) -> bool:
-        """Save the project's files to AFTER if the `dvc` process has ended. Return whether they are saved."""
+        """If the `dvc` process has ended, save its files to `after/`. Return whether nothing is left to save."""
         if "pipeline" not in self.start or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
@@ -118,33 +116,26 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the place with the dvc.lock of this run, or None if the run's commit does not exist yet.
+        """Return the commit or folder with the dvc.lock of this run, or None if DVC has not committed it yet.
 
-        The place of an experiment is its commit, because DVC deletes or reuses an experiment's temporary
-        folder. The place of `dvc repro` is the work tree. But if a later run has started, dvc.lock may have
-        changed in the work tree. Then the place is the folder `before/` of the later run.
+        An experiment has a commit. DVC deletes the experiment's temporary folder. The files of `dvc repro`
+        are in the work tree, until a later run starts. The later run has copied them to its `before/`.
         """
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
             reference = f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
-            with suppress(UserError):  # git has no commit of this experiment
+            with suppress(UserError):  # git raises UserError if the experiment has no commit
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
-            failed = any(file.status != "FINISHED" for file in self.stages())
-            is_lost = failed or time.time() - newest > OUTCOME_SECONDS
-            return Folder(self.path / "no-commit") if is_lost else None
+            return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
         return Folder(Path(workspace))
 
     def _write_after(self, place: Place) -> None:
-        """Save the files that an ended `dvc` process left to AFTER, before the next command changes them.
-
-        AFTER gets the new dvc.lock, the other files of `before/`, the list of installed packages, the reports
-        and tables of per-document losses that belong to the run, and OUTCOME.
-        """
+        """Save dvc.lock, settings, package versions, reports, losses by document and the outcome."""
         cache, making = Cache(self.root), self.path / "after.tmp"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
@@ -158,14 +149,10 @@ class RunFolder:
         # Code is read from the work tree, because `place` may be the folder `before/` of a later run.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
-        try:
-            for path, md5 in outs(place, found).items():
-                if path.startswith(("reports/", "data/evaluation", "data/baseline")):
-                    dvc_files.checkout(cache, place, path, md5, making / path)
-        except UserError as error:  # a file in DVC's cache was altered
-            found.reason = found.reason or str(error)
+        for path, md5 in outs(place, found).items():
+            if path.startswith(("reports/", "data/evaluation", "data/baseline")):
+                dvc_files.checkout(cache, place, path, md5, making / path)
         (making / OUTCOME).write_text(found.model_dump_json())
-        shutil.rmtree(self.after.root, ignore_errors=True)
         making.rename(self.after.root)
 
 
@@ -181,12 +168,11 @@ def find_outcome(
     """Return the outcome of a `dvc` process: its status, and what happened to each stage.
 
     Args:
-        place: the files after the `dvc` process: the work tree, or the commit of a DVC experiment.
-        before: the files before the first stage.
+        place: the project's files after the `dvc` process: a folder, or the commit of a DVC experiment.
+        before: the project's files before the first stage.
         journals: the journals of the stages that ran.
         command: the `dvc` command. If it names stages, the run is complete without the other stages.
-        tree: the work tree. Outputs belong to the run only if its code and data are those in dvc.lock.
-            None for a commit, which needs no such check.
+        tree: the folder in which code and data must have the hashes of dvc.lock. A commit needs no folder.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -200,7 +186,7 @@ def find_outcome(
         found.stages[stage] = NOT_REACHED
         if stage in ran:
             found.stages[stage] = f"ran ({ran[stage].status.lower()})"
-            is_valid = ran[stage].status == "FINISHED" and _is_recorded(ran[stage], entry)
+            is_valid = ran[stage].status == "FINISHED"
         elif is_valid := _is_current(entry, chain, params, found.entries, tree):
             origin = "unchanged" if old.get(stage) == entry else "from the run cache of DVC"
             found.stages[stage] = f"{SKIPPED}: {origin}"
@@ -209,27 +195,17 @@ def find_outcome(
     named = [stage for stage in chain.stages if {stage, stage.partition("@")[0]} & set(command.split())]
     if missing := [stage for stage in named or chain.stages if stage not in found.entries]:
         found.reason = f"`dvc` failed or was stopped: {LOCK} has no results for {', '.join(missing)}"
-    if not chain.lock:
-        found.reason = f"{LOCK} is empty or missing"
     ends = [*(file.status for file in journals), "FAILED" if found.reason else "FINISHED"]
     found.status = next(status for status in ("KILLED", "FAILED", "FINISHED") if status in ends)
     return found
 
 
-def _is_recorded(file: JournalFile, entry: Entry) -> bool:
-    """Return whether each report in a stage's journal has the hash that dvc.lock has for the report."""
-    named = {Path(path).name: md5 for path, md5 in dvc_files.outs(entry).items()}
-    logged = {path.name: dvc_files.md5_file(path) for path in (file.folder / "artifacts/reports").glob("*")}
-    return all(named.get(name, md5) == md5 for name, md5 in logged.items())
-
-
 def _is_current(
     entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry in dvc.lock has these parameters and current dependencies.
+    """Return whether a stage's entry in dvc.lock has the parameters `params` and current dependencies.
 
-    A dependency is current if it is an output of a stage in `valid`, or a file of the work tree with the
-    recorded hash.
+    A dependency is current if a stage in `valid` made it, or if `tree` has it with the recorded hash.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or dvc_files.values_at(params, [*wanted]) != wanted:
@@ -239,7 +215,7 @@ def _is_current(
         inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # Without a tree, the place is a commit. DVC commits an experiment only if all its stages succeeded.
+        # A commit has no `tree`: DVC commits an experiment only if all its stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
@@ -252,10 +228,7 @@ def outs(place: Place, found: Outcome) -> dict[str, str]:
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of each skipped stage that belongs to the run, in the form of journal lines.
-
-    The metrics come from the reports in the folder `after`.
-    """
+    """Yield journal lines with the metrics of the skipped stages, from the reports in the folder `after`."""
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
@@ -272,10 +245,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return tags and data sets of a pipeline's run.
+    """Return two values for MLflow: hashes of dvc.lock and weights as tags, and the token files as data sets.
 
-    The tags are the SHA-256 of dvc.lock and of the weights. The data sets are the token files, as
-    `Journal.inputs` logs them. `made` has the MD5 of each output of the run, by path.
+    `made` has the MD5 of each output of the run, by path.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):

@@ -43,15 +43,9 @@ def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: s
 
 
 def _logged(store: Store, weights: str) -> str:
-    """Return the id of the logged model with these weights, or an empty string.
-
-    Delete models with these weights that were not logged completely.
-    """
+    """Return the id of the completely logged model with these weights, or an empty string."""
     wanted = f"tags.weights_sha256 = '{weights}'"
     found = store.client.search_logged_models([store.experiment], filter_string=wanted)
-    for model in found:
-        if model.status != "READY":
-            store.client.delete_logged_model(model.model_id)
     return next((str(model.model_id) for model in found if model.status == "READY"), "")
 
 
@@ -73,11 +67,7 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         from compactgpt.model.weights import load_model
 
         model, text = load_model(folder / MODEL), after.read("reports/model_card.md")
-        card = (
-            text.decode()
-            if text
-            else f"# compactgpt\n\nSHA-256 of the weights: `{tags['weights_sha256']}`.\n"
-        )
+        card = text.decode() if text else "# compactgpt\n"  # no text: the comparison was not run
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
         options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults for requests
         logged = mlflow.transformers.log_model(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compactgpt.common.errors import BadData, Unreachable, UserError
+from compactgpt.common.errors import Unreachable, UserError
 from compactgpt.common.git import DIFF
 from compactgpt.tracking.dvc_files import Folder, entry_key, read_chain
 from compactgpt.tracking.journal import (
@@ -127,109 +127,68 @@ class Store:
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     """Open a tracking store. Create the SQLite database and the experiment if they are missing.
 
-    `root` is the repository. `wanted` names the store in the form that `tracking_store` returns; without
-    `wanted`, environment variables name the store. Raises BadData if the SQLite database is damaged, and
-    Unreachable if the server fails or does not answer.
+    `root` is the repository. `wanted` is a result of `tracking_store`, by default the present one. Raises
+    Unreachable if the server or the database fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ.pop("MLFLOW_RUN_ID", None)  # else MLflow would log every run to this run
-    for name in ("alembic", "mlflow.system_metrics"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # warnings have the server's password
     uri = wanted["uri"]
     if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # a journal has no password
         uri = os.environ["MLFLOW_TRACKING_URI"]
-    database = root.resolve() / uri.removeprefix(_SQLITE) if uri.startswith(_SQLITE) else None
-    uri = f"{_SQLITE}{database}" if database else uri
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
         fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create one database
+        artifacts = None  # the server knows where it keeps artifacts
+        if uri.startswith(_SQLITE):
+            database = root.resolve() / uri.removeprefix(_SQLITE)
+            uri, artifacts = f"{_SQLITE}{database}", str(database.parent / ARTIFACTS)
+            if not database.exists():
+                with closing(sqlite3.connect(database)) as created:
+                    created.execute("pragma journal_mode=wal")  # so that a reader never waits for a writer
+        client, name = mlflow.MlflowClient(uri, uri), wanted["experiment"]
+        if name and not client.get_experiment_by_name(name):
+            client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
         environment = dict(os.environ)
         try:
-            if database:
-                _check_database(database)
             mlflow.set_tracking_uri(uri)
-            experiment = _set_experiment(wanted, database)
+            experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
         finally:  # MLflow sets environment variables, which a journal would take for the user's settings
             os.environ.clear()
             os.environ.update(environment)
     identity = f"{experiment.experiment_id}@{experiment.creation_time}"
-    return Store(mlflow.MlflowClient(uri, uri), experiment.experiment_id, identity)
-
-
-def _check_database(path: Path) -> None:
-    """Raise sqlite3.DatabaseError if a database is damaged. If the file is missing, create the database."""
-    is_new = not path.exists()
-    with closing(sqlite3.connect(path)) as database:
-        if is_new:
-            database.execute("pragma journal_mode=wal")  # so that a reader never waits for a writer
-        (found,) = database.execute("pragma quick_check(1)").fetchone()
-    if found != "ok":
-        raise sqlite3.DatabaseError(" ".join(found.split()))
-
-
-def _set_experiment(wanted: Mapping[str, str], database: Path | None) -> Any:
-    """Return the experiment that `wanted` names, and make it MLflow's active experiment.
-
-    Create the experiment if the store has none with this name.
-    """
-    import mlflow
-
-    client, name = mlflow.MlflowClient(), wanted["experiment"]
-    if name and not client.get_experiment_by_name(name):
-        artifacts = str(database.parent / ARTIFACTS) if database else None
-        client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
-        if database:
-            # MLflow saves an absolute path: a copied repository would write its artifacts into the original.
-            with closing(sqlite3.connect(database, timeout=20)) as store, store:
-                store.execute(
-                    "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
-                )
-    return mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
+    return Store(client, experiment.experiment_id, identity)
 
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn an error of the server, MLflow or SQLAlchemy into a UserError with the store's address.
-
-    An error of the local disk, such as a full disk, stays as it is.
-    """
+    """Turn an error of MLflow into Unreachable. A UserError, or an error of the disk, stays as it is."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the disk, such as no space left
+        if isinstance(error, OSError) and error.errno:  # for example, no space is left on the disk
             raise
         first: BaseException = error
         while first.__context__:  # MLflow and its libraries wrap the first error several times
             first = first.__context__
         found = (first.strerror or first) if isinstance(first, OSError) else error
         reason = without_password(str(found).strip().partition("\n")[0][:300]) or type(error).__name__
-        if type(first) is sqlite3.DatabaseError:  # a subclass, such as OperationalError, means no damage
-            name = uri.removeprefix(_SQLITE)
-            raise BadData(
-                f"{name} is damaged ({reason}): move it away (`mv {name} {name}.old`); "
-                "`compactgpt sync` copies the runs again from .state/tracking"
-            ) from error
         raise Unreachable(
-            f"MLflow at {uri} failed ({reason}): no run is lost; when MLflow answers, `compactgpt sync` "
-            "copies the runs from .state/tracking"
+            f"MLflow at {uri} failed ({reason}): no run is lost. When MLflow works again, or when you have "
+            "moved a damaged mlflow.db away, `compactgpt sync` copies the runs from .state/tracking"
         ) from error
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return the id of the run that made the outputs of a stage in dvc.lock.
-
-    Return a sentence with the reason if no run is known.
-    """
+    """Return the id of the run that made a stage's outputs, or a sentence that says why no run is known."""
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` creates mlflow.db"
-    if tracking_store()["uri"] == DEFAULT_URI and not os.access(root, os.W_OK):
-        return "not looked up: SQLite must write next to mlflow.db, but this folder is read-only"
     entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
     with store_errors(tracking_store()["uri"]):
         run_id = store.find("lock_entry", entry_key(entry)) if entry else ""
