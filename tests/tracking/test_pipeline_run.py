@@ -79,11 +79,6 @@ def refuse(*_):
     raise Unreachable("no server")
 
 
-def wait_for_the_next_second() -> None:
-    """Names of run folders have the start of `dvc` in milliseconds, psutil's clock has hundredths."""
-    time.sleep(0.05)
-
-
 def test_a_pipeline_has_its_stages_with_metrics_params_and_files(root, tmp_path):
     parent = run_pipeline(root, "training", "evaluation")
     assert (parent.info.status, parent.data.params) == ("FINISHED", {"model.n_layer": "2"})
@@ -146,7 +141,7 @@ def test_a_skipped_stage_counts_only_with_the_same_code_and_params_even_if_kept_
         (root / change).write_text("model: {n_layer: 3}")
     for _ in range(2):  # the second starts before the end of the first is kept
         run_stage(root, "training", ended_dvc())
-        wait_for_the_next_second()
+        time.sleep(0.05)  # psutil tells the start of `dvc` in hundredths of a second
     sync(root)
     for parent in runs(root, "pipeline"):
         assert parent.info.status == status

@@ -107,7 +107,7 @@ class RunFolder:
         return Outcome.model_validate_json(saved) if saved else None
 
     def keep_after(self) -> bool:
-        """If the `dvc` process has ended, save its files to `after/`. Return whether nothing is left to save."""
+        """Save the files of an ended `dvc` process to `after/`. Return whether nothing is left to save."""
         if "pipeline" not in self.start or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
