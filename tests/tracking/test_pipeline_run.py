@@ -141,7 +141,7 @@ def test_a_skipped_stage_counts_only_with_the_same_code_and_params_even_if_kept_
         (root / change).write_text("model: {n_layer: 3}")
     for _ in range(2):  # the second starts before the end of the first is kept
         run_stage(root, "training", ended_dvc())
-        time.sleep(0.05)  # psutil tells the start of `dvc` in hundredths of a second
+        time.sleep(0.05)  # psutil knows the start of `dvc` to a hundredth of a second
     sync(root)
     for parent in runs(root, "pipeline"):
         assert parent.info.status == status
