@@ -42,8 +42,8 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # number of documents after a document in its bucket with which the document is compared
-_OWNERS_PER_RUN = 10  # highest number of train documents that are stored for a run (a few more are possible)
+_NEIGHBOURS = 8  # a document is compared with this number of later documents in its bucket
+_OWNERS_PER_RUN = 10  # when this number of train documents with a run is stored, no more are stored
 
 
 def word_hashes(text: str) -> Hashes:
