@@ -68,7 +68,7 @@ def project(tmp_path):
 
 
 def test_a_value_is_traced_to_report_stage_files_and_commit(project):
-    lines = trace(project, RECORD, "compact.loss")
+    lines = trace(project, VALUE)
     found = dict(lines)
     assert found["value"] == "4.5 nats per token, measured"
     assert found["needs"] == "tokenization -> training"
@@ -77,9 +77,9 @@ def test_a_value_is_traced_to_report_stage_files_and_commit(project):
     assert found["wrote"] == "reports/evaluation.json  md5 eee"
     assert found["commit"].endswith(" mine")
     write_stages(project / "dvc.lock", **{"reports/evaluation.json": "fff"})
-    assert trace(project, RECORD, "compact.loss")[-1] == ("commit", "not committed yet")
+    assert trace(project, VALUE)[-1] == ("commit", "not committed yet")
     shutil.rmtree(project / ".git")
-    assert trace(project, RECORD, "compact.loss")[-1] == ("commit", "not under git")
+    assert trace(project, VALUE)[-1] == ("commit", "not under git")
     with pytest.raises(MissingInput, match=r"compact\.los; similar ids: compact\.loss"):
         find_value(RECORD, "compact.los")
 

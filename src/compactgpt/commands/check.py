@@ -29,9 +29,8 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
     from compactgpt.reporting import provenance
     from compactgpt.tracking.store import run_of_value
 
-    record = read_json(provenance.RECORD)
-    lines = provenance.trace(Path(), record, name)
-    value = provenance.find_value(record, name)
+    value = provenance.find_value(read_json(provenance.RECORD), name)
+    lines = provenance.trace(Path(), value)
     lines.append(("MLflow run", run_of_value(Path.cwd(), value["stage"])))
     echo("\n".join(f"{what:<12}{found}" for what, found in lines))
 

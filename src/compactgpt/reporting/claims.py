@@ -41,7 +41,7 @@ class ByEvidence(Section):
     """The rule of a claim that is judged by values of the record."""
 
     by: Literal["evidence"]
-    ids: Annotated[tuple[str, ...], Field(min_length=1)]
+    ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
     until_measured: tuple[str, ...] = ()  # ids of the values that decide while a value of `ids` is missing
     copied: bool = False  # True: the value is the note's own number
     reason: str = ""
@@ -78,10 +78,10 @@ class Claim(Section):
     id: Name
     quote: str
     english: str  # the quote in English, with English number format
-    where: str
+    where: str  # section of the note that contains the quote
     model: str
     quantity: str
-    unit: str
+    unit: str  # unit of `low` and `high`
     low: float | None = None  # None: no lower limit
     high: float | None = None  # None: no upper limit
     beside: tuple[str, ...] = ()  # ids of values that are shown with the claim, but do not decide it
@@ -102,7 +102,7 @@ class Claim(Section):
 
 
 class Row(Section):
-    """A row of the note's table, with the id of the claim in each column."""
+    """A row of the note's table. `compact`, `gpt2` and `gpt2_xl` are the ids of the claims in its cells."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name
@@ -183,9 +183,9 @@ class Decision:
     """The comparison of one value with a claim."""
 
     source: str  # the id of the evidence, or the ids of the claims that were compared
-    low: float
+    low: float  # interval of the value
     high: float
-    relation: Relation
+    relation: Relation  # position of this interval relative to the claimed interval
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return whether an interval is inside, outside or only overlaps a claimed interval.
+    """Return whether an interval is inside a claimed interval, outside of it, or overlaps it in part.
 
     Two intervals that share only an end overlap.
     """

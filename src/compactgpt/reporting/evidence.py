@@ -25,7 +25,7 @@ from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sour
 
 NOTE = "note"
 NATS = "nats per token"
-# Kind and name of the two corpora whose reports check the note: the demo's corpus and the note's corpus.
+# (kind, name) of the two corpora whose reports check the note: the demo's corpus and the note's corpus.
 # On any other corpus, a report describes only the model that was trained on that corpus.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
@@ -47,7 +47,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
     Raises BadConfig if two values have the same id.
     """
     evidence: dict[str, Evidence] = {}
-    for item in collect_evidence(sources):
+    for item in _collect_evidence(sources):
         if item.id in evidence:
             raise BadConfig(
                 f"two values are called {item.id}: rename the baseline in params.yaml (baseline.names) or "
@@ -90,7 +90,6 @@ def build_record(sources: Sources) -> dict[str, Any]:
 
 
 def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[dict[str, Any]]:
-    """Return the claims with their judgements, and with what small runs show about them."""
     claims = sources.claims.claims
     return [
         claim.model_dump(exclude={"judged"}, mode="json")
@@ -103,10 +102,10 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
     """Return a model's rows of the main table: one row for each context with which the model was measured.
 
-    `scores` is the beginning of the ids of the row's values. `view` is `matched` (the windows that all neural
-    models share), `own` (the model's own maximum context), `both` (the own context is the shared window), or
-    `document` (a compressor or n-gram model, which has no windows). `context` says what a model without
-    windows sees of the text.
+    The key `scores` is the beginning of the ids of the row's values. The key `view` is `matched` (the windows
+    that all neural models share), `own` (the model's own maximum context), `both` (the own context is the
+    shared window), or `document` (a compressor or n-gram model, which has no windows). The key `context`
+    describes the text that a model without windows sees.
     """
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
@@ -144,7 +143,7 @@ def _describe_data(sources: Sources) -> dict[str, Any]:
     }
 
 
-def collect_evidence(sources: Sources) -> Iterator[Evidence]:
+def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
     """Yield every value of the record: estimated, counted, published and measured."""
     note = sources.estimate.note
     yield from _estimated(NOTE, note)
@@ -253,7 +252,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Return the value and the interval that an increasing function gives for a published loss."""
+    """Return a value calculated from a published loss: `increasing` of the loss and of its two limits."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 RECORD = "evidence.json"
+# Metric of the model card -> its name and unit.
 CARD_METRICS = {
     "loss": "loss (nats per GPT-2 token)",
     "perplexity": "perplexity (per GPT-2 token)",
     "bits_per_byte": "bits per byte (of UTF-8)",
 }
+# Columns of reports/comparison.csv. Those of CSV_VALUE are fields of Evidence.
 CSV_VALUE = (
     "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
     "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
 )  # fmt: skip
 CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *CSV_VALUE[1:])
+# A table in a Markdown page, between the line `<!-- table NAME -->` and the line `<!-- end -->`.
 _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 
 
@@ -44,7 +47,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     `language` is the language of the Markdown and the plots, and the first visible language of the page.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # in the written file, keys are sorted
+    record = json.loads(content)  # the same order of keys as in the file, which `compactgpt verify` reads
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),
@@ -79,7 +82,7 @@ def render_comparison(record: Record, language: Language = "en") -> str:
 
 
 def render_csv(record: Record) -> str:
-    """Render the record as reports/comparison.csv: the values of each claim, then of each measured model."""
+    """Render the record as reports/comparison.csv: values of the claims, then of the measured models."""
     view, buffer = View(record), io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_HEAD)
@@ -153,9 +156,9 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, "") of the model in a folder, or ("", reason) if the model has no card.
+    """Return (text of the card, ""), or ("", reason) if the card is missing or describes another model.
 
-    A card belongs to a model if the card contains the hash of the model's weights.
+    A card describes the model in the folder `model` if it contains the hash of the model's weights.
     """
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"

@@ -18,9 +18,10 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return a hash of the code of each stage: of the Python files that dvc.yaml names as its dependencies.
+    """Return the stages by name, each with a hash of its code.
 
-    The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
+    The code of a stage is the Python files among its dependencies in dvc.yaml. The hash is the SHA-256 of the
+    lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
     for stage, definition in read_stages(Folder(root)).items():
@@ -32,7 +33,7 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the value with the id `name` from the record. Raises MissingInput with similar ids."""
+    """Return the value with the id `name`. Raises MissingInput, with similar ids, if the record lacks it."""
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
         similar = [known for known in values if name in known or known.rpartition(".")[0] == name][:8]
@@ -41,12 +42,11 @@ def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     return values[name]
 
 
-def trace(root: Path, record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
-    """Return the origin of a value, as (label, text) pairs: report, stage, hashes, files, commit.
+def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the origin of a value as (label, text) pairs: report, stage, hashes, files, commit.
 
-    Raises MissingInput if the record has no such value, or BadData if dvc.lock has no entry for its stage.
+    Raises BadData if dvc.lock has no entry for the value's stage.
     """
-    value = find_value(record, name)
     stage = value["stage"]
     entry = read_chain(Folder(root)).entries.get(stage)
     if entry is None:

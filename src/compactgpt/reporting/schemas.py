@@ -38,9 +38,9 @@ class Report(BaseModel):
 
 
 class _Model(Report):
-    kind: str
+    kind: str  # kind of a baseline in params.yaml, such as `ngram`
     label: str = ""  # the model's name in tables
-    context: str
+    context: str  # a phrase: the text before a token that the model sees
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
@@ -59,8 +59,8 @@ class _Split(Report):
 class View(Report):
     """A model's loss with another context, or with windows that overlap."""
 
-    context: int
-    stride: int
+    context: int  # tokens in a window
+    stride: int  # tokens between the starts of two neighbouring windows
     loss: Interval
     perplexity: Interval | None
     bits_per_byte: Interval
@@ -79,9 +79,9 @@ class _WikiText(Report):
 
 
 class Task(Report):
-    """Results of one task: the accuracy on questions, or the perplexity on WikiText by protocol."""
+    """Results of one task: the accuracy on questions, or the perplexity on WikiText by each protocol."""
 
-    items_sha256: str = ""
+    items_sha256: str = ""  # hash of the questions
     accuracy: Interval | None = None
     hits: str = ""  # "1" for each right answer, "0" for each wrong answer
     sha256: str = ""  # hash of the WikiText file
@@ -103,9 +103,9 @@ class _Sample(Report):
 
 
 class Text(Report):
-    """Generated text: metrics by decoding strategy, and samples. Also the schema of reports/samples.json."""
+    """Generated text: metrics, and samples. Also the schema of reports/samples.json."""
 
-    statistics: dict[str, dict[str, Interval | None]] = {}
+    statistics: dict[str, dict[str, Interval | None]] = {}  # decoding strategy -> metric -> value
     samples: list[_Sample] = []
 
 
@@ -120,8 +120,8 @@ class Score(Report):
     bits_per_byte: Interval
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, View] = {}
-    tasks: dict[str, Task] = {}
+    views: dict[str, View] = {}  # `own` (the model's own context) or `strided` -> loss
+    tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
 
@@ -168,7 +168,7 @@ class Downloaded(Report):
     name: str  # the corpus' name in tables
     documents: int
     bytes: int
-    left_out: dict[str, int] = {}
+    left_out: dict[str, int] = {}  # reason -> number of documents that the download left out
     sources: list[_CorpusPart] = []
 
 
@@ -235,12 +235,12 @@ class Estimates(Report):
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's report and per-document losses, and the paths of these two files."""
+    """One model's report and per-document losses."""
 
     name: str
-    source: str
+    source: str  # path of the report
     score: Score
-    totals_path: str
+    totals_path: str  # path of the per-document losses
     totals: Totals
 
 
@@ -252,7 +252,7 @@ class Sources:
     published: Published
     estimate: Estimates
     training: Trained
-    curve: list[dict[str, float | None]]
+    curve: list[dict[str, float | None]]  # see `read_curve`
     compact: Measured
     baselines: list[Measured]
     samples: list[_Sample]  # the compact model's samples
@@ -292,7 +292,7 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Read the loss curve. A loss is None at a step where it was not measured.
+    """Return the rows of the loss curve. A loss is None at a step where it was not measured.
 
     Raises MissingInput if the file is missing, BadData if a column is missing or a value is not a number.
     """
@@ -344,7 +344,6 @@ def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Pa
 
 
 def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measured]:
-    """Read the report and the per-document losses of the compact model, then of each baseline."""
     files = {COMPACT: ("evaluation.json", "evaluation/compact.parquet")}
     files |= {name: (f"baseline/{name}.json", f"baseline/{name}.parquet") for name in names}
     found = []

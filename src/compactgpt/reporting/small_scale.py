@@ -21,7 +21,7 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# name -> function that returns a figure of one generated text, or None if the text is too short
+# name of a figure -> function of a sample, {text, tokens}. It returns None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -70,10 +70,10 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference of mean losses, if only the seed varies.
+    """Return half the width of the 95 % interval of a difference of two mean losses, if only the seed varies.
 
-    `losses`, (runs,), of runs that differ only in their seed give the standard deviation. `ours` and `theirs`
-    are the numbers of runs of the two means.
+    `losses`, (runs,), are of runs that differ only in their seed. They give the standard deviation. `ours`
+    and `theirs` are the numbers of runs of the two means.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)

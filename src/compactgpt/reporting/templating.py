@@ -1,6 +1,6 @@
 """The messages of the reports in English and French, and Jinja2 environments for HTML and Markdown.
 
-The environments escape all values. The messages of templates/en.yaml and fr.yaml are markup already.
+The environments escape all values. They do not escape the messages of templates/en.yaml and fr.yaml.
 """
 
 import re
