@@ -21,11 +21,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from compactgpt.common.console import Progress, ProgressBar, handle_user_errors, report, silent
+from compactgpt.common.device import dist_info, under_torchrun
 from compactgpt.common.errors import BadConfig, Busy, CheckFailed
 from compactgpt.common.git import git_facts
 from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json, write_text
-from compactgpt.common.torchrun import check_environment, dist_info, under_torchrun
 from compactgpt.config import Params, load_params
 from compactgpt.tracking import dvc_files, journal
 from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, StageDefinition, params_sha256
@@ -111,7 +111,6 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
     """
     full_name = f"{name}@{item}" if item else name
     with _stoppable(), handle_user_errors("stopped; `dvc repro` resumes from here"):
-        check_environment()
         _die_with_parent()
         if item and not re.fullmatch(NAME_PATTERN, item):
             raise BadConfig(f"{name} {item!r}: {NAME_RULE}")
@@ -226,7 +225,6 @@ def start_processes(module: str, tracker: str) -> None:
     process, return at once.
     """
     with handle_user_errors():
-        check_environment()
         launcher = load_params(_PARAMS).training.launcher
         if launcher.processes == 1 or under_torchrun():
             return

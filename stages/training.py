@@ -1,5 +1,6 @@
 """Stage `training`: train the model on the token files; write the model, its loss curve and a report."""
 
+import shutil
 from pathlib import Path
 
 from compactgpt.common.device import prepare_process, stop_requests
@@ -19,7 +20,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         # Import these modules late: they import torch, before which the number of threads must be set.
         from compactgpt.tracking.training_callbacks import TrainingCallbacks
         from compactgpt.training import trainer
-        from compactgpt.training.checkpoint import prune_runs, remove_states
+        from compactgpt.training.checkpoint import prune_runs
 
         splits = trainer.open_splits(Path("data/tokens"))
         states = state_folder() / "training" / trainer.run_key(stage.params, splits)
@@ -33,13 +34,13 @@ def main(tracker: TrackerName = "mlflow") -> None:
                 losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
                 stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:
-            report = trainer.save_results(stage.params, splits, trained, states, MODEL, CURVE)
+            report = trainer.save_results(stage.params, trained, states, MODEL, CURVE)
             stage.report(Path("reports/training.json"), report)
             stage.tracker.artifact(CURVE, "reports")
             stage.tracker.artifact(MODEL / "config.json", "model")
             stage.tracker.tags({"run_key": states.name, "resumed_from_step": str(trained.resumed_from)})
     if stage.is_main_process:  # only after success, because a failed stage resumes from its training states
-        remove_states(states)
+        shutil.rmtree(states, ignore_errors=True)
 
 
 if __name__ == "__main__":

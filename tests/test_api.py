@@ -24,7 +24,7 @@ def project(tmp_path, monkeypatch):
     """A folder with a model and its tokenizer, and nothing else, as the current folder."""
     folder = tmp_path / "project"
     encoding = save_tokenizer(folder / "data/tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), folder / "models/compact", {})
+    save_model(tiny_gpt(encoding.n_vocab), folder / "models/compact")
     monkeypatch.chdir(folder)
     return folder
 
@@ -134,7 +134,7 @@ def test_a_mistake_is_a_user_error(project, monkeypatch, change, call, error, me
     if change == "no tokenizer":
         (project / "data").rename(project / "old")
     elif change:
-        save_model(tiny_gpt(99), project / "models/compact", {})
+        save_model(tiny_gpt(99), project / "models/compact")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(error, match=message):
         call()

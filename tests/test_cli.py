@@ -56,7 +56,7 @@ def test_the_version_is_printed():
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder with a model and its tokenizer, and without params.yaml, as the current folder."""
-    save_model(tiny_gpt(263), tmp_path / "models/compact", {})
+    save_model(tiny_gpt(263), tmp_path / "models/compact")
     save_tokenizer(tmp_path / "data/tokenizer")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -18,7 +18,7 @@ from tests.support.tiny_models import save_tokenizer, tiny_gpt
 
 
 def test_export_replaces_an_earlier_export_and_keeps_a_file_that_was_added(tmp_path, monkeypatch):
-    save_model(tiny_gpt(40), tmp_path / "project/models/compact", {})
+    save_model(tiny_gpt(40), tmp_path / "project/models/compact")
     save_tokenizer(tmp_path / "project/data/tokenizer")
     monkeypatch.chdir(tmp_path / "project")
     folder = tmp_path / "hf"
@@ -41,7 +41,7 @@ def test_export_replaces_an_earlier_export_and_keeps_a_file_that_was_added(tmp_p
     assert export(folder, "--overwrite").exit_code == 0
     verified_manifest(folder)
     with pytest.raises(NotAllowed, match="did not write"):  # a model is not an export
-        save_model(tiny_gpt(40), folder, {})
+        save_model(tiny_gpt(40), folder)
 
 
 def test_data_docs_sweeps_and_references_of_the_gate_replace_no_other_files(tmp_path):

@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     """A trained model with its card, and the same model in Hugging Face form."""
     folder = tmp_path_factory.mktemp("trained")
     encoding = save_tokenizer(folder / "tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), folder / "model", {})
+    save_model(tiny_gpt(encoding.n_vocab), folder / "model")
     manifest = json.loads((folder / "model/manifest.json").read_text())
     digest = manifest["files"]["model.safetensors"]["sha256"]
     card = f"---\nlanguage: en\n---\n# A model\n\nSHA-256 of the weights as trained: `{digest}`.\n"

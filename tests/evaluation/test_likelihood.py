@@ -258,7 +258,7 @@ def test_the_stage_writes_the_same_bytes_twice(tmp_path, encoding, split, model,
     save_params(tmp_path / "params.yaml", lambda tree: None)
     missing = CliRunner().invoke(app, ["--tracker", "none"])
     assert (missing.exit_code, missing.output.count("\n")) == (MissingInput.exit_code, 1)
-    save_model(model, tmp_path / "models/compact", {})
+    save_model(model, tmp_path / "models/compact")
     names = [f"reports/{name}" for name in ("evaluation.json", "metrics.json", "samples.json", "samples.md")]
     names.append("data/evaluation/compact.parquet")
     written = []

@@ -348,7 +348,7 @@ def test_the_champion_is_a_reference_with_the_files_of_its_run(tmp_path, monkeyp
         references.promote(tmp_path)
     project(tmp_path)
     encoding = save_tokenizer(tmp_path / "data/tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact", {})
+    save_model(tiny_gpt(encoding.n_vocab), tmp_path / "models/compact")
     outs = ["data/evaluation", "data/tokenizer", "models/compact"]
     outs += [str(path.relative_to(tmp_path)) for path in (tmp_path / "reports").rglob("*.json")]
     with_dvc(tmp_path, outs)

@@ -276,7 +276,7 @@ def folders(scratch):
     encoding = save_tokenizer(scratch / "tokenizer")
     with storage.atomic_folder(scratch / "tokens") as temporary:
         save_split(temporary / "val.tokens", encoding)
-    save_model(tiny_gpt(40, n_layer=1, n_embd=4), scratch / "model", {"steps": 1})
+    save_model(tiny_gpt(40, n_layer=1, n_embd=4), scratch / "model")
     save_state(scratch / "states", "key", 2, {"weight": torch.ones(3)}, {"rows": []})
     save_hf(tiny_gpt(encoding.n_vocab, n_layer=1, n_embd=4), scratch / "foreign", scratch / "tokenizer")
     baselines.read_folder(scratch / "foreign")  # imports take more time than a reader may take

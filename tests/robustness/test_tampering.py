@@ -45,7 +45,7 @@ def chain(tmp_path):
     with atomic_folder(tmp_path / "data/tokens") as folder:
         for name in ("train", "val"):
             save_split(folder / f"{name}.tokens", encoding)
-    save_model(tiny_gpt(encoding.n_vocab, n_layer=1), tmp_path / "models/compact", {"steps": 1})
+    save_model(tiny_gpt(encoding.n_vocab, n_layer=1), tmp_path / "models/compact")
     sums = np.arange(1, 4)
     totals = Totals(["a", "b", "c"], sums, sums, sums, sums / 3)
     write_totals(tmp_path / "data/evaluation/compact.parquet", totals)

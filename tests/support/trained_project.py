@@ -15,7 +15,7 @@ def fill(root: Path) -> None:
     (root / "dvc.yaml").write_text("stages: {training: {cmd: x}, evaluation: {cmd: x}}")
     (root / "params.yaml").write_text("{model: {n_layer: 2}, training: {max_steps: 9}, download: {a: 1}}")
     encoding = save_tokenizer(root / "data/tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), root / "models/compact", {})
+    save_model(tiny_gpt(encoding.n_vocab), root / "models/compact")
     save_split(root / "data/tokens/val.tokens", encoding)
 
 

@@ -20,7 +20,7 @@ SUFFIXES = {"", ".json", ".md", ".safetensors", ".txt", ".yaml"}
 
 def retrain(root: Path, params: str, n_embd: int) -> None:
     vocab_size = load_encoding(root / "data/tokenizer").n_vocab
-    save_model(tiny_gpt(vocab_size, n_embd=n_embd), root / "models/compact", {})
+    save_model(tiny_gpt(vocab_size, n_embd=n_embd), root / "models/compact")
     (root / "params.yaml").write_text(params)
     register(root)
 

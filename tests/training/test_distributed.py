@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compactgpt.common.device import DistInfo, dist_info
 from compactgpt.common.errors import BadConfig, Busy, PeerLost
-from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import save_model
 from compactgpt.training import trainer
@@ -148,7 +148,7 @@ def test_a_mistake_that_only_processes_see_ends_all_of_them(tokens, tmp_path):
     """Process 1 has another params.yaml; then the main process finds a mistake, and the others just end."""
     assert run_ranks(2, _train_with_another_seed, tokens, tmp_path) == [0, 0]
     base = parameters(model={"n_layer": 1})
-    save_model(GPT(base.model), tmp_path / "base", {})
+    save_model(GPT(base.model), tmp_path / "base")
     start = {"init_from": str(tmp_path / "base"), "init_sha256": folder_sha256(tmp_path / "base")}
     assert run_ranks(2, _train_from_another_shape, tokens, tmp_path, parameters("fsdp", **start)) == [0, 0]
 

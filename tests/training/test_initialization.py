@@ -39,7 +39,7 @@ def test_training_starts_from_gpt2_with_its_logits_a_shorter_context_and_padding
     assert model(tokens, targets).item() == pytest.approx(loss.item(), abs=0.3)
 
 
-@pytest.mark.parametrize("save", [lambda model, folder: save_model(model, folder, {}), save_hf])
+@pytest.mark.parametrize("save", [lambda model, folder: save_model(model, folder), save_hf])
 def test_training_starts_from_a_model_of_ours_in_both_formats(tmp_path, save):
     source = GPT(tiny_shape(), seed=4)
     save(source, tmp_path / "saved")

@@ -1,6 +1,5 @@
 """The training loop resumes to the same bits, and refuses what can't be trained."""
 
-import json
 import math
 import os
 import signal
@@ -159,7 +158,7 @@ def test_validation_loss_is_the_mean_over_all_tokens_without_padding_rows(splits
         logits = (x @ model.wte.weight[:VOCAB].T).double()
         nats -= logits.log_softmax(1)[torch.arange(len(x)), torch.from_numpy(window.targets)].sum().item()
         scored += len(window.targets)
-    assert scored == splits.val.header.tokens - splits.val.header.documents == trained.val_tokens
+    assert scored == splits.val.header.tokens - splits.val.header.documents
     assert rows[-1].val_loss == pytest.approx(nats / scored, abs=1e-6)
     # A row has the mean training loss since the last row.
     assert [row.step for row in rows] == [1, 4, 6]
@@ -167,7 +166,7 @@ def test_validation_loss_is_the_mean_over_all_tokens_without_padding_rows(splits
 
 
 @pytest.mark.parametrize(("val_losses", "best"), [([5.0, 4.0, 3.0, 3.5], 4), ([5.0, 4.0, 3.0, 2.0], None)])
-def test_the_best_model_is_kept_if_the_last_is_worse(splits, train, tmp_path, monkeypatch, val_losses, best):
+def test_the_best_model_is_kept_if_the_last_is_worse(train, tmp_path, monkeypatch, val_losses, best):
     remaining, weights = iter(val_losses), {}
     monkeypatch.setattr(trainer, "validation_loss", lambda *_: next(remaining))
 
@@ -176,8 +175,8 @@ def test_the_best_model_is_kept_if_the_last_is_worse(splits, train, tmp_path, mo
 
     trained = train(params_of(), "states", on_step=keep)
     folder, curve = tmp_path / "compact", tmp_path / "loss.csv"
-    facts = trainer.save_results(params_of(), splits, trained, tmp_path / "states", folder, curve)
-    assert (facts["best_val_step"], facts["best_val_loss"]) == (best or 6, min(val_losses))
+    report = trainer.save_results(params_of(), trained, tmp_path / "states", folder, curve)
+    assert (report["best_val_step"], report["best_val_loss"]) == (best or 6, min(val_losses))
     assert torch.equal(load_model(folder).wte.weight, weights[6])
     assert (folder / "best").exists() == bool(best)
     if best:
@@ -199,9 +198,7 @@ def test_divergence_is_a_loss_above_guessing_or_above_the_first_after_the_warm_u
     assert (limit in warning) if limit else warning is None
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_which_resumes_before_that_step(
-    train, tmp_path, monkeypatch
-):
+def test_a_gradient_that_is_not_finite_stops_the_run_which_resumes_before_that_step(train, monkeypatch):
     params, real, weights = params_of(eval_interval=1), trainer.Trainer._accumulate_gradient, []
     uninterrupted = train(params)
 
@@ -221,9 +218,6 @@ def test_a_gradient_that_is_not_finite_stops_the_run_which_resumes_before_that_s
     assert message.startswith("step 5 of 6: the training loss is ")
     for part in ("gradient is inf", "batch (seed 1337, step 4 from 0)", "lower training.learning_rate"):
         assert part in message
-    best = loss_curve.best_row(uninterrupted.rows[:4])
-    facts = json.loads((tmp_path / "poisoned/best/config.json").read_text())["facts"]
-    assert facts == {"step": best.step, "val_loss": best.val_loss}
     resumed = train(params, "poisoned")
     assert resumed.resumed_from == 4
     assert_same_bits(uninterrupted, resumed)

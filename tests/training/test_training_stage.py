@@ -29,8 +29,7 @@ def test_the_stage_writes_model_curve_and_report_the_same_each_time():
     assert (first.exit_code, first.exception) == (0, None)
     written = outputs()
     report = json.loads(Path("reports/training.json").read_text())
-    found = [report[key] for key in ("tokens", "gradient_accumulation_steps", "train_loss_steps", "diverged")]
-    assert found == [6 * 32, 2, 2, False]
+    assert (report["tokens"], report["diverged"]) == (6 * 32, False)
     lines = Path("reports/loss.csv").read_text().splitlines()
     assert lines[0] == "step,train_loss,val_loss"
     assert lines[-1] == f"6,{report['train_loss']!r},{report['val_loss']!r}"
@@ -56,7 +55,7 @@ def test_a_stage_that_failed_at_its_end_resumes_from_its_last_state(monkeypatch)
     assert not list(Path(".state/training").iterdir())
 
 
-def test_a_user_sees_batch_progress_time_left_and_a_loss_outside_the_expected_interval(monkeypatch):
+def test_a_user_sees_batch_progress_time_left_and_the_expected_loss(monkeypatch):
     expected = ExpectedLoss(value=3.2, low_80=3.1, high_80=3.3, low_95=3.0, high_95=3.4, basis="")
     monkeypatch.setattr(training_callbacks, "expected_loss", lambda _: expected)
     write_params(max_steps=100, eval_interval=20, checkpoint_interval=50)
@@ -70,8 +69,6 @@ def test_a_user_sees_batch_progress_time_left_and_a_loss_outside_the_expected_in
         r"left 0:00, val loss expected at the end 3\.00-3\.40",
         lines[-1],
     )
-    (warning,) = [line for line in lines if "95 % interval" in line]
-    assert re.match(r"training: val loss 2\.\d+ at step \d+ of 100 is already below the 95 %", warning)
 
 
 def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(project):
@@ -93,25 +90,17 @@ def test_a_gpt2_in_hugging_faces_form_is_fine_tuned_once_its_hash_is_in_params(p
 
 
 @pytest.mark.parametrize(
-    ("changes", "environment", "message"),
+    ("section", "changes", "message"),
     [
-        ({"training.seed": 2**63}, {}, "should be less than 9223372036854775808"),  # numpy: two seeds alike
-        ({"runtime.device": "cuda"}, {}, "runtime.device: found cuda, but torch .* use auto, or cpu"),
-        ({}, {"RANK": "", "WORLD_SIZE": ""}, "RANK='' and WORLD_SIZE='', but torchrun did not start"),
-        ({}, {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node1"}, "run `unset RANK WORLD_SIZE"),
+        ("training", {"seed": 2**63}, "should be less than 9223372036854775808"),  # numpy: two seeds alike
+        ("runtime", {"device": "cuda"}, "runtime.device: found cuda, but torch .* use auto, or cpu"),
     ],
 )
-def test_impossible_seeds_devices_and_environments_are_one_sentence(
-    monkeypatch, changes, environment, message
-):
+def test_impossible_seeds_and_devices_are_one_sentence(monkeypatch, section, changes, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     tree = params_tree()
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        tree[section][name] = value
+    tree[section].update(changes)
     Path("params.yaml").write_text(json.dumps(tree))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     result = run_stage()
     assert (result.exit_code, type(result.exception)) == (78, SystemExit)
     assert re.search(message, result.output)
@@ -130,13 +119,6 @@ def test_a_diverged_training_is_reported_once_and_in_the_report():
         r"training: training has diverged: the val loss at step \d of 6 is [\d,.]+, the loss of", warning
     )
     assert "lower training.learning_rate" in warning
-
-
-def test_a_warm_up_longer_than_the_training_says_what_happens():
-    write_params(warmup_steps=11)
-    says = "training.warmup_steps (11) is not below training.max_steps (6): the learning rate only rises, "
-    says += "to 50 % of its peak, and never falls"
-    assert says in run_stage().output
 
 
 def test_missing_tokens_are_one_sentence():

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from compactgpt.common.device import dist_info, under_torchrun
 from compactgpt.common.errors import (
     BadData,
     DiskFailed,
@@ -20,7 +21,6 @@ from compactgpt.common.errors import (
     UserError,
     printable,
 )
-from compactgpt.common.torchrun import dist_info, under_torchrun
 
 
 class Progress(Protocol):

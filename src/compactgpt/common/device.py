@@ -1,4 +1,4 @@
-"""Prepare a process that trains or evaluates: memory allocator, CPU threads, device, precision, signals.
+"""Prepare a process that trains or evaluates: memory, CPU threads, device, rank, precision, signals.
 
 Call `prepare_process` before the program imports torch.
 """
@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from compactgpt.common.errors import BadConfig
@@ -74,6 +75,32 @@ def resolve_device(device: str) -> str:
             f"machine; use auto, or {' or '.join(name for name in available if available[name])}"
         )
     return device
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """Rank of this process and number of processes; the defaults are those of a single process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # rank among the processes of this machine
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes files, logs and shows progress."""
+        return self.rank == 0
+
+
+def dist_info() -> DistInfo:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without torchrun there is one process."""
+    if not under_torchrun():
+        return DistInfo()
+    return DistInfo(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun, or `launch` of training.distributed, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def set_precision(dtype: str) -> None:

@@ -82,7 +82,7 @@ class Busy(UserError):
 
 
 class PeerLost(Busy):
-    """Another process of a distributed training stopped: torchrun restarts all processes."""
+    """Another process of a distributed training ended or does not answer."""
 
 
 class NotAllowed(UserError):

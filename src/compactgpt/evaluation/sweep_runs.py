@@ -5,6 +5,7 @@ A sweep is a group of training runs that differ in a few parameters. All runs us
 results/NAME.json is not trained again, and a run that was stopped resumes.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,7 +34,6 @@ from compactgpt.forecast.sweep import (
 )
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import save_model
-from compactgpt.training.checkpoint import remove_states
 from compactgpt.training.initialization import folder_sha256
 from compactgpt.training.trainer import Callbacks, open_splits, run_key, train
 
@@ -67,7 +67,7 @@ def run_sweep(
                 again = f"`compactgpt experiment run {name}` resumes there"
                 raise Busy(f"{point.name} was stopped, and its last step is saved: {again}") from error
             if point.name in starts:
-                save_model(model, folder / point.name, {})
+                save_model(model, folder / point.name)
             run = runner.score(point, model, train_loss)
             kept = tuple(other for other in sweep.runs if other.name != run.name)
             sweep = sweep.model_copy(update={"runs": (*kept, run), "fit": None})
@@ -128,7 +128,7 @@ class SweepRunner:
             params = params.model_copy(update={"training": params.training.model_copy(update=start_from)})
         states = self.folder / run_key(params, splits)
         trained = train(params, splits, states, Callbacks(should_stop=should_stop))
-        remove_states(states)
+        shutil.rmtree(states, ignore_errors=True)
         return trained.model, trained.rows[-1].train_loss
 
     def _train_documents(self, sweep: SweepGroup) -> list[int]:

@@ -4,15 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compactgpt.common.errors import BadData, MissingInput
+from compactgpt.common.errors import BadData, DiskFull, MissingInput
 from compactgpt.common.storage import atomic_folder, read_json, verified_manifest, write_json
 from compactgpt.config import Model
 from compactgpt.model.gpt import GPT
@@ -21,10 +20,8 @@ Tensors = Mapping[str, Tensor]
 WEIGHTS = "model.safetensors"
 
 
-def save_model(
-    model: GPT, folder: Path, facts: Mapping[str, Any], best: Path | None = None, *, private: bool = False
-) -> None:
-    """Write the tensors of a model and config.json, which also states `facts`, to a folder.
+def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: bool = False) -> None:
+    """Write the weights and the shape of a model to a folder.
 
     `best` is the folder of the run's best model, if that is another model: it is copied to `folder`/best.
     With `private`, for a folder in which users keep no files, a damaged folder is replaced, too.
@@ -33,8 +30,7 @@ def save_model(
         verified_manifest(best)
     with atomic_folder(folder, {"format": "compactgpt-model-1"}, kind="model", private=private) as temporary:
         write_tensors(temporary / WEIGHTS, model.state_dict())
-        config = {"model": model.shape.model_dump(mode="json"), "facts": dict(facts)}
-        write_json(temporary / "config.json", config)
+        write_json(temporary / "config.json", {"model": model.shape.model_dump(mode="json")})
         if best:
             shutil.copytree(best, temporary / "best")
 
@@ -107,19 +103,8 @@ def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
-    """Write float32 tensors to a safetensors file (github.com/huggingface/safetensors, README.md).
-
-    safetensors' own functions do not fit: `save` copies all tensors in memory first. On a full disk,
-    `save_file` does not raise the OSError that `storage` turns into a message.
-    """
-    ordered = {name: tensors[name].detach() for name in sorted(tensors)}
-    fields, offset = {}, 0
-    for name, tensor in ordered.items():
-        end = offset + tensor.nbytes
-        fields[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)  # add spaces: the format wants a multiple of 8 bytes
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.writelines(tensor.cpu().contiguous().numpy().data for tensor in ordered.values())
+    """Write tensors to a safetensors file; raise DiskFull if the disk is full."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # safetensors does not raise an OSError
+        raise DiskFull(f"{path} can't be written: free some space and run again ({error})") from error

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from tiktoken import Encoding
 
-from compactgpt.common.device import resolve_device, set_precision
+from compactgpt.common.device import dist_info
 from compactgpt.common.storage import write_text
-from compactgpt.common.torchrun import dist_info
-from compactgpt.config import ExpectedLoss, Params, Training
+from compactgpt.config import Params
 from compactgpt.data.tokenizer import load_encoding
 from compactgpt.forecast.estimate import expected_loss
-from compactgpt.forecast.model_size import flops_per_token
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
 from compactgpt.training.loss_curve import Row, best_row, divergence_warning, loss_csv
@@ -39,19 +37,12 @@ class TrainingCallbacks:
         self.progress_bar = stage.progress("steps")
         self.reported_at: float | None = None  # clock in seconds at the last report
         self.warned: set[str] = set()  # names of the warnings that were printed
-        runtime, training = self.params.runtime, self.params.training
-        self.encoding = load_encoding(tokenizer) if runtime.sample_interval else None
-        self.expected: ExpectedLoss = expected_loss(self.params)
+        self.encoding = load_encoding(tokenizer) if self.params.runtime.sample_interval else None
+        expected = expected_loss(self.params)
         self.figures = dict.fromkeys(("train loss", "val loss", "tokens/s", "left"), "-")
-        interval = f"{self.expected.low_95:.2f}-{self.expected.high_95:.2f}"
-        self.figures["val loss expected at the end"] = interval
-        stage.tracker.params({"expected_loss": self.expected.model_dump()})
+        self.figures["val loss expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
+        stage.tracker.params({"expected_loss": expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
-        if warning := warmup_warning(training):
-            stage.print_message(warning)
-        self.flops_per_token = flops_per_token(self.params.model, training)["with_attention"]
-        if self.is_main_process:  # all processes are taken to be as fast as this process
-            self.peak = processes * peak_flops(resolve_device(runtime.device), training.dtype)
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
         """Return the callbacks of this instance, and `should_stop`, for `trainer.train`."""
@@ -62,8 +53,7 @@ class TrainingCallbacks:
         now, training, speed = time.monotonic(), self.params.training, {}
         if self.is_main_process and self.reported_at is not None:
             tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
-            utilization = tokens_per_second * self.flops_per_token / self.peak
-            speed = {"train/tokens_per_second": tokens_per_second, "train/utilisation": utilization}
+            speed = {"train/tokens_per_second": tokens_per_second}
             left = round((training.max_steps - losses[-1][0]) * training.tokens_per_step / tokens_per_second)
             self.figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "left": f"{left // 60}:{left % 60:02d}"}
         self.reported_at, self.figures["train loss"] = now, f"{losses[-1][1]:.3f}"
@@ -74,23 +64,16 @@ class TrainingCallbacks:
     def on_row(self, rows: list[Row]) -> None:
         """Log the last val loss and write the loss curve. `rows` has all rows of the loss curve.
 
-        Warn once if the model overfits, once if training diverges, and once if the val loss is outside the
-        expected interval.
+        Warn once if the model overfits, and once if training diverges for another reason.
         """
-        row, training = rows[-1], self.params.training
-        self.figures["val loss"] = f"{row.val_loss:.3f}"
-        self.stage.tracker.metrics({"val/loss": row.val_loss}, row.step)
+        self.figures["val loss"] = f"{rows[-1].val_loss:.3f}"
+        self.stage.tracker.metrics({"val/loss": rows[-1].val_loss}, rows[-1].step)
         if self.is_main_process:  # during training, so that `dvc plots show` can draw the curve
             write_text(self.curve, loss_csv(rows))
-        diverged = divergence_warning(rows, training, self.params.model.vocab_size)
-        warning = diverged or expected_loss_warning(self.expected, row, training.max_steps)
-        tag = "diverged" if diverged else "outside_expected_band"
         if overfits := overfitting_warning(rows):
-            warning, tag = overfits, "overfits"
-        if warning and tag not in self.warned:
-            self.warned.add(tag)
-            self.stage.print_message(warning)
-            self.stage.tracker.tags({tag: warning})
+            self._warn("overfits", overfits)
+        elif diverged := divergence_warning(rows, self.params.training, self.params.model.vocab_size):
+            self._warn("diverged", diverged)
 
     def on_step(self, step: int, model: GPT) -> None:
         """Update the progress bar. At every `runtime.sample_interval` steps, also log a sample text."""
@@ -102,20 +85,13 @@ class TrainingCallbacks:
 
     def on_warning(self, message: str) -> None:
         """Print and log a warning of the trainer: that the number of processes has changed."""
-        self.stage.print_message(message)
-        self.stage.tracker.tags({"number_of_processes": message})
+        self._warn("number_of_processes", message)
 
-
-def warmup_warning(training: Training) -> str | None:
-    """Return a warning if training ends before the learning rate reaches its peak, else None."""
-    if training.warmup_steps < training.max_steps:
-        return None
-    reached = lr_multiplier(training, training.max_steps - 1)
-    return (
-        f"training.warmup_steps ({training.warmup_steps:,}) is not below training.max_steps "
-        f"({training.max_steps:,}): the learning rate only rises, to {100 * reached:.0f} % of its peak, and "
-        "never falls; lower warmup_steps"
-    )
+    def _warn(self, tag: str, message: str) -> None:
+        if tag not in self.warned:
+            self.warned.add(tag)
+            self.stage.print_message(message)
+            self.stage.tracker.tags({tag: message})
 
 
 def describe_batch(params: Params, processes: int) -> str:
@@ -140,43 +116,6 @@ def overfitting_warning(rows: list[Row]) -> str | None:
         f"{last.val_loss:.3f}, while the train loss fell. Train for fewer steps (training.max_steps) or on "
         "more text. After the training, the folder `best` of the model has the weights of the best step"
     )
-
-
-def expected_loss_warning(expected: ExpectedLoss, row: Row, max_steps: int) -> str | None:
-    """Return a warning if the val loss is outside the 95 % interval of the expected final loss, else None.
-
-    Only the last step can be above the interval, because the val loss falls during training.
-    """
-    where = f"val loss {row.val_loss:.3f} at step {row.step:,} of {max_steps:,}"
-    interval = (
-        f"the 95 % interval expected of the final loss, {expected.low_95:.3f} to {expected.high_95:.3f}"
-    )
-    if row.val_loss < expected.low_95:  # at any step, because the loss falls further until the last step
-        return (
-            f"{where} is already below {interval}: better than any run that the estimate knows, or text "
-            "of the val split is in the train split"
-        )
-    if row.val_loss > expected.high_95 and row.step == max_steps:
-        return (
-            f"{where} is above {interval}: compare learning rates and data with the runs that "
-            "estimate.anchors names"
-        )
-    return None
-
-
-def peak_flops(device: str, dtype: str) -> float:
-    """Measure and return the floating-point operations per second of a device in large matrix products."""
-    size = 8192 if device == "cuda" else 1024
-    set_precision(dtype)
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    matrix = torch.full((size, size), 0.5, dtype=kind, device=device)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        product = matrix @ matrix
-        product[0, 0].item()  # reads a value, so Python waits until the GPU has finished
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
 STATE_KIND = "training state"  # value of `kind` in the manifest.json of a state
-KEPT_STATES = 2  # states to keep of a run: if the newest is damaged, training resumes from the older
-# Number of unfinished runs, besides the current run, whose states are kept. When a user restores earlier
-# settings, the run that was trained with these settings resumes.
+# Number of states that are kept of a run: if the newest is damaged, training resumes from the older state.
+KEPT_STATES = 2
+# Number of unfinished runs, besides the current run, whose states are kept. When a user restores the settings
+# of such a run, the run resumes.
 KEPT_RUNS = 2
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def load_newest_state(
 
 
 def _check_manifest(state: Path, run_key: str) -> int:
-    """Check that a state's files are unchanged and belong to this run; return its step."""
+    """Check that the files of a state are unchanged and belong to this run; return the state's step."""
     manifest = verified_manifest(state)
     step = int(state.name.removeprefix("step-"))
     expected = {"kind": STATE_KIND, "run_key": run_key, "step": step}
@@ -97,19 +98,13 @@ def _check_manifest(state: Path, run_key: str) -> int:
     return step
 
 
-def remove_states(folder: Path) -> None:
-    """Remove all training states of a run; call this after the model is saved."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def prune_runs(folder: Path, key: str) -> None:
     """Remove the training states of old runs: keep the run `key` and the KEPT_RUNS most recent other runs.
 
-    `folder` has one folder for each run, and the name of that folder is the run key.
+    `folder` has a folder for each run, whose name is the run key.
     """
     others = [run for run in folder.glob("*") if any(run.glob("step-*")) and run.name != key]
-    for old in sorted(others, key=lambda run: (run.stat().st_mtime_ns, run.name))[: -KEPT_RUNS or None]:
-        log.info("removing the training states of run %s: newer unfinished runs exist", old.name)
+    for old in sorted(others, key=lambda run: run.stat().st_mtime_ns)[:-KEPT_RUNS]:
         shutil.rmtree(old)
 
 

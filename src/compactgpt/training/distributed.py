@@ -1,4 +1,4 @@
-"""Train one model with several processes: torchrun starts the processes, torch.distributed connects them.
+"""Train one model with several processes, which `launch` or torchrun starts and torch.distributed connects.
 
 Every process draws the whole batch of a step and trains on its own slice of the batch, so tokens_per_step
 does not depend on the number of processes. Two runs with the same number of processes give bit-identical
@@ -7,10 +7,11 @@ once per step; in mode `fsdp`, each process holds a part of the model (module `f
 """
 
 import datetime
-import logging
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from compactgpt.common.device import DistInfo, dist_info
 from compactgpt.common.errors import BadConfig, Busy, PeerLost, UserError
-from compactgpt.common.torchrun import DistInfo, dist_info
 from compactgpt.config import Launcher
 
 # Name of the environment variable with the URL at which the processes of `launch` connect. If the variable is
@@ -183,8 +184,8 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
         if isinstance(error, RuntimeError) and is_lost:
             # Do not destroy a broken group: this may hang, and the process ends anyway.
             raise PeerLost(
-                "another process of this training ended or did not answer: torchrun restarts all processes "
-                f"from the last checkpoint ({str(error).splitlines()[0][:160]})"
+                "another process of this training ended or did not answer: the training continues from its "
+                f"last checkpoint ({str(error).splitlines()[0][:160]})"
             ) from error
         dist.destroy_process_group()
         raise
@@ -195,56 +196,55 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
     When a signal kills a process, or a process loses contact with another one, all processes are started
-    again, at most `launcher.max_restarts` times. torchrun's own restarts are off, because they would also
-    repeat a user's mistake. Return 0, or the exit code of a process that failed.
+    again, at most `launcher.max_restarts` times. Return 0, or the exit code of a process that failed.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):
-        exit_codes = _run_processes(module, arguments, launcher)
+        exit_codes = _run_processes([sys.executable, "-m", module, *arguments], launcher)
         if not exit_codes:
             return 0
-        # A negative exit code is the signal that ended the process.
-        mistakes = [code for code in exit_codes if code > 0 and code != PeerLost.exit_code]
-        if mistakes:
+        # Popen gives -N, and a shell 128 + N, as the exit code of a process that signal N ended.
+        mistakes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
+        if mistakes:  # a mistake would be made again
             return mistakes[0]
     return PeerLost.exit_code if PeerLost.exit_code in exit_codes else 1
 
 
-def _run_processes(module: str, arguments: Sequence[str], launcher: Launcher) -> list[int]:
+def _run_processes(command: Sequence[str], launcher: Launcher) -> list[int]:
     """Run the processes once, and return the exit codes of those that failed."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # A TCP store listens on all network interfaces without a password, and the agent runs code that it reads
-    # from the store. So the agent and the processes use file stores in a private folder instead.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=launcher.processes,
-            logs_specs=DefaultLogsSpecs(folder),
-            run_id="training",
-            rdzv_backend="c10d",
-            rdzv_endpoint=str(Path(folder) / "agent"),
-            rdzv_configs={"store_type": "file"},
-            local_addr="localhost",
-            max_restarts=0,
-            shutdown_timeout=launcher.timeout_seconds,
-        )
-        os.environ[INIT_METHOD] = (Path(folder) / "processes").as_uri()
-        if (
-            sys.platform == "linux"
-        ):  # all processes of `launch` are on this machine, so use only the loopback interface
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        logging.disable(logging.CRITICAL)  # hide the tracebacks that torchrun logs
+        # By default, process 0 would listen on all network interfaces, without a password. So the processes
+        # find each other through a file, and use only the loopback interface.
+        shared = {
+            **os.environ,
+            INIT_METHOD: (Path(folder) / "store").as_uri(),
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+            "TORCHELASTIC_RUN_ID": "training",
+            "WORLD_SIZE": str(launcher.processes),
+        }
         try:
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
-        except SignalException:  # the agent sent SIGTERM to the processes: they saved their state
+            for rank in range(launcher.processes):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env={**shared, **own}))
+            while any(process.poll() is None for process in processes):
+                if any(process.returncode for process in processes):
+                    break  # the other processes would only wait for the process that failed
+                time.sleep(0.1)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C or SIGTERM: the processes save their state
             raise SystemExit(Busy.exit_code) from None
-        except ChildFailedError as error:
-            return [failure.exitcode for failure in error.failures.values()]
         finally:
-            logging.disable(logging.NOTSET)
-        return []
+            _terminate(processes, launcher.timeout_seconds)
+    return [process.returncode for process in processes if process.returncode]
+
+
+def _terminate(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + timeout_seconds
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -82,7 +82,6 @@ class Trained:
 
     model: GPT
     rows: list[Row]
-    val_tokens: int  # number of targets that each val_loss is computed on
     resumed_from: int  # step of the training state that this process started from, or 0
 
 
@@ -138,7 +137,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
                     f"stopped at step {trainer.step} of {max_steps}, which is saved: "
                     "run `dvc repro` again, it resumes from there"
                 )
-        return Trained(trainer.full_model().eval(), trainer.rows, trainer.val_tokens, resumed_from)
+        return Trained(trainer.full_model().eval(), trainer.rows, resumed_from)
 
 
 class Trainer:
@@ -157,12 +156,11 @@ class Trainer:
         # A GPU runs asynchronously, so losses stay on the GPU until they are reported.
         self.defers_losses = self.device == "cuda"
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
-        self.val_tokens = sum(len(window.targets) for window in self.windows)
-        # With a sampled softmax: the probability that a token is in a step's sample, (vocab_size,).
-        self.inclusion: npt.NDArray[np.float64] | None = None
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
+        # With a sampled softmax: the probability that a token is in a step's sample, (vocab_size,).
+        self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
             self.inclusion = inclusion_probabilities(counts, size, power)
@@ -208,7 +206,7 @@ class Trainer:
         return model
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the model and the optimizers, by name, without copying the tensors."""
+        """Return the tensors of the model and the optimizers by name, not copies of them."""
         return {**self.model.state_dict(), **self.optimizers.state}
 
     def save(self) -> None:
@@ -343,8 +341,7 @@ class Trainer:
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
-                facts = {"step": row.step, "val_loss": row.val_loss}
-                save_model(model, self.folder / BEST, facts, private=True)
+                save_model(model, self.folder / BEST, private=True)
 
 
 @contextmanager
@@ -363,40 +360,23 @@ def _memory_errors() -> Iterator[None]:
         ) from error
 
 
-def save_results(
-    params: Params, splits: Splits, trained: Trained, states: Path, model: Path, curve: Path
-) -> dict[str, Any]:
+def save_results(params: Params, trained: Trained, states: Path, model: Path, curve: Path) -> dict[str, Any]:
     """Write the trained model and its loss curve, and return the content of reports/training.json.
 
     The folder `model` gets the weights after the last step. If an earlier validation loss was lower,
-    `model`/best gets the weights of that step.
+    `model`/best gets the weights of that step. `states` is the folder of the run's training states.
     """
     training, rows = params.training, trained.rows
     best = best_row(rows)
-    sequences = training.tokens_per_step // params.model.block_size
-    tokens = training.max_steps * training.tokens_per_step
-    train_split_tokens = splits.train.header.tokens
-    before_last = rows[-2].step if len(rows) > 1 else 0
-    report = {
-        "num_params": trained.model.num_params,
-        "num_params_nanogpt": trained.model.num_params_nanogpt,
-        "num_params_non_embedding": trained.model.num_params_non_embedding,
+    save_model(trained.model, model, states / BEST if best.step < training.max_steps else None)
+    write_text(curve, loss_csv(rows))
+    return {
         "steps": training.max_steps,
-        "tokens": tokens,
-        "tokens_per_step": training.tokens_per_step,
-        "gradient_accumulation_steps": sequences // training.micro_batch_size,
-        "train_split_tokens": train_split_tokens,
-        "epochs": tokens / train_split_tokens,
-        "head": training.head,  # if sampled, train_loss is an estimate; val_loss uses the full softmax
+        "tokens": training.max_steps * training.tokens_per_step,
+        # The mean since the previous row of the loss curve; an estimate if the softmax is sampled.
         "train_loss": rows[-1].train_loss,
-        "train_loss_steps": training.max_steps - before_last,  # train_loss is the mean of these last steps
         "val_loss": rows[-1].val_loss,
-        "val_loss_tokens": trained.val_tokens,
         "best_val_loss": best.val_loss,
         "best_val_step": best.step,
         "diverged": divergence_warning(rows, training, params.model.vocab_size) is not None,
-        "data_sha256": splits.sha256,
     }
-    save_model(trained.model, model, report, states / BEST if best.step < training.max_steps else None)
-    write_text(curve, loss_csv(rows))
-    return report
