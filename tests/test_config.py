@@ -13,7 +13,6 @@ from compactgpt.experiments import set_values
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "params.yaml").read_text()
 TREE = read_yaml(ROOT / "params.yaml")
-SHAKESPEARE = "download.hub.sets.tiny-shakespeare"
 
 
 def with_value(path: str, value) -> dict:
@@ -42,13 +41,10 @@ def message_of(tree) -> str:
         ("model.zzz", 1, "model.zzz: unknown key; allowed: bias, block_size, dropout"),
         ("training.max_steps", KeyError, "training.max_steps: missing key"),
         ("training.max_steps", "800", 'training.max_steps: found "800"; input should be a valid integer'),
-        ("model.bias", 1, "model.bias: found 1; input should be a valid boolean"),
         ("training.max_steps", 0, "training.max_steps: found 0; input should be greater than 0"),
-        ("training.learning_rate", float("inf"), "training.learning_rate: found Infinity; input should be a"),
         ("training.optimizer", "sgd", "training.optimizer: found \"sgd\"; input should be 'adamw' or 'muon'"),
         ("model", [], "model: Input should be an object"),
         ("download.docstrings.distributions", {"a/b": "1"}, 'distributions.a/b: found "a/b"; a name has'),
-        ("download.hub.sets.wikitext-103.opens_document", "(", "should be a valid regular expression"),
         # rules between several keys
         ("model.n_embd", 130, "model: n_embd (130) must be a multiple of n_head (4)"),
         ("model.padded_vocab_size", 50000, "model: padded_vocab_size (50000) must be at least vocab_size"),
@@ -57,8 +53,6 @@ def message_of(tree) -> str:
         ("baseline.names", ["xz", "gpt9"], "baseline: names ['gpt9'] have no entry in specs"),
         ("baseline.names", ["xz", "xz"], "baseline: names ['xz', 'xz'] must be different"),
         ("download.hub.name", "c4", "download.hub: name 'c4' has no entry in sets; it has ['fineweb"),
-        (f"{SHAKESPEARE}.opens_document", "x", f"{SHAKESPEARE}: opens_document joins rows and separator"),
-        (f"{SHAKESPEARE}.sha256", None, f"{SHAKESPEARE}: revision is a branch, which moves"),
         ("inspection.permutations", 100, "inspection: permutations (100) must be a multiple of bands (16)"),
         ("evaluation.tasks.lambada", {"repo": "b/c", "sha256": "0" * 64}, "tasks.lambada: give either path"),
         ("baseline.specs.zstd.level", 23, "baseline.specs.zstd: level (23) must be at most 22 for zstd"),

@@ -1,7 +1,6 @@
 """Named experiments: every shipped file is valid, comments of params.yaml stay, a mistake changes nothing."""
 
 import difflib
-import json
 import re
 from functools import partial
 
@@ -69,8 +68,6 @@ def test_the_experiment_note_is_the_run_that_the_note_describes(params_file):
     assert params.training.max_steps * params.training.tokens_per_step == 655_360_000
     assert {"gpt2", "gpt2-xl"} <= set(params.baseline.names)
     assert params.training.head == "full"  # only the demo's softmax is sampled
-    text = params.evaluation.text
-    assert (text.documents, text.prompt_tokens, text.max_new_tokens) == (128, 256, 256)  # claims C3, C8, C9
 
 
 @pytest.mark.parametrize(
@@ -113,14 +110,11 @@ def test_a_wrong_setting_is_refused_with_its_key(setting, message):
         experiments.configurations("demo", ROOT / "params.yaml", [setting], CONF)
 
 
-def test_a_setting_is_yaml():
+def test_a_setting_is_yaml_and_merging_is_json_merge_patch():
     tree = {"training": {"max_steps": 1}}
     set_values(tree, ["training.learning_rate=3e-4", "training.max_steps=", "baseline.names=[unigram, xz]"])
     training = {"max_steps": None, "learning_rate": 0.0003}
     assert tree == {"training": training, "baseline": {"names": ["unigram", "xz"]}}
-
-
-def test_merging_is_json_merge_patch():
     tree = {"a": {"b": "c"}, "d": [{"b": "c"}], "e": 1}
     merge_patch(tree, {"a": {"b": "d", "c": None}, "d": [1], "e": None, "f": 2})
     assert tree == {"a": {"b": "d"}, "d": [1], "f": 2}
@@ -128,9 +122,8 @@ def test_merging_is_json_merge_patch():
 
 @pytest.mark.parametrize(
     "change",
-    ["training.max_steps=80", "model.bias=true", "download.max_documents=10", "runtime.sample_prompt=Once",
-     "baseline.specs.gpt2.revision=" + "b" * 40, "estimate.note.hand_set_loss.value=4.05"],
-)  # fmt: skip
+    ["training.max_steps=80", "model.bias=true", "baseline.specs.gpt2.revision=" + "b" * 40],
+)
 def test_dvc_and_an_experiment_write_one_changed_line(change, params_file):
     """params.yaml has the layout that DVC's YAML writer keeps, with its comments."""
     from dvc.utils.hydra import apply_overrides  # what `dvc exp run -S` calls
@@ -210,18 +203,14 @@ def test_a_corpus_of_the_hub_is_asked_for_before_anything_is_written(params_file
     assert done.output.count("\n") == 1
     assert params_file.read_text() == TEXT
     assert not words_of_dvc.exists()
-    text = tmp_path / "corpus/input.txt"
-    text.parent.mkdir()
-    text.touch()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/input.txt").touch()
     done = run_experiment("shakespeare")
     assert done.exit_code == 0
     assert done.output.endswith(
         "our model, measured: loss 3.695, perplexity 40.23\nThe page: reports/index.html\n"
         "next: compactgpt experiment record shakespeare\n"
     )
-    text.unlink()
-    (tmp_path / "reports/download.json").write_text(json.dumps({"corpus": "hub"}))  # the text was downloaded
-    assert run_experiment("shakespeare", "training.max_steps=320").exit_code == 0
 
 
 def test_gpt2_without_the_hub_runs_from_local_copies_that_the_error_asks_for(
@@ -251,22 +240,6 @@ def test_gpt2_without_the_hub_runs_from_local_copies_that_the_error_asks_for(
     assert run_experiment("gpt2", *settings).exit_code == 0
     assert words_of_dvc.read_text().startswith("exp run -n gpt2-")
     assert load_params(params_file).baseline.specs["gpt2"].path == "FOLDER"
-
-
-def test_gpt2_runs_from_the_cache_of_the_hub(params_file, words_of_dvc, tmp_path):
-    tasks = NAMED["gpt2"].params["evaluation"]["tasks"]
-    for source in (tasks["lambada"], tasks["wikitext"]["wikitext-2"]):
-        folder = tmp_path / "cache/datasets--{}/snapshots/{revision}".format(
-            source["repo"].replace("/", "--"), **source
-        )
-        (folder / source["file"]).parent.mkdir(parents=True)
-        (folder / source["file"]).touch()
-    revision = SHIPPED.baseline.specs["gpt2"].revision
-    snapshot = tmp_path / f"cache/models--openai-community--gpt2/snapshots/{revision}"
-    save_random_gpt2(snapshot)
-    (snapshot / "tokenizer.json").touch()
-    assert run_experiment("gpt2").exit_code == 0
-    assert load_params(params_file).baseline.names == (*SHIPPED.baseline.names, "gpt2")
 
 
 def test_the_command_lists_shows_and_applies(params_file, monkeypatch):

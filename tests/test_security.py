@@ -146,13 +146,7 @@ def test_a_secret_is_in_no_file_and_no_message(tmp_path, empty_store, monkeypatc
     """Secrets are in the environment, in git's remote and in a file."""
     import mlflow
 
-    for name in (
-        "AWS_SECRET_ACCESS_KEY",
-        "HF_TOKEN",
-        "MLFLOW_TRACKING_PASSWORD",
-        "GITHUB_TOKEN",
-        "DVC_REMOTE",
-    ):
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "DVC_REMOTE"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
     monkeypatch.delenv("DVC_ROOT", raising=False)

@@ -101,9 +101,7 @@ class HubSet(Section):
 
 
 class HubCorpus(Section):
-    """Data sets of the Hugging Face hub, and the name of the one that is the corpus."""
-
-    name: Name
+    name: Name  # the key in `sets` of the data set that is the corpus
     mirror: UserPath | None
     sets: dict[Name, HubSet]
 
@@ -136,8 +134,6 @@ class Download(Section):
 
 
 class Validation(Section):
-    """The limits that the Great Expectations suite checks for documents."""
-
     min_characters: NonNegativeInt
     max_characters: PositiveInt
     min_documents: PositiveInt
@@ -150,8 +146,6 @@ class Validation(Section):
 
 
 class Tokenization(Section):
-    """How documents are assigned to train and val, and tokenized."""
-
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split: Literal["hash", "tail"] = "hash"
     encoder: Literal["gigatoken", "tiktoken"] = "gigatoken"
@@ -159,8 +153,6 @@ class Tokenization(Section):
 
 
 class Inspection(Section):
-    """The limits that the Great Expectations suite checks for token files, and for repeated text."""
-
     min_val_documents: PositiveInt
     max_val_deviation: PositiveFloat
     shingle_words: PositiveInt
@@ -210,8 +202,6 @@ class Launcher(Section):
 
 
 class Training(Section):
-    """The settings of one training run: number of steps, optimizer, schedule and arithmetic."""
-
     seed: Seed
     init_from: UserPath = SCRATCH
     init_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
@@ -254,8 +244,6 @@ class Training(Section):
 
 
 class Likelihood(Section):
-    """How every model is measured on the val split. If a value changes, every baseline is measured again."""
-
     document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
     window: PositiveInt
     views: tuple[View, ...] = ()  # further measurements of each neural model, besides the matched windows
@@ -331,8 +319,6 @@ class Compressor(Section):
 
 
 class Ngram(Section):
-    """An n-gram model of the train split."""
-
     label: str = ""
     kind: Literal["ngram"]
     order: Annotated[int, Field(ge=3, le=5)]
@@ -393,8 +379,6 @@ class ExpectedLoss(Section):
 
 
 class NoteRun(Model):
-    """The configuration that the note describes."""
-
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
     micro_batch_size: PositiveInt
@@ -439,8 +423,6 @@ class Anchor(Run):
 
 
 class Estimate(Section):
-    """The note's configuration, and the machines and reference runs of the estimate."""
-
     note: NoteRun
     corpus_tokens: dict[Name, PositiveInt] = Field(default_factory=dict)
     utilisation_of_products: PositiveShare = 0.6

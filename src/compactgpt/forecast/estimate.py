@@ -7,7 +7,7 @@ a law fitted to our own sweep (`forecast.sweep`).
 
 import math
 import textwrap
-import time
+import timeit
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +24,7 @@ ADAM_MOMENTS = 2
 # before and after the GELU (8).
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of the measured product; large enough to reach full speed
-MEASURE_SECONDS = 1.0  # duration of the measurement of the speed
+MEASUREMENTS = 10  # number of measured products, of which the quickest counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
@@ -149,12 +149,8 @@ def measure_flops() -> float:
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal((MATRIX_SIZE, MATRIX_SIZE), np.float32) for _ in range(2))
     product = a @ b
-    quickest, end = float("inf"), time.monotonic() + MEASURE_SECONDS
-    while time.monotonic() < end:
-        begin = time.monotonic()
-        np.matmul(a, b, out=product)
-        quickest = min(quickest, time.monotonic() - begin)
-    return float(2 * MATRIX_SIZE**3 / quickest)
+    seconds = timeit.repeat(lambda: np.matmul(a, b, out=product), number=1, repeat=MEASUREMENTS)
+    return 2 * MATRIX_SIZE**3 / min(seconds)
 
 
 def training_minutes(params: Params, speed: float) -> float:
@@ -168,16 +164,16 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     """Return messages on the training time of the runs on this machine, and on slow baselines."""
     speed = measure_flops()
     minutes = sum(training_minutes(params, speed) for params in runs)
-    names = dict.fromkeys(name for params in runs for name in params.baseline.names)
-    specs = runs[0].baseline.specs
+    baseline = runs[0].baseline
+    # A baseline of another kind takes seconds.
+    slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
         "bar shows a better estimate after the first steps",
         *(
             f"baseline {name}: scores the val split too, and may take as long as the training; "
             "to leave it out, remove it from baseline.names"
-            for name in names
-            if specs[name].kind in ("gguf", "folder", "hub")  # a compressor takes seconds
+            for name in slow
         ),
     ]
 
@@ -211,7 +207,7 @@ def _cost_rows(found: Mapping[str, Any], settings: Estimate) -> Iterator[tuple[s
     yield "tokens", f"{found['tokens']:,}"
     unknown = f"unknown: the corpus ({found['corpus']}) is counted only when the pipeline reads the corpus"
     yield "epochs", unknown if epochs is None else f"{epochs:.4g}"
-    yield "FLOPs by the usual rule, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
+    yield "FLOPs, 6 N D", f"{found['flops']['six_n']:.3g}  (6 x parameters x tokens)"
     counted = "with attention, and with the sampled part of the output layer only"
     yield "FLOPs as counted", f"{found['flops']['with_attention']:.3g}  ({counted})"
     yield "memory, float32", ""
@@ -234,7 +230,8 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         where = "inside" if estimated["inside_validity"] else "outside"
         worth = "" if estimated["better_than_guessing"] else "worse than guessing, "
         yield f"  {law.name}", f"{estimated['loss']:.3f}  ({worth}{where} its range)"
-        yield "", f"       {law.source}: {law.formula}; fitted on {law.validity}"
+        yield "", f"       {law.source}"
+        yield "", f"       fitted on {law.validity}"
     of, low, high = checks["of"], checks["held_80"], checks["held_95"]
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"

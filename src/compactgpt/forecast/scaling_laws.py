@@ -32,7 +32,6 @@ class Law:
     loss: Callable[[Run], float]
     irreducible: float  # limit of the loss for an infinite model and infinite data, in nats per token
     source: str
-    formula: str
     counted: Literal["nanogpt", "non_embedding"]  # the convention by which the law counts parameters
     validity: str  # a description of the runs that the law was fitted on
     parameters: tuple[float, float]  # smallest and largest number of parameters of these runs
@@ -59,7 +58,10 @@ KAPLAN = {"Nc": 6.5e13, "aN": 0.077, "Sc": 2.1e3, "aS": 0.76, "Bstar": 2.1e8, "a
 
 
 def kaplan_loss(run: Run) -> float:
-    """Return L(N, S) of Kaplan et al. 2020: equation 1.6, with the critical batch size of equation 1.4."""
+    """Return L(N, S) = (Nc / N)^aN + (Sc / Smin)^aS (Kaplan et al. 2020, equation 1.6).
+
+    Smin = S / (1 + Bcrit / B), and the critical batch size Bcrit = Bstar / L^(1 / aB) (equation 1.4).
+    """
     k = KAPLAN
     size_term: float = (k["Nc"] / run.num_params_non_embedding) ** k["aN"]
     loss: float = size_term + 1
@@ -71,14 +73,13 @@ def kaplan_loss(run: Run) -> float:
 
 
 def _hoffmann(name: str, source: str, constants: Mapping[str, float]) -> Law:
-    """Return a law with the formula of Hoffmann et al. 2022, equation 2."""
+    """Return a law with the formula E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, equation 2)."""
     c = constants
     return Law(
         name,
         lambda run: c["E"] + c["A"] / run.num_params ** c["alpha"] + c["B"] / run.tokens ** c["beta"],
         irreducible=c["E"],
         source=source,
-        formula="E + A / N^alpha + B / D^beta",
         counted="nanogpt",
         validity="7e7 to 1.6e10 parameters, 5e9 to 5e11 tokens, MassiveText, another tokenizer",
         parameters=(7e7, 1.6e10),
@@ -92,7 +93,6 @@ LAWS = (
         kaplan_loss,
         irreducible=0.0,
         source="Kaplan et al. 2020, arXiv 2001.08361, L(N, S)",
-        formula="(Nc / N)^aN + (Sc / Smin)^aS, Smin = S / (1 + Bcrit / B), Bcrit = Bstar / L^(1 / aB)",
         counted="non_embedding",
         validity="768 to 1.5e9 non-embedding parameters, WebText2, GPT-2's tokenizer",
         parameters=(768, 1.5e9),
