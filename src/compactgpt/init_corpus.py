@@ -32,18 +32,18 @@ SAMPLE_BYTES = 16 * MEGABYTE  # the maximum amount of text that is read, in a fe
 # Shakespeare, 5.3 on simple English; 1.7 on Russian, 1.5 on Thai, 1.3 on Chinese.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # wanted in val; then a split by hash hardly ever has fewer than 20 val documents
-VAL_TOKENS = 30_000  # wanted in val; every model scores this number of tokens in minutes
+VAL_DOCUMENTS = 50  # number of val documents to aim for: a split by hash hardly ever has fewer than 20 then
+VAL_TOKENS = 30_000  # number of val tokens to aim for: every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
 MIN_DOCUMENTS = 10  # a fifth of the documents is val, and text statistics need two val documents
-FEW_DOCUMENTS = 100  # in a corpus with fewer documents, shorter files are cut, too
+FEW_DOCUMENTS = 100  # in a corpus with fewer documents, files of split_characters are cut, too
 # Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
 SCORED_TOKENS = 200_000  # maximum number of val tokens that are scored, at the start of each document
 CONTINUED_DOCUMENTS = 8  # this many val documents must be long enough for a prompt and its continuation
-MAX_REPEATED = 0.1  # a greater share of repeated documents is a mistake in the corpus, not its nature
+MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mistake in the corpus
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Plan:
     """The proposal of `init-corpus`."""
 
     found: list[str]  # messages about the text
-    additions: list[list[str]]  # the arguments of each `dvc add`
+    additions: list[list[str]]  # arguments of each `dvc add` command
     changes: list[str]  # a line for each value of params.yaml that changes
     content: str  # the new text of params.yaml
 
@@ -111,7 +111,7 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 def _with_limits_of_demo(params_file: Path) -> Params:
     """Return params.yaml with the demo's limits, so that no limit of an earlier corpus stays."""
-    load_params(params_file)  # names the mistakes of the file
+    load_params(params_file)  # raises an error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     limits = {name: demo[name] for name in ("validation", "inspection")}
     limits |= {"download": {"files": demo["download"]["files"]}}
@@ -192,7 +192,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
 
 
 def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dict[str, Any], list[str]]:
-    """Return values that fit a corpus, by dotted key of params.yaml, and messages about the corpus."""
+    """Return values of params.yaml that fit a corpus (dotted key -> value), and messages about the corpus."""
     documents, tokens = round(sample.scale * len(sample.rows)), sample.scale * sum(sample.tokens)
     megabytes = sample.scale * sample.bytes / MEGABYTE
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)

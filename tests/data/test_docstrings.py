@@ -119,7 +119,6 @@ def test_a_docstring_is_cleaned_as_by_python_except_for_blanks_at_line_ends(raw)
     ("content", "message"),
     [
         (b'"""caf\xe9"""', r"core\.py is not Python source in UTF-8 \(.*byte 0xe9"),
-        (b"def broken(:", r"core\.py is not Python source"),
         (b'"""A lone \\ud800."""', r"alpha/alpha\.core: character 19 of the text is a lone surrogate"),
     ],
 )

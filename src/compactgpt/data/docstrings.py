@@ -21,11 +21,11 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # characters; a longer field contains the text of the licence, not its name
+_SHORT_LICENCE = 40  # maximum characters of a licence's name; a longer field has the text of the licence
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# Names of the fields of a syntax tree's node that contain statements.
+# The fields of a node of a syntax tree that contain statements.
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -66,9 +66,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
     """Return an installed distribution as a corpus part, and its modules sorted by path.
 
     `exclude` has names of folders and modules to leave out. A local suffix of the installed version, such as
-    `+cpu`, is ignored.
-
-    Raises MissingInput if the distribution is not installed, has another version, or does not list its files.
+    `+cpu`, is ignored. Raises MissingInput if the distribution is not installed, or has another version.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -81,7 +79,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
             f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or correct the version in params.yaml"
         )
-    # Not `found.files`: since Python 3.12 it leaves out files that are missing on disk.
+    # Since Python 3.12, `found.files` leaves out files that are missing on the disk.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
     modules = []
     left_out = {*exclude, ".."}
@@ -89,15 +87,13 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         if file.suffix == ".py" and left_out.isdisjoint([*file.parts[:-1], file.stem]):
             dotted = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
             modules.append(Module(dotted, Path(str(found.locate_file(file)))))
-    if not modules:
-        raise MissingInput(f"{name} {version} is installed without a list of its modules: {_REPAIR}")
     return Part(name, version, short_licence(found.metadata)), modules
 
 
 def short_licence(metadata: Any) -> str:
-    """Return the SPDX expression of a distribution's licence; else its short name, else the classifiers.
+    """Return the name of a distribution's licence from its core metadata (packaging.python.org).
 
-    The fields are defined in the Core metadata specifications (packaging.python.org).
+    The name is an SPDX expression if there is one, else the field License if it is short, else classifiers.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -110,8 +106,8 @@ def short_licence(metadata: Any) -> str:
 
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
-    """Return the text of each module's document; see `_read_module`."""
-    # Syntax trees have many objects and no reference cycles. Garbage collection takes a third of the time.
+    """Return the docstrings of each module as one text, which is empty for a module without docstrings."""
+    # Garbage collection would take a third of the time, and free nothing: syntax trees have no cycles.
     gc.disable()
     try:
         return [_read_module(module) for module in modules]
@@ -120,12 +116,11 @@ def read_modules(modules: Sequence[Module]) -> list[str]:
 
 
 def _read_module(module: Module) -> str:
-    """Return the text of one module's document, an empty string if the module has no docstring."""
     try:
         content = module.path.read_bytes()
-        content.decode("utf-8")  # ast.parse would accept another encoding, declared in the first line
+        content.decode("utf-8")  # `ast.parse` accepts other encodings, too
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns, for example, about invalid escape sequences
+            warnings.simplefilter("ignore")  # such as warnings about invalid escape sequences
             tree = ast.parse(content)
     except FileNotFoundError as error:
         raise MissingInput(f"{module.path} is missing: {_REPAIR}") from error
@@ -149,7 +144,7 @@ def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def clean_docstring(raw: str) -> str:
     """Return a docstring without common indentation (PEP 257) and without trailing white space."""
-    # Not inspect.cleandoc: its result depends on the Python version.
+    # The result of `inspect.cleandoc` depends on the version of Python.
     first, *rest = raw.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
     return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()

@@ -1,8 +1,8 @@
 """Documents: the interface of a corpus, and the files that store documents.
 
-The `download` stage stores the texts of a `Corpus` as parquet shards (zstd) with the columns id, text, source
-and part (always 0). Documents are read one row group at a time. A row group has about 2 MiB of text, or one
-longer document.
+The `download` stage stores the documents of a corpus in parquet files, the shards. They have the columns id,
+text, source and part (always 0). Documents are read one row group at a time. A row group has about 2 MiB of
+text, or one longer document.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Text(NamedTuple):
     text: str
     source: str
     part: int  # index in `Corpus.parts`
-    position: Any  # JSON value; `Corpus.read(position)` yields the texts after this text
+    position: Any  # a JSON value; `Corpus.read(position)` yields the texts after this text
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Corpus:
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A text with its id and its source, as a shard stores it."""
 
     id: str  # first 16 bytes of the SHA-256 of the text in UTF-8, as 32 hex digits
@@ -58,12 +57,11 @@ class Document:
     source: str  # where the text came from, such as `scipy/scipy.stats._stats_py` or `corpus/a.jsonl:12`
 
 
-@dataclass(frozen=True, slots=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """One row group of a shard: the unit in which documents are read."""
 
-    path: Path
-    index: int
+    path: Path  # of the shard
+    number: int  # in the shard, from 0
 
 
 def new_document(text: str, source: str) -> Document:
@@ -82,7 +80,7 @@ def new_document(text: str, source: str) -> Document:
 
 
 def check_size(size: int, what: str, key: str, megabytes: int) -> None:
-    """Raise BadData if the text or row `what` has more than `megabytes` MB, the limit `download.{key}`."""
+    """Raise BadData if `what`, which has `size` bytes or characters, is over the limit `download.{key}`."""
     if size > megabytes * MEGABYTE:
         raise BadData(
             f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
@@ -115,8 +113,9 @@ def write_shards(
 ) -> Iterator[Path]:
     """Write documents into shards in `folder`, and yield the path of each shard when it is complete.
 
-    A shard has at least `shard_bytes` of text, or all remaining documents. When a path is yielded, the last
-    document that was taken from `documents` is the shard's last one. Memory holds one row group.
+    A shard has at least `shard_bytes` of text, or all remaining documents; `first` is the number of the first
+    shard. No document of the next shard is taken from `documents` before a path is yielded. Memory holds one
+    row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,7 +144,7 @@ def write_shards(
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
-    """Take documents until their text has `min_bytes`; return the documents and the bytes of text."""
+    """Take documents until their text has `min_bytes`; return the documents and the bytes of their text."""
     group: list[Document] = []
     size = 0
     # Test the size before `next`, so that no document is taken after the group is full.
@@ -160,7 +159,6 @@ def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document]
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Open the parquet file of a shard. Raises BadData if the shard is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -176,15 +174,15 @@ def row_groups(folder: Path) -> list[RowGroup]:
     groups = []
     for path in sorted(folder.glob("documents-*.parquet")):
         with _open_shard(path) as shard:
-            groups += [RowGroup(path, index) for index in range(shard.num_row_groups)]
+            groups += [RowGroup(path, number) for number in range(shard.num_row_groups)]
     return groups
 
 
 def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
     with _open_shard(group.path) as shard:
         # Threads would not help: the callers already read in several processes.
-        table = shard.read_row_group(group.index, columns=list(columns), use_threads=False)
-        table.validate(full=True)  # checks, for example, that strings are valid UTF-8
+        table = shard.read_row_group(group.number, columns=list(columns), use_threads=False)
+        table.validate(full=True)  # so that, for example, a text that is not UTF-8 is refused
         return zip(*(table.column(name).to_pylist() for name in columns), strict=True)
 
 

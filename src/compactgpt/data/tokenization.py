@@ -47,7 +47,7 @@ class SplitRule:
             # The id is a hash, so its first 64 bits are a random number. A document keeps its split when the
             # corpus grows.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
-        return [(group.path.name, group.index, row) >= self.val_start for row in range(len(documents))]
+        return [(group.path.name, group.number, row) >= self.val_start for row in range(len(documents))]
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
@@ -63,7 +63,7 @@ def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size
         for row, document in reversed([*enumerate(read_row_group(group))]):
             wanted -= len(document.text.encode())
             if wanted <= 0:
-                return SplitRule(val_fraction, (group.path.name, group.index, row))
+                return SplitRule(val_fraction, (group.path.name, group.number, row))
     return SplitRule(val_fraction, ("", 0, 0))  # the corpus has no document
 
 

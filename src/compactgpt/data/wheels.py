@@ -16,12 +16,11 @@ _TIMEOUT_SECONDS = "15"
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
     """Return the path of the file `member` of a wheel (`name==version`), in the folder `cache`.
 
-    pip downloads the wheel unless the file is in `cache`. pip uses the user's own configuration and installs
+    If the file is not in `cache`, pip downloads the wheel with the user's own configuration, and installs
     nothing. In `cache`, the name of a file is its SHA-256, which is checked on every use.
 
-    Raises:
-        Unreachable: the package index can't be reached, or does not have the wheel.
-        BadData: the wheel does not contain the file, or the file has another hash.
+    Raises Unreachable if the package index can't be reached or does not have the wheel; BadData if the wheel
+    does not contain the file, or the file has another hash.
     """
     path = cache / sha256
     if path.is_file() and sha256_file(path) == sha256:
@@ -41,7 +40,7 @@ def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Pat
 
 def _download(wheel: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", wheel, f"--dest={folder}", "--no-deps"]
-    # pip would run the code of a source package, so only wheels are allowed.
+    # Only wheels: pip would run the code of a source package.
     command += ["--only-binary=:all:", "--retries=0", f"--timeout={_TIMEOUT_SECONDS}"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
