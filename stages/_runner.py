@@ -28,7 +28,7 @@ from compactgpt.common.sections import NAME_PATTERN, NAME_RULE
 from compactgpt.common.storage import MANIFEST, read_manifest, write_json, write_text
 from compactgpt.config import Params, load_params
 from compactgpt.tracking import dvc_files, journal
-from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, StageDefinition, params_sha256
+from compactgpt.tracking.dvc_files import PARAMS, TOKENS, Folder, params_sha256
 from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_facts, state_folder
 from compactgpt.tracking.records import differing
 
@@ -119,7 +119,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
             return
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
-            definition = stages.get(full_name, StageDefinition([], [], []))
+            definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
             # Read before `load_params`, so that the end of the stage notices a later change of params.yaml.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
@@ -140,18 +140,19 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
                 run.end(status)
 
 
-def _read_params(definition: StageDefinition) -> dict[str, Any]:
+def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that dvc.yaml names for a stage, by dotted key, as in dvc.lock."""
-    return dvc_files.values_at(dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS), definition.params)
+    tree = dvc_files.parse_yaml(Folder(Path()).read(PARAMS), PARAMS)
+    return {key: dvc_files.value_at(tree, key) for key in definition.get("params", [])}
 
 
-def _read_files(definition: StageDefinition) -> dict[str, Any]:
+def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of each file in a stage's dependencies, by path.
 
     The state is the file's MD5, or for a file in LARGE the time of its last change.
     """
     states: dict[str, Any] = {}
-    for path in map(Path, definition.deps):
+    for path in map(Path, definition.get("deps", [])):
         for file in [path, *path.rglob("*")]:
             if file.is_file() and not any(map(dvc_files.is_ignored, file.parts)):
                 is_large = path.parts[0] in LARGE
@@ -160,7 +161,7 @@ def _read_files(definition: StageDefinition) -> dict[str, Any]:
 
 
 def _require_unchanged(
-    stage: str, definition: StageDefinition, params: Mapping[str, Any], files: Mapping[str, Any]
+    stage: str, definition: Mapping[str, Any], params: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
 

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +106,11 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 
 @dataclass(frozen=True)
-class StageDefinition:
-    """The dependencies, outputs and parameters that dvc.yaml has for a stage."""
-
-    deps: list[str]  # paths of the dependencies
-    outs: list[str]  # paths of the outputs
-    params: list[str]  # dotted keys of params.yaml
-
-
-@dataclass(frozen=True)
 class Chain:
     """The stages of dvc.yaml in the order of the file, and their entries in dvc.lock."""
 
-    stages: dict[str, StageDefinition]  # by the name of the stage, such as `training` or `baseline@xz`
-    entries: dict[str, Entry]  # entries of dvc.lock, by the name of the stage
+    stages: dict[str, Any]  # stage, such as `training` or `baseline@xz` -> the stage's mapping in dvc.yaml
+    entries: dict[str, Entry]  # stage -> the stage's entry in dvc.lock
     lock: bytes = b""  # the content of dvc.lock
 
     def out(self, path: str) -> str:
@@ -137,46 +128,35 @@ def read_chain(place: Place) -> Chain:
     return Chain(stages, entries, lock)
 
 
-def read_stages(place: Place) -> dict[str, StageDefinition]:
-    """Return the stages of dvc.yaml by name, in the order of the file.
+def read_stages(place: Place) -> dict[str, Any]:
+    """Return the YAML mapping of each stage in dvc.yaml, by the stage's name, in the order of the file.
 
-    Raises BadData if dvc.yaml or params.yaml is not valid.
+    A matrix stage, such as `baseline`, gives one stage for each item of its matrix: `baseline@xz`. Raises
+    BadData if dvc.yaml or params.yaml is not valid.
     """
-    params, stages = parse_yaml(place.read(PARAMS), PARAMS), {}
+    params = parse_yaml(place.read(PARAMS), PARAMS)
     try:
-        for stage, body in _expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params):
-            outputs = [out for kind in ("outs", "metrics", "plots") for out in body.get(kind, [])]
-            paths = [out if isinstance(out, str) else next(iter(out)) for out in outputs]
-            stages[stage] = StageDefinition(body.get("deps", []), paths, body.get("params", []))
+        return dict(_expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params))
     except (AttributeError, TypeError, ValueError) as error:
         raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
-    return stages
 
 
-def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the YAML mapping of each stage.
-
-    A matrix stage, such as `baseline`, gives one stage for each item of its matrix: `baseline@xz`.
-    """
+def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, body in bodies.items():
         if "matrix" not in body:
             yield name, body
             continue
         ((variable, items),) = body["matrix"].items()
         if isinstance(items, str):  # a reference to params.yaml, such as `${baseline.names}`
-            items = _value_at(params, items.strip("${}"))
+            items = value_at(params, items.strip("${}"))
         # If params.yaml has no list here, there are no stages. The check of params.yaml reports the mistake.
         for item in items if isinstance(items, list) else []:
             quoted = json.dumps(str(item))[1:-1]
             yield f"{name}@{item}", json.loads(json.dumps(body).replace(f"${{item.{variable}}}", quoted))
 
 
-def values_at(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Return the value at each dotted key of a nested mapping, by key. A missing key has the value None."""
-    return {key: _value_at(tree, key) for key in keys}
-
-
-def _value_at(tree: Any, key: str) -> Any:
+def value_at(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested mappings, or None if the key is missing."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
@@ -199,24 +179,21 @@ def restore_lock(root: Path) -> bool:
     Raises BadData if there is no complete copy, or if dvc.lock contains git's conflict markers.
     """
     lock, copy = root / LOCK, root / _LOCK_COPY
-    if not lock.exists() or _is_complete(lock):
+    if not lock.exists() or _is_complete(lock.read_bytes()):
         return False
     if conflict := find_conflict(LOCK, lock.read_bytes()):
         raise BadData(conflict)
-    if not (copy.exists() and _is_complete(copy)):
+    if not (copy.exists() and _is_complete(copy.read_bytes())):
         raise BadData(_RESTORE_LOCK)
     write_bytes(lock, copy.read_bytes())
     return True
 
 
-def _is_complete(lock: Path) -> bool:
-    try:
-        entries_of(lock.read_bytes())
-        return "schema" in parse_yaml(lock.read_bytes(), LOCK)  # a part of a YAML file can be valid YAML
-    except OutsideFolder:  # report an unsafe path, and do not replace the file
-        raise
-    except BadData:
-        return False
+def _is_complete(lock: bytes) -> bool:
+    with suppress(BadData):
+        entries_of(lock)
+        return "schema" in parse_yaml(lock, LOCK)  # a part of a YAML file can be valid YAML
+    return False
 
 
 def entry_key(entry: Entry) -> str:
@@ -246,14 +223,14 @@ def params_sha256(params: Mapping[str, Any]) -> str:
 
 
 def md5_of(content: bytes) -> str:
-    """Return the MD5 of a content. DVC's cache names files by MD5, which does not protect against forgery."""
+    """Return the MD5 of a content, by which DVC's cache names it."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def md5_file(path: Path) -> str:
     """Return the MD5 of a file. The file may be larger than the memory."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def md5_path(path: Path) -> str:

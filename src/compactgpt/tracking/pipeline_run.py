@@ -208,7 +208,7 @@ def _is_current(
     A dependency is current if a stage in `valid` made it, or if `tree` has it with the recorded hash.
     """
     wanted = dvc_files.entry_params(entry)
-    if not entry or dvc_files.values_at(params, [*wanted]) != wanted:
+    if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
         return False
     makers = {out: stage for stage, one in chain.entries.items() for out in dvc_files.outs(one)}
     for path, md5 in dvc_files.deps(entry).items():
