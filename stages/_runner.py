@@ -1,7 +1,6 @@
 """Code that all stage scripts share.
 
-A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens a run. A
-user's mistake becomes a one-sentence message and an exit code.
+A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens a run.
 """
 
 import ctypes
@@ -39,7 +38,7 @@ ON_TOKENS: dict[str, dict[str, str]] = {
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
 }
-LARGE = ("corpus", "data", "models")  # folders with files that are too large to hash in each stage
+LARGE = ("corpus", "data", "models")  # folders whose files are too large to hash in each stage
 _PARAMS = Path(PARAMS)
 
 
@@ -51,8 +50,8 @@ def new_app() -> typer.Typer:
 def matrix_item() -> str:
     """Return the part after `@` in the name of the stage that DVC runs: `xz` for the stage `baseline@xz`.
 
-    DVC sets DVC_STAGE to the stage's name. The environment is safer than a shell command, in which a name in
-    params.yaml could contain a command.
+    DVC sets DVC_STAGE to the stage's name. The name is not in the stage's command, because a shell would run
+    a command inside a name.
     """
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
@@ -64,7 +63,7 @@ class Stage:
     name: str  # as in dvc.lock, such as `training` or `baseline@xz`
     params: Params  # all sections of params.yaml
     tracker: Journal | NullTracker
-    params_sha256: str = ""  # hash of the parameters on which the stage depends; empty outside of dvc.yaml
+    params_sha256: str = ""  # hash of the stage's parameters; empty if dvc.yaml does not have the stage
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
@@ -87,10 +86,7 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a report of the stage to `path`, with the hash of the stage's parameters.
-
-        Then log the file and its main metrics.
-        """
+        """Write a report of the stage to `path`, with the hash of the stage's parameters, and log it."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):
@@ -147,9 +143,9 @@ def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of each file in a stage's dependencies, by path.
+    """Return a value for each file in a stage's dependencies that changes with the file, by path.
 
-    The state is the file's MD5, or for a file in LARGE the time of its last change.
+    The value is the file's MD5. For a file in a folder of LARGE, it is the time of the last change.
     """
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
@@ -189,7 +185,7 @@ def _seconds_file(stage: str) -> Path:
 def _describe_position(stages: list[str], stage: str) -> str:
     """Return a message with the stage's number and the minutes that are left.
 
-    The time is the sum of the last times of this stage and all later stages on this machine.
+    The minutes are the sum of the last measured times of this stage and all later stages.
     """
     position = stages.index(stage)
     files = [file for file in map(_seconds_file, stages[position:]) if file.exists()]
@@ -239,7 +235,7 @@ def start_processes(module: str, tracker: str) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Exit with code 143 on SIGTERM. After the block, ignore SIGTERM: Python would print a traceback."""
+    """In a `with` block, exit with code 143 on SIGTERM. After the block, ignore SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -248,9 +244,9 @@ def _stoppable() -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    """On Linux, make this process end if `dvc` or torchrun, its parent process, is killed.
+    """On Linux, make this process end when its parent process (`dvc` or torchrun) ends.
 
-    Otherwise this process would still train when the user starts `dvc repro` again.
+    Otherwise it could still train when the user starts `dvc repro` again.
     """
     if ("DVC_STAGE" in os.environ or under_torchrun()) and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG: Linux sends a signal when the parent process ends

@@ -1,10 +1,9 @@
-"""The command `compactgpt`: help, completion, and mistakes as one sentence."""
+"""The command `compactgpt`: help, results, and mistakes as one sentence."""
 
 import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict
 
@@ -17,7 +16,7 @@ from compactgpt.cli import app
 from compactgpt.common.console import handle_user_errors
 from compactgpt.common.errors import printable
 from compactgpt.model.weights import save_model
-from tests.support.dvc_projects import ENVIRONMENT, ROOT, git
+from tests.support.dvc_projects import ROOT, git
 from tests.support.tiny_models import TEXTS, save_split, save_tokenizer, tiny_gpt
 
 
@@ -167,19 +166,3 @@ def test_an_error_of_the_system_is_one_sentence(number, exit_code, capsys):
     assert printed.startswith("error: ")
     assert "params.yaml" in printed
     assert printed.count("\n") == 1
-
-
-def test_tab_completes_commands_and_experiments():
-    def offered(words):
-        asked = {
-            "_COMPACTGPT_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
-        }
-        environment = {**ENVIRONMENT, **asked}
-        command = [sys.executable, "-c", "from compactgpt.cli import app; app(prog_name='compactgpt')"]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-        return {name for name in ("export", "experiment", "note", "demo") if name in done.stdout}
-
-    assert offered("compactgpt exp") == {"export", "experiment"}
-    assert offered("compactgpt experiment show n") == {"note"}

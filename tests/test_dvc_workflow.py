@@ -147,20 +147,3 @@ def test_text_that_dvc_tracks_is_in_every_copy_and_other_text_is_missed(project,
     ref = git(project, "for-each-ref", "--format=%(refname)", "**/copied").strip()
     lock = git(project, "show", f"{ref}:dvc.lock")
     assert hashlib.md5(b"ac").hexdigest() in lock
-
-
-@pytest.mark.parametrize(("remote", "package"), [("gs://bucket/x", "dvc[gs]"), ("{}/remote", "")])
-def test_make_push_installs_the_package_of_the_remotes_scheme(project, tmp_path, remote, package):
-    (programs := tmp_path / "programs").mkdir()
-    # None of DVC's plugins is installed, for this `python`; `uv` only notes what it should install.
-    for name, text in {"uv": f'echo "$@" > {tmp_path}/asked', "python": "exit 1"}.items():
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
-    shown = run(ROOT, "make", "-n", "--no-print-directory", "push").stdout
-    lines = shown[shown.index("test -z") :]  # the first line adds the remote
-    script = f"PATH={programs}:$PATH DVC_REMOTE={remote.format(tmp_path)}; export DVC_REMOTE\n{lines}"
-    done = run(project, "bash", "-c", script, check=False)
-    asked = tmp_path / "asked"
-    assert (asked.read_text().split()[-3] if asked.exists() else "") == package
-    assert (done.returncode == 0) == (not package)  # a folder takes it
-    assert (tmp_path / "remote").exists() == (not package)

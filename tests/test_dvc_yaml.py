@@ -83,17 +83,6 @@ def test_the_curve_is_drawn_while_training_runs(project):
     assert len(rows) == 2 * 2 * 3  # revisions, series, steps
 
 
-def test_the_model_is_in_dvcs_registry():
-    from dvc.repo import Repo
-
-    with Repo(str(ROOT)) as repo:
-        (found,) = repo.artifacts.read().values()
-    artifact = found["compact-gpt"]
-    assert (artifact.path, artifact.type) == ("models/compact", "model")
-    assert artifact.desc
-    assert artifact.path in TREE["stages"]["training"]["outs"]
-
-
 def test_make_experiments_shows_metrics_and_what_differs(project):
     (project / "seen").touch()
     dvc(project, "repro", "-q")

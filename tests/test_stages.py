@@ -1,13 +1,9 @@
 """Stage scripts: a mistake of the user is one sentence and an exit code; a stage never runs twice at once."""
 
 import errno
-import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,6 @@ import typer
 from typer.testing import CliRunner
 
 from compactgpt.cli import app as commands
-from compactgpt.common.console import ProgressBar
 from compactgpt.common.errors import BadData, Busy, CheckFailed, UserError
 from compactgpt.common.sections import read_yaml
 from compactgpt.common.storage import write_json
@@ -23,15 +18,6 @@ from compactgpt.tracking.dvc_files import is_ignored, open_repo
 from stages import _runner
 
 ROOT = Path(__file__).parents[1]
-SLEEPING_STAGE = f"""
-import sys, time
-from pathlib import Path
-sys.path[:0] = [{str(ROOT / "src")!r}, {str(ROOT)!r}]
-from stages import _runner
-with _runner.open_stage("training", "none"):
-    print("ready", flush=True)
-    time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -131,27 +117,6 @@ def test_a_run_names_the_token_files_that_it_reads(here, name, splits):
         pass
     inputs = [line for line in journal_lines(here) if line["kind"] == "inputs"]
     assert [len(line["datasets"]) for line in inputs] == [splits] * bool(splits)
-
-
-def test_sigterm_ends_a_stage_and_frees_its_lock(here):
-    child = subprocess.Popen([sys.executable, "-c", SLEEPING_STAGE], stdout=subprocess.PIPE, cwd=here)
-    assert child.stdout.readline() == b"ready\n"
-    child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=20)
-    assert child.returncode == 143
-    with _runner._only_one("training"):
-        pass
-
-
-def test_a_progress_bar_is_one_line_on_a_terminal(monkeypatch):
-    shown = io.StringIO()
-    shown.isatty = lambda: True
-    monkeypatch.setattr("sys.stderr", shown)
-    bar = ProgressBar("training", "tokens")
-    for done in (500, 2000):
-        bar(done, 2000, {"loss": "5.1"})
-    assert all(part in shown.getvalue() for part in ("training: 100%", "2.00k/2.00k", "loss=5.1"))
-    assert shown.getvalue().count("\n") == 1
 
 
 CHAIN = """stages:

@@ -1,6 +1,5 @@
 """Files are written complete or not at all, checked when they are read, and replace no files of the user."""
 
-import ast
 import hashlib
 import os
 import resource
@@ -11,7 +10,6 @@ import pytest
 
 from compactgpt.common import storage
 from compactgpt.common.errors import BadData, MissingInput, NotAllowed, OutsideFolder
-from tests.support.dvc_projects import ROOT
 
 
 @pytest.fixture
@@ -190,10 +188,3 @@ def test_a_damaged_folder_under_state_is_replaced(tmp_path):
     (tmp_path / "state/manifest.json").write_bytes(b"")
     write_output(tmp_path / "state", kind="state", private=True)
     assert storage.verified_manifest(tmp_path / "state")["kind"] == "state"
-
-
-def test_every_writer_of_a_folder_names_its_kind():
-    for path in [*ROOT.glob("src/**/*.py"), *ROOT.glob("stages/*.py"), ROOT / "benchmarks/tokenization.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "atomic_folder":
-                assert "kind" in {word.arg for word in node.keywords}, f"{path}:{node.lineno}"

@@ -1,7 +1,7 @@
 """Compare two versions of the project: parameters, data, code, packages, machine and metrics.
 
-If the two versions have losses of the same documents, the ratio of their perplexities is computed, with a
-95 % interval from the paired losses of each document.
+If a model has losses of the same documents in both versions, the ratio of its perplexities is computed, with
+a 95 % interval from the differences of these losses.
 """
 
 import json
@@ -19,7 +19,7 @@ from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# The metrics to compare: keys of a report with this name, and keys that end in one of these names.
+# The metrics to compare: numbers in reports whose key is in _FIGURES, or ends in one of _LOSSES.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
@@ -28,13 +28,13 @@ _LOSSES = ("train_loss", "val_loss")
 class Difference:
     """The differences between versions A and B. A `Pair` has the value in A and the value in B."""
 
-    a: str  # name of version A
-    b: str  # name of version B
-    params: dict[str, Pair]  # by dotted key of params.yaml
-    data: dict[str, Pair]  # MD5 hashes of data and models, by path
+    a: str  # the name of version A
+    b: str  # the name of version B
+    params: dict[str, Pair]  # dotted key of params.yaml -> the two values
+    data: dict[str, Pair]  # path of a file or folder with data or a model -> the two MD5 hashes
     code: str  # the changed files, from `git diff --stat`
-    environment: dict[str, Pair]  # processor, settings, and versions of packages, by name
-    metrics: dict[str, Pair]  # by model and metric, such as `xz: loss`
+    environment: dict[str, Pair]  # package, setting or part of the machine -> the two versions or values
+    metrics: dict[str, Pair]  # model and metric, such as `xz: loss` -> the two values
     ratios: dict[str, Interval]  # model -> perplexity in B / perplexity in A, on the same documents
     unpaired: list[str]  # for each model without a ratio, a sentence with the reason
 
@@ -64,7 +64,7 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions. `records.find_version` finds each version by its name."""
+    """Return the differences between two versions, whose names are as in `records.find_version`."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
         a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(other))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -86,7 +86,7 @@ def _params(version: Version) -> dict[str, Any]:
 
 
 def _data_hashes(version: Version) -> dict[str, str]:
-    """Return the MD5 of the corpus and of each output that is no report, by path."""
+    """Return the MD5 of the corpus and of each output that is not a report, by path."""
     found: dict[str, str] = {}
     for entry in version.chain.entries.values():
         found |= {path: md5 for path, md5 in outs(entry).items() if not path.startswith("reports/")}

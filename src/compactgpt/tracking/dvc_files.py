@@ -1,7 +1,7 @@
 """Read dvc.yaml, dvc.lock, params.yaml, and DVC's cache.
 
-A `Place` is a version of the project: a folder, such as the files of an MLflow run, or a git commit. This
-module imports DVC only where it must: the import takes half a second, in which each stage would wait.
+A `Place` is a folder or a git commit that has these files. Functions that need DVC import it themselves,
+because the import takes half a second, and most stages do not need it.
 """
 
 import configparser
@@ -23,9 +23,9 @@ from compactgpt.common.storage import inside, json_bytes, write_bytes
 
 LOCK, PARAMS, CHAIN = "dvc.lock", "params.yaml", "dvc.yaml"
 MODEL, TOKENS, TOKENIZER = "models/compact", "data/tokens", "data/tokenizer"
-CODE = ("src/", "stages/")  # folders of the project's code
-Entry = dict[str, Any]  # the entry of one stage in dvc.lock
-_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock from before the stage
+CODE = ("src/", "stages/")  # the folders of the project's code
+Entry = dict[str, Any]  # what dvc.lock has for one stage: the command, deps, params and outs
+_LOCK_COPY = Path(".dvc/tmp/compactgpt/dvc.lock")  # a copy of dvc.lock, which `keep_lock` writes
 # The name of a file or folder in DVC's cache: the MD5 of its content.
 _OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 _RESTORE_LOCK = f"{LOCK} is not as DVC writes it: `git checkout {LOCK}` restores it"
@@ -35,7 +35,7 @@ _IGNORED = re.compile(r"__pycache__|.*\.(pyc|egg-info)|\..*\.sw.|.*~|#.*#|\.#.*|
 
 @dataclass(frozen=True)
 class Folder:
-    """A version of the project in a folder."""
+    """A folder with the files of a project, such as the work tree or the files of an MLflow run."""
 
     root: Path
 
@@ -49,10 +49,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Commit:
-    """A version of the project in a git commit."""
+    """A git commit with the files of a project."""
 
-    root: Path  # the repository
-    revision: str  # the commit
+    root: Path  # the folder of the repository
+    revision: str  # the hash or the name of the commit
 
     def read(self, path: str) -> bytes | None:
         """Return the content of a file in the commit, or None if the file does not exist."""
@@ -61,7 +61,7 @@ class Commit:
         return None
 
 
-Place = Folder | Commit  # a version of the project, from which files are read
+Place = Folder | Commit
 
 
 def commit_named(root: Path, name: str) -> str:
@@ -90,9 +90,9 @@ def parse_yaml(content: bytes | None, name: str) -> dict[str, Any]:
 
 
 def entries_of(lock: bytes | None) -> dict[str, Entry]:
-    """Parse the content of dvc.lock, and return its entries by stage.
+    """Parse the content of dvc.lock. Return what it has for each stage, by the stage's name.
 
-    Raises BadData if dvc.lock is not valid, and OutsideFolder if an entry has a path outside of the project.
+    Raises BadData if dvc.lock is not valid, and OutsideFolder if a path in it is outside of the project.
     """
     stages: dict[str, Entry] = parse_yaml(lock, LOCK).get("stages", {})
     try:
@@ -107,7 +107,7 @@ def entries_of(lock: bytes | None) -> dict[str, Entry]:
 
 @dataclass(frozen=True)
 class Chain:
-    """The stages of dvc.yaml in the order of the file, and their entries in dvc.lock."""
+    """The stages of dvc.yaml, in the order of the file, and what dvc.lock has for these stages."""
 
     stages: dict[str, Any]  # stage, such as `training` or `baseline@xz` -> the stage's mapping in dvc.yaml
     entries: dict[str, Entry]  # stage -> the stage's entry in dvc.lock
@@ -119,9 +119,9 @@ class Chain:
 
 
 def read_chain(place: Place) -> Chain:
-    """Return the stages of dvc.yaml, and their entries in dvc.lock. Raises BadData if a file is not valid.
+    """Read dvc.yaml and dvc.lock. Raises BadData if a file is not valid.
 
-    DVC keeps the entries of deleted stages in dvc.lock (treeverse/dvc#5293). These entries are left out.
+    Stages that only dvc.lock has are left out: DVC keeps deleted stages there (treeverse/dvc#5293).
     """
     stages, lock = read_stages(place), place.read(LOCK) or b""
     entries = {stage: entry for stage, entry in entries_of(lock).items() if stage in stages or not stages}
@@ -168,13 +168,13 @@ def overlap(path: str, other: str) -> bool:
 
 
 def keep_lock(root: Path) -> None:
-    """Save a copy of dvc.lock for `restore_lock`, because a killed DVC can leave dvc.lock incomplete."""
+    """Save a copy of dvc.lock for `restore_lock`. If DVC is killed, it can leave dvc.lock incomplete."""
     if (root / LOCK).is_file():
         write_bytes(root / _LOCK_COPY, (root / LOCK).read_bytes())
 
 
 def restore_lock(root: Path) -> bool:
-    """Restore dvc.lock from its copy if dvc.lock is incomplete, and return whether it was restored.
+    """If dvc.lock is incomplete, restore it from the copy of `keep_lock`. Return whether it was restored.
 
     Raises BadData if there is no complete copy, or if dvc.lock contains git's conflict markers.
     """
@@ -197,23 +197,23 @@ def _is_complete(lock: bytes) -> bool:
 
 
 def entry_key(entry: Entry) -> str:
-    """Return the SHA-256 of a stage's complete entry in dvc.lock."""
+    """Return the SHA-256 of all that dvc.lock has for a stage."""
     content = json.dumps(entry, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def outs(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each output in an entry of dvc.lock, by path. The MD5 of a folder ends in `.dir`."""
+    """Return the MD5 of each output of a stage, by path. The MD5 of a folder ends in `.dir`."""
     return {out["path"]: out["md5"] for out in entry.get("outs", [])}
 
 
 def deps(entry: Entry) -> dict[str, str]:
-    """Return the MD5 of each dependency in an entry of dvc.lock, by path."""
+    """Return the MD5 of each dependency of a stage, by path. The MD5 of a folder ends in `.dir`."""
     return {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
 
 
 def entry_params(entry: Entry) -> dict[str, Any]:
-    """Return the parameters in an entry of dvc.lock, by dotted key."""
+    """Return the parameters that dvc.lock has for a stage, by dotted key."""
     return dict(entry.get("params", {}).get(PARAMS, {}))
 
 
@@ -295,10 +295,10 @@ class Cache:
 
 
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
-    """Copy an output with the hash `md5` to `target`. Return False if no content has this hash.
+    """Copy the output `path` with the hash `md5` to `target`, and return whether the output was found.
 
-    The content comes from the cache, or from `path` in `place`, where a later run may have overwritten it.
-    Raises BadData if a file in the cache was altered.
+    The output comes from the cache. If the cache lacks the output, the file in `place` is copied, unless it
+    has another hash. Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)
@@ -318,7 +318,7 @@ def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> b
 
 @contextmanager
 def open_repo(root: Path) -> Iterator[Any]:
-    """Open a folder as a DVC repository without git. DVC computes each hash again from the files.
+    """Open a folder as a DVC repository without git for a `with` block. DVC computes all hashes again.
 
     Raises BadData if DVC can't read dvc.yaml or dvc.lock.
     """
@@ -327,7 +327,7 @@ def open_repo(root: Path) -> Iterator[Any]:
 
     try:
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            # An empty folder for saved hashes: a saved hash would hide content that a damaged disk changed.
+            # DVC saves hashes in `site_cache_dir`. The folder is empty, so that DVC reads every file again.
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo

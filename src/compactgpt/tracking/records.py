@@ -16,7 +16,7 @@ from compactgpt.tracking.journal import LOCKED, machine_facts, packages, trackin
 WORKSPACE = "workspace"  # name of the version in the current work tree
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _RUN_ID = re.compile(r"[0-9a-f]{4,32}")
-Pair = tuple[Any, Any]  # a value in the first and in the second version; None in a version without the value
+Pair = tuple[Any, Any]  # the values that two versions have; None for a version that lacks the value
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Version:
     """A version of the project, and what is known about the machine on which its stages ran."""
 
     name: str  # the version's name in messages
-    place: Place  # the version's files: params.yaml, dvc.lock, dvc.yaml, reports/
+    place: Place  # the folder or commit with params.yaml, dvc.lock, dvc.yaml and reports/
     commit: str = ""  # the full hash of the commit; empty if unknown
     diff: bytes | None = b""  # the uncommitted changes; None if the run did not save its changes
-    machine: dict[str, str] = field(default_factory=dict)  # processor and settings: `machine_facts`
-    packages: dict[str, str] = field(default_factory=dict)  # version of each package, by name
+    machine: dict[str, str] = field(default_factory=dict)  # the result of `machine_facts`; empty if unknown
+    packages: dict[str, str] = field(default_factory=dict)  # package name -> version
 
     @cached_property
     def chain(self) -> Chain:
-        """The stages in the dvc.yaml of this version, and their entries in dvc.lock."""
+        """What dvc.yaml and dvc.lock of this version say about each stage."""
         return read_chain(self.place)
 
 
@@ -59,15 +59,15 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
             f"experiment, or {WORKSPACE!r}"
         )
     place = Commit(root, commit)
-    # A commit has no list of installed packages. Its requirements.lock is nearest to this list.
-    asked = parse_versions((place.read(LOCKED) or b"").decode())
-    return Version(f"{wanted} ({commit[:9]})", place, commit, packages=asked)
+    # A commit has no list of installed packages, but requirements.lock has the versions to install.
+    pinned = parse_versions((place.read(LOCKED) or b"").decode())
+    return Version(f"{wanted} ({commit[:9]})", place, commit, packages=pinned)
 
 
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
-    """Return the version of the MLflow run whose id begins with `wanted`, or None if no id does.
+    """Return the version of the MLflow run whose id begins with `wanted`, or None if there is no such run.
 
-    If the run is a stage's run, its files come from the pipeline's run.
+    The files of a stage's run are those of its parent run, the run of the pipeline.
     """
     from compactgpt.tracking.store import open_store, store_errors
 
@@ -116,7 +116,7 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return, by key, the values of two mappings, for each key whose value differs."""
+    """Return the two values of each key whose values in `a` and `b` differ, by key."""
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 

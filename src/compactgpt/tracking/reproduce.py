@@ -52,14 +52,15 @@ from compactgpt.tracking.records import (
 # The outputs of the stage DATA come from DVC's cache, because the corpus may have changed since the run.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# Rounding explains this relative difference of a loss: in the demo, a loss changed by 0.15 %.
+# The largest relative difference of a loss that rounding explains. In the demo, it was 0.15 %.
 LOSS_TOLERANCE = 0.01
-# The facts of a machine that can change rounding.
+# Names of processor, settings and packages that can change rounding.
 _ARITHMETIC = {"arithmetic", "cpu.vectors", "machine", "numpy", "torch"}
 # DVC's settings in the checkout. The checkout has its own cache and no remote.
 _DVC_SETTINGS = "[core]\nanalytics = false\ncheck_update = false\n"
-# Folders in .state that the checkout does not get. It gets the other folders, which have downloaded files.
+# Folders of .state that the checkout does not get. The other folders have downloaded files.
 _OWN_STATE = {"locks", "reproductions", "tokenization", "tracking", "training"}
+# A number in a report is a loss if its key ends in one of these names.
 _LOSSES = ("loss.value", "bits_per_byte.value", "train_loss", "val_loss")
 
 
@@ -181,7 +182,7 @@ def _describe(environment: Mapping[str, Pair]) -> list[str]:
 
 
 def is_in_history(version: Version, root: Path) -> bool:
-    """Return whether the history of HEAD has the version. A run of MLflow is never in the history."""
+    """Return whether a version is a commit in the history of HEAD. A run of MLflow is no commit."""
     if not isinstance(version.place, Commit):
         return False
     # git prints nothing if the history of HEAD has the commit.
@@ -191,7 +192,8 @@ def is_in_history(version: Version, root: Path) -> bool:
 def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
     """Check out a version to the folder `tree`: its commit, uncommitted changes and parameters.
 
-    Return lines that the user can check: the commit, the changed files, and the command of each stage.
+    Return lines for the user, who decides whether the version may run: its commit, the files with uncommitted
+    changes, and the command of each stage.
     """
     # The checkout is another repository, so that code in the checkout can't change a branch of the project.
     no_hooks = ("-c", f"core.hooksPath={os.devnull}")
@@ -224,7 +226,7 @@ def _check_out(version: Version, root: Path, tree: Path) -> list[str]:
 
 
 def _stage_commands(tree: Path) -> dict[str, str]:
-    """Return the command of each stage, by stage.
+    """Return the command of each stage of the checkout, by the stage's name.
 
     Raises OutsideFolder if a path in dvc.yaml leads out of the checkout.
     """
@@ -245,7 +247,7 @@ def _copy_downloads(root: Path, tree: Path) -> None:
 def _restore_data(version: Version, root: Path, tree: Path) -> bool:
     """Restore the outputs of the download stage from DVC's cache or remote, so that DVC skips the stage.
 
-    Return whether all outputs are restored. If False, DVC runs the download stage again.
+    Return whether all outputs were restored. If not, DVC runs the download stage.
     """
     from dvc.exceptions import DvcException
     from dvc_data.hashfile.hash_info import HashInfo
@@ -296,10 +298,10 @@ def _run_dvc(tree: Path) -> int:
 def compare_hashes(version: Version, second: Version, environment: dict[str, Pair]) -> Result:
     """Compare the dvc.lock of a version with the dvc.lock of its second run, and return the verdict.
 
-    - identical: every output has the recorded hash.
-    - within rounding: code, parameters and data are equal; processor, settings or packages differ
-      (`environment`, from `differences_here`); and no loss differs by more than LOSS_TOLERANCE.
-    - different: all other cases.
+    - IDENTICAL: every output has the recorded hash.
+    - ROUNDING: code, parameters and data are equal, but processor, settings or packages are not (these are
+      in `environment`, the result of `differences_here`). No loss differs by more than LOSS_TOLERANCE.
+    - DIFFERENT: all other cases.
     """
     old, new = version.chain.entries, second.chain.entries
     known = [stage for stage in version.chain.stages if stage in old]
@@ -318,7 +320,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
     losses = [one for path in reports for one in _loss_differences(path, version.place, second.place)]
     largest, where = max(losses, default=(0.0, ""))
     causes = _describe({name: pair for name, pair in environment.items() if name in _ARITHMETIC})
-    # Rounding changes outputs and, in later stages, inputs. Rounding explains no other code or parameters.
+    # Rounding can change outputs, and so the inputs of later stages, but not code or parameters.
     computed = ("other inputs", "other outs")
     other = [f"{stage} has {change}" for stage, change in changed.items() if change not in computed]
     verdict = DIFFERENT
@@ -332,7 +334,7 @@ def compare_hashes(version: Version, second: Version, environment: dict[str, Pai
 
 
 def _first_change(old: Entry, new: Entry | None) -> str:
-    """Return the first difference between two entries of a stage: in parameters, code, inputs or outputs."""
+    """Return how a stage's second run (`new` in dvc.lock) differs: in parameters, code, inputs or outputs."""
     if new is None:
         return "not run again"
     if outs(old) == outs(new):
