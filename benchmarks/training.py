@@ -1,4 +1,4 @@
-"""How fast training is beside nanoGPT's own code, on this machine, in one run.
+"""Compare the speed of training with that of nanoGPT's own code, on this machine, in one run.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/training.py --nanogpt nanoGPT                    # the demo's shape
@@ -32,7 +32,6 @@ from compactgpt.common.device import prepare_process  # noqa: E402
 from compactgpt.common.sections import read_yaml  # noqa: E402
 from compactgpt.config import Params, load_params, parse_params  # noqa: E402
 from compactgpt.experiments import set_experiment  # noqa: E402
-from compactgpt.forecast.model_size import flops_per_token  # noqa: E402
 
 # The recipe of the paired steps: nanoGPT's optimizer at the note's learning rate, without a schedule.
 ADAMW = {
@@ -92,9 +91,9 @@ class Ours:
 
 
 class Products:
-    """The matrix products of our step outside attention, and nothing else: a bound for any engine.
+    """The matrix products of our step outside attention, and nothing else.
 
-    What multiplies with the same library in the same precision cannot be quicker, were all else free.
+    An engine that multiplies with the same library in the same precision can't be faster than this.
     """
 
     def __init__(self, options: argparse.Namespace, params: Params) -> None:
@@ -197,26 +196,6 @@ class NanoGPT:
         return self.ours
 
 
-class Peak:
-    """The best that this machine does: products of square matrices. The `loss` of a step is FLOP/s."""
-
-    def __init__(self, _options: argparse.Namespace, params: Params) -> None:
-        import torch
-
-        device = params.runtime.device
-        self.size, kind = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
-        self.a, self.b = (torch.randn(self.size, self.size, device=device, dtype=kind) for _ in range(2))
-
-    def steps(self, _count: int) -> list[float]:
-        """Make five products, and return the FLOP/s of the quickest."""
-        seconds = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            (self.a @ self.b)[0, 0].item()  # waits for a GPU
-            seconds.append(time.perf_counter() - begin)
-        return [2 * self.size**3 / min(seconds)]
-
-
 def work(
     pipe: Any, name: str, options: argparse.Namespace, training: dict[str, Any], model: dict[str, Any]
 ) -> None:
@@ -229,7 +208,7 @@ def work(
     import torch
 
     torch.set_num_threads(params.runtime.num_threads)
-    kinds = {"ours": Ours, "nanogpt": NanoGPT, "peak": Peak, "products": Products}
+    kinds = {"ours": Ours, "nanogpt": NanoGPT, "products": Products}
     engine: Any = kinds[kind](options, params)
     if name.startswith("nanogpt-compiled"):
         engine.compile()
@@ -343,7 +322,6 @@ def engines_of(options: argparse.Namespace, params: Params) -> dict[str, dict[st
             "ours": own,
             "nanogpt-compiled-64": own,
             "ours-16": note,
-            "peak": {},
         }
     budget = {"max_steps", "tokens_per_step", "micro_batch_size", "launcher"}
     tuned = params.training.model_dump(exclude=budget)
@@ -352,42 +330,28 @@ def engines_of(options: argparse.Namespace, params: Params) -> dict[str, dict[st
         engines["nanogpt-compiled"] = ADAMW
     if options.bfloat16:
         engines["ours-bfloat16"] = {**ADAMW, "dtype": "bfloat16"}
-    return {**engines, "products": ADAMW, "peak": {}}
-
-
-def ratios(base: Worker, worker: Worker) -> tuple[float, float, float]:
-    """How many times as fast as `base`: of the medians, the median of the pairs, of the quickest."""
-    pairs = [a / b for a, b in zip(base.seconds, worker.seconds, strict=True)]
-    medians = statistics.median(base.seconds) / statistics.median(worker.seconds)
-    return medians, statistics.median(pairs), min(base.seconds) / min(worker.seconds)
+    return {**engines, "products": ADAMW}
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print tokens a second, ratios, memory and the share of the machine's peak."""
+    """Print tokens per second, ratios to nanoGPT, and memory."""
     params = params_of(options, {}, {})
     tokens = params.training.tokens_per_step
     workers = [Worker(name, options, training, {}) for name, training in engines_of(options, params).items()]
     make_paired_steps(workers, options.steps)
-    base, ours, *_, peak = workers
-    best = max(peak.losses)
-    flops = flops_per_token(params.model)["with_attention"]
+    base, ours = workers[:2]
     where = f"{params.runtime.num_threads} threads" if options.device == "cpu" else "bfloat16 on one GPU"
-    print(f"{options.shape}: {tokens} tokens a step, {options.steps} paired steps, {where}, products at "
-          f"{best / 1e9:.0f} GFLOP/s")  # fmt: skip
-    print("ratio: of medians; paired: median of a step's ratio; best: of the quickest steps (of peak too)")
-    print(f"{'engine':20}{'tok/s':>10}{'ratio':>8}{'paired':>8}{'best':>8}{'of peak':>9}{'MB':>8}")
+    print(f"{options.shape}: {tokens} tokens a step, {options.steps} paired steps, {where}")
+    print("ratio: nanoGPT's median time of a step to the engine's; paired: the median of the steps' ratios")
+    print(f"{'engine':20}{'tok/s':>10}{'ratio':>8}{'paired':>8}{'MB':>8}")
     found = {}
-    for worker in workers[:-1]:
-        ratio, pairs, quickest = ratios(base, worker)
-        if worker.name == "products":
-            print(f"the bound of all engines, were all but their matrix products free: {ratio:.2f}, "
-                  f"{pairs:.2f}, {quickest:.2f}")  # fmt: skip
-            continue
+    for worker in workers:
         speed = tokens / statistics.median(worker.seconds)
-        share = flops * tokens / min(worker.seconds) / best
-        print(f"{worker.name:20}{speed:10.0f}{ratio:8.2f}{pairs:8.2f}{quickest:8.2f}{share:9.0%}"
-              f"{worker.peak / 1e6:8.0f}")  # fmt: skip
-        found[worker.name] = {"ratio": pairs, "tokens_per_second": speed, "bytes": worker.peak}
+        ratio = statistics.median(base.seconds) / statistics.median(worker.seconds)
+        paired = statistics.median(a / b for a, b in zip(base.seconds, worker.seconds, strict=True))
+        print(f"{worker.name:20}{speed:10.0f}{ratio:8.2f}{paired:8.2f}{worker.peak / 1e6:8.0f}")
+        if worker.name != "products":
+            found[worker.name] = {"ratio": paired, "tokens_per_second": speed, "bytes": worker.peak}
     if options.json:
         options.json.write_text(json.dumps({"shape": options.shape, "engines": found}, indent=2) + "\n")
     for worker in workers:

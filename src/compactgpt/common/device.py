@@ -114,9 +114,9 @@ def set_precision(dtype: str) -> None:
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
     """Delay the effect of SIGTERM and Ctrl-C, so that long work can stop at a suitable point.
 
-    The block gets a function that returns whether a stop was requested. A second signal ends the process as
-    usual, unless it comes within `same_seconds`: when a parent with several threads is killed, Linux sends
-    the child its death signal once for each thread. Works in the main thread only.
+    The block gets a function that returns whether a stop was requested. A second request ends the process as
+    usual. Linux may send the signal of one request several times, so a signal that comes within
+    `same_seconds` of the first one is no second request. Works in the main thread only.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None

@@ -77,7 +77,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # On a CPU, skip a multiplication by 1. On a GPU, always multiply: to read the value is to wait.
+        # On a CPU, skip a multiplication by 1. A GPU always multiplies, because reading the value would wait
+        # for the GPU.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -110,7 +111,7 @@ def _add_chunk(
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
-    # A probability of 0 would give an infinite loss. The clamp limits the loss of a token to 87.3 nats, and
+    # A probability of 0 would give an infinite loss. The clamp limits the loss of a token to 87.3 nats. It
     # does not change the gradient.
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 

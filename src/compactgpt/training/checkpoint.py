@@ -1,8 +1,8 @@
 """Save and load training states. A state is written whole or not at all; its hashes are checked on reading.
 
-A state is a folder such as `step-00000200`: `state.safetensors` has the full tensors of the model and the
-optimizers, `progress.json` has the losses. All states of a run are in one folder. The name of this folder is
-the run key, a hash of everything that the result of the run depends on.
+A state is a folder such as `step-00000200`. Its `state.safetensors` has the full tensors of the model and the
+optimizers, and its `progress.json` has the losses. All states of a run are in one folder, whose name is the
+run key: a hash of everything that the result of the run depends on.
 """
 
 import logging
@@ -109,5 +109,4 @@ def prune_runs(folder: Path, key: str) -> None:
 
 
 def _states(folder: Path) -> list[Path]:
-    """Return the states of a run, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-*"))  # the oldest state is the first

@@ -20,9 +20,9 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""A function that gets sharded matrices and a function of full matrices, (count, rows, columns).
+"""A function whose arguments are sharded matrices and a function f of full matrices, (count, rows, columns).
 
-It applies this function to the full form of each matrix, and returns the sharded results.
+It returns f of each matrix, sharded like the matrix.
 """
 
 
@@ -121,6 +121,7 @@ class Optimizers:
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
         self.rows: EmbeddingRows | None = None  # rows that the next update trains; None for all rows
+        # Pairs of a parameter group and its peak learning rate.
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
             self._peaks += [(group, training.muon_learning_rate) for group in self.muon.param_groups]

@@ -70,10 +70,12 @@ class Callbacks:
     on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
     # Gets all rows of the loss curve, after a row was added.
     on_row: Callable[[list[Row]], None] = lambda _rows: None
-    # Gets the number of the step and the model after every step; the function must not change the model.
+    # Gets the number of the step and the model after every step. It must not change the model.
     on_step: Callable[[int, GPT], None] = lambda _step, _model: None
-    on_warning: Callable[[str], None] = lambda _message: None  # gets a warning for the user
-    should_stop: Callable[[], bool] = lambda: False  # called after every step; True stops training
+    # Gets a warning for the user.
+    on_warning: Callable[[str], None] = lambda _message: None
+    # Is called after every step. The training stops if it returns True.
+    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Trainer:
         self.log_interval = params.runtime.log_interval
         # A GPU runs asynchronously, so losses stay on the GPU until they are reported.
         self.defers_losses = self.device == "cuda"
+        # The windows of the val split on which the validation loss is computed.
         self.windows = select_windows(splits.val, self.shape.block_size, self.training.eval_windows)
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
@@ -168,7 +171,8 @@ class Trainer:
         self.model, self.optimizers = self._build_model(counts)
         self.step = 0  # number of updates made so far
         self.rows: list[Row] = []
-        self.unreported: list[tuple[int, Tensor, Tensor]] = []  # (step from 0, loss, gradient norm)
+        # (step counted from 0, loss, gradient norm) of each step whose loss was not reported yet.
+        self.unreported: list[tuple[int, Tensor, Tensor]] = []
         self.losses: list[float] = []  # training losses of the steps since the last row
 
     def _check_vocabulary(self) -> None:
