@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import socket
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,16 +137,3 @@ def test_a_local_copy_of_the_text_is_read_instead_of_the_hub(tmp_path, monkeypat
     (tmp_path / "corpus/input.txt").write_bytes(b"Another text.")
     with pytest.raises(BadData, match=r"the text of corpus/input\.txt has SHA-256 .* expects"):
         write_corpus(tmp_path, params(None, **copy))
-
-
-def test_a_hub_that_does_not_answer_is_one_message_at_once(tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    # No program listens at that port now.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
-    start = time.monotonic()
-    with pytest.raises(Unreachable, match=r"can't be reached for owner/name .*hub\.mirror") as caught:
-        write_corpus(tmp_path, params(None))
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 10
