@@ -13,7 +13,7 @@ from compactgpt.common.console import echo, report
 from compactgpt.common.errors import UserError
 from compactgpt.common.storage import read_json
 
-METRICS = Path("reports/metrics.json")  # figures of the trained model
+METRICS = Path("reports/metrics.json")  # the loss and the perplexity of the trained model
 CALLED_BY_MAKE = "Called by make repro"
 
 app = typer.Typer()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from compactgpt.common.errors import MissingInput, UserError, printable
 
-DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the changes
-OUTPUTS = ("dvc.lock", "reports")  # outputs of stages that git tracks: their changes are not the user's
-NEW_FILES = ("conf", "src", "stages")  # folders whose new files are part of the changes
-# Code, settings and templates. Anything else there (a key, a database, an archive) does not belong in a log.
+DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the uncommitted changes
+OUTPUTS = ("dvc.lock", "reports")  # files that stages write and git tracks; their changes are not logged
+NEW_FILES = ("conf", "src", "stages")  # folders whose new files are logged
+# Suffixes of code, settings and templates. Other new files (a key, a database, an archive) are not logged.
 NEW_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
@@ -53,9 +53,9 @@ def require_repository(root: Path) -> None:
 
 
 def git_facts(root: Path) -> dict[str, str]:
-    """Return the tags of a run that name the commit and whether the work tree is clean; empty without git.
+    """Return MLflow tags with the commit and whether the work tree is clean; an empty dict without git.
 
-    Changes to OUTPUTS do not count. `git.left_out` names changes that are too large or of an unlogged kind.
+    Changes of the files in OUTPUTS do not count. The tag `git.left_out` names changes that are not logged.
     """
     try:
         commit = git_text(root, "rev-parse", "HEAD")

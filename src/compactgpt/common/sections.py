@@ -33,7 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _mistakes(self) -> Iterator[str]:
-        """Yield a message for each rule about several keys that the section violates."""
+        """Yield a message for each broken rule that concerns several keys."""
         yield from ()
 
     @model_validator(mode="after")
@@ -84,7 +84,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 def find_conflict(name: str, content: bytes) -> str:
     """Return a sentence about the markers of an unresolved merge in a file; empty if there are none."""
-    if not _MARKER.search(content):  # one is enough: the user may have removed the others already
+    if not _MARKER.search(content):  # one marker is enough, because the user may have removed the others
         return ""
     found = f"{name} has conflict markers of an unresolved merge"
     if name != "dvc.lock":

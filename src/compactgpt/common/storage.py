@@ -125,7 +125,7 @@ def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
     """Return the path of the file `name` in a folder. The name may come from another person.
 
     Raises OutsideFolder if the name is absolute or has `..`, or, with `follow`, if a symbolic link leads out.
-    DVC itself may link outputs to its cache.
+    Use `follow=False` for outputs of DVC, which may be links to its cache.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
@@ -147,9 +147,10 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Fill a temporary folder that replaces `folder` when the block ends without an error.
 
-    The manifest has `kind`, the list of files, and `facts`, a dict that the block may still fill. `overwrite`
-    also replaces an earlier output whose files have changed; `private` (for folders under .state, where users
-    keep no files) also a damaged one. Raises NotAllowed if `folder` has files that the caller did not write.
+    The manifest gets `kind`, `facts` and the list of files. The block may still change `facts`. With
+    `overwrite`, an earlier output is replaced even if its files have changed. With `private`, any content is
+    replaced: use it only under .state, where users keep no files. Raises NotAllowed if `folder` has files
+    that the caller did not write.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
