@@ -140,7 +140,7 @@ def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
 
 
 def _evaluated_tokens(params: Params) -> float:
-    """Return about how many tokens a neural model reads in its evaluation."""
+    """Return the approximate number of tokens that a neural model reads in its evaluation."""
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
@@ -152,7 +152,10 @@ def _evaluated_tokens(params: Params) -> float:
 
 
 def _num_params(name: str, params: Params) -> float:
-    """Return about how many parameters a baseline has; 0 if it is not neural, or its size is unknown."""
+    """Return the approximate number of parameters of a neural baseline; 0 for other baselines.
+
+    The number comes from `estimate.anchors` or from the baseline's name, such as `smollm2-135m`.
+    """
     known = {anchor.name: float(anchor.num_params) for anchor in params.estimate.anchors}
     stated = re.search(r"(\d+)M\b", name, re.IGNORECASE)
     return known.get(name, float(stated[1]) * 1e6 if stated else 0.0)

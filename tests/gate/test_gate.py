@@ -63,17 +63,13 @@ def test_a_state_passes_against_itself():
 
 def test_worse_must_be_more_than_tolerated_and_more_than_chance():
     """A change equal to the tolerance is tolerated, and an interval from 0 is not above 0."""
-    for low, value, status in (
-        (-0.01, 0.01, "pass"),
-        (0, 0.02, "warn"),
-        (0.001, 0.005, "warn"),
-        (0.001, 0.02, "fail"),
-    ):
+    cases = ((-0.01, 0.01, "pass"), (0, 0.02, "warn"), (0.001, 0.005, "warn"), (0.001, 0.02, "fail"))
+    for low, value, status in cases:
         assert gate.decide(gate.Interval(value, low, 0.5), 0.01) == status
 
 
 def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
-    """Plainly: the interval of the rise in nats a token, and beside it the noise of a run of each model."""
+    """The interval of the rise in nats per token is widened by the noise of both runs."""
     tokens = np.array([0.0, 1.0, 300.0, 110.0, 40.0, 75.0])
     change = np.array([5.0, 0.3, 9.0, 1.1, 3.2, -1.5])
     found = gate.perplexity_rise(change + 7, np.full(6, 7.0), tokens, Noise(0.01, 3, ""), 0.2)
@@ -86,7 +82,7 @@ def test_the_two_parts_of_chance_add_as_squares_and_empty_documents_have_none():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_chance_of_a_false_alarm_is_divided_among_the_groups(count):
-    """Every document rose by 0.04 nats a token: what is left of the interval is the noise between runs."""
+    """The loss of every document rose by 0.04 nats per token, so only the noise between runs is left."""
     tolerances = dict([("perplexity", 0.01), ("accuracy.cloze", 0.02)][:count])
     judged = SETTINGS.model_copy(update={"tolerances": tolerances, "false_alarms": 0.04})
     held = documents()

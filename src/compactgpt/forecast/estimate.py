@@ -83,7 +83,6 @@ def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
 
 
 def _notes(params: Params) -> list[str]:
-    """Return notes on the limits of the configured run's estimate."""
     notes = []
     if not all(law.covers(run_of(params.model, params.training)) for law in LAWS):
         notes.append("the laws are extrapolated far below the sizes and budgets that they were fitted on")

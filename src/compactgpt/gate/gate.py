@@ -146,7 +146,6 @@ def run_gate(
 
 
 def _check_fingerprint(then: Snapshot, now: Snapshot) -> Check:
-    """Check that the two versions were evaluated on equal text, in equal windows."""
     if changes := _compare(then.fingerprint, now.fingerprint):
         says = f"not comparable: {', '.join(changes)}. Restore the old values, or accept the new ones"
         return Check("validation", "fail", says)

@@ -139,7 +139,6 @@ def read_reference(name: str, root: Path) -> Snapshot:
 
 
 def _read_champion(root: Path) -> Snapshot:
-    """Read the version of the registry's champion model from the files of its MLflow run."""
     from compactgpt.tracking.registry import PIPELINE_RUN, champion
     from compactgpt.tracking.store import open_store, store_errors
 
@@ -191,7 +190,6 @@ def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
 
 
 def _figures(evaluation: Score, trained: Trained) -> dict[str, float]:
-    """Return the value of each metric that the gate compares or shows."""
     greedy = evaluation.text.statistics.get("greedy", {})
     found = {
         "perplexity": evaluation.perplexity,
