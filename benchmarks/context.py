@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compactgpt.data.token_files import TokenFile, Window, open_tokens
+from compactgpt.data.token_files import TokenFile, Window, document_streams, open_tokens
 from compactgpt.evaluation.compact import as_neural_model
-from compactgpt.evaluation.likelihood import NeuralModel, document_streams, target_nats
+from compactgpt.evaluation.likelihood import NeuralModel, target_nats
 from compactgpt.evaluation.metrics import ratio_interval
 from compactgpt.model.weights import load_model
 

@@ -19,7 +19,7 @@ def main(
     """Evaluate one baseline on the val split. A neural baseline also generates text and runs the tasks."""
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
-    from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+    from compactgpt.evaluation.baselines import load_baseline
     from compactgpt.evaluation.generation import generate_texts
     from compactgpt.evaluation.likelihood import NeuralModel, evaluate, scored_split, summarize
     from compactgpt.evaluation.tasks import run_tasks
@@ -35,8 +35,7 @@ def main(
         likelihood, encoding = settings.likelihood, load_encoding(Path("data/tokenizer"))
         split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
         train = Path("data/tokens/train.tokens")
-        inputs = BaselineInputs(train, encoding, likelihood.batch_size, params.runtime, state_folder())
-        model = load_baseline(name, params.baseline, inputs)
+        model = load_baseline(name, params, encoding, train, state_folder())
         progress = stage.progress("done", name)
         found = evaluate(model, split, encoding, likelihood, progress)
         write_totals(Path(f"data/baseline/{name}.parquet"), found)

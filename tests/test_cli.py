@@ -104,6 +104,7 @@ def test_evaluate_prints_a_line_per_model_with_intervals_over_documents(project)
     assert lines[0].startswith(f"documents: 5; {expected.tokens} tokens, {expected.bytes} bytes")
     low, high = expected.intervals["bits_per_byte"]
     assert lines[2].endswith(f"{expected.bits_per_byte:.3f} ({low:.3f} to {high:.3f})")
+    assert "models/compact predicts this text worse than a random guess" in lines[3]  # the weights are random
     single = run("evaluate", "bom.txt")
     assert "no intervals" in single.stdout
     assert run("evaluate", "-", input="the cat").stdout == single.stdout

@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,10 @@ from compactgpt.evaluation.likelihood import LanguageModel, NeuralModel
 if TYPE_CHECKING:
     import tiktoken
 
-    from compactgpt.evaluation.baselines import BaselineInputs
-
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # maximum number of tokens in a window of `score`
-BATCH_SIZE = 16
+LONGEST_WINDOW = 1024  # maximum number of tokens of context in `Model.score`
+BATCH_SIZE = 16  # number of windows that a model reads at once
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
 
@@ -46,11 +45,11 @@ class Score:
     documents: int
     tokens: int
     bytes: int
-    window: int  # tokens of context
+    window: int  # the maximum number of tokens of context
     loss: float  # nats per token
-    perplexity: float | None  # per token; None if it is too large for a float
+    perplexity: float | None  # per token; None if the perplexity is too large for a float
     bits_per_byte: float
-    # The 95 % interval of each of the three figures, by name; empty if the text is a single document.
+    # "loss", "perplexity" or "bits_per_byte" -> the limits of its 95 % interval. Empty for a single document.
     intervals: dict[str, tuple[float, float]]
 
     def __str__(self) -> str:
@@ -68,11 +67,11 @@ class Model:
 
     name: str
     language_model: LanguageModel
-    encoding: "tiktoken.Encoding"  # the project's tokenizer, whose tokens `score` counts
+    encoding: "tiktoken.Encoding"  # the project's tokenizer; `score` counts its tokens for every model
 
     @property
     def window(self) -> int:
-        """The number of tokens of context that `score` uses: the model's context, at most LONGEST_WINDOW."""
+        """The default number of tokens of context in `score`: the model's context, at most LONGEST_WINDOW."""
         model = self.language_model
         return min(LONGEST_WINDOW, model.block_size) if isinstance(model, NeuralModel) else LONGEST_WINDOW
 
@@ -90,11 +89,11 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator over the steps of generation: the new text of each sample after each step.
+        """Return an iterator that yields the new text of each sample after each step of generation.
 
         A continuation has `max_new_tokens` tokens, or fewer if the model ends the document. Each token is
-        drawn from the `top_k` most probable ones, after the logits are divided by `temperature`; temperature
-        0 selects the most probable token. The same seed and arguments give the same text.
+        drawn from the `top_k` most probable tokens, after the logits are divided by `temperature`. With
+        temperature 0, each token is the most probable one. The same arguments give the same text.
         """
         from compactgpt.evaluation import generation
 
@@ -107,17 +106,13 @@ class Model:
             )
         _to_utf8(prompt)
 
-        def sampler(sample: int) -> generation.Sampler:
-            if temperature == 0:
-                return lambda logits: int(logits.argmax())
-            random = generation.prompt_generator(seed, f"{sample} {prompt}")
-            return lambda logits: generation.draw(
-                random, generation.top_k_probabilities(logits, temperature=temperature, top_k=top_k)
-            )
-
+        probabilities = partial(generation.top_k_probabilities, temperature=temperature, top_k=top_k)
+        samplers: list[generation.Sampler] = [generation.greedy] * num_samples
+        if temperature > 0:
+            keys = [f"{sample} {prompt}" for sample in range(num_samples)]
+            samplers = [generation.seeded_sampler(probabilities, seed, key) for key in keys]
         end = model.codec.first_token
         prompts = [[end, *model.codec.encode(prompt)]] * num_samples
-        samplers = [sampler(sample) for sample in range(num_samples)]
         steps = generation.generate_tokens(model, prompts, samplers, max_new_tokens, end)
         return _new_texts(steps, num_samples, end, model.codec.decode)
 
@@ -150,37 +145,33 @@ class Model:
 def _new_texts(
     steps: Iterable[list[int | None]], num_samples: int, end: int, decode: Callable[[list[int]], str]
 ) -> Iterator[list[str]]:
-    """Yield the new text of each sample, from the next token of each sample."""
     tokens: list[list[int]] = [[] for _ in range(num_samples)]
     texts = [""] * num_samples
     for step in steps:
         for row, token in zip(tokens, step, strict=True):
             if token is not None and token != end:
                 row.append(token)
-        # The first bytes of a character, without its last bytes, are decoded as U+FFFD.
+        # An incomplete character at the end is decoded as U+FFFD. Its text follows when it is complete.
         now = [decode(row).rstrip("\ufffd") for row in tokens]
         yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
         texts = now
 
 
-def load(
-    model: str | Path = MODEL, *, tokenizer: str | Path | None = None, params_file: str | Path = "params.yaml"
-) -> Model:
+def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") -> Model:
     """Load a model from a folder, from MLflow, or by its name in `baseline.specs` of params.yaml.
 
     A folder has a model of this project, or a model in Hugging Face's format. A model in MLflow is named as
-    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. `tokenizer` is the folder of the project's
-    tokenizer. By default, the first of these that exists is used: data/tokenizer of the model's project,
-    data/tokenizer of the current folder, or the GPT-2 tokenizer in the model's folder.
+    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. The tokenizer is data/tokenizer of the model's
+    project, else data/tokenizer of the current folder, else the GPT-2 tokenizer in the model's folder.
     """
     name, folder = str(model), Path(model).expanduser()
     if _IN_MLFLOW.fullmatch(name):
         from compactgpt.tracking.registry import download_model
 
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
-            return _load_folder(name, download_model(name, Path(scratch)), tokenizer)
+            return _load_folder(name, download_model(name, Path(scratch)))
     if folder.is_dir():
-        return _load_folder(name, folder, tokenizer)
+        return _load_folder(name, folder)
     if name == MODEL:
         raise MissingInput(f"there is no model in {MODEL} yet: `make repro` trains it")
     params = config.load_params(Path(params_file)) if Path(params_file).exists() else None
@@ -188,24 +179,26 @@ def load(
     if params is None or name not in known:
         raise MissingInput(
             f"there is no model {name!r}: give a folder, a model in MLflow (models:/compactgpt@champion), or "
-            f"a name from baseline.specs in {params_file} ({', '.join(known) or 'no such file here'})"
+            f"a baseline of {params_file} ({', '.join(known) or 'no such file here'})"
         )
     from compactgpt.evaluation.baselines import load_baseline
+    from compactgpt.tracking import state_folder
 
-    inputs = _inputs(_load_tokenizer(tokenizer), params.runtime)
-    return Model(name, load_baseline(name, params.baseline, inputs), inputs.encoding)
+    encoding = _load_tokenizer(Path(MODEL))
+    train = Path("data/tokens/train.tokens")
+    return Model(name, load_baseline(name, params, encoding, train, state_folder()), encoding)
 
 
-def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model:
+def _load_folder(name: str, folder: Path) -> Model:
     if (folder / MANIFEST).exists() and read_manifest(folder).get("kind") == "model":
         from compactgpt.evaluation.compact import load_compact
 
-        encoding = _load_tokenizer(tokenizer, folder)
+        encoding = _load_tokenizer(folder)
         model = load_compact(folder, encoding, BATCH_SIZE, resolve_device("auto"))
         if len(model.head) != encoding.n_vocab:
             raise BadData(
                 f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "
-                f"{encoding.n_vocab:,}: give the tokenizer that the model was trained with"
+                f"{encoding.n_vocab:,}: give the model in the project where it was trained"
             )
         return Model(name, model, encoding)
     if not (folder / "config.json").exists():
@@ -214,34 +207,23 @@ def _load_folder(name: str, folder: Path, tokenizer: str | Path | None) -> Model
         )
     from compactgpt.evaluation.baselines import load_folder
 
+    encoding = _load_tokenizer(folder)
     runtime = config.Runtime(device="auto", num_threads=os.cpu_count() or 1, num_workers=1)
-    inputs = _inputs(_load_tokenizer(tokenizer, folder), runtime)
-    return Model(name, load_folder(folder, inputs), inputs.encoding)
+    return Model(name, load_folder(folder, encoding, BATCH_SIZE, runtime), encoding)
 
 
-def _inputs(encoding: "tiktoken.Encoding", runtime: config.Runtime) -> "BaselineInputs":
-    from compactgpt.evaluation.baselines import BaselineInputs
-    from compactgpt.tracking import state_folder
-
-    return BaselineInputs(Path("data/tokens/train.tokens"), encoding, BATCH_SIZE, runtime, state_folder())
-
-
-def _load_tokenizer(given: str | Path | None, model: Path | None = None) -> "tiktoken.Encoding":
-    """Load the project's tokenizer; `load` describes where it is. `model` is the model's folder, if any."""
-    if given is not None:
-        return load_encoding(Path(given).expanduser())
-    project = Path() if model is None else model.absolute().parent.parent  # the model is in models/compact
+def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
+    """Load the project's tokenizer from where `load` describes. `model` is the model's folder."""
+    project = model.absolute().parent.parent  # the model is in models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():
             return load_encoding(folder)
-    if model is not None and (model / "vocab.json").exists() and (model / "merges.txt").exists():
+    if (model / "vocab.json").exists() and (model / "merges.txt").exists():
         with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
             folder = Path(scratch) / "tokenizer"
             save_gpt2(folder, (model / "merges.txt").read_bytes(), (model / "vocab.json").read_bytes())
             return load_encoding(folder)
-    raise MissingInput(
-        f"there is no tokenizer in {TOKENIZER}: run `dvc repro download`, or give the folder of a tokenizer"
-    )
+    raise MissingInput(f"there is no tokenizer in {TOKENIZER}: run `dvc repro download`")
 
 
 def _to_utf8(text: str) -> bytes:

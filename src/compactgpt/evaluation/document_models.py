@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 Ids = npt.NDArray[np.int64]
-COUNTED_AT_ONCE = 2**24  # tokens that `make_unigram` counts in one step
+COUNTED_AT_ONCE = 2**24  # `make_unigram` counts this many tokens in one step
 
 
 def make_unigram(train: TokenFile) -> DocumentModel:
@@ -29,12 +29,11 @@ def make_unigram(train: TokenFile) -> DocumentModel:
     """
     tokens, vocab_size = len(train.tokens), train.header.vocab_size
     counts = np.zeros(vocab_size, np.int64)  # (V,)
-    for start in range(
-        0, tokens, COUNTED_AT_ONCE
-    ):  # in steps, because a large token file does not fit in memory
+    # Count in steps, because a large token file does not fit in memory.
+    for start in range(0, tokens, COUNTED_AT_ONCE):
         counts += np.bincount(train.tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
-    # (V,). End-of-text has a probability, as in the neural models, although end-of-text is never scored.
-    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)
+    # End-of-text has a probability, as in the neural models, although end-of-text is never scored.
+    log_probabilities = np.log(counts + 1) - math.log(tokens + vocab_size)  # (V,)
     facts = {"kind": "unigram", "num_params": vocab_size, "context": "nothing", "train_tokens": tokens}
 
     def document_nats(split: TokenFile, document: int) -> float:
@@ -61,8 +60,8 @@ def make_compressor(
 ) -> DocumentModel:
     """Return a model that scores a document by its compressed size, without headers of the file format.
 
-    The nats of a document are ln 2 x 8 x the number of its compressed bytes. If `train_megabytes` is above 0,
-    the compressor's dictionary is the start of the train split: text that occurs there needs fewer bytes.
+    The nats of a document are ln 2 x 8 x the number of its compressed bytes. The compressor's dictionary is
+    the first `train_megabytes` MB of the train split. Text that occurs in the dictionary needs fewer bytes.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -87,7 +86,6 @@ def make_compressor(
 
 
 def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
-    """Return a function that compresses bytes with zstd, with `known` as its dictionary."""
     import zstandard
 
     settings = zstandard.ZstdCompressionParameters.from_level(
@@ -110,9 +108,10 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class _Order:
-    """All n-grams of one length above 1 (order); the id of an n-gram is its index in the arrays."""
+    """All n-grams of one length, which is 2 or more. The id of an n-gram is its index in `keys`."""
 
-    # (K,) ascending: c V + w, where w is the last token and c is the id of the n-gram without w.
+    # (K,) in ascending order. The key of an n-gram is c V + w, where w is its last token. The number c is the
+    # id of its context, which is the n-gram without w.
     keys: Ids
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
     backoff: Floats  # (contexts,), weight of the shorter n-gram; 1 for a context that no token follows
@@ -135,7 +134,7 @@ class NgramModel:
     """
 
     unigrams: Floats  # (V,) probabilities of the lowest order
-    orders: list[_Order]  # of the bigrams, the trigrams, ...
+    orders: list[_Order]  # the bigrams, then the trigrams, and so on
     train_tokens: int  # number of tokens that the model was trained on
 
     @property
@@ -144,7 +143,7 @@ class NgramModel:
         return len(self.unigrams) + sum(len(order.keys) for order in self.orders)
 
     def probabilities(self, stream: Ids) -> Floats:
-        """Return the probability of each token of a document, (T,), given the tokens before this token.
+        """Return the probability of each token of a document, (T,), given the tokens before it.
 
         `stream`, (T + 1,), has end-of-text and the T tokens of the document.
         """
@@ -194,18 +193,17 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # Replace the counts by the number of different tokens that occur before each n-gram.
+            # Replace the counts by the number of different tokens that occur before each n-gram. An n-gram
+            # that begins with end-of-text has no token before it, and keeps its count.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
-            counts[before > 0] = before[
-                before > 0
-            ]  # an n-gram that begins with end-of-text has no token before it, and keeps its count
+            counts[before > 0] = before[before > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
     weights, backoff = _discount(np.bincount(found[0][2], minlength=V), np.zeros(V, np.int64), 1)
     return NgramModel(weights + backoff / V, orders, int(offsets[-1]))
 
 
 def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
-    """Return the weight of each n-gram, (K,), and the backoff of each of `size` contexts."""
+    """Return `weights` and `backoff` of an `_Order`; `size` is the number of contexts."""
     discounts = _discounts_of(counts)[np.minimum(counts, 3)]  # (K,)
     totals = np.bincount(contexts, counts, size)
     removed = np.bincount(contexts, discounts, size)

@@ -7,7 +7,6 @@ document in evaluation. Shapes: B continuations, T tokens, C channels, V tokens 
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +33,9 @@ STRATEGIES = ("greedy", "top_k", "nucleus")
 
 
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
-    """Return softmax(logits / temperature) of the `top_k` largest logits, and 0 for all other tokens. (V,)
+    """Return the probabilities of top-k sampling (Fan et al. 2018), (V,).
 
-    This is top-k sampling (Fan et al. 2018).
+    They are softmax(logits / temperature) over the `top_k` largest logits, and 0 for all other tokens.
     """
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
     kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
@@ -48,10 +47,10 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 
 
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
-    """Return the softmax over the tokens of the nucleus, and 0 for all other tokens. (V,)
+    """Return the probabilities of nucleus sampling (Holtzman et al. 2020), (V,).
 
-    The nucleus is the smallest set of tokens whose probabilities sum to at least `top_p` (Holtzman et al.
-    2020).
+    They are the softmax over the tokens of the nucleus, and 0 for all other tokens. The nucleus is the
+    smallest set of tokens whose probabilities sum to at least `top_p`.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
@@ -69,31 +68,37 @@ def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     return probabilities
 
 
-def draw(generator: np.random.Generator, probabilities: Floats) -> int:
-    """Return a token that is drawn at random with the given probabilities, (V,)."""
-    bounds = np.cumsum(probabilities)
-    token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-    return min(
-        token, int(np.flatnonzero(probabilities)[-1])
-    )  # rounding could give a token after the last possible one
+def greedy(logits: Floats) -> int:
+    """Return the token with the largest logit."""
+    return int(logits.argmax())
 
 
-def prompt_generator(seed: int, prompt: str) -> np.random.Generator:
-    """Return the random generator of one prompt; the other prompts of a batch do not change its numbers."""
-    key = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
+def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: str) -> Sampler:
+    """Return a function that draws a token at random, with the probabilities that `probabilities` computes.
+
+    Equal `seed` and `key` give the same random numbers, whatever else is generated in the batch.
+    """
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+
+    def sample(logits: Floats) -> int:
+        found = probabilities(logits)  # (V,)
+        bounds = np.cumsum(found)
+        token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
+        # Rounding could give a token after the last token that is possible.
+        return min(token, int(np.flatnonzero(found)[-1]))
+
+    return sample
 
 
 def make_sampler(strategy: str, text: Text, prompt: str) -> Sampler:
     """Return the function that selects each next token of one continuation."""
     if strategy == "greedy":
-        return lambda logits: int(logits.argmax())
-    generator = prompt_generator(text.seed, f"{strategy} {prompt}")
+        return greedy
+    probabilities = partial(nucleus_probabilities, top_p=text.top_p)
     if strategy == "top_k":
         probabilities = partial(top_k_probabilities, temperature=text.temperature, top_k=text.top_k)
-    else:
-        probabilities = partial(nucleus_probabilities, top_p=text.top_p)
-    return lambda logits: draw(generator, probabilities(logits))
+    return seeded_sampler(probabilities, text.seed, f"{strategy} {prompt}")
 
 
 # --- running the model
@@ -106,11 +111,12 @@ def generate_tokens(
     max_new_tokens: int,
     end: int,
 ) -> Iterator[list[int | None]]:
-    """Continue all prompts in one batch; each step yields a token of every text, or None after its end.
+    """Continue all prompts in one batch.
 
-    A text ends with the token `end`, or after `max_new_tokens`. If prompts and new tokens fit the model's
-    context, the model's `decoder` reads each token once. Otherwise the model reads the last `block_size`
-    tokens again for each new token.
+    Each step yields a list with the next token of every text, or None for a text that has ended. A text ends
+    with the token `end`, or after `max_new_tokens`. If prompts and new tokens fit the model's context, the
+    model's `decoder` reads each token once. Otherwise the model reads the last `block_size` tokens again for
+    each new token.
     """
     import torch
 
@@ -141,7 +147,7 @@ def generate_tokens(
 
 
 def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
-    """Return the hidden state of each text's last token, computed without a cache. (B, C)"""
+    """Return the hidden state of each text's last token, (B, C), computed without a cache."""
     import torch
 
     seen = [torch.tensor(text[-model.block_size :]) for text in texts]
@@ -153,20 +159,15 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 # --- the stages' report
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A text that a model continues: a prompt of params.yaml, or the beginning of a document."""
+def choose_prompts(
+    text: Text, split: TokenFile, encoding: "tiktoken.Encoding"
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """Return the prompts, and for each prompt that begins a document, the tokens of the text that follows.
 
-    text: str
-    document: str | None = None  # the document's id; None for a prompt of params.yaml
-    human: tuple[int, ...] = ()  # the document's next tokens, in GPT-2's tokenizer
-
-
-def choose_prompts(text: Text, split: TokenFile, encoding: "tiktoken.Encoding") -> list[Prompt]:
-    """Return the prompts of params.yaml, then the beginnings of documents spread evenly over the split.
-
-    A document must be long enough for the prompt and for `max_new_tokens` of human text. Raises BadConfig if
-    fewer than two documents are long enough.
+    A prompt is a dict with its text as `prompt`, and the id of the document that it begins as `document`. The
+    prompts of params.yaml come first, without a document. Then come the beginnings of documents spread evenly
+    over the split. A document must be long enough for the prompt and for `max_new_tokens` of human text.
+    Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)
@@ -176,13 +177,14 @@ def choose_prompts(text: Text, split: TokenFile, encoding: "tiktoken.Encoding") 
             "lower evaluation.text.prompt_tokens or max_new_tokens"
         )
     chosen = np.linspace(0, len(long_enough) - 1, min(text.documents, len(long_enough))).astype(int)
-    prompts = [Prompt(prompt) for prompt in text.prompts]
+    samples: list[dict[str, Any]] = [{"prompt": prompt, "document": None} for prompt in text.prompts]
+    human = []
     for document in long_enough[chosen].tolist():
         tokens = split.document(document)[:needed].tolist()
         beginning = encoding.decode_bytes(tokens[: text.prompt_tokens]).decode("utf-8", errors="ignore")
-        human = tuple(tokens[text.prompt_tokens :])
-        prompts.append(Prompt(beginning, split.document_ids[document], human))
-    return prompts
+        samples.append({"prompt": beginning, "document": split.document_ids[document]})
+        human.append(tokens[text.prompt_tokens :])
+    return samples, human
 
 
 def generate_texts(
@@ -194,13 +196,10 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    Some prompts are beginnings of documents. For these prompts, the report has statistics of the model's
-    texts, and of the documents' own text of the same length.
-    Raises BadConfig if the split has too few documents to continue.
+    The report has statistics of the texts that continue documents, and of the documents' own text of the same
+    length. Raises BadConfig if the split has too few documents to continue.
     """
-    prompts = choose_prompts(text, split, encoding)
-    samples: list[dict[str, Any]]
-    samples = [{"prompt": prompt.text, "document": prompt.document} for prompt in prompts]
+    samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]
     for start in range(0, len(jobs), text.batch_size):
         batch = jobs[start : start + text.batch_size]
@@ -208,18 +207,17 @@ def generate_texts(
         for (sample, strategy), continuation in zip(batch, found, strict=True):
             sample[strategy] = continuation
         progress(start + len(batch), len(jobs))
-    figures = {}
+    figures = {"human": statistics(human, None)}
     for strategy in STRATEGIES:
         texts = [sample[strategy] for sample in samples if sample["document"] is not None]
         tokens = [encoding.encode_ordinary(each["text"])[: text.max_new_tokens] for each in texts]
         figures[strategy] = statistics(tokens, [each["ended"] for each in texts])
-    figures["human"] = statistics([prompt.human for prompt in prompts if prompt.document], None)
     settings = text.model_dump(mode="json", exclude={"prompts"})
     return {"settings": settings, "samples": samples, "statistics": figures, "formulas": SOURCES}
 
 
 def _continue(model: NeuralModel, jobs: Sequence[tuple[str, str]], text: Text) -> Iterator[dict[str, Any]]:
-    """Yield the continuation of each pair (prompt, strategy) in `jobs`; one batch generates all of them."""
+    """Yield the continuation of each pair (prompt, strategy) in `jobs`, all generated in one batch."""
     codec = model.codec
     assert codec is not None
     end = codec.first_token

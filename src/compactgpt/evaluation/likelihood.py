@@ -18,7 +18,15 @@ from compactgpt.common.console import Progress, silent
 from compactgpt.common.errors import BadConfig, BadData, NotFinite
 from compactgpt.common.storage import sha256_file
 from compactgpt.config import Likelihood, View
-from compactgpt.data.token_files import TokenFile, Window, evaluation_windows, pack_documents
+from compactgpt.data.token_files import (
+    Stream,
+    TokenFile,
+    Window,
+    cut_windows,
+    document_streams,
+    evaluation_windows,
+    pack_documents,
+)
 from compactgpt.evaluation.totals import Counts, Floats, Positions, Totals, by_position, figures
 
 # Only the functions that run a neural model import torch: importing torch would delay a compressor's stage.
@@ -27,15 +35,14 @@ if TYPE_CHECKING:
     import torch
 
 
-IN_WINDOW = "the window of the document"  # the text before a token that a neural model sees; for reports
-HEAD_ROWS = 256  # rows of one product with the head: 51 MB of float32 logits at 50,257 tokens
+IN_WINDOW = "the window of the document"  # in reports: the text that a neural model sees before a token
+HEAD_ROWS = 256  # number of targets whose logits are computed at once: 51 MB of float32 at 50,257 tokens
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens need more memory and save no time
-SORTED_WINDOWS = 4096  # windows sorted by length in one group, so that batches have little padding
+SORTED_WINDOWS = 4096  # number of windows that are sorted by length, so that batches have little padding
 
-Stream = tuple[int, npt.NDArray[np.int64]]  # a document's index; the start token and the document's tokens
-# From the next tokens, (B, T), to the hidden state of the last token, (B, C).
+# A function that reads the next tokens, (B, T), and returns the hidden state of the last token, (B, C).
 Step = Callable[["torch.Tensor"], "torch.Tensor"]
-# From logits (N, V), which the function may overwrite, and targets (N,) to scores (N, ...).
+# A function of logits (N, V), which it may overwrite, and of targets (N,). It returns scores, (N, ...).
 Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
@@ -44,21 +51,16 @@ class DocumentScores:
     """A model's per-document losses, in the split's order."""
 
     nats: Floats  # (documents,), negative log-likelihood of each document
-    own_tokens: Counts | None  # (documents,), in the model's own tokens; None for a model without tokens
-    positions: Positions | None = None  # None for a model without a window
-
-
-def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the index of every document, and an array of end-of-text and the document's tokens."""
-    for index in range(split.header.documents):
-        yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
+    own_tokens: Counts | None  # (documents,), tokens of the model's tokenizer; None without a tokenizer
+    positions: Positions | None = None  # None for a model without windows
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into overlapping windows of at most `context` tokens; each starts `stride` tokens later.
+    """Cut streams into overlapping windows of at most `context` tokens (transformers, perplexity.md).
 
-    Every token of a stream except the first is a target exactly once. A model sees at least context - stride
-    tokens before a target, or all tokens before it in the document (transformers, perplexity.md).
+    Each window ends `stride` tokens after the previous window. Every token of a stream except the first is a
+    target exactly once. A model sees at least context - stride tokens before a target, or all tokens of the
+    document before the target if there are fewer.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -66,14 +68,6 @@ def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Ite
             fed = stream[max(0, end - context) : end]
             yield Window(document, fed, stream[start + 1 : end + 1])
             start, end = end, min(end + stride, len(stream) - 1)
-
-
-def own_windows(streams: Iterable[Stream], context: int) -> Iterator[Window]:
-    """Cut streams into windows of at most `context` tokens without overlap."""
-    for document, stream in streams:
-        for start in range(0, len(stream) - 1, context):
-            end = min(start + context, len(stream) - 1)
-            yield Window(document, stream[start:end], stream[start + 1 : end + 1])
 
 
 @dataclass(frozen=True)
@@ -89,32 +83,33 @@ class Codec:
 class NeuralModel:
     """A causal neural model whose logits are `hidden(tokens) @ head.T`."""
 
-    facts: Mapping[str, Any]  # goes to the report: kind, num_params, context, and where the weights are from
-    # (B, T) int64 -> (B, T, C); padding is on the right, where no token depends on it
+    facts: Mapping[str, Any]  # facts for the report: kind, num_params, context, and the source of the weights
+    # A function from tokens, (B, T) int64, to hidden states, (B, T, C). Short texts are padded on the right.
     hidden: "Callable[[torch.Tensor], torch.Tensor]"
     head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
     block_size: int  # the largest T that `hidden` accepts
     batch_size: int  # windows in one forward pass
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
-    codec: Codec | None = None  # tasks and text generation need it
-    # From the number of padding tokens on the left of each text, (B,), to a `Step` that reads the B texts.
+    codec: Codec | None = None  # None: the model can't run tasks or generate text
+    # A function of the number of padding tokens on the left of each text, (B,). It returns a `Step` that
+    # reads the texts. None: generation reads each text again for every new token.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses; each window has the text of `window` GPT-2 tokens."""
+        """Return the per-document losses in windows that have the text of `window` GPT-2 tokens."""
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
         self, split: TokenFile, view: View, likelihood: Likelihood, progress: Progress
     ) -> DocumentScores:
-        """Return the per-document losses in a view, whose windows have the length of the model's own context.
+        """Return the per-document losses in windows of the model's own context.
 
         The windows of the view `own` do not overlap. The windows of the view `strided` overlap.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
-        windows = own_windows(streams, context)
+        windows = cut_windows(streams, context)
         if view == "strided":
             windows = strided_windows(streams, context, stride)
         return self._sum_by_document(split, windows, stride, progress)
@@ -151,12 +146,12 @@ class NeuralModel:
 class DocumentModel:
     """A model that scores each complete document, without windows."""
 
-    facts: Mapping[str, Any]  # goes to the report: kind, num_params and context
-    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> nats
-    reads_tokens: bool  # False for a model of bytes, which has no tokens of its own
+    facts: Mapping[str, Any]  # facts for the report: kind, num_params and context
+    document_nats: Callable[[TokenFile, int], float]  # from a split and the index of a document to nats
+    reads_tokens: bool  # False for a compressor, which reads bytes
 
     def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses; the window has no effect."""
+        """Return the per-document losses. The window has no effect."""
         total = split.header.documents
         nats = np.empty(total)
         for document in range(total):
@@ -172,7 +167,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, (targets,); not in the order of `windows`."""
+    """Yield each window with the nats of its targets, (targets,), in another order than `windows`."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -186,7 +181,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets, (targets, ...); not in the order of `windows`.
+    """Yield each window with the scores of its targets, (targets, ...), in another order than `windows`.
 
     Raises BadConfig if a window is longer than the model's context.
     """
@@ -209,7 +204,7 @@ def score_targets(
 
 
 def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[Floats]:
-    """Return an array of target scores for each window of a batch; the first window is the longest."""
+    """Return an array of target scores for each window of a batch. The first window must be the longest."""
     import torch
 
     device, T = model.head.device, len(batch[0].tokens)
@@ -238,9 +233,9 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
-    """Return a token file in memory with other documents, and with the path and tokenizer of `split`.
+    """Return a token file in memory with the given documents, and with the path and tokenizer of `split`.
 
-    A row has the id of a document, its length in bytes, and its tokens.
+    Each of `rows` is the id of a document, its length in bytes, and its tokens.
     """
     header = split.header
     return pack_documents(
@@ -253,7 +248,7 @@ def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArra
 
 
 def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
-    """Return a token file in memory with some documents of a split, given by their index."""
+    """Return a token file in memory with the documents of a split that have the given indices."""
     return with_documents(
         split,
         (
@@ -345,9 +340,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report of one model.
 
-    Loss and perplexity are per GPT-2 token, even if the model has another tokenizer, so that all models can
-    be compared. Word perplexity is exp(nats of the complete text / number of words), as in
-    lm-evaluation-harness.
+    Loss and perplexity are per GPT-2 token for every model, also for a model with another tokenizer. Word
+    perplexity is exp(nats of the complete text / number of words), as in lm-evaluation-harness.
     """
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
     report = {

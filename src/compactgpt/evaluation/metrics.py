@@ -1,7 +1,7 @@
 """Compute perplexity, bits per byte, confidence intervals and tests.
 
-A mean is the sum over all documents divided by the total number of tokens, words or bytes, so a longer
-document has more weight. Perplexity is defined as in EleutherAI's lm-evaluation-harness, and bits per byte
+A mean is a sum over all documents divided by their total number of tokens, words or bytes. A longer document
+therefore has more weight. Perplexity is defined as in EleutherAI's lm-evaluation-harness, and bits per byte
 as in nanochat's loss_eval.py.
 """
 
@@ -62,25 +62,26 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def t_quantile(probability: float, degrees: float) -> float:
-    """Return a quantile of Student's t distribution; infinite `degrees` of freedom give the normal one."""
+    """Return a quantile of Student's t distribution, which is normal for infinite `degrees` of freedom."""
     from scipy.special import stdtrit  # imported here: scipy would delay stages that need no interval
 
     return float(stdtrit(degrees, probability))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
-    """Return the two-sided p-value of McNemar's exact test (1947); a small one shows unequal accuracies.
+    """Return the two-sided p-value of McNemar's exact test (1947) that two accuracies are equal.
 
-    The first model alone answers `only_one` items correctly; the second model alone answers `only_other`.
+    The first model alone answers `only_one` items correctly. The second model alone answers `only_other`
+    items correctly.
     """
     fewer, more = sorted((only_one, only_other))
     return min(1.0, 2 * mcnemar_one_sided(more, fewer))
 
 
 def mcnemar_one_sided(lost: int, won: int) -> float:
-    """Return the one-sided p-value of McNemar's exact test (1947); a small one shows a fall of the accuracy.
+    """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy did not fall.
 
-    The old model alone answers `lost` items correctly; the new model alone answers `won` items correctly.
+    The old model alone answers `lost` items correctly. The new model alone answers `won` items correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
@@ -90,15 +91,10 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
     """Return sum(numerator) / sum(denominator) with its confidence interval; both arrays are (documents,).
 
     The jackknife leaves out one complete document at a time, because the tokens of a document are not
-    independent of each other. The interval is Student's, with documents - 1 degrees of freedom. In
-    simulations, this interval contains the true ratio more often than percentile and BCa bootstrap intervals
-    do (benchmarks/intervals.py). For a single document, the limits are equal to the ratio. Raises ValueError
-    if the arrays are empty or differ in length, or if a denominator is not positive.
+    independent of each other. The interval uses Student's t distribution with documents - 1 degrees of
+    freedom. In simulations, this interval contains the true ratio more often than percentile and BCa
+    bootstrap intervals do (benchmarks/intervals.py). For one document, the limits are equal to the ratio.
     """
-    if numerator.shape != denominator.shape or numerator.ndim != 1 or not len(numerator):
-        raise ValueError(f"need two vectors of equal length, got {numerator.shape} and {denominator.shape}")
-    if denominator.min() <= 0:
-        raise ValueError(f"every denominator must be positive, found {denominator.min()}")
     n, total, size = len(numerator), numerator.sum(), denominator.sum()
     ratio = float(total / size)
     if n == 1:

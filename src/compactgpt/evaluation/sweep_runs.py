@@ -1,8 +1,8 @@
-"""Train and score the runs of a sweep in this process: `compactgpt experiment run seeds`.
+"""Train and score the runs of a sweep in this process, for example by `compactgpt experiment run seeds`.
 
 A sweep is a group of training runs that differ in a few parameters. All runs use the token files that
-`dvc repro tokenization` wrote, and are scored as in the stage `evaluation`. A run that is already in
-results/NAME.json is not trained again, and a run that was stopped resumes.
+`dvc repro tokenization` wrote. They are scored as in the stage `evaluation`. A run that is already in
+results/NAME.json is not trained again. A run that was stopped resumes.
 """
 
 import shutil
@@ -48,11 +48,11 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs of a sweep that the file `path` does not have yet; add each to the file.
+    """Train and score the runs of a sweep that the file `path` does not have yet, and add them to the file.
 
     `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training states
     and for models from which later runs start. Raises MissingInput if the token files do not exist, and Busy
-    if the user stopped a run; the training state of this run is saved.
+    if the user stopped a run, after its training state was saved.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -76,7 +76,7 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the runs from whose missing weights an unfinished run starts."""
+    """Return the unfinished runs, and the runs that an unfinished run starts from if their weights are gone."""
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
     starts = {point.sweep.start for point in points if point.name in names and point.sweep.start}
@@ -91,12 +91,12 @@ class SweepRunner:
         self.params, self.folder = params, folder
         self.splits, self.encoding = open_splits(DATA / "tokens"), load_encoding(DATA / "tokenizer")
         self.scored = scored_split(self.splits.val, self.encoding, params.evaluation.likelihood)
-        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # number of scored tokens of each document
+        self.tokens = (np.diff(self.scored.offsets) - 1).tolist()  # scored tokens of each val document
         names = [name for group in row_groups(DATA / "documents") for name in read_names(group)]
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`; a sweep without runs if the file has another corpus or recipe."""
+        """Return the sweep in `path`, or a sweep without runs if the file has another corpus or recipe."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),
@@ -116,7 +116,7 @@ class SweepRunner:
         return found if found and found.model_copy(update={"runs": (), "fit": None}) == empty else empty
 
     def train(self, point: SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
-        """Train a run; return its model and the training loss in the last row of its loss curve."""
+        """Train a run. Return its model and the training loss in the last row of its loss curve."""
         params, splits = point.params, self.splits
         if chosen := self._train_documents(point.sweep):
             splits = replace(
@@ -132,7 +132,7 @@ class SweepRunner:
         return trained.model, trained.rows[-1].train_loss
 
     def _train_documents(self, sweep: SweepGroup) -> list[int]:
-        """Return the indices of the train documents that a run uses; an empty list means all documents."""
+        """Return the indices of the train documents that a run uses. An empty list means all documents."""
         ids = self.splits.train.document_ids
         if sweep.train_source:
             chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]

@@ -1,7 +1,7 @@
 """Run tasks with a neural model: predict the last word of a passage (LAMBADA, cloze), and score WikiText.
 
-Publications use one name for different scores of LAMBADA and of WikiText. Here each score has a name of its
-own: see `run_tasks` for the scores of LAMBADA, and `score_wikitext` for the scores of WikiText.
+Publications use one name for different scores of LAMBADA, and one name for different scores of WikiText. Here
+each score has its own name. `run_tasks` lists those of LAMBADA, `score_wikitext` those of WikiText.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from compactgpt.evaluation.likelihood import (
     strided_windows,
     target_nats,
 )
-from compactgpt.evaluation.metrics import bits_per_byte, finite_or_none, perplexity, ratio_interval, wilson
+from compactgpt.evaluation.metrics import finite_or_none, perplexity, ratio_interval, wilson
 from compactgpt.evaluation.totals import Flags, Floats
 
 if TYPE_CHECKING:
@@ -97,24 +97,23 @@ def read_lambada(path: Path) -> list[Item]:
 
 
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
-    """Return the items of the cloze, chosen from the documents of a split.
+    """Return the passages of the cloze task, chosen from the documents of a split.
 
-    The target of an item is a word of four or more letters that occurs earlier in the passage, as four of
-    five targets of LAMBADA do. Documents take turns to give an item, so they have nearly equal weights. A
-    change of one document does not change the candidates of another document.
+    The last word of a passage has four or more letters and occurs earlier in the passage. In LAMBADA, four of
+    five last words do. Every document gives one passage before a document gives a second passage.
     """
+    # A change of one document does not change the candidates of another document.
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    # Each turn takes one item of each document that has unused items.
-    turns = zip_longest(*candidates)
+    turns = zip_longest(*candidates)  # one item of each document; None for a document without more items
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield the possible items of a document in a pseudorandom order; no word is the target of two items."""
+    """Yield the possible items of a document in a pseudorandom order. Each word is a target only once."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
@@ -131,7 +130,7 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 
 
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
-    """Return an item as a window whose targets are the tokens after the context."""
+    """Return an item as a window. The targets of the window are the tokens after the item's context."""
     tokens = codec.encode(item.context + item.target)
     context = len(codec.encode(item.context))  # the context is encoded alone, as in lm-evaluation-harness
     if not context:
@@ -142,10 +141,10 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Return the scores of the T tokens of each passage's last word, (T, 3) for each passage.
+    """Return an array (T, 3) for each passage, with a row for each of the T tokens of its last word.
 
-    Column 0 has the nats of the token. Column 1 is 1 if the model gives this token the highest probability.
-    Column 2 is 1 if the model gives this token the highest probability of all tokens that are no stop words.
+    Column 0: the nats of the token. Column 1: 1 if the token is the model's most probable token, else 0.
+    Column 2: 1 if the token is the model's most probable token outside of STOP_WORDS, else 0.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -170,9 +169,9 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
 def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
     """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
 
-    `nats`, (items,), has the loss of each item's target. `hits`, (items,), is True for each correct answer;
-    in the report, `hits` is a string of 1 and 0. The answers of two models can be compared item by item if
-    their reports have equal `items_sha256`.
+    `nats`, (items,), has the loss of each item's target. `hits`, (items,), is True for each correct answer.
+    In the report, `hits` is a string with the character 1 for each correct answer, else 0. Two models have
+    answered the same items if their reports have the same `items_sha256`.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
     loss = ratio_interval(nats, np.ones(len(items)))
@@ -220,7 +219,7 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# (old, new): the replacements of lm_eval/tasks/wikitext/preprocess_wikitext.py, in their order.
+# Pairs of an old and a new string, in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -243,14 +242,14 @@ def detokenize(page: str) -> str:
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
     """Return a model's results by the three protocols that publications call "WikiText perplexity".
 
-    - no_overlap: the lines, joined with two newlines, are cut into blocks of the context's length. The first
+    - no_overlap: the lines, joined with two newlines, are cut into blocks of `context` tokens. The first
       token of each block is not scored (transformers, perplexity.md, with a stride equal to the context).
-    - strided: the same tokens in overlapping blocks, each one stride after the previous block. A block scores
-      only the tokens that no earlier block scored (perplexity.md).
+    - strided: the same tokens are cut into overlapping blocks. Each block begins `stride` tokens after the
+      previous block, and scores only the tokens that no earlier block scored (perplexity.md).
     - per_word: each page is detokenized and follows end-of-text, and all its tokens are scored. Perplexity is
       per word of the page before detokenization (EleutherAI's lm-evaluation-harness, task wikitext).
 
-    `context` and `stride` are numbers of tokens; the context is never longer than the model's `block_size`.
+    `context` and `stride` are numbers of tokens. The model's `block_size` limits the context.
     Raises BadConfig if the stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
@@ -292,15 +291,7 @@ def _score_words(model: NeuralModel, codec: Codec, pages: Sequence[str], context
     nats = sum(float(values.sum()) for _, values in target_nats(model, windows))
     # Count words before detokenization, which would change their number.
     words = sum(len(re.split(r"\s+", page)) for page in pages)
-    size = sum(len(page.encode()) for page in pages)
-    return {
-        "context": context,
-        "pages": len(pages),
-        "words": words,
-        "bytes": size,
-        "word_perplexity": finite_or_none(perplexity(nats / words)),
-        "bits_per_byte": bits_per_byte(nats, size),
-    }
+    return {"context": context, "word_perplexity": finite_or_none(perplexity(nats / words))}
 
 
 # --- all tasks
@@ -315,7 +306,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report.
 
-    - cloze: passages of `split`. An answer is correct if each token of the word is the most likely token.
+    - cloze: passages of `split`. An answer is correct if each token of the word is the most probable token.
     - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored as the cloze. This is
       lambada_openai of EleutherAI's lm-evaluation-harness, with the same tokens.
     - lambada_last_token: the model answers only the last token of the word, and stop words are not allowed as
@@ -334,10 +325,12 @@ def run_tasks(
         if items:
             scores = answer(model, items)
             nats = np.array([each[:, 0].sum() for each in scores])
-            report[name] = answer_figures(items, nats, np.array([each[:, 1].all() for each in scores]))
+            is_right = np.array([each[:, 1].all() for each in scores])
+            report[name] = answer_figures(items, nats, is_right)
             if name == "lambada_word":
-                last = np.array([each[-1] for each in scores])  # (items, 3)
-                report["lambada_last_token"] = answer_figures(items, last[:, 0], last[:, 2] > 0)
+                last_nats = np.array([each[-1, 0] for each in scores])
+                is_last_right = np.array([each[-1, 2] > 0 for each in scores])
+                report["lambada_last_token"] = answer_figures(items, last_nats, is_last_right)
         progress(done, len(tasks))
     for name, source in settings.wikitext.items():
         lines = read_lines(fetch_source(source))

@@ -55,7 +55,10 @@ def ends_in_loop(tokens: Tokens) -> bool:
 
 
 def zipf(texts: Sequence[Tokens]) -> float | None:
-    """Return minus the slope of log frequency over log rank (Zipf); None if all tokens are equal."""
+    """Return minus the slope of log(frequency) over log(rank) of the tokens (Zipf's law).
+
+    The most frequent token has rank 1. Returns None if the texts have fewer than two different tokens.
+    """
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
         return None

@@ -17,41 +17,41 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_COUNTS = ("bytes", "tokens", "own_tokens", "words")
-_VIEW = "nats_"  # the losses of the view `strided` are in the column `nats_strided`
+_VIEW = "nats_"  # the column `nats_strided` has the losses of the view `strided`
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The nats of each document, summed over buckets of positions in the window.
+    """The losses of each document by the position of the token in its window.
 
-    Bucket 0 has the first target of each window. Bucket b has the targets 2^(b-1) + 1 to 2^b of each window.
+    Bucket 0 has the first token of each window. Bucket b has the tokens 2^(b-1) + 1 to 2^b of each window.
     """
 
-    nats: Floats  # (documents, buckets), total nats in each bucket
-    tokens: Counts  # (documents, buckets), number of targets, in the tokens of the model's tokenizer
+    nats: Floats  # (documents, buckets), sum of the losses of the tokens in each bucket
+    tokens: Counts  # (documents, buckets), number of tokens in each bucket, in the model's tokenizer
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The per-document losses and counts, in the split's order, from which all metrics are computed."""
+    """The losses and sizes of all documents, in the split's order; all metrics are computed from them."""
 
     ids: list[str]  # the id of each document, in hexadecimal digits
     bytes: Counts  # (documents,), bytes of UTF-8 text
     tokens: Counts  # (documents,), scored tokens, in the token file's tokenizer
     own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer
-    nats: Floats  # (documents,), negative log-likelihood
+    nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    views: Mapping[str, Floats] = field(default_factory=dict)  # view: nats of each document, (documents,)
-    positions: Positions | None = None  # `write_totals` does not write it
+    # The name of a view, such as `strided`, -> the losses of the documents in this view, (documents,)
+    views: Mapping[str, Floats] = field(default_factory=dict)
+    positions: Positions | None = None  # only in memory: `write_totals` does not write the positions
 
 
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), are the losses of the documents, for example in windows of one length. `chosen`,
-    (documents,), is True for the documents that count; None selects all documents. A perplexity that is too
-    large for a float is None.
+    `nats`, (documents,), has the loss of each document: `totals.nats`, or the losses in a view. `chosen`,
+    (documents,), is True for the documents to use; None selects all documents. A perplexity that is too large
+    for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:
@@ -73,7 +73,7 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
 
 
 def by_position(positions: Positions) -> list[dict[str, Any]]:
-    """Return the loss in each bucket of positions, in nats per token of the model, with its 95 % interval."""
+    """Return the loss in each bucket, in nats per token of the model's tokenizer, with its 95 % interval."""
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
         reached = tokens > 0
@@ -96,7 +96,7 @@ def write_totals(path: Path, totals: Totals) -> None:
     import pyarrow.parquet
 
     columns = {"id": pyarrow.array(totals.ids, pyarrow.string())}
-    for name in _COUNTS:
+    for name in ("bytes", "tokens", "own_tokens", "words"):
         counts = getattr(totals, name)
         absent = pyarrow.nulls(len(totals.ids), pyarrow.int64())
         columns[name] = absent if counts is None else pyarrow.array(counts, pyarrow.int64())
@@ -110,7 +110,7 @@ def write_totals(path: Path, totals: Totals) -> None:
 def read_totals(path: Path) -> Totals:
     """Read a file that `write_totals` wrote.
 
-    Raises MissingInput if the file does not exist, and BadData if its content is not per-document losses.
+    Raises MissingInput if the file does not exist, and BadData if it has other columns or is damaged.
     """
     import pyarrow
     import pyarrow.parquet
@@ -118,26 +118,15 @@ def read_totals(path: Path) -> Totals:
     try:
         table = pyarrow.parquet.read_table(path)
         ids = table["id"].to_pylist()
-        columns = {name: _checked(name, table[name]) for name in table.column_names if name != "id"}
-        if not all(isinstance(name, str) for name in ids):
-            raise ValueError("an id is not a string")
+        # A count that the model does not have, such as `own_tokens` of a compressor, is a column of nulls.
+        columns: dict[str, Any] = {
+            name: None if table[name].null_count else table[name].to_numpy()
+            for name in table.column_names
+            if name != "id"
+        }
         views = {name.removeprefix(_VIEW): columns.pop(name) for name in [*columns] if name.startswith(_VIEW)}
         return Totals(ids, views=views, **columns)
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it") from error
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError) as error:
         raise BadData(f"{path} is damaged: delete it and run `dvc repro`") from error
-
-
-def _checked(name: str, column: Any) -> Any:
-    """Return a column as an array; None for a column without values. Raises ValueError for a bad value."""
-    if name in ("own_tokens", "words") and column.null_count:
-        return None
-    values = column.to_numpy()
-    if name in _COUNTS:
-        is_valid = values.dtype == np.int64 and (values >= 0).all()
-    else:
-        is_valid = values.dtype == np.float64 and np.isfinite(values).all()
-    if not is_valid:
-        raise ValueError(f"column {name} has invalid values")
-    return values
