@@ -15,11 +15,12 @@ def main(tracker: TrackerName = "mlflow") -> None:
     from compactgpt.common.storage import write_json, write_text
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
-    from compactgpt.evaluation.compact import load_compact
+    from compactgpt.evaluation.compact import as_neural_model
     from compactgpt.evaluation.generation import generate_texts, samples_markdown
     from compactgpt.evaluation.likelihood import evaluate, headline, scored_split, summarize
     from compactgpt.evaluation.tasks import run_tasks
     from compactgpt.evaluation.totals import write_totals
+    from compactgpt.model.weights import load_model
 
     with open_stage("evaluation", tracker, ("evaluation",)) as stage:
         settings, runtime = stage.params.evaluation, stage.params.runtime
@@ -28,7 +29,8 @@ def main(tracker: TrackerName = "mlflow") -> None:
         encoding = load_encoding(Path("data/tokenizer"))
         split = scored_split(open_tokens(Path("data/tokens/val.tokens")), encoding, likelihood)
         device = resolve_device(runtime.device)
-        compact = load_compact(Path("models/compact"), encoding, likelihood.batch_size, device)
+        gpt = load_model(Path("models/compact"), device)
+        compact = as_neural_model(gpt, likelihood.batch_size, encoding)
         windows, tasks, texts = (stage.progress(unit) for unit in ("windows", "tasks", "texts"))
         found = evaluate(compact, split, encoding, likelihood, windows)
         write_totals(Path("data/evaluation/compact.parquet"), found)

@@ -191,10 +191,11 @@ def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") 
 
 def _load_folder(name: str, folder: Path) -> Model:
     if (folder / MANIFEST).exists() and read_manifest(folder).get("kind") == "model":
-        from compactgpt.evaluation.compact import load_compact
+        from compactgpt.evaluation.compact import as_neural_model
+        from compactgpt.model.weights import load_model
 
         encoding = _load_tokenizer(folder)
-        model = load_compact(folder, encoding, BATCH_SIZE, resolve_device("auto"))
+        model = as_neural_model(load_model(folder, resolve_device("auto")), BATCH_SIZE, encoding)
         if len(model.head) != encoding.n_vocab:
             raise BadData(
                 f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "

@@ -16,9 +16,8 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.storage import json_bytes, sha256_file
 from compactgpt.config import Source, load_params
 from compactgpt.evaluation import tasks
-from compactgpt.evaluation.compact import as_neural_model, plain_codec
+from compactgpt.evaluation.compact import as_neural_model
 from compactgpt.evaluation.tasks import Item
-from compactgpt.model.huggingface import save_hf
 from tests.support.tiny_models import ROOT, save_split
 
 PASSAGES = ["the cat in the hat sat in the hat", "there is another weather in the other weather"]
@@ -40,8 +39,8 @@ def test_a_target_is_what_follows_the_last_space(tmp_path, lambada):
             tasks.read_lambada(tmp_path / "x.jsonl")
 
 
-def test_the_target_is_what_the_contexts_own_tokens_leave_over(encoding):
-    codec = plain_codec(encoding)
+def test_the_target_is_what_the_contexts_own_tokens_leave_over(model, encoding):
+    codec = as_neural_model(model, 1, encoding).codec
     window = tasks.item_window(codec, Item("the cat", " in"), 5, 100)
     whole = encoding.encode_ordinary("the cat in")
     assert (window.document, window.tokens.tolist()) == (5, whole[:-1])
@@ -206,31 +205,3 @@ def test_the_protocols_equal_plain_computations(encoding, model):
     assert found["per_word"]["word_perplexity"] == pytest.approx(math.exp(page_nats / words), rel=1e-4)
     with pytest.raises(BadConfig, match="is above the context"):
         tasks.score_wikitext(as_neural_model(model, 3, encoding), LINES, 12, 13)
-
-
-def test_lm_eval_on_the_export_gives_our_lambada(tmp_path, lambada, encoding, model):
-    """The command of docs/tutorial.md, lm_eval --model hf, with lambada_openai.yaml on a local file."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm-eval==0.4.13")
-    from lm_eval import simple_evaluate
-    from lm_eval.api.task import ConfigurableTask
-
-    save_hf(model, tmp_path / "hf", tmp_path / "tokenizer")
-    data = {"data_files": {"test": str(lambada)}, "cache_dir": str(tmp_path / "cache")}
-    config = {
-        "task": "lambada_local", "dataset_path": "json", "dataset_kwargs": data,
-        "output_type": "loglikelihood", "test_split": "test",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-        "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        ],
-    }  # fmt: skip
-    found = simple_evaluate(
-        "hf", model_args=f"pretrained={tmp_path / 'hf'}", tasks=[ConfigurableTask(config=config)],
-        device="cpu", bootstrap_iters=0,
-    )["results"]["lambada_local"]  # fmt: skip
-    scores = tasks.answer(as_neural_model(model, 2, encoding), tasks.read_lambada(lambada))
-    assert found["acc,none"] == pytest.approx(np.mean([each[:, 1].all() for each in scores]))
-    perplexity = np.exp(np.mean([each[:, 0].sum() for each in scores]))
-    assert found["perplexity,none"] == pytest.approx(perplexity, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Load our GPT as a `NeuralModel`, which evaluation can score.
+"""Convert our GPT to a `NeuralModel`, which evaluation can score.
 
 Shapes: B texts, T tokens that are read in one call, S tokens that were read in all calls, C channels, nh
 heads, hs channels per head, V tokens of the vocabulary.
@@ -6,7 +6,6 @@ heads, hs channels per head, V tokens of the vocabulary.
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import tiktoken
@@ -16,30 +15,20 @@ from torch.nn import functional as F
 
 from compactgpt.evaluation.likelihood import IN_WINDOW, Codec, NeuralModel
 from compactgpt.model.gpt import GPT, Attention, Block
-from compactgpt.model.weights import load_model
-
-
-def load_compact(folder: Path, encoding: tiktoken.Encoding, batch_size: int, device: str) -> NeuralModel:
-    """Load our trained model from a folder.
-
-    Raises MissingInput if the folder has no model, and BadData if the model is damaged.
-    """
-    return as_neural_model(load_model(folder, device), batch_size, encoding)
 
 
 def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | None = None) -> NeuralModel:
-    """Return our GPT as a `NeuralModel`, without the rows of its head that only pad the vocabulary."""
-    shape = model.shape
+    """Return our GPT as a `NeuralModel`. Without an encoding, the result can't run tasks or generate text."""
     facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
-    head = model.eval().wte.weight.detach()[: shape.vocab_size]  # (V, C)
-    codec = plain_codec(encoding) if encoding else None
+    # (V, C), without the rows that only pad the vocabulary
+    head = model.eval().wte.weight.detach()[: model.shape.vocab_size]
+    codec = None
+    if encoding is not None:
+        codec = Codec(encoding.encode_ordinary, encoding.decode, encoding.eot_token)
     decoder = partial(CachedReader, model)
-    return NeuralModel(facts, model.hidden, head, shape.block_size, batch_size, codec=codec, decoder=decoder)
-
-
-def plain_codec(encoding: tiktoken.Encoding) -> Codec:
-    """Return the codec of a tiktoken encoding; it encodes the name of a special token as plain text."""
-    return Codec(encoding.encode_ordinary, encoding.decode, encoding.eot_token)
+    return NeuralModel(
+        facts, model.hidden, head, model.shape.block_size, batch_size, codec=codec, decoder=decoder
+    )
 
 
 class CachedReader:

@@ -29,7 +29,7 @@ from compactgpt.data.token_files import (
 )
 from compactgpt.evaluation.totals import Counts, Floats, Positions, Totals, by_position, figures
 
-# Only the functions that run a neural model import torch: importing torch would delay a compressor's stage.
+# Only the functions that run a neural model import torch: a compressor needs none, and the import is slow.
 if TYPE_CHECKING:
     import tiktoken
     import torch
@@ -131,7 +131,7 @@ class NeuralModel:
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)
-            # Positions in the window count from 1; see `Positions` for the buckets.
+            # The first position in a window is 1. `Positions` defines the buckets.
             position = np.arange(len(scored.tokens) - len(values), len(scored.tokens)) + 1
             bucket = np.ceil(np.log2(position)).astype(np.int64)
             np.add.at(positions.nats[scored.document], bucket, values)
@@ -237,25 +237,14 @@ def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArra
 
     Each of `rows` is the id of a document, its length in bytes, and its tokens.
     """
-    header = split.header
-    return pack_documents(
-        split.path,
-        rows,
-        vocab_size=header.vocab_size,
-        eot_token=header.eot_token,
-        tokenizer_sha256=header.tokenizer_sha256,
-    )
+    tokenizer = split.header.model_dump(include={"vocab_size", "eot_token", "tokenizer_sha256"})
+    return pack_documents(split.path, rows, **tokenizer)
 
 
 def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
     """Return a token file in memory with the documents of a split that have the given indices."""
-    return with_documents(
-        split,
-        (
-            (split.ids[index].tobytes(), split.byte_lengths[index], split.document(index))
-            for index in documents
-        ),
-    )
+    rows = ((split.ids[i].tobytes(), int(split.byte_lengths[i]), split.document(i)) for i in documents)
+    return with_documents(split, rows)
 
 
 def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
@@ -281,7 +270,7 @@ def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Li
 
 
 def document_text(split: TokenFile, encoding: "tiktoken.Encoding", document: int) -> bytes:
-    """Return the UTF-8 text of a document; raises BadData if another encoding made the token file."""
+    """Return the UTF-8 text of a document. Raises BadData if another encoding made the token file."""
     text = encoding.decode_bytes(split.document(document).tolist())
     if len(text) != split.byte_lengths[document]:
         raise BadData(
@@ -311,17 +300,17 @@ def evaluate(
     views: dict[str, Floats] = {}
     if isinstance(model, NeuralModel):
         context, _ = model.view_sizes("own", likelihood)
-        is_own = model.windows is evaluation_windows and context == likelihood.window
+        is_scored = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            found = scores
-            if view != "own" or not is_own:  # otherwise `scores` already has the nats of this view
-                found = model.score_view(split, view, likelihood, progress)
-            views[view] = found.nats
+            if view == "own" and is_scored:  # `scores` is of the same windows
+                views[view] = scores.nats
+            else:
+                views[view] = model.score_view(split, view, likelihood, progress).nats
     for nats in (scores.nats, *views.values()):
         for document in np.flatnonzero(~np.isfinite(nats))[:1]:
             raise NotFinite(
                 f"document {split.document_ids[document]} of {split.path} got {nats[document]} nats: the "
-                "model's weights or arithmetic are broken; train again or check the weights' source"
+                "model's weights or arithmetic are broken. Train again, or get the weights again"
             )
     return Totals(
         split.document_ids,

@@ -76,7 +76,7 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and the runs that an unfinished run starts from if their weights are gone."""
+    """Return the unfinished runs, and each run without weights that an unfinished run starts from."""
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
     starts = {point.sweep.start for point in points if point.name in names and point.sweep.start}
