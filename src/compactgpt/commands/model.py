@@ -231,7 +231,7 @@ def push_to_hub(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     model: ModelFolder = Path(MODEL),
 ) -> None:
-    """Export the trained model and upload it to the Hugging Face hub; needs HF_TOKEN or `hf auth login`.
+    """Export the trained model and upload it to the Hugging Face hub. Needs HF_TOKEN or `hf auth login`.
 
     Prints the uploaded files and the address of the commit. Writes no file here.
     Example: compactgpt push-to-hub me/compact-gpt --dry-run

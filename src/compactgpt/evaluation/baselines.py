@@ -1,8 +1,7 @@
 """Load the baselines of params.yaml: n-gram models, compressors, and models of transformers in float32.
 
 **All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
-model. For a model with another tokenizer, the targets of each window are decoded to a text span, and the
-model reads the tokens of this span (see `OwnTokens`).
+model. A model with another tokenizer reads the text of the same windows in its own tokens (see `OwnTokens`).
 """
 
 import inspect
@@ -64,8 +63,8 @@ def load_baseline(
 
     `encoding` is the encoding of the token files, `train` is the train split's token file, and `state` is the
     folder that keeps downloaded weights. Raises BadConfig if `baseline.specs` has no entry `name`, or if the
-    model's logits are not its hidden states times one matrix; MissingInput, BadData or Unreachable if a file
-    of the model is missing, is damaged, or can't be downloaded.
+    model's logits are not its hidden states times one matrix. Raises MissingInput, BadData or Unreachable if
+    a file of the model is missing, is damaged, or can't be downloaded.
     """
     specs = params.baseline.specs
     if name not in specs:
@@ -110,8 +109,8 @@ def _as_neural_model(
     loaded: LoadedModel, encoding: "tiktoken.Encoding", batch_size: int, device: str, facts: dict[str, Any]
 ) -> NeuralModel:
     model, tokenizer = loaded.model.to(resolve_device(device)), loaded.tokenizer
-    rows = max(tokenizer.get_vocab().values()) + 1  # V; the head's rows after V are padding
-    head = model.get_output_embeddings().weight.detach()[:rows]  # (V, C)
+    V = max(tokenizer.get_vocab().values()) + 1  # the rows of the head after V only pad the vocabulary
+    head = model.get_output_embeddings().weight.detach()[:V]  # (V, C)
 
     def hidden(tokens: Any) -> Any:
         return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -213,7 +212,7 @@ class OwnTokens:
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield the windows of a split in the model's tokens; each has the text of `window` GPT-2 tokens."""
+        """Yield the windows of a split. Each has the text of `window` GPT-2 tokens, in the model's tokens."""
         for document in range(split.header.documents):
             before = self.codec.first_token
             for span in text_spans(split, self.encoding, document, window):
@@ -239,16 +238,18 @@ class OwnTokens:
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Return the text of each window of a document, where a window has `window` tokens.
+    """Return the text of each window of a document, where a window has `window` tokens of `encoding`.
 
-    A character that is cut by the end of a window belongs to this window. Windows without text are left out.
+    If a window ends inside a character, the complete character belongs to this window. The result has no
+    empty texts.
     """
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
     cuts = [0]
     for cut in np.cumsum(lengths)[window - 1 :: window].tolist():
         character_end = cut
-        while character_end < len(text) and text[character_end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+        # A byte 10xxxxxx continues a character of UTF-8.
+        while character_end < len(text) and text[character_end] & 0xC0 == 0x80:
             character_end += 1
         cuts.append(character_end)
     return [text[start:end].decode("utf-8") for start, end in pairwise([*cuts, len(text)]) if start < end]
@@ -302,8 +303,8 @@ def read_folder(folder: Path) -> LoadedModel:
 def read_gguf(path: Path) -> LoadedModel:
     """Load a GGUF file with the Llama architecture and SmolLM's tokenizer, with its weights in float32.
 
-    Raises BadConfig if the file has
-    another architecture or tokenizer, and BadData if transformers can't load the model of the file.
+    Raises BadConfig if the file has another architecture or tokenizer, and BadData if transformers can't load
+    the model of the file.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers

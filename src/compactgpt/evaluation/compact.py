@@ -40,11 +40,11 @@ class CachedReader:
     def __init__(self, model: GPT, padding: Tensor) -> None:
         self._model, self._padding = model, padding[:, None]  # (B, 1)
         self._read = 0
-        self._cache: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (B, nh, S, hs)
+        self._cache: list[tuple[Tensor, Tensor]] = []  # for each layer: its keys and values, (B, nh, S, hs)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens of each text, (B, T); return the hidden state of the last one, (B, C)."""
+        """Read the next tokens of each text, (B, T). Return the hidden state of the last token, (B, C)."""
         model, start = self._model, self._read
         self._read = end = start + tokens.shape[1]
         columns = torch.arange(start, end, device=tokens.device)  # (T,)

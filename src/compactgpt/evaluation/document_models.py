@@ -23,7 +23,7 @@ COUNTED_AT_ONCE = 2**24  # `make_unigram` counts this many tokens in one step
 
 
 def make_unigram(train: TokenFile) -> DocumentModel:
-    """Return a unigram model: each token's probability is its smoothed frequency in the train split.
+    """Return a model that gives each token its smoothed frequency in the train split as probability.
 
     p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing.
     """
@@ -114,15 +114,15 @@ class _Order:
     # id of its context, which is the n-gram without w.
     keys: Ids
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), weight of the shorter n-gram; 1 for a context that no token follows
+    backoff: Floats  # (contexts,), weight of the n-gram without its first token; 1 if no token follows
 
 
 @dataclass(frozen=True)
 class NgramModel:
-    """A trained n-gram model: interpolated modified Kneser-Ney smoothing.
+    """A trained n-gram model with interpolated modified Kneser-Ney smoothing.
 
-    Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling, section 3. For
-    the tokens `c` before a token `w`, and `c'`, the same tokens without the first one:
+    The source is Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling,
+    section 3. Let `c` be the tokens before a token `w`, and `c'` the same tokens without the first one:
 
         p(w | c) = (count(c w) - D(count(c w))) / total(c) + backoff(c) p(w | c')
 
@@ -139,7 +139,7 @@ class NgramModel:
 
     @property
     def num_ngrams(self) -> int:
-        """The number of stored probabilities: those of all tokens and of all n-grams."""
+        """The number of stored probabilities: one for each token and for each n-gram."""
         return len(self.unigrams) + sum(len(order.keys) for order in self.orders)
 
     def probabilities(self, stream: Ids) -> Floats:
@@ -148,7 +148,7 @@ class NgramModel:
         `stream`, (T + 1,), has end-of-text and the T tokens of the document.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # id of each target's context; -1 if the train split does not have the context
+        contexts = stream[:-1]  # the id of each target's context, or -1 if it is not in the train split
         for order in self.orders:
             if not len(contexts):
                 break
@@ -165,8 +165,9 @@ class NgramModel:
 def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     """Return the n-gram model of the first documents of a split, up to `max_tokens` tokens.
 
-    An n-gram of the highest order counts its occurrences. An n-gram of a lower order counts the different
-    tokens that occur before it. An n-gram that begins with end-of-text always counts its occurrences.
+    The count of an n-gram of the highest order is the number of its occurrences. The count of a shorter
+    n-gram is the number of different tokens that occur before it. No token occurs before an n-gram that
+    begins with end-of-text, so its count is the number of its occurrences.
     """
     V = train.header.vocab_size
     documents = max(1, int(np.searchsorted(train.offsets, max_tokens, side="right")) - 1)
@@ -175,8 +176,9 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     stream = np.concatenate([end_of_text, train.tokens[: offsets[-1]]]).astype(np.int64)  # (N + 1,)
     # The number of tokens since the last end-of-text. A longer n-gram would cross the end of a document.
     distance = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
-    ids, sizes = stream, [V]  # id of the n-gram that ends at each position
-    found: list[tuple[Ids, Ids, Ids]] = []  # keys, occurrences and suffixes of the n-grams of each order
+    ids, sizes = stream, [V]  # the id of the n-gram that ends at each position; the n-grams of each order
+    # For each order: the keys of its n-grams, their numbers of occurrences, and the ids of their suffixes.
+    found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
         ends = np.flatnonzero(distance >= length - 1) + 1
         if not len(ends):  # all documents have fewer tokens than the n-gram
@@ -212,9 +214,9 @@ def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
 
 
 def _discounts_of(counts: Ids) -> Floats:
-    """Return the discounts of the counts 0, 1, 2 and at least 3 (Chen and Goodman 1998).
+    """Return the four discounts: of the counts 0, 1 and 2, and of all higher counts (Chen and Goodman 1998).
 
-    If a tiny corpus has too few n-grams to estimate the discounts, they are 0.5, 1 and 1.5, as in KenLM.
+    If a tiny corpus has too few n-grams to estimate them, they are 0, 0.5, 1 and 1.5, as in KenLM.
     """
     n1, n2, n3, n4 = (int((counts == count).sum()) for count in (1, 2, 3, 4))
     if min(n1, n2, n3) > 0:

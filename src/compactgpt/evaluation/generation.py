@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import tiktoken
     import torch
 
-Sampler = Callable[[Floats], int]  # logits (V,) -> token
+Sampler = Callable[[Floats], int]  # a function of logits, (V,), that returns the next token
 STRATEGIES = ("greedy", "top_k", "nucleus")
 
 
@@ -74,9 +74,9 @@ def greedy(logits: Floats) -> int:
 
 
 def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: str) -> Sampler:
-    """Return a function that draws a token at random, with the probabilities that `probabilities` computes.
+    """Return a function that draws a token at random. `probabilities` computes probabilities from logits.
 
-    Equal `seed` and `key` give the same random numbers, whatever else is generated in the batch.
+    The random numbers depend only on `seed` and `key`.
     """
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
@@ -162,12 +162,12 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 def choose_prompts(
     text: Text, split: TokenFile, encoding: "tiktoken.Encoding"
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Return the prompts, and for each prompt that begins a document, the tokens of the text that follows.
+    """Return the prompts, and the human text that follows each prompt from a document, in tokens.
 
-    A prompt is a dict with its text as `prompt`, and the id of the document that it begins as `document`. The
-    prompts of params.yaml come first, without a document. Then come the beginnings of documents spread evenly
-    over the split. A document must be long enough for the prompt and for `max_new_tokens` of human text.
-    Raises BadConfig if fewer than two documents are long enough.
+    Each prompt is a dict with the keys `prompt`, its text, and `document`, the id of the document that begins
+    with this text. The prompts of params.yaml come first, and their `document` is None. Then come the
+    beginnings of documents spread evenly over the split. A document must be long enough for the prompt and
+    for `max_new_tokens` of human text. Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)

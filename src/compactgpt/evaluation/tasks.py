@@ -46,7 +46,7 @@ on off over under again further then once here there when where why how all any 
 other some such no nor not only own same so than too very s t can will just don should now
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-# A word of four or more letters after one space.
+# A space, and a word of four or more letters after it.
 _WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
 
 
@@ -190,8 +190,8 @@ def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str
 def read_lines(path: Path) -> list[str]:
     """Return the lines of WikiText from Parquet with a column `text`, or from raw text.
 
-    An empty line is "", and every other line ends with a newline, as in the data set of the hub. Raises
-    BadData if the file is neither Parquet nor UTF-8 text.
+    An empty line is "". Every other line ends with a newline, as in the hub's data set. Raises BadData if the
+    file is neither Parquet nor UTF-8 text.
     """
     content = path.read_bytes()
     try:
@@ -207,7 +207,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_pages(lines: Iterable[str]) -> list[str]:
-    """Return the pages of WikiText; each page begins with its title (EleutherAI/wikitext_document_level)."""
+    """Return the pages of WikiText, as EleutherAI/wikitext_document_level does. A title begins each page."""
     pages: list[list[str]] = [[]]
     for row in lines:
         line = row.removesuffix("\n")
@@ -276,7 +276,7 @@ def blocks(stream: Sequence[int], context: int, stride: int) -> Iterator[Window]
     tokens, scored = np.array(stream, np.int64), 0
     for start in range(0, len(tokens), stride):
         end = min(start + context, len(tokens))
-        first = max(scored, start + 1)  # first target of this block
+        first = max(scored, start + 1)  # index of this block's first target
         if first < end:
             yield Window(0, tokens[start : end - 1], tokens[first:end])
         scored = end  # later blocks use the tokens before `end` only as context

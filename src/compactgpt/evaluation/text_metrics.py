@@ -1,7 +1,7 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-Texts are in GPT-2's tokens, whatever the model's tokenizer is, and the caller cuts all texts to the same
-length, so that the statistics of models and of human text can be compared. All intervals are 95 % intervals.
+All texts are in GPT-2's tokens, and the caller cuts them to the same length. The statistics of models and of
+human text can therefore be compared. All intervals are 95 % intervals.
 """
 
 import math
@@ -31,13 +31,13 @@ SOURCES = {
 
 
 def distinct_n(texts: Sequence[Tokens], n: int) -> float | None:
-    """Return the number of distinct n-grams of all texts / the number of n-grams; None without n-grams."""
+    """Return the share of distinct n-grams among all n-grams of the texts, or None without n-grams."""
     found = list(chain.from_iterable(_ngrams(text, n) for text in texts))
     return len(set(found)) / len(found) if found else None
 
 
 def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
-    """Return the share of 4-grams that occur earlier in the same text; None without 4-grams."""
+    """Return the share of 4-grams that occur earlier in the same text, or None without 4-grams."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
     return 1 - sum(len(set(grams)) for grams in found) / total if total else None
@@ -71,11 +71,11 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
     """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
 
     The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
-    The interval is Student's, with n - 1 degrees of freedom for n texts. Returns None for a
-    single text, and if `figure` returns None for all texts together or after a text is left out.
+    The interval uses Student's t distribution with n - 1 degrees of freedom for n texts. Returns None for a
+    single text, and if `figure` returns None for all texts or without one of them.
     """
     value, n = figure(texts), len(texts)
-    # Not a bootstrap: it would draw some texts twice, and count the copies as repetition.
+    # A bootstrap would draw some texts twice, and count the copies as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # one text gives no variance
@@ -88,7 +88,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
     """Return all statistics of the texts that one decoding strategy generated, each with its interval.
 
-    `ended` has True for each text that reached end-of-text; it is None for human text, which is cut.
+    `ended` has True for each text that reached end-of-text. It is None for human text, which is always cut.
     """
     shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),

@@ -33,12 +33,12 @@ class Positions:
 
 @dataclass(frozen=True)
 class Totals:
-    """The losses and sizes of all documents, in the split's order; all metrics are computed from them."""
+    """The losses and sizes of all documents, in the split's order, from which all metrics are computed."""
 
     ids: list[str]  # the id of each document, in hexadecimal digits
     bytes: Counts  # (documents,), bytes of UTF-8 text
     tokens: Counts  # (documents,), scored tokens, in the token file's tokenizer
-    own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer
+    own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None without one
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
     # The name of a view, such as `strided`, -> the losses of the documents in this view, (documents,)
@@ -50,7 +50,7 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
     `nats`, (documents,), has the loss of each document: `totals.nats`, or the losses in a view. `chosen`,
-    (documents,), is True for the documents to use; None selects all documents. A perplexity that is too large
+    (documents,), is True for each document to use. None selects all documents. A perplexity that is too large
     for a float is None.
     """
     scored = totals.tokens > 0
@@ -91,7 +91,7 @@ def _ratio(nats: Floats, units: npt.NDArray[Any]) -> Interval:
 
 
 def write_totals(path: Path, totals: Totals) -> None:
-    """Write the per-document losses and counts as Parquet; equal values give equal bytes."""
+    """Write the per-document losses and counts as Parquet. Equal values give equal bytes."""
     import pyarrow
     import pyarrow.parquet
 
