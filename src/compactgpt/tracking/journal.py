@@ -176,7 +176,7 @@ class Journal:
         first = {"stage": stage, "store": tracking_store(), **start}
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{stage}-{secrets.token_hex(3)}"
         group = name
-        if pipeline := start.get("pipeline"):
+        if pipeline := start.get("pipeline"):  # all stages of one `dvc` process share a run folder
             seconds = time.strftime("%Y%m%dT%H%M%S", time.gmtime(pipeline["created"]))
             group = f"{seconds}.{int(pipeline['created'] * 1000) % 1000:03}-dvc-{pipeline['pid']}"
         self.run_folder = state / "tracking" / group
@@ -232,7 +232,7 @@ class Journal:
         if path.is_dir():
             shutil.copytree(path, target, dirs_exist_ok=True)
         else:
-            shutil.copy(path, target)  # keeps the file mode, so that a private file stays private
+            shutil.copy(path, target)  # copies the permissions, too: a private file stays private
         self._append("artifact", {"path": target.relative_to(self.folder).as_posix(), "folder": folder})
 
     def end(self, status: str) -> None:
@@ -281,7 +281,7 @@ class JournalFile:
     @property
     def status(self) -> str:
         """The stage's status in MLflow, such as FINISHED, or an empty string while the stage runs."""
-        alive = is_alive(self.start)  # before the last line is read: a running stage can append lines
+        alive = is_alive(self.start)  # asked first, because a running stage can append lines
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
 

@@ -40,7 +40,7 @@ def start_logger(run_folder: Path) -> None:
             subprocess.Popen(
                 [sys.executable, "-m", "compactgpt.tracking.mlflow_logger", str(run_folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                cwd=run_folder.parents[2],  # the repository: DVC deletes an experiment's temporary folder
+                cwd=run_folder.parents[2],  # not the temporary folder of an experiment, which DVC deletes
             )  # fmt: skip
 
 
@@ -54,9 +54,9 @@ def copied_to(folder: RunFolder) -> str:
 class Copied:
     """The part of a journal that this process has copied to MLflow."""
 
-    run_id: str  # the stage's run in MLflow
-    offset: int = 0  # copied bytes of the journal
-    is_complete: bool = False  # the stage has ended, and all lines are copied
+    run_id: str  # id of the stage's run in MLflow
+    offset: int = 0  # number of bytes of the journal that are copied
+    is_complete: bool = False  # whether the stage has ended and all lines are copied
 
 
 class Logger:
@@ -110,7 +110,7 @@ class Logger:
         copied = self.copied[name]
         if copied.is_complete:
             return True
-        status = file.status  # before the lines are read: a running stage can append lines
+        status = file.status  # read before the lines, because a running stage can append lines
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
@@ -145,7 +145,7 @@ class Logger:
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
-            del tags["lock_sha256"]  # by this tag, `sync` finds a finished run of dvc.lock
+            del tags["lock_sha256"]  # `sync` searches finished runs of dvc.lock by this tag
         # links: name of a stage -> link to the run that made its outputs. ran: name of a stage -> journal.
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
@@ -224,10 +224,9 @@ def sync(root: Path) -> str:
         if wanted != current:
             folders = [one for one in folders if not copied_to(one)]
         problems += _sync_store(root, wanted, folders)
-    is_recorded = not problems and _record_unrun(root, current)
     if problems:
         raise problems[0]
-    if is_recorded:
+    if _record_unrun(root, current):
         write_text(note, content)
     return current["uri"]
 

@@ -28,7 +28,7 @@ _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # No retries by MLflow, because a retry would repeat a request that the server executed without an answer.
+    # MLflow must not retry: the server may have executed a request whose answer was lost.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -64,7 +64,7 @@ class Store:
 
     client: Any  # an mlflow.MlflowClient
     experiment: str  # the experiment's id
-    identity: str  # a text that changes if the store is deleted and created again
+    identity: str  # id and creation time of the experiment: differs after the store was created again
 
     def find(self, tag: str, value: str) -> str:
         """Return the id of the newest run whose tag has this value, or an empty string if there is no run."""
@@ -136,14 +136,16 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # warnings have the server's password
     uri = wanted["uri"]
-    if without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri:  # a journal has no password
+    if (
+        without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri
+    ):  # a journal has the address without the password
         uri = os.environ["MLFLOW_TRACKING_URI"]
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
         fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create one database
-        artifacts = None  # the server knows where it keeps artifacts
+        artifacts = None  # a server chooses the folder for artifacts
         if uri.startswith(_SQLITE):
             database = root.resolve() / uri.removeprefix(_SQLITE)
             uri, artifacts = f"{_SQLITE}{database}", str(database.parent / ARTIFACTS)
