@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -124,14 +123,12 @@ def test_nothing_differs_where_all_fits(repository):
 
 def test_a_byte_of_code_claims_and_pictures_is_found(repository):
     """tests/robustness/test_tampering.py changes data, weights and reports."""
-    dice = random.Random(7)
-    names = {  # each with the dependency or output of dvc.yaml that has it
+    names = {  # file -> the dependency or output of dvc.yaml that contains the file
         "claims.yaml": "claims.yaml",
         "src/compactgpt/evaluation/metrics.py": "src/compactgpt",
         "reports/loss.png": "reports/loss.png",
     }
-    places = {name: dice.randrange((repository / name).stat().st_size) for name in names}
-    with altered(repository, places):
+    with altered(repository, dict.fromkeys(names, 100)):
         found = run_checks(repository, check_lock)
     for name, named in names.items():
         assert any(line.startswith(f"{named} is not what dvc.lock has") for line in found.differences), name
@@ -156,19 +153,12 @@ def test_another_number_in_params_is_named(repository):
     assert any(line.startswith("reports/estimate.json: compact.") for line in found)
 
 
-@pytest.mark.parametrize(
-    ("name", "before", "cell"),
-    [
-        ("reports/evaluation.json", '"loss": {"value": ', "loss.value is "),
-        ("reports/baseline/xz.json", '"perplexity": {"value": ', "perplexity.value is "),
-    ],
-)
-def test_a_figure_is_computed_again_from_its_sums(repository, name, before, cell):
+def test_a_figure_is_computed_again_from_its_sums(repository):
     """The cell is found even if dvc.lock was altered, too."""
-    with altered(repository, {name: digit_after(repository / name, before, 5)}):
+    name = "reports/baseline/xz.json"
+    with altered(repository, {name: digit_after(repository / name, '"perplexity": {"value": ', 5)}):
         (found,) = run_checks(repository, check_numbers).differences
-    assert found.startswith(f"{name}: ")
-    assert cell in found
+    assert found.startswith(f"{name}: perplexity.value is ")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from compactgpt.evaluation.totals import Floats, figures
 from compactgpt.forecast.model_size import count_parameters, flops_per_token
 from compactgpt.reporting.claims import COMPACT, Evidence, Published, judge_claims
 from compactgpt.reporting.results import compare_results
-from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sources, View
+from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sources, ViewScore
 
 NOTE = "note"
 NATS = "nats per token"
@@ -119,13 +119,13 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
 
 def _align_samples(sources: Sources) -> list[dict[str, Any]]:
     """Return the text that each model generated after each of the note's prompts."""
-    written = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
+    by_model = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
     prompts: dict[str, dict[str, Any]] = {}
-    for model, samples in written.items():
+    for model, samples in by_model.items():
         for sample in samples:
             if sample.document is None:  # skip prompts that are the beginning of a val document
                 continuations = {"greedy": sample.greedy, "top_k": sample.top_k, "nucleus": sample.nucleus}
-                texts = {way: written.text for way, written in continuations.items() if written}
+                texts = {way: text for way, text in continuations.items() if text is not None}
                 prompts.setdefault(sample.prompt, {})[model] = texts
     return [{"prompt": prompt, "models": models} for prompt, models in prompts.items()]
 
@@ -325,7 +325,7 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
     return Evidence(name, bounds.value, unit, low=bounds.low, high=bounds.high, **about)
 
 
-def _scores(stem: str, found: Score | View, about: Mapping[str, Any]) -> Iterator[Evidence]:
+def _scores(stem: str, found: Score | ViewScore, about: Mapping[str, Any]) -> Iterator[Evidence]:
     """Yield loss, perplexity and bits per byte, without a perplexity that is too large for a float."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):

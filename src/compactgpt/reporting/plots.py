@@ -155,26 +155,23 @@ def _positions(view: View, axes: Axes) -> None:
 
 def _calibration(view: View, axes: Axes) -> None:
     """Draw the expected and the measured loss of the compact run, the note's run and the calibration runs."""
-    runs = [(COMPACT, f"{COMPACT}.loss")]
-    names = [view.say("run_here")]
+    runs = [(view.say("run_here"), COMPACT, f"{COMPACT}.loss")]
     if view.about_note:
-        runs.append(("note", "reported.loss"))
-        names.append(view.words["note_run"])
-    for row, (model, found) in enumerate(runs):
+        runs.append((view.words["note_run"], "note", "reported.loss"))
+    for row, (_, model, loss) in enumerate(runs):
         wide, narrow = (view.evidence[f"{model}.expected_loss_{share}"] for share in ("95", "80"))
         _draw_intervals(axes, row, (wide["low"], wide["high"]), (narrow["low"], narrow["high"]))
-        for name, item in view.evidence.items():
-            if name.startswith(f"{model}.law."):
-                axes.plot([item["value"]], [row - 0.2], "|", color=MUTED, markersize=9)
-        if found in view.evidence:
-            item = view.evidence[found]
+        laws = [item["value"] for name, item in view.evidence.items() if name.startswith(f"{model}.law.")]
+        axes.plot(laws, [row - 0.2] * len(laws), "|", color=MUTED, markersize=9)
+        if item := view.evidence.get(loss):
             colour = DEMO if model == COMPACT else INK
             _draw_loss(view, axes, row, item["value"], colour, filled=item["known"] == "measured")
-    for row, check in enumerate(view.record["calibration"]["checks"], len(runs)):
-        names.append(check["name"])
+    checks = view.record["calibration"]["checks"]
+    for row, check in enumerate(checks, len(runs)):
         wide_ends, narrow_ends = ((check[f"low_{share}"], check[f"high_{share}"]) for share in ("95", "80"))
         _draw_intervals(axes, row, wide_ends, narrow_ends)
         _draw_loss(view, axes, row, check["measured"], INK, filled=False)
+    names = [name for name, *_ in runs] + [check["name"] for check in checks]
     _name_rows(axes, names, (len(names) - 0.45, -0.75))
     axes.set_xlabel(view.words["loss_axis"])
 

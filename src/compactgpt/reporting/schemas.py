@@ -56,7 +56,7 @@ class _Split(Report):
     sha256: str
 
 
-class View(Report):
+class ViewScore(Report):
     """A model's loss with another context, or with windows that overlap."""
 
     context: int  # tokens in a window
@@ -90,16 +90,14 @@ class Task(Report):
     per_word: _WikiText | None = None
 
 
-class _Written(Report):
-    text: str
-
-
 class _Sample(Report):
+    """A prompt, and the text that each decoding strategy gave."""
+
     prompt: str
     document: str | None  # id of the val document that begins with the prompt, or None
-    greedy: _Written | None = None
-    top_k: _Written | None = None
-    nucleus: _Written | None = None
+    greedy: str | None = Field(None, validation_alias=AliasPath("greedy", "text"))
+    top_k: str | None = Field(None, validation_alias=AliasPath("top_k", "text"))
+    nucleus: str | None = Field(None, validation_alias=AliasPath("nucleus", "text"))
 
 
 class Text(Report):
@@ -120,7 +118,7 @@ class Score(Report):
     bits_per_byte: Interval
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, View] = {}  # `own` (the model's own context) or `strided` -> loss
+    views: dict[str, ViewScore] = {}  # `own` (the model's own context) or `strided` -> loss
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
@@ -384,8 +382,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
     """Raise BadData if two models were scored on different documents or with different windows."""
-    ours, theirs = compact.score, other.score
-    a, b = compact.totals, other.totals
+    ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:
         different.append("val splits")
