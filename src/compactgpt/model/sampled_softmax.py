@@ -49,8 +49,8 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
     if size >= len(counts):
         return np.ones(len(counts))
     weights = (counts + SMOOTHING) ** power
-    # A probability is min(1, c * weight). For each number k of tokens whose probability is cut to 1,
-    # compute the c that gives the other tokens the rest of the sample.
+    # A probability is min(1, c * weight), so some k tokens with the largest weights have probability 1. For
+    # each k, compute the c with which the probabilities of the other tokens add up to size - k.
     ordered = np.sort(weights)[::-1]
     rest = np.cumsum(ordered[::-1])[::-1]  # (V,) sum of the weights from each index on
     k = np.arange(len(ordered))

@@ -64,10 +64,10 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy the weights of `source` into `model`; `name` is the folder of `source`, for messages.
+    """Copy the weights of `source` into `model`; raise BadConfig if the shapes do not fit.
 
-    `source` may have a longer context and another number of padding rows. Raises BadConfig if another setting
-    of the shape differs.
+    `source` may have a longer context and another number of padding rows. `name` is the folder of `source`,
+    which messages name.
     """
     wanted, found = model.shape, source.shape
     wrong = [
@@ -88,9 +88,9 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     for key in own.keys() - tensors.keys():  # biases of zeros do not change the result of the model
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
-    # GPT-2's logits are far below zero, so padding rows of zeros would get almost all probability. Instead,
-    # each padding row is the mean of the real rows. Its logit is the mean logit. By Jensen's inequality, its
-    # probability is at most that of an average token.
+    # Each padding row is the mean of the real rows, so its logit is the mean logit. By Jensen's inequality,
+    # its probability is at most that of an average token. Padding rows of zeros would have logits of zero.
+    # GPT-2's logits are far below zero, so such rows would get almost all probability.
     real = tensors["wte.weight"][: found.vocab_size]
     padded = real.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
     padded[: len(real)] = real
@@ -119,8 +119,8 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
 
     GPT-2's head has no bias. Instead, the position embeddings add a constant of length a along one direction
     u of the residual stream, and the embedding of each token gets a component along u. `strength` is the
-    ratio a / r, where r is the length of the rest of the stream. The last layer norm changes the length a to
-    sqrt(C) a / sqrt(a^2 + r^2). `counts` is how often each token occurs, (vocab_size,).
+    ratio a / r, where r is the length of the stream without the constant. The last layer norm changes the
+    length a to sqrt(C) a / sqrt(a^2 + r^2). `counts` is how often each token occurs, (vocab_size,).
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)

@@ -44,8 +44,8 @@ def loss_csv(rows: list[Row]) -> str:
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
     """Return a warning if training has diverged although all losses are finite, otherwise None.
 
-    After the warm-up, the validation loss must be at most ln(vocab_size), the loss of a uniform guess, and at
-    most the validation loss of the first row. DIVERGENCE_MARGIN is added to each of these limits.
+    Training has diverged if, after the warm-up, the validation loss is more than DIVERGENCE_MARGIN above the
+    loss of a uniform guess, ln(vocab_size), or above the validation loss of the first row.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:
