@@ -24,8 +24,8 @@ def code_hashes(root: Path) -> dict[str, str]:
     lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
-    for stage, definition in read_stages(Folder(root)).items():
-        code = [root / path for path in definition.deps if f"{path}/".startswith(CODE)]
+    for stage, body in read_stages(Folder(root)).items():
+        code = [root / path for path in body.get("deps", ()) if f"{path}/".startswith(CODE)]
         files = {file for path in code for file in (path.rglob("*.py") if path.is_dir() else [path])}
         lines = [f"{sha256_file(file)}  {file.relative_to(root)}\n" for file in sorted(files)]
         hashes[stage] = hashlib.sha256("".join(lines).encode()).hexdigest()
