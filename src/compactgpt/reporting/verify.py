@@ -186,26 +186,32 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
         found.count("renderings")
 
 
-def differences(expected: Any, found: Any, where: str = "", *, partial: bool = False) -> Iterator[str]:
-    """Yield a message for each part that differs between two JSON values.
+def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator[str]:
+    """Yield a message for each value that differs between two JSON documents.
 
-    `where` is the path of the two values in the whole JSON. A list item is named by its `id`, or by its index
-    if it has no `id`. `partial` ignores keys that only `found` has.
+    `partial` ignores values that only `found` has.
     """
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in expected if partial else sorted({*expected, *found}):
-            path = f"{where}.{key}" if where else str(key)
-            if key not in found or key not in expected:
-                yield f"{path} {'is missing' if key in expected else 'is not expected'}"
-            else:
-                yield from differences(expected[key], found[key], path, partial=partial)
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        for number, (one, other) in enumerate(zip(expected, found, strict=True)):
-            name = one.get("id", number) if isinstance(one, dict) else number
-            yield from differences(one, other, f"{where}[{name}]", partial=partial)
-    elif json_bytes(expected) != json_bytes(found):
-        have, want = (textwrap.shorten(json.dumps(one), 80) for one in (found, expected))
-        yield f"{where} is {have}, but the inputs give {want}"
+    want, have = _values_by_path(expected), _values_by_path(found)
+    for path in want if partial else sorted({*want, *have}):
+        if want.get(path) != have.get(path):
+            ours, theirs = (textwrap.shorten(one.get(path, "missing"), 80) for one in (want, have))
+            yield f"{path} is {theirs}, but the inputs give {ours}"
+
+
+def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
+    """Return the number, text, boolean or null at each path of a JSON document.
+
+    A path has the form `evidence[gpt2.loss].low`. A list item is named by its `id`, or by its index without
+    an `id`.
+    """
+    if isinstance(value, dict):
+        parts = {f"{path}.{key}" if path else key: one for key, one in value.items()}
+    elif isinstance(value, list):
+        names = [one.get("id", n) if isinstance(one, dict) else n for n, one in enumerate(value)]
+        parts = {f"{path}[{name}]": one for name, one in zip(names, value, strict=True)}
+    else:
+        return {path: json.dumps(value)}
+    return {inner: leaf for part, one in parts.items() for inner, leaf in _values_by_path(one, part).items()}
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
