@@ -465,6 +465,8 @@ class Params(Section):
         if (step := training.tokens_per_step) % unit:
             factors = "training.micro_batch_size x model.block_size x training.launcher.processes"
             yield f"training.tokens_per_step ({step}) must be a multiple of {factors} ({unit})"
+        if found := re.search(r'"([^"]*\$\{[^"]*)"', self.model_dump_json()):
+            yield f"found {found[1]!r}: `dvc exp run -S` would replace `${{...}}`: write `$ {{`"
         for pattern in self.download.files.patterns if self.download.corpus == "files" else ():
             if not pattern.startswith("corpus/") or ".." in pattern:
                 rule = "must begin with corpus/, which DVC watches: `dvc add PATH -o corpus/NAME` copies it"

@@ -4,6 +4,7 @@ import gc
 import getpass
 import json
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -152,6 +153,18 @@ def test_a_database_of_another_version_of_mlflow_is_one_sentence(root):
         database.commit()
     with pytest.raises(Unreachable, match=r"^MLflow at sqlite:\S*mlflow.db failed .*db upgrade[^\n]*$"):
         store.run_of_value(root, "training")
+
+
+def test_a_copied_repository_writes_nothing_into_the_original(root, tmp_path, monkeypatch):
+    log_run(root)
+    sync(root)
+    held = sorted((root / "mlartifacts").rglob("*.json"))
+    clone = shutil.copytree(root, tmp_path / "clone")
+    monkeypatch.chdir(clone)
+    log_run(clone)
+    sync(clone)
+    assert sorted((root / "mlartifacts").rglob("*.json")) == held
+    assert len(list((clone / "mlartifacts").rglob("*.json"))) == len(held) + 1 > 1
 
 
 def test_sync_outside_of_a_project_says_so_and_creates_nothing(tmp_path):

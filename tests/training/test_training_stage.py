@@ -121,6 +121,13 @@ def test_a_diverged_training_is_reported_once_and_in_the_report():
     assert "lower training.learning_rate" in warning
 
 
+def test_a_warm_up_longer_than_the_training_says_what_happens():
+    write_params(warmup_steps=11)
+    says = "training.warmup_steps (11) is not below training.max_steps (6): the learning rate only rises, "
+    says += "and never falls"
+    assert says in run_stage().output
+
+
 def test_missing_tokens_are_one_sentence():
     Path("data/tokens/manifest.json").unlink()
     result = run_stage()

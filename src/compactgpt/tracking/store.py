@@ -135,11 +135,9 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # warnings have the server's password
-    uri = wanted["uri"]
-    if (
-        without_password(os.environ.get("MLFLOW_TRACKING_URI", "")) == uri
-    ):  # a journal has the address without the password
-        uri = os.environ["MLFLOW_TRACKING_URI"]
+    uri, in_environment = wanted["uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
+    if without_password(in_environment) == uri:  # a journal has the address without the password
+        uri = in_environment
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
@@ -155,6 +153,12 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         client, name = mlflow.MlflowClient(uri, uri), wanted["experiment"]
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
+            if artifacts:
+                # MLflow stores an absolute path: a copied repository would write into the original.
+                with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
+                    opened.execute(
+                        "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
+                    )
         environment = dict(os.environ)
         try:
             mlflow.set_tracking_uri(uri)

@@ -43,6 +43,12 @@ class TrainingCallbacks:
         self.figures["val loss expected at the end"] = f"{expected.low_95:.2f}-{expected.high_95:.2f}"
         stage.tracker.params({"expected_loss": expected.model_dump()})
         stage.print_message(describe_batch(self.params, processes))
+        training = self.params.training
+        if training.warmup_steps >= training.max_steps:
+            stage.print_message(
+                f"training.warmup_steps ({training.warmup_steps:,}) is not below training.max_steps "
+                f"({training.max_steps:,}): the learning rate only rises, and never falls; lower warmup_steps"
+            )
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
         """Return the callbacks of this instance, and `should_stop`, for `trainer.train`."""
