@@ -156,13 +156,16 @@ def test_without_a_terminal_and_without_yes_nothing_is_changed(project, tmp_path
     assert [*Path("corpus").iterdir()] == []
 
 
-@pytest.mark.parametrize("name", ["mein Täxt 😀.txt", "b.txt.gz"])
-def test_text_is_copied_to_corpus_also_a_second_time(project, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("mein Täxt 😀.txt", "mein Täxt 😀.txt"), ("enwik8", "enwik8.txt"), ("b.gz", "b.txt.gz")],
+)
+def test_text_is_copied_to_corpus_with_a_suffix_that_is_read(project, tmp_path, name, target):
     (tmp_path / name).write_bytes(gzip.compress(STORY.encode()) if name.endswith(".gz") else STORY.encode())
     for _ in range(2):
         run(f"../{name}", "--yes")
         patterns = load_params(PARAMS).download.files.patterns
-        assert list_files(patterns, project) == [(0, f"corpus/{name}")]
+        assert list_files(patterns, project) == [(0, f"corpus/{target}")]
 
 
 def test_text_in_corpus_stays_where_it_is(project):
@@ -191,8 +194,9 @@ def test_a_corpus_longer_than_the_sample_is_extrapolated(project, tmp_path, monk
         ({"b.txt": STORY, "project/corpus/b.txt": "x"}, ["b.txt"], 78, "corpus/b.txt exists already: rename"),
         ({"none/a.bin": ""}, ["none"], 66, "no file"),
         ({}, ["missing.txt"], 66, "missing.txt is missing: give a text file"),
-        ({"a[1].txt": STORY}, ["a[1].txt"], 78, "a[1].txt: the name must end with "),
-        ({"enwik8": STORY}, ["enwik8"], 78, "enwik8: the name must end with .txt, .md"),
+        ({"a/b.txt": STORY, "b.txt": STORY}, ["a/b.txt", "b.txt"], 78, "would be the same file"),
+        ({"a[1].txt": STORY}, ["a[1].txt"], 78, "rename corpus/a[1].txt"),
+        ({"project/corpus/enwik8": STORY}, ["project/corpus/enwik8"], 78, "rename corpus/enwik8: "),
         ({}, ["project"], 78, "project contains the folder corpus/"),
         ({"a.txt": "\udcff"}, ["a.txt"], 65, "a.txt, line 1: byte 0xff is not UTF-8"),
     ],

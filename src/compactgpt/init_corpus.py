@@ -76,6 +76,8 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     # Not `Path.resolve`, which replaces the name of a link by the name of its target.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
     targets, additions = zip(*map(_target, paths), strict=True)
+    if len({*targets}) < len(targets):
+        raise BadConfig(f"two of the paths would be the same file in {FOLDER}/: rename one of them")
     sample, longest = _choose_cutting([each for path in paths for each in _files(path)], params.download)
     if len(sample.rows) < MIN_DOCUMENTS:
         raise BadData(
@@ -131,11 +133,14 @@ def _target(path: Path) -> tuple[str, list[str]]:
     if path in corpus.parents:
         raise BadConfig(f"{path} contains the folder {FOLDER}/: give the files or folders of your text")
     is_inside = path.is_relative_to(corpus)
-    target = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
-    if re.search(r"[][*?:\\]", target) or (path.is_file() and file_kind(target) not in FILE_KINDS):
+    name = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
+    target = name
+    if path.is_file() and file_kind(name) not in FILE_KINDS:  # enwik8 becomes enwik8.txt
+        target = re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
+    if re.search(r"[][*?:\\]", name) or (is_inside and target != name):
         raise BadConfig(
-            f"{path}: the name must end with {', '.join(FILE_KINDS)} (also with .gz or .zst), and must not "
-            r"have any of *?[]:\, which have a meaning in download.files.patterns: rename it"
+            f"rename {name}: the name must end with {', '.join(FILE_KINDS)} (also with .gz or .zst), and "
+            r"must not have any of *?[]:\, which have a meaning in download.files.patterns"
         )
     if is_inside:
         return target, []

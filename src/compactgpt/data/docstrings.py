@@ -66,7 +66,8 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
     """Return an installed distribution as a corpus part, and its modules sorted by path.
 
     `exclude` has names of folders and modules to leave out. A local suffix of the installed version, such as
-    `+cpu`, is ignored. Raises MissingInput if the distribution is not installed, or has another version.
+    `+cpu`, is ignored. Raises MissingInput if the distribution is not installed, has another version,
+    or does not list its modules.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -87,6 +88,8 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
         if file.suffix == ".py" and left_out.isdisjoint([*file.parts[:-1], file.stem]):
             dotted = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
             modules.append(Module(dotted, Path(str(found.locate_file(file)))))
+    if not modules:
+        raise MissingInput(f"{name} {version} is installed without a list of its modules: {_REPAIR}")
     return Part(name, version, short_licence(found.metadata)), modules
 
 
