@@ -19,11 +19,12 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Wheel = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.]+$")]  # name==version
 UserPath = Annotated[NonEmpty, AfterValidator(os.path.expanduser)]  # `~` is the home folder
-FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # endings of files that are read
+FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # endings of corpus files
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-View = Literal["own", "strided"]  # own: windows as long as the model allows; strided: overlapping windows
+# How the val text is cut into windows. own: as long as the model allows; strided: overlapping windows.
+View = Literal["own", "strided"]
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
 
 
@@ -59,7 +60,7 @@ class Docstrings(Section):
 
 
 class Files(Section):
-    """The user's own text, by globs relative to the repository, and its name in the reports."""
+    """The user's own text files, as globs relative to the repository, and the text's name in the reports."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
@@ -78,7 +79,7 @@ class Files(Section):
 
 
 class HubSet(Section):
-    """A data set of the Hugging Face hub at a commit or with a hash, and how its rows become documents."""
+    """A data set of the Hugging Face hub, fixed by a commit or a hash, and how its rows become documents."""
 
     repo: HubRepository
     config: str | None
@@ -101,7 +102,7 @@ class HubSet(Section):
 
 
 class HubCorpus(Section):
-    name: Name  # the key in `sets` of the data set that is the corpus
+    name: Name  # the corpus is the data set `sets[name]`
     mirror: UserPath | None
     sets: dict[Name, HubSet]
 
@@ -142,7 +143,7 @@ class Validation(Section):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
-    max_rows: Annotated[int, Field(ge=1000)]  # with fewer rows, the sample could be empty
+    max_rows: Annotated[int, Field(ge=1000)]  # documents in the checked sample; a smaller one could be empty
 
 
 class Tokenization(Section):
@@ -246,7 +247,8 @@ class Training(Section):
 class Likelihood(Section):
     document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
     window: PositiveInt
-    views: tuple[View, ...] = ()  # further measurements of each neural model, besides the matched windows
+    # Neural models are also measured in these views, in addition to windows of `window` tokens.
+    views: tuple[View, ...] = ()
     batch_size: PositiveInt
     own_context: PositiveInt
     stride_share: PositiveShare
@@ -268,7 +270,7 @@ class Source(Section):
 
 
 class Tasks(Section):
-    """Tasks for every neural model: each question has one correct answer."""
+    """Tasks of every neural model: predict the last word of a text (cloze, LAMBADA), and score WikiText."""
 
     cloze_items: NonNegativeInt
     cloze_characters: PositiveInt
@@ -395,7 +397,7 @@ class Machine(Section):
 class Run(Section):
     """The size and the budget of a training run."""
 
-    num_params: PositiveInt  # counted by nanoGPT's convention
+    num_params: PositiveInt  # without position embeddings, as nanoGPT counts
     num_params_non_embedding: PositiveInt
     max_steps: PositiveInt
     tokens_per_step: PositiveInt
@@ -419,7 +421,7 @@ class Anchor(Run):
     loss: PositiveFloat  # nats per token
     corpus: str
     source: str
-    assumed_budget: bool = False  # True: max_steps is a guess, so no law is scaled to this run
+    assumed_budget: bool = False  # True: max_steps is a guess, so this run predicts no other run
 
 
 class Estimate(Section):
@@ -435,7 +437,7 @@ class Comparison(Section):
 
 
 class Regression(Section):
-    """The limits of the gate: how much worse a metric may become. No output of a stage depends on them."""
+    """The limits of `compactgpt gate`: how much worse a metric may become. No stage depends on them."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
     fallback_noise: NonNegativeFloat
@@ -476,10 +478,10 @@ class Params(Section):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml; raises as `load_section` does."""
+    """Read and check params.yaml; raises MissingInput or BadConfig."""
     return load_section(path, Params)
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Check a parsed params.yaml, which messages call `source`; raises as `load_section` does."""
+    """Check the parsed content of params.yaml; raises BadConfig, whose message names the content `source`."""
     return check_section(tree, Params, source)

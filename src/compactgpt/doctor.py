@@ -1,6 +1,6 @@
-"""Report what this machine can do: hardware, hub, MLflow's store, baselines, and how long the pipeline takes.
+"""Report what this machine has, what it can reach, and how long the pipeline takes.
 
-Times are estimated from the speed of matrix products on this processor, which is measured first.
+Times are estimated from the measured speed of matrix products on this processor.
 """
 
 import os
@@ -31,9 +31,8 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
-    `machine` has a text for each part of the machine. `baselines` has, by name, what a baseline needs to run.
-    `minutes` has, by command, the minutes of training and of each baseline on this processor, or the reason
-    why the command can't run.
+    `machine`: part of the machine, or server -> description. `baselines`: baseline -> what it needs to run.
+    `minutes`: command -> the result of `_minutes`, or the reason why the command can't run.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -129,7 +128,7 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
-    """Return the estimated minutes of the training, and of the evaluation of each neural baseline."""
+    """Return the estimated minutes of `training`, and of the evaluation of each neural baseline, by name."""
     params = runs[0]
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:
@@ -144,7 +143,8 @@ def _evaluated_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # One pass over the matched windows, and the passes of each view: overlapping windows repeat tokens.
+    # The windows of `likelihood.window` tokens, and the view `own`, read each token once. Overlapping windows
+    # read a token several times.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)

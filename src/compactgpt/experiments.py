@@ -1,7 +1,7 @@
 """Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
 
 `conf/experiments/<name>.yaml` states the purpose of an experiment, what it needs and the values that it sets.
-`conf/parts/` has settings that several experiments share. The values of the demo are set first: otherwise
+`conf/parts/` has settings that several experiments share. The values of `demo.yaml` are set first: otherwise
 values of an experiment that was applied before would remain. An experiment with a `sweep` has many runs:
 `evaluation.sweep_runs` trains them one after the other, and does not change params.yaml.
 """
@@ -53,10 +53,10 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """A quantity that small runs measure, and what claims of the note say about the quantity."""
+    """A quantity that small runs measure, and what the note that this project checks claims about it."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    # The claims say that a ratio is above or below 1, or that a difference is above or below 0.
+    # What the claims say: a ratio is above (or below) 1, or a difference is above (or below) 0.
     expected: Literal["above", "below"]
     quantity: Line  # the name of the quantity in the report
     otherwise: Line  # the conclusion in the report if the runs do not support the claims
@@ -71,7 +71,7 @@ class Comparison(Expected):
 
 
 class TextComparison(Expected):
-    """The quantity is a figure of our model's generated texts minus the same figure of a baseline's texts."""
+    """The quantity is the statistic `figure` of our model's generated texts minus that of a baseline."""
 
     baseline: Name
     figure: TextFigure
@@ -96,7 +96,7 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # comparisons of groups of this sweep and of the sweep `seeds`
+    comparisons: tuple[Comparison, ...] = ()  # each compares two groups of this sweep or the sweep `seeds`
     texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
@@ -123,7 +123,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Set values in the tree of params.yaml: of the demo, of the experiment, and `key=value` settings."""
+    """Set the values of `demo`, then of the experiment, then of `settings` in the parsed params.yaml."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -283,7 +283,7 @@ def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
 
 
 def _dvc_environment() -> dict[str, str]:
-    """Return the environment with the folder of this Python, which has DVC, first on the PATH."""
+    """Return the environment variables, with the folder of this Python first on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not shutil.which("dvc", path=path):
         raise MissingInput("this needs DVC, which is not installed: pip install 'compactgpt[pipeline]'")

@@ -1,8 +1,8 @@
 """Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss.
 
 The module neither reads the corpus nor imports torch, because the estimate is made before training. Three
-methods predict the loss: the fixed rule and the rule with calibrated intervals (`forecast.scaling_laws`), and
-a law fitted to our own sweep (`forecast.sweep`).
+methods predict the loss: the rule `scaling_laws.expect_loss`, the same rule with calibrated intervals
+(`scaling_laws.Calibration`), and a law fitted to our own sweep (`forecast.sweep`).
 """
 
 import math
@@ -19,19 +19,20 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# For each token, a block keeps this many vectors of C channels for the backward pass: the inputs and outputs
-# of both layer norms (4), queries, keys and values (3), the output of attention (1), and the 4 C channels
-# before and after the GELU (8).
+# For each token, a block keeps this many vectors of n_embd numbers for the backward pass: the inputs and
+# outputs of both layer norms (4), queries, keys and values (3), the output of attention (1), and the input
+# and output of the GELU, each as long as four vectors (8).
 KEPT_WIDTHS = 16
-MATRIX_SIZE = 1536  # rows and columns of the measured product; large enough to reach full speed
+MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
 MEASUREMENTS = 10  # number of measured products, of which the quickest counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json: estimates of the configured run and of the note's run.
 
-    The note is *Performance de NanoGPT Compact contre GPT-2*. `hand_set_loss` is the loss that a person
-    expected of the note's run. `ladder` is the prediction of our own sweep; it is null if `sweep` is None.
+    The note that this project checks is *Performance de NanoGPT Compact contre GPT-2*. It describes a
+    training run. `hand_set_loss` is the loss that a person expected of that run. `ladder` is the prediction
+    of our own sweep; it is null if `sweep` is None.
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
@@ -49,7 +50,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
         "notes": _notes(params),
     }
     note = settings.note
-    note_estimate = estimate_run(note, note, note.corpus_tokens, "adamw", settings)  # the note names AdamW
+    note_estimate = estimate_run(note, note, note.corpus_tokens, "adamw", settings)  # the note's optimizer
     return {
         "compact": compact,
         "note": note_estimate | {"hand_set_loss": note.hand_set_loss.model_dump()},
@@ -59,7 +60,7 @@ def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
 
 
 def expected_loss(params: Params) -> ExpectedLoss:
-    """Return the loss that the fixed rule predicts for the configured run."""
+    """Return the loss that the rule `expect_loss` predicts for the configured run."""
     return _expected_loss(params.model, params.training, params.training.optimizer, params.estimate)
 
 
@@ -117,7 +118,7 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # content of the memory, all in float32 -> bytes
+        "memory_bytes": {  # what memory contains (all float32) -> bytes
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
@@ -153,7 +154,7 @@ def measure_flops() -> float:
 
 
 def training_minutes(params: Params, speed: float) -> float:
-    """Return the minutes of training on a machine whose products have `speed` in FLOP/s."""
+    """Return the minutes of training on a machine that computes matrix products at `speed` FLOP/s."""
     tokens = run_of(params.model, params.training).tokens
     flops = flops_per_token(params.model, params.training)["with_attention"] * tokens
     return flops / (speed * params.estimate.utilisation_of_products) / 60
@@ -164,7 +165,7 @@ def announce_times(runs: Sequence[Params]) -> list[str]:
     speed = measure_flops()
     minutes = sum(training_minutes(params, speed) for params in runs)
     baseline = runs[0].baseline
-    # A baseline of another kind takes seconds.
+    # The other kinds of baselines are scored in seconds.
     slow = [name for name in baseline.names if baseline.specs[name].kind in ("gguf", "folder", "hub")]
     return [
         f"training: about {format_minutes(minutes)} at this machine's speed, measured just now; the progress "
@@ -188,7 +189,7 @@ def format_minutes(minutes: float) -> str:
 
 
 def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
-    """Format the estimate of the configured run, by `estimate`, as a table for a terminal."""
+    """Return the configured run's part of `report`, the result of `estimate`, as a table for a terminal."""
     rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)

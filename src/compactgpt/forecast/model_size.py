@@ -9,7 +9,7 @@ from compactgpt.config import Model, Training
 class ParameterCounts:
     """The number of parameters of a GPT, counted by three different conventions."""
 
-    all_tensors: int  # all parameters; the matrix of head and token embedding is counted once
+    all_tensors: int  # all parameters; head and token embedding are one matrix, counted once
     # All parameters except position embeddings, as get_num_params of nanoGPT counts: N of Hoffmann's law.
     nanogpt: int
     non_embedding: int  # parameters except token and position embeddings: N of Kaplan's law
@@ -32,7 +32,8 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
 
     `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
     size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, `with_attention`
-    counts the expected number of sampled rows of the head, without the few hundred tokens of the batch.
+    counts only the expected number of sampled rows of the head. The rows for the tokens of the batch itself,
+    a few hundred, are left out.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -34,20 +34,20 @@ class Law:
     source: str
     counted: Literal["nanogpt", "non_embedding"]  # the convention by which the law counts parameters
     validity: str  # a description of the runs that the law was fitted on
-    parameters: tuple[float, float]  # smallest and largest number of parameters of these runs
-    tokens: tuple[float, float]  # smallest and largest number of training tokens of these runs
+    parameters: tuple[float, float]  # smallest and largest number of parameters that the law was fitted on
+    tokens: tuple[float, float]  # smallest and largest number of training tokens that the law was fitted on
 
     def covers(self, run: Run) -> bool:
-        """Return whether the run is as large, and as long, as the runs that the law was fitted on."""
+        """Return whether the size and the length of the run are in the range that the law was fitted on."""
         size = run.num_params if self.counted == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` by the scaled law, in nats per token.
+        """Return the loss of `run` by this law scaled to the reference run `anchor`, in nats per token.
 
-        The difference between the loss and the irreducible loss is multiplied by a factor, so that the law
-        gives the measured loss of the reference run `anchor`.
+        Scaling multiplies the difference between the loss and the irreducible loss by a factor. With this
+        factor, the law gives the measured loss of `anchor`.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -126,7 +126,7 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     `run` and the nearest reference run (at least 1). No limit is above ln(vocab_size), the loss of a
     uniform guess.
     """
-    # Rounding makes distances equal that differ in their last bits only.
+    # Distances are rounded: they count as equal if only their last bits differ.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
     nearest = min(anchors, key=lambda anchor: (distances[anchor.name], anchor.optimizer != optimizer))
     guess = math.log(vocab_size)
@@ -153,27 +153,27 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
 
 @dataclass(frozen=True)
 class Calibration:
-    """The checks of the rule on all measured runs, and the reference runs used for predictions.
+    """Checks of the rule `expect_loss` on all measured runs, and the reference runs used for predictions.
 
-    Each check has a factor: if the width of the 80 % interval is multiplied by the factor, the interval just
-    contains the measured loss.
+    Each check predicts a run from the other runs, and has a factor: if the 80 % interval becomes this many
+    times as wide, one of its ends is the measured loss.
     """
 
     anchors: tuple[Anchor, ...]
-    checks: tuple[dict[str, Any], ...]  # a check of each measured run: a row of reports/estimate.json
+    checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
 
     def factor(self, share: float) -> float:
-        """Return the factor that makes the 80 % interval contain this share of the measured runs.
+        """Return the factor that makes the 80 % interval contain the share `share` of the measured losses.
 
-        This is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), or the largest
-        factor if k > n (split conformal prediction, Papadopoulos et al. 2002).
+        The factor is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), or the
+        largest factor if k > n (split conformal prediction, Papadopoulos et al. 2002).
         """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the expected loss of a run, with calibrated intervals."""
+        """Return the loss that `expect_loss` predicts, with intervals whose widths `factor` determines."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80 = half * self.factor(0.80)
@@ -202,7 +202,7 @@ class Calibration:
 
 
 def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
-    """Check the rule on every measured run: predict the run's loss from the other runs.
+    """Check the rule `expect_loss` on every measured run: predict the run's loss from the other runs.
 
     A run whose budget is assumed, because it was never published, predicts no other run.
     """

@@ -24,7 +24,8 @@ from compactgpt.forecast.scaling_laws import run_of
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
 
-HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, appendix D.2
+# In the Huber loss, errors above this value are not squared (Hoffmann et al. 2022, appendix D.2).
+HUBER_DELTA = 1e-3
 RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
 # Settings of `training` that do not change the loss of a run, or change it only by chance.
@@ -39,7 +40,7 @@ SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.ma
 class SweepRun(Run):
     """One finished run of a sweep."""
 
-    name: str  # group and seed of the run
+    name: str  # group and seed, such as `demo-1337`
     group: str  # runs of one group differ in their seed only
     params: dict[str, Any]  # key such as training.seed -> value that the sweep sets for this run
     seed: int
@@ -58,12 +59,13 @@ class ScoredDocuments(Section):
 
 
 class Fit(Section):
-    """The chosen form of the law with its constants, and the errors of all forms."""
+    """The chosen form of the scaling law with its constants, and the errors of all forms."""
 
     form: FormName
     constants: tuple[float, ...]
     draws: tuple[tuple[float, ...], ...]  # the constants of each bootstrap resample
-    misses: tuple[float, ...]  # log(measured / predicted loss) of each run that the law did not see
+    # log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs
+    misses: tuple[float, ...]
     errors: dict[FormName, float]  # form -> root mean square of its misses
 
 
@@ -83,14 +85,15 @@ class Sweep(Section):
 
 @dataclass(frozen=True)
 class Form:
-    """A form of the law: a sum of terms such as A / N^a.
+    """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The fit uses logarithms. The logarithm of this term is log A - a log N: the constant log A times 1, plus
-    the constant a times -log N. `factors` returns these multipliers, and 0 for the constants of other terms.
+    The fit uses logarithms: log(A / N^a) is log A - a log N, a weighted sum of the constants log A and a.
+    `factors` returns the weights of all constants in each term. In this term, the weight of log A is 1, the
+    weight of a is -log N, and the weights of the other constants are 0.
     """
 
     formula: str
-    factors: Callable[[float, float], list[list[float]]]  # log N and log D -> (terms, constants)
+    factors: Callable[[float, float], list[list[float]]]  # log N, log D -> weights, (terms, constants)
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
@@ -153,7 +156,7 @@ def _rounded(value: float, digits: int = 9) -> float:
 
 
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
-    """Choose the form that predicts larger runs best, and fit this form to all runs.
+    """Choose the form in `FORMS` that predicts larger runs best, and fit this form to all runs.
 
     Raises BadData if the runs are too few, or have too few sizes or numbers of tokens.
     """
@@ -203,7 +206,8 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
     """Return the loss that the fitted law predicts for a run, with bootstrap intervals.
 
-    The intervals contain two errors: of the constants, by the bootstrap, and of predictions of larger runs.
+    The intervals include two errors: the spread of the constants over the resamples, and the errors `misses`
+    of predictions for larger runs.
     """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
@@ -222,7 +226,7 @@ def read_sweep(path: Path) -> Sweep | None:
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the scored documents: losses by document are comparable if their hashes are equal."""
+    """Return a hash of the scored documents. Runs with equal hashes can be compared document by document."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
@@ -238,13 +242,13 @@ def corpus_settings(params: Params) -> dict[str, Any]:
         "max_bytes": download.max_bytes,
         "tokenizer": download.tokenizer.vocab_bpe_sha256,
         "val_fraction": params.tokenization.val_fraction,
-        # Files of sweeps from before the key `split` lack it; their split was `hash`.
+        # Older files of sweeps have no key `split`: their split was `hash`.
         **({} if params.tokenization.split == "hash" else {"split": params.tokenization.split}),
     }
 
 
 def recipe(params: Params) -> dict[str, Any]:
-    """Return the settings, by dotted key, that the loss of a run on the same text depends on."""
+    """Return the settings, besides those of the text, that affect the loss of a run: dotted key -> value."""
     training = params.training.model_dump(mode="json", exclude=NOT_RECIPE)
     if params.training.head == "full":
         del training["sample_tokens"], training["sample_power"]

@@ -82,9 +82,9 @@ def render_junit(verdict: Verdict) -> str:
 
 
 def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
-    """Return the values of Mermaid's chart of the loss curves; None if fewer than two steps have both losses.
+    """Return the values for a Mermaid chart of the losses; None if fewer than two steps have both losses.
 
-    Mermaid's xychart needs points at equal distances, so the curves are interpolated.
+    Mermaid's chart type `xychart` needs points at equal distances, so the curves are interpolated.
     """
     rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in curve]
     known = [row for row in rows if None not in row]

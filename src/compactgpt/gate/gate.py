@@ -2,8 +2,9 @@
 
 The check of a metric fails if the metric is worse by more than its tolerance *and* by more than chance can
 explain. Chance is the choice of the val documents, and the noise between training runs. If only one of the
-two conditions is true, the check is a warning. The probability `regression.false_alarms` is divided among
-all tests (Bonferroni). docs/decisions/15-gate.md has the reasons and the error rates.
+two conditions is true, the check is a warning. `regression.false_alarms` is the probability that chance
+alone makes any test fail. It is divided among all tests (Bonferroni). docs/decisions/15-gate.md has the
+reasons and the error rates.
 """
 
 import math
@@ -33,7 +34,7 @@ _NO_EFFECT = (
 class Noise:
     """The standard deviation of the loss between training runs that differ in their seeds only.
 
-    Code that only adds numbers in another order gives another model, as another seed does.
+    A code change that only adds numbers in another order also changes the model, like another seed.
     """
 
     deviation: float  # standard deviation of a run's loss, nats per token
@@ -70,12 +71,14 @@ class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
     name: str  # name of this version in the verdict
-    fingerprint: Mapping[str, Any]  # `val` -> SHA-256 of the val split; other names -> lengths of windows
+    # `val` -> SHA-256 of the val split; `window`, and keys such as `own.stride` -> number of tokens
+    fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
-    tasks: Mapping[str, Mapping[str, str]]  # task -> `items_sha256`, and `hits`: 1 for a right answer, else 0
+    # task -> `items_sha256`, and `hits`: a string with a digit for each item, 1 for a right answer, else 0
+    tasks: Mapping[str, Mapping[str, str]]
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
 
@@ -108,7 +111,7 @@ class Verdict:
 
     @property
     def checks(self) -> list[Check]:
-        """The guards, then the checks of metrics that can fail."""
+        """All checks except those in `watched`."""
         return [*self.guards, *self.metrics]
 
     @property
@@ -122,8 +125,8 @@ def run_gate(
 ) -> Verdict:
     """Compare the new version `now` with the accepted version `then`, and return the verdict.
 
-    `throughput` is our tokens per second in training / nanoGPT's tokens per second on one machine. None skips
-    the check of the throughput.
+    `throughput` is our training speed divided by nanoGPT's training speed, in tokens per second on one
+    machine. None skips the check of the throughput.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason)
@@ -176,8 +179,8 @@ def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the parameters without those that begin with `without`, and those of unused baselines."""
-    names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # the value is a JSON list
+    """Leave out parameters whose keys begin with a prefix in `without`, and those of unused baselines."""
+    names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # a list is flattened to JSON
     in_use = tuple(f"baseline.specs.{name}." for name in names)
     acting = {key: value for key, value in params.items() if not key.startswith(without)}
     unused = {key for key in acting if key.startswith("baseline.specs.") and not key.startswith(in_use)}
@@ -242,19 +245,21 @@ def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: N
 def choose_accuracies(
     hits: Mapping[str, str], settings: Regression, *, has_perplexity: bool
 ) -> tuple[list[str], float]:
-    """Return the accuracies whose test can fail, and the level of each group of tests.
+    """Choose the accuracies that are tested. Return their names, and the significance level of the tests.
 
-    The level is the probability that chance alone makes a test of the group fail. All perplexities are one
-    group, because they rise and fall together. Each accuracy is a group of its own. `hits` has, for each
-    accuracy, a 1 for each item that the accepted model answers correctly, and a 0 for the other items. The
-    answers of the new model have no part in the choice: they would change the probability of a false alarm.
+    An accuracy is not tested if its test could not fail even after the loss of all right answers. The level
+    is `settings.false_alarms` divided by the number of groups of tests. All perplexities are one group,
+    because they rise and fall together. Each tested accuracy is a group of its own.
+
+    `hits`: name of an accuracy -> a digit for each item, 1 if the accepted model answers correctly, else 0.
+    The new model's answers are not used: a choice by them would change the probability of a false alarm.
     """
-    # At worst, the new model loses all n right answers: then p is 0.5^n.
+    # At worst, the new model loses all n right answers: then the p-value of McNemar's test is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -lost[name])
     while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # without the accuracy with the fewest right answers, the level of the others is higher
+        able.pop()  # the accuracy with the fewest right answers; with one test fewer, the level is higher
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 
@@ -273,17 +278,17 @@ def _check_perplexity(
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
     """Return the relative rise of the perplexity on the same documents, with its confidence interval.
 
-    `nats` and `nats_then`, (documents,), are the losses of the new and of the accepted model, and `tokens`,
-    (documents,), are the scored tokens. If the perplexity did not rise, the interval is above 0 with the
-    probability `level`.
+    `nats` are the losses of the new model, `nats_then` those of the accepted model, and `tokens` the numbers
+    of scored tokens; each is (documents,). If the true rise is 0, chance puts the whole interval above 0 with
+    the probability `level`.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The choice of documents and the noise are independent, so the square of the half-width of the interval
-    # is the sum of the squares of both.
+    # The error from the choice of documents and the noise between runs are independent. So the half-width of
+    # the interval is the square root of the sum of their squares.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)

@@ -1,8 +1,8 @@
 """Read the two versions of the project that the gate compares: the present one, and the reference.
 
-The reference is the accepted reference, a commit, or the champion of the model registry. The accepted
-reference is a small JSON file in git, which people review like code. It has the loss of each document, so
-the gate compares two models document by document.
+The reference is a commit, the champion of the model registry, or the accepted reference. The accepted
+reference is a JSON file that `compactgpt gate --accept` writes. The file is small and in git, so people
+review it like code. It has the loss of each document, so the gate compares two models document by document.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_SAME_SUM = 1e-9  # nats per token; the same loss, summed in another order, differs by less
+_SAME_SUM = 1e-9  # nats per token; another order of the sum changes a loss by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
@@ -85,8 +85,8 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
     """Return the noise between the training runs in the file `path`.
 
-    Returns the noise `regression.fallback_noise` if the file is missing, if its runs have the recipe of
-    neither version, or if they were scored on other documents than the new version.
+    Returns the noise `regression.fallback_noise` if the file is missing, if neither version has the settings
+    of its runs, or if its runs were scored on other documents than the new version.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -217,11 +217,11 @@ def _read_documents(path: Path, reported: float) -> Documents:
 
 
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
-    """Write a version as the accepted reference; every verdict against the reference shows the reason.
+    """Write a version as the accepted reference; every verdict against this reference shows `reason`.
 
-    The reference has the losses of at most `max_documents` documents: if the version has more, the ids with
-    the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if `path` is a file
-    that is not an accepted reference.
+    The reference has the losses of at most `max_documents` documents. If the version has more, the documents
+    whose ids have the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if
+    `path` is a file that is not an accepted reference.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -268,9 +268,10 @@ def read_accepted(path: Path) -> Snapshot:
 
 
 def promote(root: Path, reason: str = "") -> str:
-    """Register the model that the gate checked as the champion, and return its version.
+    """Make the checked model the champion of the model registry, and return the model's version.
 
-    `reason` says why the model is accepted although its configuration or val split is not the champion's.
+    `reason` says why the model is accepted although its configuration or val split differs from those of the
+    previous champion.
     Raises MissingInput if the weights are missing in models/ or in MLflow, and CheckFailed if a reason is
     needed and empty.
     """
