@@ -42,8 +42,8 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # a document is compared with this number of later documents in its bucket
-_OWNERS_PER_RUN = 10  # when this number of train documents with a run is stored, no more are stored
+_NEIGHBOURS = 8  # number of following documents that `_candidates` pairs with each document
+_OWNERS_PER_RUN = 10  # for each run, the rows of about this many train documents are stored at most
 
 
 def word_hashes(text: str) -> Hashes:
@@ -79,10 +79,10 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 class Digest(NamedTuple):
     """Tables about n documents, which are the documents of one row group or of the whole corpus."""
 
-    documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val
+    documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # A row for each run of val that a document contains; columns: the number of the document from 0, and the
-    # index of the run in the result of `val_runs`.
+    # Which document contains which run of the val split. A row has `document`, the index of the document in
+    # `documents`, and `run`, the index of the run in the result of `val_runs`.
     hits: "pd.DataFrame"
 
 
@@ -103,14 +103,14 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
 
     wanted: Hashes = np.load(runs_file, mmap_mode="r")  # memory-mapped, so that the workers share one copy
     documents = read_row_group(group)
-    shingles: list[Hashes] = []  # of each document, the hashes that MinHash compares
+    shingles: list[Hashes] = []  # for each document, the hashes that MinHash compares
     hits: list[Numbers] = []
     for document in documents:
         words = word_hashes(document.text)
         runs = run_hashes(words, params.shingle_words)
         if not len(runs):
-            # A short document has one hash, of its words. If it has no word, its id is used instead of the
-            # words: otherwise all documents without words would be twins.
+            # The document is shorter than one run, so its words are hashed together. A document without words
+            # gets a hash of its id: otherwise all documents without words would count as similar.
             runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
         shingles.append(runs)
         runs = run_hashes(words, params.overlap_words)
@@ -159,7 +159,8 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Without this limit, a licence that every document contains would fill the memory.
+            # Keep all rows of val documents, but for each run only a few rows of train documents. Otherwise a
+            # text that every document contains, such as a licence, would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
@@ -180,18 +181,19 @@ def digest_documents(
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     """Return a table of the documents that have a twin: another document with similar words.
 
-    A row has the numbers of a document and of its twin, and the similarity `score` from 0 to 1. A document
-    has at most two rows: the most similar twin in its own split, and the most similar twin in the other split
-    (`across` is True). The rows are sorted by document and falling score.
+    `document` and `twin` are indices in `corpus.documents`. `score` is their similarity, from 0 to 1.
+    `across` is True if the twin is in the other split. A document has at most two rows: one for its most
+    similar twin in its own split, and one for its most similar twin in the other split. The rows are sorted
+    by document, and then by score, the highest first.
 
-    The MinHash values of a document (Broder 1997) are divided into bands. Documents that have equal values in
-    a whole band are compared (locality-sensitive hashing). The similarity is the share of equal values, which
-    estimates the Jaccard similarity of the two documents' sets of 5-word runs.
+    The MinHash values of a document (Broder 1997) are divided into bands. Two documents are compared if all
+    values of one band are equal (locality-sensitive hashing). Their score is the share of MinHash values that
+    are equal. The score estimates the Jaccard similarity of their sets of 5-word runs.
     """
     import pandas as pd
 
     in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
-    # The library rensa has such an index too, but it needs 1.3 KB per document (docs/decisions).
+    # The library rensa can find similar documents too, but it needs 1.3 KB per document (docs/decisions).
     width = params.permutations // params.bands
     found = []
     for band in range(params.bands):
@@ -213,13 +215,14 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return the first document and the second document of each pair of documents with equal keys.
+    """Return pairs of documents with equal keys, as an array of first documents and one of second documents.
 
-    All documents with one key form a bucket. Each document is paired with the bucket's first document and
-    with the next `_NEIGHBOURS` documents. All pairs would be too many: a text that occurs 100,000 times has
-    5 billion pairs.
+    All documents with one key form a bucket. Each document is paired with the first document of its bucket,
+    and with the next `_NEIGHBOURS` documents. Other pairs are left out, since they may be too many: a text
+    that occurs 100,000 times has 5 billion pairs.
     """
-    # Train documents come first in a bucket. So a val document is paired with a train document if it can be.
+    # Train documents come first in a bucket. So each val document is paired with a train document, if the
+    # bucket has one.
     order = np.lexsort((in_val, keys))
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
@@ -238,9 +241,9 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
     """Return a table with one row per val document: how much of the document is in the train split.
 
-    `runs` is the number of different runs in the val document, and `seen` is the number of these runs that
-    some train document contains. `score` is `seen` / `runs`. `twin` is the number of the train document that
-    contains most of these runs, or -1 if no train document contains a run.
+    A run is a sequence of 13 words. `runs` is the number of different runs in the val document. `seen` is the
+    number of these runs that some train document contains. `score` is `seen` / `runs`. `twin` is the index of
+    the train document that contains most of these runs, or -1 if no train document contains one.
     """
     import pandas as pd
 

@@ -1,9 +1,9 @@
 """Check that the token files are correct, and that the val split does not repeat the train split.
 
-Great Expectations checks three tables of one row: `train` and `val` have counts of a token file, and
-`repetition` has the shares of documents that repeat other documents (duplicates.py). The report lists the
-flagged documents: the val documents that repeat another document. The comparison also has the losses without
-the flagged documents.
+Great Expectations checks three tables, which have one row each. The tables `train` and `val` have counts of
+the token file of that split. The table `repetition` has the shares of documents that repeat other documents
+(duplicates.py). The report lists the flagged documents: the val documents that repeat another document. The
+stage `comparison` also computes the losses of the models without the flagged documents.
 """
 
 import math
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TOKENS_AT_ONCE = 2**24  # number of tokens in memory at a time
-# With fewer row groups per worker process, a process takes more time to start than it saves.
+# The least number of row groups per worker process: with fewer, a process takes more time to start than it
+# saves.
 _GROUPS_PER_WORKER = 8
 
 
@@ -71,7 +72,7 @@ def inspect(
 
 
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what training depends on: the hash of each token file, and whether all checks passed.
+    """Return what training depends on: whether all checks passed, and the hash of each split's token file.
 
     The limits of the checks are not included. So DVC does not run training again when a limit changes.
     """
@@ -96,7 +97,7 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
         bound("ends_inside", f"{name}: end-of-text tokens inside documents", again, most=0),
         bound("documents_that_differ", f"{name}: documents that differ from data/documents", again, most=0),
     ]
-    if rule.val_start is None:  # the split `hash`, which draws the documents of val
+    if rule.val_start is None:  # tokenization.split is `hash`, so the val documents are a random sample
         share = rule.val_fraction if name == "val" else 1 - rule.val_fraction
         expected = share * len(corpus.documents)
         # The number of documents in a split has a binomial distribution with this standard deviation.
@@ -147,7 +148,7 @@ def _count_repetition(
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
         "runs": int(overlap["runs"].sum()),
         "runs_in_train": int(overlap["seen"].sum()),
-        # A document with fewer than `overlap_words` words has no run, so `find_overlap` finds nothing.
+        # A document with fewer than `overlap_words` words has no run, so `find_overlap` can't compare it.
         "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
     }
 
@@ -182,8 +183,8 @@ def uncompared(report: Mapping[str, Any], words: int) -> str:
     if 2 * short <= total:
         return ""
     return (
-        f"{short:,} of {total:,} val documents have fewer than {words} words: of these, only copies are "
-        "found in train; use longer documents, or lower inspection.overlap_words"
+        f"{short:,} of {total:,} val documents have fewer than {words} words: the check finds only "
+        "copies of these documents in train; use longer documents, or lower inspection.overlap_words"
     )
 
 

@@ -31,7 +31,8 @@ MAGIC = b"CGPTTOK\n"
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# The number of a document, and an array of its start token and its tokens. The start token is never a target.
+# The number of a document, and an array of a start token and the document's tokens. A model must predict each
+# token of the array except the start token.
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 
@@ -142,7 +143,8 @@ def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     """Open a token file and its document index.
 
     If `verify` is true and the folder has a manifest, the two files must have the hashes in the manifest.
-    Raises MissingInput if a file is missing, BadData if a file is damaged or the index is of another file.
+    Raises MissingInput if a file is missing, BadData if a file is damaged or the two files do not belong
+    together.
     """
     index_file = index_path(path)
     for each in (path, index_file):
@@ -170,9 +172,9 @@ def _read(path: Path, index_file: Path) -> TokenFile:
     number = header.documents
     shapes = [("int64", (number + 1,)), ("int64", (number,)), ("uint8", (number, 16))]
     if [(array.dtype.name, array.shape) for array in arrays] != shapes:
-        raise ValueError("the index has other arrays than the header says")
+        raise ValueError("the types or shapes of the index arrays do not match the header")
     if not len(tokens) == header.tokens == arrays[0][-1]:
-        raise ValueError("the number of tokens is not the header's")
+        raise ValueError("the number of tokens in the file, the header and the index differs")
     return TokenFile(path, header, tokens, *arrays)
 
 
@@ -186,7 +188,7 @@ def training_batch(
 
     `tokens` are all tokens of the train split. The target of a token is the next token. A sequence starts at
     a random index in `tokens`, as in nanoGPT's get_batch. The result depends only on the arguments, so a
-    resumed training needs no state of a random generator.
+    resumed training needs no saved state of a random generator.
     Raises BadData if `tokens` is too short for one sequence.
     """
     if len(tokens) <= block_size:
@@ -206,27 +208,28 @@ class Window:
     """A part of one document: the tokens that a model reads, and the tokens that the model must predict."""
 
     document: int  # number of the document in the token file, from 0
-    tokens: npt.NDArray[np.int64]  # (T,) tokens to read, which begin one token before `targets`
-    targets: npt.NDArray[np.int64]  # (T,) the next token of each token in `tokens`
+    tokens: npt.NDArray[np.int64]  # (T,) the tokens that the model reads
+    targets: npt.NDArray[np.int64]  # (T,) for each token in `tokens`, the next token, to be predicted
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
-    """Cut every document into windows of at most `window` targets, and yield the windows in document order.
+    """Cut every document into windows, and yield the windows in document order.
 
-    Every token of every document is a target exactly once. The first window of a document begins with the
-    end-of-text token. The end-of-text token is never a target, since it encodes no text.
+    A target is a token that the model must predict. A window has at most `window` targets. Each token of a
+    document's text is a target exactly once. The end-of-text token encodes no text, so it is never a target:
+    it is only the first token that the model reads in the first window of a document.
     """
     return cut_windows(document_streams(split), window)
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the number of every document, and an array of end-of-text and the document's tokens."""
+    """Yield the number of every document, and an array of the end-of-text token and the document's tokens."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 
 
 def cut_windows(streams: Iterable[Stream], window: int) -> Iterator[Window]:
-    """Cut streams into windows of at most `window` targets without overlap."""
+    """Cut each stream into windows that do not overlap. A window has at most `window` tokens to predict."""
     for document, stream in streams:
         for start in range(0, len(stream) - 1, window):
             end = min(start + window, len(stream) - 1)

@@ -79,14 +79,14 @@ def tokenize(
 ) -> dict[str, Any]:
     """Write the token files of the train split and the val split into `folder`, and return the report.
 
-    The folder `state` keeps the finished chunks, so that the next run can use the chunks of a killed run.
+    The folder `state` keeps the finished chunks (encoded shards), so that a killed run can be resumed.
     Raises MissingInput if an input is missing, BadData if an input is damaged or a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
-    # The folder name is a hash of all inputs of the chunks. So chunks of other inputs are never used.
+    # The folder name is a hash of all inputs. So chunks that were made from other inputs are never used.
     settings = [params.val_fraction, params.split, params.encoder]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
@@ -107,7 +107,7 @@ def tokenize(
         encoded_bytes += size
         progress(encoded_bytes, corpus["bytes"])
     how: dict[str, Any] = {"val_fraction": params.val_fraction}
-    if params.split != "hash":  # without the key `split`, a manifest means `hash`
+    if params.split != "hash":  # a manifest without the key `split` means `hash`
         how["split"] = params.split
     with atomic_folder(folder, {**facts, **how}, kind="tokens") as temporary:
         for split in SPLITS:
@@ -134,7 +134,7 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Encode the row groups of one shard, write the shard's chunk, and return the shard's bytes of text."""
+    """Encode the row groups of one shard, write its chunk, and return the number of bytes of its text."""
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
@@ -149,7 +149,7 @@ def encode_shard(
             text_bytes += byte_length
             row = (bytes.fromhex(document.id), byte_length, encode(document.text))
             rows["val" if in_val else "train"].append(row)
-        for split in SPLITS:  # packing saves memory, since a packed token takes 2 bytes
+        for split in SPLITS:  # packing saves memory: a packed token takes 2 bytes instead of 4
             parts[split].append(pack_documents(group.path, rows[split], **vocabulary))
     with atomic_folder(chunk, {"text_bytes": text_bytes}, kind="token chunk", private=True) as temporary:
         for split in SPLITS:
@@ -178,14 +178,14 @@ def describe_splits(folder: Path) -> dict[str, dict[str, Any]]:
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
     """Run `function(task)` for each task on a Ray cluster, and yield the results in the order of the tasks.
 
-    The cluster is at the address in RAY_ADDRESS; without RAY_ADDRESS, it is started on this machine. Every
-    machine of the cluster needs this package installed, and the project's folder at an equal path.
+    The cluster is at the address in RAY_ADDRESS; without RAY_ADDRESS, it is started on this machine. On every
+    machine of the cluster, this package must be installed, and the project's folder must have the same path.
     Raises Unreachable if no cluster answers, and any error that the function raises.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    num_cpus = None if address else num_workers  # a running cluster has its own number of processors
+    num_cpus = None if address else num_workers  # a cluster that already runs knows its number of processors
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
     try:
         ray.init(address or "local", num_cpus=num_cpus, **quiet)

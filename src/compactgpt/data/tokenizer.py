@@ -25,8 +25,9 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-CHECK_EVERY_BYTES = 2**20  # bytes of text between two comparisons of gigatoken's ids with tiktoken's
-CHECK_CHARACTERS = 2**11  # number of characters of a text whose ids are compared
+# Each time that gigatoken has encoded this many bytes, the ids of one text are compared with tiktoken's ids.
+CHECK_EVERY_BYTES = 2**20
+CHECK_CHARACTERS = 2**11  # only this many characters of the text are compared, from its beginning
 # gigatoken keeps every word in memory: 0.3 MB per MB of documentation, 9 MB per MB of random words.
 # So gigatoken is loaded again, with empty memory, after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
@@ -38,8 +39,9 @@ TokenIds = npt.NDArray[np.uint32]
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save the contents of vocab.bpe and encoder.json in a tokenizer folder, and return the manifest's facts.
+    """Save the contents of vocab.bpe and encoder.json in a tokenizer folder.
 
+    Return the facts about the tokenizer that the folder's manifest contains, such as the vocabulary size.
     Raises BadData if `encoder_json` is damaged.
     """
     encoding = _gpt2_encoding(encoder_json)
@@ -96,9 +98,9 @@ def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
 def unicode_to_bytes() -> dict[str, int]:
     """Return a table from each character in GPT-2's published files to the byte that it stands for.
 
-    The files write a printable byte as the character with this code, and each other byte as a character from
-    U+0100 on. The table is in the order of token ids. It is the inverse of bytes_to_unicode in openai/gpt-2,
-    src/encoder.py.
+    A printable byte is written as the character with this code. The other bytes are written as the characters
+    from U+0100 on. The token of the first byte in the table has id 0, the token of the second byte has id 1,
+    and so on. The table is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
@@ -136,7 +138,7 @@ class GigatokenEncoder:
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the ids of the first text are compared
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the first text is compared
         self._start()
 
     def _start(self) -> None:
@@ -152,8 +154,8 @@ class GigatokenEncoder:
     def encode(self, text: str) -> TokenIds:
         """Return the token ids of a text, shape (tokens,).
 
-        After each CHECK_EVERY_BYTES bytes of text, the ids of a sample are compared with tiktoken's ids.
-        Raises BadData if the ids differ.
+        After each CHECK_EVERY_BYTES bytes of text, the beginning of this text is encoded by tiktoken, too.
+        Raises BadData if tiktoken's ids differ from gigatoken's.
         """
         content = text.encode()
         if not text.isascii() and _MAY_BE_NEW.search(content):

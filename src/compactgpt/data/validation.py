@@ -24,7 +24,7 @@ from compactgpt.data.documents import Document, read_row_group, row_groups
 
 _EXCERPT_CHARACTERS = 80
 _ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
-_EXAMPLES = 3  # number of documents that the result of a failed expectation names
+_EXAMPLES = 3  # how many documents are listed in the result of a failed expectation
 _PLUGINS = Path(__file__).parent / "data_docs"  # folder of the style sheet and the index page of Data Docs
 # HTML that loads files from other servers. Without a network, a browser would wait for these files.
 _REMOTE = re.compile(
@@ -53,7 +53,7 @@ def validate(
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # a hash of each id, 16 bytes long, since a wrong id may have any length
+    ids = bytearray()  # for each document, a 16-byte hash of its id, since a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
@@ -61,7 +61,7 @@ def validate(
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
             ids += bytes.fromhex(_hash(document.id))
-            # Integers are exact, so every machine takes an identical sample.
+            # Compare integers: they are never rounded, so every machine takes an identical sample.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
@@ -99,7 +99,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "id_is_hash": _hash(text) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
-        # The share among the characters that are not white space. It is 0 if the text is blank.
+        # The share of letters among the characters that are not white space; 0 if the text is blank.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -111,10 +111,9 @@ def document_row(document: Document) -> dict[str, Any]:
 def bound(
     column: str, what: str, advice: str, *, least: float | None = None, most: float | None = None
 ) -> Any:
-    """Return the expectation that the value of `column` in a table of one row is in its bound.
+    """Return an expectation for a table of one row: `column` is at least `least`, or at most `most`.
 
-    The bound is the minimum `least` or the maximum `most`. Messages call the value `what`. `advice` is
-    printed if the expectation fails.
+    `what` is the name of the value in messages. `advice` is printed if the expectation fails.
     """
     from great_expectations import expectations as gxe
 
@@ -195,8 +194,8 @@ def document_expectations(params: Validation) -> list[Any]:
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
     """Raise CheckFailed, which stops the pipeline, if an expectation in the report of a stage failed.
 
-    `what` names the checked data by a plural noun. For each failed expectation, the message has a line with
-    the value found, the value expected, and advice. `last_line` ends the message.
+    `what` is a plural noun that names the checked data. For each failed expectation, the message has a line
+    with the value found, the value expected, and advice. `last_line` ends the message.
     """
     lines = []
     for result in report["expectations"]:
@@ -313,7 +312,7 @@ def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
     for page in docs.rglob("*.html"):
         page.write_text(_REMOTE.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
-    # The fonts, logos and videos of GX, which no page uses now.
+    # Delete the fonts, logos and videos of GX: no page uses them any more.
     shutil.rmtree(docs / "static", ignore_errors=True)
     pages = []
     for page in sorted((docs / "validations").rglob("*.html")):
