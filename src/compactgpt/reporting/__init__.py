@@ -1,1 +1,1 @@
-"""Render the comparison's record as tables, plots, an HTML page and a model card, with Jinja2 templates."""
+"""Compare the models, and write the comparison as tables, plots, an HTML page and a model card."""

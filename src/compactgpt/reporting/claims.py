@@ -17,9 +17,10 @@ from compactgpt.common.sections import Name, Section
 from compactgpt.config import Model
 
 COMPACT = "compact"  # the name of the model that this project trains
+# The verdicts on a claim of the note that this project checks.
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
-    "restated",  # the value is the note's own number, so the agreement proves nothing
+    "restated",  # the evidence is the note's own number, so its agreement proves nothing
     "consistent",  # the claim agrees with other claims of the note, which proves none of them
     "supported",  # a measurement or a published value agrees with the claim
     "contradicted",
@@ -29,28 +30,29 @@ Verdict = Literal[
     "unverifiable",
     "not yet measured",
 ]
-# `derived`: calculated from published values, with the interval that their rounding leaves.
+# How a value is known. `derived` means calculated from published values.
 Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims contradict each other if their intervals share less than this part of the shorter interval.
+# Two claims contradict each other if their intervals overlap by less than this share of the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
 
 class ByEvidence(Section):
-    """The rule of a claim that is judged by values of the record."""
+    """How to judge a claim: compare it with values of reports/evidence.json."""
 
     by: Literal["evidence"]
     ids: Annotated[tuple[str, ...], Field(min_length=1)]  # ids of the values that decide the claim
     until_measured: tuple[str, ...] = ()  # ids of the values that decide while a value of `ids` is missing
-    copied: bool = False  # True: the value is the note's own number
+    copied: bool = False  # True: the values are copied from the note, so their agreement proves nothing
     reason: str = ""
 
 
 class ByAgreement(Section):
-    """The rule of a claim that is judged by other claims of the note.
+    """How to judge a claim: check whether claims of the note agree with each other.
 
-    `of` names the claims: a perplexity and a loss, or two perplexities and their ratio.
+    `of` has the ids of the compared claims. With `through: logarithm`, these are a perplexity and its loss.
+    With `through: ratio`, these are two perplexities and their ratio.
     """
 
     by: Literal["agreement"]
@@ -73,7 +75,7 @@ class ByHand(Section):
 
 
 class Claim(Section):
-    """One statement of the note that can be checked."""
+    """One statement of the note that this project checks."""
 
     id: Name
     quote: str
@@ -102,7 +104,7 @@ class Claim(Section):
 
 
 class Row(Section):
-    """A row of the note's table. `compact`, `gpt2` and `gpt2_xl` are the ids of the claims in its cells."""
+    """A row of the table in the note that this project checks: for each model, the id of its claim."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name
@@ -134,7 +136,7 @@ class Claims(Section):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One value of the record, with its source, its interval and the hashes of its inputs."""
+    """One value of reports/evidence.json, with its source, its interval and the hashes of its inputs."""
 
     id: str
     value: float
@@ -150,14 +152,14 @@ class Evidence:
     report: str = ""  # the file that contains the value
     context: int | None = None  # the maximum number of tokens that the model could see
     stride: int | None = None  # number of tokens between the starts of two neighbouring windows
-    tokenizer: str = ""  # the model's tokenizer
+    tokenizer: str = ""
     data_sha256: str = ""  # hash of the token file on which the value was measured
     weights_sha256: str = ""
     code_sha256: str = ""  # hash of the stage's code, see provenance.py
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The value's interval (low, high). The value replaces an end that is missing."""
+        """The value's interval (low, high). If an end is missing, the value itself is this end."""
         low, high = (self.value if end is None else end for end in (self.low, self.high))
         return low, high
 
@@ -233,7 +235,7 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Compare the last claim with the logarithm of the first claim, or with the ratio of the first two."""
+    """Compare the last claim of `judged.of` with the logarithm of the first or the ratio of the first two."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])

@@ -1,8 +1,8 @@
 """Build the record, reports/evidence.json, from reports, claims and published values.
 
 Pages, tables and plots show only values of the record. Ids of values have the form `<model>.<quantity>`. The
-model `note` is the note's model, and `compact` is the model trained in this project. The id of a value on
-another corpus contains the corpus: `gpt2.openwebtext.loss`.
+model `compact` is trained in this project. The note that this project checks describes the model `note`. The
+id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
 """
 
 from collections import Counter
@@ -25,24 +25,24 @@ from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sour
 
 NOTE = "note"
 NATS = "nats per token"
-# (kind, name) of the two corpora whose reports check the note: the demo's corpus and the note's corpus.
-# On any other corpus, a report describes only the model that was trained on that corpus.
+# (kind, name) of the two corpora whose reports check the claims of the note: the demo's and the note's.
+# With any other corpus, the reports only describe the model that was trained on it.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
 SCORE_UNITS = {"loss": NATS, "perplexity": "perplexity", "bits_per_byte": "bits per byte"}
-# id of a ratio of published perplexities -> the beginnings of the ids of its numerator and denominator
+# id of a ratio -> ids of its numerator and denominator, without their ending `.perplexity`
 PUBLISHED_RATIOS = {
     "ratio.gpt2_to_gpt2-tuned.perplexity": ("gpt2.openwebtext", "gpt2-tuned.openwebtext"),
     "ratio.nanogpt-124m_to_gpt2.perplexity": ("nanogpt-124m.openwebtext", "gpt2.openwebtext"),
     "ratio.gpt2_openwebtext_to_webtext.perplexity": ("gpt2.openwebtext", "gpt2.webtext_figure"),
 }
-# Units of text metrics. Every other text metric is a share.
+# Text metric -> its unit. The text metrics that are missing here are shares.
 TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
 
 
 def build_record(sources: Sources) -> dict[str, Any]:
-    """Judge the claims and return the record as plain JSON.
+    """Judge the claims and return the record, the content of reports/evidence.json, as plain JSON.
 
     Raises BadConfig if two values have the same id.
     """
@@ -100,12 +100,14 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
-    """Return a model's rows of the main table: one row for each context with which the model was measured.
+    """Return a model's rows in the table of measured models: one row for each context that was measured.
 
-    The key `scores` is the beginning of the ids of the row's values. The key `view` is `matched` (the windows
-    that all neural models share), `own` (the model's own maximum context), `both` (the own context is the
-    shared window), or `document` (a compressor or n-gram model, which has no windows). The key `context`
-    describes the text that a model without windows sees.
+    The ids of the row's values begin with the text of the key `scores`. The key `view` is one of these words:
+    - `matched`: the model was measured on the windows that all neural models share.
+    - `own`: the model was measured with its own maximum context.
+    - `both`: the shared windows are as long as the model's own maximum context.
+    - `document`: the model is a compressor or an n-gram model, so it has no windows. The key `context` says
+      which text the model sees.
     """
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
@@ -118,12 +120,12 @@ def _table_rows(measured: Measured) -> list[dict[str, Any]]:
 
 
 def _align_samples(sources: Sources) -> list[dict[str, Any]]:
-    """Return the text that each model generated after each of the note's prompts."""
+    """Return the texts that each model generated after each prompt of params.yaml."""
     by_model = {COMPACT: sources.samples} | {b.name: b.score.text.samples for b in sources.baselines}
     prompts: dict[str, dict[str, Any]] = {}
     for model, samples in by_model.items():
         for sample in samples:
-            if sample.document is None:  # skip prompts that are the beginning of a val document
+            if sample.document is None:  # otherwise, the prompt is the beginning of a val document
                 continuations = {"greedy": sample.greedy, "top_k": sample.top_k, "nucleus": sample.nucleus}
                 texts = {way: text for way, text in continuations.items() if text is not None}
                 prompts.setdefault(sample.prompt, {})[model] = texts
@@ -175,7 +177,7 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
-    """Yield the size, the training tokens and the expected loss of one run of reports/estimate.json."""
+    """Yield the size, the number of training tokens and the expected loss of a run in estimate.json."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
     sizes = asdict(forecast.parameters).items()
@@ -216,7 +218,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
 
 
 def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
-    """Yield the ratios of the note's model to GPT-2 small: parameters and FLOPs per token."""
+    """Yield parameters and FLOPs per token of the note's model, each divided by the value of GPT-2 small."""
     sizes = asdict(note.parameters)
     counts = asdict(count_parameters(gpt2))
     ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
@@ -229,8 +231,8 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
 def _published(published: Published) -> Iterator[Evidence]:
     """Yield the published values, and the perplexities, bits per byte and ratios calculated from them.
 
-    Published values are rounded. The interval of a calculated value contains every value that this rounding
-    allows.
+    Published values are rounded, so their exact values are unknown. The interval of a calculated value
+    contains its results for all possible exact values.
     """
     found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
@@ -252,7 +254,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Return a value calculated from a published loss: `increasing` of the loss and of its two limits."""
+    """Calculate a value from a published loss: apply `increasing` to the loss and to both limits."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(
@@ -266,10 +268,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return each document's loss in nats, (documents,), on shared windows and with the model's own context.
+    """Return each document's loss in nats, an array (documents,), for each context of the measurement.
 
-    The keys are "" for the windows that all models share and ".own" for the model's own context. ".own" is
-    missing if the model has no windows, or if the model's own context is the shared window.
+    The key "" stands for the windows that all models share, and ".own" for the model's own maximum context.
+    ".own" is missing if the model has no windows, or if the two contexts are equal.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
@@ -278,8 +280,9 @@ def _nats_by_view(measured: Measured) -> dict[str, Floats]:
 def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
     """Return the fields of Evidence that are equal for all values of one model's report.
 
-    `view` is "" for values on the shared windows and ".own" for values in the model's own context. All other
-    values, and all values of compressors and n-gram models, have neither a context nor a stride.
+    Only `context` and `stride` depend on `view`: "" for values on the windows that all models share, ".own"
+    for values with the model's own maximum context, None for values without windows. Compressors and n-gram
+    models never have windows.
     """
     score, ours, is_recipe = measured.score, measured.name == COMPACT, measured.name == RECIPE
     model = score.model
@@ -302,7 +305,7 @@ def _common(measured: Measured, sources: Sources, view: str | None = None) -> di
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's training tokens, training loss, and deviation of its loss between seeds."""
+    """Yield the compact model's training tokens, training loss, and standard deviation between seeds."""
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",
@@ -326,14 +329,14 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Score | ViewScore, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, perplexity and bits per byte, without a perplexity that is too large for a float."""
+    """Yield loss, perplexity and bits per byte. A perplexity that is too large for a float is left out."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
             yield _interval(f"{stem}.{quantity}", bounds, unit, about)
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's scores with each context, and the numbers of parameters of a baseline."""
+    """Yield a model's scores, once for each context. For a baseline, also yield its numbers of parameters."""
     name, score = measured.name, measured.score
     on_windows, about = _common(measured, sources, ""), _common(measured, sources)
     yield from _scores(name, score, on_windows)
@@ -393,9 +396,10 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's perplexity divided by a baseline's, on shared windows and with own contexts.
+    """Yield the compact model's perplexity divided by a baseline's, with an interval paired by document.
 
-    The ratio is calculated from pairs of losses, one pair for each document. An infinite ratio is left out.
+    One ratio is measured on the windows that all models share, and one with each model's own maximum context.
+    An infinite ratio is left out.
     """
     compact = sources.compact
     ours = compact.totals

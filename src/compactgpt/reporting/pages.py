@@ -2,8 +2,8 @@
 
 The page is one file that needs no network, no script and no other file. Each language is an <article>. Two
 radio buttons and a CSS rule select the visible <article>. Plots are inline SVG and use the page's CSS
-variables as colours. Every number shows its source and links to the row of the last table that
-describes the number.
+variables as colours. Every number shows its source, and links to its row in the page's last table, which
+lists all values.
 """
 
 import csv
@@ -31,7 +31,7 @@ CARD_METRICS = {
     "perplexity": "perplexity (per GPT-2 token)",
     "bits_per_byte": "bits per byte (of UTF-8)",
 }
-# Columns of reports/comparison.csv. Those of CSV_VALUE are fields of Evidence.
+# The fields of a value (`Evidence`) that reports/comparison.csv contains.
 CSV_VALUE = (
     "id", "value", "low", "high", "unit", "known", "corpus", "source", "context", "stride", "tokenizer",
     "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
@@ -47,7 +47,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     `language` is the language of the Markdown and the plots, and the first visible language of the page.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # the same order of keys as in the file, which `compactgpt verify` reads
+    record = json.loads(content)  # keys in the file's order: `compactgpt verify` renders from the file
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),

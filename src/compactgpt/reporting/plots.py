@@ -1,7 +1,8 @@
-"""Draw the record's plots as PNG for DVC and MLflow, and as SVG for the HTML page.
+"""Draw the plots of reports/evidence.json: as PNG for DVC and MLflow, and as SVG for the HTML page.
 
-One function draws each plot on matplotlib axes. PNG uses the light palette. SVG uses the page's CSS variables
-as colours, so one SVG serves the light and the dark theme. Text in SVG stays text, in the page's font.
+Each plot has its own function, which draws on matplotlib axes. PNG uses the light palette. SVG uses the CSS
+variables of the page as colours, so one SVG serves the light and the dark theme. Text in SVG stays text, in
+the page's font.
 Equal records give equal bytes: the output has no date and no version, and ignores the user's settings.
 """
 
@@ -28,7 +29,7 @@ COLOURS = {
 }
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters in a line of a label
-WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot without rows
+WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot of curves
 LINE_HEIGHT = 0.24  # inches: height of a line of a row's label
 Axes = Any
 
@@ -92,7 +93,7 @@ def _label(name: str) -> str:
 
 
 def _bits_per_byte(view: View, axes: Axes) -> None:
-    """Draw the bits per byte of each row of the main table."""
+    """Draw the bits per byte of each row in the table of measured models."""
     rows = sorted(view.rows, key=lambda row: _value(view.evidence[f"{row['scores']}.bits_per_byte"]))
     items = [view.evidence[f"{row['scores']}.bits_per_byte"] for row in rows]
     ours = [n for n, row in enumerate(rows) if row["name"] == COMPACT]
@@ -102,7 +103,7 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the model's name, with its context on a second line if it is not the shared window."""
+    """Return the model's name. A score with the model's own context has this context on a second line."""
     return f"{row['name']}\n{view.seen_context(row)}" if row["view"] == "own" else str(row["name"])
 
 
@@ -119,7 +120,7 @@ def _ratio(view: View, axes: Axes) -> None:
     _set_log_axis(view, axes, 10)
     ends = [item[key] for item in items for key in ("low", "high")]
     axes.set_xlim(min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25)
-    # The words are at the ends of the axis, not next to 1: if 1 is near an end, a word would be cut off.
+    # `better` and `worse` are at the ends of the axis. Next to 1, they would be cut off if 1 is near an end.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
@@ -154,7 +155,7 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw the expected and the measured loss of the compact run, the note's run and the calibration runs."""
+    """Draw the expected and the actual losses of the compact model, the note's model and published runs."""
     runs = [(view.say("run_here"), COMPACT, f"{COMPACT}.loss")]
     if view.about_note:
         runs.append((view.words["note_run"], "note", "reported.loss"))

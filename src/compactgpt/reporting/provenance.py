@@ -18,7 +18,7 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return the stages by name, each with a hash of its code.
+    """Return the hash of each stage's code: name of the stage -> hash.
 
     The code of a stage is the Python files among its dependencies in dvc.yaml. The hash is the SHA-256 of the
     lines `<SHA-256 of the file>  <path>`, sorted by path.

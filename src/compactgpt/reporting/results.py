@@ -3,7 +3,7 @@
 params.yaml and reports/ describe one run at a time. `compactgpt experiment record NAME` copies the measured
 values of a run into results/NAME.json, with the experiment's name in their ids: for the experiment `note`,
 `compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The comparison adds the stored
-values to its record and judges the note's claims by them.
+values to reports/evidence.json, and judges the claims of the note that this project checks by these values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,20 +23,20 @@ from compactgpt.forecast.model_size import count_parameters
 from compactgpt.forecast.sweep import documents_sha256
 from compactgpt.reporting.claims import COMPACT
 
-# The files of sweeps in results/ have another format, see compactgpt.forecast.sweep.
+# Names of sweeps. Their files in results/ have another format, see compactgpt.forecast.sweep.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
-# id of a ratio of two experiments' perplexities -> the experiments: numerator, denominator
+# id of a ratio of two perplexities -> the experiments that measured its numerator and its denominator
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# A run may differ from its experiment in the parameters whose names begin like this.
+# A run may differ from its experiment in the parameters whose names begin with one of these texts.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Claims compare these text metrics with GPT-2's: end of the ratio's id -> `<decoding strategy>.<metric>`.
+# Ratios to the text metrics of GPT-2: end of the ratio's id -> `<decoding strategy>.<metric>`.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -58,8 +58,8 @@ class Documents(Section):
 class Result(Section):
     """The content of one file in results/."""
 
-    experiment: Name  # of conf/experiments
-    params: dict[str, Any]  # from params.yaml: `model`, `training` and `download.corpus`
+    experiment: Name  # name of a file in conf/experiments
+    params: dict[str, Any]  # the sections `model`, `training` and `download.corpus` of params.yaml
     documents: Documents
     evidence: tuple[dict[str, Any], ...]  # measured values; each id contains the experiment's name
 
@@ -73,8 +73,8 @@ def read_results(folder: Path) -> tuple[Result, ...]:
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
     """Write the measured values of an experiment's run to results/NAME.json and return the path.
 
-    Raises BadConfig if params.yaml does not contain the experiment or reports/ describes another run, and
-    MissingInput if a report is missing.
+    Raises BadConfig if params.yaml differs from the experiment, or if reports/ describes another run than
+    params.yaml. Raises MissingInput if a report is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
@@ -127,7 +127,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of an evidence value whose id, report and source name the experiment `name`."""
+    """Return a copy of a value with the name of the experiment in its id, report and source."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
@@ -135,7 +135,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # A name may be the beginning of another name, so the longest name that matches is the right one.
+        # The name of a baseline may begin with the name of another baseline, so take the longest match.
         owner = max((other for other in baselines if item["id"].startswith(f"{other}.")), key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
     return {**item, **renamed}

@@ -1,7 +1,7 @@
-"""Typed schemas of the reports that the comparison and the gate read, and the functions that read them.
+"""Schemas of the reports that the stages `comparison` and `regression` read, and functions to read reports.
 
-A schema has only the fields that are used. If a report lacks a field, or two
-reports have scores of different documents, the error names the command that repairs the report.
+A schema has only the fields that are used. If a report lacks a field, or if two reports have scores of
+different documents, the error names the command that repairs the report.
 """
 
 import csv
@@ -27,7 +27,8 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-RECIPE = "nanogpt-recipe"  # experiment: nanoGPT's recipe with the compact model's tokens
+# The experiment that trains the compact model with nanoGPT's recipe, on the same number of tokens.
+RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
 
@@ -40,7 +41,7 @@ class Report(BaseModel):
 class _Model(Report):
     kind: str  # kind of a baseline in params.yaml, such as `ngram`
     label: str = ""  # the model's name in tables
-    context: str  # a phrase: the text before a token that the model sees
+    context: str  # which text before a token the model sees, as a phrase
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
@@ -57,7 +58,7 @@ class _Split(Report):
 
 
 class ViewScore(Report):
-    """A model's loss with another context, or with windows that overlap."""
+    """A model's loss with its own maximum context, or with windows that overlap."""
 
     context: int  # tokens in a window
     stride: int  # tokens between the starts of two neighbouring windows
@@ -79,11 +80,11 @@ class _WikiText(Report):
 
 
 class Task(Report):
-    """Results of one task: the accuracy on questions, or the perplexity on WikiText by each protocol."""
+    """Results of one task: the accuracy on its questions, or the perplexities on WikiText."""
 
     items_sha256: str = ""  # hash of the questions
     accuracy: Interval | None = None
-    hits: str = ""  # "1" for each right answer, "0" for each wrong answer
+    hits: str = ""  # one digit for each question: "1" for a right answer, "0" for a wrong answer
     sha256: str = ""  # hash of the WikiText file
     no_overlap: _WikiText | None = None
     strided: _WikiText | None = None
@@ -118,7 +119,7 @@ class Score(Report):
     bits_per_byte: Interval
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, ViewScore] = {}  # `own` (the model's own context) or `strided` -> loss
+    views: dict[str, ViewScore] = {}  # `own` (own maximum context) or `strided` (windows overlap) -> loss
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 
@@ -185,7 +186,7 @@ class _Law(Report):
 
 
 class Forecast(Report):
-    """Schema of a run in reports/estimate.json: the run of params.yaml, or the note's run."""
+    """Schema of a run in reports/estimate.json: the run of params.yaml, or the run described in the note."""
 
     parameters: ParameterCounts
     model: Model
@@ -203,12 +204,13 @@ class _CompactForecast(Forecast):
 
 
 class _NoteForecast(Forecast):
-    hand_set_loss: ExpectedLoss  # a person's forecast; the fixed rule gives `expected_loss`
+    hand_set_loss: ExpectedLoss  # a person's forecast; `expected_loss` is calculated
 
 
 class _Check(Report):
     name: str  # name of the published run
-    measured: float  # loss of the run; the intervals are predicted from the other runs
+    measured: float  # loss of the run
+    # Limits of the 80 % and 95 % intervals that were predicted from the other published runs.
     low_80: float
     high_80: float
     low_95: float
@@ -216,10 +218,10 @@ class _Check(Report):
 
 
 class Calibration(Report):
-    """How often the fixed rule's intervals contained the measured loss of a run."""
+    """How often the predicted intervals contained the measured loss of a published run."""
 
     of: int  # number of runs
-    held_95: int  # number of runs whose loss is inside their 95 % interval
+    held_95: int  # number of runs whose measured loss is inside the predicted 95 % interval
     checks: list[_Check]
 
 
@@ -244,7 +246,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sources:
-    """All inputs of the record."""
+    """All inputs of reports/evidence.json."""
 
     claims: Claims
     published: Published
@@ -260,9 +262,9 @@ class Sources:
     flagged: frozenset[str]  # ids of val documents that are leaked or duplicated
     weights_sha256: str  # hash of the compact model's weights
     code: dict[str, str]  # stage -> SHA-256 of the stage's code
-    results: tuple[Result, ...]  # the results store
+    results: tuple[Result, ...]  # experiments in results/, without sweeps
     seed_losses: tuple[float, ...]  # losses of runs that differ from the compact run only in their seed
-    directions: list[dict[str, Any]]  # what small runs show about claims, see `find_directions`
+    directions: list[dict[str, Any]]  # see `find_directions`
 
 
 Kind = TypeVar("Kind", bound=Report)
@@ -306,7 +308,7 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 
 
 def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Params) -> Sources:
-    """Read all inputs of the record: the project's files, reports, per-document losses and weights' hash.
+    """Read all inputs of reports/evidence.json.
 
     Raises MissingInput if a file is missing, BadData if a report is damaged or two reports score different
     documents, and BadConfig if claims.yaml, published.yaml or a file in results/ is not valid.
@@ -362,7 +364,7 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
 
 
 def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
-    """Return the run of nanoGPT's recipe in the form of a baseline, which the main table shows."""
+    """Return the run with nanoGPT's recipe in the form of a baseline, so that tables show it."""
     run = sweep.runs[0]
     totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
     report = {
@@ -381,7 +383,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Raise BadData if two models were scored on different documents or with different windows."""
+    """Raise BadData if two models were scored on different documents, windows or numbers of task items."""
     ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:

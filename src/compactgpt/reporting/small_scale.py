@@ -1,8 +1,9 @@
-"""Say what small runs show about the note's claims: the direction of each effect, at the demo's size.
+"""Compare the directions of effects in small runs with the claims of the note that this project checks.
 
-results/small-scale.json has the runs, and conf/experiments/small-scale.yaml the direction that each claim
-predicts. No verdict depends on these results. An interval covers two kinds of chance: the choice of val
-documents (a paired interval), and the seed, whose standard deviation comes from results/seeds.json.
+The runs have the size of the demo. Their results are in results/small-scale.json. The file
+conf/experiments/small-scale.yaml has the direction that each claim predicts. No verdict depends on these
+results. An interval covers two kinds of chance: the choice of the val documents (a paired interval), and the
+seed. The standard deviation between seeds comes from results/seeds.json.
 """
 
 import math
@@ -21,7 +22,8 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# name of a figure -> function of a sample, {text, tokens}. It returns None if the text is too short.
+# Text metric -> function that computes it from a dict with the keys `text` and `tokens`. The function returns
+# None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -32,10 +34,11 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 def find_directions(root: Path) -> list[dict[str, Any]]:
     """Return what the small runs of the project `root` show: one dict for each claim of each comparison.
 
-    A dict has the claim's id, the outcome (`same way`, `other way` or `no effect found`), the value with its
-    95 % interval, the unit (`ratio` or `difference`), and the numbers of runs of the two groups. The result
-    has no comparison whose runs or texts are missing. It is empty if one of the two files of results is
-    missing, or if the files differ in recipe or val documents.
+    A dict has the claim's id, the outcome, the value with its 95 % interval, the unit (`ratio` or
+    `difference`), and the numbers of runs of the two groups. The outcome is `same way` if the effect has the
+    direction that the claim predicts, `other way`, or `no effect found`. A comparison without its runs or
+    texts is left out. The list is empty if results/small-scale.json or results/seeds.json is missing, or if
+    these files differ in recipe or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -70,9 +73,9 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference of two mean losses, if only the seed varies.
+    """Return half the width of a 95 % interval: the difference of two mean losses if only seeds differ.
 
-    `losses`, (runs,), are of runs that differ only in their seed. They give the standard deviation. `ours`
+    The standard deviation is computed from `losses`, (runs,), of runs that differ only in their seed. `ours`
     and `theirs` are the numbers of runs of the two means.
     """
     deviation = float(np.std(losses, ddof=1))
@@ -80,9 +83,10 @@ def seed_margin(losses: Any, ours: int, theirs: int) -> float:
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Widen a ratio's interval by an independent error, whose half width in the logarithm is `margin`.
+    """Widen a ratio's interval by an independent error.
 
-    The new half width is the square root of the sum of the two squared half widths.
+    `margin` is half the width of the error's interval, for the logarithm of the ratio. On this logarithmic
+    scale, the new half width is the square root of the sum of the two squared half widths.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -107,16 +111,16 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean of a figure's differences, first text minus second, with Student's 95 % interval.
+    """Return the mean difference of a text metric, first text minus second, with Student's 95 % interval.
 
     The interval does not include the noise between seeds. A pair with a text that is too short for
-    the figure is left out. The result is None if fewer than two pairs remain.
+    the metric is left out. The result is None if fewer than two pairs remain.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
     if len(differences) < 2:
         return None
-    # With equal denominators, the jackknife gives the standard error of the mean.
+    # With denominators of 1, `ratio_interval` returns the mean and its interval.
     return ratio_interval(np.array(differences), np.ones(len(differences)))
 
 

@@ -1,7 +1,4 @@
-"""Format the record as sentences and as rows of cells, for the templates, the plots and the model card.
-
-This module computes no values. It formats values of the record.
-"""
+"""Format the values of the record, reports/evidence.json, as sentences and as rows of cells."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,9 +9,9 @@ from compactgpt.reporting.claims import COMPACT
 from compactgpt.reporting.templating import Language, load_messages, translate
 
 Record = Mapping[str, Any]
-Item = Mapping[str, Any]  # a value of the record's evidence
+Item = Mapping[str, Any]  # a value of the record: the fields of `Evidence`
 
-# The columns of each table. The columns of the note's table are the names of its models.
+# Table -> its columns. `note` is the table in the note that this project checks. Its columns are models.
 COLUMNS = {
     "note": ("compact", "gpt2", "gpt2_xl"),
     "claims": ("claim", "says", "range", "verdict", "because"),
@@ -27,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> the same quantity of the model trained here, as `compact.<quantity>`.
+# Row of the note's table -> end of the id of the compact model's value, which begins with `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -92,8 +89,10 @@ class View:
         self.evidence: dict[str, Item] = {item["id"]: item for item in record["evidence"]}
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
-        self.about_note: bool = record["about_note"]  # False: the run used the user's own corpus
-        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]  # rows of the main table
+        # False: the run used the user's own corpus, so the reports do not check the note's claims.
+        self.about_note: bool = record["about_note"]
+        # Rows of the table of measured models.
+        self.rows: list[Mapping[str, Any]] = record["models"]["measured"]
         self.models: list[str] = list(dict.fromkeys(row["name"] for row in self.rows))
         self.baselines = [name for name in self.models if name != COMPACT]
 
@@ -101,7 +100,7 @@ class View:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """Placeholder of a message, such as `corpus` -> formatted value. All messages may use them."""
+        """Placeholder -> formatted value, for the placeholders that every message may contain."""
         record, words = self.record, self.words
         row = next(row for row in record["table"] if row["id"] == "perplexity")
         small, gpt2 = self.claims[row["compact"]], self.claims[row["gpt2"]]
@@ -203,11 +202,17 @@ class View:
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result: the answer about the note, or the scores on the user's own corpus."""
+        """Return the main result: the perplexities in the note that this project checks, beside known ones.
+
+        On the user's own corpus, the main result is the scores of the compact model.
+        """
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return the summary sentence: the verdicts on the note, or the comparison with the baselines."""
+        """Return the summary: how many claims of the note hold, do not hold, and so on.
+
+        On the user's own corpus, return the comparison of the compact model with the baselines.
+        """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
     def ranking(self) -> str:
@@ -218,7 +223,7 @@ class View:
         """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
-            ratio = self.evidence.get(f"ratio.{COMPACT}_to_{name}.perplexity")  # None: infinite
+            ratio = self.evidence.get(f"ratio.{COMPACT}_to_{name}.perplexity")  # None: infinite ratio
             key = "worse" if not ratio or ratio["low"] > 1 else "better" if ratio["high"] < 1 else "level"
             names[key].append(name)
         parts = [self.say(f"own_{key}", names=", ".join(found)) for key, found in names.items() if found]
@@ -233,7 +238,10 @@ class View:
         return f"{number} {self.translate('verdicts', verdict)}"
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return (name, number of claims, text) of each group of verdicts that has claims."""
+        """Return the groups of GROUPS that have claims, each as (name, number of claims, text).
+
+        The text has the number of claims with each verdict of the group, such as `3 confirmed, 2 supported`.
+        """
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
             present = [verdict for verdict in verdicts if tally.get(verdict)]
@@ -243,7 +251,7 @@ class View:
         return found
 
     def sums(self) -> str:
-        """Return one sentence with the number of claims in each group of verdicts."""
+        """Return the number of claims in each group of GROUPS, as one sentence."""
         parts = [self.say(f"{group}_1" if n == 1 else group, n=n) for group, n, _ in self.groups()]
         joined = f" {self.words['and']} ".join([", ".join(parts[:-1]), parts[-1]]) if parts[1:] else parts[0]
         return self.say("sums", number=len(self.record["claims"]), parts=joined)
@@ -276,7 +284,7 @@ class View:
         if claim["verdict"] == "not yet measured" and claim["experiment"]:
             reasons.append(self.say("wait_for", name=claim["experiment"]))
         for decision in claim["decisions"]:
-            if decision["source"] not in self.evidence:  # the source is other claims, not a value
+            if decision["source"] not in self.evidence:  # the claim was compared with other claims
                 bounds = self.interval(decision["low"], decision["high"], claim["unit"])
                 reasons.append(f"{decision['source'].replace(' and ', ', ')}{self.words['colon']}{bounds}")
         return reasons
@@ -306,11 +314,14 @@ class View:
     # --- tables
 
     def note_head(self) -> list[str]:
-        """Return the column headings of the note's table."""
+        """Return the column headings: the models in the table of the note, and the compact model."""
         return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return the rows of the note's table: (title, claims, list of the compact model's value, if any)."""
+        """Return each row of the note's table as (name of the quantity, claims of the models, values).
+
+        The list of values contains the compact model's value, or is empty.
+        """
         rows = []
         for row in self.record["table"]:
             name = f"{COMPACT}.{TRAINED_HERE[row['id']]}"
@@ -319,7 +330,7 @@ class View:
         return rows
 
     def measured_rows(self) -> list[list[Cell]]:
-        """Return the rows of the main table: one for each context with which a model was measured."""
+        """Return the rows of the table of measured models. A model has one row for each measured context."""
         rows = []
         for row in self.rows:
             cells = self._sizes_and_scores(row["name"], row["scores"])
@@ -334,7 +345,7 @@ class View:
         return rows
 
     def seen_context(self, row: Mapping[str, Any]) -> str:
-        """Return how much of the text before a token a model sees."""
+        """Return a phrase: how much of the text before a token the model sees."""
         if row["view"] == "document":
             return self.translate("phrases", row["context"])
         return self.say(f"context_{row['view']}", tokens=self.number(row.get("tokens")))
@@ -363,9 +374,9 @@ class View:
         }
 
     def task_rows(self) -> list[list[str]]:
-        """Return (model, quantity, value, p-value) of each measured score that the main table lacks.
+        """Return the measured scores that are not in `measured_rows`, as (model, quantity, value, p-value).
 
-        A perplexity has no row if the record has its loss.
+        If the record has both the loss and the perplexity of a measurement, only the loss has a row.
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]

@@ -68,7 +68,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
     """Create a Jinja2 environment that escapes values with `escape`.
 
     Jinja2's autoescaping knows only HTML. So `finalize` escapes each value before autoescaping and returns it
-    as `Markup`. Jinja2 does not escape `Markup` again, such as a macro's output or a message.
+    as `Markup`, which Jinja2 does not escape again. Messages and the output of macros are `Markup`, too.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
     from markupsafe import Markup
@@ -98,7 +98,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
 
 
 def _marks_to_html(text: str) -> "Markup":
-    """Convert a message to HTML: escape it, then replace each pair of marks by an HTML element."""
+    """Convert a message to HTML: escape it, then replace each pair of Markdown marks by an HTML element."""
     from markupsafe import Markup, escape
 
     html = str(escape(text))

@@ -141,7 +141,7 @@ def check_estimate(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_numbers(root: Path, params: Params, found: Verification) -> None:
-    """Compute each model's metrics again from its per-document losses, and its accuracies from its hits."""
+    """Compute each model's scores again from per-document losses, and accuracies from right answers."""
     reports = {"reports/evaluation.json": f"data/evaluation/{COMPACT}.parquet"}
     reports |= {
         f"reports/baseline/{name}.json": f"data/baseline/{name}.parquet" for name in params.baseline.names
@@ -168,7 +168,10 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Compute the evidence record again if its inputs exist, and render its files again."""
+    """Compare reports/evidence.json, and the files rendered from it, with the same files computed again.
+
+    If the inputs of reports/evidence.json are missing, only the rendered files are compared.
+    """
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
     if all((root / path).exists() for path in needed):
@@ -201,8 +204,8 @@ def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator
 def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
     """Return the number, text, boolean or null at each path of a JSON document.
 
-    A path has the form `evidence[gpt2.loss].low`. A list item is named by its `id`, or by its index without
-    an `id`.
+    A path has the form `evidence[gpt2.loss].low`. A list item is named by its `id`, or by its index if
+    it has no `id`.
     """
     if isinstance(value, dict):
         parts = {f"{path}.{key}" if path else key: one for key, one in value.items()}
@@ -215,9 +218,9 @@ def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
 
 
 def _first_difference(expected: bytes, found: bytes) -> str:
-    """Return a message with the line of a file's first difference."""
+    """Return a message with the number of the first line that differs."""
     if not found:
         return "is missing: run `dvc repro`"
     pairs = enumerate(zip_longest(expected.splitlines(), found.splitlines()), 1)
-    number = next((number for number, (one, other) in pairs if one != other), 1)  # 1: other line endings
+    number = next((n for n, (one, other) in pairs if one != other), 1)  # 1: only the line endings differ
     return f"line {number} is not what the inputs give: run `dvc repro`"
