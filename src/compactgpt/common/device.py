@@ -23,14 +23,14 @@ _MADV_HUGEPAGE = 14
 
 
 def prepare_heap() -> bool:
-    """Set glibc to keep the memory of freed tensors, and put this memory on pages of 2 MB.
+    """Make glibc keep the memory of freed tensors, and ask Linux for pages of 2 MB for this memory.
 
     By default glibc returns the memory of a large freed tensor to Linux, and Linux fills the memory of the
     next tensor with zeros. Training is 1.2 to 1.6 times as fast if glibc keeps the memory, and up to 1.2
-    times as fast again with large pages (docs/benchmarks.md). This function reserves half of the machine's
-    memory for the heap. Linux provides a page only when the process writes to it. Linux provides large pages
-    if its setting `transparent_hugepage` is `madvise` or `always`.
-    Returns False if the C library is not glibc, or if the address space is limited.
+    times as fast again with large pages (docs/benchmarks.md). This function enlarges the heap to half of the
+    machine's memory. This occupies no memory yet: Linux provides a page only when the process writes to it.
+    Linux provides large pages if its setting `transparent_hugepage` is `madvise` or `always`.
+    Returns False if the C library is not glibc, the address space is limited, or Linux has no large pages.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -41,7 +41,7 @@ def prepare_heap() -> bool:
     size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     libc.malloc.restype = ctypes.c_void_p
     heap = libc.malloc(ctypes.c_size_t(size))
-    if not heap:  # `ulimit -v` limits the address space
+    if not heap:  # malloc fails if `ulimit -v` limits the address space
         return False
     first = -(-heap // page) * page  # madvise needs an address at which a page starts
     failed = libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(heap + size - first), _MADV_HUGEPAGE)
@@ -63,7 +63,7 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return `device`, or for `auto` the fastest device of this machine. Raises BadConfig."""
+    """Return `device`, or for `auto` the fastest device; raise BadConfig if torch does not find `device`."""
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -114,8 +114,8 @@ def set_precision(dtype: str) -> None:
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
     """Delay the effect of SIGTERM and Ctrl-C, so that long work can stop at a suitable point.
 
-    The block gets a function that returns whether a stop was requested. A second request ends the process as
-    usual. Linux may send the signal of one request several times, so a signal that comes within
+    The `with` block gets a function that returns whether a stop was requested. A second request ends the
+    process as usual. Linux may send the signal of one request several times, so a signal that comes within
     `same_seconds` of the first one is no second request. Works in the main thread only.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -20,8 +20,8 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     """Yield `function(task)` for each task, in the order of the tasks.
 
     At most 2 x `num_workers` tasks run or wait at the same time. With one worker, this process calls the
-    function. Raises Busy if a worker was killed, or the first exception of `function`, which must be a
-    function of a module, not a lambda.
+    function. Raises Busy if a worker was killed, or the first exception of `function`. The workers import
+    `function` by name, so it must not be a lambda or a nested function.
     """
     if num_workers == 1:
         yield from map(function, tasks)
@@ -32,7 +32,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     try:
         for task in tasks:
             running.append(pool.submit(function, task))
-            # With this many tasks no worker waits. More results would fill the memory of this process.
+            # Two tasks per worker keep all workers busy. The results of more tasks would fill the memory.
             if len(running) == 2 * num_workers:
                 yield running.popleft().result()
         while running:

@@ -1,1 +1,1 @@
-"""The GPT, the loss of its head, and its conversion to and from Hugging Face's format."""
+"""The GPT, its training loss, its files, and its conversion to and from Hugging Face's format."""

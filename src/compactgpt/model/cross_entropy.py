@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head over a large vocabulary, in chunks: all logits never exist at once.
+"""Cross-entropy of a linear head over a large vocabulary, in chunks of tokens.
 
-The forward pass also computes the gradients, while the logits of a chunk are in memory. With p the softmax of
-a row's logits z and t the row's target, d loss / d z_j = (p_j - [j = t]) / N.
-Shapes: N = all rows (tokens), R = rows of one chunk, C = channels, V = rows of the head.
+Memory holds the logits of one chunk only. So the forward pass also computes the gradients. For a token with
+logits z, softmax p and target t, d loss / d z_j = (p_j - [j = t]) / N, where [j = t] is 1 if j = t, else 0.
+Shapes: N = all tokens, R = tokens of one chunk, C = channels, V = rows of the head's weight.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     """Return the mean cross-entropy of the logits x weight^T + correction in nats per token, a scalar.
 
     Under autocast, the matrix products use autocast's dtype. `x` is (N, C), `weight` (V, C), `correction`
-    (V,), and `targets`, (N,) int64, are rows of `weight`.
+    (V,). `targets`, (N,) int64, are indices of rows of `weight`.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -50,11 +50,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         correction: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean loss, a scalar, and store both gradients for `backward`."""
+        """Return the mean loss, a scalar, and store the gradients of `x` and `weight` for `backward`."""
         is_rounded = dtype != weight.dtype
         if is_rounded and correction is not None:
             raise ValueError(
-                "the logits can't be corrected under autocast: compute in the precision of the weights"
+                "a correction of the logits is not supported under autocast: set training.dtype to float32"
             )
         add_chunk = _add_rounded_chunk if is_rounded else partial(_add_chunk, correction=correction)
         N = len(x)
@@ -69,7 +69,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = buffer[: len(x[rows])]
                 chunk = add_chunk(x[rows], weight, targets[rows], logits, dx[rows], dw, start == 0, N)
                 nats.append(chunk.sum())
-        # Torch frees saved tensors after the first backward pass, and refuses a second pass.
+        # `backward` may overwrite these tensors, because torch refuses a second backward pass.
         ctx.save_for_backward(dx, dw)
         return torch.stack(nats).sum() / N
 
@@ -77,8 +77,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # On a CPU, skip a multiplication by 1. A GPU always multiplies, because reading the value would wait
-        # for the GPU.
+        # Skip a multiplication by 1 on a CPU only: to read the value from a GPU, the program would have to
+        # wait until the GPU has computed it.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -119,14 +119,14 @@ def _add_chunk(
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do what `_add_chunk` does with products in bfloat16, and return the cross-entropy of each token, (R,).
+    """Do what `_add_chunk` does, but with matrix products in bfloat16; the returned shape is (R,).
 
-    The product writes exponentials e_j = exp(z_j - z_t) to `e`, (R, V), so the softmax needs no pass of its
-    own. With s the sum of e_j, a token's cross-entropy is log(s), and the gradient of its logits is
-    (e_j - s [j = t]) / s. The division by s acts on the (R, C) matrix of each product, which is smaller.
+    `e`, (R, V), is a buffer for exp(z_j - z_t) of the logits z and the target t of each token. With s the sum
+    of a token's e_j, its cross-entropy is log(s), and the gradient of its logits is (e_j - s [j = t]) / s,
+    where [j = t] is 1 if j = t, else 0. To save time, the function divides (R, C) matrices by s, not `e`.
     """
     s = exponentials(x, weight, targets, e)  # (R,)
-    target_gradients = 1 - s  # the target's entry of e - s [j = t], since e_t = 1
+    target_gradients = 1 - s  # e_t - s, where e_t = exp(z_t - z_t) = 1
     e.scatter_(1, targets[:, None], target_gradients.to(e.dtype)[:, None])
     scale = (1 / (s * N))[:, None]  # (R, 1)
     dx.copy_(_product_in_fp32(e, weight).mul_(scale))
@@ -146,9 +146,10 @@ def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Write exp(z_j - z_t) to `out`, (R, V), for all logits z_j, and return the fp32 sum of each row, (R,).
+    """Write exp(z_j - z_t) to `out`, (R, V), and return the fp32 sum of each row, (R,).
 
-    The exponentials are summed before they are rounded to bfloat16, the type of `x`, `weight` and `out`.
+    z_j are the logits of a token, and z_t is the logit of its target. The exponentials are summed before they
+    are rounded to bfloat16, the type of `x`, `weight` and `out`.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:
@@ -159,7 +160,7 @@ def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Ten
             target_logits = (x.float() * weight[targets].float()).sum(1)
             return run_kernel(x, weight, target_logits, out, CAP)
     logits = torch.mm(x, weight.T, out=out)
-    # The product has rounded all logits. Only the rounded logit of the target gives exp(z_t - z_t) = 1.
+    # These logits are rounded to bfloat16, so the logit of the target must be the rounded one, too.
     target_logits = logits.gather(1, targets[:, None]).float()  # (R, 1)
     replace_logits = _compiled_pass() if has_triton else _exponentials_pass
     return replace_logits(logits, target_logits)
@@ -174,7 +175,7 @@ def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
 
 @cache
 def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `_exponentials_pass` as one kernel, for GPUs on which the Triton kernel does not run."""
+    """Compile `_exponentials_pass` to one kernel, for GPUs that `cross_entropy_triton` does not support."""
     return torch.compile(_exponentials_pass)
 
 
@@ -182,8 +183,8 @@ def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
 def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, (N,), for evaluation.
 
-    `x`, (N, C), is what `GPT.hidden` returns. `weight`, (V, C), is `wte.weight[:vocab_size]`, without padding
-    rows.
+    `x`, (N, C), has hidden states that `GPT.hidden` returned. `weight`, (V, C), is `wte.weight[:vocab_size]`,
+    without padding rows.
     """
     buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []

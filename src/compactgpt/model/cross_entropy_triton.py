@@ -11,8 +11,11 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROWS, COLUMNS, INNER = 128, 256, 64  # size of a tile
-GROUP = 64  # rows of tiles in one group; a group and one column of tiles fit into the L2 cache
+# A tile has ROWS x COLUMNS exponentials. One call of tl.dot multiplies INNER of the C channels.
+ROWS, COLUMNS, INNER = 128, 256, 64
+# The kernel computes the tiles in groups of GROUP rows of tiles. In a group, it computes column after
+# column, because the rows of `x` for one group fit into the L2 cache.
+GROUP = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -40,7 +43,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel can run: on a Hopper, the only tested GPU, if C and V are multiples of 8."""
+    """Return whether the kernel can run: C and V must be multiples of 8, and the GPU a Hopper.
+
+    The kernel has not been tested on other GPUs.
+    """
     hopper = torch.cuda.get_device_capability(x.device)[0] == 9
     return hopper and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
 
@@ -49,7 +55,7 @@ def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float
     """Do what `exponentials` does, with the kernel; no exponential is larger than exp(cap)."""
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # one row for each n
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # the sums of each column of tiles
     blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
     a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
     _kernel[(programs,)](

@@ -107,7 +107,7 @@ class GPT(nn.Module):
 
     @property
     def num_params(self) -> int:
-        """Number of all parameters; the tied matrix is counted once."""
+        """Number of all parameters; the matrix that is both token embedding and head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
@@ -130,8 +130,8 @@ class GPT(nn.Module):
         table = self.wte.weight if table is None else table
         if self.shape.block_size < T:
             raise ValueError(f"got {T} tokens, the model attends to at most {self.shape.block_size}")
-        # On a CPU, a sparse gradient is cheaper: it adds only B x T rows to the head's gradient, not all V.
-        # The optimizer still gets a dense gradient, because the head's gradient in `forward` is dense.
+        # `table` is also the head, and autograd adds its two gradients. On a CPU, a sparse gradient of the
+        # embedding is cheaper: it has B x T rows instead of V. The sum is dense, like the head's gradient.
         x = F.embedding(tokens, table, sparse=tokens.device.type == "cpu")  # (B, T, C)
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
         return self.compiled(x) if self.compiled and self.training else self.blocks(x)
@@ -147,10 +147,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the mean cross-entropy of the targets in nats per token, a scalar.
 
-        By default, the model uses all V rows of `wte.weight`, padding rows too, as embedding and as head, and
-        `tokens` and `targets`, (B, T) int64, are token ids. A sampled softmax uses K rows instead: `table`,
-        (K, C), is a copy of these rows. Then `tokens` and `targets` are indices of rows of `table`, and the
-        vector `correction`, (K,), is added to the logits of every position.
+        By default, `tokens` and `targets`, (B, T) int64, are token ids, and all V rows of `wte.weight` are
+        embedding and head. A sampled softmax uses only K of these rows: `table`, (K, C), is a copy of them.
+        Then `tokens` and `targets` are indices of rows of `table`, and the vector `correction`, (K,), is
+        added to the logits of every position.
         """
         table = self.wte.weight if table is None else table
         # `expand_as` changes no value, but lets autograd record the head before the embedding. The backward

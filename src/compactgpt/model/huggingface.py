@@ -22,7 +22,7 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import load_gpt
 
-# transformers' Conv1D (pytorch_utils.py) multiplies x @ W where Linear multiplies x @ W.T.
+# The matrices that transformers stores transposed: its Conv1D computes x @ W, and torch's Linear x @ W.T.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Our name of a GELU -> the name in transformers.
 GELUS = {"erf": "gelu", "tanh": "gelu_new"}
@@ -45,7 +45,7 @@ def save_hf(
 
     `tokenizer` is a folder with GPT-2's tokenizer, as the stage `download` writes it, and `card` is the text
     of README.md. `overwrite` replaces an earlier export even if a user changed its files. Raises NotAllowed
-    if the folder has files that are not an export, and MissingInput if the tokenizer is not GPT-2's.
+    if the folder has files that no export wrote, and MissingInput if the tokenizer is not GPT-2's.
     """
     facts = {"format": "hugging-face-gpt2"}
     block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1

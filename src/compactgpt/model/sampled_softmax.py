@@ -1,9 +1,9 @@
-"""Sampled softmax for training: draw the tokens of a step's softmax, and the correction of each logit.
+"""Sampled softmax for training: each step computes the softmax over a random sample of the vocabulary.
 
 Token j is in a step's sample with a known probability pi_j. The sum of exp(z_j) / pi_j over the sample is an
 unbiased estimate of Z, the sum of exp(z_j) over all tokens (Horvitz and Thompson 1952). So training adds
--log(pi_j) to logit z_j, and computes the usual cross-entropy (Jean et al. 2015, Bengio and Senecal 2008). The
-log of the estimate is too low by about Var / (2 Z^2), where Var is the variance of the estimate.
+-log(pi_j) to logit z_j, and computes the usual cross-entropy (Jean et al. 2015, Bengio and Senecal 2008). On
+average, the log of the estimate is too low by about Var / (2 Z^2), where Var is the estimate's variance.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-SMOOTHING = 1.0  # added to each count, so that a token that the split does not contain is sampled, too
-COUNTED_AT_ONCE = 1 << 24  # tokens; limits memory, since np.bincount converts its input to int64
+SMOOTHING = 1.0  # added to each count, so that tokens that do not occur in the train split are sampled, too
+# Number of tokens in one call of np.bincount. A limit saves memory, because np.bincount copies them as int64.
+COUNTED_AT_ONCE = 1 << 24
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The sample of one step: the tokens of its softmax."""
+    """The tokens over which one step computes the softmax."""
 
-    ids: Ints  # (K,) ascending
+    ids: Ints  # (K,) token ids, ascending
     log_inclusion: npt.NDArray[np.float32]  # (K,) log of each token's probability of being in the sample
 
     def positions(self, tokens: Ints) -> Ints:
@@ -61,10 +62,11 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
-    """Draw the sample of `step`, counted from 0; `inclusion`, (V,), is the probability of each token.
+    """Draw the sample of `step`, counted from 0.
 
-    All tokens of the step's batch are added with probability 1, so the logit of a target needs no correction.
-    `batch` has the inputs and targets of all processes, which therefore all get the same sample.
+    `inclusion`, (V,), is the probability of each token of being in the sample. All tokens of the step's batch
+    are added with probability 1, so the logit of a target needs no correction. `batch` has the inputs and
+    targets of all processes, which therefore all get the same sample.
     """
     # The generator of `training_batch` has the same key, but another counter. So the random numbers of the
     # sample are independent of those of the batch.

@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: bool = False) -> None:
     """Write the weights and the shape of a model to a folder.
 
-    `best` is the folder of the run's best model, if that is another model: it is copied to `folder`/best.
-    With `private`, for a folder in which users keep no files, a damaged folder is replaced, too.
+    `best` is the folder of the run's best model, if `model` is not the best. It is copied to `folder`/best.
+    With `private`, `folder` is replaced whatever files it has: use it only where users keep no files.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -42,8 +42,7 @@ def load_model(folder: Path, device: str = "cpu") -> GPT:
     """
     verified_manifest(folder)
     try:
-        # Convert the section back to JSON text: only there does pydantic accept a list for a tuple, because
-        # the sections of config.py are strict.
+        # Pydantic's strict mode accepts a list for a tuple only in JSON text, so convert the section to text.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(

@@ -20,7 +20,8 @@ from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
 SAMPLE_TOKENS = 40  # number of new tokens in a sample text
-OVERFITTING = 0.1  # nats per token; the val loss of a run that still learns varies by less
+# Rise of the val loss, in nats per token, that means overfitting. Random changes of the val loss are smaller.
+OVERFITTING = 0.1
 
 
 class TrainingCallbacks:
@@ -29,13 +30,13 @@ class TrainingCallbacks:
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
         """Print and log what is known before the first step.
 
-        `stage` is the open training stage, `tokenizer` the folder of the tokenizer, which sample texts need,
-        and `curve` the file for the loss curve.
+        `stage` is what `open_stage` returned, `tokenizer` the folder of the tokenizer, which sample texts
+        need, and `curve` the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
         self.progress_bar = stage.progress("steps")
-        self.reported_at: float | None = None  # clock in seconds at the last report
+        self.reported_at: float | None = None  # time.monotonic() at the last report
         self.warned: set[str] = set()  # names of the warnings that were printed
         self.encoding = load_encoding(tokenizer) if self.params.runtime.sample_interval else None
         expected = expected_loss(self.params)
@@ -74,7 +75,7 @@ class TrainingCallbacks:
         """
         self.figures["val loss"] = f"{rows[-1].val_loss:.3f}"
         self.stage.tracker.metrics({"val/loss": rows[-1].val_loss}, rows[-1].step)
-        if self.is_main_process:  # during training, so that `dvc plots show` can draw the curve
+        if self.is_main_process:  # so that `dvc plots show` can draw the curve during training
             write_text(self.curve, loss_csv(rows))
         if overfits := overfitting_warning(rows):
             self._warn("overfits", overfits)

@@ -75,12 +75,13 @@ class Group:
         """Return whether `flag` is True in any process; all processes get the same answer."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag))  # on the CPU, so that the program does not wait for the GPU
+        # On the CPU, because to read a tensor on a GPU, the program would wait for all earlier work.
+        votes = torch.tensor(float(flag))
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Raise BadConfig if a process has another `value` than process 0; `what` says what the value is."""
+        """Raise BadConfig if a process has another `value` than process 0; `what` names it in the message."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -205,7 +206,7 @@ def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
             return 0
         # Popen gives -N, and a shell 128 + N, as the exit code of a process that signal N ended.
         mistakes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
-        if mistakes:  # a mistake would be made again
+        if mistakes:  # the same error would end a second attempt, too
             return mistakes[0]
     return PeerLost.exit_code if PeerLost.exit_code in exit_codes else 1
 

@@ -29,7 +29,7 @@ def shard_model(
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:
-        if compiles:  # compile each block without FSDP2's gathering of its weights
+        if compiles:  # block by block: FSDP2's gathering of the weights is not compiled
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -21,7 +21,7 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-# The slowest sinusoid changes by about one radian over this many positions: more than a context of 512.
+# Number of positions over which the slowest sinusoid changes by about one radian: twice a context of 512.
 SINUSOID_BASE = 1000.0
 # The files of a model folder that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
@@ -42,7 +42,8 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
     """Return the model that training starts from, on the CPU.
 
     `counts` is how often each token occurs in the train split, (vocab_size,); only training.init_unigram
-    uses it. Raises BadConfig if the weights of training.init_from have another hash or another shape.
+    uses it. Raises BadConfig if the weights of training.init_from do not have the hash training.init_sha256,
+    or do not fit `shape`.
     """
     model = GPT(shape, training.seed)
     if training.init_positions:
@@ -67,7 +68,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     """Copy the weights of `source` into `model`; raise BadConfig if the shapes do not fit.
 
     `source` may have a longer context and another number of padding rows. `name` is the folder of `source`,
-    which messages name.
+    for messages.
     """
     wanted, found = model.shape, source.shape
     wrong = [
@@ -115,12 +116,13 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change random weights so that the logits start near the log frequencies of the tokens.
+    """Change random weights so that the first logits are near the log frequencies of the tokens.
 
-    GPT-2's head has no bias. Instead, the position embeddings add a constant of length a along one direction
-    u of the residual stream, and the embedding of each token gets a component along u. `strength` is the
-    ratio a / r, where r is the length of the stream without the constant. The last layer norm changes the
-    length a to sqrt(C) a / sqrt(a^2 + r^2). `counts` is how often each token occurs, (vocab_size,).
+    GPT-2's head has no bias that could be set to the log frequencies. Instead, the vector a u is added to
+    each position embedding, where u has length 1. `strength` is a / r, where r is the length of the residual
+    stream without a u. The last layer norm changes a u to b u, with b = sqrt(C) a / sqrt(a^2 + r^2). So the
+    function adds (log frequency / b) u to the embedding of each token, which is also a row of the head.
+    `counts` is how often each token occurs, (vocab_size,).
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)
@@ -128,10 +130,11 @@ def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float)
     u /= u.norm()
     mean_squares = [table.weight.square().sum(1).mean() for table in (model.wte, model.wpe)]
     r = math.sqrt(float(sum(mean_squares)))
-    model.wpe.weight += strength * r * u  # the constant a
+    a = strength * r
+    model.wpe.weight += a * u
     smooth = np.full(model.shape.padded_vocab_size, SMOOTHING)
     smooth[: len(counts)] += counts
     logs = np.log(smooth / smooth.sum())  # (V,)
     logs -= (logs * smooth).sum() / smooth.sum()  # now the mean over the tokens of the train split is 0
-    after_norm = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
-    model.wte.weight += torch.from_numpy(logs / after_norm).float()[:, None] * u
+    b = math.sqrt(C) * strength / math.sqrt(1 + strength**2)
+    model.wte.weight += torch.from_numpy(logs / b).float()[:, None] * u

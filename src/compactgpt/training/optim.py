@@ -1,8 +1,8 @@
 """Optimizers, their parameter groups, and the learning rate schedule.
 
-With `adamw`, AdamW trains all parameters (Loshchilov and Hutter 2019). Weight decay follows nanoGPT: it acts
-on matrices, not on vectors. With `muon`, Muon trains the hidden matrices (Jordan et al. 2024,
-torch.optim.Muon), and AdamW trains the embeddings and the vectors.
+If training.optimizer is `adamw`, AdamW trains all parameters (Loshchilov and Hutter 2019). If it is `muon`,
+Muon trains the hidden matrices (Jordan et al. 2024, torch.optim.Muon), and AdamW trains embeddings and
+vectors. Weight decay follows nanoGPT: it acts on matrices, not on vectors.
 """
 
 import math
@@ -232,11 +232,12 @@ class Optimizers:
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
         """Return the scalar that the gradient must be divided by, as in torch's clip_grad_norm_.
 
-        Returns None if the gradient needs no clipping.
+        Returns None if clipping is off, or on a CPU if the divisor is 1.
         """
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
+        # On a GPU, the program would have to wait until the GPU has computed the divisor.
         if divisor.device.type == "cpu" and divisor.item() == 1:
-            return None  # only on a CPU: reading the value from a GPU would wait for the GPU
+            return None
         return divisor

@@ -2,8 +2,8 @@
 
 No random state is kept between steps: the batch depends only on (seed, step), and dropout only on (seed,
 step, micro-batch). So a training state is the model, the optimizers and the loss curve, and a resumed run
-gives the same bits as a run that was never interrupted. A GPU runs asynchronously: the program waits for the
-GPU only to read losses, every log_interval steps.
+gives the same bits as a run that was never interrupted. A GPU runs asynchronously, and to read a loss, the
+program must wait until the GPU has computed it. So losses on a GPU are read only at some steps.
 """
 
 import hashlib
@@ -131,7 +131,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             # All processes must stop at the same step, so that no process waits for another one.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
-                trainer.report(callbacks)  # a state contains only losses that `read_losses` has read
+                trainer.report(callbacks)  # read the last losses, because the state must contain them
                 trainer.save()
             callbacks.on_step(trainer.step, trainer.model)
             if stops:
@@ -173,7 +173,7 @@ class Trainer:
         self.rows: list[Row] = []
         # (step counted from 0, loss, gradient norm) of each step whose loss was not reported yet.
         self.unreported: list[tuple[int, Tensor, Tensor]] = []
-        self.losses: list[float] = []  # training losses of the steps since the last row
+        self.losses: list[float] = []  # training losses of the steps since the last row of the loss curve
 
     def _check_vocabulary(self) -> None:
         for split in (self.splits.train, self.splits.val):
@@ -249,7 +249,7 @@ class Trainer:
         """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
         The arguments are tokens and targets, both (rows, T). With a sampled softmax, tokens and targets are
-        positions in the sample, and two arguments follow: the sample's rows of the tied matrix, (K, C), and
+        positions in the sample, and two arguments follow: the sample's rows of `wte.weight`, (K, C), and
         the correction of the logits, (K,).
         """
         seed, train = self.training.seed, self.splits.train.tokens
@@ -293,11 +293,14 @@ class Trainer:
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
     def is_report_due(self) -> bool:
-        """Return whether to read losses after this step; on a GPU only at some steps, since reading waits."""
+        """Return whether to read losses after this step.
+
+        On a GPU, losses are read only at some steps, because the program must wait until they are computed.
+        """
         return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
     def is_row_due(self) -> bool:
-        """Return whether to add a row to the curve: at the first step, every eval_interval, and the last."""
+        """Return whether to add a row to the loss curve: at step 1, every eval_interval steps, at the end."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def report(self, callbacks: Callbacks) -> None:
@@ -309,7 +312,10 @@ class Trainer:
                 callbacks.on_row(self.rows)
 
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return (step counted from 1, loss in nats per token) pairs since the last call; waits for a GPU."""
+        """Return a pair (step counted from 1, loss in nats per token) for each step since the last call.
+
+        On a GPU, this function waits until the GPU has computed the losses.
+        """
         if not self.unreported:
             return []
         numbers = torch.stack([torch.stack([loss, norm]) for _, loss, norm in self.unreported]).tolist()
