@@ -8,8 +8,9 @@ from compactgpt.common.errors import MissingInput, UserError, printable
 
 DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the uncommitted changes
 OUTPUTS = ("dvc.lock", "reports")  # files that stages write and git tracks; their changes are not logged
-NEW_FILES = ("conf", "src", "stages")  # folders whose new files are logged
-# Suffixes of code, settings and templates. Other new files (a key, a database, an archive) are not logged.
+NEW_FILES = ("conf", "src", "stages")  # folders whose untracked files are logged
+# Suffixes of code, settings and templates. An untracked file with another suffix may be a key or a database,
+# and is not logged.
 NEW_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
@@ -53,9 +54,9 @@ def require_repository(root: Path) -> None:
 
 
 def git_facts(root: Path) -> dict[str, str]:
-    """Return MLflow tags with the commit and whether the work tree is clean; an empty dict without git.
+    """Return MLflow tags with the commit, and whether there are uncommitted changes outside of OUTPUTS.
 
-    Changes of the files in OUTPUTS do not count. The tag `git.left_out` names changes that are not logged.
+    The tag `git.left_out` names changes that are not logged. If git fails, the dict is empty.
     """
     try:
         commit = git_text(root, "rev-parse", "HEAD")
@@ -68,11 +69,11 @@ def git_facts(root: Path) -> dict[str, str]:
 
 
 def uncommitted_changes(root: Path) -> tuple[bytes, list[str]]:
-    """Return the uncommitted changes as a diff for `git apply`, and a text for each file that is left out.
+    """Return the uncommitted changes as a diff for `git apply`, and the names of the changes left out of it.
 
-    New files are included only from the folders NEW_FILES, with a suffix in NEW_SUFFIXES, not hidden, and
-    while all changes together have at most MAX_BYTES. Larger changes to tracked files are left out as a
-    whole, because a part of them would not apply. Raises UserError if there is no commit.
+    The diff has at most MAX_BYTES. If the changes to tracked files are larger, all of them are left out. An
+    untracked file is included only if its folder is in NEW_FILES, its suffix is in NEW_SUFFIXES, and it is
+    not hidden. Raises UserError if there is no commit.
     """
     options = ["--binary", "--no-ext-diff", "--no-textconv"]
     outputs = [f":(exclude){path}" for path in OUTPUTS]

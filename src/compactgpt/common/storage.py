@@ -1,8 +1,8 @@
 """Files that are written complete or not at all, and checked against their hashes when they are read.
 
 A file is written next to its final path, synced to the disk, and renamed. A folder is filled under a
-temporary name, gets a manifest with the size and SHA-256 of each file, and is renamed as a whole. A folder is
-replaced only if it is empty, or an earlier output of the same kind.
+temporary name, gets a manifest with the size and SHA-256 of each file, and is renamed as a whole. An existing
+folder is replaced only if it is empty, or if its manifest has the same `kind` and its files are unchanged.
 """
 
 import glob
@@ -40,7 +40,7 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a path next to `path` for this process, and delete those of killed processes."""
+    """Return a temporary path next to `path`, and delete the temporary files that killed processes left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
         if not match or _is_running(int(match[1])):
@@ -57,14 +57,14 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return False
-    except PermissionError:  # a process of another user
+    except PermissionError:  # the process exists, but belongs to another user
         return True
     return True
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that replaces `path` only when the block ends without an error."""
+    """Open a binary file that replaces `path` only when the `with` block ends without an error."""
     temporary = temporary_path(path)
     try:
         make_folder(path.parent)
@@ -102,7 +102,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that this project wrote. Raises MissingInput, or BadData if it is not strict JSON."""
+    """Read a JSON file. Raises MissingInput if it does not exist, and BadData if it is not valid JSON."""
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is not a JSON number")
@@ -122,10 +122,11 @@ def sha256_file(path: Path) -> str:
 
 
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
-    """Return the path of the file `name` in a folder. The name may come from another person.
+    """Return the path `folder / name`, after a check that it is inside of the folder.
 
-    Raises OutsideFolder if the name is absolute or has `..`, or, with `follow`, if a symbolic link leads out.
-    Use `follow=False` for outputs of DVC, which may be links to its cache.
+    Raises OutsideFolder if the name is absolute or contains `..`. If `follow` is true, also raises
+    OutsideFolder if a symbolic link leads out of the folder. Use `follow=False` for outputs of DVC, because
+    they may be links to DVC's cache.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
@@ -145,12 +146,12 @@ def atomic_folder(
     overwrite: bool = False,
     private: bool = False,
 ) -> Iterator[Path]:
-    """Fill a temporary folder that replaces `folder` when the block ends without an error.
+    """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
 
-    The manifest gets `kind`, `facts` and the list of files. The block may still change `facts`. With
-    `overwrite`, an earlier output is replaced even if its files have changed. With `private`, any content is
-    replaced: use it only under .state, where users keep no files. Raises NotAllowed if `folder` has files
-    that the caller did not write.
+    The new folder gets a manifest with `kind`, `facts` and the list of files. The `with` block may change
+    `facts`. Raises NotAllowed if `folder` has files, unless its manifest has this `kind` and its files are
+    unchanged. `overwrite` also allows changed files, but not added files. `private` allows all files: use it
+    only under .state, where users keep no files.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
@@ -161,7 +162,7 @@ def atomic_folder(
         temporary.mkdir()
         yield temporary
         _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-        # Check again: the block may have taken hours, and `folder` may have changed since.
+        # Check again: the `with` block may have taken hours, and a user may have changed `folder`.
         _check_replaceable(target, kind, overwrite=overwrite, private=private)
         _replace_folder(temporary, target)
     finally:
@@ -169,7 +170,6 @@ def atomic_folder(
 
 
 def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: bool) -> None:
-    """Raise NotAllowed unless a folder is missing, empty, or an unchanged earlier output of this kind."""
     advice = "give a new or an empty folder"
     if Path.cwd().is_relative_to(folder) or folder.is_mount():
         raise NotAllowed(f"{folder} has the current folder in it, or is a mount point: {advice}")
@@ -185,8 +185,8 @@ def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: boo
         raise NotAllowed(f"{folder} has files that this command did not write: {advice}")
     if change := _first_change(folder, manifest["files"], added_only=overwrite):
         raise NotAllowed(
-            f"{change}: it was changed since {folder} was written; save it elsewhere, then delete the "
-            "folder (`compactgpt export --overwrite` replaces changed files, not added ones)"
+            f"{change}, so {folder} was changed since it was written: copy what you want to keep, then "
+            "delete the folder (`compactgpt export --overwrite` replaces changed files, but not added files)"
         )
 
 
@@ -201,11 +201,11 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_json(folder / MANIFEST, {**facts, "files": files})  # also syncs the names in the folder
+    write_json(folder / MANIFEST, {**facts, "files": files})  # `write_json` also syncs the folder
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Replace `folder` by two renames. Between the two renames no folder has the path of `folder`."""
+    """Replace `folder` by two renames. Between the two renames, `folder` does not exist."""
     old = temporary_path(folder, "old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # an earlier call may have failed to delete it
@@ -216,9 +216,10 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest: the writer's facts, and `files` with `sha256` and `bytes` of each path.
+    """Read a folder's manifest: the `facts` given to `atomic_folder`, and the sizes and hashes of the files.
 
-    The files themselves are not checked. Raises MissingInput, or BadData if the manifest is not valid.
+    The key `files` has, for each path, `bytes` and `sha256`. The files themselves are not checked. Raises
+    MissingInput if there is no manifest, and BadData if the manifest is not valid.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)
@@ -236,7 +237,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verified_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's manifest and check every file of the folder.
 
-    Raises MissingInput if there is no manifest, or BadData if a file is missing, altered or not in it.
+    Raises MissingInput if there is no manifest. Raises BadData if a file is missing, altered, or not in the
+    manifest.
     """
     manifest = read_manifest(folder)
     if change := _first_change(folder, manifest["files"]):
@@ -245,12 +247,12 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Describe a file, link or empty folder that a manifest does not have; empty if there is none.
+    """Return a sentence about the first change since the manifest was written, or an empty string.
 
-    Without `added_only`, also describe the first file that is missing or has changed.
+    `files` is the mapping `files` of the manifest. With `added_only`, missing and altered files are ignored.
     """
     listed = {folder / name for name in files}
-    outputs = {folder, *(path.parent for path in listed)}  # an output inside an output has its own manifest
+    outputs = {folder, *(path.parent for path in listed)}  # a subfolder may have its own manifest
     for path in sorted(folder.rglob("*")):
         if path in listed or (path.name == MANIFEST and path.parent in outputs):
             continue
@@ -263,7 +265,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
 
 
 def _difference(path: Path, sha256: str, size: int | None) -> str:
-    """Describe how a file differs from its recorded hash and size; empty if it does not."""
+    """Return a sentence about how a file differs from its recorded hash or size, or an empty string."""
     if not path.is_file():
         return f"{path} is missing"
     found = path.stat().st_size
@@ -274,7 +276,7 @@ def _difference(path: Path, sha256: str, size: int | None) -> str:
 
 
 def verify_file(path: Path, sha256: str, size: int | None = None) -> None:
-    """Check a file against its recorded hash and size. Raises MissingInput, or BadData if it differs."""
+    """Raise MissingInput if a file is missing, or BadData if it differs from its recorded hash or size."""
     if difference := _difference(path, sha256, size):
         kind = BadData if path.is_file() else MissingInput
         raise kind(f"{difference}; delete it and run `dvc repro`")

@@ -31,10 +31,10 @@ Scalar = str | int | float | bool | None
 DEFAULT_URI = "sqlite:///mlflow.db"  # a relative path: each copy of the repository has its own store
 EXPERIMENT = "compactgpt"
 JOURNAL = "journal.jsonl"
-BEFORE = "before"  # name of the folder with the project's files from before the first stage
+BEFORE = "before"  # name of the folder with copies of the project's files, made before the first stage
 LOCKED = "requirements.lock"
 MAX_DIGEST = 36  # the greatest number of characters that MLflow accepts as the hash of a data set
-_TAIL = 65_536  # number of bytes at the end of a journal that contain its last line
+_TAIL = 65_536  # number of bytes; the last line of a journal is always shorter
 _SCHEMES = {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}
 _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
 # Processor flags and environment variables that can change the rounding of floating-point sums.
@@ -43,7 +43,7 @@ ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS
 # The sections of params.yaml that are logged to MLflow. The other sections do not change the model.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Pairs of a pattern and a name: a value of a report whose dotted key matches has this name in MLflow.
+# Each pair: a pattern for the dotted key of a value in a report, and the value's name in MLflow.
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -137,10 +137,10 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return a description of each token file in a manifest, as `Journal.inputs` logs it.
+    """Return the token files as data sets, in the form that `Journal.inputs` accepts.
 
-    `files` is the manifest's mapping by file name. `contexts` has, for each split, MLflow's word for its use:
-    training, validation or evaluation.
+    `files` is the mapping `files` of the manifest of the token files. `contexts` maps each split, such as
+    `train`, to MLflow's word for its use: training, validation or evaluation.
     """
     found = []
     for split, context in contexts.items():
@@ -162,7 +162,8 @@ def process_facts() -> dict[str, Any]:
     for parent in own.parents():
         with suppress(psutil.Error, ValueError):
             words = parent.cmdline()
-            position = [Path(word).name for word in words[:3]].index("dvc")  # or `python dvc repro`
+            # The position is 0 in `dvc repro`, and 1 in `python dvc repro`.
+            position = [Path(word).name for word in words[:3]].index("dvc")
             command = " ".join(["dvc", *words[position + 1 :]])
             pipeline = {"pid": parent.pid, "created": parent.create_time(), "command": command}
             return {**facts, "pipeline": pipeline}
@@ -170,7 +171,7 @@ def process_facts() -> dict[str, Any]:
 
 
 class Journal:
-    """A tracker that appends to a journal. If the process is killed, at most the last line is incomplete."""
+    """Appends what a stage logs to a journal. If the process is killed, only the last line is incomplete."""
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any]) -> None:
         first = {"stage": stage, "store": tracking_store(), **start}
@@ -221,7 +222,7 @@ class Journal:
         self._append("tags", {"values": dict(values)})
 
     def inputs(self, datasets: Sequence[Mapping[str, str]]) -> None:
-        """Log data sets that the stage reads, as `token_files` describes them."""
+        """Log data sets that the stage reads. `token_files` returns such data sets."""
         if datasets:
             self._append("inputs", {"datasets": [dict(dataset) for dataset in datasets]})
 
@@ -281,7 +282,8 @@ class JournalFile:
     @property
     def status(self) -> str:
         """The stage's status in MLflow, such as FINISHED, or an empty string while the stage runs."""
-        alive = is_alive(self.start)  # asked first, because a running stage can append lines
+        # Asked before `last` is read: otherwise the stage could append its last line and exit in between.
+        alive = is_alive(self.start)
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"
 
@@ -308,7 +310,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return the processor, library versions and settings of this machine, which can change rounding."""
+    """Return facts about this machine that can change the rounding of results, such as its processor."""
     facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": ""}
     with suppress(metadata.PackageNotFoundError):
         facts["torch"] = metadata.version("torch")

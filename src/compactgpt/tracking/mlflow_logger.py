@@ -1,9 +1,10 @@
 """Copy the journals of stages to MLflow in a child process.
 
 `start_logger` starts one child process for each run folder. The child process copies new lines of the
-journals, logs system metrics, and gives the runs of killed stages the status KILLED. After the `dvc` process
-has ended, the child process completes the pipeline's run. If the server does not answer, `compactgpt sync`
-copies the lines later. A line may be copied twice, because MLflow stores equal metrics once.
+journals, logs system metrics, and gives the runs of killed stages the status KILLED. In MLflow, a `dvc`
+process has a run, which is called the pipeline's run. The runs of the stages are child runs of the pipeline's
+run. If the server does not answer, `compactgpt sync` copies the lines later. A line may be copied twice
+without harm: MLflow stores equal metrics only once.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from compactgpt.tracking.pipeline_run import PIPELINE, RunFolder, run_folders
 from compactgpt.tracking.store import Store, open_store, store_errors
 
 POLL_SECONDS = 1.0  # time between two reads of the journals
-PATIENCE_SECONDS = 60.0  # how long to try to copy runs that have ended, if MLflow fails
+PATIENCE_SECONDS = 60.0  # how long to retry after the runs have ended, if MLflow fails
 
 
 def start_logger(run_folder: Path) -> None:
@@ -40,12 +41,12 @@ def start_logger(run_folder: Path) -> None:
             subprocess.Popen(
                 [sys.executable, "-m", "compactgpt.tracking.mlflow_logger", str(run_folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                cwd=run_folder.parents[2],  # not the temporary folder of an experiment, which DVC deletes
+                cwd=run_folder.parents[2],  # the repository: DVC deletes the folder of an experiment
             )  # fmt: skip
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` of the store to which a run folder is copied, or an empty string."""
+    """Return the `Store.identity` of the store to which a run folder was copied, or an empty string."""
     note = folder.path / "mlflow.json"
     return str(read_json(note)["store"]) if note.exists() else ""
 
@@ -110,7 +111,7 @@ class Logger:
         copied = self.copied[name]
         if copied.is_complete:
             return True
-        status = file.status  # read before the lines, because a running stage can append lines
+        status = file.status  # before `file.read`: an ended stage adds no more lines
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
@@ -145,8 +146,8 @@ class Logger:
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
-            del tags["lock_sha256"]  # `sync` searches finished runs of dvc.lock by this tag
-        # links: name of a stage -> link to the run that made its outputs. ran: name of a stage -> journal.
+            del tags["lock_sha256"]  # `sync` regards each run with this tag as finished
+        # links: stage -> link to the run that made its outputs. ran: stage that ran -> name of its folder.
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in ran:
@@ -180,7 +181,7 @@ def follow(folder: RunFolder) -> None:
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                folder.keep_after()  # before the store is opened, which can fail
+                folder.keep_after()  # first, because `open_store` can fail
                 logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                 with store_errors(folder.start["store"]["uri"]):
                     if logger.copy():
@@ -198,11 +199,11 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path) -> str:
-    """Copy all ended runs to the MLflow stores that their journals name.
+    """Copy all ended runs to the MLflow stores that their journals name. Return the current store's address.
 
-    Then log dvc.lock if the current store has no run of it, as in a fresh clone. MLFLOW_TRACKING_URI names
-    the current store. Return its address. If a run can't be copied, the other runs are copied, and then the
-    first error is raised.
+    The current store is the one that MLFLOW_TRACKING_URI names. In a fresh clone, this store has no run with
+    the results in dvc.lock: then such a run is logged. If a run can't be copied, the other runs are copied,
+    and then the first error is raised.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
@@ -212,7 +213,7 @@ def sync(root: Path) -> str:
         with suppress(UserError), folder.locked() as is_ours:
             if is_ours:
                 folder.keep_after()
-    # If mlflow.db has everything, return before the import of MLflow, which takes seconds.
+    # If mlflow.db has all runs, return without the import of MLflow, which takes seconds.
     lock = hashlib.sha256(Folder(root).read(LOCK) or b"").hexdigest()
     note, content = tracking_folder(root) / "synced.json", json.dumps({**current, "lock_sha256": lock})
     is_local = current["uri"] == DEFAULT_URI and (root / "mlflow.db").exists()
@@ -251,9 +252,9 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
 
 
 def _record_unrun(root: Path, current: dict[str, str]) -> bool:
-    """If the store has no finished run of dvc.lock, log such a run, in which DVC skipped every stage.
+    """Log a run in which DVC skipped every stage, unless the store has a finished run with this dvc.lock.
 
-    Return whether the store has a finished run of dvc.lock at the end.
+    Return whether the store then has a finished run with this dvc.lock.
     """
     place, store = Folder(root), open_store(root, current)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()

@@ -37,9 +37,9 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
 PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
-AFTER = "after"  # name of the folder with the project's files from after the `dvc` process
+AFTER = "after"  # name of the folder with copies of the project's files, made after the `dvc` process
 OUTCOME = "outcome.json"
-COMMIT_SECONDS = 30.0  # after this time, DVC will make no commit for an experiment whose process has ended
+COMMIT_SECONDS = 30.0  # how long DVC may need to commit an experiment that has ended
 SKIPPED, NOT_REACHED = "skipped", "not reached"
 
 
@@ -49,7 +49,7 @@ class Outcome(BaseModel):
     status: str = "FINISHED"  # the status of the pipeline's run in MLflow
     reason: str = ""  # a sentence that says why the run is incomplete
     stages: dict[str, str] = {}  # name of a stage -> a text such as `ran (finished)` or `not reached`
-    entries: dict[str, str] = {}  # name of a stage with results -> SHA-256 of its entry in dvc.lock
+    entries: dict[str, str] = {}  # name of a stage that succeeded -> SHA-256 of its entry in dvc.lock
 
 
 class RunFolder:
@@ -75,7 +75,7 @@ class RunFolder:
 
     @property
     def command(self) -> str:
-        """The `dvc` command that ran the stages, as a user can run it again."""
+        """The `dvc` command that ran the stages, in a form that a user can run again."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
         # DVC's queue runs `dvc exp exec-run`, a command that a user can't run.
         return f"dvc exp run -n {name}" if name and "exec-run" in command else command
@@ -107,7 +107,7 @@ class RunFolder:
         return Outcome.model_validate_json(saved) if saved else None
 
     def keep_after(self) -> bool:
-        """Save the files of an ended `dvc` process to `after/`. Return whether nothing is left to save."""
+        """Save the files of an ended `dvc` process to `after/`. Return False if it is too early for that."""
         if "pipeline" not in self.start or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
@@ -118,8 +118,8 @@ class RunFolder:
     def _place(self) -> Place | None:
         """Return the commit or folder with the dvc.lock of this run, or None if DVC has not committed it yet.
 
-        An experiment has a commit. DVC deletes the experiment's temporary folder. The files of `dvc repro`
-        are in the work tree, until a later run starts. The later run has copied them to its `before/`.
+        DVC commits the dvc.lock of an experiment. `dvc repro` leaves dvc.lock in the work tree. If a later
+        run has started, the work tree may have changed, but the later run has a copy in its `before/`.
         """
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
@@ -135,7 +135,7 @@ class RunFolder:
         return Folder(Path(workspace))
 
     def _write_after(self, place: Place) -> None:
-        """Save dvc.lock, settings, package versions, reports, losses by document and the outcome."""
+        """Save dvc.lock, params.yaml, package versions, reports, losses of documents, and the outcome."""
         cache, making = Cache(self.root), self.path / "after.tmp"
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
@@ -146,7 +146,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # Code is read from the work tree, because `place` may be the folder `before/` of a later run.
+        # Code is read from the work tree: `place` may be the `before/` of a later run, which has no code.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -172,7 +172,7 @@ def find_outcome(
         before: the project's files before the first stage.
         journals: the journals of the stages that ran.
         command: the `dvc` command. If it names stages, the run is complete without the other stages.
-        tree: the folder in which code and data must have the hashes of dvc.lock. A commit needs no folder.
+        tree: the work tree, whose code and data are compared with dvc.lock. None if `place` is a commit.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -203,9 +203,9 @@ def find_outcome(
 def _is_current(
     entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry in dvc.lock has the parameters `params` and current dependencies.
+    """Return whether a stage's entry in dvc.lock has the parameters in `params` and valid dependencies.
 
-    A dependency is current if a stage in `valid` made it, or if `tree` has it with the recorded hash.
+    A dependency is valid if a stage in `valid` made it, or if `tree` has it with its hash in dvc.lock.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
@@ -215,14 +215,14 @@ def _is_current(
         inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # A commit has no `tree`: DVC commits an experiment only if all its stages succeeded.
+        # `tree` is None for a commit: DVC commits an experiment only if all its stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return the MD5 of each output that belongs to a run, by path."""
+    """Return path -> MD5 for each output that belongs to a run."""
     entries = dvc_files.read_chain(place).entries if found.entries else {}
     return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
 
@@ -245,9 +245,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return two values for MLflow: hashes of dvc.lock and weights as tags, and the token files as data sets.
+    """Return MLflow tags with the hashes of dvc.lock and the weights, and the token files as data sets.
 
-    `made` has the MD5 of each output of the run, by path.
+    `made` maps the path of each output of the run to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):

@@ -15,9 +15,9 @@ from compactgpt.tracking.journal import DEFAULT_URI, MAX_DIGEST, tracking_store
 from compactgpt.tracking.store import Store, open_store, store_errors
 
 NAME = "compactgpt"
-CHAMPION = "champion"  # alias of the model version that the gate promoted
+CHAMPION = "champion"  # alias of the model version that `compactgpt gate --promote` promoted
 EXAMPLE = "The future of AI is"
-MAX_NEW_TOKENS = 64  # in one answer of a served model, or half of the block size if that is less
+MAX_NEW_TOKENS = 64  # a served model generates at most so many tokens, and at most half of its block size
 PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of the pipeline's run
 
 
@@ -67,15 +67,16 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
         from compactgpt.model.weights import load_model
 
         model, text = load_model(folder / MODEL), after.read("reports/model_card.md")
-        card = text.decode() if text else "# compactgpt\n"  # no text: the comparison was not run
+        card = text.decode() if text else "# compactgpt\n"  # the card is missing if its stage did not run
         save_hf(model, folder / NAME, folder / TOKENIZER, card)
-        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}  # defaults for requests
+        # A served model uses these options if a request does not set them.
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
         logged = mlflow.transformers.log_model(
-            pipeline("text-generation", model=str(folder / NAME)),  # not a path: MLflow fails on it
+            pipeline("text-generation", model=str(folder / NAME)),  # MLflow fails if it gets the path instead
             name="compact",
             task="text-generation",
             run_id=run_id,
-            step=-1,  # at step 0, MLflow would add the run's metrics to the model without a data set
+            step=-1,  # at step 0, MLflow would copy the run's metrics to the model, without their data set
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
             model_config={
@@ -97,8 +98,8 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights as the champion, and return its version number.
 
     `weights` is the SHA-256 of the weights. `reason` says why a model with another configuration may replace
-    the champion. Raises MissingInput if MLflow has no model with these weights, and CheckFailed if the
-    configuration differs and `reason` is empty.
+    the champion. Raises MissingInput if MLflow has no model with these weights. Raises CheckFailed if the
+    champion has another configuration and `reason` is empty.
     """
     import mlflow
 
@@ -106,7 +107,7 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        present_id = present.source.removeprefix("models:/")  # with SQLite, MLflow leaves model_id empty
+        present_id = present.source.removeprefix("models:/")  # `model_id` is empty if the store is SQLite
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
     number = max((str(one.version) for one in known), key=int, default="")

@@ -23,7 +23,7 @@ from compactgpt.tracking.journal import (
 )
 
 ARTIFACTS = "mlartifacts"  # the folder for artifacts if the tracking store is mlflow.db
-SAMPLE_SECONDS = 5.0  # between two samples of the system metrics
+SAMPLE_SECONDS = 5.0  # time between two samples of the system metrics
 _SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -33,7 +33,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# The charts at the address `?viewStateShareKey=pipelines`: only runs of pipelines, the loss curves first.
+# A page of charts in MLflow. It shows only the runs of pipelines, and the loss curves first.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
@@ -64,7 +64,8 @@ class Store:
 
     client: Any  # an mlflow.MlflowClient
     experiment: str  # the experiment's id
-    identity: str  # id and creation time of the experiment: differs after the store was created again
+    # Id and creation time of the experiment. If a store is deleted and created again, its identity changes.
+    identity: str
 
     def find(self, tag: str, value: str) -> str:
         """Return the id of the newest run whose tag has this value, or an empty string if there is no run."""
@@ -127,14 +128,15 @@ class Store:
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     """Open a tracking store. Create the SQLite database and the experiment if they are missing.
 
-    `root` is the repository. `wanted` is a result of `tracking_store`, by default the present one. Raises
+    `root` is the repository. `wanted` is a result of `tracking_store`, which is called by default. Raises
     Unreachable if the server or the database fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # warnings have the server's password
+    # Warnings about system metrics contain the server's password.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     uri, in_environment = wanted["uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
     if without_password(in_environment) == uri:  # a journal has the address without the password
         uri = in_environment
@@ -142,7 +144,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
         import mlflow
 
-        fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create one database
+        fcntl.flock(lock, fcntl.LOCK_EX)  # so that two processes do not create the same database
         artifacts = None  # a server chooses the folder for artifacts
         if uri.startswith(_SQLITE):
             database = root.resolve() / uri.removeprefix(_SQLITE)
@@ -154,7 +156,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
             if artifacts:
-                # MLflow stores an absolute path: a copied repository would write into the original.
+                # With MLflow's absolute path, a copy of the repository would write into the original.
                 with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
                     opened.execute(
                         "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
