@@ -1,4 +1,4 @@
-"""Schemas of the reports that the stages `comparison` and `regression` read, and functions to read reports.
+"""Schemas of the reports that the stage `comparison` and `compactgpt gate` read, and functions to read them.
 
 A schema has only the fields that are used. If a report lacks a field, or if two reports have scores of
 different documents, the error names the command that repairs the report.
