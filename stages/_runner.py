@@ -1,6 +1,7 @@
 """Code that all stage scripts share.
 
-A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens a run.
+A stage script opens its stage with `open_stage`, which reads params.yaml, locks the stage and opens an MLflow
+run.
 """
 
 import ctypes
@@ -32,8 +33,8 @@ from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_f
 from compactgpt.tracking.records import differing
 
 TrackerName = Annotated[Literal["mlflow", "none"], typer.Option(envvar="COMPACTGPT_TRACKER")]
-# Stage -> the splits that the stage reads -> what MLflow shows as the use of the split.
-ON_TOKENS: dict[str, dict[str, str]] = {
+# Stage -> split that the stage reads -> name that MLflow shows for what the stage does with the split.
+SPLIT_USES: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
     "baseline": {"val": "evaluation"},
@@ -67,9 +68,9 @@ class Stage:
     is_main_process: bool = True  # only the main process writes, logs and shows progress
 
     def progress(self, unit: str, what: str = "") -> Progress:
-        """Return a progress bar that counts in `unit`, such as `steps`, after the name `what`.
+        """Return a progress bar with the name `what`, by default the stage's name.
 
-        By default `what` is the stage's name. Only the main process shows a progress bar.
+        The bar counts `unit`, such as `steps`. Only the main process shows a progress bar.
         """
         return ProgressBar(what or self.name.partition("@")[0], unit) if self.is_main_process else silent
 
@@ -86,7 +87,7 @@ class Stage:
             self.tracker.artifact(path, folder)
 
     def report(self, path: Path, value: Mapping[str, Any]) -> None:
-        """Write a report of the stage to `path`, with the hash of the stage's parameters, and log it."""
+        """Write a report to `path`, with the hash of the stage's parameters, and log the report."""
         made_with = {"params_sha256": self.params_sha256} if self.params_sha256 else {}
         write_json(path, {**value, **made_with})
         if metrics := journal.stage_metrics(self.name, value):
@@ -101,7 +102,7 @@ class Stage:
 
 @contextmanager
 def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str = "") -> Iterator[Stage]:
-    """Open a stage for a `with` block: lock the stage, open its run, and close the run after the block.
+    """Open a stage for a `with` block: lock the stage, and open an MLflow run, which ends after the block.
 
     `logged` names the sections of params.yaml to log. `item` is `xz` for the stage `baseline@xz`.
     """
@@ -116,7 +117,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
-            # Read before `load_params`, so that the end of the stage notices a later change of params.yaml.
+            # Read first: `_require_unchanged` then sees every change of params.yaml after `load_params`.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
@@ -143,9 +144,9 @@ def _read_params(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_files(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a value for each file in a stage's dependencies that changes with the file, by path.
+    """Return a dict of a stage's dependencies: path of each file -> MD5 of the file.
 
-    The value is the file's MD5. For a file in a folder of LARGE, it is the time of the last change.
+    For a file in one of the folders LARGE, the value is the time of the last change instead of the MD5.
     """
     states: dict[str, Any] = {}
     for path in map(Path, definition.get("deps", [])):
@@ -208,7 +209,7 @@ def _start_run(tracker: str, name: str, params: Params, logged: tuple[str, ...])
     run.keep_before(here)
     sections = params.model_dump(mode="json")
     run.params(journal.tuned_params({key: sections[key] for key in logged}))
-    contexts = ON_TOKENS.get(name.partition("@")[0], {})
+    contexts = SPLIT_USES.get(name.partition("@")[0], {})
     if contexts and Path(TOKENS, MANIFEST).exists():
         run.inputs(journal.token_files(read_manifest(Path(TOKENS))["files"], contexts))
     start_logger(run.run_folder)

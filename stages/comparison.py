@@ -1,4 +1,4 @@
-"""Stage `comparison`: judge the claims; write the record (reports/evidence.json), tables and pages."""
+"""Stage `comparison`: judge the claims of claims.yaml; write reports/evidence.json, tables and pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def main(
     ] = None,
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Judge the claims of the note, and write the record, tables, plots, page and model card to reports/."""
+    """Judge the claims of claims.yaml; write evidence.json, tables, plots, page and model card."""
     tracker = "none" if show or quote else tracker
     with open_stage("comparison", tracker, ("comparison",)) as stage:
         if show:
@@ -54,7 +54,7 @@ def _compare(stage: Stage) -> None:
 
 
 def _show(language: "Language") -> None:
-    """Print the answer, the note's table, and a short form of the table of measured scores."""
+    """Print the summary of reports/evidence.json, and two of its tables: claims and measured scores."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -83,7 +83,10 @@ def _show(language: "Language") -> None:
 
 
 def _note_rows(view: "View") -> Iterator[list[str]]:
-    """Yield the rows of the note's table: title, claims with values and verdicts, the model trained here."""
+    """Yield the rows of the table of claims.
+
+    A row has a title, a cell for each claim, and, if there is one, the value of the model trained here.
+    """
     for title, claims, here in view.note_rows():
         row = [title]
         for claim in claims:
@@ -93,7 +96,10 @@ def _note_rows(view: "View") -> Iterator[list[str]]:
 
 
 def _measured_rows(view: "View") -> Iterator[list[str]]:
-    """Yield SHOWN_COLUMNS of each row of the table of measured scores; only ratios keep their interval."""
+    """Yield the rows of the table of measured scores.
+
+    Each row has SHOWN_COLUMNS only. Only the ratio keeps its interval.
+    """
     from compactgpt.reporting.tables import COLUMNS
 
     for cells in view.measured_rows():

@@ -1,6 +1,6 @@
-"""Run the gate, as the command `compactgpt gate` does.
+"""Run `compactgpt gate`, which checks that the model is not worse than an accepted model.
 
-The gate is no DVC stage: DVC keeps no result of a failed stage, so every `dvc repro` would run a failed gate
+The gate is not a DVC stage. DVC keeps no result of a stage that fails, so each `dvc repro` would run the gate
 again.
 """
 

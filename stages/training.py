@@ -30,7 +30,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
         with stop_requests() as should_stop:
             trained = trainer.train(stage.params, splits, states, callbacks.functions(should_stop))
         for row in trained.rows:
-            if row.step <= trained.resumed_from:  # so that the curve of a resumed run is complete
+            if row.step <= trained.resumed_from:  # log the steps before the interruption, too
                 losses = {"train/loss": row.train_loss, "val/loss": row.val_loss}
                 stage.tracker.metrics(losses, row.step)
         if stage.is_main_process:

@@ -23,7 +23,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-HELP = {"help_option_names": ["-h", "--help"]}  # for every command
+HELP = {"help_option_names": ["-h", "--help"]}  # every command has both options
 app = typer.Typer(cls=Commands, no_args_is_help=True, context_settings=HELP, pretty_exceptions_enable=False)
 for title, module in {"Run": run, "Use the model": model, "Check and compare": check}.items():
     for entry in [*module.app.registered_commands, *module.app.registered_groups]:

@@ -37,7 +37,7 @@ def trace(name: Annotated[str, typer.Argument(help="A value of reports/evidence.
 
 @app.command()
 def verify(as_json: AsJson = False) -> None:
-    """Compare every file with dvc.lock, and compute every reported number again.
+    """Compare the files with their hashes in dvc.lock, and compute every reported number again.
 
     Prints each difference, and ends with exit code 3 if there is one. Writes no file.
     Example: compactgpt verify

@@ -72,9 +72,11 @@ def init_corpus(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Show this machine's hardware, hub, baselines and MLflow store, and estimate how long runs take.
+    """Show this machine's hardware and MLflow store, and whether it can run each baseline.
 
-    Prints one screen of text. Writes no file.
+    Also shows whether the Hugging Face Hub answers, and estimates how long runs take.
+
+    Writes no file.
     Example: compactgpt doctor
     """
     from compactgpt.doctor import examine, format_report
@@ -152,7 +154,7 @@ def run_experiment(name: ExperimentName, settings: Settings = None) -> None:
 def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
     from compactgpt.common.device import prepare_process
 
-    prepare_process(num_threads)  # before the next import, which loads torch
+    prepare_process(num_threads)  # sets environment variables that torch reads when it is imported
     from compactgpt.evaluation.sweep_runs import run_sweep
     from compactgpt.tracking import state_folder
 
@@ -163,19 +165,21 @@ def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
 
 @experiment.command("record")
 def record_experiment(name: ExperimentName) -> None:
-    """Write the metrics of an experiment that has run to results/NAME.json, for the comparison.
+    """Write the metrics of an experiment that has run to results/NAME.json.
+
+    The DVC stage `comparison` reads this file.
 
     Example: compactgpt experiment record note
     """
     from compactgpt.reporting.results import record_result
 
     path = record_result(name)
-    echo(f"{path}: commit the file; next: `dvc repro comparison` judges the claims about this experiment")
+    echo(f"{path}: commit the file; next: `dvc repro comparison` judges the claims that name {name}")
 
 
 @experiment.command("fit")
 def fit_experiment(name: ExperimentName = "ladder") -> None:
-    """Fit a scaling law to the runs of a sweep, and predict the loss of params.yaml.
+    """Fit a scaling law to the runs of a sweep, and predict the loss of a training with params.yaml.
 
     Prints the law and the prediction, and writes the law to results/NAME.json.
     Example: compactgpt experiment fit ladder
@@ -217,4 +221,4 @@ def repair() -> None:
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete, because DVC was killed: the version before the last stage is restored")
+        echo("dvc.lock was incomplete, because DVC was killed: the copy made before the last stage is back")

@@ -24,7 +24,7 @@ from compactgpt.common.errors import (
 
 
 class Progress(Protocol):
-    """A function that long work calls repeatedly to report its progress, with a few formatted figures."""
+    """A function that long work calls repeatedly to report its progress."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished."""
@@ -111,7 +111,7 @@ def _extra_with(module: str) -> str:
     package = module.partition(".")[0].replace("_", "-")
     with suppress(metadata.PackageNotFoundError):  # compactgpt may run without being installed
         for line in metadata.requires("compactgpt") or []:
-            # Such as `dvc>=3.67; extra == "pipeline"`. `dvc-s3` is another package than `dvc`.
+            # Example of a line: `dvc>=3.67; extra == "pipeline"`. The name `dvc` must not match `dvc-s3`.
             found = re.match(rf"{package}(?![\w.-]).*extra == ['\"](\w+)['\"]", line.replace("_", "-"))
             if found:
                 return found[1]

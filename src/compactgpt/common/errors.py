@@ -36,13 +36,13 @@ class CheckFailed(UserError):
 
 
 class BadData(UserError):
-    """A file is not valid: it is empty, cut short, altered, not UTF-8, or of another version."""
+    """A file is not valid: it is empty, cut short, altered, not UTF-8, or of another format."""
 
     exit_code = 65
 
 
 class OutsideFolder(BadData):
-    """A path in a lock file, a manifest or a diff is outside of the folder that it belongs to."""
+    """A path in dvc.lock, a manifest or a git diff leads out of the folder that must contain it."""
 
 
 class MissingInput(UserError):
@@ -52,7 +52,7 @@ class MissingInput(UserError):
 
 
 class Unreachable(UserError):
-    """A hub, a package index or a server did not answer."""
+    """The Hugging Face Hub, a package index or another server did not answer."""
 
     exit_code = 69
 
@@ -86,7 +86,7 @@ class PeerLost(Busy):
 
 
 class NotAllowed(UserError):
-    """The user has no permission to read or write a path, or the project refuses to replace its files."""
+    """The user has no permission to read or write a path, or a command refuses to replace user files."""
 
     exit_code = 77
 

@@ -4,12 +4,12 @@ import re
 
 from compactgpt.common.errors import printable
 
-# Matches what Markdown (CommonMark and GitHub's extensions) takes for markup. Underscores inside a word and
-# single signs inside a line are text already, and stay readable.
+# Matches what Markdown (CommonMark and GitHub's extensions) takes for markup. Markdown shows underscores
+# inside a word, and the signs `-`, `+` and `#` inside a line, as they are, so these do not match.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
     r"|(?<![^\W_])_|_(?![^\W_])"
-    r"|(?<=:)/(?=/)|(?<=www)\."  # links without brackets
+    r"|(?<=:)/(?=/)|(?<=www)\."  # links such as https://x.org and www.x.org
     r"|^[-+#](?=[\s#])|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)",  # lists and headings
     re.IGNORECASE,
 )

@@ -19,8 +19,8 @@ from ruamel.yaml.error import YAMLError
 
 from compactgpt.common.errors import BadConfig, MissingInput, printable
 
-# A name is a part of paths, of DVC's stage names and of MLflow's run names, so it may not contain characters
-# with a meaning there. (In DVC a dot separates the keys of nested mappings.)
+# The name of a baseline, data set or experiment becomes a part of paths, of DVC's stage names and of MLflow's
+# run names. So a name has no special characters, such as `/`, and no dot: in DVC `a.b` is key `b` in `a`.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NAME_RULE = "a name has letters, digits, '_' and '-' only, at most 64, and begins with a letter or digit"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -47,15 +47,14 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_section(path: Path, section: type[SectionType]) -> SectionType:
-    """Read a YAML file and check it as a section.
+    """Read a YAML file, check every value, and return an object of the class `section`.
 
     Raises MissingInput, or BadConfig with every key that is unknown, missing, of the wrong type or invalid.
     """
     return check_section(read_yaml(path), section, str(path))
 
 
-# Besides its own error, ruamel.yaml raises these errors for invalid dates, numbers and tags, and for deep
-# nesting.
+# ruamel.yaml raises YAMLError, and the other errors for invalid dates, numbers or tags, and deep nesting.
 YAML_ERRORS = (YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -96,14 +95,17 @@ def find_conflict(name: str, content: bytes) -> str:
 
 
 def check_section(tree: Any, section: type[SectionType], source: str) -> SectionType:
-    """Return parsed YAML as a section; `source` names it in messages. See `load_section`."""
+    """Return parsed YAML as an object of the class `section`. Messages name the file as `source`.
+
+    Raises BadConfig with every key that is unknown, missing, of the wrong type or invalid.
+    """
     try:
         # In strict mode pydantic accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
         raise BadConfig(f"{source} is not valid:\n" + "\n".join(lines)) from error
-    except (TypeError, ValueError, RecursionError) as error:  # from dumps
+    except (TypeError, ValueError, RecursionError) as error:  # raised by json.dumps
         raise BadConfig(f"{source}: keys must be text, and nothing may contain itself ({error})") from error
 
 
@@ -114,7 +116,7 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # pydantic adds words that are no keys, such as the `kind` that selects one of several sections.
+            # pydantic's path also has words that are not keys of the file, such as the value of `kind`.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))

@@ -64,7 +64,10 @@ class Difference:
 
 
 def compare(first: str, second: str, root: Path) -> Difference:
-    """Return the differences between two versions, whose names are as in `records.find_version`."""
+    """Return the differences between two versions.
+
+    `first` and `second` name an MLflow run, a git revision, a DVC experiment, or `workspace`.
+    """
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as other:
         a, b = find_version(root, first, Path(scratch)), find_version(root, second, Path(other))
         ratios, unpaired = _compare_in_pairs(a, b, Cache(root))
@@ -150,15 +153,15 @@ def _compare_in_pairs(a: Version, b: Version, cache: Cache) -> tuple[dict[str, I
 
 
 def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
-    """Return a version's per-document losses by model, or None for a model whose losses are nowhere.
+    """Return a version's per-document losses by model.
 
-    The losses are in the files of the version or in DVC's cache.
+    The losses come from the version's files or from DVC's cache. If both lack the losses, the value is None.
     """
     found: dict[str, Totals | None] = {}
     for out, md5 in (item for entry in version.chain.entries.values() for item in outs(entry).items()):
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        name = "compact.parquet" if out == "data/evaluation" else ""  # the file inside the output
+        name = "compact.parquet" if out == "data/evaluation" else ""  # "": the output is one file
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():
             found[path.stem] = read_totals(version.place.root / path)

@@ -138,7 +138,7 @@ def read_stages(place: Place) -> dict[str, Any]:
     try:
         return dict(_expand(parse_yaml(place.read(CHAIN), CHAIN).get("stages", {}), params))
     except (AttributeError, TypeError, ValueError) as error:
-        raise BadData(f"{CHAIN} is not as DVC reads it: `git checkout {CHAIN}` restores it") from error
+        raise BadData(f"{CHAIN} has an invalid stage: `git checkout {CHAIN}` restores the file") from error
 
 
 def _expand(bodies: Mapping[str, Any], params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -192,7 +192,7 @@ def restore_lock(root: Path) -> bool:
 def _is_complete(lock: bytes) -> bool:
     with suppress(BadData):
         entries_of(lock)
-        return "schema" in parse_yaml(lock, LOCK)  # a part of a YAML file can be valid YAML
+        return "schema" in parse_yaml(lock, LOCK)  # an empty file is valid YAML, too, but lacks this key
     return False
 
 
@@ -223,7 +223,7 @@ def params_sha256(params: Mapping[str, Any]) -> str:
 
 
 def md5_of(content: bytes) -> str:
-    """Return the MD5 of a content, by which DVC's cache names it."""
+    """Return the MD5 of `content`. DVC's cache uses the MD5 as the name of the file."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
@@ -284,7 +284,7 @@ class Cache:
         return True
 
     def _object(self, md5: str) -> Path:
-        if not _OBJECT.fullmatch(md5):  # a text that is no hash could lead out of the cache
+        if not _OBJECT.fullmatch(md5):  # any other text could be a path out of the cache, such as `../x`
             raise OutsideFolder(
                 f"{LOCK} names {md5!r}, not a hash of DVC's cache: `git checkout {LOCK}` restores {LOCK}"
             )
@@ -297,8 +297,8 @@ class Cache:
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
     """Copy the output `path` with the hash `md5` to `target`, and return whether the output was found.
 
-    The output comes from the cache. If the cache lacks the output, the file in `place` is copied, unless it
-    has another hash. Raises BadData if a file in the cache was altered.
+    The output comes from DVC's cache. If the cache lacks it, the output comes from the folder or commit
+    `place`, if it is one file with this hash. Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)
@@ -331,7 +331,7 @@ def open_repo(root: Path) -> Iterator[Any]:
             settings = {"core": {"no_scm": True, "site_cache_dir": scratch}}
             with Repo(str(root), config=settings) as repo:
                 yield repo
-    except (DvcException, ImportError) as error:  # ImportError: a missing package of a remote
+    except (DvcException, ImportError) as error:  # ImportError: a package such as dvc-s3 is missing
         raise BadData(f"DVC can't read this version: {error}") from error
 
 

@@ -67,7 +67,7 @@ def find_version(root: Path, wanted: str, scratch: Path) -> Version:
 def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     """Return the version of the MLflow run whose id begins with `wanted`, or None if there is no such run.
 
-    The files of a stage's run are those of its parent run, the run of the pipeline.
+    If the run is the run of one stage, its parent run (the run of the whole pipeline) has the files.
     """
     from compactgpt.tracking.store import open_store, store_errors
 
@@ -90,7 +90,7 @@ def _find_run(root: Path, wanted: str, scratch: Path) -> Version | None:
     return Version(
         name,
         place,
-        commit if _COMMIT.fullmatch(commit) else "",  # a text that is no commit could be an option of git
+        commit if _COMMIT.fullmatch(commit) else "",  # git could read another text as an option
         None if tags.get("git.dirty") == "true" and not diff else diff,
         {key: tags[key] for key in {*machine_facts(), "arithmetic"} if key in tags},
         parse_versions((place.read("environment/packages.txt") or b"").decode()),
@@ -107,7 +107,7 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
     found: dict[str, str] = {}
     for line in requirements.splitlines():
-        with suppress(InvalidRequirement):  # such as a line with the hash of a file
+        with suppress(InvalidRequirement):  # a line that is no requirement, such as the hash of a file
             package = Requirement(line.rstrip(" \\"))
             if package.marker is None or package.marker.evaluate():
                 version = str(package.specifier).removeprefix("==")
@@ -123,7 +123,8 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
 def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
     """Return how processor, settings and packages of two versions differ, by name.
 
-    A package that only one version has is left out, and so is a machine that is unknown.
+    Packages that only one version has are left out. If a version's machine is unknown, only packages are
+    compared.
     """
     common = sorted(a.packages.keys() & b.packages.keys())
     packages = differing(*({name: one.packages[name] for name in common} for one in (a, b)))
