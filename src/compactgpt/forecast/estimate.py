@@ -235,14 +235,14 @@ def _loss_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     of, low, high = checks["of"], checks["held_80"], checks["held_95"]
     verdict = "too narrow" if low < 0.8 * of or high < 0.95 * of else "wide enough"
     yield "loss expected", "nats per token"
-    yield from _interval_rows("the frozen rule", found["expected_loss"])
+    yield from _interval_rows("the fixed rule", found["expected_loss"])
     yield "", f"      checked on {of} measured runs, each predicted from the others, these intervals are"
     yield "", f"      {verdict}: the 80 % interval contained {low} of {of}, the 95 % interval {high} of {of}"
-    yield from _interval_rows("the rule calibrated", found["calibrated_loss"])
+    yield from _interval_rows("the fixed rule, calibrated", found["calibrated_loss"])
     if sweep and sweep["expected_loss"]:
-        yield from _interval_rows("our ladder's law", sweep["expected_loss"])
+        yield from _interval_rows("the law of our sweep", sweep["expected_loss"])
     elif sweep:
-        yield "  our ladder's law", f"does not apply here: other {', '.join(sweep['differs'])}"
+        yield "  the law of our sweep", f"does not apply here: other {', '.join(sweep['differs'])}"
 
 
 def _interval_rows(name: str, loss: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
