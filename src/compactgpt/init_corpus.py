@@ -1,7 +1,8 @@
 """Read the beginning of the user's own text, and propose values of params.yaml that the pipeline accepts.
 
-Text outside of the folder corpus/ is copied there by `dvc add`, since DVC watches only that folder. Of a text
-that is longer than the sample, the numbers of documents and tokens are estimated from the size of the files.
+Text outside of the folder corpus/ is copied there by `dvc add`, since DVC watches only that folder. At most
+SAMPLE_BYTES of text are read. If there is more text, the numbers of documents and tokens are estimated from
+the size of the files.
 """
 
 import json
@@ -27,22 +28,24 @@ from compactgpt.data.validation import document_row
 from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_patch, run_dvc, set_values
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
-SAMPLE_BYTES = 16 * MEGABYTE  # the maximum amount of text that is read, in a few seconds
+SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
 # Bytes of text per GPT-2 token, to count without a tokenizer. Measured: 3.1 on docstrings, 3.3 on tiny
 # Shakespeare, 5.3 on simple English; 1.7 on Russian, 1.5 on Thai, 1.3 on Chinese.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # number of val documents to aim for: a split by hash hardly ever has fewer than 20 then
+VAL_DOCUMENTS = 50  # number of val documents to aim for; then a split by hash hardly ever gives fewer than 20
 VAL_TOKENS = 30_000  # number of val tokens to aim for: every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # a fifth of the documents is val, and text statistics need two val documents
-FEW_DOCUMENTS = 100  # in a corpus with fewer documents, files of split_characters are cut, too
+MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 is 2 val documents, the minimum for text statistics
+FEW_DOCUMENTS = 100  # a corpus with fewer documents may be cut into shorter ones (`_choose_cutting`)
 # Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-SCORED_TOKENS = 200_000  # maximum number of val tokens that are scored, at the start of each document
-CONTINUED_DOCUMENTS = 8  # this many val documents must be long enough for a prompt and its continuation
+# About this many val tokens are scored in total: the first tokens of each val document.
+SCORED_TOKENS = 200_000
+# Number of val documents that must be long enough for a prompt and its continuation.
+CONTINUED_DOCUMENTS = 8
 MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mistake in the corpus
 
 
@@ -50,7 +53,7 @@ MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mist
 class Sample:
     """The documents at the beginning of a corpus."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)  # `document_row` of each document
+    rows: list[dict[str, Any]] = field(default_factory=list)  # result of `document_row` for each document
     tokens: list[float] = field(default_factory=list)  # estimated number of tokens of each document
     bytes: int = 0  # UTF-8 bytes of all documents
     cuts: set[str] = field(default_factory=set)  # where files were cut, such as "blank lines"
@@ -112,7 +115,7 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return params.yaml with the demo's limits, so that no limit of an earlier corpus stays."""
+    """Return params.yaml with the limits of the experiment `demo` instead of an earlier corpus's limits."""
     load_params(params_file)  # raises an error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     limits = {name: demo[name] for name in ("validation", "inspection")}
@@ -135,7 +138,7 @@ def _target(path: Path) -> tuple[str, list[str]]:
     is_inside = path.is_relative_to(corpus)
     name = path.relative_to(corpus.parent).as_posix() if is_inside else f"{FOLDER}/{path.name}"
     target = name
-    if path.is_file() and file_kind(name) not in FILE_KINDS:  # enwik8 becomes enwik8.txt
+    if path.is_file() and file_kind(name) not in FILE_KINDS:  # for example, enwik8 becomes enwik8.txt
         target = re.sub(r"(?i)(\.gz|\.zst|)$", r".txt\1", name, count=1)
     if re.search(r"[][*?:\\]", name) or (is_inside and target != name):
         raise BadConfig(
@@ -154,16 +157,17 @@ def _target(path: Path) -> tuple[str, list[str]]:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Return (folder, path in this folder) of each text file of a path."""
+    """Return (folder, path in this folder) of the file `path`, or of each text file in the folder `path`."""
     if path.is_file():
         return [(path.parent, path.name)]
     return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
 
 
 def _choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
-    """Read a sample; return it with the value of download.files.split_over_characters.
+    """Read a sample; return it, and the proposed value of download.files.split_over_characters.
 
-    The value is smaller than that of params.yaml if this gives a small corpus more documents.
+    The proposed value is `split_characters` if the sample has fewer than FEW_DOCUMENTS documents, and this
+    value gives more. Else the value of params.yaml stays.
     """
     sample, settings = read_sample(files, download), download.files
     if len(sample.rows) < FEW_DOCUMENTS and settings.split == "auto":
@@ -203,13 +207,13 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # Val is the end of the corpus if files are cut, since neighbouring documents belong together, or if val
-    # has few documents, since a choice by hash could be too few of them.
+    # If files are cut, neighbouring documents belong together, so val is the end of the corpus. It is the end
+    # also if val has few documents: a split by hash could give even fewer.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
-        # The limits are half of the text found now, so the stage fails if much of the text is lost later.
+        # The limits are half of the text found now: the stage `validation` fails if more is lost later.
         "validation.min_documents": documents // 2,
         "validation.min_total_megabytes": round(megabytes / 2, 3),
         "tokenization.val_fraction": fraction,
@@ -233,14 +237,14 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
 def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
     """Return limits of the section `validation` that the documents in `rows` fulfil.
 
-    A limit of `params` that they fulfil keeps its value. No limit for wrongly decoded text is returned, since
-    the user must repair such text.
+    A limit of `params` that they fulfil keeps its value. The limit for wrongly decoded text never
+    changes, since the user must repair such text.
     """
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
     unique = sum(count == 1 for count in copies.values()) / len(rows)
-    spare = int((1 - params.mostly) * len(rows))  # number of rows that may fail an expectation
+    spare = int((1 - params.mostly) * len(rows))  # number of rows that may violate a limit
     return {
         "min_characters": min(params.min_characters, lengths[spare // 2]),
         "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
@@ -252,19 +256,19 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
     """Return the values of params.yaml for training, and a message about the time of the training."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
-    epoch = tokens / params.training.tokens_per_step  # number of steps in an epoch
-    found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * epoch)
+    steps_per_epoch = tokens / params.training.tokens_per_step
+    found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
     steps = max(10, int(float(f"{found:.2g}")))
     time = f"about {format_minutes(steps * step_minutes)} on a quiet machine (estimated)"
-    if found == MAX_EPOCHS * epoch:
-        time += "; with more epochs, a model often learns so little text by heart"
+    if found == MAX_EPOCHS * steps_per_epoch:
+        time += "; with more epochs, a model often learns a text of this size by heart"
     values = {
         "training.max_steps": steps,
         "training.warmup_steps": max(1, steps // 70),
         "training.eval_interval": max(1, steps // 10),
         "training.checkpoint_interval": max(1, steps // 4),
     }
-    return values, f"training alone: {steps:,} steps, {steps / epoch:.2g} epochs, {time}"
+    return values, f"training alone: {steps:,} steps, {steps / steps_per_epoch:.2g} epochs, {time}"
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
@@ -272,7 +276,8 @@ def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # The share of val documents that must be long enough for a prompt and its continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # Prompt and continuation each get a quarter of such a document. The rest is for errors of the estimate.
+    # Of the shortest of these documents, a quarter is for the prompt, and a quarter for the continuation.
+    # The other half is a margin, since its number of tokens is an estimate.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

@@ -46,7 +46,7 @@ def load(tmp_path, encoding):
         try:
             return load_baseline("it", params, encoding, tmp_path / "train.tokens", tmp_path / ".state")
         except BadConfig as error:  # as a user does: the message has the hash of a folder
-            found = re.search(r"sha256: found nothing, .* holds (\w{64})", str(error))
+            found = re.search(r"sha256: found nothing, .* hash (\w{64})", str(error))
             if "sha256" in spec or not found:
                 raise
         return load(**spec, sha256=found[1])
@@ -212,7 +212,7 @@ def test_missing_damaged_and_other_files_of_a_folder_are_refused(tmp_path, load)
     (folder / "model.safetensors").write_bytes(weights)
     config_file = folder / "config.json"
     config_file.write_text(config_file.read_text() + " ")
-    with pytest.raises(BadConfig, match=rf"specs\.it\.sha256: found {sha256}, but .* holds"):
+    with pytest.raises(BadConfig, match=rf"specs\.it\.sha256: found {sha256}, but .* have the hash"):
         load(**spec, sha256=sha256)
 
 

@@ -21,11 +21,11 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # maximum characters of a licence's name; a longer field has the text of the licence
+_SHORT_LICENCE = 40  # a field License of more characters has the licence's text, not its name
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# The fields of a node of a syntax tree that contain statements.
+# The fields of an `ast` node that are lists of statements, or of blocks with statements.
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -96,7 +96,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 def short_licence(metadata: Any) -> str:
     """Return the name of a distribution's licence from its core metadata (packaging.python.org).
 
-    The name is an SPDX expression if there is one, else the field License if it is short, else classifiers.
+    It is the first of these that exists: the SPDX expression, a short field License, the licence classifiers.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)

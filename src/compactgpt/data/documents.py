@@ -22,7 +22,7 @@ ROW_GROUP_BYTES = 2**21  # UTF-8 bytes of text in a row group
 
 
 class Part(NamedTuple):
-    """A part of a corpus in reports: a distribution, a file pattern, or a split of a data set."""
+    """A part of a corpus, as reports list it: a distribution, a file pattern, or a split of a data set."""
 
     name: str
     version: str | None = None
@@ -43,7 +43,7 @@ class Corpus:
     """A source of texts that can be read from any position."""
 
     name: str  # the value of `download.corpus` in params.yaml
-    identity: Any  # a JSON value that changes when the texts may have changed
+    identity: Any  # a JSON value; if it differs from the value of an earlier run, texts may have changed
     parts: Sequence[Part]  # in reading order
     read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
@@ -60,8 +60,8 @@ class Document(NamedTuple):
 class RowGroup(NamedTuple):
     """One row group of a shard: the unit in which documents are read."""
 
-    path: Path  # of the shard
-    number: int  # in the shard, from 0
+    path: Path  # path of the shard
+    number: int  # number of the row group in the shard, from 0
 
 
 def new_document(text: str, source: str) -> Document:
@@ -80,7 +80,7 @@ def new_document(text: str, source: str) -> Document:
 
 
 def check_size(size: int, what: str, key: str, megabytes: int) -> None:
-    """Raise BadData if `what`, which has `size` bytes or characters, is over the limit `download.{key}`."""
+    """Raise BadData about `what` if its `size` (bytes or characters) is over the limit `download.{key}`."""
     if size > megabytes * MEGABYTE:
         raise BadData(
             f"{what} is longer than {megabytes:,} MB (download.{key}): cut it into documents, remove it, or "
@@ -182,7 +182,7 @@ def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
     with _open_shard(group.path) as shard:
         # Threads would not help: the callers already read in several processes.
         table = shard.read_row_group(group.number, columns=list(columns), use_threads=False)
-        table.validate(full=True)  # so that, for example, a text that is not UTF-8 is refused
+        table.validate(full=True)  # raises ArrowInvalid, for example if a text is not UTF-8
         return zip(*(table.column(name).to_pylist() for name in columns), strict=True)
 
 

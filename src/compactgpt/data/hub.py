@@ -16,8 +16,9 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.config import Folder, Hub, HubCorpus, Params
 
-DOWNLOADED = Path("reports/download.json")  # DVC deletes this report before the stage `download` starts
-_TIMEOUT_SECONDS = 5  # for the answer to the request before a download
+# DVC deletes this report before the stage `download` starts, so it exists only after the stage has finished.
+DOWNLOADED = Path("reports/download.json")
+_TIMEOUT_SECONDS = 5  # how long the request before a download waits for the hub's answer
 # The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
 MODEL_FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "tokenizer.model"]
 # Arguments of `snapshot_download`. Subfolders are ignored, since they contain weights in other formats.
@@ -45,7 +46,8 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
         raise BadConfig(f"{what!r} is not a repository name (owner/name): {one_line(error)}") from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
-    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:  # a login page is not JSON
+    except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:
+        # A network that requires a login may answer with an HTML page, which causes the JSONDecodeError.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
             f"(`hf auth login`, or HF_TOKEN), run the same command again, or {advice}"
@@ -99,9 +101,9 @@ def cached_model(repo: str, revision: str) -> Path | None:
 
 
 def check_model_folder(name: str, spec: Folder) -> None:
-    """Check that the files of the folder baseline `name` have the hash that params.yaml states.
+    """Check that the files in the folder of the baseline `name` have the hash in params.yaml.
 
-    Raises MissingInput if the folder does not exist, BadConfig if params.yaml has no hash or another one.
+    Raises MissingInput if the folder does not exist, BadConfig if the hash is missing or differs.
     """
     folder = Path(spec.path)
     if not folder.is_dir():
@@ -111,8 +113,8 @@ def check_model_folder(name: str, spec: Folder) -> None:
     found = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     if found != spec.sha256:
         raise BadConfig(
-            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but {folder} holds "
-            f"{found}: write this hash into params.yaml if these are the weights you mean, or give it with "
+            f"baseline.specs.{name}.sha256: found {spec.sha256 or 'nothing'}, but the files in {folder} have "
+            f"the hash {found}: write it into params.yaml if these are the right files, or give it with "
             f"-S 'baseline.specs.{name}={{kind: folder, path: {folder}, sha256: {found}}}'"
         )
 

@@ -24,8 +24,8 @@ _PROGRESS_ROWS = 1000
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
     """Return the data set `download.hub.name` as a corpus; the first read opens the data set.
 
-    The position of a text is [index of the split, number of complete rows, state of the `datasets` iterator
-    after these rows, number of texts of the next row that were read].
+    The position of a text is [index of the split, number of rows that were read completely, state of the
+    `datasets` iterator after these rows, number of texts that were read from the next row].
     """
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
@@ -55,8 +55,9 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 class _DataSet:
     """Reads the rows and the texts of one data set.
 
-    Raises Unreachable if the hub does not answer; BadConfig if the settings in params.yaml do not fit;
-    BadData if a file is damaged, a text is missing or too long, or the hash of the text differs.
+    Raises Unreachable if the hub does not answer; BadConfig if the data set can't be read with the
+    settings in params.yaml; BadData if a file is damaged, a row has no text or too much, or the hash of the
+    text differs.
     """
 
     def __init__(self, params: Download) -> None:
@@ -85,9 +86,10 @@ class _DataSet:
             )
 
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, list[str]]]:
-        """Yield (row number, state before the row, texts that begin in the row) after the first `rows` rows.
+        """Yield (row number, state of the `datasets` iterator before the row, texts that begin in the row).
 
-        With `opens_document` in params.yaml, a text is several rows; with `separator`, it is a part of a row.
+        Skips the first `rows` rows; `state` is the iterator's state after them. With `opens_document` in
+        params.yaml, several rows are joined to one text. With `separator`, a row is cut into texts.
         """
         if self.chosen.opens_document is None:
             for row, before, text in self._rows(split, rows, state):

@@ -16,7 +16,7 @@ def check_dependencies(root: Path) -> None:
     """Check the files and folders that the stages of dvc.yaml depend on; see `check_files`."""
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     names = {name for stage in stages.values() for name in stage.get("deps") or []}
-    for name in sorted(name for name in names if "${" not in name):  # `${`: output of a stage
+    for name in sorted(name for name in names if "${" not in name):  # a name with `${` is a stage's output
         path = root / name
         if path.is_dir():
             check_files(path)
@@ -46,7 +46,7 @@ def check_files(folder: Path) -> None:
 
 
 def _check_regular(path: Path) -> None:
-    if not path.is_file():  # follows links, and opens no file: opening a named pipe would wait
+    if not path.is_file():  # `is_file` does not open the file: opening a named pipe would block
         raise BadData(
             f"{path} is not a regular file, but a named pipe, a socket, a device or a broken link: remove it"
         )

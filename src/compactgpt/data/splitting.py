@@ -1,6 +1,7 @@
 """Cut a text file into documents, as `download.files.split` in params.yaml says.
 
-Memory holds at most two documents and, with `auto`, the first `split_over_characters` of the file.
+Memory holds at most two documents. With `split: auto`, it also holds the first `split_over_characters`
+characters of the file.
 """
 
 import codecs
@@ -12,16 +13,16 @@ from typing import IO, NamedTuple
 from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
-# With `auto`, a document without a blank line ends after this many times `split_characters` characters.
+# With `split: auto`, a document of `_LARGE * split_characters` characters ends even without a blank line.
 _LARGE = 10
-# Value of `download.files.split` -> its name in messages. A value that is not here is its own name.
+# Value of `download.files.split` -> name in messages. Messages show other values as they are.
 _MESSAGE_NAMES = {"blank-lines": "blank lines", "heading": "headings"}
 
 
 class Line(NamedTuple):
-    """A line with its line break, or a part of a very long line, which ends at a space if there is one."""
+    """A line with its line break, or a part of a very long line. If possible, the part ends at a space."""
 
-    number: int  # from 1
+    number: int  # number of the line in the file, from 1
     text: str
     is_start: bool  # whether `text` begins where the line begins
     is_end: bool  # whether `text` ends where the line ends
@@ -91,8 +92,8 @@ def _cut(
 ) -> Iterator[list[Line]]:
     """Yield the lines of each piece.
 
-    A piece ends at the first boundary after `least` characters, or at the first line break after `most`
-    characters. A last piece that is shorter than `least` is joined to the piece before.
+    A piece ends at the first boundary (see `_is_boundary`) after `least` characters, or at the first line
+    break after `most` characters. A last piece that is shorter than `least` is joined to the piece before.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
@@ -110,7 +111,9 @@ def _cut(
 
 
 def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file without its byte-order mark. Longer lines are cut into parts of `max_bytes`.
+    """Yield the lines of a file without its byte-order mark.
+
+    A line of more than `max_bytes` is cut into parts of about this size.
 
     Raises BadData if the file is not UTF-8.
     """

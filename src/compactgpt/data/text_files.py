@@ -1,8 +1,8 @@
 """The user's own text files as a corpus.
 
 A .txt or .md file is one document, or is cut into documents (module `splitting`). In a file of another kind,
-each row is one document. Files may be compressed (.gz or .zst). Memory holds the names of all files, and one
-document. A .json file with an array is read into memory completely.
+each row is one document. Files may be compressed (.gz or .zst). Memory holds the names of all files, and at
+most two documents. A .json file with an array is read into memory completely.
 """
 
 import csv
@@ -94,13 +94,14 @@ def _matching_files(pattern: str, root: Path) -> Iterator[str]:
 
 
 def file_kind(name: str) -> str:
-    """Return the suffix of a file's name in lower case, such as `.txt` also for `a.TXT.gz`."""
+    """Return the suffix of a file's name in lower case, without .gz or .zst: `.txt` for `a.TXT.gz`."""
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) -> None:
+    # `dvc add` writes a .dvc file beside each file.
     found = {name for name in _matching_files(f"{FOLDER}/**", root) if not name.endswith(".dvc")}
-    if names := sorted(found - read):  # `dvc add` writes a .dvc file beside each file
+    if names := sorted(found - read):
         shown = printable(", ".join(names[:3])) + (", ..." if names[3:] else "")
         log(
             f"not read: {len(names):,} of the files in {FOLDER}/ ({shown}). A file is read if a pattern of "
@@ -235,7 +236,7 @@ def _read_parquet(file: IO[bytes], name: str, params: Download) -> Iterator[Piec
 
     row, column, megabytes = 0, params.files.text_column, params.max_row_megabytes
     with TemporaryFile() as temporary:
-        if not file.seekable():  # a compressed file; parquet is read from its end
+        if not file.seekable():  # decompress the file first, since parquet is read from its end
             _copy(file, temporary, name, params.files.min_free_disk_megabytes)
             file = temporary
         # pyarrow checks the checksums of pages, if the file has checksums.
