@@ -151,7 +151,8 @@ def _new_texts(
         for row, token in zip(tokens, step, strict=True):
             if token is not None and token != end:
                 row.append(token)
-        # An incomplete character at the end is decoded as U+FFFD. Its text follows when it is complete.
+        # The last token may end inside a character, which is decoded as U+FFFD. This character is yielded
+        # after the step that completes it.
         now = [decode(row).rstrip("\ufffd") for row in tokens]
         yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
         texts = now
@@ -214,8 +215,8 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Load the project's tokenizer from where `load` describes. `model` is the model's folder."""
-    project = model.absolute().parent.parent  # the model is in models/compact
+    """Return the tokenizer for the model in the folder `model`. `load` lists the places of a tokenizer."""
+    project = model.absolute().parent.parent  # for a model in PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():
             return load_encoding(folder)
@@ -235,7 +236,7 @@ def _to_utf8(text: str) -> bytes:
 
 
 def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenFile:
-    """Return documents as a split in memory."""
+    """Tokenize documents. Return a token file in memory."""
     contents = [_to_utf8(text) for text in documents]
     if not any(contents):
         raise BadData("the text is empty: give at least one character")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
-PIECE = 1000  # number of characters of the documents that a single text of 5,000 or more is cut into
+# `evaluate` cuts a single text of more than 5 x PIECE characters into pieces of about PIECE characters.
+PIECE = 1000
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
@@ -134,8 +135,8 @@ def evaluate(
 ) -> None:
     """Measure how well models predict a text: nats per token, perplexity and bits per byte.
 
-    Prints a line per model, with 95 % intervals over documents: the files, or the pieces of a single long
-    file. Writes no file.
+    Prints a line per model, with 95 % intervals. An interval needs several documents: several files, or the
+    pieces of a single long file. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
     from compactgpt.api import load

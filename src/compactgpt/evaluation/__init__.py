@@ -1,1 +1,1 @@
-"""Evaluate language models: per-document losses, tasks and generated text, ours and the baselines."""
+"""Evaluate our model and the baselines: per-document losses, tasks and generated text."""

@@ -1,4 +1,4 @@
-"""Load the baselines of params.yaml: n-gram models, compressors, and models of transformers in float32.
+"""Load the baselines of params.yaml: n-gram models, compressors, and transformers models in float32.
 
 **All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
 model. A model with another tokenizer reads the text of the same windows in its own tokens (see `OwnTokens`).
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal language model of transformers, with its tokenizer."""
+    """A causal language model of the library transformers, with its tokenizer."""
 
     model: Any  # a transformers.PreTrainedModel, in float32 and eval mode
     tokenizer: "tokenizers.Tokenizer"  # encodes the name of a special token, such as </s>, as plain text
@@ -109,7 +109,7 @@ def _as_neural_model(
     loaded: LoadedModel, encoding: "tiktoken.Encoding", batch_size: int, device: str, facts: dict[str, Any]
 ) -> NeuralModel:
     model, tokenizer = loaded.model.to(resolve_device(device)), loaded.tokenizer
-    V = max(tokenizer.get_vocab().values()) + 1  # the rows of the head after V only pad the vocabulary
+    V = max(tokenizer.get_vocab().values()) + 1  # number of tokens; the head can have more rows, as padding
     head = model.get_output_embeddings().weight.detach()[:V]  # (V, C)
 
     def hidden(tokens: Any) -> Any:
@@ -178,7 +178,7 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
         def step(tokens: Any) -> Any:
             nonlocal cache, read
             columns = torch.arange(read, read + tokens.shape[1], device=tokens.device)  # (T,)
-            read += tokens.shape[1]
+            read += tokens.shape[1]  # S, the number of tokens that were read in all calls
             is_text = torch.arange(read, device=tokens.device) >= padding[:, None]  # (B, S)
             output = base(
                 input_ids=tokens,
@@ -274,8 +274,8 @@ def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_tok
     """Return the start token: end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
 
     Pretraining puts end-of-text between documents. In a chat model, the BOS token (beginning of sequence)
-    often begins a message instead. After the BOS token `<|im_start|>`, SmolLM2-135M-Instruct needs 20 nats
-    more for the first 128 tokens of a document.
+    often begins a message instead. With its BOS token `<|im_start|>` as the start token, the loss of
+    SmolLM2-135M-Instruct on the first 128 tokens of a document is 20 nats higher in total.
     """
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
@@ -320,8 +320,8 @@ def read_gguf(path: Path) -> LoadedModel:
                 "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
         loaded = _load(path.parent, gguf_file=path.name)
-        # llama.cpp's `smollm` splits numbers into single digits. transformers' reader of GGUF joins the
-        # digits, which changes the tokens of 2 of the demo's 27 val documents.
+        # The pre-tokenizer `smollm` of llama.cpp splits numbers into single digits. The tokenizer
+        # that transformers makes from a GGUF file does not.
         loaded.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

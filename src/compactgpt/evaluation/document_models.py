@@ -110,11 +110,11 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 class _Order:
     """All n-grams of one length, which is 2 or more. The id of an n-gram is its index in `keys`."""
 
-    # (K,) in ascending order. The key of an n-gram is c V + w, where w is its last token. The number c is the
-    # id of its context, which is the n-gram without w.
+    # (K,) in ascending order. The context of an n-gram is the n-gram without its last token. The key of an
+    # n-gram is (id of its context) * V + (its last token).
     keys: Ids
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), weight of the n-gram without its first token; 1 if no token follows
+    backoff: Floats  # (contexts,), `backoff(c)` in `NgramModel`; 1 if no token follows the context
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,15 @@ class NgramModel:
 
         p(w | c) = (count(c w) - D(count(c w))) / total(c) + backoff(c) p(w | c')
 
-    D is one of three discounts, for counts of 1, 2 and at least 3. `backoff(c)` is the sum of the discounts
-    after c divided by total(c), so the probabilities sum to 1. The lowest order is interpolated with 1 / V. A
-    document is end-of-text, its tokens, end-of-text. No n-gram crosses the end of a document.
+    D is one of three discounts, for counts of 1, 2 and at least 3. `total(c)` is the sum of count(c w) over
+    all tokens w. `backoff(c)` is the sum of D(count(c w)) over all w, divided by total(c), so the
+    probabilities sum to 1. If c is empty, p(w | c') is 1 / V. A document is read as end-of-text, its tokens,
+    end-of-text. No n-gram crosses the end of a document.
 
     Shapes: V tokens of the vocabulary, N positions of the train split, K different n-grams of one order.
     """
 
-    unigrams: Floats  # (V,) probabilities of the lowest order
+    unigrams: Floats  # (V,), the probability of each token without context
     orders: list[_Order]  # the bigrams, then the trigrams, and so on
     train_tokens: int  # number of tokens that the model was trained on
 
@@ -156,7 +157,7 @@ class NgramModel:
             places = np.minimum(np.searchsorted(order.keys, keys), len(order.keys) - 1)
             is_known = (contexts >= 0) & (order.keys[places] == keys)
             backoff = np.where(contexts >= 0, order.backoff[contexts], 1.0)
-            reached = found[-len(contexts) :]  # the first targets of a document have shorter contexts
+            reached = found[-len(contexts) :]  # without the first tokens, whose contexts are shorter
             reached[:] = np.where(is_known, order.weights[places], 0.0) + backoff * reached
             contexts = np.where(is_known, places, -1)[:-1]
         return found
@@ -174,10 +175,13 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     offsets = train.offsets[: documents + 1]
     end_of_text = np.array([train.header.eot_token], np.int64)
     stream = np.concatenate([end_of_text, train.tokens[: offsets[-1]]]).astype(np.int64)  # (N + 1,)
-    # The number of tokens since the last end-of-text. A longer n-gram would cross the end of a document.
+    # For each token, the number of tokens since the last end-of-text. An n-gram that reaches further back
+    # would cross the start of the document.
     distance = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
-    ids, sizes = stream, [V]  # the id of the n-gram that ends at each position; the n-grams of each order
-    # For each order: the keys of its n-grams, their numbers of occurrences, and the ids of their suffixes.
+    ids = stream  # the id of the n-gram that ends at each position
+    sizes = [V]  # the number of different n-grams of each order
+    # For each order, three arrays, (K,): the key of each n-gram, its number of occurrences, and the id of its
+    # suffix, which is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
         ends = np.flatnonzero(distance >= length - 1) + 1
@@ -187,7 +191,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
             ids[ends - 1] * V + stream[ends], return_inverse=True, return_counts=True
         )
         suffixes = np.empty(len(keys), np.int64)
-        suffixes[inverse] = ids[ends]  # the n-gram without its first token
+        suffixes[inverse] = ids[ends]
         found.append((keys, occurrences, suffixes))
         ids = np.full(len(stream), -1)
         ids[ends] = inverse

@@ -85,7 +85,7 @@ def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: st
         found = probabilities(logits)  # (V,)
         bounds = np.cumsum(found)
         token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-        # Rounding could give a token after the last token that is possible.
+        # Rounding could give a token after the last token with a probability above 0.
         return min(token, int(np.flatnonzero(found)[-1]))
 
     return sample
@@ -139,7 +139,7 @@ def generate_tokens(
         ended = [token is None or token == end for token in tokens]
         if all(ended):
             break
-        # A text that has ended reads `end` again, since all rows of a batch have one length.
+        # All rows of a batch have one length: the model reads `end` again for a text that has ended.
         unread = [[end if token is None else token] for token in tokens]
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
@@ -156,7 +156,7 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
     return model.hidden(fed.to(model.head.device))[torch.arange(len(seen)), last]
 
 
-# --- the stages' report
+# --- the report of generated text
 
 
 def choose_prompts(

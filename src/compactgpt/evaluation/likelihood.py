@@ -3,7 +3,7 @@
 All models see the same text. Each document is cut into windows. One token precedes each window: end-of-text
 at the start of a document, else the last token of the previous window. Every token of a document is scored
 exactly once; end-of-text is never scored. Shapes: B windows, T tokens of the longest window, C channels,
-V tokens of the vocabulary, N targets.
+V tokens of the vocabulary, N targets (scored tokens).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from compactgpt.data.token_files import (
 )
 from compactgpt.evaluation.totals import Counts, Floats, Positions, Totals, by_position, figures
 
-# Only the functions that run a neural model import torch: a compressor needs none, and the import is slow.
+# Only the functions that run a neural model import torch: the import is slow, and compressors don't need it.
 if TYPE_CHECKING:
     import tiktoken
     import torch
@@ -105,7 +105,7 @@ class NeuralModel:
     ) -> DocumentScores:
         """Return the per-document losses in windows of the model's own context.
 
-        The windows of the view `own` do not overlap. The windows of the view `strided` overlap.
+        `view` is the kind of windows: the windows of `own` do not overlap, the windows of `strided` overlap.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
@@ -115,7 +115,10 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the length of a view's windows and the distance of their starts, in the model's tokens."""
+        """Return the length of the windows of `score_view`, and the distance of their ends.
+
+        Both numbers are in tokens of the model's tokenizer.
+        """
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
@@ -126,8 +129,8 @@ class NeuralModel:
         nats, own_tokens = np.zeros(documents), np.zeros(documents, np.int64)
         buckets = (self.block_size - 1).bit_length() + 1
         positions = Positions(np.zeros((documents, buckets)), np.zeros((documents, buckets), np.int64))
-        lengths = np.diff(split.offsets) - 1  # without end-of-text
-        total = int(np.sum(-(-lengths // stride)))  # windows
+        lengths = np.diff(split.offsets) - 1  # (documents,), without end-of-text
+        num_windows = int(np.sum(-(-lengths // stride)))
         for done, (scored, values) in enumerate(target_nats(self, windows), 1):
             nats[scored.document] += values.sum()
             own_tokens[scored.document] += len(values)
@@ -136,9 +139,9 @@ class NeuralModel:
             bucket = np.ceil(np.log2(position)).astype(np.int64)
             np.add.at(positions.nats[scored.document], bucket, values)
             np.add.at(positions.tokens[scored.document], bucket, 1)
-            if done % self.batch_size == 0 and done < total:
-                progress(done, total)
-        progress(total, total)
+            if done % self.batch_size == 0 and done < num_windows:
+                progress(done, num_windows)
+        progress(num_windows, num_windows)
         return DocumentScores(nats, own_tokens, positions)
 
 
@@ -248,7 +251,7 @@ def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
 
 
 def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
-    """Return the part of a split that every model scores: the first `document_tokens` of each document.
+    """Return the part of a split that is scored: the first `document_tokens` tokens of each document.
 
     A very long document would dominate the metrics and widen their intervals. If the last token ends inside
     a UTF-8 character, the cut is before this token, because some tokenizers read only valid text.
@@ -302,7 +305,7 @@ def evaluate(
         context, _ = model.view_sizes("own", likelihood)
         is_scored = model.windows is evaluation_windows and context == likelihood.window
         for view in likelihood.views:
-            if view == "own" and is_scored:  # `scores` is of the same windows
+            if view == "own" and is_scored:  # `scores` was computed with the same windows
                 views[view] = scores.nats
             else:
                 views[view] = model.score_view(split, view, likelihood, progress).nats

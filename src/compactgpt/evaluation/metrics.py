@@ -46,7 +46,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Return nats / (ln 2 x bytes), which no tokenizer affects (Gao et al. 2020, section 3.1)."""
+    """Return nats / (ln 2 x bytes), which does not depend on the tokenizer (Gao et al. 2020, section 3.1)."""
     return total_nats / (math.log(2) * total_bytes)
 
 

@@ -76,7 +76,11 @@ def run_sweep(
 
 
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
-    """Return the unfinished runs, and each run without weights that an unfinished run starts from."""
+    """Return the unfinished runs, and the finished runs that must be trained again.
+
+    An unfinished run can start from the weights of a finished run. If `folder` does not have these weights,
+    the finished run is trained again.
+    """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
     starts = {point.sweep.start for point in points if point.name in names and point.sweep.start}
@@ -96,7 +100,7 @@ class SweepRunner:
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`, or a sweep without runs if the file has another corpus or recipe."""
+        """Return the sweep in `path`, or a sweep without runs if its corpus or settings are different."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),

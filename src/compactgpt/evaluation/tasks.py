@@ -1,7 +1,7 @@
 """Run tasks with a neural model: predict the last word of a passage (LAMBADA, cloze), and score WikiText.
 
-Publications use one name for different scores of LAMBADA, and one name for different scores of WikiText. Here
-each score has its own name. `run_tasks` lists those of LAMBADA, `score_wikitext` those of WikiText.
+Publications call several different scores "LAMBADA", and several different scores "WikiText". Here each score
+has its own name: `run_tasks` lists the scores of LAMBADA, `score_wikitext` the scores of WikiText.
 """
 
 import hashlib
@@ -99,8 +99,9 @@ def read_lambada(path: Path) -> list[Item]:
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
     """Return the passages of the cloze task, chosen from the documents of a split.
 
-    The last word of a passage has four or more letters and occurs earlier in the passage. In LAMBADA, four of
-    five last words do. Every document gives one passage before a document gives a second passage.
+    The last word of a passage has four or more letters and occurs earlier in the passage. In LAMBADA, four
+    of five last words occur earlier in the passage. All documents give their first passage, then all
+    documents give their second passage, and so on, until there are `cloze_items` passages.
     """
     # A change of one document does not change the candidates of another document.
     candidates = [
@@ -219,7 +220,8 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# Pairs of an old and a new string, in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py.
+# Pairs (old string, new string), in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py. _PAIRS has
+# opening and closing marks instead: spaces after an opening mark and before a closing mark are removed.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -309,8 +311,8 @@ def run_tasks(
     - cloze: passages of `split`. An answer is correct if each token of the word is the most probable token.
     - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored as the cloze. This is
       lambada_openai of EleutherAI's lm-evaluation-harness, with the same tokens.
-    - lambada_last_token: the model answers only the last token of the word, and stop words are not allowed as
-      answers, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop
+    - lambada_last_token: the model predicts only the last token of the word, and its answer can't be a stop
+      word, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop
       words: here they are NLTK's 127 words.
     - lambada_original: the text that LAMBADA's authors published, scored as lambada_word.
 

@@ -72,7 +72,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 
     The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
     The interval uses Student's t distribution with n - 1 degrees of freedom for n texts. Returns None for a
-    single text, and if `figure` returns None for all texts or without one of them.
+    single text, and if `figure` returns None for all texts together or for all texts except one.
     """
     value, n = figure(texts), len(texts)
     # A bootstrap would draw some texts twice, and count the copies as repetition.

@@ -17,7 +17,8 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-_VIEW = "nats_"  # the column `nats_strided` has the losses of the view `strided`
+# A view is a way to cut documents into windows. The losses of `strided` are in the column `nats_strided`.
+_VIEW = "nats_"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Totals:
     own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None without one
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    # The name of a view, such as `strided`, -> the losses of the documents in this view, (documents,)
+    # A way to cut documents into windows, such as `strided`, -> the losses in these windows, (documents,)
     views: Mapping[str, Floats] = field(default_factory=dict)
     positions: Positions | None = None  # only in memory: `write_totals` does not write the positions
 
@@ -49,7 +50,7 @@ class Totals:
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), has the loss of each document: `totals.nats`, or the losses in a view. `chosen`,
+    `nats`, (documents,), has the loss of each document: `totals.nats` or a value of `totals.views`. `chosen`,
     (documents,), is True for each document to use. None selects all documents. A perplexity that is too large
     for a float is None.
     """
@@ -73,7 +74,11 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
 
 
 def by_position(positions: Positions) -> list[dict[str, Any]]:
-    """Return the loss in each bucket, in nats per token of the model's tokenizer, with its 95 % interval."""
+    """Return a dict for each bucket of `Positions` that has tokens.
+
+    Its keys are `first` and `last` (positions in a window), `tokens` (number of tokens at these
+    positions), and `loss` (nats per token of the model's tokenizer, with its 95 % interval).
+    """
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
         reached = tokens > 0
