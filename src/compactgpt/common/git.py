@@ -46,7 +46,7 @@ def require_repository(root: Path) -> None:
     except MissingInput:
         raise
     except UserError as error:
-        reason = " ".join(str(error).split())  # git prints several lines
+        reason = " ".join(str(error).split())  # git's message may have several lines
         raise MissingInput(
             "this folder is not a git repository with a commit (an unpacked ZIP has none): run "
             f'`git init && git add . && git commit -m "first commit"`, then the same command again ({reason})'

@@ -116,7 +116,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in bounded memory."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -252,9 +252,10 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
     `files` is the mapping `files` of the manifest. With `added_only`, missing and altered files are ignored.
     """
     listed = {folder / name for name in files}
-    outputs = {folder, *(path.parent for path in listed)}  # a subfolder may have its own manifest
+    # A subfolder with listed files may have its own manifest, which is not listed.
+    with_manifest = {folder, *(path.parent for path in listed)}
     for path in sorted(folder.rglob("*")):
-        if path in listed or (path.name == MANIFEST and path.parent in outputs):
+        if path in listed or (path.name == MANIFEST and path.parent in with_manifest):
             continue
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
             return f"{path} is not in the manifest"

@@ -1,10 +1,10 @@
 """Write and read journals. A journal is a local file to which a stage appends everything that it logs.
 
 Each `dvc` process, and each stage that a user starts by hand, has a run folder in `.state/tracking/`. The run
-folder contains `before/`, with copies of the project's files from before the first stage. For each stage it
-contains a folder with `journal.jsonl` and copies of the logged files. A line of a journal is a JSON object,
-whose `kind` is start, params, tags, metrics, inputs, artifact or end. A stage that resumes interrupted work
-starts a new journal.
+folder contains `before/`, with copies of the project's files that were made before the first stage. For each
+stage it contains a folder with `journal.jsonl` and copies of the logged files. A line of a journal is a JSON
+object, whose `kind` is start, params, tags, metrics, inputs, artifact or end. A stage that resumes
+interrupted work starts a new journal.
 """
 
 import functools
@@ -107,7 +107,7 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters to log to MLflow, by dotted key, from the sections of params.yaml.
+    """Return the parameters to log to MLflow, by dotted key. `tree` is the content of params.yaml.
 
     A mapping inside a section, such as package versions, becomes one parameter.
     """
@@ -139,8 +139,8 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the token files as data sets, in the form that `Journal.inputs` accepts.
 
-    `files` is the mapping `files` of the manifest of the token files. `contexts` maps each split, such as
-    `train`, to MLflow's word for its use: training, validation or evaluation.
+    `files` is the mapping `files` of a manifest. `contexts` maps each split, such as `train`, to MLflow's
+    word for its use: training, validation or evaluation.
     """
     found = []
     for split, context in contexts.items():
@@ -244,7 +244,11 @@ class Journal:
 
 
 class NullTracker:
-    """A tracker that logs nothing. `--tracker none` and all processes except the main process use it."""
+    """A tracker that logs nothing.
+
+    It is used with `--tracker none`. In distributed training, only the main process logs: all other processes
+    use this tracker.
+    """
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """Return a function that does nothing, instead of a method of `Journal`."""
@@ -282,7 +286,7 @@ class JournalFile:
     @property
     def status(self) -> str:
         """The stage's status in MLflow, such as FINISHED, or an empty string while the stage runs."""
-        # Asked before `last` is read: otherwise the stage could append its last line and exit in between.
+        # In the other order, a stage that ends between these two lines would look killed.
         alive = is_alive(self.start)
         last = self.last
         return str(last["status"]) if last["kind"] == "end" else "" if alive else "KILLED"

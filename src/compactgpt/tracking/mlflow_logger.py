@@ -41,7 +41,8 @@ def start_logger(run_folder: Path) -> None:
             subprocess.Popen(
                 [sys.executable, "-m", "compactgpt.tracking.mlflow_logger", str(run_folder)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                cwd=run_folder.parents[2],  # the repository: DVC deletes the folder of an experiment
+                # The repository: DVC may run a stage in a temporary folder and then delete it.
+                cwd=run_folder.parents[2],
             )  # fmt: skip
 
 
@@ -111,7 +112,8 @@ class Logger:
         copied = self.copied[name]
         if copied.is_complete:
             return True
-        status = file.status  # before `file.read`: an ended stage adds no more lines
+        # Read the status before the lines: after a stage has ended, no lines are added.
+        status = file.status
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
@@ -147,7 +149,8 @@ class Logger:
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
             del tags["lock_sha256"]  # `sync` regards each run with this tag as finished
-        # links: stage -> link to the run that made its outputs. ran: stage that ran -> name of its folder.
+        # links: name of a stage -> link to the run that made the stage's outputs.
+        # ran: name of a stage that ran -> name of the folder of its journal.
         links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
         for stage, entry in found.entries.items():
             if stage in ran:
@@ -181,7 +184,7 @@ def follow(folder: RunFolder) -> None:
     with folder.locked() as is_alone:
         while is_alone and time.monotonic() - last_work < PATIENCE_SECONDS:
             try:
-                folder.keep_after()  # first, because `open_store` can fail
+                folder.keep_after()  # before `open_store`, which can fail
                 logger = logger or Logger(folder, open_store(folder.root, folder.start["store"]))
                 with store_errors(folder.start["store"]["uri"]):
                     if logger.copy():
@@ -201,9 +204,9 @@ def follow(folder: RunFolder) -> None:
 def sync(root: Path) -> str:
     """Copy all ended runs to the MLflow stores that their journals name. Return the current store's address.
 
-    The current store is the one that MLFLOW_TRACKING_URI names. In a fresh clone, this store has no run with
-    the results in dvc.lock: then such a run is logged. If a run can't be copied, the other runs are copied,
-    and then the first error is raised.
+    The current store is the one that MLFLOW_TRACKING_URI names. If it has no run with the results in
+    dvc.lock, for example in a fresh clone, such a run is logged. If a run can't be copied, the other runs are
+    copied, and then the first error is raised.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
@@ -262,7 +265,7 @@ def _record_unrun(root: Path, current: dict[str, str]) -> bool:
         if store.find("lock_sha256", lock):
             return True
         found = pipeline_run.find_outcome(place, place, [], "dvc repro", root)
-        if not found.stages or found.status != "FINISHED":  # `dvc repro` would run a stage
+        if not found.stages or found.status != "FINISHED":  # dvc.lock lacks valid results of a stage
             return False
         tags = {**git_facts(root), **journal.machine_facts()}
         pipeline = {"pid": 0, "created": time.time(), "command": "dvc repro"}

@@ -37,7 +37,7 @@ from compactgpt.tracking.dvc_files import (
 from compactgpt.tracking.journal import BEFORE, JOURNAL, JournalFile, is_alive, tracking_folder
 
 PIPELINE = "pipeline"  # the tag `stage` has this value in the run of a whole pipeline
-AFTER = "after"  # name of the folder with copies of the project's files, made after the `dvc` process
+AFTER = "after"  # name of the folder with copies of the project's files, made after `dvc` has ended
 OUTCOME = "outcome.json"
 COMMIT_SECONDS = 30.0  # how long DVC may need to commit an experiment that has ended
 SKIPPED, NOT_REACHED = "skipped", "not reached"
@@ -118,8 +118,8 @@ class RunFolder:
     def _place(self) -> Place | None:
         """Return the commit or folder with the dvc.lock of this run, or None if DVC has not committed it yet.
 
-        DVC commits the dvc.lock of an experiment. `dvc repro` leaves dvc.lock in the work tree. If a later
-        run has started, the work tree may have changed, but the later run has a copy in its `before/`.
+        DVC commits the dvc.lock of an experiment. `dvc repro` leaves dvc.lock in the work tree. A later
+        run may change the work tree, but first it copies dvc.lock to its `before/`.
         """
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
@@ -146,7 +146,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # Code is read from the work tree: `place` may be the `before/` of a later run, which has no code.
+        # `place` may be the `before/` of a later run, which has no code. So code is read from the work tree.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -181,7 +181,7 @@ def find_outcome(
         return Outcome(status="FAILED", reason=str(error))
     ran = {file.start["stage"]: file for file in journals}
     found = Outcome()
-    for stage in chain.stages:  # dvc.yaml has each stage after all stages on which it depends
+    for stage in chain.stages:  # in dvc.yaml, each stage follows all stages on which it depends
         entry = chain.entries.get(stage, {})
         found.stages[stage] = NOT_REACHED
         if stage in ran:
@@ -205,7 +205,7 @@ def _is_current(
 ) -> bool:
     """Return whether a stage's entry in dvc.lock has the parameters in `params` and valid dependencies.
 
-    A dependency is valid if a stage in `valid` made it, or if `tree` has it with its hash in dvc.lock.
+    A dependency is valid if a stage in `valid` made it, or if it has the same hash in `tree` as in dvc.lock.
     """
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
@@ -215,14 +215,15 @@ def _is_current(
         inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # `tree` is None for a commit: DVC commits an experiment only if all its stages succeeded.
+        # If `tree` is None, dvc.lock comes from the commit of an experiment. Then no hashes are compared,
+        # because DVC commits an experiment only if all its stages succeeded.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
 
 
 def outs(place: Place, found: Outcome) -> dict[str, str]:
-    """Return path -> MD5 for each output that belongs to a run."""
+    """Return the MD5 of each output that belongs to a run, by path."""
     entries = dvc_files.read_chain(place).entries if found.entries else {}
     return {path: md5 for stage in found.entries for path, md5 in dvc_files.outs(entries[stage]).items()}
 

@@ -17,7 +17,8 @@ from compactgpt.tracking.store import Store, open_store, store_errors
 NAME = "compactgpt"
 CHAMPION = "champion"  # alias of the model version that `compactgpt gate --promote` promoted
 EXAMPLE = "The future of AI is"
-MAX_NEW_TOKENS = 64  # a served model generates at most so many tokens, and at most half of its block size
+# The greatest number of tokens that a served model generates. Half of its block size is a limit, too.
+MAX_NEW_TOKENS = 64
 PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of the pipeline's run
 
 
@@ -76,7 +77,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             name="compact",
             task="text-generation",
             run_id=run_id,
-            step=-1,  # at step 0, MLflow would copy the run's metrics to the model, without their data set
+            # With step 0, MLflow would copy the run's metrics to the model, but without their data set.
+            # The function `log_model` above copies both.
+            step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
             model_config={
@@ -107,7 +110,8 @@ def promote(store: Store, weights: str, reason: str = "") -> str:
         raise MissingInput("MLflow has no model with these weights: `make repro` logs the trained model")
     model, present = store.client.get_logged_model(model_id), champion(store)
     if present and not reason:
-        present_id = present.source.removeprefix("models:/")  # `model_id` is empty if the store is SQLite
+        # If the store is SQLite, `present.model_id` is empty.
+        present_id = present.source.removeprefix("models:/")
         _refuse_other_configuration(model, store.client.get_logged_model(present_id))
     known = store.client.search_model_versions(f"name = '{NAME}' and tags.weights_sha256 = '{weights}'")
     number = max((str(one.version) for one in known), key=int, default="")

@@ -33,7 +33,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# A page of charts in MLflow. It shows only the runs of pipelines, and the loss curves first.
+# A page of charts in MLflow: only the runs of pipelines, with the loss curves at the top.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
@@ -128,8 +128,8 @@ class Store:
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     """Open a tracking store. Create the SQLite database and the experiment if they are missing.
 
-    `root` is the repository. `wanted` is a result of `tracking_store`, which is called by default. Raises
-    Unreachable if the server or the database fails.
+    `root` is the repository. `wanted` is a result of `tracking_store`. If `wanted` is None, `tracking_store`
+    is called. Raises Unreachable if the server or the database fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
@@ -138,7 +138,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
     # Warnings about system metrics contain the server's password.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     uri, in_environment = wanted["uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
-    if without_password(in_environment) == uri:  # a journal has the address without the password
+    if without_password(in_environment) == uri:  # `uri` has no password; `in_environment` may have one
         uri = in_environment
     tracking_folder(root).mkdir(parents=True, exist_ok=True)
     with store_errors(wanted["uri"]), open(tracking_folder(root) / "store.lock", "w") as lock:
@@ -156,7 +156,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
             if artifacts:
-                # With MLflow's absolute path, a copy of the repository would write into the original.
+                # MLflow stored an absolute path. In a copy of the repository, it leads to the original.
                 with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
                     opened.execute(
                         "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
@@ -165,7 +165,8 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         try:
             mlflow.set_tracking_uri(uri)
             experiment = mlflow.set_experiment(name or None, wanted["experiment_id"] or None)
-        finally:  # MLflow sets environment variables, which a journal would take for the user's settings
+        finally:
+            # MLflow has set environment variables. `tracking_store` must see only those that the user set.
             os.environ.clear()
             os.environ.update(environment)
     identity = f"{experiment.experiment_id}@{experiment.creation_time}"
