@@ -29,20 +29,20 @@ from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_pat
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
-# Bytes of text per GPT-2 token, to count without a tokenizer. Measured: 3.1 on docstrings, 3.3 on tiny
-# Shakespeare, 5.3 on simple English; 1.7 on Russian, 1.5 on Thai, 1.3 on Chinese.
+# Bytes of text per GPT-2 token, to estimate the number of tokens without a tokenizer. Measured on ASCII text:
+# docstrings 3.1, tiny Shakespeare 3.3, simple English 5.3. On other text: Russian 1.7, Thai 1.5, Chinese 1.3.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # number of val documents to aim for; then a split by hash hardly ever gives fewer than 20
+VAL_DOCUMENTS = 50  # number of val documents to aim for; with 50, a split by hash rarely gives fewer than 20
 VAL_TOKENS = 30_000  # number of val tokens to aim for: every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 is 2 val documents, the minimum for text statistics
-FEW_DOCUMENTS = 100  # a corpus with fewer documents may be cut into shorter ones (`_choose_cutting`)
+MIN_DOCUMENTS = 10  # with 10, MAX_VAL_FRACTION gives 2 val documents; text statistics need at least 2
+FEW_DOCUMENTS = 100  # if there are fewer documents, `_choose_cutting` tries to cut files into more documents
 # Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
 # Data-Constrained Language Models).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# About this many val tokens are scored in total: the first tokens of each val document.
+# Approximate number of val tokens to score. Of a long val document, only the first tokens are scored.
 SCORED_TOKENS = 200_000
 # Number of val documents that must be long enough for a prompt and its continuation.
 CONTINUED_DOCUMENTS = 8
@@ -115,7 +115,10 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return params.yaml with the limits of the experiment `demo` instead of an earlier corpus's limits."""
+    """Return the settings in params.yaml, with the limits of the experiment `demo`.
+
+    The limits in params.yaml may be those that were proposed for another corpus.
+    """
     load_params(params_file)  # raises an error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
     limits = {name: demo[name] for name in ("validation", "inspection")}
@@ -166,8 +169,8 @@ def _files(path: Path) -> list[tuple[Path, str]]:
 def _choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
     """Read a sample; return it, and the proposed value of download.files.split_over_characters.
 
-    The proposed value is `split_characters` if the sample has fewer than FEW_DOCUMENTS documents, and this
-    value gives more. Else the value of params.yaml stays.
+    If the sample has fewer than FEW_DOCUMENTS documents, it is read again with the value `split_characters`.
+    This value is proposed if it gives more documents. Else the value of params.yaml stays.
     """
     sample, settings = read_sample(files, download), download.files
     if len(sample.rows) < FEW_DOCUMENTS and settings.split == "auto":
@@ -207,13 +210,13 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # If files are cut, neighbouring documents belong together, so val is the end of the corpus. It is the end
-    # also if val has few documents: a split by hash could give even fewer.
+    # If files are cut, neighbouring documents belong together, so val is the end of the corpus. If val has
+    # few documents, it is the end, too: a split by hash could give even fewer.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
-        # The limits are half of the text found now: the stage `validation` fails if more is lost later.
+        # If more than half of the text is missing in a later run, the stage `validation` fails.
         "validation.min_documents": documents // 2,
         "validation.min_total_megabytes": round(megabytes / 2, 3),
         "tokenization.val_fraction": fraction,
@@ -235,10 +238,10 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
 
 
 def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
-    """Return limits of the section `validation` that the documents in `rows` fulfil.
+    """Return values for the section `validation`, such that the documents in `rows` pass its checks.
 
-    A limit of `params` that they fulfil keeps its value. The limit for wrongly decoded text never
-    changes, since the user must repair such text.
+    If the documents pass with the limit in `params`, the limit stays. `max_replacement_share` is never
+    changed, since the user must repair wrongly decoded text.
     """
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
@@ -254,7 +257,7 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
-    """Return the values of params.yaml for training, and a message about the time of the training."""
+    """Return proposed values of the section `training`, and a message about the time of the training."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
@@ -272,12 +275,16 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
-    """Return the values of params.yaml for evaluation; `tokens` has the estimated tokens of each document."""
+    """Return proposed values of the section `evaluation`.
+
+    `tokens` has the estimated number of tokens of each document; `val_documents` is the number of val
+    documents.
+    """
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
     # The share of val documents that must be long enough for a prompt and its continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # Of the shortest of these documents, a quarter is for the prompt, and a quarter for the continuation.
-    # The other half is a margin, since its number of tokens is an estimate.
+    # In the shortest of these documents, a quarter of the tokens is for the prompt, and a quarter for the
+    # continuation. The other half is a margin, since the number of tokens is an estimate.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

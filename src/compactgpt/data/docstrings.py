@@ -21,7 +21,8 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-_SHORT_LICENCE = 40  # a field License of more characters has the licence's text, not its name
+# If the field License has more characters than this, it is the licence's text, not its name.
+_SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -80,7 +81,8 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
             f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or correct the version in params.yaml"
         )
-    # Since Python 3.12, `found.files` leaves out files that are missing on the disk.
+    # Not `found.files`: since Python 3.12, this list lacks files that are missing on the disk, so a missing
+    # module would not be noticed.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
     modules = []
     left_out = {*exclude, ".."}
@@ -110,7 +112,7 @@ def short_licence(metadata: Any) -> str:
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
     """Return the docstrings of each module as one text, which is empty for a module without docstrings."""
-    # Garbage collection would take a third of the time, and free nothing: syntax trees have no cycles.
+    # Syntax trees have no cycles, so the garbage collector frees nothing. It takes a third of the time.
     gc.disable()
     try:
         return [_read_module(module) for module in modules]
@@ -147,7 +149,7 @@ def _docstrings(node: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def clean_docstring(raw: str) -> str:
     """Return a docstring without common indentation (PEP 257) and without trailing white space."""
-    # The result of `inspect.cleandoc` depends on the version of Python.
+    # Not `inspect.cleandoc`: its result depends on the version of Python.
     first, *rest = raw.expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
     return "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()

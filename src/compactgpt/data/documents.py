@@ -114,8 +114,8 @@ def write_shards(
     """Write documents into shards in `folder`, and yield the path of each shard when it is complete.
 
     A shard has at least `shard_bytes` of text, or all remaining documents; `first` is the number of the first
-    shard. No document of the next shard is taken from `documents` before a path is yielded. Memory holds one
-    row group.
+    shard. When a path is yielded, no document of the next shard has been taken from `documents`. Memory holds
+    one row group.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -123,7 +123,7 @@ def write_shards(
     # `part` is unused. Removing this column would change the hash of every corpus.
     types = {"id": pa.string(), "text": pa.string(), "source": pa.string(), "part": pa.int32()}
     schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-    # Ids and texts do not repeat, so a dictionary of their values would only take space.
+    # Ids and texts do not repeat, so a dictionary of their values saves no space.
     options = {"compression": "zstd", "use_dictionary": ["source"], "write_page_checksum": True}
     stream = iter(documents)
     for number in count(first):
@@ -180,7 +180,7 @@ def row_groups(folder: Path) -> list[RowGroup]:
 
 def _read(group: RowGroup, *columns: str) -> Iterator[tuple[Any, ...]]:
     with _open_shard(group.path) as shard:
-        # Threads would not help: the callers already read in several processes.
+        # Without threads: the callers already read in several processes.
         table = shard.read_row_group(group.number, columns=list(columns), use_threads=False)
         table.validate(full=True)  # raises ArrowInvalid, for example if a text is not UTF-8
         return zip(*(table.column(name).to_pylist() for name in columns), strict=True)

@@ -56,8 +56,8 @@ class _DataSet:
     """Reads the rows and the texts of one data set.
 
     Raises Unreachable if the hub does not answer; BadConfig if the data set can't be read with the
-    settings in params.yaml; BadData if a file is damaged, a row has no text or too much, or the hash of the
-    text differs.
+    settings in params.yaml; BadData if a file is damaged, a row has no text or is too long, or the text does
+    not have the SHA-256 in params.yaml.
     """
 
     def __init__(self, params: Download) -> None:

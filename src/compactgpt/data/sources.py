@@ -189,7 +189,8 @@ def _select(
     max_bytes = limits.max_bytes or sys.maxsize
     # Test the limit before `next`, so that no text after the last document is read.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
-        collected.position = text.position  # a resumed run must not count a left-out text again
+        # The position moves past left-out texts, too: a resumed run must not count them again.
+        collected.position = text.position
         if not text.text.strip():
             collected.left_out["empty"] += 1
             continue

@@ -39,13 +39,15 @@ class Piece(NamedTuple):
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    A file that is one document is not changed. If the file is cut, blank lines at the start of each document
-    and white space at its end are removed. A document ends soon after `max_characters`, so that memory stays
-    small. The caller must refuse documents that are longer than `max_characters`.
+    If the file is one document, its text is not changed. If the file is cut, each document loses its blank
+    lines at the start and its white space at the end.
+
+    A document that is longer than `max_characters` is cut soon after this length, so that memory stays small.
+    The caller must refuse such a document.
 
     Raises BadData if the file is not UTF-8.
     """
-    # A document has at least `least` characters, and ends at the next line break after `most` characters.
+    # A document has at least `least` characters. The first line break after `most` characters always ends it.
     split, least, most = params.split, 1, max_characters + 1
     lines = read_lines(file, name, 2 * params.split_characters)
     if split == "auto":

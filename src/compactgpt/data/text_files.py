@@ -27,12 +27,12 @@ from compactgpt.data.splitting import Line, Piece, read_lines, split_text
 _KEY = "download.files"
 _KINDS = f"{' '.join(FILE_KINDS)} (also with .gz or .zst)"
 FOLDER = "corpus"  # the folder of the user's text
-_OWN_PAGE = "corpus/README.md"  # the project's page about the folder; it is no text of the corpus
+_OWN_PAGE = "corpus/README.md"  # the project's page about the folder; not part of the corpus
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 16  # number of parquet rows that are read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
-_ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content that is longer than this
+_ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content of more bytes than this
 
 
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
@@ -205,7 +205,8 @@ def _parse_json(content: str | bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # deeply nested brackets cause a RecursionError
         raise BadData(
-            f"{where} is not valid JSON ({error}): correct it; a file has one array, or one row in each line"
+            f"{where} is not valid JSON ({error}): correct it; a file must be one array, or have one row in "
+            "each line"
         ) from error
 
 
