@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MODEL = "models/compact"
 TOKENIZER = "data/tokenizer"
-LONGEST_WINDOW = 1024  # maximum number of tokens of context in `Model.score`
+LONGEST_WINDOW = 1024  # the default `window` of `Model.score` is not larger
 BATCH_SIZE = 16  # number of windows that a model reads at once
 _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
@@ -45,11 +45,12 @@ class Score:
     documents: int
     tokens: int
     bytes: int
-    window: int  # the maximum number of tokens of context
+    window: int  # the model sees at most this many tokens before the predicted token
     loss: float  # nats per token
     perplexity: float | None  # per token; None if the perplexity is too large for a float
     bits_per_byte: float
-    # "loss", "perplexity" or "bits_per_byte" -> the limits of its 95 % interval. Empty for a single document.
+    # Name of a metric ("loss", "perplexity" or "bits_per_byte") -> the limits of its 95 % interval.
+    # `intervals` is empty for a single document.
     intervals: dict[str, tuple[float, float]]
 
     def __str__(self) -> str:
@@ -71,7 +72,7 @@ class Model:
 
     @property
     def window(self) -> int:
-        """The default number of tokens of context in `score`: the model's context, at most LONGEST_WINDOW."""
+        """The default `window` of `score`: the model's context, but at most LONGEST_WINDOW tokens."""
         model = self.language_model
         return min(LONGEST_WINDOW, model.block_size) if isinstance(model, NeuralModel) else LONGEST_WINDOW
 
@@ -151,8 +152,8 @@ def _new_texts(
         for row, token in zip(tokens, step, strict=True):
             if token is not None and token != end:
                 row.append(token)
-        # The last token may end inside a character, which is decoded as U+FFFD. This character is yielded
-        # after the step that completes it.
+        # The last token may end inside a character: `decode` returns U+FFFD for the incomplete character.
+        # The character is yielded after the step that completes it.
         now = [decode(row).rstrip("\ufffd") for row in tokens]
         yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
         texts = now
@@ -200,7 +201,7 @@ def _load_folder(name: str, folder: Path) -> Model:
         if len(model.head) != encoding.n_vocab:
             raise BadData(
                 f"{folder} has a vocabulary of {len(model.head):,} tokens, but the tokenizer has "
-                f"{encoding.n_vocab:,}: give the model in the project where it was trained"
+                f"{encoding.n_vocab:,}: give the model's folder in the project that trained it"
             )
         return Model(name, model, encoding)
     if not (folder / "config.json").exists():
@@ -215,7 +216,7 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Return the tokenizer for the model in the folder `model`. `load` lists the places of a tokenizer."""
+    """Return the tokenizer for the model in the folder `model`. `load` lists the possible folders."""
     project = model.absolute().parent.parent  # for a model in PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():

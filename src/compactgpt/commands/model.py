@@ -222,7 +222,7 @@ def _export(folder: Path, model: Path, *, overwrite: bool) -> None:
     card, why_none = read_card(model, Path("reports/model_card.md"))
     save_hf(load_model(model), folder, Path("data/tokenizer"), card, overwrite=overwrite)
     if why_none:
-        echo(f"without a model card: {why_none}")
+        echo(f"the export has no model card: {why_none}")
 
 
 @app.command()

@@ -101,7 +101,7 @@ def _prepare_transformers(runtime: config.Runtime) -> None:
     from transformers.utils import logging
 
     prepare_process(runtime.num_threads)
-    logging.set_verbosity_error()  # the stage reports its own progress and errors
+    logging.set_verbosity_error()  # this project shows its own progress and errors
     logging.disable_progress_bar()
 
 
@@ -212,7 +212,7 @@ class OwnTokens:
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield the windows of a split. Each has the text of `window` GPT-2 tokens, in the model's tokens."""
+        """Yield the windows of a split. Each window covers as much text as `window` GPT-2 tokens."""
         for document in range(split.header.documents):
             before = self.codec.first_token
             for span in text_spans(split, self.encoding, document, window):
@@ -357,7 +357,7 @@ def _load(folder: Path, **options: Any) -> LoadedModel:
 
 
 def _check_depth(folder: Path) -> None:
-    # transformers builds every layer before it reads the weights, so too many layers would fill the memory.
+    # If config.json has too many layers, transformers fills the memory: it builds all layers first.
     from safetensors import safe_open
     from transformers import AutoConfig
 

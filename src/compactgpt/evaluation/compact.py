@@ -20,7 +20,7 @@ from compactgpt.model.gpt import GPT, Attention, Block
 def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | None = None) -> NeuralModel:
     """Return our GPT as a `NeuralModel`. Without an encoding, the result can't run tasks or generate text."""
     facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
-    # (V, C), without the rows that only pad the vocabulary
+    # The head, (V, C), has no rows that only pad the vocabulary.
     head = model.eval().wte.weight.detach()[: model.shape.vocab_size]
     codec = None
     if encoding is not None:

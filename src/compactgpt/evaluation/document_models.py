@@ -23,7 +23,7 @@ COUNTED_AT_ONCE = 2**24  # `make_unigram` counts this many tokens in one step
 
 
 def make_unigram(train: TokenFile) -> DocumentModel:
-    """Return a model that gives each token its smoothed frequency in the train split as probability.
+    """Return a model in which the probability of a token is its smoothed frequency in the train split.
 
     p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing.
     """
@@ -110,11 +110,11 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 class _Order:
     """All n-grams of one length, which is 2 or more. The id of an n-gram is its index in `keys`."""
 
-    # (K,) in ascending order. The context of an n-gram is the n-gram without its last token. The key of an
-    # n-gram is (id of its context) * V + (its last token).
-    keys: Ids
+    # The context of an n-gram is the n-gram without its last token. The key of an n-gram is
+    # (id of its context) * V + (its last token).
+    keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
-    backoff: Floats  # (contexts,), `backoff(c)` in `NgramModel`; 1 if no token follows the context
+    backoff: Floats  # (contexts,), backoff(c) of each context c (see `NgramModel`); 1 if no token follows c
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class NgramModel:
         `stream`, (T + 1,), has end-of-text and the T tokens of the document.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # the id of each target's context, or -1 if it is not in the train split
+        contexts = stream[:-1]  # the id of each token's context; -1 if the context is not in the train split
         for order in self.orders:
             if not len(contexts):
                 break
@@ -157,7 +157,7 @@ class NgramModel:
             places = np.minimum(np.searchsorted(order.keys, keys), len(order.keys) - 1)
             is_known = (contexts >= 0) & (order.keys[places] == keys)
             backoff = np.where(contexts >= 0, order.backoff[contexts], 1.0)
-            reached = found[-len(contexts) :]  # without the first tokens, whose contexts are shorter
+            reached = found[-len(contexts) :]  # only the tokens that have a context of this length
             reached[:] = np.where(is_known, order.weights[places], 0.0) + backoff * reached
             contexts = np.where(is_known, places, -1)[:-1]
         return found
@@ -175,16 +175,16 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     offsets = train.offsets[: documents + 1]
     end_of_text = np.array([train.header.eot_token], np.int64)
     stream = np.concatenate([end_of_text, train.tokens[: offsets[-1]]]).astype(np.int64)  # (N + 1,)
-    # For each token, the number of tokens since the last end-of-text. An n-gram that reaches further back
-    # would cross the start of the document.
-    distance = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
+    # The position of each token in its document. The first position is 1.
+    positions = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids = stream  # the id of the n-gram that ends at each position
     sizes = [V]  # the number of different n-grams of each order
     # For each order, three arrays, (K,): the key of each n-gram, its number of occurrences, and the id of its
     # suffix, which is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
-        ends = np.flatnonzero(distance >= length - 1) + 1
+        # An n-gram may begin with the end-of-text before its document, but not earlier.
+        ends = np.flatnonzero(positions >= length - 1) + 1
         if not len(ends):  # all documents have fewer tokens than the n-gram
             break
         keys, inverse, occurrences = np.unique(

@@ -54,8 +54,8 @@ def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
-    # Sorting the complete vocabulary is slow. Tokens below 1e-5 are sorted only if the probabilities of
-    # the other tokens sum to less than top_p.
+    # Sorting the complete vocabulary is slow. Tokens with a probability below 1e-5 are sorted only
+    # if the probabilities of the other tokens sum to less than top_p.
     for least in (1e-5, 0.0):
         likely = np.flatnonzero(weights >= least)
         likely = likely[np.argsort(-weights[likely], kind="stable")]
@@ -85,7 +85,7 @@ def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: st
         found = probabilities(logits)  # (V,)
         bounds = np.cumsum(found)
         token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-        # Rounding could give a token after the last token with a probability above 0.
+        # Because of rounding, `token` can be after the last token that has a probability above 0.
         return min(token, int(np.flatnonzero(found)[-1]))
 
     return sample
@@ -164,7 +164,7 @@ def choose_prompts(
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Return the prompts, and the human text that follows each prompt from a document, in tokens.
 
-    Each prompt is a dict with the keys `prompt`, its text, and `document`, the id of the document that begins
+    Each prompt is a dict. Its `prompt` is the text, and its `document` is the id of the document that begins
     with this text. The prompts of params.yaml come first, and their `document` is None. Then come the
     beginnings of documents spread evenly over the split. A document must be long enough for the prompt and
     for `max_new_tokens` of human text. Raises BadConfig if fewer than two documents are long enough.
@@ -196,8 +196,8 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    The report has statistics of the texts that continue documents, and of the documents' own text of the same
-    length. Raises BadConfig if the split has too few documents to continue.
+    The statistics compare the continuations of documents with human text: the text of the same length that
+    follows the prompt in the document. Raises BadConfig if the split has too few documents to continue.
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 IN_WINDOW = "the window of the document"  # in reports: the text that a neural model sees before a token
-HEAD_ROWS = 256  # number of targets whose logits are computed at once: 51 MB of float32 at 50,257 tokens
+HEAD_ROWS = 256  # number of targets whose logits are computed at once: 51 MB of float32 for V = 50,257
 CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens need more memory and save no time
 SORTED_WINDOWS = 4096  # number of windows that are sorted by length, so that batches have little padding
 
@@ -56,11 +56,11 @@ class DocumentScores:
 
 
 def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Iterator[Window]:
-    """Cut streams into overlapping windows of at most `context` tokens (transformers, perplexity.md).
+    """Cut streams into overlapping windows of at most `context` tokens.
 
     Each window ends `stride` tokens after the previous window. Every token of a stream except the first is a
     target exactly once. A model sees at least context - stride tokens before a target, or all tokens of the
-    document before the target if there are fewer.
+    document before the target if there are fewer. The source is perplexity.md in transformers' documentation.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -86,18 +86,18 @@ class NeuralModel:
     facts: Mapping[str, Any]  # facts for the report: kind, num_params, context, and the source of the weights
     # A function from tokens, (B, T) int64, to hidden states, (B, T, C). Short texts are padded on the right.
     hidden: "Callable[[torch.Tensor], torch.Tensor]"
-    head: "torch.Tensor"  # (V, C), the output weights without the padding rows of the vocabulary
+    head: "torch.Tensor"  # (V, C), the output weights without the rows that pad the vocabulary
     block_size: int  # the largest T that `hidden` accepts
     batch_size: int  # windows in one forward pass
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
     codec: Codec | None = None  # None: the model can't run tasks or generate text
-    # A function of the number of padding tokens on the left of each text, (B,). It returns a `Step` that
-    # reads the texts. None: generation reads each text again for every new token.
+    # `decoder(padding)` returns a `Step` for texts that have `padding` padding tokens, (B,), on the left.
+    # If `decoder` is None, generation reads each text again for every new token.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
-        """Return the per-document losses in windows that have the text of `window` GPT-2 tokens."""
+        """Return the per-document losses. Each window covers as much text as `window` GPT-2 tokens."""
         return self._sum_by_document(split, self.windows(split, window), window, progress)
 
     def score_view(
@@ -115,7 +115,7 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the length of the windows of `score_view`, and the distance of their ends.
+        """Return the length of a window for `score_view`, and the distance between the ends of two windows.
 
         Both numbers are in tokens of the model's tokenizer.
         """
@@ -150,7 +150,7 @@ class DocumentModel:
     """A model that scores each complete document, without windows."""
 
     facts: Mapping[str, Any]  # facts for the report: kind, num_params and context
-    document_nats: Callable[[TokenFile, int], float]  # from a split and the index of a document to nats
+    document_nats: Callable[[TokenFile, int], float]  # (split, index of a document) -> its nats
     reads_tokens: bool  # False for a compressor, which reads bytes
 
     def score(self, split: TokenFile, _window: int, progress: Progress) -> DocumentScores:

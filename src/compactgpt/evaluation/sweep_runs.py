@@ -51,8 +51,8 @@ def run_sweep(
     """Train and score the runs of a sweep that the file `path` does not have yet, and add them to the file.
 
     `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training states
-    and for models from which later runs start. Raises MissingInput if the token files do not exist, and Busy
-    if the user stopped a run, after its training state was saved.
+    and for models from which later runs start. Raises MissingInput if the token files do not exist.
+    If the user stops a run, its training state is saved, and Busy is raised.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -100,7 +100,7 @@ class SweepRunner:
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`, or a sweep without runs if its corpus or settings are different."""
+        """Return the sweep in `path`. It has no runs if the file has another corpus or other settings."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),

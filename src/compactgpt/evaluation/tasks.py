@@ -46,7 +46,7 @@ on off over under again further then once here there when where why how all any 
 other some such no nor not only own same so than too very s t can will just don should now
 """
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-# A space, and a word of four or more letters after it.
+# `_WORD` matches a space and the word of four or more letters after it.
 _WORD = re.compile(r"(?<=\S) ([A-Za-z]{4,})(?![A-Za-z0-9_])")
 
 
@@ -103,12 +103,12 @@ def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settin
     of five last words occur earlier in the passage. All documents give their first passage, then all
     documents give their second passage, and so on, until there are `cloze_items` passages.
     """
-    # A change of one document does not change the candidates of another document.
+    # The candidates of a document do not depend on other documents.
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    turns = zip_longest(*candidates)  # one item of each document; None for a document without more items
+    turns = zip_longest(*candidates)  # each turn: an item of every document, or None if it has no more items
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
@@ -208,7 +208,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_pages(lines: Iterable[str]) -> list[str]:
-    """Return the pages of WikiText, as EleutherAI/wikitext_document_level does. A title begins each page."""
+    """Return WikiText's pages, as in the data set EleutherAI/wikitext_document_level. A title begins a page."""
     pages: list[list[str]] = [[]]
     for row in lines:
         line = row.removesuffix("\n")
@@ -220,8 +220,8 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# Pairs (old string, new string), in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py. _PAIRS has
-# opening and closing marks instead: spaces after an opening mark and before a closing mark are removed.
+# `detokenize` uses these pairs in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py. Each is (old
+# string, new string), except in `_PAIRS`: (opening mark, closing mark). Spaces inside the marks are removed.
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -244,12 +244,15 @@ def detokenize(page: str) -> str:
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
     """Return a model's results by the three protocols that publications call "WikiText perplexity".
 
-    - no_overlap: the lines, joined with two newlines, are cut into blocks of `context` tokens. The first
-      token of each block is not scored (transformers, perplexity.md, with a stride equal to the context).
+    - no_overlap: the lines are joined with two newlines and cut into blocks of `context` tokens. The first
+      token of each block is not scored.
     - strided: the same tokens are cut into overlapping blocks. Each block begins `stride` tokens after the
-      previous block, and scores only the tokens that no earlier block scored (perplexity.md).
-    - per_word: each page is detokenized and follows end-of-text, and all its tokens are scored. Perplexity is
-      per word of the page before detokenization (EleutherAI's lm-evaluation-harness, task wikitext).
+      previous block. It scores only the tokens that no earlier block scored.
+    - per_word: each page is detokenized, and end-of-text is put before it. All tokens of the page are scored.
+      Perplexity is per word of the page before detokenization.
+
+    no_overlap and strided are from perplexity.md in transformers' documentation. per_word is the task
+    wikitext of EleutherAI's lm-evaluation-harness.
 
     `context` and `stride` are numbers of tokens. The model's `block_size` limits the context.
     Raises BadConfig if the stride is longer than the context.
@@ -308,9 +311,10 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report.
 
-    - cloze: passages of `split`. An answer is correct if each token of the word is the most probable token.
-    - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored as the cloze. This is
-      lambada_openai of EleutherAI's lm-evaluation-harness, with the same tokens.
+    - cloze: passages of `split`. An answer is correct if each token of the last word is the most
+      probable token.
+    - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored like cloze. The tokens are those of
+      the task lambada_openai in EleutherAI's lm-evaluation-harness.
     - lambada_last_token: the model predicts only the last token of the word, and its answer can't be a stop
       word, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop
       words: here they are NLTK's 127 words.

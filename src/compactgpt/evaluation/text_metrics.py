@@ -72,10 +72,10 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 
     The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
     The interval uses Student's t distribution with n - 1 degrees of freedom for n texts. Returns None for a
-    single text, and if `figure` returns None for all texts together or for all texts except one.
+    single text. Also returns None if `figure` does so, for all texts or after one of them is left out.
     """
     value, n = figure(texts), len(texts)
-    # A bootstrap would draw some texts twice, and count the copies as repetition.
+    # The jackknife draws no text twice. A bootstrap does, and counts the copies as repetition.
     without_one = [figure([*texts[:left_out], *texts[left_out + 1 :]]) for left_out in range(n)]
     known = [each for each in without_one if each is not None]
     if value is None or len(known) < n or n < 2:  # one text gives no variance
@@ -86,7 +86,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 
 
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
-    """Return all statistics of the texts that one decoding strategy generated, each with its interval.
+    """Return all statistics of texts, each with its interval.
 
     `ended` has True for each text that reached end-of-text. It is None for human text, which is always cut.
     """

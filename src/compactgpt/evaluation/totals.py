@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
-# A view is a way to cut documents into windows. The losses of `strided` are in the column `nats_strided`.
+# A view is a way to cut documents into windows. The column of the view `strided` is `nats_strided`.
 _VIEW = "nats_"
 
 
@@ -42,7 +42,7 @@ class Totals:
     own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None without one
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    # A way to cut documents into windows, such as `strided`, -> the losses in these windows, (documents,)
+    # Name of a way to cut documents into windows, such as `strided` -> each document's loss, (documents,)
     views: Mapping[str, Floats] = field(default_factory=dict)
     positions: Positions | None = None  # only in memory: `write_totals` does not write the positions
 
@@ -96,7 +96,7 @@ def _ratio(nats: Floats, units: npt.NDArray[Any]) -> Interval:
 
 
 def write_totals(path: Path, totals: Totals) -> None:
-    """Write the per-document losses and counts as Parquet. Equal values give equal bytes."""
+    """Write the per-document losses and counts as Parquet. The same totals always give the same file."""
     import pyarrow
     import pyarrow.parquet
 
