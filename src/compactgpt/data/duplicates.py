@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
-# Ranges of Unicode with the characters of scripts that write no space between words.
+# Unicode ranges of the scripts that write no space between words.
 # Combining marks are included, since some Thai and Khmer vowels are combining marks.
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
@@ -42,8 +42,9 @@ _UNSPACED = (
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-_NEIGHBOURS = 8  # number of following documents that `_candidates` pairs with each document
-_OWNERS_PER_RUN = 10  # for each run, the rows of about this many train documents are stored at most
+_NEIGHBOURS = 8  # `_candidates` pairs each document with this many later documents of its bucket
+# If a run is in this many train documents, `digest_documents` does not store further train documents for it.
+_OWNERS_PER_RUN = 10
 
 
 def word_hashes(text: str) -> Hashes:
@@ -55,7 +56,7 @@ def word_hashes(text: str) -> Hashes:
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
 
-@lru_cache(maxsize=2**19)  # number of words; most words occur many times
+@lru_cache(maxsize=2**19)  # keeps the hashes of 2^19 words, since most words occur many times
 def _word_hash(word: str) -> int:
     return _hash(word.encode())
 
@@ -193,7 +194,7 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     import pandas as pd
 
     in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
-    # The library rensa can find similar documents too, but it needs 1.3 KB per document (docs/decisions).
+    # rensa's search for similar documents is not used: it takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
     for band in range(params.bands):
@@ -215,11 +216,11 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return pairs of documents with equal keys, as an array of first documents and one of second documents.
+    """Return pairs of documents with equal keys: an array of first documents, an array of second documents.
 
-    All documents with one key form a bucket. Each document is paired with the first document of its bucket,
-    and with the next `_NEIGHBOURS` documents. Other pairs are left out, since they may be too many: a text
-    that occurs 100,000 times has 5 billion pairs.
+    `keys` has one key per document. All documents with one key form a bucket. Each document is paired with
+    the first document of its bucket, and with the next `_NEIGHBOURS` documents. Other pairs are left out:
+    they may be too many, since a text that occurs 100,000 times has 5 billion pairs.
     """
     # Train documents come first in a bucket. So each val document is paired with a train document, if the
     # bucket has one.

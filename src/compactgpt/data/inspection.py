@@ -1,9 +1,10 @@
 """Check that the token files are correct, and that the val split does not repeat the train split.
 
-Great Expectations checks three tables, which have one row each. The tables `train` and `val` have counts of
-the token file of that split. The table `repetition` has the shares of documents that repeat other documents
-(duplicates.py). The report lists the flagged documents: the val documents that repeat another document. The
-stage `comparison` also computes the losses of the models without the flagged documents.
+Great Expectations checks three tables, which have one row each. The table `train` describes the token
+file of the train split, for example its number of documents. The table `val` describes the token file of the
+val split. The table `repetition` has the shares of documents that repeat other documents. The report lists
+the flagged documents: the val documents that repeat another document. The stage `comparison` also computes
+each model's loss without the flagged documents.
 """
 
 import math
@@ -26,9 +27,9 @@ from compactgpt.data.validation import Table, bound, check_expectations
 if TYPE_CHECKING:
     import pandas as pd
 
-_TOKENS_AT_ONCE = 2**24  # number of tokens in memory at a time
-# The least number of row groups per worker process: with fewer, a process takes more time to start than it
-# saves.
+_TOKENS_AT_ONCE = 2**24  # `_count_tokens` reads this many tokens at a time
+# The least number of row groups per worker process. With fewer, starting a process takes more time than the
+# process saves.
 _GROUPS_PER_WORKER = 8
 
 
@@ -154,7 +155,7 @@ def _count_repetition(
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of the val documents that have a twin, or whose text is in the train split.
+    """Return a table of the val documents that have a twin, or whose overlap with train is above the limit.
 
     If a val document has a train document and a val document as twins, the row names the train document.
     """

@@ -31,13 +31,13 @@ MAGIC = b"CGPTTOK\n"
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# The number of a document, and an array of a start token and the document's tokens. A model must predict each
-# token of the array except the start token.
+# A document's number, and an array of tokens: a start token, and then the document's tokens. A model reads
+# the start token, but does not predict it.
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 
 class Header(BaseModel, frozen=True, strict=True):
-    """The facts in the header of a token file, as JSON stores them."""
+    """The JSON object in the header of a token file."""
 
     version: Literal[1] = 1  # version of the file format
     dtype: Literal["uint16", "uint32"]  # numpy type of the stored token ids
@@ -174,7 +174,7 @@ def _read(path: Path, index_file: Path) -> TokenFile:
     if [(array.dtype.name, array.shape) for array in arrays] != shapes:
         raise ValueError("the types or shapes of the index arrays do not match the header")
     if not len(tokens) == header.tokens == arrays[0][-1]:
-        raise ValueError("the number of tokens in the file, the header and the index differs")
+        raise ValueError("the file, the header and the index have different numbers of tokens")
     return TokenFile(path, header, tokens, *arrays)
 
 
@@ -209,7 +209,7 @@ class Window:
 
     document: int  # number of the document in the token file, from 0
     tokens: npt.NDArray[np.int64]  # (T,) the tokens that the model reads
-    targets: npt.NDArray[np.int64]  # (T,) for each token in `tokens`, the next token, to be predicted
+    targets: npt.NDArray[np.int64]  # (T,) the tokens to predict: for each of `tokens`, the next token
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
@@ -223,7 +223,7 @@ def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
 
 
 def document_streams(split: TokenFile) -> Iterator[Stream]:
-    """Yield the number of every document, and an array of the end-of-text token and the document's tokens."""
+    """Yield the stream of every document. The start token is the end-of-text token."""
     for index in range(split.header.documents):
         yield index, np.concatenate([[split.header.eot_token], split.document(index)]).astype(np.int64)
 

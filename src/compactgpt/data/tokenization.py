@@ -86,7 +86,7 @@ def tokenize(
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
-    # The folder name is a hash of all inputs. So chunks that were made from other inputs are never used.
+    # The name of the folder `chunks` is a hash of all inputs, so chunks from other inputs are never used.
     settings = [params.val_fraction, params.split, params.encoder]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
@@ -134,7 +134,7 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Encode the row groups of one shard, write its chunk, and return the number of bytes of its text."""
+    """Encode one shard, write its chunk (a token file per split), and return the shard's bytes of text."""
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk

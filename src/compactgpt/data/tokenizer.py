@@ -27,9 +27,9 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 
 # Each time that gigatoken has encoded this many bytes, the ids of one text are compared with tiktoken's ids.
 CHECK_EVERY_BYTES = 2**20
-CHECK_CHARACTERS = 2**11  # only this many characters of the text are compared, from its beginning
-# gigatoken keeps every word in memory: 0.3 MB per MB of documentation, 9 MB per MB of random words.
-# So gigatoken is loaded again, with empty memory, after this many bytes of text.
+CHECK_CHARACTERS = 2**11  # from a longer text, only this many characters at the beginning are compared
+# gigatoken keeps every word in memory. A megabyte of documentation takes 0.3 MB of memory, and a megabyte of
+# random words takes 9 MB. So gigatoken is loaded again, with empty memory, after this many bytes of text.
 RESTART_EVERY_BYTES = 2**25
 
 TokenIds = npt.NDArray[np.uint32]
@@ -120,7 +120,7 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
     # `Encoding.encode` would return a Python list, which takes 10 times the memory of this array.
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
-    except ValueError as error:  # such as for a million spaces in a row
+    except ValueError as error:  # for example, the text has a million spaces in a row
         raise BadData(
             f"tiktoken can't encode a document that begins {text[:40]!r} ({error}): remove the document, "
             "or remove its long white space"
@@ -138,11 +138,11 @@ class GigatokenEncoder:
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self.encoding = encoding
-        self._unchecked_bytes = CHECK_EVERY_BYTES  # so that the first text is compared
+        self._unchecked_bytes = CHECK_EVERY_BYTES  # so `encode` compares the ids of the first text
         self._start()
 
     def _start(self) -> None:
-        """Load a new gigatoken tokenizer, which has no words in memory."""
+        """Load gigatoken, or replace it by a new one that keeps no words in memory yet."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -154,7 +154,7 @@ class GigatokenEncoder:
     def encode(self, text: str) -> TokenIds:
         """Return the token ids of a text, shape (tokens,).
 
-        After each CHECK_EVERY_BYTES bytes of text, the beginning of this text is encoded by tiktoken, too.
+        Once per CHECK_EVERY_BYTES bytes, the beginning of `text` is encoded by tiktoken, too.
         Raises BadData if tiktoken's ids differ from gigatoken's.
         """
         content = text.encode()

@@ -1,8 +1,8 @@
 """Check the documents with Great Expectations (GX) before a model is trained on the documents.
 
-An expectation is a rule that GX checks for a column of a table. The table `corpus` has one row with counts of
-the whole corpus. The table `documents` has one row per document, or one row per document of a sample. GX
-writes the results as HTML pages (Data Docs). The stage `inspection` calls `check_expectations` too.
+An expectation is a rule that GX checks for a column of a table. The table `corpus` has one row, with
+the number of documents and other counts. The table `documents` has one row per checked document. GX writes
+the results as HTML pages (Data Docs). The stage `inspection` calls `check_expectations` too.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from compactgpt.data.documents import Document, read_row_group, row_groups
 _EXCERPT_CHARACTERS = 80
 _ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
 _EXAMPLES = 3  # how many documents are listed in the result of a failed expectation
-_PLUGINS = Path(__file__).parent / "data_docs"  # folder of the style sheet and the index page of Data Docs
+_PLUGINS = Path(__file__).parent / "data_docs"  # contains the style sheet and the index page for Data Docs
 # HTML that loads files from other servers. Without a network, a browser would wait for these files.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
@@ -46,8 +46,8 @@ def validate(
     """Check the documents in the folder `documents`, write Data Docs into `docs`, and return the report.
 
     If there are more than `params.max_rows` documents, a sample of about `params.max_rows` documents is
-    checked. A document is in the sample if the hash of its normalised text is below a limit, so copies that
-    differ only in case and white space are sampled together.
+    checked. A document is in the sample if the hash of its text, without case and white space, is below a
+    limit. So the sample has either all copies of a text or none.
     Raises MissingInput or BadData if the documents are missing or damaged.
     """
     manifest = verified_manifest(documents)
@@ -289,7 +289,7 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
     column = config["kwargs"]["column"]
     rows = found.get("partial_unexpected_index_list", [])
     examples = [{"id": row["id"], "source": row["source"], "value": row[column]} for row in rows]
-    meta = dict(config["meta"])  # the texts that the expectation was made with, such as its advice
+    meta = dict(config["meta"])  # texts for messages, such as `advice`
     if result["success"]:
         del meta["advice"]
     return {
