@@ -26,8 +26,8 @@ def prepare_heap() -> bool:
     """Make glibc keep the memory of freed tensors, and ask Linux for pages of 2 MB for this memory.
 
     By default glibc returns the memory of a large freed tensor to Linux, and Linux fills the memory of the
-    next tensor with zeros. Training is 1.2 to 1.6 times as fast if glibc keeps the memory, and up to 1.2
-    times as fast again with large pages (docs/benchmarks.md). This function enlarges the heap to half of the
+    next tensor with zeros. Training is 1.2 to 1.6 times as fast if glibc keeps the memory. Large pages speed
+    it up by another factor of up to 1.2 (docs/benchmarks.md). This function enlarges the heap to half of the
     machine's memory. This occupies no memory yet: Linux provides a page only when the process writes to it.
     Linux provides large pages if its setting `transparent_hugepage` is `madvise` or `always`.
     Returns False if the C library is not glibc, the address space is limited, or Linux has no large pages.
@@ -53,9 +53,9 @@ def prepare_process(num_threads: int) -> None:
     """Set the memory allocator, and the number of CPU threads that torch uses."""
     prepare_heap()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    # A thread that waits for other threads checks in a loop this many times, then sleeps. With libgomp's
-    # default of 300,000 the waiting thread can occupy the core that the other threads need, if another
-    # program runs at the same time.
+    # A thread that waits for other threads checks GOMP_SPINCOUNT times in a loop, and then sleeps. libgomp's
+    # default is 300,000. If another program runs at the same time, a thread that checks for so long can
+    # occupy the core that the other threads need.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
@@ -116,7 +116,7 @@ def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
 
     The `with` block gets a function that returns whether a stop was requested. A second request ends the
     process as usual. Linux may send the signal of one request several times, so a signal that comes within
-    `same_seconds` of the first one is no second request. Works in the main thread only.
+    `same_seconds` of the first one is no second request. Python allows this function only in the main thread.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None

@@ -20,8 +20,8 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     """Yield `function(task)` for each task, in the order of the tasks.
 
     At most 2 x `num_workers` tasks run or wait at the same time. With one worker, this process calls the
-    function. Raises Busy if a worker was killed, or the first exception of `function`. The workers import
-    `function` by name, so it must not be a lambda or a nested function.
+    function. Raises Busy if a worker was killed, and raises an exception of `function` again. The workers
+    import `function` by name, so it must not be a lambda or a nested function.
     """
     if num_workers == 1:
         yield from map(function, tasks)

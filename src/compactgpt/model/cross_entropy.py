@@ -1,7 +1,8 @@
 """Cross-entropy of a linear head over a large vocabulary, in chunks of tokens.
 
-Memory holds the logits of one chunk only. So the forward pass also computes the gradients. For a token with
-logits z, softmax p and target t, d loss / d z_j = (p_j - [j = t]) / N, where [j = t] is 1 if j = t, else 0.
+To save memory, only the logits of one chunk exist at a time. So the forward pass also computes the gradients
+of a chunk, before it computes the next chunk. For a token with logits z, softmax p and target t, the gradient
+of z_j is (p_j - [j = t]) / N, where [j = t] is 1 if j = t, else 0.
 Shapes: N = all tokens, R = tokens of one chunk, C = channels, V = rows of the head's weight.
 """
 
@@ -36,9 +37,9 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The autograd function of `linear_cross_entropy`: the loss, and its gradients by `x` and `weight`.
+    """Computes the loss of `linear_cross_entropy`, and the gradients of `x` and `weight`.
 
-    Matrix products are in `dtype`; the softmax and all sums over chunks are in fp32 or wider.
+    Matrix products are in `dtype`. The softmax and all sums over chunks are in fp32 or a wider type.
     """
 
     @staticmethod
@@ -77,8 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # Skip a multiplication by 1 on a CPU only: to read the value from a GPU, the program would have to
-        # wait until the GPU has computed it.
+        # Only on a CPU: skip a multiplication by 1. On a GPU, `item` would wait for the GPU.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -95,7 +95,7 @@ def _add_chunk(
     N: int,
     correction: Tensor | None,
 ) -> Tensor:
-    """Return the cross-entropy of each token of a chunk of rows in nats, (R, 1), and compute the gradients.
+    """Return the cross-entropy in nats of each token of a chunk, (R, 1), and compute the gradients.
 
     `logits`, (R, V), is a buffer for the logits, then the softmax, then the gradient of the logits. `dx`,
     (R, C), receives the gradient of `x`. The chunk's part is added to `dw`, (V, C), the gradient of `weight`;
@@ -121,9 +121,10 @@ def _add_rounded_chunk(
 ) -> Tensor:
     """Do what `_add_chunk` does, but with matrix products in bfloat16; the returned shape is (R,).
 
-    `e`, (R, V), is a buffer for exp(z_j - z_t) of the logits z and the target t of each token. With s the sum
-    of a token's e_j, its cross-entropy is log(s), and the gradient of its logits is (e_j - s [j = t]) / s,
-    where [j = t] is 1 if j = t, else 0. To save time, the function divides (R, C) matrices by s, not `e`.
+    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), where z are the logits of a token, and t is its target.
+    Let s be the sum of a token's e_j. Then its cross-entropy is log(s). The gradient of its logit z_j is
+    (e_j - s [j = t]) / s, where [j = t] is 1 if j = t, else 0. To save time, the function divides the (R, C)
+    matrices by s instead of `e`, which is larger.
     """
     s = exponentials(x, weight, targets, e)  # (R,)
     target_gradients = 1 - s  # e_t - s, where e_t = exp(z_t - z_t) = 1
@@ -184,7 +185,7 @@ def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, (N,), for evaluation.
 
     `x`, (N, C), has hidden states that `GPT.hidden` returned. `weight`, (V, C), is `wte.weight[:vocab_size]`,
-    without padding rows.
+    without the rows that pad the vocabulary.
     """
     buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []

@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # A tile has ROWS x COLUMNS exponentials. One call of tl.dot multiplies INNER of the C channels.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The kernel computes the tiles in groups of GROUP rows of tiles. In a group, it computes column after
-# column, because the rows of `x` for one group fit into the L2 cache.
+# The tiles form a matrix. The kernel computes GROUP rows of this matrix at a time, column after column. The
+# rows of `x` that these tiles need fit into the L2 cache.
 GROUP = 64
 
 
@@ -52,10 +52,13 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
 
 
 def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
-    """Do what `exponentials` does, with the kernel; no exponential is larger than exp(cap)."""
+    """Do what `exponentials` does, with the kernel; no exponential is larger than exp(cap).
+
+    `shift`, (R,), has the logits of the targets.
+    """
     (R, C), V = x.shape, len(weight)
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # the sums of each column of tiles
+    sums = x.new_empty(triton.cdiv(V, COLUMNS), R, dtype=torch.float32)  # row sums of each tile
     blocks = [(x, ROWS, INNER), (weight, COLUMNS, INNER), (out, ROWS, COLUMNS // 2)]
     a, b, c = (TensorDescriptor.from_tensor(tensor, [tall, wide]) for tensor, tall, wide in blocks)
     _kernel[(programs,)](

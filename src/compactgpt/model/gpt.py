@@ -99,8 +99,8 @@ class GPT(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream is a sum of 2 n_layer projections. With this smaller standard deviation
-                # of the projections, the variance of the sum does not grow with n_layer.
+                # The residual stream is a sum of 2 n_layer projections. Their standard deviation is divided
+                # by sqrt(2 n_layer), so that the variance of the sum does not grow with n_layer.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
@@ -130,8 +130,8 @@ class GPT(nn.Module):
         table = self.wte.weight if table is None else table
         if self.shape.block_size < T:
             raise ValueError(f"got {T} tokens, the model attends to at most {self.shape.block_size}")
-        # `table` is also the head, and autograd adds its two gradients. On a CPU, a sparse gradient of the
-        # embedding is cheaper: it has B x T rows instead of V. The sum is dense, like the head's gradient.
+        # On a CPU, a sparse gradient of the embedding is cheaper, because it has B x T rows instead of V.
+        # `table` is also the head. Autograd adds the embedding's gradient to the head's dense gradient.
         x = F.embedding(tokens, table, sparse=tokens.device.type == "cpu")  # (B, T, C)
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
         return self.compiled(x) if self.compiled and self.training else self.blocks(x)

@@ -73,7 +73,10 @@ def save_hf(
 
 
 def _hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return tensors as transformers stores them: without padding rows, and with zeros for missing biases."""
+    """Return tensors as transformers stores them.
+
+    The rows that pad the vocabulary are left out, and missing biases become zeros.
+    """
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}

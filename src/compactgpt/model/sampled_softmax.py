@@ -23,7 +23,7 @@ class Sample:
     """The tokens over which one step computes the softmax."""
 
     ids: Ints  # (K,) token ids, ascending
-    log_inclusion: npt.NDArray[np.float32]  # (K,) log of each token's probability of being in the sample
+    log_inclusion: npt.NDArray[np.float32]  # (K,) log of the probability that the sample has the token
 
     def positions(self, tokens: Ints) -> Ints:
         """Return the position of each token in `ids`, in an array of the same shape as `tokens`.
@@ -42,10 +42,10 @@ def token_counts(tokens: npt.NDArray[np.integer], vocab_size: int) -> Ints:
 
 
 def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
-    """Return the probability of each token of being in a sample, from its count in the train split.
+    """Return for each token the probability that a sample of the vocabulary contains it. (V,) -> (V,).
 
-    The probability is min(1, c (count + 1)^power). c is chosen so that a sample has `size` tokens on average.
-    Mikolov et al. 2013 use the power 0.75. (V,) -> (V,).
+    `counts` is how often each token occurs in the train split. A probability is min(1, c (count + 1)^power),
+    with the c for which a sample has `size` tokens on average. Mikolov et al. 2013 use the power 0.75.
     """
     if size >= len(counts):
         return np.ones(len(counts))
@@ -62,11 +62,11 @@ def inclusion_probabilities(counts: Ints, size: int, power: float) -> Floats:
 
 
 def draw_sample(inclusion: Floats, batch: Ints, *, seed: int, step: int) -> Sample:
-    """Draw the sample of `step`, counted from 0.
+    """Draw a sample of the vocabulary for `step`, counted from 0.
 
-    `inclusion`, (V,), is the probability of each token of being in the sample. All tokens of the step's batch
-    are added with probability 1, so the logit of a target needs no correction. `batch` has the inputs and
-    targets of all processes, which therefore all get the same sample.
+    `inclusion`, (V,), has the probability that each token is drawn. The sample also contains every token of
+    `batch`, with probability 1, so the logit of a target needs no correction. `batch` has the inputs and
+    targets of all processes, so all processes draw the same sample.
     """
     # The generator of `training_batch` has the same key, but another counter. So the random numbers of the
     # sample are independent of those of the batch.

@@ -24,7 +24,8 @@ def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: b
     """Write the weights and the shape of a model to a folder.
 
     `best` is the folder of the run's best model, if `model` is not the best. It is copied to `folder`/best.
-    With `private`, `folder` is replaced whatever files it has: use it only where users keep no files.
+    If `private` is True, `folder` is replaced even if it has other files: use this only if users keep no
+    files in `folder`.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -59,7 +60,8 @@ def load_gpt(
     `shape` comes from the config.json of the same folder. `convert` converts the file's tensors to those of
     our GPT.
     """
-    # A wrong config.json must not allocate much memory: require at least one byte for each weight.
+    # A wrong config.json may describe a huge model. Before its memory is allocated, check that the file has
+    # at least one byte for each weight.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
         raise BadData(f"{path} is too small for the shape in the config.json of its folder")

@@ -30,8 +30,8 @@ class TrainingCallbacks:
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
         """Print and log what is known before the first step.
 
-        `stage` is what `open_stage` returned, `tokenizer` the folder of the tokenizer, which sample texts
-        need, and `curve` the file for the loss curve.
+        `stage` is what `open_stage` returned. `tokenizer` is the folder of the tokenizer, which sample texts
+        need. `curve` is the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
@@ -52,7 +52,7 @@ class TrainingCallbacks:
             )
 
     def functions(self, should_stop: Callable[[], bool]) -> Callbacks:
-        """Return the callbacks of this instance, and `should_stop`, for `trainer.train`."""
+        """Return the callbacks for `trainer.train`: methods of this instance, and `should_stop`."""
         return Callbacks(self.on_losses, self.on_row, self.on_step, self.on_warning, should_stop)
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:

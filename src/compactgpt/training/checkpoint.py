@@ -19,7 +19,7 @@ from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
 STATE_KIND = "training state"  # value of `kind` in the manifest.json of a state
-# Number of states that are kept of a run: if the newest is damaged, training resumes from the older state.
+# Number of states that a run keeps. If the newest state is damaged, training resumes from the older one.
 KEPT_STATES = 2
 # Number of unfinished runs, besides the current run, whose states are kept. When a user restores the settings
 # of such a run, the run resumes.

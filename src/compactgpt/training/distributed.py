@@ -75,13 +75,14 @@ class Group:
         """Return whether `flag` is True in any process; all processes get the same answer."""
         if self.world_size == 1:
             return flag
-        # On the CPU, because to read a tensor on a GPU, the program would wait for all earlier work.
+        # The tensor is on the CPU: reading a GPU tensor would wait until the GPU has finished all earlier
+        # work.
         votes = torch.tensor(float(flag))
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
     def assert_same_on_all_ranks(self, what: str, value: str) -> None:
-        """Raise BadConfig if a process has another `value` than process 0; `what` names it in the message."""
+        """Raise BadConfig if `value` differs between processes; the message calls the value `what`."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
@@ -106,7 +107,7 @@ class Group:
 
     @torch.no_grad()
     def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Copy the main process's full tensors into `tensors` of all processes, sharded or not."""
+        """Copy `full` of the main process into `tensors` of every process; these may be sharded."""
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
@@ -146,9 +147,10 @@ class Group:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Hold the full embeddings, head and last layer norm of a sharded model while the context is active.
+    """Let each process hold the full embeddings, head and last layer norm of the model in the `with` block.
 
-    A model that is not sharded stays unchanged.
+    Outside of the block, a process holds only its part of a sharded model. A model that is not sharded stays
+    unchanged.
     """
     if not hasattr(model, "unshard"):
         yield

@@ -29,7 +29,7 @@ def shard_model(
         model = GPT(shape)
     mesh = init_device_mesh(device, (group.world_size,))
     for block in model.h:
-        if compiles:  # block by block: FSDP2's gathering of the weights is not compiled
+        if compiles:  # compile only the blocks, not FSDP2's gathering of their weights
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -48,7 +48,7 @@ def shard_model(
 def orthogonalize_sharded(
     matrices: Sequence[Tensor], orthogonalize: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Return the orthogonalized form of sharded matrices of one shape, (rows, columns).
+    """Orthogonalize sharded matrices that all have the shape (rows, columns).
 
     Newton-Schulz needs full matrices, so every process gathers each matrix and computes the whole result. The
     matrices are gathered one after the other, so that a process never holds two full matrices.

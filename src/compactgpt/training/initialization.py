@@ -21,7 +21,8 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-# Number of positions over which the slowest sinusoid changes by about one radian: twice a context of 512.
+# The slowest sinusoid changes by about one radian over this number of positions. The number is about twice a
+# context of 512.
 SINUSOID_BASE = 1000.0
 # The files of a model folder that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
@@ -67,8 +68,8 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     """Copy the weights of `source` into `model`; raise BadConfig if the shapes do not fit.
 
-    `source` may have a longer context and another number of padding rows. `name` is the folder of `source`,
-    for messages.
+    `source` may have a longer context, and another number of rows that pad the vocabulary. `name` is the
+    folder of `source`, for messages.
     """
     wanted, found = model.shape, source.shape
     wrong = [
@@ -86,7 +87,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
         if tensors[key].any():
             raise BadConfig(f"model.bias: found false, but {name} has biases: set it to true")
         del tensors[key]
-    for key in own.keys() - tensors.keys():  # biases of zeros do not change the result of the model
+    for key in own.keys() - tensors.keys():  # `source` has no biases: zeros have the same effect
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
     # Each padding row is the mean of the real rows, so its logit is the mean logit. By Jensen's inequality,
@@ -118,11 +119,12 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
     """Change random weights so that the first logits are near the log frequencies of the tokens.
 
-    GPT-2's head has no bias that could be set to the log frequencies. Instead, the vector a u is added to
-    each position embedding, where u has length 1. `strength` is a / r, where r is the length of the residual
-    stream without a u. The last layer norm changes a u to b u, with b = sqrt(C) a / sqrt(a^2 + r^2). So the
-    function adds (log frequency / b) u to the embedding of each token, which is also a row of the head.
-    `counts` is how often each token occurs, (vocab_size,).
+    GPT-2's head has no bias that could be set to the log frequencies. Instead, the function adds the vector
+    a * u to each position embedding. u has length 1, and a is `strength` times r, the length of the residual
+    stream without a * u. The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
+    The function also adds (log frequency / b) * u to the embedding of each token, which is the token's row of
+    the head. The dot product with b * u is the log frequency. `counts` is how often each token occurs,
+    (vocab_size,).
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)

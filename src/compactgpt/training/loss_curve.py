@@ -76,10 +76,10 @@ def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
 
 @torch.no_grad()
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
-    """Return the mean loss over the targets of `windows` in nats per token, without the padding rows.
+    """Return the mean loss over the targets of `windows` in nats per token.
 
-    This loss is an estimate for the loss curve. The comparison with baselines uses the loss of the stage
-    `evaluation`, which scores the whole val split.
+    The softmax leaves out the rows that pad the vocabulary. This loss is an estimate for the loss curve. The
+    comparison with baselines uses the loss of the stage `evaluation`, which scores the whole val split.
     """
     model.eval()
     nats: list[float] = []

@@ -29,9 +29,9 @@ It returns f of each matrix, sharded like the matrix.
 def lr_multiplier(training: Training, step: int) -> float:
     """Return the learning rate of a step, counted from 0, as a fraction of the peak learning rate.
 
-    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). After the warm-up, `cosine` and
-    `linear` fall to min_lr_ratio at max_steps. `wsd` stays at 1, and falls linearly during the last
-    decay_share of max_steps (Hu et al. 2024, MiniCPM). `constant` stays at 1.
+    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). After the warm-up, the schedules
+    `cosine` and `linear` fall to min_lr_ratio at max_steps. The schedule `wsd` stays at 1, and then falls
+    linearly during the last decay_share of max_steps (Hu et al. 2024, MiniCPM). `constant` stays at 1.
     """
     if step < training.warmup_steps:
         return (step + 1) / (training.warmup_steps + 1)
@@ -120,7 +120,8 @@ class Optimizers:
         )
         matrices = [parameter for name, parameter in self.parameters.items() if self._is_muon(name)]
         self.muon = Muon(matrices, weight_decay=training.weight_decay) if matrices else None
-        self.rows: EmbeddingRows | None = None  # rows that the next update trains; None for all rows
+        # Rows of the token embedding that the next update trains. None means all rows.
+        self.rows: EmbeddingRows | None = None
         # Pairs of a parameter group and its peak learning rate.
         self._peaks = [(group, group["lr"]) for group in self.adamw.param_groups]
         if self.muon:
@@ -173,7 +174,10 @@ class Optimizers:
         return values
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the next update trains; selected rows replace the token embedding."""
+        """Return the parameters that the next update trains.
+
+        If rows of the token embedding are selected, the copy of these rows replaces the token embedding.
+        """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
 
@@ -232,12 +236,12 @@ class Optimizers:
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
         """Return the scalar that the gradient must be divided by, as in torch's clip_grad_norm_.
 
-        Returns None if clipping is off, or on a CPU if the divisor is 1.
+        Returns None if clipping is off. On a CPU, the function also returns None if the divisor is 1.
         """
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
-        # On a GPU, the program would have to wait until the GPU has computed the divisor.
+        # Only on a CPU: skip a division by 1. On a GPU, `item` would wait for the GPU.
         if divisor.device.type == "cpu" and divisor.item() == 1:
             return None
         return divisor

@@ -66,15 +66,16 @@ def open_splits(folder: Path) -> Splits:
 class Callbacks:
     """Functions that `train` calls, in every process at the same steps. Steps are counted from 1."""
 
-    # Gets the (step, training loss) pairs since its last call; on a GPU, several pairs at once.
+    # The argument has the pairs (step, training loss) since the last call; on a GPU, these may be several.
     on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
-    # Gets all rows of the loss curve, after a row was added.
+    # The argument has all rows of the loss curve. `train` calls the function after it has added a row.
     on_row: Callable[[list[Row]], None] = lambda _rows: None
-    # Gets the number of the step and the model after every step. It must not change the model.
+    # The arguments are the number of the step and the model. `train` calls the function after every step. The
+    # function must not change the model.
     on_step: Callable[[int, GPT], None] = lambda _step, _model: None
-    # Gets a warning for the user.
+    # The argument is a warning for the user.
     on_warning: Callable[[str], None] = lambda _message: None
-    # Is called after every step. The training stops if it returns True.
+    # `train` calls the function after every step, and stops if the function returns True.
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -162,7 +163,7 @@ class Trainer:
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
-        # With a sampled softmax: the probability that a token is in a step's sample, (vocab_size,).
+        # Only for a sampled softmax: the probability that a token is drawn in a step, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
@@ -248,9 +249,9 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, ...]:
         """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
-        The arguments are tokens and targets, both (rows, T). With a sampled softmax, tokens and targets are
-        positions in the sample, and two arguments follow: the sample's rows of `wte.weight`, (K, C), and
-        the correction of the logits, (K,).
+        The arguments are tokens and targets, both (rows, T). With a sampled softmax, two arguments follow:
+        a table of the rows of `wte.weight` for a sample of the vocabulary, (K, C), and the correction of the
+        logits, (K,). Then tokens and targets are indices of rows of the table.
         """
         seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
