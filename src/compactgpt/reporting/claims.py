@@ -17,7 +17,7 @@ from compactgpt.common.sections import Name, Section
 from compactgpt.config import Model
 
 COMPACT = "compact"  # the name of the model that this project trains
-# The verdicts on a claim of the note that this project checks.
+# The possible verdicts on a claim. A claim is a statement of the note, a text that this project checks.
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
     "restated",  # the evidence is the note's own number, so its agreement proves nothing

@@ -1,8 +1,8 @@
 """Build the record, reports/evidence.json, from reports, claims and published values.
 
-Pages, tables and plots show only values of the record. Ids of values have the form `<model>.<quantity>`. The
-model `compact` is trained in this project. The note that this project checks describes the model `note`. The
-id of a value on another corpus contains the corpus: `gpt2.openwebtext.loss`.
+Pages, tables and plots show only values of the record. Ids of values have the form `<model>.<quantity>`. An
+id may also contain a corpus: `gpt2.openwebtext.loss`. The model `compact` is trained in this project. The
+project also checks the claims of a note, a written text. The note describes the model `note`.
 """
 
 from collections import Counter
@@ -25,8 +25,8 @@ from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sour
 
 NOTE = "note"
 NATS = "nats per token"
-# (kind, name) of the two corpora whose reports check the claims of the note: the demo's and the note's.
-# With any other corpus, the reports only describe the model that was trained on it.
+# (kind, name) of the demo's corpus and of the note's corpus. With these two, the reports check the claims of
+# the note. With any other corpus, the reports only describe the model that was trained on it.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
@@ -218,7 +218,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
 
 
 def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
-    """Yield parameters and FLOPs per token of the note's model, each divided by the value of GPT-2 small."""
+    """Yield the note model's number of parameters and FLOPs per token, each divided by GPT-2 small's."""
     sizes = asdict(note.parameters)
     counts = asdict(count_parameters(gpt2))
     ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
@@ -231,8 +231,8 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
 def _published(published: Published) -> Iterator[Evidence]:
     """Yield the published values, and the perplexities, bits per byte and ratios calculated from them.
 
-    Published values are rounded, so their exact values are unknown. The interval of a calculated value
-    contains its results for all possible exact values.
+    Published values are rounded: the exact value is between `low` and `high`. The intervals of the calculated
+    values come from these limits.
     """
     found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
@@ -254,7 +254,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Calculate a value from a published loss: apply `increasing` to the loss and to both limits."""
+    """Calculate a value and its limits from a published loss. `increasing` is a function of the loss."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(
@@ -268,10 +268,10 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return each document's loss in nats, an array (documents,), for each context of the measurement.
+    """Return a dict: name of the windows -> each document's loss in nats, (documents,).
 
-    The key "" stands for the windows that all models share, and ".own" for the model's own maximum context.
-    ".own" is missing if the model has no windows, or if the two contexts are equal.
+    The name "" stands for the windows that all models share. ".own" stands for windows with the model's own
+    maximum context. ".own" is missing if these windows are the same, or if the model has no windows.
     """
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
@@ -305,7 +305,7 @@ def _common(measured: Measured, sources: Sources, view: str | None = None) -> di
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's training tokens, training loss, and standard deviation between seeds."""
+    """Yield the compact model's training tokens, its train loss, and how much its val loss varies by seed."""
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",

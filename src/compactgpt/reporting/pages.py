@@ -47,7 +47,7 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
     `language` is the language of the Markdown and the plots, and the first visible language of the page.
     """
     content = json_bytes(record)
-    record = json.loads(content)  # keys in the file's order: `compactgpt verify` renders from the file
+    record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads
     return {
         RECORD: content,
         "comparison.md": render_comparison(record, language).encode(),

@@ -30,7 +30,7 @@ COLOURS = {
 INK, MUTED, _, DEMO, OTHER, BAND, PAPER = COLOURS.values()
 LONGEST_LABEL = 30  # maximum number of characters in a line of a label
 WIDTH, HEIGHT = 5.6, 3.3  # inches: size of a plot of curves
-LINE_HEIGHT = 0.24  # inches: height of a line of a row's label
+LINE_HEIGHT = 0.24  # inches: height of one text line
 Axes = Any
 
 
@@ -120,7 +120,7 @@ def _ratio(view: View, axes: Axes) -> None:
     _set_log_axis(view, axes, 10)
     ends = [item[key] for item in items for key in ("low", "high")]
     axes.set_xlim(min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25)
-    # `better` and `worse` are at the ends of the axis. Next to 1, they would be cut off if 1 is near an end.
+    # The words `better` and `worse` are at the ends of the axis, not beside 1: 1 may be too near to an end.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])

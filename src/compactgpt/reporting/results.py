@@ -2,8 +2,8 @@
 
 params.yaml and reports/ describe one run at a time. `compactgpt experiment record NAME` copies the measured
 values of a run into results/NAME.json, with the experiment's name in their ids: for the experiment `note`,
-`compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The comparison adds the stored
-values to reports/evidence.json, and judges the claims of the note that this project checks by these values.
+`compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The stage `comparison` adds the
+stored values to reports/evidence.json, so they can confirm or contradict the claims that this project checks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# Ratios to the text metrics of GPT-2: end of the ratio's id -> `<decoding strategy>.<metric>`.
+# End of a ratio's id -> the text metric that is divided by GPT-2's, as `<decoding strategy>.<metric>`.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",

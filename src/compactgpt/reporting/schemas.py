@@ -27,7 +27,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# The experiment that trains the compact model with nanoGPT's recipe, on the same number of tokens.
+# This experiment trains the demo's model on the demo's number of tokens, but with nanoGPT's recipe.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
@@ -41,7 +41,7 @@ class Report(BaseModel):
 class _Model(Report):
     kind: str  # kind of a baseline in params.yaml, such as `ngram`
     label: str = ""  # the model's name in tables
-    context: str  # which text before a token the model sees, as a phrase
+    context: str  # the text that the model sees before a token, such as `the 4 tokens before`
     num_params: int | None
     num_params_non_embedding: int | None = None
     tokenizer: str = ""
@@ -119,7 +119,7 @@ class Score(Report):
     bits_per_byte: Interval
     word_perplexity: Interval | None = None
     by_position: list[_Position] = []
-    views: dict[str, ViewScore] = {}  # `own` (own maximum context) or `strided` (windows overlap) -> loss
+    views: dict[str, ViewScore] = {}  # name of the windows (`own`, `strided`) -> scores in these windows
     tasks: dict[str, Task] = {}  # name of the task -> results
     text: Text = Text()
 

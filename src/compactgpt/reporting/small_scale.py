@@ -2,8 +2,8 @@
 
 The runs have the size of the demo. Their results are in results/small-scale.json. The file
 conf/experiments/small-scale.yaml has the direction that each claim predicts. No verdict depends on these
-results. An interval covers two kinds of chance: the choice of the val documents (a paired interval), and the
-seed. The standard deviation between seeds comes from results/seeds.json.
+results. The interval of a perplexity ratio includes two kinds of uncertainty: from the choice of the val
+documents, and from the seed. The standard deviation between seeds comes from results/seeds.json.
 """
 
 import math
@@ -35,10 +35,13 @@ def find_directions(root: Path) -> list[dict[str, Any]]:
     """Return what the small runs of the project `root` show: one dict for each claim of each comparison.
 
     A dict has the claim's id, the outcome, the value with its 95 % interval, the unit (`ratio` or
-    `difference`), and the numbers of runs of the two groups. The outcome is `same way` if the effect has the
-    direction that the claim predicts, `other way`, or `no effect found`. A comparison without its runs or
-    texts is left out. The list is empty if results/small-scale.json or results/seeds.json is missing, or if
-    these files differ in recipe or val documents.
+    `difference`), and the numbers of runs of the two groups. The outcomes are:
+    - `same way`: the effect has the direction that the claim predicts.
+    - `other way`: the effect has the opposite direction.
+    - `no effect found`: the interval contains the value that means no effect.
+
+    A comparison is left out if its runs or texts are missing. The list is empty if results/small-scale.json
+    or results/seeds.json is missing, or if these files differ in recipe or val documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -73,20 +76,20 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of a 95 % interval: the difference of two mean losses if only seeds differ.
+    """Return half the width of the 95 % interval of a difference between two means, if only seeds differ.
 
-    The standard deviation is computed from `losses`, (runs,), of runs that differ only in their seed. `ours`
-    and `theirs` are the numbers of runs of the two means.
+    `losses`, (runs,), are losses of runs that differ only in their seed. They give the standard deviation.
+    One mean is over `ours` runs, the other mean is over `theirs` runs.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Widen a ratio's interval by an independent error.
+    """Widen the interval of a ratio, so that it includes a second error, which is independent of the first.
 
-    `margin` is half the width of the error's interval, for the logarithm of the ratio. On this logarithmic
-    scale, the new half width is the square root of the sum of the two squared half widths.
+    `margin` is half the width of the second error's interval for the logarithm of the ratio. On this
+    logarithmic scale, the new half width is the square root of the sum of the two squared half widths.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre

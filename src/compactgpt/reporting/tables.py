@@ -11,7 +11,7 @@ from compactgpt.reporting.templating import Language, load_messages, translate
 Record = Mapping[str, Any]
 Item = Mapping[str, Any]  # a value of the record: the fields of `Evidence`
 
-# Table -> its columns. `note` is the table in the note that this project checks. Its columns are models.
+# Table -> its columns. `note` is the table of the note that this project checks: each column is a model.
 COLUMNS = {
     "note": ("compact", "gpt2", "gpt2_xl"),
     "claims": ("claim", "says", "range", "verdict", "because"),
@@ -24,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> end of the id of the compact model's value, which begins with `compact.`
+# Row of the note's table -> id of the value of the model trained here, without its beginning `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -60,7 +60,7 @@ _FRENCH_MARKS = str.maketrans({",": "\u202f", ".": ",", "%": "\u202f%"})  # \u20
 
 
 def show(value: float, unit: str, language: Language = "en") -> str:
-    """Format a number in the format of its unit and language."""
+    """Format a number by its unit, with the separators of a language."""
     if unit in ("ratio", "perplexity") and not SMALL_RATIO <= value < LARGE_PERPLEXITY:
         return localized(f"{value:.3g}", language)
     return localized(FORMATS.get(unit, "{:g}").format(value), language)
@@ -154,7 +154,7 @@ class View:
         return f"{self.figure(item)} ({bounds})" if bounds else self.figure(item)
 
     def interval(self, low: float | None, high: float | None, unit: str) -> str:
-        """Format an interval. An end is None if it has no limit. If both are None, return an empty string."""
+        """Format an interval. None means that there is no such limit. Without limits, return ""."""
         if low is not None and high is not None:
             ends = (show(low, unit, self.language), show(high, unit, self.language))
             return ends[0] if low == high else f"{ends[0]} {self.words['to']} {ends[1]}"
@@ -169,8 +169,8 @@ class View:
     def value(self, name: str) -> str:
         """Format the value with the id `name`. If the record lacks the value, return a dash.
 
-        The record lacks a perplexity that is too large for a float, but has its loss. The text for such a
-        perplexity is `not defined`.
+        If a perplexity is too large for a float, the record has only the loss. This perplexity is shown as
+        `not defined`.
         """
         if name in self.evidence:
             return self.show(self.evidence[name])
@@ -202,7 +202,7 @@ class View:
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result: the perplexities in the note that this project checks, beside known ones.
+        """Return the main result: the note's perplexities beside published, expected and measured ones.
 
         On the user's own corpus, the main result is the scores of the compact model.
         """
@@ -320,7 +320,7 @@ class View:
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
         """Return each row of the note's table as (name of the quantity, claims of the models, values).
 
-        The list of values contains the compact model's value, or is empty.
+        `values` contains the value of the model that was trained here. It is empty if there is no such value.
         """
         rows = []
         for row in self.record["table"]:

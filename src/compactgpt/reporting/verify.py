@@ -1,8 +1,8 @@
 """Check that the project's files match their inputs: `compactgpt verify`.
 
-Files, commands and parameters are compared with dvc.lock. The estimate, losses, intervals and accuracies, the
-record and its tables, plots and page are computed again. A file that `dvc pull` has not downloaded is
-reported as unchecked.
+Files, commands and parameters are compared with dvc.lock. These parts of reports/ are computed again and
+compared with the files: the estimate, the models' scores, the record, and all files rendered from the record.
+A file that `dvc pull` has not downloaded is reported as unchecked.
 """
 
 import json
@@ -131,7 +131,7 @@ def check_params(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_estimate(root: Path, params: Params, found: Verification) -> None:
-    """Compute the estimate again from params.yaml and the sweep's results, and compare it with its report."""
+    """Compute the estimate again from params.yaml and results/ladder.json, and compare it with its report."""
     path = "reports/estimate.json"
     expected = json.loads(json_bytes(estimate(params, read_sweep(root / "results/ladder.json"))))
     report = read_json(root / path)
@@ -141,7 +141,7 @@ def check_estimate(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_numbers(root: Path, params: Params, found: Verification) -> None:
-    """Compute each model's scores again from per-document losses, and accuracies from right answers."""
+    """Compute each model's scores again from per-document losses and task answers, and check its report."""
     reports = {"reports/evaluation.json": f"data/evaluation/{COMPACT}.parquet"}
     reports |= {
         f"reports/baseline/{name}.json": f"data/baseline/{name}.parquet" for name in params.baseline.names
