@@ -208,7 +208,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def split_pages(lines: Iterable[str]) -> list[str]:
-    """Return WikiText's pages, as in the data set EleutherAI/wikitext_document_level. A title begins a page."""
+    """Return WikiText's pages, as in the hub's EleutherAI/wikitext_document_level. A title begins a page."""
     pages: list[list[str]] = [[]]
     for row in lines:
         line = row.removesuffix("\n")
