@@ -33,7 +33,7 @@ from compactgpt.tracking.journal import Journal, NullTracker, flatten, process_f
 from compactgpt.tracking.records import differing
 
 TrackerName = Annotated[Literal["mlflow", "none"], typer.Option(envvar="COMPACTGPT_TRACKER")]
-# Stage -> split that the stage reads -> name that MLflow shows for what the stage does with the split.
+# Stage -> split that the stage reads -> purpose for which it reads the split, as MLflow shows it.
 SPLIT_USES: dict[str, dict[str, str]] = {
     "training": {"train": "training", "val": "validation"},
     "evaluation": {"val": "evaluation"},
@@ -51,8 +51,8 @@ def new_app() -> typer.Typer:
 def matrix_item() -> str:
     """Return the part after `@` in the name of the stage that DVC runs: `xz` for the stage `baseline@xz`.
 
-    DVC sets DVC_STAGE to the stage's name. The name is not in the stage's command, because a shell would run
-    a command inside a name.
+    DVC sets DVC_STAGE to the stage's name. The name is not an argument of the stage's command, because DVC
+    gives the command to a shell: the shell would run the code in a name such as `$(code)`.
     """
     return os.environ.get("DVC_STAGE", "").partition("@")[2]
 
@@ -117,7 +117,7 @@ def open_stage(name: str, tracker: str, logged: tuple[str, ...] = (), item: str 
         with _only_one(full_name):
             stages = dvc_files.read_stages(Folder(Path()))
             definition = stages.get(full_name, {})  # empty for a stage that dvc.yaml does not have
-            # Read first: `_require_unchanged` then sees every change of params.yaml after `load_params`.
+            # This is before `load_params`, so that `_require_unchanged` sees all later changes of the file.
             hashed, files = _read_params(definition), _read_files(definition)
             if is_dvc := "DVC_STAGE" in os.environ and full_name in stages:
                 dvc_files.keep_lock(Path())
@@ -162,8 +162,8 @@ def _require_unchanged(
 ) -> None:
     """Raise CheckFailed if a parameter or a dependency changed while the stage ran.
 
-    DVC reads parameters and dependencies after the stage's command, and would write values to dvc.lock that
-    the stage did not use (treeverse/dvc#11058).
+    DVC reads parameters and dependencies for dvc.lock only after the stage's command. If they changed while
+    the command ran, dvc.lock gets values that the stage did not use (treeverse/dvc#11058).
     """
     new_params, new_files = _read_params(definition), _read_files(definition)
     changed = [

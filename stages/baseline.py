@@ -16,7 +16,10 @@ def main(
     name: Annotated[str, typer.Argument(help="A name from baseline.specs in params.yaml; DVC sets it.")] = "",
     tracker: TrackerName = "mlflow",
 ) -> None:
-    """Evaluate one baseline on the val split. Neural baselines also generate text and do evaluation.tasks."""
+    """Evaluate one baseline on the val split.
+
+    A neural baseline also generates text and does the tasks of params.yaml.
+    """
     from compactgpt.data.token_files import open_tokens
     from compactgpt.data.tokenizer import load_encoding
     from compactgpt.evaluation.baselines import load_baseline

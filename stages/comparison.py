@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = new_app()
 ROOT, REPORTS = Path(), Path("reports")
-LEAST_WIDTH = 140  # characters in a line of `--show`; rich breaks numbers in shorter lines
+LEAST_WIDTH = 140  # characters per line of `--show`; in shorter lines rich splits numbers
 SHOWN_COLUMNS = ("model", "seen_context", "val_loss", "val_perplexity", "bits_per_byte", "ratio")
 
 
@@ -66,7 +66,7 @@ def _show(language: "Language") -> None:
     from compactgpt.reporting.tables import View
 
     def text(content: str) -> Text:
-        return Text(printable(content, keep="\n"))  # unlike a str, a Text has no markup for rich
+        return Text(printable(content, keep="\n"))  # rich reads markup in a str, but not in a Text
 
     view = View(read_json(REPORTS / RECORD), language)
     note = (view.words["table" if view.about_note else "table_own"], view.note_head(), _note_rows(view))
@@ -85,7 +85,7 @@ def _show(language: "Language") -> None:
 def _note_rows(view: "View") -> Iterator[list[str]]:
     """Yield the rows of the table of claims.
 
-    A row has a title, a cell for each claim, and, if there is one, the value of the model trained here.
+    A row has a title and a cell for each claim. If the model trained here has a value, it is the last cell.
     """
     for title, claims, here in view.note_rows():
         row = [title]
@@ -98,7 +98,7 @@ def _note_rows(view: "View") -> Iterator[list[str]]:
 def _measured_rows(view: "View") -> Iterator[list[str]]:
     """Yield the rows of the table of measured scores.
 
-    Each row has SHOWN_COLUMNS only. Only the ratio keeps its interval.
+    A row has the columns SHOWN_COLUMNS. Only the ratio has an interval; other intervals are cut off.
     """
     from compactgpt.reporting.tables import COLUMNS
 

@@ -17,7 +17,7 @@ def main(tracker: TrackerName = "mlflow") -> None:
 
     with open_stage("estimate", tracker, ("model", "training", "estimate")) as stage:
         check_dependencies(Path())
-        # All other stages depend on this file. A change of its content would make DVC run all stages again.
+        # All other stages depend on this file. Its content is constant, so that DVC does not run them again.
         write_json(Path("data/inputs.json"), {"checked": ["params.yaml", "files of the dependencies"]})
         sweep = read_sweep(Path("results/ladder.json"))  # None if the file is missing
         stage.report(Path("reports/estimate.json"), estimate(stage.params, sweep))

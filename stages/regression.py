@@ -1,7 +1,7 @@
 """Run `compactgpt gate`, which checks that the model is not worse than an accepted model.
 
-The gate is not a DVC stage. DVC keeps no result of a stage that fails, so each `dvc repro` would run the gate
-again.
+The gate is not a DVC stage. If it were one and failed, each `dvc repro` would run it again, because DVC keeps
+no result of a stage that fails.
 """
 
 import sys

@@ -171,7 +171,7 @@ def test_a_run_with_uncommitted_changes_is_identical_and_sees_no_settings_of_dvc
     corpus.write_text(content)
     assert seen
     assert (result.verdict, list(result.stages)) == (IDENTICAL, ["estimate", "download", "training"])
-    assert lines[-1] == "the data comes from DVC's cache, by its hash"
+    assert lines[-1] == "the data was restored from DVC's cache or remote"
     assert "Stage 'download' didn't change, skipping" in capfd.readouterr().err
     assert git(root, "status", "--porcelain") == before
     assert list((root / ".state/reproductions").iterdir()) == []
@@ -188,7 +188,7 @@ def test_data_comes_from_the_projects_remote_and_a_changed_hash_is_different(
     changed, lines = replace(version), []  # its chain is read again
     try:
         result = reproduce(changed, log=lines.append)
-        assert lines[-1] == "the data comes from DVC's cache, by its hash"
+        assert lines[-1] == "the data was restored from DVC's cache or remote"
         assert (result.verdict, result.first) == (DIFFERENT, "training")
         assert "models/compact" in result.why
         shutil.rmtree(tmp_path / "remote")

@@ -79,8 +79,9 @@ def gate(
 ) -> None:
     """Check that the model is not worse than an accepted model.
 
-    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. --accept writes the
-    file of --against; --markdown and --junit write the files that they name.
+    Prints a line per metric, and ends with exit code 3 if one is worse than its limit. --accept makes the
+    present reports the reference, in the file that --against names. --markdown and --junit write the files
+    that they name.
     Example: compactgpt gate --against HEAD~1
     """
     from compactgpt.config import load_params

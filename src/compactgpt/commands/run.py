@@ -165,7 +165,7 @@ def _run_sweep(name: str, settings: list[str], num_threads: int) -> None:
 
 @experiment.command("record")
 def record_experiment(name: ExperimentName) -> None:
-    """Write the metrics of an experiment that has run to results/NAME.json.
+    """Write the metrics of a finished experiment to results/NAME.json.
 
     The DVC stage `comparison` reads this file.
 
@@ -221,4 +221,4 @@ def repair() -> None:
     from compactgpt.tracking.dvc_files import restore_lock
 
     if restore_lock(Path()):
-        echo("dvc.lock was incomplete, because DVC was killed: the copy made before the last stage is back")
+        echo("dvc.lock was incomplete, because DVC was killed: restored the copy from the last stage's start")

@@ -24,7 +24,7 @@ from compactgpt.common.errors import (
 
 
 class Progress(Protocol):
-    """A function that long work calls repeatedly to report its progress."""
+    """A function that shows progress. A long computation calls it again and again."""
 
     def __call__(self, done: int, total: int, figures: Mapping[str, str] | None = None) -> None:
         """Show that `done` of `total` units are finished."""
@@ -81,7 +81,9 @@ def handle_user_errors(stopped: str = "stopped") -> Iterator[None]:
         own_errors = BadData | DiskFull | MissingInput | OutOfMemory  # these can occur in one process alone
         if dist_info().is_main_process or isinstance(user_error, own_errors):
             report(f"error: {user_error}")
-        if under_torchrun():  # torchrun sends SIGTERM to the other processes, and to this one while it exits
+        # When a process fails, torchrun sends SIGTERM to all processes. A process that is exiting ignores the
+        # signal, to keep its exit code.
+        if under_torchrun():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(user_error.exit_code) from error
 

@@ -92,7 +92,7 @@ class NotAllowed(UserError):
 
 
 class BadConfig(UserError):
-    """A key of params.yaml is unknown, of the wrong type, or impossible."""
+    """A key of params.yaml is unknown, or its value has the wrong type or is not allowed."""
 
     exit_code = 78
 

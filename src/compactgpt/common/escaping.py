@@ -4,8 +4,8 @@ import re
 
 from compactgpt.common.errors import printable
 
-# Matches what Markdown (CommonMark and GitHub's extensions) takes for markup. Markdown shows underscores
-# inside a word, and the signs `-`, `+` and `#` inside a line, as they are, so these do not match.
+# Matches the characters that are markup in Markdown (CommonMark with GitHub's extensions). An underscore
+# inside a word is no markup, and `-`, `+` and `#` are markup only at the start of a line.
 _MARKUP = re.compile(
     r"[\\`*\[\]|~$]"
     r"|(?<![^\W_])_|_(?![^\W_])"

@@ -100,13 +100,13 @@ def check_section(tree: Any, section: type[SectionType], source: str) -> Section
     Raises BadConfig with every key that is unknown, missing, of the wrong type or invalid.
     """
     try:
-        # In strict mode pydantic accepts a list for a tuple only from JSON.
+        # The tree is converted to JSON: in strict mode, pydantic accepts a list for a tuple only from JSON.
         return section.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         lines = [f"  {_explain(detail, tree, section)}" for detail in error.errors()]
         raise BadConfig(f"{source} is not valid:\n" + "\n".join(lines)) from error
     except (TypeError, ValueError, RecursionError) as error:  # raised by json.dumps
-        raise BadConfig(f"{source}: keys must be text, and nothing may contain itself ({error})") from error
+        raise BadConfig(f"{source}: keys must be text, and no value may contain itself ({error})") from error
 
 
 def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
@@ -116,7 +116,8 @@ def _explain(detail: Any, tree: Any, section: type[Section]) -> str:
         try:
             node = node[part]
         except (LookupError, TypeError):
-            # pydantic's path also has words that are not keys of the file, such as the value of `kind`.
+            # Some parts of pydantic's path are not keys of the file, such as `unigram` in a baseline's path:
+            # `kind: unigram` says which class checks the baseline.
             if detail["type"] != "missing" or part != detail["loc"][-1]:
                 continue
         path.append(str(part))
@@ -141,7 +142,7 @@ def _keys_at(section: type[Section], path: list[str]) -> list[str]:
     sections = [section]
     for part in path:
         fields = [each.model_fields[part].annotation for each in sections if part in each.model_fields]
-        if fields:  # otherwise `part` is a name that the user chose, or a position in a list
+        if fields:  # empty if `part` is a name that the user chose, or a position in a list
             sections = [found for field in fields for found in _sections_in(field)]
     return sorted({key for each in sections for key in each.model_fields})
 

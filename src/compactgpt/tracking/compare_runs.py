@@ -1,7 +1,7 @@
 """Compare two versions of the project: parameters, data, code, packages, machine and metrics.
 
-If a model has losses of the same documents in both versions, the ratio of its perplexities is computed, with
-a 95 % interval from the differences of these losses.
+If both versions have a model's losses of the same documents, the model's perplexity in the second version is
+divided by the one in the first. The ratio's 95 % interval comes from the two losses of each document.
 """
 
 import json
@@ -19,7 +19,7 @@ from compactgpt.tracking.journal import flatten, numbers
 from compactgpt.tracking.records import Pair, Version, changed_environment, differing, find_version
 
 _STAGES = ("training", "evaluation", "baseline")  # the stages whose metrics are compared
-# The metrics to compare: numbers in reports whose key is in _FIGURES, or ends in one of _LOSSES.
+# A number in a report is compared if its key is in _FIGURES or ends in one of _LOSSES.
 _FIGURES = ("loss.value", "perplexity.value", "bits_per_byte.value")
 _LOSSES = ("train_loss", "val_loss")
 
@@ -161,7 +161,7 @@ def _read_losses(version: Version, cache: Cache) -> dict[str, Totals | None]:
     for out, md5 in (item for entry in version.chain.entries.values() for item in outs(entry).items()):
         if out != "data/evaluation" and not out.startswith("data/baseline/"):
             continue
-        name = "compact.parquet" if out == "data/evaluation" else ""  # "": the output is one file
+        name = "compact.parquet" if out == "data/evaluation" else ""  # empty if the output is itself the file
         path = Path(out, name)
         if isinstance(version.place, Folder) and (version.place.root / path).exists():
             found[path.stem] = read_totals(version.place.root / path)

@@ -174,7 +174,7 @@ def keep_lock(root: Path) -> None:
 
 
 def restore_lock(root: Path) -> bool:
-    """If dvc.lock is incomplete, restore it from the copy of `keep_lock`. Return whether it was restored.
+    """If dvc.lock is incomplete, restore the copy that `keep_lock` saved. Return whether it was restored.
 
     Raises BadData if there is no complete copy, or if dvc.lock contains git's conflict markers.
     """
@@ -297,8 +297,8 @@ class Cache:
 def checkout(cache: Cache, place: Place, path: str, md5: str, target: Path) -> bool:
     """Copy the output `path` with the hash `md5` to `target`, and return whether the output was found.
 
-    The output comes from DVC's cache. If the cache lacks it, the output comes from the folder or commit
-    `place`, if it is one file with this hash. Raises BadData if a file in the cache was altered.
+    The output comes from DVC's cache, or else from the folder or commit `place`, if the hash there is `md5`.
+    An output that is a folder comes only from the cache. Raises BadData if a file in the cache was altered.
     """
     if not cache.has(md5):
         content = place.read(path)

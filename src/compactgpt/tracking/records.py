@@ -116,15 +116,15 @@ def parse_versions(requirements: str) -> dict[str, str]:
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Pair]:
-    """Return the two values of each key whose values in `a` and `b` differ, by key."""
+    """Return a dict of the keys whose values differ: key -> (value in `a`, value in `b`)."""
     return {key: (a.get(key), b.get(key)) for key in [*a, *(b.keys() - a.keys())] if a.get(key) != b.get(key)}
 
 
 def changed_environment(a: Version, b: Version) -> dict[str, Pair]:
-    """Return how processor, settings and packages of two versions differ, by name.
+    """Compare the packages and machines of two versions. Return a dict: name -> the two different values.
 
-    Packages that only one version has are left out. If a version's machine is unknown, only packages are
-    compared.
+    Names are packages, settings and parts of the machine. Packages that only one version has are left out. If
+    a version's machine is unknown, only packages are compared.
     """
     common = sorted(a.packages.keys() & b.packages.keys())
     packages = differing(*({name: one.packages[name] for name in common} for one in (a, b)))

@@ -5,7 +5,7 @@ download stage come from DVC's cache or remote; all other stages run with the in
 
 A version contains code, which may come from somebody else: from an MLflow server or a pushed branch. So the
 user must confirm a version that is not in the history of HEAD, no path of a version may lead out of the
-checkout, and the checkout gets no settings and keys of DVC.
+checkout, and the checkout does not get the project's DVC settings and credentials.
 """
 
 import json
@@ -52,7 +52,7 @@ from compactgpt.tracking.records import (
 # The outputs of the stage DATA come from DVC's cache, because the corpus may have changed since the run.
 DATA, CORPUS = "download", "corpus"
 IDENTICAL, ROUNDING, DIFFERENT = "identical", "within rounding", "different"
-# If no loss differs by more than 1 %, rounding explains the differences. With the params.yaml of the
+# Rounding can explain a difference of up to 1 % between the losses of two runs. With the params.yaml of the
 # repository, the largest measured difference was 0.15 %.
 LOSS_TOLERANCE = 0.01
 # Keys of `differences_here` that can change how results are rounded: settings, processor and packages.
@@ -120,7 +120,7 @@ def reproduce(wanted: str, root: Path, log: Callable[[str], None], confirm: Call
         log(f"{version.name}: commit {version.commit[:9]} in {tree}")
         _copy_downloads(root, tree)
         if _restore_data(version, root, tree):
-            log("the data comes from DVC's cache, by its hash")
+            log("the data was restored from DVC's cache or remote")
         else:
             shutil.copytree(root / CORPUS, inside(tree, CORPUS), dirs_exist_ok=True)
             log("the download stage runs again")
@@ -273,7 +273,7 @@ def _restore_data(version: Version, root: Path, tree: Path) -> bool:
         stage = f"{tree / CHAIN}:{DATA}"  # without the path, DVC reads dvc.yaml in the current folder
         try:
             repo.checkout([stage], force=True)
-            logging.getLogger("dvc").setLevel(logging.WARNING)  # DVC would print to stdout
+            logging.getLogger("dvc").setLevel(logging.WARNING)  # otherwise DVC prints to stdout
             repo.freeze(stage)  # DVC does not run a frozen stage, even if the corpus has changed
         except DvcException:
             (tree / LOCK).unlink()
