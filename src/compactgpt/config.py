@@ -60,7 +60,7 @@ class Docstrings(Section):
 
 
 class Files(Section):
-    """The user's own text files, as globs relative to the repository, and the text's name in the reports."""
+    """The user's own text files. `patterns` are globs relative to the repository."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     patterns: Annotated[tuple[FileGlob, ...], Field(min_length=1)]
@@ -143,7 +143,8 @@ class Validation(Section):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
-    max_rows: Annotated[int, Field(ge=1000)]  # documents in the checked sample; a smaller one could be empty
+    # Approximate number of documents in the checked sample. With a low number, the sample could be empty.
+    max_rows: Annotated[int, Field(ge=1000)]
 
 
 class Tokenization(Section):
@@ -245,7 +246,7 @@ class Training(Section):
 
 
 class Likelihood(Section):
-    document_tokens: PositiveInt | None = None  # tokens of each document that are scored; None: all
+    document_tokens: PositiveInt | None = None  # of each document, the first N tokens are scored; None: all
     window: PositiveInt
     # Neural models are also measured in these views, in addition to windows of `window` tokens.
     views: tuple[View, ...] = ()
@@ -483,5 +484,5 @@ def load_params(path: Path) -> Params:
 
 
 def parse_params(tree: Any, source: str = "params.yaml") -> Params:
-    """Check the parsed content of params.yaml; raises BadConfig, whose message names the content `source`."""
+    """Check the parsed content of params.yaml; raises BadConfig. `source` names the content in messages."""
     return check_section(tree, Params, source)

@@ -31,7 +31,8 @@ WIKITEXT_TOKENS = 290_000  # approximate size of WikiText-2's test split
 def examine(params_file: Path) -> dict[str, Any]:
     """Return what this machine can do. Nothing is written.
 
-    `machine`: part of the machine, or server -> description. `baselines`: baseline -> what it needs to run.
+    `machine`: property of the machine, such as `speed`, or server, such as `hub` -> description.
+    `baselines`: baseline -> what it needs to run.
     `minutes`: command -> the result of `_minutes`, or the reason why the command can't run.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -128,7 +129,7 @@ def _need(spec: BaselineSpec, hub_answers: bool) -> str:
 
 
 def _minutes(runs: Sequence[Params], speed: float) -> dict[str, float]:
-    """Return the estimated minutes of `training`, and of the evaluation of each neural baseline, by name."""
+    """Return estimates: `training` -> minutes of training; neural baseline -> minutes of its evaluation."""
     params = runs[0]
     parts = {"training": sum(training_minutes(each, speed) for each in runs)}
     for name in params.baseline.names:

@@ -53,10 +53,13 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """A quantity that small runs measure, and what the note that this project checks claims about it."""
+    """A quantity that small runs measure, and what the claims of the note say about it.
+
+    The note is a written text whose claims this project checks.
+    """
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    # What the claims say: a ratio is above (or below) 1, or a difference is above (or below) 0.
+    # The claims say that the quantity is above or below a limit: 1 for a ratio, 0 for a difference.
     expected: Literal["above", "below"]
     quantity: Line  # the name of the quantity in the report
     otherwise: Line  # the conclusion in the report if the runs do not support the claims
@@ -96,7 +99,7 @@ class Experiment(Part):
     parts: tuple[Name, ...] = ()
     params: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[Name, SweepGroup] = Field(default_factory=dict)  # name of a group -> its runs
-    comparisons: tuple[Comparison, ...] = ()  # each compares two groups of this sweep or the sweep `seeds`
+    comparisons: tuple[Comparison, ...] = ()  # of groups in this sweep or in the sweep `seeds`
     texts: tuple[TextComparison, ...] = ()  # comparisons of the generated texts in reports/
 
     def _mistakes(self) -> Iterator[str]:
@@ -138,11 +141,11 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
             if not tree[key]:
-                tree[key] = {}  # ruamel.yaml would write the emptied mapping without its indentation
+                tree[key] = {}  # a new mapping: ruamel.yaml writes an emptied one without indentation
         elif value is None:
-            if tree.get(key) is not None:  # a key that is null keeps its line and comment
+            if tree.get(key) is not None:  # if the key is already null, its line and comment stay
                 del tree[key]
-        elif tree.get(key) != value:  # an equal value keeps its notation, such as 2.0e-3
+        elif tree.get(key) != value:  # params.yaml keeps the notation of an equal value, such as 2.0e-3
             tree[key] = copy.deepcopy(value)
 
 
@@ -165,7 +168,7 @@ def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
-        if key not in node or node[key] != value:  # an equal value keeps its notation
+        if key not in node or node[key] != value:  # params.yaml keeps the notation of an equal value
             node[key] = value
 
 

@@ -24,15 +24,15 @@ ADAM_MOMENTS = 2
 # and output of the GELU, each as long as four vectors (8).
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
-MEASUREMENTS = 10  # number of measured products, of which the quickest counts
+MEASUREMENTS = 10  # `measure_flops` times this many matrix products; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
     """Return the content of reports/estimate.json: estimates of the configured run and of the note's run.
 
-    The note that this project checks is *Performance de NanoGPT Compact contre GPT-2*. It describes a
-    training run. `hand_set_loss` is the loss that a person expected of that run. `ladder` is the prediction
-    of our own sweep; it is null if `sweep` is None.
+    The note is a written text, *Performance de NanoGPT Compact contre GPT-2*. It describes a training run,
+    and this project checks its claims. `hand_set_loss` is the loss that a person expected of the note's run.
+    `ladder` is the prediction of the law that was fitted to `sweep`; it is null if `sweep` is None.
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
@@ -118,12 +118,12 @@ def estimate_run(
         "epochs": None if train_tokens is None else run.tokens / train_tokens,
         "flops_per_token": flops_each,
         "flops": flops,
-        "memory_bytes": {  # what memory contains (all float32) -> bytes
+        "memory_bytes": {  # content of the memory -> bytes; all numbers are float32
             "weights": weights,
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
             "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
-            # Only for comparison: our loss computes the logits, (B, T, V), in chunks.
+            # Training never needs this memory: our loss function computes the logits, (B, T, V), in chunks.
             "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
         },
         "minutes": {
@@ -189,7 +189,7 @@ def format_minutes(minutes: float) -> str:
 
 
 def format_estimate(report: Mapping[str, Any], settings: Estimate) -> str:
-    """Return the configured run's part of `report`, the result of `estimate`, as a table for a terminal."""
+    """Return the configured run's estimates as a table for a terminal; `report` comes from `estimate`."""
     rows = [*_cost_rows(report["compact"], settings), *_loss_rows(report)]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() if name else value for name, value in rows)

@@ -31,9 +31,9 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
     """Return the FLOPs of the forward and backward pass for one token.
 
     `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
-    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, `with_attention`
-    counts only the expected number of sampled rows of the head. The rows for the tokens of the batch itself,
-    a few hundred, are left out.
+    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). A sampled softmax uses only some rows of
+    the head, and `with_attention` counts `training.sample_tokens` of them. The rows for the tokens of the
+    batch, a few hundred, are also used, but not counted.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

@@ -44,10 +44,10 @@ class Law:
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` by this law scaled to the reference run `anchor`, in nats per token.
+        """Return the loss of `run` in nats per token, predicted by this law after scaling.
 
-        Scaling multiplies the difference between the loss and the irreducible loss by a factor. With this
-        factor, the law gives the measured loss of `anchor`.
+        Scaling multiplies the difference between the law's loss and the irreducible loss by a factor. The
+        factor is chosen so that the scaled law predicts the measured loss of the reference run `anchor`.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -120,10 +120,11 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
     """Return the expected loss of a run, with intervals.
 
     Each law is scaled to the reference run that is nearest in compute. If two reference runs are equally
-    near, a run with the same `optimizer` is used. The interval begins at the smallest loss of the scaled
-    laws and ends at the largest one. It is widened on both sides by w for 80 %, and by 2 w for 95 %. w is
-    the largest error of the unscaled laws at the largest reference run, times the decades of compute between
-    `run` and the nearest reference run (at least 1). No limit is above ln(vocab_size), the loss of a
+    near, a run with the same `optimizer` is used. The scaled laws predict losses from a smallest one to a
+    largest one. On both sides, the 80 % interval is wider than this range by w, the 95 % interval by 2 w.
+    w is the product of two numbers. The first is the largest error of the unscaled laws at the largest
+    reference run. The second is the distance between `run` and the nearest reference run in decades of
+    compute, or 1 if the distance is smaller. No end of an interval is above ln(vocab_size), the loss of a
     uniform guess.
     """
     # Distances are rounded: they count as equal if only their last bits differ.
@@ -173,7 +174,7 @@ class Calibration:
         return float(ordered[min(rank, len(ordered)) - 1])
 
     def calibrated_loss(self, run: Run, optimizer: str, vocab_size: int) -> ExpectedLoss:
-        """Return the loss that `expect_loss` predicts, with intervals whose widths `factor` determines."""
+        """Return the loss that `expect_loss` predicts, with intervals that are scaled by `factor`."""
         rule = expect_loss(run, optimizer, vocab_size, self.anchors)
         middle, half = _middle_and_half(rule)
         half_80 = half * self.factor(0.80)

@@ -77,7 +77,7 @@ class Sweep(Section):
     data_sha256: Sha256  # hash of the token file of the val split
     train_tokens: int
     val_tokens: int  # number of scored tokens
-    document_tokens: int | None = None  # tokens of each val document that are scored; None: all
+    document_tokens: int | None = None  # of each val document, the first N tokens are scored; None: all
     documents: ScoredDocuments | None = None  # None: the runs have no losses by document
     runs: tuple[SweepRun, ...]
     fit: Fit | None = None
@@ -184,9 +184,9 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 
 
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
-    """Return log(measured / predicted loss) of the largest runs, which a fit to smaller runs predicts.
+    """Return log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs.
 
-    The first values are of the runs with most tokens, the others of the runs with most parameters. The list
+    The list begins with the runs that have most tokens. The runs that have most parameters follow. The list
     is empty if the smaller runs are too few for a fit.
     """
     misses = []
@@ -221,7 +221,7 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read the finished runs of a sweep; return None without a file, raise BadConfig if it is damaged."""
+    """Read the file of a sweep. Returns None if it is missing; raises BadConfig if it is damaged."""
     return load_section(path, Sweep) if path.exists() else None
 
 

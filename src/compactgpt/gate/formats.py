@@ -13,7 +13,7 @@ from compactgpt.common.storage import write_text
 from compactgpt.gate.gate import Check, Verdict
 
 _TEMPLATE = Path(__file__).parent / "templates/comment.md.j2"
-_MOST_LINES = 5  # the largest number of failures and warnings above the table of the comment
+_MOST_LINES = 5  # the comment shows at most this many failures and warnings above its table
 _MOST_POINTS = 40  # the largest number of points of a curve in the chart
 _WORDS = {"pass": "pass", "warn": "warn", "fail": "FAIL", "info": ""}  # status -> word in the terminal
 _ICONS = {"pass": "✅", "warn": "⚠️", "fail": "❌", "info": ""}  # status -> icon in the comment
@@ -115,7 +115,7 @@ def _against(verdict: Verdict) -> str:
 
 
 def _cells(check: Check) -> tuple[str, ...]:
-    """Return the cells of a check, in the columns of `_HEADER`."""
+    """Return the table row of a check: one cell for each column of `_HEADER`."""
     low, high = check.bounds or (None, None)
     chance = f"{_percent(low)} to {_percent(high)}" if check.bounds else ""
     values = (_number(check.then), _number(check.now), _percent(check.change), chance)

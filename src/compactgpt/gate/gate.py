@@ -34,7 +34,7 @@ _NO_EFFECT = (
 class Noise:
     """The standard deviation of the loss between training runs that differ in their seeds only.
 
-    A code change that only adds numbers in another order also changes the model, like another seed.
+    A code change that only adds numbers in another order changes the trained model, as another seed does.
     """
 
     deviation: float  # standard deviation of a run's loss, nats per token
@@ -42,7 +42,7 @@ class Noise:
     source: str  # a sentence for the verdict: where the deviation is from
 
     def quantile(self, level: float) -> float:
-        """Return the difference of two runs' losses that chance exceeds with the probability `level`."""
+        """Return the limit that the difference of two losses exceeds by chance with probability `level`."""
         # Each run has noise, so the difference of two runs has twice the variance of one run.
         return t_quantile(1 - level, self.degrees_of_freedom) * math.sqrt(2) * self.deviation
 
@@ -71,7 +71,8 @@ class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
     name: str  # name of this version in the verdict
-    # `val` -> SHA-256 of the val split; `window`, and keys such as `own.stride` -> number of tokens
+    # How the model was evaluated: `val` -> SHA-256 of the val split; `window`, and keys such
+    # as `own.stride` -> number of tokens.
     fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
@@ -105,7 +106,7 @@ class Verdict:
     reason: str  # why a person accepted this version
     guards: list[Check] = field(default_factory=list)
     metrics: list[Check] = field(default_factory=list)
-    watched: list[Check] = field(default_factory=list)  # metrics that are shown, and can't fail
+    watched: list[Check] = field(default_factory=list)  # checks that are only shown: they can't fail
     # Rows of reports/loss.csv of the new version: `step`, `train_loss` and `val_loss`.
     curve: list[dict[str, float | None]] = field(default_factory=list)
 
@@ -172,15 +173,15 @@ def _shorten(value: Any) -> str:
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
     """Return a line for each parameter or hash of data that changed and can affect the metrics."""
     without: tuple[str, ...] = _NO_EFFECT
-    if then.data == now.data:  # changed parameters of the data have no effect if the data are equal
-        without += ("download.", "tokenization.")
+    if then.data == now.data:
+        without += ("download.", "tokenization.")  # these parameters affect only the data
     before, after = (_acting_params(state.params, without) for state in (then, now))
     return _compare(before, after) + _compare(then.data, now.data)
 
 
 def _acting_params(params: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """Leave out parameters whose keys begin with a prefix in `without`, and those of unused baselines."""
-    names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # a list is flattened to JSON
+    """Return `params` without keys that begin with a prefix in `without`, and without unused baselines."""
+    names = re.findall('"([^"]+)"', str(params.get("baseline.names")))  # `params` has lists as JSON
     in_use = tuple(f"baseline.specs.{name}." for name in names)
     acting = {key: value for key, value in params.items() if not key.startswith(without)}
     unused = {key for key in acting if key.startswith("baseline.specs.") and not key.startswith(in_use)}
@@ -216,7 +217,7 @@ def _check_baselines(
 
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: Noise) -> Iterator[Check]:
-    """Yield the check of each metric that has a tolerance; its status is `info` if it can't fail."""
+    """Yield a check for each metric that has a tolerance. A check that can't fail has the status `info`."""
 
     def measured(snapshot: Snapshot, metric: str) -> bool:
         kind, _, task = metric.partition(".")
@@ -247,19 +248,19 @@ def choose_accuracies(
 ) -> tuple[list[str], float]:
     """Choose the accuracies that are tested. Return their names, and the significance level of the tests.
 
-    An accuracy is not tested if its test could not fail even after the loss of all right answers. The level
+    An accuracy is not tested if its test could not fail even if the new model had no right answer. The level
     is `settings.false_alarms` divided by the number of groups of tests. All perplexities are one group,
     because they rise and fall together. Each tested accuracy is a group of its own.
 
     `hits`: name of an accuracy -> a digit for each item, 1 if the accepted model answers correctly, else 0.
-    The new model's answers are not used: a choice by them would change the probability of a false alarm.
+    The new model's answers are not used: a choice that depends on them changes the rate of false alarms.
     """
     # At worst, the new model loses all n right answers: then the p-value of McNemar's test is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
     able = [name for name in hits if lost[name] > settings.tolerances[name] * len(hits[name])]
     able.sort(key=lambda name: -lost[name])
     while able and 0.5 ** lost[able[-1]] > settings.false_alarms / (has_perplexity + len(able)):
-        able.pop()  # the accuracy with the fewest right answers; with one test fewer, the level is higher
+        able.pop()  # drops the accuracy with the fewest right answers; the level of the other tests rises
     return able, settings.false_alarms / max(1, has_perplexity + len(able))
 
 

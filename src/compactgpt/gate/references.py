@@ -39,7 +39,7 @@ from compactgpt.tracking.journal import flatten, tracking_store
 SEEDS = "results/seeds.json"  # the losses of runs that differ in their seed only
 _DOCUMENTS = "data/evaluation"
 _TOTALS = "compact.parquet"
-_SAME_SUM = 1e-9  # nats per token; another order of the sum changes a loss by less
+_SAME_SUM = 1e-9  # nats per token; adding the losses in another order changes the result by less
 _STATISTICS = ("loop_rate", "seq_rep_4", "distinct_2")  # statistics of generated texts that the gate shows
 
 
@@ -50,10 +50,10 @@ class _Rows(Section):
 
 
 class _Reference(Section):
-    """The JSON file of an accepted reference. A key without a comment is a field of `Snapshot`."""
+    """The JSON file of an accepted reference. Most keys are fields of `Snapshot`."""
 
     version: Literal[1] = 1
-    accepted: str  # the reason why a person accepted this version
+    accepted: str  # `Snapshot.reason`
     baselines: dict[str, float]
     data: dict[str, str]
     documents: _Rows
@@ -86,7 +86,7 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
     """Return the noise between the training runs in the file `path`.
 
     Returns the noise `regression.fallback_noise` if the file is missing, if neither version has the settings
-    of its runs, or if its runs were scored on other documents than the new version.
+    of the runs in the file, or if these runs were scored on other documents than the new version.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -114,7 +114,7 @@ def read_present(root: Path) -> Snapshot:
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
-    """Read a reference: a .json file of `accept`, `champion`, or a commit, branch, tag or DVC experiment.
+    """Read a reference: `champion`, a .json file from `accept`, or a commit, branch, tag or DVC experiment.
 
     Raises MissingInput if the reference or its per-document losses do not exist, BadData if the reference is
     damaged, and BadConfig if git does not know the name.
@@ -268,12 +268,11 @@ def read_accepted(path: Path) -> Snapshot:
 
 
 def promote(root: Path, reason: str = "") -> str:
-    """Make the checked model the champion of the model registry, and return the model's version.
+    """Make the model in models/ the champion of the model registry, and return its version.
 
-    `reason` says why the model is accepted although its configuration or val split differs from those of the
-    previous champion.
-    Raises MissingInput if the weights are missing in models/ or in MLflow, and CheckFailed if a reason is
-    needed and empty.
+    `reason` says why the model may replace a champion that has another configuration or val split. Raises
+    MissingInput if the weights are missing in models/ or in MLflow. Raises CheckFailed if the previous
+    champion has another configuration or val split and `reason` is empty.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
