@@ -162,7 +162,7 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
     """
     misses = {name: found for name, form in FORMS.items() if (found := _extrapolation_misses(form, runs))}
     if not misses:
-        raise BadData(f"{len(runs)} runs are too few for a scaling law: run three sizes and three budgets")
+        raise BadData(f"{len(runs)} runs are too few for a scaling law: run 3 sizes with 3 budgets each")
     errors: dict[FormName, float] = {}
     for name, values in misses.items():
         mean_square = math.fsum(value * value for value in values) / len(values)
