@@ -23,7 +23,7 @@ FILE_KINDS = (".txt", ".md", ".jsonl", ".json", ".csv", ".parquet")  # endings o
 HubRepository = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
 HubCommit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 GateMetric = Annotated[str, Field(pattern=r"^(perplexity(\.(own|strided))?|accuracy\.[a-z][a-z0-9_]*)$")]
-# How the val text is cut into windows. own: as long as the model allows; strided: overlapping windows.
+# own: windows as long as the model allows; strided: overlapping windows
 View = Literal["own", "strided"]
 SCRATCH = "scratch"  # the value of training.init_from for a model that starts from random weights
 
@@ -79,7 +79,7 @@ class Files(Section):
 
 
 class HubSet(Section):
-    """A data set of the Hugging Face hub, fixed by a commit or a hash, and how its rows become documents."""
+    """A data set of the Hugging Face hub, and how its rows become documents."""
 
     repo: HubRepository
     config: str | None
@@ -143,7 +143,7 @@ class Validation(Section):
     max_replacement_share: Share
     min_unique_share: Share
     mostly: Share
-    # Approximate number of documents in the checked sample. With a low number, the sample could be empty.
+    # A sample of fewer documents could be empty.
     max_rows: Annotated[int, Field(ge=1000)]
 
 
@@ -175,7 +175,7 @@ class Inspection(Section):
 
 
 class Model(Section):
-    """The shape of a GPT: the values of nanoGPT's GPTConfig, and the size of the padded vocabulary."""
+    """The shape of a GPT, with the names of nanoGPT's GPTConfig."""
 
     block_size: PositiveInt
     n_layer: PositiveInt
@@ -195,7 +195,7 @@ class Model(Section):
 
 
 class Launcher(Section):
-    """The number of processes that train one model on this machine, and how they divide the work."""
+    """How many processes train one model, and how they divide the work."""
 
     processes: PositiveInt = 1
     mode: Literal["fast", "fsdp"] = "fast"
@@ -256,7 +256,7 @@ class Likelihood(Section):
 
 
 class Source(Section):
-    """A published text file, with its hash: a local file, or a file on the Hugging Face hub."""
+    """A published text file: a local file, or a file on the Hugging Face hub."""
 
     path: UserPath | None = None
     repo: str | None = None
@@ -271,7 +271,7 @@ class Source(Section):
 
 
 class Tasks(Section):
-    """Tasks of every neural model: predict the last word of a text (cloze, LAMBADA), and score WikiText."""
+    """The tasks of every neural model: last words (cloze, LAMBADA), and WikiText."""
 
     cloze_items: NonNegativeInt
     cloze_characters: PositiveInt
@@ -371,7 +371,7 @@ class Baseline(Section):
 
 
 class ExpectedLoss(Section):
-    """A loss that was predicted before it was measured, in nats per token, with two intervals."""
+    """A predicted loss in nats per token, with two intervals."""
 
     value: Loss
     low_80: Loss
@@ -438,7 +438,7 @@ class Comparison(Section):
 
 
 class Regression(Section):
-    """The limits of `compactgpt gate`: how much worse a metric may become. No stage depends on them."""
+    """The limits of `compactgpt gate`: how much worse a metric may become."""
 
     false_alarms: Annotated[float, Field(gt=0, lt=0.5)]
     fallback_noise: NonNegativeFloat

@@ -1,7 +1,4 @@
-"""Report what this machine has, what it can reach, and how long the pipeline takes.
-
-Times are estimated from the measured speed of matrix products on this processor.
-"""
+"""Report what this machine has, what it can reach, and how long the pipeline would take."""
 
 import os
 import re
@@ -144,8 +141,7 @@ def _evaluated_tokens(params: Params) -> float:
     likelihood, tasks = params.evaluation.likelihood, params.evaluation.tasks
     val = read_json(TOKENIZATION)["val"] if TOKENIZATION.exists() else {"documents": 0, "tokens": 0}
     scored = min(val["tokens"], val["documents"] * (likelihood.document_tokens or val["tokens"]))
-    # The windows of `likelihood.window` tokens, and the view `own`, read each token once. Overlapping windows
-    # read a token several times.
+    # Overlapping windows read a token several times; all other windows read it once.
     passes = 1 + sum(1 if view == "own" else 1 / likelihood.stride_share for view in likelihood.views)
     lambada = LAMBADA_TOKENS * sum(source is not None for source in (tasks.lambada, tasks.lambada_original))
     wikitext = WIKITEXT_TOKENS * len(tasks.wikitext) * (1 + tasks.wikitext_context / tasks.wikitext_stride)
@@ -153,10 +149,7 @@ def _evaluated_tokens(params: Params) -> float:
 
 
 def _num_params(name: str, params: Params) -> float:
-    """Return the approximate number of parameters of a neural baseline; 0 for other baselines.
-
-    The number comes from `estimate.anchors` or from the baseline's name, such as `smollm2-135m`.
-    """
+    """Return the approximate number of parameters of a neural baseline; 0 for other baselines."""
     known = {anchor.name: float(anchor.num_params) for anchor in params.estimate.anchors}
     stated = re.search(r"(\d+)M\b", name, re.IGNORECASE)
     return known.get(name, float(stated[1]) * 1e6 if stated else 0.0)

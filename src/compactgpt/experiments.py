@@ -1,9 +1,7 @@
 """Named experiments: files of settings that this module writes into params.yaml, which DVC reads.
 
-`conf/experiments/<name>.yaml` states the purpose of an experiment, what it needs and the values that it sets.
-`conf/parts/` has settings that several experiments share. The values of `demo.yaml` are set first: otherwise
-values of an experiment that was applied before would remain. An experiment with a `sweep` has many runs:
-`evaluation.sweep_runs` trains them one after the other, and does not change params.yaml.
+`conf/experiments/<name>.yaml` has the values that an experiment sets. The values of `demo.yaml` are set
+first, so no value of an earlier experiment remains. `evaluation.sweep_runs` trains the runs of a `sweep`.
 """
 
 import copy
@@ -53,20 +51,17 @@ class SweepGroup(Section):
 
 
 class Expected(Section):
-    """A quantity that small runs measure, and what the claims of the note say about it.
-
-    The note is a written text whose claims this project checks.
-    """
+    """A quantity that small runs measure, and the claims about it."""
 
     claims: tuple[str, ...]  # ids of the claims in claims.yaml
-    # The claims say that the quantity is above or below a limit: 1 for a ratio, 0 for a difference.
+    # The claims compare the quantity with 1 if it is a ratio, with 0 if it is a difference.
     expected: Literal["above", "below"]
     quantity: Line  # the name of the quantity in the report
     otherwise: Line  # the conclusion in the report if the runs do not support the claims
 
 
 class Comparison(Expected):
-    """The quantity is the perplexity of the group `ours` divided by that of the group `theirs`."""
+    """A ratio of perplexities: those of the group `ours` to those of the group `theirs`."""
 
     ours: Name
     theirs: Name
@@ -74,7 +69,7 @@ class Comparison(Expected):
 
 
 class TextComparison(Expected):
-    """The quantity is the statistic `figure` of our model's generated texts minus that of a baseline."""
+    """A difference of the text statistic `figure`: our model's minus a baseline's."""
 
     baseline: Name
     figure: TextFigure
@@ -87,7 +82,7 @@ class SweepPoint:
     name: str
     group: str
     sweep: SweepGroup
-    values: dict[str, Any]  # dotted key or field of SweepGroup -> the value that the sweep sets for this run
+    values: dict[str, Any]  # dotted key, or field of SweepGroup -> value
     params: Params
 
 
@@ -126,7 +121,7 @@ def find_experiment(name: str, conf: Path = CONF) -> Experiment:
 
 
 def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings: Sequence[str] = ()) -> None:
-    """Set the values of `demo`, then of the experiment, then of `settings` in the parsed params.yaml."""
+    """Set the values of `demo`, of the experiment, and of `settings`, in this order."""
     experiment = find_experiment(name, conf)
     merge_patch(tree, find_experiment(DEMO, conf).params)
     for part in experiment.parts:
@@ -136,7 +131,7 @@ def set_experiment(tree: dict[str, Any], name: str, conf: Path = CONF, settings:
 
 
 def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
-    """Change a tree in place by JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
+    """Apply a JSON merge patch (RFC 7386): mappings are merged, null removes a key."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             merge_patch(tree[key], value)
@@ -150,10 +145,7 @@ def merge_patch(tree: dict[str, Any], patch: Mapping[str, Any]) -> None:
 
 
 def set_values(tree: dict[str, Any], settings: Sequence[str]) -> None:
-    """Change a tree in place by `path.to.key=value`, as `dvc exp run -S` does; the value is YAML.
-
-    An unknown key is also set: `parse_params` reports it later.
-    """
+    """Apply settings `path.to.key=value`, as `dvc exp run -S` does; the value is YAML."""
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
@@ -189,10 +181,10 @@ def _read_tree(params_file: Path) -> dict[str, Any]:
 def edit_params(
     params_file: Path, change: Callable[[dict[str, Any]], None], source: str
 ) -> tuple[str, list[str]]:
-    """Return the text of params.yaml after a change of its tree, and a line for each value that differs.
+    """Return the changed text of params.yaml, and a line for each value that differs.
 
-    Nothing is written. Comments and layout do not change. `source` names the changed file in messages.
-    Raises BadConfig if the file is not valid before or after the change.
+    Comments and layout do not change. `source` names the changed file in messages. Raises BadConfig if the
+    file is not valid before or after the change.
     """
     before = _read_tree(params_file)
     yaml = YAML()
@@ -225,10 +217,7 @@ def _list_changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: s
 def apply(
     name: str, params_file: Path, settings: Sequence[str] = (), conf: Path = CONF, *, write: bool = True
 ) -> list[str]:
-    """Write an experiment, and then `key=value` settings, into params.yaml; return a line per change.
-
-    Comments and layout do not change. If `write` is false, nothing is written.
-    """
+    """Write an experiment and `key=value` settings to params.yaml, and return a line per change."""
     change = partial(set_experiment, name=name, conf=conf, settings=settings)
     content, changes = edit_params(params_file, change, f"params.yaml with {name}")
     if write and changes:
@@ -237,7 +226,7 @@ def apply(
 
 
 def describe(name: str, params_file: Path, settings: Sequence[str] = ()) -> list[str]:
-    """Return lines with the purpose of an experiment, what it needs, and what it would change."""
+    """Return lines: the purpose of an experiment, its needs, and its changes."""
     experiment = find_experiment(name)
     changes = [f"{point.name}: {point.values}" for point in sweep_points(name, params_file, settings)]
     if not experiment.sweep:
@@ -273,9 +262,9 @@ def configurations(
 
 
 def run(name: str, params_file: Path, settings: Sequence[str] = ()) -> None:
-    """Apply an experiment to params.yaml, and run the pipeline with `dvc exp run`.
+    """Apply an experiment, and run the pipeline with `dvc exp run`.
 
-    Raises MissingInput, before params.yaml changes, if DVC or a git repository is missing.
+    Raises MissingInput if DVC or a git repository is missing.
     """
     _dvc_environment()
     require_repository(Path())

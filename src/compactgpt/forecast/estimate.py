@@ -1,7 +1,6 @@
 """Estimate a training run from params.yaml: size, tokens, FLOPs, memory, time and expected loss.
 
-The module neither reads the corpus nor imports torch, because the estimate is made before training. Three
-methods predict the loss: the rule `scaling_laws.expect_loss`, the same rule with calibrated intervals
+Three methods predict the loss: the rule `scaling_laws.expect_loss`, the same rule with calibrated intervals
 (`scaling_laws.Calibration`), and a law fitted to our own sweep (`forecast.sweep`).
 """
 
@@ -19,20 +18,18 @@ from compactgpt.forecast.sweep import Sweep, SweepRun, corpus_settings, sweep_re
 
 FP32_BYTES = 4
 ADAM_MOMENTS = 2
-# For each token, a block keeps this many vectors of n_embd numbers for the backward pass: the inputs and
-# outputs of both layer norms (4), queries, keys and values (3), the output of attention (1), and the input
-# and output of the GELU, each as long as four vectors (8).
+# Vectors of n_embd numbers that a block keeps per token for the backward pass: layer norms (4), queries, keys
+# and values (3), the output of attention (1), input and output of the GELU (8).
 KEPT_WIDTHS = 16
 MATRIX_SIZE = 1536  # rows and columns of each multiplied matrix; enough to reach full speed
 MEASUREMENTS = 10  # `measure_flops` times this many matrix products; the shortest time counts
 
 
 def estimate(params: Params, sweep: Sweep | None = None) -> dict[str, Any]:
-    """Return the content of reports/estimate.json: estimates of the configured run and of the note's run.
+    """Return the content of reports/estimate.json: estimates of two runs.
 
-    The note is a written text, *Performance de NanoGPT Compact contre GPT-2*. It describes a training run,
-    and this project checks its claims. `hand_set_loss` is the loss that a person expected of the note's run.
-    `ladder` is the prediction of the law that was fitted to `sweep`; it is null if `sweep` is None.
+    `compact` is the configured run. `note` is the run that the note describes, whose claims this project
+    checks. `ladder` is the prediction of the law that was fitted to `sweep`; null without a sweep.
     """
     model, training, settings = params.model, params.training, params.estimate
     shared = set(Anchor.model_fields) & set(SweepRun.model_fields)
@@ -72,7 +69,7 @@ def _expected_loss(
 
 
 def _train_tokens(params: Params, sweep: Sweep | None) -> int | None:
-    """Return the number of tokens of the train split, from a sweep or params.yaml; None if it is unknown."""
+    """Return the number of tokens of the train split; None if it is unknown."""
     if sweep and sweep.corpus == corpus_settings(params):
         return sweep.train_tokens
     download = params.download
@@ -123,7 +120,7 @@ def estimate_run(
             "gradients": weights,
             "optimizer": ADAM_MOMENTS * weights,
             "activations": KEPT_WIDTHS * model.n_layer * batch_tokens * model.n_embd * FP32_BYTES,
-            # Training never needs this memory: our loss function computes the logits, (B, T, V), in chunks.
+            # Not needed here: our loss function computes the logits, (B, T, V), in chunks.
             "logits_if_held_at_once": batch_tokens * model.padded_vocab_size * FP32_BYTES,
         },
         "minutes": {
@@ -161,7 +158,7 @@ def training_minutes(params: Params, speed: float) -> float:
 
 
 def announce_times(runs: Sequence[Params]) -> list[str]:
-    """Return messages on the training time of the runs on this machine, and on slow baselines."""
+    """Return messages on the time of the training and of slow baselines."""
     speed = measure_flops()
     minutes = sum(training_minutes(params, speed) for params in runs)
     baseline = runs[0].baseline

@@ -18,8 +18,7 @@ class ParameterCounts:
 def count_parameters(model: Model) -> ParameterCounts:
     """Return the parameter counts of nanoGPT's architecture with a tied head (nanoGPT, model.py)."""
     C = model.n_embd
-    # A block has the weights of four linear layers and of two layer norms. With `bias`, the linear layers
-    # have 9 C biases, and the layer norms have 2 C.
+    # With `bias`, the linear layers of a block have 9 C biases, and its layer norms have 2 C.
     block = 12 * C * C + 2 * C + (11 * C if model.bias else 0)
     final_norm = 2 * C if model.bias else C
     non_embedding = model.n_layer * block + final_norm
@@ -31,9 +30,8 @@ def flops_per_token(model: Model, training: Training | None = None) -> dict[str,
     """Return the FLOPs of the forward and backward pass for one token.
 
     `six_n` is 6N, with N in nanoGPT's convention. `with_attention` adds 12 L H Q T for L layers, H heads of
-    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). A sampled softmax uses only some rows of
-    the head, and `with_attention` counts `training.sample_tokens` of them. The rows for the tokens of the
-    batch, a few hundred, are also used, but not counted.
+    size Q and context T (PaLM, Chowdhery et al. 2022, appendix B). With a sampled softmax, it counts only
+    `training.sample_tokens` rows of the head.
     """
     sizes = count_parameters(model)
     head_rows = model.padded_vocab_size

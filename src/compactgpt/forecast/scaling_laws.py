@@ -1,7 +1,7 @@
 """Published scaling laws, a rule that predicts the loss of a run from these laws, and checks of the rule.
 
-The rule is `expect_loss`. It was fixed before the demo was trained, and has not changed since. The rule uses
-reference runs: finished runs whose loss was measured. `estimate.anchors` in params.yaml lists them.
+The rule is `expect_loss`. It was fixed before the first training. It uses reference runs: finished runs whose
+loss was measured. `estimate.anchors` in params.yaml lists them.
 """
 
 import math
@@ -26,7 +26,7 @@ def run_of(model: Model, training: Training | NoteRun) -> Run:
 
 @dataclass(frozen=True)
 class Law:
-    """A published scaling law, which predicts the final loss of a run in nats per token."""
+    """A published scaling law. It predicts the final loss of a run in nats per token."""
 
     name: str
     loss: Callable[[Run], float]
@@ -38,16 +38,16 @@ class Law:
     tokens: tuple[float, float]  # smallest and largest number of training tokens that the law was fitted on
 
     def covers(self, run: Run) -> bool:
-        """Return whether the size and the length of the run are in the range that the law was fitted on."""
+        """Return whether the law was fitted on runs of this size and length."""
         size = run.num_params if self.counted == "nanogpt" else run.num_params_non_embedding
         inside_sizes = self.parameters[0] <= size <= self.parameters[1]
         return inside_sizes and self.tokens[0] <= run.tokens <= self.tokens[1]
 
     def loss_through(self, anchor: Anchor, run: Run) -> float:
-        """Return the loss of `run` in nats per token, predicted by this law after scaling.
+        """Return the loss of `run` in nats per token, predicted by the scaled law.
 
-        Scaling multiplies the difference between the law's loss and the irreducible loss by a factor. The
-        factor is chosen so that the scaled law predicts the measured loss of the reference run `anchor`.
+        The scaled law predicts the measured loss of the reference run `anchor` exactly. To scale the law, its
+        loss above the irreducible loss is multiplied by a factor.
         """
         reducible = self.loss(anchor) - self.irreducible
         scale = (anchor.loss - self.irreducible) / reducible
@@ -119,13 +119,13 @@ LAWS = (
 def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anchor]) -> ExpectedLoss:
     """Return the expected loss of a run, with intervals.
 
-    Each law is scaled to the reference run that is nearest in compute. If two reference runs are equally
-    near, a run with the same `optimizer` is used. The scaled laws predict losses from a smallest one to a
-    largest one. On both sides, the 80 % interval is wider than this range by w, the 95 % interval by 2 w.
-    w is the product of two numbers. The first is the largest error of the unscaled laws at the largest
-    reference run. The second is the distance between `run` and the nearest reference run in decades of
-    compute, or 1 if the distance is smaller. No end of an interval is above ln(vocab_size), the loss of a
-    uniform guess.
+    1. Each law is scaled to the reference run that is nearest in compute. Of two equally near runs, the one
+       with the same `optimizer` is used.
+    2. The 80 % interval is the range of the scaled laws' losses, wider by w on both sides; the 95 % interval
+       by 2 w.
+    3. w = (largest error of the unscaled laws at the largest reference run) x (decades of compute between
+       `run` and the nearest reference run, at least 1).
+    4. No end is above ln(vocab_size), the loss of a uniform guess.
     """
     # Distances are rounded: they count as equal if only their last bits differ.
     distances = {anchor.name: round(abs(math.log10(run.flops / anchor.flops)), 9) for anchor in anchors}
@@ -154,20 +154,19 @@ def expect_loss(run: Run, optimizer: str, vocab_size: int, anchors: Sequence[Anc
 
 @dataclass(frozen=True)
 class Calibration:
-    """Checks of the rule `expect_loss` on all measured runs, and the reference runs used for predictions.
+    """Checks of the rule `expect_loss`: each predicts a measured run from the other runs.
 
-    Each check predicts a run from the other runs, and has a factor: if the 80 % interval becomes this many
-    times as wide, one of its ends is the measured loss.
+    A check has a factor: the 80 % interval just contains the measured loss if it is this many times as wide.
     """
 
     anchors: tuple[Anchor, ...]
     checks: tuple[dict[str, Any], ...]  # one row of reports/estimate.json for each measured run
 
     def factor(self, share: float) -> float:
-        """Return the factor that makes the 80 % interval contain the share `share` of the measured losses.
+        """Return the factor with which the 80 % interval contains the share `share` of the measured losses.
 
-        The factor is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), or the
-        largest factor if k > n (split conformal prediction, Papadopoulos et al. 2002).
+        It is the k-th smallest of the n factors of the checks, with k = ceil(share (n + 1)), at most n (split
+        conformal prediction, Papadopoulos et al. 2002).
         """
         ordered = sorted(check["factor"] for check in self.checks)
         rank = math.ceil(share * (len(ordered) + 1))
@@ -203,9 +202,9 @@ class Calibration:
 
 
 def calibrate(measured: Sequence[Anchor], vocab_size: int) -> Calibration:
-    """Check the rule `expect_loss` on every measured run: predict the run's loss from the other runs.
+    """Check the rule `expect_loss`: predict each measured run from the other runs.
 
-    A run whose budget is assumed, because it was never published, predicts no other run.
+    A run with an assumed number of steps predicts no other run.
     """
     known = tuple(anchor for anchor in measured if not anchor.assumed_budget)
     checks = []

@@ -1,8 +1,8 @@
 """Fit a scaling law for our own corpus to a sweep of small runs: `compactgpt experiment fit`.
 
 The law is L(N, D) = E + A / N^a + B / D^b, in nats per token (Hoffmann et al. 2022, equation 2). N is the
-number of parameters in nanoGPT's convention, D the number of training tokens. A few small runs may not
-determine five constants, so two forms of the law with fewer constants are fitted, too.
+number of parameters in nanoGPT's convention, D the number of training tokens. Two forms of the law with
+fewer constants are fitted, too.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from compactgpt.forecast.scaling_laws import run_of
 Floats = npt.NDArray[np.float64]
 FormName = Literal["floor", "sum", "product"]
 
-# In the Huber loss, errors above this value are not squared (Hoffmann et al. 2022, appendix D.2).
+# The Huber loss does not square larger errors (Hoffmann et al. 2022, appendix D.2).
 HUBER_DELTA = 1e-3
 RESAMPLES = 400  # number of bootstrap resamples of the runs
 SEED = 1337
-# Settings of `training` that do not change the loss of a run, or change it only by chance.
+# Keys of `training` that change the loss of a run by chance only, or not at all.
 NOT_RECIPE = {
     "seed", "eval_interval", "eval_windows", "checkpoint_interval", "launcher", "micro_batch_size", "compile",
     "init_from",
 }  # fmt: skip
-# Settings from which the law predicts the loss: they may differ between the sweep and the predicted run.
+# Keys from which the law predicts the loss. They may differ between sweep and run.
 SIZE_AND_BUDGET = {"model.n_layer", "model.n_head", "model.n_embd", "training.max_steps"}
 
 
@@ -51,7 +51,7 @@ class SweepRun(Run):
 
 
 class ScoredDocuments(Section):
-    """The documents of the val split that were scored, in the order of the val split."""
+    """The scored documents, in the order of the val split."""
 
     ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens, see `documents_sha256`
     tokens: tuple[int, ...]  # number of scored tokens of each document
@@ -70,7 +70,7 @@ class Fit(Section):
 
 
 class Sweep(Section):
-    """The content of results/<sweep>.json: the finished runs of a sweep, and the law fitted to them."""
+    """The content of results/<sweep>.json: the runs of a sweep, and the law fitted to them."""
 
     corpus: dict[str, Any]  # the result of `corpus_settings`
     settings: dict[str, Any]  # the result of `recipe`
@@ -87,9 +87,8 @@ class Sweep(Section):
 class Form:
     """A form of the scaling law: a sum of terms such as A / N^a.
 
-    The fit uses logarithms: log(A / N^a) is log A - a log N, a weighted sum of the constants log A and a.
-    `factors` returns the weights of all constants in each term. In this term, the weight of log A is 1, the
-    weight of a is -log N, and the weights of the other constants are 0.
+    The logarithm of a term is a weighted sum of constants: log(A / N^a) = 1 log A - log N a. `factors`
+    returns the weights of all constants in each term.
     """
 
     formula: str
@@ -97,10 +96,7 @@ class Form:
     starts: tuple[tuple[float, ...], ...]  # values of the constants from which the fit is started
 
     def log_loss(self, constants: Any, num_params: int, tokens: int) -> Floats:
-        """Return the logarithm of the predicted loss for each row of constants.
-
-        `constants` has the shape (rows, constants), or (constants,) for a single loss.
-        """
+        """Return the logarithms of the predicted losses; `constants` is (losses, constants)."""
         factors = np.array(self.factors(math.log(num_params), math.log(tokens)))
         log_terms = np.asarray(constants) @ factors.T  # (rows, terms)
         log_losses: Floats = np.logaddexp.reduce(log_terms, axis=-1)
@@ -129,8 +125,7 @@ FORMS: dict[FormName, Form] = {
 def _fit_form(form: Form, runs: Sequence[SweepRun], starts: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Return the constants of the best of several fits, one from each of `starts`.
 
-    A fit minimizes the Huber loss of the differences between predicted and measured log losses (Hoffmann et
-    al. 2022, appendix D.2).
+    A fit minimizes the Huber loss of the errors of log loss (Hoffmann et al. 2022, appendix D.2).
     """
     from scipy.optimize import least_squares
     from scipy.special import softmax
@@ -156,7 +151,7 @@ def _rounded(value: float, digits: int = 9) -> float:
 
 
 def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
-    """Choose the form in `FORMS` that predicts larger runs best, and fit this form to all runs.
+    """Choose the form that predicts larger runs best, and fit it to all runs.
 
     Raises BadData if the runs are too few, or have too few sizes or numbers of tokens.
     """
@@ -186,8 +181,8 @@ def fit_runs(runs: Sequence[SweepRun], resamples: int = RESAMPLES) -> Fit:
 def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
     """Return log(measured / predicted loss) of the largest runs, predicted by a fit to the smaller runs.
 
-    The list begins with the runs that have most tokens. The runs that have most parameters follow. The list
-    is empty if the smaller runs are too few for a fit.
+    First come the runs with most tokens, then the runs with most parameters. The list is empty if the smaller
+    runs are too few for a fit.
     """
     misses = []
     for attribute in ("tokens", "num_params"):
@@ -204,10 +199,9 @@ def _extrapolation_misses(form: Form, runs: Sequence[SweepRun]) -> list[float]:
 
 
 def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
-    """Return the loss that the fitted law predicts for a run, with bootstrap intervals.
+    """Return the loss that the fitted law predicts for a run, with intervals.
 
-    The intervals include two errors: the spread of the constants over the resamples, and the errors `misses`
-    of predictions for larger runs.
+    The intervals contain the spread of the bootstrapped constants, and the errors `misses` for larger runs.
     """
     form = FORMS[fit.form]
     log_losses = form.log_loss(fit.draws, num_params, tokens)  # (draws,)
@@ -221,12 +215,12 @@ def predict_loss(fit: Fit, num_params: int, tokens: int) -> ExpectedLoss:
 
 
 def read_sweep(path: Path) -> Sweep | None:
-    """Read the file of a sweep. Returns None if it is missing; raises BadConfig if it is damaged."""
+    """Read a sweep; None if the file is missing. Raises BadConfig if it is damaged."""
     return load_section(path, Sweep) if path.exists() else None
 
 
 def documents_sha256(ids: Sequence[str], tokens: Sequence[int]) -> str:
-    """Return a hash of the scored documents. Runs with equal hashes can be compared document by document."""
+    """Return a hash that is equal if two runs scored the same documents."""
     return hashlib.sha256("\n".join([*ids, *map(str, tokens)]).encode()).hexdigest()
 
 
@@ -248,7 +242,7 @@ def corpus_settings(params: Params) -> dict[str, Any]:
 
 
 def recipe(params: Params) -> dict[str, Any]:
-    """Return the settings, besides those of the text, that affect the loss of a run: dotted key -> value."""
+    """Return the settings of model and training that affect the loss: dotted key -> value."""
     training = params.training.model_dump(mode="json", exclude=NOT_RECIPE)
     if params.training.head == "full":
         del training["sample_tokens"], training["sample_power"]
@@ -259,10 +253,9 @@ def recipe(params: Params) -> dict[str, Any]:
 
 
 def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
-    """Return the section `ladder` of reports/estimate.json: the fit, and the configured run's expected loss.
+    """Return the section `ladder` of reports/estimate.json: the fit, and the expected loss.
 
-    `expected_loss` is null if the configured run has another text or other settings than the sweep. Then
-    `differs` names the settings.
+    `expected_loss` is null if text or settings differ from the sweep's. Then `differs` names them.
     """
     fit, run = sweep.fit, run_of(params.model, params.training)
     if fit is None:
@@ -282,10 +275,10 @@ def sweep_report(sweep: Sweep, params: Params) -> dict[str, Any]:
 
 
 def fit_sweep(path: Path, params_file: Path) -> str:
-    """Fit the law to the finished runs of a sweep, add the fit to their file, and return a summary to print.
+    """Fit the law to the runs of a sweep, write the fit to their file, and return a summary.
 
-    The summary predicts the loss of the run that `params_file` describes. Raises MissingInput or BadConfig if
-    `path` is not the file of a sweep, and BadData if the runs are too few.
+    The summary predicts the loss of the configured run. Raises MissingInput or BadConfig if `path` is not the
+    file of a sweep, and BadData if the runs are too few.
     """
     found, params = load_section(path, Sweep), load_params(params_file)
     fit = fit_runs(found.runs)

@@ -1,1 +1,1 @@
-"""The gate: check a model for metric regressions, and render the verdict for users, GitHub and CI."""
+"""The gate: check a model for metric regressions."""

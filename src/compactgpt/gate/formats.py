@@ -1,4 +1,4 @@
-"""Render the gate's verdict as a table, as Markdown for a pull request, and as JUnit XML."""
+"""Render the gate's verdict as a table, as Markdown and as JUnit XML."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _HEADER = ("", "", "accepted", "now", "worse by", "chance", "tolerance")
 
 
 def publish(verdict: Verdict, markdown_file: Path | None, junit_file: Path | None) -> None:
-    """Write the verdict to the given files, and append it to the summary of a step of GitHub Actions."""
+    """Write the verdict to files, and to the step summary of GitHub Actions."""
     if markdown_file:
         write_text(markdown_file, render_markdown(verdict))
     if junit_file:
@@ -82,9 +82,9 @@ def render_junit(verdict: Verdict) -> str:
 
 
 def _make_chart(curve: Sequence[Mapping[str, float | None]]) -> dict[str, Any] | None:
-    """Return the values for a Mermaid chart of the losses; None if fewer than two steps have both losses.
+    """Return the values for a Mermaid chart of the losses; None with fewer than two steps.
 
-    Mermaid's chart type `xychart` needs points at equal distances, so the curves are interpolated.
+    The curves are interpolated: Mermaid's `xychart` needs points at equal distances.
     """
     rows = [(row["step"], row["train_loss"], row["val_loss"]) for row in curve]
     known = [row for row in rows if None not in row]

@@ -1,10 +1,8 @@
 """The gate: check whether a new model is worse than an accepted model, evaluated on the same documents.
 
-The check of a metric fails if the metric is worse by more than its tolerance *and* by more than chance can
-explain. Chance is the choice of the val documents, and the noise between training runs. If only one of the
-two conditions is true, the check is a warning. `regression.false_alarms` is the probability that chance
-alone makes any test fail. It is divided among all tests (Bonferroni). docs/decisions/15-gate.md has the
-reasons and the error rates.
+A check fails if its metric is worse by more than a tolerance *and* by more than chance can explain. It is a
+warning if only one of the two is true. `regression.false_alarms` is the probability that chance alone makes
+any check fail. docs/decisions/15-gate.md has the reasons and the error rates.
 """
 
 import math
@@ -32,10 +30,7 @@ _NO_EFFECT = (
 
 @dataclass(frozen=True)
 class Noise:
-    """The standard deviation of the loss between training runs that differ in their seeds only.
-
-    A code change that only adds numbers in another order changes the trained model, as another seed does.
-    """
+    """The standard deviation of the loss between training runs that differ in their seeds only."""
 
     deviation: float  # standard deviation of a run's loss, nats per token
     degrees_of_freedom: float  # number of measured runs - 1; infinite for an assumed deviation
@@ -49,7 +44,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Documents:
-    """The per-document losses of a model on the val split, or on a sample of its documents."""
+    """The losses of a model by document of the val split."""
 
     ids: tuple[str, ...]
     tokens: Array  # (documents,)
@@ -57,7 +52,7 @@ class Documents:
     of: int  # number of documents in the complete val split
 
     def select(self, ids: tuple[str, ...]) -> "Documents | None":
-        """Return the losses of the documents `ids`, in the order of `ids`; None if a document is missing."""
+        """Return the losses of these documents; None if a document is missing."""
         row_of = {name: row for row, name in enumerate(self.ids)}
         if not row_of.keys() >= set(ids):
             return None
@@ -71,14 +66,13 @@ class Snapshot:
     """The metrics, parameters and hashes of one version of the project, which the gate compares."""
 
     name: str  # name of this version in the verdict
-    # How the model was evaluated: `val` -> SHA-256 of the val split; `window`, and keys such
-    # as `own.stride` -> number of tokens.
+    # `val` -> SHA-256 of the val split; `window`, and keys such as `own.stride` -> tokens
     fingerprint: Mapping[str, Any]
     data: Mapping[str, str]  # `train` or `tokenizer` -> SHA-256
     params: Mapping[str, Any]  # dotted key of params.yaml, such as `training.seed` -> value
     figures: Mapping[str, float]  # metric -> value
     baselines: Mapping[str, float]  # baseline -> loss, nats per token
-    # task -> `items_sha256`, and `hits`: a string with a digit for each item, 1 for a right answer, else 0
+    # task -> `items_sha256`, and `hits`: a string with a digit per item, 1 if the answer is right
     tasks: Mapping[str, Mapping[str, str]]
     documents: Documents
     reason: str = ""  # why a person accepted this version as the reference
@@ -126,8 +120,7 @@ def run_gate(
 ) -> Verdict:
     """Compare the new version `now` with the accepted version `then`, and return the verdict.
 
-    `throughput` is our training speed divided by nanoGPT's training speed, in tokens per second on one
-    machine. None skips the check of the throughput.
+    `throughput` is our training speed divided by nanoGPT's; None skips its check.
     """
     differences = _list_differences(then, now)
     verdict = Verdict(then.name, then.reason)
@@ -171,7 +164,7 @@ def _shorten(value: Any) -> str:
 
 
 def _list_differences(then: Snapshot, now: Snapshot) -> list[str]:
-    """Return a line for each parameter or hash of data that changed and can affect the metrics."""
+    """Return a line for each changed parameter or hash that can affect the metrics."""
     without: tuple[str, ...] = _NO_EFFECT
     if then.data == now.data:
         without += ("download.", "tokenization.")  # these parameters affect only the data
@@ -201,9 +194,8 @@ def _check_baselines(
 ) -> Iterator[Check]:
     """Yield a check for each baseline whose loss changed, or one passed check if no loss changed.
 
-    The model of a baseline never changes, so a changed loss shows that the evaluation or the data changed.
-    `explained` says whether a changed parameter or changed data can be the cause: then the check is a
-    warning, and otherwise a failure.
+    A baseline's model never changes, so the evaluation or the data changed. The check is a warning if
+    `explained`: a changed parameter or changed data can be the cause. Otherwise it fails.
     """
     before, after = then.baselines, now.baselines
     shared = sorted(before.keys() & after.keys())
@@ -217,7 +209,7 @@ def _check_baselines(
 
 
 def _check_metrics(then: Snapshot, now: Snapshot, settings: Regression, noise: Noise) -> Iterator[Check]:
-    """Yield a check for each metric that has a tolerance. A check that can't fail has the status `info`."""
+    """Yield a check for each metric that has a tolerance."""
 
     def measured(snapshot: Snapshot, metric: str) -> bool:
         kind, _, task = metric.partition(".")
@@ -248,12 +240,12 @@ def choose_accuracies(
 ) -> tuple[list[str], float]:
     """Choose the accuracies that are tested. Return their names, and the significance level of the tests.
 
-    An accuracy is not tested if its test could not fail even if the new model had no right answer. The level
-    is `settings.false_alarms` divided by the number of groups of tests. All perplexities are one group,
-    because they rise and fall together. Each tested accuracy is a group of its own.
+    The level is `settings.false_alarms` divided by the number of groups of tests. All perplexities are one
+    group, each tested accuracy is a group. An accuracy is not tested if a model without any right
+    answer would pass its test.
 
-    `hits`: name of an accuracy -> a digit for each item, 1 if the accepted model answers correctly, else 0.
-    The new model's answers are not used: a choice that depends on them changes the rate of false alarms.
+    `hits`: accuracy -> a digit per item, 1 if the accepted model's answer is right. The choice must not
+    depend on the new model's answers.
     """
     # At worst, the new model loses all n right answers: then the p-value of McNemar's test is 0.5^n.
     lost = {name: found.count("1") for name, found in hits.items()}
@@ -279,27 +271,22 @@ def _check_perplexity(
 def perplexity_rise(nats: Array, nats_then: Array, tokens: Array, noise: Noise, level: float) -> Interval:
     """Return the relative rise of the perplexity on the same documents, with its confidence interval.
 
-    `nats` are the losses of the new model, `nats_then` those of the accepted model, and `tokens` the numbers
-    of scored tokens; each is (documents,). If the true rise is 0, chance puts the whole interval above 0 with
-    the probability `level`.
+    `nats` are the losses of the new model, `nats_then` those of the accepted model, `tokens` the scored
+    tokens; each is (documents,). `level` is the probability of a false alarm: an interval above 0 by chance.
     """
     if np.array_equal(nats, nats_then):
         return Interval(0.0, 0.0, 0.0)
     scored = tokens > 0
     found = ratio_interval((nats - nats_then)[scored], tokens[scored], confidence=1 - 2 * level)
     between_runs = noise.quantile(level)
-    # The error from the choice of documents and the noise between runs are independent. So the half-width of
-    # the interval is the square root of the sum of their squares.
+    # The two errors are independent, so their squares add up.
     low = found.value - math.hypot(found.value - found.low, between_runs)
     high = found.value + math.hypot(found.high - found.value, between_runs)
     return Interval(found.value, low, high).map(math.expm1)
 
 
 def decide(change: Interval, tolerance: float) -> Status:
-    """Return `fail` if the change is above the tolerance and its interval is above 0.
-
-    Returns `warn` if only one of the two conditions is true.
-    """
+    """Return `fail` if the change is above the tolerance and its interval above 0; `warn` if one is true."""
     beyond, sure = change.value > tolerance, change.low > 0
     return "fail" if beyond and sure else "warn" if beyond or sure else "pass"
 

@@ -1,8 +1,7 @@
 """Read the two versions of the project that the gate compares: the present one, and the reference.
 
-The reference is a commit, the champion of the model registry, or the accepted reference. The accepted
-reference is a JSON file that `compactgpt gate --accept` writes. The file is small and in git, so people
-review it like code. It has the loss of each document, so the gate compares two models document by document.
+The reference is a commit, the champion of the model registry, or the accepted reference: a small JSON file in
+git, which `compactgpt gate --accept` writes. It has the loss of each document.
 """
 
 import hashlib
@@ -64,10 +63,10 @@ class _Reference(Section):
 
 
 def compare(against: str, root: Path, settings: Regression, bench: Path | None = None) -> Verdict:
-    """Compare the project in the folder `root` with the reference `against`; see `read_reference`.
+    """Compare the project in the folder `root` with the reference `against`.
 
-    `bench` is a file that `benchmarks/training.py --json` wrote; None skips the check of the throughput.
-    Raises BadData if the file `bench` has no throughput.
+    `bench` is a file of `benchmarks/training.py --json`; None skips the check of the throughput. Raises
+    BadData if the file has no throughput.
     """
     throughput = None
     if bench is not None:
@@ -83,10 +82,9 @@ def compare(against: str, root: Path, settings: Regression, bench: Path | None =
 
 
 def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) -> Noise:
-    """Return the noise between the training runs in the file `path`.
+    """Return how much the loss varies between the runs in the file `path`, which differ in their seeds.
 
-    Returns the noise `regression.fallback_noise` if the file is missing, if neither version has the settings
-    of the runs in the file, or if these runs were scored on other documents than the new version.
+    Without such runs of the same settings and documents, return `regression.fallback_noise`.
     """
     sweep, tokens = read_sweep(path), now.documents.tokens.astype(int).tolist()
     if sweep is None or len(sweep.runs) < 2:
@@ -106,18 +104,15 @@ def read_noise(path: Path, then: Snapshot, now: Snapshot, settings: Regression) 
 
 
 def read_present(root: Path) -> Snapshot:
-    """Read the present version of the project in the folder `root`.
-
-    Raises MissingInput if a report is missing, and BadData if a report is damaged.
-    """
+    """Read the present version of the project in the folder `root`."""
     return _read_version("these reports", Folder(root), root / _DOCUMENTS / _TOTALS)
 
 
 def read_reference(name: str, root: Path) -> Snapshot:
     """Read a reference: `champion`, a .json file from `accept`, or a commit, branch, tag or DVC experiment.
 
-    Raises MissingInput if the reference or its per-document losses do not exist, BadData if the reference is
-    damaged, and BadConfig if git does not know the name.
+    Raises MissingInput if the reference does not exist, BadData if it is damaged, and BadConfig if git does
+    not know the name.
     """
     if name.endswith(".json"):
         return read_accepted(root / name)
@@ -154,10 +149,9 @@ def _read_champion(root: Path) -> Snapshot:
 
 
 def _read_version(name: str, version: Place, totals: Path) -> Snapshot:
-    """Read the reports, params.yaml and the per-document losses of one version of the project.
+    """Read the reports, params.yaml and the losses by document of one version of the project.
 
-    Raises MissingInput if a report is missing, and BadData if a report is damaged, or if the reports and
-    the per-document losses are from different runs.
+    Raises MissingInput if a file is missing, and BadData if a file is damaged or from another run.
     """
 
     def report(path: str, schema: type[Any]) -> Any:
@@ -219,9 +213,8 @@ def _read_documents(path: Path, reported: float) -> Documents:
 def accept(snapshot: Snapshot, reason: str, path: Path, max_documents: int) -> None:
     """Write a version as the accepted reference; every verdict against this reference shows `reason`.
 
-    The reference has the losses of at most `max_documents` documents. If the version has more, the documents
-    whose ids have the smallest hashes are kept. Raises BadConfig if the reason is empty, and NotAllowed if
-    `path` is a file that is not an accepted reference.
+    At most `max_documents` documents are kept: those whose ids have the smallest hashes. Raises BadConfig if
+    the reason is empty, and NotAllowed if `path` is a file that is not an accepted reference.
     """
     if not reason.strip():
         raise BadConfig("--accept needs a reason: what changed, and why the new metrics are right")
@@ -270,9 +263,8 @@ def read_accepted(path: Path) -> Snapshot:
 def promote(root: Path, reason: str = "") -> str:
     """Make the model in models/ the champion of the model registry, and return its version.
 
-    `reason` says why the model may replace a champion that has another configuration or val split. Raises
-    MissingInput if the weights are missing in models/ or in MLflow. Raises CheckFailed if the previous
-    champion has another configuration or val split and `reason` is empty.
+    Raises MissingInput if the weights are missing in models/ or in MLflow. A champion with another
+    configuration or val split is replaced only with a `reason`; otherwise raises CheckFailed.
     """
     from compactgpt.tracking import registry
     from compactgpt.tracking.store import open_store, store_errors
