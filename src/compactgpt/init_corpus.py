@@ -1,8 +1,7 @@
-"""Read the beginning of the user's own text, and propose values of params.yaml that the pipeline accepts.
+"""Read the beginning of the user's own text, and propose values of params.yaml.
 
-Text outside of the folder corpus/ is copied there by `dvc add`, since DVC watches only that folder. At most
-SAMPLE_BYTES of text are read. If there is more text, the numbers of documents and tokens are estimated from
-the size of the files.
+`dvc add` copies other text into the folder corpus/, since DVC watches only this folder. If there is more text
+than SAMPLE_BYTES, the numbers of documents and tokens are estimates.
 """
 
 import json
@@ -29,22 +28,21 @@ from compactgpt.experiments import DEMO, edit_params, find_experiment, merge_pat
 from compactgpt.forecast.estimate import format_minutes, measure_flops, training_minutes
 
 SAMPLE_BYTES = 16 * MEGABYTE  # maximum bytes of text to read; this takes a few seconds
-# Bytes of text per GPT-2 token, to estimate the number of tokens without a tokenizer. Measured on ASCII text:
-# docstrings 3.1, tiny Shakespeare 3.3, simple English 5.3. On other text: Russian 1.7, Thai 1.5, Chinese 1.3.
+# Bytes of text per GPT-2 token. Measured: 3.1 to 5.3 for ASCII text;
+# 1.3 to 1.7 for Chinese, Thai and Russian.
 ASCII_BYTES_PER_TOKEN = 3.5
 OTHER_BYTES_PER_TOKEN = 1.5
-VAL_DOCUMENTS = 50  # number of val documents to aim for; with 50, a split by hash rarely gives fewer than 20
-VAL_TOKENS = 30_000  # number of val tokens to aim for: every model scores them in minutes
+VAL_DOCUMENTS = 50  # val documents to aim for; a split by hash then rarely gives fewer than 20
+VAL_TOKENS = 30_000  # val tokens to aim for; every model scores them in minutes
 MAX_VAL_FRACTION = 0.2
-MIN_DOCUMENTS = 10  # with 10, MAX_VAL_FRACTION gives 2 val documents; text statistics need at least 2
-FEW_DOCUMENTS = 100  # if there are fewer documents, `_choose_cutting` tries to cut files into more documents
-# Up to 4 epochs, repeated text is nearly as good as new text (Muennighoff et al. 2023, Scaling
-# Data-Constrained Language Models).
+MIN_DOCUMENTS = 10  # MAX_VAL_FRACTION of 10 is 2, the minimum for text statistics
+FEW_DOCUMENTS = 100  # with fewer documents, `_choose_cutting` tries to cut files
+# Up to 4 epochs, repeated text is nearly as good as new text (arXiv:2305.16264).
 MAX_EPOCHS = 4
 DEFAULT_MINUTES = 60.0
-# Approximate number of val tokens to score. Of a long val document, only the first tokens are scored.
+# Val tokens to score, approximately: the first tokens of each val document.
 SCORED_TOKENS = 200_000
-# Number of val documents that must be long enough for a prompt and its continuation.
+# Val documents that must be long enough for a prompt and a continuation.
 CONTINUED_DOCUMENTS = 8
 MAX_REPEATED = 0.1  # a greater share of repeated documents is treated as a mistake in the corpus
 
@@ -76,7 +74,7 @@ def plan_corpus(paths: Sequence[Path], params_file: Path, minutes: float | None 
     The training takes at most `minutes`, by default an hour, and at most MAX_EPOCHS epochs.
     """
     params = _with_limits_of_demo(params_file)
-    # Not `Path.resolve`, which replaces the name of a link by the name of its target.
+    # `Path.resolve` would replace a link's name by its target's name.
     paths = [Path(os.path.abspath(path.expanduser())) for path in paths]  # noqa: PTH100
     targets, additions = zip(*map(_target, paths), strict=True)
     if len({*targets}) < len(targets):
@@ -115,12 +113,10 @@ def apply_plan(plan: Plan, params_file: Path) -> None:
 
 
 def _with_limits_of_demo(params_file: Path) -> Params:
-    """Return the settings in params.yaml, with the limits of the experiment `demo`.
-
-    The limits in params.yaml may be those that were proposed for another corpus.
-    """
+    """Return the settings in params.yaml; experiment `demo` gives those that depend on the corpus."""
     load_params(params_file)  # raises an error that names a mistake in the file
     tree, demo = read_yaml(params_file), find_experiment(DEMO).params
+    # In params.yaml, these settings may fit another corpus.
     limits = {name: demo[name] for name in ("validation", "inspection")}
     limits |= {"download": {"files": demo["download"]["files"]}}
     limits |= {"evaluation": {"text": demo["evaluation"]["text"]}}
@@ -129,10 +125,7 @@ def _with_limits_of_demo(params_file: Path) -> Params:
 
 
 def _target(path: Path) -> tuple[str, list[str]]:
-    """Return the path in corpus/ to which `dvc add` copies a text, and the arguments of `dvc add`.
-
-    The arguments are empty for a text that is in corpus/ already.
-    """
+    """Return a text's path in corpus/, and the arguments of `dvc add` (none if it is there)."""
     if not path.exists():
         raise MissingInput(f"{printable(str(path))} is missing: give a text file, or a folder of text files")
     corpus = Path.cwd() / FOLDER
@@ -160,19 +153,16 @@ def _target(path: Path) -> tuple[str, list[str]]:
 
 
 def _files(path: Path) -> list[tuple[Path, str]]:
-    """Return (folder, path in this folder) of the file `path`, or of each text file in the folder `path`."""
+    """Return (folder, path in this folder) of each text file that `path` is or contains."""
     if path.is_file():
         return [(path.parent, path.name)]
     return [(path.parent, name) for _, name in list_files([f"{path.name}/**"], path.parent)]
 
 
 def _choose_cutting(files: Sequence[tuple[Path, str]], download: Download) -> tuple[Sample, int]:
-    """Read a sample; return it, and the proposed value of download.files.split_over_characters.
-
-    If the sample has fewer than FEW_DOCUMENTS documents, it is read again with the value `split_characters`.
-    This value is proposed if it gives more documents. Else the value of params.yaml stays.
-    """
+    """Return a sample, and the proposed value of download.files.split_over_characters."""
     sample, settings = read_sample(files, download), download.files
+    # If there are few documents, cut the files into more documents, if possible.
     if len(sample.rows) < FEW_DOCUMENTS and settings.split == "auto":
         shorter = settings.model_copy(update={"split_over_characters": settings.split_characters})
         again = read_sample(files, download.model_copy(update={"files": shorter}))
@@ -187,7 +177,7 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
     for folder, name in files:
         for text, source, cut in read_file(folder, name, download):
             if sample.bytes >= SAMPLE_BYTES:
-                # The scale is too low for compressed files, which hold more text than their size.
+                # For compressed files, `scale` is too low: their text is larger than they are.
                 size = sum((folder / name).stat().st_size for folder, name in files)
                 sample.scale = max(1.0, size / sample.bytes)
                 return sample
@@ -204,19 +194,19 @@ def read_sample(files: Sequence[tuple[Path, str]], download: Download) -> Sample
 
 
 def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dict[str, Any], list[str]]:
-    """Return values of params.yaml that fit a corpus (dotted key -> value), and messages about the corpus."""
+    """Return proposed values (dotted key -> value), and messages about the corpus."""
     documents, tokens = round(sample.scale * len(sample.rows)), sample.scale * sum(sample.tokens)
     megabytes = sample.scale * sample.bytes / MEGABYTE
     wanted = max(VAL_DOCUMENTS / documents, VAL_TOKENS / tokens)
     fraction = float(f"{min(MAX_VAL_FRACTION, wanted):.2g}")
     val_documents = fraction * documents
-    # If files are cut, neighbouring documents belong together, so val is the end of the corpus. If val has
-    # few documents, it is the end, too: a split by hash could give even fewer.
+    # Documents of a cut file belong together, so val is the end of the corpus.
+    # A small val is the end, too: a split by hash could give fewer documents.
     split = "tail" if sample.cuts or val_documents < VAL_DOCUMENTS / 2 else "hash"
     limits = _fitting_limits(sample.rows, params.validation)
     repeated = round(min(MAX_REPEATED, 2 * (1 - limits["min_unique_share"])), 3)
     values = {f"validation.{key}": value for key, value in limits.items()} | {
-        # If more than half of the text is missing in a later run, the stage `validation` fails.
+        # The stage `validation` fails if a later run lacks more than half of the text.
         "validation.min_documents": documents // 2,
         "validation.min_total_megabytes": round(megabytes / 2, 3),
         "tokenization.val_fraction": fraction,
@@ -238,16 +228,13 @@ def _propose(params: Params, sample: Sample, minutes: float | None) -> tuple[dic
 
 
 def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> dict[str, float]:
-    """Return values for the section `validation`, such that the documents in `rows` pass its checks.
-
-    If the documents pass with the limit in `params`, the limit stays. `max_replacement_share` is never
-    changed, since the user must repair wrongly decoded text.
-    """
+    """Return values of the section `validation` with which the documents in `rows` pass."""
     lengths = sorted(row["n_characters"] for row in rows)
     letters = sorted(row["letter_share"] for row in rows)
     copies = Counter(row["normalised"] for row in rows)
     unique = sum(count == 1 for count in copies.values()) / len(rows)
     spare = int((1 - params.mostly) * len(rows))  # number of rows that may violate a limit
+    # `max_replacement_share` is never changed: the user must repair wrongly decoded text.
     return {
         "min_characters": min(params.min_characters, lengths[spare // 2]),
         "max_characters": max(params.max_characters, lengths[-1 - spare // 2]),
@@ -257,7 +244,7 @@ def _fitting_limits(rows: Sequence[Mapping[str, Any]], params: Validation) -> di
 
 
 def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dict[str, int], str]:
-    """Return proposed values of the section `training`, and a message about the time of the training."""
+    """Return proposed values of the section `training`, and a message about its time."""
     step_minutes = training_minutes(params, measure_flops()) / params.training.max_steps
     steps_per_epoch = tokens / params.training.tokens_per_step
     found = min((minutes or DEFAULT_MINUTES) / step_minutes, MAX_EPOCHS * steps_per_epoch)
@@ -275,16 +262,12 @@ def _training(params: Params, tokens: float, minutes: float | None) -> tuple[dic
 
 
 def _evaluation(params: Params, tokens: Sequence[float], val_documents: float) -> dict[str, int]:
-    """Return proposed values of the section `evaluation`.
-
-    `tokens` has the estimated number of tokens of each document; `val_documents` is the number of val
-    documents.
-    """
+    """Return proposed values of the section `evaluation`; `tokens` has one number per document."""
     likelihood, text = params.evaluation.likelihood, params.evaluation.text
-    # The share of val documents that must be long enough for a prompt and its continuation.
+    # Share of val documents that must be long enough for a prompt and a continuation.
     share = min(1.0, CONTINUED_DOCUMENTS / val_documents)
-    # In the shortest of these documents, a quarter of the tokens is for the prompt, and a quarter for the
-    # continuation. The other half is a margin, since the number of tokens is an estimate.
+    # In the shortest such document, prompt and continuation have a quarter of the tokens each.
+    # The other half is a margin, since the numbers in `tokens` are estimates.
     quarter = int(sorted(tokens)[int((1 - share) * (len(tokens) - 1))] / 4)
     return {
         "evaluation.likelihood.document_tokens": max(likelihood.window, int(SCORED_TOKENS / val_documents)),

@@ -1,8 +1,7 @@
 """The corpus `docstrings`: the docstrings of installed distributions.
 
-The source files are parsed and never imported. Each module becomes one document, which has the
-module's docstrings in source order, each below the name of its function or class. The text depends only on
-the versions of the distributions, not on the platform or the Python version.
+The source files are parsed and never imported. One module becomes one document. It has the module's
+docstrings in source order, each below the name of its function or class.
 """
 
 import ast
@@ -21,12 +20,12 @@ from compactgpt.common.workers import ordered_map
 from compactgpt.config import Docstrings
 from compactgpt.data.documents import Corpus, Part, Text
 
-# If the field License has more characters than this, it is the licence's text, not its name.
+# A field License with more characters has the licence's text, not its name.
 _SHORT_LICENCE = 40
 _REPAIR = "delete .venv and run `make setup`"
 _MODULES_PER_TASK = 16
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-# The fields of an `ast` node that are lists of statements, or of blocks with statements.
+# Fields of an `ast` node that contain statements, directly or in blocks.
 _BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -66,9 +65,9 @@ def docstring_corpus(params: Docstrings, num_workers: int, progress: Progress) -
 def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part, list[Module]]:
     """Return an installed distribution as a corpus part, and its modules sorted by path.
 
-    `exclude` has names of folders and modules to leave out. A local suffix of the installed version, such as
-    `+cpu`, is ignored. Raises MissingInput if the distribution is not installed, has another version,
-    or does not list its modules.
+    `exclude` names folders and modules to leave out. A local suffix of the installed version, such as
+    `+cpu`, is ignored. Raises MissingInput if the distribution is missing, has another version, or does not
+    list its modules.
     """
     try:
         found = importlib.metadata.distribution(name)
@@ -81,8 +80,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
             f"{name} {found.version} is installed, but params.yaml (download.docstrings.distributions) "
             f"names {version}: run `make setup`, or correct the version in params.yaml"
         )
-    # Not `found.files`: since Python 3.12, this list lacks files that are missing on the disk, so a missing
-    # module would not be noticed.
+    # Since Python 3.12, `found.files` leaves out files that are missing on the disk.
     record = csv.reader((found.read_text("RECORD") or "").splitlines())
     modules = []
     left_out = {*exclude, ".."}
@@ -98,7 +96,7 @@ def find_modules(name: str, version: str, exclude: Sequence[str]) -> tuple[Part,
 def short_licence(metadata: Any) -> str:
     """Return the name of a distribution's licence from its core metadata (packaging.python.org).
 
-    It is the first of these that exists: the SPDX expression, a short field License, the licence classifiers.
+    It is the SPDX expression, else a short field License, else the licence classifiers.
     """
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -111,8 +109,8 @@ def short_licence(metadata: Any) -> str:
 
 
 def read_modules(modules: Sequence[Module]) -> list[str]:
-    """Return the docstrings of each module as one text, which is empty for a module without docstrings."""
-    # Syntax trees have no cycles, so the garbage collector frees nothing. It takes a third of the time.
+    """Return the docstrings of each module as one text, which may be empty."""
+    # Syntax trees have no reference cycles. The garbage collector would take a third of the time.
     gc.disable()
     try:
         return [_read_module(module) for module in modules]

@@ -1,8 +1,7 @@
 """Documents: the interface of a corpus, and the files that store documents.
 
-The `download` stage stores the documents of a corpus in parquet files, the shards. They have the columns id,
-text, source and part (always 0). Documents are read one row group at a time. A row group has about 2 MiB of
-text, or one longer document.
+The stage `download` stores documents in parquet files, the shards. Their columns are id, text, source and
+part (always 0). A row group of a shard has about 2 MiB of text, or one longer document.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ ROW_GROUP_BYTES = 2**21  # UTF-8 bytes of text in a row group
 
 
 class Part(NamedTuple):
-    """A part of a corpus, as reports list it: a distribution, a file pattern, or a split of a data set."""
+    """A part of a corpus: a distribution, file pattern or split of a data set."""
 
     name: str
     version: str | None = None
@@ -43,7 +42,7 @@ class Corpus:
     """A source of texts that can be read from any position."""
 
     name: str  # the value of `download.corpus` in params.yaml
-    identity: Any  # a JSON value; if it differs from the value of an earlier run, texts may have changed
+    identity: Any  # a JSON value that changes if the texts may have changed
     parts: Sequence[Part]  # in reading order
     read: Callable[[Any], Iterator[Text]]  # yields the texts after a position; for None, all texts
     lengths: range = range(1, 2**62)  # allowed lengths of a text, in characters
@@ -89,9 +88,9 @@ def check_size(size: int, what: str, key: str, megabytes: int) -> None:
 
 
 def text_of_row(row: Any, where: str, column: str, key: str) -> str:
-    """Return the text of a row: the row itself if it is a string, else its column `column`.
+    """Return a row that is a string, or the string in its column `column`.
 
-    Raises BadData if the row has no text; the message names the setting `{key}.text_column`.
+    Raises BadData if the row has no text. The message names the setting `{key}.text_column`.
     """
     text = row.get(column) if isinstance(row, dict) else row
     if isinstance(text, str):
@@ -111,11 +110,10 @@ def text_of_row(row: Any, where: str, column: str, key: str) -> str:
 def write_shards(
     folder: Path, documents: Iterable[Document], shard_bytes: int = SHARD_BYTES, first: int = 0
 ) -> Iterator[Path]:
-    """Write documents into shards in `folder`, and yield the path of each shard when it is complete.
+    """Write documents into shards in `folder`, and yield the path of each complete shard.
 
-    A shard has at least `shard_bytes` of text, or all remaining documents; `first` is the number of the first
-    shard. When a path is yielded, no document of the next shard has been taken from `documents`. Memory holds
-    one row group.
+    A shard has at least `shard_bytes` of text; the last shard may have less. `first` is the number of the
+    first shard. When a path is yielded, no document of the next shard was taken from `documents`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,10 +142,10 @@ def write_shards(
 
 
 def _take(documents: Iterator[Document], min_bytes: int) -> tuple[list[Document], int]:
-    """Take documents until their text has `min_bytes`; return the documents and the bytes of their text."""
+    """Take documents until they have `min_bytes` of text; return them and their bytes."""
     group: list[Document] = []
     size = 0
-    # Test the size before `next`, so that no document is taken after the group is full.
+    # Test the size before `next`: a full group takes no further document.
     while size < min_bytes and (document := next(documents, None)) is not None:
         group.append(document)
         size += len(document.text.encode("utf-8"))

@@ -1,7 +1,7 @@
 """Download models and files from the Hugging Face hub, and upload models.
 
-Files in the hub's standard cache are used without a network. Before a download, one request checks that the
-hub answers within a few seconds. Without this request, the hub's client would try for half a minute.
+Files in the hub's standard cache are used without a network. Before a download, a request with a short
+time limit checks that the hub answers.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from compactgpt.common.errors import BadConfig, BadData, MissingInput, Unreachab
 from compactgpt.common.storage import read_json, sha256_file
 from compactgpt.config import Folder, Hub, HubCorpus, Params
 
-# DVC deletes this report before the stage `download` starts, so it exists only after the stage has finished.
+# This report exists only after the stage `download` has finished.
 DOWNLOADED = Path("reports/download.json")
 _TIMEOUT_SECONDS = 5  # how long the request before a download waits for the hub's answer
 # The files that `from_pretrained` needs. No file of these kinds contains pickles or code.
@@ -26,16 +26,16 @@ _WANTED: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": ["*
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message on one line, or the name of its type if it has no message."""
+    """Return an error's message on one line, or its type's name."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert errors of the hub's client into user errors that name `what` and end with `advice`.
+    """Convert errors of the hub's client into user errors with `what` and `advice`.
 
-    Raises BadConfig if the repository or the commit does not exist, is not public or has no valid name;
-    Unreachable if the hub does not answer or refuses access, or HF_HUB_OFFLINE forbids requests.
+    Raises BadConfig if the repository or commit does not exist, is not public or has an invalid name.
+    Raises Unreachable if the hub does not answer or refuses access, or HF_HUB_OFFLINE forbids requests.
     """
     import httpx2
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -47,7 +47,7 @@ def hub_errors(what: str, advice: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise BadConfig(f"the hub does not have {what}: {advice}") from error
     except (httpx2.HTTPError, OSError, json.JSONDecodeError) as error:
-        # A network that requires a login may answer with an HTML page, which causes the JSONDecodeError.
+        # A network with a login page answers with HTML: JSONDecodeError.
         raise Unreachable(
             f"the hub can't be reached for {what} ({one_line(error)}): check the network and your access "
             f"(`hf auth login`, or HF_TOKEN), run the same command again, or {advice}"
@@ -67,9 +67,9 @@ def require_on_hub(kind: Literal["model", "dataset"], repo: str, revision: str, 
 
 
 def fetch_model(repo: str, revision: str, advice: str) -> Path:
-    """Return the folder of a model in the hub's standard cache; download the model if it is incomplete.
+    """Return a model's folder in the hub's standard cache; download it if needed.
 
-    Raises the errors of `hub_errors`, and BadData if a weights file in the cache was altered or damaged.
+    Raises the errors of `hub_errors`, and BadData if a weights file was altered or damaged.
     """
     from huggingface_hub import snapshot_download
 
@@ -87,7 +87,7 @@ def fetch_model(repo: str, revision: str, advice: str) -> Path:
 
 
 def cached_model(repo: str, revision: str) -> Path | None:
-    """Return a model's folder in the hub's standard cache, or None if a file of the model is missing."""
+    """Return a model's folder in the hub's standard cache, or None if it is incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -95,13 +95,13 @@ def cached_model(repo: str, revision: str) -> Path | None:
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, **_WANTED))
     except LocalEntryNotFoundError:
         return None
-    # `snapshot_download` also returns the folder if another program has downloaded only some of the files.
+    # `snapshot_download` also returns a folder in which some files are missing.
     needed = ("config.json", "*.safetensors", "tokenizer*.json")
     return folder if all(any(folder.glob(pattern)) for pattern in needed) else None
 
 
 def check_model_folder(name: str, spec: Folder) -> None:
-    """Check that the files in the folder of the baseline `name` have the hash in params.yaml.
+    """Check that the folder of the baseline `name` has the hash in params.yaml.
 
     Raises MissingInput if the folder does not exist, BadConfig if the hash is missing or differs.
     """
@@ -120,7 +120,7 @@ def check_model_folder(name: str, spec: Folder) -> None:
 
 
 def fetch_file(repo: str, file: str, revision: str, advice: str) -> Path:
-    """Return the path of a data set's file in the hub's standard cache; download the file if needed.
+    """Return a data set's file in the hub's standard cache; download it if needed.
 
     Raises the errors of `hub_errors`.
     """
@@ -142,7 +142,7 @@ def _cached_file(repo: str, file: str, revision: str) -> Path | None:
 
 
 def local_copy(params: HubCorpus) -> Path | None:
-    """Return the folder or the text file that is read instead of the hub; None if there is no copy.
+    """Return the folder or text file to read instead of the hub, or None.
 
     Raises MissingInput if the folder `download.hub.mirror` does not exist.
     """
@@ -155,7 +155,7 @@ def local_copy(params: HubCorpus) -> Path | None:
 
 
 def check_data_set(params: HubCorpus) -> None:
-    """Check that the data set `download.hub.name` has a local copy, or that the hub has its commit.
+    """Check that the data set of params.yaml has a local copy or is on the hub.
 
     Raises the errors of `hub_errors` and `local_copy`, and BadConfig if params.yaml has no commit.
     """
@@ -175,10 +175,10 @@ def check_data_set(params: HubCorpus) -> None:
 
 
 def check_sources(params: Params) -> None:
-    """Check, before a run, that models, task files and corpus of params.yaml are local or on the hub.
+    """Check that the models, task files and corpus of params.yaml are local or on the hub.
 
-    Raises MissingInput if a local folder or file does not exist, and the errors of `check_model_folder` and
-    `hub_errors`. If the hub lacks a repository, the message lists the settings for local copies.
+    Raises the errors of `check_model_folder` and `check_data_set`, and MissingInput if a task's local file
+    does not exist.
     """
     # Setting that names a local copy -> (kind of repository, owner/name, commit) on the hub.
     needed: dict[str, tuple[Literal["model", "dataset"], str, str]] = {}
@@ -210,11 +210,9 @@ def check_sources(params: Params) -> None:
 
 
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a model folder in Hugging Face format to the hub, and return the URL of the commit.
+    """Upload a model folder in Hugging Face format; return the URL of the commit.
 
-    A repository that does not exist is created, as a private one if `private` is true.
-
-    Raises the errors of `hub_errors`.
+    A missing repository is created, private if `private` is true. Raises the errors of `hub_errors`.
     """
     from huggingface_hub import HfApi
 

@@ -1,8 +1,7 @@
 """A data set of the Hugging Face hub as a corpus.
 
-The library `datasets` streams the rows of one commit in their order, without a copy on the disk. If
-params.yaml has the SHA-256 of the text, the data set is read twice, first to compare the hash. A local copy
-of the text (`file` in params.yaml) is read as a data set of one row.
+The library `datasets` streams the rows of one commit in their order. If params.yaml has the SHA-256 of the
+text, the data set is read twice: first to compare the hash. A local text file is a data set of one row.
 """
 
 import hashlib
@@ -22,10 +21,10 @@ _PROGRESS_ROWS = 1000
 
 
 def hub_corpus(params: Download, progress: Progress) -> Corpus:
-    """Return the data set `download.hub.name` as a corpus; the first read opens the data set.
+    """Return the data set `download.hub.name` as a corpus; the first read opens it.
 
-    The position of a text is [index of the split, number of rows that were read completely, state of the
-    `datasets` iterator after these rows, number of texts that were read from the next row].
+    The position of a text is [index of the split, number of completed rows, state of the `datasets` iterator
+    after these rows, number of texts that were read from the next row].
     """
     data_set = _DataSet(params)
     chosen, copy = data_set.chosen, data_set.copy
@@ -55,9 +54,8 @@ def hub_corpus(params: Download, progress: Progress) -> Corpus:
 class _DataSet:
     """Reads the rows and the texts of one data set.
 
-    Raises Unreachable if the hub does not answer; BadConfig if the data set can't be read with the
-    settings in params.yaml; BadData if a file is damaged, a row has no text or is too long, or the text does
-    not have the SHA-256 in params.yaml.
+    Raises Unreachable if the hub does not answer, and BadConfig if the settings do not fit the data set.
+    Raises BadData if a file is damaged, a row has no text or is too long, or the hash differs.
     """
 
     def __init__(self, params: Download) -> None:
@@ -88,8 +86,8 @@ class _DataSet:
     def texts(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, list[str]]]:
         """Yield (row number, state of the `datasets` iterator before the row, texts that begin in the row).
 
-        Skips the first `rows` rows; `state` is the iterator's state after them. With `opens_document` in
-        params.yaml, several rows are joined to one text. With `separator`, a row is cut into texts.
+        The first `rows` rows are skipped; `state` is the iterator's state after them. A text is one row,
+        several rows (setting `opens_document`), or a part of a row (setting `separator`).
         """
         if self.chosen.opens_document is None:
             for row, before, text in self._rows(split, rows, state):
@@ -106,16 +104,13 @@ class _DataSet:
                 first, state_before, size = row, before, 0
             joined.append(text)
             size += len(text)
-            # If `opens_document` never matches, all rows are joined, so the size must be limited here.
+            # Without a match of `opens_document`, all rows become one text.
             check_size(size, f"{self.names[split]}:{first}", "max_row_megabytes", self._max_row_megabytes)
         if joined:
             yield first, state_before, ["".join(joined)]
 
     def _rows(self, split: int, rows: int, state: Any) -> Iterator[tuple[int, Any, str]]:
-        """Yield (row number from 1, state of the `datasets` iterator before the row, text) of each row.
-
-        Skips the first `rows` rows; `state` is the iterator's state after them.
-        """
+        """Yield (row number from 1, state of the iterator before the row, text); arguments as in `texts`."""
         with self._errors():
             data = self._open(self.chosen.splits[split])
             if state is not None:
@@ -139,7 +134,7 @@ class _DataSet:
             return datasets.load_dataset("text", **options, streaming=True)
         source, revision = self.chosen.repo, self.chosen.revision
         if self.copy is not None:
-            # The library may take a relative path for a repository name, so the path is made absolute.
+            # The library may take a relative path for a repository name.
             source, revision = str(self.copy.resolve()), None
         return datasets.load_dataset(
             source, self.chosen.config, split=split, revision=revision, streaming=True
@@ -165,7 +160,7 @@ class _DataSet:
 
 
 def _split_row(text: str, chosen: HubSet) -> list[str]:
-    """Cut a row at `separator`, and join the parts until each text has at least `join_characters`."""
+    """Cut a row at `separator`; join the parts to texts of at least `join_characters`."""
     if chosen.separator is None:
         return [text]
     texts: list[str] = []

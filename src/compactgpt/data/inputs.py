@@ -1,7 +1,7 @@
-"""Check that DVC can read every dependency of the stages, before DVC hashes the dependencies.
+"""Check that DVC can read every dependency of the stages, before DVC hashes them.
 
-DVC opens every file of a dependency. If the file is a named pipe or a link to a device, DVC waits forever. If
-it is a broken link or its name is not UTF-8, DVC stops with a traceback or an unclear message.
+DVC waits forever for a named pipe or a link to a device. For a broken link, or a file name that is not
+UTF-8, it stops with an unclear message.
 """
 
 import os
@@ -25,9 +25,9 @@ def check_dependencies(root: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Check that every file under a folder is a regular file, or a link to one, with a name in UTF-8.
+    """Check that every file under a folder is a regular file with a UTF-8 name.
 
-    Raises BadData, also for a link to a folder.
+    A link to a file is allowed. Raises BadData, also for a link to a folder.
     """
     for parent, folders, files in os.walk(folder):  # `folders` includes links to folders
         for name in (*folders, *files):
@@ -53,10 +53,10 @@ def _check_regular(path: Path) -> None:
 
 
 def require_corpus(original: Path) -> None:
-    """Check that a scratch copy of the repository, made by `dvc exp run --temp`, has the whole corpus.
+    """Check that an experiment's copy of the repository has the whole corpus.
 
-    `original` is the repository that DVC copied; in the repository itself the check always passes.
-    Raises MissingInput if the copy lacks files of corpus/, because neither git nor DVC tracks them.
+    `original` is the repository that `dvc exp run --temp` has copied. Raises MissingInput if the copy lacks
+    files of corpus/, since neither git nor DVC tracks them.
     """
     names = {path.name for path in (original / "corpus").glob("[!.]*")}
     if missing := sorted(name for name in names if not Path("corpus", name).exists()):

