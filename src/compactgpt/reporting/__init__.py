@@ -1,1 +1,1 @@
-"""Compare the models, and write the comparison as tables, plots, an HTML page and a model card."""
+"""Compare the models and write the tables, plots, HTML page and model card."""

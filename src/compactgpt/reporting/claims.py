@@ -1,9 +1,7 @@
-"""The claims of the note *Performance de NanoGPT Compact contre GPT-2*, the evidence, and the verdicts.
+"""The claims of the note *Performance de NanoGPT Compact contre GPT-2*, and their verdicts.
 
-A claim is an interval. Evidence is also an interval, or one number if it has no uncertainty. Evidence inside
-the claimed interval supports the claim, and evidence outside the claimed interval contradicts the claim. If
-the two intervals only overlap, the claim is undecided. Values that are only reported or estimated decide no
-claim.
+A claim is an interval. Evidence inside the interval supports the claim, and evidence outside contradicts the
+claim. Evidence that only overlaps the interval decides nothing.
 """
 
 import math
@@ -17,7 +15,7 @@ from compactgpt.common.sections import Name, Section
 from compactgpt.config import Model
 
 COMPACT = "compact"  # the name of the model that this project trains
-# The possible verdicts on a claim. A claim is a statement of the note, a text that this project checks.
+# The possible verdicts on a claim of the note.
 Verdict = Literal[
     "confirmed",  # a count or a calculation agrees with the claim
     "restated",  # the evidence is the note's own number, so its agreement proves nothing
@@ -32,8 +30,9 @@ Verdict = Literal[
 ]
 # How a value is known. `derived` means calculated from published values.
 Known = Literal["measured", "computed", "published", "derived", "estimated", "reported"]
+# Evidence decides a claim only if it is known in one of these ways.
 DECIDING: tuple[Known, ...] = ("measured", "computed", "published", "derived")
-# Two claims contradict each other if their intervals overlap by less than this share of the shorter interval.
+# Below this overlap, two claims contradict each other. It is a share of the shorter interval.
 LEAST_OVERLAP = 0.05
 Relation = Literal["inside", "outside", "overlaps"]
 
@@ -49,10 +48,10 @@ class ByEvidence(Section):
 
 
 class ByAgreement(Section):
-    """How to judge a claim: check whether claims of the note agree with each other.
+    """How to judge a claim: check whether claims of the note agree.
 
-    `of` has the ids of the compared claims. With `through: logarithm`, these are a perplexity and its loss.
-    With `through: ratio`, these are two perplexities and their ratio.
+    With `through: logarithm`, `of` names a perplexity and its loss. With `through: ratio`, `of` names two
+    perplexities and their ratio.
     """
 
     by: Literal["agreement"]
@@ -104,7 +103,7 @@ class Claim(Section):
 
 
 class Row(Section):
-    """A row of the table in the note that this project checks: for each model, the id of its claim."""
+    """A row of the note's table: for each model, the id of its claim."""
 
     id: Literal["parameters", "perplexity", "context", "tokens", "loss"]
     compact: Name
@@ -159,7 +158,7 @@ class Evidence:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The value's interval (low, high). If an end is missing, the value itself is this end."""
+        """The value's interval (low, high). A missing end is the value itself."""
         low, high = (self.value if end is None else end for end in (self.low, self.high))
         return low, high
 
@@ -235,7 +234,7 @@ def _judge(claim: Claim, claims: Mapping[str, Claim], evidence: Mapping[str, Evi
 
 
 def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decision:
-    """Compare the last claim of `judged.of` with the logarithm of the first or the ratio of the first two."""
+    """Compare the last claim of `judged.of` with an interval calculated from the others."""
     *first, last = (claims[name].bounds for name in judged.of)
     if judged.through == "logarithm":
         low, high = math.log(first[0][0]), math.log(first[0][1])
@@ -251,7 +250,7 @@ def _compare_claims(judged: ByAgreement, claims: Mapping[str, Claim]) -> Decisio
 
 
 def relate(low: float, high: float, claim_low: float, claim_high: float) -> Relation:
-    """Return whether an interval is inside a claimed interval, outside of it, or overlaps it in part.
+    """Return whether an interval is inside a claimed one, outside it, or overlaps it.
 
     Two intervals that share only an end overlap.
     """

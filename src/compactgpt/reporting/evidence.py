@@ -1,8 +1,7 @@
 """Build the record, reports/evidence.json, from reports, claims and published values.
 
-Pages, tables and plots show only values of the record. Ids of values have the form `<model>.<quantity>`. An
-id may also contain a corpus: `gpt2.openwebtext.loss`. The model `compact` is trained in this project. The
-project also checks the claims of a note, a written text. The note describes the model `note`.
+Pages, tables and plots show only values of the record. Most ids have the form `<model>.<quantity>` or
+`<model>.<corpus>.<quantity>`. The model `note` is the one that the checked note describes.
 """
 
 from collections import Counter
@@ -25,8 +24,7 @@ from compactgpt.reporting.schemas import RECIPE, Forecast, Measured, Score, Sour
 
 NOTE = "note"
 NATS = "nats per token"
-# (kind, name) of the demo's corpus and of the note's corpus. With these two, the reports check the claims of
-# the note. With any other corpus, the reports only describe the model that was trained on it.
+# (kind, name) of the corpora with which the reports check the note's claims.
 NOTE_CORPORA = (("docstrings", "docstrings"), ("hub", "openwebtext"))
 PUBLISHED = "published.yaml"
 ESTIMATE = "reports/estimate.json"
@@ -42,7 +40,7 @@ TEXT_UNITS = {"zipf": "coefficient", "tokens": "tokens"}
 
 
 def build_record(sources: Sources) -> dict[str, Any]:
-    """Judge the claims and return the record, the content of reports/evidence.json, as plain JSON.
+    """Judge the claims and return the record as plain JSON.
 
     Raises BadConfig if two values have the same id.
     """
@@ -77,7 +75,7 @@ def build_record(sources: Sources) -> dict[str, Any]:
         "diverged": sources.training.diverged,
         "validation": validation.model_dump() | {"window": window},
         "curve": sources.curve,
-        # model -> loss at each range of positions in the window, in nats per token of the model's tokenizer
+        # model -> its loss by position in the window, in nats per token
         "positions": {
             one.name: [row.model_dump() for row in one.score.by_position]
             for one in scores
@@ -100,14 +98,13 @@ def _judged_claims(sources: Sources, evidence: Mapping[str, Evidence]) -> list[d
 
 
 def _table_rows(measured: Measured) -> list[dict[str, Any]]:
-    """Return a model's rows in the table of measured models: one row for each context that was measured.
+    """Return a model's rows in the table of measured models.
 
-    The ids of the row's values begin with the text of the key `scores`. The key `view` is one of these words:
-    - `matched`: the model was measured on the windows that all neural models share.
-    - `own`: the model was measured with its own maximum context.
-    - `both`: the shared windows are as long as the model's own maximum context.
-    - `document`: the model is a compressor or an n-gram model, so it has no windows. The key `context` says
-      which text the model sees.
+    The key `view` names the windows on which the model was measured:
+    - `matched`: the windows that all neural models share
+    - `own`: windows with the model's own maximum context
+    - `both`: the shared windows have the model's own maximum context
+    - `document`: none, the model is a compressor or an n-gram model
     """
     name, model = measured.name, measured.score.model
     about = {"name": name, "label": model.label or name, "scores": name, "context": model.context}
@@ -177,7 +174,7 @@ def _collect_evidence(sources: Sources) -> Iterator[Evidence]:
 
 
 def _estimated(model: str, forecast: Forecast) -> Iterator[Evidence]:
-    """Yield the size, the number of training tokens and the expected loss of a run in estimate.json."""
+    """Yield the size, training tokens and expected loss of a run in estimate.json."""
     source = f"params.yaml, {ESTIMATE}"
     about: dict[str, Any] = {"model": model, "stage": "estimate", "report": ESTIMATE}
     sizes = asdict(forecast.parameters).items()
@@ -218,7 +215,7 @@ def _counted(name: str, shape: Model) -> Iterator[Evidence]:
 
 
 def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
-    """Yield the note model's number of parameters and FLOPs per token, each divided by GPT-2 small's."""
+    """Yield the note model's parameters and FLOPs per token, divided by GPT-2 small's."""
     sizes = asdict(note.parameters)
     counts = asdict(count_parameters(gpt2))
     ratios = {f"parameters.{convention}": sizes[convention] / n for convention, n in counts.items()}
@@ -229,11 +226,7 @@ def _size_ratios(note: Forecast, gpt2: Model) -> Iterator[Evidence]:
 
 
 def _published(published: Published) -> Iterator[Evidence]:
-    """Yield the published values, and the perplexities, bits per byte and ratios calculated from them.
-
-    Published values are rounded: the exact value is between `low` and `high`. The intervals of the calculated
-    values come from these limits.
-    """
+    """Yield the published values and the values calculated from them."""
     found = {value.id: replace(value, report=PUBLISHED) for value in published.values}
     yield from found.values()
     bytes_per_token = found["openwebtext.bytes_per_token"].value
@@ -254,7 +247,7 @@ def _published(published: Published) -> Iterator[Evidence]:
 
 
 def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[[float], float]) -> Evidence:
-    """Calculate a value and its limits from a published loss. `increasing` is a function of the loss."""
+    """Calculate a value and its limits from a published loss."""
     limits = {"low": loss.low, "high": loss.high}
     ends: dict[str, Any] = {end: increasing(limit) for end, limit in limits.items() if limit is not None}
     return replace(
@@ -268,24 +261,16 @@ def _from_loss(loss: Evidence, quantity: str, source: str, increasing: Callable[
 
 
 def _nats_by_view(measured: Measured) -> dict[str, Floats]:
-    """Return a dict: name of the windows -> each document's loss in nats, (documents,).
-
-    The name "" stands for the windows that all models share. ".own" stands for windows with the model's own
-    maximum context. ".own" is missing if these windows are the same, or if the model has no windows.
-    """
+    """Return a dict: windows ("": shared, ".own": own maximum context) -> loss in nats, (documents,)."""
     nats, own = measured.totals.nats, measured.totals.views.get("own")
     return {"": nats} if own is None or np.array_equal(own, nats) else {"": nats, ".own": own}
 
 
 def _common(measured: Measured, sources: Sources, view: str | None = None) -> dict[str, Any]:
-    """Return the fields of Evidence that are equal for all values of one model's report.
-
-    Only `context` and `stride` depend on `view`: "" for values on the windows that all models share, ".own"
-    for values with the model's own maximum context, None for values without windows. Compressors and n-gram
-    models never have windows.
-    """
+    """Return the fields of Evidence that the values of one model's report share."""
     score, ours, is_recipe = measured.score, measured.name == COMPACT, measured.name == RECIPE
     model = score.model
+    # Values without a view, compressors and n-gram models have no windows.
     window = score.window if view == "" and model.kind not in ("compressor", "ngram") else None
     if view == ".own":
         window = score.views["own"].context
@@ -305,7 +290,7 @@ def _common(measured: Measured, sources: Sources, view: str | None = None) -> di
 
 
 def _trained(sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's training tokens, its train loss, and how much its val loss varies by seed."""
+    """Yield the compact model's training tokens, train loss, and val loss deviation between seeds."""
     about: dict[str, Any] = {
         "known": "measured", "model": COMPACT, "corpus": f"{sources.download.name} train",
         "stage": "training", "report": "reports/training.json",
@@ -329,14 +314,14 @@ def _interval(name: str, bounds: Interval, unit: str, about: Mapping[str, Any]) 
 
 
 def _scores(stem: str, found: Score | ViewScore, about: Mapping[str, Any]) -> Iterator[Evidence]:
-    """Yield loss, perplexity and bits per byte. A perplexity that is too large for a float is left out."""
+    """Yield loss, bits per byte, and the perplexity if it fits into a float."""
     for quantity, unit in SCORE_UNITS.items():
         if bounds := getattr(found, quantity):
             yield _interval(f"{stem}.{quantity}", bounds, unit, about)
 
 
 def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's scores, once for each context. For a baseline, also yield its numbers of parameters."""
+    """Yield a model's scores for each context, and a baseline's numbers of parameters."""
     name, score = measured.name, measured.score
     on_windows, about = _common(measured, sources, ""), _common(measured, sources)
     yield from _scores(name, score, on_windows)
@@ -354,10 +339,7 @@ def _likelihood(measured: Measured, sources: Sources) -> Iterator[Evidence]:
 
 
 def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield a model's score on each task, and the metrics of the text that the model generated.
-
-    The metrics of human text are the same in all reports, so only the compact model's report yields them.
-    """
+    """Yield a model's task scores and the metrics of its generated text."""
     name, about = measured.name, _common(measured, sources)
     for task, answers in measured.score.tasks.items():
         if answers.accuracy is not None:
@@ -373,6 +355,7 @@ def _task_scores(measured: Measured, sources: Sources) -> Iterator[Evidence]:
                 yield Evidence(value_id, value, "perplexity", **about | text)
     for way, statistics in measured.score.text.statistics.items():
         for figure, bounds in statistics.items():
+            # All reports have the same metrics of human text, so one report is enough.
             if bounds is not None and (way != "human" or name == COMPACT):
                 yield _interval(f"{name}.text.{way}.{figure}", bounds, TEXT_UNITS.get(figure, "share"), about)
 
@@ -396,11 +379,7 @@ def _flagged_and_clean(measured: Measured, sources: Sources) -> Iterator[Evidenc
 
 
 def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the compact model's perplexity divided by a baseline's, with an interval paired by document.
-
-    One ratio is measured on the windows that all models share, and one with each model's own maximum context.
-    An infinite ratio is left out.
-    """
+    """Yield the compact model's perplexity divided by a baseline's, paired by document."""
     compact = sources.compact
     ours = compact.totals
     scored = ours.tokens > 0
@@ -409,12 +388,12 @@ def _perplexity_ratios(baseline: Measured, sources: Sources) -> Iterator[Evidenc
         ratio = perplexity_ratio(nats[scored], theirs[scored], tokens)
         source = f"paired by document, {compact.totals_path} and {baseline.totals_path}"
         about = _common(compact, sources, view) | {"stage": "comparison", "source": source}
-        if ratio.as_report():
+        if ratio.as_report():  # None: the ratio is infinite
             yield _interval(f"ratio.{COMPACT}_to_{baseline.name}{view}.perplexity", ratio, "ratio", about)
 
 
 def _task_p_values(baseline: Measured, sources: Sources) -> Iterator[Evidence]:
-    """Yield the p-value of McNemar's test for each task that both models answered on the same items."""
+    """Yield the p-value of McNemar's test for each task with the same items."""
     compact = sources.compact
     about = _common(compact, sources) | {"corpus": "", "stage": "comparison"}
     about["source"] = f"exact McNemar test on the items of {compact.source} and {baseline.source}"

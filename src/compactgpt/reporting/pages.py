@@ -1,9 +1,7 @@
-"""Render the record as the files of reports/: page, Markdown, CSV, model card and plots.
+"""Render the record, reports/evidence.json, as HTML page, Markdown, CSV, model card and plots.
 
-The page is one file that needs no network, no script and no other file. Each language is an <article>. Two
-radio buttons and a CSS rule select the visible <article>. Plots are inline SVG and use the page's CSS
-variables as colours. Every number shows its source, and links to its row in the page's last table, which
-lists all values.
+The HTML page is one file without scripts. Two radio buttons and CSS select the visible language. Each number
+links to its row in the page's last table.
 """
 
 import csv
@@ -37,14 +35,14 @@ CSV_VALUE = (
     "stage", "report", "data_sha256", "weights_sha256", "code_sha256",
 )  # fmt: skip
 CSV_HEAD = ("table", "row", "column", "claim", "note", "verdict", "evidence", *CSV_VALUE[1:])
-# A table in a Markdown page, between the line `<!-- table NAME -->` and the line `<!-- end -->`.
+# A table in Markdown, between `<!-- table NAME -->` and `<!-- end -->`.
 _QUOTED = re.compile(r"^(<!-- table ([\w-]+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
 
 
 def render_files(record: Mapping[str, Any], language: Language) -> dict[str, bytes]:
-    """Return the content of each file of the comparison by file name, including the record itself.
+    """Return a dict: name of a file in reports/ -> its content.
 
-    `language` is the language of the Markdown and the plots, and the first visible language of the page.
+    `language` is the language of Markdown and plots, and the page's first language.
     """
     content = json_bytes(record)
     record = json.loads(content)  # with sorted keys, like the record that `compactgpt verify` reads
@@ -59,7 +57,10 @@ def render_files(record: Mapping[str, Any], language: Language) -> dict[str, byt
 
 
 def render_page(record: Record, default: Language = "en") -> str:
-    """Render the record as one HTML file; the language `default` is visible when the page opens."""
+    """Render the record as one HTML page.
+
+    The language `default` is visible when the page opens.
+    """
     from markupsafe import Markup
 
     def plot(view: View, name: str, label: str) -> "Markup":
@@ -111,9 +112,9 @@ def render_quoted_tables(record: Record) -> dict[str, str]:
 
 
 def replace_tables(page: str, tables: Mapping[str, str]) -> str:
-    """Replace the tables between the lines `<!-- table NAME -->` and `<!-- end -->` of a Markdown page.
+    """Replace the tables of a Markdown page by those in `tables` (name -> table).
 
-    Tables whose names are not in `tables` do not change.
+    A table whose name is missing in `tables` does not change.
     """
 
     def replace(found: re.Match[str]) -> str:
@@ -123,10 +124,9 @@ def replace_tables(page: str, tables: Mapping[str, str]) -> str:
 
 
 def render_model_card(record: Record) -> str:
-    """Render the Hugging Face model card of the compact model, in English: YAML metadata, then Markdown.
+    """Render the compact model's Hugging Face card: YAML metadata, then English Markdown.
 
-    The metadata follows huggingface.co/docs/hub/model-cards. JSON is valid YAML, so each value is written as
-    JSON on one line.
+    The metadata follows huggingface.co/docs/hub/model-cards. Its values are JSON, which is valid YAML.
     """
     from markupsafe import Markup
 
@@ -156,9 +156,9 @@ def render_model_card(record: Record) -> str:
 
 
 def read_card(model: Path, card: Path) -> tuple[str, str]:
-    """Return (text of the card, ""), or ("", reason) if the card is missing or describes another model.
+    """Return (text of the card, ""), or ("", reason) if the card is unusable.
 
-    A card describes the model in the folder `model` if it contains the hash of the model's weights.
+    A card is usable if it contains the hash of the weights in `model`.
     """
     if not card.is_file():
         return "", f"{card} is missing: run `dvc repro comparison` to create it"

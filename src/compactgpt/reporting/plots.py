@@ -1,9 +1,6 @@
-"""Draw the plots of reports/evidence.json: as PNG for DVC and MLflow, and as SVG for the HTML page.
+"""Draw the plots of the record: PNG for DVC and MLflow, SVG for HTML.
 
-Each plot has its own function, which draws on matplotlib axes. PNG uses the light palette. SVG uses the CSS
-variables of the page as colours, so one SVG serves the light and the dark theme. Text in SVG stays text, in
-the page's font.
-Equal records give equal bytes: the output has no date and no version, and ignores the user's settings.
+SVG uses the CSS variables of the page as colours. Equal records give equal bytes.
 """
 
 import io
@@ -62,7 +59,7 @@ def _loss(view: View, axes: Axes) -> None:
 def _draw_rows(
     view: View, axes: Axes, items: Sequence[Item], names: Sequence[str], highlighted: Sequence[int] = ()
 ) -> None:
-    """Draw one row for each item: a dot, its interval, and the formatted value at the right edge."""
+    """Draw each item as a row: a dot, its interval, and its formatted value."""
     for row, item in enumerate(items):
         colour = DEMO if row in highlighted else INK
         if item["low"] is not None:
@@ -103,7 +100,6 @@ def _bits_per_byte(view: View, axes: Axes) -> None:
 
 
 def _row_label(view: View, row: Mapping[str, Any]) -> str:
-    """Return the model's name. A score with the model's own context has this context on a second line."""
     return f"{row['name']}\n{view.seen_context(row)}" if row["view"] == "own" else str(row["name"])
 
 
@@ -120,7 +116,7 @@ def _ratio(view: View, axes: Axes) -> None:
     _set_log_axis(view, axes, 10)
     ends = [item[key] for item in items for key in ("low", "high")]
     axes.set_xlim(min([0.5, *ends]) / 1.25, max([2.0, *ends]) * 1.25)
-    # The words `better` and `worse` are at the ends of the axis, not beside 1: 1 may be too near to an end.
+    # `better` and `worse` always fit at the ends of the axis.
     for words, position in (("better", "left"), ("worse", "right")):
         axes.set_title(view.words[words], loc=position, color=MUTED, fontsize=9, pad=4)
     axes.set_xlabel(view.words["ratio_axis"])
@@ -155,7 +151,7 @@ def _positions(view: View, axes: Axes) -> None:
 
 
 def _calibration(view: View, axes: Axes) -> None:
-    """Draw the expected and the actual losses of the compact model, the note's model and published runs."""
+    """Draw expected and actual losses: of this run, the note's model and published runs."""
     runs = [(view.say("run_here"), COMPACT, f"{COMPACT}.loss")]
     if view.about_note:
         runs.append((view.words["note_run"], "note", "reported.loss"))
@@ -189,7 +185,7 @@ def _draw_loss(view: View, axes: Axes, row: int, loss: float, colour: str, *, fi
 
 
 def _repetition(view: View, axes: Axes) -> None:
-    """Draw the share of repeated 4-grams in each model's text, by decoding strategy, and in human text."""
+    """Draw the share of repeated 4-grams in generated text and in human text."""
     rows = []
     for name, item in view.evidence.items():
         model, _, figure = name.partition(".text.")
@@ -221,7 +217,10 @@ def draw_png(record: Record, name: str, language: Language = "en") -> bytes:
 
 
 def draw_svg(record: Record, name: str, language: Language, label: str) -> str:
-    """Draw one plot, a key of PLOTS, as an <svg> element. Screen readers say the text `label`."""
+    """Draw one plot, a key of PLOTS, as an <svg> element.
+
+    Screen readers say the text `label`.
+    """
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     text = _draw(record, name, language, "svg", metadata=nothing).decode()
     body = text[text.index("<svg") :].strip()

@@ -1,7 +1,7 @@
-"""Trace a value of the record to its stage's code, its input files and the commit of its report.
+"""Trace a value of the record to its code, input files and commit.
 
-Identical runs must write identical reports, so reports contain no commit and no run id. They contain the hash
-of the stage's code. `compactgpt trace` finds the input files and the commit.
+Identical runs write identical reports, so reports contain no commit and no run id. They contain the hash of
+the stage's code.
 """
 
 import hashlib
@@ -18,10 +18,9 @@ RECORD = Path("reports/evidence.json")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return the hash of each stage's code: name of the stage -> hash.
+    """Return a dict: stage -> hash of its code, the Python files among its dependencies.
 
-    The code of a stage is the Python files among its dependencies in dvc.yaml. The hash is the SHA-256 of the
-    lines `<SHA-256 of the file>  <path>`, sorted by path.
+    The hash is the SHA-256 of the lines `<SHA-256 of the file>  <path>`, sorted by path.
     """
     hashes = {}
     for stage, body in read_stages(Folder(root)).items():
@@ -33,7 +32,10 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the value with the id `name`. Raises MissingInput, with similar ids, if the record lacks it."""
+    """Return the value with the id `name`.
+
+    Raises MissingInput, with similar ids, if the record lacks the value.
+    """
     values: dict[str, dict[str, Any]] = {item["id"]: item for item in record["evidence"]}
     if name not in values:
         similar = [known for known in values if name in known or known.rpartition(".")[0] == name][:8]
@@ -43,7 +45,7 @@ def find_value(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the origin of a value as (label, text) pairs: report, stage, hashes, files, commit.
+    """Return the origin of a value as (label, text) pairs.
 
     Raises BadData if dvc.lock has no entry for the value's stage.
     """
@@ -69,7 +71,7 @@ def trace(root: Path, value: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def find_commit(root: Path, md5: str) -> str:
-    """Return the first commit whose dvc.lock contains the MD5 of a report: its hash, date and subject."""
+    """Return hash, date and subject of the first commit with `md5` in dvc.lock."""
     try:
         found = git_text(root, "log", "--reverse", "--format=%h %as %s", f"-Smd5: {md5}", "--", "dvc.lock")
     except UserError:

@@ -1,9 +1,8 @@
-"""The results store: the measured values of each finished experiment, results/<experiment>.json, in git.
+"""The results store: the measured values of each finished experiment, in results/<experiment>.json.
 
-params.yaml and reports/ describe one run at a time. `compactgpt experiment record NAME` copies the measured
-values of a run into results/NAME.json, with the experiment's name in their ids: for the experiment `note`,
-`compact.loss` becomes `note.loss`, and `gpt2.loss` becomes `gpt2.note.loss`. The stage `comparison` adds the
-stored values to reports/evidence.json, so they can confirm or contradict the claims that this project checks.
+`compactgpt experiment record NAME` copies the values of a run into results/NAME.json. There, `compact.loss`
+becomes `NAME.loss`, and `gpt2.loss` becomes `gpt2.NAME.loss`. The stage `comparison` adds these values to
+reports/evidence.json.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,18 +24,18 @@ from compactgpt.reporting.claims import COMPACT
 
 # Names of sweeps. Their files in results/ have another format, see compactgpt.forecast.sweep.
 SWEEPS = ("ladder", "nanogpt-recipe", "seeds", "small-scale")
-# id of a ratio of two perplexities -> the experiments that measured its numerator and its denominator
+# Id of a perplexity ratio -> the experiments that measured numerator and denominator.
 PAIRS = {
     "ratio.context_512_to_1024.perplexity": ("note", "context-1024"),
     "ratio.long_to_note.perplexity": ("long", "note"),
     "ratio.gpt2-124m_to_note.perplexity": ("gpt2-124m", "note"),
 }
-# A run may differ from its experiment in the parameters whose names begin with one of these texts.
+# A run may differ from its experiment in parameters that begin with these texts.
 NOT_COMPARED = (
     "runtime.", "baseline.", "training.launcher.", "training.compile", "training.dtype",
     "training.micro_batch_size", "training.checkpoint_interval", "training.init_", "download.files.",
 )  # fmt: skip
-# End of a ratio's id -> the text metric that is divided by GPT-2's, as `<decoding strategy>.<metric>`.
+# End of a ratio's id -> the text metric that is divided by GPT-2's.
 TEXT_RATIOS = {
     "repetition": "greedy.seq_rep_4",
     "distinct_2": "greedy.distinct_2",
@@ -48,7 +47,7 @@ TEXT_RATIOS = {
 
 
 class Documents(Section):
-    """Total loss in nats and number of tokens of each document, in the order of the val split."""
+    """Losses in nats and numbers of tokens, in the order of the val documents."""
 
     ids_sha256: Sha256  # hash of the documents' ids and numbers of tokens
     nats: tuple[float, ...]
@@ -65,16 +64,19 @@ class Result(Section):
 
 
 def read_results(folder: Path) -> tuple[Result, ...]:
-    """Read all results in a folder, sorted by name. Raises BadConfig if a file is not valid."""
+    """Read all results in a folder, sorted by name.
+
+    Raises BadConfig if a file is not valid.
+    """
     paths = sorted(path for path in folder.glob("*.json") if path.stem not in SWEEPS)
     return tuple(load_section(path, Result) for path in paths)
 
 
 def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF) -> Path:
-    """Write the measured values of an experiment's run to results/NAME.json and return the path.
+    """Write the values of an experiment's run to results/NAME.json and return the path.
 
-    Raises BadConfig if params.yaml differs from the experiment, or if reports/ describes another run than
-    params.yaml. Raises MissingInput if a report is missing.
+    Raises BadConfig if `name` is a sweep, or if params.yaml, the experiment and reports/ differ. Raises
+    MissingInput if a report is missing.
     """
     if experiments.find_experiment(name, conf).sweep:
         raise BadConfig(f"{name} is a sweep: `compactgpt experiment run {name}` writes results/{name}.json")
@@ -106,13 +108,16 @@ def record_result(name: str, root: Path = Path(), conf: Path = experiments.CONF)
 
 
 def document_sums(ids: Sequence[str], nats: Sequence[float], tokens: Sequence[int]) -> Documents:
-    """Return the per-document losses, in the order of the val split, in nats rounded to 6 decimals."""
+    """Return the losses of the val documents, in nats rounded to 6 decimals."""
     rounded = tuple(round(n, 6) for n in nats)
     return Documents(ids_sha256=documents_sha256(ids, tokens), nats=rounded, tokens=tuple(tokens))
 
 
 def make_result(name: str, record: Mapping[str, Any], params: Params, documents: Documents) -> Result:
-    """Return an experiment's result: the measured values of the record, with the experiment's name in ids."""
+    """Return an experiment's result: the measured values of the record.
+
+    The ids of the values contain the experiment's name.
+    """
     by_id = {item["id"]: item for item in record["evidence"]}
     baselines = [one["name"] for one in record["models"]["measured"] if one["name"] != COMPACT]
     kept = [_rename(item, name, baselines) for item in by_id.values() if item["known"] == "measured"]
@@ -127,7 +132,7 @@ def make_result(name: str, record: Mapping[str, Any], params: Params, documents:
 
 
 def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of a value with the name of the experiment in its id, report and source."""
+    """Return a copy of a value with the experiment's name in id, report and source."""
     first, _, rest = item["id"].partition(".")
     renamed = {"report": f"results/{name}.json", "source": f"experiment {name}: {item['source']}"}
     if first == COMPACT:
@@ -135,7 +140,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
     elif first == "ratio":
         renamed |= {"id": f"ratio.{rest.replace(f'{COMPACT}_to_', f'{name}_to_', 1)}", "model": name}
     else:
-        # The name of a baseline may begin with the name of another baseline, so take the longest match.
+        # One baseline's name may begin with another's, so take the longest match.
         owner = max((other for other in baselines if item["id"].startswith(f"{other}.")), key=len)
         renamed["id"] = f"{owner}.{name}.{item['id'].removeprefix(f'{owner}.')}"
     return {**item, **renamed}
@@ -144,7 +149,7 @@ def _rename(item: Mapping[str, Any], name: str, baselines: Sequence[str]) -> dic
 def _derive(
     name: str, kept: Sequence[Mapping[str, Any]], curve: Sequence[Mapping[str, float | None]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the val loss minus the train loss, and the text metrics divided by GPT-2's text metrics."""
+    """Yield val loss minus train loss, and text metrics divided by GPT-2's."""
     by_id = {item["id"]: item for item in kept}
     val_loss, train_loss = curve[-1]["val_loss"], curve[-1]["train_loss"]
     if val_loss is not None and train_loss is not None:
@@ -167,7 +172,7 @@ def _derive(
 
 
 def compare_results(results: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    """Yield the perplexity ratio of each pair of experiments in PAIRS whose val documents are equal."""
+    """Yield the perplexity ratio of each pair in PAIRS with equal val documents."""
     by_name = {result.experiment: result for result in results}
     for value_id, (ours, theirs) in PAIRS.items():
         one, other = by_name.get(ours), by_name.get(theirs)

@@ -1,7 +1,6 @@
-"""Schemas of the reports that the stage `comparison` and `compactgpt gate` read, and functions to read them.
+"""Schemas of the reports that `comparison` and `compactgpt gate` read, and their readers.
 
-A schema has only the fields that are used. If a report lacks a field, or if two reports have scores of
-different documents, the error names the command that repairs the report.
+A schema has only the fields that are used. Errors name the command that repairs a report.
 """
 
 import csv
@@ -27,7 +26,7 @@ from compactgpt.reporting.provenance import code_hashes
 from compactgpt.reporting.results import Result, read_results
 from compactgpt.reporting.small_scale import find_directions
 
-# This experiment trains the demo's model on the demo's number of tokens, but with nanoGPT's recipe.
+# The demo's model, trained with nanoGPT's recipe on the same number of tokens.
 RECIPE = "nanogpt-recipe"
 RECIPE_LABEL = "nanoGPT's recipe: AdamW, full softmax, cosine; same tokens"
 
@@ -186,7 +185,7 @@ class _Law(Report):
 
 
 class Forecast(Report):
-    """Schema of a run in reports/estimate.json: the run of params.yaml, or the run described in the note."""
+    """A forecast in reports/estimate.json: for the run of params.yaml or the note's model."""
 
     parameters: ParameterCounts
     model: Model
@@ -210,7 +209,7 @@ class _NoteForecast(Forecast):
 class _Check(Report):
     name: str  # name of the published run
     measured: float  # loss of the run
-    # Limits of the 80 % and 95 % intervals that were predicted from the other published runs.
+    # Limits of the intervals predicted from the other published runs.
     low_80: float
     high_80: float
     low_95: float
@@ -271,7 +270,10 @@ Kind = TypeVar("Kind", bound=Report)
 
 
 def read_report(path: Path, kind: type[Kind]) -> Kind:
-    """Read the report of another stage. Raises MissingInput if it is missing, BadData if it is damaged."""
+    """Read the report of another stage.
+
+    Raises MissingInput if it is missing, BadData if it is damaged.
+    """
     try:
         return parse_report(path.read_bytes(), str(path), kind)
     except FileNotFoundError as error:
@@ -279,9 +281,9 @@ def read_report(path: Path, kind: type[Kind]) -> Kind:
 
 
 def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
-    """Parse the bytes of a report. `name` is the report's path in error messages.
+    """Parse the bytes of a report; errors call it `name`.
 
-    Raises BadData if the report is not JSON, or a field is missing or has a wrong value.
+    Raises BadData if the bytes do not fit the schema `kind`.
     """
     try:
         return kind.model_validate_json(content)
@@ -292,9 +294,9 @@ def parse_report(content: bytes, name: str, kind: type[Kind]) -> Kind:
 
 
 def read_curve(path: Path) -> list[dict[str, float | None]]:
-    """Return the rows of the loss curve. A loss is None at a step where it was not measured.
+    """Return the rows of the loss curve, with None for losses that were not measured.
 
-    Raises MissingInput if the file is missing, BadData if a column is missing or a value is not a number.
+    Raises MissingInput if the file is missing, BadData if it is damaged.
     """
     keys = ("step", "train_loss", "val_loss")
     try:
@@ -310,8 +312,8 @@ def read_curve(path: Path) -> list[dict[str, float | None]]:
 def read_sources(root: Path, reports: Path, data: Path, models: Path, params: Params) -> Sources:
     """Read all inputs of reports/evidence.json.
 
-    Raises MissingInput if a file is missing, BadData if a report is damaged or two reports score different
-    documents, and BadConfig if claims.yaml, published.yaml or a file in results/ is not valid.
+    Raises MissingInput if a file is missing. Raises BadConfig if claims.yaml, published.yaml or a file in
+    results/ is not valid. Raises BadData if a report is damaged, or if two reports score different documents.
     """
     compact, *baselines = _read_scores(reports, data, params.baseline.names)
     if recipe_run := _read_sweep(root, RECIPE, compact):
@@ -355,7 +357,7 @@ def _read_scores(reports: Path, data: Path, names: Iterable[str]) -> list[Measur
 
 
 def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
-    """Return a sweep, or None if its runs were not scored on the val documents of the compact model."""
+    """Return a sweep whose runs were scored on the compact model's documents, or None."""
     found, totals = read_sweep(root / "results" / f"{name}.json"), compact.totals
     if found is None or not found.runs or found.documents is None:
         return None
@@ -364,7 +366,7 @@ def _read_sweep(root: Path, name: str, compact: Measured) -> Sweep | None:
 
 
 def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
-    """Return the run with nanoGPT's recipe in the form of a baseline, so that tables show it."""
+    """Return the run with nanoGPT's recipe in the form of a baseline."""
     run = sweep.runs[0]
     totals = replace(compact.totals, nats=np.array(run.nats), views={}, own_tokens=None)
     report = {
@@ -383,7 +385,7 @@ def _as_measured(sweep: Sweep, compact: Measured) -> Measured:
 
 
 def _check_same_text(compact: Measured, other: Measured) -> None:
-    """Raise BadData if two models were scored on different documents, windows or numbers of task items."""
+    """Raise BadData if the scores of two models can't be compared."""
     ours, theirs, a, b = compact.score, other.score, compact.totals, other.totals
     different = []
     if ours.validation.sha256 != theirs.validation.sha256:

@@ -1,9 +1,7 @@
-"""Compare the directions of effects in small runs with the claims of the note that this project checks.
+"""Compare small runs with the directions of effects that the checked note claims.
 
-The runs have the size of the demo. Their results are in results/small-scale.json. The file
-conf/experiments/small-scale.yaml has the direction that each claim predicts. No verdict depends on these
-results. The interval of a perplexity ratio includes two kinds of uncertainty: from the choice of the val
-documents, and from the seed. The standard deviation between seeds comes from results/seeds.json.
+The runs are in results/small-scale.json, the directions in conf/experiments/small-scale.yaml. No verdict
+depends on them. The interval of a perplexity ratio includes the uncertainty from val documents and seeds.
 """
 
 import math
@@ -22,8 +20,7 @@ from compactgpt.experiments import CONF, Comparison, Expected, TextFigure, find_
 from compactgpt.forecast.sweep import Sweep, read_sweep
 
 NAME = "small-scale"
-# Text metric -> function that computes it from a dict with the keys `text` and `tokens`. The function returns
-# None if the text is too short.
+# Text metric -> function that computes it. It returns None if the text is too short.
 FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
     "seq_rep_4": lambda sample: seq_rep_4([_numbered_words(sample["text"])]),
     "distinct_2": lambda sample: distinct_n([_numbered_words(sample["text"])], 2),
@@ -32,16 +29,14 @@ FIGURES: dict[TextFigure, Callable[[Mapping[str, Any]], float | None]] = {
 
 
 def find_directions(root: Path) -> list[dict[str, Any]]:
-    """Return what the small runs of the project `root` show: one dict for each claim of each comparison.
+    """Return what the small runs show: one dict for each claim of each comparison.
 
-    A dict has the claim's id, the outcome, the value with its 95 % interval, the unit (`ratio` or
-    `difference`), and the numbers of runs of the two groups. The outcomes are:
-    - `same way`: the effect has the direction that the claim predicts.
+    The outcome in a dict is one of these:
+    - `same way`: the effect has the claimed direction.
     - `other way`: the effect has the opposite direction.
     - `no effect found`: the interval contains the value that means no effect.
 
-    A comparison is left out if its runs or texts are missing. The list is empty if results/small-scale.json
-    or results/seeds.json is missing, or if these files differ in recipe or val documents.
+    The list is empty unless the sweeps `small-scale` and `seeds` have equal recipes and documents.
     """
     small, seeds = (read_sweep(root / "results" / f"{name}.json") for name in (NAME, "seeds"))
     if not small or not seeds or small.documents != seeds.documents or small.settings != seeds.settings:
@@ -76,20 +71,19 @@ def _compare_runs(comparison: Comparison, small: Sweep, seeds: Sweep) -> Iterato
 
 
 def seed_margin(losses: Any, ours: int, theirs: int) -> float:
-    """Return half the width of the 95 % interval of a difference between two means, if only seeds differ.
+    """Return half the width of the 95 % interval of a difference between means.
 
-    `losses`, (runs,), are losses of runs that differ only in their seed. They give the standard deviation.
-    One mean is over `ours` runs, the other mean is over `theirs` runs.
+    `losses`, (runs,), are from runs that differ only in their seed. The means are over `ours` and
+    `theirs` runs.
     """
     deviation = float(np.std(losses, ddof=1))
     return t_quantile(0.975, len(losses) - 1) * deviation * math.sqrt(1 / ours + 1 / theirs)
 
 
 def widen(interval: Interval, margin: float) -> Interval:
-    """Widen the interval of a ratio, so that it includes a second error, which is independent of the first.
+    """Widen the interval of a ratio by a second, independent error.
 
-    `margin` is half the width of the second error's interval for the logarithm of the ratio. On this
-    logarithmic scale, the new half width is the square root of the sum of the two squared half widths.
+    `margin` is the error's half width for the logarithm of the ratio. The squared half widths are added.
     """
     centre = math.log(interval.value)
     below, above = centre - math.log(interval.low), math.log(interval.high) - centre
@@ -98,7 +92,7 @@ def widen(interval: Interval, margin: float) -> Interval:
 
 
 def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
-    """Return pairs of greedy texts (compact model, baseline) after the same beginning of a val document."""
+    """Return pairs of greedy texts (compact model, baseline) for the same val documents."""
     paths = (reports / "samples.json", reports / "baseline" / f"{baseline}.json")
     if not all(path.exists() for path in paths):
         return []
@@ -114,10 +108,9 @@ def _read_texts(reports: Path, baseline: str) -> list[tuple[Any, Any]]:
 def text_difference(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: TextFigure
 ) -> Interval | None:
-    """Return the mean difference of a text metric, first text minus second, with Student's 95 % interval.
+    """Return a metric's mean difference, first minus second text, with Student's 95 % interval.
 
-    The interval does not include the noise between seeds. A pair with a text that is too short for
-    the metric is left out. The result is None if fewer than two pairs remain.
+    Pairs with a text that is too short are left out. The result is None if fewer than two pairs remain.
     """
     values = [[FIGURES[figure](sample) for sample in pair] for pair in pairs]
     differences = [ours - theirs for ours, theirs in values if ours is not None and theirs is not None]
@@ -128,7 +121,7 @@ def text_difference(
 
 
 def _numbered_words(text: str) -> list[int]:
-    """Return the words and punctuation marks of a text as numbers; equal words have the same number."""
+    """Return one number per word or punctuation mark, the same for equal words."""
     words = re.findall(r"\w+|[^\w\s]", text)
     return [words.index(word) for word in words]
 

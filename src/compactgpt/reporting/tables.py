@@ -11,7 +11,7 @@ from compactgpt.reporting.templating import Language, load_messages, translate
 Record = Mapping[str, Any]
 Item = Mapping[str, Any]  # a value of the record: the fields of `Evidence`
 
-# Table -> its columns. `note` is the table of the note that this project checks: each column is a model.
+# Table -> its columns. The table `note` is the table of the checked note.
 COLUMNS = {
     "note": ("compact", "gpt2", "gpt2_xl"),
     "claims": ("claim", "says", "range", "verdict", "because"),
@@ -24,7 +24,7 @@ COLUMNS = {
         "val_perplexity", "bits_per_byte", "source",
     ),
 }  # fmt: skip
-# Row of the note's table -> id of the value of the model trained here, without its beginning `compact.`
+# Row of the note's table -> id of the compact model's value, without `compact.`
 TRAINED_HERE = {
     "parameters": "parameters.all_tensors",
     "perplexity": "perplexity",
@@ -76,7 +76,7 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    id: str = ""  # id of the value that the cell shows, or "" if the text is no value of the record
+    id: str = ""  # id of the value in the record, or "" if there is none
     note: str = ""  # a second line below the text
 
 
@@ -89,7 +89,7 @@ class View:
         self.evidence: dict[str, Item] = {item["id"]: item for item in record["evidence"]}
         self.claims: dict[str, Mapping[str, Any]] = {claim["id"]: claim for claim in record["claims"]}
         self.corpus: str = record["data"]["name"]
-        # False: the run used the user's own corpus, so the reports do not check the note's claims.
+        # False: the corpus is the user's own, so the note's claims are not checked.
         self.about_note: bool = record["about_note"]
         # Rows of the table of measured models.
         self.rows: list[Mapping[str, Any]] = record["models"]["measured"]
@@ -167,10 +167,9 @@ class View:
         return self.words["none"] if count is None else localized(f"{count:,.0f}", self.language)
 
     def value(self, name: str) -> str:
-        """Format the value with the id `name`. If the record lacks the value, return a dash.
+        """Format the value with the id `name`, or return a dash if it is missing.
 
-        If a perplexity is too large for a float, the record has only the loss. This perplexity is shown as
-        `not defined`.
+        A perplexity that is too large for a float is shown as `not defined`.
         """
         if name in self.evidence:
             return self.show(self.evidence[name])
@@ -178,16 +177,16 @@ class View:
         return self.words["not_defined" if is_too_large else "none"]
 
     def cell(self, name: str) -> Cell:
-        """Return a cell with the value whose id is `name`, or with a dash if the record lacks the value."""
+        """Return a cell with the value of the id `name`, or with a dash."""
         return Cell(self.value(name), name if name in self.evidence else "")
 
     def known_on(self, item: Item) -> str:
-        """Return how a value is known, such as `measured`, and on which corpus it was measured."""
+        """Return how a value is known, such as `measured`, and on which corpus."""
         corpus = f" ({self.translate('phrases', item['corpus'])})" if item["corpus"] else ""
         return self.translate("known", item["known"]) + corpus
 
     def conditions(self, item: Item) -> str:
-        """Return a value's corpus, context, stride and tokenizer as a string, or a dash if all are empty."""
+        """Return a value's corpus, context, stride and tokenizer, or a dash."""
         parts = [item["corpus"]] if item["corpus"] else []
         present = [key for key in ("context", "stride") if item[key]]
         parts += [f"{self.words[f'{key}_of']} {self.number(item[key])}" for key in present]
@@ -202,24 +201,23 @@ class View:
     # --- sentences
 
     def headline(self) -> str:
-        """Return the main result: the note's perplexities beside published, expected and measured ones.
+        """Return the main result: the note's perplexities beside published, expected or measured ones.
 
-        On the user's own corpus, the main result is the scores of the compact model.
+        On the user's own corpus, return the compact model's scores.
         """
         return self.say("answer" if self.about_note else "own_headline")
 
     def summary(self) -> str:
-        """Return the summary: how many claims of the note hold, do not hold, and so on.
+        """Return how many claims of the note hold, do not hold, and so on.
 
-        On the user's own corpus, return the comparison of the compact model with the baselines.
+        On the user's own corpus, return the ranking of the compact model.
         """
         return self.say("summary", sums=self.sums()) if self.about_note else self.ranking()
 
     def ranking(self) -> str:
         """Return the sentence that ranks the compact model against the baselines.
 
-        The compact model is better than a baseline if the interval of their perplexity ratio is below 1, and
-        worse if the interval is above 1.
+        The models are level if the interval of the perplexity ratio contains 1.
         """
         names: dict[str, list[str]] = {"better": [], "worse": [], "level": []}
         for name in self.baselines:
@@ -238,9 +236,9 @@ class View:
         return f"{number} {self.translate('verdicts', verdict)}"
 
     def groups(self) -> list[tuple[str, int, str]]:
-        """Return the groups of GROUPS that have claims, each as (name, number of claims, text).
+        """Return the groups of GROUPS that have claims: (name, number of claims, text).
 
-        The text has the number of claims with each verdict of the group, such as `3 confirmed, 2 supported`.
+        The text counts the claims by verdict, such as `3 confirmed, 2 supported`.
         """
         tally, found = dict(self.record["tally"]), []
         for group, verdicts in GROUPS.items():
@@ -259,7 +257,7 @@ class View:
     # --- claims
 
     def translation(self, claim: Mapping[str, Any]) -> str:
-        """Return the claim in English, or "" if the language is French or the quote needs no translation."""
+        """Return the claim in English, or "" if no translation is needed."""
         english: str = claim["english"]
         return "" if self.language == "fr" or english == claim["quote"] else english
 
@@ -269,7 +267,7 @@ class View:
         return f"{self.words['quote_open']}{text}{self.words['quote_close']}"
 
     def known_items(self, claim: Mapping[str, Any]) -> list[Item]:
-        """Return the values that decide a claim, then the values that are only shown with the claim."""
+        """Return the values that decide a claim, then the values shown beside the claim."""
         names = [decision["source"] for decision in claim["decisions"]] + list(claim["beside"])
         return [self.evidence[name] for name in names if name in self.evidence]
 
@@ -308,19 +306,19 @@ class View:
         return lines
 
     def claimed(self, claim: Mapping[str, Any]) -> str:
-        """Format the interval that a claim gives, or return a dash if the claim gives no interval."""
+        """Format the interval of a claim, or return a dash if there is none."""
         return self.interval(claim["low"], claim["high"], claim["unit"]) or self.words["none"]
 
     # --- tables
 
     def note_head(self) -> list[str]:
-        """Return the column headings: the models in the table of the note, and the compact model."""
+        """Return the column headings of the note's table."""
         return ["", *self.head(COLUMNS["note"]), *([self.say("trained_here")] if self.about_note else [])]
 
     def note_rows(self) -> list[tuple[str, list[Mapping[str, Any]], list[Item]]]:
-        """Return each row of the note's table as (name of the quantity, claims of the models, values).
+        """Return the rows of the note's table: (quantity, claims about the models, values).
 
-        `values` contains the value of the model that was trained here. It is empty if there is no such value.
+        `values` has the compact model's value, or is empty.
         """
         rows = []
         for row in self.record["table"]:
@@ -330,7 +328,7 @@ class View:
         return rows
 
     def measured_rows(self) -> list[list[Cell]]:
-        """Return the rows of the table of measured models. A model has one row for each measured context."""
+        """Return the rows of the table of measured models, one for each context."""
         rows = []
         for row in self.rows:
             cells = self._sizes_and_scores(row["name"], row["scores"])
@@ -374,9 +372,9 @@ class View:
         }
 
     def task_rows(self) -> list[list[str]]:
-        """Return the measured scores that are not in `measured_rows`, as (model, quantity, value, p-value).
+        """Return the scores that `measured_rows` lacks, as (model, quantity, value, p-value).
 
-        If the record has both the loss and the perplexity of a measurement, only the loss has a row.
+        A perplexity has no row if the record has its loss.
         """
         endings = (".accuracy", ".loss", "word_perplexity", ".perplexity")
         measured = [name for name, item in self.evidence.items() if item["known"] == "measured"]

@@ -1,6 +1,6 @@
-"""The messages of the reports in English and French, and Jinja2 environments for HTML and Markdown.
+"""The reports' messages in English and French, and Jinja2 environments for HTML and Markdown.
 
-The environments escape all values. They do not escape the messages of templates/en.yaml and fr.yaml.
+The environments escape all values, but not the messages in templates/en.yaml and fr.yaml.
 """
 
 import re
@@ -31,7 +31,7 @@ def load_messages(language: Language) -> Mapping[str, Mapping[str, str]]:
 
 
 def translate(language: Language, section: str, text: str) -> str:
-    """Return the translation of a word or sentence of the record; without a translation, return the text."""
+    """Return the translation of a text of the record, or the text itself."""
     for english, translation in load_messages(language).get(section, {}).items():
         # A placeholder `{name}` in the English text matches any text.
         pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(english))
@@ -65,15 +65,12 @@ def markdown_environment() -> "Environment":
 
 
 def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
-    """Create a Jinja2 environment that escapes values with `escape`.
-
-    Jinja2's autoescaping knows only HTML. So `finalize` escapes each value before autoescaping and returns it
-    as `Markup`, which Jinja2 does not escape again. Messages and the output of macros are `Markup`, too.
-    """
+    """Create a Jinja2 environment that escapes values with `escape`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
     from markupsafe import Markup
 
     def finalize(value: Any) -> Markup:
+        # Jinja2 does not escape `Markup` again. Its own autoescaping knows only HTML.
         return value if isinstance(value, Markup) else escape(str(value))
 
     @pass_context
@@ -98,7 +95,7 @@ def _environment(escape: Callable[[str], "Markup"]) -> "Environment":
 
 
 def _marks_to_html(text: str) -> "Markup":
-    """Convert a message to HTML: escape it, then replace each pair of Markdown marks by an HTML element."""
+    """Escape a message as HTML and replace its Markdown marks by HTML elements."""
     from markupsafe import Markup, escape
 
     html = str(escape(text))

@@ -1,8 +1,7 @@
 """Check that the project's files match their inputs: `compactgpt verify`.
 
-Files, commands and parameters are compared with dvc.lock. These parts of reports/ are computed again and
-compared with the files: the estimate, the models' scores, the record, and all files rendered from the record.
-A file that `dvc pull` has not downloaded is reported as unchecked.
+Files, commands and parameters must match dvc.lock. Estimate, scores, record and rendered files are computed
+again and compared. Files that `dvc pull` has not downloaded are reported as unchecked.
 """
 
 import json
@@ -68,7 +67,10 @@ class Verification:
 
 
 def verify(root: Path) -> Verification:
-    """Run all checks on the project in a folder. Raises UserError only if params.yaml can't be read."""
+    """Run all checks on the project in a folder.
+
+    Raises UserError if params.yaml can't be read.
+    """
     found, params = Verification(), load_params(root / "params.yaml")
     for check in (check_lock, check_params, check_estimate, check_numbers, check_renderings):
         run_check(check, root, params, found)
@@ -117,7 +119,7 @@ def check_lock(root: Path, _params: Params, found: Verification) -> None:
 
 
 def check_params(root: Path, _params: Params, found: Verification) -> None:
-    """Compare the hash of parameters in each report with the hash of the parameters in dvc.lock."""
+    """Compare the parameters' hash in each report with the parameters in dvc.lock."""
     for stage, entry in read_chain(Folder(root)).entries.items():
         for path in outs(entry):
             if not path.startswith("reports/") or not path.endswith(".json") or not (root / path).exists():
@@ -168,9 +170,9 @@ def check_numbers(root: Path, params: Params, found: Verification) -> None:
 
 
 def check_renderings(root: Path, params: Params, found: Verification) -> None:
-    """Compare reports/evidence.json, and the files rendered from it, with the same files computed again.
+    """Compare the record and the rendered files with the same files computed again.
 
-    If the inputs of reports/evidence.json are missing, only the rendered files are compared.
+    Without the record's inputs, only the rendered files are compared.
     """
     reports = root / "reports"
     needed = ("models/compact/" + MANIFEST, "data/evaluation/compact.parquet")
@@ -192,7 +194,7 @@ def check_renderings(root: Path, params: Params, found: Verification) -> None:
 def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator[str]:
     """Yield a message for each value that differs between two JSON documents.
 
-    `partial` ignores values that only `found` has.
+    With `partial`, values that only `found` has are ignored.
     """
     want, have = _values_by_path(expected), _values_by_path(found)
     for path in want if partial else sorted({*want, *have}):
@@ -202,11 +204,7 @@ def differences(expected: Any, found: Any, *, partial: bool = False) -> Iterator
 
 
 def _values_by_path(value: Any, path: str = "") -> dict[str, str]:
-    """Return the number, text, boolean or null at each path of a JSON document.
-
-    A path has the form `evidence[gpt2.loss].low`. A list item is named by its `id`, or by its index if
-    it has no `id`.
-    """
+    """Return a dict: path of a value, such as `evidence[gpt2.loss].low` -> value as JSON."""
     if isinstance(value, dict):
         parts = {f"{path}.{key}" if path else key: one for key, one in value.items()}
     elif isinstance(value, list):
