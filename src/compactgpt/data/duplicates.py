@@ -1,8 +1,8 @@
 """Find documents that repeat other documents, and text of the val split that is also in the train split.
 
-A run is a sequence of n consecutive words of one document (an n-gram). Two documents are twins if their sets
-of 5-word runs are similar. The overlap of a val document is the share of its 13-word runs that some train
-document contains, as in GPT-3 (Brown et al. 2020, appendix C).
+A run of words is a sequence of consecutive words of one document (an n-gram).
+Two documents are twins if their sets of 5-word runs are similar.
+The overlap of a val document is the share of its 13-word runs that are also in train (GPT-3, appendix C).
 """
 
 import hashlib
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
-# Unicode ranges of the scripts that write no space between words.
-# Combining marks are included, since some Thai and Khmer vowels are combining marks.
+# Unicode ranges of the scripts without spaces between words, combining marks included.
 _UNSPACED = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u0f00-\u0fff"  # Tibetan
@@ -43,15 +42,14 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 # An odd number: multiplying by an odd number modulo 2^64 keeps different hashes different.
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _NEIGHBOURS = 8  # `_candidates` pairs each document with this many later documents of its bucket
-# If a run is in this many train documents, `digest_documents` does not store further train documents for it.
+# After this many train documents with a run of words, `digest_documents` stores no further ones.
 _OWNERS_PER_RUN = 10
 
 
 def word_hashes(text: str) -> Hashes:
     """Return the hash of each word of a text, shape (words,).
 
-    Punctuation, white space and case are ignored, as in GPT-3's appendix C. In a script without spaces, such
-    as Chinese, each character is a word: otherwise a whole sentence would be one word.
+    Punctuation, white space and case are ignored. In a script without spaces, each character is a word.
     """
     return np.fromiter(map(_word_hash, _WORD.findall(text.lower())), np.uint64)
 
@@ -66,7 +64,7 @@ def _hash(content: bytes) -> int:
 
 
 def run_hashes(words: Hashes, length: int) -> Hashes:
-    """Return the hash of each sequence of `length` consecutive words, given the hash of each word."""
+    """Return the hash of each run of `length` words, given the hash of each word."""
     count = max(0, len(words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for offset in range(length):
@@ -78,17 +76,17 @@ def run_hashes(words: Hashes, length: int) -> Hashes:
 
 
 class Digest(NamedTuple):
-    """Tables about n documents, which are the documents of one row group or of the whole corpus."""
+    """Tables about the n documents of one row group, or of the whole corpus."""
 
     documents: "pd.DataFrame"  # n rows; columns: id, source, bytes (of text), in_val (is in the val split)
     signatures: npt.NDArray[np.uint32]  # (n, permutations) MinHash values
-    # Which document contains which run of the val split. A row has `document`, the index of the document in
-    # `documents`, and `run`, the index of the run in the result of `val_runs`.
+    # One row for each document and each of its runs of words that are also in val.
+    # Columns: document (row of `documents`), run (index in the result of `val_runs`).
     hits: "pd.DataFrame"
 
 
 def val_runs(groups: Iterable[RowGroup], rule: SplitRule, length: int) -> Hashes:
-    """Return the sorted hashes of all runs of `length` words in the val documents, shape (runs,)."""
+    """Return the sorted hashes of all runs of words in the val documents, shape (runs,)."""
     hashes = [np.empty(0, np.uint64)]
     for group in groups:
         documents = read_row_group(group)
@@ -110,8 +108,8 @@ def digest_group(group: RowGroup, params: Inspection, rule: SplitRule, runs_file
         words = word_hashes(document.text)
         runs = run_hashes(words, params.shingle_words)
         if not len(runs):
-            # The document is shorter than one run, so its words are hashed together. A document without words
-            # gets a hash of its id: otherwise all documents without words would count as similar.
+            # The words of a shorter document are hashed together.
+            # A document without words gets the hash of its id, so it is similar to no other.
             runs = np.array([_hash(words.tobytes() or bytes.fromhex(document.id))], np.uint64)
         shingles.append(runs)
         runs = run_hashes(words, params.overlap_words)
@@ -143,14 +141,11 @@ def digest_documents(
     num_workers: int,
     progress: Progress = silent,
 ) -> Digest:
-    """Return the digest of the whole corpus, which has `total` documents in the row groups `groups`.
-
-    The corpus is read twice: first to find the runs of the val split, then to compute the digest.
-    """
+    """Return the digest of the whole corpus, which has `total` documents. The corpus is read twice."""
     import pandas as pd
 
     runs = val_runs(groups, rule, params.overlap_words)
-    num_owners = np.zeros(len(runs), np.int32)  # (runs,) number of train documents that contain the run
+    num_owners = np.zeros(len(runs), np.int32)  # (runs,) number of train documents with this run of words
     parts: list[Digest] = []
     documents = 0
     with TemporaryDirectory() as scratch:
@@ -160,8 +155,7 @@ def digest_documents(
         for part in ordered_map(digest, groups, num_workers):
             hits = part.hits
             of_val = part.documents["in_val"].to_numpy()[hits["document"]]
-            # Keep all rows of val documents, but for each run only a few rows of train documents. Otherwise a
-            # text that every document contains, such as a licence, would fill the memory.
+            # A text in very many train documents, such as a licence, would fill the memory.
             is_kept = of_val | (num_owners[hits["run"]] < _OWNERS_PER_RUN)
             np.add.at(num_owners, hits["run"].to_numpy()[~of_val], 1)
             # Convert each document's number in the row group to its number in the corpus.
@@ -182,19 +176,19 @@ def digest_documents(
 def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
     """Return a table of the documents that have a twin: another document with similar words.
 
-    `document` and `twin` are indices in `corpus.documents`. `score` is their similarity, from 0 to 1.
-    `across` is True if the twin is in the other split. A document has at most two rows: one for its most
-    similar twin in its own split, and one for its most similar twin in the other split. The rows are sorted
-    by document, and then by score, the highest first.
-
     The MinHash values of a document (Broder 1997) are divided into bands. Two documents are compared if all
-    values of one band are equal (locality-sensitive hashing). Their score is the share of MinHash values that
-    are equal. The score estimates the Jaccard similarity of their sets of 5-word runs.
+    values of one band are equal. A document has at most two rows: its most similar twin in each split.
+
+    Columns:
+        document, twin: row numbers in `corpus.documents`
+        score: share of equal MinHash values, which estimates the Jaccard similarity
+        in_val: True if `document` is in the val split
+        across: True if `twin` is in the other split
     """
     import pandas as pd
 
     in_val, signatures = corpus.documents["in_val"].to_numpy(), corpus.signatures
-    # rensa's search for similar documents is not used: it takes 1.3 KB of memory per document.
+    # rensa's own search is not used: it takes 1.3 KB of memory per document.
     width = params.permutations // params.bands
     found = []
     for band in range(params.bands):
@@ -216,18 +210,13 @@ def find_twins(corpus: Digest, params: Inspection) -> "pd.DataFrame":
 
 
 def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
-    """Return pairs of documents with equal keys: an array of first documents, an array of second documents.
-
-    `keys` has one key per document. All documents with one key form a bucket. Each document is paired with
-    the first document of its bucket, and with the next `_NEIGHBOURS` documents. Other pairs are left out:
-    they may be too many, since a text that occurs 100,000 times has 5 billion pairs.
-    """
-    # Train documents come first in a bucket. So each val document is paired with a train document, if the
-    # bucket has one.
+    """Return pairs of documents with equal keys: the first documents, and the second documents."""
+    # A bucket is all documents with one key. Train documents come first in a bucket.
     order = np.lexsort((in_val, keys))
     ordered = keys[order]
     bucket_starts = np.searchsorted(ordered, ordered)
     repeats = np.flatnonzero(bucket_starts < np.arange(len(keys)))
+    # Not all pairs of a bucket are returned: 100,000 copies of a text have 5 billion pairs.
     first, second = [bucket_starts[repeats]], [repeats]  # indices in `order`
     for distance in range(1, _NEIGHBOURS + 1):
         same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
@@ -240,11 +229,14 @@ def _candidates(keys: Hashes, in_val: npt.NDArray[np.bool_]) -> tuple[Numbers, N
 
 
 def find_overlap(corpus: Digest) -> "pd.DataFrame":
-    """Return a table with one row per val document: how much of the document is in the train split.
+    """Return a table with one row per val document: how much of it is in train.
 
-    A run is a sequence of 13 words. `runs` is the number of different runs in the val document. `seen` is the
-    number of these runs that some train document contains. `score` is `seen` / `runs`. `twin` is the index of
-    the train document that contains most of these runs, or -1 if no train document contains one.
+    Columns:
+        document: row number in `corpus.documents`
+        runs: number of different runs of words in the document
+        seen: number of these runs that are also in train
+        twin: row number of the train document that has most of these runs, or -1
+        score: `seen` / `runs`
     """
     import pandas as pd
 
@@ -252,7 +244,7 @@ def find_overlap(corpus: Digest) -> "pd.DataFrame":
     of_val = in_val[hits["document"]]
     shared = hits[of_val].merge(hits[~of_val].rename(columns={"document": "twin"}), on="run")
     counts = shared.groupby(["document", "twin"], as_index=False).size()
-    # The sort is stable: of two train documents with equal counts, the first in the corpus is the twin.
+    # The sort is stable: of equal counts, the first train document is the twin.
     counts = counts.sort_values("size", ascending=False, kind="stable").drop_duplicates("document")
     overlap = pd.DataFrame(
         {

@@ -1,10 +1,8 @@
-"""Check that the token files are correct, and that the val split does not repeat the train split.
+"""Check the token files, and that the val split does not repeat the train split.
 
-Great Expectations checks three tables, which have one row each. The table `train` describes the token
-file of the train split, for example its number of documents. The table `val` describes the token file of the
-val split. The table `repetition` has the shares of documents that repeat other documents. The report lists
-the flagged documents: the val documents that repeat another document. The stage `comparison` also computes
-each model's loss without the flagged documents.
+Great Expectations checks one table per token file, and one with the shares of repeated documents.
+The report lists the flagged documents: the val documents that repeat another document.
+The stage `comparison` also computes each model's loss without the flagged documents.
 """
 
 import math
@@ -28,8 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TOKENS_AT_ONCE = 2**24  # `_count_tokens` reads this many tokens at a time
-# The least number of row groups per worker process. With fewer, starting a process takes more time than the
-# process saves.
+# A worker process with fewer row groups takes longer to start than it saves.
 _GROUPS_PER_WORKER = 8
 
 
@@ -44,9 +41,7 @@ def inspect(
 ) -> dict[str, Any]:
     """Check the token files in `tokens`, write Data Docs into `docs`, and return the report.
 
-    The report has the size of each split, the counts of repeated documents (`repetition`), the val documents
-    that repeat another document (`flagged`), the most similar pairs of train documents (`repeated`), and the
-    results of the expectations. The report does not depend on the number of workers.
+    The report does not depend on `num_workers`.
     Raises MissingInput or BadData if an input is missing or damaged.
     """
     manifest, corpus_facts = verified_manifest(tokens), verified_manifest(documents)
@@ -73,9 +68,9 @@ def inspect(
 
 
 def passed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what training depends on: whether all checks passed, and the hash of each split's token file.
+    """Return what training depends on: whether all checks passed, and each token file's hash.
 
-    The limits of the checks are not included. So DVC does not run training again when a limit changes.
+    The limits of the checks are left out, so a new limit alone does not repeat training.
     """
     return {name: {"passed": report["success"], "sha256": report[name]["sha256"]} for name in SPLITS}
 
@@ -111,23 +106,23 @@ def _split_table(split: TokenFile, name: str, corpus: Digest, rule: SplitRule, p
 
 
 def _count_tokens(split: TokenFile) -> dict[str, Any]:
-    """Return the highest token id, and the numbers of end-of-text tokens that are missing or misplaced."""
-    eot, highest, ends = split.header.eot_token, 0, 0  # `ends` counts the end-of-text tokens
+    """Return the highest token id, and the numbers of missing and misplaced end-of-text tokens."""
+    eot, highest, num_ends = split.header.eot_token, 0, 0
     for start in range(0, len(split.tokens), _TOKENS_AT_ONCE):
         part = split.tokens[start : start + _TOKENS_AT_ONCE]
         highest = max(highest, int(part.max()))
-        ends += int(np.count_nonzero(part == eot))
+        num_ends += int(np.count_nonzero(part == eot))
     # A document must end with an end-of-text token, and must have no other end-of-text token.
     closed = int(np.count_nonzero(split.tokens[split.offsets[1:] - 1] == eot))
     return {
         "highest_token": highest,
         "documents_without_end": split.header.documents - closed,
-        "ends_inside": ends - closed,
+        "ends_inside": num_ends - closed,
     }
 
 
 def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
-    """Return how many documents of a token file differ in id or length from the same row of `expected`."""
+    """Return how many documents of a token file differ from `expected` in id or length."""
     found = zip(split.document_ids, split.byte_lengths, strict=True)
     wanted = zip(expected["id"], expected["bytes"], strict=True)
     return sum(one != other for one, other in zip_longest(found, wanted))
@@ -139,7 +134,7 @@ def _count_differences(split: TokenFile, expected: "pd.DataFrame") -> int:
 def _count_repetition(
     documents: int, twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection
 ) -> dict[str, Any]:
-    """Count the documents that repeat another document, and the text of val that is also in train."""
+    """Return the counts and shares of repeated documents for the report."""
     leaked = overlap["score"] >= params.leaked_overlap
     leaked |= overlap["document"].isin(twins[twins["across"]]["document"])
     near_duplicates = twins["document"].nunique()
@@ -149,18 +144,16 @@ def _count_repetition(
         "leaked_share": int(leaked.sum()) / max(1, len(leaked)),  # divided by the number of val documents
         "runs": int(overlap["runs"].sum()),
         "runs_in_train": int(overlap["seen"].sum()),
-        # A document with fewer than `overlap_words` words has no run, so `find_overlap` can't compare it.
+        # `find_overlap` can't compare a document with fewer than `overlap_words` words.
         "val_documents_without_runs": int((overlap["runs"] == 0).sum()),
     }
 
 
 def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of the val documents that have a twin, or whose overlap with train is above the limit.
-
-    If a val document has a train document and a val document as twins, the row names the train document.
-    """
+    """Return a table of the val documents with a twin, or with an overlap above `flagged_overlap`."""
     import pandas as pd
 
+    # A twin in train comes before a twin in val, so `drop_duplicates` keeps it.
     of_val = twins[twins["in_val"]].sort_values("across", ascending=False, kind="stable")
     of_val = of_val.drop_duplicates("document").assign(kind="near duplicate")
     in_train = overlap[(overlap["twin"] >= 0) & (overlap["score"] > params.flagged_overlap)]
@@ -168,18 +161,18 @@ def _flagged(twins: "pd.DataFrame", overlap: "pd.DataFrame", params: Inspection)
 
 
 def _repeated(twins: "pd.DataFrame", params: Inspection) -> "pd.DataFrame":
-    """Return a table of the pairs of train documents that are most similar, each pair once."""
+    """Return a table of the most similar pairs of train documents, each pair once."""
     pairs = twins[~twins["in_val"] & ~twins["across"]]
     lower, higher = pairs[["document", "twin"]].min(axis=1), pairs[["document", "twin"]].max(axis=1)
     pairs = pairs.assign(document=lower, twin=higher, kind="near duplicate")
     pairs = pairs.drop_duplicates(["document", "twin"])
-    # Pairs with equal scores are sorted by document number, so that the order is always identical.
+    # Pairs with equal scores are sorted by document number.
     ordered = pairs.sort_values(["score", "document", "twin"], ascending=[False, True, True])
     return ordered.head(params.max_listed)
 
 
 def uncompared(report: Mapping[str, Any], words: int) -> str:
-    """Return a message if most val documents have fewer than `words` words, else an empty string."""
+    """Return a message if most val documents have fewer than `words` words, else ''."""
     short, total = report["repetition"]["val_documents_without_runs"], report["val"]["documents"]
     if 2 * short <= total:
         return ""
@@ -203,7 +196,7 @@ def _repetition_table(repetition: Mapping[str, Any], params: Inspection) -> Tabl
 
 
 def _describe(repeats: "pd.DataFrame", corpus: Digest) -> list[dict[str, Any]]:
-    """Return the rows of `repeats` for the report, with id and source in place of each document number."""
+    """Return the rows of `repeats` for the report: ids and sources replace document numbers."""
     numbers = sorted({*repeats["document"], *repeats["twin"]})
     names: dict[Any, Any] = corpus.documents.loc[numbers, ["id", "source"]].to_dict("index")
     rows: list[dict[Any, Any]] = repeats.to_dict("records")

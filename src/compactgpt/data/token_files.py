@@ -1,8 +1,8 @@
 """Write and read token files, and cut them into training batches and evaluation windows.
 
-A token file `<split>.tokens` contains the token ids of all documents of a split, after a header of
-HEADER_BYTES bytes. The header is MAGIC and one line of JSON, padded with spaces. Each document ends with the
-end-of-text token. The document index `<split>.index.safetensors` has the arrays `offsets`, `bytes` and `ids`.
+A token file `<split>.tokens` has a header of HEADER_BYTES bytes, and then the token ids of all documents.
+The header is MAGIC and one line of JSON, padded with spaces. Each document ends with the end-of-text token.
+The document index `<split>.index.safetensors` has the arrays `offsets`, `bytes` and `ids`.
 Shapes: B sequences in a batch, T tokens in a sequence.
 """
 
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save
 from compactgpt.common.errors import BadData, MissingInput
 from compactgpt.common.storage import MANIFEST, atomic_file, read_manifest, verify_file, write_bytes
 
-# The names of the two files of a GPT-2 tokenizer, and the token that ends each document.
+# The file names of a GPT-2 tokenizer, and the token that ends each document.
 VOCAB_BPE = "vocab.bpe"
 ENCODER_JSON = "encoder.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -31,8 +31,8 @@ MAGIC = b"CGPTTOK\n"
 HEADER_BYTES = 1024
 Tokens = npt.NDArray[np.integer[Any]]
 Lengths = npt.NDArray[np.int64]
-# A document's number, and an array of tokens: a start token, and then the document's tokens. A model reads
-# the start token, but does not predict it.
+# A document's number, and its tokens after a start token.
+# A model reads the start token, but does not predict it.
 Stream = tuple[int, npt.NDArray[np.int64]]
 
 
@@ -86,10 +86,9 @@ def pack_documents(
     eot_token: int,
     tokenizer_sha256: str,
 ) -> TokenFile:
-    """Append the end-of-text token to each document, join the documents, and return a TokenFile in memory.
+    """Return a TokenFile in memory: the documents, each with an end-of-text token. Write no file.
 
-    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids. The function writes
-    no file: it only stores `path` in the TokenFile.
+    A document is a tuple of its 16-byte id, its length in UTF-8 bytes, and its token ids.
     """
     rows = list(documents)
     end = np.array([eot_token], np.uint32)
@@ -116,9 +115,9 @@ def pack_documents(
 
 
 def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
-    """Join `parts` into one token file at `path`, and write the document index.
+    """Join `parts` into one token file at `path`, and write its document index.
 
-    The index takes 32 bytes of memory per document. The tokens of the parts are not loaded into memory.
+    Only the index is loaded into memory: 32 bytes per document.
     """
     lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
     index = {
@@ -142,9 +141,8 @@ def write_tokens(path: Path, parts: Sequence[TokenFile]) -> None:
 def open_tokens(path: Path, *, verify: bool = True) -> TokenFile:
     """Open a token file and its document index.
 
-    If `verify` is true and the folder has a manifest, the two files must have the hashes in the manifest.
-    Raises MissingInput if a file is missing, BadData if a file is damaged or the two files do not belong
-    together.
+    If `verify` is true, the files must have the hashes in the folder's manifest, if there is one.
+    Raises MissingInput if a file is missing, BadData if the files are damaged or do not belong together.
     """
     index_file = index_path(path)
     for each in (path, index_file):
@@ -184,11 +182,10 @@ def _read(path: Path, index_file: Path) -> TokenFile:
 def training_batch(
     tokens: Tokens, *, seed: int, step: int, sequences: int, block_size: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the batch of one training step: the input tokens (B, T) and the target tokens (B, T), as int64.
+    """Return the input tokens (B, T) and the target tokens (B, T) of one training step.
 
-    `tokens` are all tokens of the train split. The target of a token is the next token. A sequence starts at
-    a random index in `tokens`, as in nanoGPT's get_batch. The result depends only on the arguments, so a
-    resumed training needs no saved state of a random generator.
+    Sequences start at random indices, as in nanoGPT's get_batch. The target of a token is the next token.
+    The result depends only on the arguments, so a resumed training needs no random state.
     Raises BadData if `tokens` is too short for one sequence.
     """
     if len(tokens) <= block_size:
@@ -205,7 +202,7 @@ def training_batch(
 
 @dataclass(frozen=True)
 class Window:
-    """A part of one document: the tokens that a model reads, and the tokens that the model must predict."""
+    """A part of one document: tokens that a model reads, and tokens that it must predict."""
 
     document: int  # number of the document in the token file, from 0
     tokens: npt.NDArray[np.int64]  # (T,) the tokens that the model reads
@@ -213,11 +210,10 @@ class Window:
 
 
 def evaluation_windows(split: TokenFile, window: int) -> Iterator[Window]:
-    """Cut every document into windows, and yield the windows in document order.
+    """Cut every document into windows of at most `window` targets (tokens to predict).
 
-    A target is a token that the model must predict. A window has at most `window` targets. Each token of a
-    document's text is a target exactly once. The end-of-text token encodes no text, so it is never a target:
-    it is only the first token that the model reads in the first window of a document.
+    Each token of a document's text is a target exactly once. The end-of-text token is never a target: it is
+    only the first token that the model reads.
     """
     return cut_windows(document_streams(split), window)
 
@@ -229,7 +225,7 @@ def document_streams(split: TokenFile) -> Iterator[Stream]:
 
 
 def cut_windows(streams: Iterable[Stream], window: int) -> Iterator[Window]:
-    """Cut each stream into windows that do not overlap. A window has at most `window` tokens to predict."""
+    """Cut each stream into windows of at most `window` targets. Windows do not overlap."""
     for document, stream in streams:
         for start in range(0, len(stream) - 1, window):
             end = min(start + window, len(stream) - 1)

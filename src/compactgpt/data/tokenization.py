@@ -1,8 +1,7 @@
-"""Encode the documents, and write a token file for the train split and a token file for the val split.
+"""Encode the documents, and write a token file for the train split and for the val split.
 
-A worker process encodes one document shard (a parquet file) into a chunk: a folder with a token file for
-each split. At the end, the stage joins the chunks. If a run is killed, the next run keeps the finished
-chunks, and encodes only the other shards.
+A worker process encodes one document shard (a parquet file) into a chunk, which is a folder of token files.
+At the end, the stage joins the chunks. If a run is killed, the next run keeps the finished chunks.
 """
 
 import hashlib
@@ -34,27 +33,27 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule that chooses the documents of val, by their hash or by their position in the corpus."""
+    """The rule that chooses the val documents by hash, or by position in the corpus."""
 
     val_fraction: float  # the wanted size of val, as a share of the corpus from 0 to 1
-    # The position of the first val document: the file name of its shard, the index of the row group in the
-    # shard, the index of the row in the row group. None: documents are chosen by hash.
+    # The first val document: file name of its shard, number of its row group, row in the row group.
+    # None: documents are chosen by hash.
     val_start: tuple[str, int, int] | None = None
 
     def in_val(self, group: RowGroup, documents: Sequence[Document]) -> list[bool]:
         """Return for each document of a row group whether it is in val."""
         if self.val_start is None:
-            # The id is a hash, so its first 64 bits are a random number. A document keeps its split when the
-            # corpus grows.
+            # The id is a hash of the text, so its first 64 bits are a random number.
+            # A document keeps its split when the corpus grows.
             return [int(each.id[:16], 16) < self.val_fraction * 2**64 for each in documents]
         return [(group.path.name, group.number, row) >= self.val_start for row in range(len(documents))]
 
 
 def split_rule(groups: Sequence[RowGroup], split: str, val_fraction: float, size: int) -> SplitRule:
-    """Return the rule that divides a corpus, which has `size` bytes of text, into train and val.
+    """Return the rule that divides a corpus of `size` bytes of text into train and val.
 
-    If `split` is `hash`, val has about the share `val_fraction` of the documents. If `split` is `tail`, val
-    is the end of the corpus, as in nanoGPT, and has the share `val_fraction` of the bytes of text.
+    `split` is `hash`: val has about the share `val_fraction` of the documents.
+    `split` is `tail`: val is the end of the corpus, `val_fraction` of its bytes, as in nanoGPT.
     """
     if split == "hash":
         return SplitRule(val_fraction)
@@ -77,16 +76,16 @@ def tokenize(
     state: Path,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write the token files of the train split and the val split into `folder`, and return the report.
+    """Write the token files of both splits into `folder`, and return the report.
 
-    The folder `state` keeps the finished chunks (encoded shards), so that a killed run can be resumed.
+    The folder `state` keeps the finished chunks for a resumed run.
     Raises MissingInput if an input is missing, BadData if an input is damaged or a split has no document.
     """
     corpus, saved = verified_manifest(documents), verified_manifest(tokenizer)
     facts = {key: saved[key] for key in ("encoding", "vocab_size", "eot_token", "tokenizer_sha256")}
     groups = row_groups(documents)
     shards = [list(of_shard) for _, of_shard in groupby(groups, lambda group: group.path)]
-    # The name of the folder `chunks` is a hash of all inputs, so chunks from other inputs are never used.
+    # A hash of all inputs names the folder: chunks of other inputs are never used.
     settings = [params.val_fraction, params.split, params.encoder]
     inputs = json_bytes([STATE_VERSION, corpus["files"], facts, settings])
     chunks = state / hashlib.sha256(inputs).hexdigest()[:16]
@@ -134,7 +133,7 @@ def encode_shard(
     vocabulary: dict[str, Any],
     rule: SplitRule,
 ) -> int:
-    """Encode one shard, write its chunk (a token file per split), and return the shard's bytes of text."""
+    """Write the chunk of one shard, and return the shard's bytes of text."""
     chunk = chunks / groups[0].path.stem
     with suppress(UserError, KeyError):  # such an error means that the chunk is missing or damaged
         return int(verified_manifest(chunk)["text_bytes"])  # an earlier run has written the chunk
@@ -158,9 +157,9 @@ def encode_shard(
 
 
 def describe_splits(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the size of each split in a folder of token files, and the SHA-256 of its token file.
+    """Return the size of each split, and the SHA-256 of its token file.
 
-    The number of tokens includes the end-of-text token of each document.
+    The number of tokens includes the end-of-text tokens.
     """
     files = read_manifest(folder)["files"]
     splits = {split: open_tokens(folder / f"{split}.tokens", verify=False) for split in SPLITS}
@@ -176,10 +175,10 @@ def describe_splits(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_on_ray(function: Callable[[T], R], tasks: Sequence[T], num_workers: int) -> Iterator[R]:
-    """Run `function(task)` for each task on a Ray cluster, and yield the results in the order of the tasks.
+    """Run `function(task)` for each task on a Ray cluster, and yield the results in order.
 
-    The cluster is at the address in RAY_ADDRESS; without RAY_ADDRESS, it is started on this machine. On every
-    machine of the cluster, this package must be installed, and the project's folder must have the same path.
+    RAY_ADDRESS is the cluster's address; without it, a cluster is started on this machine.
+    Every machine needs this package, and the project's folder at the same path.
     Raises Unreachable if no cluster answers, and any error that the function raises.
     """
     import ray

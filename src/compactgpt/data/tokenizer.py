@@ -1,7 +1,7 @@
 """Save GPT-2's tokenizer in a folder, load it without a network, and encode text.
 
-The tokenizer is saved as OpenAI's two published files, vocab.bpe and encoder.json. Text is encoded by the
-library tiktoken, or by gigatoken, which returns equal token ids 14 times as fast (docs/benchmarks.md).
+The folder contains OpenAI's two published files, vocab.bpe and encoder.json.
+The library gigatoken returns the token ids of tiktoken 14 times as fast (docs/benchmarks.md).
 """
 
 import base64
@@ -25,11 +25,11 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 # The regular expression that cuts text into words for GPT-2, copied from tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Each time that gigatoken has encoded this many bytes, the ids of one text are compared with tiktoken's ids.
+# After this many bytes, gigatoken's ids of one text are compared with tiktoken's.
 CHECK_EVERY_BYTES = 2**20
-CHECK_CHARACTERS = 2**11  # from a longer text, only this many characters at the beginning are compared
-# gigatoken keeps every word in memory. A megabyte of documentation takes 0.3 MB of memory, and a megabyte of
-# random words takes 9 MB. So gigatoken is loaded again, with empty memory, after this many bytes of text.
+CHECK_CHARACTERS = 2**11  # only the beginning of a longer text is compared
+# gigatoken keeps every word in memory, so it is loaded again after this many bytes.
+# A megabyte of documentation takes 0.3 MB of memory, a megabyte of random words 9 MB.
 RESTART_EVERY_BYTES = 2**25
 
 TokenIds = npt.NDArray[np.uint32]
@@ -39,9 +39,8 @@ TokenIds = npt.NDArray[np.uint32]
 
 
 def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, Any]:
-    """Save the contents of vocab.bpe and encoder.json in a tokenizer folder.
+    """Save vocab.bpe and encoder.json in `folder`, and return the facts in its manifest.
 
-    Return the facts about the tokenizer that the folder's manifest contains, such as the vocabulary size.
     Raises BadData if `encoder_json` is damaged.
     """
     encoding = _gpt2_encoding(encoder_json)
@@ -63,7 +62,7 @@ def save_gpt2(folder: Path, vocab_bpe: bytes, encoder_json: bytes) -> dict[str, 
 
 
 def load_encoding(folder: Path) -> tiktoken.Encoding:
-    """Return the tiktoken encoding that is saved in a tokenizer folder, without using the network.
+    """Return the tiktoken encoding that is saved in a tokenizer folder.
 
     Raises MissingInput if the folder does not exist, BadData if a file was altered.
     """
@@ -72,11 +71,12 @@ def load_encoding(folder: Path) -> tiktoken.Encoding:
 
 
 def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
-    """Return GPT-2's encoding. A token's id in encoder.json is also its rank in the order of merges."""
+    """Return GPT-2's encoding from the content of encoder.json."""
     table = unicode_to_bytes()
     try:
         ids = json.loads(encoder_json)
         special_tokens = {END_OF_TEXT: ids.pop(END_OF_TEXT, len(ids))}
+        # A token's id is also its rank in the order of merges.
         ranks = {bytes(table[character] for character in word): ids[word] for word in ids}
         if sorted([*ranks.values(), *special_tokens.values()]) != list(range(len(ranks) + 1)):
             raise ValueError("the token ids are not 0, 1, 2, ...")
@@ -90,17 +90,17 @@ def _gpt2_encoding(encoder_json: bytes) -> tiktoken.Encoding:
 
 
 def _format_ranks(encoding: tiktoken.Encoding) -> bytes:
-    """Return the content of a `.tiktoken` file. A line has the bytes of a token in base64, and its id."""
+    """Return the content of a `.tiktoken` file: on each line, a token in base64 and its id."""
     ordered = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
 
 
 def unicode_to_bytes() -> dict[str, int]:
-    """Return a table from each character in GPT-2's published files to the byte that it stands for.
+    """Return a table: a character in GPT-2's published files, and its byte.
 
-    A printable byte is written as the character with this code. The other bytes are written as the characters
-    from U+0100 on. The token of the first byte in the table has id 0, the token of the second byte has id 1,
-    and so on. The table is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
+    A printable byte has the character with this code. The other bytes have the characters from U+0100 on.
+    The bytes are in the order of their token ids, from 0.
+    The table is the inverse of bytes_to_unicode in openai/gpt-2, src/encoder.py.
     """
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
@@ -113,11 +113,12 @@ def unicode_to_bytes() -> dict[str, int]:
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
-    """Return tiktoken's token ids of a text, shape (tokens,). `<|endoftext|>` is encoded as ordinary text.
+    """Return tiktoken's token ids of a text, shape (tokens,).
 
+    The characters `<|endoftext|>` are encoded as ordinary text.
     Raises BadData if tiktoken can't encode the text.
     """
-    # `Encoding.encode` would return a Python list, which takes 10 times the memory of this array.
+    # `Encoding.encode` returns a Python list, which takes 10 times the memory.
     try:
         return encoding.encode_to_numpy(text, disallowed_special=())
     except ValueError as error:  # for example, the text has a million spaces in a row
@@ -127,9 +128,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> TokenIds:
         ) from error
 
 
-# gigatoken knows the letters and digits of Unicode 17, but tiktoken knows only Unicode 16.
-# In UTF-8, every character that is new in Unicode 17 begins with bytes that match this expression.
-# A text with a match is encoded by tiktoken. Some older characters match too (Telugu, Kannada, rare scripts).
+# gigatoken knows the letters and digits of Unicode 17, tiktoken only those of Unicode 16.
+# This expression matches the UTF-8 of every new character, and of some older ones (Telugu, Kannada).
 _MAY_BE_NEW = re.compile(rb"\xe0[\xa2\xb1\xb3]|\xea\x9f|\xf0[\x90\x91\x96\x98\x9e\xab\xac\xb2\xb3]")
 
 
@@ -142,7 +142,7 @@ class GigatokenEncoder:
         self._start()
 
     def _start(self) -> None:
-        """Load gigatoken, or replace it by a new one that keeps no words in memory yet."""
+        """Load gigatoken with no words in memory."""
         from gigatoken.gigatoken_rs import BPETokenizer
 
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
@@ -154,7 +154,7 @@ class GigatokenEncoder:
     def encode(self, text: str) -> TokenIds:
         """Return the token ids of a text, shape (tokens,).
 
-        Once per CHECK_EVERY_BYTES bytes, the beginning of `text` is encoded by tiktoken, too.
+        Once per CHECK_EVERY_BYTES bytes, tiktoken encodes the beginning of `text`, too.
         Raises BadData if tiktoken's ids differ from gigatoken's.
         """
         content = text.encode()

@@ -1,8 +1,8 @@
-"""Check the documents with Great Expectations (GX) before a model is trained on the documents.
+"""Check the documents with Great Expectations (GX) before a model is trained on them.
 
-An expectation is a rule that GX checks for a column of a table. The table `corpus` has one row, with
-the number of documents and other counts. The table `documents` has one row per checked document. GX writes
-the results as HTML pages (Data Docs). The stage `inspection` calls `check_expectations` too.
+An expectation is a rule that GX checks for a column of a table.
+The table `corpus` has one row of counts, and the table `documents` has one row per checked document.
+GX writes the results as HTML pages (Data Docs).
 """
 
 import hashlib
@@ -26,14 +26,14 @@ _EXCERPT_CHARACTERS = 80
 _ALTERED = "the files of data/documents were altered: run `dvc repro -f download`"
 _EXAMPLES = 3  # how many documents are listed in the result of a failed expectation
 _PLUGINS = Path(__file__).parent / "data_docs"  # contains the style sheet and the index page for Data Docs
-# HTML that loads files from other servers. Without a network, a browser would wait for these files.
+# HTML that loads files from other servers. Without a network, a browser would wait.
 _REMOTE = re.compile(
     r"<script\b.*?</script>|<(?:link|img)\b[^>]*https?://[^>]*>|url\('https?://[^)]*\)", re.DOTALL
 )
 
 
 class Table(NamedTuple):
-    """A table to check: its rows, each with the keys `id` and `source`, and its expectations (`suite`)."""
+    """A table to check: rows with the keys `id` and `source`, and expectations (`suite`)."""
 
     name: str
     rows: list[dict[str, Any]]
@@ -43,30 +43,29 @@ class Table(NamedTuple):
 def validate(
     documents: Path, docs: Path, params: Validation, *, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Check the documents in the folder `documents`, write Data Docs into `docs`, and return the report.
+    """Check the documents, write Data Docs into `docs`, and return the report.
 
-    If there are more than `params.max_rows` documents, a sample of about `params.max_rows` documents is
-    checked. A document is in the sample if the hash of its text, without case and white space, is below a
-    limit. So the sample has either all copies of a text or none.
+    If there are more than `params.max_rows` documents, about `params.max_rows` documents are checked.
+    Either all copies of a text are checked, or none.
     Raises MissingInput or BadData if the documents are missing or damaged.
     """
     manifest = verified_manifest(documents)
     total = manifest["documents"]
     counts = {"documents": 0, "bytes": 0, "wrong_ids": 0}
-    ids = bytearray()  # for each document, a 16-byte hash of its id, since a wrong id may have any length
+    id_hashes = bytearray()  # 16 bytes per document, since a wrong id may have any length
     rows: list[dict[str, Any]] = []
     for group in row_groups(documents):
         for document in read_row_group(group):
             counts["documents"] += 1
             counts["bytes"] += len(document.text.encode())
             counts["wrong_ids"] += _hash(document.text) != document.id
-            ids += bytes.fromhex(_hash(document.id))
+            id_hashes += bytes.fromhex(_hash(document.id))
             # Compare integers: they are never rounded, so every machine takes an identical sample.
             hash_bound = 2**64 * params.max_rows
             if total <= params.max_rows or int(_normalised(document.text)[:16], 16) * total < hash_bound:
                 rows.append(document_row(document))
         progress(counts["documents"], total)
-    counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(ids, "S16")))
+    counts["repeated_ids"] = counts["documents"] - len(np.unique(np.frombuffer(id_hashes, "S16")))
     corpus = {"id": "corpus", "source": "all documents", **counts}
     tables = [
         Table("corpus", [corpus], corpus_expectations(params, manifest)),
@@ -82,7 +81,7 @@ def _hash(text: str) -> str:
 
 
 def _normalised(text: str) -> str:
-    """Return a hash that is equal for texts that differ only in case and white space."""
+    """Return a hash of the text without case and white space."""
     return _hash("".join(text.split()).casefold())
 
 
@@ -99,7 +98,7 @@ def document_row(document: Document) -> dict[str, Any]:
         "id_is_hash": _hash(text) == document.id,
         "normalised": _normalised(text),
         "n_nul": text.count("\0"),
-        # The share of letters among the characters that are not white space; 0 if the text is blank.
+        # The share of letters, white space not counted; 0 if the text is blank.
         "letter_share": sum(map(str.isalpha, dense)) / max(1, len(dense)),
         "replacement_share": text.count("\ufffd") / max(1, len(text)),
     }
@@ -111,9 +110,9 @@ def document_row(document: Document) -> dict[str, Any]:
 def bound(
     column: str, what: str, advice: str, *, least: float | None = None, most: float | None = None
 ) -> Any:
-    """Return an expectation for a table of one row: `column` is at least `least`, or at most `most`.
+    """Return an expectation for a one-row table: `column` is from `least` to `most`.
 
-    `what` is the name of the value in messages. `advice` is printed if the expectation fails.
+    `what` names the value in messages. `advice` is printed if the expectation fails.
     """
     from great_expectations import expectations as gxe
 
@@ -121,7 +120,7 @@ def bound(
     if least is not None:
         expected = f"at least {least:,}"
     limits = {"min_value": least, "max_value": most}
-    # The table has one row, so the maximum of the column is the value in this row.
+    # In a table of one row, the maximum of a column is its value.
     return gxe.ExpectColumnMaxToBeBetween(
         column=column,
         **{name: value for name, value in limits.items() if value is not None},
@@ -192,10 +191,9 @@ def document_expectations(params: Validation) -> list[Any]:
 
 
 def require_success(report: Mapping[str, Any], what: str, last_line: str) -> None:
-    """Raise CheckFailed, which stops the pipeline, if an expectation in the report of a stage failed.
+    """Raise CheckFailed if an expectation in the report of a stage failed.
 
-    `what` is a plural noun that names the checked data. For each failed expectation, the message has a line
-    with the value found, the value expected, and advice. `last_line` ends the message.
+    In the message, `what` is a plural noun for the checked data.
     """
     lines = []
     for result in report["expectations"]:
@@ -219,15 +217,14 @@ def require_success(report: Mapping[str, Any], what: str, last_line: str) -> Non
 
 
 def check_expectations(run_name: str, tables: Sequence[Table], docs: Path) -> list[dict[str, Any]]:
-    """Check the expectations of `tables`, write Data Docs into `docs`, and return a result per expectation.
+    """Check the tables, write Data Docs into `docs`, and return a result per expectation.
 
-    A result has the description of the expectation, whether it succeeded, the observed value or the number of
-    failed rows, and the first failed rows. `run_name` is in the heading of the pages.
-    Raises NotAllowed if `docs` contains files that are not Data Docs of an earlier run.
+    `run_name` is in the heading of the pages.
+    Raises NotAllowed if `docs` contains files that are not Data Docs.
     """
     import great_expectations as gx
 
-    # Hide the traceback that GX logs if the disk is full: the stage reports a full disk in one sentence.
+    # Hide GX's traceback of a full disk: the stage reports it in one sentence.
     logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
     with atomic_folder(docs, kind="data docs") as temporary:
         context = gx.get_context(mode="ephemeral")
@@ -267,7 +264,7 @@ def _run_checkpoint(context: Any, run_name: str, table: Table) -> list[dict[str,
             "partial_unexpected_count": _EXAMPLES,
         },
     )
-    # GX writes values into its pages without escaping. So HTML in a document would become part of the page.
+    # GX does not escape values: HTML in a document would become part of the page.
     rows = pd.DataFrame([_convert_strings(row, html.escape) for row in table.rows])
     run = context.checkpoints.add(checkpoint).run(
         batch_parameters={"dataframe": rows}, run_id=RunIdentifier(run_name=run_name)
@@ -282,7 +279,7 @@ def _convert_strings(row: Mapping[str, Any], convert: Callable[[str], str]) -> d
 
 
 def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of one expectation without times and run ids, which change from run to run."""
+    """Return the result of one expectation without times and run ids."""
     config, found = result["expectation_config"], result["result"]
     if "unexpected_count" not in found and "observed_value" not in found:
         raise RuntimeError(f"GX could not check {config['type']}: {result['exception_info']}")
@@ -307,7 +304,7 @@ def _result(table: Table, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_offline(docs: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Remove links to other servers from all pages in `docs`, and write an index page without scripts."""
+    """Remove links to other servers from the pages in `docs`, and write an index page."""
     from jinja2 import Environment, FileSystemLoader
 
     for page in docs.rglob("*.html"):
