@@ -23,14 +23,10 @@ _MADV_HUGEPAGE = 14
 
 
 def prepare_heap() -> bool:
-    """Make glibc keep the memory of freed tensors, and ask Linux for pages of 2 MB for this memory.
+    """Make glibc keep the memory of freed tensors, and ask Linux for large pages.
 
-    By default glibc returns the memory of a large freed tensor to Linux, and Linux fills the memory of the
-    next tensor with zeros. Training is 1.2 to 1.6 times as fast if glibc keeps the memory. Large pages speed
-    it up by another factor of up to 1.2 (docs/benchmarks.md). This function enlarges the heap to half of the
-    machine's memory. This occupies no memory yet: Linux provides a page only when the process writes to it.
-    Linux provides large pages if its setting `transparent_hugepage` is `madvise` or `always`.
-    Returns False if the C library is not glibc, the address space is limited, or Linux has no large pages.
+    Kept memory makes training 1.2 to 1.6 times as fast. Large pages add a factor of up to 1.2.
+    Returns False if glibc is missing, the address space is limited, or Linux has no large pages.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -40,6 +36,7 @@ def prepare_heap() -> bool:
     page = os.sysconf("SC_PAGE_SIZE")
     size = os.sysconf("SC_PHYS_PAGES") // 2 * page
     libc.malloc.restype = ctypes.c_void_p
+    # A page of this heap occupies no memory until the process writes to it.
     heap = libc.malloc(ctypes.c_size_t(size))
     if not heap:  # malloc fails if `ulimit -v` limits the address space
         return False
@@ -53,9 +50,8 @@ def prepare_process(num_threads: int) -> None:
     """Set the memory allocator, and the number of CPU threads that torch uses."""
     prepare_heap()
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    # A thread that waits for other threads checks GOMP_SPINCOUNT times in a loop, and then sleeps. libgomp's
-    # default is 300,000. If another program runs at the same time, a thread that checks for so long can
-    # occupy the core that the other threads need.
+    # A waiting thread checks so often in a loop before it sleeps. With libgomp's default of 300,000, it can
+    # occupy a core that another thread needs.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     import torch
 
@@ -63,7 +59,10 @@ def prepare_process(num_threads: int) -> None:
 
 
 def resolve_device(device: str) -> str:
-    """Return `device`, or for `auto` the fastest device; raise BadConfig if torch does not find `device`."""
+    """Return `device`, or for `auto` the fastest device.
+
+    Raises BadConfig if torch does not find `device`.
+    """
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -79,7 +78,7 @@ def resolve_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class DistInfo:
-    """Rank of this process and number of processes; the defaults are those of a single process."""
+    """Rank of this process and number of processes; by default a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -92,7 +91,7 @@ class DistInfo:
 
 
 def dist_info() -> DistInfo:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without torchrun there is one process."""
+    """Return what torchrun set in RANK, WORLD_SIZE and LOCAL_RANK, or by default DistInfo()."""
     if not under_torchrun():
         return DistInfo()
     return DistInfo(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
@@ -112,11 +111,10 @@ def set_precision(dtype: str) -> None:
 
 @contextmanager
 def stop_requests(same_seconds: float = 1.0) -> Iterator[Callable[[], bool]]:
-    """Delay the effect of SIGTERM and Ctrl-C, so that long work can stop at a suitable point.
+    """Yield a function that returns whether SIGTERM or Ctrl-C has requested a stop.
 
-    The `with` block gets a function that returns whether a stop was requested. A second request ends the
-    process as usual. Linux may send the signal of one request several times, so a signal that comes within
-    `same_seconds` of the first one is no second request. Python allows this function only in the main thread.
+    A second request ends the process. Signals within `same_seconds` of the first belong to the same request.
+    Raises ValueError if this is not the main thread.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     requested_at: float | None = None

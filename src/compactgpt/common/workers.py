@@ -1,4 +1,4 @@
-"""Call a function for many tasks in several processes, with the results in order and bounded memory."""
+"""Call a function for many tasks in several processes; results keep the order of tasks."""
 
 import multiprocessing
 import os
@@ -19,9 +19,8 @@ R = TypeVar("R")
 def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, in the order of the tasks.
 
-    At most 2 x `num_workers` tasks run or wait at the same time. With one worker, this process calls the
-    function. Raises Busy if a worker was killed, and raises an exception of `function` again. The workers
-    import `function` by name, so it must not be a lambda or a nested function.
+    At most 2 x `num_workers` tasks run or wait at once. `function` must not be a lambda or nested function.
+    Raises Busy if a worker was killed, and any exception of `function`.
     """
     if num_workers == 1:
         yield from map(function, tasks)
@@ -32,7 +31,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
     try:
         for task in tasks:
             running.append(pool.submit(function, task))
-            # Two tasks per worker keep all workers busy. The results of more tasks would fill the memory.
+            # Two tasks per worker keep all workers busy; more results could fill the memory.
             if len(running) == 2 * num_workers:
                 yield running.popleft().result()
         while running:
@@ -47,7 +46,7 @@ def ordered_map(function: Callable[[T], R], tasks: Iterable[T], num_workers: int
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent process ends; otherwise the worker would wait for tasks for ever."""
+    """End this worker when its parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

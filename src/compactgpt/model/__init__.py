@@ -1,1 +1,1 @@
-"""The GPT, its training loss, its files, and its conversion to and from Hugging Face's format."""
+"""The GPT, its losses, its files, and their conversion to and from Hugging Face's format."""

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head over a large vocabulary, in chunks of tokens.
 
-To save memory, only the logits of one chunk exist at a time. So the forward pass also computes the gradients
-of a chunk, before it computes the next chunk. For a token with logits z, softmax p and target t, the gradient
-of z_j is (p_j - [j = t]) / N, where [j = t] is 1 if j = t, else 0.
+Only the logits of one chunk are in memory. The forward pass also computes the gradients of each chunk.
+For a token with logits z, softmax p and target t, the gradient of z_j is (p_j - [j = t]) / N.
+[j = t] is 1 if j = t, else 0.
 Shapes: N = all tokens, R = tokens of one chunk, C = channels, V = rows of the head's weight.
 """
 
@@ -14,21 +14,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# Rows of logits in one chunk. 512 x 50,304 logits in fp32 take 103 MB. A GPU is fast only with larger chunks:
-# 8,192 x 50,304 logits in bfloat16 take 0.8 GB.
+# Tokens in one chunk. The logits of GPT-2's vocabulary take 103 MB in fp32, or 0.8 GB in bfloat16 on a GPU.
 LOSS_ROWS = 512
 GPU_LOSS_ROWS = 8192
-# Limit of the argument of `exp` in fp32: a sum of 50,304 terms exp(60) does not overflow.
+# Largest exponent: in fp32, a sum of 50,304 terms exp(60) does not overflow.
 CAP = 60.0
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, correction: Tensor | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of the logits x weight^T + correction in nats per token, a scalar.
+    """Return the mean cross-entropy of the logits x weight^T + correction, in nats per token.
 
-    Under autocast, the matrix products use autocast's dtype. `x` is (N, C), `weight` (V, C), `correction`
-    (V,). `targets`, (N,) int64, are indices of rows of `weight`.
+    `x` is (N, C), `weight` (V, C), `correction` (V,). `targets`, (N,) int64, are indices of rows of `weight`.
+    Raises ValueError if a `correction` is given under autocast.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -51,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         correction: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean loss, a scalar, and store the gradients of `x` and `weight` for `backward`."""
+        """Return the mean loss, a scalar, and store the gradients for `backward`."""
         is_rounded = dtype != weight.dtype
         if is_rounded and correction is not None:
             raise ValueError(
@@ -78,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the stored gradients, multiplied in place by the gradient of the loss."""
         dx, dw = ctx.saved_tensors
-        # Only on a CPU: skip a multiplication by 1. On a GPU, `item` would wait for the GPU.
+        # Only a CPU skips a multiplication by 1: on a GPU, `item` would wait.
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             dx, dw = dx.mul_(grads[0]), dw.mul_(grads[0])
         return dx, dw, None, None, None
@@ -95,11 +94,10 @@ def _add_chunk(
     N: int,
     correction: Tensor | None,
 ) -> Tensor:
-    """Return the cross-entropy in nats of each token of a chunk, (R, 1), and compute the gradients.
+    """Return each token's cross-entropy in nats, (R, 1); write `dx`, and add to `dw`.
 
-    `logits`, (R, V), is a buffer for the logits, then the softmax, then the gradient of the logits. `dx`,
-    (R, C), receives the gradient of `x`. The chunk's part is added to `dw`, (V, C), the gradient of `weight`;
-    the first chunk overwrites `dw`, which is uninitialized.
+    `logits`, (R, V), is a buffer. The gradient of `x` is written to `dx`, (R, C). The chunk's part of the
+    gradient of `weight` is added to `dw`, (V, C). The first chunk overwrites `dw`.
     """
     if correction is None:
         torch.mm(x, weight.T, out=logits)
@@ -111,20 +109,18 @@ def _add_chunk(
     torch.mm(p, weight, out=dx)
     dx.div_(N)
     dw.addmm_(p.T, x, beta=0 if first else 1, alpha=1 / N)  # beta=0 ignores dw's old content
-    # A probability of 0 would give an infinite loss. The clamp limits the loss of a token to 87.3 nats. It
-    # does not change the gradient.
+    # The clamp limits an infinite loss to 87.3 nats; the gradient stays the same.
     return p_target.clamp_min(torch.finfo(p.dtype).tiny).log().neg()
 
 
 def _add_rounded_chunk(
     x: Tensor, weight: Tensor, targets: Tensor, e: Tensor, dx: Tensor, dw: Tensor, first: bool, N: int
 ) -> Tensor:
-    """Do what `_add_chunk` does, but with matrix products in bfloat16; the returned shape is (R,).
+    """Do what `_add_chunk` does, with matrix products in bfloat16; the returned shape is (R,).
 
-    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), where z are the logits of a token, and t is its target.
-    Let s be the sum of a token's e_j. Then its cross-entropy is log(s). The gradient of its logit z_j is
-    (e_j - s [j = t]) / s, where [j = t] is 1 if j = t, else 0. To save time, the function divides the (R, C)
-    matrices by s instead of `e`, which is larger.
+    `e`, (R, V), is a buffer for e_j = exp(z_j - z_t), where z are a token's logits, and t is its target.
+    Let s be the sum of a token's e_j. Then its cross-entropy is log(s).
+    The gradient of z_j is (e_j - s [j = t]) / s. The (R, C) matrices are divided by s, not the larger `e`.
     """
     s = exponentials(x, weight, targets, e)  # (R,)
     target_gradients = 1 - s  # e_t - s, where e_t = exp(z_t - z_t) = 1
@@ -142,33 +138,33 @@ def _add_rounded_chunk(
 
 
 def _product_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Return the fp32 product of bfloat16 matrices. A CPU rounds the product to bfloat16 first."""
+    """Return the fp32 product of bfloat16 matrices; a CPU rounds it to bfloat16 first."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def exponentials(x: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Write exp(z_j - z_t) to `out`, (R, V), and return the fp32 sum of each row, (R,).
+    """Write exp(z_j - z_t) to `out`, (R, V), and return each row's sum, (R,) fp32.
 
-    z_j are the logits of a token, and z_t is the logit of its target. The exponentials are summed before they
-    are rounded to bfloat16, the type of `x`, `weight` and `out`.
+    z_j are the logits of a token, and z_t is the logit of its target. Each exponent is limited to CAP.
+    `x`, `weight` and `out` are bfloat16; the exponentials are summed before they are rounded.
     """
     has_triton = x.is_cuda and importlib.util.find_spec("triton")
     if has_triton:
         from compactgpt.model.cross_entropy_triton import is_supported, run_kernel
 
         if is_supported(x, weight):
-            # The kernel does not round its logits, so the logit of the target is not rounded either.
+            # The kernel does not round logits, so the target's logit must not be rounded.
             target_logits = (x.float() * weight[targets].float()).sum(1)
             return run_kernel(x, weight, target_logits, out, CAP)
     logits = torch.mm(x, weight.T, out=out)
-    # These logits are rounded to bfloat16, so the logit of the target must be the rounded one, too.
+    # These logits are rounded to bfloat16, so the target's logit must be, too.
     target_logits = logits.gather(1, targets[:, None]).float()  # (R, 1)
     replace_logits = _compiled_pass() if has_triton else _exponentials_pass
     return replace_logits(logits, target_logits)
 
 
 def _exponentials_pass(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """Replace the logits, (R, V), by their exponentials in place, and return the sum of each row, (R,)."""
+    """Replace the logits, (R, V), by their exponentials, and return the row sums, (R,)."""
     e = (logits.float() - target_logits).clamp(max=CAP).exp()
     logits.copy_(e)
     return e.sum(1)
@@ -184,8 +180,7 @@ def _compiled_pass() -> Callable[[Tensor, Tensor], Tensor]:
 def token_nats(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of each token in nats, (N,), for evaluation.
 
-    `x`, (N, C), has hidden states that `GPT.hidden` returned. `weight`, (V, C), is `wte.weight[:vocab_size]`,
-    without the rows that pad the vocabulary.
+    `x`, (N, C), has hidden states of `GPT.hidden`. `weight` is `wte.weight[:vocab_size]`.
     """
     buffer = x.new_empty(min(LOSS_ROWS, len(x)), len(weight))  # every chunk writes its logits here
     nats = []

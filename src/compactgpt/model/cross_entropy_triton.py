@@ -1,7 +1,7 @@
-"""A Triton kernel for `cross_entropy.exponentials` on Nvidia's Hopper: a matrix product, then exponentials.
+"""A Triton kernel for `cross_entropy.exponentials` on Nvidia's Hopper GPUs.
 
-One persistent program runs on each multiprocessor. The bulk copy engine loads the tiles, and the tensor cores
-multiply them into fp32. The program stores the exponentials in two halves while the next tile is loaded.
+One persistent program runs on each multiprocessor, and computes one tile after the other.
+It stores a tile's exponentials in two halves while the next tile is loaded.
 Shapes: R = rows, V = columns, C = inner channels. m and n are the row and column index of a tile.
 """
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from triton import language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A tile has ROWS x COLUMNS exponentials. One call of tl.dot multiplies INNER of the C channels.
+# A tile has ROWS x COLUMNS exponentials; tl.dot multiplies INNER channels at once.
 ROWS, COLUMNS, INNER = 128, 256, 64
-# The tiles form a matrix. The kernel computes GROUP rows of this matrix at a time, column after column. The
-# rows of `x` that these tiles need fit into the L2 cache.
+# The kernel computes GROUP rows of tiles at a time, column after column. Their rows of `x` fit into the L2
+# cache.
 GROUP = 64
 
 
@@ -43,7 +43,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel can run: C and V must be multiples of 8, and the GPU a Hopper.
+    """Return whether the GPU is a Hopper, and C and V are multiples of 8.
 
     The kernel has not been tested on other GPUs.
     """
@@ -52,7 +52,7 @@ def is_supported(x: Tensor, weight: Tensor) -> bool:
 
 
 def run_kernel(x: Tensor, weight: Tensor, shift: Tensor, out: Tensor, cap: float) -> Tensor:
-    """Do what `exponentials` does, with the kernel; no exponential is larger than exp(cap).
+    """Do what `exponentials` does, with the kernel, which limits each exponent to `cap`.
 
     `shift`, (R,), has the logits of the targets.
     """

@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them; the hidden layer has 4 C channels."""
+    """Two linear layers with a GELU between; the hidden layer has 4 C channels."""
 
     def __init__(self, shape: config.Model) -> None:
         super().__init__()
@@ -77,8 +77,7 @@ class GPT(nn.Module):
     """A decoder-only transformer whose head is the token embedding `wte.weight`, (V, C).
 
     The rows of `wte.weight` from `vocab_size` on are padding rows: they belong to no token. Training includes
-    the padding rows in the softmax, as nanoGPT does. Evaluation excludes them: it uses
-    `wte.weight[:vocab_size]`.
+    them in the softmax, as nanoGPT does; evaluation excludes them.
     """
 
     def __init__(self, shape: config.Model, seed: int = 0) -> None:
@@ -93,21 +92,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, seed: int) -> None:
-        """Draw all matrices from a normal distribution; set biases to 0 and layer norm weights to 1."""
+        """Draw matrices at random; set biases to 0 and layer norm weights to 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                # The residual stream is a sum of 2 n_layer projections. Their standard deviation is divided
-                # by sqrt(2 n_layer), so that the variance of the sum does not grow with n_layer.
+                # The residual stream adds 2 n_layer projections; its variance must not grow with n_layer.
                 residual = name.endswith("c_proj.weight")
                 std = INIT_STD / math.sqrt(2 * self.shape.n_layer) if residual else INIT_STD
                 parameter.normal_(0.0, std, generator=generator)
 
     @property
     def num_params(self) -> int:
-        """Number of all parameters; the matrix that is both token embedding and head is counted once."""
+        """Number of all parameters; token embedding and head are one matrix, counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
@@ -123,15 +121,14 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
         """Return the hidden states after the last layer norm. (B, T) int64 -> (B, T, C).
 
-        `tokens` are token ids. If `table`, a matrix of some rows of `wte.weight`, is given, `tokens` are
-        indices of rows of `table`.
+        `tokens` are token ids. If `table`, some rows of `wte.weight`, is given, `tokens` are indices of its
+        rows. Raises ValueError if T is larger than block_size.
         """
         T = tokens.shape[1]
         table = self.wte.weight if table is None else table
         if self.shape.block_size < T:
             raise ValueError(f"got {T} tokens, the model attends to at most {self.shape.block_size}")
-        # On a CPU, a sparse gradient of the embedding is cheaper, because it has B x T rows instead of V.
-        # `table` is also the head. Autograd adds the embedding's gradient to the head's dense gradient.
+        # On a CPU, a sparse gradient is cheaper: it has B x T rows instead of V.
         x = F.embedding(tokens, table, sparse=tokens.device.type == "cpu")  # (B, T, C)
         x = F.dropout(x + self.wpe.weight[:T], self.shape.dropout, self.training)
         return self.compiled(x) if self.compiled and self.training else self.blocks(x)
@@ -147,15 +144,13 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Return the mean cross-entropy of the targets in nats per token, a scalar.
 
-        By default, `tokens` and `targets`, (B, T) int64, are token ids, and all V rows of `wte.weight` are
-        embedding and head. A sampled softmax uses only K of these rows: `table`, (K, C), is a copy of them.
-        Then `tokens` and `targets` are indices of rows of `table`, and the vector `correction`, (K,), is
-        added to the logits of every position.
+        `tokens` and `targets`, (B, T) int64, are token ids. A sampled softmax passes `table`, (K, C), a copy
+        of K rows of `wte.weight`. Then `tokens` and `targets` are indices of these rows. The vector
+        `correction`, (K,), is added to the logits of every position.
         """
         table = self.wte.weight if table is None else table
-        # `expand_as` changes no value, but lets autograd record the head before the embedding. The backward
-        # pass then adds the head's dense gradient after the embedding's sparse gradient, which avoids a copy
-        # of the dense gradient.
+        # `expand_as` makes autograd record the head before the embedding. Otherwise the backward pass would
+        # copy the head's dense gradient.
         head = table.expand_as(table)
         x = self.hidden(tokens, table).flatten(0, 1)  # (B T, C)
         return linear_cross_entropy(x, head, targets.flatten(), correction)

@@ -1,9 +1,7 @@
-"""Convert our GPT to and from Hugging Face's GPT-2 format: a folder with config.json and model.safetensors.
+"""Convert our GPT to and from Hugging Face's GPT-2 format, without the package transformers.
 
-Our format and Hugging Face's format describe the same architecture, with three differences. Hugging Face's
-format stores four matrices of each layer transposed (Conv1D). It always has biases. Its names of the GELUs
-are `gelu` (ours: `erf`) and `gelu_new` (ours: `tanh`); OpenAI trained GPT-2 with `gelu_new`. This module does
-not need the package transformers.
+The format is a folder with config.json and model.safetensors. The architecture is ours, but the format
+always has biases, and stores four matrices of each layer transposed.
 """
 
 from collections.abc import Mapping
@@ -22,13 +20,13 @@ from compactgpt.data.token_files import ENCODER_JSON, END_OF_TEXT, VOCAB_BPE
 from compactgpt.model.gpt import GPT
 from compactgpt.model.weights import load_gpt
 
-# The matrices that transformers stores transposed: its Conv1D computes x @ W, and torch's Linear x @ W.T.
+# Transformers stores these matrices transposed: its Conv1D computes x @ W, not x @ W.T.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Our name of a GELU -> the name in transformers.
 GELUS = {"erf": "gelu", "tanh": "gelu_new"}
 PREFIX = "transformer."  # start of the name of each tensor in files that transformers writes
-EPSILON = 1e-5  # added to the variance in each layer norm: the default of torch's LayerNorm, as in GPT-2
-# Key of a GPT2Config -> the values that our GPT supports. The first value is the default in transformers.
+EPSILON = 1e-5  # the default of torch's LayerNorm, as in GPT-2
+# Key of a GPT2Config -> the values that our GPT supports, the default first.
 SUPPORTED: dict[str, list[Any]] = {
     "activation_function": ["gelu_new", "gelu"],
     "layer_norm_epsilon": [EPSILON],
@@ -43,14 +41,13 @@ def save_hf(
 ) -> None:
     """Export a model to a folder that transformers' `from_pretrained` and `pipeline` can load.
 
-    `tokenizer` is a folder with GPT-2's tokenizer, as the stage `download` writes it, and `card` is the text
-    of README.md. `overwrite` replaces an earlier export even if a user changed its files. Raises NotAllowed
-    if the folder has files that no export wrote, and MissingInput if the tokenizer is not GPT-2's.
+    `tokenizer` is the folder of GPT-2's tokenizer, and `card` is the text of README.md. `overwrite` replaces
+    an earlier export even if a user changed its files. Raises NotAllowed if the folder has files that no
+    export wrote, and MissingInput if the tokenizer is not GPT-2's.
     """
     facts = {"format": "hugging-face-gpt2"}
     block_size, last_token = model.shape.block_size, model.shape.vocab_size - 1
-    # Generation ends at <|endoftext|>, the last token of GPT-2, or when the context is full. Without
-    # max_length a pipeline generates 256 new tokens, which may be more positions than the model has.
+    # GPT-2's last token, <|endoftext|>, ends a text. Without max_length, a pipeline may exceed the context.
     special_tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), last_token)
     with atomic_folder(folder, facts, kind="export", overwrite=overwrite) as temporary:
         write_bytes(temporary / "model.safetensors", save(_hf_state(model), metadata={"format": "pt"}))
@@ -73,10 +70,7 @@ def save_hf(
 
 
 def _hf_state(model: GPT) -> dict[str, Tensor]:
-    """Return tensors as transformers stores them.
-
-    The rows that pad the vocabulary are left out, and missing biases become zeros.
-    """
+    """Return tensors as transformers stores them: with biases, but without padding rows."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     own["wte.weight"] = own["wte.weight"][: model.shape.vocab_size]
     state = {}
@@ -109,10 +103,10 @@ def _hf_config(shape: Model) -> dict[str, Any]:
 
 
 def load_hf(folder: Path) -> GPT:
-    """Load a GPT-2 in float32 from a folder in Hugging Face's format, with one safetensors file.
+    """Load a GPT-2 in float32 from a folder in Hugging Face's format.
 
-    Raises MissingInput if a file is missing, BadConfig if the model is no GPT-2 or a variant of GPT-2 that
-    our GPT does not support, and BadData if a tensor does not fit config.json.
+    Raises MissingInput if a file is missing, BadConfig if our GPT does not support the model, and BadData if
+    a tensor does not fit config.json.
     """
     config = folder / "config.json"
     shape = from_hf_config(read_json(config), str(config))
@@ -120,10 +114,9 @@ def load_hf(folder: Path) -> GPT:
 
 
 def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a Hugging Face GPT-2 as our GPT stores them, in float32.
+    """Return a Hugging Face GPT-2's tensors as our GPT stores them, in float32.
 
-    OpenAI's published files have no prefix `transformer.`, and contain attention masks. Files of transformers
-    may contain the tied head, a copy of `wte.weight`. The masks and the copy are dropped.
+    Attention masks and the tied head, a copy of `wte.weight`, are dropped.
     """
     own = {}
     for key, tensor in state.items():
@@ -135,9 +128,9 @@ def from_hf_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hf_config(settings: Any, source: str) -> Model:
-    """Return the model shape that a GPT2Config describes; `source` is its file's name, for messages.
+    """Return the model shape that a GPT2Config describes; messages name its file, `source`.
 
-    Raises BadConfig if the settings describe another architecture or a variant that our GPT does not support.
+    Raises BadConfig if our GPT does not support the settings.
     """
     if not isinstance(settings, dict) or not isinstance(settings.get("n_embd"), int):
         raise BadConfig(f"{source} does not describe a GPT-2: n_embd is missing")

@@ -23,9 +23,8 @@ WEIGHTS = "model.safetensors"
 def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: bool = False) -> None:
     """Write the weights and the shape of a model to a folder.
 
-    `best` is the folder of the run's best model, if `model` is not the best. It is copied to `folder`/best.
-    If `private` is True, `folder` is replaced even if it has other files: use this only if users keep no
-    files in `folder`.
+    `best`, the folder of the run's best model, is copied to `folder`/best. If `private` is True, `folder` is
+    replaced even if it has other files. Raises DiskFull if the disk is full.
     """
     if best:  # checked before any file is written
         verified_manifest(best)
@@ -39,11 +38,11 @@ def save_model(model: GPT, folder: Path, best: Path | None = None, *, private: b
 def load_model(folder: Path, device: str = "cpu") -> GPT:
     """Load a model that `save_model` wrote, in evaluation mode.
 
-    Raises MissingInput if a file is missing, and BadData if a file is damaged.
+    Raises MissingInput if the folder has no manifest, and BadData if a file is missing or damaged.
     """
     verified_manifest(folder)
     try:
-        # Pydantic's strict mode accepts a list for a tuple only in JSON text, so convert the section to text.
+        # Pydantic's strict mode accepts a list for a tuple only in JSON text.
         shape = Model.model_validate_json(json.dumps(read_json(folder / "config.json")["model"]))
     except (KeyError, TypeError, ValidationError) as error:
         raise BadData(
@@ -57,11 +56,10 @@ def load_gpt(
 ) -> GPT:
     """Load a GPT from a safetensors file, in evaluation mode on the CPU.
 
-    `shape` comes from the config.json of the same folder. `convert` converts the file's tensors to those of
-    our GPT.
+    `convert` converts the file's tensors to those of our GPT. Raises MissingInput if the file is missing, and
+    BadData if it is damaged or its tensors do not fit `shape`.
     """
-    # A wrong config.json may describe a huge model. Before its memory is allocated, check that the file has
-    # at least one byte for each weight.
+    # Check this first: a wrong config.json could make the program allocate a huge model.
     rows = shape.block_size + shape.padded_vocab_size + 12 * shape.n_layer * shape.n_embd
     if path.is_file() and path.stat().st_size < rows * shape.n_embd:
         raise BadData(f"{path} is too small for the shape in the config.json of its folder")
@@ -75,8 +73,7 @@ def load_gpt(
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, by name.
 
-    Raises MissingInput if the file is missing, and BadData if it is damaged or has a number that is not
-    finite.
+    Raises MissingInput if the file is missing, and BadData if it is damaged or a number is not finite.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -91,7 +88,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(found: Tensors, expected: Tensors, path: Path) -> None:
-    """Raise BadData if a tensor of a file is missing, is unknown, or has another shape or dtype."""
+    """Raise BadData if a tensor is missing, unknown, or of another shape or dtype."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in found:
             raise BadData(f"{path}: {name} is missing")

@@ -20,18 +20,17 @@ from compactgpt.training.optim import lr_multiplier
 from compactgpt.training.trainer import Callbacks
 
 SAMPLE_TOKENS = 40  # number of new tokens in a sample text
-# Rise of the val loss, in nats per token, that means overfitting. Random changes of the val loss are smaller.
+# The val loss must rise by this, in nats per token, to count as overfitting.
 OVERFITTING = 0.1
 
 
 class TrainingCallbacks:
-    """Prints and logs the progress of training. Each training process has an instance of this class."""
+    """Prints and logs the progress of training; each training process has an instance."""
 
     def __init__(self, stage: Any, tokenizer: Path, curve: Path) -> None:
         """Print and log what is known before the first step.
 
-        `stage` is what `open_stage` returned. `tokenizer` is the folder of the tokenizer, which sample texts
-        need. `curve` is the file for the loss curve.
+        `stage` comes from `open_stage`. `tokenizer` is a folder, and `curve` is the file for the loss curve.
         """
         self.stage, self.params, self.curve = stage, stage.params, curve
         self.is_main_process, processes = dist_info().is_main_process, dist_info().world_size
@@ -56,7 +55,7 @@ class TrainingCallbacks:
         return Callbacks(self.on_losses, self.on_row, self.on_step, self.on_warning, should_stop)
 
     def on_losses(self, losses: list[tuple[int, float]]) -> None:
-        """Log training loss, learning rate and speed. `losses` has a pair (step, loss) for each new step."""
+        """Log the new losses, pairs (step, loss), with learning rate and speed."""
         now, training, speed = time.monotonic(), self.params.training, {}
         if self.is_main_process and self.reported_at is not None:
             tokens_per_second = len(losses) * training.tokens_per_step / max(1e-9, now - self.reported_at)
@@ -69,9 +68,9 @@ class TrainingCallbacks:
             self.stage.tracker.metrics({"train/loss": loss, "train/learning_rate": rate, **speed}, step)
 
     def on_row(self, rows: list[Row]) -> None:
-        """Log the last val loss and write the loss curve. `rows` has all rows of the loss curve.
+        """Log the last val loss, and write the loss curve `rows`.
 
-        Warn once if the model overfits, and once if training diverges for another reason.
+        Warns once if the model overfits, and once if training diverges.
         """
         self.figures["val loss"] = f"{rows[-1].val_loss:.3f}"
         self.stage.tracker.metrics({"val/loss": rows[-1].val_loss}, rows[-1].step)
@@ -91,7 +90,7 @@ class TrainingCallbacks:
             self.stage.text(f"step-{step:08d}.txt", text, "samples")
 
     def on_warning(self, message: str) -> None:
-        """Print and log a warning of the trainer: that the number of processes has changed."""
+        """Print and log the trainer's warning that the number of processes has changed."""
         self._warn("number_of_processes", message)
 
     def _warn(self, tag: str, message: str) -> None:
@@ -102,7 +101,7 @@ class TrainingCallbacks:
 
 
 def describe_batch(params: Params, processes: int) -> str:
-    """Return a message that says how the tokens of a step are divided into sequences and processes."""
+    """Return a message: how a step's tokens are divided into sequences and processes."""
     training, block_size = params.training, params.model.block_size
     micro_batches = training.tokens_per_step // block_size // training.micro_batch_size // processes
     named = "process" if processes == 1 else "processes"
@@ -114,7 +113,7 @@ def describe_batch(params: Params, processes: int) -> str:
 
 
 def overfitting_warning(rows: list[Row]) -> str | None:
-    """Return a warning if the val loss has risen by OVERFITTING while the train loss fell, else None."""
+    """Return a warning if the val loss has risen while the train loss fell."""
     best, last = best_row(rows), rows[-1]
     if last.val_loss < best.val_loss + OVERFITTING or last.train_loss >= best.train_loss:
         return None
@@ -127,7 +126,7 @@ def overfitting_warning(rows: list[Row]) -> str | None:
 
 @torch.no_grad()
 def sample_text(model: GPT, encoding: Encoding, prompt: str) -> str:
-    """Return the prompt with the most likely next tokens. The function does not change the random state."""
+    """Return the prompt and its most likely next tokens, without use of random numbers."""
     model.eval()
     tokens = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     start, block_size = len(tokens), model.shape.block_size

@@ -1,8 +1,8 @@
-"""Save and load training states. A state is written whole or not at all; its hashes are checked on reading.
+"""Save and load training states; a state is a folder such as `step-00000200`.
 
-A state is a folder such as `step-00000200`. Its `state.safetensors` has the full tensors of the model and the
-optimizers, and its `progress.json` has the losses. All states of a run are in one folder, whose name is the
-run key: a hash of everything that the result of the run depends on.
+`state.safetensors` has the tensors of the model and the optimizers, and `progress.json` has the losses.
+A state is written whole or not at all. All states of a run are in one folder, whose name is the run key:
+a hash of everything that the result of the run depends on.
 """
 
 import logging
@@ -19,10 +19,9 @@ from compactgpt.model.weights import check_tensors, read_tensors, write_tensors
 from compactgpt.training.distributed import Group
 
 STATE_KIND = "training state"  # value of `kind` in the manifest.json of a state
-# Number of states that a run keeps. If the newest state is damaged, training resumes from the older one.
+# Number of states that a run keeps, in case the newest one is damaged.
 KEPT_STATES = 2
-# Number of unfinished runs, besides the current run, whose states are kept. When a user restores the settings
-# of such a run, the run resumes.
+# Number of other unfinished runs whose states are kept: such a run can resume.
 KEPT_RUNS = 2
 TENSORS, PROGRESS = "state.safetensors", "progress.json"
 log = logging.getLogger(__name__)
@@ -36,10 +35,9 @@ def save_state(
     progress: Mapping[str, Any],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> None:
-    """Write the state of a run after `step` updates, and keep only the newest KEPT_STATES states of the run.
+    """Write the state of a run after `step` updates, and keep its newest KEPT_STATES states.
 
-    All processes must call this function, because each process holds a part of a sharded tensor. Only the
-    main process writes files.
+    All processes must call this function; only the main process writes files.
     """
     full = group.gather(tensors)
 
@@ -61,10 +59,10 @@ def load_newest_state(
     tensors: Mapping[str, Tensor],
     group: Group = Group(),  # noqa: B008  a Group never changes
 ) -> tuple[int, dict[str, Any]] | None:
-    """Copy the newest valid training state into `tensors`, and return the state's step and progress.
+    """Copy the newest valid training state into `tensors`, and return its step and progress.
 
-    Returns None if no state is valid. Each invalid state is skipped with a warning. All processes must call
-    this function. Only the main process reads the file, because other nodes may not see the folder.
+    Returns None if no state is valid, and warns of each invalid state. All processes must call this function;
+    only the main process reads the files.
     """
     full: dict[str, Tensor] = {}
 
@@ -89,7 +87,7 @@ def load_newest_state(
 
 
 def _check_manifest(state: Path, run_key: str) -> int:
-    """Check that the files of a state are unchanged and belong to this run; return the state's step."""
+    """Verify that a state is unchanged and of this run, and return its step."""
     manifest = verified_manifest(state)
     step = int(state.name.removeprefix("step-"))
     expected = {"kind": STATE_KIND, "run_key": run_key, "step": step}
@@ -99,7 +97,7 @@ def _check_manifest(state: Path, run_key: str) -> int:
 
 
 def prune_runs(folder: Path, key: str) -> None:
-    """Remove the training states of old runs: keep the run `key` and the KEPT_RUNS most recent other runs.
+    """Remove the states of old runs: all but `key` and the KEPT_RUNS newest others.
 
     `folder` has a folder for each run, whose name is the run key.
     """

@@ -1,9 +1,8 @@
-"""Train one model with several processes, which `launch` or torchrun starts and torch.distributed connects.
+"""Train one model with several processes, which `launch` or torchrun starts.
 
-Every process draws the whole batch of a step and trains on its own slice of the batch, so tokens_per_step
-does not depend on the number of processes. Two runs with the same number of processes give bit-identical
-weights. Two modes exist: in mode `fast`, each process holds the whole model, and the gradients are summed
-once per step; in mode `fsdp`, each process holds a part of the model (module `fsdp`).
+Every process draws the whole batch of a step, and trains on its own slice of the batch. In mode `fast`,
+each process holds the whole model; in mode `fsdp`, it holds a part. The same number of processes gives
+bit-identical weights.
 """
 
 import datetime
@@ -25,8 +24,7 @@ from compactgpt.common.device import DistInfo, dist_info
 from compactgpt.common.errors import BadConfig, Busy, PeerLost, UserError
 from compactgpt.config import Launcher
 
-# Name of the environment variable with the URL at which the processes of `launch` connect. If the variable is
-# not set, the processes connect at the address in MASTER_ADDR, as torch does by default.
+# Environment variable: the URL at which the processes of `launch` connect, instead of MASTER_ADDR.
 INIT_METHOD = "COMPACTGPT_INIT_METHOD"
 T = TypeVar("T")
 
@@ -55,7 +53,7 @@ class Group:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each gradient by its sum over all processes, and return the sum of the scalar losses."""
+        """Replace each gradient by its sum over all processes; return the summed scalar losses."""
         if self.world_size == 1:
             return loss
         if self.is_sharded:  # FSDP2 already summed the gradients
@@ -65,8 +63,8 @@ class Group:
         flat = torch.cat([loss.float().reshape(1), *(grad.reshape(-1) for grad in grads)])
         dist.all_reduce(flat)
         sums = torch.split(flat[1:], [grad.numel() for grad in grads])
-        # Copy the sums into autograd's tensors instead of replacing these: a new tensor may have another
-        # address in memory, and the rounding of some kernels depends on the address.
+        # Copy the sums into autograd's tensors: new tensors could have other addresses in memory. The
+        # rounding of some kernels depends on the address.
         for grad, summed in zip(grads, sums, strict=True):
             grad.copy_(summed.view_as(grad))
         return flat[0]
@@ -75,8 +73,7 @@ class Group:
         """Return whether `flag` is True in any process; all processes get the same answer."""
         if self.world_size == 1:
             return flag
-        # The tensor is on the CPU: reading a GPU tensor would wait until the GPU has finished all earlier
-        # work.
+        # The tensor is on the CPU: reading a GPU tensor would wait for earlier work.
         votes = torch.tensor(float(flag))
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
@@ -93,9 +90,10 @@ class Group:
             )
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the full tensors, by name, in the main process; sharded tensors are gathered on its CPU.
+        """Return the full tensors, by name, in the main process.
 
-        Every process must call this function. In the other processes, sharded tensors stay sharded.
+        Sharded tensors are gathered on its CPU, and stay sharded in the other processes. Every process must
+        call this function.
         """
         full = dict(tensors)
         for name, tensor in tensors.items():
@@ -107,7 +105,7 @@ class Group:
 
     @torch.no_grad()
     def scatter(self, full: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        """Copy `full` of the main process into `tensors` of every process; these may be sharded."""
+        """Copy the main process's `full` into the `tensors` of every process, sharded or not."""
         for name, tensor in tensors.items():
             if hasattr(tensor, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
@@ -125,8 +123,7 @@ class Group:
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only, and return its result in every process.
 
-        If `work` fails, the main process raises the error, and the other processes exit with code 0. With
-        another code, torchrun would stop the main process before it can print the error.
+        If `work` fails, the main process raises the error, and the others exit with code 0.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -141,16 +138,16 @@ class Group:
         if failure:
             raise failure
         if answer[1]:
+            # With another code, torchrun would stop the main process before it prints the error.
             raise SystemExit(0)
         return cast(T, answer[0])
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Let each process hold the full embeddings, head and last layer norm of the model in the `with` block.
+    """Within the `with` block, let each process hold the embeddings and last layer norm.
 
-    Outside of the block, a process holds only its part of a sharded model. A model that is not sharded stays
-    unchanged.
+    A model that is not sharded stays unchanged.
     """
     if not hasattr(model, "unshard"):
         yield
@@ -163,9 +160,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
-    """Connect the processes that torchrun started, and yield their Group; a single process needs no torchrun.
+    """Connect the processes that torchrun started, and yield their Group.
 
-    Raises PeerLost if another process ended, or did not answer within launcher.timeout_seconds.
+    A single process needs no torchrun. Raises PeerLost if another process ended, or did not answer within
+    launcher.timeout_seconds.
     """
     info = dist_info()
     if info.world_size == 1:
@@ -198,15 +196,15 @@ def init_process_group(launcher: Launcher, device: str) -> Iterator[Group]:
 def launch(module: str, arguments: Sequence[str], launcher: Launcher) -> int:
     """Run `python -m module arguments` in `launcher.processes` processes on this machine.
 
-    When a signal kills a process, or a process loses contact with another one, all processes are started
-    again, at most `launcher.max_restarts` times. Return 0, or the exit code of a process that failed.
+    Starts all again if one is killed or loses contact, at most `launcher.max_restarts` times. Returns 0, or
+    the exit code of a process that failed.
     """
     exit_codes: list[int] = []
     for _attempt in range(launcher.max_restarts + 1):
         exit_codes = _run_processes([sys.executable, "-m", module, *arguments], launcher)
         if not exit_codes:
             return 0
-        # Popen gives -N, and a shell 128 + N, as the exit code of a process that signal N ended.
+        # After signal N, an exit code is -N in Popen, and 128 + N in a shell.
         mistakes = [code for code in exit_codes if 0 < code < 128 and code != PeerLost.exit_code]
         if mistakes:  # the same error would end a second attempt, too
             return mistakes[0]
@@ -217,8 +215,7 @@ def _run_processes(command: Sequence[str], launcher: Launcher) -> list[int]:
     """Run the processes once, and return the exit codes of those that failed."""
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as folder:
-        # By default, process 0 would listen on all network interfaces, without a password. So the processes
-        # find each other through a file, and use only the loopback interface.
+        # By default, process 0 would listen on all network interfaces, without a password.
         shared = {
             **os.environ,
             INIT_METHOD: (Path(folder) / "store").as_uri(),

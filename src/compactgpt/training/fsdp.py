@@ -1,7 +1,6 @@
 """Mode fsdp: FSDP2 (`fully_shard`) shards a model over processes.
 
-So a model can be larger than the memory of one device. Each process holds some rows of every tensor. FSDP2
-gathers the weights of a block when the block runs. Only mode fsdp imports this module.
+Each process holds some rows of every tensor. FSDP2 gathers the weights of a block when the block runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ def shard_model(
 ) -> GPT:
     """Return a model that is sharded over the processes of `group`, on `device`.
 
-    `full` has the full weights, by name, in the main process; the other processes may pass an empty dict.
+    `full` has the full weights, by name; only the main process needs it.
     """
     with torch.device("meta"):  # only the main process allocates the full model
         model = GPT(shape)
@@ -35,8 +34,7 @@ def shard_model(
     fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # FSDP2 averages gradients by default. It must sum the gradients here, because the trainer has
-            # already divided each loss by the number of micro-batches of all processes.
+            # FSDP2 must sum gradients, not average them: the trainer already divides each loss.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden")
@@ -50,13 +48,12 @@ def orthogonalize_sharded(
 ) -> list[Tensor]:
     """Orthogonalize sharded matrices that all have the shape (rows, columns).
 
-    Newton-Schulz needs full matrices, so every process gathers each matrix and computes the whole result. The
-    matrices are gathered one after the other, so that a process never holds two full matrices.
+    Every process gathers one full matrix at a time, and computes the whole result.
     `orthogonalize` is a function (1, rows, columns) -> (1, rows, columns).
     """
     updates: list[Tensor] = []
     for matrix in cast(Sequence[DTensor], matrices):
         full = orthogonalize(matrix.full_tensor()[None])[0]
-        # Every process has computed the full result and keeps its rows: no communication is needed.
+        # Every process keeps its rows of the full result, without communication.
         updates.append(distribute_tensor(full, matrix.device_mesh, matrix.placements, src_data_rank=None))
     return updates

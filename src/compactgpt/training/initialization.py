@@ -1,7 +1,6 @@
-"""Build the model that training starts from: random weights, or the weights of a saved model.
+"""Build the model that training starts from: random weights, or those of a saved model.
 
-A saved model is a folder in our own format or in Hugging Face's GPT-2 format. params.yaml states the folder
-and the hash of its content, so that DVC trains again when the weights change.
+A saved model is a folder in our own format or in Hugging Face's GPT-2 format.
 """
 
 import hashlib
@@ -21,15 +20,17 @@ from compactgpt.model.huggingface import load_hf
 from compactgpt.model.sampled_softmax import SMOOTHING
 from compactgpt.model.weights import load_model
 
-# The slowest sinusoid changes by about one radian over this number of positions. The number is about twice a
-# context of 512.
+# The slowest sinusoid changes by about one radian over this number of positions.
 SINUSOID_BASE = 1000.0
-# The files of a model folder that decide the initial weights; training.init_sha256 is their hash.
+# Files that decide the initial weights; training.init_sha256 is their hash.
 FILES = ("config.json", "model.safetensors")
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return a SHA-256 hash of the FILES of a model folder; raise MissingInput if a file is missing."""
+    """Return a SHA-256 hash of the FILES of a model folder.
+
+    Raises MissingInput if a file is missing.
+    """
     for name in FILES:
         if not (folder / name).is_file():
             raise MissingInput(
@@ -42,9 +43,8 @@ def folder_sha256(folder: Path) -> str:
 def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64] | None = None) -> GPT:
     """Return the model that training starts from, on the CPU.
 
-    `counts` is how often each token occurs in the train split, (vocab_size,); only training.init_unigram
-    uses it. Raises BadConfig if the weights of training.init_from do not have the hash training.init_sha256,
-    or do not fit `shape`.
+    `counts`, (vocab_size,), is how often each token occurs in the train split. Raises BadConfig if the
+    weights of training.init_from do not have the hash training.init_sha256, or do not fit `shape`.
     """
     model = GPT(shape, training.seed)
     if training.init_positions:
@@ -66,11 +66,7 @@ def initial_model(shape: Model, training: Training, counts: npt.NDArray[np.int64
 
 
 def _copy_weights(model: GPT, source: GPT, name: str) -> None:
-    """Copy the weights of `source` into `model`; raise BadConfig if the shapes do not fit.
-
-    `source` may have a longer context, and another number of rows that pad the vocabulary. `name` is the
-    folder of `source`, for messages.
-    """
+    """Copy the weights of `source` into `model`; raise BadConfig if they do not fit."""
     wanted, found = model.shape, source.shape
     wrong = [
         f"model.{key}: found {getattr(wanted, key)}, {name} has {getattr(found, key)}"
@@ -90,9 +86,8 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
     for key in own.keys() - tensors.keys():  # `source` has no biases: zeros have the same effect
         tensors[key] = torch.zeros_like(own[key])
     tensors["wpe.weight"] = tensors["wpe.weight"][: wanted.block_size]
-    # Each padding row is the mean of the real rows, so its logit is the mean logit. By Jensen's inequality,
-    # its probability is at most that of an average token. Padding rows of zeros would have logits of zero.
-    # GPT-2's logits are far below zero, so such rows would get almost all probability.
+    # Padding rows get the mean of the real rows. Rows of zeros would get almost all probability, because
+    # GPT-2's logits are far below zero.
     real = tensors["wte.weight"][: found.vocab_size]
     padded = real.mean(0).repeat(wanted.padded_vocab_size, 1)  # (V, C)
     padded[: len(real)] = real
@@ -102,12 +97,7 @@ def _copy_weights(model: GPT, source: GPT, name: str) -> None:
 
 @torch.no_grad()
 def set_sinusoids(model: GPT, amplitude: float) -> None:
-    """Replace the position embeddings by sinusoids (Vaswani et al. 2017, section 3.5).
-
-    Two positions at a fixed distance then always differ by the same rotation. So one linear map is enough to
-    attend to the token a few positions before. With random embeddings, training must learn this for each
-    position.
-    """
+    """Replace the position embeddings by sinusoids (Vaswani et al. 2017, section 3.5)."""
     positions, width = model.wpe.weight.shape  # (T, C)
     pairs = torch.arange((width + 1) // 2)
     angles = torch.arange(positions)[:, None] * SINUSOID_BASE ** (-pairs / len(pairs))  # (T, C / 2)
@@ -117,14 +107,14 @@ def set_sinusoids(model: GPT, amplitude: float) -> None:
 
 @torch.no_grad()
 def start_at_unigram(model: GPT, counts: npt.NDArray[np.int64], strength: float) -> None:
-    """Change random weights so that the first logits are near the log frequencies of the tokens.
+    """Change random weights: the first logits get near the tokens' log frequencies.
 
-    GPT-2's head has no bias that could be set to the log frequencies. Instead, the function adds the vector
-    a * u to each position embedding. u has length 1, and a is `strength` times r, the length of the residual
-    stream without a * u. The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
-    The function also adds (log frequency / b) * u to the embedding of each token, which is the token's row of
-    the head. The dot product with b * u is the log frequency. `counts` is how often each token occurs,
-    (vocab_size,).
+    The function adds a * u to each position embedding, where u is a vector of length 1.
+    a is `strength` times r, the length of the residual stream without a * u.
+    The last layer norm changes a * u to b * u, with b = sqrt(C) a / sqrt(a^2 + r^2).
+    The function adds (log frequency / b) * u to each token embedding, which is the token's row of the head.
+    The dot product of this row with b * u adds the log frequency to the token's logit.
+    `counts`, (vocab_size,), is how often each token occurs.
     """
     C = model.shape.n_embd
     u = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(C // 4 + 1)[:C]  # (C,)

@@ -1,4 +1,4 @@
-"""The loss curve of a training run: its rows, the validation loss, and a check for divergence."""
+"""The loss curve of a training run, its validation loss, and a check for divergence."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from compactgpt.model.cross_entropy import token_nats
 from compactgpt.model.gpt import GPT
 from compactgpt.training.distributed import gathered
 
-# Margin of the divergence check, in nats per token. It is larger than the noise of a loss on a few windows.
+# Margin of the divergence check, in nats per token; validation losses vary by less.
 DIVERGENCE_MARGIN = 0.5
 # Advice that is part of several messages: the settings to change when training diverges.
 LOWER_RATES = (
@@ -44,8 +44,8 @@ def loss_csv(rows: list[Row]) -> str:
 def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> str | None:
     """Return a warning if training has diverged although all losses are finite, otherwise None.
 
-    Training has diverged if, after the warm-up, the validation loss is more than DIVERGENCE_MARGIN above the
-    loss of a uniform guess, ln(vocab_size), or above the validation loss of the first row.
+    The check starts after the warm-up. Training has diverged if the validation loss is DIVERGENCE_MARGIN
+    above its first value, or above ln(vocab_size), the loss of a uniform guess.
     """
     first, last = rows[0], rows[-1]
     if last.step <= training.warmup_steps and last.step < training.max_steps:
@@ -61,9 +61,9 @@ def divergence_warning(rows: list[Row], training: Training, vocab_size: int) -> 
 
 
 def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
-    """Return at most `count` windows of the val split, at regular distances; a window is part of a document.
+    """Return at most `count` windows of the val split, at regular distances.
 
-    Raises BadData if the val split has no window.
+    A window is part of a document. Raises BadData if the val split has no window.
     """
     windows = list(evaluation_windows(val, block_size))
     if not windows:
@@ -78,8 +78,7 @@ def select_windows(val: TokenFile, block_size: int, count: int) -> list[Window]:
 def validation_loss(model: GPT, windows: list[Window], batch_size: int) -> float:
     """Return the mean loss over the targets of `windows` in nats per token.
 
-    The softmax leaves out the rows that pad the vocabulary. This loss is an estimate for the loss curve. The
-    comparison with baselines uses the loss of the stage `evaluation`, which scores the whole val split.
+    The softmax leaves out the rows that pad the vocabulary.
     """
     model.eval()
     nats: list[float] = []

@@ -1,8 +1,8 @@
 """Optimizers, their parameter groups, and the learning rate schedule.
 
-If training.optimizer is `adamw`, AdamW trains all parameters (Loshchilov and Hutter 2019). If it is `muon`,
-Muon trains the hidden matrices (Jordan et al. 2024, torch.optim.Muon), and AdamW trains embeddings and
-vectors. Weight decay follows nanoGPT: it acts on matrices, not on vectors.
+Optimizer `adamw`: AdamW trains all parameters (Loshchilov and Hutter 2019). Optimizer `muon`: Muon trains
+the hidden matrices (Jordan et al. 2024), and AdamW trains embeddings and vectors. Weight decay acts only
+on matrices, as in nanoGPT.
 """
 
 import math
@@ -20,18 +20,16 @@ from compactgpt.config import Training
 TOKENS, POSITIONS = "wte.weight", "wpe.weight"
 
 RunSharded = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor]], Sequence[Tensor]]
-"""A function whose arguments are sharded matrices and a function f of full matrices, (count, rows, columns).
-
-It returns f of each matrix, sharded like the matrix.
-"""
+"""A function (sharded matrices, f) -> f of each full matrix, sharded like the matrix."""
 
 
 def lr_multiplier(training: Training, step: int) -> float:
-    """Return the learning rate of a step, counted from 0, as a fraction of the peak learning rate.
+    """Return the fraction of the peak learning rate in a step, counted from 0.
 
-    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). After the warm-up, the schedules
-    `cosine` and `linear` fall to min_lr_ratio at max_steps. The schedule `wsd` stays at 1, and then falls
-    linearly during the last decay_share of max_steps (Hu et al. 2024, MiniCPM). `constant` stays at 1.
+    The warm-up is linear, as in nanoGPT: (step + 1) / (warmup_steps + 1). Then the schedules differ:
+    `cosine` and `linear` fall to min_lr_ratio at max_steps.
+    `wsd` falls linearly during the last decay_share of max_steps (Hu et al. 2024, MiniCPM).
+    `constant` stays at 1.
     """
     if step < training.warmup_steps:
         return (step + 1) / (training.warmup_steps + 1)
@@ -47,10 +45,9 @@ def lr_multiplier(training: Training, step: int) -> float:
 
 @torch.no_grad()
 def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
-    """Make one step of Muon, as `muon.step` does, with batched products for matrices of the same shape.
+    """Make one step of Muon, with batched products for matrices of the same shape.
 
-    The operations and their order are those of torch.optim.Muon: momentum, Nesterov momentum,
-    orthogonalization, decoupled weight decay, and the adjustment "original" of the learning rate.
+    The operations are those of torch.optim.Muon, with its adjustment "original" of the learning rate.
     """
     for group in muon.param_groups:
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -77,14 +74,13 @@ def muon_step(muon: Muon, run_sharded: RunSharded | None = None) -> None:
 def newton_schulz(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """Return the matrices with all singular values moved towards 1 (Newton-Schulz, Jordan et al. 2024).
+    """Return the matrices with all singular values moved towards 1 (Jordan et al. 2024).
 
     Each step applies a polynomial to the singular values; `coefficients` are its factors of x, x^3 and x^5.
     (count, rows, columns) -> (count, rows, columns).
     """
     a, b, c = coefficients
-    # torch.optim.Muon computes in bfloat16. A CPU computes in float32 instead: without bfloat16 instructions,
-    # a CPU needs ten times as long in bfloat16 (docs/benchmarks.md).
+    # A CPU without bfloat16 instructions needs ten times as long in bfloat16 (docs/benchmarks.md).
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = x.mT if is_tall else x  # rows <= columns, so that the Gram matrix is the smaller one
@@ -97,17 +93,17 @@ def newton_schulz(
 
 
 class EmbeddingRows(NamedTuple):
-    """The rows of the token embedding that one step trains, when it does not train all rows."""
+    """The rows of the token embedding that one step trains, if not all."""
 
     ids: Tensor  # (K,) int64, all different
-    values: nn.Parameter  # (K, C) a copy of the rows; the forward pass uses it, so it gets the gradient
+    values: nn.Parameter  # (K, C) a copy of the rows, which gets the gradient
 
 
 class Optimizers:
     """All optimizers of one model: AdamW and, if configured, Muon.
 
-    `state` has the state tensors of the optimizers, by name; all are zeros before the first step.
-    `run_sharded` orthogonalizes the matrices of a sharded model; it is None if the model is not sharded.
+    `state` has the state tensors of the optimizers, by name. `run_sharded` orthogonalizes the matrices of a
+    sharded model.
     """
 
     def __init__(self, model: nn.Module, training: Training, run_sharded: RunSharded | None = None) -> None:
@@ -150,7 +146,7 @@ class Optimizers:
         return [{"params": p, "lr": lr, "weight_decay": decay} for p, lr, decay in groups if p]
 
     def _init_state(self) -> dict[str, Tensor]:
-        """Create the optimizers' state before the first step, so that a checkpoint can be read into it."""
+        """Create the state of the optimizers; a checkpoint can be read into it."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if self.muon and self._is_muon(name):
@@ -165,9 +161,9 @@ class Optimizers:
         return tensors
 
     def select_rows(self, ids: Tensor) -> nn.Parameter:
-        """Select the rows of the token embedding that the next update trains, and return a copy of the rows.
+        """Select the rows of the token embedding to train, and return a copy of them.
 
-        The forward pass must use the copy, so that the copy gets the gradient. (K,) int64 -> (K, C).
+        The forward pass must use the copy. (K,) int64 -> (K, C).
         """
         values = nn.Parameter(self.parameters[TOKENS].detach().index_select(0, ids))
         self.rows = EmbeddingRows(ids, values)
@@ -176,7 +172,7 @@ class Optimizers:
     def trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the next update trains.
 
-        If rows of the token embedding are selected, the copy of these rows replaces the token embedding.
+        The copy of selected rows replaces the token embedding.
         """
         rows = {TOKENS: self.rows.values} if self.rows else {}
         return list({**self.parameters, **rows}.values())
@@ -185,14 +181,14 @@ class Optimizers:
         """Return the Euclidean norm of the gradient, a scalar on the gradient's device."""
         grads = [p.grad for p in self.trained_parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        # If the gradients are sharded, the norm is a DTensor, which must be combined over the processes.
+        # The norm of sharded gradients is a DTensor, to be combined over the processes.
         return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm
 
     @torch.no_grad()
     def update(self, step: int, grad_norm: Tensor) -> None:
         """Clip the gradient to training.grad_clip, update the weights, and clear the gradient.
 
-        `step`, the number of the update counted from 0, decides the learning rate.
+        The learning rate depends on `step`, counted from 0.
         """
         multiplier = lr_multiplier(self.training, step)
         for group, peak in self._peaks:
@@ -213,11 +209,10 @@ class Optimizers:
             parameter.grad = None
 
     def _update_rows(self, rows: EmbeddingRows, divisor: Tensor | None) -> None:
-        """Update some rows of the token embedding with AdamW, and leave the other rows unchanged.
+        """Update some rows of the token embedding with AdamW; the other rows stay unchanged.
 
-        This is a lazy update, as in torch.optim.SparseAdam: for the other rows, neither the moments nor the
-        weights decay. Bias correction counts all steps of the optimizer, not the steps of each row. If all
-        rows are selected, the result equals AdamW's step bit for bit.
+        The moments of the other rows do not decay, as in torch.optim.SparseAdam. Bias correction counts all
+        steps of the optimizer, not the steps of each row.
         """
         parameter, group = self.parameters[TOKENS], self.adamw.param_groups[0]
         state = self.adamw.state[parameter]
@@ -234,14 +229,11 @@ class Optimizers:
             matrix.index_copy_(0, rows.ids, updated)
 
     def _clip_divisor(self, grad_norm: Tensor) -> Tensor | None:
-        """Return the scalar that the gradient must be divided by, as in torch's clip_grad_norm_.
-
-        Returns None if clipping is off. On a CPU, the function also returns None if the divisor is 1.
-        """
+        """Return the divisor that clips the gradient, a scalar; None means no division."""
         if not self.training.grad_clip:
             return None
         divisor = ((grad_norm + 1e-6) / self.training.grad_clip).clamp_min(1.0)
-        # Only on a CPU: skip a division by 1. On a GPU, `item` would wait for the GPU.
+        # Only a CPU skips a division by 1: on a GPU, `item` would wait.
         if divisor.device.type == "cpu" and divisor.item() == 1:
             return None
         return divisor

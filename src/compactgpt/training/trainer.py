@@ -1,9 +1,8 @@
-"""The training loop. Its result depends on configuration, data and machine, not on interruptions.
+"""The training loop. A resumed run gives the same bits as an uninterrupted run.
 
-No random state is kept between steps: the batch depends only on (seed, step), and dropout only on (seed,
-step, micro-batch). So a training state is the model, the optimizers and the loss curve, and a resumed run
-gives the same bits as a run that was never interrupted. A GPU runs asynchronously, and to read a loss, the
-program must wait until the GPU has computed it. So losses on a GPU are read only at some steps.
+The batch depends only on (seed, step), and dropout only on (seed, step, micro-batch). So a training state
+needs no random state. On a GPU, losses are read only at some steps, because to read a loss, the program
+must wait for the GPU.
 """
 
 import hashlib
@@ -41,9 +40,9 @@ from compactgpt.training.loss_curve import (
 )
 from compactgpt.training.optim import Optimizers
 
-# The source files that compute a training state. If one of these files changes, a run starts from step 0.
+# If one of these source files changes, a run starts from step 0.
 SOURCES = ("data/token_files.py", "model/*.py", "training/*.py")
-BEST = "best"  # folder of the model with the lowest validation loss so far, next to the training states
+BEST = "best"  # folder of the best model so far, next to the training states
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,10 @@ class Splits:
 
 
 def open_splits(folder: Path) -> Splits:
-    """Open the token files of the stage `tokenization`; raise MissingInput or BadData if they are damaged."""
+    """Open the token files of the stage `tokenization`.
+
+    Raises MissingInput if they have no manifest, and BadData if a file is missing or damaged.
+    """
     files = verified_manifest(folder)["files"]
     digest = hashlib.sha256(json_bytes(files)).hexdigest()
     return Splits(open_tokens(folder / "train.tokens"), open_tokens(folder / "val.tokens"), digest)
@@ -64,14 +66,13 @@ def open_splits(folder: Path) -> Splits:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions that `train` calls, in every process at the same steps. Steps are counted from 1."""
+    """Functions that `train` calls in every process; steps are counted from 1."""
 
-    # The argument has the pairs (step, training loss) since the last call; on a GPU, these may be several.
+    # The argument has the pairs (step, training loss) since the last call.
     on_losses: Callable[[list[tuple[int, float]]], None] = lambda _losses: None
-    # The argument has all rows of the loss curve. `train` calls the function after it has added a row.
+    # The argument has all rows of the loss curve; the last one is new.
     on_row: Callable[[list[Row]], None] = lambda _rows: None
-    # The arguments are the number of the step and the model. `train` calls the function after every step. The
-    # function must not change the model.
+    # The arguments are the step and the model, which the function must not change.
     on_step: Callable[[int, GPT], None] = lambda _step, _model: None
     # The argument is a warning for the user.
     on_warning: Callable[[str], None] = lambda _message: None
@@ -89,10 +90,9 @@ class Trained:
 
 
 def run_key(params: Params, splits: Splits) -> str:
-    """Return the key of a run: a hash of everything that the result of the run depends on.
+    """Return a hash of everything that the result of a run depends on.
 
-    The number of processes is not part of the key, so a run can resume with another number of processes. Then
-    the result can differ by rounding from the result of an uninterrupted run.
+    The number of processes is left out: it changes only the rounding of the result.
     """
     package = Path(__file__).parents[1]
     sources = sorted(path for pattern in SOURCES for path in package.glob(pattern))
@@ -114,12 +114,15 @@ def run_key(params: Params, splits: Splits) -> str:
 
 
 def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = Callbacks()) -> Trained:
-    """Train the model of params.yaml and return it; resume from the newest training state in `folder`.
+    """Train the model of params.yaml, and return it; resume if `folder` has a state.
 
-    The name of `folder` is `run_key(params, splits)`. Raises Busy if `should_stop` returned True: the next
-    call resumes from the saved state. Raises NotFinite if a loss or a gradient is NaN or infinite,
-    OutOfMemory if the device has too little memory, and BadConfig or BadData if the parameters, the weights
-    to start from and the data do not fit together.
+    The name of `folder` is `run_key(params, splits)`.
+
+    Raises:
+        Busy: `should_stop` returned True; the next call resumes from the saved state.
+        NotFinite: a loss or a gradient is NaN or infinite.
+        OutOfMemory: the device has too little memory.
+        BadConfig, BadData: parameters, initial weights and data do not fit together.
     """
     device, max_steps = resolve_device(params.runtime.device), params.training.max_steps
     with init_process_group(params.training.launcher, device) as group, _memory_errors():
@@ -129,7 +132,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
             trainer.make_step()
             if trainer.is_report_due():
                 trainer.report(callbacks)
-            # All processes must stop at the same step, so that no process waits for another one.
+            # All processes must stop at the same step: none may wait for another.
             stops = group.any_rank(callbacks.should_stop()) and trainer.step < max_steps
             if stops or trainer.step % params.training.checkpoint_interval == 0:
                 trainer.report(callbacks)  # read the last losses, because the state must contain them
@@ -144,7 +147,7 @@ def train(params: Params, splits: Splits, folder: Path, callbacks: Callbacks = C
 
 
 class Trainer:
-    """A training run in progress: the model, the optimizers, the loss curve and the number of updates."""
+    """A training run in progress: model, optimizers, loss curve and number of updates."""
 
     def __init__(self, params: Params, splits: Splits, folder: Path, group: Group) -> None:
         self.training, self.shape, self.group = params.training, params.model, group
@@ -163,7 +166,7 @@ class Trainer:
         counts = None  # how often each token occurs in the train split, (vocab_size,)
         if self.training.init_unigram or self.training.head == "sampled":
             counts = token_counts(splits.train.tokens, self.shape.vocab_size)
-        # Only for a sampled softmax: the probability that a token is drawn in a step, (vocab_size,).
+        # Only for a sampled softmax: each token's probability to be drawn, (vocab_size,).
         self.inclusion: npt.NDArray[np.float64] | None = None
         if self.training.head == "sampled" and counts is not None:
             size, power = self.training.sample_tokens, self.training.sample_power
@@ -172,7 +175,7 @@ class Trainer:
         self.model, self.optimizers = self._build_model(counts)
         self.step = 0  # number of updates made so far
         self.rows: list[Row] = []
-        # (step counted from 0, loss, gradient norm) of each step whose loss was not reported yet.
+        # (step from 0, loss, gradient norm) of each step that was not reported yet.
         self.unreported: list[tuple[int, Tensor, Tensor]] = []
         self.losses: list[float] = []  # training losses of the steps since the last row of the loss curve
 
@@ -200,7 +203,7 @@ class Trainer:
         return model, Optimizers(model, training)
 
     def full_model(self) -> GPT:
-        """Return the full model. If it is sharded, only the main process gets the weights, on the CPU."""
+        """Return the full model; only the main process gets a sharded model's weights."""
         if not self.group.is_sharded:
             return self.model
         full = self.group.gather(self.model.state_dict())
@@ -220,7 +223,7 @@ class Trainer:
         save_state(self.folder, self.run_key, self.step, self._tensors(), progress, self.group)
 
     def resume(self, callbacks: Callbacks) -> int:
-        """Load the newest valid training state, and return its step; return 0 if no state is valid."""
+        """Load the newest valid training state, and return its step, or 0 without one."""
         found = load_newest_state(self.folder, self.run_key, self._tensors(), self.group)
         if found is None:
             return 0
@@ -249,9 +252,8 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, ...]:
         """Return the arguments of `GPT.forward` for this process's slice of the step's batch.
 
-        The arguments are tokens and targets, both (rows, T). With a sampled softmax, two arguments follow:
-        a table of the rows of `wte.weight` for a sample of the vocabulary, (K, C), and the correction of the
-        logits, (K,). Then tokens and targets are indices of rows of the table.
+        They are tokens and targets, (rows, T). A sampled softmax adds a table, (K, C), and a correction,
+        (K,).
         """
         seed, train = self.training.seed, self.splits.train.tokens
         tokens, targets = training_batch(
@@ -267,15 +269,12 @@ class Trainer:
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
-        # The copy from pinned memory to the GPU runs while the program draws the next batch.
+        # The copy from pinned memory runs while the program draws the next batch.
         tensor = tensor.pin_memory() if self.defers_losses else tensor
         return tensor.to(self.device, non_blocking=True)
 
     def _accumulate_gradient(self, tokens: Tensor, targets: Tensor, *head: Tensor) -> Tensor:
-        """Compute the gradient of the mean loss of the step's whole batch, and return this mean loss.
-
-        `tokens`, `targets` and `head` are the arguments that `_batch` returns.
-        """
+        """Compute the gradient of the mean loss of the whole batch; return this loss."""
         self.model.train()
         size = self.training.micro_batch_size
         own = len(tokens) // size
@@ -294,18 +293,15 @@ class Trainer:
         return self.group.sum_gradients(self.optimizers.trained_parameters(), torch.stack(losses).sum())
 
     def is_report_due(self) -> bool:
-        """Return whether to read losses after this step.
-
-        On a GPU, losses are read only at some steps, because the program must wait until they are computed.
-        """
+        """Return whether to read losses after this step; on a GPU, not after every step."""
         return not self.defers_losses or self.is_row_due() or self.step % self.log_interval == 0
 
     def is_row_due(self) -> bool:
-        """Return whether to add a row to the loss curve: at step 1, every eval_interval steps, at the end."""
+        """Return whether to add a row to the loss curve after this step."""
         return self.step in (1, self.training.max_steps) or self.step % self.training.eval_interval == 0
 
     def report(self, callbacks: Callbacks) -> None:
-        """Report the losses since the last report; if a row of the loss curve is due, add and report it."""
+        """Report the new losses, and a new row of the loss curve if due."""
         if losses := self.read_losses():
             callbacks.on_losses(losses)
             if self.is_row_due():
@@ -313,9 +309,10 @@ class Trainer:
                 callbacks.on_row(self.rows)
 
     def read_losses(self) -> list[tuple[int, float]]:
-        """Return a pair (step counted from 1, loss in nats per token) for each step since the last call.
+        """Return a pair (step from 1, loss in nats per token) for each new step.
 
-        On a GPU, this function waits until the GPU has computed the losses.
+        On a GPU, the function waits for the losses. Raises NotFinite if a loss or gradient norm is not
+        finite.
         """
         if not self.unreported:
             return []
@@ -339,16 +336,15 @@ class Trainer:
         )
 
     def add_row(self) -> None:
-        """Compute the validation loss, add a row to the curve, and save the model if it is the best."""
+        """Add a row to the loss curve, and save the model if it is best."""
         val_loss = validation_loss(self.model, self.windows, self.training.micro_batch_size)
         self._check_finite(self.step - 1, {"validation loss": val_loss})
-        # Every step has the same number of tokens, so the mean over steps is the mean over tokens.
+        # All steps have the same number of tokens: this is the mean over tokens.
         row = Row(self.step, math.fsum(self.losses) / len(self.losses), val_loss)
         self.rows.append(row)
         self.losses = []
         is_best = row is best_row(self.rows) and self.step < self.training.max_steps
-        # The losses of two machines may differ by rounding, so the main process decides for all processes
-        # whether the model is the best.
+        # Losses may differ by rounding between machines, so the main process decides.
         if self.group.any_rank(is_best and self.group.is_main_process):
             model = self.full_model()
             if self.group.is_main_process:
@@ -372,10 +368,10 @@ def _memory_errors() -> Iterator[None]:
 
 
 def save_results(params: Params, trained: Trained, states: Path, model: Path, curve: Path) -> dict[str, Any]:
-    """Write the trained model and its loss curve, and return the content of reports/training.json.
+    """Write the trained model and its loss curve; return the content of reports/training.json.
 
-    The folder `model` gets the weights after the last step. If an earlier validation loss was lower,
-    `model`/best gets the weights of that step. `states` is the folder of the run's training states.
+    The folder `model` gets the last weights. If an earlier validation loss was lower, `model`/best gets the
+    weights of that step. `states` is the folder of the run's training states.
     """
     training, rows = params.training, trained.rows
     best = best_row(rows)
@@ -384,7 +380,7 @@ def save_results(params: Params, trained: Trained, states: Path, model: Path, cu
     return {
         "steps": training.max_steps,
         "tokens": training.max_steps * training.tokens_per_step,
-        # The mean since the previous row of the loss curve; an estimate if the softmax is sampled.
+        # The mean since the previous row; an estimate if the softmax is sampled.
         "train_loss": rows[-1].train_loss,
         "val_loss": rows[-1].val_loss,
         "best_val_loss": best.val_loss,
