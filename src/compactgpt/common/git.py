@@ -9,8 +9,7 @@ from compactgpt.common.errors import MissingInput, UserError, printable
 DIFF = "uncommitted.diff"  # name of the MLflow artifact that contains the uncommitted changes
 OUTPUTS = ("dvc.lock", "reports")  # files that stages write and git tracks; their changes are not logged
 NEW_FILES = ("conf", "src", "stages")  # folders whose untracked files are logged
-# Suffixes of code, settings and templates. An untracked file with another suffix may be a key or a database,
-# and is not logged.
+# Untracked files with other suffixes are not logged: they may be keys or databases.
 NEW_SUFFIXES = {
     ".cfg", ".css", ".csv", ".html", ".in", ".ini", ".j2", ".json", ".lock", ".md", ".py", ".pyi", ".sh",
     ".toml", ".txt", ".yaml", ".yml",
@@ -21,8 +20,7 @@ MAX_BYTES = 1_000_000  # maximum size of the uncommitted changes that are logged
 def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
     """Run git in a folder and return what it prints.
 
-    Raises MissingInput if git is not installed, and UserError with git's own message for an exit code that is
-    not in `allowed`.
+    Raises MissingInput if git is not installed, and UserError if its exit code is not in `allowed`.
     """
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=False)
@@ -35,7 +33,7 @@ def run_git(root: Path, *words: str, allowed: tuple[int, ...] = (0,)) -> bytes:
 
 
 def git_text(root: Path, *words: str) -> str:
-    """Run git as `run_git` does and return what it prints as text, without white space at the ends."""
+    """Run git and return its output as text without surrounding white space."""
     return run_git(root, *words).decode().strip()
 
 
@@ -54,7 +52,7 @@ def require_repository(root: Path) -> None:
 
 
 def git_facts(root: Path) -> dict[str, str]:
-    """Return MLflow tags with the commit, and whether there are uncommitted changes outside of OUTPUTS.
+    """Return MLflow tags about the commit and the uncommitted changes outside of OUTPUTS.
 
     The tag `git.left_out` names changes that are not logged. If git fails, the dict is empty.
     """
@@ -69,11 +67,10 @@ def git_facts(root: Path) -> dict[str, str]:
 
 
 def uncommitted_changes(root: Path) -> tuple[bytes, list[str]]:
-    """Return the uncommitted changes as a diff for `git apply`, and the names of the changes left out of it.
+    """Return the uncommitted changes as a diff, and the names of changes left out.
 
-    The diff has at most MAX_BYTES. If the changes to tracked files are larger, all of them are left out. An
-    untracked file is included only if its folder is in NEW_FILES, its suffix is in NEW_SUFFIXES, and it is
-    not hidden. Raises UserError if there is no commit.
+    The diff has at most MAX_BYTES. NEW_FILES and NEW_SUFFIXES say which untracked files it includes. Raises
+    UserError if there is no commit.
     """
     options = ["--binary", "--no-ext-diff", "--no-textconv"]
     outputs = [f":(exclude){path}" for path in OUTPUTS]

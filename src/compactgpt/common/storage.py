@@ -1,8 +1,7 @@
-"""Files that are written complete or not at all, and checked against their hashes when they are read.
+"""Write files complete or not at all, and check them against their hashes.
 
-A file is written next to its final path, synced to the disk, and renamed. A folder is filled under a
-temporary name, gets a manifest with the size and SHA-256 of each file, and is renamed as a whole. An existing
-folder is replaced only if it is empty, or if its manifest has the same `kind` and its files are unchanged.
+A file or folder is written under a temporary name and then renamed. A folder also gets a manifest with the
+size and SHA-256 of each file.
 """
 
 import glob
@@ -23,7 +22,7 @@ _LEFTOVER = re.compile(r"\.(\d+)\.compactgpt-(?:tmp|old)")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Sync a folder to the disk, so that files created or renamed in it survive a power loss."""
+    """Sync the list of a folder's files to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -40,7 +39,10 @@ def make_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
-    """Return a temporary path next to `path`, and delete the temporary files that killed processes left."""
+    """Return a temporary path next to `path`.
+
+    Temporary files that killed processes left there are deleted.
+    """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         match = _LEFTOVER.fullmatch(leftover.name.removeprefix(f".{path.name}"))
         if not match or _is_running(int(match[1])):
@@ -64,7 +66,7 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that replaces `path` only when the `with` block ends without an error."""
+    """Open a binary file that replaces `path` when the `with` block succeeds."""
     temporary = temporary_path(path)
     try:
         make_folder(path.parent)
@@ -102,7 +104,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises MissingInput if it does not exist, and BadData if it is not valid JSON."""
+    """Read a JSON file.
+
+    Raises MissingInput if it does not exist, and BadData if it is not valid JSON.
+    """
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is not a JSON number")
@@ -122,11 +127,10 @@ def sha256_file(path: Path) -> str:
 
 
 def inside(folder: Path, name: str, *, follow: bool = True) -> Path:
-    """Return the path `folder / name`, after a check that it is inside of the folder.
+    """Return the path `folder / name`, which must be inside of the folder.
 
-    Raises OutsideFolder if the name is absolute or contains `..`. If `follow` is true, also raises
-    OutsideFolder if a symbolic link leads out of the folder. Use `follow=False` for outputs of DVC, because
-    they may be links to DVC's cache.
+    With `follow=False`, links may lead out, because outputs of DVC may be links. Raises OutsideFolder if the
+    name is absolute, contains `..`, or is a link out of the folder.
     """
     path = folder / name
     parts = PurePosixPath(name).parts
@@ -146,12 +150,16 @@ def atomic_folder(
     overwrite: bool = False,
     private: bool = False,
 ) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` when the `with` block ends without an error.
+    """Yield a temporary folder that replaces `folder` when the `with` block succeeds.
 
-    The new folder gets a manifest with `kind`, `facts` and the list of files. The `with` block may change
-    `facts`. Raises NotAllowed if `folder` has files, unless its manifest has this `kind` and its files are
-    unchanged. `overwrite` also allows changed files, but not added files. `private` allows all files: use it
-    only under .state, where users keep no files.
+    Args:
+        folder: may have files only if it has a manifest of the same `kind` and no file was changed.
+        facts: further content of the manifest. The `with` block may change it.
+        kind: the kind of the folder, which is written to the manifest.
+        overwrite: also replace changed files, but no added files.
+        private: replace all files. Use it only under .state, where users keep no files.
+
+    Raises NotAllowed if `folder` has files that may not be replaced.
     """
     target = folder.resolve()
     temporary = temporary_path(target)
@@ -162,7 +170,7 @@ def atomic_folder(
         temporary.mkdir()
         yield temporary
         _write_manifest(temporary, {**(facts or {}), **({"kind": kind} if kind else {})})
-        # Check again: the `with` block may have taken hours, and a user may have changed `folder`.
+        # Check again: a user may have changed `folder` during the `with` block.
         _check_replaceable(target, kind, overwrite=overwrite, private=private)
         _replace_folder(temporary, target)
     finally:
@@ -191,7 +199,7 @@ def _check_replaceable(folder: Path, kind: str, *, overwrite: bool, private: boo
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of a folder, and make all files of the folder survive a power loss."""
+    """Sync all files of a folder to the disk and write its manifest."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -216,10 +224,10 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest: the `facts` given to `atomic_folder`, and the sizes and hashes of the files.
+    """Return a folder's manifest, and do not check the files.
 
-    The key `files` has, for each path, `bytes` and `sha256`. The files themselves are not checked. Raises
-    MissingInput if there is no manifest, and BadData if the manifest is not valid.
+    It has the `facts` of `atomic_folder`. Its key `files` maps each path to `bytes` and `sha256`. Raises
+    MissingInput if there is no manifest, and BadData if it is not valid.
     """
     path = folder / MANIFEST
     manifest: dict[str, Any] = read_json(path)
@@ -235,10 +243,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest and check every file of the folder.
+    """Return a folder's manifest after a check of all files.
 
-    Raises MissingInput if there is no manifest. Raises BadData if a file is missing, altered, or not in the
-    manifest.
+    Raises MissingInput if there is no manifest, and BadData if a file is missing, altered or not listed.
     """
     manifest = read_manifest(folder)
     if change := _first_change(folder, manifest["files"]):
@@ -247,10 +254,7 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = False) -> str:
-    """Return a sentence about the first change since the manifest was written, or an empty string.
-
-    `files` is the mapping `files` of the manifest. With `added_only`, missing and altered files are ignored.
-    """
+    """Return a sentence about the first changed file, or an empty string."""
     listed = {folder / name for name in files}
     # A subfolder with listed files may have its own manifest, which is not listed.
     with_manifest = {folder, *(path.parent for path in listed)}
@@ -266,7 +270,7 @@ def _first_change(folder: Path, files: Mapping[str, Any], *, added_only: bool = 
 
 
 def _difference(path: Path, sha256: str, size: int | None) -> str:
-    """Return a sentence about how a file differs from its recorded hash or size, or an empty string."""
+    """Return how a file differs from its hash or size, or an empty string."""
     if not path.is_file():
         return f"{path} is missing"
     found = path.stat().st_size
@@ -277,7 +281,10 @@ def _difference(path: Path, sha256: str, size: int | None) -> str:
 
 
 def verify_file(path: Path, sha256: str, size: int | None = None) -> None:
-    """Raise MissingInput if a file is missing, or BadData if it differs from its recorded hash or size."""
+    """Check a file against its recorded hash and size.
+
+    Raises MissingInput if it is missing, and BadData if it differs.
+    """
     if difference := _difference(path, sha256, size):
         kind = BadData if path.is_file() else MissingInput
         raise kind(f"{difference}; delete it and run `dvc repro`")

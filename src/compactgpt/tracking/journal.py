@@ -1,10 +1,8 @@
-"""Write and read journals. A journal is a local file to which a stage appends everything that it logs.
+"""Write and read journals: local files with everything that a stage logs.
 
-Each `dvc` process, and each stage that a user starts by hand, has a run folder in `.state/tracking/`. The run
-folder contains `before/`, with copies of the project's files that were made before the first stage. For each
-stage it contains a folder with `journal.jsonl` and copies of the logged files. A line of a journal is a JSON
-object, whose `kind` is start, params, tags, metrics, inputs, artifact or end. A stage that resumes
-interrupted work starts a new journal.
+Each `dvc` process or stage started by hand has a run folder in `.state/tracking/`. It has a journal for each
+stage. Its folder `before/` has copies of the project's files before the run. Each line of a journal is a JSON
+object. Its `kind` is start, params, tags, metrics, inputs, artifact or end.
 """
 
 import functools
@@ -40,10 +38,10 @@ _PASSWORD = re.compile(r"(://)[^@\s]*@|((?:password|passwd|pwd)=)[^&\s]+")
 # Processor flags and environment variables that can change the rounding of floating-point sums.
 VECTORS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 ARITHMETIC = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-# The sections of params.yaml that are logged to MLflow. The other sections do not change the model.
+# The sections of params.yaml that are logged to MLflow.
 _SECTIONS = ("training", "model", "tokenization", "download", "evaluation", "baseline", "inspection",
              "validation", "runtime")  # fmt: skip
-# Each pair: a pattern for the dotted key of a value in a report, and the value's name in MLflow.
+# Pairs: a pattern for a dotted key in a report, and the metric's name.
 _METRICS = [
     (r"(loss|perplexity|bits_per_byte)\.value", r"\1"),
     (r"tasks\.(.+)\.accuracy\.value", r"\1_accuracy"),
@@ -53,7 +51,7 @@ _METRICS = [
 
 
 def state_folder() -> Path:
-    """Return the folder `.state` of the repository, also if DVC runs an experiment in a temporary folder."""
+    """Return the repository's folder `.state`, also inside of a DVC experiment."""
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()) / ".state"
 
 
@@ -68,9 +66,10 @@ def without_password(text: str) -> str:
 
 
 def tracking_store() -> dict[str, str]:
-    """Return the `uri`, `experiment` and `experiment_id` that MLflow's environment variables name.
+    """Return the `uri`, `experiment` and `experiment_id` of the MLflow store to use.
 
-    Raises BadConfig if MLFLOW_TRACKING_URI is not the address of a server or a database.
+    They come from MLflow's environment variables, or are defaults. Raises BadConfig if MLFLOW_TRACKING_URI is
+    not the address of a server or a database.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     scheme = uri.partition("://")[0].partition("+")[0]
@@ -87,7 +86,7 @@ def tracking_store() -> dict[str, str]:
 def flatten(values: Mapping[str, Any], prefix: str = "", max_depth: int = 99) -> dict[str, Scalar]:
     """Return the values of nested mappings by dotted key, such as `model.n_layer`.
 
-    A list becomes a JSON string. A mapping that is nested deeper than `max_depth` also becomes a JSON string.
+    Lists, and mappings deeper than `max_depth`, become JSON strings.
     """
     flat: dict[str, Scalar] = {}
     for key, value in values.items():
@@ -107,9 +106,9 @@ def numbers(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
-    """Return the parameters to log to MLflow, by dotted key. `tree` is the content of params.yaml.
+    """Return the parameters of params.yaml that are logged, by dotted key.
 
-    A mapping inside a section, such as package versions, becomes one parameter.
+    A mapping inside a section becomes one parameter.
     """
     params: dict[str, Scalar] = {}
     for section in _SECTIONS:
@@ -119,9 +118,9 @@ def tuned_params(tree: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics to log to MLflow, from the report of a stage such as `baseline@xz`.
+    """Return the metrics in a stage's report, by their names in MLflow.
 
-    The part of a metric's name before `/` is the group of charts in which MLflow shows the metric.
+    `stage` is a name such as `baseline@xz`.
     """
     name, _, item = stage.partition("@")
     if name == "training":
@@ -137,10 +136,10 @@ def stage_metrics(stage: str, report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[dict[str, str]]:
-    """Return the token files as data sets, in the form that `Journal.inputs` accepts.
+    """Return the token files as data sets for `Journal.inputs`.
 
-    `files` is the mapping `files` of a manifest. `contexts` maps each split, such as `train`, to MLflow's
-    word for its use: training, validation or evaluation.
+    `files` is the mapping `files` of a manifest. `contexts` maps each split to its use in MLflow, such as
+    `training`.
     """
     found = []
     for split, context in contexts.items():
@@ -153,7 +152,7 @@ def token_files(files: Mapping[str, Any], contexts: Mapping[str, str]) -> list[d
 def process_facts() -> dict[str, Any]:
     """Return the host, the id and the start time of this process.
 
-    If `dvc` started this process, the key `pipeline` has the id, start time and command of `dvc`.
+    The key `pipeline` describes the `dvc` process that started it, if there is one.
     """
     import psutil
 
@@ -171,7 +170,10 @@ def process_facts() -> dict[str, Any]:
 
 
 class Journal:
-    """Appends what a stage logs to a journal. If the process is killed, only the last line is incomplete."""
+    """A journal to which a stage appends everything that it logs.
+
+    If the process is killed, only the last line is incomplete.
+    """
 
     def __init__(self, state: Path, stage: str, start: Mapping[str, Any]) -> None:
         first = {"stage": stage, "store": tracking_store(), **start}
@@ -190,7 +192,7 @@ class Journal:
     def keep_before(self, workspace: Path) -> None:
         """Copy dvc.yaml, dvc.lock, params.yaml, requirements.lock and the uncommitted changes to `before/`.
 
-        Only the first stage of a `dvc` process copies these files.
+        Only the first stage of a `dvc` process copies them.
         """
         before = self.run_folder / BEFORE
         if before.exists():
@@ -246,8 +248,7 @@ class Journal:
 class NullTracker:
     """A tracker that logs nothing.
 
-    It is used with `--tracker none`. In distributed training, only the main process logs: all other processes
-    use this tracker.
+    The option `--tracker none` uses it. In distributed training, all processes but the main process use it.
     """
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -256,7 +257,7 @@ class NullTracker:
 
 
 def journal_lines(raw: bytes) -> list[dict[str, Any]]:
-    """Parse the bytes of a journal and return its lines. Incomplete and damaged lines are left out."""
+    """Parse a journal and return its lines without incomplete and damaged lines."""
     lines = []
     for line in raw[: raw.rfind(b"\n") + 1].splitlines():
         with suppress(ValueError, RecursionError):
@@ -272,7 +273,7 @@ class JournalFile:
 
     @functools.cached_property
     def start(self) -> dict[str, Any]:
-        """The first line, of kind `start`. It is empty if the journal has no complete first line."""
+        """The first line, of kind `start`, or an empty dict if it is incomplete."""
         with open(self.path, "rb") as file:
             lines = journal_lines(file.readline())
         return lines[0] if lines else {}
@@ -285,7 +286,7 @@ class JournalFile:
 
     @property
     def status(self) -> str:
-        """The stage's status in MLflow, such as FINISHED, or an empty string while the stage runs."""
+        """The stage's status in MLflow, or an empty string while the stage runs."""
         # In the other order, a stage that ends between these two lines would look killed.
         alive = is_alive(self.start)
         last = self.last
@@ -300,9 +301,9 @@ class JournalFile:
 
 
 def is_alive(process: Mapping[str, Any]) -> bool:
-    """Return whether a process still runs, from its `pid` and `created` (its start time in seconds).
+    """Return whether the process with this `pid` and start time still runs.
 
-    Two processes can have one pid, one after the other. So the start time is compared, too.
+    `created` is the start time in seconds: a later process may reuse the `pid`.
     """
     import psutil
 
@@ -314,7 +315,7 @@ def is_alive(process: Mapping[str, Any]) -> bool:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return facts about this machine that can change the rounding of results, such as its processor."""
+    """Return facts about this machine that can change the rounding of results."""
     facts = {"python": platform.python_version(), "machine": platform.machine(), "torch": ""}
     with suppress(metadata.PackageNotFoundError):
         facts["torch"] = metadata.version("torch")

@@ -1,10 +1,7 @@
-"""Copy the journals of stages to MLflow in a child process.
+"""Copy the journals of a run folder to MLflow in a child process.
 
-`start_logger` starts one child process for each run folder. The child process copies new lines of the
-journals, logs system metrics, and gives the runs of killed stages the status KILLED. In MLflow, a `dvc`
-process has a run, which is called the pipeline's run. The runs of the stages are child runs of the pipeline's
-run. If the server does not answer, `compactgpt sync` copies the lines later. A line may be copied twice
-without harm: MLflow stores equal metrics only once.
+The pipeline's run is the MLflow run of a `dvc` process. It is the parent of the runs of the stages. If MLflow
+fails, `compactgpt sync` copies the rest later.
 """
 
 import hashlib
@@ -33,7 +30,7 @@ PATIENCE_SECONDS = 60.0  # how long to retry after the runs have ended, if MLflo
 
 
 def start_logger(run_folder: Path) -> None:
-    """Start a child process that copies a run folder to MLflow, unless a process copies it already."""
+    """Start a process that copies a run folder to MLflow, unless one runs."""
     with RunFolder(run_folder).locked() as is_free:
         pass
     if is_free:
@@ -47,7 +44,7 @@ def start_logger(run_folder: Path) -> None:
 
 
 def copied_to(folder: RunFolder) -> str:
-    """Return the `Store.identity` of the store to which a run folder was copied, or an empty string."""
+    """Return the `Store.identity` to which a folder was copied, or an empty string."""
     note = folder.path / "mlflow.json"
     return str(read_json(note)["store"]) if note.exists() else ""
 
@@ -67,11 +64,11 @@ class Logger:
     def __init__(self, folder: RunFolder, store: Store) -> None:
         self.folder, self.store, self.client = folder, store, store.client
         self.run_id = ""  # the id of the pipeline's run in MLflow
-        self.copied: dict[str, Copied] = {}  # name of a journal's folder -> what is copied of the journal
+        self.copied: dict[str, Copied] = {}  # name of a journal's folder -> its run and progress
         self.monitor: Any = None  # MLflow's monitor, which logs the system metrics of the running stage
 
     def copy(self) -> bool:
-        """Copy new lines of all journals. Return whether all runs have ended and are copied completely."""
+        """Copy new lines of all journals, and return whether everything is copied."""
         if copied_to(self.folder) == self.store.identity:
             return True
         is_pipeline = "pipeline" in self.folder.start
@@ -105,7 +102,7 @@ class Logger:
         return run_id
 
     def _copy_journal(self, file: JournalFile) -> bool:
-        """Copy the new lines of one journal. Return whether the stage has ended and all lines are copied."""
+        """Copy the new lines of one journal, and return whether it is complete."""
         name = file.folder.name
         if name not in self.copied:
             self.copied[name] = Copied(self._start_stage(file))
@@ -117,6 +114,7 @@ class Logger:
         if not status and not self.monitor:
             self.monitor = self.store.start_monitor(copied.run_id)
         lines, offset = file.read(copied.offset)
+        # A new process copies all lines again: MLflow stores equal metrics only once.
         self.store.log(copied.run_id, lines)
         if self.run_id:
             self.store.log(self.run_id, [line for line in lines if line["kind"] in ("metrics", "inputs")])
@@ -139,22 +137,18 @@ class Logger:
         return run_id
 
     def _complete_pipeline(self) -> None:
-        """Log the files that the `dvc` process left, and end the pipeline's run.
-
-        If the run finished and has a model, also log the model.
-        """
+        """Log the remaining files and the model, and end the pipeline's run."""
         after, found, cache = self.folder.after, self.folder.outcome(), Cache(self.folder.root)
         assert found is not None  # `keep_after` has saved the outcome
         self.store.log_folder(self.run_id, after.root)
         tags, datasets = pipeline_run.hashes(after, cache, pipeline_run.outs(after, found))
         if found.status != "FINISHED":
             del tags["lock_sha256"]  # `sync` regards each run with this tag as finished
-        # links: name of a stage -> link to the run that made the stage's outputs.
-        # ran: name of a stage that ran -> name of the folder of its journal.
-        links, ran = {}, {file.start["stage"]: file.folder.name for file in self.folder.stages()}
+        journal_names = {file.start["stage"]: file.folder.name for file in self.folder.stages()}
+        links = {}  # name of a stage -> link to the run that made its outputs
         for stage, entry in found.entries.items():
-            if stage in ran:
-                made_by = self.copied[ran[stage]].run_id
+            if stage in journal_names:
+                made_by = self.copied[journal_names[stage]].run_id
                 self.client.set_tag(made_by, "lock_entry", entry)
             else:
                 made_by = self.store.find("lock_entry", entry)
@@ -176,9 +170,9 @@ class Logger:
 
 
 def follow(folder: RunFolder) -> None:
-    """Copy the new lines of a run folder every second, until the runs have ended and are copied.
+    """Copy the new lines of a run folder until everything is copied.
 
-    If MLflow fails, try again. Give up PATIENCE_SECONDS after the runs have ended.
+    After an error of MLflow, it tries again. It gives up PATIENCE_SECONDS after the runs ended.
     """
     logger, reported, last_work = None, "", time.monotonic()
     with folder.locked() as is_alone:
@@ -202,11 +196,10 @@ def follow(folder: RunFolder) -> None:
 
 
 def sync(root: Path) -> str:
-    """Copy all ended runs to the MLflow stores that their journals name. Return the current store's address.
+    """Copy all ended runs to MLflow and return the current store's address.
 
-    The current store is the one that MLFLOW_TRACKING_URI names. If it has no run with the results in
-    dvc.lock, for example in a fresh clone, such a run is logged. If a run can't be copied, the other runs are
-    copied, and then the first error is raised.
+    If that store has no finished run with this dvc.lock, it gets one. The first error is raised after the
+    other runs are copied.
     """
     if not (root / CHAIN).exists():
         raise MissingInput(f"{CHAIN} is missing in {root.resolve()}: run from the repository folder")
@@ -236,7 +229,7 @@ def sync(root: Path) -> str:
 
 
 def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) -> list[UserError]:
-    """Copy run folders to the store `wanted`, and return the errors of folders that were not copied."""
+    """Copy run folders to one store, and return the errors."""
     problems = []
     if waiting := sum(not copied_to(folder) for folder in folders):
         report(f"copying {waiting} run{'s' * (waiting > 1)} to MLflow at {wanted['uri']}")
@@ -255,10 +248,7 @@ def _sync_store(root: Path, wanted: dict[str, str], folders: list[RunFolder]) ->
 
 
 def _record_unrun(root: Path, current: dict[str, str]) -> bool:
-    """Log a run in which DVC skipped every stage, unless the store has a finished run with this dvc.lock.
-
-    Return whether the store then has a finished run with this dvc.lock.
-    """
+    """Log a run with this dvc.lock if it is missing; return whether one exists."""
     place, store = Folder(root), open_store(root, current)
     lock = hashlib.sha256(place.read(LOCK) or b"").hexdigest()
     with store_errors(current["uri"]):

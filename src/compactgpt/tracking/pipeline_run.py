@@ -1,8 +1,6 @@
-"""Read the run folder of one `dvc` process: the journals of its stages, and the outcome of each stage.
+"""Read the run folder of a `dvc` process and find each stage's outcome.
 
-A stage that DVC skips, or whose outputs DVC takes from its run cache, has no journal. So this module reads
-the outcome of each stage from dvc.lock after the `dvc` process has ended. The outputs of a skipped stage
-belong to the run only if dvc.lock says that they were made from the run's parameters, code and data.
+A stage that DVC skips has no journal. So the outcomes are read from dvc.lock after the process has ended.
 """
 
 import csv
@@ -53,7 +51,7 @@ class Outcome(BaseModel):
 
 
 class RunFolder:
-    """A run folder: the journals of one `dvc` process, or of one stage that a user started by hand."""
+    """The journals of one `dvc` process, or of one stage started by hand."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.root = path, path.parents[2]
@@ -70,12 +68,12 @@ class RunFolder:
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """The first line of the oldest journal, with the key `pipeline` if a `dvc` process ran the stages."""
+        """The first line of the oldest journal; its `pipeline` is the `dvc` process."""
         return self.journals()[0].start
 
     @property
     def command(self) -> str:
-        """The `dvc` command that ran the stages, in a form that a user can run again."""
+        """The `dvc` command of the run, in a form that users can run."""
         command, name = str(self.start["pipeline"]["command"]), self.start["tags"].get("dvc.experiment")
         # DVC's queue runs `dvc exp exec-run`, a command that a user can't run.
         return f"dvc exp run -n {name}" if name and "exec-run" in command else command
@@ -89,9 +87,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, wait: bool = False) -> Iterator[bool]:
-        """Lock the folder for a `with` block, and yield whether this process has the lock.
+        """Lock the folder for a `with` block, and yield whether that succeeded.
 
-        If another process has the lock, yield False, or wait for that process if `wait` is true.
+        If `wait` is true, it waits until the lock is free.
         """
         with open(self.path / "lock", "w") as file:
             try:
@@ -102,12 +100,15 @@ class RunFolder:
                 yield True
 
     def outcome(self) -> Outcome | None:
-        """Return the saved outcome of the `dvc` process, or None if no outcome is saved yet."""
+        """Return the saved outcome of the `dvc` process, or None."""
         saved = self.after.read(OUTCOME)
         return Outcome.model_validate_json(saved) if saved else None
 
     def keep_after(self) -> bool:
-        """Save the files of an ended `dvc` process to `after/`. Return False if it is too early for that."""
+        """Save the files of an ended `dvc` process to `after/`.
+
+        The result is False while `dvc` runs or has not committed its files.
+        """
         if "pipeline" not in self.start or self.outcome():
             return True
         if self.alive or (place := self._place()) is None:
@@ -116,11 +117,7 @@ class RunFolder:
         return True
 
     def _place(self) -> Place | None:
-        """Return the commit or folder with the dvc.lock of this run, or None if DVC has not committed it yet.
-
-        DVC commits the dvc.lock of an experiment. `dvc repro` leaves dvc.lock in the work tree. A later
-        run may change the work tree, but first it copies dvc.lock to its `before/`.
-        """
+        """Return where the run's dvc.lock is, or None if DVC has not committed it."""
         tags, workspace = self.start["tags"], self.start["workspace"]
         if name := tags.get("dvc.experiment"):
             baseline = tags.get("dvc.baseline", "")
@@ -129,6 +126,7 @@ class RunFolder:
                 return Commit(self.root, git_text(self.root, "rev-parse", "--verify", "--quiet", reference))
             newest = max(file.path.stat().st_mtime for file in self.journals())
             return Folder(self.path / "no-commit") if time.time() - newest > COMMIT_SECONDS else None
+        # The next run copied this run's dvc.lock before it changed the work tree.
         for later in run_folders(self.root):
             if later.path.name > self.path.name and later.start.get("workspace") == workspace:
                 return later.before
@@ -146,7 +144,7 @@ class RunFolder:
             (making / LOCK).write_bytes(lock)
         (making / "environment").mkdir()
         (making / "environment/packages.txt").write_text(journal.packages())
-        # `place` may be the `before/` of a later run, which has no code. So code is read from the work tree.
+        # A folder `before/` has no code, so code is read from the work tree.
         tree = Path(self.start["workspace"]) if isinstance(place, Folder) else None
         found = find_outcome(place, self.before, self.stages(), self.command, tree)
         for path, md5 in outs(place, found).items():
@@ -157,7 +155,7 @@ class RunFolder:
 
 
 def run_folders(root: Path) -> list[RunFolder]:
-    """Return the run folders of a repository that have a journal, the oldest run folder first."""
+    """Return the run folders that have a journal, the oldest first."""
     found = [RunFolder(path) for path in sorted(tracking_folder(root).glob("*/")) if path.is_dir()]
     return [folder for folder in found if folder.journals()]
 
@@ -165,14 +163,14 @@ def run_folders(root: Path) -> list[RunFolder]:
 def find_outcome(
     place: Place, before: Place, journals: list[JournalFile], command: str, tree: Path | None = None
 ) -> Outcome:
-    """Return the outcome of a `dvc` process: its status, and what happened to each stage.
+    """Return the status of a `dvc` process and the outcome of each stage.
 
     Args:
-        place: the project's files after the `dvc` process: a folder, or the commit of a DVC experiment.
+        place: the project's files after the process, in a folder or a commit.
         before: the project's files before the first stage.
         journals: the journals of the stages that ran.
-        command: the `dvc` command. If it names stages, the run is complete without the other stages.
-        tree: the work tree, whose code and data are compared with dvc.lock. None if `place` is a commit.
+        command: the `dvc` command. If it names stages, only these must succeed.
+        tree: the work tree with code and data, or None if `place` is a commit.
     """
     try:
         chain, old = dvc_files.read_chain(place), dvc_files.entries_of(before.read(LOCK))
@@ -203,10 +201,7 @@ def find_outcome(
 def _is_current(
     entry: Entry, chain: Chain, params: Mapping[str, Any], valid: Mapping[str, str], tree: Path | None
 ) -> bool:
-    """Return whether a stage's entry in dvc.lock has the parameters in `params` and valid dependencies.
-
-    A dependency is valid if a stage in `valid` made it, or if it has the same hash in `tree` as in dvc.lock.
-    """
+    """Return whether a stage's entry has the parameters in `params` and valid dependencies."""
     wanted = dvc_files.entry_params(entry)
     if not entry or wanted != {key: dvc_files.value_at(params, key) for key in wanted}:
         return False
@@ -215,8 +210,7 @@ def _is_current(
         inside = [out for out in makers if dvc_files.overlap(out, path)]
         if any(makers[out] not in valid for out in inside) or chain.out(path) not in ("", md5):
             return False
-        # If `tree` is None, dvc.lock comes from the commit of an experiment. Then no hashes are compared,
-        # because DVC commits an experiment only if all its stages succeeded.
+        # DVC commits an experiment only if all stages succeeded. So its commit needs no check.
         if not inside and tree and dvc_files.md5_path(tree / path) != md5:
             return False
     return True
@@ -229,7 +223,7 @@ def outs(place: Place, found: Outcome) -> dict[str, str]:
 
 
 def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
-    """Yield journal lines with the metrics of the skipped stages, from the reports in the folder `after`."""
+    """Yield journal lines with the metrics of skipped stages, from reports in `after`."""
     for stage in found.entries:
         path = after / f"reports/{stage.replace('@', '/')}.json"
         if not found.stages[stage].startswith(SKIPPED) or not path.exists():
@@ -246,9 +240,9 @@ def skipped_metrics(after: Path, found: Outcome) -> Iterator[dict[str, Any]]:
 def hashes(
     after: Folder, cache: Cache, made: Mapping[str, str]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return MLflow tags with the hashes of dvc.lock and the weights, and the token files as data sets.
+    """Return tags with the hashes of dvc.lock and weights, and the token files.
 
-    `made` maps the path of each output of the run to its MD5.
+    The token files are data sets for `Journal.inputs`. `made` maps the path of each output to its MD5.
     """
     tags, datasets = {"lock_sha256": hashlib.sha256(after.read(LOCK) or b"").hexdigest()}, []
     for md5 in (made[path] for path in (TOKENS, MODEL) if path in made):
@@ -261,9 +255,9 @@ def hashes(
 
 
 def describe(command: str, found: Outcome, links: Mapping[str, str]) -> str:
-    """Return the description of a pipeline's run in Markdown, with a table of its stages.
+    """Describe a pipeline's run in Markdown, with a table of its stages.
 
-    `links` has, by stage, a link to the run that made the stage's outputs.
+    `links` maps a stage to a link to the run that made its outputs.
     """
     lines = [f"`{command}`", "", *([f"**{found.reason}**", ""] if found.reason else [])]
     lines += ["| stage | here | made by |", "| --- | --- | --- |"]

@@ -1,4 +1,4 @@
-"""Log the compact model to MLflow, register it as the champion, and download a model from MLflow."""
+"""Log the model to MLflow, register it as the champion, and download models."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from compactgpt.tracking.store import Store, open_store, store_errors
 NAME = "compactgpt"
 CHAMPION = "champion"  # alias of the model version that `compactgpt gate --promote` promoted
 EXAMPLE = "The future of AI is"
-# The greatest number of tokens that a served model generates. Half of its block size is a limit, too.
+# A served model generates at most this many tokens for one request.
 MAX_NEW_TOKENS = 64
 PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of the pipeline's run
 
@@ -25,9 +25,8 @@ PIPELINE_RUN = "pipeline_run"  # tag of a model version; its value is the id of 
 def log_model(store: Store, run_id: str, after: Folder, cache: Cache, weights: str, val: str) -> str:
     """Log the trained model of a pipeline's run and return the model's id.
 
-    If MLflow has a model with the same weights, return the id of that model and log nothing. `after` has the
-    files that the pipeline left. `weights` is the SHA-256 of the weights, and `val` the SHA-256 of the val
-    split, or an empty string if the run has no val split.
+    A model with the same weights is not logged again. `weights` and `val` are the SHA-256 of the weights and
+    the val split.
     """
     from mlflow.entities import Metric
 
@@ -51,7 +50,7 @@ def _logged(store: Store, weights: str) -> str:
 
 
 def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
-    """Convert the model of a run to Hugging Face's format, log it to MLflow, and return the model's id."""
+    """Log a run's model in Hugging Face's format, and return its id."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # no network is needed: all files are on this machine
     with tempfile.TemporaryDirectory(prefix="compactgpt-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,8 +76,7 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
             name="compact",
             task="text-generation",
             run_id=run_id,
-            # With step 0, MLflow would copy the run's metrics to the model, but without their data set.
-            # The function `log_model` above copies both.
+            # With step 0, MLflow would copy the run's metrics without their data set.
             step=-1,
             signature=mlflow.models.infer_signature([EXAMPLE], [EXAMPLE], options),
             input_example=[EXAMPLE],
@@ -100,9 +98,9 @@ def _log(run_id: str, after: Folder, cache: Cache, tags: dict[str, str]) -> str:
 def promote(store: Store, weights: str, reason: str = "") -> str:
     """Register the model with these weights as the champion, and return its version number.
 
-    `weights` is the SHA-256 of the weights. `reason` says why a model with another configuration may replace
-    the champion. Raises MissingInput if MLflow has no model with these weights. Raises CheckFailed if the
-    champion has another configuration and `reason` is empty.
+    `weights` is their SHA-256. A `reason` allows a model whose configuration differs from the champion's.
+    Raises MissingInput if MLflow lacks the model, and CheckFailed if the configuration differs without a
+    reason.
     """
     import mlflow
 
@@ -134,10 +132,10 @@ def _refuse_other_configuration(model: Any, present: Any) -> None:
 
 
 def download_model(uri: str, folder: Path) -> Path:
-    """Download a model from MLflow, and return its folder in Hugging Face's format, with its tokenizer.
+    """Download a model from MLflow and return its folder in Hugging Face's format.
 
-    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`. The
-    files are written to the empty folder `folder`. Raises MissingInput if MLflow has no model with this URI.
+    `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/MODEL_ID` or `runs:/RUN_ID/compact`.
+    `folder` must be empty. Raises MissingInput if MLflow has no model with this URI.
     """
     address = tracking_store()["uri"]
     if address == DEFAULT_URI and not Path("mlflow.db").exists():

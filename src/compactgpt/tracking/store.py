@@ -1,4 +1,4 @@
-"""Open a tracking store of MLflow, write to its runs, and turn its errors into one-sentence messages."""
+"""Open an MLflow store, write to its runs, and shorten its error messages."""
 
 import fcntl
 import json
@@ -33,7 +33,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# A page of charts in MLflow: only the runs of pipelines, with the loss curves at the top.
+# A page of charts in MLflow: the runs of pipelines, with loss curves first.
 _VIEW = {
     "searchFilter": "tags.stage = 'pipeline'",
     "compareRunsMode": "CHART",
@@ -64,19 +64,19 @@ class Store:
 
     client: Any  # an mlflow.MlflowClient
     experiment: str  # the experiment's id
-    # Id and creation time of the experiment. If a store is deleted and created again, its identity changes.
+    # Id and creation time of the experiment: a re-created store has another identity.
     identity: str
 
     def find(self, tag: str, value: str) -> str:
-        """Return the id of the newest run whose tag has this value, or an empty string if there is no run."""
+        """Return the id of the newest run with this tag, or an empty string."""
         wanted, newest = f"tags.`{tag}` = '{value}'", ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment], wanted, max_results=1, order_by=newest)
         return str(found[0].info.run_id) if found else ""
 
     def create(self, tag: str, value: str, name: str, time_ms: int, tags: Mapping[str, str]) -> str:
-        """Return the id of the run whose tag has this value. Create the run if it does not exist.
+        """Return the id of the run with this tag, and create a missing run.
 
-        `time_ms` is the start of a new run in milliseconds since 1970; `tags` are further tags.
+        `time_ms` is the start of a new run, in milliseconds since 1970.
         """
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -87,7 +87,7 @@ class Store:
         return str(self.client.create_run(self.experiment, time_ms, tags, name).info.run_id)
 
     def log(self, run_id: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Log the parameters, metrics, tags and data sets in the lines of a journal to a run."""
+        """Log the lines of a journal to a run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
         params, metrics, tags, inputs = [], [], [], []
@@ -109,7 +109,7 @@ class Store:
             self.client.log_inputs(run_id, inputs)
 
     def log_folder(self, run_id: str, folder: Path, target: str | None = None) -> None:
-        """Log the files of a folder to a run. `target` is the artifact folder in MLflow."""
+        """Log the files of a folder to the artifact folder `target` of a run."""
         self.client.log_artifacts(run_id, str(folder), target)
         if (folder / DIFF).exists():
             # `log_artifacts` makes the file readable for all users. `log_artifact` keeps the file private.
@@ -126,10 +126,10 @@ class Store:
 
 
 def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
-    """Open a tracking store. Create the SQLite database and the experiment if they are missing.
+    """Open a tracking store, and create a missing SQLite database or experiment.
 
-    `root` is the repository. `wanted` is a result of `tracking_store`. If `wanted` is None, `tracking_store`
-    is called. Raises Unreachable if the server or the database fails.
+    `wanted` is a result of `tracking_store`; by default, it is called here. Raises Unreachable if the server
+    or the database fails.
     """
     wanted = wanted or tracking_store()
     for name, value in _SETTINGS.items():
@@ -156,7 +156,7 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
         if name and not client.get_experiment_by_name(name):
             client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
             if artifacts:
-                # MLflow stored an absolute path. In a copy of the repository, it leads to the original.
+                # The stored path is absolute: a copy of the repository needs a relative path.
                 with closing(sqlite3.connect(database, timeout=20)) as opened, opened:
                     opened.execute(
                         "update experiments set artifact_location = ? where name = ?", [ARTIFACTS, name]
@@ -175,7 +175,10 @@ def open_store(root: Path, wanted: Mapping[str, str] | None = None) -> Store:
 
 @contextmanager
 def store_errors(uri: str) -> Iterator[None]:
-    """Turn an error of MLflow into Unreachable. A UserError, or an error of the disk, stays as it is."""
+    """Turn an error of MLflow into Unreachable.
+
+    A UserError, or an error of the disk, stays as it is.
+    """
     try:
         yield
     except UserError:
@@ -195,7 +198,10 @@ def store_errors(uri: str) -> Iterator[None]:
 
 
 def run_of_value(root: Path, stage: str) -> str:
-    """Return the id of the run that made a stage's outputs, or a sentence that says why no run is known."""
+    """Return the id of the run that made a stage's outputs.
+
+    If no run is known, the result is a sentence that says why.
+    """
     if tracking_store()["uri"] == DEFAULT_URI and not (root / "mlflow.db").exists():
         return "no MLflow store here: `make repro` creates mlflow.db"
     entry, store = read_chain(Folder(root)).entries.get(stage), open_store(root)
