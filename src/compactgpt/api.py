@@ -1,4 +1,4 @@
-"""Use a trained model: load it, generate text, and measure how well it predicts a text.
+"""Load a trained model, generate text with it, and score texts.
 
     import compactgpt
 
@@ -40,7 +40,7 @@ _IN_MLFLOW = re.compile("models:/[^/@]+([/@][^/@]+)?|runs:/[^/]+/.+")
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model predicts a text. Every model is measured in tokens of the project's tokenizer."""
+    """How well a model predicts a text, in tokens of the project's tokenizer."""
 
     documents: int
     tokens: int
@@ -49,7 +49,7 @@ class Score:
     loss: float  # nats per token
     perplexity: float | None  # per token; None if the perplexity is too large for a float
     bits_per_byte: float
-    # Name of a metric ("loss", "perplexity" or "bits_per_byte") -> the limits of its 95 % interval.
+    # Name of a metric, such as "loss" -> the limits of its 95 % interval.
     # `intervals` is empty for a single document.
     intervals: dict[str, tuple[float, float]]
 
@@ -90,11 +90,10 @@ class Model:
         top_k: int = 40,
         seed: int = 1337,
     ) -> Iterator[list[str]]:
-        """Return an iterator that yields the new text of each sample after each step of generation.
+        """Return an iterator that yields the new text of each sample after each step.
 
-        A continuation has `max_new_tokens` tokens, or fewer if the model ends the document. Each token is
-        drawn from the `top_k` most probable tokens, after the logits are divided by `temperature`. With
-        temperature 0, each token is the most probable one. The same arguments give the same text.
+        With temperature 0, each token is the most probable one. The same arguments give the same text.
+        Raises BadConfig if the model can't generate text, or if an argument is too small.
         """
         from compactgpt.evaluation import generation
 
@@ -120,7 +119,7 @@ class Model:
     def score(
         self, text: str | Sequence[str], *, window: int | None = None, progress: Progress = silent
     ) -> Score:
-        """Return loss, perplexity and bits per byte of one document or of a list of documents."""
+        """Return the loss, perplexity and bits per byte of one or more documents."""
         from compactgpt.evaluation.likelihood import evaluate
         from compactgpt.evaluation.totals import figures
 
@@ -152,19 +151,17 @@ def _new_texts(
         for row, token in zip(tokens, step, strict=True):
             if token is not None and token != end:
                 row.append(token)
-        # The last token may end inside a character: `decode` returns U+FFFD for the incomplete character.
-        # The character is yielded after the step that completes it.
+        # `decode` returns U+FFFD for an incomplete last character, which a later token completes.
         now = [decode(row).rstrip("\ufffd") for row in tokens]
         yield [new[len(old) :] for new, old in zip(now, texts, strict=True)]
         texts = now
 
 
 def load(model: str | Path = MODEL, *, params_file: str | Path = "params.yaml") -> Model:
-    """Load a model from a folder, from MLflow, or by its name in `baseline.specs` of params.yaml.
+    """Load a model from a folder, from MLflow, or by its name in `baseline.specs`.
 
-    A folder has a model of this project, or a model in Hugging Face's format. A model in MLflow is named as
-    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. The tokenizer is data/tokenizer of the model's
-    project, else data/tokenizer of the current folder, else the GPT-2 tokenizer in the model's folder.
+    A folder has the format of this project or of Hugging Face. A name in MLflow is, for example,
+    `models:/compactgpt@champion` or `runs:/RUN_ID/compact`. Raises MissingInput if there is no such model.
     """
     name, folder = str(model), Path(model).expanduser()
     if _IN_MLFLOW.fullmatch(name):
@@ -216,7 +213,7 @@ def _load_folder(name: str, folder: Path) -> Model:
 
 
 def _load_tokenizer(model: Path) -> "tiktoken.Encoding":
-    """Return the tokenizer for the model in the folder `model`. `load` lists the possible folders."""
+    """Return the tokenizer of the model's project, of the current folder, or of the model's folder."""
     project = model.absolute().parent.parent  # for a model in PROJECT/models/compact
     for folder in (project / TOKENIZER, Path(TOKENIZER)):
         if folder.is_dir():
@@ -237,7 +234,7 @@ def _to_utf8(text: str) -> bytes:
 
 
 def _as_split(documents: Sequence[str], encoding: "tiktoken.Encoding") -> TokenFile:
-    """Tokenize documents. Return a token file in memory."""
+    """Tokenize documents into a token file in memory."""
     contents = [_to_utf8(text) for text in documents]
     if not any(contents):
         raise BadData("the text is empty: give at least one character")

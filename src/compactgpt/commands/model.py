@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MODEL = "models/compact"
-# `evaluate` cuts a single text of more than 5 x PIECE characters into pieces of about PIECE characters.
-PIECE = 1000
+PIECE = 1000  # `evaluate` cuts a long text into pieces of about this many characters
 FIGURES = {"loss": 3, "perplexity": 2, "bits_per_byte": 3}  # metric -> its number of digits after the point
 MODELS = "A folder, a model in MLflow (models:/compactgpt@champion), or a name from baseline.specs"
 ModelFolder = Annotated[Path, typer.Option("--model", help="The folder of the trained model.")]
@@ -47,7 +46,7 @@ def generate(
 ) -> None:
     """Continue a text with the trained model.
 
-    Prints the prompt and the new text as the model generates them. Writes no file.
+    Prints the prompt and the new text. Writes no file.
     Example: compactgpt generate "The future of AI is" --num-samples 3
     """
     from compactgpt.api import load
@@ -84,7 +83,7 @@ def generate(
 
 
 def _read_text(name: str) -> str:
-    """Return the text of a file, or of standard input if the name is `-`, without a byte-order mark."""
+    """Return the text of a file, or of standard input for the name `-`."""
     try:
         content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return content.decode("utf-8-sig")
@@ -133,10 +132,10 @@ def evaluate(
     as_json: AsJson = False,
     params_file: ParamsFile = PARAMS,
 ) -> None:
-    """Measure how well models predict a text: nats per token, perplexity and bits per byte.
+    """Measure how well models predict a text.
 
-    Prints a line per model, with 95 % intervals. An interval needs several documents: several files, or the
-    pieces of a single long file. Writes no file.
+    Prints nats per token, perplexity and bits per byte of each model, with 95 % intervals. An interval
+    needs several files, or one long file. Writes no file.
     Example: compactgpt evaluate README.md --model models/compact --model smollm2-135m-instruct-q4
     """
     from compactgpt.api import load
@@ -174,10 +173,7 @@ def evaluate(
 
 
 def _cut(text: str, name: str) -> tuple[list[str], str]:
-    """Return the documents that a long text is cut into, and a message about the cut.
-
-    The message is empty if the text is not cut.
-    """
+    """Return the documents of a text, and a message if the text is cut."""
     from compactgpt.config import Files
     from compactgpt.data.splitting import split_text
 
@@ -232,9 +228,9 @@ def push_to_hub(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     model: ModelFolder = Path(MODEL),
 ) -> None:
-    """Export the trained model and upload it to the Hugging Face hub. Needs HF_TOKEN or `hf auth login`.
+    """Export the trained model and upload it to the Hugging Face hub.
 
-    Prints the uploaded files and the address of the commit. Writes no file here.
+    Needs HF_TOKEN or `hf auth login`. Prints the uploaded files and the address of the commit.
     Example: compactgpt push-to-hub me/compact-gpt --dry-run
     """
     from compactgpt.common.storage import MANIFEST

@@ -1,7 +1,6 @@
-"""Load the baselines of params.yaml: n-gram models, compressors, and transformers models in float32.
+"""Load the baselines of params.yaml: n-gram models, compressors and transformers models.
 
-**All models score the same text.** A model with GPT-2's vocabulary reads the same windows of tokens as our
-model. A model with another tokenizer reads the text of the same windows in its own tokens (see `OwnTokens`).
+All models score the same text. A model with another tokenizer reads it in its own tokens (see `OwnTokens`).
 """
 
 import inspect
@@ -61,10 +60,9 @@ def load_baseline(
 ) -> LanguageModel:
     """Load the baseline called `name` in params.yaml.
 
-    `encoding` is the encoding of the token files, `train` is the train split's token file, and `state` is the
-    folder that keeps downloaded weights. Raises BadConfig if `baseline.specs` has no entry `name`, or if the
-    model's logits are not its hidden states times one matrix. Raises MissingInput, BadData or Unreachable if
-    a file of the model is missing, is damaged, or can't be downloaded.
+    `train` is the train split's token file. `state` is the folder for downloaded weights.
+    Raises BadConfig if the name is unknown, or if the model can't be measured.
+    Raises MissingInput, BadData or Unreachable if a file of the model can't be read.
     """
     specs = params.baseline.specs
     if name not in specs:
@@ -161,10 +159,9 @@ def _check_head(model: Any, hidden: Callable[[Any], Any], head: Any) -> None:
 
 
 def make_decoder(model: Any) -> Callable[[Any], Step] | None:
-    """Return a function for `NeuralModel.decoder` that reads texts with the model's key-value cache.
+    """Return a function for `NeuralModel.decoder` that uses the model's key-value cache.
 
-    Returns None if the model does not accept `position_ids`. Without them, the model can't read texts of
-    different lengths in one batch.
+    Returns None if the model does not accept `position_ids`, because padded texts need them.
     """
     import torch
 
@@ -202,17 +199,15 @@ def make_decoder(model: Any) -> Callable[[Any], Step] | None:
 class OwnTokens:
     """Cut documents into windows for a model that does not have GPT-2's tokenizer.
 
-    Each window has the same text as a window of GPT-2 tokens: a text span. The model's tokenizer encodes each
-    span separately, and every token of a span is scored. One token precedes each span: the start token before
-    the first span of a document, else the last token of the previous span. The nats of a document are
-    therefore those of its complete text, as for every other model.
+    Each window has the same text as a window of GPT-2 tokens. The model's tokenizer encodes each window
+    separately. The start token, or the last token of the previous window, precedes a window.
     """
 
     codec: Codec
     encoding: "tiktoken.Encoding"
 
     def windows(self, split: TokenFile, window: int) -> Iterator[Window]:
-        """Yield the windows of a split. Each window covers as much text as `window` GPT-2 tokens."""
+        """Yield windows that each cover as much text as `window` GPT-2 tokens."""
         for document in range(split.header.documents):
             before = self.codec.first_token
             for span in text_spans(split, self.encoding, document, window):
@@ -221,7 +216,7 @@ class OwnTokens:
                 before = int(stream[-1])
 
     def streams(self, split: TokenFile) -> Iterator[Stream]:
-        """Yield the index of every document, and an array of the start token and the document's tokens."""
+        """Yield the index of each document, and its tokens after the start token."""
         for document in range(split.header.documents):
             text = document_text(split, self.encoding, document).decode()
             ids = self._encode(split, document, text) if text else []
@@ -238,10 +233,9 @@ class OwnTokens:
 
 
 def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, window: int) -> list[str]:
-    """Return the text of each window of a document, where a window has `window` tokens of `encoding`.
+    """Return a document's text in pieces that have `window` tokens of `encoding`.
 
-    If a window ends inside a character, the complete character belongs to this window. The result has no
-    empty texts.
+    If a piece ends inside a character, it gets the complete character. No piece is empty.
     """
     text = document_text(split, encoding, document)
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in split.document(document).tolist()]
@@ -256,9 +250,9 @@ def text_spans(split: TokenFile, encoding: "tiktoken.Encoding", document: int, w
 
 
 def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Encoding") -> bool:
-    """Return whether the tokenizer and `encoding` have the same bytes for every token except end-of-text.
+    """Return whether the tokenizer and `encoding` have the same tokens, except end-of-text.
 
-    The id of a GPT-2 token is its index in the list of merges, so equal ids mean that all merges are equal.
+    The id of a GPT-2 token is the index of its merge, so equal ids mean equal merges.
     """
     characters = {byte: character for character, byte in unicode_to_bytes().items()}
     expected = {
@@ -271,11 +265,11 @@ def has_vocabulary_of(tokenizer: "tokenizers.Tokenizer", encoding: "tiktoken.Enc
 
 
 def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_token: int | None) -> int:
-    """Return the start token: end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
+    """Return end-of-text if the vocabulary has it, else `bos_token`, else `eos_token`.
 
-    Pretraining puts end-of-text between documents. In a chat model, the BOS token (beginning of sequence)
-    often begins a message instead. With its BOS token `<|im_start|>` as the start token, the loss of
+    In a chat model, the BOS token often begins a message, not a document. With this token, the loss of
     SmolLM2-135M-Instruct on the first 128 tokens of a document is 20 nats higher in total.
+    Raises ValueError if there is none of them.
     """
     first_token = vocabulary.get(END_OF_TEXT, eos_token if bos_token is None else bos_token)
     if first_token is None:
@@ -287,9 +281,9 @@ def first_token_of(vocabulary: Mapping[str, int], bos_token: int | None, eos_tok
 
 
 def read_folder(folder: Path) -> LoadedModel:
-    """Load a model in Hugging Face format. Weights must be safetensors, and no code from the folder runs.
+    """Load a model in Hugging Face format with safetensors weights. No code from the folder runs.
 
-    Raises MissingInput if a file is missing, and BadData if transformers can't load the model.
+    Raises MissingInput if a file is missing, and BadData if the model can't be loaded.
     """
     check_files(folder)
     for pattern in ("config.json", "tokenizer*.json", "*.safetensors"):
@@ -301,10 +295,9 @@ def read_folder(folder: Path) -> LoadedModel:
 
 
 def read_gguf(path: Path) -> LoadedModel:
-    """Load a GGUF file with the Llama architecture and SmolLM's tokenizer, with its weights in float32.
+    """Load a GGUF file with the Llama architecture and SmolLM's tokenizer, in float32.
 
-    Raises BadConfig if the file has another architecture or tokenizer, and BadData if transformers can't load
-    the model of the file.
+    Raises BadConfig for another architecture or tokenizer, and BadData if the model can't be loaded.
     """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
@@ -320,8 +313,7 @@ def read_gguf(path: Path) -> LoadedModel:
                 "'smollm') can be read: use the model's folder in Hugging Face format, or the hub"
             )
         loaded = _load(path.parent, gguf_file=path.name)
-        # The pre-tokenizer `smollm` of llama.cpp splits numbers into single digits. The tokenizer
-        # that transformers makes from a GGUF file does not.
+        # llama.cpp's `smollm` splits numbers into digits. The tokenizer from transformers does not.
         loaded.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

@@ -1,7 +1,7 @@
 """Convert our GPT to a `NeuralModel`, which evaluation can score.
 
-Shapes: B texts, T tokens that are read in one call, S tokens that were read in all calls, C channels, nh
-heads, hs channels per head, V tokens of the vocabulary.
+Shapes: B texts, T tokens of one call, S tokens of all calls, C channels, nh heads, hs channels per head,
+V tokens of the vocabulary.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from compactgpt.model.gpt import GPT, Attention, Block
 
 
 def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | None = None) -> NeuralModel:
-    """Return our GPT as a `NeuralModel`. Without an encoding, the result can't run tasks or generate text."""
+    """Return our GPT as a `NeuralModel`. Tasks and generated text need an encoding."""
     facts = {"kind": "compact", "num_params": model.num_params, "context": IN_WINDOW}
     # The head, (V, C), has no rows that only pad the vocabulary.
     head = model.eval().wte.weight.detach()[: model.shape.vocab_size]
@@ -32,9 +32,9 @@ def as_neural_model(model: GPT, batch_size: int, encoding: tiktoken.Encoding | N
 
 
 class CachedReader:
-    """Run our GPT on texts step by step, with a cache of keys and values.
+    """Run our GPT step by step with a cache of keys and values.
 
-    Texts of different lengths are padded on the left. No token of a text attends to padding.
+    Short texts are padded on the left. No token of a text attends to padding.
     """
 
     def __init__(self, model: GPT, padding: Tensor) -> None:
@@ -44,14 +44,14 @@ class CachedReader:
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Read the next tokens of each text, (B, T). Return the hidden state of the last token, (B, C)."""
+        """Read the next tokens, (B, T). Return the last token's hidden state, (B, C)."""
         model, start = self._model, self._read
         self._read = end = start + tokens.shape[1]
         columns = torch.arange(start, end, device=tokens.device)  # (T,)
         seen = torch.arange(end, device=tokens.device)  # (S,)
         is_text = (seen >= self._padding)[:, None]  # (B, 1, S)
         is_before, is_self = seen <= columns[:, None], seen == columns[:, None]  # (T, S)
-        # Padding attends to itself, because the softmax of a row without an allowed position would be NaN.
+        # Padding attends to itself, because the softmax of a fully masked row is NaN.
         mask = (is_text & is_before) | is_self  # (B, T, S)
         positions = (columns - self._padding).clamp_min(0)  # (B, T)
         x = model.wte(tokens) + model.wpe(positions)  # (B, T, C)
@@ -61,7 +61,7 @@ class CachedReader:
         return cast(Tensor, model.ln_f(x[:, -1]))
 
     def _attend(self, layer: int, attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
-        """Return the output of one layer's attention. `x` is (B, T, C), and `mask` is (B, 1, T, S)."""
+        """Return one layer's attention, (B, T, C), for `x`, (B, T, C), and `mask`, (B, 1, T, S)."""
         B, T, C = x.shape
         heads = attention.c_attn(x).view(B, T, 3, attention.n_head, C // attention.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)

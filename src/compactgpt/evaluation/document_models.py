@@ -23,9 +23,9 @@ COUNTED_AT_ONCE = 2**24  # `make_unigram` counts this many tokens in one step
 
 
 def make_unigram(train: TokenFile) -> DocumentModel:
-    """Return a model in which the probability of a token is its smoothed frequency in the train split.
+    """Return a unigram model of the train split with add-one (Laplace) smoothing.
 
-    p(token) = (count + 1) / (tokens + vocab_size), which is add-one (Laplace) smoothing.
+    p(token) = (count + 1) / (tokens + vocab_size).
     """
     tokens, vocab_size = len(train.tokens), train.header.vocab_size
     counts = np.zeros(vocab_size, np.int64)  # (V,)
@@ -58,10 +58,10 @@ def make_ngram(spec: config.Ngram, train: TokenFile) -> DocumentModel:
 def make_compressor(
     spec: config.Compressor, train: TokenFile, encoding: "tiktoken.Encoding"
 ) -> DocumentModel:
-    """Return a model that scores a document by its compressed size, without headers of the file format.
+    """Return a model that scores a document by its compressed size.
 
-    The nats of a document are ln 2 x 8 x the number of its compressed bytes. The compressor's dictionary is
-    the first `train_megabytes` MB of the train split. Text that occurs in the dictionary needs fewer bytes.
+    A document has ln 2 x 8 x (compressed bytes) nats. The compressor's dictionary is the first
+    `train_megabytes` MB of the train split.
     """
     context = "the document before"
     if spec.train_megabytes:
@@ -108,10 +108,10 @@ def _zstd(level: int, known: bytes) -> Callable[[bytes], bytes]:
 
 @dataclass(frozen=True)
 class _Order:
-    """All n-grams of one length, which is 2 or more. The id of an n-gram is its index in `keys`."""
+    """All n-grams of one length. The id of an n-gram is its index in `keys`."""
 
-    # The context of an n-gram is the n-gram without its last token. The key of an n-gram is
-    # (id of its context) * V + (its last token).
+    # The key of an n-gram is (id of its context) * V + (its last token).
+    # The context of an n-gram is the n-gram without its last token.
     keys: Ids  # (K,), in ascending order
     weights: Floats  # (K,), the discounted count of the n-gram / the total count of its context
     backoff: Floats  # (contexts,), backoff(c) of each context c (see `NgramModel`); 1 if no token follows c
@@ -119,17 +119,19 @@ class _Order:
 
 @dataclass(frozen=True)
 class NgramModel:
-    """A trained n-gram model with interpolated modified Kneser-Ney smoothing.
+    """An n-gram model with interpolated modified Kneser-Ney smoothing.
 
     The source is Chen and Goodman 1998, An Empirical Study of Smoothing Techniques for Language Modeling,
     section 3. Let `c` be the tokens before a token `w`, and `c'` the same tokens without the first one:
 
         p(w | c) = (count(c w) - D(count(c w))) / total(c) + backoff(c) p(w | c')
 
-    D is one of three discounts, for counts of 1, 2 and at least 3. `total(c)` is the sum of count(c w) over
-    all tokens w. `backoff(c)` is the sum of D(count(c w)) over all w, divided by total(c), so the
-    probabilities sum to 1. If c is empty, p(w | c') is 1 / V. A document is read as end-of-text, its tokens,
-    end-of-text. No n-gram crosses the end of a document.
+    - D: one of three discounts, for counts of 1, 2 and at least 3.
+    - total(c): the sum of count(c w) over all tokens w.
+    - backoff(c): the sum of D(count(c w)) over all tokens w, divided by total(c).
+
+    If c is empty, p(w | c') is 1 / V. End-of-text is put before and after each document. No n-gram has
+    tokens of two documents.
 
     Shapes: V tokens of the vocabulary, N positions of the train split, K different n-grams of one order.
     """
@@ -146,10 +148,10 @@ class NgramModel:
     def probabilities(self, stream: Ids) -> Floats:
         """Return the probability of each token of a document, (T,), given the tokens before it.
 
-        `stream`, (T + 1,), has end-of-text and the T tokens of the document.
+        `stream`, (T + 1,), is end-of-text and the document's tokens.
         """
         found = self.unigrams[stream[1:]]
-        contexts = stream[:-1]  # the id of each token's context; -1 if the context is not in the train split
+        contexts = stream[:-1]  # id of each token's context; -1 if it is not in the train split
         for order in self.orders:
             if not len(contexts):
                 break
@@ -164,11 +166,10 @@ class NgramModel:
 
 
 def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
-    """Return the n-gram model of the first documents of a split, up to `max_tokens` tokens.
+    """Train an n-gram model on the first documents of a split, up to `max_tokens` tokens.
 
-    The count of an n-gram of the highest order is the number of its occurrences. The count of a shorter
-    n-gram is the number of different tokens that occur before it. No token occurs before an n-gram that
-    begins with end-of-text, so its count is the number of its occurrences.
+    The count of an n-gram of the highest order is its number of occurrences. The count of a shorter n-gram
+    is the number of different tokens that occur before it.
     """
     V = train.header.vocab_size
     documents = max(1, int(np.searchsorted(train.offsets, max_tokens, side="right")) - 1)
@@ -179,8 +180,8 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     positions = np.arange(1, len(stream)) - np.repeat(offsets[:-1], np.diff(offsets))  # (N,)
     ids = stream  # the id of the n-gram that ends at each position
     sizes = [V]  # the number of different n-grams of each order
-    # For each order, three arrays, (K,): the key of each n-gram, its number of occurrences, and the id of its
-    # suffix, which is the n-gram without its first token.
+    # For each order, three arrays, (K,): keys, numbers of occurrences, and ids of suffixes.
+    # The suffix of an n-gram is the n-gram without its first token.
     found: list[tuple[Ids, Ids, Ids]] = []
     for length in range(2, order + 1):
         # An n-gram may begin with the end-of-text before its document, but not earlier.
@@ -199,8 +200,7 @@ def train_ngrams(train: TokenFile, order: int, max_tokens: int) -> NgramModel:
     orders = []
     for place, (keys, counts, _) in enumerate(found):
         if place + 1 < len(found):
-            # Replace the counts by the number of different tokens that occur before each n-gram. An n-gram
-            # that begins with end-of-text has no token before it, and keeps its count.
+            # An n-gram that begins with end-of-text has no token before it, and keeps its count.
             before = np.bincount(found[place + 1][2], minlength=len(keys))
             counts[before > 0] = before[before > 0]
         orders.append(_Order(keys, *_discount(counts, keys // V, sizes[place])))
@@ -218,14 +218,11 @@ def _discount(counts: Ids, contexts: Ids, size: int) -> tuple[Floats, Floats]:
 
 
 def _discounts_of(counts: Ids) -> Floats:
-    """Return the four discounts: of the counts 0, 1 and 2, and of all higher counts (Chen and Goodman 1998).
-
-    If a tiny corpus has too few n-grams to estimate them, they are 0, 0.5, 1 and 1.5, as in KenLM.
-    """
+    """Return the discounts of the counts 0, 1, 2, and 3 or more (Chen and Goodman 1998)."""
     n1, n2, n3, n4 = (int((counts == count).sum()) for count in (1, 2, 3, 4))
     if min(n1, n2, n3) > 0:
         y = n1 / (n1 + 2 * n2)
         found = np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
         if (found >= 0).all():
             return found
-    return np.array([0.0, 0.5, 1.0, 1.5])
+    return np.array([0.0, 0.5, 1.0, 1.5])  # as in KenLM, if a tiny corpus has too few n-grams

@@ -1,8 +1,8 @@
 """Generate text with a neural model by greedy decoding, top-k sampling and nucleus sampling.
 
 The prompts are those of params.yaml and the beginnings of val documents. Generated text is compared with the
-human text that follows in the val document. The start token precedes every prompt, as it precedes every
-document in evaluation. Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
+human text that follows in the val document.
+Shapes: B continuations, T tokens, C channels, V tokens of the vocabulary.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ STRATEGIES = ("greedy", "top_k", "nucleus")
 def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Floats:
     """Return the probabilities of top-k sampling (Fan et al. 2018), (V,).
 
-    They are softmax(logits / temperature) over the `top_k` largest logits, and 0 for all other tokens.
+    They are softmax(logits / temperature) over the `top_k` largest logits, and 0 elsewhere.
     """
     bound = np.partition(logits, -top_k)[-top_k] if top_k < len(logits) else -np.inf
     kept = np.flatnonzero(logits >= bound)  # more than top_k tokens if logits are equal
@@ -49,13 +49,12 @@ def top_k_probabilities(logits: Floats, *, temperature: float, top_k: int) -> Fl
 def nucleus_probabilities(logits: Floats, *, top_p: float) -> Floats:
     """Return the probabilities of nucleus sampling (Holtzman et al. 2020), (V,).
 
-    They are the softmax over the tokens of the nucleus, and 0 for all other tokens. The nucleus is the
-    smallest set of tokens whose probabilities sum to at least `top_p`.
+    They are 0 outside of the nucleus. The nucleus is the smallest set of tokens whose probabilities sum
+    to at least `top_p`.
     """
     weights = np.exp(logits - logits.max())
     weights /= weights.sum()
-    # Sorting the complete vocabulary is slow. Tokens with a probability below 1e-5 are sorted only
-    # if the probabilities of the other tokens sum to less than top_p.
+    # Sorting the complete vocabulary is slow: unlikely tokens are sorted only if they are needed.
     for least in (1e-5, 0.0):
         likely = np.flatnonzero(weights >= least)
         likely = likely[np.argsort(-weights[likely], kind="stable")]
@@ -74,7 +73,7 @@ def greedy(logits: Floats) -> int:
 
 
 def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: str) -> Sampler:
-    """Return a function that draws a token at random. `probabilities` computes probabilities from logits.
+    """Return a function that draws a token from `probabilities(logits)`.
 
     The random numbers depend only on `seed` and `key`.
     """
@@ -85,7 +84,7 @@ def seeded_sampler(probabilities: Callable[[Floats], Floats], seed: int, key: st
         found = probabilities(logits)  # (V,)
         bounds = np.cumsum(found)
         token = int(np.searchsorted(bounds, generator.random() * bounds[-1], side="right"))  # inverse CDF
-        # Because of rounding, `token` can be after the last token that has a probability above 0.
+        # Rounding can select a token after the last token with a probability above 0.
         return min(token, int(np.flatnonzero(found)[-1]))
 
     return sample
@@ -113,17 +112,15 @@ def generate_tokens(
 ) -> Iterator[list[int | None]]:
     """Continue all prompts in one batch.
 
-    Each step yields a list with the next token of every text, or None for a text that has ended. A text ends
-    with the token `end`, or after `max_new_tokens`. If prompts and new tokens fit the model's context, the
-    model's `decoder` reads each token once. Otherwise the model reads the last `block_size` tokens again for
-    each new token.
+    Each step yields the next token of every text, or None for a text that has ended. A text ends with the
+    token `end`, or after `max_new_tokens` tokens.
     """
     import torch
 
     device = model.head.device
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    step = None
+    step = None  # without a step function, the model reads each text again for every new token
     if model.decoder is not None and longest + max_new_tokens <= model.block_size:
         step = model.decoder(torch.tensor(padding, device=device))
     texts = [list(prompt) for prompt in prompts]
@@ -139,7 +136,7 @@ def generate_tokens(
         ended = [token is None or token == end for token in tokens]
         if all(ended):
             break
-        # All rows of a batch have one length: the model reads `end` again for a text that has ended.
+        # A text that has ended gets `end` again, because all rows need the same length.
         unread = [[end if token is None else token] for token in tokens]
         for text, token in zip(texts, tokens, strict=True):
             if token is not None:
@@ -162,12 +159,11 @@ def _read_again(model: NeuralModel, texts: list[list[int]]) -> "torch.Tensor":
 def choose_prompts(
     text: Text, split: TokenFile, encoding: "tiktoken.Encoding"
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Return the prompts, and the human text that follows each prompt from a document, in tokens.
+    """Return the prompts, and the tokens of the human text after each document's beginning.
 
-    Each prompt is a dict. Its `prompt` is the text, and its `document` is the id of the document that begins
-    with this text. The prompts of params.yaml come first, and their `document` is None. Then come the
-    beginnings of documents spread evenly over the split. A document must be long enough for the prompt and
-    for `max_new_tokens` of human text. Raises BadConfig if fewer than two documents are long enough.
+    The keys of a prompt are `prompt`, its text, and `document`, the id of its document. The prompts of
+    params.yaml come first; their `document` is None.
+    Raises BadConfig if fewer than two documents are long enough.
     """
     needed = text.prompt_tokens + text.max_new_tokens
     long_enough = np.flatnonzero(np.diff(split.offsets) - 1 >= needed)
@@ -196,8 +192,8 @@ def generate_texts(
 ) -> dict[str, Any]:
     """Continue every prompt by every decoding strategy, and return the report.
 
-    The statistics compare the continuations of documents with human text: the text of the same length that
-    follows the prompt in the document. Raises BadConfig if the split has too few documents to continue.
+    The statistics compare the continuations of documents with human text of the same length.
+    Raises BadConfig if fewer than two documents are long enough.
     """
     samples, human = choose_prompts(text, split, encoding)
     jobs = [(sample, strategy) for sample in samples for strategy in STRATEGIES]

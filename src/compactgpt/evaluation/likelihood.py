@@ -1,9 +1,9 @@
-"""Score a language model on the val split, and make the report of its per-document losses.
+"""Score a language model on the val split, and report its per-document losses.
 
-All models see the same text. Each document is cut into windows. One token precedes each window: end-of-text
-at the start of a document, else the last token of the previous window. Every token of a document is scored
-exactly once; end-of-text is never scored. Shapes: B windows, T tokens of the longest window, C channels,
-V tokens of the vocabulary, N targets (scored tokens).
+Documents are cut into windows. Every token of a document is scored exactly once, and end-of-text never.
+One token precedes each window: end-of-text, or the last token of the previous window.
+Shapes: B windows, T tokens of the longest window, C channels, V tokens of the vocabulary, N targets (scored
+tokens).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,20 +29,20 @@ from compactgpt.data.token_files import (
 )
 from compactgpt.evaluation.totals import Counts, Floats, Positions, Totals, by_position, figures
 
-# Only the functions that run a neural model import torch: the import is slow, and compressors don't need it.
+# Only functions that run a neural model import torch, because the import is slow.
 if TYPE_CHECKING:
     import tiktoken
     import torch
 
 
 IN_WINDOW = "the window of the document"  # in reports: the text that a neural model sees before a token
-HEAD_ROWS = 256  # number of targets whose logits are computed at once: 51 MB of float32 for V = 50,257
-CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens need more memory and save no time
-SORTED_WINDOWS = 4096  # number of windows that are sorted by length, so that batches have little padding
+HEAD_ROWS = 256  # number of targets whose logits are computed at once (51 MB of float32)
+CPU_TOKENS = 1024  # tokens in one forward pass on a CPU: more tokens save no time
+SORTED_WINDOWS = 4096  # number of windows that are sorted by length to avoid padding
 
-# A function that reads the next tokens, (B, T), and returns the hidden state of the last token, (B, C).
+# A step maps the next tokens, (B, T), to the hidden state of the last token, (B, C).
 Step = Callable[["torch.Tensor"], "torch.Tensor"]
-# A function of logits (N, V), which it may overwrite, and of targets (N,). It returns scores, (N, ...).
+# A score maps logits, (N, V), and targets, (N,), to values, (N, ...). It may overwrite the logits.
 Score = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
@@ -59,8 +59,7 @@ def strided_windows(streams: Iterable[Stream], context: int, stride: int) -> Ite
     """Cut streams into overlapping windows of at most `context` tokens.
 
     Each window ends `stride` tokens after the previous window. Every token of a stream except the first is a
-    target exactly once. A model sees at least context - stride tokens before a target, or all tokens of the
-    document before the target if there are fewer. The source is perplexity.md in transformers' documentation.
+    target exactly once. The source is perplexity.md in transformers' documentation.
     """
     for document, stream in streams:
         start, end = 0, min(context, len(stream) - 1)
@@ -84,7 +83,7 @@ class NeuralModel:
     """A causal neural model whose logits are `hidden(tokens) @ head.T`."""
 
     facts: Mapping[str, Any]  # facts for the report: kind, num_params, context, and the source of the weights
-    # A function from tokens, (B, T) int64, to hidden states, (B, T, C). Short texts are padded on the right.
+    # `hidden` maps tokens, (B, T) int64 padded on the right, to hidden states, (B, T, C).
     hidden: "Callable[[torch.Tensor], torch.Tensor]"
     head: "torch.Tensor"  # (V, C), the output weights without the rows that pad the vocabulary
     block_size: int  # the largest T that `hidden` accepts
@@ -92,8 +91,8 @@ class NeuralModel:
     windows: Callable[[TokenFile, int], Iterable[Window]] = evaluation_windows
     streams: Callable[[TokenFile], Iterable[Stream]] = document_streams
     codec: Codec | None = None  # None: the model can't run tasks or generate text
-    # `decoder(padding)` returns a `Step` for texts that have `padding` padding tokens, (B,), on the left.
-    # If `decoder` is None, generation reads each text again for every new token.
+    # `decoder` maps the number of padding tokens on the left of each text, (B,), to a `Step`.
+    # Without a decoder, generation reads each text again for every new token.
     decoder: "Callable[[torch.Tensor], Step] | None" = None
 
     def score(self, split: TokenFile, window: int, progress: Progress) -> DocumentScores:
@@ -105,7 +104,7 @@ class NeuralModel:
     ) -> DocumentScores:
         """Return the per-document losses in windows of the model's own context.
 
-        `view` is the kind of windows: the windows of `own` do not overlap, the windows of `strided` overlap.
+        The windows of the view `own` do not overlap, and those of `strided` overlap.
         """
         context, stride = self.view_sizes(view, likelihood)
         streams = self.streams(split)
@@ -115,10 +114,7 @@ class NeuralModel:
         return self._sum_by_document(split, windows, stride, progress)
 
     def view_sizes(self, view: View, likelihood: Likelihood) -> tuple[int, int]:
-        """Return the length of a window for `score_view`, and the distance between the ends of two windows.
-
-        Both numbers are in tokens of the model's tokenizer.
-        """
+        """Return the length and the stride of a view's windows, in the model's tokens."""
         context = min(self.block_size, likelihood.own_context)
         return context, context if view == "own" else max(1, round(context * likelihood.stride_share))
 
@@ -170,7 +166,7 @@ LanguageModel = NeuralModel | DocumentModel
 
 
 def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the nats of its targets, (targets,), in another order than `windows`."""
+    """Yield each window with the nats of its targets, (targets,), in another order."""
 
     def score(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         import torch
@@ -184,7 +180,7 @@ def target_nats(model: NeuralModel, windows: Iterable[Window]) -> Iterator[tuple
 def score_targets(
     model: NeuralModel, windows: Iterable[Window], score: Score
 ) -> Iterator[tuple[Window, Floats]]:
-    """Yield each window with the scores of its targets, (targets, ...), in another order than `windows`.
+    """Yield each window with the scores of its targets, (targets, ...), in another order.
 
     Raises BadConfig if a window is longer than the model's context.
     """
@@ -207,7 +203,7 @@ def score_targets(
 
 
 def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[Floats]:
-    """Return an array of target scores for each window of a batch. The first window must be the longest."""
+    """Return the target scores of each window. The first window must be the longest."""
     import torch
 
     device, T = model.head.device, len(batch[0].tokens)
@@ -221,7 +217,7 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
     with torch.inference_mode():
         hidden = model.hidden(tokens.to(device))  # (B, T, C)
         hidden = hidden[predicting.to(device)]  # (N, C), in the order of the targets
-        # The logits of all targets, (N, V), may not fit in memory: all chunks share one buffer.
+        # The logits of all targets may not fit in memory: the chunks share one buffer.
         logits = hidden.new_empty(min(HEAD_ROWS, len(targets)), len(model.head))
         scores = []
         for start in range(0, len(targets), HEAD_ROWS):
@@ -236,7 +232,7 @@ def _score_batch(model: NeuralModel, batch: list[Window], score: Score) -> list[
 
 
 def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArray[Any]]]) -> TokenFile:
-    """Return a token file in memory with the given documents, and with the path and tokenizer of `split`.
+    """Return a token file in memory with other documents than `split`.
 
     Each of `rows` is the id of a document, its length in bytes, and its tokens.
     """
@@ -245,16 +241,15 @@ def with_documents(split: TokenFile, rows: Iterable[tuple[bytes, int, npt.NDArra
 
 
 def select_documents(split: TokenFile, documents: Sequence[int]) -> TokenFile:
-    """Return a token file in memory with the documents of a split that have the given indices."""
+    """Return a token file in memory with the documents at the given indices."""
     rows = ((split.ids[i].tobytes(), int(split.byte_lengths[i]), split.document(i)) for i in documents)
     return with_documents(split, rows)
 
 
 def scored_split(split: TokenFile, encoding: "tiktoken.Encoding", likelihood: Likelihood) -> TokenFile:
-    """Return the part of a split that is scored: the first `document_tokens` tokens of each document.
+    """Return the first `document_tokens` tokens of each document, which are scored.
 
-    A very long document would dominate the metrics and widen their intervals. If the last token ends inside
-    a UTF-8 character, the cut is before this token, because some tokenizers read only valid text.
+    A very long document would dominate the metrics. No document ends inside a UTF-8 character.
     """
     limit = likelihood.document_tokens
     if limit is None:
@@ -292,8 +287,8 @@ def evaluate(
 ) -> Totals:
     """Return a model's per-document losses on a split.
 
-    Raises BadData if the split has no token to score or was made with another encoding, and NotFinite if the
-    loss of a document is infinite or NaN.
+    Raises BadData if the split has no token to score, or has another encoding.
+    Raises NotFinite if a loss is infinite or NaN.
     """
     tokens = np.diff(split.offsets) - 1
     if not tokens.sum():
@@ -332,8 +327,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the report of one model.
 
-    Loss and perplexity are per GPT-2 token for every model, also for a model with another tokenizer. Word
-    perplexity is exp(nats of the complete text / number of words), as in lm-evaluation-harness.
+    Loss and perplexity are per GPT-2 token for every model. Word perplexity is exp(nats / words), as in
+    lm-evaluation-harness.
     """
     own_tokens = None if totals.own_tokens is None else int(totals.own_tokens.sum())
     report = {

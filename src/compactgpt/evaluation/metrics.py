@@ -1,8 +1,7 @@
 """Compute perplexity, bits per byte, confidence intervals and tests.
 
-A mean is a sum over all documents divided by their total number of tokens, words or bytes. A longer document
-therefore has more weight. Perplexity is defined as in EleutherAI's lm-evaluation-harness, and bits per byte
-as in nanochat's loss_eval.py.
+A mean is a sum over all documents divided by their total number of tokens, words or bytes.
+Perplexity is defined as in EleutherAI's lm-evaluation-harness, bits per byte as in nanochat's loss_eval.py.
 """
 
 import math
@@ -24,11 +23,11 @@ class Interval:
     high: float
 
     def map(self, increasing: Callable[[float], float]) -> "Interval":
-        """Return the interval with an increasing function applied to the estimate and to its two limits."""
+        """Apply an increasing function to the estimate and its limits."""
         return Interval(increasing(self.value), increasing(self.low), increasing(self.high))
 
     def as_report(self) -> dict[str, float] | None:
-        """Return the interval as a dict; None if a number is infinite, which JSON can't store."""
+        """Return the interval as a dict, or None if a number is infinite."""
         return asdict(self) if math.isfinite(self.value + self.high) else None
 
 
@@ -46,12 +45,12 @@ def finite_or_none(value: float) -> float | None:
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Return nats / (ln 2 x bytes), which does not depend on the tokenizer (Gao et al. 2020, section 3.1)."""
+    """Return nats / (ln 2 x bytes) (Gao et al. 2020, section 3.1)."""
     return total_nats / (math.log(2) * total_bytes)
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """Return the share of successes with its 95 % Wilson score interval (1927), valid also near 0 and 1."""
+    """Return the share of successes with its 95 % Wilson score interval (1927)."""
     z = 1.959963984540054  # the normal distribution's 97.5 % point
     share = successes / trials
     centre = share + z * z / (2 * trials)
@@ -62,7 +61,7 @@ def wilson(successes: int, trials: int) -> Interval:
 
 
 def t_quantile(probability: float, degrees: float) -> float:
-    """Return a quantile of Student's t distribution, which is normal for infinite `degrees` of freedom."""
+    """Return a quantile of Student's t distribution with `degrees` degrees of freedom."""
     from scipy.special import stdtrit  # imported here: scipy would delay stages that need no interval
 
     return float(stdtrit(degrees, probability))
@@ -71,8 +70,7 @@ def t_quantile(probability: float, degrees: float) -> float:
 def mcnemar(only_one: int, only_other: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (1947) that two accuracies are equal.
 
-    The first model alone answers `only_one` items correctly. The second model alone answers `only_other`
-    items correctly.
+    `only_one` and `only_other` are the numbers of items that only one model answers correctly.
     """
     fewer, more = sorted((only_one, only_other))
     return min(1.0, 2 * mcnemar_one_sided(more, fewer))
@@ -81,19 +79,17 @@ def mcnemar(only_one: int, only_other: int) -> float:
 def mcnemar_one_sided(lost: int, won: int) -> float:
     """Return the one-sided p-value of McNemar's exact test (1947) that the accuracy did not fall.
 
-    The old model alone answers `lost` items correctly. The new model alone answers `won` items correctly.
+    Only the old model answers `lost` items correctly. Only the new model answers `won` items correctly.
     """
     changed = lost + won
     return float(sum(math.comb(changed, k) for k in range(lost, changed + 1)) / 2**changed)
 
 
 def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 0.95) -> Interval:
-    """Return sum(numerator) / sum(denominator) with its confidence interval; both arrays are (documents,).
+    """Return sum(numerator) / sum(denominator) with its jackknife interval; arrays are (documents,).
 
-    The jackknife leaves out one complete document at a time, because the tokens of a document are not
-    independent of each other. The interval uses Student's t distribution with documents - 1 degrees of
-    freedom. In simulations, this interval contains the true ratio more often than percentile and BCa
-    bootstrap intervals do (benchmarks/intervals.py). For one document, the limits are equal to the ratio.
+    In simulations, it contains the true ratio more often than bootstrap intervals (benchmarks/intervals.py).
+    For one document, the limits are equal to the ratio.
     """
     n, total, size = len(numerator), numerator.sum(), denominator.sum()
     ratio = float(total / size)
@@ -106,10 +102,8 @@ def ratio_interval(numerator: Array, denominator: Array, *, confidence: float = 
 
 
 def perplexity_ratio(nats: Array, other_nats: Array, tokens: Array) -> Interval:
-    """Return the first model's perplexity / the second model's perplexity, with a paired 95 % interval.
+    """Return the first model's perplexity / the second's, with a paired 95 % interval.
 
-    The ratio is exp(first loss - second loss). The interval is computed from the differences of the nats of
-    each document, so a document that is difficult for the two models does not widen the interval. All arrays
-    are (documents,), in the same order of documents.
+    The interval is computed from the difference of the nats of each document. All arrays are (documents,).
     """
     return ratio_interval(nats - other_nats, tokens).map(perplexity)

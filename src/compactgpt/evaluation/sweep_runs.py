@@ -1,8 +1,7 @@
-"""Train and score the runs of a sweep in this process, for example by `compactgpt experiment run seeds`.
+"""Train and score the runs of a sweep in this process.
 
-A sweep is a group of training runs that differ in a few parameters. All runs use the token files that
-`dvc repro tokenization` wrote. They are scored as in the stage `evaluation`. A run that is already in
-results/NAME.json is not trained again. A run that was stopped resumes.
+A sweep is a group of training runs that differ in a few parameters. All runs use the same token files.
+A run that was stopped resumes.
 """
 
 import shutil
@@ -48,11 +47,11 @@ def run_sweep(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Train and score the runs of a sweep that the file `path` does not have yet, and add them to the file.
+    """Train and score the missing runs of the sweep in the file `path`.
 
-    `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training states
-    and for models from which later runs start. Raises MissingInput if the token files do not exist.
-    If the user stops a run, its training state is saved, and Busy is raised.
+    `settings` has entries `key=value`, which change params.yaml for all runs. `folder` is for training
+    states and for models from which later runs start.
+    Raises MissingInput if there are no token files, and Busy if the user stops a run.
     """
     runner = SweepRunner(load_changed_params(params_file, settings), folder)
     points = sweep_points(name, params_file, settings)
@@ -78,8 +77,7 @@ def run_sweep(
 def points_to_run(points: Sequence[SweepPoint], sweep: Sweep, folder: Path) -> list[SweepPoint]:
     """Return the unfinished runs, and the finished runs that must be trained again.
 
-    An unfinished run can start from the weights of a finished run. If `folder` does not have these weights,
-    the finished run is trained again.
+    A finished run is trained again if an unfinished run needs its weights, and `folder` lacks them.
     """
     finished = [(run.name, run.params) for run in sweep.runs]
     names = {point.name for point in points if (point.name, point.values) not in finished}
@@ -100,7 +98,7 @@ class SweepRunner:
         self.sources = {name: source.split("/")[0] for name, source in names}
 
     def finished_runs(self, path: Path) -> Sweep:
-        """Return the sweep in `path`. It has no runs if the file has another corpus or other settings."""
+        """Return the sweep in `path`, without runs if its corpus or settings differ."""
         ids = self.splits.val.document_ids
         empty = Sweep(
             corpus=corpus_settings(self.params),
@@ -120,7 +118,7 @@ class SweepRunner:
         return found if found and found.model_copy(update={"runs": (), "fit": None}) == empty else empty
 
     def train(self, point: SweepPoint, should_stop: Callable[[], bool]) -> tuple[GPT, float]:
-        """Train a run. Return its model and the training loss in the last row of its loss curve."""
+        """Train a run. Return its model and its last training loss."""
         params, splits = point.params, self.splits
         if chosen := self._train_documents(point.sweep):
             splits = replace(
@@ -136,7 +134,7 @@ class SweepRunner:
         return trained.model, trained.rows[-1].train_loss
 
     def _train_documents(self, sweep: SweepGroup) -> list[int]:
-        """Return the indices of the train documents that a run uses. An empty list means all documents."""
+        """Return the indices of a run's train documents. An empty list means all documents."""
         ids = self.splits.train.document_ids
         if sweep.train_source:
             chosen = [index for index, name in enumerate(ids) if self.sources[name] == sweep.train_source]
@@ -148,7 +146,7 @@ class SweepRunner:
         return []
 
     def score(self, point: SweepPoint, model: GPT, train_loss: float) -> SweepRun:
-        """Return the result of a trained run: its settings, and its losses on the val split."""
+        """Return the settings of a trained run and its losses on the val split."""
         likelihood, training = point.params.evaluation.likelihood, point.params.training
         scores = as_neural_model(model, likelihood.batch_size).score(self.scored, likelihood.window, silent)
         return SweepRun(

@@ -1,7 +1,7 @@
-"""Run tasks with a neural model: predict the last word of a passage (LAMBADA, cloze), and score WikiText.
+"""Run tasks with a neural model: predict the last word of a passage, and score WikiText.
 
-Publications call several different scores "LAMBADA", and several different scores "WikiText". Here each score
-has its own name: `run_tasks` lists the scores of LAMBADA, `score_wikitext` the scores of WikiText.
+Publications call several different scores "LAMBADA" or "WikiText". Here each score has its own name: see
+`run_tasks` and `score_wikitext`.
 """
 
 import hashlib
@@ -59,10 +59,10 @@ class Item:
 
 
 def fetch_source(source: Source) -> Path:
-    """Return the path of a task's file: a local file, or a file in the hub's standard cache.
+    """Return the path of a task's file, which is local or from the hub.
 
-    Raises MissingInput, Unreachable or BadConfig if the file is neither on this machine nor on the hub, and
-    BadData if the SHA-256 of the file is not the SHA-256 in params.yaml.
+    Raises MissingInput, Unreachable or BadConfig if there is no such file. Raises BadData if its SHA-256 is
+    not that of params.yaml.
     """
     if source.path is None:
         advice = "set a local path in evaluation.tasks"
@@ -80,7 +80,7 @@ def fetch_source(source: Source) -> Path:
 
 
 def read_lambada(path: Path) -> list[Item]:
-    """Return the passages of a LAMBADA file, which has one JSON object with the key `text` on each line.
+    """Return the passages of a LAMBADA file: JSON objects with the key `text`, one a line.
 
     The target of a passage is the text after its last space. Raises BadData if the file has another format.
     """
@@ -97,24 +97,21 @@ def read_lambada(path: Path) -> list[Item]:
 
 
 def make_cloze(split: TokenFile, encoding: "tiktoken.Encoding", settings: Settings) -> list[Item]:
-    """Return the passages of the cloze task, chosen from the documents of a split.
+    """Return at most `cloze_items` passages whose last word occurs earlier in the passage.
 
-    The last word of a passage has four or more letters and occurs earlier in the passage. In LAMBADA, four
-    of five last words occur earlier in the passage. All documents give their first passage, then all
-    documents give their second passage, and so on, until there are `cloze_items` passages.
+    In LAMBADA, this is true for four of five passages. The documents take turns to give a passage.
     """
-    # The candidates of a document do not depend on other documents.
     candidates = [
         _candidates(document_text(split, encoding, index).decode(), name, settings.cloze_characters)
         for index, name in enumerate(split.document_ids)
     ]
-    turns = zip_longest(*candidates)  # each turn: an item of every document, or None if it has no more items
+    turns = zip_longest(*candidates)  # each turn: an item of every document; None if it has no more
     items = (item for turn in turns for item in turn if item is not None)
     return list(islice(items, settings.cloze_items))
 
 
 def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
-    """Yield the possible items of a document in a pseudorandom order. Each word is a target only once."""
+    """Yield a document's possible items in pseudorandom order. No target occurs twice."""
 
     def order(match: re.Match[str]) -> bytes:
         return hashlib.sha256(f"{document} {match.start()}".encode()).digest()
@@ -131,7 +128,7 @@ def _candidates(text: str, document: str, characters: int) -> Iterator[Item]:
 
 
 def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window:
-    """Return an item as a window. The targets of the window are the tokens after the item's context."""
+    """Return an item as a window whose targets are the tokens after the item's context."""
     tokens = codec.encode(item.context + item.target)
     context = len(codec.encode(item.context))  # the context is encoded alone, as in lm-evaluation-harness
     if not context:
@@ -142,10 +139,11 @@ def item_window(codec: Codec, item: Item, index: int, block_size: int) -> Window
 
 
 def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
-    """Return an array (T, 3) for each passage, with a row for each of the T tokens of its last word.
+    """Return an array, (T, 3), for the T tokens of each passage's last word.
 
-    Column 0: the nats of the token. Column 1: 1 if the token is the model's most probable token, else 0.
-    Column 2: 1 if the token is the model's most probable token outside of STOP_WORDS, else 0.
+    Column 0: the nats of the token.
+    Column 1: 1 if the token is the most probable token, else 0.
+    Column 2: 1 if the token is the most probable token outside of STOP_WORDS, else 0.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -168,11 +166,10 @@ def answer(model: NeuralModel, items: Sequence[Item]) -> list[Floats]:
 
 
 def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str, Any]:
-    """Return a task's part of the report: accuracy, perplexity and whether each answer is correct.
+    """Return a task's part of the report: accuracy, perplexity and correct answers.
 
-    `nats`, (items,), has the loss of each item's target. `hits`, (items,), is True for each correct answer.
-    In the report, `hits` is a string with the character 1 for each correct answer, else 0. Two models have
-    answered the same items if their reports have the same `items_sha256`.
+    `nats`, (items,), has the loss of each target. `hits`, (items,), is True for each correct answer.
+    In the report, `hits` is a string of 1 (correct) and 0.
     """
     text = json.dumps([[item.context, item.target] for item in items], ensure_ascii=False)
     loss = ratio_interval(nats, np.ones(len(items)))
@@ -189,10 +186,10 @@ def answer_figures(items: Sequence[Item], nats: Floats, hits: Flags) -> dict[str
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of WikiText from Parquet with a column `text`, or from raw text.
+    """Return the lines of WikiText from Parquet or raw text.
 
-    An empty line is "". Every other line ends with a newline, as in the hub's data set. Raises BadData if the
-    file is neither Parquet nor UTF-8 text.
+    An empty line is "". Every other line ends with a newline.
+    Raises BadData if the file is neither Parquet nor UTF-8 text.
     """
     content = path.read_bytes()
     try:
@@ -220,8 +217,8 @@ def split_pages(lines: Iterable[str]) -> list[str]:
     return [page for page in map("\n".join, pages) if page.strip()]
 
 
-# `detokenize` uses these pairs in the order of lm_eval/tasks/wikitext/preprocess_wikitext.py. Each is (old
-# string, new string), except in `_PAIRS`: (opening mark, closing mark). Spaces inside the marks are removed.
+# The pairs and their order are those of lm_eval/tasks/wikitext/preprocess_wikitext.py.
+# A pair is (old string, new string), but in `_PAIRS`, it is (opening mark, closing mark).
 _MARKS = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")]
 _MARKS += [(f" {mark} ", f"{mark} ") for mark in ":;.!?,"]
 _PAIRS = ((r"\(", r"\)"), (r"\[", r"\]"), ("{", "}"), ('"', '"'), ("'", "'"))
@@ -244,17 +241,12 @@ def detokenize(page: str) -> str:
 def score_wikitext(model: NeuralModel, lines: Sequence[str], context: int, stride: int) -> dict[str, Any]:
     """Return a model's results by the three protocols that publications call "WikiText perplexity".
 
-    - no_overlap: the lines are joined with two newlines and cut into blocks of `context` tokens. The first
-      token of each block is not scored.
-    - strided: the same tokens are cut into overlapping blocks. Each block begins `stride` tokens after the
-      previous block. It scores only the tokens that no earlier block scored.
-    - per_word: each page is detokenized, and end-of-text is put before it. All tokens of the page are scored.
-      Perplexity is per word of the page before detokenization.
+    - no_overlap: blocks of `context` tokens. The first token of each block is not scored.
+    - strided: blocks that begin `stride` tokens apart. Each token is scored once.
+    - per_word: each page, detokenized, after end-of-text. Perplexity is per word of the original page.
 
     no_overlap and strided are from perplexity.md in transformers' documentation. per_word is the task
     wikitext of EleutherAI's lm-evaluation-harness.
-
-    `context` and `stride` are numbers of tokens. The model's `block_size` limits the context.
     Raises BadConfig if the stride is longer than the context.
     """
     codec, context = model.codec, min(context, model.block_size)
@@ -311,16 +303,14 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run all tasks of params.yaml and return their report.
 
-    - cloze: passages of `split`. An answer is correct if each token of the last word is the most
-      probable token.
-    - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored like cloze. The tokens are those of
-      the task lambada_openai in EleutherAI's lm-evaluation-harness.
-    - lambada_last_token: the model predicts only the last token of the word, and its answer can't be a stop
-      word, as in the GPT-2 paper (Radford et al. 2019, section 3.3). The paper does not list its stop
-      words: here they are NLTK's 127 words.
-    - lambada_original: the text that LAMBADA's authors published, scored as lambada_word.
+    - cloze: passages of `split`. An answer is correct if each token of the last word is the most probable.
+    - lambada_word: OpenAI's text of LAMBADA (Paperno et al. 2016), scored like cloze. It is the task
+      lambada_openai of EleutherAI's lm-evaluation-harness.
+    - lambada_last_token: the model predicts only the last token of the word. A stop word is no answer, as in
+      Radford et al. 2019, section 3.3. The paper lists no stop words: here they are NLTK's 127 words.
+    - lambada_original: the text that LAMBADA's authors published, scored like cloze.
 
-    Perplexity is exp of the mean nats of a target. No token precedes a passage, as in lm-evaluation-harness.
+    Perplexity is exp of the mean nats of a target. No token precedes a passage.
     """
     tasks = {"cloze": make_cloze(split, encoding, settings)}  # empty if no document repeats a word
     for name, source in (("lambada_word", settings.lambada), ("lambada_original", settings.lambada_original)):

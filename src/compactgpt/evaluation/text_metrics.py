@@ -1,7 +1,6 @@
 """Compute statistics of generated text: variety, repetition, loops, token frequencies and length.
 
-All texts are in GPT-2's tokens, and the caller cuts them to the same length. The statistics of models and of
-human text can therefore be compared. All intervals are 95 % intervals.
+The caller cuts all texts at the same number of GPT-2 tokens. All intervals are 95 % intervals.
 """
 
 import math
@@ -31,13 +30,13 @@ SOURCES = {
 
 
 def distinct_n(texts: Sequence[Tokens], n: int) -> float | None:
-    """Return the share of distinct n-grams among all n-grams of the texts, or None without n-grams."""
+    """Return distinct n-grams / all n-grams of the texts, or None without n-grams."""
     found = list(chain.from_iterable(_ngrams(text, n) for text in texts))
     return len(set(found)) / len(found) if found else None
 
 
 def seq_rep_4(texts: Sequence[Tokens]) -> float | None:
-    """Return the share of 4-grams that occur earlier in the same text, or None without 4-grams."""
+    """Return the share of 4-grams that occur earlier in the same text."""
     found = [_ngrams(text, 4) for text in texts]
     total = sum(map(len, found))
     return 1 - sum(len(set(grams)) for grams in found) / total if total else None
@@ -48,16 +47,16 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[int, ...]]:
 
 
 def ends_in_loop(tokens: Tokens) -> bool:
-    """Return whether a text ends with one phrase, of two or more tokens, three times in a row."""
+    """Return whether a text ends with the same phrase three times in a row."""
     text = list(tokens)
-    # `size` is the length of the phrase, at most a third of the text's length.
+    # `size` is the length of the phrase: at least 2, at most a third of the text.
     return any(text[-size:] * 3 == text[-size * 3 :] for size in range(2, len(text) // 3 + 1))
 
 
 def zipf(texts: Sequence[Tokens]) -> float | None:
     """Return minus the slope of log(frequency) over log(rank) of the tokens (Zipf's law).
 
-    The most frequent token has rank 1. Returns None if the texts have fewer than two different tokens.
+    Returns None if the texts have fewer than two different tokens.
     """
     counts = sorted(Counter(chain.from_iterable(texts)).values(), reverse=True)
     if len(counts) < 2:
@@ -70,9 +69,8 @@ def zipf(texts: Sequence[Tokens]) -> float | None:
 def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf) -> Interval | None:
     """Return a statistic of texts, between 0 and `highest`, with its 95 % jackknife interval.
 
-    The jackknife leaves out one text at a time (Efron and Stein 1981, The Jackknife Estimate of Variance).
-    The interval uses Student's t distribution with n - 1 degrees of freedom for n texts. Returns None for a
-    single text. Also returns None if `figure` does so, for all texts or after one of them is left out.
+    The source is Efron and Stein 1981, The Jackknife Estimate of Variance. Returns None for a single text,
+    or if a call of `figure` returns None.
     """
     value, n = figure(texts), len(texts)
     # The jackknife draws no text twice. A bootstrap does, and counts the copies as repetition.
@@ -88,7 +86,7 @@ def jackknife(texts: Sequence[Tokens], figure: Figure, highest: float = math.inf
 def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[str, Any]:
     """Return all statistics of texts, each with its interval.
 
-    `ended` has True for each text that reached end-of-text. It is None for human text, which is always cut.
+    `ended` has True for each text that reached end-of-text. It is None for human text.
     """
     shares: dict[str, Figure] = {
         "distinct_1": lambda some: distinct_n(some, 1),
@@ -99,7 +97,7 @@ def statistics(texts: Sequence[Tokens], ended: Sequence[bool] | None) -> dict[st
     found = {name: jackknife(texts, figure, highest=1.0) for name, figure in shares.items()}
     found["zipf"] = jackknife(texts, zipf)
     found["tokens"] = jackknife(texts, lambda some: sum(map(len, some)) / len(some) if some else None)
-    # Each text counts as 0 or 1, so the interval is Wilson's interval of a share.
+    # Each text counts as 0 or 1: the interval is that of a share.
     found["loop_rate"] = wilson(sum(map(ends_in_loop, texts)), len(texts))
     if ended is not None:
         found["ended"] = wilson(sum(ended), len(ended))

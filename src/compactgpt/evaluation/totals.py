@@ -1,4 +1,4 @@
-"""Compute metrics from the per-document losses, and write and read the losses as a Parquet file."""
+"""Compute metrics from per-document losses, and store the losses as Parquet."""
 
 import io
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ _VIEW = "nats_"
 
 @dataclass(frozen=True)
 class Positions:
-    """The losses of each document by the position of the token in its window.
+    """The losses of each document by the token's position in its window.
 
-    Bucket 0 has the first token of each window. Bucket b has the tokens 2^(b-1) + 1 to 2^b of each window.
+    Bucket 0 has the position 1. Bucket b has the positions 2^(b-1) + 1 to 2^b.
     """
 
     nats: Floats  # (documents, buckets), sum of the losses of the tokens in each bucket
@@ -34,7 +34,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Totals:
-    """The losses and sizes of all documents, in the split's order, from which all metrics are computed."""
+    """The losses and sizes of all documents, in the split's order."""
 
     ids: list[str]  # the id of each document, in hexadecimal digits
     bytes: Counts  # (documents,), bytes of UTF-8 text
@@ -42,7 +42,7 @@ class Totals:
     own_tokens: Counts | None  # (documents,), scored tokens, in the model's tokenizer; None without one
     nats: Floats  # (documents,), negative log-likelihood of each document
     words: Counts | None = None  # (documents,), words between white space; None in files of earlier versions
-    # Name of a way to cut documents into windows, such as `strided` -> each document's loss, (documents,)
+    # Name of a view, such as `strided` -> each document's loss, (documents,)
     views: Mapping[str, Floats] = field(default_factory=dict)
     positions: Positions | None = None  # only in memory: `write_totals` does not write the positions
 
@@ -50,9 +50,8 @@ class Totals:
 def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[str, Any]:
     """Return loss, perplexity, word perplexity and bits per byte, each with its 95 % interval.
 
-    `nats`, (documents,), has the loss of each document: `totals.nats` or a value of `totals.views`. `chosen`,
-    (documents,), is True for each document to use. None selects all documents. A perplexity that is too large
-    for a float is None.
+    `nats`, (documents,), has the loss of each document. `chosen`, (documents,), is True for each document to
+    use; None selects all documents. A perplexity that is too large for a float is None.
     """
     scored = totals.tokens > 0
     if chosen is not None:
@@ -76,8 +75,7 @@ def figures(nats: Floats, totals: Totals, chosen: Flags | None = None) -> dict[s
 def by_position(positions: Positions) -> list[dict[str, Any]]:
     """Return a dict for each bucket of `Positions` that has tokens.
 
-    Its keys are `first` and `last` (positions in a window), `tokens` (number of tokens at these
-    positions), and `loss` (nats per token of the model's tokenizer, with its 95 % interval).
+    `first` and `last` are positions in a window. `loss` is in nats per token of the model's tokenizer.
     """
     rows = []
     for bucket, tokens in enumerate(positions.tokens.T):  # (documents,)
@@ -96,7 +94,7 @@ def _ratio(nats: Floats, units: npt.NDArray[Any]) -> Interval:
 
 
 def write_totals(path: Path, totals: Totals) -> None:
-    """Write the per-document losses and counts as Parquet. The same totals always give the same file."""
+    """Write the per-document losses and counts as Parquet: equal totals give equal files."""
     import pyarrow
     import pyarrow.parquet
 
@@ -115,7 +113,7 @@ def write_totals(path: Path, totals: Totals) -> None:
 def read_totals(path: Path) -> Totals:
     """Read a file that `write_totals` wrote.
 
-    Raises MissingInput if the file does not exist, and BadData if it has other columns or is damaged.
+    Raises MissingInput if the file does not exist, and BadData if it is damaged.
     """
     import pyarrow
     import pyarrow.parquet
@@ -123,7 +121,7 @@ def read_totals(path: Path) -> Totals:
     try:
         table = pyarrow.parquet.read_table(path)
         ids = table["id"].to_pylist()
-        # A count that the model does not have, such as `own_tokens` of a compressor, is a column of nulls.
+        # A missing count, such as `own_tokens` of a compressor, is a column of nulls.
         columns: dict[str, Any] = {
             name: None if table[name].null_count else table[name].to_numpy()
             for name in table.column_names
